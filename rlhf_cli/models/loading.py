@@ -1,0 +1,184 @@
+"""Loading policies and tokenizers: safetensors only, no code of strangers by default, quiet when all is well."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_cli.errors import ModelError
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from and how it is held.
+
+    Attributes:
+        path: folder or hub id.
+        revision: commit, tag or branch on the hub.
+        trust_remote_code: run Python code that comes with the model.
+        dtype: of frozen weights; trained weights are float32 whatever this says.
+        precision: of matrix products (autocast).
+        attention: transformers' name of an implementation, or None for its choice.
+        device: where it lives.
+    """
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: torch.dtype = torch.float32
+    precision: torch.dtype = torch.float32
+    attention: str | None = None
+    device: torch.device = torch.device("cpu")
+
+    def at(self, path: str) -> ModelSource:
+        """The same way of holding a model, from another place; a revision belongs to its own place alone."""
+        if path == self.path:
+            return self
+        return replace(self, path=path, revision=None, trust_remote_code=False)
+
+    def hub_arguments(self) -> dict[str, object]:
+        """Arguments that every `from_pretrained` takes."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then CPU."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ModelError(f"`model.device: {name}` is no torch device", hint="try cpu, cuda or cuda:0") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively (CUDA since Ampere, AVX512-BF16 or AMX), else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and _cpu_multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def quiet_libraries() -> None:
+    """Keep the notes libraries print about their own affairs from people who did nothing wrong; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The model's configuration; raises `ModelError` where there is none."""
+    folder = Path(source.path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{source.path} is no model folder: it has no config.json",
+            hint="give the folder that `save_pretrained` wrote, or a hub id",
+        )
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.hub_arguments())
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load a model from `{source.path}`: {_first_line(error)}",
+            hint="give a folder that exists, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
+        ) from error
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model. Padding is never read from its ids: lengths say what is real."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.hub_arguments())
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load a tokenizer from `{source.path}`: {_first_line(error)}") from error
+    tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
+    return tokenizer
+
+
+def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A language model, decoder-only or encoder-decoder, in evaluation mode on its device.
+
+    Args:
+        source: where and how.
+        dtype: precision of the weights; None is that of `source`.
+    """
+    config = load_config(source)
+    if config.is_encoder_decoder:
+        kind = AutoModelForSeq2SeqLM
+    else:
+        kind = AutoModelForCausalLM
+        if type(config) not in kind._model_mapping:
+            raise ModelError(
+                f"`{source.path}` is a {config.model_type} model, which writes no text",
+                hint="a policy is a decoder-only or an encoder-decoder language model; a BERT can only be a reward model",
+            )
+    return load_weights(kind, source, config, dtype=dtype)
+
+
+def load_weights(
+    kind: type, source: ModelSource, config: PretrainedConfig, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """`kind.from_pretrained` with our defaults: safetensors only, dropout off, clear errors."""
+    quiet_libraries()
+    disable_dropout(config)
+    try:
+        model = kind.from_pretrained(
+            source.path,
+            config=config,
+            dtype=dtype or source.dtype,
+            use_safetensors=True,
+            **({} if source.attention is None else {"attn_implementation": source.attention}),
+            **source.hub_arguments(),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
+    return model.to(source.device).eval()
+
+
+def disable_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout rate of a configuration to 0, nested ones too.
+
+    Some architectures read the rate from the configuration in `forward`, where `eval()` does not reach it; with dropout in
+    one of two passes the ratio of an update that changed nothing is not 1 (trap 4 of docs/ppo.md).
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            disable_dropout(value)
+        elif isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "_drop"))):
+            setattr(config, name, 0.0)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Longest sequence in tokens that the model's positions allow (T5 has no limit of its own)."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return 10**9
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
