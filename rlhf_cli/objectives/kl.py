@@ -1,0 +1,45 @@
+"""The leash: per-token estimates of KL(pi || pi_SFT), and the coefficient that adapts to a target."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k3"]
+
+
+def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator = "k1") -> Tensor:
+    """Estimate of KL(pi || ref) at each sampled token, in nats (Schulman 2020, "Approximating KL Divergence").
+
+    With x = log pi - log ref at the token: k1 = x, unbiased and of either sign; k3 = exp(-x) - 1 + x, unbiased and never
+    negative.
+
+    Args:
+        logprobs: (B, T) nats, under the policy that sampled.
+        reference_logprobs: (B, T) nats, under the SFT model.
+        estimator: which.
+
+    Returns:
+        (B, T) nats.
+    """
+    log_ratio = logprobs - reference_logprobs
+    if estimator == "k1":
+        return log_ratio
+    return (-log_ratio).expm1() + log_ratio
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, episodes: int) -> float:
+    """Next coefficient of the adaptive controller (Ziegler et al. 2019, section 2.2).
+
+    beta' = beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon).
+
+    Args:
+        kl_coef: beta, reward per nat.
+        kl: measured mean KL of the step's answers, in nats per answer.
+        target: KL to steer to, in nats per answer.
+        horizon: answers over which beta moves.
+        episodes: n, answers of this step.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * episodes / horizon)

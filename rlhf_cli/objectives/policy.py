@@ -1,0 +1,101 @@
+"""PPO's two losses, each summed over real tokens with the sums its metrics are made of.
+
+Sums, not means: the trainer divides by the tokens of the whole minibatch, across micro-batches and processes, so that
+splitting the work differently changes nothing (trap 2 of docs/ppo.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.objectives.masking import masked_sum
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The clipped surrogate and what it says of the update; every field is a sum over real tokens.
+
+    Attributes:
+        loss: carries the gradient.
+        approx_kl: (log ratio)^2 / 2, an estimate of KL(old || new) in nats.
+        clipped: tokens whose clipped term was the smaller.
+        ratio: probability ratio new / old.
+        squared_ratio: its square, for the variance.
+        largest_ratio: not a sum: the largest |log ratio| of each answer, (B,) nats.
+    """
+
+    loss: Tensor
+    approx_kl: Tensor
+    clipped: Tensor
+    ratio: Tensor
+    squared_ratio: Tensor
+    largest_ratio: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_response: Tensor, *, clip_range: float
+) -> PolicyLoss:
+    """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated, summed over response tokens.
+
+    Args:
+        logprobs: (B, T) nats, under the policy being trained; carries gradient.
+        old_logprobs: (B, T) nats, under the policy that sampled; constant.
+        advantages: (B, T); constant.
+        is_response: (B, T) bool, True on sampled tokens up to and including the end token.
+        clip_range: epsilon of eq. 7.
+    """
+    # Padding may hold anything; zero before the exponential keeps its gradient and value out.
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~is_response, 0.0)
+    advantages = advantages.detach().masked_fill(~is_response, 0.0)
+    ratio = log_ratio.exp()
+    unclipped = advantages * ratio
+    clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -masked_sum(torch.minimum(unclipped, clipped), is_response)
+    with torch.no_grad():
+        return PolicyLoss(
+            loss=loss,
+            approx_kl=masked_sum(0.5 * log_ratio**2, is_response),
+            clipped=((clipped < unclipped) & is_response).sum(),
+            ratio=masked_sum(ratio, is_response),
+            squared_ratio=masked_sum(ratio**2, is_response),
+            largest_ratio=log_ratio.abs().amax(dim=1),
+        )
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The critic's loss; every field is a sum over real tokens.
+
+    Attributes:
+        loss: carries the gradient.
+        clipped: tokens whose clipped error was the larger.
+    """
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, is_response: Tensor, *, clip_range: float
+) -> ValueLoss:
+    """Clipped squared error of the critic, max((V - R)^2, (clip(V, V_old +- epsilon) - R)^2) / 2, summed.
+
+    The form of OpenAI's baselines, which summarize-from-feedback uses.
+
+    Args:
+        values: (B, T), being trained; carries gradient.
+        old_values: (B, T), at the time of the rollout; constant.
+        returns: (B, T) advantages plus old values; constant.
+        is_response: (B, T) bool.
+        clip_range: how far a value may move from its old one before its loss is clipped, in reward.
+    """
+    values = values.masked_fill(~is_response, 0.0)
+    old_values = old_values.detach().masked_fill(~is_response, 0.0)
+    returns = returns.detach().masked_fill(~is_response, 0.0)
+    near_old = torch.maximum(torch.minimum(values, old_values + clip_range), old_values - clip_range)
+    error, clipped_error = (values - returns) ** 2, (near_old - returns) ** 2
+    loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), is_response)
+    return ValueLoss(loss, ((clipped_error > error) & is_response).sum())

@@ -1,0 +1,89 @@
+"""PPO's losses against hand-computed values (Schulman et al. 2017, eq. 7; OpenAI baselines' value loss)."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_cli.objectives.policy import policy_loss, value_loss
+
+ONE = torch.ones(1, 1, dtype=torch.bool)
+
+
+def surrogate(ratio: float, advantage: float) -> float:
+    old = torch.tensor([[-1.5]])
+    loss = policy_loss(old + math.log(ratio), old, torch.tensor([[advantage]]), ONE, clip_range=0.2)
+    return float(loss.loss)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        pytest.param(2.0, +1.0, -1.2, id="good action, already likelier: clipped"),
+        pytest.param(0.5, +1.0, -0.5, id="good action, less likely: not clipped"),
+        pytest.param(0.5, -1.0, +0.8, id="bad action, already less likely: clipped"),
+        pytest.param(2.0, -1.0, +2.0, id="bad action, likelier: not clipped"),
+        pytest.param(1.0, +3.0, -3.0, id="no change: minus the advantage"),
+    ],
+)
+def test_policy_loss_is_equation_7(ratio, advantage, expected):
+    assert surrogate(ratio, advantage) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        pytest.param(2.0, +1.0, 0.0, id="clipped: no gradient"),
+        pytest.param(0.5, +1.0, -0.5, id="not clipped: -A ratio"),
+        pytest.param(2.0, -1.0, +2.0, id="not clipped, bad action"),
+    ],
+)
+def test_gradient_stops_where_the_surrogate_is_clipped(ratio, advantage, expected):
+    old = torch.tensor([[-1.5]])
+    logprobs = (old + math.log(ratio)).requires_grad_()
+    policy_loss(logprobs, old, torch.tensor([[advantage]]), ONE, clip_range=0.2).loss.backward()
+    assert float(logprobs.grad) == pytest.approx(expected, abs=1e-6)
+
+
+def test_sums_and_metrics_over_a_ragged_batch():
+    is_response = torch.tensor([[True, True], [True, False]])
+    old = torch.zeros(2, 2)
+    logprobs = torch.log(torch.tensor([[1.0, 1.5], [0.7, 99.0]]))
+    advantages = torch.tensor([[1.0, 2.0], [-1.0, 50.0]])
+    result = policy_loss(logprobs, old, advantages, is_response, clip_range=0.2)
+    assert float(result.loss) == pytest.approx(-(1.0 + 2.4 - 0.8), abs=1e-6)
+    assert int(result.clipped) == 2
+    assert float(result.ratio) == pytest.approx(3.2, abs=1e-6)
+    assert float(result.squared_ratio) == pytest.approx(1 + 2.25 + 0.49, abs=1e-6)
+    assert float(result.approx_kl) == pytest.approx((math.log(1.5) ** 2 + math.log(0.7) ** 2) / 2, abs=1e-6)
+    assert result.largest_ratio.tolist() == pytest.approx([math.log(1.5), -math.log(0.7)], abs=1e-6)
+
+
+def test_padding_filled_with_nan_changes_neither_loss_nor_gradient():
+    is_response = torch.tensor([[True, False]])
+    results = []
+    for filler in (0.0, math.nan, math.inf):
+        logprobs = torch.tensor([[0.1, filler]], requires_grad=True)
+        values = torch.tensor([[0.3, filler]], requires_grad=True)
+        padded = torch.tensor([[0.2, filler]])
+        loss = policy_loss(logprobs, padded, padded, is_response, clip_range=0.2).loss
+        loss = loss + value_loss(values, padded, padded + 1, is_response, clip_range=0.2).loss
+        loss.backward()
+        results.append((float(loss.detach()), logprobs.grad.tolist(), values.grad.tolist()))
+    assert results[0] == results[1] == results[2]
+    assert all(math.isfinite(x) for x in [results[0][0], *results[0][1][0], *results[0][2][0]])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "clipped"),
+    [
+        pytest.param(0.1, 0.5 * 0.9**2, 0, id="moved little: plain squared error"),
+        pytest.param(0.8, 0.5 * 0.8**2, 1, id="ran ahead to the return: judged at old + clip"),
+        pytest.param(-0.7, 0.5 * 1.7**2, 0, id="ran away from it: the larger, unclipped error"),
+        pytest.param(1.9, 0.5 * 0.9**2, 0, id="ran past the return: the larger error counts"),
+    ],
+)
+def test_value_loss_takes_the_larger_of_clipped_and_plain_error(value, expected, clipped):
+    result = value_loss(torch.tensor([[value]]), torch.zeros(1, 1), torch.ones(1, 1), ONE, clip_range=0.2)
+    assert float(result.loss) == pytest.approx(expected, abs=1e-6)
+    assert int(result.clipped) == clipped
