@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,7 @@ class ModelSource:
     dtype: torch.dtype = torch.float32
     precision: torch.dtype = torch.float32
     attention: str | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def at(self, path: str) -> ModelSource:
         """The same way of holding a model, from another place; a revision belongs to its own place alone."""
@@ -70,7 +70,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it natively (CUDA since Ampere, AVX512-BF16 or AMX), else float32."""
+    """`auto`: bfloat16 where the hardware multiplies it natively (CUDA since Ampere, AVX512-BF16), else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
@@ -134,7 +134,7 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         if type(config) not in kind._model_mapping:
             raise ModelError(
                 f"`{source.path}` is a {config.model_type} model, which writes no text",
-                hint="a policy is a decoder-only or an encoder-decoder language model; a BERT can only be a reward model",
+                hint="a policy is a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
             )
     return load_weights(kind, source, config, dtype=dtype)
 
@@ -162,8 +162,8 @@ def load_weights(
 def disable_dropout(config: PretrainedConfig) -> None:
     """Set every dropout rate of a configuration to 0, nested ones too.
 
-    Some architectures read the rate from the configuration in `forward`, where `eval()` does not reach it; with dropout in
-    one of two passes the ratio of an update that changed nothing is not 1 (trap 4 of docs/ppo.md).
+    Some architectures read the rate from the configuration in `forward`, where `eval()` does not reach it; with dropout
+    in one of two passes the ratio of an update that changed nothing is not 1 (trap 4 of docs/ppo.md).
     """
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):

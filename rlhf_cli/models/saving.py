@@ -1,0 +1,70 @@
+"""Writing ordinary model folders: safetensors and tokenizer, nothing pickled, no weight that is not finite."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.errors import DiskError, DivergedError, ModelError
+from rlhf_cli.models.adapters import adapter_layers, cast_weights
+from rlhf_cli.models.loading import quiet_libraries
+
+
+def save_model_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+) -> None:
+    """Write a folder that `from_pretrained` reads, weights in `dtype`. The model itself is cast, in place.
+
+    Raises:
+        DivergedError: a weight is NaN or infinite, in `dtype`; nothing is written.
+        DiskError: the disk is full or cannot be written.
+        ModelError: adapters are still on the model; `merge_lora` comes first.
+    """
+    if adapter_layers(model):
+        raise ModelError("a model with adapters is no ordinary model folder: merge them first")
+    quiet_libraries()
+    cast_weights(model, dtype)
+    require_finite(model.state_dict(), what=f"the model for {folder}")
+    if model.can_generate():
+        model.generation_config = _sane_generation_config(model, tokenizer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise DiskError(f"cannot write the model to {folder}: {error}", hint="free some space and run again") from error
+
+
+def require_finite(weights: dict[str, Tensor] | nn.Module, *, what: str) -> None:
+    """Raise `DivergedError` naming the first weight that is NaN or infinite."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            odd = int((~torch.isfinite(tensor)).sum())
+            raise DivergedError(
+                f"{what} is not saved: {odd:,} of the {tensor.numel():,} values of `{name}` are not finite"
+                f" in {str(tensor.dtype).removeprefix('torch.')}",
+                hint="lower the learning rate, or hold the weights in float32 (`--set model.dtype=float32`)",
+            )
+
+
+def _sane_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's own, with the end-of-text token that answers were trained to end with, and with a pad token."""
+    config = copy.deepcopy(model.generation_config) or GenerationConfig()
+    own = config.eos_token_id
+    ends = [own] if isinstance(own, int) else list(own or [])
+    end: int | None = tokenizer.eos_token_id  # type: ignore[assignment]  (annotated for batches of tokens too)
+    if end is not None and end not in ends:
+        ends.insert(0, end)
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if config.pad_token_id is None:
+        config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # A temperature beside `do_sample: false` makes transformers refuse to write the file.
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    if any(getattr(config, key, None) not in (None, plain) for key, plain in sampling.items()):
+        config.do_sample = True
+    return config
