@@ -1,0 +1,275 @@
+"""Reward models: r(x, y), one number for a prompt and an answer.
+
+A decoder's reward is a linear head on the hidden state of the last real token, r = w h_last + b (Stiennon et al. 2020,
+section 3.4), found by length and never by the padding id, so a tokenizer whose padding is its end token is no trap. An
+encoder's is its own pooled head. Rewards reach other stages normalised: (raw - mean) / std.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_cli.data.records import Prompt
+from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.adapters import adapter_layers, add_lora, load_adapter
+from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.models.scorer_files import ADAPTER_FOLDER, load_head, read_card, save_artefact
+from rlhf_cli.models.scorer_shell import head_of, head_parameters, load_shell, room_of
+from rlhf_cli.progress import warn
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of a prompt and its answer; `types` tells the two apart for encoders that ask for it, else is None."""
+
+    ids: list[int]
+    types: list[int] | None = None
+
+
+class Scorer(nn.Module):
+    """A reward model with its own tokenizer.
+
+    Args:
+        model: a transformers sequence classifier with one label; it may carry an adapter.
+        format: how prompts and answers become its ids.
+        source: where its base came from and how it is computed.
+        is_encoder: its pooled head reads the whole text; otherwise the head reads the last real token.
+    """
+
+    bias: Tensor
+
+    def __init__(self, model: PreTrainedModel, format: PromptFormat, source: ModelSource, *, is_encoder: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.format = format
+        self.source = source
+        self.is_encoder = is_encoder
+        self.mean, self.std = 0.0, 1.0
+        self.room = room_of(model)
+        # Ranking losses do not see a shift of all rewards, so training cannot move a bias: it is kept, not trained.
+        self.register_buffer("bias", torch.zeros(1, device=source.device))
+        self._warned = False
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the trained weights are LoRA on a frozen base."""
+        return bool(adapter_layers(self.model))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer that gives the reward: weight (1, d)."""
+        return head_of(self.model, self.source.path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return self.bias.device
+
+    def forward(self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Raw rewards.
+
+        Args:
+            input_ids: (B, T), right-padded; what stands in the padding is never read.
+            lengths: (B,) real tokens of each row, at least 1.
+            token_type_ids: (B, T), for encoders that ask for them.
+
+        Returns:
+            (B,) float32, before normalisation.
+        """
+        is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)
+        # Padding becomes a token of the row itself: no id, and no weight of an unused embedding, can reach a reward.
+        input_ids = torch.where(is_real, input_ids, input_ids[:, :1])
+        precision = self.source.precision
+        with torch.autocast(input_ids.device.type, dtype=precision, enabled=precision != torch.float32):
+            if self.is_encoder:
+                types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+                logits = self.model(input_ids=input_ids, attention_mask=is_real.long(), **types).logits
+                return logits[:, 0].float()
+            # Causal attention never looks ahead and positions count from the left: right padding needs no mask.
+            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()
+        head = self.head
+        raw = nn.functional.linear(last, head.weight.float(), None if head.bias is None else head.bias.float())
+        return (raw + self.bias)[:, 0]
+
+    def encode(self, prompt: Prompt, completion: str, *, ended: bool = True) -> Encoded:
+        """Ids of a prompt with its answer, however long."""
+        if not self.is_encoder:
+            return Encoded(self.format.pair_ids(prompt, completion, ended=ended))
+        tokens: Any = self.format.tokenizer(self.format.prompt_string(prompt), completion)
+        return Encoded(tokens["input_ids"], tokens.get("token_type_ids"))
+
+    def batch(self, sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Arguments of `forward` for these sequences: ids (B, T), lengths (B,), token types (B, T) or None."""
+        longest = max(len(sequence.ids) for sequence in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        types = None if sequences[0].types is None else torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+            if types is not None and sequence.types is not None:
+                types[row, : len(sequence.types)] = torch.tensor(sequence.types)
+        lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
+        on_device = None if types is None else types.to(self.device)
+        return ids.to(self.device), lengths.to(self.device), on_device
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        *,
+        ended: Sequence[bool] | None = None,
+        batch_size: int = 32,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[float]:
+        """Normalised rewards of N answers, in their order.
+
+        Args:
+            prompts: N prompts.
+            completions: N answers, as text: the policy's tokenizer may be another one.
+            ended: whether each answer ended of itself; None puts the end token behind all of them, as in training.
+            batch_size: answers scored at once; changes memory and speed only.
+            progress: called with the number of answers that were scored.
+
+        A text longer than the model reads loses the beginning of its prompt, with one warning.
+        """
+        finished = [True] * len(prompts) if ended is None else ended
+        encoded = [
+            self._fit(self.encode(prompt, completion, ended=end))
+            for prompt, completion, end in zip(prompts, completions, finished, strict=True)
+        ]
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
+        rewards = [0.0] * len(encoded)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            raw = self(*self.batch([encoded[row] for row in rows]))
+            for row, reward in zip(rows, self.normalise(raw).tolist(), strict=True):
+                rewards[row] = reward
+            if progress is not None:
+                progress(len(rows))
+        return rewards
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """(raw - mean) / std, the scale in which other stages read rewards."""
+        return (raw - self.mean) / self.std
+
+    def _fit(self, encoded: Encoded) -> Encoded:
+        if len(encoded.ids) <= self.room:
+            # Nothing at all (no prompt, no answer, no end token) still has to have a last token.
+            return encoded if encoded.ids else Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
+        if not self._warned:
+            warn(f"the reward model reads {self.room} tokens; longer texts lose the beginning of their prompt")
+            self._warned = True
+        # An encoder's first token is the one its pooled head reads.
+        front, surplus = int(self.is_encoder), len(encoded.ids) - self.room
+        types = None if encoded.types is None else encoded.types[:front] + encoded.types[front + surplus :]
+        return Encoded(encoded.ids[:front] + encoded.ids[front + surplus :], types)
+
+
+def new_scorer(
+    source: ModelSource,
+    *,
+    template: str | None,
+    lora: Mapping[str, Any] | None,
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+) -> Scorer:
+    """A scorer to train, from a language model, an encoder, or a reward model that keeps its head.
+
+    A new head is drawn from N(0, 1/(d + 1)) with bias 0 (Ziegler et al. 2019, via PPO's reference details).
+
+    Args:
+        source: the model to start from.
+        template: of prompts that are plain text, see `PromptFormat`.
+        lora: arguments of `add_lora` for the adapter to train; None trains all weights, in float32.
+        seed: of everything that is new.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        ModelError: see `load_shell`; also where `lora` names modules the model lacks, or where the start is an adapter.
+    """
+    if (card := read_card(Path(source.path))) is not None and card.adapter:
+        raise ModelError(
+            f"`{source.path}` is a reward model kept as an adapter on {card.base}, which is no model to start from",
+            hint="start from that base, or from a reward model that was trained with `adapter: none`",
+        )
+    with _seeded(seed, source.device):
+        shell = load_shell(source, dtype=None if lora else torch.float32)
+        head = head_of(shell.model, source.path)
+        if not shell.has_head:
+            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
+        if lora is not None:
+            add_lora(shell.model, **lora)
+            for parameter in head_parameters(shell.model, is_encoder=shell.is_encoder).values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+    if gradient_checkpointing:
+        shell.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Scorer(shell.model, _format(source, template, shell.is_encoder), source, is_encoder=shell.is_encoder)
+
+
+def load_scorer(source: ModelSource, *, template: str | None) -> Scorer:
+    """A trained scorer, frozen and in evaluation mode: our artefact, or any transformers classifier with one label.
+
+    Args:
+        source: folder or hub id, and how to hold it.
+        template: of prompts that are plain text, for a model that does not say; our artefacts say.
+
+    Raises:
+        ModelError: no reward model: several labels, no head, damaged files.
+    """
+    folder = Path(source.path)
+    card = read_card(folder)
+    if card is None:
+        shell = load_shell(source)
+        if not shell.has_head:
+            raise ModelError(
+                f"`{source.path}` has no reward head",
+                hint="give a reward model, such as what `rlhf train-rm` writes",
+            )
+        scorer = Scorer(shell.model, _format(source, template, shell.is_encoder), source, is_encoder=shell.is_encoder)
+        return scorer.requires_grad_(False).eval()
+    base = replace(source.at(card.base_path(folder)), revision=card.base_revision) if card.adapter else source
+    shell = load_shell(base)
+    scorer = Scorer(shell.model, _format(source, card.template, shell.is_encoder), base, is_encoder=shell.is_encoder)
+    scorer.mean, scorer.std = card.mean, card.std
+    if card.adapter:
+        load_adapter(shell.model, folder / ADAPTER_FOLDER)
+        load_head(scorer, folder)
+    return scorer.requires_grad_(False).eval()
+
+
+def save_scorer(scorer: Scorer, folder: Path, *, final: Path | None = None) -> None:
+    """Write the artefact of a scorer; `load_scorer` gives the same rewards.
+
+    Trained in full: a transformers classifier folder, which anyone's `AutoModelForSequenceClassification` reads. An
+    adapter: `adapter/` in PEFT's format and `head.safetensors`. Both with `reward.json` and the tokenizer.
+
+    Args:
+        scorer: what to write.
+        folder: an existing folder.
+        final: where the folder will be, if it is renamed afterwards; the adapter's base is named relative to it.
+    """
+    save_artefact(scorer, folder, final=final or folder)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _format(source: ModelSource, template: str | None, is_encoder: bool) -> PromptFormat:
+    return PromptFormat(load_tokenizer(source), template, name=f"`{source.path}`", is_encoder=is_encoder)
