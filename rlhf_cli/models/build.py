@@ -1,0 +1,128 @@
+"""A small model from nothing: a Llama-style transformer with random weights and a byte-level BPE tokenizer of its own.
+
+For trying the whole pipeline without a network or a GPU. It writes an ordinary Hugging Face folder, so every later stage treats
+it as any other model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.loading import quiet_libraries
+
+END, PADDING = "<|eos|>", "<|pad|>"
+
+
+def build_model(
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    feed_forward_size: int,
+    vocab_size: int,
+    context_length: int,
+    seed: int,
+) -> None:
+    """Write a new model with its tokenizer to `folder`; the same arguments write the same bytes.
+
+    The architecture is Llama's: RMSNorm before each part, rotary positions, SwiGLU, no biases. Input and output embeddings are
+    one matrix: with a vocabulary of thousands and a width of hundreds, two would be half of the model.
+
+    Args:
+        folder: made if absent.
+        texts: what the tokenizer learns its merges from.
+        hidden_size: width of the residual stream.
+        layers: transformer blocks.
+        heads: attention heads; divides `hidden_size` into parts of even size, as rotary positions need.
+        feed_forward_size: width inside the feed-forward part.
+        vocab_size: most tokens the tokenizer may hold, the 256 bytes and the 2 special ones included.
+        context_length: longest sequence in tokens.
+        seed: of the random weights.
+
+    Raises:
+        ModelError: sizes that make no transformer, or no text.
+    """
+    if hidden_size % heads or (hidden_size // heads) % 2:
+        raise ModelError(
+            f"`model.build`: {heads} heads cannot share a hidden size of {hidden_size}",
+            hint="heads must divide the hidden size into parts of even size, such as 4 heads for 128",
+        )
+    quiet_libraries()
+    tokenizer = train_tokenizer(texts, vocab_size=vocab_size, context_length=context_length)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=feed_forward_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Radford et al. 2019, section 2.2): no text is unknown, and decoding gives back every byte.
+
+    Args:
+        texts: what the merges are learned from.
+        vocab_size: most tokens, special ones included.
+        context_length: longest sequence, for the tokenizer's own checks.
+
+    Raises:
+        ModelError: `vocab_size` has no room for the bytes, or there is no text.
+    """
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    if vocab_size < smallest:
+        raise ModelError(
+            f"`model.build.vocab_size: {vocab_size}` is too small: bytes and special tokens alone are {smallest}",
+            hint="1024 suits a small corpus",
+        )
+    seen = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for text in texts:
+            seen += bool(text)
+            yield text
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise ModelError("cannot build a tokenizer: there is no text to learn it from")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=PADDING,
+        padding_side="right",
+        model_max_length=context_length,
+        clean_up_tokenization_spaces=False,
+    )
