@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["demonstration", "prompt", "preference", "ranking"]
@@ -24,17 +24,27 @@ Prompt = str | tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with the answer a model should give; plain text to learn from has the empty prompt."""
+    """A prompt with the answer a model should give; plain text to learn from has the empty prompt.
+
+    Attributes:
+        place: `file:line` it came from, for messages about it; no part of what it is.
+    """
 
     prompt: Prompt
     completion: str
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt to answer."""
+    """A prompt to answer.
+
+    Attributes:
+        place: `file:line` it came from.
+    """
 
     prompt: Prompt
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,16 @@ class Ranking:
         completions: K answers.
         tiers: indices into `completions`, each exactly once.
         margin: how much better the first tier is, where the labeller said so.
+        annotator: who ranked, where the file says so.
+        place: `file:line` it came from.
     """
 
     prompt: Prompt
     completions: tuple[str, ...]
     tiers: tuple[tuple[int, ...], ...]
     margin: float | None = None
+    annotator: str | None = None
+    place: str = field(default="", compare=False)
 
     def levels(self) -> list[int]:
         """Tier of each completion, 0 the best: (K,)."""

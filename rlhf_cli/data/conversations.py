@@ -1,0 +1,151 @@
+"""Conversations as files hold them: message lists, ShareGPT's `from`/`value`, and the transcripts of Anthropic's HH."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import NamedTuple
+
+from rlhf_cli.data.records import Message
+from rlhf_cli.data.rows import Row, listed, shown
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def text_of(row: Row, field: str, value: object) -> str:
+    """A value that has to be text a tokenizer can take."""
+    if value is None:
+        raise row.error(f"`{field}` is null; text is expected", f"give `{field}` a text, or leave the record out")
+    if not isinstance(value, str):
+        raise row.error(
+            f"`{field}` is {shown(value)}, {_type(value)}; text is expected", 'put text in double quotes: "…"'
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise row.error(
+            f"`{field}` holds half a surrogate pair, \\u{code:04x}, at character {error.start + 1}: {shown(value)}",
+            "the text was cut inside an emoji or similar; mend it where the file is written",
+        ) from error
+    return value
+
+
+def _type(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a value is meant as a list of messages."""
+    return isinstance(value, list)
+
+
+def messages_of(row: Row, field: str, value: object) -> tuple[tuple[Message, ...], bool]:
+    """Messages of a conversation, and whether they stood in ShareGPT's form."""
+    if value is None:
+        raise row.error(
+            f"`{field}` is null; a list of messages is expected", f"give `{field}` messages, or leave it out"
+        )
+    if not isinstance(value, list):
+        raise row.error(
+            f"`{field}` is {shown(value)}, {_type(value)}; a list of messages is expected",
+            '`[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]`',
+        )
+    if not value:
+        raise row.error(
+            f"`{field}` is [], an empty conversation", "give it at least one message, or leave the record out"
+        )
+    turns = [_message(row, f"{field}[{index}]", turn) for index, turn in enumerate(value)]
+    return tuple(turn for turn, _ in turns), any(foreign for _, foreign in turns)
+
+
+def _message(row: Row, field: str, value: object) -> tuple[Message, bool]:
+    if not isinstance(value, dict):
+        raise row.error(
+            f"`{field}` is {shown(value)}, which is no message", 'a message is `{"role": "user", "content": "…"}`'
+        )
+    foreign = "from" in value and "value" in value and "role" not in value
+    role_name, content_name = ("from", "value") if foreign else ("role", "content")
+    for name in (role_name, content_name):
+        if name not in value:
+            raise row.error(
+                f"`{field}` has no `{name}`: it has {listed(value)}", 'a message is `{"role": "user", "content": "…"}`'
+            )
+    role = text_of(row, f"{field}.{role_name}", value[role_name])
+    known = _SHAREGPT_ROLES.get(role.lower()) if foreign else (role if role in ROLES else None)
+    if known is None:
+        choices = sorted(_SHAREGPT_ROLES) if foreign else list(ROLES)
+        near = difflib.get_close_matches(role.lower(), choices, n=1)
+        raise row.error(
+            f"`{field}.{role_name}` is {shown(role)}"
+            + (f", did you mean `{near[0]}`?" if near else ", an unknown role"),
+            f"roles are {', '.join(choices)}",
+        )
+    return Message(known, text_of(row, f"{field}.{content_name}", value[content_name])), foreign
+
+
+def unusual_turns(messages: tuple[Message, ...]) -> str | None:
+    """What is unusual about the order of turns, if anything; whether it is allowed is the chat template's to say."""
+    roles = [message.role for message in messages if message.role not in ("system", "developer")]
+    if roles and roles[0] == "assistant":
+        return "begins with the assistant"
+    for before, after in zip(roles, roles[1:], strict=False):
+        if before == after and before != "tool":
+            return f"has two {before} turns in a row"
+    return None
+
+
+def is_transcript(text: str) -> bool:
+    """Whether text is a dialogue as Anthropic published HH: turns marked `Human:` and `Assistant:`."""
+    return ASSISTANT in text
+
+
+class Parted(NamedTuple):
+    """A transcript or text parted into what was asked and what was answered; joined they are the original."""
+
+    prompt: str
+    completion: str
+
+
+def part_transcript(text: str) -> Parted:
+    """Part a transcript behind its last `Assistant:`."""
+    at = text.rfind(ASSISTANT) + len(ASSISTANT)
+    return Parted(text[:at], text[at:])
+
+
+def part_common(first: str, second: str) -> tuple[Parted, Parted]:
+    """Part two texts where they begin to differ, moved back to the white space before it (as TRL does)."""
+    at, shortest = 0, min(len(first), len(second))
+    while at < shortest and first[at] == second[at]:
+        at += 1
+    while at > 0 and (at == shortest or not (first[at].isspace() and second[at].isspace())):
+        at -= 1
+        if first[at].isspace():
+            break
+    return Parted(first[:at], first[at:]), Parted(second[:at], second[at:])
+
+
+def decoded_cell(row: Row, field: str, value: object) -> object:
+    """A list that stands as JSON in a cell of a format that knows only text."""
+    if not row.is_text or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise row.error(
+            f"`{field}` is {shown(value)}, which is no JSON list",
+            "lists stand in CSV as JSON; JSONL is easier to write",
+        ) from error

@@ -1,0 +1,131 @@
+"""Names of fields: which a kind of record has, what a user's file may call them, and what a file looks like."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from rlhf_cli.data.records import Kind
+from rlhf_cli.data.rows import Row, listed
+from rlhf_cli.errors import DataError, UsageError
+
+FIELDS = (
+    "prompt",
+    "completion",
+    "messages",
+    "text",
+    "chosen",
+    "rejected",
+    "margin",
+    "completions",
+    "ranking",
+    "annotator",
+)
+"""Every field that means something; others are ignored."""
+
+FORMS: Mapping[Kind, str] = {
+    "demonstration": '{"prompt", "completion"}, {"messages"} or {"text"}',
+    "prompt": '{"prompt"} or {"messages"}',
+    "preference": '{"prompt", "chosen", "rejected"} or {"prompt", "completions", "ranking"}',
+    "ranking": '{"prompt", "completions", "ranking"} or {"prompt", "chosen", "rejected"}',
+}
+
+_OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("question", "query", "instruction", "input", "context", "source", "problem", "user"),
+    "completion": ("answer", "response", "output", "target", "solution", "reply", "summary", "assistant"),
+    "chosen": ("preferred", "better", "winner", "chosen_response", "response_chosen", "accepted", "positive"),
+    "rejected": ("dispreferred", "worse", "loser", "rejected_response", "response_rejected", "negative"),
+    "completions": ("responses", "answers", "candidates", "outputs", "replies"),
+    "ranking": ("ranks", "rankings", "order", "tiers"),
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "text": ("content", "document", "body"),
+}
+_CONVERSATION_FIELDS = ("conversations", "messages")  # ShareGPT writes the first
+
+
+def apply_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row under our names; `columns` maps ours to the file's. A mapping whose column a row lacks changes nothing."""
+    fields = dict(row.fields)
+    for ours, theirs in columns.items():
+        if theirs in row.fields:
+            fields[ours] = row.fields[theirs]
+    return Row(row.place, fields, row.is_text)
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise `UsageError` where a mapping names a field of ours that does not exist."""
+    for ours in columns:
+        if ours not in FIELDS:
+            near = difflib.get_close_matches(ours, FIELDS, n=1)
+            raise UsageError(
+                f"`data.columns` maps `{ours}`, which is no field of a record"
+                + (f", did you mean `{near[0]}`?" if near else ""),
+                hint=f"it reads {{ours: yours}}, where ours is one of {', '.join(FIELDS)}",
+            )
+
+
+def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Mapping[str, str]) -> DataError:
+    """The error for a row without fields it needs: says what it has, what it looks like, and how to map its columns."""
+    names = " and ".join(f"`{name}`" for name in lacking)
+    verb = "is" if len(lacking) == 1 else "are"
+    unmapped = [f"`data.columns` maps `{o}` to `{columns[o]}`, which is not there" for o in lacking if o in columns]
+    message = "; ".join([f"{names} {verb} missing; the row has {listed(row.fields)}", *unmapped])
+    if hint := _mapping_hint(row, kind, lacking):
+        return row.error(message, hint)
+    if look := looks_like(row.fields):
+        return row.error(f"{message}: it looks like {look}, and {_article(kind)} is expected", _elsewhere(look, kind))
+    return row.error(message, f"{_article(kind)} record has the fields {FORMS[kind]}")
+
+
+def _article(kind: Kind) -> str:
+    return f"a {kind}"
+
+
+def _mapping_hint(row: Row, kind: Kind, lacking: tuple[str, ...]) -> str | None:
+    """`--set data.columns=...` where other names for all that is missing are at hand."""
+    wanted = [*lacking, *(("prompt",) if "prompt" not in row.fields and "prompt" not in lacking else ())]
+    if kind in ("preference", "ranking") and "completions" in lacking and "chosen" not in row.fields:
+        pair = {name: _other_name(row.fields, name) for name in ("chosen", "rejected")}
+        if all(pair.values()):
+            wanted = [*(("prompt",) if "prompt" not in row.fields else ()), "chosen", "rejected"]
+    found = {name: _other_name(row.fields, name) for name in wanted}
+    if not all(found[name] for name in lacking if name in found) or not any(found.values()):
+        return None
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items() if theirs)
+    return f"if these are the same under other names: `--set 'data.columns={{{pairs}}}'`"
+
+
+def _other_name(fields: Mapping[str, object], ours: str) -> str | None:
+    lowered = {name.strip().lower(): name for name in fields if isinstance(name, str)}
+    for candidate in (ours, *_OTHER_NAMES.get(ours, ())):
+        if candidate in lowered and lowered[candidate] != ours:
+            return lowered[candidate]
+    near = difflib.get_close_matches(ours, [name for name in lowered if name not in FIELDS], n=1, cutoff=0.8)
+    return lowered[near[0]] if near else None
+
+
+def looks_like(fields: Mapping[str, object]) -> str | None:
+    """What a row seems to be, for messages."""
+    if {"chosen", "rejected"} <= fields.keys():
+        return "a preference"
+    if {"completions", "ranking"} <= fields.keys():
+        return "a ranking"
+    if any(name in fields for name in _CONVERSATION_FIELDS):
+        return "a demonstration (a conversation)"
+    if {"prompt", "completion"} <= fields.keys():
+        return "a demonstration"
+    if "text" in fields:
+        return "a demonstration (plain text)"
+    if "prompt" in fields:
+        return "a prompt without an answer"
+    return None
+
+
+def _elsewhere(look: str, kind: Kind) -> str:
+    """Where a file of that look belongs."""
+    if look.startswith(("a preference", "a ranking")):
+        extra = ", or learn from the better answers with `--set 'data.columns={completion: chosen}'`"
+        return f"give it to `train-rm`{extra if kind == 'demonstration' and look == 'a preference' else ''}"
+    if look.startswith("a demonstration"):
+        return f"give it to `sft`; {_article(kind)} record has the fields {FORMS[kind]}"
+    return f"prompts alone are for `label`, `ppo` and `evaluate`; {_article(kind)} record has the fields {FORMS[kind]}"

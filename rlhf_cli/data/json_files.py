@@ -1,0 +1,248 @@
+"""JSON lines and JSON arrays, record by record, in memory bounded by the longest record."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from rlhf_cli.data.rows import Row, printable, shown
+from rlhf_cli.data.text_files import MAX_RECORD_BYTES, numbered_lines, opened, text_chunks
+from rlhf_cli.errors import DataError
+
+_JSON_SPACE = " \t\r\n"
+
+
+class _NotFiniteError(ValueError):
+    pass
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _NotFiniteError(name)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return fields
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
+_lenient_decoder = json.JSONDecoder()
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """Records of a file of JSON lines, or of one JSON array; the first character tells them apart, not the name."""
+    with opened(path) as file:
+        is_array = _starts_array(file.read(4096))
+    if is_array:
+        yield from _array_rows(path)
+    else:
+        yield from _line_rows(path)
+
+
+def _starts_array(beginning: bytes) -> bool:
+    return beginning.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"[")
+
+
+def _line_rows(path: Path) -> Iterator[Row]:
+    with opened(path) as file:
+        for number, line in numbered_lines(path, file):
+            text = line.strip(_JSON_SPACE)
+            if not text:
+                continue
+            place = f"{path}:{number}"
+            indent = len(line) - len(line.lstrip(_JSON_SPACE))
+            value = _decoded(place, text, indent)
+            yield Row(place, _as_object(place, value))
+
+
+def _decoded(place: str, text: str, indent: int) -> object:
+    try:
+        return _decoder.decode(text)
+    except ValueError as error:
+        raise _explained(place, text, error, column_of=lambda at: at + indent + 1) from error
+    except RecursionError as error:
+        raise DataError(f"{place}: the JSON is nested too deeply") from error
+
+
+def _as_object(place: str, value: object) -> dict[str, object]:
+    if isinstance(value, dict):
+        return value
+    raise DataError(
+        f"{place}: a bare {shown(value)} is no record; an object with fields is expected",
+        hint='one `{"field": "text", ...}` a line, or one array of them',
+    )
+
+
+def _explained(place: str, text: str, error: ValueError, column_of) -> DataError:
+    """The error of the decoder with what is probably wrong and how to mend it."""
+    if isinstance(error, _NotFiniteError):
+        field = _field_not_finite(text)
+        return DataError(
+            f"{place}: {f'`{printable(field)}` is ' if field else ''}{error}, which is no JSON value",
+            hint="give a finite number, or leave the field out",
+        )
+    if isinstance(error, _RepeatedKeyError):
+        return DataError(f"{place}: the field {shown(str(error))} stands twice in one record", hint="keep one of them")
+    if not isinstance(error, json.JSONDecodeError):
+        return DataError(f"{place}: not JSON: {error}")
+    column, rest = column_of(error.pos), text[error.pos :]
+    quote = re.match(r"\s*('|None\b|True\b|False\b)", rest)
+    if quote:
+        what = "single quotes" if quote[1] == "'" else f"`{quote[1]}`"
+        return DataError(
+            f"{place}: not JSON: {what} at column {column} ({shown(text[:80], 40)})",
+            hint="this is Python's notation; write the file with `json.dumps`, which uses double quotes, null, true, false",
+        )
+    if text == "{" or (text.startswith("{") and error.pos >= len(text.rstrip())) or "Unterminated string" in error.msg:
+        return DataError(
+            f"{place}: the record ends in the middle, at column {column}: truncated?",
+            hint="one whole record a line is expected (or one JSON array); if the file was cut off, copy it again or "
+            "delete the last line",
+        )
+    return DataError(
+        f"{place}: not JSON at column {column}: {error.msg[:1].lower()}{error.msg[1:]}, found {shown(rest[:40], 30)}",
+        hint="mend the line by hand, or write the file with a JSON library",
+    )
+
+
+def _field_not_finite(text: str) -> str | None:
+    """Name of the first field of a record whose value is NaN or infinite, wherever in it."""
+
+    def has_it(value: object) -> bool:
+        if isinstance(value, dict | list):
+            return any(map(has_it, value.values() if isinstance(value, dict) else value))
+        return isinstance(value, float) and not math.isfinite(value)
+
+    try:
+        value, _ = _lenient_decoder.raw_decode(text)
+    except ValueError:
+        return None  # the rest is broken too; the message then says only what was met first
+    return next((name for name, held in value.items() if has_it(held)), None) if isinstance(value, dict) else None
+
+
+class _Window:
+    """The part of a text that is being decoded; forgets what is done and knows line and column."""
+
+    def __init__(self, path: Path, chunks: Iterator[str]) -> None:
+        self.path, self._chunks = path, chunks
+        self.text, self.at, self.line = "", 0, 1
+        self._columns_gone = 0
+        self.ended = False
+
+    def more(self) -> bool:
+        """Append at least as much as is held, so that a long record is decoded only a few times over."""
+        newline = self.text.rfind("\n", 0, self.at)
+        self._columns_gone = self.at + self._columns_gone if newline < 0 else self.at - newline - 1
+        held = self.text[self.at :]
+        if len(held) > MAX_RECORD_BYTES:
+            raise DataError(f"{self.place()}: the record is longer than {MAX_RECORD_BYTES >> 20} MiB, or never ends")
+        pieces, size = [held], 0
+        while size <= len(held) and not self.ended:
+            piece = next(self._chunks, "")
+            self.ended = not piece
+            pieces.append(piece)
+            size += len(piece)
+        self.text, self.at = "".join(pieces), 0
+        return size > 0
+
+    def place(self, at: int | None = None) -> str:
+        return f"{self.path}:{self.line + self.text.count(chr(10), self.at, self.at if at is None else at)}"
+
+    def column(self, at: int) -> int:
+        newline = self.text.rfind("\n", 0, at)
+        return at + self._columns_gone + 1 if newline < 0 else at - newline
+
+    def move(self, to: int) -> None:
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def next_character(self) -> str:
+        """The next character that is no white space, still to be read; empty at the end."""
+        while True:
+            to = self.at
+            while to < len(self.text) and self.text[to] in _JSON_SPACE:
+                to += 1
+            self.move(to)
+            if to < len(self.text):
+                return self.text[to]
+            if not self.more():
+                return ""
+
+
+def _array_rows(path: Path) -> Iterator[Row]:
+    with opened(path) as file:
+        window = _Window(path, text_chunks(path, file))
+        window.next_character()
+        window.move(window.at + 1)
+        if window.next_character() != "]":
+            while True:
+                place = window.place()
+                yield Row(place, _as_object(place, _next_value(window)))
+                if not _another(window):
+                    break
+        window.move(window.at + 1)
+        if window.next_character():
+            raise DataError(
+                f"{window.place()}: something follows the end of the array: {shown(window.text[window.at :][:40], 30)}",
+                hint="one array a file, or one object a line",
+            )
+
+
+def _another(window: _Window) -> bool:
+    """Whether a comma and another record follow, rather than the end of the array."""
+    character = window.next_character()
+    if character == ",":
+        window.move(window.at + 1)
+        if window.next_character() == "]":
+            raise DataError(f"{window.place()}: not JSON: a comma before the end of the array", hint="delete the comma")
+        return True
+    if character == "]":
+        return False
+    if not character:
+        raise DataError(f"{window.place()}: the array ends before its `]`: truncated?", hint="copy the file again")
+    raise DataError(
+        f"{window.place()}: not JSON at column {window.column(window.at)}: expecting `,` between two records, found "
+        f"{shown(window.text[window.at :][:40], 30)}",
+        hint="records of an array are separated by commas",
+    )
+
+
+def _next_value(window: _Window) -> object:
+    if not window.next_character():
+        raise DataError(f"{window.place()}: the array ends before its `]`: truncated?", hint="copy the file again")
+    while True:
+        try:
+            value, end = _decoder.raw_decode(window.text, window.at)
+        except ValueError as error:
+            if _may_be_cut(window, error) and window.more():
+                continue
+            at = error.pos if isinstance(error, json.JSONDecodeError) else window.at
+            shifted = window.text[window.at :]
+            if isinstance(error, json.JSONDecodeError):
+                error = json.JSONDecodeError(error.msg, shifted, at - window.at)
+            raise _explained(window.place(at), shifted, error, lambda i: window.column(i + window.at)) from error
+        except RecursionError as error:
+            raise DataError(f"{window.place()}: the JSON is nested too deeply") from error
+        if end == len(window.text) and not window.ended and window.more():
+            continue  # a number may go on in the next piece
+        window.move(end)
+        return value
+
+
+def _may_be_cut(window: _Window, error: ValueError) -> bool:
+    """Whether the window's end, and not the text, may be what broke the record."""
+    if window.ended or not isinstance(error, json.JSONDecodeError):
+        return False
+    longest_token = 16  # an escape or a literal cut in two
+    return "Unterminated string" in error.msg or error.pos >= len(window.text) - longest_token

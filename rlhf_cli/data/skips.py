@@ -1,0 +1,95 @@
+"""Records that are left out: counted by reason, written down, and too many of them end the run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rlhf_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One record that is left out.
+
+    Attributes:
+        place: `file:line`.
+        reason: short and the same for all records of its sort, since skips are counted by it.
+        excerpt: beginning of the record, to recognise it by.
+    """
+
+    place: str
+    reason: str
+    excerpt: str
+
+
+class SkipLog:
+    """All records left out of one source.
+
+    Args:
+        keep: how many are remembered with their place; all are counted. None remembers all.
+    """
+
+    def __init__(self, keep: int | None = None) -> None:
+        self._keep = keep
+        self._skips: list[Skip] = []
+        self._counts: Counter[str] = Counter()
+
+    def add(self, skip: Skip) -> None:
+        """Count one more."""
+        self._counts[skip.reason] += 1
+        if self._keep is None or len(self._skips) < self._keep:
+            self._skips.append(skip)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Reason -> records, the most frequent reason first."""
+        return dict(self._counts.most_common())
+
+    @property
+    def total(self) -> int:
+        """Records left out."""
+        return self._counts.total()
+
+    def __iter__(self):
+        return iter(self._skips)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def write(self, path: Path) -> None:
+        """Write the remembered skips as JSON lines: `place`, `reason`, `excerpt`."""
+        with path.open("w", encoding="utf-8") as file:
+            for skip in self._skips:
+                file.write(json.dumps(asdict(skip), ensure_ascii=False) + "\n")
+
+    def check(self, total: int, max_skip: float, source: str) -> None:
+        """Raise `DataError` when too many records are left out, or all of them.
+
+        Args:
+            total: records seen, those left out included.
+            max_skip: largest share that may be left out.
+            source: for the message.
+        """
+        if not self.total or (self.total < total and self.total <= max_skip * total):
+            return
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
+        first = f"; the first is {self._skips[0].place}" if self._skips else ""
+        share = self.total / total
+        if self.total >= total:
+            raise DataError(
+                f"{source}: none of its {total:,} records can be used ({reasons}){first}",
+                hint="mend the records, or check that this is the file you meant",
+            )
+        raise DataError(
+            f"{source}: {self.total:,} of {total:,} records ({share:.2%}) would be skipped, more than "
+            f"`data.max_skip: {max_skip:g}` ({reasons}){first}",
+            hint=f"mend the records, or allow more with `--set data.max_skip={_round_up(share):g}`",
+        )
+
+
+def _round_up(share: float) -> float:
+    """The share in whole per cent, never below itself."""
+    return min(1.0, (int(share * 100) + 1) / 100)

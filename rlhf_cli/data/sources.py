@@ -1,0 +1,135 @@
+"""What the rest of the package calls: records of a source, streamed, read whole, or only validated.
+
+A source is a file, a folder of files, or a hub data set; a kind says which records it should hold. Errors (`DataError`)
+name `file:line`; records that are left out are counted; what deserves a warning is returned, never printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import cast
+
+from rlhf_cli.data.checks import PromptSet, RankingChecks, latest_annotations, overlap_warning
+from rlhf_cli.data.origins import rows_of, source_digest
+from rlhf_cli.data.parsing import Remarks, RowParser, SkipRecordError
+from rlhf_cli.data.records import Kind, Ranking, Record
+from rlhf_cli.data.skips import Skip, SkipLog
+
+__all__ = [
+    "LoadedRecords",
+    "Skip",
+    "SkipLog",
+    "ValidationReport",
+    "iter_records",
+    "overlap_warning",
+    "read_records",
+    "source_digest",
+    "validate_source",
+]
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+_SKIPS_KEPT = 1_000
+
+
+@dataclass(frozen=True)
+class LoadedRecords:
+    """All records of a source.
+
+    Attributes:
+        records: in the order of the source.
+        skips: those left out; stages add what does not fit their model.
+        warnings: one line each, for `progress.warn`.
+        total: records seen, those left out included.
+    """
+
+    records: list
+    skips: SkipLog
+    warnings: list[str]
+    total: int
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What a source holds, found out without keeping it.
+
+    Attributes:
+        records: that can be used.
+        skips: counts by reason, and the first 1,000 of them.
+        warnings: one line each.
+        prompts: hashes of all prompts, for `overlap_warning`.
+    """
+
+    records: int
+    skips: SkipLog
+    warnings: list[str]
+    prompts: PromptSet
+
+
+def iter_records(
+    source: str,
+    kind: Kind,
+    *,
+    columns: Mapping[str, str] = _NONE,
+    on_skip: Callable[[Skip], None],
+    remarks: Remarks | None = None,
+) -> Iterator[Record]:
+    """Records one by one, in memory bounded by the longest of them.
+
+    Args:
+        source: file, folder or hub data set.
+        kind: "preference" and "ranking" both yield `Ranking`, from either form of file.
+        columns: our field -> the file's.
+        on_skip: is told of each record left out.
+        remarks: collects what deserves a warning.
+
+    Raises:
+        DataError: the source cannot be read, or a record is wrong.
+        UsageError: `columns` names a field that no record has.
+    """
+    parser = RowParser(kind, columns, Remarks() if remarks is None else remarks)
+    for row in rows_of(source):
+        try:
+            yield parser.parse(row)
+        except SkipRecordError as skip:
+            on_skip(Skip(row.place, skip.reason, row.excerpt()))
+
+
+def read_records(
+    source: str, kind: Kind, *, columns: Mapping[str, str] = _NONE, max_skip: float = 0.01
+) -> LoadedRecords:
+    """All records. Of rankings of the same completions by one annotator only the latest is kept.
+
+    Raises:
+        DataError: as `iter_records`, or more than `max_skip` of the records are left out.
+    """
+    skips, remarks, checks = SkipLog(), Remarks(), RankingChecks()
+    records = list(iter_records(source, kind, columns=columns, on_skip=skips.add, remarks=remarks))
+    total = len(records) + skips.total
+    skips.check(total, max_skip, source)
+    for record in records:
+        if isinstance(record, Ranking):
+            checks.add(record)
+    if checks.repeats:
+        records = latest_annotations(cast(list[Ranking], records))
+    return LoadedRecords(records, skips, remarks.warnings(source) + checks.warnings(source), total)
+
+
+def validate_source(
+    source: str, kind: Kind, *, columns: Mapping[str, str] = _NONE, max_skip: float = 0.01
+) -> ValidationReport:
+    """Read a source through and keep nothing but hashes: eight bytes a prompt and a ranked pair.
+
+    Raises:
+        DataError: as `read_records`.
+    """
+    skips, remarks, checks, prompts = SkipLog(keep=_SKIPS_KEPT), Remarks(), RankingChecks(), PromptSet()
+    count = 0
+    for record in iter_records(source, kind, columns=columns, on_skip=skips.add, remarks=remarks):
+        count += 1
+        prompts.add(record)
+        if isinstance(record, Ranking):
+            checks.add(record)
+    skips.check(count + skips.total, max_skip, source)
+    return ValidationReport(count - checks.repeats, skips, remarks.warnings(source) + checks.warnings(source), prompts)

@@ -1,0 +1,199 @@
+"""CSV and Parquet, row by row, in memory bounded by a row or a row group."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from rlhf_cli.data.rows import Row, listed, shown
+from rlhf_cli.data.text_files import MAX_RECORD_BYTES, numbered_lines, opened
+from rlhf_cli.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS_AT_ONCE = 256
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """Rows of a CSV file (RFC 4180: commas, double quotes, a header); numbered by the line they begin on."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    with opened(path) as file:
+        lines = _Remembered(numbered_lines(path, file))
+        reader = csv.reader(lines, strict=True)
+        header: list[str] | None = None
+        while True:
+            start = lines.begin_record()
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise _broken_csv(path, start, lines.record, error) from error
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if header is None:
+                header = _checked_header(path, start, cells)
+            elif len(cells) != len(header):
+                raise _wrong_width(path, start, cells, header)
+            else:
+                yield Row(f"{path}:{start}", dict(zip(header, cells, strict=True)), is_text=True)
+
+
+class _Remembered:
+    """Passes lines on and keeps those of the record being read, to say where its quote began."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
+        self._lines = lines
+        self._last = 0
+        self.record: deque[str] = deque()
+        self._size = 0
+
+    def begin_record(self) -> int:
+        self.record.clear()
+        self._size = 0
+        return self._last + 1
+
+    def __iter__(self) -> _Remembered:
+        return self
+
+    def __next__(self) -> str:
+        self._last, line = next(self._lines)
+        self.record.append(line)
+        self._size += len(line)
+        if self._size > MAX_RECORD_BYTES:
+            raise csv.Error(f"a record is longer than {MAX_RECORD_BYTES >> 20} MiB")
+        return line
+
+
+def _checked_header(path: Path, start: int, names: list[str]) -> list[str]:
+    if len(names) == 1:
+        for delimiter, name in ((";", "`;`"), ("\t", "a tab"), ("|", "`|`")):
+            if delimiter in names[0]:
+                raise DataError(
+                    f"{path}:{start}: the header is one column, {shown(names[0])}: is the delimiter {name}?",
+                    hint="fields are separated by commas here; save the file so, or as JSONL",
+                )
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}:{start}: the column {shown(name)} stands twice", hint="rename one of them")
+    return names
+
+
+def _wrong_width(path: Path, start: int, cells: list[str], header: list[str]) -> DataError:
+    return DataError(
+        f"{path}:{start}: {len(cells)} fields where the header has {len(header)} ({listed(header)}); the row begins "
+        f"{shown(cells[0])}",
+        hint='text that holds a comma, a quote or a line end stands in double quotes, and a quote in it is written `""`',
+    )
+
+
+def _broken_csv(path: Path, start: int, record: deque[str], error: csv.Error) -> DataError:
+    opened_at = _line_of_open_quote(record)
+    if opened_at is not None:
+        return DataError(
+            f"{path}:{start + opened_at}: a quote opens on this line and is not closed where a field can end ({error}): "
+            f"{shown(record[opened_at].strip(), 40)}",
+            hint='close it; a quote inside a quoted field is written `""`',
+        )
+    return DataError(f"{path}:{start}: not CSV: {error}", hint="save the file as CSV with commas, or as JSONL")
+
+
+def _line_of_open_quote(record: deque[str]) -> int | None:
+    """Index of the line on which the last quoted field of a broken record begins, or None if none is to blame."""
+    inside, opened_at, at_field_start = False, None, True
+    for index, line in enumerate(record):
+        position = 0
+        while position < len(line):
+            character = line[position]
+            if inside:
+                if character == '"' and line[position + 1 : position + 2] == '"':
+                    position += 1
+                elif character == '"':
+                    inside = False
+                    if line[position + 1 : position + 2] not in (",", "\r", "\n", ""):
+                        return opened_at
+            elif character == '"' and at_field_start:
+                inside, opened_at = True, index
+            at_field_start = not inside and character in ",\r\n"
+            position += 1
+    return opened_at if inside else None
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet file, numbered `row N` from 1; a gzipped one is unpacked to a temporary file first."""
+    with opened(path) as file, _seekable(file) as parquet:
+        yield from _parquet_rows(path, parquet)
+
+
+class _seekable:  # noqa: N801  (a context manager used like a function)
+    """The file itself, or a temporary copy where it cannot seek cheaply (gzip)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._copy = None
+
+    def __enter__(self) -> BinaryIO:
+        import gzip
+
+        if not isinstance(self._file, gzip.GzipFile):
+            return self._file
+        self._copy = tempfile.TemporaryFile()
+        shutil.copyfileobj(self._file, self._copy)
+        self._copy.seek(0)
+        return self._copy  # type: ignore[return-value]
+
+    def __exit__(self, *_: object) -> None:
+        if self._copy is not None:
+            self._copy.close()
+
+
+def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        parquet = pq.ParquetFile(file)
+        names = [field.name for field in parquet.schema_arrow if _is_plain(field.type)]
+        for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}:row {number}", fields)
+    except (pa.ArrowException, OSError) as error:
+        where = f"{path}:row {number + 1}" if number else str(path)
+        raise DataError(
+            f"{where}: not Parquet, or truncated: {_first_sentence(error)}",
+            hint="copy or download the file again; `python -m pyarrow.parquet` or `parquet-tools` can check it",
+        ) from error
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether a column can hold text, numbers or lists of them: images, times and extension types are not read."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_plain(kind.value_type)
+    if types.is_struct(kind):
+        return all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
+    tests: tuple[Callable[[pa.DataType], bool], ...] = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_boolean,
+        types.is_integer,
+        types.is_floating,
+        types.is_null,
+    )
+    return any(test(kind) for test in tests)
+
+
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
