@@ -1,0 +1,119 @@
+"""Losses of a reward model on ranked answers: all pairs of a group, or the likelihood of the whole order.
+
+Answers lie flat, N of them, each with the number of its group (its prompt), so groups may differ in size and nothing is
+padded. Every function gives one loss a group: the mean over the groups of an optimiser step is then the same however
+the step was split into micro-batches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pairwise_ranking_loss(rewards: Tensor, levels: Tensor, groups: Tensor, margins: Tensor | None = None) -> Tensor:
+    """-1/C(K,2) sum over pairs of log sigmoid(r_w - r_l) of each group (Ouyang et al. 2022, InstructGPT, eq. 1).
+
+    A tie has no better answer; its loss is the cross-entropy of sigmoid(r_i - r_j) with 1/2, as a draw counts in Elo
+    ratings: -(log sigmoid(d) + log sigmoid(-d)) / 2, least where the rewards are equal. Ties count among the C(K,2).
+
+    Args:
+        rewards: (N,) carries gradient.
+        levels: (N,) tier of each answer within its group, 0 the best; equal levels are a tie.
+        groups: (N,) group of each answer, 0 to G - 1; every group has at least two answers.
+        margins: (G,) how much better the best tier is than the rest; subtracted inside the sigmoid (Touvron et al.
+            2023, Llama 2, eq. 2) in the pairs that a best answer wins. None is no margin.
+
+    Returns:
+        (G,) loss of each group, in nats.
+    """
+    first, second = pairs_of(groups)
+    better = torch.where(levels[first] <= levels[second], first, second)
+    worse = first + second - better
+    difference = rewards[better] - rewards[worse]
+    is_tie = levels[first] == levels[second]
+    if margins is not None:
+        has_margin = (levels[better] == 0) & ~is_tie
+        difference = difference - torch.where(has_margin, margins[groups[better]], 0.0)
+    won, lost = F.logsigmoid(difference), F.logsigmoid(-difference)
+    losses = torch.where(is_tie, -(won + lost) / 2, -won)
+    count = int(groups.max()) + 1
+    sums = torch.zeros(count, dtype=losses.dtype, device=losses.device).index_add(0, groups[first], losses)
+    return sums / torch.bincount(groups[first], minlength=count)
+
+
+def pairs_of(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """All unordered pairs of answers that share a group.
+
+    Args:
+        groups: (N,).
+
+    Returns:
+        Two (P,) index tensors, the first index below the second.
+    """
+    is_pair = (groups.unsqueeze(1) == groups.unsqueeze(0)).triu(diagonal=1)
+    first, second = is_pair.nonzero(as_tuple=True)
+    return first, second
+
+
+def plackett_luce_loss(rewards: Tensor, levels: Tensor, groups: Tensor) -> Tensor:
+    """-log P(the tiers in this order) of each group under Plackett-Luce (Plackett 1975; Luce 1959).
+
+    Rewards are log-strengths: a full order is drawn one answer at a time, each with probability exp(r_i) over the sum of
+    exp(r_j) of what remains. The probability of tiers is exact: the sum over all full orders that keep the tiers apart,
+    any order within a tier ("average" or Breslow-type formulas only approximate it). A group whose answers are all
+    tied has probability 1 and loss 0: such a label says nothing here, where the pairwise loss pulls the rewards
+    together. With two answers and no tie this is the pairwise loss. It is not divided by K, so it grows with K.
+
+    Args:
+        rewards: (N,) carries gradient.
+        levels: (N,) tier of each answer within its group, 0 the best.
+        groups: (N,) group of each answer, 0 to G - 1. A tier holds at most 16 answers; its cost grows as 2^size.
+
+    Returns:
+        (G,) loss of each group, in nats.
+    """
+    return torch.stack(
+        [
+            -_order_log_likelihood(rewards[groups == group], levels[groups == group])
+            for group in range(int(groups.max()) + 1)
+        ]
+    )
+
+
+def _order_log_likelihood(rewards: Tensor, levels: Tensor) -> Tensor:
+    total = rewards.new_zeros(())
+    for level in levels.unique(sorted=True)[:-1]:  # the last tier is what is left, with certainty
+        total = total + _tier_log_likelihood(rewards[levels == level], rewards[levels > level])
+    return total
+
+
+def _tier_log_likelihood(tier: Tensor, rest: Tensor) -> Tensor:
+    """log P(all of `tier` is drawn before any of `rest`), by dynamic programming over the subsets drawn so far.
+
+    f(A) = log P(the first |A| draws are A) = logsumexp over i in A of f(A - i) + r_i - logsumexp(all but A - i).
+
+    Args:
+        tier: (m,) log-strengths.
+        rest: (n,) log-strengths, n at least 1.
+    """
+    size = len(tier)
+    rest_mass = torch.logsumexp(rest, dim=0)
+    subsets = torch.arange(2**size, device=tier.device)
+    is_drawn = (subsets.unsqueeze(1) >> torch.arange(size, device=tier.device)) & 1 == 1
+    # Log of the strength still in the urn once a subset is drawn: (2^m,). The rest keeps every row finite.
+    undrawn = tier.expand_as(is_drawn).masked_fill(is_drawn, -torch.inf)
+    in_urn = torch.cat([undrawn, rest_mass.expand(2**size, 1)], dim=1).logsumexp(dim=1)
+    sizes = is_drawn.sum(dim=1)
+    ways = tier.new_zeros(1)  # f of the subsets of the current size, in the order of their numbers
+    before = subsets[sizes == 0]
+    for drawn in range(1, size + 1):
+        current = subsets[sizes == drawn]
+        # Every subset of this size comes from `drawn` smaller ones, by whichever member was drawn last: (S, drawn).
+        members = is_drawn[current].nonzero()[:, 1].view(len(current), drawn)
+        smaller = current.unsqueeze(1) - (1 << members)
+        position = torch.searchsorted(before, smaller)
+        ways = (ways[position] + tier[members] - in_urn[smaller]).logsumexp(dim=1)
+        before = current
+    return ways[0]
