@@ -56,13 +56,13 @@ class RankingChecks:
         found = []
         if count := self.contradictions():
             found.append(
-                f"{source}: {count:,} pair{'s' if count > 1 else ''} of completions ranked both ways (a > b and b > a) for "
-                "the same prompt; all verdicts are kept"
+                f"{source}: {count:,} pair{'s' if count > 1 else ''} of completions ranked both ways (a > b and b > a) "
+                "for the same prompt; all verdicts are kept"
             )
         if self.repeats:
             found.append(
-                f"{source}: {self.repeats:,} record{'s' if self.repeats > 1 else ''} by an annotator who ranked the same "
-                "completions again later; the latest is used"
+                f"{source}: {self.repeats:,} record{'s' if self.repeats > 1 else ''} by an annotator who ranked the "
+                "same completions again later; the latest is used"
             )
         return found
 

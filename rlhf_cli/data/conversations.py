@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ def unusual_turns(messages: tuple[Message, ...]) -> str | None:
     roles = [message.role for message in messages if message.role not in ("system", "developer")]
     if roles and roles[0] == "assistant":
         return "begins with the assistant"
-    for before, after in zip(roles, roles[1:], strict=False):
+    for before, after in itertools.pairwise(roles):
         if before == after and before != "tool":
             return f"has two {before} turns in a row"
     return None

@@ -44,7 +44,7 @@ _CONVERSATION_FIELDS = ("conversations", "messages")  # ShareGPT writes the firs
 
 
 def apply_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names; `columns` maps ours to the file's. A mapping whose column a row lacks changes nothing."""
+    """The row under our names; `columns` maps ours to the file's. One whose column a row lacks changes nothing."""
     fields = dict(row.fields)
     for ours, theirs in columns.items():
         if theirs in row.fields:

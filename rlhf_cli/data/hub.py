@@ -45,17 +45,18 @@ def hub_rows(source: HubSource) -> Iterator[Row]:
     """
     import datasets
     import pyarrow as pa
+    from datasets.exceptions import DatasetsError
 
     if not interactive():
         datasets.disable_progress_bars()
     try:
         loaded = datasets.load_dataset(source.id, source.config, revision=source.revision, split=source.split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
+    except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
         raise _failed(source, error) from error
     if not len(loaded):
         raise DataError(f"{source}: holds no records")
     for number, fields in enumerate(loaded, start=1):
-        yield Row(f"{source}:row {number}", fields)
+        yield Row(f"{source}:row {number}", dict(fields))
 
 
 def _failed(source: HubSource, error: Exception) -> DataError:

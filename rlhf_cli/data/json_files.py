@@ -102,7 +102,7 @@ def _explained(place: str, text: str, error: ValueError, column_of) -> DataError
         what = "single quotes" if quote[1] == "'" else f"`{quote[1]}`"
         return DataError(
             f"{place}: not JSON: {what} at column {column} ({shown(text[:80], 40)})",
-            hint="this is Python's notation; write the file with `json.dumps`, which uses double quotes, null, true, false",
+            hint="this is Python's notation; write the file with `json.dumps`: double quotes, null, true, false",
         )
     if text == "{" or (text.startswith("{") and error.pos >= len(text.rstrip())) or "Unterminated string" in error.msg:
         return DataError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 from rlhf_cli.data.conversations import (
@@ -19,51 +17,21 @@ from rlhf_cli.data.conversations import (
 )
 from rlhf_cli.data.fields import apply_columns, check_columns, missing
 from rlhf_cli.data.records import Demonstration, Kind, Message, Prompt, PromptRecord, Ranking, Record
+from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.rows import Row, shown
-
-EMPTY, BLANK = "empty completion", "completion of white space only"
-EQUAL = "chosen equal to rejected"
-EQUAL_RANKED = "the same completion in two tiers"
-NO_ANSWER = "no assistant turn"
-PROMPTS_DIFFER = "chosen and rejected differ before the last reply"
-GOES_ON = "transcript does not end with a reply"
-
-_REMARKS = {
-    "empty prompt": "have an empty prompt",
-    "sharegpt": "were in ShareGPT form (`from`, `value`) and were converted to `role`, `content`",
-    "after answer": "go on after the last assistant turn; what follows it is not used",
-    "answer dropped": "end with an answer, which is no part of a prompt and is not used",
-    "common beginning": "have no `prompt`; the common beginning of `chosen` and `rejected` was taken for it",
-    "turn order": "have an unusual order of turns, which the chat template has to allow",
-}
-
-
-class SkipRecordError(Exception):
-    """A record that is left out and counted; no error of the user's."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class Remarks:
-    """Things worth a warning, each with its count and the first place."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-
-    def add(self, what: str, place: str, detail: str = "") -> None:
-        """Count one more."""
-        self._counts[what] += 1
-        self._first.setdefault(what, f"{place} {detail}".strip())
-
-    def warnings(self, source: str) -> list[str]:
-        """One line each."""
-        return [
-            f"{source}: {count:,} record{'s' if count > 1 else ''} {_REMARKS[what]} (first: {self._first[what]})"
-            for what, count in self._counts.items()
-        ]
+from rlhf_cli.data.values import (
+    EQUAL,
+    EQUAL_RANKED,
+    GOES_ON,
+    NO_ANSWER,
+    PROMPTS_DIFFER,
+    SkipRecordError,
+    annotator_of,
+    answer_of,
+    is_blank,
+    margin_of,
+    tiers_of,
+)
 
 
 class RowParser:
@@ -77,7 +45,8 @@ class RowParser:
 
     def __init__(self, kind: Kind, columns: Mapping[str, str], remarks: Remarks) -> None:
         check_columns(columns)
-        self._kind, self._columns, self._remarks = kind, columns, remarks
+        self._kind: Kind = kind
+        self._columns, self._remarks = columns, remarks
         self._style: tuple[str, str] | None = None
 
     def parse(self, row: Row) -> Record:
@@ -90,35 +59,28 @@ class RowParser:
             "ranking": self._ranking,
         }[self._kind]
         record = parse(row)
-        is_plain_text = (
-            isinstance(record, Demonstration) and _conversation_field(row) is None and "prompt" not in row.fields
-        )
-        if _is_blank(record.prompt) and not is_plain_text:
+        is_plain_text = isinstance(record, Demonstration) and not _has(row, "prompt")
+        if is_blank(record.prompt) and not is_plain_text:
             self._remarks.add("empty prompt", row.place)
-        if not isinstance(record.prompt, str) and (odd := unusual_turns(record.prompt)):
-            self._remarks.add("turn order", row.place, odd)
         return record
 
     # Each kind
 
     def _demonstration(self, row: Row) -> Demonstration:
-        has = row.fields
         if name := _conversation_field(row):
             prompt, answer = self._parted_conversation(row, name)
             if answer is None:
                 raise SkipRecordError(NO_ANSWER)
-            return Demonstration(prompt, _answer(answer), row.place)
-        if "text" in has and "prompt" not in has and "completion" not in has:
+            return Demonstration(prompt, answer_of(answer), row.place)
+        if "text" in row.fields and not _has(row, "prompt") and not _has(row, "completion"):
             self._keep_style(row, "strings")
-            return Demonstration("", _answer(text_of(row, "text", has["text"])), row.place)
+            return Demonstration("", answer_of(text_of(row, "text", row.fields["text"])), row.place)
         self._require(row, "prompt", "completion")
         prompt = self._prompt(row)
-        return Demonstration(prompt, _answer(self._reply(row, "completion", prompt)), row.place)
+        return Demonstration(prompt, answer_of(self._reply(row, "completion", prompt)), row.place)
 
     def _prompt_record(self, row: Row) -> PromptRecord:
-        if "prompt" in row.fields:
-            return PromptRecord(self._prompt(row), row.place)
-        if name := _conversation_field(row):
+        if name := _conversation_field(row) if not _has(row, "prompt") else None:
             messages = self._conversation(row, name)
             if messages[-1].role == "assistant":
                 messages = messages[:-1]
@@ -128,13 +90,13 @@ class RowParser:
                     f"`{name}` holds an answer alone: there is nothing to answer", "begin with a user message"
                 )
             return PromptRecord(messages, row.place)
-        if {"chosen", "rejected"} <= row.fields.keys():  # HH as published: prompts stand in its pairs alone
+        if "prompt" not in row.fields and _has(row, "chosen", "rejected"):  # HH's prompts stand in its pairs alone
             return PromptRecord(self._pair(row).prompt, row.place)
         self._require(row, "prompt")
-        raise AssertionError("unreachable: `prompt` is missing here")
+        return PromptRecord(self._prompt(row), row.place)
 
     def _ranking(self, row: Row) -> Ranking:
-        if "completions" in row.fields and not {"chosen", "rejected"} <= row.fields.keys():
+        if "completions" in row.fields and not _has(row, "chosen", "rejected"):
             return self._group(row)
         if "chosen" not in row.fields and "rejected" not in row.fields:
             self._require(row, *(("completions", "ranking") if self._kind == "ranking" else ("chosen", "rejected")))
@@ -165,6 +127,8 @@ class RowParser:
         self._keep_style(row, "messages")
         if foreign:
             self._remarks.add("sharegpt", row.place)
+        if odd := unusual_turns(messages):
+            self._remarks.add("turn order", row.place, odd)
         return messages
 
     def _parted_conversation(self, row: Row, field: str) -> tuple[Prompt, str | None]:
@@ -216,16 +180,16 @@ class RowParser:
         self._require(row, "chosen", "rejected")
         chosen, rejected = row.fields["chosen"], row.fields["rejected"]
         if is_conversation(chosen) != is_conversation(rejected):
-            which = ("messages", "a string") if is_conversation(chosen) else ("a string", "messages")
             raise row.error(
-                f"mixed: `chosen` is {which[0]} ({shown(chosen, 30)}) and `rejected` is {which[1]} ({shown(rejected, 30)})",
+                f"mixed: one of `chosen` ({shown(chosen, 30)}) and `rejected` ({shown(rejected, 30)}) is a string and "
+                "the other a list of messages",
                 "give both in the same form",
             )
         prompt, replies = self._parted_pair(row)
-        answers = tuple(map(_answer, replies))
+        answers = tuple(map(answer_of, replies))
         if answers[0] == answers[1]:
             raise SkipRecordError(EQUAL)
-        return Ranking(prompt, answers, ((0,), (1,)), _margin(row), _annotator(row), row.place)
+        return Ranking(prompt, answers, ((0,), (1,)), margin_of(row), annotator_of(row), row.place)
 
     def _parted_pair(self, row: Row) -> tuple[Prompt, tuple[str, str]]:
         chosen, rejected = row.fields["chosen"], row.fields["rejected"]
@@ -273,79 +237,27 @@ class RowParser:
                 '`"completions": ["one answer", "another"]`',
             )
         answers = tuple(text_of(row, f"completions[{i}]", value) for i, value in enumerate(completions))
-        tiers = _tiers(row, decoded_cell(row, "ranking", row.fields["ranking"]), len(answers))
+        tiers = tiers_of(row, decoded_cell(row, "ranking", row.fields["ranking"]), len(answers))
         for answer in answers:
-            _answer(answer)
+            answer_of(answer)
         of_tier = [{answers[index] for index in tier} for tier in tiers]
         if sum(map(len, of_tier)) != len(set(answers)):
             raise SkipRecordError(EQUAL if len(answers) == 2 else EQUAL_RANKED)
-        return Ranking(prompt, answers, tiers, _margin(row), _annotator(row), row.place)
+        return Ranking(prompt, answers, tiers, margin_of(row), annotator_of(row), row.place)
+
+
+def _has(row: Row, *names: str) -> bool:
+    """Whether all these fields are there and not null: tables of several forms fill the others' columns with null."""
+    return all(row.fields.get(name) is not None for name in names)
 
 
 def _conversation_field(row: Row) -> str | None:
-    return next((name for name in ("messages", "conversations") if row.fields.get(name) is not None), None) or next(
-        (name for name in ("messages", "conversations") if name in row.fields and "prompt" not in row.fields), None
-    )
+    """Name of the field that holds the whole conversation; a null one counts where nothing else stands for it."""
+    names = [name for name in ("messages", "conversations") if name in row.fields]
+    others = any(_has(row, other) for other in ("prompt", "completion", "text", "chosen"))
+    return next((name for name in names if _has(row, name) or not others), None)
 
 
 def _is_whole(value: object) -> bool:
     """Whether a list of messages is a whole conversation rather than the answer alone."""
     return isinstance(value, list) and len(value) > 1
-
-
-def _is_blank(prompt: Prompt) -> bool:
-    if isinstance(prompt, str):
-        return not prompt.strip()
-    return not any(message.content.strip() for message in prompt if message.role != "system")
-
-
-def _answer(text: str) -> str:
-    if not text:
-        raise SkipRecordError(EMPTY)
-    if not text.strip():
-        raise SkipRecordError(BLANK)
-    return text
-
-
-def _tiers(row: Row, value: object, count: int) -> tuple[tuple[int, ...], ...]:
-    hint = f"tiers, best first, each a list of indices: `[[2], [0, 1]]`; each of 0 to {count - 1} exactly once"
-    if not isinstance(value, list) or not all(isinstance(tier, list) and tier for tier in value):
-        raise row.error(f"`ranking` is {shown(value)}; a list of tiers that are lists is expected", hint)
-    indices = [index for tier in value for index in tier]
-    for index in indices:
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise row.error(f"`ranking` holds {shown(index)}, which is no index: {shown(value)}", hint)
-        if not 0 <= index < count:
-            raise row.error(f"`ranking` holds {index}, and there are {count} completions: {shown(value)}", hint)
-        if indices.count(index) > 1:
-            raise row.error(f"`ranking` holds {index} more than once: {shown(value)}", hint)
-    if absent := sorted(set(range(count)) - set(indices)):
-        raise row.error(f"`ranking` leaves out {', '.join(map(str, absent))}: {shown(value)}", hint)
-    return tuple(tuple(tier) for tier in value)
-
-
-def _margin(row: Row) -> float | None:
-    value = row.fields.get("margin")
-    if row.is_text and isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = float(value)
-        except ValueError:
-            pass  # reported below, as what it is
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise row.error(
-            f"`margin` is {shown(value)}; a finite number is expected", "leave `margin` out where it is unknown"
-        )
-    return float(value)
-
-
-def _annotator(row: Row) -> str | None:
-    value = row.fields.get("annotator")
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise row.error(f"`annotator` is {shown(value)}; a name or a number is expected")
-    return text_of(row, "annotator", str(value))

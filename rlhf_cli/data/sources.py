@@ -13,9 +13,11 @@ from typing import cast
 
 from rlhf_cli.data.checks import PromptSet, RankingChecks, latest_annotations, overlap_warning
 from rlhf_cli.data.origins import rows_of, source_digest
-from rlhf_cli.data.parsing import Remarks, RowParser, SkipRecordError
+from rlhf_cli.data.parsing import RowParser
 from rlhf_cli.data.records import Kind, Ranking, Record
+from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.skips import Skip, SkipLog
+from rlhf_cli.data.values import SkipRecordError
 
 __all__ = [
     "LoadedRecords",

@@ -31,7 +31,7 @@ def split_by_prompt(records: Iterable[AnyRecord], share: float, seed: int) -> tu
         (held_out if is_held_out(by, share, seed) else train).append(record)
     if held_out and not train:
         raise DataError(
-            f"all {len(held_out):,} records have prompts in the held-out share ({share:g}), so none is left to train on",
+            f"all {len(held_out):,} records have prompts in the held-out share ({share:g}): none is left to train on",
             hint="give more prompts, or a smaller `--set data.holdout=...`",
         )
     return train, held_out

@@ -89,7 +89,7 @@ def _wrong_width(path: Path, start: int, cells: list[str], header: list[str]) ->
     return DataError(
         f"{path}:{start}: {len(cells)} fields where the header has {len(header)} ({listed(header)}); the row begins "
         f"{shown(cells[0])}",
-        hint='text that holds a comma, a quote or a line end stands in double quotes, and a quote in it is written `""`',
+        hint='text with a comma, a quote or a line end in it stands in double quotes, and a quote is written `""`',
     )
 
 
@@ -97,7 +97,7 @@ def _broken_csv(path: Path, start: int, record: deque[str], error: csv.Error) ->
     opened_at = _line_of_open_quote(record)
     if opened_at is not None:
         return DataError(
-            f"{path}:{start + opened_at}: a quote opens on this line and is not closed where a field can end ({error}): "
+            f"{path}:{start + opened_at}: a quote opens on this line and is not closed where a field ends ({error}): "
             f"{shown(record[opened_at].strip(), 40)}",
             hint='close it; a quote inside a quoted field is written `""`',
         )

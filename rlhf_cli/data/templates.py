@@ -1,7 +1,7 @@
 """From prompt and answer to token ids: one way, used in training, sampling and scoring alike.
 
-Prompt and answer are tokenized apart and their ids joined, so the ids a reward model is trained on are the ids it scores
-(traps 10 and 11 of docs/ppo.md), and a prompt's ids are always a prefix of the sequence's.
+Prompt and answer are tokenized apart and their ids joined, so the ids a reward model is trained on are the ids it
+scores (traps 10 and 11 of docs/ppo.md), and a prompt's ids are always a prefix of the sequence's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PromptFormat:
         if not self._has_chat_template:
             raise ModelError(
                 f"the data holds conversations and {self.name} has no chat template",
-                hint="use a model whose tokenizer has one, save a `chat_template.jinja` beside it, or give prompts as text",
+                hint="use a model whose tokenizer has one, save `chat_template.jinja` beside it, or give text prompts",
             )
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:

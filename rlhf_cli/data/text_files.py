@@ -1,4 +1,4 @@
-"""Bytes of a file as UTF-8 lines with their numbers: gzip by its magic bytes, a BOM forgiven, all else named and refused."""
+"""Bytes of a file as numbered UTF-8 lines: gzip by its magic bytes, a BOM forgiven, all else named and refused."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def _bad_gzip(place: str, error: Exception) -> DataError:
     cut = isinstance(error, EOFError)
+    what = "ends before its end mark: the file is truncated" if cut else f"is damaged: {error}"
     return DataError(
-        f"{place}: the gzip data {'ends before its end mark: the file is truncated' if cut else f'is damaged: {error}'}",
+        f"{place}: the gzip data {what}",
         hint="copy or download it again; `gzip -t FILE` checks it",
     )
 
