@@ -29,10 +29,13 @@ class MetricsLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Make what was written durable."""
-        self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Make what was written durable, and close the file."""
+        self.sync()
         self._file.close()
 
 

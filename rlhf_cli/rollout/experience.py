@@ -1,0 +1,173 @@
+"""One step's experience: answers sampled, scored as text, and passed once through policy, reference and critic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.data.records import Prompt
+from rlhf_cli.errors import DivergedError
+from rlhf_cli.rollout.batch import SequenceBatch
+from rlhf_cli.rollout.logprobs import Projection, TokenLogprobs, response_hidden
+
+RewardFunction = Callable[[Sequence[Prompt], Sequence[str], Sequence[bool]], list[float]]
+"""Prompts, answers as text, whether each ended of itself -> one reward each, higher is better."""
+
+
+class Actors(Protocol):
+    """The models a step needs; see `models.roles`."""
+
+    value_head: nn.Linear
+
+    def policy(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model being trained."""
+        ...
+
+    def reference(self) -> AbstractContextManager[PreTrainedModel]:
+        """The SFT model."""
+        ...
+
+    def critic(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model under the value head."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled answers of one step, as ids and as text.
+
+    Attributes:
+        prompts: N prompts.
+        prompt_ids: their ids.
+        response_ids: the answers' ids, end token included where there is one.
+        texts: the answers as people and rewards read them.
+        ended: whether each ended of itself.
+        scores: (N,) rewards as they were given.
+    """
+
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    texts: list[str]
+    ended: list[bool]
+    scores: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the models say of the answers before the update; all (N, T), 0 on padding, constant.
+
+    Attributes:
+        logprobs: nats, policy.
+        reference_logprobs: nats, SFT model.
+        values: reward, critic.
+        entropy: nats, policy.
+        is_response: bool.
+    """
+
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    is_response: Tensor
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """An answer as text: special tokens are not part of it, nor is white space at its ends."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
+
+
+class Engine:
+    """Forward passes over answers, in micro-batches of like length.
+
+    Args:
+        actors: the models.
+        autocast: makes the context in which they compute.
+        micro_batch_size: answers in one pass; changes memory and speed only.
+        temperature: logits are divided by it, as in sampling.
+    """
+
+    def __init__(
+        self,
+        actors: Actors,
+        *,
+        autocast: Callable[[], AbstractContextManager[object]],
+        micro_batch_size: int,
+        temperature: float,
+    ) -> None:
+        self.actors = actors
+        self.autocast = autocast
+        self.temperature = temperature
+        self._micro_batch_size = micro_batch_size
+        with actors.policy() as model:
+            self.device = model.device
+            self._decoder_start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+
+    def batch(self, answers: Answers, rows: Sequence[int]) -> SequenceBatch:
+        """Some of the answers as tensors."""
+        return SequenceBatch.of(
+            [answers.prompt_ids[row] for row in rows],
+            [answers.response_ids[row] for row in rows],
+            self.device,
+            decoder_start=self._decoder_start,
+        )
+
+    def micro_batches(self, answers: Answers, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Cut `rows` into micro-batches whose members are of like length, so that little is padding."""
+        ordered = sorted(rows, key=lambda row: (len(answers.prompt_ids[row]) + len(answers.response_ids[row]), row))
+        for start in range(0, len(ordered), self._micro_batch_size):
+            yield ordered[start : start + self._micro_batch_size]
+
+    def logprobs(self, model: PreTrainedModel, batch: SequenceBatch) -> TokenLogprobs:
+        """Log-probabilities and entropy at each answer token: (B, T) nats. Gradient as the context allows."""
+        with self.autocast():
+            hidden = response_hidden(model, batch)
+        return Projection.of(model).token_logprobs(hidden, batch, temperature=self.temperature)
+
+    def values(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+        """The critic's prediction before each answer token: (B, T), 0 on padding."""
+        with self.autocast():
+            hidden = response_hidden(model, batch)
+        predicted = self.actors.value_head(hidden.float()).squeeze(-1)
+        return predicted.masked_fill(~batch.is_response, 0.0)
+
+    @torch.no_grad()
+    def passes(self, answers: Answers, progress: Callable[[int], object] | None = None) -> Passes:
+        """One pass of each model over all answers.
+
+        Raises:
+            DivergedError: a log-probability or a value is not finite.
+        """
+        longest = max(len(ids) for ids in answers.response_ids)
+        rows = {name: torch.zeros(len(answers), longest, device=self.device) for name in ("policy", "ref", "value", "entropy")}
+        is_response = torch.zeros(len(answers), longest, dtype=torch.bool, device=self.device)
+        for part in self.micro_batches(answers, range(len(answers))):
+            batch = self.batch(answers, part)
+            width = batch.response_ids.shape[1]
+            with self.actors.policy() as model:
+                policy = self.logprobs(model, batch)
+            with self.actors.reference() as model:
+                reference = self.logprobs(model, batch)
+            with self.actors.critic() as model:
+                values = self.values(model, batch)
+            found = {"policy": policy.logprobs, "ref": reference.logprobs, "value": values, "entropy": policy.entropy}
+            for name, tensor in found.items():
+                rows[name][part, :width] = tensor
+            is_response[part, :width] = batch.is_response
+            if progress is not None:
+                progress(len(part))
+        for name, tensor in rows.items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"the {name} pass over a step's answers gave values that are not finite")
+        return Passes(rows["policy"], rows["ref"], rows["value"], rows["entropy"], is_response)

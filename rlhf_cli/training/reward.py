@@ -1,0 +1,282 @@
+"""Training a reward model on ranked answers.
+
+The loss of a step is the sum of its groups' losses divided by its number of groups, so neither micro-batches nor processes
+change the gradient. Order, learning rate and loss are functions of seed and step: a checkpoint holds weights, optimiser
+and random state, and a killed run ends with the weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf_cli import progress
+from rlhf_cli.errors import DivergedError
+from rlhf_cli.models.scorer import Scorer
+from rlhf_cli.objectives.ranking import pairs_of, pairwise_ranking_loss, plackett_luce_loss
+from rlhf_cli.training.checkpoints import (
+    latest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from rlhf_cli.training.metrics import MetricsLog
+from rlhf_cli.training.reward_data import Batches, RankedGroup, micro_batches
+from rlhf_cli.training.schedules import Schedule, rate_factor
+
+_BAD_STEPS_IN_A_ROW = 3
+
+
+class Stop(Protocol):
+    """Asks whether a signal wants the work to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        ...
+
+    def check(self) -> None:
+        """Raise `Interrupted` if so."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """See `recipe.schema.TrainRMSettings`, whose names and units these are."""
+
+    learning_rate: float
+    batch_size: int
+    micro_batch_size: int
+    epochs: float
+    weight_decay: float
+    max_grad_norm: float
+    warmup_share: float
+    schedule: Schedule
+    checkpoint_steps: int
+    loss: Literal["pairwise", "plackett-luce"]
+    use_margin: bool
+
+
+@dataclass
+class Tally:
+    """What one run has been through; part of every checkpoint.
+
+    Attributes:
+        skipped_steps: steps left out because a loss or gradient was not finite.
+        bad_in_a_row: those that just happened.
+        rolled_back: whether training went back to a checkpoint, after which it takes half the learning rate.
+    """
+
+    skipped_steps: int = 0
+    bad_in_a_row: int = 0
+    rolled_back: bool = False
+
+
+@dataclass
+class StepSums:
+    """Sums over the groups and pairs of one step."""
+
+    loss: float = 0.0
+    groups: int = 0
+    right: float = 0.0
+    pairs: int = 0
+    rewards: float = 0.0
+    answers: int = 0
+
+
+class RewardTrainer:
+    """The loop.
+
+    Args:
+        scorer: trained in place.
+        groups: to train on.
+        options: settings.
+        seed: of the order and of dropout in an adapter.
+        work: folder for checkpoints.
+        metrics: file for metrics.
+        stop: asked after every step.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        groups: Sequence[RankedGroup],
+        options: RewardOptions,
+        *,
+        seed: int,
+        work: Path,
+        metrics: Path,
+        stop: Stop,
+    ) -> None:
+        self.scorer, self.options, self.tally = scorer, options, Tally()
+        self.batches = Batches(len(groups), options.batch_size, options.epochs, seed)
+        self.trained = {name: weight for name, weight in scorer.named_parameters() if weight.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        self._groups, self._seed, self._work, self._metrics_path, self._stop = groups, seed, work, metrics, stop
+        self._accelerator = Accelerator()
+        # float16 gradients underflow without a scale; other precisions have the range of float32.
+        is_half = scorer.source.precision == torch.float16
+        self._scaler = torch.amp.GradScaler(scorer.device.type, enabled=is_half)
+
+    def train(self) -> Tally:
+        """Run all steps, from the newest whole checkpoint if there is one.
+
+        Raises:
+            DivergedError: losses or gradients were not finite in three steps in a row, twice.
+            Interrupted: a signal came; the step that was running is saved.
+        """
+        step = self._begin()
+        self.scorer.train()
+        log = MetricsLog(self._metrics_path, after_step=step)
+        with progress.task("reward model", self.batches.steps, "steps", done=step) as bar:
+            while step < self.batches.steps:
+                metrics = self.step(step)
+                step += 1
+                if self.tally.bad_in_a_row >= _BAD_STEPS_IN_A_ROW:
+                    step = self._roll_back(step)
+                    log.close()
+                    log = MetricsLog(self._metrics_path, after_step=step)
+                    continue
+                log.write(step, metrics)
+                bar.advance(note=f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}")
+                if self._stop.requested or step % self.options.checkpoint_steps == 0 or step == self.batches.steps:
+                    log.sync()
+                    self._save(step)
+                self._stop.check()
+        log.close()
+        self.scorer.eval()
+        return self.tally
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimiser step; `step` is 0-based. Returns its metrics, under the names of TRL's reward trainer."""
+        sums = self.accumulate(self.batches.groups(step))
+        rate = self._set_learning_rate(step)
+        self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm)
+        is_finite = bool(torch.isfinite(norm)) and sums.loss == sums.loss
+        if is_finite:
+            self._scaler.step(self.optimizer)
+            self.tally.bad_in_a_row = 0
+        elif not self._scale_is_too_large():
+            self.tally.skipped_steps += 1
+            self.tally.bad_in_a_row += 1
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "loss": sums.loss / sums.groups,
+            "accuracy": sums.right / sums.pairs if sums.pairs else float("nan"),
+            "mean_reward": sums.rewards / sums.answers,
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "skipped_steps": float(self.tally.skipped_steps),
+        }
+
+    def accumulate(self, chosen: Sequence[int]) -> StepSums:
+        """Gradient of the mean loss of these groups, into the trained weights, a micro-batch at a time."""
+        sums = StepSums()
+        parts = micro_batches(self._groups, chosen, self.options.micro_batch_size)
+        mine = parts[self._accelerator.process_index :: self._accelerator.num_processes]
+        for numbers in mine:
+            losses = self._losses([self._groups[number] for number in numbers], sums)
+            self._scaler.scale(losses.sum() / len(chosen)).backward()
+            sums.loss += float(losses.detach().sum())
+            sums.groups += len(numbers)
+        return self._across_processes(sums)
+
+    def _losses(self, groups: list[RankedGroup], sums: StepSums) -> Tensor:
+        """Loss of each group: (G,), with gradient."""
+        scorer = self.scorer
+        rewards = scorer(*scorer.batch([sequence for group in groups for sequence in group.sequences]))
+        levels = torch.tensor([level for group in groups for level in group.levels], device=rewards.device)
+        sizes = torch.tensor([len(group.levels) for group in groups], device=rewards.device)
+        members = torch.arange(len(groups), device=rewards.device).repeat_interleave(sizes)
+        _count(sums, rewards.detach(), levels, members)
+        if self.options.loss == "plackett-luce":
+            return plackett_luce_loss(rewards, levels, members)
+        margins = torch.tensor([group.margin for group in groups], device=rewards.device)
+        return pairwise_ranking_loss(rewards, levels, members, margins if self.options.use_margin else None)
+
+    def _across_processes(self, sums: StepSums) -> StepSums:
+        if self._accelerator.num_processes == 1:
+            return sums
+        for weight in self.trained.values():
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad = self._accelerator.reduce(grad, "sum")  # pyright: ignore[reportAttributeAccessIssue]
+        names = list(asdict(sums))
+        values = torch.tensor([getattr(sums, name) for name in names], dtype=torch.float64, device=self.scorer.device)
+        total: Any = self._accelerator.reduce(values, "sum")
+        return StepSums(**dict(zip(names, total.tolist(), strict=True)))
+
+    def _set_learning_rate(self, step: int) -> float:
+        options = self.options
+        warmup = round(options.warmup_share * self.batches.steps)
+        rate = options.learning_rate * rate_factor(step, self.batches.steps, schedule=options.schedule, warmup=warmup)
+        rate *= 0.5 if self.tally.rolled_back else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _scale_is_too_large(self) -> bool:
+        """Whether a gradient that is not finite is float16's, whose scale is about to be lowered, and no fault."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() > 1.0
+
+    def _begin(self) -> int:
+        checkpoint = latest_checkpoint(self._work)
+        if checkpoint is None:
+            torch.manual_seed(self._seed)
+            self._save(0)  # what a divergence in the first steps goes back to
+            return 0
+        self._restore(checkpoint.tensors, checkpoint.state)
+        self.tally = Tally(**checkpoint.state["tally"])
+        if checkpoint.step:
+            progress.say(f"reward model: going on behind step {checkpoint.step} of {self.batches.steps}")
+        return checkpoint.step
+
+    def _roll_back(self, step: int) -> int:
+        checkpoint = None if self.tally.rolled_back else latest_checkpoint(self._work)
+        if checkpoint is None:
+            raise DivergedError(
+                f"the reward model diverged at step {step} of {self.batches.steps}: losses or gradients are not finite",
+                hint="lower `train_rm.learning_rate`, or set `model.precision: float32`; no bad weight was saved",
+            )
+        progress.warn(
+            f"losses or gradients were not finite in steps {step - _BAD_STEPS_IN_A_ROW + 1} to {step}: going back once, "
+            f"to step {checkpoint.step}, with half the learning rate"
+        )
+        self._restore(checkpoint.tensors, checkpoint.state)
+        self.tally = Tally(self.tally.skipped_steps, rolled_back=True)
+        return checkpoint.step
+
+    def _save(self, step: int) -> None:
+        weights = {f"weight/{name}": weight for name, weight in self.trained.items()}
+        tensors = weights | optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()
+        save_checkpoint(self._work, step, tensors, {"tally": asdict(self.tally), "scaler": self._scaler.state_dict()})
+
+    @torch.no_grad()
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        for name, weight in self.trained.items():
+            weight.copy_(tensors[f"weight/{name}"])
+        restore_optimizer(self.optimizer, tensors, "optimizer")
+        restore_rng(tensors)
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+
+
+def _count(sums: StepSums, rewards: Tensor, levels: Tensor, members: Tensor) -> None:
+    """Add the pairs that are ordered as the labels say; an equal reward is half right, a tie no pair."""
+    first, second = pairs_of(members)
+    agreement = (rewards[first] - rewards[second]).sign() * (levels[second] - levels[first]).sign()
+    is_ordered = levels[first] != levels[second]
+    sums.right += float(((agreement + 1) / 2)[is_ordered].sum())
+    sums.pairs += int(is_ordered.sum())
+    sums.rewards += float(rewards.sum())
+    sums.answers += len(rewards)

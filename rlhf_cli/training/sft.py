@@ -1,0 +1,257 @@
+"""Supervised fine-tuning: an adapter or all weights, trained on completions, merged into an ordinary model.
+
+Resumed equals uninterrupted, bit for bit on one machine: the order of rows is a function of the seed, and a checkpoint holds the
+trained weights, AdamW's moments, the schedule and torch's generators.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.models.adapters import add_lora, cast_weights, merge_lora
+from rlhf_cli.models.saving import require_finite
+from rlhf_cli.progress import say, task
+from rlhf_cli.rollout.logprobs import check_projection
+from rlhf_cli.training.checkpoints import latest_checkpoint
+from rlhf_cli.training.metrics import MetricsLog
+from rlhf_cli.training.sft_data import BatchPlan, Example, as_dataset, pack
+from rlhf_cli.training.sft_loss import check_packing, collator_for, mean_completion_nll
+from rlhf_cli.training.sft_trainer import Reporting, Stop, make_trainer, quiet_training
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter to train: see `models.adapters.add_lora`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class SFTOptions:
+    """Settings of supervised fine-tuning; the recipe's `sft` section explains each.
+
+    Attributes:
+        lora: the adapter, or None to train all weights.
+        precision: of matrix products.
+        dtype: of the finished model's weights.
+        packing: fill rows of `max_length` tokens with several examples.
+        max_length: of a packed row, in tokens.
+    """
+
+    learning_rate: float
+    batch_size: int
+    epochs: float
+    micro_batch_size: int = 8
+    max_length: int = 1024
+    packing: bool = False
+    lm_coef: float = 0.0
+    lora: Lora | None = Lora()
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_share: float = 0.03
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    gradient_checkpointing: bool = False
+    checkpoint_steps: int = 50
+    precision: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SFTResult:
+    """What training came to.
+
+    Attributes:
+        steps: optimiser steps.
+        rows: rows of one pass: records, or packed rows.
+        train_loss: mean of the steps' losses, in nats a token.
+        eval_loss_before: mean negative log-likelihood of held-out completions, in nats a token, of the base model; None
+            without held-out examples.
+        eval_loss: the same of the finished model, merged and in its final precision.
+        skipped_steps: steps whose gradient was not finite.
+    """
+
+    steps: int
+    rows: int
+    train_loss: float
+    eval_loss_before: float | None
+    eval_loss: float | None
+    skipped_steps: int
+
+
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    options: SFTOptions,
+    *,
+    work: Path,
+    stop: Stop,
+    name: str = "the model",
+) -> SFTResult:
+    """Train a model in place; it is merged and cast to `options.dtype` when this returns.
+
+    Args:
+        model: as loaded: in `options.dtype` for an adapter, in float32 to train all weights.
+        tokenizer: the model's.
+        examples: to train on.
+        held_out: to measure on, before and after.
+        options: settings.
+        work: folder for checkpoints and `metrics.jsonl`, from which a killed run goes on.
+        stop: asked after every step.
+        name: of the model, for messages.
+
+    Raises:
+        Interrupted: a signal came; everything done so far is saved.
+        DivergedError: three steps in a row, or a weight, were not finite.
+        ModelError: the architecture cannot be trained so.
+    """
+    _check_options(model, options, name)
+    check_projection(model, name)
+    if options.packing:
+        check_packing(model, name)
+    before = _evaluate(model, held_out, options, stop, "held-out loss before")
+    set_seed(options.seed)
+    if options.lora is None:
+        model.requires_grad_(True)
+    else:
+        lora = options.lora
+        add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules)
+    result = _train(model, tokenizer, examples, options, work, stop)
+    if options.lora is None:
+        cast_weights(model, options.dtype)
+    else:
+        merge_lora(model, dtype=options.dtype)
+    require_finite(model, what="the trained model")
+    after = _evaluate(model, held_out, options, stop, "held-out loss after")
+    return SFTResult(**result, eval_loss_before=before, eval_loss=after)
+
+
+def _check_options(model: PreTrainedModel, options: SFTOptions, name: str) -> None:
+    if model.config.is_encoder_decoder and options.lm_coef > 0:
+        raise UsageError(
+            f"`sft.lm_coef: {options.lm_coef:g}` needs a decoder-only model: the decoder of `{name}` never writes the prompt",
+            hint="leave `lm_coef` out, or choose a decoder-only model",
+        )
+    if options.precision == torch.float16 and model.device.type == "cpu":
+        raise ModelError(
+            "float16 training needs a GPU: on a CPU its gradients vanish",
+            hint="use `--set model.precision=bfloat16` or float32",
+        )
+
+
+def _evaluate(
+    model: PreTrainedModel, held_out: Sequence[Example], options: SFTOptions, stop: Stop, label: str
+) -> float | None:
+    if not held_out:
+        return None
+    size = max(options.micro_batch_size, 1)
+    with task(label, len(held_out), "records") as bar:
+
+        def progress(done: int) -> None:
+            stop.check()
+            bar.advance(min(size, done) if done else 0)
+
+        nll = mean_completion_nll(model, held_out, batch_size=size, precision=options.precision, before_batch=progress)
+        bar.advance(len(held_out) % size or size)
+    return nll
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    options: SFTOptions,
+    work: Path,
+    stop: Stop,
+) -> dict[str, Any]:
+    rows = [[number] for number in range(len(examples))]
+    if options.packing:
+        rows = pack([len(example) for example in examples], options.max_length)
+        say(f"packed {len(examples):,} records into {len(rows):,} rows of up to {options.max_length:,} tokens")
+    plan = BatchPlan(len(rows), options.epochs, options.batch_size, options.micro_batch_size, options.seed)
+    checkpoints = work / "checkpoints"
+    resumed = latest_checkpoint(checkpoints)
+    done = 0 if resumed is None else resumed.step
+    if done:
+        say(f"going on from step {done:,} of {plan.steps:,}")
+    log = MetricsLog(work / "metrics.jsonl", after_step=done)
+    use_cache = model.config.use_cache
+    with quiet_training(), task("fine-tuning", plan.steps, "steps", done=done) as bar:
+        trainer = make_trainer(
+            model,
+            tokenizer,
+            as_dataset(examples, rows),
+            Reporting(log, bar, stop),
+            _arguments(options, plan, model, work),
+        )
+        trainer.begin(
+            plan=plan,
+            collator=collator_for(model, packed=options.packing),
+            lm_coef=options.lm_coef,
+            precision=options.precision,
+            checkpoints=checkpoints,
+            resumed=resumed,
+        )
+        try:
+            trainer.train(resume_from_checkpoint=trainer.resume_folder())
+        finally:
+            log.close()
+            model.config.use_cache = use_cache
+            if options.gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+    stop.check()
+    model.eval()
+    losses = [row["loss"] for row in map(json.loads, (work / "metrics.jsonl").read_text().splitlines())]
+    finite = [loss for loss in losses if loss is not None]
+    return {
+        "steps": plan.steps,
+        "rows": len(rows),
+        "train_loss": sum(finite) / max(len(finite), 1),
+        "skipped_steps": trainer.bad_steps,
+    }
+
+
+def _arguments(options: SFTOptions, plan: BatchPlan, model: PreTrainedModel, work: Path) -> dict[str, Any]:
+    """Settings in transformers' names. Autocast is ours, so its `bf16` stays off; float16 needs its loss scaling."""
+    schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+    return {
+        "output_dir": str(work / "trainer"),
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": options.micro_batch_size,
+        "gradient_accumulation_steps": plan.micro_batches_per_step,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": schedules[options.schedule],
+        "warmup_steps": round(options.warmup_share * plan.steps),
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if options.gradient_checkpointing else None,
+        "bf16": False,
+        "fp16": options.precision == torch.float16,
+        "use_cpu": model.device.type == "cpu",
+        "seed": options.seed,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": options.checkpoint_steps,
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }

@@ -1,0 +1,178 @@
+"""The loss of supervised fine-tuning, summed over tokens so that no way of cutting a batch changes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.kernels import ChunkedLogProbFunction
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.rollout.logprobs import Projection
+from rlhf_cli.training.sft_data import CausalCollator, Example, Seq2SeqCollator, as_dataset
+
+Collator = CausalCollator | Seq2SeqCollator
+_VOCABULARY_TILE = 16_384
+
+
+def collator_for(model: PreTrainedModel, *, packed: bool) -> Collator:
+    """The collator that fits a model's architecture."""
+    if model.config.is_encoder_decoder:
+        return Seq2SeqCollator(model.config.decoder_start_token_id)
+    return CausalCollator(packed)
+
+
+def token_logprobs(model: PreTrainedModel, batch: dict[str, Tensor], is_scored: Tensor) -> Tensor:
+    """Log-probability, in nats, of each target that `is_scored` (B, T) marks: (N,) in row order, float32.
+
+    Only those positions meet the vocabulary, in tiles: nothing of shape batch x length x vocabulary exists.
+    """
+    if "encoder_ids" in batch:
+        encoded = model.get_encoder()(batch["encoder_ids"], attention_mask=batch["encoder_mask"]).last_hidden_state
+        output = model.get_decoder()(
+            input_ids=batch["input_ids"],
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=batch["encoder_mask"],
+            use_cache=False,
+        )
+    else:
+        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+        # No mask: padding is on the right, and a mask of ones would join the examples of a packed row.
+        output = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **positions)
+    head = Projection.of(model)
+    logprobs, *_ = ChunkedLogProbFunction.apply(
+        output.last_hidden_state[is_scored],
+        head.weight,
+        head.bias,
+        batch["targets"][is_scored],
+        1.0,
+        _VOCABULARY_TILE,
+        head.softcap,
+        head.scale,
+        (),
+    )
+    return logprobs
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens that a sum runs over.
+
+    Attributes:
+        completion: of completions, end tokens included.
+        text: of whole examples, prompts included, but for each example's first.
+    """
+
+    completion: int
+    text: int
+
+    @staticmethod
+    def of(batches: Sequence[dict[str, Tensor]]) -> TokenCounts:
+        """Count over all micro-batches of a step."""
+        return TokenCounts(
+            completion=sum(int(batch["is_completion"].sum()) for batch in batches),
+            text=sum(int(batch["is_text"].sum()) for batch in batches),
+        )
+
+
+def sft_loss(model: PreTrainedModel, batch: dict[str, Tensor], counts: TokenCounts, *, lm_coef: float) -> Tensor:
+    """One micro-batch's part of L3 = L2 + lambda L1 (Radford et al. 2018, section 3.2), in nats a token.
+
+    L2 is the mean negative log-likelihood of completion tokens, L1 that of all tokens, prompts included. Both means are over the
+    *whole step*, so the parts of a step's micro-batches add up to its loss.
+
+    Args:
+        model: decoder-only or encoder-decoder.
+        batch: from a collator of `sft_data`.
+        counts: of the whole step.
+        lm_coef: lambda.
+    """
+    if lm_coef == 0.0:
+        return -token_logprobs(model, batch, batch["is_completion"]).sum() / counts.completion
+    logprobs = token_logprobs(model, batch, batch["is_text"])
+    of_completion = batch["is_completion"][batch["is_text"]]
+    completion_part = logprobs.masked_fill(~of_completion, 0.0).sum() / counts.completion
+    return -completion_part - lm_coef * logprobs.sum() / counts.text
+
+
+@torch.no_grad()
+def mean_completion_nll(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    precision: torch.dtype,
+    before_batch: Callable[[int], object] = lambda done: None,
+) -> float:
+    """Mean negative log-likelihood of completion tokens, in nats: its exponential is the perplexity.
+
+    Args:
+        model: as it is; put into evaluation mode and back.
+        examples: at least one.
+        batch_size: examples in one forward pass.
+        precision: of matrix products.
+        before_batch: called with the number of examples done.
+    """
+    was_training = model.training
+    model.eval()
+    collate = collator_for(model, packed=False)
+    dataset = as_dataset(examples, [[number] for number in range(len(examples))])
+    total, count = 0.0, 0
+    order = sorted(range(len(examples)), key=lambda number: len(examples[number]))
+    for start in range(0, len(order), batch_size):
+        before_batch(start)
+        rows = [dataset[number] for number in order[start : start + batch_size]]
+        batch = {key: value.to(model.device) for key, value in collate(rows).items()}
+        with torch.autocast(model.device.type, dtype=precision, enabled=precision != torch.float32):
+            logprobs = token_logprobs(model, batch, batch["is_completion"])
+        total -= float(logprobs.double().sum())
+        count += logprobs.numel()
+    model.train(was_training)
+    return total / count
+
+
+def perplexity(nll: float) -> float:
+    """exp of the mean negative log-likelihood; infinite where that is beyond a float."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose packed examples see each other, by comparing two packed rows with the same examples apart.
+
+    Raises:
+        ModelError: its attention does not keep them apart.
+    """
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"`sft.packing` packs decoder-only models, and `{name}` is an encoder-decoder",
+            hint="leave `packing` out, or set it to false",
+        )
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    tokens = [3 + 7 * step % (vocabulary - 3) for step in range(12)]
+    examples = [
+        Example(tokens[:2], tokens[2:7]),
+        Example(tokens[7:9], tokens[9:12]),
+        Example(tokens[4:6], tokens[6:10]),
+    ]
+
+    def score(packed: bool, rows: list[list[int]]) -> Tensor:
+        collated = CausalCollator(packed)([dict(row) for row in as_dataset(examples, rows)])  # type: ignore[call-overload]
+        batch = {key: value.to(model.device) for key, value in collated.items()}
+        return token_logprobs(model, batch, batch["is_completion"])
+
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    together, apart = score(True, [[0, 1], [2]]), score(False, [[0], [1], [2]])
+    model.train(training)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(together, apart, atol=tolerance, rtol=tolerance):
+        raise ModelError(
+            f"`sft.packing` would let examples see each other: `{name}` with attention `{attention}` does not keep packed"
+            f" examples apart (log-probabilities differ by {float((together - apart).abs().max()):.3g})",
+            hint="set `sft.packing` to false, or try `--set model.attention=sdpa`",
+        )

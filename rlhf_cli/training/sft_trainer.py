@@ -1,0 +1,275 @@
+"""TRL's and transformers' trainers with our batches, our exact loss, our checkpoints, and no output of their own."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    DefaultFlowCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_cli.errors import DivergedError
+from rlhf_cli.models.loading import quiet_libraries
+from rlhf_cli.progress import Task, warn
+from rlhf_cli.training.checkpoints import (
+    Checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from rlhf_cli.training.metrics import MetricsLog
+from rlhf_cli.training.sft_data import BatchPlan
+from rlhf_cli.training.sft_loss import Collator, TokenCounts, sft_loss
+
+_BAD_STEPS_IN_A_ROW = 3
+
+
+class Stop(Protocol):
+    """Asks whether a signal wants the work to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        ...
+
+    def check(self) -> None:
+        """Raise `Interrupted` if so."""
+
+
+@contextmanager
+def quiet_training() -> Iterator[None]:
+    """Keep what the trainers and their libraries say about themselves from people, and from the hub."""
+    quiet_libraries()
+    datasets.disable_progress_bars()
+    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "datasets", "peft")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+class OurTraining(Trainer):
+    """What both trainers share; mixed in front of them.
+
+    A class attribute of transformers says that the loss is already normalised over the whole step, so that it is not divided
+    by the number of micro-batches once more.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def begin(
+        self,
+        *,
+        plan: BatchPlan,
+        collator: Collator,
+        lm_coef: float,
+        precision: torch.dtype,
+        checkpoints: Path,
+        resumed: Checkpoint | None,
+    ) -> None:
+        """Say how to train; before `train`.
+
+        Args:
+            plan: which rows make up each step.
+            collator: of rows into batches.
+            lm_coef: lambda of L3 = L2 + lambda L1.
+            precision: of matrix products.
+            checkpoints: folder of step checkpoints.
+            resumed: where to go on from.
+        """
+        self._plan, self._collator, self._lm_coef = plan, collator, lm_coef
+        self._precision, self._checkpoints, self._resumed = precision, checkpoints, resumed
+        self.bad_steps, self._bad_in_a_row = 0, 0
+        # With a tokenizer at hand the trainer would rewrite the model's special tokens to be the tokenizer's.
+        self.processing_class = None
+
+    def resume_folder(self) -> str | None:
+        """A folder with the state that transformers reads when it resumes; everything else comes from our checkpoint."""
+        if self._resumed is None:
+            return None
+        folder = self._checkpoints / "resumed"
+        folder.mkdir(parents=True, exist_ok=True)
+        state = TrainerState(**self._resumed.state["trainer"])
+        state.save_to_json(str(folder / "trainer_state.json"))
+        return str(folder)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches in the order of the plan."""
+        return DataLoader(self.train_dataset, batch_sampler=self._plan, collate_fn=self._collator)  # type: ignore[arg-type]
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        return TokenCounts.of(batch_samples)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """This micro-batch's part of the step's loss."""
+        assert not return_outputs
+        assert isinstance(num_items_in_batch, TokenCounts)
+        assert isinstance(model, PreTrainedModel)
+        device = self.args.device.type
+        with torch.autocast(device, dtype=self._precision, enabled=self._precision != torch.float32):
+            return sft_loss(model, inputs, num_items_in_batch, lm_coef=self._lm_coef)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Bound the gradient's norm; a step whose gradient is not finite changes nothing, and three in a row end the run."""
+        norm = super()._clip_grad_norm(model)
+        if self.accelerator.scaler is not None or torch.isfinite(torch.as_tensor(norm)):
+            self._bad_in_a_row = 0
+            return norm
+        self.bad_steps += 1
+        self._bad_in_a_row += 1
+        step = self.state.global_step + 1
+        if self._bad_in_a_row == _BAD_STEPS_IN_A_ROW:
+            raise DivergedError(
+                f"the loss was not finite in {_BAD_STEPS_IN_A_ROW} steps in a row, steps {step - 2} to {step}",
+                hint="lower `sft.learning_rate`, or compute in float32 (`--set model.precision=float32`)",
+            )
+        warn(f"step {step} is skipped: its gradient is not finite")
+        model.zero_grad(set_to_none=True)
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}  # type: ignore[union-attr]
+        tensors = {f"model/{name}": weight for name, weight in trained.items()}
+        tensors |= optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()  # type: ignore[arg-type]
+        trainer = {"global_step": self.state.global_step, "epoch": self.state.epoch, "max_steps": self.state.max_steps}
+        scaler = self.accelerator.scaler
+        state = {
+            "trainer": trainer,
+            "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "bad_steps": [self.bad_steps, self._bad_in_a_row],
+        }
+        save_checkpoint(self._checkpoints, self.state.global_step, tensors, state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self._resumed is not None
+        weights = dict(self.model.named_parameters())  # type: ignore[union-attr]
+        with torch.no_grad():
+            for name, tensor in self._resumed.tensors.items():
+                if name.startswith("model/"):
+                    weights[name.removeprefix("model/")].copy_(tensor)
+        self.bad_steps, self._bad_in_a_row = self._resumed.state["bad_steps"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._resumed is None:
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        restore_optimizer(self.optimizer, self._resumed.tensors, "optimizer")
+        self.lr_scheduler.load_state_dict(self._resumed.state["scheduler"])
+        # The scheduler says what the rate is; the optimiser's groups hold it.
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self._resumed is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._resumed.state["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._resumed is not None:
+            restore_rng(self._resumed.tensors)
+
+
+class DecoderSFT(OurTraining, SFTTrainer):
+    """TRL's trainer, for decoder-only models."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing about a run leaves the machine."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's metrics come from a loss that is not the one in use: log ours alone."""
+        Trainer.log(self, logs, start_time)
+
+
+class Seq2SeqSFT(OurTraining, Seq2SeqTrainer):
+    """Transformers' trainer, for encoder-decoder models."""
+
+
+class Reporting(TrainerCallback):
+    """Writes each step's metrics, moves the bar, and turns a signal into a checkpoint and an end."""
+
+    def __init__(self, log: MetricsLog, bar: Task, stop: Stop) -> None:
+        self._log, self._bar, self._stop = log, bar, stop
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and leave when asked to."""
+        if self._stop.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Keep what a step was like; the summary that transformers logs at the end has no loss of a step."""
+        if logs is None or "loss" not in logs:
+            return
+        names = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "epoch": "epoch"}
+        self._log.write(
+            state.global_step, {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
+        )
+        self._bar.advance(1, note=f"loss {logs['loss']:.3f}")
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    reporting: Reporting,
+    arguments: dict[str, Any],
+) -> OurTraining:
+    """The trainer for a model's architecture, with none but our callbacks.
+
+    Args:
+        model: trainable parameters have `requires_grad`.
+        tokenizer: TRL wants one; it is left as it is.
+        dataset: rows.
+        reporting: our callback.
+        arguments: of `TrainingArguments`.
+    """
+    common: dict[str, Any] = {"model": model, "train_dataset": dataset, "data_collator": lambda rows: rows}
+    if model.config.is_encoder_decoder:
+        trainer: OurTraining = Seq2SeqSFT(args=Seq2SeqTrainingArguments(**arguments), **common)
+    else:
+        # TRL is not to prepare rows that are prepared, nor to cut them.
+        settings = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = DecoderSFT(args=settings, processing_class=tokenizer, **common)
+        # TRL replaces the model's forward by one with its own fused loss; ours needs none.
+        model.__dict__.pop("forward", None)
+    for callback in list(trainer.callback_handler.callbacks):
+        if not isinstance(callback, DefaultFlowCallback):
+            trainer.remove_callback(callback)
+    trainer.add_callback(reporting)
+    return trainer
