@@ -1,0 +1,39 @@
+# Two commands on a machine that has Python 3.11 or later, make and git: `make quickstart` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two workers with one thread each: the models of the tests are too small to profit from more threads.
+WORKERS ?= 2
+
+.PHONY: help install quickstart test lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/installed  ## make the environment in .venv with the tested versions
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install  ## the whole pipeline on a model small enough for two cores, in under three minutes
+	$(BIN)/rlhf run recipes/quickstart.yaml
+
+test: install  ## all tests; those on real data say so where it is absent
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+
+lint: install  ## ruff, pyright, the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches, never a run
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis
