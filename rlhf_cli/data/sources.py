@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import cast
 
 from rlhf_cli.data.checks import PromptSet, RankingChecks, latest_annotations, overlap_warning
-from rlhf_cli.data.origins import rows_of, source_digest
+from rlhf_cli.data.hub import HubSource
+from rlhf_cli.data.origins import resolve, rows_of, source_digest
 from rlhf_cli.data.parsing import RowParser
 from rlhf_cli.data.records import Kind, Ranking, Record
 from rlhf_cli.data.remarks import Remarks
@@ -24,6 +25,7 @@ __all__ = [
     "Skip",
     "SkipLog",
     "ValidationReport",
+    "is_hub",
     "iter_records",
     "overlap_warning",
     "read_records",
@@ -67,6 +69,11 @@ class ValidationReport:
     skips: SkipLog
     warnings: list[str]
     prompts: PromptSet
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source is a data set of the hub rather than something local; raises `DataError` if it is neither."""
+    return isinstance(resolve(source), HubSource)
 
 
 def iter_records(

@@ -6,11 +6,13 @@ scores (traps 10 and 11 of docs/ppo.md), and a prompt's ids are always a prefix 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from rlhf_cli.data.records import Message, Prompt
-from rlhf_cli.errors import ModelError
+from rlhf_cli.data.records import Message, Prompt, Record
+from rlhf_cli.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,12 +28,15 @@ class PromptFormat:
             chat template, else text around `{prompt}`.
         name: where the tokenizer came from, for messages.
         is_encoder: the ids go to an encoder that reads prompt and answer as a pair (BERT's [CLS] a [SEP] b [SEP]).
+        is_encoder_decoder: the prompt goes to an encoder and the answer to a decoder (T5), so the prompt keeps the end
+            token that the encoder knows from its training.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str | None = None
     name: str = "the tokenizer"
     is_encoder: bool = field(default=False)
+    is_encoder_decoder: bool = field(default=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None and not self.is_encoder:
@@ -69,7 +74,10 @@ class PromptFormat:
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja raises what the template's author chose
-            raise ModelError(f"the chat template of {self.name} refuses a conversation: {error}") from error
+            raise ModelError(
+                f"the chat template of {self.name} refuses a conversation: {error}",
+                hint="put the turns in the order the template wants: as a rule the user first, then in turn",
+            ) from error
         assert isinstance(text, str)
         return text
 
@@ -78,19 +86,53 @@ class PromptFormat:
         text = self.prompt_string(prompt)
         # A chat template writes its own special tokens; plain text gets the ones the tokenizer puts in front (BOS).
         is_chat = not isinstance(prompt, str) or self.template == "chat"
-        ids = self.tokenizer(text, add_special_tokens=not is_chat).input_ids
-        # T5 and BERT close every text with a token that means "the end", which a prompt of a decoder must not have.
-        if not is_chat and ids and ids[-1] == self.tokenizer.eos_token_id and not self.is_encoder:
-            ids = ids[:-1]
-        return ids
+        ids = _ids(self.tokenizer, text, special=not is_chat)
+        # Some tokenizers close every text with a token that means "the end", which a prompt of a decoder must not have.
+        is_closed = not (is_chat or self.is_encoder or self.is_encoder_decoder)
+        return ids[: len(ids) - self._closing_tokens] if is_closed else ids
+
+    @cached_property
+    def _closing_tokens(self) -> int:
+        """Special tokens that the tokenizer puts behind a text, as opposed to those in front of it."""
+        plain, closed = (_ids(self.tokenizer, "a", special=special) for special in (False, True))
+        start = next((i for i in range(len(closed)) if closed[i : i + len(plain)] == plain), len(closed) - len(plain))
+        return len(closed) - start - len(plain)
 
     def completion_ids(self, completion: str, *, ended: bool = True) -> list[int]:
         """Ids of an answer; `ended` puts the end-of-text token behind it."""
-        ids = self.tokenizer(completion, add_special_tokens=False).input_ids
-        return [*ids, self.tokenizer.eos_token_id] if ended else ids
+        ids = _ids(self.tokenizer, completion, special=False)
+        end = self.tokenizer.eos_token_id
+        assert isinstance(end, int)
+        return [*ids, end] if ended else ids
 
     def pair_ids(self, prompt: Prompt, completion: str, *, ended: bool = True) -> list[int]:
         """Ids of prompt and answer as a scorer reads them."""
         if self.is_encoder:
-            return self.tokenizer(self.prompt_string(prompt), completion).input_ids
+            return list(self.tokenizer(self.prompt_string(prompt), completion)["input_ids"])  # type: ignore[arg-type]
         return self.prompt_ids(prompt) + self.completion_ids(completion, ended=ended)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])  # type: ignore[arg-type]
+
+
+def check_conversations(prompt_format: PromptFormat, records: Iterable[Record]) -> None:
+    """Render one conversation of each order of turns, since templates differ in the orders they allow.
+
+    Raises:
+        DataError: the template refuses one, or the tokenizer has none; names the record's place.
+    """
+    seen: set[tuple[str, ...]] = set()
+    for record in records:
+        if isinstance(record.prompt, str):
+            continue
+        roles = tuple(message.role for message in record.prompt)
+        if roles in seen:
+            continue
+        seen.add(roles)
+        try:
+            prompt_format.prompt_string(record.prompt)
+        except ModelError as error:
+            raise DataError(
+                f"{record.place}: the turns {', '.join(roles)}: {error.message}", hint=error.hint
+            ) from error
