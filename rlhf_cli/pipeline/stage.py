@@ -59,7 +59,7 @@ class StageContext:
         recipe: resolved settings.
         stage: its row.
         output: folder to write the artefact into; renamed into place when the stage returns.
-        work: folder that outlives a killed attempt, for step checkpoints and partial samples; gone when the stage is done.
+        work: folder that outlives a killed attempt, for step checkpoints and partial samples; gone when all is done.
         inputs: input name -> folder, file or hub id. Names: "base", "sft", "label", "train-rm", "ppo" for
             what an earlier stage wrote (or the setting that replaces it), and one per data setting ("sft.data", ...).
         stop: asks for signals.

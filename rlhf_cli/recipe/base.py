@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
-    """A section of a recipe: unknown keys are errors, values are finite, nothing changes after loading."""
+    """A section of a recipe: unknown keys are errors, values are finite and of their own type, nothing changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any, info: ValidationInfo) -> Any:
+        """`1e3` is a whole number to a person, and a float to YAML."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        wants_whole = any(part is int or int in get_args(part) for part in (annotation, *get_args(annotation)))
+        return int(value) if wants_whole and isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True)
+class Names:
+    """Marks a setting that names something outside the recipe; relative paths are looked up for it.
+
+    Attributes:
+        what: a model (folder or hub id), data (file, folder or hub data set) or a Python function (`file.py:function`).
+    """
+
+    what: Literal["model", "data", "function"]
+
+
+@dataclass(frozen=True)
+class EffortOnly:
+    """Marks a setting that changes memory, speed or display, never what a stage learns: it may change at any time."""
 
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -18,3 +45,8 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenShare = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Effort = Annotated[Count, EffortOnly()]
+EffortFlag = Annotated[bool, EffortOnly()]
+ModelName = Annotated[str | None, Names("model")]
+DataName = Annotated[str | None, Names("data")]
+FunctionName = Annotated[str | None, Names("function")]

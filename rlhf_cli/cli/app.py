@@ -1,0 +1,50 @@
+"""The commands and where each lives. Each module parses; heavy imports wait inside."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rlhf_cli.cli import doctor, evaluate, init, label, ppo, recipe, run, sft, train_rm
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: quicker, and readable when piped
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from rlhf_cli import __version__
+
+        typer.echo(f"rlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def rlhf(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and end.")
+    ] = False,
+) -> None:
+    """Align a language model from one recipe: SFT, labels, reward model, PPO, evaluation.
+
+    Start with `rlhf init my-run`, then `rlhf run my-run/recipes/quickstart.yaml`.
+
+    stdout carries data only; everything for people goes to stderr. Exit codes: 0 done, 2 usage or recipe,
+    65 bad data, 70 diverged, 74 disk, 75 run directory in use, 130 or 143 interrupted and resumable.
+    """
+
+
+app.command("init")(init.init)
+app.command("run")(run.run)
+app.command("sft")(sft.sft)
+app.command("label")(label.label)
+app.command("train-rm")(train_rm.train_rm)
+app.command("ppo")(ppo.ppo)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(recipe.app, name="recipe")
+app.command("doctor")(doctor.doctor)

@@ -1,0 +1,77 @@
+"""The last thing people see: what ran, how long, the figures that matter, and where everything is. On stderr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_cli.progress import console, interactive, say
+
+if TYPE_CHECKING:
+    from rlhf_cli.pipeline.runner import RunResult, StageResult
+
+_STATUS = {"done": "ran", "cached": "up to date"}
+
+
+def show_plan(result: RunResult) -> None:
+    """What a run would do, one line a stage."""
+    width = max(len(row.name) for row in result.stages)
+    for row in result.stages:
+        status = "up to date" if row.status == "cached" else row.status
+        why = "" if row.status == "cached" else f": {row.reason}"
+        say(f"{row.name:<{width}}  {status}{why}")
+    say(f"in {result.run_dir}")
+
+
+def show_outcome(result: RunResult) -> None:
+    """The closing table; plain lines where nobody watches."""
+    if interactive():
+        _table(result)
+    else:
+        _lines(result)
+    if all(row.status == "cached" for row in result.stages):
+        say("nothing to do: everything is up to date")
+
+
+def _table(result: RunResult) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("key figures", overflow="fold")
+    table.add_column("where", overflow="fold", style="dim")
+    for row in result.stages:
+        style = "green" if row.status == "done" else "dim"
+        figures = "\n".join(f"{what}  {figure}" for what, figure in row.summary)
+        status = f"[{style}]{_STATUS.get(row.status, row.status)}[/{style}]"
+        table.add_row(row.name, status, duration(row.seconds), _plain(figures), f"{row.path}")
+    console.print()
+    console.print(table)
+
+
+def _lines(result: RunResult) -> None:
+    for row in result.stages:
+        figures = "; ".join(f"{what} {figure}" for what, figure in row.summary)
+        parts = [f"{row.name}: {_STATUS.get(row.status, row.status)}", _took(row), figures, str(row.path)]
+        say("  ".join(part for part in parts if part))
+
+
+def _took(row: StageResult) -> str:
+    return f"({duration(row.seconds)})" if row.status == "done" else ""
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people read them: 4.2 s, 3 min 05 s, 1 h 20 min."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

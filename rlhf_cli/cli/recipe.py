@@ -1,0 +1,52 @@
+"""`rlhf recipe`: look at recipes without running anything."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from rlhf_cli.cli.options import Json, RecipeFile, RunDir, Settings
+
+app = typer.Typer(rich_markup_mode=None, help="Show, check and document recipes.", no_args_is_help=True)
+
+
+@app.command()
+def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
+    """Print all settings with where each came from, what follows from them, and what would run."""
+    from rlhf_cli.pipeline.runner import default_run_dir
+    from rlhf_cli.recipe import show as view
+    from rlhf_cli.recipe.loader import load_recipe
+
+    loaded = load_recipe(recipe, settings or [])
+    folder = run_dir or default_run_dir(loaded.recipe)
+    if as_json:
+        typer.echo(json.dumps(view.as_json(loaded, folder), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(view.as_yaml(loaded, folder), nl=False)
+
+
+@app.command()
+def validate(recipe: RecipeFile, settings: Settings = None) -> None:
+    """Name every problem of a recipe at once; exit code 2 if there is one."""
+    from rlhf_cli.progress import say
+    from rlhf_cli.recipe.loader import load_recipe
+
+    load_recipe(recipe, settings or [])
+    say(f"{recipe}: no problems")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from rlhf_cli.recipe.reference import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command(hidden=True)
+def reference() -> None:
+    """Print docs/recipe.md."""
+    from rlhf_cli.recipe.reference import markdown
+
+    typer.echo(markdown(), nl=False)

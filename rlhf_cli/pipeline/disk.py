@@ -1,0 +1,88 @@
+"""Room on the disk: looked at before a run starts, and named when it runs out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_cli.errors import DiskError
+from rlhf_cli.recipe.schema import Recipe
+
+_MARGIN = 64 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNWRITABLE = {errno.EROFS, errno.EIO}
+
+
+def needed_bytes(recipe: Recipe, stages: list[str]) -> int:
+    """A rough need of the stages that will run, in bytes; 0 model bytes where the base is on the hub or built.
+
+    A policy is written merged in float32, at most twice its bytes in half precision; an adapter and its checkpoints are
+    small beside that. Without an adapter every checkpoint holds weights and two moments in float32, and two are kept.
+    """
+    base = model_bytes(recipe.model.path)
+    total = _MARGIN
+    for stage in stages:
+        section = getattr(recipe, stage.replace("-", "_"))
+        adapter = getattr(section, "adapter", None)
+        if adapter == "none":
+            total += base * 2 + base * 2 * 3 * 2
+        elif adapter == "lora" and stage != "train-rm":
+            total += base * 2
+    return total
+
+
+def model_bytes(path: str | None) -> int:
+    """Bytes of the weight files of a local model folder; 0 for anything else."""
+    if path is None or not Path(path).is_dir():
+        return 0
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise `DiskError` where the disk of a folder has less room than needed."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskError(
+            f"the disk of {folder} has {in_words(free)} free; this run needs about {in_words(needed)}",
+            hint="free some, or work on another disk with --run-dir",
+        )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full or failing disk, however a library reports it, into `DiskError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        raise DiskError(
+            f"{reason} while writing under {folder}, with {free:,} bytes free; the last good state is kept",
+            hint="free some room and run the same command again, or move the run to another disk",
+        ) from error
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Why the disk is to blame, looked for in an error and in what caused it; None where it is not."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL | _UNWRITABLE:
+            return os.strerror(error.errno or 0).lower()
+        if "no space left on device" in str(error).lower():  # safetensors and torch carry it as text only
+            return os.strerror(errno.ENOSPC).lower()
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def in_words(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,180 @@
+"""What each stage reads: an earlier stage's artefact, or the setting that replaces it, or files of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_cli.data.records import Kind
+from rlhf_cli.errors import UsageError
+from rlhf_cli.pipeline.rundir import RunDirectory
+from rlhf_cli.pipeline.stage import STAGES, Stage
+from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing a stage reads.
+
+    Attributes:
+        name: key in `StageContext.inputs`.
+        source: folder, file, hub id, `file.py:function`, or "build".
+        what: how it is checked and hashed.
+        setting: the setting that named it, for messages; empty for an artefact.
+        upstream: the stage that writes it, for an artefact.
+        records: kind of records, for data.
+        matters: whether the stage's result depends on it; the base model is shown to all and read by one.
+    """
+
+    name: str
+    source: str
+    what: Literal["artefact", "model", "data", "function", "build"]
+    setting: str = ""
+    upstream: str | None = None
+    records: Kind | None = None
+    matters: bool = True
+
+
+class InputResolver:
+    """Finds the inputs of the stages that are going to run.
+
+    Args:
+        recipe: resolved settings.
+        run: the run directory, whose finished artefacts count.
+        planned: names of stages that write their artefacts before they are read.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, planned: frozenset[str]) -> None:
+        self._recipe = recipe
+        self._run = run
+        self._planned = planned
+
+    def inputs(self, stage: Stage) -> list[Input]:
+        """All inputs of a stage; raises `UsageError` for one that is missing."""
+        settings = getattr(self._recipe, stage.section)
+        find: dict[str, Callable[..., Iterator[Input]]] = {
+            "sft": self._sft,
+            "label": self._label,
+            "train-rm": self._train_rm,
+            "ppo": self._ppo,
+            "evaluate": self._evaluate,
+        }
+        found = list(find[stage.name](settings))
+        names = {given.name for given in found}
+        return found + [base for base in self._base(matters=False) if base.name not in names]
+
+    def _base(self, *, matters: bool) -> Iterator[Input]:
+        model = self._recipe.model
+        if model.path is not None:
+            yield Input("base", model.path, "model", "model.path", matters=matters)
+        elif model.build is not None:
+            yield Input("base", "build", "build", "model.build", matters=matters)
+
+    def _sft(self, settings: SFTSettings) -> Iterator[Input]:
+        base = list(self._base(matters=True))
+        if not base:
+            raise UsageError(
+                "no base model: `sft` starts from one",
+                hint="name one with `--set model.path=FOLDER` (or a hub id), or make one with `model.build`",
+            )
+        yield from base
+        yield Input("sft.data", settings.data, "data", "sft.data", records="demonstration")
+
+    def _label(self, settings: LabelSettings) -> Iterator[Input]:
+        if settings.by == "import":
+            yield Input("label.data", settings.data or "", "data", "label.data", records="ranking")
+            return
+        yield self._policy("label", "model", settings.model)
+        yield self._prompts("label", settings.prompts)
+        if settings.reward_model is not None:
+            yield Input("train-rm", settings.reward_model, "model", "label.reward_model")
+        if settings.function is not None:
+            yield Input("label.function", settings.function, "function", "label.function")
+
+    def _train_rm(self, settings: TrainRMSettings) -> Iterator[Input]:
+        yield self._policy("train-rm", "model", settings.model)
+        if settings.data is not None:
+            yield Input("label", settings.data, "data", "train_rm.data", records="ranking")
+        elif self._have("label"):
+            rankings = str(self._run.artefact("label") / "rankings.jsonl")
+            yield Input("label", rankings, "artefact", upstream="label")
+        else:
+            raise self._missing("train-rm", "label", "data")
+
+    def _ppo(self, settings: PPOSettings) -> Iterator[Input]:
+        yield self._policy("ppo", "model", settings.model)
+        if settings.reward_model is not None:
+            yield Input("train-rm", settings.reward_model, "model", "ppo.reward_model")
+        elif self._recipe.train_rm is not None or (not settings.reward_functions and self._have("train-rm")):
+            yield self._artefact("ppo", "train-rm", "reward_model")
+        elif not settings.reward_functions:
+            raise self._missing("ppo", "train-rm", "reward_model")
+        yield self._prompts("ppo", settings.prompts)
+        for index, reward in enumerate(settings.reward_functions):
+            name = f"ppo.reward_functions.{index}.function"
+            yield Input(name, reward.function, "function", name)
+
+    def _evaluate(self, settings: EvaluateSettings) -> Iterator[Input]:
+        yield self._policy("evaluate", "baseline", settings.baseline)
+        if settings.policy is not None:
+            yield Input("ppo", settings.policy, "model", "evaluate.policy")
+        else:
+            yield self._artefact("evaluate", "ppo", "policy")
+        reward = self._evaluated_reward(settings)
+        if reward is not None:
+            yield reward
+        elif settings.judge_function is None:
+            raise UsageError(
+                "`evaluate` has nothing to judge by: no reward model and no `evaluate.judge_function`",
+                hint="name one with `--set evaluate.judge_function=FILE.py:FUNCTION` or `evaluate.reward_model=PATH`",
+            )
+        if settings.judge_function is not None:
+            yield Input("evaluate.judge_function", settings.judge_function, "function", "evaluate.judge_function")
+        yield self._prompts("evaluate", settings.prompts)
+
+    def _evaluated_reward(self, settings: EvaluateSettings) -> Input | None:
+        if settings.reward_model is not None:
+            return Input("train-rm", settings.reward_model, "model", "evaluate.reward_model")
+        ppo = self._recipe.ppo
+        if self._recipe.train_rm is None and ppo is not None and ppo.reward_model is not None:
+            return Input("train-rm", ppo.reward_model, "model", "ppo.reward_model")
+        if self._have("train-rm"):
+            return self._artefact("evaluate", "train-rm", "reward_model")
+        return None
+
+    def _policy(self, stage: str, setting: str, replaced: str | None) -> Input:
+        """The SFT model: what a setting names, else what `sft` writes, else the base model where no `sft` is."""
+        section = stage.replace("-", "_")
+        if replaced is not None:
+            return Input("sft", replaced, "model", f"{section}.{setting}")
+        if self._recipe.sft is None and self._recipe.model.path is not None:
+            return Input("sft", self._recipe.model.path, "model", "model.path")
+        return self._artefact(stage, "sft", setting)
+
+    def _artefact(self, reader: str, writer: str, setting: str) -> Input:
+        if not self._have(writer):
+            raise self._missing(reader, writer, setting)
+        return Input(writer, str(self._run.artefact(writer)), "artefact", upstream=writer)
+
+    def _have(self, writer: str) -> bool:
+        return writer in self._planned or self._run.artefact(writer).is_dir()
+
+    def _missing(self, reader: str, writer: str, setting: str) -> UsageError:
+        writes = next(stage.writes for stage in STAGES if stage.name == writer)
+        return UsageError(
+            f"no {writes} in {self._run.path}: `{reader}` reads what `{writer}` writes",
+            hint=f"run `rlhf {writer} --run-dir {self._run.path}` first, "
+            f"or name one with `--set {reader.replace('-', '_')}.{setting}=PATH`",
+        )
+
+    def _prompts(self, section: str, own: str | None) -> Input:
+        source, setting = (
+            (own, f"{section}.prompts") if own is not None else (self._recipe.data.prompts, "data.prompts")
+        )
+        if source is None:
+            raise UsageError(
+                f"no prompts: `{section}` needs `{section}.prompts` or `data.prompts`",
+                hint="name a file, folder or hub data set with `--set data.prompts=PATH`",
+            )
+        return Input("prompts", source, "data", setting, records="prompt")

@@ -1,0 +1,167 @@
+"""`manifest.json`: what an artefact is, what it was made from and by, and the hash of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.pipeline.hashing import hash_file
+
+Identity = dict[str, Any]
+"""What a result depends on: {"stage", "settings": {dotted name: value}, "inputs": {name: digest}}."""
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+NOT_CONTENT = frozenset({"metrics.jsonl", "skips.jsonl"})
+"""Files that tell how an artefact was made; no later stage reads them, and they hold times."""
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+class DamagedArtefact(Exception):  # noqa: N818  (internal: the plan turns it into the reason to run again)
+    """An artefact that is not what its manifest says, or has none that can be read."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An artefact's own description.
+
+    Attributes:
+        stage: which stage wrote it.
+        fingerprint: sha256 of `identity`.
+        identity: settings and input digests that the result depends on.
+        settings: everything resolved: the stage's section, `model`, `data` and `seed`.
+        outputs: path inside the folder -> {"sha256", "bytes"}.
+        versions: of Python and of the packages that matter.
+        skipped: reason -> records skipped.
+        metrics: the stage's figures; null for one that is no number.
+        summary: (what, figure) rows for people.
+        started: UTC, ISO 8601.
+        finished: UTC, ISO 8601.
+        seconds: of the attempt that finished it.
+    """
+
+    stage: str
+    fingerprint: str
+    identity: Identity
+    settings: dict[str, Any]
+    outputs: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    skipped: dict[str, int]
+    metrics: dict[str, float | None]
+    summary: list[list[str]]
+    started: str
+    finished: str
+    seconds: float
+    format: int = field(default=FORMAT)
+
+    @property
+    def content_digest(self) -> str:
+        """sha256 over the names and hashes of the files that later stages may read."""
+        total = hashlib.sha256()
+        for name, file in sorted(self.outputs.items()):
+            if name not in NOT_CONTENT:
+                total.update(f"{name}\0{file['sha256']}\n".encode())
+        return total.hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into a folder, sealed by a checksum of itself."""
+        plain = asdict(self)
+        plain["checksum"] = _checksum(plain)
+        text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def verify(self, folder: Path) -> None:
+        """Hash every file again; raises `DamagedArtefact` that names the first one that differs."""
+        for name, expected in sorted(self.outputs.items()):
+            path = folder / name
+            if not path.is_file():
+                raise DamagedArtefact(f"{path} is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise DamagedArtefact(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
+            if hash_file(path) != expected["sha256"]:
+                raise DamagedArtefact(f"{path} is not what was written: its sha256 differs")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest; raises `DamagedArtefact`, or `UsageError` for one of a newer format."""
+    path = folder / FILE_NAME
+    try:
+        plain = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedArtefact(f"{path} is missing") from None
+    except (OSError, ValueError):
+        raise DamagedArtefact(f"{path} is torn or no JSON") from None
+    if not isinstance(plain, dict):
+        raise DamagedArtefact(f"{path} is no manifest")
+    if isinstance(version := plain.get("format"), int) and version > FORMAT:
+        raise UsageError(f"{path} has format {version}; this rlhf knows up to {FORMAT}", hint="use the newer rlhf")
+    seal = plain.pop("checksum", None)
+    if seal != _checksum(plain):
+        raise DamagedArtefact(f"{path} is not what was written: its checksum differs")
+    try:
+        return Manifest(**plain)
+    except TypeError:
+        raise DamagedArtefact(f"{path} is no manifest of this format") from None
+
+
+def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Hash and size of every file under a folder, the manifest excepted, by path inside it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != FILE_NAME:
+            found[name] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+    return found
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: what is no number becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of rlhf, Python and the packages whose behaviour a result depends on, without importing them."""
+    from rlhf_cli import __version__
+
+    found = {"rlhf": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def now() -> str:
+    """UTC to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder's files and names survive a power cut."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """fsync one file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

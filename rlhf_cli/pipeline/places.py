@@ -1,0 +1,116 @@
+"""Where the names in a recipe lead: paths beside the caller or beside the recipe, hub ids, Python functions.
+
+A relative path is looked up in the current directory first, then in the recipe's own folder, so that `rlhf run
+recipes/mine.yaml` and `cd recipes && rlhf run mine.yaml` find the same files.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import re
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import DataError, ModelError, UsageError
+from rlhf_cli.recipe.document import Place
+from rlhf_cli.recipe.fields import dotted, values
+from rlhf_cli.recipe.loader import LoadedRecipe
+from rlhf_cli.recipe.schema import Recipe
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_FILE_ENDINGS = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".gz",
+    ".txt",
+    ".yaml",
+    ".yml",
+    ".safetensors",
+    ".arrow",
+)
+
+
+def resolve_paths(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with every name that leads to a local path made one that works from the current directory."""
+    folder = Path() if loaded.path is None else loaded.path.parent
+    plain = loaded.recipe.model_dump()
+    for place, setting, value in values(loaded.recipe):
+        if setting.names is not None and isinstance(value, str):
+            found = _function(value, folder) if setting.names.what == "function" else _path(value, folder)
+            _put(plain, place, found)
+    return Recipe.model_validate(plain)
+
+
+def _put(plain: Any, place: Place, value: str) -> None:
+    for key in place[:-1]:
+        plain = plain[key]
+    plain[place[-1]] = value
+
+
+def _path(name: str, folder: Path) -> str:
+    here = Path(name).expanduser()
+    if here.exists() or here.is_absolute():
+        return str(here)
+    beside = folder / name
+    return str(beside) if beside.exists() else name
+
+
+def _function(spec: str, folder: Path) -> str:
+    file, colon, function = spec.rpartition(":")
+    return f"{_path(file, folder)}:{function}" if colon and file.endswith(".py") else spec
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no local path can be an `owner/name` of the hub, with `@revision` or without."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
+
+
+def check_data(name: str, setting: str) -> None:
+    """Raise `DataError` unless a name is a local path or may be a hub data set."""
+    if not Path(name).exists() and not looks_like_hub_id(name):
+        raise DataError(
+            f"{name}: no such file or folder (`{setting}`)",
+            hint="relative paths are looked up in the current directory, then beside the recipe",
+        )
+
+
+def check_model(name: str, setting: str) -> None:
+    """Raise `ModelError` unless a name is a local folder or may be a hub id."""
+    path = Path(name)
+    if path.is_dir() or (not path.exists() and looks_like_hub_id(name)):
+        return
+    problem = "this is a file, not a model folder" if path.exists() else "no such model folder"
+    raise ModelError(f"{name}: {problem} (`{setting}`)", hint="give a folder, or a hub id such as owner/name")
+
+
+def function_file(spec: str, setting: str) -> Path:
+    """The source file of `file.py:function` or `package.module:function`, found without running any of it."""
+    module, _, function = spec.rpartition(":")
+    if not module or not function.isidentifier():
+        raise UsageError(
+            f"`{setting}` is no function: got `{spec}`", hint="write `file.py:function` or `package.module:function`"
+        )
+    if module.endswith(".py"):
+        if not Path(module).is_file():
+            raise UsageError(f"{module}: no such file (`{setting}`)", hint="write `file.py:function`")
+        return Path(module)
+    search: list[str] | None = None
+    found = None
+    for depth in range(len(parts := module.split("."))):
+        found = importlib.machinery.PathFinder.find_spec(".".join(parts[: depth + 1]), search)
+        if found is None:
+            raise UsageError(
+                f"no Python module `{module}` (`{setting}`)", hint="install it, or write `file.py:function`"
+            )
+        search = list(found.submodule_search_locations or [])
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        raise UsageError(f"Python module `{module}` has no source file (`{setting}`)")
+    return Path(found.origin)
+
+
+def setting_name(place: Place) -> str:
+    """A place as it stands in messages."""
+    return dotted(place)

@@ -1,0 +1,49 @@
+"""Everything outside the run directory is checked before the first stage starts, without torch.
+
+A bad line in PPO's prompts is found now and not after an hour of fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlhf_cli.pipeline.hashing import hash_file
+from rlhf_cli.pipeline.inputs import Input
+from rlhf_cli.pipeline.places import check_data, check_model, function_file
+from rlhf_cli.progress import say, warn
+from rlhf_cli.recipe.schema import Recipe
+
+
+def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
+    """Check data record by record, models by their folders, functions by their files; raises an `RLHFError`.
+
+    Args:
+        recipe: for `data.columns` and `data.max_skip`.
+        inputs: of all stages that are going to run; what is named twice is checked once.
+    """
+    seen: set[tuple[str, str | None]] = set()
+    for given in inputs:
+        key = (given.source, given.records)
+        if key in seen or not given.matters:
+            continue
+        seen.add(key)
+        if given.what == "data":
+            check_data(given.source, given.setting)
+            _check_records(recipe, given)
+        elif given.what == "model":
+            check_model(given.source, given.setting)
+        elif given.what == "function":
+            file = function_file(given.source, given.setting)
+            say(f"{given.setting}: {given.source} runs with your rights; {file} has sha256 {hash_file(file)}")
+
+
+def _check_records(recipe: Recipe, given: Input) -> None:
+    if not Path(given.source).exists():  # on the hub: the stage that reads it checks as it goes
+        return
+    from rlhf_cli.data.sources import validate_source
+
+    assert given.records is not None
+    report = validate_source(given.source, given.records, columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    for warning in report.warnings:
+        warn(warning)

@@ -1,0 +1,161 @@
+"""The run directory: one finished folder a stage, and beside it, hidden, what an unfinished stage has so far.
+
+    runs/NAME/sft/            a finished artefact with its manifest.json
+    runs/NAME/.ppo.output/    what an attempt is writing; emptied when an attempt begins
+    runs/NAME/.ppo.work/      step checkpoints, which outlive a kill; gone when the stage is done
+    runs/NAME/.ppo.began.json the settings and inputs the unfinished stage began with
+    runs/NAME/.sft.old/       the artefact a finished stage is about to replace
+    runs/NAME/.lock           held by flock while a process works here
+
+`.ppo.output` stands as deep as `ppo` will, so that relative paths inside an artefact stay true when it is renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_cli.errors import DiskError, RunInUseError, UsageError
+from rlhf_cli.pipeline.manifest import DamagedArtefact, Identity, Manifest, read_manifest, sync, sync_tree
+from rlhf_cli.pipeline.stage import STAGES
+
+
+class RunDirectory:
+    """A run's folder.
+
+    Args:
+        path: where; made when the run takes its lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def artefact(self, stage: str) -> Path:
+        """Folder of a finished stage."""
+        return self.path / stage
+
+    def output(self, stage: str) -> Path:
+        """Folder that an attempt writes."""
+        return self.path / f".{stage}.output"
+
+    def work(self, stage: str) -> Path:
+        """Folder that outlives a killed attempt."""
+        return self.path / f".{stage}.work"
+
+    def _began(self, stage: str) -> Path:
+        return self.path / f".{stage}.began.json"
+
+    def _old(self, stage: str) -> Path:
+        return self.path / f".{stage}.old"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run against other processes; raises `RunInUseError` where one has it. Dies with the process."""
+        self._make()
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise RunInUseError(
+                    f"{self.path} is in use by process {holder}",
+                    hint="wait for it, stop it, or work in another folder with --run-dir",
+                ) from None
+            file.seek(0)
+            file.truncate()
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(f"{self.path} is a file, not a run directory", hint="choose another --run-dir") from None
+        except OSError as error:
+            raise DiskError(f"cannot make {self.path}: {(error.strerror or str(error)).lower()}") from error
+
+    def recover(self) -> None:
+        """Finish or undo what a killed process left between two renames."""
+        for stage in (row.name for row in STAGES):
+            final, old = self.artefact(stage), self._old(stage)
+            if self._complete(stage):
+                self._swap_in(stage)
+            elif old.exists() and not final.exists():
+                old.rename(final)
+            if old.exists():
+                shutil.rmtree(old)
+
+    def _complete(self, stage: str) -> bool:
+        """Whether an attempt wrote everything and was killed before its folder had its name."""
+        output = self.output(stage)
+        if not output.is_dir():
+            return False
+        try:
+            read_manifest(output).verify(output)
+        except DamagedArtefact:
+            return False
+        return True
+
+    def read_manifest(self, stage: str) -> Manifest | None:
+        """A finished stage's manifest; None where the stage is not finished. Raises `DamagedArtefact`."""
+        folder = self.artefact(stage)
+        return read_manifest(folder) if folder.is_dir() else None
+
+    def began(self, stage: str) -> Identity | None:
+        """What an unfinished stage with work worth keeping began with; None where there is none."""
+        if not has_files(self.work(stage)):
+            return None
+        try:
+            found = json.loads(self._began(stage).read_bytes())
+        except (OSError, ValueError):
+            return {"stage": stage, "settings": {}, "inputs": {}}  # unknown, so it equals nothing
+        return found
+
+    def begin(self, stage: str, identity: Identity, *, resume: bool) -> None:
+        """Make the folders of an attempt; without `resume`, nothing of an earlier one stays."""
+        if not resume:
+            self.discard(stage)
+        shutil.rmtree(self.output(stage), ignore_errors=True)
+        self.output(stage).mkdir()
+        self.work(stage).mkdir(exist_ok=True)
+        written = self._began(stage).with_suffix(".tmp")
+        written.write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
+        sync(written)
+        written.rename(self._began(stage))
+
+    def discard(self, stage: str) -> None:
+        """Throw away an unfinished attempt."""
+        for folder in (self.output(stage), self.work(stage)):
+            if folder.exists():
+                shutil.rmtree(folder)
+        self._began(stage).unlink(missing_ok=True)
+
+    def publish(self, stage: str, manifest: Manifest) -> None:
+        """Give a finished stage its name: whole or not at all, whenever the process dies."""
+        manifest.write(self.output(stage))
+        sync_tree(self.output(stage))
+        self._swap_in(stage)
+
+    def _swap_in(self, stage: str) -> None:
+        final, old = self.artefact(stage), self._old(stage)
+        if final.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            final.rename(old)
+        self.output(stage).rename(final)
+        sync(self.path)
+        if old.exists():
+            shutil.rmtree(old)
+        self.discard(stage)
+
+
+def has_files(folder: Path) -> bool:
+    """Whether a folder holds any file at any depth."""
+    return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))

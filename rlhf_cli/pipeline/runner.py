@@ -1,0 +1,223 @@
+"""Brings the stages of a recipe up to date, one after the other, each whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import RLHFError
+from rlhf_cli.pipeline.disk import check_room, disk_errors, needed_bytes
+from rlhf_cli.pipeline.fingerprint import fingerprint
+from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
+from rlhf_cli.pipeline.places import resolve_paths
+from rlhf_cli.pipeline.plan import Planner, Selection, Step, select
+from rlhf_cli.pipeline.preflight import preflight
+from rlhf_cli.pipeline.rundir import RunDirectory
+from rlhf_cli.pipeline.signals import SignalStop
+from rlhf_cli.pipeline.stage import StageContext, StageOutcome, StopRequest
+from rlhf_cli.progress import say, warn
+from rlhf_cli.recipe.loader import LoadedRecipe
+from rlhf_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage.
+
+    Attributes:
+        name: of the stage.
+        status: "done" now, "cached" from before, or with a dry run "would run" and "would resume".
+        reason: why it ran or did not.
+        path: its folder.
+        seconds: of work, now or when it was made; None in a dry run.
+        metrics: its figures.
+        summary: (what, figure) rows for people.
+    """
+
+    name: str
+    status: str
+    reason: str
+    path: Path
+    seconds: float | None
+    metrics: dict[str, float | None]
+    summary: list[list[str]]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What became of a run.
+
+    Attributes:
+        run_dir: the run directory.
+        stages: the chosen stages in order.
+    """
+
+    run_dir: Path
+    stages: list[StageResult]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints; `metrics` are those of `evaluate`, if it was among the stages."""
+        rows = [
+            {
+                "name": row.name,
+                "status": row.status,
+                "reason": row.reason,
+                "path": str(row.path),
+                "seconds": None if row.seconds is None else round(row.seconds, 3),
+                "metrics": row.metrics,
+            }
+            for row in self.stages
+        ]
+        evaluated = next((row.metrics for row in self.stages if row.name == "evaluate"), {})
+        return {"run_dir": str(self.run_dir), "stages": rows, "metrics": evaluated}
+
+
+def default_run_dir(recipe: Recipe) -> Path:
+    """`runs/NAME`, in the current directory."""
+    return Path("runs") / recipe.name
+
+
+def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
+    """Bring the chosen stages up to date.
+
+    Raises:
+        RLHFError: for anything a user can cause; the run directory stays as it was, or resumable.
+    """
+    recipe = resolve_paths(loaded)
+    chosen = select(recipe, selection)
+    directory = RunDirectory(folder)
+    with directory.lock(), SignalStop() as stop, disk_errors(folder):
+        directory.recover()
+        planner = Planner(recipe, directory, chosen, selection.force)
+        steps = planner.plan()
+        ahead = [step for step in steps if step.action != "cached"]
+        preflight(recipe, (given for step in ahead for given in step.inputs))
+        if ahead:
+            check_room(folder, needed_bytes(recipe, [step.stage.name for step in ahead]))
+        executor = _Executor(recipe, directory, stop)
+        return RunResult(folder, [executor.execute(planner.again(step) if step.waits else step) for step in steps])
+
+
+def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
+    """Say what `run` would do; writes nothing and takes no lock."""
+    recipe = resolve_paths(loaded)
+    directory = RunDirectory(folder)
+    steps = Planner(recipe, directory, select(recipe, selection), selection.force).plan()
+    status = {"run": "would run", "resume": "would resume", "cached": "cached"}
+    rows = []
+    for step in steps:
+        made = step.manifest
+        rows.append(
+            StageResult(
+                name=step.stage.name,
+                status=status[step.action],
+                reason=step.reason,
+                path=directory.artefact(step.stage.name),
+                seconds=None,
+                metrics={} if made is None else made.metrics,
+                summary=[] if made is None else made.summary,
+            )
+        )
+    return RunResult(folder, rows)
+
+
+class _Executor:
+    """Carries out steps."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest) -> None:
+        self._recipe = recipe
+        self._run = run
+        self._stop = stop
+
+    def execute(self, step: Step) -> StageResult:
+        """Run a stage or take it as it is."""
+        name = step.stage.name
+        if step.manifest is not None:
+            say(f"{name}: up to date")
+            return self._result(step, "cached", step.manifest)
+        self._stop.check()
+        if step.reason.startswith("damaged: "):
+            warn(f"{name} is {step.reason}; it runs again")
+        else:
+            say(f"{name}: {step.reason}")
+        self._run.begin(name, step.identity, resume=step.action == "resume")
+        manifest = self._work(step)
+        self._run.publish(name, manifest)
+        return self._result(step, "done", manifest)
+
+    def _work(self, step: Step) -> Manifest:
+        context = StageContext(
+            recipe=self._recipe,
+            stage=step.stage,
+            output=self._run.output(step.stage.name),
+            work=self._run.work(step.stage.name),
+            inputs={given.name: given.source for given in step.inputs},
+            stop=self._stop,
+        )
+        module = importlib.import_module(f"rlhf_cli.stages.{step.stage.section}")
+        started, clock = now(), time.monotonic()
+        with contextlib.redirect_stdout(sys.stderr), _explained(step.stage.name):
+            outcome: StageOutcome = module.run(context)
+        _free_memory()
+        outputs = list_outputs(context.output)
+        if not outputs:
+            raise RuntimeError(f"stage {step.stage.name} wrote nothing")
+        return Manifest(
+            stage=step.stage.name,
+            fingerprint=fingerprint(step.identity),
+            identity=step.identity,
+            settings=_settings(self._recipe, step.stage.section),
+            outputs=outputs,
+            versions=versions(),
+            skipped=dict(outcome.skipped),
+            metrics=finite(outcome.metrics),
+            summary=[[str(what), str(figure)] for what, figure in outcome.summary],
+            started=started,
+            finished=now(),
+            seconds=round(time.monotonic() - clock, 3),
+        )
+
+    def _result(self, step: Step, status: str, manifest: Manifest) -> StageResult:
+        return StageResult(
+            name=step.stage.name,
+            status=status,
+            reason=step.reason,
+            path=self._run.artefact(step.stage.name),
+            seconds=manifest.seconds,
+            metrics=manifest.metrics,
+            summary=manifest.summary,
+        )
+
+
+def _settings(recipe: Recipe, section: str) -> dict[str, Any]:
+    plain = recipe.model_dump(mode="json")
+    return {key: plain[key] for key in (section, "model", "data", "seed")}
+
+
+@contextlib.contextmanager
+def _explained(stage: str):
+    """Running out of memory is no bug of ours: say what helps."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            raise RLHFError(
+                f"out of memory in `{stage}`",
+                hint=f"lower `{stage.replace('-', '_')}.micro_batch_size` or the batch sizes of sampling: the result "
+                "stays the same, and the run goes on from its last checkpoint",
+            ) from error
+        raise
+
+
+def _free_memory() -> None:
+    """Give one stage's models back before the next loads its own."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

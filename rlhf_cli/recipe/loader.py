@@ -1,0 +1,73 @@
+"""From a recipe file and command-line settings to a frozen `Recipe`, with the origin of every value."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rlhf_cli.errors import RecipeError
+from rlhf_cli.recipe.document import Place, read_document
+from rlhf_cli.recipe.overrides import BadSetting, Layers, Override, flag, parse_set
+from rlhf_cli.recipe.problems import explain
+from rlhf_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe and where it came from.
+
+    Attributes:
+        recipe: the settings, paths as they were written.
+        path: the recipe file; None where the command line alone made it.
+        origins: place -> `file:line` or command-line text; a place that is absent has its default.
+    """
+
+    recipe: Recipe
+    path: Path | None
+    origins: Mapping[Place, str]
+
+    def origin(self, place: Place) -> str:
+        """Where a value came from; `default` where nobody set it."""
+        for length in range(len(place), 0, -1):
+            if (found := self.origins.get(place[:length])) is not None:
+                return found if length == len(place) else "default"
+        return "default"
+
+
+def load_recipe(
+    path: Path | None, settings: Sequence[str] = (), overrides: Sequence[Override] = (), *, section: str | None = None
+) -> LoadedRecipe:
+    """Read, override and validate.
+
+    Args:
+        path: the recipe; None starts from an empty one.
+        settings: `--set` texts; they win over `overrides`.
+        overrides: from flags.
+        section: a section that is there even where the recipe has none: that of a single-stage command.
+
+    Raises:
+        RecipeError: with every problem at once, each with its place.
+    """
+    layers = Layers()
+    if path is not None:
+        layers.add_file(str(path), read_document(path))
+    problems = []
+    if section is not None and layers.data.get(section) is None:
+        layers.add(flag(section, {}, "command line"))
+    for make in (*(lambda given=given: given for given in overrides), *(lambda s=s: parse_set(s) for s in settings)):
+        try:
+            layers.add(make())
+        except BadSetting as error:
+            problems.append(str(error))
+    layers.open_sections()
+    try:
+        recipe = Recipe.model_validate(copy.deepcopy(layers.data))
+    except ValidationError as error:
+        raise RecipeError([*explain(error, layers), *problems]) from None
+    if problems:
+        raise RecipeError(problems)
+    return LoadedRecipe(recipe, path, layers.origins)

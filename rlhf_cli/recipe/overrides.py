@@ -1,0 +1,140 @@
+"""Settings given on the command line: `--set a.b=c` and the flags that are short for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_cli.recipe.document import Document, InvalidYAML, Key, Place, parse
+from rlhf_cli.recipe.fields import dotted, is_section
+
+
+@dataclass(frozen=True)
+class Override:
+    """One setting from the command line.
+
+    Attributes:
+        place: which setting.
+        document: its value, with the text it was written as.
+        origin: how messages and `recipe show` name it: `--set ppo.steps=3`, `--seed 7`.
+    """
+
+    place: Place
+    document: Document
+    origin: str
+
+
+def flag(place: str, value: Any, origin: str) -> Override:
+    """An override whose value is taken as it is, not parsed: a path may look like a number."""
+    return Override(_split(place), Document(value), origin)
+
+
+def parse_set(text: str) -> Override:
+    """Parse `a.b=c`; raises `BadSetting` with what is wrong."""
+    origin = f"--set {text}"
+    name, equals, value = text.partition("=")
+    name = name.strip()
+    if not equals or not name or any(not part for part in name.split(".")):
+        raise BadSetting(f"{origin}: expected SETTING=VALUE, such as ppo.learning_rate=1e-6")
+    try:
+        return Override(_split(name), parse(value), origin)
+    except InvalidYAML as error:
+        raise BadSetting(f"{origin}: {error.problem}") from None
+
+
+class BadSetting(Exception):  # noqa: N818  (internal: the loader collects these beside the recipe's own problems)
+    """A command-line setting that cannot be carried out."""
+
+
+@dataclass
+class Layers:
+    """The recipe's plain values with where each came from.
+
+    Attributes:
+        data: nested dicts, lists and scalars.
+        origins: place -> `file:line` or the command-line text it came from.
+        texts: place -> scalar as written.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Place, str] = field(default_factory=dict)
+    texts: dict[Place, str] = field(default_factory=dict)
+
+    def origin(self, place: Place) -> str | None:
+        """Where a value, or the nearest value around it, came from."""
+        for length in range(len(place), 0, -1):
+            if place[:length] in self.origins:
+                return self.origins[place[:length]]
+        return self.origins.get(())  # the recipe as a whole: its file, no line
+
+    def add_file(self, name: str, document: Document) -> None:
+        """Start from a recipe file."""
+        self.data = document.value
+        self.origins = {place: f"{name}:{line}" for place, line in document.lines.items()}
+        self.origins[()] = name
+        self.texts = dict(document.texts)
+
+    def add(self, override: Override) -> None:
+        """Put one override in its place, making the sections on the way; raises `BadSetting`."""
+        here: Any = self.data
+        *way, last = override.place
+        for depth, key in enumerate(way):
+            here = self._enter(here, key, override, depth)
+        self._assign(here, last, override)
+        self._forget(override.place)
+        self.origins[override.place] = override.origin
+        for place in override.document.lines:
+            self.origins[override.place + place] = override.origin
+        for place, text in override.document.texts.items():
+            self.texts[override.place + place] = text
+
+    def _enter(self, here: Any, key: Key, override: Override, depth: int) -> Any:
+        place = override.place[: depth + 1]
+        if isinstance(here, list):
+            return here[self._index(here, key, override, depth)]
+        if key not in here or here[key] is None:
+            here[key] = {}
+            self.origins[place] = override.origin
+        if not isinstance(here[key], dict | list):
+            raise BadSetting(f"{override.origin}: `{dotted(place)}` is one value and has no settings of its own")
+        return here[key]
+
+    def _assign(self, here: Any, key: Key, override: Override) -> None:
+        depth = len(override.place) - 1
+        if isinstance(here, dict):
+            here[key] = override.document.value
+            return
+        index = self._index(here, key, override, depth, past_end=1)
+        here[index : index + 1] = [override.document.value]
+
+    @staticmethod
+    def _index(here: list[Any], key: Key, override: Override, depth: int, past_end: int = 0) -> int:
+        name = dotted(override.place[:depth])
+        if not isinstance(key, int):
+            raise BadSetting(f"{override.origin}: `{name}` is a list; name an entry by number, such as `{name}.0`")
+        if key >= len(here) + past_end:
+            raise BadSetting(f"{override.origin}: `{name}` has {len(here)} entries, numbered from 0")
+        return key
+
+    def _forget(self, place: Place) -> None:
+        """What stood at and under a place that is being replaced."""
+        for table in (self.origins, self.texts):
+            for old in [known for known in table if known[: len(place)] == place]:
+                del table[old]
+
+    def open_sections(self) -> None:
+        """A section's bare key, `ppo:`, asks for the section with its defaults; `ppo: null` asks for none."""
+        for place, text in self.texts.items():
+            if text == "" and is_section(place):
+                self._open(place)
+
+    def _open(self, place: Place) -> None:
+        here: Any = self.data
+        for key in place[:-1]:
+            here = here[key]
+        if here[place[-1]] is None:  # else an override filled it since
+            here[place[-1]] = {}
+
+
+def _split(name: str) -> Place:
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))

@@ -1,0 +1,140 @@
+"""Pydantic's findings in the words of STYLE: lower case, the setting, the value received, what was expected."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlhf_cli.recipe.document import Place
+from rlhf_cli.recipe.fields import dotted, field_at, section_at, suggestion
+from rlhf_cli.recipe.overrides import Layers
+
+
+def explain(error: ValidationError, layers: Layers) -> list[str]:
+    """All problems of a recipe, each with its place, in the order of the file, none twice."""
+    found: dict[str, None] = {}
+    seen: dict[Place, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        seen.setdefault(_place(detail["loc"]), []).append(detail)
+    for place, details in sorted(seen.items(), key=lambda item: _order(layers.origin(item[0]))):
+        for text in _texts(place, details, layers):
+            origin = layers.origin(place)
+            found[text if origin is None else f"{origin}: {text}"] = None
+    return list(found)
+
+
+def _order(origin: str | None) -> tuple[int, int]:
+    match = re.fullmatch(r".*:(\d+)", origin or "", re.DOTALL)
+    return (0, int(match[1])) if match and not (origin or "").startswith("--") else (1, 0)
+
+
+def _place(loc: tuple[Any, ...]) -> Place:
+    """Pydantic's location without the names of union members (`lora.target_modules.str`)."""
+    place: Place = ()
+    for key in loc:
+        if isinstance(key, str) and place and section_at(place) is None:
+            if not _is_mapping(place):
+                break
+        elif isinstance(key, str) and section_at((*place, key)) is None and re.search(r"[\[\](]|^[A-Z]", key):
+            break
+        place = (*place, key)
+    return place
+
+
+def _is_mapping(place: Place) -> bool:
+    field = field_at(place)
+    return field is not None and "dict" in str(field.annotation)
+
+
+def _texts(place: Place, details: list[Any], layers: Layers) -> Iterator[str]:
+    kinds = {detail["type"] for detail in details}
+    if kinds == {"string_type", "list_type"}:  # the one union of the schema, text or a list of it
+        yield f"{_name(place)} must be text or a list of text; got {_shown(place, details[0]['input'], layers)}"
+        return
+    for detail in details:
+        yield _text(place, detail, layers)
+
+
+def _text(place: Place, detail: Any, layers: Layers) -> str:
+    kind, context, name = detail["type"], detail.get("ctx", {}), _name(place)
+    if kind == "extra_forbidden":
+        return f"unknown setting {name}{suggestion(place)}"
+    if kind == "missing":
+        return f"{_name(place[:-1])} needs `{place[-1]}`{_meaning(place)}"
+    if kind == "value_error":
+        reason = str(context.get("error", detail["msg"]))
+        return reason if not place else f"{name}: {reason}"
+    got = _shown(place, detail["input"], layers)
+    if kind == "literal_error":
+        return f"{name} must be {_choices(place, str(context['expected']))}; got {got}"
+    if kind == "string_type":
+        quoted = " (put text that looks like something else in quotes)" if _scalar(detail["input"]) else ""
+        return f"{name} must be text; got {got}{quoted}"
+    return f"{name} must be {_expected(kind, context)}; got {got}"
+
+
+_BOUNDS = {
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "multiple_of": "a multiple of {multiple_of}",
+}
+_TYPES = {
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping of names",
+    "model_type": "a section with settings of its own",
+    "model_attributes_type": "a section with settings of its own",
+}
+
+
+def _expected(kind: str, context: dict[str, Any]) -> str:
+    if kind in _BOUNDS:
+        return _BOUNDS[kind].format(**{key: _number(value) for key, value in context.items()})
+    return _TYPES.get(kind, kind.replace("_", " "))
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _choices(place: Place, expected: str) -> str:
+    return expected.replace("'", "`")
+
+
+def _name(place: Place) -> str:
+    return f"`{dotted(place)}`" if place else "the recipe"
+
+
+def _meaning(place: Place) -> str:
+    field = field_at(place)
+    if field is None or not field.description:
+        return ""
+    first = re.split(r"(?<=[a-z`])\. |\n", field.description.strip())[0].rstrip(".")
+    return f": {first[0].lower()}{first[1:]}"
+
+
+def _scalar(value: Any) -> bool:
+    return not isinstance(value, dict | list) and value is not None
+
+
+def _shown(place: Place, value: Any, layers: Layers) -> str:
+    """The value as it was written, shortened."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        shown = f'"{value}"'
+    else:
+        shown = layers.texts.get(place) or {None: "nothing (null)", True: "true", False: "false"}.get(value, str(value))
+    shown = shown.encode("unicode_escape").decode() if not shown.isprintable() else shown
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,0 +1,147 @@
+"""Settings that several stages share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from rlhf_cli.recipe.base import (
+    Count,
+    DataName,
+    Effort,
+    EffortFlag,
+    EffortOnly,
+    ModelName,
+    NonNegative,
+    OpenShare,
+    Positive,
+    Section,
+    Share,
+)
+
+
+class BuildSettings(Section):
+    """A new, randomly initialised Llama-style model with a byte-level BPE tokenizer trained on `sft.data`."""
+
+    hidden_size: Annotated[int, Field(ge=16, multiple_of=2)] = 128
+    """Width of the residual stream."""
+    layers: Count = 4
+    """Transformer blocks."""
+    heads: Count = 4
+    """Attention heads; divides `hidden_size`."""
+    feed_forward_size: Count = 384
+    """Width inside the SwiGLU feed-forward part."""
+    vocab_size: Annotated[int, Field(ge=260)] = 1024
+    """Most tokens the tokenizer may hold, special ones included."""
+    context_length: Annotated[int, Field(ge=8)] = 256
+    """Longest sequence in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"`heads` must divide `hidden_size`; got {self.heads} and {self.hidden_size}")
+        return self
+
+
+class ModelSettings(Section):
+    """The base model every stage starts from, and how it is held and computed."""
+
+    path: ModelName = None
+    """Folder or hub id of the base model. Exclusive with `build`."""
+    build: BuildSettings | None = None
+    """Make a small model from nothing instead of loading one."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Needs a pinned `revision`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of frozen weights; `auto` is that of `precision`. Trained weights are always float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products. `auto`: bfloat16 where the hardware multiplies it natively, else float32."""
+    attention: str | None = None
+    """Attention implementation by its transformers name, such as `sdpa` or `eager`; null lets transformers choose."""
+    device: Annotated[str, EffortOnly()] = "auto"
+    """`auto` (CUDA, then MPS, then CPU), or a torch device such as `cpu` or `cuda:1`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.path is not None and self.build is not None:
+            raise ValueError("`path` and `build` exclude each other: load a model or make one")
+        if self.trust_remote_code and self.revision is None:
+            raise ValueError("`trust_remote_code` needs a pinned `revision`: the commit whose code you read")
+        return self
+
+
+class DataSettings(Section):
+    """What the stages share about data."""
+
+    prompts: DataName = None
+    """Prompt records for `label`, `ppo` and `evaluate`, where those name none: a file, folder or hub data set."""
+    holdout: OpenShare = 0.1
+    """Share of prompts kept from every training stage. Chosen by a hash of the prompt, so the same in all stages."""
+    max_skip: Annotated[Share, EffortOnly()] = 0.01
+    """The run fails when a larger share of a file's records has to be skipped."""
+    columns: dict[str, str] = Field(default={})
+    """Fields of your files under other names: `{ours: yours}`, such as `{prompt: question, completion: answer}`."""
+    prompt_template: str | None = None
+    """How a prompt that is plain text reaches the model: null as it is; `chat` as one user message through the
+    tokenizer's chat template; else text around `{prompt}`. Conversations always use the chat template."""
+    max_prompt_tokens: Count = 512
+    """Records with a longer prompt are skipped and counted."""
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_slot(cls, template: str | None) -> str | None:
+        if template is not None and template != "chat" and template.count("{prompt}") != 1:
+            raise ValueError("expected `chat` or text that contains `{prompt}` once")
+        return template
+
+
+class LoraSettings(Section):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A, only A and B trained."""
+
+    rank: Count = 16
+    """Rank of the update."""
+    alpha: Positive = 32.0
+    """Scale of the update; it is multiplied by alpha / rank."""
+    dropout: OpenShare = 0.0
+    """Dropout on the adapter's input, in training only. PPO takes none: both of its passes must agree."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers are adapted: `all-linear` or names of modules."""
+
+
+class Training(Section):
+    """Optimisation settings that every training stage has."""
+
+    learning_rate: Positive
+    """Peak learning rate of AdamW."""
+    batch_size: Count
+    """Records in one optimiser step, all processes and micro-batches together."""
+    micro_batch_size: Effort = 8
+    """Records in one forward and backward pass. Changes memory and speed, never the result."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to at most this norm."""
+    warmup_share: Share = 0.03
+    """Share of the steps over which the learning rate rises from zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    gradient_checkpointing: EffortFlag = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_steps: Effort = 50
+    """Optimiser steps between two checkpoints, from which a killed run goes on."""
+
+
+class SamplingSettings(Section):
+    """How answers are drawn. Logits are divided by the temperature, then cut to the nucleus."""
+
+    temperature: Positive = 1.0
+    """1 samples from the model as it is; lower is more greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Smallest set of tokens with at least this probability is kept."""
+    max_new_tokens: Count = 128
+    """Longest answer in tokens."""
+    batch_size: Effort = 32
+    """Answers sampled at once. Changes memory and speed only."""

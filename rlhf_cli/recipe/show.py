@@ -1,0 +1,93 @@
+"""`recipe show`: every setting with its origin, as YAML that can be run again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.recipe.base import Section
+from rlhf_cli.recipe.derived import derived_sizes
+from rlhf_cli.recipe.document import Place, plain_scalar
+from rlhf_cli.recipe.fields import dotted, values
+from rlhf_cli.recipe.loader import LoadedRecipe
+
+SECTIONS = ("sft", "label", "train_rm", "ppo", "evaluate")
+_NOTE_COLUMN = 44
+_PLAIN = re.compile(r"[A-Za-z0-9_./~][\w./~@+-]*(:[\w./~@+-]+)*( [\w./~@+-]+)*")
+"""Text that means itself without quotes, in a block and inside brackets; everything else is quoted."""
+
+
+def as_json(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Any]:
+    """Settings, the origin of each leaf, derived sizes, and which stages write where."""
+    recipe = loaded.recipe
+    return {
+        "settings": recipe.model_dump(mode="json"),
+        "origins": {dotted(place): loaded.origin(place) for place, _, _ in values(recipe)},
+        "derived": derived_sizes(recipe),
+        "run_dir": str(run_dir),
+        "stages": [_stage(name) for name in SECTIONS if getattr(recipe, name) is not None],
+    }
+
+
+def as_yaml(loaded: LoadedRecipe, run_dir: Path) -> str:
+    """The same for people: a valid recipe whose comments say where each value came from."""
+    recipe = loaded.recipe
+    lines = _section(recipe, (), loaded)
+    absent = [name for name in SECTIONS if getattr(recipe, name) is None]
+    lines += ["", "# what follows from these"]
+    for section, rows in derived_sizes(recipe).items():
+        lines += [
+            f"#   {section}: {what}: {f'{size:,}' if isinstance(size, int) else size}" for what, size in rows.items()
+        ]
+    running = [_stage(name) for name in SECTIONS if getattr(recipe, name) is not None]
+    lines += ["", f"# stages that run: {', '.join(running) or 'none'}"]
+    if absent:
+        lines.append(f"# no section, so these do not run: {', '.join(map(_stage, absent))}")
+    lines.append(f"# written to: {run_dir}/STAGE/")
+    return "\n".join(lines) + "\n"
+
+
+def _stage(section: str) -> str:
+    return section.replace("_", "-")
+
+
+def _section(section: Section, place: Place, loaded: LoadedRecipe) -> list[str]:
+    lines: list[str] = []
+    indent = "  " * len(place)
+    for name in type(section).model_fields:
+        value, here = getattr(section, name), (*place, name)
+        if isinstance(value, Section):
+            lines += ["", f"{name}:"] if not place else [f"{indent}{name}:"]
+            lines += _section(value, here, loaded)
+        elif isinstance(value, list) and value and isinstance(value[0], Section):
+            lines.append(f"{indent}{name}:")
+            for index, entry in enumerate(value):
+                inner = _section(entry, (*here, index), loaded)
+                dash = "  " * (len(here))
+                lines += [
+                    f"{dash}- {line.strip()}" if n == 0 else f"{dash}  {line.strip()}" for n, line in enumerate(inner)
+                ]
+        elif place or name not in SECTIONS:
+            lines.append(_noted(f"{indent}{name}: {scalar(value)}", loaded.origin(here)))
+    return lines
+
+
+def _noted(line: str, origin: str) -> str:
+    return f"{line:<{_NOTE_COLUMN}}  # {' '.join(origin.split())}"
+
+
+def scalar(value: Any) -> str:
+    """A value in YAML's flow form, so that reading it again gives the same value."""
+    if isinstance(value, str):
+        return (
+            value if _PLAIN.fullmatch(value) and plain_scalar(value) == value else json.dumps(value, ensure_ascii=False)
+        )
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{scalar(key)}: {scalar(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(scalar, value))}]"
+    if value is None:
+        return "null"
+    return json.dumps(value) if isinstance(value, bool) else repr(value)
