@@ -1,7 +1,7 @@
 """Supervised fine-tuning: an adapter or all weights, trained on completions, merged into an ordinary model.
 
-Resumed equals uninterrupted, bit for bit on one machine: the order of rows is a function of the seed, and a checkpoint holds the
-trained weights, AdamW's moments, the schedule and torch's generators.
+Resumed equals uninterrupted, bit for bit on one machine: the order of rows is a function of the seed, and a checkpoint
+holds the trained weights, AdamW's moments, the schedule and torch's generators.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def train_sft(
 def _check_options(model: PreTrainedModel, options: SFTOptions, name: str) -> None:
     if model.config.is_encoder_decoder and options.lm_coef > 0:
         raise UsageError(
-            f"`sft.lm_coef: {options.lm_coef:g}` needs a decoder-only model: the decoder of `{name}` never writes the prompt",
+            f"`sft.lm_coef: {options.lm_coef:g}` needs a decoder-only model: the decoder of `{name}` writes no prompt",
             hint="leave `lm_coef` out, or choose a decoder-only model",
         )
     if options.precision == torch.float16 and model.device.type == "cpu":
@@ -194,7 +194,7 @@ def _train(
             model,
             tokenizer,
             as_dataset(examples, rows),
-            Reporting(log, bar, stop),
+            Reporting(log, bar, stop, plan),
             _arguments(options, plan, model, work),
         )
         trainer.begin(

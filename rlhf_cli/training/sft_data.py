@@ -85,9 +85,9 @@ def as_dataset(examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> Da
 class BatchPlan:
     """Which rows make up each optimiser step, and how a step is cut into micro-batches.
 
-    Every pass over the rows has an order of its own, a function of seed and pass alone. Passes are joined before they are cut
-    into steps, so each step but the last has exactly `batch_size` rows, whatever the number of rows; the micro-batch size
-    changes only where a step is cut.
+    Every pass over the rows has an order of its own, a function of seed and pass alone. Passes are joined before they
+    are cut into steps, so each step but the last has exactly `batch_size` rows, whatever the number of rows; the
+    micro-batch size changes only where a step is cut.
 
     Attributes:
         rows: how many there are.
@@ -112,6 +112,10 @@ class BatchPlan:
     def micro_batches_per_step(self) -> int:
         """Forward and backward passes of a full step."""
         return ceil(self.batch_size / self.micro_batch_size)
+
+    def epoch_at(self, step: int) -> float:
+        """Passes done after so many steps."""
+        return min(step * self.batch_size, self._total) / self.rows
 
     @property
     def _total(self) -> int:
@@ -155,6 +159,7 @@ class CausalCollator:
     packed: bool
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Lay the rows out as tensors."""
         width = max(len(row["ids"]) for row in rows)
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         is_completion = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -182,13 +187,14 @@ class CausalCollator:
 class Seq2SeqCollator:
     """Rows as a batch for an encoder-decoder: prompts to the encoder, completions to the decoder.
 
-    Emits `encoder_ids` and `encoder_mask` (B, S), and as (B, T) the decoder's `input_ids` (start token, then the completion
-    shifted by one), `targets`, `is_completion` and the equal `is_text`.
+    Emits `encoder_ids` and `encoder_mask` (B, S), and as (B, T) the decoder's `input_ids` (start token, then the
+    completion shifted by one), `targets`, `is_completion` and the equal `is_text`.
     """
 
     decoder_start: int
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Lay the rows out as tensors."""
         prompts = [row["ids"][: row["prompt_lengths"][0]] for row in rows]
         completions = [row["ids"][row["prompt_lengths"][0] :] for row in rows]
         encoder_ids, encoder_mask = _padded(prompts)

@@ -82,8 +82,8 @@ class TokenCounts:
 def sft_loss(model: PreTrainedModel, batch: dict[str, Tensor], counts: TokenCounts, *, lm_coef: float) -> Tensor:
     """One micro-batch's part of L3 = L2 + lambda L1 (Radford et al. 2018, section 3.2), in nats a token.
 
-    L2 is the mean negative log-likelihood of completion tokens, L1 that of all tokens, prompts included. Both means are over the
-    *whole step*, so the parts of a step's micro-batches add up to its loss.
+    L2 is the mean negative log-likelihood of completion tokens, L1 that of all tokens, prompts included. Both means are
+    over the *whole step*, so the parts of a step's micro-batches add up to its loss.
 
     Args:
         model: decoder-only or encoder-decoder.
@@ -152,7 +152,7 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
             f"`sft.packing` packs decoder-only models, and `{name}` is an encoder-decoder",
             hint="leave `packing` out, or set it to false",
         )
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = Projection.of(model).weight.shape[0]
     tokens = [3 + 7 * step % (vocabulary - 3) for step in range(12)]
     examples = [
         Example(tokens[:2], tokens[2:7]),
@@ -172,7 +172,7 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     if not torch.allclose(together, apart, atol=tolerance, rtol=tolerance):
         raise ModelError(
-            f"`sft.packing` would let examples see each other: `{name}` with attention `{attention}` does not keep packed"
-            f" examples apart (log-probabilities differ by {float((together - apart).abs().max()):.3g})",
+            f"`sft.packing` would let examples see each other: `{name}` with attention `{attention}` does not keep"
+            f" packed examples apart (log-probabilities differ by {float((together - apart).abs().max()):.3g})",
             hint="set `sft.packing` to false, or try `--set model.attention=sdpa`",
         )

@@ -25,7 +25,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.loading import quiet_libraries
@@ -78,10 +79,10 @@ def quiet_training() -> Iterator[None]:
 class OurTraining(Trainer):
     """What both trainers share; mixed in front of them.
 
-    A class attribute of transformers says that the loss is already normalised over the whole step, so that it is not divided
-    by the number of micro-batches once more.
+    Its parts follow the hooks of `transformers.Trainer`; what they do not touch is transformers' own loop.
     """
 
+    # The loss is normalised over the whole step already: it is not to be divided by the number of micro-batches too.
     loss_is_scaled_for_ga = True
 
     def begin(
@@ -111,7 +112,7 @@ class OurTraining(Trainer):
         self.processing_class = None
 
     def resume_folder(self) -> str | None:
-        """A folder with the state that transformers reads when it resumes; everything else comes from our checkpoint."""
+        """A folder with the state that transformers reads when it resumes; the rest comes from our checkpoint."""
         if self._resumed is None:
             return None
         folder = self._checkpoints / "resumed"
@@ -139,7 +140,7 @@ class OurTraining(Trainer):
             return sft_loss(model, inputs, num_items_in_batch, lm_coef=self._lm_coef)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Bound the gradient's norm; a step whose gradient is not finite changes nothing, and three in a row end the run."""
+        """Bound the gradient's norm; a step whose gradient is not finite is skipped, and three in a row end the run."""
         norm = super()._clip_grad_norm(model)
         if self.accelerator.scaler is not None or torch.isfinite(torch.as_tensor(norm)):
             self._bad_in_a_row = 0
@@ -157,8 +158,8 @@ class OurTraining(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}  # type: ignore[union-attr]
-        tensors = {f"model/{name}": weight for name, weight in trained.items()}
+        weights = self.model.named_parameters()  # type: ignore[union-attr]
+        tensors: dict[str, Tensor] = {f"model/{name}": weight for name, weight in weights if weight.requires_grad}
         tensors |= optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()  # type: ignore[arg-type]
         trainer = {"global_step": self.state.global_step, "epoch": self.state.epoch, "max_steps": self.state.max_steps}
         scaler = self.accelerator.scaler
@@ -182,12 +183,12 @@ class OurTraining(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._resumed is None:
             return
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
-        restore_optimizer(self.optimizer, self._resumed.tensors, "optimizer")
-        self.lr_scheduler.load_state_dict(self._resumed.state["scheduler"])
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        restore_optimizer(optimizer, self._resumed.tensors, "optimizer")
+        scheduler.load_state_dict(self._resumed.state["scheduler"])
         # The scheduler says what the rate is; the optimiser's groups hold it.
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -217,8 +218,8 @@ class Seq2SeqSFT(OurTraining, Seq2SeqTrainer):
 class Reporting(TrainerCallback):
     """Writes each step's metrics, moves the bar, and turns a signal into a checkpoint and an end."""
 
-    def __init__(self, log: MetricsLog, bar: Task, stop: Stop) -> None:
-        self._log, self._bar, self._stop = log, bar, stop
+    def __init__(self, log: MetricsLog, bar: Task, stop: Stop, plan: BatchPlan) -> None:
+        self._log, self._bar, self._stop, self._plan = log, bar, stop, plan
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and leave when asked to."""
@@ -236,10 +237,8 @@ class Reporting(TrainerCallback):
         """Keep what a step was like; the summary that transformers logs at the end has no loss of a step."""
         if logs is None or "loss" not in logs:
             return
-        names = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "epoch": "epoch"}
-        self._log.write(
-            state.global_step, {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
-        )
+        metrics = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        self._log.write(state.global_step, metrics | {"epoch": self._plan.epoch_at(state.global_step)})
         self._bar.advance(1, note=f"loss {logs['loss']:.3f}")
 
 

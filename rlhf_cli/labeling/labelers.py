@@ -1,0 +1,125 @@
+"""Who says which answer is better, and how scores become a ranking.
+
+A labeller scores answers, and scores become tiers. A person or a judge, who compares answers with one another, writes the
+same rankings directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from rlhf_cli.data.records import Prompt, Ranking, prompt_text
+from rlhf_cli.labeling.functions import ScoringFunction
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.scorer import Scorer
+
+
+class Labeler(Protocol):
+    """Scores answers; whoever scores does so for each answer alone, higher is better."""
+
+    def score(self, prompts: list[Prompt], completions: list[str], ended: list[bool]) -> list[float]:
+        """One finite score each.
+
+        Args:
+            prompts: N, one for each completion.
+            completions: N answers as text.
+            ended: whether the model ended the answer, rather than running into the length limit.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FunctionLabeler:
+    """Scores by a Python function of text."""
+
+    function: ScoringFunction
+
+    def score(self, prompts: list[Prompt], completions: list[str], ended: list[bool]) -> list[float]:
+        """See `Labeler`; the function sees a conversation as the text of its turns."""
+        return self.function([prompt_text(prompt) for prompt in prompts], completions)
+
+
+@dataclass(frozen=True)
+class RewardModelLabeler:
+    """Scores by a trained reward model."""
+
+    scorer: Scorer
+    batch_size: int
+
+    def score(self, prompts: list[Prompt], completions: list[str], ended: list[bool]) -> list[float]:
+        """See `Labeler`."""
+        return self.scorer.score(prompts, completions, ended=ended, batch_size=self.batch_size)
+
+
+def tiers_from_scores(scores: Sequence[float], tie_margin: float = 0.0) -> tuple[tuple[int, ...], ...]:
+    """Rank by score, best first; a tier holds all that are within `tie_margin` of its best.
+
+    The margin is measured from the best of a tier, not from neighbour to neighbour, so that a chain of small
+    differences does not make the best and the worst equal.
+
+    Args:
+        scores: (K,) finite.
+        tie_margin: largest difference that counts as none.
+
+    Returns:
+        Tiers of indices into `scores`, in rising order within a tier.
+    """
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    tiers: list[list[int]] = []
+    best = 0.0
+    for index in order:
+        if tiers and best - scores[index] <= tie_margin:
+            tiers[-1].append(index)
+        else:
+            tiers.append([index])
+            best = scores[index]
+    return tuple(tuple(sorted(tier)) for tier in tiers)
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """What a set of rankings looks like.
+
+    Attributes:
+        prompts: how many there are.
+        completions: answers in all.
+        mean_tiers: tiers a prompt.
+        tie_share: share of pairs of answers that are tied.
+        mean_characters: of an answer.
+        longest_wins: share of untied pairs of unlike length whose longer answer wins.
+    """
+
+    prompts: int
+    completions: int
+    mean_tiers: float
+    tie_share: float
+    mean_characters: float
+    longest_wins: float | None
+
+    @staticmethod
+    def of(rankings: Sequence[Ranking]) -> LabelStatistics:
+        """Count over at least one ranking."""
+        pairs = ties = longer = unlike = characters = completions = tiers = 0
+        for ranking in rankings:
+            levels, lengths = ranking.levels(), [len(text) for text in ranking.completions]
+            completions += len(lengths)
+            characters += sum(lengths)
+            tiers += len(ranking.tiers)
+            for a in range(len(lengths)):
+                for b in range(a):
+                    pairs += 1
+                    ties += levels[a] == levels[b]
+                    if levels[a] != levels[b] and lengths[a] != lengths[b]:
+                        unlike += 1
+                        longer += (levels[a] < levels[b]) == (lengths[a] > lengths[b])
+        return LabelStatistics(
+            prompts=len(rankings),
+            completions=completions,
+            mean_tiers=tiers / len(rankings),
+            tie_share=ties / pairs,
+            mean_characters=characters / completions,
+            longest_wins=longer / unlike if unlike else None,
+        )
