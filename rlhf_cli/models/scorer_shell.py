@@ -51,7 +51,7 @@ def load_shell(source: ModelSource, *, dtype: torch.dtype | None = None) -> Shel
     is_encoder = check_scorer_config(config, source.path)
     has_head = is_classifier(config)
     config.num_labels = 1
-    kind = _shell_class(config, source.path)
+    kind = classifier_class(config, source.path)
     model = load_weights(kind, source, config, dtype=torch.float32 if is_encoder else dtype)
     return Shell(model, is_encoder, has_head)
 
@@ -81,7 +81,8 @@ def is_classifier(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def _shell_class(config: PretrainedConfig, path: str) -> type:
+def classifier_class(config: PretrainedConfig, path: str) -> type:
+    """The class that scores for an architecture: transformers' own where there is one, else one made by its recipe."""
     if type(config) in AutoModelForSequenceClassification._model_mapping:
         return AutoModelForSequenceClassification
     if type(config) not in AutoModelForCausalLM._model_mapping:

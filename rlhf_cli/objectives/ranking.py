@@ -60,10 +60,10 @@ def pairs_of(groups: Tensor) -> tuple[Tensor, Tensor]:
 def plackett_luce_loss(rewards: Tensor, levels: Tensor, groups: Tensor) -> Tensor:
     """-log P(the tiers in this order) of each group under Plackett-Luce (Plackett 1975; Luce 1959).
 
-    Rewards are log-strengths: a full order is drawn one answer at a time, each with probability exp(r_i) over the sum of
-    exp(r_j) of what remains. The probability of tiers is exact: the sum over all full orders that keep the tiers apart,
-    any order within a tier ("average" or Breslow-type formulas only approximate it). A group whose answers are all
-    tied has probability 1 and loss 0: such a label says nothing here, where the pairwise loss pulls the rewards
+    Rewards are log-strengths: a full order is drawn one answer at a time, each with probability exp(r_i) over the sum
+    of exp(r_j) of what remains. The probability of tiers is exact: the sum over all full orders that keep the tiers
+    apart, any order within a tier ("average" or Breslow-type formulas only approximate it). A group whose answers are
+    all tied has probability 1 and loss 0: such a label says nothing here, where the pairwise loss pulls the rewards
     together. With two answers and no tie this is the pairwise loss. It is not divided by K, so it grows with K.
 
     Args:

@@ -1,12 +1,13 @@
 """Training a reward model on ranked answers.
 
-The loss of a step is the sum of its groups' losses divided by its number of groups, so neither micro-batches nor processes
-change the gradient. Order, learning rate and loss are functions of seed and step: a checkpoint holds weights, optimiser
-and random state, and a killed run ends with the weights of an uninterrupted one.
+The loss of a step is the sum of its groups' losses divided by its number of groups, so neither micro-batches nor
+processes change the gradient. Order and learning rate are functions of seed and step: a checkpoint holds weights,
+optimiser and random state, and a killed run ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ class RewardTrainer:
         rate = self._set_learning_rate(step)
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm)
-        is_finite = bool(torch.isfinite(norm)) and sums.loss == sums.loss
+        is_finite = bool(torch.isfinite(norm)) and math.isfinite(sums.loss)
         if is_finite:
             self._scaler.step(self.optimizer)
             self.tally.bad_in_a_row = 0
@@ -249,8 +250,8 @@ class RewardTrainer:
                 hint="lower `train_rm.learning_rate`, or set `model.precision: float32`; no bad weight was saved",
             )
         progress.warn(
-            f"losses or gradients were not finite in steps {step - _BAD_STEPS_IN_A_ROW + 1} to {step}: going back once, "
-            f"to step {checkpoint.step}, with half the learning rate"
+            f"losses or gradients were not finite in steps {step - _BAD_STEPS_IN_A_ROW + 1} to {step}: "
+            f"going back once, to step {checkpoint.step}, with half the learning rate"
         )
         self._restore(checkpoint.tensors, checkpoint.state)
         self.tally = Tally(self.tally.skipped_steps, rolled_back=True)

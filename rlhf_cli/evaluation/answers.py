@@ -1,0 +1,134 @@
+"""Answers of a policy to prompts, one model at a time in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_cli import progress
+from rlhf_cli.data.records import Prompt, seed_for
+from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.rollout.batch import SequenceBatch
+from rlhf_cli.rollout.experience import decode
+from rlhf_cli.rollout.logprobs import Projection, check_projection, response_hidden
+from rlhf_cli.rollout.sampling import sample, stop_ids
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """See `recipe.schema.SamplingSettings`, whose names and units these are."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        prompt_ids: what the policy read.
+        ids: what it wrote, the end token included where there is one.
+        text: the same, as people read it.
+        ended: whether it ended of itself.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+class Policy:
+    """A language model in memory, with its way of reading prompts.
+
+    Args:
+        source: folder or hub id, and how to hold it.
+        format: how prompts reach it.
+    """
+
+    def __init__(self, source: ModelSource, format: PromptFormat) -> None:
+        self.model: PreTrainedModel = load_policy(source)
+        self.format = format
+        self._source = source
+
+    def answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, *, seed: int, label: str
+    ) -> list[Answer]:
+        """Sample one answer to each prompt.
+
+        Args:
+            prompts: N prompts.
+            numbers: N; which answer to its prompt it is, so that several answers to one prompt differ.
+            sampling: how.
+            seed: of the run; with it, prompt and number fix the random numbers, whatever the model.
+            label: of the progress bar.
+        """
+        ids = [self.format.prompt_ids(prompt) for prompt in prompts]
+        seeds = [seed_for(prompt, seed, number) for prompt, number in zip(prompts, numbers, strict=True)]
+        with progress.task(label, len(prompts), "answers") as bar, self._autocast():
+            drawn = sample(
+                self.model,
+                ids,
+                seeds,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                eos_ids=stop_ids(self.model, self.format.tokenizer),
+                batch_size=sampling.batch_size,
+                progress=bar.advance,
+            )
+        tokenizer = self.format.tokenizer
+        return [
+            Answer(prompt, given.ids, decode(tokenizer, given.ids), given.ended)
+            for prompt, given in zip(ids, drawn, strict=True)
+        ]
+
+    @torch.no_grad()
+    def logprobs(self, answers: Sequence[Answer], *, temperature: float, batch_size: int) -> list[float]:
+        """log pi(answer | prompt) in nats, summed over the answer's tokens, its end token included.
+
+        Args:
+            answers: anyone's answers, in ids of this model's tokenizer.
+            temperature: logits are divided by it, as in sampling.
+            batch_size: answers in one pass; changes memory and speed only.
+        """
+        config = self.model.config
+        start = config.decoder_start_token_id if config.is_encoder_decoder else None
+        with self._autocast():
+            check_projection(self.model, self._source.path)
+        projection = Projection.of(self.model)
+        order = sorted(range(len(answers)), key=lambda row: len(answers[row].prompt_ids) + len(answers[row].ids))
+        sums = [0.0] * len(answers)
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            batch = SequenceBatch.of(
+                [answers[row].prompt_ids for row in rows],
+                [answers[row].ids for row in rows],
+                self.model.device,
+                decoder_start=start,
+            )
+            with self._autocast():
+                hidden = response_hidden(self.model, batch)
+            found = projection.token_logprobs(hidden, batch, temperature=temperature).logprobs
+            for row, value in zip(rows, found.double().sum(dim=1).tolist(), strict=True):
+                sums[row] = value
+        return sums
+
+    def _autocast(self) -> torch.autocast:
+        precision = self._source.precision
+        return torch.autocast(self._source.device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def free_memory() -> None:
+    """Give the memory of models that nothing refers to any more back, before the next is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,232 @@
+"""The `train-rm` stage: from rankings to a reward model that says how far it can be trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from rlhf_cli.errors import DataError
+from rlhf_cli.pipeline.stage import StageContext, StageOutcome
+from rlhf_cli.progress import say, task, warn
+from rlhf_cli.stages.common import model_source, prompt_format
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.records import Ranking
+    from rlhf_cli.data.sources import LoadedRecords
+    from rlhf_cli.evaluation.ranking import RankingReport
+    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.models.scorer import Scorer
+    from rlhf_cli.recipe.schema import TrainRMSettings
+    from rlhf_cli.training.reward_data import RankedGroup
+
+_PROMPTS_CHECKED = 200
+"""Training prompts whose accuracy is shown beside the held-out one."""
+_PROMPTS_SAMPLED = 64
+_TOKENS_SAMPLED = 64
+"""Answers drawn to normalise rewards: enough for a mean and a deviation, at a minute's cost on a CPU."""
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Train the reward model, measure it on held-out prompts, fix the scale of its rewards, write it."""
+    from rlhf_cli.data.splits import split_by_prompt
+    from rlhf_cli.models.scorer import new_scorer, save_scorer
+    from rlhf_cli.training.reward import RewardOptions, RewardTrainer
+
+    recipe, settings = context.recipe, context.recipe.train_rm
+    assert settings is not None
+    loaded = _rankings(context, settings)
+    source = model_source(recipe, context.inputs["sft"])
+    scorer = new_scorer(
+        source,
+        template=recipe.data.prompt_template,
+        lora=settings.lora.model_dump() if settings.adapter == "lora" else None,
+        seed=recipe.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    rankings, groups = _fitting(context, settings, scorer, loaded)
+    train, held_out = split_by_prompt(rankings, recipe.data.holdout, recipe.seed)
+    if not held_out:
+        raise DataError(
+            f"{context.inputs['label']}: none of its {len(rankings):,} rankings has a held-out prompt "
+            f"(`data.holdout: {recipe.data.holdout:g}`), so nothing could say how good the reward model is",
+            hint="give more prompts, or hold out more with `--set data.holdout=0.2`",
+        )
+    options = RewardOptions(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(RewardOptions)}
+    )
+    trainer = RewardTrainer(
+        scorer,
+        [groups[id(ranking)] for ranking in train],
+        options,
+        seed=recipe.seed,
+        work=context.work,
+        metrics=context.work / "metrics.jsonl",
+        stop=context.stop,
+    )
+    tally = trainer.train()
+    del trainer
+    report, train_accuracy = _report(context, scorer, train, held_out)
+    if settings.normalise:
+        _normalise(context, scorer, source, train)
+    save_scorer(scorer, context.output)
+    (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
+    if loaded.skips.total:
+        loaded.skips.write(context.output / "skips.jsonl")
+    metrics = _metrics(report, train_accuracy, scorer) | {"rm/skipped_steps": float(tally.skipped_steps)}
+    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
+
+
+def _rankings(context: StageContext, settings: TrainRMSettings) -> LoadedRecords:
+    from rlhf_cli.data.sources import read_records
+
+    data = context.recipe.data
+    # Our own rankings have our own names of fields; the mapping is for files that people bring.
+    columns = data.columns if settings.data is not None else {}
+    loaded = read_records(context.inputs["label"], "ranking", columns=columns, max_skip=data.max_skip)
+    for line in loaded.warnings:
+        warn(line)
+    if settings.use_margin and all(ranking.margin is None for ranking in loaded.records):
+        raise DataError(
+            f"{context.inputs['label']}: `train_rm.use_margin` is set and no record has a `margin`",
+            hint="leave `use_margin` out, or give each preference a number in `margin`",
+        )
+    return loaded
+
+
+def _fitting(
+    context: StageContext, settings: TrainRMSettings, scorer: Scorer, loaded: LoadedRecords
+) -> tuple[list[Ranking], dict[int, RankedGroup]]:
+    """Rankings whose every answer fits the model, and their ids; the others are skipped and counted."""
+    from rlhf_cli.data.records import prompt_text
+    from rlhf_cli.data.sources import Skip
+    from rlhf_cli.training.reward_data import encode_group
+
+    room = min(settings.max_length, scorer.room)
+    source = context.inputs["label"]
+    kept: list[Ranking] = []
+    groups: dict[int, RankedGroup] = {}
+    with task("tokenizing rankings", len(loaded.records), "prompts") as bar:
+        for ranking in loaded.records:
+            group = encode_group(scorer, ranking)
+            bar.advance()
+            if group.longest > room:
+                excerpt = prompt_text(ranking.prompt)[:80]
+                loaded.skips.add(Skip(source, f"prompt and answer longer than {room:,} tokens", excerpt))
+                continue
+            kept.append(ranking)
+            groups[id(ranking)] = group
+    loaded.skips.check(loaded.total, context.recipe.data.max_skip, source)
+    return kept, groups
+
+
+def _scores(scorer: Scorer, rankings: Sequence[Ranking], label: str) -> list[list[float]]:
+    """Rewards of all answers, one list a ranking."""
+    prompts = [ranking.prompt for ranking in rankings for _ in ranking.completions]
+    completions = [completion for ranking in rankings for completion in ranking.completions]
+    with task(label, len(prompts), "answers") as bar:
+        flat = iter(scorer.score(prompts, completions, progress=bar.advance))
+    return [[next(flat) for _ in ranking.completions] for ranking in rankings]
+
+
+def _report(
+    context: StageContext, scorer: Scorer, train: Sequence[Ranking], held_out: Sequence[Ranking]
+) -> tuple[RankingReport, float]:
+    """Agreement with the held-out rankings, and accuracy on some that were trained on."""
+    from rlhf_cli.evaluation.ranking import accuracy, ranking_report
+
+    seed = context.recipe.seed
+    checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
+    report = ranking_report(held_out, _scores(scorer, held_out, "scoring held-out rankings"), seed=seed)
+    return report, accuracy(checked, _scores(scorer, checked, "scoring training rankings"))
+
+
+def _normalise(context: StageContext, scorer: Scorer, source: ModelSource, train: Sequence[Ranking]) -> None:
+    """Fix mean and deviation of rewards over answers of the SFT model to training prompts.
+
+    Labelled answers are the SFT model's own where `label` sampled them. Imported ones are not: then the model the
+    reward model started from answers some training prompts anew, if it can write; an encoder or a classifier cannot, and
+    the labelled answers serve.
+    """
+    from statistics import fmean, pstdev
+
+    chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS_CHECKED))
+    sampled = None if _labels_are_sampled(context) else _sft_answers(context, scorer, source, chosen)
+    if sampled is None:
+        raw = [reward for rewards in _scores(scorer, chosen, "normalising rewards") for reward in rewards]
+    else:
+        raw = scorer.score([ranking.prompt for ranking in chosen[: len(sampled)]], sampled)
+    # Answers that are all alike have no spread to scale by.
+    scorer.mean, scorer.std = fmean(raw), pstdev(raw) or 1.0
+    kind = "labelled answers" if sampled is None else "new answers of the SFT model"
+    say(f"rewards are normalised over {len(raw):,} {kind}: mean {scorer.mean:.3f}, deviation {scorer.std:.3f}")
+
+
+def _labels_are_sampled(context: StageContext) -> bool:
+    recipe = context.recipe
+    assert recipe.train_rm is not None
+    return recipe.train_rm.data is None and recipe.label is not None and recipe.label.by != "import"
+
+
+def _sft_answers(
+    context: StageContext, scorer: Scorer, source: ModelSource, rankings: list[Ranking]
+) -> list[str] | None:
+    """Answers to the first prompts of `rankings`, which is put in a usable order; None if the base cannot write."""
+    from rlhf_cli.evaluation.answers import Policy, Sampling, free_memory
+    from rlhf_cli.models.loading import context_length, load_config
+    from rlhf_cli.models.scorer_shell import is_classifier
+
+    config = load_config(source)
+    if scorer.is_encoder or is_classifier(config):
+        return None
+    tokenizer = scorer.format.tokenizer
+    longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
+    sampling = Sampling(1.0, 1.0, max(1, min(_TOKENS_SAMPLED, longest)), 32)
+    format = prompt_format(context.recipe, source)
+    room = context_length(config) - sampling.max_new_tokens
+    fitting = (ranking for ranking in rankings if len(format.prompt_ids(ranking.prompt)) <= room)
+    rankings[:] = list(islice(fitting, _PROMPTS_SAMPLED))
+    if not rankings:
+        return None
+    policy = Policy(source, format)
+    prompts = [ranking.prompt for ranking in rankings]
+    answers = policy.answer(
+        prompts, [0] * len(prompts), sampling, seed=context.recipe.seed, label="answers to normalise rewards"
+    )
+    del policy
+    free_memory()
+    return [answer.text for answer in answers]
+
+
+def _metrics(report: RankingReport, train_accuracy: float, scorer: Scorer) -> dict[str, float]:
+    metrics = {
+        "rm/accuracy": report.accuracy,
+        "rm/accuracy_low": report.low,
+        "rm/accuracy_high": report.high,
+        "rm/always_longer": report.always_longer,
+        "rm/always_shorter": report.always_shorter,
+        "rm/train_accuracy": train_accuracy,
+        "rm/calibration_error": report.calibration_error,
+        "rm/mean_best": (report.mean_best - scorer.mean) / scorer.std,
+        "rm/mean_worst": (report.mean_worst - scorer.mean) / scorer.std,
+        "rm/prompts": float(report.prompts),
+        "rm/pairs": float(report.pairs),
+        "rm/ties": float(report.ties),
+        "rm/mean": scorer.mean,
+        "rm/std": scorer.std,
+    }
+    return metrics | {f"rm/accuracy_distance_{gap}": share for gap, (share, _) in report.by_distance.items()}
+
+
+def _summary(report: RankingReport, train_accuracy: float) -> list[tuple[str, str]]:
+    return [
+        (
+            "held-out accuracy",
+            f"{report.accuracy:.1%} ({report.low:.1%} to {report.high:.1%}, {report.pairs:,} pairs of "
+            f"{report.prompts:,} prompts)",
+        ),
+        ("always the longer answer", f"{report.always_longer:.1%}; the shorter {report.always_shorter:.1%}"),
+        ("accuracy in training", f"{train_accuracy:.1%}"),
+    ]
