@@ -72,7 +72,11 @@ def _decoded(place: str, text: str, indent: int) -> object:
     except ValueError as error:
         raise _explained(place, text, error, column_of=lambda at: at + indent + 1) from error
     except RecursionError as error:
-        raise DataError(f"{place}: the JSON is nested too deeply") from error
+        raise _too_deep(place) from error
+
+
+def _too_deep(place: str) -> DataError:
+    return DataError(f"{place}: the JSON is nested too deeply", hint="a record is flat: text, numbers and short lists")
 
 
 def _as_object(place: str, value: object) -> dict[str, object]:
@@ -95,7 +99,9 @@ def _explained(place: str, text: str, error: ValueError, column_of) -> DataError
     if isinstance(error, _RepeatedKeyError):
         return DataError(f"{place}: the field {shown(str(error))} stands twice in one record", hint="keep one of them")
     if not isinstance(error, json.JSONDecodeError):
-        return DataError(f"{place}: not JSON: {error}")
+        return DataError(  # the one other thing the decoder refuses
+            f"{place}: holds a number of thousands of digits", hint="write such a number as text, in double quotes"
+        )
     column, rest = column_of(error.pos), text[error.pos :]
     quote = re.match(r"\s*('|None\b|True\b|False\b)", rest)
     if quote:
@@ -140,13 +146,16 @@ class _Window:
         self._columns_gone = 0
         self.ended = False
 
-    def more(self) -> bool:
+    def more(self) -> None:
         """Append at least as much as is held, so that a long record is decoded only a few times over."""
         newline = self.text.rfind("\n", 0, self.at)
         self._columns_gone = self.at + self._columns_gone if newline < 0 else self.at - newline - 1
         held = self.text[self.at :]
         if len(held) > MAX_RECORD_BYTES:
-            raise DataError(f"{self.place()}: the record is longer than {MAX_RECORD_BYTES >> 20} MiB, or never ends")
+            raise DataError(
+                f"{self.place()}: the record is longer than {MAX_RECORD_BYTES >> 20} MiB, or never ends",
+                hint="check that a closing quote or bracket is not missing",
+            )
         pieces, size = [held], 0
         while size <= len(held) and not self.ended:
             piece = next(self._chunks, "")
@@ -154,7 +163,6 @@ class _Window:
             pieces.append(piece)
             size += len(piece)
         self.text, self.at = "".join(pieces), 0
-        return size > 0
 
     def place(self, at: int | None = None) -> str:
         return f"{self.path}:{self.line + self.text.count(chr(10), self.at, self.at if at is None else at)}"
@@ -176,8 +184,9 @@ class _Window:
             self.move(to)
             if to < len(self.text):
                 return self.text[to]
-            if not self.more():
+            if self.ended:
                 return ""
+            self.more()
 
 
 def _array_rows(path: Path) -> Iterator[Row]:
@@ -225,7 +234,8 @@ def _next_value(window: _Window) -> object:
         try:
             value, end = _decoder.raw_decode(window.text, window.at)
         except ValueError as error:
-            if _may_be_cut(window, error) and window.more():
+            if _may_be_cut(window, error):
+                window.more()
                 continue
             at = error.pos if isinstance(error, json.JSONDecodeError) else window.at
             shifted = window.text[window.at :]
@@ -233,9 +243,10 @@ def _next_value(window: _Window) -> object:
                 error = json.JSONDecodeError(error.msg, shifted, at - window.at)
             raise _explained(window.place(at), shifted, error, lambda i: window.column(i + window.at)) from error
         except RecursionError as error:
-            raise DataError(f"{window.place()}: the JSON is nested too deeply") from error
-        if end == len(window.text) and not window.ended and window.more():
-            continue  # a number may go on in the next piece
+            raise _too_deep(window.place()) from error
+        if end == len(window.text) and not window.ended:
+            window.more()  # a number may go on in the next piece
+            continue
         window.move(end)
         return value
 
