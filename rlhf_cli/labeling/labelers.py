@@ -1,12 +1,12 @@
 """Who says which answer is better, and how scores become a ranking.
 
-A labeller scores answers, and scores become tiers. A person or a judge, who compares answers with one another, writes the
-same rankings directly.
+A labeller scores answers, and scores become tiers. A person or a judge, who compares answers with one another,
+writes the same rankings directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from rlhf_cli.models.scorer import Scorer
 
 
+_PROMPTS_AT_ONCE = 64
+
+
 class Labeler(Protocol):
     """Scores answers; whoever scores does so for each answer alone, higher is better."""
 
-    def score(self, prompts: list[Prompt], completions: list[str], ended: list[bool]) -> list[float]:
+    def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """One finite score each.
 
         Args:
             prompts: N, one for each completion.
             completions: N answers as text.
-            ended: whether the model ended the answer, rather than running into the length limit.
         """
         ...
 
@@ -37,7 +39,7 @@ class FunctionLabeler:
 
     function: ScoringFunction
 
-    def score(self, prompts: list[Prompt], completions: list[str], ended: list[bool]) -> list[float]:
+    def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """See `Labeler`; the function sees a conversation as the text of its turns."""
         return self.function([prompt_text(prompt) for prompt in prompts], completions)
 
@@ -49,9 +51,46 @@ class RewardModelLabeler:
     scorer: Scorer
     batch_size: int
 
-    def score(self, prompts: list[Prompt], completions: list[str], ended: list[bool]) -> list[float]:
+    def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """See `Labeler`."""
-        return self.scorer.score(prompts, completions, ended=ended, batch_size=self.batch_size)
+        return self.scorer.score(prompts, completions, batch_size=self.batch_size)
+
+
+def score_answers(
+    labeler: Labeler,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]],
+    *,
+    stop: Callable[[], object] = lambda: None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[list[float]]:
+    """Scores of several answers to each prompt.
+
+    Equal answers to one prompt are scored once: a model gives them scores that differ in the last bit, by their place
+    in a batch, and no ranking should say that a text is better than itself.
+
+    Args:
+        labeler: who scores.
+        prompts: N.
+        answers: N lists of texts.
+        stop: called between batches; may raise.
+        progress: called with the number of answers that were scored.
+    """
+    scores: list[list[float]] = []
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        stop()
+        groups = answers[start : start + _PROMPTS_AT_ONCE]
+        distinct = [
+            (prompt, text)
+            for prompt, group in zip(prompts[start : start + _PROMPTS_AT_ONCE], groups, strict=True)
+            for text in dict.fromkeys(group)
+        ]
+        given = iter(labeler.score([prompt for prompt, _ in distinct], [text for _, text in distinct]))
+        for group in groups:
+            of_text = {text: next(given) for text in dict.fromkeys(group)}
+            scores.append([of_text[text] for text in group])
+            progress(len(group))
+    return scores
 
 
 def tiers_from_scores(scores: Sequence[float], tie_margin: float = 0.0) -> tuple[tuple[int, ...], ...]:

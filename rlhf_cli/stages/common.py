@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
+from rlhf_cli.data.skips import Skip, SkipLog
+from rlhf_cli.errors import UsageError
+from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from rlhf_cli.data.templates import PromptFormat
     from rlhf_cli.models.loading import ModelSource
+
+_EXCERPT = 80
 
 
 def model_source(recipe: Recipe, path: str) -> ModelSource:
@@ -47,3 +54,74 @@ def prompt_format(
         template=recipe.data.prompt_template,
         name=f"`{source.path}`",
     )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that fit the model.
+
+    Attributes:
+        prompts: each once.
+        ids: their tokens.
+        skips: those left out.
+    """
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    skips: SkipLog
+
+
+def load_prompts(
+    context: StageContext, form: PromptFormat, config: PretrainedConfig, *, max_new_tokens: int
+) -> Prompts:
+    """All prompts of the stage's "prompts" input, held-out ones too, each once, that leave room for an answer.
+
+    Args:
+        context: of the stage.
+        form: of the model that will answer.
+        config: of that model.
+        max_new_tokens: room an answer may take.
+
+    Raises:
+        DataError: the source cannot be read, or too many prompts are too long.
+        UsageError: the model could read no prompt at all beside such an answer.
+    """
+    from rlhf_cli.data.sources import read_records
+
+    data, source = context.recipe.data, context.inputs["prompts"]
+    room = min(data.max_prompt_tokens, prompt_room(config, max_new_tokens, form.name))
+    loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
+    prompts: list[Prompt] = []
+    ids: list[list[int]] = []
+    seen: set[str] = set()
+    for record in loaded.records:
+        if (key := prompt_key(record.prompt)) in seen:
+            continue
+        seen.add(key)
+        tokens = form.prompt_ids(record.prompt)
+        if len(tokens) > room:
+            excerpt = prompt_text(record.prompt)[:_EXCERPT]
+            loaded.skips.add(Skip(record.place or source, f"prompt longer than {room:,} tokens", excerpt))
+            continue
+        prompts.append(record.prompt)
+        ids.append(tokens)
+    loaded.skips.check(loaded.total, data.max_skip, source)
+    return Prompts(prompts, ids, loaded.skips)
+
+
+def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str) -> int:
+    """Longest prompt, in tokens, beside an answer of `max_new_tokens`; an encoder-decoder reads prompts on their own.
+
+    Raises:
+        UsageError: there is no room for a single token.
+    """
+    from rlhf_cli.models.loading import context_length
+
+    longest = context_length(config)
+    room = longest if config.is_encoder_decoder else longest - max_new_tokens
+    if room < 1:
+        raise UsageError(
+            f"answers of {max_new_tokens:,} tokens leave no room for a prompt: {name} reads {longest:,} tokens in all",
+            hint="lower `max_new_tokens`",
+        )
+    return room

@@ -24,6 +24,10 @@ class Example:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    def longest_side(self, is_encoder_decoder: bool) -> int:
+        """Tokens of the longest sequence a model reads: both on end, or the longer one in an encoder-decoder."""
+        return max(len(self.prompt_ids), len(self.completion_ids)) if is_encoder_decoder else len(self)
+
 
 def tokenize(record: Demonstration, prompt_format: PromptFormat, *, is_encoder_decoder: bool) -> Example:
     """The ids that later stages see too: prompt and completion tokenized apart, the end token behind.
