@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_cli import progress
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.models.loading import ModelSource, load_config, load_policy
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.experience import decode
 from rlhf_cli.rollout.logprobs import Projection, check_projection, response_hidden
@@ -50,14 +50,38 @@ class Policy:
     """A language model in memory, with its way of reading prompts.
 
     Args:
-        source: folder or hub id, and how to hold it.
+        model: in evaluation mode on its device.
+        source: where it came from and how it is computed.
         format: how prompts reach it.
     """
 
-    def __init__(self, source: ModelSource, format: PromptFormat) -> None:
-        self.model: PreTrainedModel = load_policy(source)
+    def __init__(self, model: PreTrainedModel, source: ModelSource, format: PromptFormat) -> None:
+        self.model = model
         self.format = format
         self._source = source
+
+    @classmethod
+    def load(cls, source: ModelSource, format: PromptFormat) -> Policy:
+        """The model at `source`."""
+        return cls(load_policy(source), source, format)
+
+    @classmethod
+    def untrained(cls, source: ModelSource, format: PromptFormat, *, seed: int) -> Policy:
+        """A model of the same shape as the one at `source` with the random weights that `seed` gives.
+
+        What `models.build` made with that seed is made again this way, so nobody has to keep it.
+        """
+        config = load_config(source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return cls(model.to(source.device).eval(), source, format)
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What decides how text becomes ids: two policies that agree in it give probabilities to the same sequences."""
+        tokenizer = self.format.tokenizer
+        return tokenizer.get_vocab(), tokenizer.chat_template, self.model.config.is_encoder_decoder
 
     def answer(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, *, seed: int, label: str

@@ -146,9 +146,9 @@ def _report(
 def _normalise(context: StageContext, scorer: Scorer, source: ModelSource, train: Sequence[Ranking]) -> None:
     """Fix mean and deviation of rewards over answers of the SFT model to training prompts.
 
-    Labelled answers are the SFT model's own where `label` sampled them. Imported ones are not: then the model the
-    reward model started from answers some training prompts anew, if it can write; an encoder or a classifier cannot, and
-    the labelled answers serve.
+    Labelled answers are the SFT model's own where `label` sampled them. Imported ones are not: then the model that the
+    reward model started from answers some training prompts anew, if it can write; an encoder or a classifier cannot,
+    and the labelled answers serve.
     """
     from statistics import fmean, pstdev
 
@@ -190,7 +190,7 @@ def _sft_answers(
     rankings[:] = list(islice(fitting, _PROMPTS_SAMPLED))
     if not rankings:
         return None
-    policy = Policy(source, format)
+    policy = Policy.load(source, format)
     prompts = [ranking.prompt for ranking in rankings]
     answers = policy.answer(
         prompts, [0] * len(prompts), sampling, seed=context.recipe.seed, label="answers to normalise rewards"

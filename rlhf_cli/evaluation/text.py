@@ -1,0 +1,45 @@
+"""Figures of a set of answers that betray a collapsed or padded policy, and answers made safe to print."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[@-Z\\-_])")
+"""Terminal control: CSI, OSC, DCS/SOS/PM/APC and two-character sequences (ECMA-48)."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and line feed, and marks that turn the direction of what follows them."""
+
+
+def printable(text: str) -> str:
+    """The text without anything a terminal would obey rather than show."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
+
+
+def most_common_share(texts: Sequence[str]) -> float:
+    """Share of the most frequent answer, case and white space apart: 1/N where all differ."""
+    if not texts:
+        return 0.0
+    counts = Counter(" ".join(text.lower().split()) for text in texts)
+    return counts.most_common(1)[0][1] / len(texts)
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct n-grams of words over all n-grams of the set (Li et al. 2016, section 5); 0 where there is none."""
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repeated_share(texts: Sequence[str], n: int = 4) -> float:
+    """Mean over answers of the share of their n-grams of words that occurred before in the same answer."""
+    shares = []
+    for text in texts:
+        grams = _ngrams(text, n)
+        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]

@@ -1,0 +1,259 @@
+"""The `evaluate` stage: the PPO policy against the SFT model on prompts that neither was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_cli.errors import DataError
+from rlhf_cli.pipeline.stage import StageContext, StageOutcome
+from rlhf_cli.progress import console, say, task, warn
+from rlhf_cli.stages.common import model_source, prompt_format
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.records import Prompt
+    from rlhf_cli.data.sources import LoadedRecords
+    from rlhf_cli.data.templates import PromptFormat
+    from rlhf_cli.evaluation.answers import Answer, Policy, Sampling
+    from rlhf_cli.evaluation.compare import Comparison
+    from rlhf_cli.recipe.schema import EvaluateSettings
+
+_WIDEST = 100
+"""Columns of what is printed: longer lines are tiring to read."""
+
+
+def run(context: StageContext) -> StageOutcome:
+    """Sample both models' answers, judge them, print and save what was found. One model is in memory at a time."""
+    from rlhf_cli.evaluation.answers import Sampling
+    from rlhf_cli.evaluation.compare import comparison_metrics
+
+    recipe, settings = context.recipe, context.recipe.evaluate
+    assert settings is not None
+    sampling = Sampling(**settings.sampling.model_dump())
+    prompts, loaded = _prompts(context, settings)
+    repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
+    numbers = list(range(settings.samples_per_prompt)) * len(prompts)
+    ppo, sft, distances = _answers(context, repeated, numbers, sampling)
+    shown = _shown_rows(len(repeated), settings)
+    base = _base_answers(context, [repeated[row] for row in shown], [numbers[row] for row in shown], sampling)
+    gold, reward = _judged(context, settings, repeated, sft, ppo), _rewarded(context, repeated, sft, ppo)
+    comparisons = _comparisons(repeated, sft, ppo, distances, gold, reward)
+    if base is not None:
+        own = [repeated[row] for row in shown]
+        scores = _base_scores(context, settings, own, base)
+        for row, answer, score in zip(shown, base, scores, strict=True):
+            comparisons[row] = dataclasses.replace(comparisons[row], base=answer, base_score=score)
+    metrics = comparison_metrics(
+        comparisons, tie_margin=settings.tie_margin, resamples=settings.bootstrap, seed=recipe.seed
+    )
+    _save(context.output, comparisons, metrics, settings)
+    if loaded.skips.total:
+        loaded.skips.write(context.output / "skips.jsonl")
+    _print(metrics, [comparisons[row] for row in shown], settings)
+    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, settings))
+
+
+def _prompts(context: StageContext, settings: EvaluateSettings) -> tuple[list[Prompt], LoadedRecords]:
+    """Held-out prompts, each once, that leave both models room for an answer."""
+    from rlhf_cli.data.records import prompt_key, prompt_text
+    from rlhf_cli.data.sources import Skip, read_records
+    from rlhf_cli.data.splits import split_by_prompt
+
+    recipe, source = context.recipe, context.inputs["prompts"]
+    loaded = read_records(source, "prompt", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    for line in loaded.warnings:
+        warn(line)
+    records = loaded.records
+    if settings.prompts is None:
+        _, records = split_by_prompt(records, recipe.data.holdout, recipe.seed)
+    if not records:
+        raise DataError(
+            f"{source}: none of its {len(loaded.records):,} prompts is held out "
+            f"(`data.holdout: {recipe.data.holdout:g}`)",
+            hint="name prompts that no stage trained on with `--set evaluate.prompts=PATH`, or hold out more",
+        )
+    fits = [_room(context, settings, name) for name in ("sft", "ppo")]
+    kept: dict[str, Prompt] = {}
+    for record in records:
+        lengths = [(len(format.prompt_ids(record.prompt)), room) for format, room in fits]
+        if all(length <= room for length, room in lengths):
+            kept.setdefault(prompt_key(record.prompt), record.prompt)
+        else:
+            reason = f"prompt longer than {min(room for _, room in lengths):,} tokens"
+            loaded.skips.add(Skip(source, reason, prompt_text(record.prompt)[:80]))
+    loaded.skips.check(len(records), recipe.data.max_skip, source)
+    prompts = list(kept.values())
+    if settings.max_prompts is not None and settings.max_prompts < len(prompts):
+        chosen = random.Random(recipe.seed).sample(range(len(prompts)), settings.max_prompts)
+        prompts = [prompts[place] for place in sorted(chosen)]
+    return prompts, loaded
+
+
+def _room(context: StageContext, settings: EvaluateSettings, name: str) -> tuple[PromptFormat, int]:
+    """How prompts reach one of the models, and the longest it takes."""
+    from rlhf_cli.models.loading import context_length, load_config
+
+    source = model_source(context.recipe, context.inputs[name])
+    free = context_length(load_config(source)) - settings.sampling.max_new_tokens
+    return prompt_format(context.recipe, source), min(context.recipe.data.max_prompt_tokens, free)
+
+
+def _load(context: StageContext, name: str) -> Policy:
+    from rlhf_cli.evaluation.answers import Policy
+
+    source = model_source(context.recipe, context.inputs[name])
+    return Policy.load(source, prompt_format(context.recipe, source))
+
+
+def _answers(
+    context: StageContext, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling
+) -> tuple[list[Answer], list[Answer], list[float] | None]:
+    """Answers of PPO and of SFT, drawn with the same random numbers, and log pi_ppo - log pi_sft of each PPO answer."""
+    from rlhf_cli.evaluation.answers import free_memory
+
+    seed = context.recipe.seed
+    arguments = {"temperature": sampling.temperature, "batch_size": sampling.batch_size}
+    policy = _load(context, "ppo")
+    ppo = policy.answer(prompts, numbers, sampling, seed=seed, label="PPO answers")
+    under_ppo = policy.logprobs(ppo, **arguments)
+    reading = policy.reading
+    del policy
+    free_memory()
+    context.stop.check()
+    baseline = _load(context, "sft")
+    sft = baseline.answer(prompts, numbers, sampling, seed=seed, label="SFT answers")
+    if baseline.reading != reading:
+        warn("the two models read text differently (tokenizer or chat template), so their KL is not defined")
+        return ppo, sft, None
+    under_sft = baseline.logprobs(ppo, **arguments)
+    del baseline
+    free_memory()
+    context.stop.check()
+    return ppo, sft, [own - other for own, other in zip(under_ppo, under_sft, strict=True)]
+
+
+def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
+    """Rows spread evenly over all answers, so that neither the best nor the worst are picked."""
+    wanted = min(settings.shown_samples, count)
+    return [place * count // wanted for place in range(wanted)]
+
+
+def _base_answers(
+    context: StageContext, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling
+) -> list[Answer] | None:
+    """Answers of the model before any training, to the prompts that are shown; None where there is none to ask."""
+    from rlhf_cli.evaluation.answers import Policy, free_memory
+
+    path = context.inputs.get("base")
+    if path is None or path == context.inputs["sft"]:
+        return None
+    if path == "build":
+        source = model_source(context.recipe, context.inputs["sft"])
+        policy = Policy.untrained(source, prompt_format(context.recipe, source), seed=context.recipe.seed)
+    else:
+        policy = _load(context, "base")
+    answers = policy.answer(prompts, numbers, sampling, seed=context.recipe.seed, label="base answers")
+    del policy
+    free_memory()
+    return answers
+
+
+def _judged(
+    context: StageContext, settings: EvaluateSettings, prompts: Sequence[Prompt], *sides: Sequence[Answer]
+) -> list[tuple[float, ...]] | None:
+    """Gold scores of each prompt's answers, by the judge function; None where there is none."""
+    from rlhf_cli.data.records import prompt_text
+    from rlhf_cli.labeling.functions import load_scoring_function
+
+    if settings.judge_function is None:
+        return None
+    function = load_scoring_function(context.inputs["evaluate.judge_function"])
+    texts = [prompt_text(prompt) for prompt in prompts]
+    return list(zip(*(function(texts, [answer.text for answer in side]) for side in sides), strict=True))
+
+
+def _rewarded(
+    context: StageContext, prompts: Sequence[Prompt], *sides: Sequence[Answer]
+) -> list[tuple[float, ...]] | None:
+    """Normalised rewards of each prompt's answers, as PPO saw them; None where there is no reward model."""
+    from rlhf_cli.evaluation.answers import free_memory
+    from rlhf_cli.models.scorer import load_scorer
+
+    if (path := context.inputs.get("train-rm")) is None:
+        return None
+    scorer = load_scorer(model_source(context.recipe, path), template=context.recipe.data.prompt_template)
+    with task("rewards", len(prompts) * len(sides), "answers") as bar:
+        scores = [scorer.score(prompts, [answer.text for answer in side], progress=bar.advance) for side in sides]
+    del scorer
+    free_memory()
+    return list(zip(*scores, strict=True))
+
+
+def _base_scores(
+    context: StageContext, settings: EvaluateSettings, prompts: Sequence[Prompt], answers: Sequence[Answer]
+) -> list[float]:
+    scores = _judged(context, settings, prompts, answers) or _rewarded(context, prompts, answers)
+    assert scores is not None
+    return [score for (score,) in scores]
+
+
+def _comparisons(
+    prompts: Sequence[Prompt],
+    sft: Sequence[Answer],
+    ppo: Sequence[Answer],
+    distances: Sequence[float] | None,
+    gold: Sequence[tuple[float, ...]] | None,
+    reward: Sequence[tuple[float, ...]] | None,
+) -> list[Comparison]:
+    from rlhf_cli.evaluation.compare import Comparison
+
+    return [
+        Comparison(
+            prompt=prompt,
+            sft=sft[row],
+            ppo=ppo[row],
+            kl=None if distances is None else distances[row],
+            gold=None if gold is None else (gold[row][0], gold[row][1]),
+            reward=None if reward is None else (reward[row][0], reward[row][1]),
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _save(
+    output: Path, comparisons: Sequence[Comparison], metrics: dict[str, float], settings: EvaluateSettings
+) -> None:
+    with (output / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for comparison in comparisons:
+            file.write(json.dumps(comparison.to_json(settings.tie_margin), ensure_ascii=False) + "\n")
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _print(metrics: dict[str, float], shown: Sequence[Comparison], settings: EvaluateSettings) -> None:
+    from rlhf_cli.evaluation.show import metrics_table, side_by_side
+
+    width = min(console.width, _WIDEST)
+    for number, comparison in enumerate(shown, start=1):
+        console.print(side_by_side(comparison, settings.tie_margin, number=number), width=width, soft_wrap=False)
+    console.print(metrics_table(metrics), width=width, soft_wrap=False)
+    if settings.judge_function is None:
+        say("judged by the reward model that PPO was trained against: a check of training, not of quality")
+
+
+def _summary(metrics: dict[str, float], settings: EvaluateSettings) -> list[tuple[str, str]]:
+    judge = "judge" if settings.judge_function is not None else "reward model"
+    win = f"{metrics['win_rate']:.1%} ({metrics['win_rate_low']:.1%} to {metrics['win_rate_high']:.1%}) by the {judge}"
+    rows = [("PPO preferred to SFT", win)]
+    if "gold/ppo_mean" in metrics:
+        rows.append(("gold score", f"{metrics['gold/sft_mean']:.2f} -> {metrics['gold/ppo_mean']:.2f}"))
+    if "reward/ppo_mean" in metrics:
+        difference = f"{metrics['reward/difference']:+.2f} +- {metrics['reward/difference_se']:.2f}"
+        rows.append(("reward", f"{metrics['reward/sft_mean']:.2f} -> {metrics['reward/ppo_mean']:.2f} ({difference})"))
+    if "kl_nats" in metrics:
+        rows.append(("KL", f"{metrics['kl_nats']:.1f} nats an answer"))
+    rows.append(("length", f"{metrics['length/ratio']:.2f} of SFT's"))
+    return rows
