@@ -3,11 +3,13 @@
     python data_samples/make.py           write the files
     python data_samples/make.py --check   end with 1 if a committed file is not what this script makes
 
-`source/*.txt` hold what a person wrote: subjects (`# basil`), each with four matters (blocks of lines), each matter with two
-questions (`?`) and two tips (`!`); and `manners.txt`, the kind, rude and vague sentences. This script only chooses and joins.
+`source/*.txt` hold what a person wrote: subjects (`# basil`), each with four matters (blocks of lines), each matter
+with two questions (`?`) and two tips (`!`); and `manners.txt`, the kind, rude and vague sentences. This script only
+chooses and joins.
 
-The demonstrations are meant to be a mixed bag, as text from the web is: some answers are kind and to the point, many are curt,
-rude, vague, about another matter, repeat themselves or break off. A model that imitates them is what RLHF starts from.
+The demonstrations are meant to be a mixed bag, as text from the web is: some answers are kind and to the point, many
+are curt, rude, vague, about another matter, repeat themselves or break off. A model that imitates them is where RLHF
+starts.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import io
 import json
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,7 +178,7 @@ def _conversation(matter: Matter, manners: dict[str, list[str]]) -> dict[str, ob
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]}
 
 
-def _gold():  # noqa: ANN202
+def _gold() -> Callable[[list[str], list[str]], list[float]]:
     """`score` of recipes/quickstart_gold.py, which lies beside this folder wherever both are copied."""
     path = HERE.parent / "recipes" / "quickstart_gold.py"
     spec = importlib.util.spec_from_file_location("quickstart_gold", path)

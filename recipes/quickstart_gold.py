@@ -8,7 +8,7 @@ bounded, so no part can be piled up: there is nothing to gain from ten thanks or
     +1    the first sentence is a kind word of welcome
     +1    the last sentence is a kind wish
     -1    each rude sentence, at most two
-    -0.5  each sentence that neither helps nor is kind where kindness belongs (vague talk, another subject), at most three
+    -0.5  each sentence that neither helps nor is kind where kindness belongs, at most three: vague talk, other subjects
     -1    each sentence said twice, at most two
     -1    it breaks off in mid-sentence
     -1    more than 50 words
@@ -28,8 +28,8 @@ WELCOME = re.compile(
     r"|like this question|nice to hear)\b"
 )
 WISH = re.compile(
-    r"\b(good luck|hope|wish|enjoy|have (fun|a (lovely|good|nice))|all the best|you can do it|you will do (fine|well)|take your time"
-    r"|be patient|be proud|go well|write again|tell me|let me know)\b"
+    r"\b(good luck|hope|wish|enjoy|have (fun|a (lovely|good|nice))|all the best|you can do it|you will do (fine|well)"
+    r"|take your time|be patient|be proud|go well|write again|tell me|let me know)\b"
 )
 RUDENESS = re.compile(
     r"\b(silly|boring|stupid|whatever|obvious(ly)?|everyone knows|even a child|look it up|leave me|go away|who cares"
@@ -41,19 +41,18 @@ VAGUENESS = re.compile(
     r"|perhaps|one way or another|number of reasons|different things|matter of taste|up to you)\b"
 )
 # Words that carry no subject of their own: a match on one of them says nothing about relevance.
-STOP_WORDS = frozenset(
-    """
-    a about after again all also always am an and another any anything are as at away back be because been before best
-    better between both but by can cannot could day did do does done each easy enough even ever every few fine first for
-    from get gets give go goes good got had has have help helps her his hour how i if in into is it its itself just keep
-    keeps know last less let like little long longer look make makes many may me mean minute minutes month more most much
-    must my need needs never new no not now of off often old on once one only or other our out over own part put right
-    same see set should since so some something soon sooner still such take takes tell ten than that the their them then
-    there these they thing things this those three through time times to together too try twice two until up us use used
-    very want was way we week well were what when where which while who why will with without work works year years yet
-    you your
-    """.split()
-)
+_COMMON = """
+a about after again all also always am an and another any anything are as at away back be because been before best
+better between both but by can cannot could day did do does done each easy enough even ever every few fine first for
+from get gets give go goes good got had has have help helps her his hour how i if in into is it its itself just keep
+keeps know last less let like little long longer look make makes many may me mean minute minutes month more most
+much must my need needs never new no not now of off often old on once one only or other our out over own part put
+right same see set should since so some something soon sooner still such take takes tell ten than that the their
+them then there these they thing things this those three through time times to together too try twice two until up
+us use used very want was way we week well were what when where which while who why will with without work works
+year years yet you your
+"""
+STOP_WORDS = frozenset(_COMMON.split())
 
 
 def score(prompts: list[str], completions: list[str]) -> list[float]:

@@ -1,7 +1,7 @@
 """A small model from nothing: a Llama-style transformer with random weights and a byte-level BPE tokenizer of its own.
 
-For trying the whole pipeline without a network or a GPU. It writes an ordinary Hugging Face folder, so every later stage treats
-it as any other model.
+For trying the whole pipeline without a network or a GPU. It writes an ordinary Hugging Face folder, so every later
+stage treats it as any other model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def build_model(
 ) -> None:
     """Write a new model with its tokenizer to `folder`; the same arguments write the same bytes.
 
-    The architecture is Llama's: RMSNorm before each part, rotary positions, SwiGLU, no biases. Input and output embeddings are
-    one matrix: with a vocabulary of thousands and a width of hundreds, two would be half of the model.
+    The architecture is Llama's: RMSNorm before each part, rotary positions, SwiGLU, no biases. Input and output
+    embeddings are one matrix: with a vocabulary of a thousand and a width of a hundred, two would be half of the
+    model. Weights are drawn with deviation 1/sqrt(hidden_size), so that the first logits have deviation 1: Llama's
+    0.02 is made for widths of thousands, and at a hundred it costs the first hundreds of steps.
 
     Args:
         folder: made if absent.
@@ -69,6 +71,7 @@ def build_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=hidden_size**-0.5,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
