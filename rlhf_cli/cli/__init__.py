@@ -20,4 +20,6 @@ def main() -> int:
         if debugging():
             raise
         return report(error)
+    if code == 130:  # typer's word for a KeyboardInterrupt, which it says nothing about
+        return report(KeyboardInterrupt())
     return code if isinstance(code, int) else 0

@@ -69,7 +69,7 @@ class Manifest:
         """sha256 over the names and hashes of the files that later stages may read."""
         total = hashlib.sha256()
         for name, file in sorted(self.outputs.items()):
-            if name not in NOT_CONTENT:
+            if Path(name).name not in NOT_CONTENT:
                 total.update(f"{name}\0{file['sha256']}\n".encode())
         return total.hexdigest()
 

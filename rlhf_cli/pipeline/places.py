@@ -70,11 +70,12 @@ def looks_like_hub_id(name: str) -> bool:
 
 def check_data(name: str, setting: str) -> None:
     """Raise `DataError` unless a name is a local path or may be a hub data set."""
-    if not Path(name).exists() and not looks_like_hub_id(name):
-        raise DataError(
-            f"{name}: no such file or folder (`{setting}`)",
-            hint="relative paths are looked up in the current directory, then beside the recipe",
-        )
+    from rlhf_cli.data.sources import is_hub
+
+    try:
+        is_hub(name)
+    except DataError as error:
+        raise DataError(f"{error.message} (`{setting}`)", hint=error.hint) from error
 
 
 def check_model(name: str, setting: str) -> None:

@@ -5,14 +5,17 @@ A bad line in PPO's prompts is found now and not after an hour of fine-tuning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rlhf_cli.pipeline.hashing import hash_file
 from rlhf_cli.pipeline.inputs import Input
 from rlhf_cli.pipeline.places import check_data, check_model, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.checks import PromptSet
 
 
 def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
@@ -23,14 +26,20 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         inputs: of all stages that are going to run; what is named twice is checked once.
     """
     seen: set[tuple[str, str | None]] = set()
+    prompts: dict[str, PromptSet] = {}  # by source
     for given in inputs:
         key = (given.source, given.records)
+        if given.setting == "evaluate.prompts" and given.source in prompts:
+            _warn_of_overlap(given.source, prompts[given.source], {given.source: prompts[given.source]})
         if key in seen or not given.matters:
             continue
         seen.add(key)
         if given.what == "data":
             check_data(given.source, given.setting)
-            _check_records(recipe, given)
+            held = _check_records(recipe, given)
+            if given.setting == "evaluate.prompts":
+                _warn_of_overlap(given.source, held, prompts)
+            prompts[given.source] = held
         elif given.what == "model":
             check_model(given.source, given.setting)
         elif given.what == "function":
@@ -38,12 +47,22 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             say(f"{given.setting}: {given.source} runs with your rights; {file} has sha256 {hash_file(file)}")
 
 
-def _check_records(recipe: Recipe, given: Input) -> None:
-    if not Path(given.source).exists():  # on the hub: the stage that reads it checks as it goes
-        return
-    from rlhf_cli.data.sources import validate_source
+def _check_records(recipe: Recipe, given: Input) -> PromptSet:
+    from rlhf_cli.data.checks import PromptSet
+    from rlhf_cli.data.sources import is_hub, validate_source
 
+    if is_hub(given.source):  # the stage that reads it checks as it goes
+        return PromptSet()
     assert given.records is not None
     report = validate_source(given.source, given.records, columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     for warning in report.warnings:
         warn(warning)
+    return report.prompts
+
+
+def _warn_of_overlap(source: str, evaluated: PromptSet, trained: Mapping[str, PromptSet]) -> None:
+    from rlhf_cli.data.sources import overlap_warning
+
+    for name, prompts in trained.items():
+        if warning := overlap_warning(prompts, evaluated, names=(name, f"{source} (`evaluate.prompts`)")):
+            warn(warning)

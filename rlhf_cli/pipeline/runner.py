@@ -105,10 +105,11 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
 
 
 def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
-    """Say what `run` would do; writes nothing and takes no lock."""
+    """Say what `run` would do, after the same checks; writes nothing and takes no lock."""
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
     steps = Planner(recipe, directory, select(recipe, selection), selection.force).plan()
+    preflight(recipe, (given for step in steps if step.action != "cached" for given in step.inputs))
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
     rows = []
     for step in steps:

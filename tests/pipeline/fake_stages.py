@@ -1,0 +1,102 @@
+"""The real `rlhf` command with stages that write small files instead of training; run as a script.
+
+What each stage writes depends on its settings and on what it read, so that a change upstream reaches what follows.
+
+FAKE_LOG: file that gets a line for each stage that ran, with what it found in its work folder.
+FAKE_DIE=stage[:signal]: that stage kills its own process after a checkpoint; FAKE_HANG=stage: it waits for a signal.
+FAKE_RAISE=stage:kind: it raises.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+from rlhf_cli.errors import DivergedError
+from rlhf_cli.pipeline.stage import STAGES, StageContext, StageOutcome
+
+FILES = {"sft": "model.safetensors", "label": "rankings.jsonl", "train-rm": "reward.json", "ppo": "model.safetensors"}
+
+
+def read(source: str) -> str:
+    path = Path(source)
+    if path.is_dir():
+        return "|".join(read(str(file)) for file in sorted(path.iterdir()) if file.name in FILES.values())
+    return path.read_text() if path.is_file() else source
+
+
+def run(context: StageContext) -> StageOutcome:
+    name = context.stage.name
+    checkpoint = context.work / "checkpoint.txt"
+    found = checkpoint.read_text() if checkpoint.exists() else "nothing"
+    assert not list(context.output.iterdir()), "an attempt begins with an empty output folder"
+    with Path(os.environ["FAKE_LOG"]).open("a") as log:
+        log.write(f"{name} {found}\n")
+    print(f"{name} prints to stdout, where only data belongs")
+    (context.output / "half.txt").write_text("half")
+    checkpoint.write_text("step 3")
+    misbehave(name, context)
+    (context.output / "half.txt").unlink()
+    settings = getattr(context.recipe, context.stage.section)
+    seen = {key: read(source) for key, source in context.inputs.items() if key != "base" or name == "sft"}
+    text = f"{name} {settings.model_dump_json(exclude={'micro_batch_size'})} {context.recipe.seed} {seen}"
+    (context.output / FILES.get(name, "metrics.json")).write_text(f"{name} {hash_of(text)}\n")
+    (context.output / "sub").mkdir()
+    (context.output / "sub" / "metrics.jsonl").write_text(f"{time.time()}\n")
+    return StageOutcome({"score": 0.5, "undefined": float("nan")}, {"too long": 2}, [("score", "0.50")])
+
+
+def hash_of(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def misbehave(name: str, context: StageContext) -> None:
+    stage, _, signum = os.environ.get("FAKE_DIE", "").partition(":")
+    if stage == name:
+        os.kill(os.getpid(), int(signum or signal.SIGKILL))
+        time.sleep(0.1)
+        context.stop.check()
+    if os.environ.get("FAKE_HANG") == name:
+        Path(os.environ["FAKE_LOG"] + ".hanging").touch()
+        for _ in range(600):
+            time.sleep(0.05)
+            if not os.environ.get("FAKE_DEAF"):
+                context.stop.check()
+    stage, _, kind = os.environ.get("FAKE_RAISE", "").partition(":")
+    if stage == name:
+        raise_kind(kind)
+
+
+def raise_kind(kind: str) -> None:
+    if kind == "full":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if kind == "full-in-library":
+        raise RuntimeError("Error while serializing: No space left on device (os error 28)")
+    if kind == "memory":
+        raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")
+    if kind == "diverged":
+        raise DivergedError("loss was nan in 3 steps in a row")
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+    raise ZeroDivisionError("a bug")
+
+
+def install() -> None:
+    for stage in STAGES:
+        module = types.ModuleType(f"rlhf_cli.stages.{stage.section}")
+        module.run = run  # type: ignore[attr-defined]
+        sys.modules[module.__name__] = module
+
+
+if __name__ == "__main__":
+    from rlhf_cli.cli import main
+
+    install()
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Kills, damage, changed settings under unfinished work, full disks, signals, two runs at once."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+ALL = ["sft", "label", "train-rm", "ppo", "evaluate"]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_kill_9_in_a_stage_then_the_same_command_goes_on(toy, stage):
+    killed = toy.run(FAKE_DIE=stage)
+    assert killed.code == -signal.SIGKILL
+    done = ALL[: ALL.index(stage)]
+    assert toy.ran() == [f"{name} nothing" for name in [*done, stage]]
+    assert not (toy.run_dir / stage).exists(), "an unfinished stage has no artefact"
+    again = toy.run()
+    assert again.code == 0, again.stderr
+    assert toy.ran() == [f"{stage} step 3", *(f"{name} nothing" for name in ALL[ALL.index(stage) + 1 :])]
+    assert again.statuses == {name: "cached" if name in done else "done" for name in ALL}
+    assert not (toy.run_dir / stage / "half.txt").exists()
+
+
+def test_changed_setting_under_unfinished_work_is_refused_by_name(toy):
+    toy.run(FAKE_DIE="ppo")
+    toy.ran()
+    refused = toy.run("--set", "ppo.learning_rate=1e-6", "--set", "ppo.steps=7")
+    assert refused.code == 2
+    assert "unfinished `ppo`" in refused.stderr
+    assert "`ppo.learning_rate` was 1e-05, now 1e-06; `ppo.steps` was 3, now 7" in refused.stderr
+    assert "hint: set it back to go on, or throw the unfinished work away with `--force ppo`" in refused.stderr
+    assert toy.ran() == []
+    forced = toy.run("--set", "ppo.learning_rate=1e-6", "--force", "ppo")
+    assert forced.code == 0
+    assert toy.ran() == ["ppo nothing", "evaluate nothing"]
+
+
+def test_a_change_upstream_of_unfinished_work_is_refused_before_anything_runs(toy):
+    toy.run(FAKE_DIE="ppo")
+    toy.ran()
+    refused = toy.run("--set", "sft.epochs=2")
+    assert refused.code == 2
+    assert "unfinished `ppo` that began differently: `sft`, which it reads, runs again under other settings" in (
+        refused.stderr
+    )
+    assert toy.ran() == []
+
+
+def test_changed_data_under_unfinished_work_is_refused(toy):
+    toy.run(FAKE_DIE="ppo")
+    toy.ran()
+    toy.write("prompts.jsonl", '{"prompt": "another"}\n')
+    refused = toy.run("--from", "ppo")
+    assert refused.code == 2
+    assert "the content of the prompts changed" in refused.stderr
+
+
+def test_effort_may_change_under_unfinished_work(toy):
+    toy.run(FAKE_DIE="ppo")
+    toy.ran()
+    assert toy.run("--set", "ppo.micro_batch_size=1").code == 0
+    assert toy.ran() == ["ppo step 3", "evaluate nothing"]
+
+
+def test_a_stage_that_failed_before_any_checkpoint_starts_anew_under_other_settings(toy):
+    toy.run(FAKE_DIE="ppo")
+    (toy.run_dir / ".ppo.work" / "checkpoint.txt").unlink()
+    toy.ran()
+    assert toy.run("--set", "ppo.steps=4").code == 0
+    assert toy.ran() == ["ppo nothing", "evaluate nothing"]
+
+
+def test_a_lost_record_of_unfinished_work_is_refused(toy):
+    toy.run(FAKE_DIE="ppo")
+    (toy.run_dir / ".ppo.began.json").write_text('{"stage"')
+    refused = toy.run()
+    assert refused.code == 2
+    assert "the record of what it began with is lost" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "model.safetensors").write_text("sft 0000000000000000\n"), "its sha256 differs"),
+        (lambda f: (f / "model.safetensors").write_text("x"), "has 1 bytes"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 1, "st'), "manifest.json is torn"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is no manifest"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
+    ],
+)
+def test_a_damaged_artefact_is_named_and_made_again(finished, damage, said):
+    damage(finished.run_dir / "sft")
+    outcome = finished.run()
+    assert outcome.code == 0, outcome.stderr
+    assert said in outcome.stderr
+    assert finished.ran() == ["sft nothing"], "what follows reads the same again"
+
+
+def test_a_forged_manifest_is_found_out(finished):
+    path = finished.run_dir / "evaluate" / "manifest.json"
+    plain = json.loads(path.read_text())
+    plain["metrics"]["score"] = 0.9
+    path.write_text(json.dumps(plain))
+    outcome = finished.run()
+    assert "its checksum differs" in outcome.stderr
+    assert outcome.json["metrics"]["score"] == 0.5
+
+
+def test_a_manifest_of_a_newer_format_is_not_thrown_away(finished):
+    path = finished.run_dir / "sft" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    outcome = finished.run()
+    assert outcome.code == 2
+    assert "has format 2; this rlhf knows up to 1" in outcome.stderr
+
+
+def test_from_does_not_build_on_a_damaged_artefact(finished):
+    (finished.run_dir / "sft" / "model.safetensors").write_text("x")
+    outcome = finished.run("--from", "ppo", "--force", "ppo")
+    assert outcome.code == 65
+    assert "`sft` in runs/toy is damaged" in outcome.stderr
+
+
+def test_killed_between_the_renames_loses_nothing(finished):
+    run = finished.run_dir
+    (run / "ppo").rename(run / ".ppo.output")  # complete, and its name not given yet
+    (run / ".ppo.work").mkdir()
+    (run / "sft").rename(run / ".sft.old")  # moved aside, and its successor torn
+    (run / ".sft.output").mkdir()
+    (run / ".sft.output" / "half.txt").write_text("half")
+    outcome = finished.run()
+    assert outcome.statuses == dict.fromkeys(ALL, "cached"), outcome.stderr
+    assert finished.ran() == []
+    assert not (run / ".ppo.work").exists()
+
+
+def test_two_runs_in_one_directory(toy):
+    first = toy.start("run", "recipe.yaml", FAKE_HANG="sft")
+    wait_for(Path(f"{toy.log}.hanging"))
+    second = toy.run()
+    assert second.code == 75
+    assert f"runs/toy is in use by process {first.pid}" in second.stderr
+    assert toy.run("--run-dir", "other").code == 0
+    first.kill()
+    first.communicate()
+    assert toy.run().code == 0, "the lock dies with its process"
+
+
+def test_the_lock_is_a_flock(toy):
+    toy.run_dir.mkdir(parents=True)
+    with (toy.run_dir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert toy.run().code == 75
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_signals_stop_resumably(toy, signum, code):
+    process = toy.start("run", "recipe.yaml", FAKE_HANG="train-rm")
+    wait_for(Path(f"{toy.log}.hanging"))
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "run the same command again" in stderr
+    assert "Traceback" not in stderr
+    toy.ran()
+    assert toy.run().code == 0
+    assert toy.ran() == ["train-rm step 3", "ppo nothing", "evaluate nothing"]
+
+
+def test_a_second_interrupt_ends_at_once(toy):
+    process = toy.start("run", "recipe.yaml", FAKE_HANG="sft", FAKE_DEAF="1")
+    wait_for(Path(f"{toy.log}.hanging"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("full", 74, "no space left on device while writing under runs/toy, with "),
+        ("full-in-library", 74, "no space left on device"),
+        ("memory", 1, "out of memory in `sft`"),
+        ("diverged", 70, "error: loss was nan in 3 steps in a row"),
+        ("interrupt", 130, "stopped by SIGINT"),
+    ],
+)
+def test_failures_of_a_stage(toy, kind, code, said):
+    outcome = toy.run(FAKE_RAISE=f"sft:{kind}")
+    assert outcome.code == code
+    assert said in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+    assert not (toy.run_dir / "sft").exists()
+
+
+def test_a_bug_shows_its_traceback(toy):
+    outcome = toy.run(FAKE_RAISE="sft:bug")
+    assert outcome.code == 1
+    assert "ZeroDivisionError: a bug" in outcome.stderr
+    assert "this is a bug in rlhf" in outcome.stderr
+
+
+def test_a_run_directory_that_is_a_file(toy):
+    toy.write("taken", "")
+    outcome = toy.run("--run-dir", "taken")
+    assert outcome.code == 2
+    assert "taken is a file, not a run directory" in outcome.stderr
