@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.models.roles import SeparateModels, SharedBackbone
 from rlhf_cli.models.scorer import Scorer, load_scorer
 from rlhf_cli.models.scorer_files import ADAPTER_FOLDER, RewardCard, load_head, read_card
@@ -78,7 +78,7 @@ def shared_actors(
         roles = SharedBackbone(model, **vars(lora), reward_adapter=folder / ADAPTER_FOLDER, value_head=head)
         reward = _shared_reward(roles, source, folder, card)
     if gradient_checkpointing:
-        _recompute(model)
+        recompute_activations(model)
     return roles, reward
 
 
@@ -92,14 +92,9 @@ def separate_actors(
     policy, critic = load_policy(source, dtype=torch.float32), load_policy(source, dtype=torch.float32)
     roles = SeparateModels(policy, load_policy(source), critic)
     if gradient_checkpointing:
-        _recompute(policy)
-        _recompute(critic)
+        recompute_activations(policy)
+        recompute_activations(critic)
     return roles, None if reward_path is None else _own_reward(source, reward_path, template)
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers recomputes in training mode only; every dropout rate is 0, so nothing else changes
 
 
 def _shareable(source: ModelSource, reward_path: str | None) -> RewardCard | None:

@@ -172,6 +172,18 @@ def disable_dropout(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep no activations inside the layers; the backward pass computes them again.
+
+    Transformers recomputes in training mode only, so the model is put into it; with every dropout rate at 0 nothing else
+    changes.
+    """
+    # Renamed in transformers 5.23; the old name goes with version 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()
+
+
 def context_length(config: PretrainedConfig) -> int:
     """Longest sequence in tokens that the model's positions allow (T5 has no limit of its own)."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):

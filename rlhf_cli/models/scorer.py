@@ -21,7 +21,7 @@ from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.templates import PromptFormat
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.adapters import adapter_layers, add_lora, load_adapter
-from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.scorer_files import ADAPTER_FOLDER, load_head, read_card, save_artefact
 from rlhf_cli.models.scorer_shell import head_of, head_parameters, load_shell, room_of
 from rlhf_cli.progress import warn
@@ -215,7 +215,7 @@ def new_scorer(
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
     if gradient_checkpointing:
-        shell.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(shell.model)
     return Scorer(shell.model, _format(source, template, shell.is_encoder), source, is_encoder=shell.is_encoder)
 
 

@@ -1,0 +1,116 @@
+"""What PPO's models share: the reward adapter on the policy's backbone gives the rewards the artefact gives alone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_cli.models.actors import LoraShape, separate_actors, shared_actors
+from rlhf_cli.models.adapters import adapter_state
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.scorer import load_scorer, new_scorer, save_scorer
+from rlhf_cli.rollout.batch import SequenceBatch
+from rlhf_cli.rollout.logprobs import response_hidden
+
+SHAPE = LoraShape(4, 8.0, "all-linear")
+PROMPTS = ["What is bread?", "Why?", "The cat sat on the warm stone"]
+ANSWERS = ["Flour and water.", "Because air scatters light.", "and watched the river."]
+
+
+def reward_model(base, folder, **lora):
+    """An adapter reward model with random weights, so that its rewards differ from those of a fresh one."""
+    scorer = new_scorer(ModelSource(str(base)), template=None, lora={"rank": 4, "alpha": 8.0} | lora, seed=3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        scorer.bias += 0.7
+    scorer.mean, scorer.std = 0.4, 2.0
+    folder.mkdir()
+    save_scorer(scorer, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_shared_and_separate_reward_agree(name, request, tmp_path):
+    base = request.getfixturevalue(name)
+    folder = reward_model(base, tmp_path / "rm")
+    alone = load_scorer(ModelSource(str(base)).at(str(folder)), template=None).score(PROMPTS, ANSWERS)
+    _, reward = shared_actors(
+        ModelSource(str(base)), SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False
+    )
+    assert reward.is_shared
+    assert reward.score(PROMPTS, ANSWERS) == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 4) for score in alone}) == 3
+
+
+def test_the_critic_starts_as_the_reward_model(tiny_llama, tmp_path):
+    folder = reward_model(tiny_llama, tmp_path / "rm")
+    source = ModelSource(str(tiny_llama))
+    roles, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False)
+    ids = reward.scorer.format.pair_ids(PROMPTS[0], ANSWERS[0])
+    # One token more than the answer, so that the last value is read at the answer's own last token.
+    batch = SequenceBatch.of([ids[:4]], [[*ids[4:], 1]], roles.model.device)
+    with torch.no_grad(), roles.critic() as model:
+        value = roles.value_head(response_hidden(model, batch))[0, -1]
+    assert float(value) == pytest.approx(reward.score(PROMPTS[:1], ANSWERS[:1])[0], abs=1e-5)
+
+
+def test_training_the_critic_leaves_the_reward_alone(tiny_llama, tmp_path):
+    folder = reward_model(tiny_llama, tmp_path / "rm")
+    source = ModelSource(str(tiny_llama))
+    roles, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False)
+    before = reward.score(PROMPTS, ANSWERS)
+    with torch.no_grad():
+        for parameter in [*roles.policy_parameters(), *roles.critic_parameters()]:
+            parameter.add_(torch.randn_like(parameter))
+    assert reward.score(PROMPTS, ANSWERS) == before
+    assert not any(parameter.requires_grad for parameter in adapter_parameters(roles, "reward"))
+
+
+def adapter_parameters(roles, name):
+    wanted = {tensor.data_ptr() for tensor in adapter_state(roles.model, name).values()}
+    return [parameter for parameter in roles.model.parameters() if parameter.data_ptr() in wanted]
+
+
+def test_a_reward_model_on_another_base_is_loaded_apart(tiny_llama, tiny_gpt2, tmp_path):
+    folder = reward_model(tiny_gpt2, tmp_path / "rm")
+    source = ModelSource(str(tiny_llama))
+    _, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False)
+    assert not reward.is_shared
+    alone = load_scorer(ModelSource(str(folder)), template=None).score(PROMPTS, ANSWERS)
+    assert reward.score(PROMPTS, ANSWERS) == alone
+
+
+@pytest.mark.parametrize("make", [shared_actors, separate_actors])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(make, tiny_llama):
+    arguments = (ModelSource(str(tiny_llama)), *((SHAPE,) if make is shared_actors else ()))
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        roles, _ = make(*arguments, reward_path=None, template=None, gradient_checkpointing=recompute)
+        torch.nn.init.ones_(roles.value_head.weight)
+        batch = SequenceBatch.of([[5, 6, 7]], [[8, 9, 10]], torch.device("cpu"))
+        for role in (roles.policy, roles.critic):
+            calls = []
+            with role() as model:
+                hook = model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            with role() as model:
+                response_hidden(model, batch).float().pow(2).sum().backward()
+            assert len(calls) == (2 if recompute else 1)
+            hook.remove()
+        gradients.append([p.grad for p in [*roles.policy_parameters(), *roles.critic_parameters()]])
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_the_artefact_keeps_the_head_it_was_given(tiny_llama, tmp_path):
+    folder = reward_model(tiny_llama, tmp_path / "rm")
+    roles, _ = shared_actors(
+        ModelSource(str(tiny_llama)), SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False
+    )
+    head = load_file(folder / "head.safetensors")
+    torch.testing.assert_close(roles.value_head.weight.detach(), head["weight"] / 2.0)
+    torch.testing.assert_close(roles.value_head.bias.detach(), (head["bias"] - 0.4) / 2.0)
