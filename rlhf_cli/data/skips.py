@@ -65,6 +65,24 @@ class SkipLog:
             for skip in self._skips:
                 file.write(json.dumps(asdict(skip), ensure_ascii=False) + "\n")
 
+    def _reasons(self) -> str:
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
+
+    def warnings(self, total: int, source: str) -> list[str]:
+        """A line that says what is left out, if anything is.
+
+        Args:
+            total: records seen, those left out included.
+            source: for the message.
+        """
+        if not self.total:
+            return []
+        verb = "is" if self.total == 1 else "are"
+        return [
+            f"{source}: {self.total:,} of {total:,} records {verb} skipped: {self._reasons()} "
+            f"(first: {self._skips[0].place})"
+        ]
+
     def check(self, total: int, max_skip: float, source: str) -> None:
         """Raise `DataError` when too many records are left out, or all of them.
 
@@ -75,8 +93,7 @@ class SkipLog:
         """
         if not self.total or (self.total < total and self.total <= max_skip * total):
             return
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
-        first = f"; the first is {self._skips[0].place}" if self._skips else ""
+        reasons, first = self._reasons(), f"; the first is {self._skips[0].place}" if self._skips else ""
         share = self.total / total
         if self.total >= total:
             raise DataError(

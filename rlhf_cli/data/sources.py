@@ -61,7 +61,7 @@ class ValidationReport:
     Attributes:
         records: that can be used.
         skips: counts by reason, and the first 1,000 of them.
-        warnings: one line each.
+        warnings: one line each, what will be left out among them.
         prompts: hashes of all prompts, for `overlap_warning`.
     """
 
@@ -141,4 +141,5 @@ def validate_source(
         if isinstance(record, Ranking):
             checks.add(record)
     skips.check(count + skips.total, max_skip, source)
-    return ValidationReport(count - checks.repeats, skips, remarks.warnings(source) + checks.warnings(source), prompts)
+    warnings = skips.warnings(count + skips.total, source) + remarks.warnings(source) + checks.warnings(source)
+    return ValidationReport(count - checks.repeats, skips, warnings, prompts)

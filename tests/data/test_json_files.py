@@ -104,7 +104,9 @@ def test_a_bad_line_far_down_has_its_own_number(write):
 
 def test_an_array_of_many_pieces_is_read_as_one(write, monkeypatch):
     monkeypatch.setattr(text_files, "_CHUNK", 7)  # cuts numbers, escapes, literals and characters of several bytes
-    records = [{"prompt": f"é\\u\"{n}\n", "completion": "🙂" * n + ".", "n": 12345, "t": [True, None]} for n in range(1, 40)]
+    records = [
+        {"prompt": f'é\\u"{n}\n', "completion": "🙂" * n + ".", "n": 12345, "t": [True, None]} for n in range(1, 40)
+    ]
     for indent in (None, 1):
         source = write("a.json", json.dumps(records, ensure_ascii=indent is None, indent=indent))
         read = read_records(source, "demonstration").records

@@ -14,7 +14,9 @@ HH = "\n\nHuman: hi\n\nAssistant:"
 
 @pytest.fixture
 def read(write):
-    return lambda kind, *rows, **options: read_records(write("a.jsonl", list(rows)), kind, **({"max_skip": 0.9} | options))
+    return lambda kind, *rows, **options: read_records(
+        write("a.jsonl", list(rows)), kind, **({"max_skip": 0.9} | options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,11 @@ def test_wrong_records(write, kind, row, pieces):
 def test_skipped_and_counted(read, kind, row, reason):
     conversational = "messages" in row or isinstance(row.get("chosen", row.get("prompt")), list)
     good = {"demonstration": {"messages": [user, answer]} if conversational else {"prompt": "g", "completion": "h"}}
-    pair = {"chosen": [user, answer], "rejected": [user, other]} if conversational else {"prompt": "g", "chosen": "a", "rejected": "b"}
+    pair = (
+        {"chosen": [user, answer], "rejected": [user, other]}
+        if conversational
+        else {"prompt": "g", "chosen": "a", "rejected": "b"}
+    )
     loaded = read(kind, good.get(kind, pair), row)
     assert len(loaded.records) == 1
     assert (loaded.skips.total, loaded.total) == (1, 2)
@@ -227,7 +233,11 @@ def test_columns_are_mapped_first_and_only_where_they_are(read):
     rows = [{"question": "q", "answer": "a", "prompt": "no"}, {"prompt": "p", "completion": "c"}]
     records = read("demonstration", *rows, columns=columns).records
     assert [(r.prompt, r.completion) for r in records] == [("q", "a"), ("p", "c")]
-    swapped = read("preference", {"prompt": "p", "chosen": "a", "rejected": "b"}, columns={"chosen": "rejected", "rejected": "chosen"})
+    swapped = read(
+        "preference",
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        columns={"chosen": "rejected", "rejected": "chosen"},
+    )
     assert swapped.records[0].completions == ("b", "a")
     with pytest.raises(DataError, match=r"maps `prompt` to `question`, which is not there"):
         read("demonstration", {"q": "q", "answer": "a"}, columns=columns)

@@ -29,7 +29,10 @@ def test_csv_is_read_with_the_line_each_row_begins_on(write):
 
 
 def test_csv_holds_lists_as_json_and_margins_as_text(write):
-    source = write("a.csv", 'prompt,completions,ranking,margin\np,"[""a"", ""b""]","[[1], [0]]",0.5\nq,"[""a"", ""b""]","[[0, 1]]",\n')
+    source = write(
+        "a.csv",
+        'prompt,completions,ranking,margin\np,"[""a"", ""b""]","[[1], [0]]",0.5\nq,"[""a"", ""b""]","[[0, 1]]",\n',
+    )
     assert read_records(source, "ranking").records == [
         Ranking("p", ("a", "b"), ((1,), (0,)), 0.5),
         Ranking("q", ("a", "b"), ((0, 1),)),
@@ -99,7 +102,9 @@ def test_parquet_of_several_forms_and_with_columns_that_are_no_text(write):
         "when": pa.array([1, 2], pa.timestamp("ns")),
         "image": pa.array([b"\x00", b"\xff"]),
     }
-    source = write("a.parquet", parquet_bytes({k: v for k, v in table.items() if k != "prompt"} | {"prompt": table["prompt"]}))
+    source = write(
+        "a.parquet", parquet_bytes({k: v for k, v in table.items() if k != "prompt"} | {"prompt": table["prompt"]})
+    )
     with pytest.raises(DataError, match=r"row 2: mixed: .* strings here and as messages at .*row 1"):
         read_records(source, "demonstration")
     only = {name: column[:1] for name, column in table.items()}
