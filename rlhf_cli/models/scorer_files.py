@@ -115,8 +115,9 @@ def _save_classifier(scorer: Scorer, folder: Path) -> None:
     if not scorer.is_encoder:
         # Transformers finds the last token as the last one that is not padding: where padding is the end token it would
         # find another one, so it is told of no padding and then refuses batches instead of scoring them wrongly.
-        pad = tokenizer.pad_token_id
-        model.config.get_text_config().pad_token_id = None if pad == tokenizer.eos_token_id else pad
+        config, pad = model.config.get_text_config(), tokenizer.pad_token_id
+        is_usable = isinstance(pad, int) and pad != tokenizer.eos_token_id and pad < config.vocab_size
+        config.pad_token_id = pad if is_usable else None
     save_model_folder(model, tokenizer, folder, dtype=torch.float32)
 
 
