@@ -56,7 +56,7 @@ def sample(
     """Draw one answer to each prompt.
 
     Args:
-        model: decoder-only or encoder-decoder, in evaluation mode.
+        model: decoder-only or encoder-decoder.
         prompts: N lists of token ids; encoder-decoder models read them with the encoder.
         seeds: N seeds; answer i is a function of `prompts[i]` and `seeds[i]`.
         max_new_tokens: most tokens of an answer, its end token included.
@@ -79,6 +79,9 @@ def sample(
                 f"prompt {index} has no tokens, and this tokenizer puts none in front",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
+    # A model that recomputes activations drops its cache in training mode, silently.
+    was_training = model.training
+    model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     samples: list[Sample | None] = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -94,6 +97,7 @@ def sample(
             samples[row] = answer
         if progress is not None:
             progress(len(rows))
+    model.train(was_training)
     return [answer for answer in samples if answer is not None]
 
 

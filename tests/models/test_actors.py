@@ -94,7 +94,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(make, tiny_llama)
         for role in (roles.policy, roles.critic):
             calls = []
             with role() as model:
-                hook = model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+                hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
             with role() as model:
                 response_hidden(model, batch).float().pow(2).sum().backward()
             assert len(calls) == (2 if recompute else 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_cli.errors import DivergedError, ModelError
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.rollout.sampling import Sample, draw, sample, stop_ids
 
 PROMPTS = [[5, 6, 7, 8], [9], [3, 4, 5, 6, 7, 8, 9], [10, 11]]
@@ -102,3 +102,11 @@ def test_an_empty_prompt_is_refused(tiny_llama):
     model = load_policy(ModelSource(str(tiny_llama)))
     with pytest.raises(ModelError, match="prompt 1 has no tokens"):
         sample(model, [[1], []], [1, 2], **settings())
+
+
+def test_a_model_that_recomputes_activations_samples_the_same(tiny_llama):
+    model = load_policy(ModelSource(str(tiny_llama)))
+    plain = sample(model, PROMPTS, [1, 2, 3, 4], **settings())
+    recompute_activations(model)
+    assert sample(model, PROMPTS, [1, 2, 3, 4], **settings()) == plain
+    assert model.training
