@@ -83,7 +83,7 @@ def plackett_luce_loss(rewards: Tensor, levels: Tensor, groups: Tensor) -> Tenso
 
 
 def _order_log_likelihood(rewards: Tensor, levels: Tensor) -> Tensor:
-    total = rewards.new_zeros(())
+    total = rewards[:0].sum()  # 0, and still part of the graph where all answers are tied
     for level in levels.unique(sorted=True)[:-1]:  # the last tier is what is left, with certainty
         total = total + _tier_log_likelihood(rewards[levels == level], rewards[levels > level])
     return total

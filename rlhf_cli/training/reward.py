@@ -149,7 +149,7 @@ class RewardTrainer:
                     continue
                 log.write(step, metrics)
                 bar.advance(note=f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}")
-                if self._stop.requested or step % self.options.checkpoint_steps == 0 or step == self.batches.steps:
+                if self._stop.requested or self._is_due(step):
                     log.sync()
                     self._save(step)
                 self._stop.check()
@@ -225,6 +225,11 @@ class RewardTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+    def _is_due(self, step: int) -> bool:
+        """Whether to save: never among bad steps, so that going back goes to before them."""
+        is_sound = self.tally.bad_in_a_row == 0 and step % self.options.checkpoint_steps == 0
+        return is_sound or step == self.batches.steps
 
     def _scale_is_too_large(self) -> bool:
         """Whether a gradient that is not finite is float16's, whose scale is about to be lowered, and no fault."""

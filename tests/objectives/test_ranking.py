@@ -138,6 +138,9 @@ def test_plackett_luce_learns_nothing_from_a_tie_of_all():
     rewards.requires_grad_(True)
     loss = plackett_luce_loss(rewards, levels, groups)
     assert loss.item() == 0.0
+    loss.sum().backward()
+    assert rewards.grad is not None
+    assert rewards.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_plackett_luce_stays_finite_far_out():
