@@ -42,12 +42,14 @@ class RankingChecks:
 
     def contradictions(self) -> int:
         """Pairs of completions of one prompt that are ranked both ways."""
-        import numpy as np
-
         verdicts = self._verdicts[:]
         for later in self._of_annotator.values():
             verdicts.extend(later)
-        distinct = np.unique(np.frombuffer(verdicts, dtype=np.uint64)) if verdicts else np.empty(0, np.uint64)
+        if not verdicts:
+            return 0
+        import numpy as np
+
+        distinct = np.unique(np.frombuffer(verdicts, dtype=np.uint64))
         pairs = distinct >> np.uint64(1)
         return int((pairs[1:] == pairs[:-1]).sum())
 

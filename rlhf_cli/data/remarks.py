@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 _REMARKS = {
-    "empty prompt": "have an empty prompt",
-    "sharegpt": "were in ShareGPT form (`from`, `value`) and were converted to `role`, `content`",
-    "after answer": "go on after the last assistant turn; what follows it is not used",
-    "answer dropped": "end with an answer, which is no part of a prompt and is not used",
-    "common beginning": "have no `prompt`; the common beginning of `chosen` and `rejected` was taken for it",
-    "turn order": "have an unusual order of turns, which the chat template has to allow",
+    "empty prompt": "an empty prompt",
+    "sharegpt": "ShareGPT form (`from`, `value`), converted to `role`, `content`,",
+    "after answer": "turns after the last answer, which are not used,",
+    "answer dropped": "an answer at the end of the prompt, which is not used,",
+    "common beginning": "no `prompt`, so that the common beginning of `chosen` and `rejected` is taken for it,",
+    "turn order": "an unusual order of turns, which the chat template has to allow,",
 }
 
 
@@ -29,6 +29,6 @@ class Remarks:
     def warnings(self, source: str) -> list[str]:
         """One line each."""
         return [
-            f"{source}: {count:,} record{'s' if count > 1 else ''} {_REMARKS[what]} (first: {self._first[what]})"
+            f"{source}: {_REMARKS[what]} in {count:,} record{'s' if count > 1 else ''} (first: {self._first[what]})"
             for what, count in self._counts.items()
         ]

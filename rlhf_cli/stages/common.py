@@ -47,12 +47,13 @@ def prompt_format(
 ) -> PromptFormat:
     """How prompts reach the model at `source`; its tokenizer is loaded if none is given."""
     from rlhf_cli.data.templates import PromptFormat
-    from rlhf_cli.models.loading import load_tokenizer
+    from rlhf_cli.models.loading import load_config, load_tokenizer
 
     return PromptFormat(
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(source),
         template=recipe.data.prompt_template,
         name=f"`{source.path}`",
+        is_encoder_decoder=load_config(source).is_encoder_decoder,
     )
 
 
@@ -87,10 +88,12 @@ def load_prompts(
         UsageError: the model could read no prompt at all beside such an answer.
     """
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.templates import check_conversations
 
     data, source = context.recipe.data, context.inputs["prompts"]
     room = min(data.max_prompt_tokens, prompt_room(config, max_new_tokens, form.name))
     loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
+    check_conversations(form, loaded.records)
     prompts: list[Prompt] = []
     ids: list[list[int]] = []
     seen: set[str] = set()

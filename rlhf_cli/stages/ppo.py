@@ -118,6 +118,7 @@ def _prompts(context: StageContext, format: PromptFormat, config) -> tuple[Promp
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.data.splits import split_by_prompt
+    from rlhf_cli.data.templates import check_conversations
     from rlhf_cli.models.loading import context_length
     from rlhf_cli.training.ppo import PromptSet
 
@@ -125,6 +126,7 @@ def _prompts(context: StageContext, format: PromptFormat, config) -> tuple[Promp
     assert recipe.ppo is not None
     source = context.inputs["prompts"]
     loaded = read_records(source, "prompt", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    check_conversations(format, loaded.records)
     training, _ = split_by_prompt(loaded.records, recipe.data.holdout, recipe.seed)
     room = min(recipe.data.max_prompt_tokens, context_length(config) - recipe.ppo.max_new_tokens)
     prompts, ids, seen = [], [], set()
@@ -134,7 +136,7 @@ def _prompts(context: StageContext, format: PromptFormat, config) -> tuple[Promp
         seen.add(key)
         tokens = format.prompt_ids(record.prompt)
         if len(tokens) > room:
-            loaded.skips.add(Skip(source, f"prompt longer than {room} tokens", str(record.prompt)[:80]))
+            loaded.skips.add(Skip(record.place, f"prompt longer than {room} tokens", str(record.prompt)[:80]))
             continue
         prompts.append(record.prompt)
         ids.append(tokens)

@@ -29,6 +29,7 @@ def run(context: StageContext) -> StageOutcome:
 
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.data.splits import split_by_prompt
+    from rlhf_cli.data.templates import check_conversations
     from rlhf_cli.models.loading import load_policy, load_tokenizer
     from rlhf_cli.models.saving import save_model_folder
     from rlhf_cli.training.sft import train_sft
@@ -39,8 +40,10 @@ def run(context: StageContext) -> StageOutcome:
     loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     source = model_source(recipe, _base(context, loaded.records))
     tokenizer = load_tokenizer(source)
+    form = prompt_format(recipe, source, tokenizer)
+    check_conversations(form, loaded.records)
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
-    fitting = _fitting(context, settings, loaded, prompt_format(recipe, source, tokenizer), model.config)
+    fitting = _fitting(context, settings, loaded, form, model.config)
     train, held_out = split_by_prompt([record for record, _ in fitting], recipe.data.holdout, recipe.seed)
     examples = {id(record): example for record, example in fitting}
     result = train_sft(

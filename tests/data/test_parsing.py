@@ -163,12 +163,12 @@ def test_skipped_and_counted(read, kind, row, reason):
 @pytest.mark.parametrize(
     ("kind", "rows", "pieces"),
     [
-        ("prompt", [{"prompt": "p"}, {"prompt": ""}, {"prompt": "  "}], ["2 records have an empty prompt", "a.jsonl:2"]),
-        ("prompt", [{"messages": [user, answer]}], ["1 record end"]),
+        ("prompt", [{"prompt": "p"}, {"prompt": ""}, {"prompt": "  "}], ["an empty prompt in 2 records", "a.jsonl:2"]),
+        ("prompt", [{"messages": [user, answer]}], ["an answer at the end of the prompt", "in 1 record ("]),
         ("demonstration", [{"messages": [answer, user, answer]}], ["order of turns", "begins with the assistant"]),
         ("demonstration", [{"messages": [user, user, answer]}], ["two user turns in a row"]),
         ("demonstration", [{"messages": [user, answer, answer]}], ["two assistant turns in a row"]),
-        ("demonstration", [{"messages": [user, answer, user]}], ["go on after the last assistant turn"]),
+        ("demonstration", [{"messages": [user, answer, user]}], ["turns after the last answer"]),
         ("preference", [{"chosen": "x a", "rejected": "x b"}], ["common beginning"]),
     ],
 )  # fmt: skip
@@ -191,7 +191,8 @@ def test_sharegpt_is_converted_and_said_so(read):
         loaded = read("demonstration", {name: turns}, {name: turns})
         assert loaded.records == [Demonstration((SYSTEM, USER), "a")] * 2
         [warning] = loaded.warnings
-        assert "2 records were in ShareGPT form" in warning
+        assert "ShareGPT form" in warning
+        assert "in 2 records" in warning
     with pytest.raises(DataError, match=r"conversations\[0\]\.from` is \"humn\", did you mean `human`"):
         read("demonstration", {"conversations": [{"from": "humn", "value": "q"}]})
 
