@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_cli.progress import console, interactive, say
+from rlhf_cli.progress import console, in_words, interactive, say
 
 if TYPE_CHECKING:
     from rlhf_cli.pipeline.runner import RunResult, StageResult
@@ -33,6 +33,7 @@ def show_outcome(result: RunResult) -> None:
 
 
 def _table(result: RunResult) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -40,14 +41,14 @@ def _table(result: RunResult) -> None:
     table.add_column("status", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("key figures", overflow="fold")
-    table.add_column("where", overflow="fold", style="dim")
     for row in result.stages:
         style = "green" if row.status == "done" else "dim"
         figures = "\n".join(f"{what}  {figure}" for what, figure in row.summary)
         status = f"[{style}]{_STATUS.get(row.status, row.status)}[/{style}]"
-        table.add_row(row.name, status, duration(row.seconds), _plain(figures), f"{row.path}")
+        table.add_row(row.name, status, _seconds(row), escape(figures))
     console.print()
     console.print(table)
+    say(f"in {result.run_dir}/, a folder a stage")
 
 
 def _lines(result: RunResult) -> None:
@@ -58,20 +59,8 @@ def _lines(result: RunResult) -> None:
 
 
 def _took(row: StageResult) -> str:
-    return f"({duration(row.seconds)})" if row.status == "done" else ""
+    return f"({_seconds(row)})" if row.status == "done" else ""
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people read them: 4.2 s, 3 min 05 s, 1 h 20 min."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+def _seconds(row: StageResult) -> str:
+    return "" if row.seconds is None else in_words(row.seconds)

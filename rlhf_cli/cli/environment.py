@@ -6,6 +6,7 @@ import os
 import warnings
 
 _DEFAULTS = {
+    "PYDANTIC_DISABLE_PLUGINS": "__all__",  # looking for them reads every installed package's metadata
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # it warns after a fork otherwise

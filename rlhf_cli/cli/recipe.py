@@ -14,8 +14,8 @@ app = typer.Typer(rich_markup_mode=None, help="Show, check and document recipes.
 @app.command()
 def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
     """Print all settings with where each came from, what follows from them, and what would run."""
-    from rlhf_cli.pipeline.runner import default_run_dir
     from rlhf_cli.recipe import show as view
+    from rlhf_cli.recipe.derived import default_run_dir
     from rlhf_cli.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, settings or [])

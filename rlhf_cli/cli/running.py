@@ -45,12 +45,13 @@ def carry_out(request: Request) -> None:
     from rlhf_cli.cli.closing import show_outcome, show_plan
     from rlhf_cli.pipeline import runner
     from rlhf_cli.pipeline.plan import Selection
+    from rlhf_cli.recipe.derived import default_run_dir
     from rlhf_cli.recipe.loader import load_recipe
     from rlhf_cli.recipe.overrides import flag
 
     overrides = [flag(name, value, origin) for name, (value, origin) in request.flags.items() if value is not None]
     loaded = load_recipe(request.recipe, request.settings, overrides, section=request.section)
-    folder = request.run_dir or runner.default_run_dir(loaded.recipe)
+    folder = request.run_dir or default_run_dir(loaded.recipe)
     selection = Selection(request.first, request.last, frozenset(request.force))
     if request.dry_run:
         result = runner.dry_run(loaded, folder, selection)

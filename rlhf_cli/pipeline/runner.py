@@ -78,11 +78,6 @@ class RunResult:
         return {"run_dir": str(self.run_dir), "stages": rows, "metrics": evaluated}
 
 
-def default_run_dir(recipe: Recipe) -> Path:
-    """`runs/NAME`, in the current directory."""
-    return Path("runs") / recipe.name
-
-
 def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     """Bring the chosen stages up to date.
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
 
 Rows = dict[str, int | str]
+
+
+def default_run_dir(recipe: Recipe) -> Path:
+    """`runs/NAME`, in the current directory."""
+    return Path("runs") / recipe.name
 
 
 def derived_sizes(recipe: Recipe) -> dict[str, Rows]:

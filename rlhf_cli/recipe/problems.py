@@ -35,10 +35,7 @@ def _place(loc: tuple[Any, ...]) -> Place:
     """Pydantic's location without the names of union members (`lora.target_modules.str`)."""
     place: Place = ()
     for key in loc:
-        if isinstance(key, str) and place and section_at(place) is None:
-            if not _is_mapping(place):
-                break
-        elif isinstance(key, str) and section_at((*place, key)) is None and re.search(r"[\[\](]|^[A-Z]", key):
+        if isinstance(key, str) and section_at(place) is None and not _is_mapping(place):
             break
         place = (*place, key)
     return place
@@ -51,7 +48,7 @@ def _is_mapping(place: Place) -> bool:
 
 def _texts(place: Place, details: list[Any], layers: Layers) -> Iterator[str]:
     kinds = {detail["type"] for detail in details}
-    if kinds == {"string_type", "list_type"}:  # the one union of the schema, text or a list of it
+    if len(details) > 1 and kinds <= {"string_type", "list_type"}:  # the one union of the schema: text or a list of it
         yield f"{_name(place)} must be text or a list of text; got {_shown(place, details[0]['input'], layers)}"
         return
     for detail in details:

@@ -81,9 +81,7 @@ def _noted(line: str, origin: str) -> str:
 def scalar(value: Any) -> str:
     """A value in YAML's flow form, so that reading it again gives the same value."""
     if isinstance(value, str):
-        return (
-            value if _PLAIN.fullmatch(value) and plain_scalar(value) == value else json.dumps(value, ensure_ascii=False)
-        )
+        return value if _PLAIN.fullmatch(value) and plain_scalar(value) == value else _quoted(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{scalar(key)}: {scalar(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -91,3 +89,8 @@ def scalar(value: Any) -> str:
     if value is None:
         return "null"
     return json.dumps(value) if isinstance(value, bool) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    escaped = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped)

@@ -1,0 +1,232 @@
+"""What a recipe may hold, what is said about one that is wrong, and where its values came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.errors import RecipeError
+from rlhf_cli.recipe.loader import load_recipe
+from rlhf_cli.recipe.schema import Recipe
+
+
+def load(tmp_path: Path, text: str, *settings: str):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_recipe(path, settings)
+
+
+def problems(tmp_path: Path, text: str, *settings: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text, *settings)
+    return [problem.replace(f"{tmp_path}/", "") for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-6", 1e-6), ("1e-5", 1e-5), ("1E-5", 1e-5), ("0.5", 0.5), ("1", 1.0), (".5", 0.5), ("1_000", 1000.0)],
+)
+def test_numbers_as_people_write_them(tmp_path, written, value):
+    recipe = load(tmp_path, f"sft:\n  data: d\n  learning_rate: {written}\n").recipe
+    assert recipe.sft.learning_rate == value
+    assert isinstance(recipe.sft.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    "written", ["no", "yes", "on", "off", "2024-01-01", "1:30", "=", "nan", "'1'", '"true"', "a#b", "0x", "<<"]
+)
+def test_text_stays_text(tmp_path, written):
+    recipe = load(tmp_path, f"model: {{revision: {written}}}\n").recipe
+    assert recipe.model.revision == written.strip("'\"")
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    assert load(tmp_path, "ppo: {steps: 1e3}\nevaluate: {max_prompts: 2e1}\n").recipe.ppo.steps == 1000
+
+
+def test_a_bare_section_has_its_defaults_and_null_has_none(tmp_path):
+    recipe = load(tmp_path, "ppo:\ntrain_rm: null\nevaluate: ~\nmodel:\n").recipe
+    assert recipe.ppo is not None
+    assert recipe.train_rm is None
+    assert recipe.evaluate is None
+
+
+def test_bom_crlf_and_a_last_line_without_end(tmp_path):
+    assert load(tmp_path, "\ufeffname: x\r\nseed: 3").recipe.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: 1\nname: a\nseed: 2\n", "r.yaml:3: `seed` is given twice; the first is on line 1"),
+        ("ppo:\n  steps: 1\n  steps: 1\n", "r.yaml:3: `steps` is given twice; the first is on line 2"),
+        ("a: &x 1\n", "r.yaml:1: anchors and aliases"),
+        ("seed: 1\nname: *x\n", "r.yaml:2: anchors and aliases"),
+        ("seed: !!int 1\n", "r.yaml:1: tags are not allowed"),
+        ("name: !!python/object:os.system x\n", "r.yaml:1: tags are not allowed"),
+        ("seed: 1\n---\nseed: 2\n", "r.yaml:2: a second document"),
+        ("ppo:\n\tsteps: 1\n", "r.yaml:2: not valid YAML: a tab; indent with spaces"),
+        ("name: a: b\n", "r.yaml:1: not valid YAML: a second `:` on this line"),
+        ("name: [a\n", "not valid YAML: a bracket or a quote is not closed"),
+        ("name: 'a\n", "not valid YAML: a bracket or a quote is not closed"),
+        ("x: " + "[" * 30 + "\n", "r.yaml:1: nested deeper than 20 levels"),
+        ("x:\n" + "".join("  " * i + "- \n" for i in range(1, 40)), "nested deeper than 20 levels"),
+        ("- a\n", "r.yaml:1: a recipe is a mapping of sections such as `sft:`; this is a list"),
+        ("hello\n", "this is a single value"),
+        ("", "r.yaml: the recipe is empty"),
+        ("# only a comment\n", "r.yaml: the recipe is empty"),
+        ("seed: 1\nname: \x00\n", "r.yaml:2: not valid YAML: "),
+        ("? [a]\n: 1\n", "r.yaml:1: a key must be a plain name"),
+    ],
+)
+def test_texts_that_are_no_recipe(tmp_path, text, problem):
+    (found,) = problems(tmp_path, text)
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        (b"name: x\nseed: \xff\n", "r.yaml:2: byte 0xff is not UTF-8"),
+        ("name: x\n".encode("utf-16"), "r.yaml:1: this is UTF-16"),
+        (b"#" * (1 << 20) + b"\n", "larger than 1 MiB"),
+    ],
+)
+def test_bytes_that_are_no_recipe(tmp_path, raw, problem):
+    (tmp_path / "r.yaml").write_bytes(raw)
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="this is a folder"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ppo:\n  learning_rat: 1\n", "r.yaml:2: unknown setting `ppo.learning_rat`, did you mean `learning_rate`?"),
+        ("Model:\n", "r.yaml:1: unknown setting `Model`, did you mean `model`?"),
+        ("ppo: {'list[str]': 1}\n", "unknown setting `ppo.list[str]`"),
+        ("modle:\n  path: x\n", "r.yaml:1: unknown setting `modle`, did you mean `model`?"),
+        ("train-rm:\n", "r.yaml:1: unknown setting `train-rm`, did you mean `train_rm`?"),
+        ("sft:\n  data: d\n  kl_coef: 1\n", "r.yaml:3: unknown setting `sft.kl_coef`; it belongs under `ppo`"),
+        ("ppo:\n  lora: {zzz: 1}\n", "unknown setting `ppo.lora.zzz`; known here: `rank`, `alpha`, `dropout`"),
+        ("ppo: {learning_rate: .nan}\n", "r.yaml:1: `ppo.learning_rate` must be a finite number; got .nan"),
+        ("ppo: {kl_coef: .inf}\n", "`ppo.kl_coef` must be a finite number; got .inf"),
+        ("ppo:\n\n  prompts_per_step: -4\n", "r.yaml:3: `ppo.prompts_per_step` must be at least 1; got -4"),
+        ("data: {holdout: 1.5}\n", "`data.holdout` must be less than 1; got 1.5"),
+        ("ppo: {gamma: 1.01}\n", "`ppo.gamma` must be at most 1; got 1.01"),
+        ("ppo: {temperature: 0}\n", "`ppo.temperature` must be greater than 0; got 0"),
+        ("ppo: {steps: 1.5}\n", "`ppo.steps` must be a whole number; got 1.5"),
+        ("ppo: {steps: true}\n", "`ppo.steps` must be a whole number; got true"),
+        ("ppo: {learning_rate: fast}\n", '`ppo.learning_rate` must be a number; got "fast"'),
+        ("ppo: {learning_rate: 1e-5 # why\n}\n", ""),
+        ("sft: {data: d, packing: no}\n", '`sft.packing` must be true or false; got "no"'),
+        ("name: 7\n", "`name` must be text; got 7 (put text that looks like something else in quotes)"),
+        ("name: ../up\n", "`name`: expected letters, digits"),
+        ("ppo: {schedule: cosin}\n", '`ppo.schedule` must be `constant`, `linear` or `cosine`; got "cosin"'),
+        ("ppo: [1]\n", "`ppo` must be a section with settings of its own; got a list"),
+        ("ppo: {reward_functions: {function: f}}\n", "`ppo.reward_functions` must be a list; got a mapping"),
+        ("ppo: {reward_functions: [{weight: 1}]}\n", "`ppo.reward_functions.0` needs `function`: "),
+        ("ppo: {lora: {target_modules: 3}}\n", "must be text or a list of text; got 3"),
+        (
+            "ppo: {lora: {target_modules: [3]}}\n",
+            "`ppo.lora.target_modules` must be text or a list of text; got a list",
+        ),
+        ("data: {columns: {prompt: 3}}\n", "`data.columns.prompt` must be text; got 3"),
+        ("sft: {epochs: 2}\n", "r.yaml:1: `sft` needs `data`: demonstration records"),
+        ("label: {by: function}\n", "r.yaml:1: `label`: `by: function` needs `function`"),
+        ("label: {by: import, data: d, function: f}\n", "`function` has no effect with `by: import`"),
+        ("model: {path: a, build: {}}\n", "`model`: `path` and `build` exclude each other"),
+        ("model: {build: {}}\n", "r.yaml: `model.build` makes an untrained model"),
+        ("ppo: {lora: {dropout: 0.1}}\n", "`lora.dropout` must be 0"),
+        ("data: {prompt_template: 'Q:'}\n", "`data.prompt_template`: expected `chat` or text that contains `{prompt}`"),
+        ("seed: -1\n", "`seed` must be at least 0; got -1"),
+        ("seed: 99999999999\n", "`seed` must be less than 4294967296"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path, text, problem):
+    if not problem:
+        assert load(tmp_path, text).recipe.ppo is not None
+        return
+    (found,) = problems(tmp_path, text)
+    assert problem in found
+
+
+def test_all_problems_at_once_in_the_order_of_the_file(tmp_path):
+    text = "ppo:\n  steps: 0\n  clip: 1\nseed: x\nsft:\n  data: 3\n"
+    found = problems(tmp_path, text, "ppo.gamma=2", "ppo.nothing", "evaluate.bootstrp=1")
+    assert [problem.split(": ")[0] for problem in found[:4]] == ["r.yaml:2", "r.yaml:3", "r.yaml:4", "r.yaml:6"]
+    assert set(found[4:]) == {
+        "--set ppo.gamma=2: `ppo.gamma` must be at most 1; got 2",
+        "--set ppo.nothing: expected SETTING=VALUE, such as ppo.learning_rate=1e-6",
+        "--set evaluate.bootstrp=1: unknown setting `evaluate.bootstrp`, did you mean `bootstrap`?",
+    }
+
+
+def test_a_long_value_is_shortened_and_control_characters_are_shown(tmp_path):
+    (found,) = problems(tmp_path, 'ppo: {steps: "\\e[31m' + "x" * 200 + '"}\n')
+    assert "\\x1b[31m" in found
+    assert len(found) < 160
+
+
+@pytest.mark.parametrize(
+    ("settings", "read", "value"),
+    [
+        (["ppo.learning_rate=1e-6"], lambda r: r.ppo.learning_rate, 1e-6),
+        (["evaluate.bootstrap=500"], lambda r: r.evaluate.bootstrap, 500),
+        (["evaluate={}"], lambda r: r.evaluate is not None, True),
+        (["evaluate="], lambda r: r.evaluate is not None, True),
+        (["ppo=null"], lambda r: r.ppo, None),
+        (["ppo.kl_target=9", "ppo.kl_target=null"], lambda r: r.ppo.kl_target, None),
+        (["ppo.reward_functions.0.weight=2"], lambda r: r.ppo.reward_functions[0].weight, 2.0),
+        (["ppo.reward_functions.1={function: g}"], lambda r: r.ppo.reward_functions[1].function, "g"),
+        (["ppo.lora.target_modules=[q, v]"], lambda r: r.ppo.lora.target_modules, ["q", "v"]),
+        (["data.columns.prompt=question"], lambda r: r.data.columns, {"prompt": "question"}),
+        (["data.prompt_template='Q: {prompt}'"], lambda r: r.data.prompt_template, "Q: {prompt}"),
+        (["ppo.lora={rank: 4}", "ppo.lora.alpha=8"], lambda r: (r.ppo.lora.rank, r.ppo.lora.alpha), (4, 8.0)),
+        (["model.revision=a=b"], lambda r: r.model.revision, "a=b"),
+    ],
+)
+def test_set(tmp_path, settings, read, value):
+    recipe = load(tmp_path, "ppo:\n  reward_functions: [{function: f}]\n", *settings).recipe
+    assert read(recipe) == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("ppo.reward_functions.3.weight=1", "`ppo.reward_functions` has 1 entries, numbered from 0"),
+        ("ppo.reward_functions.first=1", "`ppo.reward_functions` is a list; name an entry by number"),
+        ("name.x=1", "`name` is one value and has no settings of its own"),
+        ("=3", "expected SETTING=VALUE"),
+        ("ppo..steps=3", "expected SETTING=VALUE"),
+        ("ppo.steps=[", "not valid YAML: a bracket or a quote is not closed"),
+        ("ppo.steps=!!int 3", "tags are not allowed"),
+        ("ppo.lorra.rank=3", "unknown setting `ppo.lorra`, did you mean `lora`?"),
+    ],
+)
+def test_set_that_is_wrong_names_itself(tmp_path, setting, problem):
+    (found,) = problems(tmp_path, "name: x\nppo:\n  reward_functions: [{function: f}]\n", setting)
+    assert found.startswith(f"--set {setting}: ")
+    assert problem in found
+
+
+def test_origins(tmp_path):
+    loaded = load(tmp_path, "seed: 3\nppo:\n  steps: 5\n", "ppo.gamma=0.9")
+    path = tmp_path / "r.yaml"
+    assert loaded.origin(("seed",)) == f"{path}:1"
+    assert loaded.origin(("ppo", "steps")) == f"{path}:3"
+    assert loaded.origin(("ppo", "gamma")) == "--set ppo.gamma=0.9"
+    assert loaded.origin(("ppo", "epochs")) == "default"
+    assert loaded.origin(("sft", "epochs")) == "default"
+
+
+def test_without_a_file_the_command_line_says_everything():
+    loaded = load_recipe(None, ["sft.data=d", "model.path=m"])
+    assert loaded.recipe == Recipe.model_validate({"sft": {"data": "d"}, "model": {"path": "m"}})

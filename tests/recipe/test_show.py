@@ -1,0 +1,126 @@
+"""`recipe show`, the derived sizes, the JSON schema and the reference."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_cli.recipe.derived import derived_sizes
+from rlhf_cli.recipe.document import parse
+from rlhf_cli.recipe.fields import walk
+from rlhf_cli.recipe.loader import load_recipe
+from rlhf_cli.recipe.reference import json_schema, markdown
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.show import as_json, as_yaml, scalar
+
+FULL = """\
+name: full
+model: {path: m, attention: sdpa}
+data: {prompts: "p: q.jsonl", columns: {prompt: "a: b", completion: no}, prompt_template: "Q: {prompt}\\nA:"}
+sft: {data: d, learning_rate: 1e-7}
+label: {by: function, function: "gold.py:f", completions_per_prompt: 5}
+train_rm: {batch_size: 10, micro_batch_size: 4, lora: {target_modules: [q_proj, v_proj]}}
+ppo:
+  steps: 10
+  prompts_per_step: 12
+  samples_per_prompt: 2
+  epochs: 3
+  minibatches: 5
+  micro_batch_size: 2
+  reward_functions: [{function: a.b:c}, {function: "x.py:y", weight: -0.5}]
+evaluate: {samples_per_prompt: 3}
+"""
+
+
+@pytest.fixture
+def loaded(tmp_path: Path):
+    (tmp_path / "full.yaml").write_text(FULL)
+    return load_recipe(tmp_path / "full.yaml", ["seed=11"])
+
+
+def test_what_is_shown_is_the_same_recipe(loaded, tmp_path):
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(as_yaml(loaded, Path("runs/full")))
+    assert load_recipe(shown).recipe == loaded.recipe
+
+
+def test_every_value_shows_its_origin(loaded, tmp_path):
+    text = as_yaml(loaded, Path("runs/full"))
+    assert re.search(rf"  learning_rate: 1e-07 +# {re.escape(str(tmp_path))}/full.yaml:4\n", text)
+    assert re.search(r"  gamma: 1.0 +# default\n", text)
+    assert "# --set seed=11" in text
+    assert "# written to: runs/full/STAGE/" in text
+    assert "# stages that run: sft, label, train-rm, ppo, evaluate" in text
+
+
+def test_json_holds_origins_sizes_and_stages(loaded):
+    shown = as_json(loaded, Path("runs/full"))
+    assert shown["settings"]["ppo"]["steps"] == 10
+    assert shown["origins"]["seed"] == "--set seed=11"
+    assert shown["origins"]["ppo.gamma"] == "default"
+    assert shown["origins"]["ppo.reward_functions.1.weight"].endswith("full.yaml:14")
+    assert shown["stages"] == ["sft", "label", "train-rm", "ppo", "evaluate"]
+    assert shown["run_dir"] == "runs/full"
+
+
+def test_derived_sizes_by_hand(loaded):
+    sizes = derived_sizes(loaded.recipe)
+    assert sizes["ppo"] == {
+        "answers per step": 24,
+        "episodes in total": 240,
+        "optimiser steps in total": 150,
+        "answers per minibatch": "4 to 5",
+        "micro-batches per minibatch": 3,
+        "most tokens sampled in total": 30_720,
+    }
+    assert sizes["train_rm"] == {"micro-batches per optimiser step": 3, "pairs per optimiser step, ties aside": 100}
+    assert sizes["label"]["pairs per prompt, ties aside"] == 10
+    assert sizes["sft"] == {"micro-batches per optimiser step": 4}
+
+
+def test_sections_that_are_absent_are_named(tmp_path):
+    (tmp_path / "r.yaml").write_text("ppo:\n")
+    text = as_yaml(load_recipe(tmp_path / "r.yaml"), Path("runs/default"))
+    assert "# no section, so these do not run: sft, label, train-rm, evaluate" in text
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(10**6), 10**6)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=6,
+    )
+)
+def test_scalars_survive_writing_and_reading(value):
+    assert parse(f"x: {scalar(value)}\n").value == {"x": value}
+
+
+def test_every_setting_is_documented_and_in_the_schema():
+    undocumented = [setting.place for setting in walk() if not (setting.field.description or "").strip()]
+    assert undocumented == []
+    schema = json_schema()
+    ppo = schema["$defs"]["PPOSettings"]
+    assert ppo["properties"]["kl_coef"]["description"].startswith("Weight of the per-token KL penalty")
+    assert ppo["properties"]["steps"]["minimum"] == 1
+    assert ppo["additionalProperties"] is False
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+
+
+def test_the_committed_reference_is_up_to_date():
+    committed = Path(__file__).resolve().parents[2] / "docs" / "recipe.md"
+    assert committed.read_text() == markdown(), "write it anew: rlhf recipe reference > docs/recipe.md"
+
+
+def test_the_reference_holds_every_setting():
+    text = markdown()
+    for setting in walk():
+        assert f"| `{setting.place[-1]}` |" in text
