@@ -151,8 +151,11 @@ class BatchPlan:
 class CausalCollator:
     """Rows as a batch for a decoder-only model, padded on the right, where causal attention never looks.
 
+    Padding repeats a row's first token: what attention gives no weight is still multiplied by it, and 0 x NaN is NaN,
+    so no token that is not in the row may come near it.
+
     Emits, each (B, T):
-        input_ids: what the model reads; 0 on padding.
+        input_ids: what the model reads.
         targets: the token that follows each position.
         is_completion: bool, True where the target is a token of a completion.
         is_text: bool, True where the target is any token that follows another of its own example.
@@ -165,7 +168,7 @@ class CausalCollator:
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Lay the rows out as tensors."""
         width = max(len(row["ids"]) for row in rows)
-        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        input_ids = torch.tensor([row["ids"][0] for row in rows]).unsqueeze(1).repeat(1, width)
         is_completion = torch.zeros(len(rows), width, dtype=torch.bool)
         is_text = torch.zeros(len(rows), width, dtype=torch.bool)
         positions = torch.zeros(len(rows), width, dtype=torch.long)
@@ -215,8 +218,8 @@ class Seq2SeqCollator:
 
 
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids padded on the right with 0, and where they are real: both (B, T)."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    """Ids padded on the right with a row's first, and where they are real: both (B, T)."""
+    ids = torch.tensor([row[0] for row in rows]).unsqueeze(1).repeat(1, max(map(len, rows)))
     is_real = torch.zeros_like(ids, dtype=torch.bool)
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row)

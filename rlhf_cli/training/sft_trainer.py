@@ -44,6 +44,7 @@ from rlhf_cli.training.sft_data import BatchPlan
 from rlhf_cli.training.sft_loss import Collator, TokenCounts, sft_loss
 
 _BAD_STEPS_IN_A_ROW = 3
+_TRAINER_STATE = ("global_step", "epoch", "max_steps", "train_batch_size", "logging_steps", "save_steps", "eval_steps")
 
 
 class Stop(Protocol):
@@ -108,6 +109,7 @@ class OurTraining(Trainer):
         self._plan, self._collator, self._lm_coef = plan, collator, lm_coef
         self._precision, self._checkpoints, self._resumed = precision, checkpoints, resumed
         self.bad_steps, self._bad_in_a_row = 0, 0
+        self._step_loss = torch.zeros((), device=self.args.device)
         # With a tokenizer at hand the trainer would rewrite the model's special tokens to be the tokenizer's.
         self.processing_class = None
 
@@ -139,6 +141,20 @@ class OurTraining(Trainer):
         with torch.autocast(device, dtype=self._precision, enabled=self._precision != torch.float32):
             return sft_loss(model, inputs, num_items_in_batch, lm_coef=self._lm_coef)
 
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """One micro-batch, forward and backward; its part of the step's loss."""
+        loss = super().training_step(*arguments, **named)
+        self._step_loss = self._step_loss + loss
+        # Transformers sums losses from step to step, where one NaN would hide all later ones.
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Pass on the loss of the step just done, NaN and all."""
+        if "loss" in logs:
+            logs["loss"] = float(self._step_loss)
+            self._step_loss = torch.zeros_like(self._step_loss)
+        Trainer.log(self, logs, start_time)  # TRL's own adds metrics of a loss that is not in use
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Bound the gradient's norm; a step whose gradient is not finite is skipped, and three in a row end the run."""
         norm = super()._clip_grad_norm(model)
@@ -161,7 +177,7 @@ class OurTraining(Trainer):
         weights = self.model.named_parameters()  # type: ignore[union-attr]
         tensors: dict[str, Tensor] = {f"model/{name}": weight for name, weight in weights if weight.requires_grad}
         tensors |= optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()  # type: ignore[arg-type]
-        trainer = {"global_step": self.state.global_step, "epoch": self.state.epoch, "max_steps": self.state.max_steps}
+        trainer = {name: getattr(self.state, name) for name in _TRAINER_STATE}
         scaler = self.accelerator.scaler
         state = {
             "trainer": trainer,
@@ -205,10 +221,6 @@ class DecoderSFT(OurTraining, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing about a run leaves the machine."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's metrics come from a loss that is not the one in use: log ours alone."""
-        Trainer.log(self, logs, start_time)
 
 
 class Seq2SeqSFT(OurTraining, Seq2SeqTrainer):
