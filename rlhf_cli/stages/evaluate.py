@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import console, say, task, warn
-from rlhf_cli.stages.common import model_source, prompt_format
+from rlhf_cli.stages.common import model_source, prompt_format, prompt_room
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt
@@ -84,7 +84,7 @@ def _prompts(context: StageContext, settings: EvaluateSettings) -> tuple[list[Pr
             kept.setdefault(prompt_key(record.prompt), record.prompt)
         else:
             reason = f"prompt longer than {min(room for _, room in lengths):,} tokens"
-            loaded.skips.add(Skip(source, reason, prompt_text(record.prompt)[:80]))
+            loaded.skips.add(Skip(record.place or source, reason, prompt_text(record.prompt)[:80]))
     loaded.skips.check(len(records), recipe.data.max_skip, source)
     prompts = list(kept.values())
     if settings.max_prompts is not None and settings.max_prompts < len(prompts):
@@ -95,10 +95,10 @@ def _prompts(context: StageContext, settings: EvaluateSettings) -> tuple[list[Pr
 
 def _room(context: StageContext, settings: EvaluateSettings, name: str) -> tuple[PromptFormat, int]:
     """How prompts reach one of the models, and the longest it takes."""
-    from rlhf_cli.models.loading import context_length, load_config
+    from rlhf_cli.models.loading import load_config
 
     source = model_source(context.recipe, context.inputs[name])
-    free = context_length(load_config(source)) - settings.sampling.max_new_tokens
+    free = prompt_room(load_config(source), settings.sampling.max_new_tokens, f"`{source.path}`")
     return prompt_format(context.recipe, source), min(context.recipe.data.max_prompt_tokens, free)
 
 

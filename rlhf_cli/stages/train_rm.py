@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import model_source, prompt_format
+from rlhf_cli.stages.common import model_source, prompt_format, prompt_room
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Ranking
@@ -114,7 +114,9 @@ def _fitting(
             bar.advance()
             if group.longest > room:
                 excerpt = prompt_text(ranking.prompt)[:80]
-                loaded.skips.add(Skip(source, f"prompt and answer longer than {room:,} tokens", excerpt))
+                loaded.skips.add(
+                    Skip(ranking.place or source, f"prompt and answer longer than {room:,} tokens", excerpt)
+                )
                 continue
             kept.append(ranking)
             groups[id(ranking)] = group
@@ -175,7 +177,7 @@ def _sft_answers(
 ) -> list[str] | None:
     """Answers to the first prompts of `rankings`, which is put in a usable order; None if the base cannot write."""
     from rlhf_cli.evaluation.answers import Policy, Sampling, free_memory
-    from rlhf_cli.models.loading import context_length, load_config
+    from rlhf_cli.models.loading import load_config
     from rlhf_cli.models.scorer_shell import is_classifier
 
     config = load_config(source)
@@ -185,7 +187,7 @@ def _sft_answers(
     longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
     sampling = Sampling(1.0, 1.0, max(1, min(_TOKENS_SAMPLED, longest)), 32)
     format = prompt_format(context.recipe, source)
-    room = context_length(config) - sampling.max_new_tokens
+    room = prompt_room(config, sampling.max_new_tokens, format.name)
     fitting = (ranking for ranking in rankings if len(format.prompt_ids(ranking.prompt)) <= room)
     rankings[:] = list(islice(fitting, _PROMPTS_SAMPLED))
     if not rankings:
