@@ -28,7 +28,7 @@ test: install  ## all tests; those on real data say so where it is absent
 lint: install  ## ruff, pyright, the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 format: install  ## let ruff mend what it can

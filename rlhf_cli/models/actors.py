@@ -1,7 +1,7 @@
 """Assembling PPO's models from folders: what is shared is decided here, once.
 
-A reward model that was trained as an adapter on the very model the policy starts from joins its backbone; the critic then
-starts from it too (summarize-from-feedback's initialisation). Anything else is loaded as a model of its own.
+A reward model that was trained as an adapter on the very model the policy starts from joins its backbone; the critic
+then starts from it too (summarize-from-feedback's initialisation). Anything else is loaded as a model of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.templates import PromptFormat

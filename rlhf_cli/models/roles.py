@@ -1,8 +1,8 @@
 """The models of PPO: policy, reference and critic, on one shared backbone or apart.
 
 Memory is why people with one GPU gave up on PPO. `SharedBackbone` holds the SFT weights once, frozen: the policy and
-the critic are adapters on them, the reference is "all adapters off" (so it is exactly the SFT model), and a reward model
-trained as an adapter joins as a third. `SeparateModels` holds full copies, for full fine-tuning.
+the critic are adapters on them, the reference is "all adapters off" (so it is exactly the SFT model), and a reward
+model trained as an adapter joins as a third. `SeparateModels` holds full copies, for full fine-tuning.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class SharedBackbone:
             load_adapter(model, reward_adapter, name=REWARD)
             load_adapter(model, reward_adapter, name=CRITIC)
         add_lora(model, rank=rank, alpha=alpha, target_modules=target_modules, name=POLICY)
-        self.value_head = new_value_head(model.get_output_embeddings().weight.shape[1], model.device)
+        self.value_head = new_value_head(_width(model), model.device)
         if value_head is not None:
             _copy_head(self.value_head, value_head)
         self._layers = [layer for _, layer in adapter_layers(model)]
@@ -148,12 +148,8 @@ class SharedBackbone:
         return self._playing(REWARD)
 
     def _adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return [
-            factor[name].weight
-            for layer in self._layers
-            for factor in (layer.lora_A, layer.lora_B)
-            if name in factor
-        ]  # fmt: skip
+        factors = [factor for layer in self._layers for factor in (layer.lora_A, layer.lora_B) if name in factor]
+        return [parameter for factor in factors for parameter in factor[name].parameters()]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """A and B of the policy's adapter."""
@@ -203,7 +199,7 @@ class SeparateModels:
         self._reference = reference.requires_grad_(False)
         self._critic = critic.requires_grad_(False)
         self._critic.base_model.requires_grad_(True)
-        self.value_head = new_value_head(critic.config.get_text_config().hidden_size, critic.device)
+        self.value_head = new_value_head(_width(critic), critic.device)
         if value_head is not None:
             _copy_head(self.value_head, value_head)
 
@@ -246,8 +242,15 @@ class SeparateModels:
 
     def save_critic(self, folder: Path) -> None:
         """The critic's backbone as an ordinary model folder, and `value_head.safetensors`."""
-        self._critic.base_model.save_pretrained(folder)
+        backbone = self._critic.base_model
+        assert isinstance(backbone, PreTrainedModel)
+        backbone.save_pretrained(folder)
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Width d of the hidden states that reach the vocabulary projection."""
+    return model.get_output_embeddings().weight.shape[1]  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
 
 
 def load_value_head(folder: Path) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ KLEstimator = Literal["k1", "k3"]
 def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """Estimate of KL(pi || ref) at each sampled token, in nats (Schulman 2020, "Approximating KL Divergence").
 
-    With x = log pi - log ref at the token: k1 = x, unbiased and of either sign; k3 = exp(-x) - 1 + x, unbiased and never
-    negative.
+    With x = log pi - log ref at the token: k1 = x, unbiased and of either sign; k3 = exp(-x) - 1 + x, unbiased and
+    never negative.
 
     Args:
         logprobs: (B, T) nats, under the policy that sampled.

@@ -14,7 +14,8 @@ class SequenceBatch:
     """B prompts with their answers, padded on the right.
 
     A causal model reads `[prompt; answer]`: real tokens never attend to padding behind them, so no mask is needed and
-    positions are 0, 1, 2, ... An encoder-decoder reads the prompt with its encoder and `[start; answer[:-1]]` with its decoder.
+    positions are 0, 1, 2, ... An encoder-decoder reads the prompt with its encoder and `[start; answer[:-1]]` with its
+    decoder.
 
     Attributes:
         input_ids: (B, L) what the model, or its decoder, reads.

@@ -150,7 +150,10 @@ class Engine:
             DivergedError: a log-probability or a value is not finite.
         """
         longest = max(len(ids) for ids in answers.response_ids)
-        rows = {name: torch.zeros(len(answers), longest, device=self.device) for name in ("policy", "ref", "value", "entropy")}
+        rows = {
+            name: torch.zeros(len(answers), longest, device=self.device)
+            for name in ("policy", "ref", "value", "entropy")
+        }
         is_response = torch.zeros(len(answers), longest, dtype=torch.bool, device=self.device)
         for part in self.micro_batches(answers, range(len(answers))):
             batch = self.batch(answers, part)

@@ -73,13 +73,14 @@ class Projection:
     def of(model: PreTrainedModel) -> Projection:
         """Read it from a language model."""
         head = model.get_output_embeddings()
+        assert head is not None and isinstance(head.weight, Tensor)
         config = model.config.get_text_config(decoder=True) if not model.config.is_encoder_decoder else model.config
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         if getattr(config, "scale_decoder_outputs", False):
             scale *= config.d_model**-0.5
         bias = getattr(head, "bias", None)
-        if bias is None and hasattr(model, "final_logits_bias"):
-            bias = model.final_logits_bias[0]
+        if bias is None and isinstance(shift := getattr(model, "final_logits_bias", None), Tensor):  # BART
+            bias = shift[0]
         return Projection(head.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
     def token_logprobs(self, hidden: Tensor, batch: SequenceBatch, *, temperature: float) -> TokenLogprobs:
@@ -110,11 +111,11 @@ def check_projection(model: PreTrainedModel, name: str) -> None:
     Raises:
         ModelError: an architecture with a final step of its own that we do not know.
     """
-    eos = getattr(model.config, "eos_token_id", None)
-    probe = [token % model.get_output_embeddings().weight.shape[0] for token in (3, 5, 7, 11)]
+    projection = Projection.of(model)
+    probe = [token % len(projection.weight) for token in (3, 5, 7, 11)]
     start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
     batch = SequenceBatch.of([probe[:2]], [probe[2:]], model.device, decoder_start=start)
-    ours = Projection.of(model).token_logprobs(response_hidden(model, batch), batch, temperature=1.0).logprobs
+    ours = projection.token_logprobs(response_hidden(model, batch), batch, temperature=1.0).logprobs
     if batch.encoder_ids is not None:
         logits = model(input_ids=batch.encoder_ids, decoder_input_ids=batch.input_ids, use_cache=False).logits
     else:
@@ -124,6 +125,6 @@ def check_projection(model: PreTrainedModel, name: str) -> None:
     if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
         raise ModelError(
             f"the {model.config.model_type} model `{name}` computes its logits in a way this trainer does not know "
-            f"(log-probabilities differ by {float((ours - theirs).abs().max()):.3g}; eos {eos})",
+            f"(log-probabilities differ by {float((ours - theirs).abs().max()):.3g})",
             hint="please report the architecture; until then choose another base model",
         )

@@ -170,7 +170,8 @@ def _save(output: Path, roles: Roles, source: ModelSource, settings: PPOSettings
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(trained[name])
-    dtype = load_config(source).dtype or torch.float32
+    stored = load_config(source).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     save_model_folder(model, load_tokenizer(source), output, dtype=dtype)
 
 

@@ -1,8 +1,8 @@
 """Step checkpoints inside a stage: atomic, checked by SHA-256, and passed over, loudly, when damaged.
 
-A checkpoint is a folder `step-00000010/` with `tensors.safetensors`, `state.json` and `SHA256SUMS`, written as a temporary
-folder, fsynced, and renamed into place. safetensors carries no checksum of its own, so a flipped bit would otherwise pass
-unseen.
+A checkpoint is a folder `step-00000010/` with `tensors.safetensors`, `state.json` and `SHA256SUMS`, written as a
+temporary folder, fsynced, and renamed into place. safetensors carries no checksum of its own, so a flipped bit would
+otherwise pass unseen.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int = 2) -> None:
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int = 2
+) -> None:
     """Write the checkpoint of `step` and remove all but the newest `keep`.
 
     Raises:
@@ -65,7 +67,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     except OSError as error:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise DiskError(
-            f"cannot write the checkpoint of step {step} in {folder}: {error.strerror or error}; it needs {needed:,} bytes",
+            f"cannot write the checkpoint of step {step} in {folder}: {error.strerror or error}; "
+            f"it needs {needed:,} bytes",
             hint="free some space and run the same command again; the checkpoint before is intact",
         ) from error
     for old in _folders(folder)[keep:]:
@@ -93,7 +96,7 @@ def _problem(path: Path) -> str | None:
         lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         return f"its {_SUMS} cannot be read ({error})"
-    expected = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if set(expected) != {"tensors.safetensors", "state.json"}:
         return f"its {_SUMS} is damaged"
     for name, digest in expected.items():

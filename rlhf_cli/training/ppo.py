@@ -10,15 +10,15 @@ One step, in the order of `PPOTrainer.step`:
   7. epochs of clipped updates of policy and critic
   8. metrics, the KL coefficient, a checkpoint
 
-Sampling, shuffles and learning rates are functions of seed and step, so a checkpoint holds weights, optimiser and the KL
-coefficient, and a killed run ends with the weights of an uninterrupted one.
+Sampling, shuffles and learning rates are functions of seed and step, so a checkpoint holds weights, optimiser and the
+KL coefficient, and a killed run ends with the weights of an uninterrupted one.
 
 Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Ouyang et al. 2022 (arXiv:2203.02155).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,7 +133,7 @@ class PPOTrainer:
                 self.history.append(metrics)
                 log.write(step, metrics)
                 bar.advance(note=note(metrics))
-                if self._stop.requested or step % self.options.checkpoint_steps == 0 or step == self.options.steps:
+                if self._stop.requested or self._is_due(step):
                     log.sync()
                     self._save(step)
                 self._stop.check()
@@ -214,6 +214,11 @@ class PPOTrainer:
             scores[~torch.tensor(answers.ended)] = self.options.missing_eos_reward
         return scores
 
+    def _is_due(self, step: int) -> bool:
+        """Whether to save: never among bad steps, so that going back goes to before them."""
+        is_sound = self._bad_steps == 0 and step % self.options.checkpoint_steps == 0
+        return is_sound or step == self.options.steps
+
     def _count_bad(self, metrics: dict[str, float]) -> None:
         self._bad_steps = self._bad_steps + 1 if metrics["skipped_steps"] else 0
         if self._bad_steps >= _BAD_STEPS_IN_A_ROW:
@@ -225,11 +230,16 @@ class PPOTrainer:
         if checkpoint is None:
             raise DivergedError(
                 f"PPO diverged at step {step + 1} of {self.options.steps}: values are not finite",
-                hint="lower `ppo.learning_rate`, raise `ppo.kl_coef`, or set `model.precision: float32`; no bad weight was saved",
-            )  # fmt: skip
-        progress.warn(f"values are not finite at step {step + 1}: going back once, to step {checkpoint.step}")
-        self._rolled_back, self._bad_steps = True, 0
+                hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weight was saved",
+            )
+        progress.warn(
+            f"values are not finite at step {step + 1}: "
+            f"going back once, to step {checkpoint.step}, with half the learning rate"
+        )
         self._restore(checkpoint.tensors, checkpoint.state)
+        # The same steps at the same rate would end the same way.
+        self._rolled_back, self._bad_steps = True, 0
+        self.updater.rate_scale = 0.5
         return checkpoint.step
 
     def _save(self, step: int) -> None:
@@ -242,7 +252,6 @@ class PPOTrainer:
         if checkpoint is None:
             return 0
         self._restore(checkpoint.tensors, checkpoint.state)
-        self._rolled_back = checkpoint.state["rolled_back"]
         progress.say(f"ppo: going on behind step {checkpoint.step} of {self.options.steps}")
         return checkpoint.step
 
@@ -250,5 +259,5 @@ class PPOTrainer:
         self.roles.load_state(tensors)
         restore_optimizer(self.updater.optimizer, tensors, "optimizer")
         self.kl_coef, self.history = state["kl_coef"], list(state["history"])
-
-
+        self._rolled_back = state["rolled_back"]
+        self.updater.rate_scale = 0.5 if self._rolled_back else 1.0

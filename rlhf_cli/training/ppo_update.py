@@ -1,7 +1,7 @@
 """The update of one PPO step: epochs of minibatches of clipped policy and value losses.
 
-Every loss is a sum over real tokens divided by the tokens of its whole minibatch, so cutting a minibatch into micro-batches
-differently changes nothing (trap 2 of docs/ppo.md).
+Every loss is a sum over real tokens divided by the tokens of its whole minibatch, so cutting a minibatch into
+micro-batches differently changes nothing (trap 2 of docs/ppo.md).
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Updater:
 
     def __init__(self, roles: Roles, engine: Engine, options: PPOOptions, *, seed: int) -> None:
         self._roles, self._engine, self._options, self._seed = roles, engine, options, seed
+        self.rate_scale = 1.0  # halved once training had to go back to a checkpoint
         self.parameters: list[nn.Parameter] = [*roles.policy_parameters(), *roles.critic_parameters()]
         critic_rate = options.critic_learning_rate or options.learning_rate
         groups = [
@@ -67,10 +68,15 @@ class Updater:
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Learning rate of the policy at an optimiser step."""
-        factor = rate_factor(optimizer_step, self._options.optimizer_steps, schedule=self._options.schedule)
-        return self._options.learning_rate * factor
+        return self._options.learning_rate * self._rate_factor(optimizer_step)
 
-    def update(self, step: int, answers: Answers, before: Passes, advantages: Tensor, returns: Tensor) -> UpdateStatistics:
+    def _rate_factor(self, optimizer_step: int) -> float:
+        factor = rate_factor(optimizer_step, self._options.optimizer_steps, schedule=self._options.schedule)
+        return factor * self.rate_scale
+
+    def update(
+        self, step: int, answers: Answers, before: Passes, advantages: Tensor, returns: Tensor
+    ) -> UpdateStatistics:
         """Train on one step's answers.
 
         Args:
@@ -140,9 +146,8 @@ class Updater:
     def _step(self, optimizer_step: int, statistics: UpdateStatistics) -> None:
         options = self._options
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm)
-        factor = rate_factor(optimizer_step, options.optimizer_steps, schedule=options.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["peak"] * self._rate_factor(optimizer_step)
         if torch.isfinite(norm):
             self.optimizer.step()
             statistics.grad_norms.append(float(norm))

@@ -11,7 +11,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 def rate_factor(step: int, total: int, *, schedule: Schedule, warmup: int = 0) -> float:
     """Factor on the peak learning rate at optimiser step `step` (0-based) of `total`.
 
-    It rises linearly over `warmup` steps, then stays, falls linearly to 0 at step `total`, or falls along half a cosine.
+    It rises linearly over `warmup` steps, then stays, falls linearly to 0 at step `total`, or along half a cosine.
     """
     if step < warmup:
         return (step + 1) / warmup

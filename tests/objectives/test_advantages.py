@@ -81,7 +81,12 @@ def test_kl_estimators_by_hand_and_in_expectation():
 
 @pytest.mark.parametrize(
     ("kl", "expected"),
-    [(6.0, 0.15), (6.6, 0.15 * (1 + 0.1 * 0.0512)), (60.0, 0.15 * (1 + 0.2 * 0.0512)), (0.0, 0.15 * (1 - 0.2 * 0.0512))],
+    [
+        (6.0, 0.15),
+        (6.6, 0.15 * (1 + 0.1 * 0.0512)),
+        (60.0, 0.15 * (1 + 0.2 * 0.0512)),
+        (0.0, 0.15 * (1 - 0.2 * 0.0512)),
+    ],
 )
 def test_adaptive_kl_coefficient(kl, expected):
     assert adapted_kl_coef(0.15, kl, target=6.0, horizon=10_000, episodes=512) == pytest.approx(expected, rel=1e-9)

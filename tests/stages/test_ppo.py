@@ -85,7 +85,16 @@ def test_ppo_with_a_reward_model_of_another_kind(tiny_llama, tiny_bert, prompts,
     reward.mkdir()
     save_scorer(new_scorer(ModelSource(str(tiny_bert)), template=None, lora=None), reward)
     result = rlhf(
-        "ppo", "--model", tiny_llama, "--reward-model", reward, "--prompts", prompts, "--set", "ppo.adapter=none", *SHORT
+        "ppo",
+        "--model",
+        tiny_llama,
+        "--reward-model",
+        reward,
+        "--prompts",
+        prompts,
+        "--set",
+        "ppo.adapter=none",
+        *SHORT,
     )
     assert len(metrics_of(tmp_path / "runs/default/ppo")) == 2
     assert "separate models" in result.stderr
@@ -103,7 +112,15 @@ def test_a_reward_that_is_not_a_number_names_the_sample(tiny_llama, prompts, tmp
     file.write_text("def score(prompts, completions):\n    return [float('nan')] * len(completions)\n")
     functions = json.dumps([{"function": f"{file}:score"}])
     result = rlhf(
-        "ppo", "--model", tiny_llama, "--prompts", prompts, "--set", f"ppo.reward_functions={functions}", *SHORT, code=65
+        "ppo",
+        "--model",
+        tiny_llama,
+        "--prompts",
+        prompts,
+        "--set",
+        f"ppo.reward_functions={functions}",
+        *SHORT,
+        code=65,
     )
     assert "bad.py:score" in result.stderr
     assert "nan" in result.stderr

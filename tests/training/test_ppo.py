@@ -43,7 +43,16 @@ OPTIONS = PPOOptions(
     reward_clip=None,
     checkpoint_steps=1,
 )
-TEXTS = ["The cat sat", "Why is the sky blue?", "A short answer", "Please tell me how", "First heat", "Bread", "x", "so"]
+TEXTS = [
+    "The cat sat",
+    "Why is the sky blue?",
+    "A short answer",
+    "Please tell me how",
+    "First heat",
+    "Bread",
+    "x",
+    "so",
+]
 
 
 class StopAfter:
@@ -88,7 +97,15 @@ def make_trainer(folder, work, *, kind="shared", reward=vowels, stop=None, seed=
     prompts = PromptSet(TEXTS, [tokenizer(text).input_ids for text in TEXTS], tokenizer, {tokenizer.eos_token_id})
     work.mkdir(exist_ok=True)
     return PPOTrainer(
-        roles, engine, prompts, reward, options, seed=seed, work=work, metrics=work / "m.jsonl", stop=stop or StopAfter()
+        roles,
+        engine,
+        prompts,
+        reward,
+        options,
+        seed=seed,
+        work=work,
+        metrics=work / "m.jsonl",
+        stop=stop or StopAfter(),
     )
 
 
@@ -133,7 +150,9 @@ def test_cutting_the_batch_differently_changes_nothing(kind, tiny_llama, tmp_pat
         from rlhf_cli.training.ppo_update import UpdateStatistics
 
         trainer.updater._accumulate(list(range(8)), answers, before, advantages, returns, UpdateStatistics())
-        results.append([parameter.grad.clone() for parameter in trainer.updater.parameters if parameter.grad is not None])
+        results.append(
+            [parameter.grad.clone() for parameter in trainer.updater.parameters if parameter.grad is not None]
+        )
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
