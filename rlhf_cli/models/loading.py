@@ -175,8 +175,8 @@ def disable_dropout(config: PretrainedConfig) -> None:
 def recompute_activations(model: PreTrainedModel) -> None:
     """Keep no activations inside the layers; the backward pass computes them again.
 
-    Transformers recomputes in training mode only, so the model is put into it; with every dropout rate at 0 nothing else
-    changes.
+    Transformers recomputes in training mode only, so the model is put into it; with every dropout rate at 0 nothing
+    else changes.
     """
     # Renamed in transformers 5.23; the old name goes with version 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

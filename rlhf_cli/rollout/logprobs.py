@@ -73,7 +73,8 @@ class Projection:
     def of(model: PreTrainedModel) -> Projection:
         """Read it from a language model."""
         head = model.get_output_embeddings()
-        assert head is not None and isinstance(head.weight, Tensor)
+        assert head is not None
+        assert isinstance(head.weight, Tensor)
         config = model.config.get_text_config(decoder=True) if not model.config.is_encoder_decoder else model.config
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         if getattr(config, "scale_decoder_outputs", False):
