@@ -34,6 +34,8 @@ def test_ties_count_a_half_within_the_margin():
     found = figures(made, tie_margin=0.5)
     assert found["win_rate"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
     assert found["tie_rate"] == pytest.approx(1 / 4)
+    assert comparison("p", (1.0, 1.0)).winner(0.0) == "tie"
+    assert comparison("p", (1.0, 1.5)).winner(0.5) == "tie", "at most the margin"
     assert [one.winner(0.5) for one in made] == ["ppo", "sft", "tie", "ppo"]
 
 

@@ -160,6 +160,15 @@ def test_gpt2_is_read_by_transformers_too(tiny_gpt2, tmp_path):
     assert scorer.score(PROMPTS[1:2], COMPLETIONS[1:2]) == pytest.approx([raw], abs=1e-5)
 
 
+def test_transformers_is_told_of_no_padding_where_padding_is_the_end(tiny_llama, tmp_path):
+    scorer = scorer_of(tiny_llama)
+    scorer.format.tokenizer.pad_token = scorer.format.tokenizer.eos_token
+    folder = saved(scorer, tmp_path / "train-rm")
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    raw = plain(torch.tensor([scorer.encode(PROMPTS[0], COMPLETIONS[0]).ids])).logits.item()
+    assert scorer.score(PROMPTS[:1], COMPLETIONS[:1]) == pytest.approx([raw], abs=1e-5)
+
+
 def test_an_architecture_without_a_classifier_of_its_own_scores_too(tiny_llama, tmp_path):
     vocabulary = len(AutoTokenizer.from_pretrained(tiny_llama))
     scorer = scorer_of(save_model(tiny_config("Granite", vocabulary), tiny_llama, tmp_path / "base"))

@@ -159,7 +159,7 @@ def test_kl_is_an_unbiased_estimate(tiny_llama, lover_of_a):
     ids = torch.tensor([answers[0].prompt_ids])
     p, q = (policies[name].model(ids).logits[0, -1].detach().log_softmax(-1) for name in ("ppo", "sft"))
     exact = float((p.exp() * (p - q)).sum())
-    assert exact > 0.1
+    assert exact > 0.03
     estimate = sum(one - two for one, two in zip(own, other, strict=True)) / 3000
     spread = float((p.exp() * (p - q - exact) ** 2).sum()) ** 0.5
     assert estimate == pytest.approx(exact, abs=4 * spread / 3000**0.5)
