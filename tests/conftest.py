@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# No test reaches the hub, in this process or in the commands it starts. Libraries read these when they are imported.
+os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("RLHF_SHARED", ROOT.parent / "shared"))
 REAL_MODEL = Path(os.environ.get("RLHF_REAL_MODEL", Path.home() / ".cache" / "rlhf-real" / "smollm2-135m-instruct"))
@@ -34,14 +37,6 @@ SENTENCES = (
 def _one_thread() -> None:
     """Tiny models are faster on one thread, and the order of sums stays the same from run to run."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _offline() -> None:
-    """No test reaches the hub, in this process or in the commands it starts."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_DATASETS_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def byte_level_tokenizer(*, pad: bool = False, chat: bool = False):

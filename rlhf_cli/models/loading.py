@@ -9,9 +9,11 @@ from typing import Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -131,31 +133,49 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         kind = AutoModelForSeq2SeqLM
     else:
         kind = AutoModelForCausalLM
-        if type(config) not in kind._model_mapping:
+        # Transformers makes a "language model" of a BERT too, which sees the words it is to predict.
+        reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
+            config, "is_decoder", False
+        )
+        if type(config) not in kind._model_mapping or reads_both_ways:
             raise ModelError(
                 f"`{source.path}` is a {config.model_type} model, which writes no text",
                 hint="a policy is a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
             )
-    return load_weights(kind, source, config, dtype=dtype)
+    return load_weights(kind, source, config, dtype=dtype, complete=True)
 
 
 def load_weights(
-    kind: type, source: ModelSource, config: PretrainedConfig, *, dtype: torch.dtype | None = None
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    complete: bool = False,
 ) -> PreTrainedModel:
-    """`kind.from_pretrained` with our defaults: safetensors only, dropout off, clear errors."""
+    """`kind.from_pretrained` with our defaults: safetensors only, dropout off, clear errors.
+
+    `complete` refuses a folder that lacks weights, which transformers would draw at random.
+    """
     quiet_libraries()
     disable_dropout(config)
     try:
-        model = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             source.path,
+            output_loading_info=True,
             config=config,
             dtype=dtype or source.dtype,
             use_safetensors=True,
             **({} if source.attention is None else {"attn_implementation": source.attention}),
             **source.hub_arguments(),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
+    if complete and (missing := sorted(report["missing_keys"])):
+        raise ModelError(
+            f"`{source.path}` lacks {len(missing):,} weights of a {config.model_type} model, such as `{missing[0]}`",
+            hint="give the folder of a whole language model",
+        )
     return model.to(source.device).eval()
 
 

@@ -1,0 +1,113 @@
+"""Loading: what is refused and in which words, what is switched off, what a model is held in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.loading import (
+    ModelSource,
+    context_length,
+    disable_dropout,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    resolve_device,
+    resolve_precision,
+)
+
+
+def test_policies_of_both_architectures_load_in_the_asked_precision(tiny_llama: Path, tiny_t5: Path):
+    for folder in (tiny_llama, tiny_t5):
+        model = load_policy(ModelSource(str(folder), dtype=torch.bfloat16))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert not model.training
+        assert load_policy(ModelSource(str(folder), dtype=torch.bfloat16), dtype=torch.float32).dtype == torch.float32
+
+
+def test_dropout_is_off_wherever_a_configuration_keeps_it(tiny_gpt2: Path):
+    assert AutoConfig.from_pretrained(tiny_gpt2).attn_pdrop == 0.1
+    model = load_policy(ModelSource(str(tiny_gpt2))).train()
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    for config in (T5Config(dropout_rate=0.3), BartConfig(attention_dropout=0.2, encoder_layerdrop=0.0)):
+        disable_dropout(config)
+        assert not any(v for k, v in vars(config).items() if "dropout" in k and isinstance(v, float))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot load weights from"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "cannot load weights from"),
+    ],
+)
+def test_a_damaged_folder_is_named(break_it, message: str, tiny_llama: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    break_it(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_policy(ModelSource(str(folder)))
+    assert str(folder) in caught.value.message
+
+
+def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    state = load_policy(ModelSource(str(tiny_llama))).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load weights"):
+        load_policy(ModelSource(str(folder)))
+
+
+def test_what_writes_no_text_is_no_policy(tiny_bert: Path, tmp_path: Path):
+    with pytest.raises(ModelError, match="is a bert model, which writes no text"):
+        load_policy(ModelSource(str(tiny_bert)))
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    with pytest.raises(ModelError, match="is a vit model, which writes no text"):
+        load_policy(ModelSource(str(tmp_path / "vit")))
+
+
+def test_a_folder_without_all_weights_is_no_policy(tiny_llama: Path, tmp_path: Path):
+    AutoModel.from_pretrained(tiny_llama).save_pretrained(tmp_path / "bare")  # tied: the head is there all the same
+    load_policy(ModelSource(str(tmp_path / "bare")))
+    whole = load_policy(ModelSource(str(tiny_llama)))
+    state = {key: weight for key, weight in whole.state_dict().items() if ".layers.1." not in key}
+    whole.save_pretrained(tmp_path / "half", state_dict=state)
+    with pytest.raises(ModelError, match=r"lacks 9 weights of a llama model, such as `model\.layers\.1\."):
+        load_policy(ModelSource(str(tmp_path / "half")))
+
+
+def test_a_place_that_is_nowhere_is_refused(tmp_path: Path):
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(ModelError, match="cannot load a "):
+            load(ModelSource("nobody/no-such-model"))
+
+
+def test_context_length_is_the_positions():
+    assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
+    assert context_length(GPT2Config(n_positions=55)) == 55
+    assert context_length(T5Config()) == 10**9
+
+
+def test_devices_and_precisions():
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ModelError, match=r"`model\.device: tpu9` is no torch device"):
+        resolve_device("tpu9")
+    assert resolve_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert resolve_precision("auto", torch.device("meta")) == torch.float32
+
+
+def test_a_revision_belongs_to_its_own_place():
+    source = ModelSource("a/b", revision="abc", trust_remote_code=True, dtype=torch.bfloat16)
+    other = source.at("c/d")
+    assert (other.revision, other.trust_remote_code, other.dtype) == (None, False, torch.bfloat16)
+    assert source.at("a/b") is source
