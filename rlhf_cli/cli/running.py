@@ -43,6 +43,7 @@ class Request:
 def carry_out(request: Request) -> None:
     """Run the stages and print the artefact's path, or JSON."""
     from rlhf_cli.cli.closing import show_outcome, show_plan
+    from rlhf_cli.errors import RecipeError
     from rlhf_cli.pipeline import runner
     from rlhf_cli.pipeline.plan import Selection
     from rlhf_cli.recipe.derived import default_run_dir
@@ -50,7 +51,12 @@ def carry_out(request: Request) -> None:
     from rlhf_cli.recipe.overrides import flag
 
     overrides = [flag(name, value, origin) for name, (value, origin) in request.flags.items() if value is not None]
-    loaded = load_recipe(request.recipe, request.settings, overrides, section=request.section)
+    try:
+        loaded = load_recipe(request.recipe, request.settings, overrides, section=request.section)
+    except RecipeError as error:
+        if request.recipe is None and error.hint is None:
+            error.hint = f"`rlhf {request.first} --help` names the flags; a recipe can say it all"
+        raise
     folder = request.run_dir or default_run_dir(loaded.recipe)
     selection = Selection(request.first, request.last, frozenset(request.force))
     if request.dry_run:

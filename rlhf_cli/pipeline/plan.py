@@ -191,9 +191,7 @@ class Planner:
     def _same_or_refuse(self, stage: Stage, began: Identity, what: Identity, changed: frozenset[str]) -> None:
         found = differences(began, what)
         upstream = {given.upstream for given in self._resolver.inputs(stage)} & changed
-        found += [
-            f"`{name}`, which it reads, runs again under other settings" for name in sorted(filter(None, upstream))
-        ]
+        found += [f"`{name}`, which it reads, is made anew and differently" for name in sorted(filter(None, upstream))]
         if not found:
             return
         if not began["settings"]:

@@ -53,7 +53,7 @@ def test_a_change_upstream_of_unfinished_work_is_refused_before_anything_runs(to
     toy.ran()
     refused = toy.run("--set", "sft.epochs=2")
     assert refused.code == 2
-    assert "unfinished `ppo` that began differently: `sft`, which it reads, runs again under other settings" in (
+    assert "unfinished `ppo` that began differently: `sft`, which it reads, is made anew and differently" in (
         refused.stderr
     )
     assert toy.ran() == []

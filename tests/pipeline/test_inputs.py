@@ -173,6 +173,7 @@ def test_single_stage_that_lacks_what_it_needs(toy):
     outcome = toy.rlhf("sft", "--model", "base")
     assert outcome.code == 2
     assert "command line: `sft` needs `data`" in outcome.stderr
+    assert "hint: `rlhf sft --help` names the flags" in outcome.stderr
     outcome = toy.rlhf("ppo", "--prompts", "prompts.jsonl")
     assert outcome.code == 2
     assert "no SFT model in runs/default: `ppo` reads what `sft` writes" in outcome.stderr
