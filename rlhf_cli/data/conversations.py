@@ -134,8 +134,6 @@ def part_common(first: str, second: str) -> tuple[Parted, Parted]:
         at += 1
     while at > 0 and (at == shortest or not (first[at].isspace() and second[at].isspace())):
         at -= 1
-        if first[at].isspace():
-            break
     return Parted(first[:at], first[at:]), Parted(second[:at], second[at:])
 
 

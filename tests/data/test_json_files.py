@@ -1,3 +1,5 @@
+# ruff: noqa: E501  (tables of cases: a case a line)
+
 from __future__ import annotations
 
 import json
@@ -122,7 +124,13 @@ def test_errors_of_an_array_of_many_pieces_keep_line_and_column(write, monkeypat
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(write, monkeypatch):
     monkeypatch.setattr(text_files, "MAX_RECORD_BYTES", 1000)
-    assert "a.jsonl:2: the line is longer" in failure(write("a.jsonl", GOOD + '{"prompt": "' + "x" * 2000)).message
+    source = write("a.jsonl", GOOD + '{"prompt": "' + "x" * 5_000_000)
+    tracemalloc.start()
+    try:
+        assert "a.jsonl:2: the line is longer" in failure(source).message
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
     monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", 1000)
     monkeypatch.setattr(text_files, "_CHUNK", 100)
     assert "a.json:1: the record is longer" in failure(write("a.json", '[{"prompt": "' + "x" * 4000)).message

@@ -1,3 +1,5 @@
+# ruff: noqa: E501  (tables of cases: a case a line)
+
 from __future__ import annotations
 
 import pytest
@@ -111,7 +113,7 @@ def test_wrong_records(write, kind, row, pieces):
     good = {"prompt": "g", "completion": "g", "chosen": "g", "rejected": "h"}
     source = write("a.jsonl", dumps(good) + "\n" + dumps(row) + "\n")
     for name in ("messages", "text"):
-        if name in row and row[name]:  # so that the first record does not make it "mixed"
+        if row.get(name):  # so that the first record does not make it "mixed"
             source = write("a.jsonl", "\n" + dumps(row) + "\n")
     if isinstance(row.get("prompt"), list):
         source = write("a.jsonl", "\n" + dumps(row) + "\n")

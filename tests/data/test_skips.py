@@ -1,3 +1,5 @@
+# ruff: noqa: E501  (tables of cases: a case a line)
+
 from __future__ import annotations
 
 import json

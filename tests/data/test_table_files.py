@@ -1,3 +1,5 @@
+# ruff: noqa: E501  (tables of cases: a case a line)
+
 from __future__ import annotations
 
 import gzip
@@ -99,7 +101,7 @@ def test_parquet_of_several_forms_and_with_columns_that_are_no_text(write):
         "prompt": pa.array([None, "x"]),
         "completion": pa.array([None, "y"]).dictionary_encode(),
         "messages": pa.array([turns, None]),
-        "when": pa.array([1, 2], pa.timestamp("ns")),
+        "when": pa.array([2**61, 2**61], pa.timestamp("us")),  # a year that Python has no date for
         "image": pa.array([b"\x00", b"\xff"]),
     }
     source = write(
@@ -129,7 +131,7 @@ def test_truncated_parquet(write, keep):
 
 
 def test_damaged_pages_of_parquet_name_the_row(write):
-    content = bytearray(parquet_bytes({"prompt": ["a%d" % n for n in range(3000)], "completion": ["b"] * 3000}, row_group_size=1000, compression="gzip", use_dictionary=False))  # fmt: skip
+    content = bytearray(parquet_bytes({"prompt": [f"a{n}" for n in range(3000)], "completion": ["b"] * 3000}, row_group_size=1000, compression="gzip", use_dictionary=False))  # fmt: skip
     size = len(content)
     content[size // 2 : size // 2 + 400] = bytes(400)
     source = write("a.parquet", bytes(content))

@@ -91,7 +91,7 @@ def test_tokenizers_that_cannot_work_are_refused_with_a_way_out():
     with pytest.raises(ModelError, match="needs a chat template") as caught:
         PromptFormat(letters("$A"), "chat")
     assert "{prompt}" in str(caught.value.hint)
-    with pytest.raises(ModelError, match="conversations and .* has no chat template") as caught:
+    with pytest.raises(ModelError, match=r"conversations and .* has no chat template") as caught:
         PromptFormat(letters("$A")).prompt_ids(TURNS)
     assert "chat_template.jinja" in str(caught.value.hint)
 

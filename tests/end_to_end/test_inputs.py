@@ -4,6 +4,8 @@ Errors end with 65 before any model is opened: the model here is an empty folder
 through `--dry-run`, which makes the same checks, and once through `sft` and `label` themselves.
 """
 
+# ruff: noqa: E501  (tables of cases: a case a line)
+
 from __future__ import annotations
 
 import ctypes
