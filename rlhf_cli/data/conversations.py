@@ -122,7 +122,11 @@ class Parted(NamedTuple):
 
 
 def part_transcript(text: str) -> Parted:
-    """Part a transcript behind its last `Assistant:`."""
+    """Part a transcript behind its last `Assistant:`, leaving both parts as published, the space between them included.
+
+    It stays text and does not become messages: a base model without a chat template can then learn from it too, and
+    nothing about it can fail later. Those who want messages convert the file.
+    """
     at = text.rfind(ASSISTANT) + len(ASSISTANT)
     return Parted(text[:at], text[at:])
 
