@@ -66,6 +66,18 @@ def test_turns_are_the_templates_to_allow(sft, tiny_llama, tmp_path):
     assert "roles must alternate" in stderr
 
 
+def test_prompts_longer_than_the_models_room(sft, tiny_llama, tmp_path):
+    """The model has 256 positions: one such prompt among many is left out, and nothing but such prompts is an error."""
+    long = json.dumps({"prompt": "Why is the sky blue? " * 100, "completion": "Because."}) + "\n"
+    stderr = sft(tiny_llama, long * 3, code=65).stderr
+    assert "none of its 3 records can be used (3 prompt" in stderr
+    assert "data.jsonl:1" in stderr
+    sft(tiny_llama, DEMO * 7 + long, "--max-skip", "0.2", code=0)
+    [skip] = map(json.loads, (tmp_path / "run/sft/skips.jsonl").read_text().splitlines())
+    assert skip["place"] == "data.jsonl:8"
+    assert "longer than" in skip["reason"]
+
+
 def test_no_end_token(sft, tiny_gpt2, tmp_path):
     stderr = sft(changed(tiny_gpt2, tmp_path, eos_token=None), DEMO * 8, code=65).stderr
     assert "no end-of-text token" in stderr
