@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from rlhf_cli.recipe.schema import TrainRMSettings
     from rlhf_cli.training.reward_data import RankedGroup
 
-_PROMPTS_CHECKED = 200
-"""Training prompts whose accuracy is shown beside the held-out one."""
+_PROMPTS_CHECKED = 64
+"""Training prompts whose accuracy is shown beside the held-out one, or whose labelled answers fix the scale."""
 _PROMPTS_SAMPLED = 64
 _TOKENS_SAMPLED = 64
 """Answers drawn to normalise rewards: enough for a mean and a deviation, at a minute's cost on a CPU."""
