@@ -110,6 +110,12 @@ def test_only_the_adapter_trains_and_heads_are_left_alone(model: PreTrainedModel
     assert plain == []
 
 
+def test_nothing_is_warned_about(model: PreTrainedModel, recwarn: pytest.WarningsRecorder):
+    add_lora(model, rank=4, alpha=8.0)
+    add_lora(model, rank=4, alpha=8.0, name="second")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_rank_and_alpha_scale_the_update(tiny_llama: Path):
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
     add_lora(model, rank=4, alpha=6.0, target_modules=["q_proj"])

@@ -220,6 +220,25 @@ def test_precision_is_that_of_the_products(tiny_llama: Path, tmp_path: Path, mon
     assert result.skipped_steps == 0
 
 
+def test_the_models_own_special_tokens_are_left(tiny_llama: Path, tmp_path: Path):
+    model = load_policy(ModelSource(str(tiny_llama)))
+    model.generation_config.eos_token_id = [7, 0]  # a model may end its turns in several ways
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.bos_token = tokenizer.pad_token = "!"  # which the model does not know of
+    train_sft(model, tokenizer, EXAMPLES, [], OPTIONS, work=tmp_path, stop=Stop())
+    assert model.generation_config.eos_token_id == [7, 0]
+    assert (model.config.bos_token_id, model.config.pad_token_id) == (None, None)
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+def test_weights_that_are_not_finite_in_the_final_precision_end_the_run(tiny_llama: Path, tmp_path: Path):
+    model = load_policy(ModelSource(str(tiny_llama)))
+    model.model.norm.weight.data[0] = 1e6  # beyond float16
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(DivergedError, match=r"`model\.norm\.weight` are not finite in float16"):
+        train_sft(model, tokenizer, EXAMPLES, [], with_(dtype=torch.float16), work=tmp_path, stop=Stop())
+
+
 def test_packing_trains_on_every_example(tiny_llama: Path, tmp_path: Path):
     _, result = train(tiny_llama, tmp_path, with_(packing=True, max_length=32, epochs=8.0), held_out=EXAMPLES[:3])
     tokens = sum(len(example) for example in EXAMPLES)
