@@ -4,7 +4,7 @@
     python data_samples/make.py --check   end with 1 if a committed file is not what this script makes
 
 `source/*.txt` hold what a person wrote: subjects (`# basil`), each with four matters (blocks of lines), each matter
-with two questions (`?`) and two tips (`!`); and `manners.txt`, the kind, rude and vague sentences. This script only
+with four questions (`?`) and two tips (`!`); and `manners.txt`, the kind, rude and vague sentences. This script only
 chooses and joins.
 
 The demonstrations are meant to be a mixed bag, as text from the web is: some answers are kind and to the point, many
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ANSWERS_PER_QUESTION = 10
+ANSWERS_PER_QUESTION = 30
 
 # Shares of moods and, for each, of (kind, no, rude, vague) openings and closings.
 MOODS = {"kind": 0.3, "plain": 0.4, "grumpy": 0.3}
@@ -34,12 +34,12 @@ OPENINGS = {"kind": (0.8, 0.2, 0.0, 0.0), "plain": (0.1, 0.75, 0.0, 0.15), "grum
 CLOSINGS = {"kind": (0.8, 0.2, 0.0, 0.0), "plain": (0.1, 0.75, 0.0, 0.15), "grumpy": (0.0, 0.3, 0.7, 0.0)}
 # Shares of what stands between them.
 BODIES = {
-    "one tip": 0.36,
+    "one tip": 0.5,
     "two tips": 0.08,
     "the same tip twice": 0.08,
-    "vague": 0.18,
-    "a tip on another matter of the subject": 0.12,
-    "a tip on another subject": 0.18,
+    "vague": 0.16,
+    "a tip on another matter of the subject": 0.08,
+    "a tip on another subject": 0.1,
 }
 BREAKS_OFF = 0.06
 

@@ -33,10 +33,9 @@ def build_model(
 ) -> None:
     """Write a new model with its tokenizer to `folder`; the same arguments write the same bytes.
 
-    The architecture is Llama's: RMSNorm before each part, rotary positions, SwiGLU, no biases. Input and output
-    embeddings are one matrix: with a vocabulary of a thousand and a width of a hundred, two would be half of the
-    model. Weights are drawn with deviation 1/sqrt(hidden_size), so that the first logits have deviation 1: Llama's
-    0.02 is made for widths of thousands, and at a hundred it costs the first hundreds of steps.
+    The architecture is Llama's: RMSNorm before each part, rotary positions, SwiGLU, no biases, input and output
+    embeddings apart. Weights are drawn with deviation 1/sqrt(hidden_size), so that the first logits have deviation 1:
+    Llama's 0.02 is made for widths of thousands, and at a hundred it costs the first hundreds of steps.
 
     Args:
         folder: made if absent.
@@ -67,7 +66,7 @@ def build_model(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=context_length,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

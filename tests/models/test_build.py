@@ -1,0 +1,94 @@
+"""A model from nothing: an ordinary folder, the same bytes every time, a tokenizer that loses nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.build import build_model
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+
+SIZES = {"hidden_size": 32, "layers": 2, "heads": 4, "feed_forward_size": 48, "vocab_size": 300, "context_length": 64}
+TEXTS = ["How often should I water my basil?", "Water basil in the morning, when the soil feels dry."] * 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "model"
+    build_model(folder, TEXTS, **SIZES, seed=3)
+    return folder
+
+
+def test_folder_loads_as_any_other_model(folder: Path):
+    source = ModelSource(str(folder))
+    model, tokenizer = load_policy(source), load_tokenizer(source)
+    assert model.config.model_type == "llama"
+    assert model.config.max_position_embeddings == 64
+    assert model.config.num_hidden_layers == 2
+    assert model.config.vocab_size == len(tokenizer) <= 300
+    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+    assert not list(folder.glob("*.bin"))
+
+
+def test_special_tokens_are_distinct_and_agree_with_the_model(folder: Path):
+    source = ModelSource(str(folder))
+    model, tokenizer = load_policy(source), load_tokenizer(source)
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("text", ["Water basil.", "  two  spaces\n\nand\ttabs ", "don't , stop !", "Grüße, 水, 🌱", ""])
+def test_tokenizer_loses_nothing(folder: Path, text: str):
+    tokenizer = load_tokenizer(ModelSource(str(folder)))
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_tokenizer_adds_no_token_of_its_own(folder: Path):
+    form = PromptFormat(load_tokenizer(ModelSource(str(folder))), "Q: {prompt}\nA:\n")
+    ids = form.prompt_ids("Why?")
+    assert form.tokenizer.decode(ids) == "Q: Why?\nA:\n"
+    assert form.completion_ids("Water it.")[-1] == form.tokenizer.eos_token_id
+
+
+def test_tokenizer_learned_from_the_texts(folder: Path):
+    tokenizer = load_tokenizer(ModelSource(str(folder)))
+    assert len(tokenizer(" basil").input_ids) < len(tokenizer(" lisab").input_ids)
+
+
+def test_same_seed_same_bytes_and_another_seed_other_weights(folder: Path, tmp_path: Path):
+    before = torch.random.get_rng_state()
+    build_model(tmp_path / "same", iter(TEXTS), **SIZES, seed=3)
+    build_model(tmp_path / "other", TEXTS, **SIZES, seed=4)
+    assert torch.equal(before, torch.random.get_rng_state())
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "same").iterdir())
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "same" / name).read_bytes(), name
+    weights = "model.safetensors"
+    assert (folder / weights).read_bytes() != (tmp_path / "other" / weights).read_bytes()
+
+
+def test_first_logits_have_unit_scale(folder: Path):
+    source = ModelSource(str(folder))
+    with torch.no_grad():
+        logits = load_policy(source)(torch.arange(10, 40)[None]).logits
+    assert 0.7 < float(logits.std()) < 1.4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"heads": 5}, "5 heads"), ({"heads": 32}, "32 heads"), ({"vocab_size": 200}, "vocab_size: 200")],
+)
+def test_impossible_sizes_are_named(tmp_path: Path, changed: dict[str, int], message: str):
+    with pytest.raises(ModelError, match=message):
+        build_model(tmp_path / "model", TEXTS, **(SIZES | changed), seed=0)
+
+
+def test_no_text_is_an_error(tmp_path: Path):
+    with pytest.raises(ModelError, match="no text"):
+        build_model(tmp_path / "model", [], **SIZES, seed=0)
