@@ -98,6 +98,12 @@ class TrainRMSettings(Training):
     """Shift and scale rewards to mean 0 and standard deviation 1 over answers of the SFT model (the labelled answers of
     training prompts, where no SFT model is at hand)."""
 
+    @model_validator(mode="after")
+    def _margin_has_an_effect(self) -> Self:
+        if self.use_margin and self.loss != "pairwise":
+            raise ValueError("`use_margin` has no effect with `loss: plackett-luce`, which knows no margins")
+        return self
+
 
 class EvaluateSettings(Section):
     """SFT against PPO on prompts that no stage trained on."""

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say
-from rlhf_cli.stages.common import model_source, prompt_format
+from rlhf_cli.stages.common import load_prompts, model_source, prompt_format
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlhf_cli.data.skips import SkipLog
     from rlhf_cli.data.templates import PromptFormat
     from rlhf_cli.models.actors import RewardModel
@@ -27,17 +29,14 @@ def run(context: StageContext) -> StageOutcome:
 
     import torch
 
-    from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.rollout.experience import Engine
     from rlhf_cli.rollout.logprobs import check_projection
-    from rlhf_cli.rollout.sampling import stop_ids
     from rlhf_cli.training.ppo import PPOTrainer
     from rlhf_cli.training.ppo_options import PPOOptions
 
     settings = context.recipe.ppo
     assert settings is not None
     source = model_source(context.recipe, context.inputs["sft"])
-    tokenizer = load_tokenizer(source)
     roles, reward_model = _actors(context, settings, source)
 
     def autocast() -> torch.autocast:
@@ -46,8 +45,7 @@ def run(context: StageContext) -> StageOutcome:
 
     with roles.reference() as model, autocast():
         check_projection(model, source.path)
-        prompts, skips = _prompts(context, prompt_format(context.recipe, source, tokenizer), model.config)
-        prompts = dataclasses.replace(prompts, eos_ids=stop_ids(model, tokenizer))
+        prompts, skips = _prompts(context, prompt_format(context.recipe, source), model)
     options = PPOOptions(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(PPOOptions)})
     engine = Engine(
         roles, autocast=autocast, micro_batch_size=settings.micro_batch_size, temperature=settings.temperature
@@ -56,7 +54,7 @@ def run(context: StageContext) -> StageOutcome:
         roles,
         engine,
         prompts,
-        _reward(settings, reward_model, autocast),
+        _reward(settings, reward_model),
         options,
         seed=context.recipe.seed,
         work=context.work,
@@ -66,7 +64,8 @@ def run(context: StageContext) -> StageOutcome:
     history = trainer.train()
     _save(context.output, roles, source, settings)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
-    skips.write(context.output / "skips.jsonl")
+    if skips.total:
+        skips.write(context.output / "skips.jsonl")
     return _outcome(history, dict(skips.counts))
 
 
@@ -95,7 +94,7 @@ def _actors(context: StageContext, settings: PPOSettings, source: ModelSource) -
     return roles, reward
 
 
-def _reward(settings: PPOSettings, model: RewardModel | None, autocast) -> RewardFunction:
+def _reward(settings: PPOSettings, model: RewardModel | None) -> RewardFunction:
     """The sum of the reward model's and the functions' rewards, all given as text."""
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.labeling.functions import load_scoring_function
@@ -112,41 +111,27 @@ def _reward(settings: PPOSettings, model: RewardModel | None, autocast) -> Rewar
     return reward
 
 
-def _prompts(context: StageContext, format: PromptFormat, config) -> tuple[PromptSet, SkipLog]:
-    """The training prompts: not held out, each once, short enough to leave room for an answer."""
-    from rlhf_cli.data.records import prompt_key
-    from rlhf_cli.data.skips import Skip
-    from rlhf_cli.data.sources import read_records
-    from rlhf_cli.data.splits import split_by_prompt
-    from rlhf_cli.data.templates import check_conversations
-    from rlhf_cli.models.loading import context_length
+def _prompts(context: StageContext, form: PromptFormat, model: PreTrainedModel) -> tuple[PromptSet, SkipLog]:
+    """The prompts that are not held out, with what sampling needs to know."""
+    from rlhf_cli.data.records import is_held_out
+    from rlhf_cli.rollout.sampling import stop_ids
     from rlhf_cli.training.ppo import PromptSet
 
     recipe = context.recipe
     assert recipe.ppo is not None
-    source = context.inputs["prompts"]
-    loaded = read_records(source, "prompt", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
-    check_conversations(format, loaded.records)
-    training, _ = split_by_prompt(loaded.records, recipe.data.holdout, recipe.seed)
-    room = min(recipe.data.max_prompt_tokens, context_length(config) - recipe.ppo.max_new_tokens)
-    prompts, ids, seen = [], [], set()
-    for record in training:
-        if (key := prompt_key(record.prompt)) in seen:
-            continue
-        seen.add(key)
-        tokens = format.prompt_ids(record.prompt)
-        if len(tokens) > room:
-            loaded.skips.add(Skip(record.place, f"prompt longer than {room} tokens", str(record.prompt)[:80]))
-            continue
-        prompts.append(record.prompt)
-        ids.append(tokens)
-    if not prompts:
+    loaded = load_prompts(context, form, model.config, max_new_tokens=recipe.ppo.max_new_tokens)
+    training = [
+        (prompt, ids)
+        for prompt, ids in zip(loaded.prompts, loaded.ids, strict=True)
+        if not is_held_out(prompt, recipe.data.holdout, recipe.seed)
+    ]
+    if not training:
         raise DataError(
-            f"{source}: no prompt is left to train on, of {len(loaded.records)} read ({len(training)} not held out)",
-            hint="give more prompts, lower `data.holdout`, or raise `data.max_prompt_tokens`",
+            f"{context.inputs['prompts']}: no prompt is left to train on: all {len(loaded.prompts):,} are held out",
+            hint="give more prompts, or lower `data.holdout`",
         )
-    loaded.skips.check(len(loaded.records), recipe.data.max_skip, source)
-    return PromptSet(prompts, ids, format.tokenizer, set()), loaded.skips
+    prompts, ids = zip(*training, strict=True)
+    return PromptSet(prompts, ids, form.tokenizer, stop_ids(model, form.tokenizer)), loaded.skips
 
 
 def _save(output: Path, roles: Roles, source: ModelSource, settings: PPOSettings) -> None:
