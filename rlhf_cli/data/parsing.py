@@ -41,10 +41,12 @@ class RowParser:
         kind: what the rows should be.
         columns: our field -> theirs.
         remarks: collects what deserves a warning.
+        keep_blank: rankings may hold empty answers: a model gave them, and to rank them low is to learn from them.
     """
 
-    def __init__(self, kind: Kind, columns: Mapping[str, str], remarks: Remarks) -> None:
+    def __init__(self, kind: Kind, columns: Mapping[str, str], remarks: Remarks, *, keep_blank: bool = False) -> None:
         check_columns(columns)
+        self._keep_blank = keep_blank
         self._kind: Kind = kind
         self._columns, self._remarks = columns, remarks
         self._style: tuple[str, str] | None = None
@@ -238,7 +240,7 @@ class RowParser:
             )
         answers = tuple(text_of(row, f"completions[{i}]", value) for i, value in enumerate(completions))
         tiers = tiers_of(row, decoded_cell(row, "ranking", row.fields["ranking"]), len(answers))
-        for answer in answers:
+        for answer in () if self._keep_blank else answers:
             answer_of(answer)
         of_tier = [{answers[index] for index in tier} for tier in tiers]
         if sum(map(len, of_tier)) != len(set(answers)):

@@ -83,6 +83,7 @@ def iter_records(
     columns: Mapping[str, str] = _NONE,
     on_skip: Callable[[Skip], None],
     remarks: Remarks | None = None,
+    keep_blank: bool = False,
 ) -> Iterator[Record]:
     """Records one by one, in memory bounded by the longest of them.
 
@@ -92,12 +93,13 @@ def iter_records(
         columns: our field -> the file's.
         on_skip: is told of each record left out.
         remarks: collects what deserves a warning.
+        keep_blank: rankings of K answers may hold empty ones, as a model's own answers do.
 
     Raises:
         DataError: the source cannot be read, or a record is wrong.
         UsageError: `columns` names a field that no record has.
     """
-    parser = RowParser(kind, columns, Remarks() if remarks is None else remarks)
+    parser = RowParser(kind, columns, Remarks() if remarks is None else remarks, keep_blank=keep_blank)
     for row in rows_of(source):
         try:
             yield parser.parse(row)
@@ -106,15 +108,22 @@ def iter_records(
 
 
 def read_records(
-    source: str, kind: Kind, *, columns: Mapping[str, str] = _NONE, max_skip: float = 0.01
+    source: str,
+    kind: Kind,
+    *,
+    columns: Mapping[str, str] = _NONE,
+    max_skip: float = 0.01,
+    keep_blank: bool = False,
 ) -> LoadedRecords:
-    """All records. Of rankings of the same completions by one annotator only the latest is kept.
+    """All records, see `iter_records`. Of rankings of the same completions by one annotator only the latest is kept.
 
     Raises:
         DataError: as `iter_records`, or more than `max_skip` of the records are left out.
     """
     skips, remarks, checks = SkipLog(), Remarks(), RankingChecks()
-    records = list(iter_records(source, kind, columns=columns, on_skip=skips.add, remarks=remarks))
+    records = list(
+        iter_records(source, kind, columns=columns, on_skip=skips.add, remarks=remarks, keep_blank=keep_blank)
+    )
     total = len(records) + skips.total
     skips.check(total, max_skip, source)
     for record in records:

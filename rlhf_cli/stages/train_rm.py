@@ -83,9 +83,12 @@ def _rankings(context: StageContext, settings: TrainRMSettings) -> LoadedRecords
     from rlhf_cli.data.sources import read_records
 
     data = context.recipe.data
-    # Our own rankings have our own names of fields; the mapping is for files that people bring.
-    columns = data.columns if settings.data is not None else {}
-    loaded = read_records(context.inputs["label"], "ranking", columns=columns, max_skip=data.max_skip)
+    # Our own rankings have our own names of fields and may hold empty answers; the mapping is for files people bring.
+    is_ours = settings.data is None
+    columns = {} if is_ours else data.columns
+    loaded = read_records(
+        context.inputs["label"], "ranking", columns=columns, max_skip=data.max_skip, keep_blank=is_ours
+    )
     for line in loaded.warnings:
         warn(line)
     if settings.use_margin and all(ranking.margin is None for ranking in loaded.records):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from rlhf_cli.data.sources import read_records, validate_source
+from rlhf_cli.errors import DataError
 
 pytestmark = pytest.mark.real
 
@@ -40,3 +41,12 @@ def test_hh_as_published(shared_data):
         assert record.prompt.endswith("\n\nAssistant:")
         assert [record.prompt + answer for answer in record.completions] == [published["chosen"], published["rejected"]]
     assert validate_source(str(source), "prompt").records == len(loaded.records)
+
+
+def test_a_models_own_empty_answer_stays_in_its_ranking(tmp_path):
+    file = tmp_path / "rankings.jsonl"
+    file.write_text('{"prompt": "p", "completions": ["a", "", "b"], "ranking": [[0], [2], [1]]}\n')
+    kept = read_records(str(file), "ranking", max_skip=1.0, keep_blank=True)
+    assert [record.completions for record in kept.records] == [("a", "", "b")]
+    with pytest.raises(DataError, match="empty completion"):
+        read_records(str(file), "ranking", max_skip=1.0)
