@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ANSWERS_PER_QUESTION = 30
+ANSWERS_PER_QUESTION = 24
 
 # Shares of moods and, for each, of (kind, no, rude, vague) openings and closings.
 MOODS = {"kind": 0.3, "plain": 0.4, "grumpy": 0.3}
@@ -34,12 +34,12 @@ OPENINGS = {"kind": (0.8, 0.2, 0.0, 0.0), "plain": (0.1, 0.75, 0.0, 0.15), "grum
 CLOSINGS = {"kind": (0.8, 0.2, 0.0, 0.0), "plain": (0.1, 0.75, 0.0, 0.15), "grumpy": (0.0, 0.3, 0.7, 0.0)}
 # Shares of what stands between them.
 BODIES = {
-    "one tip": 0.5,
-    "two tips": 0.08,
+    "one tip": 0.57,
+    "two tips": 0.10,
     "the same tip twice": 0.08,
-    "vague": 0.16,
-    "a tip on another matter of the subject": 0.08,
-    "a tip on another subject": 0.1,
+    "vague": 0.15,
+    "a tip on another matter of the subject": 0.05,
+    "a tip on another subject": 0.05,
 }
 BREAKS_OFF = 0.06
 

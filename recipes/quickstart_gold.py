@@ -3,15 +3,15 @@
 An answer is good when it says something useful about what was asked, is kind, and knows when to stop. Every part is
 bounded, so no part can be piled up: there is nothing to gain from ten thanks or from one magic word.
 
-    +3    a sentence that helps: it shares two content words with the question and says five words of its own
-          (+1.5 where it shares one: on the subject, but beside the question)
-    +1    the first sentence is a kind word of welcome
-    +1    the last sentence is a kind wish
-    -1    each rude sentence, at most two
-    -0.5  each sentence that neither helps nor is kind where kindness belongs, at most three: vague talk, other subjects
-    -1    each sentence said twice, at most two
-    -1    it breaks off in mid-sentence
-    -1    more than 50 words
+    +3 a sentence that helps: it shares two content words with the question and says five words of its own
+       (+1 where it shares one: on the subject, but beside the question)
+    +1 the first sentence is a kind word of welcome
+    +1 the last sentence is a kind wish
+    -1 each rude sentence, at most two
+    -1 each sentence that neither helps nor is kind where kindness belongs, at most two: vague talk, other subjects
+    -1 each sentence said twice, at most two
+    -1 it breaks off in mid-sentence
+    -1 more than 50 words
 
 The best score is 5, and thousands of answers to every question reach it. No dependencies: plain Python.
 """
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import re
 
-HELPS, BESIDE, KIND, RUDE, NOISE, REPEAT, BROKEN_OFF, TOO_LONG = 3.0, 1.5, 1.0, -1.0, -0.5, -1.0, -1.0, -1.0
+HELPS, BESIDE, KIND = 3.0, 1.0, 1.0
+RUDE, NOISE, REPEAT, BROKEN_OFF, TOO_LONG = -1.0, -1.0, -1.0, -1.0, -1.0
 MOST_WORDS = 50
 
 WELCOME = re.compile(
@@ -56,7 +57,7 @@ STOP_WORDS = frozenset(_COMMON.split())
 
 
 def score(prompts: list[str], completions: list[str]) -> list[float]:
-    """One score an answer, from about -8 to 5, higher is better."""
+    """One score an answer, from about -7 to 5, higher is better."""
     return [score_one(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
@@ -84,7 +85,7 @@ def score_one(prompt: str, completion: str) -> float:
         best
         + KIND * (welcome + wish)
         + RUDE * min(rude, 2)
-        + NOISE * min(noise, 3)
+        + NOISE * min(noise, 2)
         + REPEAT * min(repeats, 2)
         + BROKEN_OFF * (sentences[-1][-1] not in ".!?")
         + TOO_LONG * (len(completion.split()) > MOST_WORDS)

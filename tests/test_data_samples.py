@@ -162,8 +162,8 @@ def test_demonstrations_are_a_mixed_bag_with_room_to_improve():
     scores = gold.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
     mean = sum(scores) / len(scores)
     assert 0 < mean < 2
-    assert max(Counter(scores).values()) / len(scores) < 0.15  # few ties, so rankings say something
-    assert 0.03 < sum(score == 5.0 for score in scores) / len(scores) < 0.15
+    assert max(Counter(scores).values()) / len(scores) < 0.2  # few ties, so rankings say something
+    assert 0.03 < sum(score == 5.0 for score in scores) / len(scores) < 0.2
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

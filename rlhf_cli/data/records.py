@@ -94,7 +94,10 @@ def prompt_text(prompt: Prompt) -> str:
 
 def prompt_key(prompt: Prompt) -> str:
     """Hash by which the same prompt is recognised everywhere: splits, seeds and caches."""
-    text = json.dumps(prompt_to_json(prompt), ensure_ascii=False, sort_keys=True)
+    # One user turn and plain text are the same question, and must fall on the same side of every split.
+    is_question = not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user"
+    plain = prompt_text(prompt) if is_question else prompt_to_json(prompt)
+    text = json.dumps(plain, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -89,8 +89,9 @@ def separate_actors(
 
     The critic starts from the SFT model with a head that predicts 0.
     """
-    policy, critic = load_policy(source, dtype=torch.float32), load_policy(source, dtype=torch.float32)
-    roles = SeparateModels(policy, load_policy(source), critic)
+    # The reference in the policy's own precision: a rounded one would be a KL away at the first step.
+    policy, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
+    roles = SeparateModels(policy, reference, critic)
     if gradient_checkpointing:
         recompute_activations(policy)
         recompute_activations(critic)
@@ -101,7 +102,9 @@ def _shareable(source: ModelSource, reward_path: str | None) -> RewardCard | Non
     """The reward model's card, if its adapter belongs on the policy's backbone."""
     if reward_path is None or (card := read_card(Path(reward_path))) is None:
         return None
-    same = Path(card.base_path(Path(reward_path))).resolve() == Path(source.path).resolve()
+    base = card.base_path(Path(reward_path))
+    same = Path(base).resolve() == Path(source.path).resolve() if Path(base).is_dir() else base == source.path
+    same = same and card.base_revision == source.revision
     return card if same and card.adapter and card.kind == "decoder" else None
 
 

@@ -195,6 +195,8 @@ def _backbone_prefix(model: nn.Module) -> str:
 def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> list[nn.Parameter]:
     """Put a saved adapter on a model's backbone, whatever head the model it was trained under had.
 
+    Its dropout stays behind: it belonged to that training, and PPO's passes must agree with one another.
+
     Returns:
         The adapter's parameters, trainable.
 
@@ -212,7 +214,6 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> list[
         model,
         rank=config["r"],
         alpha=config["lora_alpha"],
-        dropout=config["lora_dropout"],
         target_modules=sorted({key.rsplit(".", 2)[0] for key in state}),
         name=name,
     )

@@ -23,7 +23,7 @@ from transformers import (
 
 from rlhf_cli.errors import ModelError
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,26 @@ class ModelSource:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU."""
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ModelError(f"`model.device: {name}` is no torch device", hint="try cpu, cuda or cuda:0") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """`auto` is CUDA where there is one, else the CPU.
+
+    MPS has no float64, which sampling draws in, so it is not chosen.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ModelError(
+            f"`model.device: {name}` is none of auto, cpu and cuda",
+            hint="choose one of several GPUs by the environment: CUDA_VISIBLE_DEVICES=1 rlhf ...",
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("`model.device: cuda`: torch finds no CUDA device here", hint="use `auto` or `cpu`")
+    return torch.device(name)
 
 
 def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware multiplies it natively (CUDA since Ampere, AVX512-BF16), else float32."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and _cpu_multiplies_bfloat16():

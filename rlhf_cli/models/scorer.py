@@ -272,4 +272,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _format(source: ModelSource, template: str | None, is_encoder: bool) -> PromptFormat:
-    return PromptFormat(load_tokenizer(source), template, name=f"`{source.path}`", is_encoder=is_encoder)
+    tokenizer = load_tokenizer(source)
+    if template == "chat" and not getattr(tokenizer, "chat_template", None):
+        template = None  # the policy's way of being asked is no concern of a scorer that knows no conversations
+    return PromptFormat(tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder)

@@ -116,7 +116,9 @@ class InputResolver:
             yield Input(name, reward.function, "function", name)
 
     def _evaluate(self, settings: EvaluateSettings) -> Iterator[Input]:
-        yield self._policy("evaluate", "baseline", settings.baseline)
+        # What PPO started from, unless something else is named: the KL and the wins are then about PPO alone.
+        started = None if self._recipe.ppo is None else self._recipe.ppo.model
+        yield self._policy("evaluate", "baseline", settings.baseline or started)
         if settings.policy is not None:
             yield Input("ppo", settings.policy, "model", "evaluate.policy")
         else:

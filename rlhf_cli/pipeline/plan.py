@@ -93,6 +93,14 @@ def _known(option: str, name: str, names: list[str]) -> None:
     raise UsageError(f"`{option} {name}`: no such stage", hint=f"stages are {', '.join(row.name for row in STAGES)}")
 
 
+_FROM = {
+    "label": {"sft": "model"},
+    "train-rm": {"sft": "model", "label": "data"},
+    "ppo": {"sft": "model", "train-rm": "reward_model"},
+}
+"""Stage -> earlier stage it reads -> the setting that names something else instead."""
+
+
 class Planner:
     """Looks at the recipe and the run directory and says what each stage needs.
 
@@ -139,11 +147,26 @@ class Planner:
                 manifest = self._run.read_manifest(name)
                 if manifest is not None:
                     manifest.verify(self._run.artefact(name))
+                    self._check_current(name, manifest)
             except DamagedArtefact as damage:
                 raise DataError(
                     f"`{name}` in {self._run.path} is damaged: {damage}",
                     hint=f"make it again: leave out --from, or run `rlhf {name}` on this run directory",
                 ) from None
+
+    def _check_current(self, name: str, manifest: Manifest) -> None:
+        """A taken artefact must have been made from what lies beside it now: an adapter fits its own base alone."""
+        section = manifest.settings.get(name.replace("-", "_")) or {}
+        for upstream, setting in _FROM.get(name, {}).items():
+            recorded = manifest.identity["inputs"].get(upstream)
+            beside = self._run.read_manifest(upstream)
+            if section.get(setting) is not None or recorded is None or beside is None:
+                continue
+            if recorded != beside.content_digest:
+                raise UsageError(
+                    f"`{name}` in {self._run.path} was made from another `{upstream}` than the one beside it now",
+                    hint=f"make it again: leave out --from, or run `rlhf {name}` on this run directory",
+                )
 
     def _differs(self, step: Step) -> bool:
         """Whether what a stage is going to write differs from what later stages may have begun with."""

@@ -20,6 +20,8 @@ from rlhf_cli.recipe.base import (
 )
 from rlhf_cli.recipe.shared import LoraSettings
 
+_KL_HORIZON = 10_000.0
+
 
 class RewardFunction(Section):
     """A reward computed by Python code."""
@@ -90,7 +92,7 @@ class PPOSettings(Section):
     """Weight of the per-token KL penalty to the SFT model, in reward per nat. The start value, with `kl_target`."""
     kl_target: Positive | None = None
     """KL in nats per answer that an adaptive `kl_coef` steers to (Ziegler et al. 2019, section 2.2); null: fixed."""
-    kl_horizon: Positive = 10_000
+    kl_horizon: Positive = _KL_HORIZON
     """Answers over which the adaptive coefficient moves."""
     kl_estimator: Literal["k1", "k3"] = "k1"
     """Per-token estimate in the reward: k1 = log pi/ref, unbiased; k3 = ref/pi - 1 - log ref/pi, never negative."""
@@ -112,6 +114,15 @@ class PPOSettings(Section):
     def _divides(self) -> Self:
         if self.prompts_per_step * self.samples_per_prompt < self.minibatches:
             raise ValueError("`minibatches` exceeds the answers of a step (`prompts_per_step` x `samples_per_prompt`)")
+        if self.kl_target is None and self.kl_horizon != _KL_HORIZON:
+            raise ValueError("`kl_horizon` has no effect without `kl_target`")
+        if self.kl_target is not None and self.kl_horizon < self.prompts_per_step * self.samples_per_prompt:
+            raise ValueError(
+                "`kl_horizon` is below the answers of one step (`prompts_per_step` x `samples_per_prompt`): one step "
+                "could turn `kl_coef` around"
+            )
+        if self.adapter == "none" and self.lora != LoraSettings():
+            raise ValueError("`lora` has no effect with `adapter: none`")
         if self.adapter == "lora" and self.lora.dropout > 0:
             raise ValueError("`lora.dropout` must be 0: with dropout the first ratio of an update is not 1")
         return self

@@ -55,7 +55,7 @@ class ModelSettings(Section):
     """Commit, tag or branch on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Needs a pinned `revision`."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of frozen weights; `auto` is that of `precision`. Trained weights are always float32."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products. `auto`: bfloat16 where the hardware multiplies it natively, else float32."""
@@ -66,6 +66,8 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.dtype == "bfloat16" and self.precision == "float32":
+            raise ValueError("`dtype: bfloat16` computes in bfloat16 and so contradicts `precision: float32`")
         if self.path is not None and self.build is not None:
             raise ValueError("`path` and `build` exclude each other: load a model or make one")
         if self.trust_remote_code and self.revision is None:

@@ -82,10 +82,13 @@ class Passes:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """An answer as text: special tokens are not part of it, nor is white space at its ends."""
+    """An answer as text, without special tokens.
+
+    White space at its ends stays: a reward model trained on answers that begin with a space scores such answers.
+    """
     text = tokenizer.decode(list(ids), skip_special_tokens=True)
     assert isinstance(text, str)
-    return text.strip()
+    return text
 
 
 class Engine:

@@ -83,22 +83,23 @@ def sample(
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    samples: list[Sample | None] = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        drawn = _sample_batch(
-            _Decoding(model, [prompts[row] for row in rows]),
-            _uniforms([seeds[row] for row in rows], max_new_tokens).to(model.device),
-            temperature,
-            top_p,
-            eos_ids,
-        )
-        for row, answer in zip(rows, drawn, strict=True):
-            samples[row] = answer
-        if progress is not None:
-            progress(len(rows))
-    model.train(was_training)
-    return [answer for answer in samples if answer is not None]
+    samples: dict[int, Sample] = {}
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            drawn = _sample_batch(
+                _Decoding(model, [prompts[row] for row in rows]),
+                _uniforms([seeds[row] for row in rows], max_new_tokens).to(model.device),
+                temperature,
+                top_p,
+                eos_ids,
+            )
+            samples.update(zip(rows, drawn, strict=True))
+            if progress is not None:
+                progress(len(rows))
+    finally:
+        model.train(was_training)
+    return [samples[index] for index in range(len(prompts))]
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
@@ -149,7 +150,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float =
     if not torch.isfinite(probabilities.sum()):
         raise DivergedError(
             "the model's logits are not finite, so nothing can be sampled",
-            hint="an earlier stage diverged, or float16 overflowed: try `--set model.precision=float32`",
+            hint="an earlier stage diverged: lower its learning rate, or try `--set model.precision=float32`",
         )
     if top_p < 1.0:
         descending, indices = probabilities.sort(dim=-1, descending=True)

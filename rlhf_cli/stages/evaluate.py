@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.errors import DataError
+from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import console, say, task, warn
 from rlhf_cli.stages.common import model_source, prompt_format, prompt_room
@@ -85,7 +85,11 @@ def _prompts(context: StageContext, settings: EvaluateSettings) -> tuple[list[Pr
         else:
             reason = f"prompt longer than {min(room for _, room in lengths):,} tokens"
             loaded.skips.add(Skip(record.place or source, reason, prompt_text(record.prompt)[:80]))
-    loaded.skips.check(len(records), recipe.data.max_skip, source)
+    loaded.skips.check(loaded.total, recipe.data.max_skip, source)
+    if not kept:
+        raise DataError(
+            f"{source}: all {len(records):,} held-out prompts are too long", hint="raise `data.max_prompt_tokens`"
+        )
     prompts = list(kept.values())
     if settings.max_prompts is not None and settings.max_prompts < len(prompts):
         chosen = random.Random(recipe.seed).sample(range(len(prompts)), settings.max_prompts)
@@ -126,6 +130,10 @@ def _answers(
     context.stop.check()
     baseline = _load(context, "sft")
     sft = baseline.answer(prompts, numbers, sampling, seed=seed, label="SFT answers")
+    if sampling.top_p < 1.0:
+        # The estimate needs answers drawn from the very distribution whose log-probabilities are taken.
+        warn("with `evaluate.sampling.top_p` below 1 the KL cannot be estimated from the answers; it is left out")
+        return ppo, sft, None
     if baseline.reading != reading:
         warn("the two models read text differently (tokenizer or chat template), so their KL is not defined")
         return ppo, sft, None
@@ -155,7 +163,11 @@ def _base_answers(
         source = model_source(context.recipe, context.inputs["sft"])
         policy = Policy.untrained(source, prompt_format(context.recipe, source), seed=context.recipe.seed)
     else:
-        policy = _load(context, "base")
+        try:
+            policy = _load(context, "base")
+        except ModelError as error:
+            warn(f"the base model's answers are not shown: {error.message}")
+            return None
     answers = policy.answer(prompts, numbers, sampling, seed=context.recipe.seed, label="base answers")
     del policy
     free_memory()

@@ -250,9 +250,11 @@ class PPOTrainer:
     def _resume(self) -> int:
         checkpoint = latest_checkpoint(self._work)
         if checkpoint is None:
+            self._save(0)  # what a divergence in the first steps goes back to
             return 0
         self._restore(checkpoint.tensors, checkpoint.state)
-        progress.say(f"ppo: going on behind step {checkpoint.step} of {self.options.steps}")
+        if checkpoint.step:
+            progress.say(f"ppo: going on behind step {checkpoint.step} of {self.options.steps}")
         return checkpoint.step
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -124,9 +124,6 @@ class RewardTrainer:
         )
         self._groups, self._seed, self._work, self._metrics_path, self._stop = groups, seed, work, metrics, stop
         self._accelerator = Accelerator()
-        # float16 gradients underflow without a scale; other precisions have the range of float32.
-        is_half = scorer.source.precision == torch.float16
-        self._scaler = torch.amp.GradScaler(scorer.device.type, enabled=is_half)
 
     def train(self) -> Tally:
         """Run all steps, from the newest whole checkpoint if there is one.
@@ -161,16 +158,14 @@ class RewardTrainer:
         """One optimiser step; `step` is 0-based. Returns its metrics, under the names of TRL's reward trainer."""
         sums = self.accumulate(self.batches.groups(step))
         rate = self._set_learning_rate(step)
-        self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm)
         is_finite = bool(torch.isfinite(norm)) and math.isfinite(sums.loss)
         if is_finite:
-            self._scaler.step(self.optimizer)
+            self.optimizer.step()
             self.tally.bad_in_a_row = 0
-        elif not self._scale_is_too_large():
+        else:
             self.tally.skipped_steps += 1
             self.tally.bad_in_a_row += 1
-        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {
             "loss": sums.loss / sums.groups,
@@ -188,7 +183,7 @@ class RewardTrainer:
         mine = parts[self._accelerator.process_index :: self._accelerator.num_processes]
         for numbers in mine:
             losses = self._losses([self._groups[number] for number in numbers], sums)
-            self._scaler.scale(losses.sum() / len(chosen)).backward()
+            (losses.sum() / len(chosen)).backward()
             sums.loss += float(losses.detach().sum())
             sums.groups += len(numbers)
         return self._across_processes(sums)
@@ -231,17 +226,13 @@ class RewardTrainer:
         is_sound = self.tally.bad_in_a_row == 0 and step % self.options.checkpoint_steps == 0
         return is_sound or step == self.batches.steps
 
-    def _scale_is_too_large(self) -> bool:
-        """Whether a gradient that is not finite is float16's, whose scale is about to be lowered, and no fault."""
-        return self._scaler.is_enabled() and self._scaler.get_scale() > 1.0
-
     def _begin(self) -> int:
         checkpoint = latest_checkpoint(self._work)
         if checkpoint is None:
             torch.manual_seed(self._seed)
             self._save(0)  # what a divergence in the first steps goes back to
             return 0
-        self._restore(checkpoint.tensors, checkpoint.state)
+        self._restore(checkpoint.tensors)
         self.tally = Tally(**checkpoint.state["tally"])
         if checkpoint.step:
             progress.say(f"reward model: going on behind step {checkpoint.step} of {self.batches.steps}")
@@ -258,23 +249,21 @@ class RewardTrainer:
             f"losses or gradients were not finite in steps {step - _BAD_STEPS_IN_A_ROW + 1} to {step}: "
             f"going back once, to step {checkpoint.step}, with half the learning rate"
         )
-        self._restore(checkpoint.tensors, checkpoint.state)
+        self._restore(checkpoint.tensors)
         self.tally = Tally(self.tally.skipped_steps, rolled_back=True)
         return checkpoint.step
 
     def _save(self, step: int) -> None:
         weights = {f"weight/{name}": weight for name, weight in self.trained.items()}
         tensors = weights | optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()
-        save_checkpoint(self._work, step, tensors, {"tally": asdict(self.tally), "scaler": self._scaler.state_dict()})
+        save_checkpoint(self._work, step, tensors, {"tally": asdict(self.tally)})
 
     @torch.no_grad()
-    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
         for name, weight in self.trained.items():
             weight.copy_(tensors[f"weight/{name}"])
         restore_optimizer(self.optimizer, tensors, "optimizer")
         restore_rng(tensors)
-        if state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
 
 
 def _count(sums: StepSums, rewards: Tensor, levels: Tensor, members: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.adapters import add_lora, cast_weights, merge_lora
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.progress import say, task
@@ -145,11 +145,6 @@ def _check_options(model: PreTrainedModel, options: SFTOptions, name: str) -> No
             f"`sft.lm_coef: {options.lm_coef:g}` needs a decoder-only model: the decoder of `{name}` writes no prompt",
             hint="leave `lm_coef` out, or choose a decoder-only model",
         )
-    if options.precision == torch.float16 and model.device.type == "cpu":
-        raise ModelError(
-            "float16 training needs a GPU: on a CPU its gradients vanish",
-            hint="use `--set model.precision=bfloat16` or float32",
-        )
 
 
 def _evaluate(
@@ -225,7 +220,7 @@ def _train(
 
 
 def _arguments(options: SFTOptions, plan: BatchPlan, model: PreTrainedModel, work: Path) -> dict[str, Any]:
-    """Settings in transformers' names. Autocast is ours, so its `bf16` stays off; float16 needs its loss scaling."""
+    """Settings in transformers' names. Autocast is ours, so its `bf16` stays off."""
     schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return {
         "output_dir": str(work / "trainer"),
@@ -241,7 +236,6 @@ def _arguments(options: SFTOptions, plan: BatchPlan, model: PreTrainedModel, wor
         "gradient_checkpointing": options.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if options.gradient_checkpointing else None,
         "bf16": False,
-        "fp16": options.precision == torch.float16,
         "use_cpu": model.device.type == "cpu",
         "seed": options.seed,
         "logging_strategy": "steps",

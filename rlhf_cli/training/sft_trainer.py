@@ -158,7 +158,7 @@ class OurTraining(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Bound the gradient's norm; a step whose gradient is not finite is skipped, and three in a row end the run."""
         norm = super()._clip_grad_norm(model)
-        if self.accelerator.scaler is not None or torch.isfinite(torch.as_tensor(norm)):
+        if torch.isfinite(torch.as_tensor(norm)):
             self._bad_in_a_row = 0
             return norm
         self.bad_steps += 1
@@ -178,11 +178,9 @@ class OurTraining(Trainer):
         tensors: dict[str, Tensor] = {f"model/{name}": weight for name, weight in weights if weight.requires_grad}
         tensors |= optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()  # type: ignore[arg-type]
         trainer = {name: getattr(self.state, name) for name in _TRAINER_STATE}
-        scaler = self.accelerator.scaler
         state = {
             "trainer": trainer,
             "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
-            "scaler": None if scaler is None else scaler.state_dict(),
             "bad_steps": [self.bad_steps, self._bad_in_a_row],
         }
         save_checkpoint(self._checkpoints, self.state.global_step, tensors, state)
@@ -206,10 +204,6 @@ class OurTraining(Trainer):
         # The scheduler says what the rate is; the optimiser's groups hold it.
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self._resumed is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self._resumed.state["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._resumed is not None:
@@ -272,11 +266,11 @@ def make_trainer(
     """
     common: dict[str, Any] = {"model": model, "train_dataset": dataset, "data_collator": lambda rows: rows}
     if model.config.is_encoder_decoder:
-        trainer: OurTraining = Seq2SeqSFT(args=Seq2SeqTrainingArguments(**arguments), **common)
+        trainer: OurTraining = Seq2SeqSFT(args=_one_device(Seq2SeqTrainingArguments(**arguments)), **common)
     else:
         # TRL is not to prepare rows that are prepared, nor to cut them.
         settings = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        trainer = DecoderSFT(args=settings, processing_class=tokenizer, **common)
+        trainer = DecoderSFT(args=_one_device(settings), processing_class=tokenizer, **common)
         # TRL replaces the model's forward by one with its own fused loss; ours needs none.
         model.__dict__.pop("forward", None)
     for callback in list(trainer.callback_handler.callbacks):
@@ -284,3 +278,10 @@ def make_trainer(
             trainer.remove_callback(callback)
     trainer.add_callback(reporting)
     return trainer
+
+
+def _one_device(settings: Any) -> Any:
+    """Keep transformers from wrapping the model in `DataParallel` where several GPUs are visible."""
+    assert settings.device is not None  # asking makes it count the devices
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
