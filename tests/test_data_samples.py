@@ -33,6 +33,7 @@ make = _module(SAMPLES / "make.py")
 gold = _module(ROOT / "recipes" / "quickstart_gold.py")
 QUESTION = "How often should I water my basil?"
 TIP = "Water basil in the morning, when the top of the soil feels dry."
+OTHER_TIPS = [tip for matter in make.read_matters() if matter.subject == "basil" for tip in matter.tips if tip != TIP]
 KIND = f"Glad you asked! {TIP} Good luck!"
 
 
@@ -136,6 +137,8 @@ def test_manners_are_heard(heading: str, expected: float):
         pytest.param("There are many ways to water basil in a pot.", TIP, id="vague about the subject"),
         pytest.param(f"Glad you asked! Thanks! Hello! Welcome! {TIP} Good luck! Enjoy! Have fun!", KIND, id="gushing"),
         pytest.param(f"{KIND} {' '.join(['The sun is very warm today.'] * 8)}", KIND, id="padded"),
+        pytest.param(f"{TIP} Glad you asked! Good luck!", f"{TIP} Good luck!", id="welcomed too late"),
+        pytest.param(" ".join([TIP, *OTHER_TIPS]), TIP, id="more than anyone reads"),
         pytest.param("", "I do not care.", id="nothing at all"),
     ],
 )
