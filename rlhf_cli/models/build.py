@@ -58,6 +58,7 @@ def build_model(
         )
     quiet_libraries()
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, context_length=context_length)
+    end, padding = (int(token) for token in tokenizer.convert_tokens_to_ids([END, PADDING]))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -68,16 +69,14 @@ def build_model(
         max_position_embeddings=context_length,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end,
+        pad_token_id=padding,
         initializer_range=hidden_size**-0.5,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=end, pad_token_id=padding)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
