@@ -58,7 +58,8 @@ def build_model(
         )
     quiet_libraries()
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, context_length=context_length)
-    end, padding = (int(token) for token in tokenizer.convert_tokens_to_ids([END, PADDING]))
+    backend = tokenizer.backend_tokenizer
+    end, padding = backend.token_to_id(END), backend.token_to_id(PADDING)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
