@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -95,8 +96,15 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         preflight(recipe, (given for step in ahead for given in step.inputs))
         if ahead:
             check_room(folder, needed_bytes(recipe, [step.stage.name for step in ahead]))
+        _limit_threads(recipe.model.threads)
         executor = _Executor(recipe, directory, stop)
         return RunResult(folder, [executor.execute(planner.again(step) if step.waits else step) for step in steps])
+
+
+def _limit_threads(count: int | None) -> None:
+    """Limit the CPU threads of the numerical libraries, which read these variables when they are first imported."""
+    if count is not None:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
 
 
 def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:

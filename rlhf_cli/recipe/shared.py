@@ -62,7 +62,10 @@ class ModelSettings(Section):
     attention: str | None = None
     """Attention implementation by its transformers name, such as `sdpa` or `eager`; null lets transformers choose."""
     device: Annotated[str, EffortOnly()] = "auto"
-    """`auto` (CUDA, then MPS, then CPU), or a torch device such as `cpu` or `cuda:1`."""
+    """`auto` (CUDA where there is one, else the CPU), `cpu` or `cuda`. CUDA_VISIBLE_DEVICES chooses one of several."""
+    threads: Annotated[int | None, Field(ge=1), EffortOnly()] = None
+    """CPU threads; null leaves it to torch (all cores). Models of a few million weights are about as fast with one, and
+    then other work on the machine cannot make the threads wait for one another."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
