@@ -1,3 +1,8 @@
+"""CPU threads of a run."""
+
+import os
+import subprocess
+import sys
 
 
 def test_threads_are_limited_before_the_libraries_are_imported(monkeypatch):
