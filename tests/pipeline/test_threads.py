@@ -12,7 +12,7 @@ def test_threads_are_limited_before_the_libraries_are_imported(monkeypatch):
         monkeypatch.setenv(name, "7")
     _limit_threads(None)
     assert os.environ["OMP_NUM_THREADS"] == "7"
-    _limit_threads(3)
+    _limit_threads(1)
     code = "import torch; print(torch.get_num_threads())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "3"
+    assert shown.stdout.strip() == "1"
