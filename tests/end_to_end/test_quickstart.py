@@ -1,0 +1,81 @@
+"""The shipped quickstart through the real command, in small: killed in every stage, resumed, then left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("sft", "label", "train-rm", "ppo", "evaluate")
+SMALL = (
+    "model.build.hidden_size=32", "model.build.layers=1", "model.build.feed_forward_size=32",
+    "sft.epochs=0.05", "sft.checkpoint_steps=5", "label.completions_per_prompt=3", "label.sampling.max_new_tokens=8",
+    "train_rm.epochs=0.1", "train_rm.checkpoint_steps=2", "ppo.steps=4", "ppo.checkpoint_steps=1", "ppo.prompts_per_step=16",
+    "ppo.micro_batch_size=16", "ppo.max_new_tokens=8", "evaluate.sampling.max_new_tokens=8", "evaluate.bootstrap=100",
+)  # fmt: skip
+
+
+def command(run_dir: Path) -> list[str]:
+    changes = [part for setting in SMALL for part in ("--set", setting)]
+    recipe = str(ROOT / "recipes" / "quickstart.yaml")
+    return [str(Path(sys.executable).with_name("rlhf")), "run", recipe, "--run-dir", str(run_dir), "--json", *changes]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"CI": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def kill_in(stage: str, run_dir: Path) -> None:
+    """Start the command and kill it once this stage has begun to work."""
+    process = subprocess.Popen(
+        command(run_dir),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    began, deadline = run_dir / f".{stage}.began.json", time.monotonic() + 240
+    while not began.exists():
+        assert process.poll() is None, f"ended with {process.returncode} before {stage} began"
+        assert time.monotonic() < deadline, f"{stage} never began"
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def finished(run_dir: Path) -> dict[str, int]:
+    """Stage -> when its artefact was put in place, in nanoseconds."""
+    paths = {stage: run_dir / stage / "manifest.json" for stage in STAGES}
+    return {stage: path.stat().st_mtime_ns for stage, path in paths.items() if path.exists()}
+
+
+@pytest.mark.timeout(600)
+def test_killed_in_every_stage_it_completes_and_redoes_nothing(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    before: dict[str, int] = {}
+    for stage in STAGES:
+        kill_in(stage, run_dir)
+        now = finished(run_dir)
+        assert now.keys() == set(STAGES[: STAGES.index(stage)]), f"killed in {stage}"
+        assert {name: now[name] for name in before} == before, f"a finished stage was redone after the kill in {stage}"
+        before = now
+    last = subprocess.run(command(run_dir), env=environment(), capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr
+    outcome = json.loads(last.stdout)
+    assert [row["status"] for row in outcome["stages"]] == ["cached"] * 4 + ["done"]
+    metrics = outcome["stages"][-1]["metrics"]
+    wanted = {"gold/sft_mean", "gold/ppo_mean", "win_rate", "win_rate_low", "win_rate_high", "kl_nats"}
+    assert wanted <= metrics.keys()
+    assert metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
+
+    again = subprocess.run(command(run_dir), env=environment(), capture_output=True, text=True, check=False)
+    assert [row["status"] for row in json.loads(again.stdout)["stages"]] == ["cached"] * 5
+    assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".") and path.name != ".lock"]
