@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_cli.data.records import Demonstration, PromptRecord, Ranking
+from rlhf_cli.data.records import Demonstration, Message, PromptRecord, Ranking
 from rlhf_cli.data.splits import split_by_prompt
 from rlhf_cli.errors import DataError
 
@@ -36,3 +36,13 @@ def test_nothing_left_to_train_on():
     assert records
     with pytest.raises(DataError, match="held-out share"):
         split_by_prompt(records, 0.5, 0)
+
+
+def test_one_user_turn_and_its_text_fall_on_the_same_side_of_a_split():
+    from rlhf_cli.data.records import is_held_out, prompt_key, seed_for
+
+    turn = (Message("user", "How?"),)
+    assert prompt_key("How?") == prompt_key(turn)
+    assert seed_for("How?", 0, 1) == seed_for(turn, 0, 1)
+    assert is_held_out("How?", 0.5, 3) == is_held_out(turn, 0.5, 3)
+    assert prompt_key("How?") != prompt_key((Message("system", "How?"),))

@@ -17,8 +17,9 @@ STAGES = ("sft", "label", "train-rm", "ppo", "evaluate")
 SMALL = (
     "model.build.hidden_size=32", "model.build.layers=1", "model.build.feed_forward_size=32",
     "sft.epochs=0.05", "sft.checkpoint_steps=5", "label.completions_per_prompt=3", "label.sampling.max_new_tokens=8",
-    "train_rm.epochs=0.1", "train_rm.checkpoint_steps=2", "ppo.steps=4", "ppo.checkpoint_steps=1", "ppo.prompts_per_step=16",
-    "ppo.micro_batch_size=16", "ppo.max_new_tokens=8", "evaluate.sampling.max_new_tokens=8", "evaluate.bootstrap=100",
+    "train_rm.epochs=0.1", "train_rm.checkpoint_steps=2", "ppo.steps=4", "ppo.checkpoint_steps=1",
+    "ppo.prompts_per_step=16", "ppo.micro_batch_size=16", "ppo.max_new_tokens=8",
+    "evaluate.sampling.max_new_tokens=8", "evaluate.bootstrap=100",
 )  # fmt: skip
 
 

@@ -114,3 +114,30 @@ def test_the_artefact_keeps_the_head_it_was_given(tiny_llama, tmp_path):
     head = load_file(folder / "head.safetensors")
     torch.testing.assert_close(roles.value_head.weight.detach(), head["weight"] / 2.0)
     torch.testing.assert_close(roles.value_head.bias.detach(), (head["bias"] - 0.4) / 2.0)
+
+
+def test_a_full_reference_is_the_policy_to_the_bit_in_bfloat16_too(tiny_llama):
+    source = ModelSource(str(tiny_llama), dtype=torch.bfloat16, precision=torch.bfloat16)
+    roles, _ = separate_actors(source, reward_path=None, template=None, gradient_checkpointing=False)
+    batch = SequenceBatch.of([[5, 6, 7]], [[8, 9, 10]], torch.device("cpu"))
+    seen = []
+    for role in (roles.policy, roles.reference):
+        with role() as model, torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            seen.append(response_hidden(model, batch))
+    assert torch.equal(*seen)
+
+
+def test_dropout_of_the_reward_model_s_training_stays_behind(tiny_llama, tmp_path):
+    folder = reward_model(tiny_llama, tmp_path / "rm", dropout=0.5)
+    source = ModelSource(str(tiny_llama))
+    roles, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=True)
+    assert roles.model.training  # recomputing activations needs it, and it would switch dropout on
+    assert reward.score(PROMPTS, ANSWERS) == reward.score(PROMPTS, ANSWERS)
+
+
+def test_an_encoder_without_chat_template_scores_beside_a_chat_policy(tiny_bert, tmp_path):
+    folder = tmp_path / "rm"
+    folder.mkdir()
+    save_scorer(new_scorer(ModelSource(str(tiny_bert)), template="chat", lora=None), folder)
+    scorer = load_scorer(ModelSource(str(folder)), template="chat")
+    assert len(set(scorer.score(PROMPTS, ANSWERS))) == 3

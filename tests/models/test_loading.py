@@ -100,8 +100,11 @@ def test_context_length_is_the_positions():
 
 def test_devices_and_precisions():
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ModelError, match=r"`model\.device: tpu9` is no torch device"):
+    with pytest.raises(ModelError, match=r"`model\.device: tpu9` is none of auto, cpu and cuda"):
         resolve_device("tpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="no CUDA device"):
+            resolve_device("cuda")
     assert resolve_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
     assert resolve_precision("auto", torch.device("meta")) == torch.float32
 

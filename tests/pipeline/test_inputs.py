@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 MISSING_REWARD = """\
@@ -177,3 +179,26 @@ def test_single_stage_that_lacks_what_it_needs(toy):
     outcome = toy.rlhf("ppo", "--prompts", "prompts.jsonl")
     assert outcome.code == 2
     assert "no SFT model in runs/default: `ppo` reads what `sft` writes" in outcome.stderr
+
+
+def test_an_artefact_made_from_another_base_than_the_one_beside_it_is_refused(toy):
+    toy.run("--set", "sft.epochs=1")
+    assert toy.run("--set", "sft.epochs=3", "--to", "sft").code == 0
+    toy.ran()
+    outcome = toy.run("--set", "sft.epochs=3", "--set", "ppo.steps=9", "--from", "ppo")
+    assert outcome.code == 2
+    assert "`train-rm` in runs/toy was made from another `sft` than the one beside it now" in outcome.stderr
+    assert "hint: make it again" in outcome.stderr
+    assert toy.ran() == []
+    assert toy.run("--set", "sft.epochs=3", "--set", "ppo.steps=9").code == 0
+
+
+def test_ppo_is_compared_with_the_model_it_started_from(toy):
+    import shutil
+
+    shutil.copytree(toy.folder / "base", toy.folder / "mine")
+    (toy.folder / "mine" / "extra.txt").write_text("another model")
+    assert toy.run("--set", "ppo.model=mine").code == 0
+    manifest = json.loads((toy.folder / "runs/toy/evaluate/manifest.json").read_text())
+    started = json.loads((toy.folder / "runs/toy/ppo/manifest.json").read_text())
+    assert manifest["identity"]["inputs"]["sft"] == started["identity"]["inputs"]["sft"]

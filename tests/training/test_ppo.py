@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny_llama, tmp_
 
 def test_it_learns_a_reward_it_can_see(tiny_llama, tmp_path):
     trainer = make_trainer(
-        tiny_llama, tmp_path / "w", kind="separate", steps=12, prompts_per_step=32, epochs=4, kl_coef=0.0,
+        tiny_llama, tmp_path / "w", kind="separate", steps=16, prompts_per_step=32, epochs=4, kl_coef=0.0,
         micro_batch_size=32, rollout_batch_size=32,
     )  # fmt: skip
     history = trainer.train()

@@ -227,8 +227,8 @@ def test_going_back_takes_half_the_learning_rate(tiny_llama, tmp_path):
     poison(trainer, {2, 3, 4})
     real_restore = trainer._restore
 
-    def restore(tensors, state):
-        real_restore(tensors, state)
+    def restore(tensors):
+        real_restore(tensors)
         del trainer.step, trainer.accumulate  # whatever it was is over
 
     trainer._restore = restore
