@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_cli.errors import DataError, ModelError, UsageError
 from rlhf_cli.recipe.document import Place
-from rlhf_cli.recipe.fields import dotted, values
+from rlhf_cli.recipe.fields import values
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 
@@ -110,8 +110,3 @@ def function_file(spec: str, setting: str) -> Path:
     if found is None or not found.origin or not Path(found.origin).is_file():
         raise UsageError(f"Python module `{module}` has no source file (`{setting}`)")
     return Path(found.origin)
-
-
-def setting_name(place: Place) -> str:
-    """A place as it stands in messages."""
-    return dotted(place)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,24 +41,11 @@ from rlhf_cli.training.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
+from rlhf_cli.training.control import BAD_STEPS_IN_A_ROW, Stop
 from rlhf_cli.training.metrics import MetricsLog
 from rlhf_cli.training.ppo_metrics import note, step_metrics
 from rlhf_cli.training.ppo_options import PPOOptions
 from rlhf_cli.training.ppo_update import Updater
-
-_BAD_STEPS_IN_A_ROW = 3
-
-
-class Stop(Protocol):
-    """Asks whether a signal wants the work to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal came."""
-        ...
-
-    def check(self) -> None:
-        """Raise `Interrupted` if so."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +208,7 @@ class PPOTrainer:
 
     def _count_bad(self, metrics: dict[str, float]) -> None:
         self._bad_steps = self._bad_steps + 1 if metrics["skipped_steps"] else 0
-        if self._bad_steps >= _BAD_STEPS_IN_A_ROW:
+        if self._bad_steps >= BAD_STEPS_IN_A_ROW:
             raise DivergedError(f"gradients were not finite in {self._bad_steps} steps in a row")
 
     def _roll_back(self, step: int) -> int:

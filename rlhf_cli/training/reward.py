@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -29,23 +29,10 @@ from rlhf_cli.training.checkpoints import (
     rng_tensors,
     save_checkpoint,
 )
+from rlhf_cli.training.control import BAD_STEPS_IN_A_ROW, Stop
 from rlhf_cli.training.metrics import MetricsLog
 from rlhf_cli.training.reward_data import Batches, RankedGroup, micro_batches
 from rlhf_cli.training.schedules import Schedule, rate_factor
-
-_BAD_STEPS_IN_A_ROW = 3
-
-
-class Stop(Protocol):
-    """Asks whether a signal wants the work to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal came."""
-        ...
-
-    def check(self) -> None:
-        """Raise `Interrupted` if so."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,7 @@ class RewardTrainer:
             while step < self.batches.steps:
                 metrics = self.step(step)
                 step += 1
-                if self.tally.bad_in_a_row >= _BAD_STEPS_IN_A_ROW:
+                if self.tally.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
                     step = self._roll_back(step)
                     log.close()
                     log = MetricsLog(self._metrics_path, after_step=step)
@@ -246,7 +233,7 @@ class RewardTrainer:
                 hint="lower `train_rm.learning_rate`, or set `model.precision: float32`; no bad weight was saved",
             )
         progress.warn(
-            f"losses or gradients were not finite in steps {step - _BAD_STEPS_IN_A_ROW + 1} to {step}: "
+            f"losses or gradients were not finite in steps {step - BAD_STEPS_IN_A_ROW + 1} to {step}: "
             f"going back once, to step {checkpoint.step}, with half the learning rate"
         )
         self._restore(checkpoint.tensors)

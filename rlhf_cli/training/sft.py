@@ -21,10 +21,11 @@ from rlhf_cli.models.saving import require_finite
 from rlhf_cli.progress import say, task
 from rlhf_cli.rollout.logprobs import check_projection
 from rlhf_cli.training.checkpoints import latest_checkpoint
+from rlhf_cli.training.control import Stop
 from rlhf_cli.training.metrics import MetricsLog
 from rlhf_cli.training.sft_data import BatchPlan, Example, as_dataset, pack
 from rlhf_cli.training.sft_loss import check_packing, collator_for, mean_completion_nll
-from rlhf_cli.training.sft_trainer import Reporting, Stop, make_trainer, quiet_training
+from rlhf_cli.training.sft_trainer import Reporting, make_trainer, quiet_training
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import torch
@@ -39,24 +39,12 @@ from rlhf_cli.training.checkpoints import (
     rng_tensors,
     save_checkpoint,
 )
+from rlhf_cli.training.control import BAD_STEPS_IN_A_ROW, Stop
 from rlhf_cli.training.metrics import MetricsLog
 from rlhf_cli.training.sft_data import BatchPlan
 from rlhf_cli.training.sft_loss import Collator, TokenCounts, sft_loss
 
-_BAD_STEPS_IN_A_ROW = 3
 _TRAINER_STATE = ("global_step", "epoch", "max_steps", "train_batch_size", "logging_steps", "save_steps", "eval_steps")
-
-
-class Stop(Protocol):
-    """Asks whether a signal wants the work to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal came."""
-        ...
-
-    def check(self) -> None:
-        """Raise `Interrupted` if so."""
 
 
 @contextmanager
@@ -164,9 +152,9 @@ class OurTraining(Trainer):
         self.bad_steps += 1
         self._bad_in_a_row += 1
         step = self.state.global_step + 1
-        if self._bad_in_a_row == _BAD_STEPS_IN_A_ROW:
+        if self._bad_in_a_row == BAD_STEPS_IN_A_ROW:
             raise DivergedError(
-                f"the loss was not finite in {_BAD_STEPS_IN_A_ROW} steps in a row, steps {step - 2} to {step}",
+                f"the loss was not finite in {BAD_STEPS_IN_A_ROW} steps in a row, steps {step - 2} to {step}",
                 hint="lower `sft.learning_rate`, or compute in float32 (`--set model.precision=float32`)",
             )
         warn(f"step {step} is skipped: its gradient is not finite")
