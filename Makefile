@@ -14,12 +14,13 @@ help:  ## list the targets
 install: $(VENV)/installed  ## make the environment in .venv with the tested versions
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): a minute or two, 1.6 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-quickstart: install  ## the whole pipeline on a model small enough for two cores, in under three minutes
+quickstart: install  ## the whole pipeline on a model small enough for two cores, in two to three minutes
 	$(BIN)/rlhf run recipes/quickstart.yaml
 
 test: install  ## all tests; those on real data say so where it is absent

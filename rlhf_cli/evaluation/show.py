@@ -27,7 +27,7 @@ _ROWS = (
 def metrics_table(metrics: Mapping[str, float]) -> Table:
     """Both models' figures next to each other; fits 80 columns."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column(f"{metrics['prompts']:,.0f} held-out prompts")
+    table.add_column(f"{metrics['prompts']:,.0f} prompts")
     table.add_column("SFT", justify="right")
     table.add_column("PPO", justify="right")
     for label, key, pattern in _ROWS:

@@ -198,7 +198,7 @@ class Planner:
         try:
             manifest = self._run.read_manifest(stage.name)
             if manifest is None:
-                return None, "not there yet"
+                return None, "nothing is there yet"
             if found := differences(manifest.identity, what):
                 return None, _listed(found)
             if waits := sorted(name for name, digest in what["inputs"].items() if digest == PENDING):

@@ -149,7 +149,7 @@ class _Executor:
         if step.reason.startswith("damaged: "):
             warn(f"{name} is {step.reason}; it runs again")
         else:
-            say(f"{name}: {step.reason}")
+            say(f"{name}: starting ({step.reason})")
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
         self._run.publish(name, manifest)

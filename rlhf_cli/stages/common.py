@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.stage import StageContext
+from rlhf_cli.progress import warn
 from rlhf_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -51,10 +54,32 @@ def prompt_format(
 
     return PromptFormat(
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(source),
-        template=recipe.data.prompt_template,
+        template=prompt_template(recipe, source.path),
         name=f"`{source.path}`",
         is_encoder_decoder=load_config(source).is_encoder_decoder,
     )
+
+
+def prompt_template(recipe: Recipe, model: str) -> str | None:
+    """How plain prompts reach a model: as the recipe says, else as the model was asked when we trained it.
+
+    A stage alone, without the recipe of the run its model is from, would otherwise ask in a way the model never saw.
+    """
+    trained = _trained_template(Path(model))
+    if recipe.data.prompt_template is None:
+        return trained
+    if trained not in (None, recipe.data.prompt_template):
+        warn(f"{model} was trained with `data.prompt_template: {trained!r}`, not {recipe.data.prompt_template!r}")
+    return recipe.data.prompt_template
+
+
+def _trained_template(folder: Path) -> str | None:
+    """The template in the manifest of one of our own artefacts."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest["settings"]["data"]["prompt_template"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not one of ours
 
 
 @dataclass(frozen=True)
@@ -125,6 +150,6 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str) -> int
     if room < 1:
         raise UsageError(
             f"answers of {max_new_tokens:,} tokens leave no room for a prompt: {name} reads {longest:,} tokens in all",
-            hint="lower `max_new_tokens`",
+            hint="lower the stage's `max_new_tokens`, such as `--set evaluate.sampling.max_new_tokens=64`",
         )
     return room

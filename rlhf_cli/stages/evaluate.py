@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import console, say, task, warn
-from rlhf_cli.stages.common import model_source, prompt_format, prompt_room
+from rlhf_cli.stages.common import model_source, prompt_format, prompt_room, prompt_template
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt
@@ -197,7 +197,9 @@ def _rewarded(
 
     if (path := context.inputs.get("train-rm")) is None:
         return None
-    scorer = load_scorer(model_source(context.recipe, path), template=context.recipe.data.prompt_template)
+    scorer = load_scorer(
+        model_source(context.recipe, path), template=prompt_template(context.recipe, context.inputs["sft"])
+    )
     with task("rewards", len(prompts) * len(sides), "answers") as bar:
         scores = [scorer.score(prompts, [answer.text for answer in side], progress=bar.advance) for side in sides]
     del scorer

@@ -19,7 +19,7 @@ from rlhf_cli.labeling.labelers import (
 )
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import Prompts, load_prompts, model_source, prompt_format
+from rlhf_cli.stages.common import Prompts, load_prompts, model_source, prompt_format, prompt_template
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.schema import LabelSettings
@@ -115,7 +115,7 @@ def _labeler(context: StageContext, settings: LabelSettings) -> Labeler:
     from rlhf_cli.models.scorer import load_scorer
 
     source = model_source(context.recipe, context.inputs["train-rm"])
-    scorer = load_scorer(source, template=context.recipe.data.prompt_template)
+    scorer = load_scorer(source, template=prompt_template(context.recipe, context.inputs["sft"]))
     return RewardModelLabeler(scorer, settings.sampling.batch_size)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say
-from rlhf_cli.stages.common import load_prompts, model_source, prompt_format
+from rlhf_cli.stages.common import load_prompts, model_source, prompt_format, prompt_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def _actors(context: StageContext, settings: PPOSettings, source: ModelSource) -
         )
     arguments = {
         "reward_path": reward_path,
-        "template": context.recipe.data.prompt_template,
+        "template": prompt_template(context.recipe, source.path),
         "gradient_checkpointing": settings.gradient_checkpointing,
     }
     if settings.adapter == "none":

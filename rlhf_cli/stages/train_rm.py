@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import model_source, prompt_format, prompt_room
+from rlhf_cli.stages.common import model_source, prompt_format, prompt_room, prompt_template
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Ranking
@@ -41,7 +41,7 @@ def run(context: StageContext) -> StageOutcome:
     source = model_source(recipe, context.inputs["sft"])
     scorer = new_scorer(
         source,
-        template=recipe.data.prompt_template,
+        template=prompt_template(recipe, context.inputs["sft"]),
         lora=settings.lora.model_dump() if settings.adapter == "lora" else None,
         seed=recipe.seed,
         gradient_checkpointing=settings.gradient_checkpointing,

@@ -150,7 +150,7 @@ def test_stages_that_do_not_fit(toy, arguments, said):
 def test_dry_run_says_what_and_why_and_writes_nothing(toy):
     outcome = toy.run("--dry-run")
     assert outcome.statuses == dict.fromkeys(ALL, "would run")
-    assert outcome.json["stages"][0]["reason"] == "not there yet"
+    assert outcome.json["stages"][0]["reason"] == "nothing is there yet"
     assert not (toy.folder / "runs").exists()
     toy.run()
     toy.ran()

@@ -124,3 +124,17 @@ def test_a_reward_that_is_not_a_number_names_the_sample(tiny_llama, prompts, tmp
     )
     assert "bad.py:score" in result.stderr
     assert "nan" in result.stderr
+
+
+def test_a_stage_alone_asks_a_model_as_it_was_trained_to_be_asked(tmp_path, capsys):
+    from rlhf_cli.recipe.schema import Recipe
+    from rlhf_cli.stages.common import prompt_template
+
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"data": {"prompt_template": "{prompt}\n"}}}))
+    plain, other = Recipe(), Recipe.model_validate({"data": {"prompt_template": "Q: {prompt}"}})
+    assert prompt_template(plain, str(tmp_path)) == "{prompt}\n"
+    assert capsys.readouterr().err == ""
+    assert prompt_template(other, str(tmp_path)) == "Q: {prompt}"
+    assert "was trained with" in capsys.readouterr().err
+    assert prompt_template(other, "acme/unknown") == "Q: {prompt}"
+    assert prompt_template(plain, "acme/unknown") is None
