@@ -14,7 +14,7 @@ from rlhf_cli.recipe.schema import Recipe
 
 _MARGIN = 64 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_UNWRITABLE = {errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+_UNWRITABLE = {errno.EROFS, errno.EIO}
 
 
 def needed_bytes(recipe: Recipe, stages: list[str]) -> int:

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from rlhf_cli.errors import DiskError, RunInUseError, UsageError
 from rlhf_cli.pipeline.manifest import DamagedArtefact, Identity, Manifest, read_manifest, sync, sync_tree
@@ -57,7 +58,7 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Hold the run against other processes; raises `RunInUseError` where one has it. Dies with the process."""
         self._make()
-        with (self.path / ".lock").open("a+") as file:
+        with self._lock_file() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -72,6 +73,15 @@ class RunDirectory:
             file.write(f"{os.getpid()}\n")
             file.flush()
             yield
+
+    def _lock_file(self) -> IO[str]:
+        try:
+            return (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise DiskError(
+                f"cannot write in {self.path}: {(error.strerror or str(error)).lower()}",
+                hint="choose a folder of your own with --run-dir",
+            ) from error
 
     def _make(self) -> None:
         try:

@@ -47,7 +47,8 @@ def test_the_saved_policy_is_the_trained_one(adapter, tiny_gpt2, tmp_path):
     with torch.no_grad():
         for parameter in roles.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    settings = PPOSettings.model_validate({"adapter": adapter, "lora": {"rank": 4, "alpha": 8.0}})
+    shape = {"lora": {"rank": 4, "alpha": 8.0}} if adapter == "lora" else {}
+    settings = PPOSettings.model_validate({"adapter": adapter} | shape)
     _save(tmp_path, roles, source, settings)
     ids = torch.tensor([[5, 6, 7, 8]])
     saved = load_policy(ModelSource(str(tmp_path)))(input_ids=ids).logits
