@@ -1,0 +1,280 @@
+"""Which rows of a batch form which sequence, and who may see whom: one type for every way to lay out a batch.
+
+Tensors are (B, H, L, D), as Hugging Face hands them over; a row of tokens is numbered flat, b * L + l. A segment is a
+run of query rows with a run of key rows inside one batch row. Then
+
+    dense         one segment a batch row, as long as the row
+    padded        one segment a batch row, shorter than it, anywhere in it: left, right or both
+    packed        several segments in a batch row
+    cached        fewer query than key rows; the last query belongs to the last key
+    cross         query and key rows of different batches of sequences
+    prefix tree   a segment whose parent is another one sees all keys of the parent, and of its parents, as well: K
+                  answers after one prompt are [P; R1; ...; RK] with P the parent of every R
+
+Rows in no segment are padding: nobody sees them, their output is 0 and they get no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NO_PARENT = -1
+
+
+class Segment(NamedTuple):
+    """A run of query rows and the run of key rows that they see first of all.
+
+    Attributes:
+        query_start: flat number of its first query row.
+        query_length: query rows, 0 for keys nobody asks from (the prompt in decoding).
+        key_start: flat number of its first key row.
+        key_length: key rows.
+        parent: number of the segment whose keys stand in front of these; -1 for none.
+    """
+
+    query_start: int
+    query_length: int
+    key_start: int
+    key_length: int
+    parent: int = NO_PARENT
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Segments of one batch.
+
+    Attributes:
+        batch: B, batch rows.
+        query_length: Lq, query rows in a batch row.
+        key_length: Lk, key rows in a batch row.
+        segments: S of them. A parent stands before its children, and all that descend from a segment follow it
+            directly (depth-first order), so a subtree is a range of numbers.
+    """
+
+    batch: int
+    query_length: int
+    key_length: int
+    segments: tuple[Segment, ...]
+
+    @staticmethod
+    def dense(batch: int, query_length: int, key_length: int | None = None) -> Layout:
+        """Every row real; `key_length` differs from `query_length` in cross-attention and in cached generation."""
+        keys = query_length if key_length is None else key_length
+        segments = tuple(Segment(row * query_length, query_length, row * keys, keys) for row in range(batch))
+        return Layout(batch, query_length, keys, segments)
+
+    @staticmethod
+    def padded(is_real: Tensor, *, query_length: int | None = None, query_offset: int = 0) -> Layout:
+        """From a mask over keys, real tokens of each batch row in one run.
+
+        Args:
+            is_real: (B, Lk) bool, True on real tokens.
+            query_length: Lq; None where queries and keys are the same rows.
+            query_offset: key row that the first query row belongs to, in cached generation.
+
+        Raises:
+            ValueError: the real tokens of a row are not in one run.
+        """
+        batch, keys = is_real.shape
+        queries = keys if query_length is None else query_length
+        segments = []
+        for row, runs in enumerate(_runs(is_real)):
+            if len(runs) > 1:
+                raise ValueError(f"row {row} of the attention mask has padding between real tokens")
+            start, end = runs[0] if runs else (0, 0)
+            end = min(end, query_offset + queries)
+            start = min(start, end)
+            first, last = max(start, query_offset), max(end, query_offset)
+            segments.append(
+                Segment(row * queries + first - query_offset, last - first, row * keys + start, end - start)
+            )
+        return Layout(batch, queries, keys, tuple(segments))
+
+    @staticmethod
+    def cross(query_length: int, is_real_key: Tensor) -> Layout:
+        """Every query of a batch row sees the real keys of that row: (B, Lk) bool, in one run."""
+        batch, keys = is_real_key.shape
+        lengths = Layout.padded(is_real_key).segments
+        segments = tuple(
+            Segment(row * query_length, query_length, lengths[row].key_start, lengths[row].key_length)
+            for row in range(batch)
+        )
+        return Layout(batch, query_length, keys, segments)
+
+    @staticmethod
+    def packed(rows: Sequence[Sequence[int]], width: int | None = None) -> Layout:
+        """Sequences on end.
+
+        Args:
+            rows: lengths in tokens of the sequences of each batch row.
+            width: L; None is the longest row. What a row does not fill is padding behind it.
+        """
+        width = max(map(sum, rows)) if width is None else width
+        segments = []
+        for row, lengths in enumerate(rows):
+            at = row * width
+            for length in lengths:
+                segments.append(Segment(at, length, at, length))
+                at += length
+        return Layout(len(rows), width, width, tuple(segments))
+
+    @staticmethod
+    def tree(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
+        """Groups of answers after a shared prompt, on end in one batch row: [P; R1; ...; RK; P'; R'1; ...].
+
+        Args:
+            groups: tokens of the prompt, and of each of its answers.
+        """
+        segments: list[Segment] = []
+        at = 0
+        for prompt, answers in groups:
+            parent = len(segments)
+            segments.append(Segment(at, prompt, at, prompt))
+            at += prompt
+            for answer in answers:
+                segments.append(Segment(at, answer, at, answer, parent))
+                at += answer
+        return Layout(1, at, at, tuple(segments))
+
+    def __post_init__(self) -> None:
+        for number, segment in enumerate(self.segments):
+            assert NO_PARENT <= segment.parent < number, "a parent stands before its children"
+        open_ancestors: list[int] = []
+        for number, segment in enumerate(self.segments):
+            while open_ancestors and open_ancestors[-1] != segment.parent:
+                open_ancestors.pop()
+            assert open_ancestors or segment.parent == NO_PARENT, "descendants follow their segment directly"
+            open_ancestors.append(number)
+
+    @property
+    def is_self(self) -> bool:
+        """Whether query rows and key rows are the same."""
+        return self.query_length == self.key_length and all(
+            segment.query_start == segment.key_start and segment.query_length == segment.key_length
+            for segment in self.segments
+        )
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether every batch row is one segment as long as the row."""
+        return len(self.segments) == self.batch and all(
+            segment == (row * self.query_length, self.query_length, row * self.key_length, self.key_length, NO_PARENT)
+            for row, segment in enumerate(self.segments)
+        )
+
+    @cached_property
+    def is_tree(self) -> bool:
+        """Whether any segment has a parent."""
+        return any(segment.parent != NO_PARENT for segment in self.segments)
+
+    @cached_property
+    def ancestors(self) -> tuple[tuple[int, ...], ...]:
+        """Of each segment its parent, that one's parent, and so on, the root first."""
+        found: list[tuple[int, ...]] = []
+        for segment in self.segments:
+            found.append(() if segment.parent == NO_PARENT else (*found[segment.parent], segment.parent))
+        return tuple(found)
+
+    @cached_property
+    def subtree_ends(self) -> tuple[int, ...]:
+        """Of each segment the number behind its last descendant: it and its descendants are `range(s, end)`."""
+        ends = [number + 1 for number in range(len(self.segments))]
+        for number in reversed(range(len(self.segments))):
+            if (parent := self.segments[number].parent) != NO_PARENT:
+                ends[parent] = max(ends[parent], ends[number])
+        return tuple(ends)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Position of each segment's first key: the keys of all its ancestors stand before it."""
+        return tuple(sum(self.segments[number].key_length for number in chain) for chain in self.ancestors)
+
+    @cached_property
+    def real_tokens(self) -> int:
+        """Query rows in any segment."""
+        return sum(segment.query_length for segment in self.segments)
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """Position of each query row in its sequence, 0 on padding: (B, Lq) int64, what a model calls position_ids."""
+        return self._query_rows[1].clamp(min=0).to(device)
+
+    def is_real(self, device: torch.device | str = "cpu") -> Tensor:
+        """Query rows in any segment: (B, Lq) bool."""
+        return (self._query_rows[0] >= 0).to(device)
+
+    def is_real_key(self, device: torch.device | str = "cpu") -> Tensor:
+        """Key rows in any segment: (B, Lk) bool."""
+        return (self._key_rows[0] >= 0).to(device)
+
+    def visible(self, *, causal: bool, window: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Who sees whom, the definition that every backend is held to: (B, Lq, Lk) bool.
+
+        A query at position i sees a key at position j of its own segment and of that one's ancestors, if causal only
+        where j <= i, and with a window only where i - j < window (and j - i < window where not causal). The last query
+        of a segment belongs to its last key.
+        """
+        key = (causal, window, str(device))
+        if key not in self._masks:
+            self._masks[key] = self._visible(causal, window).to(device)
+        return self._masks[key]
+
+    def _visible(self, causal: bool, window: int | None) -> Tensor:
+        of_query, query_at = (rows.unsqueeze(2) for rows in self._query_rows)  # (B, Lq, 1)
+        of_key, key_at = (rows.unsqueeze(1) for rows in self._key_rows)  # (B, 1, Lk)
+        count = len(self.segments)
+        sees = torch.eye(count + 1, dtype=torch.bool)
+        sees[count, count] = False  # padding, -1 indexes the last row, sees nothing
+        for number, chain in enumerate(self.ancestors):
+            sees[number, list(chain)] = True
+        mask = sees[of_query, of_key]
+        if causal:
+            mask &= key_at <= query_at
+        if window is not None:
+            mask &= query_at - key_at < window
+            mask &= key_at - query_at < window
+        return mask
+
+    @cached_property
+    def _masks(self) -> dict[tuple[bool, int | None, str], Tensor]:
+        return {}
+
+    @cached_property
+    def _query_rows(self) -> tuple[Tensor, Tensor]:
+        """Segment and position of every query row: (B, Lq) each, -1 on padding."""
+        rows = [(segment.query_start, segment.query_length) for segment in self.segments]
+        first = [
+            offset + segment.key_length - segment.query_length
+            for offset, segment in zip(self.offsets, self.segments, strict=True)
+        ]
+        return _numbered(rows, first, (self.batch, self.query_length))
+
+    @cached_property
+    def _key_rows(self) -> tuple[Tensor, Tensor]:
+        """Segment and position of every key row: (B, Lk) each, -1 on padding."""
+        rows = [(segment.key_start, segment.key_length) for segment in self.segments]
+        return _numbered(rows, self.offsets, (self.batch, self.key_length))
+
+
+def _numbered(rows: Sequence[tuple[int, int]], first: Sequence[int], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    segment = torch.full((shape[0] * shape[1],), -1)
+    position = torch.full_like(segment, -1)
+    for number, ((start, length), at) in enumerate(zip(rows, first, strict=True)):
+        segment[start : start + length] = number
+        position[start : start + length] = torch.arange(at, at + length)
+    return segment.view(shape), position.view(shape)
+
+
+def _runs(is_real: Tensor) -> list[list[tuple[int, int]]]:
+    """Runs of True in every row, as (start, end)."""
+    edges = torch.nn.functional.pad(is_real.cpu().int(), (1, 1)).diff(dim=1)
+    found: list[list[tuple[int, int]]] = [[] for _ in range(is_real.shape[0])]
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    for (row, start), (_, end) in zip(starts, ends, strict=True):
+        found[row].append((start, end))
+    return found

@@ -1,0 +1,140 @@
+"""The backends, what each supports, and which one serves a call."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.attention.contract import AttentionOutput, Backend, Request
+from rlhf_cli.attention.layout import Layout
+from rlhf_cli.errors import UsageError
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it was taken."""
+
+    backend: Backend
+    reason: str
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = AUTO,
+) -> AttentionOutput:
+    """Attention by any backend; the arguments are those of `contract.AttentionFunction`, with their usual defaults.
+
+    Raises:
+        UsageError: the backend is unknown, absent here, or does not support this call.
+    """
+    layout = layout if layout is not None else Layout.dense(query.shape[0], query.shape[2], key.shape[2])
+    request = Request.of(
+        query, key, value, layout, causal=causal, window=window, softcap=softcap, sinks=sinks, bias=bias
+    )
+    found = choose(request, backend).backend.attend(
+        query,
+        key,
+        value,
+        layout,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        bias=bias,
+    )
+    if isinstance(found, Tensor):  # a user's function need not know the log-sum-exp
+        return AttentionOutput(found, found.new_full(query.shape[:-1], torch.nan, dtype=torch.float32))
+    return found
+
+
+def choose(request: Request, name: str = AUTO) -> Choice:
+    """The backend for a call.
+
+    Args:
+        request: the call.
+        name: a backend's name, `package.module:function`, or `auto`: the fastest for the device that supports the call.
+
+    Raises:
+        UsageError: the named backend is unknown, absent here, or does not support the call.
+    """
+    if name != AUTO:
+        backend = find(name)
+        if (reason := backend.missing() or backend.unsupported(request)) is not None:
+            raise UsageError(f"attention backend `{name}`: {reason}", hint="rerun with `--attention auto`")
+        return Choice(backend, "asked for")
+    passed_over: list[str] = []
+    for candidate in _FASTEST_FIRST:
+        backend = find(candidate)
+        if (reason := backend.missing() or backend.unsupported(request)) is None:
+            return Choice(backend, "; ".join(passed_over) or "the fastest here")
+        passed_over.append(f"`{candidate}`: {reason}")
+    raise UsageError(f"no attention backend serves this call: {'; '.join(passed_over)}")
+
+
+def find(name: str) -> Backend:
+    """A backend by its name, or a user's own by `package.module:function`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if ":" in name:
+        return _custom(name)
+    backends = built_in()
+    if name not in backends:
+        raise UsageError(
+            f"no attention backend is named `{name}`",
+            hint=f"choose one of {', '.join(backends)}, or name a function of your own as package.module:function",
+        )
+    return backends[name]
+
+
+@cache
+def built_in() -> dict[str, Backend]:
+    """Our own backends by name."""
+    found: dict[str, Backend] = {}
+    for name in _BUILT_IN:
+        backend = importlib.import_module(f"rlhf_cli.attention.backends.{name}").BACKEND
+        found[backend.name] = backend
+    return found
+
+
+@cache
+def _custom(name: str) -> Backend:
+    module, _, function = name.partition(":")
+    try:
+        attend = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"cannot import attention backend `{name}`: {error}",
+            hint="give package.module:function, with the package's folder in PYTHONPATH",
+        ) from error
+    if not callable(attend):
+        raise UsageError(f"attention backend `{name}` is no function but a {type(attend).__name__}")
+    return Backend(name, "your own", attend, missing=lambda: None, unsupported=lambda request: None)
+
+
+def names() -> tuple[str, ...]:
+    """What `model.attention` may be, besides a function of one's own and transformers' own names."""
+    return (AUTO, *built_in())
+
+
+# Modules of `backends/`, each with a BACKEND.
+_BUILT_IN = ("reference", "tiled", "library", "kernels")
+_FASTEST_FIRST = ("triton", "torch", "tiled", "reference")
