@@ -27,11 +27,12 @@ class AttentionOutput(NamedTuple):
     Attributes:
         output: (B, H, Lq, Dv) in the dtype of the query; 0 on rows that see nothing.
         logsumexp: (B, H, Lq) float32 (float64 for float64 inputs) nats, L above; -inf on rows that see nothing and
-            have no sink. Differentiable.
+            have no sink. Differentiable. None where the backend keeps it to itself, which `Backend.unsupported` says
+            of a call that needs it.
     """
 
     output: Tensor
-    logsumexp: Tensor
+    logsumexp: Tensor | None
 
 
 class AttentionFunction(Protocol):
@@ -83,6 +84,7 @@ class Request:
         head_size, value_size: D and Dv.
         dtype, device: of the query.
         needs_grad: whether a backward pass may follow.
+        needs_logsumexp: whether the log-sum-exp is wanted too.
     """
 
     layout: Layout
@@ -98,6 +100,7 @@ class Request:
     dtype: torch.dtype
     device: torch.device
     needs_grad: bool
+    needs_logsumexp: bool
 
     @staticmethod
     def of(
@@ -111,6 +114,7 @@ class Request:
         softcap: float | None,
         sinks: Tensor | None,
         bias: Tensor | None,
+        needs_logsumexp: bool = False,
     ) -> Request:
         """From the arguments of a call."""
         tensors = [tensor for tensor in (query, key, value, sinks, bias) if tensor is not None]
@@ -128,6 +132,7 @@ class Request:
             dtype=query.dtype,
             device=query.device,
             needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+            needs_logsumexp=needs_logsumexp,
         )
 
 

@@ -125,6 +125,15 @@ class Layout:
         return Layout(len(rows), width, width, tuple(segments))
 
     @staticmethod
+    def bounded(queries: Sequence[int], keys: Sequence[int], query_length: int, key_length: int) -> Layout:
+        """Packed sequences of one batch row by their S + 1 boundaries, those of queries and of keys."""
+        segments = tuple(
+            Segment(query, next_query - query, key, next_key - key)
+            for query, next_query, key, next_key in zip(queries, queries[1:], keys, keys[1:], strict=False)
+        )
+        return Layout(1, query_length, key_length, segments)
+
+    @staticmethod
     def tree(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
         """Groups of answers after a shared prompt, on end in one batch row: [P; R1; ...; RK; P'; R'1; ...].
 

@@ -6,7 +6,6 @@ import importlib
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from rlhf_cli.attention.contract import AttentionOutput, Backend, Request
@@ -37,15 +36,27 @@ def attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     backend: str = AUTO,
+    needs_logsumexp: bool = False,
 ) -> AttentionOutput:
     """Attention by any backend; the arguments are those of `contract.AttentionFunction`, with their usual defaults.
+
+    `needs_logsumexp` leaves backends out that do not give it.
 
     Raises:
         UsageError: the backend is unknown, absent here, or does not support this call.
     """
     layout = layout if layout is not None else Layout.dense(query.shape[0], query.shape[2], key.shape[2])
     request = Request.of(
-        query, key, value, layout, causal=causal, window=window, softcap=softcap, sinks=sinks, bias=bias
+        query,
+        key,
+        value,
+        layout,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        bias=bias,
+        needs_logsumexp=needs_logsumexp,
     )
     found = choose(request, backend).backend.attend(
         query,
@@ -59,9 +70,7 @@ def attention(
         sinks=sinks,
         bias=bias,
     )
-    if isinstance(found, Tensor):  # a user's function need not know the log-sum-exp
-        return AttentionOutput(found, found.new_full(query.shape[:-1], torch.nan, dtype=torch.float32))
-    return found
+    return AttentionOutput(found, None) if isinstance(found, Tensor) else found
 
 
 def choose(request: Request, name: str = AUTO) -> Choice:
