@@ -1,9 +1,9 @@
 """Our backends inside Hugging Face models.
 
-A model that honours transformers' `AttentionInterface` calls our function in every layer. What it may see comes from one
-of four places, first found, first served: the layout its caller gave (`attention_layout`, packed rows and prefix trees),
-the boundaries of TRL's packing (`cu_seq_lens_q` and `_k`), the layout that our mask function made of a padding mask, a
-cache or restarting positions, or, where the model made no mask, the shapes.
+A model that honours transformers' `AttentionInterface` calls our function in every layer. Who sees whom comes from the
+first of four places that says so: the layout that the model's caller gave (`attention_layout`, for packed rows and
+prefix trees), the boundaries of TRL's packing (`cu_seq_lens_q` and `cu_seq_lens_k`), the layout that our mask function
+made of a padding mask, a cache or positions that start again, and, where the model made no mask, the shapes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -215,7 +216,7 @@ def _cut(starts: Tensor) -> Layout:
     rows = []
     for row in starts.tolist():
         edges = [0, *(at for at, is_start in enumerate(row) if is_start), len(row)]
-        rows.append([end - start for start, end in zip(edges, edges[1:], strict=False)])
+        rows.append([end - start for start, end in pairwise(edges)])
     return Layout.packed(rows, width=starts.shape[1])
 
 
