@@ -1,20 +1,23 @@
-"""A small model from nothing: a Llama-style transformer with random weights and a byte-level BPE tokenizer of its own.
+"""A small model from nothing: an explicit transformer with random weights and a byte-level BPE tokenizer of its own.
 
-For trying the whole pipeline without a network or a GPU. It writes an ordinary Hugging Face folder, so every later
-stage treats it as any other model.
+For trying the whole pipeline without a network or a GPU, and for trying what a part of the transformer does. It writes
+an ordinary Hugging Face folder, so every later stage treats it as any other model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import quiet_libraries
+from rlhf_cli.transformer.config import FeedForwardKind, Norm, NormPlacement, Positions, TransformerConfig
+from rlhf_cli.transformer.heads import TransformerForCausalLM, TransformerForSeq2SeqLM
 
 END, PADDING = "<|eos|>", "<|pad|>"
 
@@ -30,54 +33,81 @@ def build_model(
     vocab_size: int,
     context_length: int,
     seed: int,
+    architecture: Literal["decoder", "encoder-decoder"] = "decoder",
+    positions: Positions = "rotary",
+    norm: Norm = "rms",
+    norm_placement: NormPlacement = "pre",
+    feed_forward: FeedForwardKind = "swiglu",
+    key_heads: int | None = None,
+    biases: bool = False,
+    tied_embeddings: bool = False,
 ) -> None:
     """Write a new model with its tokenizer to `folder`; the same arguments write the same bytes.
 
-    The architecture is Llama's: RMSNorm before each part, rotary positions, SwiGLU, no biases, input and output
-    embeddings apart. Weights are drawn with deviation 1/sqrt(hidden_size), so that the first logits have deviation 1:
-    Llama's 0.02 is made for widths of thousands, and at a hundred it costs the first hundreds of steps.
+    The defaults are Llama's parts. Weights are drawn with deviation 1/sqrt(hidden_size), so that the first logits have
+    deviation 1: Llama's 0.02 is made for widths of thousands, and at a hundred it costs the first hundreds of steps.
 
     Args:
         folder: made if absent.
         texts: what the tokenizer learns its merges from.
         hidden_size: width of the residual stream.
-        layers: transformer blocks.
-        heads: attention heads; divides `hidden_size` into parts of even size, as rotary positions need.
+        layers: transformer blocks, in an encoder-decoder of each kind.
+        heads: attention heads; divides `hidden_size`, with rotary positions into parts of even size.
         feed_forward_size: width inside the feed-forward part.
         vocab_size: most tokens the tokenizer may hold, the 256 bytes and the 2 special ones included.
         context_length: longest sequence in tokens.
         seed: of the random weights.
+        architecture, positions, norm, norm_placement, feed_forward: see `TransformerConfig`. Sinusoids, of size 1, go
+            with embeddings multiplied by sqrt(hidden_size), to size 1 too.
+        key_heads: heads of keys and values; None is `heads`.
+        biases: in all linear layers of the blocks.
+        tied_embeddings: one matrix for embeddings and output.
 
     Raises:
         ModelError: sizes that make no transformer, or no text.
     """
-    if hidden_size % heads or (hidden_size // heads) % 2:
-        raise ModelError(
-            f"`model.build`: {heads} heads cannot share a hidden size of {hidden_size}",
-            hint="heads must divide the hidden size into parts of even size, such as 4 heads for 128",
-        )
     quiet_libraries()
+    try:
+        config = TransformerConfig(
+            architecture=architecture,
+            positions=positions,
+            norm=norm,
+            norm_placement=norm_placement,
+            feed_forward=feed_forward,
+            hidden_size=hidden_size,
+            intermediate_size=feed_forward_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            max_position_embeddings=context_length,
+            attention_biases=biases,
+            feed_forward_biases=biases,
+            scale_embeddings=positions == "sinusoidal",
+            tie_word_embeddings=tied_embeddings,
+            initializer_range=hidden_size**-0.5,
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"`model.build`: {error}",
+            hint="heads must divide the hidden size into parts of even size, such as 4 heads for 128"
+            ", and key heads must divide the heads",
+        ) from error
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, context_length=context_length)
     backend = tokenizer.backend_tokenizer
     end, padding = backend.token_to_id(END), backend.token_to_id(PADDING)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=feed_forward_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=context_length,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=padding,
-        initializer_range=hidden_size**-0.5,
-    )
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id, config.pad_token_id = end, padding
+    # As in T5, the decoder of an encoder-decoder begins with the padding token, which no answer contains.
+    config.decoder_start_token_id = padding if config.is_encoder_decoder else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=end, pad_token_id=padding)
+        model = TransformerForSeq2SeqLM(config) if config.is_encoder_decoder else TransformerForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        eos_token_id=end,
+        pad_token_id=padding,
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
 from rlhf_cli.errors import ModelError
 
 Precision = Literal["auto", "float32", "bfloat16"]

@@ -22,25 +22,52 @@ from rlhf_cli.recipe.base import (
 
 
 class BuildSettings(Section):
-    """A new, randomly initialised Llama-style model with a byte-level BPE tokenizer trained on `sft.data`."""
+    """A new, randomly initialised transformer with a byte-level BPE tokenizer trained on `sft.data`. The defaults are
+    Llama's parts; docs/transformer.md says what each part is."""
 
     hidden_size: Annotated[int, Field(ge=16, multiple_of=2)] = 128
     """Width of the residual stream."""
     layers: Count = 4
-    """Transformer blocks."""
+    """Transformer blocks; an encoder-decoder has as many of each kind."""
     heads: Count = 4
     """Attention heads; divides `hidden_size`."""
+    key_heads: Count | None = None
+    """Heads of keys and values, each shared by as many attention heads; divides `heads`. Null is one for each."""
     feed_forward_size: Count = 384
-    """Width inside the SwiGLU feed-forward part."""
+    """Width inside the feed-forward part."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
     """Most tokens the tokenizer may hold, special ones included."""
     context_length: Annotated[int, Field(ge=8)] = 256
     """Longest sequence in tokens."""
+    architecture: Literal["decoder", "encoder-decoder"] = "decoder"
+    """`decoder` reads prompt and answer as one text. `encoder-decoder` reads the prompt both ways; it cannot be a
+    reward model, so `train_rm` then needs another `model`. An encoder alone writes no text and is not on offer."""
+    positions: Literal["sinusoidal", "learned", "rotary"] = "rotary"
+    """`sinusoidal` as in 2017 (embeddings are then multiplied by the root of `hidden_size`), `learned` as in GPT-2, or
+    `rotary`."""
+    norm: Literal["layer", "rms"] = "rms"
+    """LayerNorm, or RMSNorm, which leaves out the mean."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """`post`: norm(x + part(x)), as in 2017. `pre`: x + part(norm(x)), as since GPT-2; it bears higher
+    learning rates."""
+    feed_forward: Literal["relu", "gelu", "gelu-tanh", "swiglu"] = "swiglu"
+    """Nonlinearity of the feed-forward part; `swiglu` has a third matrix."""
+    biases: bool = False
+    """Biases in the linear layers of the blocks."""
+    tied_embeddings: bool = False
+    """One matrix for embeddings and output."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.hidden_size % self.heads:
             raise ValueError(f"`heads` must divide `hidden_size`; got {self.heads} and {self.hidden_size}")
+        if self.heads % (self.key_heads or 1):
+            raise ValueError(f"`key_heads` must divide `heads`; got {self.key_heads} and {self.heads}")
+        if self.positions == "rotary" and self.hidden_size // self.heads % 2:
+            raise ValueError(
+                f"rotary positions need heads of even size; got {self.hidden_size} / {self.heads} = "
+                f"{self.hidden_size // self.heads}"
+            )
         return self
 
 

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folder_loads_as_any_other_model(folder: Path):
     source = ModelSource(str(folder))
     model, tokenizer = load_policy(source), load_tokenizer(source)
-    assert model.config.model_type == "llama"
+    assert model.config.model_type == "rlhf-transformer"
     assert model.config.max_position_embeddings == 64
     assert model.config.num_hidden_layers == 2
     assert model.config.vocab_size == len(tokenizer) <= 300

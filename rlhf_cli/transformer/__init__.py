@@ -1,0 +1,38 @@
+"""The explicit transformer: from Vaswani et al. 2017 to today, every part in a file of its own.
+
+Importing this package tells transformers' Auto classes about it.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+from rlhf_cli.transformer.config import TransformerConfig
+from rlhf_cli.transformer.heads import (
+    TransformerForCausalLM,
+    TransformerForMaskedLM,
+    TransformerForSeq2SeqLM,
+    TransformerForSequenceClassification,
+)
+from rlhf_cli.transformer.model import TransformerModel
+
+__all__ = [
+    "TransformerConfig",
+    "TransformerForCausalLM",
+    "TransformerForMaskedLM",
+    "TransformerForSeq2SeqLM",
+    "TransformerForSequenceClassification",
+    "TransformerModel",
+]
+
+AutoConfig.register(TransformerConfig.model_type, TransformerConfig)
+AutoModel.register(TransformerConfig, TransformerModel)
+AutoModelForCausalLM.register(TransformerConfig, TransformerForCausalLM)
+AutoModelForMaskedLM.register(TransformerConfig, TransformerForMaskedLM)
+AutoModelForSeq2SeqLM.register(TransformerConfig, TransformerForSeq2SeqLM)
+AutoModelForSequenceClassification.register(TransformerConfig, TransformerForSequenceClassification)

@@ -1,0 +1,98 @@
+"""A block: self-attention, cross-attention where there is an encoder, feed-forward, each with its norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf_cli.transformer.config import TransformerConfig
+from rlhf_cli.transformer.feed_forward import make_feed_forward
+from rlhf_cli.transformer.multi_head import MultiHeadAttention
+from rlhf_cli.transformer.norms import make_norm
+from rlhf_cli.transformer.positions import Rotation
+
+TensorMap = Callable[[Tensor], Tensor]
+
+
+def residual(x: Tensor, sublayer: TensorMap, norm: TensorMap, placement: str) -> Tensor:
+    """A part of a block with its way around it.
+
+    post    LayerNorm(x + Sublayer(x))    Vaswani et al. 2017, section 3.1
+    pre     x + Sublayer(LayerNorm(x))    GPT-2; why it is easier to train: Xiong et al. 2020, arXiv:2002.04745
+
+    Args:
+        x: (B, T, d).
+        sublayer: the part.
+        norm: its norm.
+        placement: "post" or "pre".
+    """
+    if placement == "post":
+        return norm(x + sublayer(x))
+    return x + sublayer(norm(x))
+
+
+class Block(GradientCheckpointingLayer):
+    """One of the N layers of figure 1 of Vaswani et al. 2017: the left one, or with `has_cross` the right one.
+
+    Args:
+        config: of all parts.
+        layer: its number.
+        is_causal: self-attention sees nothing behind a position.
+        has_cross: between the two parts stands a third, which attends to the encoder's output.
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int, *, is_causal: bool, has_cross: bool) -> None:
+        super().__init__()
+        self.placement = config.norm_placement
+        self.self_attention = MultiHeadAttention(config, layer, is_causal=is_causal)
+        self.self_attention_norm = make_norm(config)
+        self.has_cross = has_cross
+        if has_cross:
+            self.cross_attention = MultiHeadAttention(config, layer, is_causal=False, is_cross=True)
+            self.cross_attention_norm = make_norm(config)
+        self.feed_forward = make_feed_forward(config)
+        self.feed_forward_norm = make_norm(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        angles: Rotation | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Transform hidden states.
+
+        Args:
+            x: (B, T, d).
+            memory: (B, S, d), the encoder's output, for blocks that have cross-attention.
+            attention_mask: of self-attention.
+            memory_mask: of cross-attention.
+            angles: rotary positions.
+            past_key_values: cache.
+            kwargs: for the backend of self-attention.
+
+        Returns:
+            (B, T, d).
+        """
+
+        def attend(x: Tensor) -> Tensor:
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            return self.self_attention(
+                x, attention_mask=attention_mask, angles=angles, past_key_values=cache, **kwargs
+            )[0]
+
+        def attend_to_memory(x: Tensor) -> Tensor:
+            return self.cross_attention(x, memory, attention_mask=memory_mask, past_key_values=past_key_values)[0]
+
+        x = residual(x, attend, self.self_attention_norm, self.placement)
+        if self.has_cross:
+            x = residual(x, attend_to_memory, self.cross_attention_norm, self.placement)
+        return residual(x, self.feed_forward, self.feed_forward_norm, self.placement)

@@ -1,0 +1,132 @@
+"""What a transformer is made of: one choice a part, each with the paper it comes from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from transformers import PretrainedConfig
+
+Architecture = Literal["decoder", "encoder", "encoder-decoder"]
+Positions = Literal["sinusoidal", "learned", "rotary"]
+Norm = Literal["layer", "rms"]
+NormPlacement = Literal["pre", "post"]
+FeedForwardKind = Literal["relu", "gelu", "gelu-tanh", "swiglu"]
+
+_CHOICES = {
+    "architecture": Architecture,
+    "positions": Positions,
+    "norm": Norm,
+    "norm_placement": NormPlacement,
+    "feed_forward": FeedForwardKind,
+}
+
+
+class TransformerConfig(PretrainedConfig):
+    """Parts and sizes of a transformer. The defaults are today's decoder; `vaswani_2017` is where it began.
+
+    Attributes:
+        architecture: a decoder reads left to right (GPT), an encoder both ways (BERT), an encoder-decoder reads with
+            the one and writes with the other (Vaswani et al. 2017, arXiv:1706.03762).
+        positions: sinusoidal (Vaswani et al. 2017, section 3.5), learned (GPT-2) or rotary (Su et al. 2021,
+            arXiv:2104.09864).
+        norm: layer (Ba et al. 2016, arXiv:1607.06450) or rms (Zhang and Sennrich 2019, arXiv:1910.07467).
+        norm_placement: post, LayerNorm(x + Sublayer(x)), or pre, x + Sublayer(LayerNorm(x)) with a last norm behind the
+            blocks (GPT-2; Xiong et al. 2020, arXiv:2002.04745).
+        feed_forward: relu (Vaswani et al. 2017, equation 2), gelu (Hendrycks and Gimpel 2016, arXiv:1606.08415), its
+            tanh approximation (GPT-2), or swiglu (Shazeer 2020, arXiv:2002.05202).
+        num_key_value_heads: heads of keys and values, each shared by as many query heads (Ainslie et al. 2023,
+            arXiv:2305.13245); None is one a query head.
+        head_dim: size of a head; None is hidden_size / num_attention_heads.
+        attention_biases: whether the four projections of attention have biases.
+        feed_forward_biases: whether those of the feed-forward part have.
+        norm_eps: added to the variance.
+        rope_base: of the rotary frequencies.
+        llama3_rope: Llama 3.1's stretching of them, `factor`, `low_freq_factor`, `high_freq_factor` and
+            `original_max_position_embeddings`; None for none.
+        scale_embeddings: multiply token embeddings by sqrt(hidden_size) (Vaswani et al. 2017, section 3.4), which keeps
+            them as large as sinusoids.
+        tie_word_embeddings: one matrix for the embeddings of encoder and decoder and for the output projection.
+    """
+
+    model_type = "rlhf-transformer"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' name and type)
+
+    architecture: str = "decoder"
+    positions: str = "rotary"
+    norm: str = "rms"
+    norm_placement: str = "pre"
+    feed_forward: str = "swiglu"
+    vocab_size: int = 32_000
+    hidden_size: int = 512
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    attention_biases: bool = False
+    feed_forward_biases: bool = False
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+    llama3_rope: dict[str, Any] | None = None
+    scale_embeddings: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what follows from the rest, and refuse what makes no transformer (ValueError)."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(f"{self.num_attention_heads} heads cannot share a hidden size of {self.hidden_size}")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check()
+        self.is_encoder_decoder = self.architecture == "encoder-decoder"
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"`{name}: {getattr(self, name)}` is none of {', '.join(get_args(choices))}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key heads")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of numbers; {self.num_attention_heads} heads are of size {self.head_dim}"
+            )
+        if self.positions == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"sinusoidal positions come in pairs, and a hidden size of {self.hidden_size} is odd")
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it writes: everything but an encoder alone."""
+        return self.architecture != "encoder"
+
+    @classmethod
+    def vaswani_2017(cls, **sizes: Any) -> TransformerConfig:
+        """The model of Vaswani et al. 2017: sinusoids, LayerNorm behind each part, ReLU, encoder and decoder.
+
+        Args:
+            sizes: everything else, such as `hidden_size`.
+        """
+        parts: dict[str, Any] = {
+            "architecture": "encoder-decoder",
+            "positions": "sinusoidal",
+            "norm": "layer",
+            "norm_placement": "post",
+            "feed_forward": "relu",
+            "attention_biases": False,  # W^Q, W^K, W^V and W^O of section 3.2.2 are matrices alone
+            "feed_forward_biases": True,  # b1 and b2 of equation 2
+            "norm_eps": 1e-5,
+            "scale_embeddings": True,
+            "tie_word_embeddings": True,  # section 3.4
+        }
+        return cls(**(parts | sizes))

@@ -1,0 +1,304 @@
+"""The transformer with a head: next tokens, hidden tokens, an answer to what the encoder read, or a score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    Seq2SeqLMOutput,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils.generic import can_return_tuple
+
+from rlhf_cli.transformer.config import TransformerConfig
+from rlhf_cli.transformer.model import TransformerModel, TransformerPreTrainedModel, resize_encoder
+
+
+class _Headed(TransformerPreTrainedModel):
+    """A backbone, `model`, of one of the architectures that its head can use."""
+
+    architectures: tuple[str, ...] = ()
+
+    def __init__(self, config: TransformerConfig) -> None:
+        if config.architecture not in self.architectures:
+            raise ValueError(
+                f"{type(self).__name__} is for `architecture: {' or '.join(self.architectures)}`, "
+                f"not {config.architecture}"
+            )
+        super().__init__(config)
+        self.model = TransformerModel(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Inverse of `get_input_embeddings`."""
+        self.model.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers does, in both stacks."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        resize_encoder(self, embeddings)
+        return embeddings
+
+
+class _LanguageModel(_Headed):
+    """A backbone with a projection to the vocabulary, logits = h W^T (Vaswani et al. 2017, section 3.4)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _logits(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        if isinstance(logits_to_keep, int):
+            return self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        return self.lm_head(hidden[:, logits_to_keep])
+
+
+class TransformerForCausalLM(_LanguageModel, GenerationMixin):
+    """A decoder that predicts the next token: p(x_t | x_<t) (GPT; Radford et al. 2018)."""
+
+    architectures = ("decoder",)
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # noqa: RUF012
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the token after each.
+
+        Args:
+            input_ids: (B, T); this and what follows as in `Stack.forward`.
+            attention_mask: (B, Tk).
+            position_ids: (B, T).
+            past_key_values: cache.
+            inputs_embeds: (B, T, d).
+            labels: (B, T), `input_ids` themselves, -100 where no loss is taken; the shift happens here.
+            use_cache: return a cache.
+            logits_to_keep: how many of the last positions, or which, reach the vocabulary; 0 is all.
+            kwargs: for the backend and the loss.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self._logits(output.last_hidden_state, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
+    """An encoder-decoder that writes an answer to what it read: p(y_t | y_<t, x) (Vaswani et al. 2017)."""
+
+    architectures = ("encoder-decoder",)
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForMaskedLM"  # transformers' name of a cross-entropy that shifts nothing
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """[start; y_1 ... y_(T-1)], (B, T): what the decoder reads to predict (B, T) labels, -100 on padding."""
+        start = self.config.decoder_start_token_id
+        if start is None:
+            raise ValueError("`decoder_start_token_id` is not set, so the decoder has nothing to start from")
+        shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
+        return shifted.masked_fill(
+            shifted == -100, start if self.config.pad_token_id is None else self.config.pad_token_id
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits of the answer's tokens.
+
+        Args:
+            input_ids: (B, S) what the encoder reads; this and what follows as in `TransformerModel.forward`.
+            attention_mask: (B, S).
+            decoder_input_ids: (B, T), the start token first; None takes them from `labels`.
+            decoder_attention_mask: (B, T).
+            encoder_outputs: of an earlier call.
+            past_key_values: cache.
+            inputs_embeds: (B, S, d).
+            decoder_inputs_embeds: (B, T, d).
+            labels: (B, T) answers, -100 on padding.
+            use_cache: return a cache.
+            logits_to_keep: how many of the last positions, or which, reach the vocabulary; 0 is all.
+            kwargs: for the backend and the loss.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self._logits(output.last_hidden_state, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        carried = {key: value for key, value in output.items() if key != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **carried)
+
+
+class TransformerForMaskedLM(_LanguageModel):
+    """An encoder that predicts tokens hidden from it (BERT; Devlin et al. 2018, arXiv:1810.04805, section 3.1)."""
+
+    architectures = ("encoder",)
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}  # noqa: RUF012
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Logits of the token at each position.
+
+        Args:
+            input_ids: (B, T); this and what follows as in `Stack.forward`.
+            attention_mask: (B, T).
+            position_ids: (B, T).
+            inputs_embeds: (B, T, d).
+            labels: (B, T), -100 where nothing was hidden.
+            kwargs: for the backend and the loss.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.lm_head(output.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+class TransformerForSequenceClassification(_Headed):
+    """A linear head on one vector a text: a decoder's last real token, the mean of an encoder's real tokens."""
+
+    architectures = ("decoder", "encoder")
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels or 1, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores of texts.
+
+        Args:
+            input_ids: (B, T); this and what follows as in `Stack.forward`.
+            attention_mask: (B, T), padding on either side; None means that there is none.
+            position_ids: (B, T).
+            past_key_values: cache.
+            inputs_embeds: (B, T, d).
+            labels: (B,).
+            use_cache: return a cache.
+            kwargs: for the backend and the loss.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        pooled = self.score(self._pooled(output.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _pooled(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, T, d) -> (B, d)."""
+        is_real = (
+            hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        is_real = is_real[:, -hidden.shape[1] :]
+        if self.config.architecture == "encoder":
+            kept = hidden.masked_fill(~is_real.unsqueeze(-1), 0.0)
+            return kept.sum(dim=1) / is_real.sum(dim=1, keepdim=True)
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (places * is_real).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
