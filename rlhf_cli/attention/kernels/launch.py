@@ -1,0 +1,214 @@
+"""From tensors to a kernel with its grid, arguments and tile: what a GPU runs and the compile tests compile."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.attention.kernels import schedule
+from rlhf_cli.attention.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
+from rlhf_cli.attention.kernels.device import INTERPRETED
+from rlhf_cli.attention.kernels.forward import forward_kernel
+from rlhf_cli.attention.kernels.tiles import Tile, tile
+from rlhf_cli.attention.layout import Layout
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one attention call; last dimensions have stride 1, and `bias` is expanded to (B, H, Lq, Lk)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor | None
+    bias: Tensor | None
+    layout: Layout
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+    @property
+    def heads(self) -> int:
+        """H, query heads."""
+        return self.query.shape[1]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """D and Dv, each padded to a power of two that a tensor core takes."""
+        return _padded(self.query.shape[-1]), _padded(self.value.shape[-1])
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a kernel."""
+        is_32_bit = self.query.dtype == torch.float32
+        return tile(kernel, max(self.blocks), is_32_bit=is_32_bit, interpreted=bool(INTERPRETED))
+
+    def tiles(self, kernel: str) -> Tensor:
+        """The blocks a kernel works on."""
+        size = self.tile(kernel)
+        device = self.query.device
+        if kernel == "dkdv":
+            return schedule.key_tiles(self.layout, size.keys, device, causal=self.causal, window=self.window)
+        return schedule.query_tiles(self.layout, size.queries, device, causal=self.causal, window=self.window)
+
+    def tables(self) -> schedule.Tables:
+        """The segments."""
+        return schedule.tables(self.layout, self.query.device)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all it needs."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    tile: Tile
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told; Triton 3.10 changes the default of fusing products with sums."""
+        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        """Start it; without programs there is nothing to do."""
+        if self.programs:
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def forward(call: Call, output: Tensor, logsumexp: Tensor) -> Launch:
+    """Fills `output` and `logsumexp` on every row of a segment."""
+    size, tiles, tables = call.tile("forward"), call.tiles("forward"), call.tables()
+    arguments = _shared(call, size) | {
+        "sinks": call.sinks,
+        "output": output,
+        "logsumexp": logsumexp,
+        "tiles": tiles,
+        "segments": tables.segments,
+        "chains": tables.chains,
+        **_strides("output", output),
+        "SINKS": call.sinks is not None,
+        # A product with a negative scale would swap highest and lowest.
+        "FOLD": call.softcap is None and call.bias is None and call.scale > 0,
+    }
+    return Launch(forward_kernel, len(tiles) * call.heads, arguments, size)
+
+
+def delta(
+    call: Call, output: Tensor, d_output: Tensor, logsumexp: Tensor, d_logsumexp: Tensor | None, found: Tensor
+) -> Launch:
+    """Fills `found` (B, H, Lq) with rowsum(dO * O) - dL."""
+    size, tiles = call.tile("dq"), call.tiles("dq")
+    arguments = {
+        "output": output,
+        "d_output": d_output,
+        "logsumexp": logsumexp,
+        "d_logsumexp": d_logsumexp,
+        "delta": found,
+        "tiles": tiles,
+        "segments": call.tables().segments,
+        **_strides("output", output),
+        **_strides("d_output", d_output),
+        **_strides("d_logsumexp", d_logsumexp),
+        "heads": call.heads,
+        "rows": call.layout.query_length,
+        "VALUE_SIZE": call.value.shape[-1],
+        "VALUE_BLOCK": call.blocks[1],
+        "QUERIES": size.queries,
+        "D_LOGSUMEXP": d_logsumexp is not None,
+    }
+    return Launch(delta_kernel, len(tiles) * call.heads, arguments, size)
+
+
+def dq(
+    call: Call, d_output: Tensor, logsumexp: Tensor, delta: Tensor, d_query: Tensor, d_bias: Tensor | None
+) -> Launch:
+    """Fills `d_query` on every row of a segment, and `d_bias` (B, H, Lq, Lk) wherever a query sees a key."""
+    size, tiles, tables = call.tile("dq"), call.tiles("dq"), call.tables()
+    arguments = _shared(call, size) | {
+        "d_output": d_output,
+        "logsumexp": logsumexp,
+        "delta": delta,
+        "d_query": d_query,
+        "d_bias": d_bias,
+        "tiles": tiles,
+        "segments": tables.segments,
+        "chains": tables.chains,
+        **_strides("d_output", d_output),
+        **_strides("d_query", d_query),
+        **_strides("d_bias", d_bias),
+        "scale": call.scale,
+        "D_BIAS": d_bias is not None,
+    }
+    return Launch(dq_kernel, len(tiles) * call.heads, arguments, size)
+
+
+def dkdv(call: Call, d_output: Tensor, logsumexp: Tensor, delta: Tensor, d_key: Tensor, d_value: Tensor) -> Launch:
+    """Fills `d_key` and `d_value` on every row of a segment."""
+    size, tiles = call.tile("dkdv"), call.tiles("dkdv")
+    arguments = _shared(call, size) | {
+        "d_output": d_output,
+        "logsumexp": logsumexp,
+        "delta": delta,
+        "d_key": d_key,
+        "d_value": d_value,
+        "tiles": tiles,
+        "segments": call.tables().segments,
+        **_strides("d_output", d_output),
+        **_strides("d_key", d_key),
+        **_strides("d_value", d_value),
+        "scale": call.scale,
+    }
+    return Launch(dkdv_kernel, len(tiles) * call.key.shape[1], arguments, size)
+
+
+def _shared(call: Call, size: Tile) -> dict[str, Any]:
+    """What forward, dQ and dK/dV all take."""
+    log2_e = math.log2(math.e)
+    if call.softcap is None:
+        score_scale, cap = call.scale * log2_e, 0.0
+    else:
+        score_scale, cap = call.scale / call.softcap, call.softcap * log2_e
+    return {
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "bias": call.bias,
+        **_strides("query", call.query),
+        **_strides("key", call.key),
+        **_strides("value", call.value),
+        **_strides("bias", call.bias),
+        "bias_k": 0 if call.bias is None else call.bias.stride(3),
+        "heads": call.heads,
+        "rows": call.layout.query_length,
+        "score_scale": score_scale,
+        "cap": cap,
+        "window": min(call.window or 0, schedule.NO_LIMIT),
+        "GROUP": call.heads // call.key.shape[1],
+        "HEAD_SIZE": call.query.shape[-1],
+        "VALUE_SIZE": call.value.shape[-1],
+        "HEAD_BLOCK": call.blocks[0],
+        "VALUE_BLOCK": call.blocks[1],
+        "QUERIES": size.queries,
+        "KEYS": size.keys,
+        "CAUSAL": call.causal,
+        "WINDOW": call.window is not None,
+        "SOFTCAP": call.softcap is not None,
+        "BIAS": call.bias is not None,
+        "TREE": call.layout.is_tree,
+    }
+
+
+def _strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+    """The first three strides under the names of the kernels' arguments."""
+    strides = (0, 0, 0) if tensor is None else tensor.stride()[:3]
+    last = "q" if name.endswith("bias") else "l"
+    return dict(zip((f"{name}_b", f"{name}_h", f"{name}_{last}"), strides, strict=True))
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
