@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli import doctor, evaluate, init, label, ppo, recipe, run, sft, train_rm
+from rlhf_cli.cli import attention, doctor, evaluate, init, label, ppo, recipe, run, sft, train_rm
 
 app = typer.Typer(
     add_completion=False,
@@ -47,4 +47,5 @@ app.command("train-rm")(train_rm.train_rm)
 app.command("ppo")(ppo.ppo)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(attention.app, name="attention")
 app.command("doctor")(doctor.doctor)
