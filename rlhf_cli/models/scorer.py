@@ -2,7 +2,8 @@
 
 A decoder's reward is a linear head on the hidden state of the last real token, r = w h_last + b (Stiennon et al. 2020,
 section 3.4), found by length and never by the padding id, so a tokenizer whose padding is its end token is no trap. An
-encoder's is its own pooled head. Rewards reach other stages normalised: (raw - mean) / std.
+encoder's is its own pooled head. Answers to one prompt are read behind one copy of it where the model can do that (see
+`models.backbone`). Rewards reach other stages normalised: (raw - mean) / std.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_cli.attention.groups import plan_groups
+from rlhf_cli.attention.layout import Layout
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.templates import PromptFormat
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.adapters import adapter_layers, add_lora, load_adapter
+from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.scorer_files import ADAPTER_FOLDER, load_head, read_card, save_artefact
 from rlhf_cli.models.scorer_shell import head_of, head_parameters, load_shell, room_of
@@ -33,6 +37,48 @@ class Encoded:
 
     ids: list[int]
     types: list[int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ScorerBatch:
+    """N sequences as a scorer reads them: in groups with shared prefixes, or padded on the right.
+
+    Attributes:
+        input_ids: (B, L); B is 1 in groups, else N. Padding repeats a row's first token: no id, and no weight of an
+            unused embedding, can reach a reward through it.
+        last: (N,) row of each sequence's last token, counted over the B * L of `input_ids`.
+        layout: of groups; None where sequences are padded.
+        mask: (N, L) 1 on real tokens, for encoders; a decoder never looks ahead.
+        types: (N, L), for encoders that ask for them.
+    """
+
+    input_ids: Tensor
+    last: Tensor
+    layout: Layout | None = None
+    mask: Tensor | None = None
+    types: Tensor | None = None
+
+    @staticmethod
+    def grouped(sequences: Sequence[Encoded], device: torch.device) -> ScorerBatch:
+        """What sequences share is read once."""
+        plan = plan_groups([sequence.ids for sequence in sequences])
+        last = torch.tensor([path.last_row for path in plan.paths])
+        return ScorerBatch(plan.input_ids.to(device), last.to(device), plan.layout)
+
+    @staticmethod
+    def padded(sequences: Sequence[Encoded], device: torch.device) -> ScorerBatch:
+        """A row a sequence."""
+        lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
+        width = int(lengths.max())
+        ids = torch.tensor([sequence.ids[0] for sequence in sequences]).unsqueeze(1).repeat(1, width)
+        types = None if sequences[0].types is None else torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+            if types is not None and sequence.types is not None:
+                types[row, : len(sequence.types)] = torch.tensor(sequence.types)
+        mask = (torch.arange(width) < lengths.unsqueeze(1)).long().to(device)
+        last = (torch.arange(len(sequences)) * width + lengths - 1).to(device)
+        return ScorerBatch(ids.to(device), last, mask=mask, types=None if types is None else types.to(device))
 
 
 class Scorer(nn.Module):
@@ -70,35 +116,33 @@ class Scorer(nn.Module):
         return head_of(self.model, self.source.path)
 
     @property
+    def backbone(self) -> PreTrainedModel:
+        """The model under the head."""
+        backbone = self.model.base_model
+        assert isinstance(backbone, PreTrainedModel)
+        return backbone
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether what sequences share is read once."""
+        return not self.is_encoder and reads_groups(self.backbone)
+
+    @property
     def device(self) -> torch.device:
         """Where it lives."""
         return self.bias.device
 
-    def forward(self, input_ids: Tensor, lengths: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Raw rewards.
-
-        Args:
-            input_ids: (B, T), right-padded; what stands in the padding is never read.
-            lengths: (B,) real tokens of each row, at least 1.
-            token_type_ids: (B, T), for encoders that ask for them.
-
-        Returns:
-            (B,) float32, before normalisation.
-        """
-        is_real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)
-        # Padding becomes a token of the row itself: no id, and no weight of an unused embedding, can reach a reward.
-        input_ids = torch.where(is_real, input_ids, input_ids[:, :1])
+    def forward(self, batch: ScorerBatch) -> Tensor:
+        """Raw rewards, before normalisation: (N,) float32."""
         precision = self.source.precision
-        with torch.autocast(input_ids.device.type, dtype=precision, enabled=precision != torch.float32):
+        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
             if self.is_encoder:
-                types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-                logits = self.model(input_ids=input_ids, attention_mask=is_real.long(), **types).logits
-                return logits[:, 0].float()
-            # Causal attention never looks ahead and positions count from the left: right padding needs no mask.
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()
+                types = {} if batch.types is None else {"token_type_ids": batch.types}
+                return self.model(input_ids=batch.input_ids, attention_mask=batch.mask, **types).logits[:, 0].float()
+            hidden = last_hidden(self.backbone, batch.input_ids, batch.layout)
         head = self.head
-        raw = nn.functional.linear(last, head.weight.float(), None if head.bias is None else head.bias.float())
+        bias = None if head.bias is None else head.bias.float()
+        raw = nn.functional.linear(hidden[batch.last].float(), head.weight.float(), bias)
         return (raw + self.bias)[:, 0]
 
     def encode(self, prompt: Prompt, completion: str, *, ended: bool = True) -> Encoded:
@@ -108,18 +152,10 @@ class Scorer(nn.Module):
         tokens: Any = self.format.tokenizer(self.format.prompt_string(prompt), completion)
         return Encoded(tokens["input_ids"], tokens.get("token_type_ids"))
 
-    def batch(self, sequences: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Arguments of `forward` for these sequences: ids (B, T), lengths (B,), token types (B, T) or None."""
-        longest = max(len(sequence.ids) for sequence in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        types = None if sequences[0].types is None else torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-            if types is not None and sequence.types is not None:
-                types[row, : len(sequence.types)] = torch.tensor(sequence.types)
-        lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
-        on_device = None if types is None else types.to(self.device)
-        return ids.to(self.device), lengths.to(self.device), on_device
+    def batch(self, sequences: Sequence[Encoded]) -> ScorerBatch:
+        """The argument of `forward` for these sequences, none empty."""
+        arrange = ScorerBatch.grouped if self.reads_groups else ScorerBatch.padded
+        return arrange(sequences, self.device)
 
     @torch.no_grad()
     def score(
@@ -147,11 +183,13 @@ class Scorer(nn.Module):
             self._fit(self.encode(prompt, completion, ended=end))
             for prompt, completion, end in zip(prompts, completions, finished, strict=True)
         ]
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
+        # Alike beginnings together where they are read once, else like lengths, so that little is padding.
+        by_ids, by_length = (lambda row: encoded[row].ids), (lambda row: len(encoded[row].ids))
+        order = sorted(range(len(encoded)), key=by_ids if self.reads_groups else by_length)
         rewards = [0.0] * len(encoded)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            raw = self(*self.batch([encoded[row] for row in rows]))
+            raw = self(self.batch([encoded[row] for row in rows]))
             for row, reward in zip(rows, self.normalise(raw).tolist(), strict=True):
                 rewards[row] = reward
             if progress is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import DivergedError
+from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.logprobs import Projection, TokenLogprobs, response_hidden
 
@@ -92,7 +93,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 class Engine:
-    """Forward passes over answers, in micro-batches of like length.
+    """Forward passes over answers, in micro-batches of answers that cost least together.
 
     Args:
         actors: the models.
@@ -115,31 +116,38 @@ class Engine:
         self._micro_batch_size = micro_batch_size
         with actors.policy() as model:
             self.device = model.device
-            self._decoder_start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+            self._grouped = reads_groups(model)
 
     def batch(self, answers: Answers, rows: Sequence[int]) -> SequenceBatch:
-        """Some of the answers as tensors."""
-        return SequenceBatch.of(
-            [answers.prompt_ids[row] for row in rows],
-            [answers.response_ids[row] for row in rows],
-            self.device,
-            decoder_start=self._decoder_start,
-        )
+        """Some of the answers as tensors, as the policy reads them, and with it reference and critic."""
+        with self.actors.policy() as model:
+            return SequenceBatch.for_model(
+                model, [answers.prompt_ids[row] for row in rows], [answers.response_ids[row] for row in rows]
+            )
 
     def micro_batches(self, answers: Answers, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Cut `rows` into micro-batches whose members are of like length, so that little is padding."""
-        ordered = sorted(rows, key=lambda row: (len(answers.prompt_ids[row]) + len(answers.response_ids[row]), row))
+        """Cut `rows` into micro-batches: of answers to the same prompts where a prompt is read once for all of them,
+        else of answers of like length, so that little is padding.
+        """
+
+        def place(row: int) -> tuple[object, ...]:
+            prompt, response = answers.prompt_ids[row], answers.response_ids[row]
+            if self._grouped:
+                return len(prompt), prompt, len(response), row
+            return len(prompt) + len(response), row
+
+        ordered = sorted(rows, key=place)
         for start in range(0, len(ordered), self._micro_batch_size):
             yield ordered[start : start + self._micro_batch_size]
 
     def logprobs(self, model: PreTrainedModel, batch: SequenceBatch) -> TokenLogprobs:
-        """Log-probabilities and entropy at each answer token: (B, T) nats. Gradient as the context allows."""
+        """Log-probabilities and entropy at each answer token: (N, T) nats. Gradient as the context allows."""
         with self.autocast():
             hidden = response_hidden(model, batch)
         return Projection.of(model).token_logprobs(hidden, batch, temperature=self.temperature)
 
     def values(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-        """The critic's prediction before each answer token: (B, T), 0 on padding."""
+        """The critic's prediction before each answer token: (N, T), 0 on padding."""
         with self.autocast():
             hidden = response_hidden(model, batch)
         predicted = self.actors.value_head(hidden.float()).squeeze(-1)

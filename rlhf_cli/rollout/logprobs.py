@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.backbone import last_hidden
 from rlhf_cli.rollout.batch import SequenceBatch
 
 _VOCABULARY_TILE = 16_384
@@ -24,8 +25,8 @@ class TokenLogprobs:
     """What the policy thinks of answer tokens.
 
     Attributes:
-        logprobs: (B, T) nats; 0 on padding.
-        entropy: (B, T) nats of the next-token distribution; 0 on padding. Carries no gradient unless `logprobs` does.
+        logprobs: (N, T) nats; 0 on padding.
+        entropy: (N, T) nats of the next-token distribution; 0 on padding. Carries no gradient unless `logprobs` does.
     """
 
     logprobs: Tensor
@@ -33,11 +34,11 @@ class TokenLogprobs:
 
 
 def response_hidden(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-    """Last hidden states at the positions that predict answer tokens: (B, T, d).
+    """Last hidden states at the positions that predict answer tokens: (N, T, d); what stands on padding means nothing.
 
     Args:
-        model: language model, or its backbone, causal or encoder-decoder.
-        batch: prompts and answers.
+        model: language model, causal or encoder-decoder.
+        batch: prompts and answers, arranged as the model reads them.
     """
     if batch.encoder_ids is not None:
         encoded = model.get_encoder()(batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
@@ -47,10 +48,10 @@ def response_hidden(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
             encoder_attention_mask=batch.encoder_mask,
             use_cache=False,
         )
+        hidden = output.last_hidden_state.flatten(0, 1)
     else:
-        output = model.get_decoder()(input_ids=batch.input_ids, use_cache=False)
-    hidden = output.last_hidden_state
-    return hidden.gather(1, batch.predicting.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        hidden = last_hidden(model.get_decoder(), batch.input_ids, batch.layout)
+    return hidden[batch.predicting]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Projection:
         """Log-probability of each answer token, and the entropy at it.
 
         Args:
-            hidden: (B, T, d) from `response_hidden`.
+            hidden: (N, T, d) from `response_hidden`.
             batch: the answers.
             temperature: logits are divided by it, as in sampling.
         """
@@ -101,7 +102,7 @@ class Projection:
 
 
 def _unpacked(flat: Tensor, is_response: Tensor) -> Tensor:
-    """(N,) values of real tokens back into (B, T), 0 elsewhere; keeps the gradient."""
+    """Values of the real tokens alone back into (N, T), 0 elsewhere; keeps the gradient."""
     return torch.zeros(is_response.shape, dtype=flat.dtype, device=flat.device).masked_scatter(is_response, flat)
 
 
@@ -114,8 +115,7 @@ def check_projection(model: PreTrainedModel, name: str) -> None:
     """
     projection = Projection.of(model)
     probe = [token % len(projection.weight) for token in (3, 5, 7, 11)]
-    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
-    batch = SequenceBatch.of([probe[:2]], [probe[2:]], model.device, decoder_start=start)
+    batch = SequenceBatch.for_model(model, [probe[:2]], [probe[2:]])
     ours = projection.token_logprobs(response_hidden(model, batch), batch, temperature=1.0).logprobs
     if batch.encoder_ids is not None:
         logits = model(input_ids=batch.encoder_ids, decoder_input_ids=batch.input_ids, use_cache=False).logits

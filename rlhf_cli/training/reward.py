@@ -178,7 +178,7 @@ class RewardTrainer:
     def _losses(self, groups: list[RankedGroup], sums: StepSums) -> Tensor:
         """Loss of each group: (G,), with gradient."""
         scorer = self.scorer
-        rewards = scorer(*scorer.batch([sequence for group in groups for sequence in group.sequences]))
+        rewards = scorer(scorer.batch([sequence for group in groups for sequence in group.sequences]))
         levels = torch.tensor([level for group in groups for level in group.levels], device=rewards.device)
         sizes = torch.tensor([len(group.levels) for group in groups], device=rewards.device)
         members = torch.arange(len(groups), device=rewards.device).repeat_interleave(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -91,15 +92,23 @@ def test_rewards_do_not_depend_on_the_batch(model, request):
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", "tiny_bert"])
 def test_what_stands_in_the_padding_changes_nothing(model, request):
     scorer = scorer_of(request.getfixturevalue(model))
-    ids, lengths, types = scorer.batch([scorer.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
-    expected = scorer(ids, lengths, types)
-    poison = next(token for token in range(50, 300) if not (ids == token).any())
-    with torch.no_grad():
-        scorer.model.get_input_embeddings().weight[poison] = float("nan")
-    is_padding = torch.arange(ids.shape[1]) >= lengths.unsqueeze(1)
+    encoded = [scorer.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    batch = scorer.batch(encoded)
+    expected = scorer(batch)
+    is_padding = torch.arange(batch.input_ids.shape[1]) >= torch.tensor([[len(one.ids)] for one in encoded])
     assert is_padding.any()
-    rewards = scorer(ids.masked_fill(is_padding, poison), lengths, types)
+    # Every embedding that no sequence holds is NaN, so padding made of any other token would show.
+    used = torch.tensor(sorted({token for one in encoded for token in one.ids}))
+    with torch.no_grad():
+        embedding = scorer.model.get_input_embeddings().weight
+        poisoned = torch.full_like(embedding, float("nan"))
+        poisoned[used] = embedding[used]
+        embedding.copy_(poisoned)
+    rewards = scorer(batch)
     assert torch.equal(rewards, expected)
+    # Nor does it matter which of the row's own tokens stands there.
+    first = batch.input_ids.masked_fill(is_padding, 0) + is_padding * batch.input_ids[:, 1:2]
+    assert torch.equal(scorer(dataclasses.replace(batch, input_ids=first)), expected)
     rewards.sum().backward()
     head = scorer.head.weight.grad
     assert head is not None
@@ -201,7 +210,7 @@ def test_only_adapter_and_head_train_and_the_head_is_float32(tiny_llama):
     assert all("lora_" in name or name.endswith("score.weight") for name in trained)
     assert sum(name.endswith("score.weight") for name in trained) == 1
     assert set(trained.values()) == {torch.float32}
-    assert scorer(*scorer.batch([scorer.encode("a", "b")])).dtype == torch.float32
+    assert scorer(scorer.batch([scorer.encode("a", "b")])).dtype == torch.float32
 
 
 def test_everything_trains_in_float32_without_an_adapter(tiny_llama):
@@ -229,9 +238,10 @@ def test_an_encoder_reads_prompt_and_answer_as_a_pair(tiny_bert):
     assert tokenizer.convert_ids_to_tokens(encoded.ids)[-1] == "[SEP]"
     assert encoded.types is not None
     assert sorted(set(encoded.types)) == [0, 1]
-    ids, lengths, types = scorer.batch([encoded])
-    assert types is not None
-    assert float(scorer(ids, lengths, types)) != pytest.approx(float(scorer(ids, lengths, types * 0)), abs=1e-6)
+    batch = scorer.batch([encoded])
+    assert batch.types is not None
+    of_one = dataclasses.replace(batch, types=batch.types * 0)
+    assert float(scorer(batch)) != pytest.approx(float(scorer(of_one)), abs=1e-6)
 
 
 def test_gradient_checkpointing_is_on_and_changes_no_gradient(tiny_llama):
@@ -241,7 +251,7 @@ def test_gradient_checkpointing_is_on_and_changes_no_gradient(tiny_llama):
         calls = []
         layer = scorer.model.base_model.layers[0].mlp
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        scorer(*scorer.batch([scorer.encode(PROMPTS[1], COMPLETIONS[1])])).sum().backward()
+        scorer(scorer.batch([scorer.encode(PROMPTS[1], COMPLETIONS[1])])).sum().backward()
         assert len(calls) == (2 if recompute else 1), "a layer that is recomputed runs twice"
         gradients.append(scorer.head.weight.grad)
     assert torch.allclose(*gradients)
@@ -336,7 +346,7 @@ def test_a_text_that_is_too_long_loses_the_beginning_of_its_prompt(tiny_llama, t
         cut = Encoded(ids[:kept_in_front] + ids[len(ids) - scorer.room + kept_in_front :], None)
         types = None if not scorer.is_encoder else [0] * (scorer.room - 3) + [1] * 3
         cut = Encoded(cut.ids, types if types is None else scorer.encode(long_prompt, "Yes.").types[-scorer.room :])
-        expected = scorer.normalise(scorer(*scorer.batch([cut]))).item()
+        expected = scorer.normalise(scorer(scorer.batch([cut]))).item()
         assert scorer.score([long_prompt], ["Yes."]) == pytest.approx([expected], abs=1e-6)
         assert "lose the beginning of their prompt" in capsys.readouterr().err
 
