@@ -79,7 +79,7 @@ def plan_groups(sequences: Sequence[Sequence[int]]) -> GroupPlan:
         sequences: ids, none empty.
     """
     assert all(sequences), "a sequence has at least one token"
-    order = sorted(range(len(sequences)), key=lambda number: sequences[number])
+    order = sorted(range(len(sequences)), key=lambda number: list(sequences[number]))
     ids: list[int] = []
     shape: list[tuple[int, list[int]]] = []
     paths: dict[int, Path] = {}

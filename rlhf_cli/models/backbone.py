@@ -35,33 +35,39 @@ def reads_groups(model: PreTrainedModel) -> bool:
         _keeps_apart[backbone] = _probe(backbone)
         if not _keeps_apart[backbone]:
             warn(
-                f"the {model.config.model_type} model `{model.name_or_path}` does not keep the sequences of a group apart:"
-                " its batches are padded, and a prompt is read once an answer"
+                f"the {model.config.model_type} model `{model.name_or_path}` does not keep the sequences of a group"
+                " apart: its batches are padded, and a prompt is read once an answer"
             )
     return _keeps_apart[backbone]
 
 
-def last_hidden(backbone: PreTrainedModel, input_ids: Tensor, layout: Layout | None) -> Tensor:
+def last_hidden(
+    backbone: PreTrainedModel, input_ids: Tensor, layout: Layout | None, *, position_ids: Tensor | None = None
+) -> Tensor:
     """Last hidden states of a causal backbone, its batch rows on end: (B * L, d).
 
     Args:
         backbone: without its vocabulary head.
         input_ids: (B, L).
         layout: of groups; None for rows padded on the right. Causal attention never looks ahead and positions count
-            from the left, so padding needs no mask.
+            from the left, so padding needs no mask; a mask of ones would join what `position_ids` keeps apart.
+        position_ids: (B, L), without a layout: they start again where the next sequence of a row does.
     """
-    if layout is None:
-        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    assert is_ours(backbone), "transformers' own attention would pass a layout over in silence"
-    positions = layout.positions(input_ids.device)
-    output = backbone(input_ids=input_ids, position_ids=positions, attention_layout=layout, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+    arguments = {}
+    if layout is not None:
+        assert is_ours(backbone), "transformers' own attention would pass a layout over in silence"
+        arguments = {"position_ids": layout.positions(input_ids.device), "attention_layout": layout}
+    elif position_ids is not None:
+        arguments = {"position_ids": position_ids}
+    return backbone(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
 def _probe(backbone: PreTrainedModel) -> bool:
     """Whether hidden states in a group and a sequence behind it are those of each sequence alone."""
-    vocabulary = int(backbone.get_input_embeddings().weight.shape[0])
+    embedding = backbone.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    vocabulary = embedding.shape[0]
     tokens = [3 + 7 * step % (vocabulary - 3) for step in range(12)]
     sequences = [tokens[:7], tokens[:4] + tokens[8:11], tokens[2:6]]
     plan = plan_groups(sequences)

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.adapters import add_lora, cast_weights, merge_lora
+from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.progress import say, task
 from rlhf_cli.rollout.logprobs import check_projection
 from rlhf_cli.training.checkpoints import latest_checkpoint
 from rlhf_cli.training.control import Stop
 from rlhf_cli.training.metrics import MetricsLog
-from rlhf_cli.training.sft_data import BatchPlan, Example, as_dataset, pack
+from rlhf_cli.training.sft_data import BatchPlan, Example, as_dataset, pack, pack_groups
 from rlhf_cli.training.sft_loss import check_packing, collator_for, mean_completion_nll
 from rlhf_cli.training.sft_trainer import Reporting, make_trainer, quiet_training
 
@@ -175,7 +176,10 @@ def _train(
 ) -> dict[str, Any]:
     rows = [[number] for number in range(len(examples))]
     if options.packing:
-        rows = pack([len(example) for example in examples], options.max_length)
+        if reads_groups(model):
+            rows = pack_groups(examples, options.max_length)
+        else:
+            rows = pack([len(example) for example in examples], options.max_length)
         say(f"packed {len(examples):,} records into {len(rows):,} rows of up to {options.max_length:,} tokens")
     plan = BatchPlan(len(rows), options.epochs, options.batch_size, options.micro_batch_size, options.seed)
     checkpoints = work / "checkpoints"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.data.records import Demonstration
 from rlhf_cli.data.templates import PromptFormat
 
@@ -72,6 +74,33 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         if left > 0:
             with_room.setdefault(left, []).append(row)
     return rows
+
+
+def pack_groups(examples: Sequence[Example], capacity: int) -> list[list[int]]:
+    """Fill rows as `pack` does where a row reads a prompt once for all its completions in that row.
+
+    Completions of one prompt stay together, as many as fit behind it.
+
+    Args:
+        examples: none over `capacity` tokens.
+        capacity: tokens of a row.
+
+    Returns:
+        Rows of example numbers.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for number, example in enumerate(examples):
+        # Text without a prompt shares nothing.
+        by_prompt.setdefault(tuple(example.prompt_ids) or (-1 - number,), []).append(number)
+    units: list[list[int]] = []
+    lengths: list[int] = []
+    for members in by_prompt.values():
+        prompt = len(examples[members[0]].prompt_ids)
+        completions = [len(examples[number].completion_ids) for number in members]
+        for part in pack(completions, capacity - prompt):
+            units.append([members[place] for place in part])
+            lengths.append(prompt + sum(completions[place] for place in part))
+    return [[number for unit in row for number in units[unit]] for row in pack(lengths, capacity)]
 
 
 def as_dataset(examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> Dataset:
@@ -147,6 +176,32 @@ class BatchPlan:
             left, epoch = left - len(permutation), epoch + 1
 
 
+Batch = dict[str, Any]
+"""What a collator makes of rows: the tensors that a model reads, and which tokens it is to predict.
+
+    input_ids: (B, L) what the model, or its decoder, reads.
+    predicting: (N,) rows of `input_ids`, counted over its B * L, that predict a token.
+    targets: (N,) the token that each predicts.
+    completions: (N,) of how many examples it is a token of the completion. More than one where examples share it.
+    texts: (N,) of how many examples it is any token but the first.
+
+A decoder-only model gets `layout` (groups) or, with several examples in a row, `position_ids` (B, L) as well; an
+encoder-decoder `encoder_ids` and `encoder_mask` (B, S).
+"""
+
+
+@dataclass(frozen=True)
+class GroupCollator:
+    """Rows as a batch for a model that takes groups: all examples in one row of tokens, common prefixes once."""
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> Batch:
+        """Lay the rows out as tensors."""
+        examples = [example for row in rows for example in _examples(row)]
+        plan = plan_groups([ids for ids, _ in examples])
+        predictions = _predictions(examples, [path.rows() for path in plan.paths])
+        return {"input_ids": plan.input_ids, "layout": plan.layout, **predictions}
+
+
 @dataclass(frozen=True)
 class CausalCollator:
     """Rows as a batch for a decoder-only model, padded on the right, where causal attention never looks.
@@ -154,39 +209,26 @@ class CausalCollator:
     Padding repeats a row's first token: what attention gives no weight is still multiplied by it, and 0 x NaN is NaN,
     so no token that is not in the row may come near it.
 
-    Emits, each (B, T):
-        input_ids: what the model reads.
-        targets: the token that follows each position.
-        is_completion: bool, True where the target is a token of a completion.
-        is_text: bool, True where the target is any token that follows another of its own example.
-        position_ids: with `packed`, restarting at every example and on every padding token, which is how transformers
-            knows where one example ends: examples of one row do not see each other.
+    Attributes:
+        packed: rows hold several examples. Positions then start again at every example and on every padding token,
+            which is how transformers knows where one example ends: examples of one row do not see each other.
     """
 
     packed: bool
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, list[int]]]) -> Batch:
         """Lay the rows out as tensors."""
-        width = max(len(row["ids"]) for row in rows)
-        input_ids = torch.tensor([row["ids"][0] for row in rows]).unsqueeze(1).repeat(1, width)
-        is_completion = torch.zeros(len(rows), width, dtype=torch.bool)
-        is_text = torch.zeros(len(rows), width, dtype=torch.bool)
-        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        input_ids, _ = _padded([row["ids"] for row in rows])
+        positions = torch.zeros_like(input_ids)
+        examples, where = [], []
         for number, row in enumerate(rows):
-            input_ids[number, : len(row["ids"])] = torch.tensor(row["ids"])
             start = 0
-            for length, prompt in zip(row["lengths"], row["prompt_lengths"], strict=True):
-                # Position t predicts token t + 1: the first token of an example is predicted by nothing.
-                is_text[number, start : start + length - 1] = True
-                is_completion[number, start + max(prompt, 1) - 1 : start + length - 1] = True
-                positions[number, start : start + length] = torch.arange(length)
-                start += length
-        batch = {
-            "input_ids": input_ids,
-            "targets": input_ids.roll(-1, dims=1),
-            "is_completion": is_completion,
-            "is_text": is_text,
-        }
+            for ids, prompt in _examples(row):
+                positions[number, start : start + len(ids)] = torch.arange(len(ids))
+                examples.append((ids, prompt))
+                where.append(torch.arange(start, start + len(ids)) + number * input_ids.shape[1])
+                start += len(ids)
+        batch = {"input_ids": input_ids, **_predictions(examples, where)}
         return batch | {"position_ids": positions} if self.packed else batch
 
 
@@ -194,27 +236,59 @@ class CausalCollator:
 class Seq2SeqCollator:
     """Rows as a batch for an encoder-decoder: prompts to the encoder, completions to the decoder.
 
-    Emits `encoder_ids` and `encoder_mask` (B, S), and as (B, T) the decoder's `input_ids` (start token, then the
-    completion shifted by one), `targets`, `is_completion` and the equal `is_text`.
+    The decoder reads a start token, then the completion shifted by one.
     """
 
     decoder_start: int
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, list[int]]]) -> Batch:
         """Lay the rows out as tensors."""
         prompts = [row["ids"][: row["prompt_lengths"][0]] for row in rows]
         completions = [row["ids"][row["prompt_lengths"][0] :] for row in rows]
         encoder_ids, encoder_mask = _padded(prompts)
-        targets, is_completion = _padded(completions)
-        decoder_ids, _ = _padded([[self.decoder_start, *completion[:-1]] for completion in completions])
+        decoder_ids, is_real = _padded([[self.decoder_start, *completion[:-1]] for completion in completions])
+        once = torch.ones(int(is_real.sum()), dtype=torch.long)
         return {
             "encoder_ids": encoder_ids,
             "encoder_mask": encoder_mask.long(),
             "input_ids": decoder_ids,
-            "targets": targets,
-            "is_completion": is_completion,
-            "is_text": is_completion,
+            "predicting": is_real.flatten().nonzero().squeeze(1),
+            "targets": torch.tensor([token for completion in completions for token in completion]),
+            "completions": once,
+            "texts": once,
         }
+
+
+def _examples(row: dict[str, list[int]]) -> Iterator[tuple[list[int], int]]:
+    """Ids of each example in a row, and how many of them are its prompt."""
+    start = 0
+    for length, prompt in zip(row["lengths"], row["prompt_lengths"], strict=True):
+        yield row["ids"][start : start + length], prompt
+        start += length
+
+
+def _predictions(examples: Sequence[tuple[list[int], int]], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What is to be predicted from where, and how often it counts: see `Batch`.
+
+    A row predicts the token behind it in its own example, so the first token of an example is predicted by nothing.
+    Examples that share a prefix share its rows; what they all predict from one of them is computed once.
+
+    Args:
+        examples: ids of each, and how many of them are its prompt.
+        rows: of the tokens of each.
+    """
+    row = torch.cat([of_example[:-1] for of_example in rows])
+    target = torch.cat([torch.tensor(ids[1:], dtype=torch.long) for ids, _ in examples])
+    is_completion = torch.cat([torch.arange(1, len(ids)) >= prompt for ids, prompt in examples])
+    vocabulary = int(target.max()) + 1 if len(target) else 1
+    kept, place = (row * vocabulary + target).unique(return_inverse=True)
+    none = torch.zeros(len(kept), dtype=torch.long)
+    return {
+        "predicting": kept // vocabulary,
+        "targets": kept % vocabulary,
+        "completions": none.index_add(0, place, is_completion.long()),
+        "texts": none.index_add(0, place, torch.ones_like(place)),
+    }
 
 
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

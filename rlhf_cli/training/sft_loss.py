@@ -12,22 +12,23 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.rollout.logprobs import Projection
-from rlhf_cli.training.sft_data import CausalCollator, Example, Seq2SeqCollator, as_dataset
+from rlhf_cli.training.sft_data import Batch, CausalCollator, Example, GroupCollator, Seq2SeqCollator, as_dataset
 
-Collator = CausalCollator | Seq2SeqCollator
+Collator = GroupCollator | CausalCollator | Seq2SeqCollator
 _VOCABULARY_TILE = 16_384
 
 
 def collator_for(model: PreTrainedModel, *, packed: bool) -> Collator:
-    """The collator that fits a model's architecture."""
+    """The collator that fits a model's architecture and attention."""
     if model.config.is_encoder_decoder:
         return Seq2SeqCollator(model.config.decoder_start_token_id)
-    return CausalCollator(packed)
+    return GroupCollator() if reads_groups(model) else CausalCollator(packed)
 
 
-def token_logprobs(model: PreTrainedModel, batch: dict[str, Tensor], is_scored: Tensor) -> Tensor:
-    """Log-probability, in nats, of each target that `is_scored` (B, T) marks: (N,) in row order, float32.
+def token_logprobs(model: PreTrainedModel, batch: Batch, is_scored: Tensor) -> Tensor:
+    """Log-probability, in nats, of the targets of a batch that `is_scored` (N,) marks, in their order; float32.
 
     Only those positions meet the vocabulary, in tiles: nothing of shape batch x length x vocabulary exists.
     """
@@ -39,13 +40,14 @@ def token_logprobs(model: PreTrainedModel, batch: dict[str, Tensor], is_scored: 
             encoder_attention_mask=batch["encoder_mask"],
             use_cache=False,
         )
+        hidden = output.last_hidden_state.flatten(0, 1)
     else:
-        positions = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-        # No mask: padding is on the right, and a mask of ones would join the examples of a packed row.
-        output = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **positions)
+        hidden = last_hidden(
+            model.get_decoder(), batch["input_ids"], batch.get("layout"), position_ids=batch.get("position_ids")
+        )
     head = Projection.of(model)
     logprobs, *_ = ChunkedLogProbFunction.apply(
-        output.last_hidden_state[is_scored],
+        hidden[batch["predicting"][is_scored]],
         head.weight,
         head.bias,
         batch["targets"][is_scored],
@@ -71,15 +73,15 @@ class TokenCounts:
     text: int
 
     @staticmethod
-    def of(batches: Sequence[dict[str, Tensor]]) -> TokenCounts:
+    def of(batches: Sequence[Batch]) -> TokenCounts:
         """Count over all micro-batches of a step."""
         return TokenCounts(
-            completion=sum(int(batch["is_completion"].sum()) for batch in batches),
-            text=sum(int(batch["is_text"].sum()) for batch in batches),
+            completion=sum(int(batch["completions"].sum()) for batch in batches),
+            text=sum(int(batch["texts"].sum()) for batch in batches),
         )
 
 
-def sft_loss(model: PreTrainedModel, batch: dict[str, Tensor], counts: TokenCounts, *, lm_coef: float) -> Tensor:
+def sft_loss(model: PreTrainedModel, batch: Batch, counts: TokenCounts, *, lm_coef: float) -> Tensor:
     """One micro-batch's part of L3 = L2 + lambda L1 (Radford et al. 2018, section 3.2), in nats a token.
 
     L2 is the mean negative log-likelihood of completion tokens, L1 that of all tokens, prompts included. Both means are
@@ -91,12 +93,11 @@ def sft_loss(model: PreTrainedModel, batch: dict[str, Tensor], counts: TokenCoun
         counts: of the whole step.
         lm_coef: lambda.
     """
+    times, is_completion = batch["completions"], batch["completions"] > 0
     if lm_coef == 0.0:
-        return -token_logprobs(model, batch, batch["is_completion"]).sum() / counts.completion
-    logprobs = token_logprobs(model, batch, batch["is_text"])
-    of_completion = batch["is_completion"][batch["is_text"]]
-    completion_part = logprobs.masked_fill(~of_completion, 0.0).sum() / counts.completion
-    return -completion_part - lm_coef * logprobs.sum() / counts.text
+        return -(token_logprobs(model, batch, is_completion) * times[is_completion]).sum() / counts.completion
+    logprobs = token_logprobs(model, batch, torch.ones_like(is_completion))
+    return -(logprobs * times).sum() / counts.completion - lm_coef * (logprobs * batch["texts"]).sum() / counts.text
 
 
 @torch.no_grad()
@@ -122,17 +123,26 @@ def mean_completion_nll(
     collate = collator_for(model, packed=False)
     dataset = as_dataset(examples, [[number] for number in range(len(examples))])
     total, count = 0.0, 0
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number]))
+    if isinstance(collate, GroupCollator):  # completions of one prompt together
+        order = sorted(range(len(examples)), key=lambda number: examples[number].prompt_ids)
+    else:
+        order = sorted(range(len(examples)), key=lambda number: len(examples[number]))
     for start in range(0, len(order), batch_size):
         before_batch(start)
         rows = [dataset[number] for number in order[start : start + batch_size]]
-        batch = {key: value.to(model.device) for key, value in collate(rows).items()}
+        batch = on_device(collate(rows), model.device)
+        is_completion = batch["completions"] > 0
         with torch.autocast(model.device.type, dtype=precision, enabled=precision != torch.float32):
-            logprobs = token_logprobs(model, batch, batch["is_completion"])
-        total -= float(logprobs.double().sum())
-        count += logprobs.numel()
+            logprobs = token_logprobs(model, batch, is_completion)
+        total -= float((logprobs.double() * batch["completions"][is_completion]).sum())
+        count += int(batch["completions"].sum())
     model.train(was_training)
     return total / count
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors on a device; a layout is no tensor and stays as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def perplexity(nll: float) -> float:
@@ -144,6 +154,8 @@ def perplexity(nll: float) -> float:
 def check_packing(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose packed examples see each other, by comparing two packed rows with the same examples apart.
 
+    A model that takes groups was compared when it was first asked whether it does.
+
     Raises:
         ModelError: its attention does not keep them apart.
     """
@@ -152,6 +164,8 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
             f"`sft.packing` packs decoder-only models, and `{name}` is an encoder-decoder",
             hint="leave `packing` out, or set it to false",
         )
+    if reads_groups(model):
+        return
     vocabulary = Projection.of(model).weight.shape[0]
     tokens = [3 + 7 * step % (vocabulary - 3) for step in range(12)]
     examples = [
@@ -162,8 +176,8 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
 
     def score(packed: bool, rows: list[list[int]]) -> Tensor:
         collated = CausalCollator(packed)([dict(row) for row in as_dataset(examples, rows)])  # type: ignore[call-overload]
-        batch = {key: value.to(model.device) for key, value in collated.items()}
-        return token_logprobs(model, batch, batch["is_completion"])
+        batch = on_device(collated, model.device)
+        return token_logprobs(model, batch, batch["completions"] > 0)
 
     training, attention = model.training, model.config._attn_implementation
     model.eval()

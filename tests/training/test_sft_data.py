@@ -6,13 +6,24 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from rlhf_cli.data.records import Demonstration, Message
 from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.training.sft_data import BatchPlan, CausalCollator, Example, Seq2SeqCollator, as_dataset, pack, tokenize
+from rlhf_cli.training.sft_data import (
+    BatchPlan,
+    CausalCollator,
+    Example,
+    GroupCollator,
+    Seq2SeqCollator,
+    as_dataset,
+    pack,
+    pack_groups,
+    tokenize,
+)
 
 
 @given(st.lists(st.integers(1, 20), max_size=40))
@@ -67,7 +78,13 @@ def collate(collator, *rows: list[Example]):
     examples = [example for row in rows for example in row]
     numbers = iter(range(len(examples)))
     dataset = as_dataset(examples, [[next(numbers) for _ in row] for row in rows])
-    return {key: value.tolist() for key, value in collator([dataset[i] for i in range(len(dataset))]).items()}
+    batch = collator([dataset[i] for i in range(len(dataset))])
+    return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def predictions(batch) -> list[tuple[int, int, int, int]]:
+    """(row, target, in how many completions, in how many texts), in the order of rows."""
+    return list(zip(*(batch[key] for key in ("predicting", "targets", "completions", "texts")), strict=True))
 
 
 def test_causal_rows_score_completions_and_nothing_across_examples():
@@ -75,11 +92,51 @@ def test_causal_rows_score_completions_and_nothing_across_examples():
     batch = collate(CausalCollator(packed=True), packed, [Example([3], [2])])
     assert batch["input_ids"] == [[5, 6, 7, 8, 9, 4], [3, 2, 3, 3, 3, 3]]
     assert batch["position_ids"] == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 0, 0, 0]]
-    assert [row[:5] for row in batch["targets"]] == [[6, 7, 8, 9, 4], [2, 3, 3, 3, 3]]
     # 6 -> 7, 7 -> 8 and 9 -> 4 are completions; 8 -> 9 would cross into the next example.
-    assert batch["is_completion"] == [[False, True, True, False, True, False], [True] + [False] * 5]
-    assert batch["is_text"] == [[True, True, True, False, True, False], [True] + [False] * 5]
+    assert predictions(batch) == [(0, 6, 0, 1), (1, 7, 1, 1), (2, 8, 1, 1), (4, 4, 1, 1), (6, 2, 1, 1)]
     assert "position_ids" not in collate(CausalCollator(packed=False), [Example([3], [2])])
+
+
+def test_a_shared_prompt_is_read_once_and_counts_for_each_example():
+    rows = [Example([5, 6, 7], [8, 1]), Example([4], [1])], [Example([5, 6, 7], [9, 2, 1])]
+    batch = collate(GroupCollator(), *rows)
+    assert batch["input_ids"] == [[4, 1, 5, 6, 7, 8, 1, 9, 2, 1]]
+    assert batch["layout"].positions().tolist() == [[0, 1, 0, 1, 2, 3, 4, 3, 4, 5]]
+    assert predictions(batch) == [
+        (0, 1, 1, 1),
+        (2, 6, 0, 2),  # a token of the prompt, predicted once for two examples
+        (3, 7, 0, 2),
+        (4, 8, 1, 1),  # both completions begin behind the prompt's last token
+        (4, 9, 1, 1),
+        (5, 1, 1, 1),
+        (7, 2, 1, 1),
+        (8, 1, 1, 1),
+    ]
+
+
+def test_what_one_examples_prompt_and_anothers_completion_share_counts_as_either():
+    batch = collate(GroupCollator(), [Example([5], [6, 7, 1]), Example([5, 6], [7, 2])])
+    assert predictions(batch) == [(0, 6, 1, 2), (1, 7, 2, 2), (2, 1, 1, 1), (2, 2, 1, 1)]
+
+
+def test_packing_keeps_completions_of_a_prompt_in_one_row():
+    examples = [Example([1] * 6, [n, 0]) for n in (2, 3)] + [Example([9] * 5, [4]), Example([1] * 6, [5, 5, 0])]
+    assert pack_groups(examples, 14) == [[3, 0, 1], [2]]  # 6 + 3 + 2 + 2 = 13 tokens, where apart they are 25
+    assert sorted(map(sorted, pack_groups(examples, 11))) == [[0, 3], [1], [2]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 8)), max_size=25),
+    st.sampled_from([(0, 3, 9), (5, 5, 5)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_packed_groups_are_whole_and_no_row_too_long(pairs: list[tuple[int, int]], prompts: tuple[int, ...]):
+    examples = [Example([kind] * prompts[kind], [7] * length) for kind, length in pairs]
+    rows = pack_groups(examples, 18)
+    assert sorted(number for row in rows for number in row) == list(range(len(examples)))
+    for row in rows:
+        read = {tuple(examples[number].prompt_ids) for number in row}
+        assert sum(map(len, read)) + sum(len(examples[number].completion_ids) for number in row) <= 18
 
 
 def test_encoder_decoder_rows_shift_the_completion_behind_the_start_token():
@@ -87,8 +144,7 @@ def test_encoder_decoder_rows_shift_the_completion_behind_the_start_token():
     assert batch["encoder_ids"] == [[5, 6, 7], [4, 4, 4]]
     assert batch["encoder_mask"] == [[1, 1, 1], [1, 0, 0]]
     assert batch["input_ids"] == [[9, 3, 9], [9, 2, 8]]
-    assert batch["targets"] == [[3, 1, 3], [2, 8, 1]]
-    assert batch["is_completion"] == batch["is_text"] == [[True, True, False], [True, True, True]]
+    assert predictions(batch) == [(0, 3, 1, 1), (1, 1, 1, 1), (3, 2, 1, 1), (4, 8, 1, 1), (5, 1, 1, 1)]
 
 
 def test_ids_are_those_of_later_stages(tiny_llama: Path):
