@@ -176,17 +176,21 @@ def attention_mask(
     Raises:
         ModelError: the model asks for a mask that is no layout.
     """
+    if attention_mask is not None and hasattr(attention_mask, "rlhf_layout"):
+        return attention_mask  # `generate` made it already, for a static cache
     if use_vmap:
         raise ModelError("the model adds a mask of its own, which our attention layouts cannot describe")
     offset = int(q_offset)
     columns = torch.arange(kv_offset, kv_offset + kv_length, device=device)
-    is_real = (columns < offset + q_length).expand(batch_size, -1)
+    is_cross = mask_function is bidirectional_mask_function  # or an encoder, whose queries are all real or unread
+    is_written = torch.ones_like(columns, dtype=torch.bool) if is_cross else columns < offset + q_length
+    is_real = is_written.expand(batch_size, -1)
     if attention_mask is not None:
         given = attention_mask.to(device=device, dtype=torch.bool)
         inside = columns < given.shape[1]
         is_real = is_real & inside & given[:, columns.clamp(max=given.shape[1] - 1)]
     mask = is_real.contiguous()
-    if mask_function is bidirectional_mask_function:
+    if is_cross:
         found, mask.rlhf_is_causal = Layout.cross(q_length, mask), False  # pyright: ignore[reportAttributeAccessIssue]
     else:
         mask.rlhf_is_causal, starts = _looks(mask_function, batch_size, q_length, device)  # pyright: ignore

@@ -15,6 +15,10 @@ from rlhf_cli.errors import UsageError
 AUTO = "auto"
 
 
+chosen: dict[str, str] = {}
+"""What `auto` has taken in this process, with the first reason for each."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A backend, and why it was taken."""
@@ -92,7 +96,9 @@ def choose(request: Request, name: str = AUTO) -> Choice:
     for candidate in _FASTEST_FIRST:
         backend = find(candidate)
         if (reason := backend.missing() or backend.unsupported(request)) is None:
-            return Choice(backend, "; ".join(passed_over) or "the fastest here")
+            reason = "; ".join(passed_over) or "the fastest here"
+            chosen.setdefault(candidate, reason)
+            return Choice(backend, reason)
         passed_over.append(f"`{candidate}`: {reason}")
     raise UsageError(f"no attention backend serves this call: {'; '.join(passed_over)}")
 

@@ -6,6 +6,7 @@ import json
 
 import typer
 
+from rlhf_cli.cli import attention_verify
 from rlhf_cli.cli.options import Json
 
 app = typer.Typer(rich_markup_mode=None, help="Compare, prove and see attention.", no_args_is_help=True)
@@ -18,3 +19,6 @@ def list_backends(as_json: Json = False) -> None:
 
     found = abilities()
     typer.echo(json.dumps(found, indent=2) if as_json else as_table(found))
+
+
+app.command("verify")(attention_verify.verify)

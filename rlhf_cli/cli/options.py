@@ -23,7 +23,7 @@ RunDir = Annotated[
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random (`seed`).")]
 Attention = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Attention implementation, such as sdpa or eager (`model.attention`)."),
+    typer.Option(metavar="NAME", help="Attention backend, such as auto, tiled, triton or sdpa (`model.attention`)."),
 ]
 MaxSkip = Annotated[
     float | None, typer.Option(metavar="SHARE", help="Share of records that may be skipped (`data.max_skip`).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -22,7 +24,9 @@ from transformers import (
 )
 
 import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
+from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
+from rlhf_cli.progress import say
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -37,7 +41,8 @@ class ModelSource:
         trust_remote_code: run Python code that comes with the model.
         dtype: of frozen weights; trained weights are float32 whatever this says.
         precision: of matrix products (autocast).
-        attention: transformers' name of an implementation, or None for its choice.
+        attention: one of our backends, `auto` for the best of them that serves, `package.module:function` for your own,
+            or a name that transformers knows, such as `sdpa` and `eager`.
         device: where it lives.
     """
 
@@ -46,7 +51,7 @@ class ModelSource:
     trust_remote_code: bool = False
     dtype: torch.dtype = torch.float32
     precision: torch.dtype = torch.float32
-    attention: str | None = None
+    attention: str = "auto"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def at(self, path: str) -> ModelSource:
@@ -172,7 +177,7 @@ def load_weights(
             config=config,
             dtype=dtype or source.dtype,
             use_safetensors=True,
-            **({} if source.attention is None else {"attn_implementation": source.attention}),
+            **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
             **source.hub_arguments(),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -182,7 +187,52 @@ def load_weights(
             f"`{source.path}` lacks {len(missing):,} weights of a {config.model_type} model, such as `{missing[0]}`",
             hint="give the folder of a whole language model",
         )
-    return model.to(source.device).eval()
+    model = model.to(source.device).eval()
+    if is_our_attention(source.attention):
+        set_attention(model, source.attention, source.path)
+    return model
+
+
+def is_our_attention(name: str) -> bool:
+    """Whether a name is `auto`, one of our backends or a user's function, and not one that transformers knows."""
+    return name in registry.names() or (":" in name and "/" not in name.partition(":")[0])
+
+
+def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
+    """Let a model compute its attention by one of our backends, once it has shown that nothing changes by that.
+
+    Under `auto` a model that cannot keeps transformers' own attention, and a line says so.
+
+    Args:
+        model: on its device.
+        attention: as in `ModelSource`.
+        name: of the model, for messages.
+
+    Raises:
+        ModelError: the model does not honour our attention, and it was asked for by name.
+    """
+    implementation = hugging_face.implementation(attention)
+    try:
+        parity.require(model, name, implementation)
+    except ModelError as error:
+        if attention != registry.AUTO:
+            raise
+        _tell_once(f"attention: transformers' own `{model.config._attn_implementation}`, since {error.message}")
+        return
+    model.set_attn_implementation(implementation)
+    if attention == registry.AUTO:
+        _tell_once("attention: " + "; ".join(f"`{name}` ({reason})" for name, reason in registry.chosen.items()))
+
+
+@cache
+def _tell_once(line: str) -> None:
+    say(line)
+
+
+def load_any(path: str, device: torch.device) -> PreTrainedModel:
+    """A model of any kind in float32, its backbone alone, with transformers' own attention: for looking at it."""
+    source = ModelSource(path, attention="eager", device=device)
+    return load_weights(AutoModel, source, load_config(source))
 
 
 def disable_dropout(config: PretrainedConfig) -> None:

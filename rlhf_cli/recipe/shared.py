@@ -86,8 +86,10 @@ class ModelSettings(Section):
     """Precision of frozen weights; `auto` is that of `precision`. Trained weights are always float32."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products. `auto`: bfloat16 where the hardware multiplies it natively, else float32."""
-    attention: str | None = None
-    """Attention implementation by its transformers name, such as `sdpa` or `eager`; null lets transformers choose."""
+    attention: str = "auto"
+    """How attention is computed: one of our backends (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list`
+    says which run here), `auto` for the fastest that serves, `package.module:function` for your own, or transformers'
+    `sdpa` and `eager`, which read padded batches."""
     device: Annotated[str, EffortOnly()] = "auto"
     """`auto` (CUDA where there is one, else the CPU), `cpu` or `cuda`. CUDA_VISIBLE_DEVICES chooses one of several."""
     threads: Annotated[int | None, Field(ge=1), EffortOnly()] = None

@@ -1,0 +1,170 @@
+"""Our backends inside Hugging Face models: nothing may change, and models that would change are refused by name."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rlhf_cli.attention import families, hugging_face, parity, registry
+from rlhf_cli.attention.layout import Layout
+from rlhf_cli.errors import ModelError, UsageError
+
+SEQUENCES = parity.Sequences.random(families.VOCABULARY)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_family_computes_the_same_under_every_backend(family):
+    model = families.tiny_model(family)
+    alone = parity.Alone(model, SEQUENCES, with_gradients=True)
+    for backend in ("reference", "tiled", "torch"):
+        implementation = hugging_face.implementation(backend)
+        parity.require(model, family, implementation)
+        for check in parity.checks(model):
+            found = parity.parity(model, check, alone, implementation)
+            assert found.forward < 2e-5, (backend, check)
+            assert found.gradient is None or found.gradient < 5e-5, (backend, check)
+
+
+@pytest.mark.parametrize("family", families.REFUSED)
+def test_a_family_that_does_not_honour_the_interface_is_refused_by_name(family):
+    with pytest.raises(ModelError, match=f"the {family} model `theirs` does not let its attention be exchanged"):
+        parity.require(families.tiny_model(family), "theirs", hugging_face.implementation("reference"))
+
+
+def leaky(query, key, value, layout, **rules):
+    """A backend that overlooks who sees whom."""
+    everybody = Layout.dense(layout.batch, layout.query_length, layout.key_length)
+    return registry.attention(query, key, value, everybody, **rules, backend="reference")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_a_backend_that_leaks_is_found_out(family):
+    implementation = hugging_face.implementation(f"{__name__}:leaky" if "." in __name__ else "tests_leaky:leaky")
+    model = families.tiny_model(family)
+    with pytest.raises(ModelError, match="computes something else under our attention"):
+        parity.require(model, family, implementation)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tests_leaky", sys.modules[__name__])
+
+
+def test_a_model_that_never_calls_its_attention_is_refused():
+    model = families.tiny_model("llama")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ModelError, match="never calls the attention it is given"),
+    ):
+        patch.setattr(
+            type(model.layers[0].self_attn), "forward", lambda self, hidden_states, **_: (hidden_states, None)
+        )
+        parity.require(model, "deaf", hugging_face.implementation("reference"))
+
+
+def test_attention_dropout_is_refused():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2, attention_dropout=0.5)).train()  # fmt: skip
+    model.set_attn_implementation(hugging_face.implementation("torch"))
+    with pytest.raises(ModelError, match=r"attention dropout of 0\.5"):
+        model(input_ids=torch.tensor([[3, 4]]))
+
+
+def test_generation_writes_the_same_tokens_with_either_cache():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(families.tiny_model("mistral").config, attn_implementation="eager").eval()
+    ids, mask = torch.randint(3, 61, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    expected = model.generate(ids, **settings)
+    model.set_attn_implementation(hugging_face.implementation("torch"))
+    for cache in (None, "static"):
+        assert model.generate(ids, cache_implementation=cache, **settings).tolist() == expected.tolist(), cache
+
+
+def test_a_hole_in_the_padding_mask_is_refused():
+    model = families.tiny_model("llama")
+    model.set_attn_implementation(hugging_face.implementation("torch"))
+    with pytest.raises(ModelError, match="row 0 of the attention mask has padding between real tokens"):
+        model(input_ids=torch.tensor([[3, 4, 5]]), attention_mask=torch.tensor([[1, 0, 1]]))
+
+
+def test_a_layout_of_another_batch_is_refused():
+    model = families.tiny_model("llama")
+    model.set_attn_implementation(hugging_face.implementation("torch"))
+    with pytest.raises(ModelError, match=r"the attention layout is for .* \(1, 4, 4\), but the model asks for \(1, 3"):
+        model(input_ids=torch.tensor([[3, 4, 5]]), attention_layout=Layout.dense(1, 4), use_cache=False)
+
+
+def test_a_mask_of_four_dimensions_is_taken_as_it_is():
+    model = families.tiny_model("llama")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    mask[3, 0] = False
+    mask = mask[None, None]
+    found = []
+    for implementation in ("sdpa", hugging_face.implementation("torch"), hugging_face.implementation("tiled")):
+        model.set_attn_implementation(implementation)
+        found.append(model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[2], found[0], atol=1e-5, rtol=1e-5)
+
+
+def test_transformers_does_not_take_our_names_for_its_own():
+    assert hugging_face.implementation("rlhf_cli.attention.backends.tiled:attend") == (
+        "rlhf_rlhf_cli_attention_backends_tiled_attend"
+    )
+    assert "flash" not in hugging_face.implementation("tests_leaky:flash_sdpa_flex")
+
+
+def flash_sdpa_flex(query, key, value, layout, **rules):
+    """A name that transformers would misread."""
+    return registry.attention(query, key, value, layout, **rules, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tild", "no attention backend is named `tild`"),
+        ("nowhere.at_all:attend", "cannot import attention backend `nowhere.at_all:attend`"),
+        ("rlhf_cli.attention.layout:NO_PARENT", "is no function but a int"),
+    ],
+)
+def test_an_unknown_backend_is_named(name, message):
+    with pytest.raises(UsageError, match=message):
+        hugging_face.implementation(name)
+
+
+def test_auto_says_what_it_passed_over():
+    query = torch.randn(1, 1, 2, 4)
+    request = parity_request(query)
+    choice = registry.choose(request)
+    expected = "triton" if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+    assert choice.backend.name == expected
+    if expected == "torch":
+        assert "`triton`: " in choice.reason
+
+
+def parity_request(query):
+    from rlhf_cli.attention.contract import Request
+
+    return Request.of(
+        query, query, query, Layout.dense(1, 2), causal=True, window=None, softcap=None, sinks=None, bias=None
+    )
+
+
+@pytest.mark.real
+def test_the_real_model_computes_the_same(real_model):
+    from rlhf_cli.models.loading import load_any
+
+    model = load_any(str(real_model), torch.device("cpu"))
+    sequences = parity.Sequences.random(model.config.vocab_size, shared=12, own=(9, 1, 5))
+    alone = parity.Alone(model, sequences, with_gradients=False)
+    for backend in ("tiled", "torch"):
+        for check in parity.checks(model):
+            found = parity.parity(model, check, alone, hugging_face.implementation(backend))
+            assert found.forward < 1e-5, (backend, check)
