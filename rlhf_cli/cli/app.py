@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli import attention, doctor, evaluate, init, label, ppo, recipe, run, sft, train_rm
+from rlhf_cli.cli import attention, doctor, evaluate, init, label, ppo, recipe, run, sft, train_rm, transformer
 
 app = typer.Typer(
     add_completion=False,
@@ -47,5 +47,6 @@ app.command("train-rm")(train_rm.train_rm)
 app.command("ppo")(ppo.ppo)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(transformer.app, name="transformer")
 app.add_typer(attention.app, name="attention")
 app.command("doctor")(doctor.doctor)
