@@ -203,9 +203,12 @@ def _gradients(model: PreTrainedModel, hidden: Sequence[Tensor]) -> list[Tensor]
 
 
 def _hidden(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """What the backbone makes of its inputs: (B, L, d)."""
     device = model.device
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return model.base_model(**moved).last_hidden_state
+    output = model.base_model(**moved)
+    # T5 with its vocabulary head has no backbone inside: there the logits are what is compared.
+    return output.logits if getattr(output, "last_hidden_state", None) is None else output.last_hidden_state
 
 
 def _one(model: PreTrainedModel, sequences: Sequences, number: int) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import Tensor
 
-from rlhf_cli.attention.contract import AttentionOutput, Backend, Request
+from rlhf_cli.attention.contract import AttentionFunction, AttentionOutput, Backend, Request
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import UsageError
 
@@ -142,7 +144,31 @@ def _custom(name: str) -> Backend:
         ) from error
     if not callable(attend):
         raise UsageError(f"attention backend `{name}` is no function but a {type(attend).__name__}")
-    return Backend(name, "your own", attend, missing=lambda: None, unsupported=lambda request: None)
+    return Backend(name, "your own", _guarded(name, attend), missing=lambda: None, unsupported=lambda request: None)
+
+
+def _guarded(name: str, attend: AttentionFunction) -> AttentionFunction:
+    """A user's function, whose mistakes are told as theirs."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rules: Any) -> AttentionOutput:
+        try:
+            found = attend(query, key, value, layout, **rules)
+        except Exception as error:  # whatever the user's code raises
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(
+                f"attention backend `{name}` raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})",
+                hint="docs/attention.md says what it is called with",
+            ) from error
+        output = found if isinstance(found, Tensor) else found[0]
+        expected = (*query.shape[:-1], value.shape[-1])
+        if tuple(output.shape) != expected:
+            raise UsageError(
+                f"attention backend `{name}` returned a tensor of shape {tuple(output.shape)}, not {expected}",
+                hint="return (batch, query heads, query rows, value size)",
+            )
+        return AttentionOutput(output, None if found is output else found[1])
+
+    return call
 
 
 def names() -> tuple[str, ...]:

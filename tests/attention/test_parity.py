@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ def test_a_family_that_does_not_honour_the_interface_is_refused_by_name(family):
         parity.require(families.tiny_model(family), "theirs", hugging_face.implementation("reference"))
 
 
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """The functions of this file as a user's module would be found."""
+    monkeypatch.setitem(sys.modules, "our_own", sys.modules[__name__])
+
+
 def leaky(query, key, value, layout, **rules):
     """A backend that overlooks who sees whom."""
     everybody = Layout.dense(layout.batch, layout.query_length, layout.key_length)
@@ -42,28 +49,17 @@ def leaky(query, key, value, layout, **rules):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_a_backend_that_leaks_is_found_out(family):
-    implementation = hugging_face.implementation(f"{__name__}:leaky" if "." in __name__ else "tests_leaky:leaky")
+    implementation = hugging_face.implementation("our_own:leaky")
     model = families.tiny_model(family)
     with pytest.raises(ModelError, match="computes something else under our attention"):
         parity.require(model, family, implementation)
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "tests_leaky", sys.modules[__name__])
-
-
-def test_a_model_that_never_calls_its_attention_is_refused():
+def test_a_model_that_never_calls_its_attention_is_refused(monkeypatch):
     model = families.tiny_model("llama")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ModelError, match="never calls the attention it is given"),
-    ):
-        patch.setattr(
-            type(model.layers[0].self_attn), "forward", lambda self, hidden_states, **_: (hidden_states, None)
-        )
+    kind = type(model.layers[0].self_attn)
+    monkeypatch.setattr(kind, "forward", lambda self, hidden_states, **_: (hidden_states, None))
+    with pytest.raises(ModelError, match="never calls the attention it is given"):
         parity.require(model, "deaf", hugging_face.implementation("reference"))
 
 
@@ -118,7 +114,7 @@ def test_transformers_does_not_take_our_names_for_its_own():
     assert hugging_face.implementation("rlhf_cli.attention.backends.tiled:attend") == (
         "rlhf_rlhf_cli_attention_backends_tiled_attend"
     )
-    assert "flash" not in hugging_face.implementation("tests_leaky:flash_sdpa_flex")
+    assert "flash" not in hugging_face.implementation("our_own:flash_sdpa_flex")
 
 
 def flash_sdpa_flex(query, key, value, layout, **rules):
