@@ -154,7 +154,7 @@ def perplexity(nll: float) -> float:
 def check_packing(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose packed examples see each other, by comparing two packed rows with the same examples apart.
 
-    A model that takes groups was compared when it was first asked whether it does.
+    A model that takes groups was compared when it was loaded.
 
     Raises:
         ModelError: its attention does not keep them apart.

@@ -22,8 +22,8 @@ PROMPTS = ["Why is the sky blue?", "A short question about bread and water.", "h
 COMPLETIONS = ["Because.", "Mix flour, water, salt and yeast, then wait for it to rise.", ""]
 
 
-def scorer_of(folder: Path, lora=None, **settings) -> Scorer:
-    scorer = new_scorer(ModelSource(str(folder)), template=None, lora=lora, **settings).eval()
+def scorer_of(folder: Path, lora=None, attention="auto", **settings) -> Scorer:
+    scorer = new_scorer(ModelSource(str(folder), attention=attention), template=None, lora=lora, **settings).eval()
     if lora is not None:
         torch.manual_seed(7)
         for name, weight in scorer.named_parameters():
@@ -91,7 +91,7 @@ def test_rewards_do_not_depend_on_the_batch(model, request):
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", "tiny_bert"])
 def test_what_stands_in_the_padding_changes_nothing(model, request):
-    scorer = scorer_of(request.getfixturevalue(model))
+    scorer = scorer_of(request.getfixturevalue(model), attention="sdpa")
     encoded = [scorer.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     batch = scorer.batch(encoded)
     expected = scorer(batch)
