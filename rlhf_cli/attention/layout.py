@@ -94,7 +94,12 @@ class Layout:
             segments.append(
                 Segment(row * queries + first - query_offset, last - first, row * keys + start, end - start)
             )
-        return Layout(batch, queries, keys, tuple(segments))
+        layout = Layout(batch, queries, keys, tuple(segments))
+        if queries == 1:  # decoding asks every step anew: the one query sees all real keys so far
+            sees = (is_real & (torch.arange(keys, device=is_real.device) <= query_offset)).unsqueeze(1)
+            sees = sees & sees[:, :, query_offset : query_offset + 1]
+            layout._masks.update({(causal, None, str(is_real.device)): sees for causal in (True, False)})
+        return layout
 
     @staticmethod
     def cross(query_length: int, is_real_key: Tensor) -> Layout:

@@ -177,24 +177,30 @@ def _with_mask(
 ) -> AttentionOutput:
     """One call over all rows. A row that sees nothing is made to see all and cleared afterwards.
 
-    Torch's kernels disagree about such rows; and padding is set to 0 first, since a weight of 0 does not hide a NaN.
+    Torch's kernels disagree about such rows.
     """
     visible = layout.visible(causal=causal, window=window, device=query.device)
     sees = visible.any(-1)
     mask = (visible | ~sees.unsqueeze(-1)).unsqueeze(1)
     if bias is not None:
         mask = bias.to(query.dtype).masked_fill(~mask, -torch.inf)
-    if not layout.is_dense:
+    # Padding that holds NaN spreads: a weight of 0 does not hide it. Looking at the output costs less than clearing
+    # keys and values that a cache holds; on CUDA looking would have to wait for the result.
+    output = None if query.is_cuda else _equation_or_kernel(query, key, value, mask, rules)
+    if output is None or not bool(torch.isfinite(output).all()):
         query = query.masked_fill(~layout.is_real(query.device)[:, None, :, None], 0.0)
         is_padding = ~layout.is_real_key(key.device)[:, None, :, None]
         key, value = key.masked_fill(is_padding, 0.0), value.masked_fill(is_padding, 0.0)
-    if rules.softcap is not None or rules.sinks is not None:
-        output = _equation(query, key, value, mask, rules.scale, rules.softcap, rules.sinks)
-    else:
-        output = _masked(query, key, value, mask, rules.scale)
+        output = _equation_or_kernel(query, key, value, mask, rules)
     if not bool(sees.all()):
         output = output.masked_fill(~sees[:, None, :, None], 0.0)
     return AttentionOutput(output, None)
+
+
+def _equation_or_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: _Equation) -> Tensor:
+    if rules.softcap is not None or rules.sinks is not None:
+        return _equation(query, key, value, mask, rules.scale, rules.softcap, rules.sinks)
+    return _masked(query, key, value, mask, rules.scale)
 
 
 def _equation(

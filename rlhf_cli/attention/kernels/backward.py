@@ -36,11 +36,12 @@ from rlhf_cli.attention.kernels.device import (
 
 
 @triton.jit
-def delta_kernel(
+def row_sums_kernel(
     output,
     d_output,
     logsumexp,
     d_logsumexp,
+    origin,
     delta,
     tiles,
     segments,
@@ -60,7 +61,10 @@ def delta_kernel(
     QUERIES: tl.constexpr,
     D_LOGSUMEXP: tl.constexpr,
 ):
-    """rowsum(dO * O) - dL of one block of queries of one head, 0 on rows that see nothing. Grid: (tiles * heads,)."""
+    """Of one block of queries of one head what a score is measured from, and delta. Grid: (tiles * heads,).
+
+    The first is the log-sum-exp in units of log2, but +inf, so that weights are 0, on rows that see nothing.
+    """
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
     number = tl.load(tiles + 2 * tile)
@@ -79,17 +83,9 @@ def delta_kernel(
         found -= tl.load(d_lse_base + d_lse_rows, mask=is_real, other=0.0).to(tl.float32)
     row_start = (tl.cast(batch, tl.int64) * heads + head) * rows + row
     lse = tl.load(logsumexp + row_start + query_rows, mask=is_real, other=0.0)
-    tl.store(delta + row_start + query_rows, tl.where(lse == float("-inf"), 0.0, found), mask=is_real)
-
-
-@triton.jit
-def _row_sums(logsumexp, delta, first, length, ROWS: tl.constexpr):
-    """Log-sum-exp in units of log2 and delta of a block of queries; a row that sees nothing gets weights of 0."""
-    query_rows = first + tl.arange(0, ROWS)
-    is_real = query_rows < length
-    lse = tl.load(logsumexp + query_rows, mask=is_real, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
-    return lse, tl.load(delta + query_rows, mask=is_real, other=0.0)
+    sees_none = lse == float("-inf")
+    tl.store(origin + row_start + query_rows, tl.where(sees_none, float("inf"), lse * LOG2_E), mask=is_real)
+    tl.store(delta + row_start + query_rows, tl.where(sees_none, 0.0, found), mask=is_real)
 
 
 @triton.jit
@@ -165,7 +161,7 @@ def dq_kernel(
     value,
     bias,
     d_output,
-    logsumexp,
+    origin,
     delta,
     d_query,
     d_bias,
@@ -225,8 +221,9 @@ def dq_kernel(
     q = load_tile(query_base, first_row, length, query_l, HEAD_SIZE, QUERIES, HEAD_BLOCK, True)
     d_o = load_tile(d_output_base, first_row, length, d_output_l, VALUE_SIZE, QUERIES, VALUE_BLOCK, True)
     row_start = (tl.cast(batch, tl.int64) * heads + head) * rows + row
-    lse, d_row = _row_sums(logsumexp + row_start, delta + row_start, first_row, length, QUERIES)
     query_rows = first_row + tl.arange(0, QUERIES)
+    lse = tl.load(origin + row_start + query_rows, mask=query_rows < length, other=0.0)
+    d_row = tl.load(delta + row_start + query_rows, mask=query_rows < length, other=0.0)
     query_at = position + query_rows
     last_at = position + tl.minimum(first_row + QUERIES, length) - 1
 
@@ -281,7 +278,7 @@ def _gather_queries(
     v,
     query,
     d_output,
-    logsumexp,
+    origin,
     delta,
     bias,
     first,
@@ -303,6 +300,7 @@ def _gather_queries(
     HEAD_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -311,13 +309,17 @@ def _gather_queries(
 ):
     """What the queries `first` to `last` of one run and head add to dK / scale and dV; scores are keys by queries.
 
-    Keys behind `key_length` need no mask: they are rows of dK and dV of their own, and nobody stores them.
+    Rows behind an end need no mask: such queries add 0, their dO and delta being loaded as 0, and such keys are rows
+    of dK and dV that nobody stores.
     """
     for start in range(first, last, QUERIES):
-        q = load_tile(query, start, query_length, query_l, HEAD_SIZE, QUERIES, HEAD_BLOCK, True)
-        d_o = load_tile(d_output, start, query_length, d_output_l, VALUE_SIZE, QUERIES, VALUE_BLOCK, True)
-        lse, d_row = _row_sums(logsumexp, delta, start, query_length, QUERIES)
+        # Moving the base instead of the tile saves the registers here that 32 bits save elsewhere.
+        row, left = tl.cast(start, tl.int64), query_length - start
+        q = load_tile(query + row * query_l, 0, left, query_l, HEAD_SIZE, QUERIES, HEAD_BLOCK, True)
+        d_o = load_tile(d_output + row * d_output_l, 0, left, d_output_l, VALUE_SIZE, QUERIES, VALUE_BLOCK, True)
         queries = start + tl.arange(0, QUERIES)
+        lse = tl.load(origin + queries, mask=queries < query_length, other=0.0)
+        d_row = tl.load(delta + queries, mask=queries < query_length, other=0.0)
         scores = dot(k, tl.trans(q)) * score_scale
         slope = 1.0
         if SOFTCAP:
@@ -332,7 +334,8 @@ def _gather_queries(
             seen = sees(query_at + queries[None, :], key_at[:, None], window, CAUSAL, WINDOW)
             weights = tl.where(seen, weights, 0.0)
         d_v += dot(weights.to(d_o.dtype), d_o)
-        d_scores = weights * (dot(v, tl.trans(d_o)) - d_row[None, :])
+        # Starting the sum at -delta costs no registers, taking it off afterwards does.
+        d_scores = weights * dot(v, tl.trans(d_o), tl.zeros((KEYS, QUERIES), tl.float32) - d_row[None, :])
         if SOFTCAP:
             d_scores = d_scores * slope
         d_k += dot(d_scores.to(q.dtype), q)
@@ -346,7 +349,7 @@ def dkdv_kernel(
     value,
     bias,
     d_output,
-    logsumexp,
+    origin,
     delta,
     d_key,
     d_value,
@@ -391,7 +394,6 @@ def dkdv_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
-    TREE: tl.constexpr,
 ):
     """dK and dV of one block of keys of one key head. Grid: (tiles * heads / GROUP,), longest tile first."""
     key_heads = heads // GROUP
@@ -410,10 +412,7 @@ def dkdv_kernel(
 
     d_k = tl.zeros((KEYS, HEAD_BLOCK), tl.float32)
     d_v = tl.zeros((KEYS, VALUE_BLOCK), tl.float32)
-    runs_end = number + 1
-    if TREE:
-        runs_end = subtree_end(segments, number)
-    for run in range(number, runs_end):
+    for run in range(number, subtree_end(segments, number)):
         query_batch, query_row, query_length, query_at = query_run(segments, run)
         start, whole_start, whole_end, end = visible_queries(
             position + first_row, last_at, query_at, query_length, window, CAUSAL, WINDOW, QUERIES
@@ -429,20 +428,20 @@ def dkdv_kernel(
             # fmt: off
             if CAUSAL or WINDOW:
                 d_k, d_v = _gather_queries(
-                    d_k, d_v, k, v, query_base, d_output_base, logsumexp + row_start, delta + row_start, bias_base,
+                    d_k, d_v, k, v, query_base, d_output_base, origin + row_start, delta + row_start, bias_base,
                     start, whole_start, key_rows, length, key_at, query_length, query_at, query_l, d_output_l,
-                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES,
+                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES, KEYS,
                     CAUSAL, WINDOW, SOFTCAP, BIAS, True)
             d_k, d_v = _gather_queries(
-                d_k, d_v, k, v, query_base, d_output_base, logsumexp + row_start, delta + row_start, bias_base,
+                d_k, d_v, k, v, query_base, d_output_base, origin + row_start, delta + row_start, bias_base,
                 whole_start, whole_end, key_rows, length, key_at, query_length, query_at, query_l, d_output_l,
-                bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES,
+                bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES, KEYS,
                 CAUSAL, WINDOW, SOFTCAP, BIAS, False)
             if WINDOW:
                 d_k, d_v = _gather_queries(
-                    d_k, d_v, k, v, query_base, d_output_base, logsumexp + row_start, delta + row_start, bias_base,
+                    d_k, d_v, k, v, query_base, d_output_base, origin + row_start, delta + row_start, bias_base,
                     whole_end, end, key_rows, length, key_at, query_length, query_at, query_l, d_output_l,
-                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES,
+                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES, KEYS,
                     CAUSAL, WINDOW, SOFTCAP, BIAS, True)
             # fmt: on
     d_key_base = row_base(d_key, batch, key_head, row, d_key_b, d_key_h, d_key_l)

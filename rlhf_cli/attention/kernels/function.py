@@ -14,6 +14,8 @@ from rlhf_cli.attention.kernels import launch, schedule
 from rlhf_cli.attention.kernels.launch import Call
 from rlhf_cli.attention.layout import Layout
 
+_LARGEST_OFFSET = 2**31 - 1
+
 
 def attend(
     query: Tensor,
@@ -29,7 +31,7 @@ def attend(
     bias: Tensor | None,
 ) -> AttentionOutput:
     """Attention by the kernels. Arguments as in `contract`; keys and values are taken to the dtype of the query."""
-    query, key, value = (_with_dense_rows(tensor.to(query.dtype)) for tensor in (query, key, value))
+    query, key, value = (_addressable(tensor.to(query.dtype)) for tensor in (query, key, value))
     if bias is not None:
         bias = bias.float() if bias.dtype == torch.float64 else bias
         bias = bias.expand(layout.batch, query.shape[1], layout.query_length, layout.key_length)
@@ -47,7 +49,7 @@ class _Attention(torch.autograd.Function):
         # Heads inside rows, as a model wants them next: (B, Lq, H, Dv).
         shape = (layout.batch, layout.query_length, call.heads, value.shape[-1])
         output = query.new_empty(shape) if schedule.covers_queries(layout) else query.new_zeros(shape)
-        output = output.transpose(1, 2)
+        output = _addressable(output.transpose(1, 2))
         logsumexp = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
         with _on_device_of(query):
             launch.forward(call, output, logsumexp).run()
@@ -64,21 +66,21 @@ class _Attention(torch.autograd.Function):
         if d_output is None and d_logsumexp is None:
             return None, None, None, None, None, None
         call = Call(query, key, value, sinks, bias, *ctx.settings)
-        d_output = torch.zeros_like(output) if d_output is None else _with_dense_rows(d_output)
-        delta = torch.zeros_like(logsumexp)
+        d_output = torch.zeros_like(output) if d_output is None else _addressable(d_output)
+        origin, delta = torch.empty_like(logsumexp), torch.zeros_like(logsumexp)
         needs_query, needs_key, needs_value, needs_sinks, needs_bias, _ = ctx.needs_input_grad
         d_query = d_key = d_value = d_sinks = d_bias = None
         with _on_device_of(query):
-            launch.delta(call, output, d_output, logsumexp, d_logsumexp, delta).run()
+            launch.row_sums(call, output, d_output, logsumexp, d_logsumexp, origin, delta).run()
             if needs_query or needs_bias:
                 d_query = _like(query, schedule.covers_queries(call.layout))
                 # Whole blocks that nobody sees are never visited.
                 d_bias = torch.zeros(bias.shape, device=bias.device) if needs_bias else None
-                launch.dq(call, d_output, logsumexp, delta, d_query, d_bias).run()
+                launch.dq(call, d_output, origin, delta, d_query, d_bias).run()
             if needs_key or needs_value:
                 covered = schedule.covers_keys(call.layout)
                 d_key, d_value = _like(key, covered), _like(value, covered)
-                launch.dkdv(call, d_output, logsumexp, delta, d_key, d_value).run()
+                launch.dkdv(call, d_output, origin, delta, d_key, d_value).run()
         if needs_sinks:
             d_sinks = _sink_gradient(sinks, logsumexp, delta)
         if d_bias is not None:
@@ -97,9 +99,11 @@ def _like(tensor: Tensor, is_covered: bool) -> Tensor:
     return torch.empty_like(tensor) if is_covered else torch.zeros_like(tensor)
 
 
-def _with_dense_rows(tensor: Tensor) -> Tensor:
-    """The kernels take any strides but in the last dimension."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _addressable(tensor: Tensor) -> Tensor:
+    """The kernels take any strides but in the last dimension, and count inside a batch row and head in 32 bits."""
+    if tensor.stride(-1) == 1 and tensor.shape[2] * tensor.stride(2) <= _LARGEST_OFFSET:
+        return tensor
+    return tensor.contiguous()
 
 
 def _on_device_of(tensor: Tensor) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.attention.kernels import schedule
-from rlhf_cli.attention.kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
+from rlhf_cli.attention.kernels.backward import row_sums_kernel, dkdv_kernel, dq_kernel
 from rlhf_cli.attention.kernels.device import INTERPRETED
 from rlhf_cli.attention.kernels.forward import forward_kernel
 from rlhf_cli.attention.kernels.tiles import Tile, tile
@@ -91,6 +91,7 @@ def forward(call: Call, output: Tensor, logsumexp: Tensor) -> Launch:
         "segments": tables.segments,
         "chains": tables.chains,
         **_strides("output", output),
+        "TREE": call.layout.is_tree,
         "SINKS": call.sinks is not None,
         # A product with a negative scale would swap highest and lowest.
         "FOLD": call.softcap is None and call.bias is None and call.scale > 0,
@@ -98,17 +99,24 @@ def forward(call: Call, output: Tensor, logsumexp: Tensor) -> Launch:
     return Launch(forward_kernel, len(tiles) * call.heads, arguments, size)
 
 
-def delta(
-    call: Call, output: Tensor, d_output: Tensor, logsumexp: Tensor, d_logsumexp: Tensor | None, found: Tensor
+def row_sums(
+    call: Call,
+    output: Tensor,
+    d_output: Tensor,
+    logsumexp: Tensor,
+    d_logsumexp: Tensor | None,
+    origin: Tensor,
+    delta: Tensor,
 ) -> Launch:
-    """Fills `found` (B, H, Lq) with rowsum(dO * O) - dL."""
+    """Fills `origin` and `delta`, (B, H, Lq) each: what scores are measured from, and rowsum(dO * O) - dL."""
     size, tiles = call.tile("dq"), call.tiles("dq")
     arguments = {
         "output": output,
         "d_output": d_output,
         "logsumexp": logsumexp,
         "d_logsumexp": d_logsumexp,
-        "delta": found,
+        "origin": origin,
+        "delta": delta,
         "tiles": tiles,
         "segments": call.tables().segments,
         **_strides("output", output),
@@ -121,17 +129,17 @@ def delta(
         "QUERIES": size.queries,
         "D_LOGSUMEXP": d_logsumexp is not None,
     }
-    return Launch(delta_kernel, len(tiles) * call.heads, arguments, size)
+    return Launch(row_sums_kernel, len(tiles) * call.heads, arguments, size)
 
 
 def dq(
-    call: Call, d_output: Tensor, logsumexp: Tensor, delta: Tensor, d_query: Tensor, d_bias: Tensor | None
+    call: Call, d_output: Tensor, origin: Tensor, delta: Tensor, d_query: Tensor, d_bias: Tensor | None
 ) -> Launch:
     """Fills `d_query` on every row of a segment, and `d_bias` (B, H, Lq, Lk) wherever a query sees a key."""
     size, tiles, tables = call.tile("dq"), call.tiles("dq"), call.tables()
     arguments = _shared(call, size) | {
         "d_output": d_output,
-        "logsumexp": logsumexp,
+        "origin": origin,
         "delta": delta,
         "d_query": d_query,
         "d_bias": d_bias,
@@ -142,17 +150,18 @@ def dq(
         **_strides("d_query", d_query),
         **_strides("d_bias", d_bias),
         "scale": call.scale,
+        "TREE": call.layout.is_tree,
         "D_BIAS": d_bias is not None,
     }
     return Launch(dq_kernel, len(tiles) * call.heads, arguments, size)
 
 
-def dkdv(call: Call, d_output: Tensor, logsumexp: Tensor, delta: Tensor, d_key: Tensor, d_value: Tensor) -> Launch:
+def dkdv(call: Call, d_output: Tensor, origin: Tensor, delta: Tensor, d_key: Tensor, d_value: Tensor) -> Launch:
     """Fills `d_key` and `d_value` on every row of a segment."""
     size, tiles = call.tile("dkdv"), call.tiles("dkdv")
     arguments = _shared(call, size) | {
         "d_output": d_output,
-        "logsumexp": logsumexp,
+        "origin": origin,
         "delta": delta,
         "d_key": d_key,
         "d_value": d_value,
@@ -199,7 +208,6 @@ def _shared(call: Call, size: Tile) -> dict[str, Any]:
         "WINDOW": call.window is not None,
         "SOFTCAP": call.softcap is not None,
         "BIAS": call.bias is not None,
-        "TREE": call.layout.is_tree,
     }
 
 
