@@ -124,9 +124,9 @@ def test_log_probabilities_and_gradients(family: str, backend: str):
     assert_same(gradients(model), wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_double_precision_nothing_is_left(family: str):
-    """Against each sequence alone under our reference: the softmax of transformers' eager attention is float32."""
+@pytest.mark.parametrize(("family", "bound"), [("GPT2", 1e-11), ("GPTNeoX", 1e-11), ("Llama", 2e-6), ("Qwen2", 2e-6)])
+def test_in_double_precision_nothing_is_left(family: str, bound: float):
+    """Against each sequence alone under our reference: transformers' eager softmax is float32, as is its RMSNorm."""
     model = grouped(tiny(family, torch.float64))
     expected = alone(model)
     weighted(expected).backward()
@@ -134,8 +134,8 @@ def test_in_double_precision_nothing_is_left(family: str):
     model.zero_grad()
     found = together(model)
     weighted(found).backward()
-    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-11, rtol=0)
-    assert_same(gradients(model), wanted, 1e-11)
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=bound, rtol=0)
+    assert_same(gradients(model), wanted, bound)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
