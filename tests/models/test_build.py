@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from rlhf_cli.data.templates import PromptFormat
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.recipe.shared import BuildSettings
 
 SIZES = {"hidden_size": 32, "layers": 2, "heads": 4, "feed_forward_size": 48, "vocab_size": 300, "context_length": 64}
 TEXTS = ["How often should I water my basil?", "Water basil in the morning, when the soil feels dry."] * 3
@@ -40,6 +44,60 @@ def test_special_tokens_are_distinct_and_agree_with_the_model(folder: Path):
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ({}, {"positions": "rotary", "norm": "rms", "norm_placement": "pre", "feed_forward": "swiglu"}),
+        ({"positions": "learned"}, {"positions": "learned", "scale_embeddings": False}),
+        (
+            {"positions": "sinusoidal", "heads": 32},
+            {"positions": "sinusoidal", "scale_embeddings": True, "head_dim": 1},
+        ),
+        ({"norm": "layer"}, {"norm": "layer"}),
+        ({"norm_placement": "post"}, {"norm_placement": "post"}),
+        ({"feed_forward": "gelu-tanh"}, {"feed_forward": "gelu-tanh"}),
+        ({"key_heads": 2}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        ({"biases": True}, {"attention_biases": True, "feed_forward_biases": True}),
+        ({"tied_embeddings": True}, {"tie_word_embeddings": True}),
+    ],
+    ids=str,
+)
+def test_every_part_reaches_the_model(tmp_path: Path, setting: dict[str, Any], parts: dict[str, Any]):
+    build_model(tmp_path, TEXTS, **(SIZES | setting), seed=0)
+    config = load_policy(ModelSource(str(tmp_path))).config
+    assert {name: getattr(config, name) for name in parts} == parts
+
+
+def test_encoder_decoder_starts_from_padding_and_writes(tmp_path: Path):
+    build_model(tmp_path, TEXTS, **SIZES, seed=0, architecture="encoder-decoder")
+    model, tokenizer = load_policy(ModelSource(str(tmp_path))), load_tokenizer(ModelSource(str(tmp_path)))
+    assert model.config.is_encoder_decoder
+    assert model.config.decoder_start_token_id == tokenizer.pad_token_id
+    written = model.generate(tokenizer("Why?", return_tensors="pt").input_ids, max_new_tokens=4, min_new_tokens=4)
+    assert written.shape == (1, 5)
+
+
+def test_recipe_and_function_agree_on_parts_and_defaults():
+    asked = inspect.signature(build_model).parameters
+    settings = BuildSettings.model_fields
+    assert settings.keys() == asked.keys() - {"folder", "texts", "seed"}
+    defaults = {name: one.default for name, one in asked.items() if one.default is not inspect.Parameter.empty}
+    assert defaults == {name: settings[name].default for name in defaults}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"key_heads": 3}, "`key_heads` must divide `heads`; got 3 and 4"),
+        ({"hidden_size": 36, "heads": 12}, "rotary positions need heads of even size; got 36 / 12 = 3"),
+        ({"architecture": "encoder"}, "Input should be 'decoder' or 'encoder-decoder'"),
+    ],
+)
+def test_recipe_refuses_parts_that_do_not_fit(setting: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        BuildSettings(**setting)
 
 
 @pytest.mark.parametrize("text", ["Water basil.", "  two  spaces\n\nand\ttabs ", "don't , stop !", "Grüße, 水, 🌱", ""])
@@ -82,7 +140,12 @@ def test_first_logits_have_unit_scale(folder: Path):
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"heads": 5}, "5 heads"), ({"heads": 32}, "32 heads"), ({"vocab_size": 200}, "vocab_size: 200")],
+    [
+        ({"heads": 5}, "5 heads"),
+        ({"heads": 32}, "32 heads"),
+        ({"key_heads": 3}, "4 heads cannot share 3 key heads"),
+        ({"vocab_size": 200}, "vocab_size: 200"),
+    ],
 )
 def test_impossible_sizes_are_named(tmp_path: Path, changed: dict[str, int], message: str):
     with pytest.raises(ModelError, match=message):
