@@ -98,10 +98,10 @@ def choose(request: Request, name: str = AUTO) -> Choice:
     for candidate in _FASTEST_FIRST:
         backend = find(candidate)
         if (reason := backend.missing() or backend.unsupported(request)) is None:
-            reason = "; ".join(passed_over) or "the fastest here"
+            reason = "; ".join(passed_over) or "the fastest there is"
             chosen.setdefault(candidate, reason)
             return Choice(backend, reason)
-        passed_over.append(f"`{candidate}`: {reason}")
+        passed_over.append(f"not `{candidate}`: {reason}")
     raise UsageError(f"no attention backend serves this call: {'; '.join(passed_over)}")
 
 

@@ -221,7 +221,8 @@ def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
         return
     model.set_attn_implementation(implementation)
     if attention == registry.AUTO:
-        _tell_once("attention: " + "; ".join(f"`{name}` ({reason})" for name, reason in registry.chosen.items()))
+        for backend, reason in registry.chosen.items():
+            _tell_once(f"attention: `{backend}`, {reason}")
 
 
 @cache
