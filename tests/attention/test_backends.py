@@ -147,3 +147,29 @@ def test_values_may_have_another_size_than_keys(backend):
     value = torch.randn(1, 2, layout.key_length, 3, dtype=torch.float64)
     expected = attention(query, key, value, layout, causal=True, backend="reference").output
     torch.testing.assert_close(attention(query, key, value, layout, causal=True, backend=backend).output, expected)
+
+
+def test_tiled_makes_nothing_that_grows_with_the_square_of_the_length():
+    """The largest tensor of a forward and backward pass is as large as an input, or a tile of scores."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from rlhf_cli.attention.backends import tiled
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, tuple | list) else [made]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return made
+
+    length, heads, size = 2048, 2, 8
+    query, key, value = (torch.randn(1, heads, length, size, requires_grad=True) for _ in range(3))
+    with Watch():
+        found = attention(query, key, value, causal=True, needs_logsumexp=True, backend="tiled")
+        (found.output.sum() + found.logsumexp.sum()).backward()
+    assert largest <= heads * max(tiled.QUERY_TILE * tiled.KEY_TILE, length * size)
+    assert largest < heads * length * length / 10

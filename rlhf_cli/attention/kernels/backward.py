@@ -430,19 +430,19 @@ def dkdv_kernel(
                 d_k, d_v = _gather_queries(
                     d_k, d_v, k, v, query_base, d_output_base, origin + row_start, delta + row_start, bias_base,
                     start, whole_start, key_rows, length, key_at, query_length, query_at, query_l, d_output_l,
-                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES, KEYS,
-                    CAUSAL, WINDOW, SOFTCAP, BIAS, True)
+                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK,
+                    QUERIES, KEYS, CAUSAL, WINDOW, SOFTCAP, BIAS, True)
             d_k, d_v = _gather_queries(
                 d_k, d_v, k, v, query_base, d_output_base, origin + row_start, delta + row_start, bias_base,
                 whole_start, whole_end, key_rows, length, key_at, query_length, query_at, query_l, d_output_l,
-                bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES, KEYS,
-                CAUSAL, WINDOW, SOFTCAP, BIAS, False)
+                bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK,
+                QUERIES, KEYS, CAUSAL, WINDOW, SOFTCAP, BIAS, False)
             if WINDOW:
                 d_k, d_v = _gather_queries(
                     d_k, d_v, k, v, query_base, d_output_base, origin + row_start, delta + row_start, bias_base,
                     whole_end, end, key_rows, length, key_at, query_length, query_at, query_l, d_output_l,
-                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK, QUERIES, KEYS,
-                    CAUSAL, WINDOW, SOFTCAP, BIAS, True)
+                    bias_q, bias_k, score_scale, cap, window, HEAD_SIZE, VALUE_SIZE, HEAD_BLOCK, VALUE_BLOCK,
+                    QUERIES, KEYS, CAUSAL, WINDOW, SOFTCAP, BIAS, True)
             # fmt: on
     d_key_base = row_base(d_key, batch, key_head, row, d_key_b, d_key_h, d_key_l)
     d_value_base = row_base(d_value, batch, key_head, row, d_value_b, d_value_h, d_value_l)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.attention.kernels import schedule
-from rlhf_cli.attention.kernels.backward import row_sums_kernel, dkdv_kernel, dq_kernel
+from rlhf_cli.attention.kernels.backward import dkdv_kernel, dq_kernel, row_sums_kernel
 from rlhf_cli.attention.kernels.device import INTERPRETED
 from rlhf_cli.attention.kernels.forward import forward_kernel
 from rlhf_cli.attention.kernels.tiles import Tile, tile
@@ -132,9 +132,7 @@ def row_sums(
     return Launch(row_sums_kernel, len(tiles) * call.heads, arguments, size)
 
 
-def dq(
-    call: Call, d_output: Tensor, origin: Tensor, delta: Tensor, d_query: Tensor, d_bias: Tensor | None
-) -> Launch:
+def dq(call: Call, d_output: Tensor, origin: Tensor, delta: Tensor, d_query: Tensor, d_bias: Tensor | None) -> Launch:
     """Fills `d_query` on every row of a segment, and `d_bias` (B, H, Lq, Lk) wherever a query sees a key."""
     size, tiles, tables = call.tile("dq"), call.tiles("dq"), call.tables()
     arguments = _shared(call, size) | {
