@@ -17,6 +17,7 @@ from rlhf_cli.models.scorer import Encoded, load_scorer, new_scorer
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.logprobs import check_projection
 from rlhf_cli.transformer import TransformerForCausalLM, TransformerForSequenceClassification, TransformerModel
+from rlhf_cli.transformer.positions import sinusoids
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -190,6 +191,15 @@ def test_hidden_states_and_weights_of_attention_are_recorded(tiny: Tiny):
     assert [weights.shape for weights in found.encoder_attentions] == [(1, 4, 6, 6)] * 2
     assert len(found.decoder_hidden_states) == len(found.encoder_hidden_states) == 3
     close(found.cross_attentions[0].sum(-1), torch.ones(1, 4, 4))
+
+
+def test_first_block_reads_scaled_embeddings_and_positions(tiny: Tiny):
+    model = tiny(**OLD)
+    first = model(ids(1, 6), output_hidden_states=True).hidden_states[0]
+    close(first, model.get_input_embeddings()(ids(1, 6)) * 16**0.5 + sinusoids(torch.arange(6), 16))
+    model = tiny(**GPT2)
+    first = model(ids(1, 6), output_hidden_states=True).hidden_states[0]
+    close(first, model.get_input_embeddings()(ids(1, 6)) + model.model.decoder.positions.table.weight[:6])
 
 
 @every_kind
