@@ -127,6 +127,35 @@ def test_cached_generation_equals_uncached(tiny: Tiny, parts: dict, architecture
     close(torch.stack(cached.logits), torch.stack(plain.logits))
 
 
+@pytest.mark.parametrize("architecture", ["decoder", "encoder-decoder"])
+def test_positions_that_are_not_asked_for_never_reach_the_vocabulary(tiny: Tiny, architecture: str):
+    model = tiny(architecture=architecture)
+    arguments = {"decoder_input_ids": ids(2, 5, seed=1)} if architecture == "encoder-decoder" else {}
+    with torch.no_grad():
+        every = model(ids(2, 5), **arguments).logits
+        last = model(ids(2, 5), logits_to_keep=2, **arguments).logits
+        some = model(ids(2, 5), logits_to_keep=torch.tensor([0, 3]), **arguments).logits
+    close(last, every[:, -2:])
+    close(some, every[:, [0, 3]])
+
+
+def test_loss_is_of_the_next_token_or_of_the_answers_own(tiny: Tiny):
+    read, written = ids(2, 5), ids(2, 5, seed=1)
+    written[0, 3:] = -100
+    decoder, both, encoder = (tiny(architecture=name) for name in ("decoder", "encoder-decoder", "encoder"))
+    started = torch.cat([torch.zeros(2, 1, dtype=torch.long), written[:, :-1]], dim=1).clamp(min=0)
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return -picked[labels != -100].mean()
+
+    with torch.no_grad():
+        close(decoder(read, labels=written).loss, cross_entropy(decoder(read).logits[:, :-1], written[:, 1:]))
+        close(encoder(read, labels=written).loss, cross_entropy(encoder(read).logits, written))
+        own = cross_entropy(both(read, decoder_input_ids=started).logits, written)
+        close(both(read, labels=written).loss, own)
+
+
 def test_encoder_runs_once_in_a_generation(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
     model = tiny(architecture="encoder-decoder")
     projected = []
