@@ -45,7 +45,8 @@ class Call:
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel."""
         is_32_bit = self.query.dtype == torch.float32
-        return tile(kernel, max(self.blocks), is_32_bit=is_32_bit, interpreted=bool(INTERPRETED))
+        is_tree = self.layout.is_tree
+        return tile(kernel, max(self.blocks), is_32_bit=is_32_bit, is_tree=is_tree, interpreted=bool(INTERPRETED))
 
     def tiles(self, kernel: str) -> Tensor:
         """The blocks a kernel works on."""

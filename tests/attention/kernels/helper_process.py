@@ -1,0 +1,39 @@
+"""A program that answers lines of stdin with lines of JSON, so that Triton's mode is its own and it starts once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def answers_of(program: str, environment: dict[str, str]) -> Iterator[Callable[[str], dict]]:
+    """Ask a program of this folder."""
+    command = [sys.executable, str(Path(__file__).with_name(program))]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as process,
+    ):
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def ask(question: str) -> dict:
+            stdin.write(f"{question}\n")
+            stdin.flush()
+            line = stdout.readline()
+            if not line:
+                process.wait()
+                log.seek(0)
+                raise AssertionError(f"{program} ended on `{question}`: {log.read()[-3000:]}")
+            return json.loads(line)
+
+        yield ask
+        stdin.close()

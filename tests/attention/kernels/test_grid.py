@@ -1,0 +1,56 @@
+"""The kernels against the reference by FlashAttention's rule, over layouts, features, dtypes and head sizes.
+
+A part runs by default; RLHF_ALL_KERNEL_CASES=1 runs all. Without a GPU Triton's interpreter runs the kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.attention.kernels.cases import CASES, chosen
+from tests.attention.kernels.helper_process import answers_of
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+NAMES = list(CASES) if os.environ.get("RLHF_ALL_KERNEL_CASES") == "1" else chosen()
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Callable[[str, str], dict]]:
+    """A process of its own that answers `oracle`'s questions."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    with answers_of("oracle.py", environment) as found:
+
+        def ask(question: str, name: str) -> dict:
+            answer = found(f"{question} {name}")
+            assert "failure" not in answer, answer["failure"]
+            return answer["results"]
+
+        yield ask
+
+
+def test_the_grid_is_as_large_as_promised():
+    assert len(CASES) >= 400
+    assert len(chosen()) >= 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_error_is_within_that_of_pytorch(name, ask):
+    too_large = {result: pair for result, pair in ask("errors", name).items() if not pair[0] <= pair[1]}
+    assert not too_large
+
+
+@pytest.mark.parametrize("name", ["tree: all, float32", "packed: plain, float16"])
+def test_the_same_input_gives_the_same_bits(name, ask):
+    assert all(error == 0 for error, _ in ask("repeats", name).values())
+
+
+@pytest.mark.parametrize("name", ["tree: all, float32"])
+def test_a_gradient_asked_for_alone_is_the_same(name, ask):
+    assert all(error == 0 for error, _ in ask("single", name).values())
