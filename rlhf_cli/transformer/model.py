@@ -91,8 +91,8 @@ class Stack(TransformerPreTrainedModel):
         Args:
             input_ids: (B, T).
             attention_mask: (B, Tk) 1 on real tokens, those of the cache included; or as the backend wants it.
-            position_ids: (B, T); those that start again at 0 begin another sequence of a packed row. None counts from
-                what the cache holds.
+            position_ids: (B, T); in a decoder, those that start again at 0 begin another sequence of a packed row, if
+                there is neither mask nor cache. None counts from what the cache holds.
             encoder_hidden_states: (B, S, d), where there is cross-attention.
             encoder_attention_mask: (B, S) 1 on the encoder's real tokens.
             past_key_values: cache.
