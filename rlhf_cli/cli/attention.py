@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from rlhf_cli.cli import attention_bench, attention_verify
+from rlhf_cli.cli import attention_bench, attention_show, attention_verify
 from rlhf_cli.cli.options import Json
 
 app = typer.Typer(rich_markup_mode=None, help="Compare, prove and see attention.", no_args_is_help=True)
@@ -23,3 +23,4 @@ def list_backends(as_json: Json = False) -> None:
 
 app.command("verify")(attention_verify.verify)
 app.command("bench")(attention_bench.bench)
+app.command("show")(attention_show.show)
