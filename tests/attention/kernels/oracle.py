@@ -22,7 +22,8 @@ from rlhf_cli.attention.backends import kernels, reference
 from rlhf_cli.attention.contract import AttentionOutput, Request
 
 FORWARD = ("output", "logsumexp")
-# In units of the largest true value; where PyTorch happens to be exact, a rounding or two must do.
+# In units of the largest true value, and of 0.3 at least, as in FlashAttention's tests: room for a rounding or two
+# where PyTorch happens to be exact.
 ATOL = {torch.float32: 1e-5, torch.float16: 1e-3}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -84,7 +85,7 @@ def errors(case: Case) -> dict[str, tuple[float, float]]:
         assert torch.equal(torch.isneginf(tensor), hidden), f"{name} is -inf on the wrong rows"
         truth = exact[name].masked_fill(hidden, 0.0)
         ours, theirs = (each.double().masked_fill(hidden, 0.0) - truth for each in (tensor, plain[name]))
-        tiny = ATOL[case.dtype] * max(_largest(truth), 0.1)
+        tiny = ATOL[case.dtype] * max(_largest(truth), 0.3)
         allowed = (2 if is_forward else 3) * _largest(theirs) + tiny
         answer[name] = (_largest(ours), allowed)
     _check_padding(case, found)
