@@ -144,6 +144,10 @@ def test_files_that_are_no_recipe(tmp_path):
         ("label: {by: import, data: d, function: f}\n", "`function` has no effect with `by: import`"),
         ("model: {path: a, build: {}}\n", "`model`: `path` and `build` exclude each other"),
         ("model: {build: {}}\n", "r.yaml: `model.build` makes an untrained model"),
+        (
+            "model: {build: {architecture: encoder-decoder}}\nsft: {data: d}\ntrain_rm: {data: d}\n",
+            "an encoder-decoder cannot be a reward model: name another in `train_rm.model`",
+        ),
         ("ppo: {lora: {dropout: 0.1}}\n", "`lora.dropout` must be 0"),
         ("data: {prompt_template: 'Q:'}\n", "`data.prompt_template`: expected `chat` or text that contains `{prompt}`"),
         ("seed: -1\n", "`seed` must be at least 0; got -1"),
