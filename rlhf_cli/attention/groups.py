@@ -70,7 +70,9 @@ class GroupPlan:
 
 
 def plan_groups(sequences: Sequence[Sequence[int]]) -> GroupPlan:
-    """Lay sequences out so that of all ways to group them by a common prefix the fewest tokens are read.
+    """Lay sequences out in groups with a common prefix, which are runs in lexicographic order: those that save most.
+
+    Other groups can save a little more: two sequences on either side of a run are not joined by what all begin with.
 
     A group shares one prefix, the longest common to all its members that leaves each at least one token of its own:
     only rows of its own tell where a sequence ends. Those that share one may stand anywhere in `sequences`.
