@@ -266,9 +266,15 @@ def _row(
 
 
 def sdpa_runs(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None = None,
+    without: tuple[str, ...] = (),
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Torch's `scaled_dot_product_attention` on every kernel of its that takes these tensors.
+    """Torch's `scaled_dot_product_attention` on every kernel of its that takes these tensors, `without` some.
 
     Returns:
         One run for each kernel, and of the others why not.
@@ -276,6 +282,8 @@ def sdpa_runs(
     runs: dict[str, Run] = {}
     refused: dict[str, str] = {}
     for name, kernel in _SDPA.items():
+        if name in without:
+            continue
         if query.device.type != "cuda" and name in ("cudnn", "efficient"):
             refused[f"sdpa {name}"] = "it runs on CUDA devices"
             continue

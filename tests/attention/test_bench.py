@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,8 +152,25 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 
 
 def test_a_plot_without_matplotlib_is_refused_with_a_hint(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = run("--plot", str(tmp_path / "plot.png"))
     assert isinstance(found.exception, UsageError)
     assert found.exception.hint is not None
     assert "rlhf-cli[plots]" in found.exception.hint
+
+
+def test_the_benchmark_of_all_targets_runs(tmp_path):
+    """Every section on shapes of a few tokens: what needs a GPU to be measured does not need one to be kept alive."""
+    script = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+    command = [sys.executable, script, "--smoke", "--out", tmp_path, "--backend", "tiled"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["failed"] == {}
+    sections = ["dense", "ragged", "prefix", "decode", "repeats", "error", "tiled memory", "short"]
+    assert list(dict.fromkeys(each["section"] for each in report["findings"])) == sections
+    checks = {each["name"]: each["verdict"] for each in report["findings"] if each["verdict"]}
+    assert set(checks.values()) == {"met"}
+    assert {"output", "gradients", "largest difference to it", "dense, runs that differ or are missing"} <= set(checks)
+    assert done.stdout == (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
