@@ -156,7 +156,9 @@ def require(model: PreTrainedModel, name: str, implementation: str) -> None:
     try:
         with hugging_face.watching(lambda module, arguments: calls.append(id(module))):
             found = parity(model, check, Alone(model, sequences, with_gradients=False), implementation)
-    except (ModelError, TypeError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ModelError, TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the {family} model `{name}` does not work with our attention: {error}", hint=hint) from error
     if not calls:
         raise ModelError(f"the {family} model `{name}` never calls the attention it is given", hint=hint)

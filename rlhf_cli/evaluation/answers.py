@@ -124,8 +124,6 @@ class Policy:
             temperature: logits are divided by it, as in sampling.
             batch_size: answers in one pass; changes memory and speed only.
         """
-        config = self.model.config
-        start = config.decoder_start_token_id if config.is_encoder_decoder else None
         with self._autocast():
             check_projection(self.model, self._source.path)
         projection = Projection.of(self.model)
@@ -133,11 +131,8 @@ class Policy:
         sums = [0.0] * len(answers)
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            batch = SequenceBatch.of(
-                [answers[row].prompt_ids for row in rows],
-                [answers[row].ids for row in rows],
-                self.model.device,
-                decoder_start=start,
+            batch = SequenceBatch.for_model(
+                self.model, [answers[row].prompt_ids for row in rows], [answers[row].ids for row in rows]
             )
             with self._autocast():
                 hidden = response_hidden(self.model, batch)
