@@ -49,7 +49,7 @@ def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available() and not _is_interpreted():
-        return "it needs a CUDA device (or TRITON_INTERPRET=1, which is slow)"
+        return "it needs a CUDA device, or TRITON_INTERPRET=1"
     return None
 
 

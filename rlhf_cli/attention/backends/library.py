@@ -243,7 +243,7 @@ def _unsupported(request: Request) -> str | None:
 
 BACKEND = Backend(
     "torch",
-    "torch's own: scaled_dot_product_attention by segment, or the equation where that is faster",
+    "scaled_dot_product_attention, called the way that is fastest here",
     attend,
     missing=lambda: None,
     unsupported=_unsupported,
