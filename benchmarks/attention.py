@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_cli.attention import bench, hugging_face
+from rlhf_cli.attention import bench, hugging_face, timing
 from rlhf_cli.attention.layout import Layout, Segment
 from rlhf_cli.attention.registry import attention, built_in
 from rlhf_cli.errors import UsageError
@@ -91,16 +91,16 @@ class Bench:
         made = torch.randn(*shape, device=self.device, dtype=torch.float32).to(dtype or self.dtype)
         return made.requires_grad_(grad)
 
-    def medians(self, runs: dict[Any, bench.Run]) -> dict[Any, float]:
+    def medians(self, runs: dict[Any, timing.Run]) -> dict[Any, float]:
         """Seconds of each run."""
-        return bench.medians(runs, self.device, seconds=self.seconds)
+        return timing.medians(runs, self.device, seconds=self.seconds)
 
-    def ours(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None) -> bench.Run:
+    def ours(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None) -> timing.Run:
         """A causal call of our backend."""
         return lambda: attention(query, key, value, layout, causal=True, backend=self.backend).output
 
 
-def forward_and_backward(forward: bench.Run, *inputs: Tensor) -> bench.Run:
+def forward_and_backward(forward: timing.Run, *inputs: Tensor) -> timing.Run:
     """Both passes in one run."""
     upstream = torch.randn_like(forward())
     return lambda: torch.autograd.grad(forward(), inputs, upstream)
@@ -132,7 +132,7 @@ def dense(setting: Bench) -> Iterator[Finding]:
             runs["ours"] = setting.ours(*tensors)
             flops = bench.forward_flops(batch, heads, length, length, head_size, True)
             for way, factor in (("forward", 1.0), ("backward", bench.BACKWARD_FACTOR)):
-                each = runs if way == "forward" else {n: bench.backward_run(r, *tensors) for n, r in runs.items()}
+                each = runs if way == "forward" else {n: timing.backward_run(r, *tensors) for n, r in runs.items()}
                 times = setting.medians(each)
                 speeds = {name: factor * flops / seconds / 1e12 for name, seconds in times.items()}
                 setting.curves.append(
@@ -200,7 +200,7 @@ def prefix(setting: Bench) -> Iterator[Finding]:
     is_real = torch.ones_like(rows)
     positions = layout.positions(setting.device)
 
-    def step(model: Any, ids: Tensor, **arguments: Any) -> bench.Run:
+    def step(model: Any, ids: Tensor, **arguments: Any) -> timing.Run:
         def run() -> None:
             model(input_ids=ids, use_cache=False, **arguments)[0].float().square().mean().backward()
             model.zero_grad(set_to_none=True)
@@ -251,7 +251,7 @@ def decode(setting: Bench) -> Iterator[Finding]:
     key, value = (setting.draw(1, key_heads, groups * stride, size, grad=False) for _ in range(2))
     each_query = query.transpose(0, 2).contiguous()
     each_key, each_value = (_gathered(tensor, layout, segments) for tensor in (key, value))
-    runs: dict[str, bench.Run] = {"ours": setting.ours(query, key, value, layout)}
+    runs: dict[str, timing.Run] = {"ours": setting.ours(query, key, value, layout)}
     rivals, _ = bench.sdpa_runs(each_query, each_key, each_value, causal=False)
     runs |= {f"sdpa {name}": run for name, run in rivals.items()}
     difference = (runs["ours"]().transpose(0, 2) - runs["sdpa math"]()).abs().max().item()
@@ -280,7 +280,7 @@ def _gathered(tensor: Tensor, layout: Layout, segments: list[Segment]) -> Tensor
     return torch.stack(rows)
 
 
-def _graph(run: bench.Run) -> bench.Run:
+def _graph(run: timing.Run) -> timing.Run:
     """A run as a CUDA graph, without the time Python takes to start its kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -388,7 +388,7 @@ def tiled_memory(setting: Bench) -> Iterator[Finding]:
         return torch.autograd.grad(forward().sum(), tensors)
 
     for name, run in (("forward", forward), ("forward and backward", both)):
-        share = 100 * bench.peak_bytes(run, setting.device) / scores
+        share = 100 * timing.peak_bytes(run, setting.device) / scores
         detail = f"of the scores' {scores / 2**30:.2f} GiB at {length:,} tokens, by torch's allocator"
         yield Finding("tiled memory", name, share, "%", 2.0, True, detail)
 
@@ -477,7 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if is_cuda else torch.float32
     setting = Bench(device, dtype, backend, options.smoke)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": bench.machine(device), "backend": backend, "is_smoke": options.smoke, "failed": {}}
+    report = {"machine": timing.machine(device), "backend": backend, "is_smoke": options.smoke, "failed": {}}
     findings: list[Finding] = []
     for section in EVERY if options.smoke else ON_CUDA if is_cuda else ON_CPU:
         name = section.__name__.replace("_", " ")

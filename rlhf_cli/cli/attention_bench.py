@@ -34,6 +34,7 @@ def bench(
 ) -> None:
     """Measure time, speed and memory of attention backends against torch's best."""
     from rlhf_cli.attention import bench as work
+    from rlhf_cli.attention import bench_report
     from rlhf_cli.attention.plots import pyplot
     from rlhf_cli.errors import UsageError
     from rlhf_cli.models.loading import resolve_device
@@ -49,5 +50,5 @@ def bench(
     shapes = [work.Shape.parse(text) for text in shape or work.SHAPES[where.type]]
     found = work.measure(shapes, backends=backend or [], device=where, dtype=work.DTYPES[dtype])
     if plot is not None:
-        work.plot(found, plot)
-    typer.echo(json.dumps(found, indent=2) if as_json else work.as_table(found))
+        bench_report.plot(found, plot)
+    typer.echo(json.dumps(found, indent=2) if as_json else bench_report.as_table(found))

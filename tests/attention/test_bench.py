@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rlhf_cli.attention import bench
+from rlhf_cli.attention import bench, timing
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import UsageError
 
@@ -60,13 +60,13 @@ def test_peak_memory_is_what_is_held_at_once():
         del second
         return third
 
-    assert bench.peak_bytes(work, CPU) == 1200 * 256 * 4
+    assert timing.peak_bytes(work, CPU) == 1200 * 256 * 4
 
 
 def test_medians_are_of_runs_that_take_turns():
     order = []
     runs = {"a": lambda: (order.append("a"), time.sleep(0.01)), "b": lambda: order.append("b")}
-    times = bench.medians(runs, CPU, seconds=1.0, most=4)
+    times = timing.medians(runs, CPU, seconds=1.0, most=4)
     assert times["a"] > 0.009 > times["b"]
     assert order == ["a", "b"] * 6  # two rounds to warm up, four that count
 
@@ -86,7 +86,7 @@ def test_the_backward_pass_is_timed_without_the_forward_pass():
             return gradient
 
     x = torch.ones(3, requires_grad=True)
-    backward = bench.backward_run(lambda: Marked.apply(x), x)
+    backward = timing.backward_run(lambda: Marked.apply(x), x)
     backward()
     backward()
     assert passes == ["forward", "backward", "backward"]
