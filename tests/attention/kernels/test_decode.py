@@ -28,13 +28,12 @@ interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs in a process of it
 BOTH_SIDES = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]], dtype=torch.bool)
 LAYOUTS = {
     "one query": Layout.dense(2, 1, 40),
-    "three queries": Layout.dense(2, 3, 37),
+    "three queries": Layout.dense(2, 3, 21),
     "padded cache": Layout.padded(BOTH_SIDES, query_length=1, query_offset=6),
     "static cache": Layout.padded(
         torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 0]], dtype=torch.bool), query_length=2, query_offset=2
     ),
     "no real key": Layout(1, 2, 3, (Segment(0, 1, 0, 0), Segment(1, 1, 0, 3))),
-    "packed": Layout.packed([[0, 3, 0, 2]]),
     "shared prompt": Layout(
         1, 4, 51, (Segment(0, 0, 0, 34), *(Segment(n, 1, 34 + 4 * n, 4 - n, 0) for n in range(4)))
     ),
@@ -114,7 +113,7 @@ def test_output_and_logsumexp_are_the_references(layout, rule):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "key_heads", "size", "value_size"),
-    [(4, 4, 20, 20), (6, 2, 33, 12), (5, 1, 8, 64), (40, 2, 16, 16), (2, 1, 256, 128)],
+    [(4, 4, 20, 20), (6, 2, 33, 12), (5, 1, 8, 64), (20, 2, 16, 16), (2, 1, 256, 128)],
 )
 def test_heads_of_every_number_and_size(heads, key_heads, size, value_size, dtype):
     layout = LAYOUTS["shared prompt"]
@@ -174,7 +173,7 @@ def test_the_same_input_gives_the_same_bits():
     layout = LAYOUTS["shared prompt"]
     inputs = tensors(layout, dtype=torch.float16)
     first = decode(*inputs, layout)
-    for _ in range(3):
+    for _ in range(2):
         again = decode(*inputs, layout)
         assert torch.equal(again.output, first.output)
         assert torch.equal(again.logsumexp, first.logsumexp)
