@@ -244,7 +244,8 @@ def _of_mask(mask: Tensor, query: Tensor, key: Tensor) -> Layout:
     found = getattr(mask, "rlhf_layout", None)
     if isinstance(found, Layout):
         return found
-    return _padded(mask.bool(), query.shape[2], key.shape[2] - query.shape[2])
+    written = int(mask.bool().any(0).nonzero().max()) + 1 if bool(mask.any()) else key.shape[2]
+    return _padded(mask.bool(), query.shape[2], max(0, written - query.shape[2]))
 
 
 def _of_boundaries(queries: Tensor, keys: Tensor, query_length: int, key_length: int) -> Layout:

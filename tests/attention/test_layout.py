@@ -52,6 +52,15 @@ def test_cached_step_over_a_static_cache_sees_the_past_and_no_empty_slot():
     assert layout.positions().tolist() == [[2], [3]]
 
 
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_one_query_of_a_cache_is_masked_as_any_other(offset):
+    rows = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    layout = Layout.padded(rows, query_length=1, query_offset=offset)
+    anew = Layout(layout.batch, layout.query_length, layout.key_length, layout.segments)
+    assert picture(layout) == picture(anew)
+    assert picture(layout, causal=False) == picture(anew, causal=False)
+
+
 def test_a_chunk_of_a_prompt_keeps_its_queries_positions():
     layout = Layout.padded(torch.ones(1, 5, dtype=torch.bool), query_length=2, query_offset=3)
     assert picture(layout) == [["xxxx.", "xxxxx"]]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from rlhf_cli.attention import families, hugging_face, parity, registry
 from rlhf_cli.attention.layout import Layout
@@ -80,6 +80,29 @@ def test_generation_writes_the_same_tokens_with_either_cache():
     model.set_attn_implementation(hugging_face.implementation("torch"))
     for cache in (None, "static"):
         assert model.generate(ids, cache_implementation=cache, **settings).tolist() == expected.tolist(), cache
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_static_cache_hides_what_was_not_written_even_if_the_layout_gets_lost(is_masked):
+    model = families.tiny_model("llama")
+    ids = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5]) if is_masked else None
+
+    def last_token(implementation: str):
+        model.set_attn_implementation(implementation)
+        cache = StaticCache(config=model.config, max_cache_len=9)
+        for start, end in ((0, 4), (4, 5)):
+            seen = None if mask is None else mask[:, :end]
+            found = model(ids[:, start:end], attention_mask=seen, past_key_values=cache, use_cache=True)
+        return found.last_hidden_state
+
+    expected = last_token("eager")
+    ours = hugging_face.implementation("torch")
+    torch.testing.assert_close(last_token(ours), expected, atol=1e-5, rtol=1e-5)
+    copied = lambda **given: hugging_face.attention_mask(**given).clone()  # noqa: E731
+    AttentionMaskInterface.register(ours, copied)
+    torch.testing.assert_close(last_token(ours), expected, atol=1e-5, rtol=1e-5)
+    hugging_face.implementation("torch")
 
 
 def test_a_hole_in_the_padding_mask_is_refused():

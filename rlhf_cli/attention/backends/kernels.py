@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ def attend(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> AttentionOutput:
-    """FlashAttention by our Triton kernels. Arguments as in `contract`."""
-    from rlhf_cli.attention.kernels import function  # needs triton
+    """FlashAttention by our Triton kernels, those for few queries where there are few. Arguments as in `contract`."""
+    from rlhf_cli.attention.kernels import decode, function  # need triton
 
+    rules: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
+    if decode.serves(Request.of(query, key, value, layout, bias=bias, **rules)):
+        return decode.decode(query, key, value, layout, scale=scale, **rules)
     return function.attend(
         query,
         key,
