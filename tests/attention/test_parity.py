@@ -105,6 +105,18 @@ def test_a_static_cache_hides_what_was_not_written_even_if_the_layout_gets_lost(
     hugging_face.implementation("torch")
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_positions_that_start_again_separate_sequences(family):
+    """As transformers finds packed rows that come without boundaries; opt and gpt-oss never look."""
+    model = families.tiny_model(family)
+    alone = parity.Alone(model, SEQUENCES, with_gradients=False)
+    model.set_attn_implementation(hugging_face.implementation("torch"))
+    positions = Layout.packed([SEQUENCES.lengths]).positions()
+    hidden = model(torch.cat(SEQUENCES.ids).unsqueeze(0), position_ids=positions, use_cache=False).last_hidden_state
+    for found, expected in zip(hidden[0].split(SEQUENCES.lengths), alone.hidden, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_hole_in_the_padding_mask_is_refused():
     model = families.tiny_model("llama")
     model.set_attn_implementation(hugging_face.implementation("torch"))
