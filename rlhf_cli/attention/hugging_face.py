@@ -8,11 +8,10 @@ made of a padding mask, a cache or positions that start again, and, where the mo
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from rlhf_cli.attention import registry
 from rlhf_cli.attention.layout import Layout
+from rlhf_cli.attention.masks import MaskFunction, Visibility, padded
 from rlhf_cli.errors import ModelError
 
 # transformers takes names that hold "flash", "sdpa" or "flex" for its own, and names with a slash for hub kernels.
@@ -44,7 +44,9 @@ def implementation(name: str) -> str:
     """
     if name != registry.AUTO:
         registry.find(name)
-    known = _PREFIX + re.sub("flash|sdpa|flex|paged", "x", re.sub(r"\W", "_", name))
+    plain = re.sub("flash|sdpa|flex|paged", "x", re.sub(r"\W", "_", name))
+    # Two functions of users may look alike without their punctuation.
+    known = _PREFIX + plain + (f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if ":" in name else "")
 
     def attend(module: nn.Module, *tensors: Any, **arguments: Any) -> tuple[Tensor, None]:
         return attention_forward(module, *tensors, backend=name, **arguments)
@@ -69,6 +71,7 @@ def watching(watcher: Callable[[nn.Module, dict[str, Any]], None]) -> Iterator[N
         _watchers.remove(watcher)
 
 
+@torch.compiler.disable
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -124,13 +127,15 @@ def attention_forward(
     elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         layout = _of_boundaries(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2])
     elif attention_mask is None:
-        layout = _dense(query.shape[0], query.shape[2], key.shape[2])
+        layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
     elif attention_mask.dim() == 4:
-        layout, causal, sliding_window = _dense(query.shape[0], query.shape[2], key.shape[2]), False, None
+        layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
+        causal, sliding_window = False, None
         bias = _added(bias, attention_mask, query.dtype)
     else:
-        layout = _of_mask(attention_mask, query, key)
-        causal = getattr(attention_mask, "rlhf_is_causal", causal)
+        found = _of_mask(attention_mask)
+        layout, causal = found.layout, found.causal
+        sliding_window = found.window if sliding_window is None else sliding_window
     _check(layout, query, key)
     arguments: dict[str, Any] = {
         "scale": scaling,
@@ -146,6 +151,7 @@ def attention_forward(
     return output.transpose(1, 2), None
 
 
+@torch.compiler.disable
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -155,12 +161,13 @@ def attention_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
+    local_size: int | None = None,
     use_vmap: bool = False,
     **_: Any,
 ) -> Tensor:
     """What transformers calls once a forward pass, to make the mask that our function then gets.
 
-    The mask is (B, Lk) and True on real keys; the layout it stands for travels with it as an attribute.
+    The mask is (B, Lk) and True on real keys; what it stands for travels with it as an attribute.
 
     Args:
         batch_size: B.
@@ -171,12 +178,13 @@ def attention_mask(
         mask_function: whether query i of batch row b may see key j: f(b, head, i, j).
         attention_mask: (B, tokens so far) True on real ones.
         device: of the mask.
+        local_size: window or chunk that `mask_function` has.
         use_vmap: whether the model put a mask function of its own into `mask_function`.
 
     Raises:
         ModelError: the model asks for a mask that is no layout.
     """
-    if attention_mask is not None and hasattr(attention_mask, "rlhf_layout"):
+    if attention_mask is not None and hasattr(attention_mask, _ATTRIBUTE):
         return attention_mask  # `generate` made it already, for a static cache
     if use_vmap:
         raise ModelError("the model adds a mask of its own, which our attention layouts cannot describe")
@@ -191,68 +199,36 @@ def attention_mask(
         is_real = is_real & inside & given[:, columns.clamp(max=given.shape[1] - 1)]
     mask = is_real.contiguous()
     if is_cross:
-        found, mask.rlhf_is_causal = Layout.cross(q_length, mask), False  # pyright: ignore[reportAttributeAccessIssue]
+        found = Visibility(Layout.cross(q_length, mask), False, None)
+    elif mask_function is causal_mask_function:
+        found = Visibility(padded(mask, q_length, offset - kv_offset), True, None)
     else:
-        mask.rlhf_is_causal, starts = _looks(mask_function, batch_size, q_length, device)  # pyright: ignore
-        found = _padded(mask, q_length, offset - kv_offset) if not starts.any() else _cut(starts)
-    mask.rlhf_layout = found  # pyright: ignore[reportAttributeAccessIssue]
+        asked = MaskFunction(
+            mask_function, batch_size, offset, q_length, kv_offset, kv_length, local_size, torch.device(device)
+        )
+        found = asked.visibility(mask)
+    setattr(mask, _ATTRIBUTE, found)
     return mask
 
 
-def _looks(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> tuple[bool, Tensor]:
-    """Whether a mask function is causal, and where it starts a new sequence inside a row: (B, L) bool.
-
-    transformers hands over functions of indices. That a query does not see the token before it is how packed rows show
-    (found by transformers in positions that start again), and chunked attention too.
-    """
-    starts = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    if mask_function is causal_mask_function or length == 1:
-        return True, starts
-    rows = torch.arange(batch, device=device).unsqueeze(1)
-    later = torch.arange(1, length, device=device).unsqueeze(0)
-    sees_before = torch.as_tensor(mask_function(rows, 0, later, later - 1), device=device)
-    sees_behind = torch.as_tensor(mask_function(rows, 0, later - 1, later), device=device)
-    starts[:, 1:] = ~sees_before
-    return not bool(sees_behind.any()), starts
+_ATTRIBUTE = "rlhf_visibility"
 
 
-def _cut(starts: Tensor) -> Layout:
-    rows = []
-    for row in starts.tolist():
-        edges = [0, *(at for at, is_start in enumerate(row) if is_start), len(row)]
-        rows.append([end - start for start, end in pairwise(edges)])
-    return Layout.packed(rows, width=starts.shape[1])
-
-
-def _padded(is_real: Tensor, query_length: int, query_offset: int) -> Layout:
-    batch, keys = is_real.shape
-    if query_offset + query_length == keys and bool(is_real.all()):
-        return _dense(batch, query_length, keys)
-    try:
-        return Layout.padded(is_real, query_length=query_length, query_offset=query_offset)
-    except ValueError as error:
-        raise ModelError(str(error), hint="put all padding of a row on one side, or use `--attention sdpa`") from None
-
-
-@lru_cache(maxsize=8)
-def _dense(batch: int, queries: int, keys: int) -> Layout:
-    return Layout.dense(batch, queries, keys)
-
-
-def _of_mask(mask: Tensor, query: Tensor, key: Tensor) -> Layout:
-    """The layout that came with a mask; made anew where the mask was copied on its way."""
-    found = getattr(mask, "rlhf_layout", None)
-    if isinstance(found, Layout):
-        return found
-    written = int(mask.bool().any(0).nonzero().max()) + 1 if bool(mask.any()) else key.shape[2]
-    return _padded(mask.bool(), query.shape[2], max(0, written - query.shape[2]))
+def _of_mask(mask: Tensor) -> Visibility:
+    found = getattr(mask, _ATTRIBUTE, None)
+    if not isinstance(found, Visibility):
+        raise ModelError(
+            "the attention mask was copied on its way through the model, and what it stands for got lost",
+            hint="a model on several devices copies it: rerun with `--attention sdpa`",
+        )
+    return found
 
 
 def _of_boundaries(queries: Tensor, keys: Tensor, query_length: int, key_length: int) -> Layout:
-    found = getattr(queries, "rlhf_layout", None)
+    found = getattr(queries, _ATTRIBUTE, None)
     if not isinstance(found, Layout):
         found = Layout.bounded(queries.tolist(), keys.tolist(), query_length, key_length)
-        queries.rlhf_layout = found  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(queries, _ATTRIBUTE, found)
     return found
 
 

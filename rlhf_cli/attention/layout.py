@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -65,9 +66,7 @@ class Layout:
     @staticmethod
     def dense(batch: int, query_length: int, key_length: int | None = None) -> Layout:
         """Every row real; `key_length` differs from `query_length` in cross-attention and in cached generation."""
-        keys = query_length if key_length is None else key_length
-        segments = tuple(Segment(row * query_length, query_length, row * keys, keys) for row in range(batch))
-        return Layout(batch, query_length, keys, segments)
+        return _dense(batch, query_length, query_length if key_length is None else key_length)
 
     @staticmethod
     def padded(is_real: Tensor, *, query_length: int | None = None, query_offset: int = 0) -> Layout:
@@ -84,7 +83,7 @@ class Layout:
         batch, keys = is_real.shape
         queries = keys if query_length is None else query_length
         segments = []
-        for row, runs in enumerate(_runs(is_real)):
+        for row, runs in enumerate(runs_of(is_real)):
             if len(runs) > 1:
                 raise ValueError(f"row {row} of the attention mask has padding between real tokens")
             start, end = runs[0] if runs else (0, 0)
@@ -95,7 +94,7 @@ class Layout:
                 Segment(row * queries + first - query_offset, last - first, row * keys + start, end - start)
             )
         layout = Layout(batch, queries, keys, tuple(segments))
-        if queries == 1:  # decoding asks every step anew: the one query sees all real keys so far
+        if queries == 1 and not is_real.is_cuda:  # decoding asks anew every step: the query sees all real keys so far
             sees = (is_real & (torch.arange(keys, device=is_real.device) <= query_offset)).unsqueeze(1)
             sees = sees & sees[:, :, query_offset : query_offset + 1]
             layout._masks.update({(causal, None, str(is_real.device)): sees for causal in (True, False)})
@@ -134,7 +133,7 @@ class Layout:
         """Packed sequences of one batch row by their S + 1 boundaries, those of queries and of keys."""
         segments = tuple(
             Segment(query, next_query - query, key, next_key - key)
-            for query, next_query, key, next_key in zip(queries, queries[1:], keys, keys[1:], strict=False)
+            for (query, next_query), (key, next_key) in zip(pairwise(queries), pairwise(keys), strict=True)
         )
         return Layout(1, query_length, key_length, segments)
 
@@ -157,22 +156,27 @@ class Layout:
         return Layout(1, at, at, tuple(segments))
 
     def __post_init__(self) -> None:
-        for number, segment in enumerate(self.segments):
-            assert NO_PARENT <= segment.parent < number, "a parent stands before its children"
+        """Raises ValueError for segments that leave their batch row, overlap, or are out of order."""
+        free = [0] * self.batch  # kernels write query rows without looking
         open_ancestors: list[int] = []
         for number, segment in enumerate(self.segments):
+            row, first = divmod(segment.query_start, max(self.query_length, 1))
+            key_row, first_key = divmod(segment.key_start, max(self.key_length, 1))
+            if segment.query_length and not (0 <= row < self.batch and free[row] <= first):
+                raise ValueError(f"segment {number} overlaps another or is out of the batch: {segment}")
+            if segment.query_length < 0 or first + segment.query_length > max(self.query_length, first):
+                raise ValueError(f"the queries of segment {number} leave their batch row: {segment}")
+            if segment.key_length and not 0 <= key_row < self.batch:
+                raise ValueError(f"the keys of segment {number} are out of the batch: {segment}")
+            if segment.key_length < 0 or first_key + segment.key_length > max(self.key_length, first_key):
+                raise ValueError(f"the keys of segment {number} leave their batch row: {segment}")
+            if segment.query_length:
+                free[row] = first + segment.query_length
             while open_ancestors and open_ancestors[-1] != segment.parent:
                 open_ancestors.pop()
-            assert open_ancestors or segment.parent == NO_PARENT, "descendants follow their segment directly"
+            if segment.parent != NO_PARENT and not open_ancestors:
+                raise ValueError(f"segment {number} does not follow its parent depth first: {segment}")
             open_ancestors.append(number)
-
-    @property
-    def is_self(self) -> bool:
-        """Whether query rows and key rows are the same."""
-        return self.query_length == self.key_length and all(
-            segment.query_start == segment.key_start and segment.query_length == segment.key_length
-            for segment in self.segments
-        )
 
     @cached_property
     def is_dense(self) -> bool:
@@ -239,6 +243,9 @@ class Layout:
         return self._masks[key]
 
     def _visible(self, causal: bool, window: int | None) -> Tensor:
+        if self.is_dense and self.batch > 1:
+            one = Layout.dense(1, self.query_length, self.key_length)
+            return one._visible(causal, window).expand(self.batch, -1, -1)
         of_query, query_at = (rows.unsqueeze(2) for rows in self._query_rows)  # (B, Lq, 1)
         of_key, key_at = (rows.unsqueeze(1) for rows in self._key_rows)  # (B, 1, Lk)
         count = len(self.segments)
@@ -275,6 +282,12 @@ class Layout:
         return _numbered(rows, self.offsets, (self.batch, self.key_length))
 
 
+@lru_cache(maxsize=32)
+def _dense(batch: int, queries: int, keys: int) -> Layout:
+    segments = tuple(Segment(row * queries, queries, row * keys, keys) for row in range(batch))
+    return Layout(batch, queries, keys, segments)
+
+
 def _numbered(rows: Sequence[tuple[int, int]], first: Sequence[int], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     segment = torch.full((shape[0] * shape[1],), -1)
     position = torch.full_like(segment, -1)
@@ -284,7 +297,7 @@ def _numbered(rows: Sequence[tuple[int, int]], first: Sequence[int], shape: tupl
     return segment.view(shape), position.view(shape)
 
 
-def _runs(is_real: Tensor) -> list[list[tuple[int, int]]]:
+def runs_of(is_real: Tensor) -> list[list[tuple[int, int]]]:
     """Runs of True in every row, as (start, end)."""
     edges = torch.nn.functional.pad(is_real.cpu().int(), (1, 1)).diff(dim=1)
     found: list[list[tuple[int, int]]] = [[] for _ in range(is_real.shape[0])]

@@ -6,6 +6,7 @@ and a token at a time through a cache. What a model makes of a sequence must not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from transformers import (
 
 from rlhf_cli.attention import hugging_face
 from rlhf_cli.attention.layout import Layout
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, UsageError
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -141,7 +142,8 @@ def require(model: PreTrainedModel, name: str, implementation: str) -> None:
         implementation: from `hugging_face.implementation`.
 
     Raises:
-        ModelError: it does not call our function in every layer, or the result is not the one of its own attention.
+        ModelError: it never calls our function, or the result is not the one of its own attention.
+        UsageError: the backend does not support what the model asks for.
     """
     family = model.config.model_type
     hint = "rerun with `--attention sdpa`, transformers' own; the model then trains on padded batches"
@@ -150,22 +152,25 @@ def require(model: PreTrainedModel, name: str, implementation: str) -> None:
             f"the {family} model `{name}` does not let its attention be exchanged: it ignores transformers' interface",
             hint=hint,
         )
-    check = "tree" if kind_of(model) == "decoder" else "padded right"
+    ways = ("tree", "cached") if kind_of(model) == "decoder" else ("padded right",)
     sequences = Sequences.random(model.config.get_text_config(decoder=True).vocab_size, shared=3, own=(3, 1))
     calls: list[int] = []
     try:
         with hugging_face.watching(lambda module, arguments: calls.append(id(module))):
-            found = parity(model, check, Alone(model, sequences, with_gradients=False), implementation)
-    except torch.OutOfMemoryError:
+            alone = Alone(model, sequences, with_gradients=False)
+            found = max(parity(model, way, alone, implementation).forward for way in ways)
+    except (torch.OutOfMemoryError, UsageError):
         raise
-    except (ModelError, TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the {family} model `{name}` does not work with our attention: {error}", hint=hint) from error
+    except Exception as error:  # whatever a model's own code does with arguments it does not expect
+        raise ModelError(
+            f"the {family} model `{name}` does not work with our attention: {type(error).__name__}: {error}", hint=hint
+        ) from error
     if not calls:
         raise ModelError(f"the {family} model `{name}` never calls the attention it is given", hint=hint)
-    if not found.forward <= tolerance(model.dtype).forward:
+    if not found <= tolerance(model.dtype).forward:
         raise ModelError(
             f"the {family} model `{name}` computes something else under our attention: hidden states are off by "
-            f"{found.forward:.2g} of the largest",
+            f"{found:.2g} of the largest",
             hint=hint,
         )
 
@@ -189,9 +194,10 @@ def attention_set(model: PreTrainedModel, implementation: str):
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    largest = max(float(tensor.abs().max()) for tensor in expected)
-    worst = max(float((mine - theirs).detach().abs().max()) for mine, theirs in zip(found, expected, strict=True))
-    return worst / largest if worst == worst else float("inf")
+    """Largest difference as a share of the largest number expected; infinite where anything is not finite."""
+    largest = max(float(tensor.detach().abs().max()) for tensor in expected)
+    apart = [float((mine - theirs).detach().abs().max()) for mine, theirs in zip(found, expected, strict=True)]
+    return max(apart) / largest if all(map(math.isfinite, apart)) else math.inf
 
 
 def _gradients(model: PreTrainedModel, hidden: Sequence[Tensor]) -> list[Tensor]:

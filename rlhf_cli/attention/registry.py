@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_cli.attention.contract import AttentionFunction, AttentionOutput, Backend, Request
@@ -46,37 +48,31 @@ def attention(
 ) -> AttentionOutput:
     """Attention by any backend; the arguments are those of `contract.AttentionFunction`, with their usual defaults.
 
+    Keys and values are taken in the dtype of the query, and under autocast all three, and so the output, in its dtype.
+
     `needs_logsumexp` leaves backends out that do not give it.
 
     Raises:
         UsageError: the backend is unknown, absent here, or does not support this call.
     """
     layout = layout if layout is not None else Layout.dense(query.shape[0], query.shape[2], key.shape[2])
-    request = Request.of(
-        query,
-        key,
-        value,
-        layout,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        bias=bias,
-        needs_logsumexp=needs_logsumexp,
-    )
-    found = choose(request, backend).backend.attend(
-        query,
-        key,
-        value,
-        layout,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        bias=bias,
-    )
-    return AttentionOutput(found, None) if isinstance(found, Tensor) else found
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    kind = query.device.type
+    is_mixed = torch.is_autocast_enabled(kind) and query.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if is_mixed else query.dtype
+    # As autocast does for torch's own attention; inside, every backend computes in the precision it promises.
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    rules: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "bias": bias}
+    request = Request.of(query, key, value, layout, **rules, needs_logsumexp=needs_logsumexp)
+    attend = choose(request, backend).backend.attend
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(kind, enabled=False) if is_mixed else nullcontext():
+        found = attend(query, key, value, layout, scale=scale, **rules)
+    output, logsumexp = (found, None) if isinstance(found, Tensor) else found
+    if needs_logsumexp and logsumexp is None:
+        raise UsageError(f"attention backend `{backend}` gives no log-sum-exp, which this call needs")
+    return AttentionOutput(output, logsumexp)
 
 
 def choose(request: Request, name: str = AUTO) -> Choice:
@@ -84,7 +80,7 @@ def choose(request: Request, name: str = AUTO) -> Choice:
 
     Args:
         request: the call.
-        name: a backend's name, `package.module:function`, or `auto`: the fastest for the device that supports the call.
+        name: a backend's name, `package.module:function`, or `auto`: the first of `_order` that serves the call.
 
     Raises:
         UsageError: the named backend is unknown, absent here, or does not support the call.
@@ -95,14 +91,22 @@ def choose(request: Request, name: str = AUTO) -> Choice:
             raise UsageError(f"attention backend `{name}`: {reason}", hint="rerun with `--attention auto`")
         return Choice(backend, "asked for")
     passed_over: list[str] = []
-    for candidate in _FASTEST_FIRST:
+    for candidate in _order(request):
         backend = find(candidate)
         if (reason := backend.missing() or backend.unsupported(request)) is None:
-            reason = "; ".join(passed_over) or "the fastest there is"
+            reason = "; ".join(passed_over) or "first in order for such calls"
             chosen.setdefault(candidate, reason)
             return Choice(backend, reason)
         passed_over.append(f"not `{candidate}`: {reason}")
     raise UsageError(f"no attention backend serves this call: {'; '.join(passed_over)}")
+
+
+def _order(request: Request) -> tuple[str, ...]:
+    """What `auto` tries, in order: torch's own kernels where they are made for the call, else ours."""
+    is_plain = request.window is None and request.softcap is None and not (request.has_sinks or request.has_bias)
+    if request.layout.is_dense and is_plain:
+        return ("torch", "triton", "tiled", "reference")
+    return ("triton", "torch", "tiled", "reference")
 
 
 def find(name: str) -> Backend:
@@ -153,6 +157,8 @@ def _guarded(name: str, attend: AttentionFunction) -> AttentionFunction:
     def call(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rules: Any) -> AttentionOutput:
         try:
             found = attend(query, key, value, layout, **rules)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever the user's code raises
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
@@ -178,4 +184,3 @@ def names() -> tuple[str, ...]:
 
 # Modules of `backends/`, each with a BACKEND.
 _BUILT_IN = ("reference", "tiled", "library", "kernels")
-_FASTEST_FIRST = ("triton", "torch", "tiled", "reference")

@@ -141,6 +141,52 @@ def test_the_output_keeps_the_dtype_of_the_query(backend, dtype):
     torch.testing.assert_close(found.double(), expected, atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rule", [{}, {"softcap": 2.0}])
+def test_a_row_that_a_bias_hides_wholly_gives_zero_and_no_gradient(backend, rule, dtype):
+    inputs = tensors(LAYOUTS["dense"], dtype=dtype)
+    bias = torch.zeros(1, 1, 9, 9, dtype=dtype)
+    bias[..., 2, :] = -torch.inf
+    bias.requires_grad_()
+    found = attention(*inputs, LAYOUTS["dense"], causal=True, bias=bias, backend=backend, **rule).output
+    expected = attention(
+        *(tensor.double() for tensor in inputs), LAYOUTS["dense"], causal=True, bias=bias.double(),
+        backend="reference", **rule,
+    ).output  # fmt: skip
+    assert (found[:, :, 2] == 0).all()
+    close = {} if dtype == torch.float64 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(found.double(), expected, **close)
+    for mine, theirs in zip(gradients([found.double()], [*inputs, bias]), gradients([expected], [*inputs, bias]),
+                            strict=True):  # fmt: skip
+        assert torch.isfinite(theirs).all()
+        torch.testing.assert_close(mine, theirs, **({} if dtype == torch.float64 else {"atol": 0.2, "rtol": 0.1}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_before_the_first_key_see_nothing(backend, dtype):
+    layout = Layout(1, 60, 50, (Segment(0, 60, 0, 50),))
+    inputs = tensors(layout, dtype=dtype)
+    found = attention(*inputs, layout, causal=True, backend=backend).output
+    assert (found[:, :, :10] == 0).all()
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_no_queries_or_no_keys(backend, shape):
+    layout = Layout.dense(2, *shape)
+    found = attention(*tensors(layout), layout, causal=False, backend=backend).output
+    assert found.shape == (2, 4, shape[0], 5)
+    assert (found == 0).all()
+
+
+def test_a_bias_may_leave_out_batch_and_heads(backend):
+    bias = torch.randn(9, 9, dtype=torch.float64)
+    inputs = tensors(LAYOUTS["dense"])
+    expected = attention(*inputs, LAYOUTS["dense"], causal=True, bias=bias, backend="reference").output
+    found = attention(*inputs, LAYOUTS["dense"], causal=True, bias=bias, backend=backend).output
+    torch.testing.assert_close(found, expected)
+
+
 def test_values_may_have_another_size_than_keys(backend):
     layout = LAYOUTS["tree"]
     query, key, _ = tensors(layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_cli.attention.layout import Layout
+from rlhf_cli.attention.layout import Layout, Segment
 
 
 def picture(layout: Layout, *, causal: bool = True, window: int | None = None) -> list[list[str]]:
@@ -104,3 +104,24 @@ def test_a_window_counts_positions_and_not_rows():
     assert picture(Layout.dense(1, 3), window=1, causal=False) == [["x..", ".x.", "..x"]]
     # The last answer's first token stands at position 2, right behind the prompt's last, whatever lies between.
     assert picture(Layout.tree([(2, [1, 1])]), window=2) == [["x...", "xx..", ".xx.", ".x.x"]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Layout.packed([[5, 6]], width=4), "the queries of segment 0 leave their batch row"),
+        (lambda: Layout.bounded([0, 5, 9], [0, 5, 9], 8, 8), "the queries of segment 1 leave their batch row"),
+        (lambda: Layout.bounded([0, 5, 9], [0, 5], 9, 9), "zip"),
+        (lambda: Layout(1, 4, 4, (Segment(0, 3, 0, 3), Segment(2, 2, 2, 2))), "segment 1 overlaps another"),
+        (lambda: Layout(1, 4, 4, (Segment(4, 1, 0, 1),)), "segment 0 overlaps another or is out of the batch"),
+        (lambda: Layout(1, 4, 4, (Segment(0, 1, 3, 2),)), "the keys of segment 0 leave their batch row"),
+        (lambda: Layout(1, 4, 4, (Segment(0, 1, 4, 1),)), "the keys of segment 0 are out of the batch"),
+        (
+            lambda: Layout(1, 4, 4, (Segment(0, 1, 0, 1), Segment(1, 1, 1, 1), Segment(2, 1, 2, 1, 0))),
+            "segment 2 does not follow its parent depth first",
+        ),
+    ],
+)
+def test_segments_that_kernels_could_not_trust(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -49,7 +49,7 @@ def attend(
     # `is_causal` of torch puts the first query at the first key, ours the last at the last.
     if is_plain and layout.is_dense and (not causal or layout.query_length in (1, layout.key_length)):
         return AttentionOutput(_one_call(query, key, value, causal and layout.query_length > 1, scale), None)
-    if is_plain and query.device.type == "cpu" and _is_worth_a_loop(layout):
+    if is_plain and query.device.type == "cpu" and _is_worth_a_loop(layout, causal):
         return AttentionOutput(_by_segment(query, key, value, layout, causal, scale), None)
     return _with_mask(query, key, value, layout, causal, window, bias, _Equation(scale, None, None))
 
@@ -60,7 +60,12 @@ def _longest(layout: Layout) -> int:
     return max(lengths, default=0)
 
 
-def _is_worth_a_loop(layout: Layout) -> bool:
+def _is_worth_a_loop(layout: Layout, causal: bool) -> bool:
+    if causal and any(
+        segment.query_length > offset + segment.key_length
+        for segment, offset in zip(layout.segments, layout.offsets, strict=True)
+    ):
+        return False  # its first queries see nothing, which one call a segment does not look for
     return layout.is_tree or layout.real_tokens >= _SHORT_SEGMENT * max(1, len(layout.segments))
 
 
@@ -179,11 +184,13 @@ def _with_mask(
 
     Torch's kernels disagree about such rows.
     """
-    visible = layout.visible(causal=causal, window=window, device=query.device)
-    sees = visible.any(-1)
-    mask = (visible | ~sees.unsqueeze(-1)).unsqueeze(1)
+    visible = layout.visible(causal=causal, window=window, device=query.device).unsqueeze(1)
     if bias is not None:
-        mask = bias.to(query.dtype).masked_fill(~mask, -torch.inf)
+        visible = visible & ~torch.isneginf(bias)
+    sees = visible.any(-1, keepdim=True)
+    mask = visible | ~sees
+    if bias is not None:
+        mask = bias.to(query.dtype).masked_fill(torch.isneginf(bias), 0.0).masked_fill(~mask, -torch.inf)
     # Padding that holds NaN spreads: a weight of 0 does not hide it. Looking at the output costs less than clearing
     # keys and values that a cache holds; on CUDA looking would have to wait for the result.
     output = None if query.is_cuda else _equation_or_kernel(query, key, value, mask, rules)
@@ -193,7 +200,7 @@ def _with_mask(
         key, value = key.masked_fill(is_padding, 0.0), value.masked_fill(is_padding, 0.0)
         output = _equation_or_kernel(query, key, value, mask, rules)
     if not bool(sees.all()):
-        output = output.masked_fill(~sees[:, None, :, None], 0.0)
+        output = output.masked_fill(~sees, 0.0)
     return AttentionOutput(output, None)
 
 

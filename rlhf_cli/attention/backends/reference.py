@@ -50,17 +50,18 @@ def attention_weights(
     scores = scale * query.to(dtype) @ _for_query_heads(key, query).to(dtype).transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.to(dtype)
     visible = layout.visible(causal=causal, window=window, device=query.device).unsqueeze(1)  # (B, 1, Lq, Lk)
+    if bias is not None:
+        visible = visible & ~torch.isneginf(bias)
+        scores = scores + bias.to(dtype).masked_fill(torch.isneginf(bias), 0.0)
     scores = scores.masked_fill(~visible, -torch.inf)
     logsumexp = scores.logsumexp(-1)
     if sinks is not None:
         logsumexp = torch.logaddexp(logsumexp, sinks.to(dtype).view(1, -1, 1))
         is_real = layout.is_real(query.device).unsqueeze(1)
         logsumexp = logsumexp.masked_fill(~is_real, -torch.inf)
-    # A row that sees nothing has no weights: exp(-inf - -inf) would be NaN.
-    weights = torch.where(torch.isneginf(scores), 0.0, (scores - logsumexp.unsqueeze(-1)).exp())
+    # A row that sees nothing has no weights: -inf - -inf would be NaN.
+    weights = (scores - logsumexp.masked_fill(torch.isneginf(logsumexp), 0.0).unsqueeze(-1)).exp()
     return weights, logsumexp
 
 

@@ -94,7 +94,7 @@ def query_tiles(rules: Rules) -> Iterator[QueryTile]:
     layout = rules.layout
     for number, segment in enumerate(layout.segments):
         chain = (*layout.ancestors[number], number)
-        row, first = divmod(segment.query_start, layout.query_length)
+        row, first = divmod(segment.query_start, max(layout.query_length, 1))
         begin = layout.offsets[number] + segment.key_length - segment.query_length
         for done in range(0, segment.query_length, QUERY_TILE):
             end = min(done + QUERY_TILE, segment.query_length)
@@ -105,7 +105,7 @@ def query_tiles(rules: Rules) -> Iterator[QueryTile]:
 def _key_tiles(rules: Rules, part: int, low: int, high: int) -> Iterator[KeyTile]:
     """Tiles of a segment's keys that queries at positions `low` to `high` - 1 see any of."""
     segment, offset = rules.layout.segments[part], rules.layout.offsets[part]
-    first = segment.key_start % rules.layout.key_length
+    first = segment.key_start % max(rules.layout.key_length, 1)
     begin, end = 0, segment.key_length
     if rules.causal:
         end = min(end, high - offset)
@@ -141,15 +141,20 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, bias, output, logsumexp = context.saved_tensors
-        call = _Call(query, key, value, bias, context.rules, logsumexp.dtype)
-        found = _Gradients.zeros(query, key, value, sinks, bias if context.needs_input_grad[4] else None)
-        for tile in query_tiles(context.rules):
-            rows = slice(tile.start, tile.end)
-            saved = (output[tile.row, :, rows], logsumexp[tile.row, :, rows])
-            upstream = (gradients[0][tile.row, :, rows], gradients[1][tile.row, :, rows])
-            _backward_tile(call, tile, saved, upstream, sinks, found)
-        return (*found.cast(query, key, value, sinks, bias), None)
+        with torch.autocast(gradients[0].device.type, enabled=False):  # sums stay in their own precision
+            return _gradients_of(context, gradients)
+
+
+def _gradients_of(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    query, key, value, sinks, bias, output, logsumexp = context.saved_tensors
+    call = _Call(query, key, value, bias, context.rules, logsumexp.dtype)
+    found = _Gradients.zeros(query, key, value, sinks, bias if context.needs_input_grad[4] else None)
+    for tile in query_tiles(context.rules):
+        rows = slice(tile.start, tile.end)
+        saved = (output[tile.row, :, rows], logsumexp[tile.row, :, rows])
+        upstream = (gradients[0][tile.row, :, rows], gradients[1][tile.row, :, rows])
+        _backward_tile(call, tile, saved, upstream, sinks, found)
+    return (*found.cast(query, key, value, sinks, bias), None)
 
 
 @dataclass(frozen=True)
@@ -238,8 +243,9 @@ def _forward_tile(call: _Call, tile: QueryTile, sinks: Tensor | None) -> tuple[T
     if sinks is not None:
         sink = sinks.to(q.dtype).repeat_interleave(tile.end - tile.start).view_as(largest)
         new_largest = torch.maximum(largest, sink)
-        shrink = (largest - new_largest).exp()
-        total = total * shrink + (sink - new_largest).exp()
+        shift = new_largest.masked_fill(torch.isneginf(new_largest), 0.0)
+        shrink = (largest - shift).exp()
+        total = total * shrink + (sink - shift).exp()
         summed, largest = summed * shrink.unsqueeze(-1), new_largest
     heads = call.query.shape[1]
     output = summed / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
