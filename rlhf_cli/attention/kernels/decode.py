@@ -17,8 +17,6 @@ Tested on: Triton 3.9's interpreter (values); no GPU has run it.
 # Triton compiles what stands below: its literals are not Python's.
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,6 +27,15 @@ from torch import Tensor
 
 from rlhf_cli.attention.contract import AttentionOutput, Request
 from rlhf_cli.attention.kernels import schedule
+from rlhf_cli.attention.kernels.arguments import (
+    addressable,
+    empty_results,
+    on_device_of,
+    padded,
+    refuse_mixed_dtypes,
+    score_rules,
+    strides,
+)
 from rlhf_cli.attention.kernels.device import INTERPRETED, LN_2, LOG2_E, dot, load_tile, row_base, sees, tanh
 from rlhf_cli.attention.kernels.launch import Launch
 from rlhf_cli.attention.kernels.tiles import Tile
@@ -227,10 +234,16 @@ def decode(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> AttentionOutput:
-    """Attention without a gradient. Arguments as in `contract`; keys and values are taken to the dtype of the query."""
-    query, key, value = (_with_dense_rows(tensor.detach().to(query.dtype)) for tensor in (query, key, value))
+    """Attention without a gradient. Arguments as in `contract`, but of one dtype.
+
+    Raises:
+        UsageError: query, key and value differ in dtype.
+    """
+    refuse_mixed_dtypes(query, key, value)
+    query, key, value = (addressable(tensor.detach()) for tensor in (query, key, value))
+    sinks = None if sinks is None else sinks.detach().contiguous()
     rules = {"causal": causal, "window": window}
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with on_device_of(query):
         first, second, found = launches(query, key, value, layout, scale=scale, softcap=softcap, sinks=sinks, **rules)
         first.run()
         second.run()
@@ -250,56 +263,60 @@ def launches(
     sinks: Tensor | None,
 ) -> tuple[Launch, Launch, AttentionOutput]:
     """Both kernels with all they need, and the tensors that the second one fills."""
-    heads, key_heads = query.shape[1], key.shape[1]
-    blocks = _padded(query.shape[-1]), _padded(value.shape[-1])
+    heads, key_heads, value_size = query.shape[1], key.shape[1], value.shape[-1]
+    blocks = padded(query.shape[-1]), padded(value_size)
     size = _tile(_most_rows(layout) * heads // key_heads, max(blocks), query.dtype == torch.float32)
-    tables = _plan(layout, query.device, (heads, key_heads), size, causal=causal, window=window)
-    partial = query.new_empty(tables.slot_count, heads, value.shape[-1], dtype=torch.float32)
-    partial_lse = query.new_empty(tables.slot_count, heads, dtype=torch.float32)
-    log2_e = math.log2(math.e)
-    shared = {"partial": partial, "partial_lse": partial_lse, "members": tables.members, "heads": heads}
-    shared |= {"VALUE_SIZE": value.shape[-1], "VALUE_BLOCK": blocks[1]}
-    first = {
+    plan = _plan(layout, query.device, (heads, key_heads), size, causal=causal, window=window)
+    shared = {
+        "partial": query.new_empty(plan.slot_count, heads, value_size, dtype=torch.float32),
+        "partial_lse": query.new_empty(plan.slot_count, heads, dtype=torch.float32),
+        "members": plan.members,
+        "heads": heads,
+        "VALUE_SIZE": value_size,
+        "VALUE_BLOCK": blocks[1],
+    }
+    rules = score_rules(scale, softcap, causal=causal, window=window)
+    found = AttentionOutput(*empty_results(query, value, layout))
+    first = shared | rules | _reading(query, key, value, plan, size)
+    second = shared | _merging(found, sinks, plan)
+    return (
+        Launch(partial_kernel, len(plan.work) * key_heads, first, size),
+        Launch(merge_kernel, len(plan.members) * heads, second, Tile(1, 16, 4, 1)),
+        found,
+    )
+
+
+def _reading(query: Tensor, key: Tensor, value: Tensor, plan: Plan, size: Tile) -> dict[str, Any]:
+    """What `partial_kernel` takes beside the rules and what both kernels take."""
+    return {
         "query": query,
         "key": key,
         "value": value,
-        "work": tables.work,
-        **_strides("query", query),
-        **_strides("key", key),
-        **_strides("value", value),
-        "score_scale": scale * log2_e if softcap is None else scale / softcap,
-        "cap": 0.0 if softcap is None else softcap * log2_e,
-        "window": min(window or 0, schedule.NO_LIMIT),
-        "GROUP": heads // key_heads,
+        "work": plan.work,
+        **strides("query", query),
+        **strides("key", key),
+        **strides("value", value),
+        "GROUP": query.shape[1] // key.shape[1],
         "HEAD_SIZE": query.shape[-1],
-        "HEAD_BLOCK": blocks[0],
+        "HEAD_BLOCK": padded(query.shape[-1]),
         "ROWS": size.queries,
         "KEYS": size.keys,
-        "CAUSAL": causal,
-        "WINDOW": window is not None,
-        "SOFTCAP": softcap is not None,
     }
-    # Heads inside rows, as a model wants them next: (B, Lq, H, Dv).
-    shape = (layout.batch, layout.query_length, heads, value.shape[-1])
-    output = query.new_empty(shape) if schedule.covers_queries(layout) else query.new_zeros(shape)
-    output = output.transpose(1, 2)
-    logsumexp = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
-    second = {
+
+
+def _merging(found: AttentionOutput, sinks: Tensor | None, plan: Plan) -> dict[str, Any]:
+    """What `merge_kernel` takes beside what both kernels take."""
+    return {
         "sinks": sinks,
-        "output": output,
-        "logsumexp": logsumexp,
-        "slot_ranges": tables.slot_ranges,
-        "slots": tables.slots,
-        **_strides("output", output),
-        "rows": layout.query_length,
+        "output": found.output,
+        "logsumexp": found.logsumexp,
+        "slot_ranges": plan.slot_ranges,
+        "slots": plan.slots,
+        **strides("output", found.output),
+        "rows": found.output.shape[2],
         "SLOTS": 4 if INTERPRETED else 16,
         "SINKS": sinks is not None,
     }
-    return (
-        Launch(partial_kernel, len(tables.work) * key_heads, shared | first, size),
-        Launch(merge_kernel, len(tables.members) * heads, shared | second, Tile(1, 16, 4, 1)),
-        AttentionOutput(output, logsumexp),
-    )
 
 
 def _plan(
@@ -345,7 +362,7 @@ def _planned(
     for each in slots:
         ranges.append((len(flat), len(flat) + len(each)))
         flat.extend(each)
-    return Plan(*_on(device, [work, members, ranges, [(number,) for number in flat]]), slot)  # pyright: ignore
+    return Plan(*schedule.on_device(device, work, members, ranges, [(number,) for number in flat]), slot)  # pyright: ignore
 
 
 def _members(layout: Layout) -> tuple[list[tuple[int, int, int]], list[int]]:
@@ -405,7 +422,7 @@ def _tile(rows: int, head_block: int, is_32_bit: bool) -> Tile:
     """Rows and keys of a program; tensor cores take 16 rows or more. Found by compiling for sm_90, not by measuring."""
     if INTERPRETED:
         return Tile(16, 16, 4, 1)
-    rows = min(64, _padded(max(rows, 1)))
+    rows = min(64, padded(max(rows, 1)))
     if head_block > 128:
         return Tile(16, 32, 8, 2) if is_32_bit else Tile(min(rows, 32), 64, 8, 2)
     return Tile(min(rows, 32), 32, 4, 2) if is_32_bit else Tile(rows, 64, 4, 3)
@@ -419,34 +436,6 @@ def _programs(device: torch.device) -> int:
 @lru_cache(maxsize=16)
 def _processors(device: str) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device, tables: list[list[tuple[int, ...]]]) -> list[Tensor]:
-    """Tables as int32 tensors, by one copy; each starts at a multiple of 16 bytes, as Triton likes its pointers."""
-    flat: list[int] = []
-    places = []
-    for table in tables:
-        flat.extend([0] * (-len(flat) % 4))
-        places.append(len(flat))
-        flat.extend(number for row in table for number in row)
-    everything = torch.tensor(flat, dtype=torch.int32).to(device)
-    found = []
-    for table, at in zip(tables, places, strict=True):
-        width = len(table[0]) if table else 1
-        found.append(everything[at : at + len(table) * width].view(len(table), width))
-    return found
-
-
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return dict(zip((f"{name}_b", f"{name}_h", f"{name}_l"), tensor.stride()[:3], strict=True))
-
-
-def _with_dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _ceil(number: int, divisor: int) -> int:

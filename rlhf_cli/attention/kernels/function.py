@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_cli.attention.contract import AttentionOutput
 from rlhf_cli.attention.kernels import launch, schedule
+from rlhf_cli.attention.kernels.arguments import addressable, empty_results, on_device_of, refuse_mixed_dtypes
 from rlhf_cli.attention.kernels.launch import Call
 from rlhf_cli.attention.layout import Layout
-
-_LARGEST_OFFSET = 2**31 - 1
 
 
 def attend(
@@ -30,8 +28,14 @@ def attend(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> AttentionOutput:
-    """Attention by the kernels. Arguments as in `contract`; keys and values are taken to the dtype of the query."""
-    query, key, value = (_addressable(tensor.to(query.dtype)) for tensor in (query, key, value))
+    """Attention by the kernels. Arguments as in `contract`, but of one dtype.
+
+    Raises:
+        UsageError: query, key and value differ in dtype.
+    """
+    refuse_mixed_dtypes(query, key, value)
+    query, key, value = (addressable(tensor) for tensor in (query, key, value))
+    sinks = None if sinks is None else sinks.contiguous()
     if bias is not None:
         bias = bias.float() if bias.dtype == torch.float64 else bias
         bias = bias.expand(layout.batch, query.shape[1], layout.query_length, layout.key_length)
@@ -45,13 +49,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Any, bias: Any, settings: Any) -> Any:
         call = Call(query, key, value, sinks, bias, *settings)
-        layout = call.layout
-        # Heads inside rows, as a model wants them next: (B, Lq, H, Dv).
-        shape = (layout.batch, layout.query_length, call.heads, value.shape[-1])
-        output = query.new_empty(shape) if schedule.covers_queries(layout) else query.new_zeros(shape)
-        output = _addressable(output.transpose(1, 2))
-        logsumexp = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
-        with _on_device_of(query):
+        output, logsumexp = empty_results(query, value, call.layout)
+        with on_device_of(query):
             launch.forward(call, output, logsumexp).run()
         ctx.save_for_backward(query, key, value, sinks, bias, output, logsumexp)
         ctx.settings = settings
@@ -66,11 +65,11 @@ class _Attention(torch.autograd.Function):
         if d_output is None and d_logsumexp is None:
             return None, None, None, None, None, None
         call = Call(query, key, value, sinks, bias, *ctx.settings)
-        d_output = torch.zeros_like(output) if d_output is None else _addressable(d_output)
+        d_output = torch.zeros_like(output) if d_output is None else addressable(d_output)
         origin, delta = torch.empty_like(logsumexp), torch.zeros_like(logsumexp)
         needs_query, needs_key, needs_value, needs_sinks, needs_bias, _ = ctx.needs_input_grad
         d_query = d_key = d_value = d_sinks = d_bias = None
-        with _on_device_of(query):
+        with on_device_of(query):
             launch.row_sums(call, output, d_output, logsumexp, d_logsumexp, origin, delta).run()
             if needs_query or needs_bias:
                 d_query = _like(query, schedule.covers_queries(call.layout))
@@ -97,14 +96,3 @@ def _sink_gradient(sinks: Tensor, logsumexp: Tensor, delta: Tensor) -> Tensor:
 
 def _like(tensor: Tensor, is_covered: bool) -> Tensor:
     return torch.empty_like(tensor) if is_covered else torch.zeros_like(tensor)
-
-
-def _addressable(tensor: Tensor) -> Tensor:
-    """The kernels take any strides but in the last dimension, and count inside a batch row and head in 32 bits."""
-    if tensor.stride(-1) == 1 and tensor.shape[2] * tensor.stride(2) <= _LARGEST_OFFSET:
-        return tensor
-    return tensor.contiguous()
-
-
-def _on_device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.attention.kernels import schedule
+from rlhf_cli.attention.kernels.arguments import padded, score_rules, strides
 from rlhf_cli.attention.kernels.backward import dkdv_kernel, dq_kernel, row_sums_kernel
 from rlhf_cli.attention.kernels.device import INTERPRETED
 from rlhf_cli.attention.kernels.forward import forward_kernel
@@ -40,7 +40,7 @@ class Call:
     @property
     def blocks(self) -> tuple[int, int]:
         """D and Dv, each padded to a power of two that a tensor core takes."""
-        return _padded(self.query.shape[-1]), _padded(self.value.shape[-1])
+        return padded(self.query.shape[-1]), padded(self.value.shape[-1])
 
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel."""
@@ -91,7 +91,7 @@ def forward(call: Call, output: Tensor, logsumexp: Tensor) -> Launch:
         "tiles": tiles,
         "segments": tables.segments,
         "chains": tables.chains,
-        **_strides("output", output),
+        **strides("output", output),
         "TREE": call.layout.is_tree,
         "SINKS": call.sinks is not None,
         # A product with a negative scale would swap highest and lowest.
@@ -120,9 +120,9 @@ def row_sums(
         "delta": delta,
         "tiles": tiles,
         "segments": call.tables().segments,
-        **_strides("output", output),
-        **_strides("d_output", d_output),
-        **_strides("d_logsumexp", d_logsumexp),
+        **strides("output", output),
+        **strides("d_output", d_output),
+        **strides("d_logsumexp", d_logsumexp),
         "heads": call.heads,
         "rows": call.layout.query_length,
         "VALUE_SIZE": call.value.shape[-1],
@@ -145,9 +145,9 @@ def dq(call: Call, d_output: Tensor, origin: Tensor, delta: Tensor, d_query: Ten
         "tiles": tiles,
         "segments": tables.segments,
         "chains": tables.chains,
-        **_strides("d_output", d_output),
-        **_strides("d_query", d_query),
-        **_strides("d_bias", d_bias),
+        **strides("d_output", d_output),
+        **strides("d_query", d_query),
+        **strides("d_bias", d_bias),
         "scale": call.scale,
         "TREE": call.layout.is_tree,
         "D_BIAS": d_bias is not None,
@@ -166,9 +166,9 @@ def dkdv(call: Call, d_output: Tensor, origin: Tensor, delta: Tensor, d_key: Ten
         "d_value": d_value,
         "tiles": tiles,
         "segments": call.tables().segments,
-        **_strides("d_output", d_output),
-        **_strides("d_key", d_key),
-        **_strides("d_value", d_value),
+        **strides("d_output", d_output),
+        **strides("d_key", d_key),
+        **strides("d_value", d_value),
         "scale": call.scale,
     }
     return Launch(dkdv_kernel, len(tiles) * call.key.shape[1], arguments, size)
@@ -176,26 +176,18 @@ def dkdv(call: Call, d_output: Tensor, origin: Tensor, delta: Tensor, d_key: Ten
 
 def _shared(call: Call, size: Tile) -> dict[str, Any]:
     """What forward, dQ and dK/dV all take."""
-    log2_e = math.log2(math.e)
-    if call.softcap is None:
-        score_scale, cap = call.scale * log2_e, 0.0
-    else:
-        score_scale, cap = call.scale / call.softcap, call.softcap * log2_e
-    return {
+    return score_rules(call.scale, call.softcap, causal=call.causal, window=call.window) | {
         "query": call.query,
         "key": call.key,
         "value": call.value,
         "bias": call.bias,
-        **_strides("query", call.query),
-        **_strides("key", call.key),
-        **_strides("value", call.value),
-        **_strides("bias", call.bias),
+        **strides("query", call.query),
+        **strides("key", call.key),
+        **strides("value", call.value),
+        **strides("bias", call.bias),
         "bias_k": 0 if call.bias is None else call.bias.stride(3),
         "heads": call.heads,
         "rows": call.layout.query_length,
-        "score_scale": score_scale,
-        "cap": cap,
-        "window": min(call.window or 0, schedule.NO_LIMIT),
         "GROUP": call.heads // call.key.shape[1],
         "HEAD_SIZE": call.query.shape[-1],
         "VALUE_SIZE": call.value.shape[-1],
@@ -203,19 +195,5 @@ def _shared(call: Call, size: Tile) -> dict[str, Any]:
         "VALUE_BLOCK": call.blocks[1],
         "QUERIES": size.queries,
         "KEYS": size.keys,
-        "CAUSAL": call.causal,
-        "WINDOW": call.window is not None,
-        "SOFTCAP": call.softcap is not None,
         "BIAS": call.bias is not None,
     }
-
-
-def _strides(name: str, tensor: Tensor | None) -> dict[str, int]:
-    """The first three strides under the names of the kernels' arguments."""
-    strides = (0, 0, 0) if tensor is None else tensor.stride()[:3]
-    last = "q" if name.endswith("bias") else "l"
-    return dict(zip((f"{name}_b", f"{name}_h", f"{name}_{last}"), strides, strict=True))
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())

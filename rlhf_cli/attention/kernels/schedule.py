@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,8 @@ def tables(layout: Layout, device: torch.device) -> Tables:
                 )
             )
             chains.extend(chain)
-        cache[key] = Tables(_on(device, rows), _on(device, chains))
+        segments, flat = on_device(device, rows, [(number,) for number in chains])
+        cache[key] = Tables(segments, flat.view(-1))
     return cache[key]
 
 
@@ -117,11 +118,26 @@ def _limited(visited: int, window: int | None, block: int, causal: bool) -> int:
 
 def _longest_first(found: list[tuple[int, int, int]], device: torch.device) -> Tensor:
     found.sort(key=lambda tile: -tile[0])
-    return _on(device, [tile[1:] for tile in found])
+    return on_device(device, [tile[1:] for tile in found])[0]
 
 
-def _on(device: torch.device, values: list) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+def on_device(device: torch.device, *tables: list[Any]) -> list[Tensor]:
+    """Lists of equally long tuples as int32 tensors, by one copy; an empty one has one column.
+
+    Each starts at a multiple of 16 bytes, as Triton likes its pointers.
+    """
+    flat: list[int] = []
+    places = []
+    for table in tables:
+        flat.extend([0] * (-len(flat) % 4))
+        places.append(len(flat))
+        flat.extend(number for row in table for number in row)
+    everything = torch.tensor(flat, dtype=torch.int32).to(device)
+    found = []
+    for table, at in zip(tables, places, strict=True):
+        width = len(table[0]) if table else 1
+        found.append(everything[at : at + len(table) * width].view(len(table), width))
+    return found
 
 
 def _cache(layout: Layout) -> dict:

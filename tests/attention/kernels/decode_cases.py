@@ -7,6 +7,7 @@ their own, with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from rlhf_cli.attention.contract import Request
 from rlhf_cli.attention.layout import Layout, Segment
 from rlhf_cli.attention.registry import attention
+from rlhf_cli.errors import UsageError
 
 BOTH_SIDES = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]], dtype=torch.bool)
 LAYOUTS = {
@@ -139,6 +141,32 @@ def test_any_strides():
     strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in clean]
     strided[1] = clean[1].transpose(2, 3).contiguous().transpose(2, 3)
     torch.testing.assert_close(decode(*strided, layout).output, decode(*clean, layout).output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("view", [lambda sinks: sinks[::2], lambda sinks: sinks[:1].expand(4)])
+def test_sinks_of_any_stride(view):
+    layout = LAYOUTS["shared prompt"]
+    sinks = view(torch.tensor([0.5, 9.0, -1.0, 9.0, 2.0, 9.0, 1.0, 9.0]))
+    assert_within_twice_torchs(tensors(layout), layout, sinks=sinks)
+
+
+def test_rows_too_far_apart_for_32_bits_are_copied():
+    from rlhf_cli.attention.kernels.arguments import addressable
+
+    near, far = (torch.empty(1, device="meta").as_strided((1, 1, 3, 16), (1, 1, step, 1)) for step in (2**29, 2**30))
+    assert addressable(near) is near
+    assert addressable(far).is_contiguous()
+
+
+def test_tensors_of_several_dtypes_are_refused():
+    from rlhf_cli.attention.kernels import decode, function
+
+    layout = LAYOUTS["three queries"]
+    query, key, value = tensors(layout, dtype=torch.float16)
+    rules = {"scale": 1.0, "causal": True, "window": None, "softcap": None, "sinks": None}
+    for attend in (decode.decode, partial(function.attend, bias=None)):
+        with pytest.raises(UsageError, match="different dtypes: float32, float16, float16"):
+            attend(query.float(), key, value, layout, **rules)
 
 
 def test_the_same_input_gives_the_same_bits():
