@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from rlhf_cli import progress
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.models.loading import ModelSource, load_config, load_policy
+from rlhf_cli.models.loading import (
+    ModelSource,
+    disable_dropout,
+    is_our_attention,
+    load_config,
+    load_policy,
+    set_attention,
+)
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.experience import decode
 from rlhf_cli.rollout.logprobs import Projection, check_projection, response_hidden
@@ -72,10 +79,19 @@ class Policy:
         What `models.build` made with that seed is made again this way, so nobody has to keep it.
         """
         config = load_config(source)
+        disable_dropout(config)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        is_ours = is_our_attention(source.attention)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return cls(model.to(source.device).eval(), source, format)
+            # Drawn in float32, as `models.build` draws: in another precision the same seed gives other numbers.
+            model = kind.from_config(
+                config, dtype=torch.float32, **({} if is_ours else {"attn_implementation": source.attention})
+            )
+        model = model.to(device=source.device, dtype=source.dtype).eval()
+        if is_ours:
+            set_attention(model, source.attention, source.path)
+        return cls(model, source, format)
 
     @property
     def reading(self) -> tuple[object, ...]:
