@@ -31,6 +31,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     has_sinks: bool = False
+    sinks_view: str = "whole"
     bias: tuple[int, ...] | None = None
     hides_by_bias: bool = False
     value_size: int | None = None
@@ -43,6 +44,14 @@ class Case:
         """Arguments of the call that are no tensors."""
         scale = self.head_size**-0.5 if self.scale is None else self.scale
         return {"scale": scale, "causal": self.causal, "window": self.window, "softcap": self.softcap}
+
+
+# How many numbers the leaf has for a number of heads, and how the call sees them.
+SINKS_VIEWS: dict[str, tuple[Callable[[int], int], Callable[[Tensor, int], Tensor]]] = {
+    "whole": (lambda heads: heads, lambda leaf, heads: leaf),
+    "every other": (lambda heads: 2 * heads, lambda leaf, heads: leaf[::2]),
+    "one for all": (lambda heads: 1, lambda leaf, heads: leaf.expand(heads)),
+}
 
 
 @dataclass
@@ -77,7 +86,7 @@ def inputs(case: Case) -> Inputs:
         tensor.masked_fill_(~layout.is_real_key()[:, None, :, None], torch.nan)
     leaves = {"query": query, "key": key, "value": value}
     if case.has_sinks:
-        leaves["sinks"] = normal(heads)
+        leaves["sinks"] = normal(SINKS_VIEWS[case.sinks_view][0](heads))
     if case.bias is not None:
         bias = normal(*case.bias)
         if case.hides_by_bias:
@@ -153,6 +162,7 @@ def grid() -> Iterator[Case]:
     yield from _heads_and_sizes()
     yield from _biases()
     yield from _oddities()
+    yield from _bfloat16()
 
 
 def _lengths() -> Iterator[Case]:
@@ -216,6 +226,8 @@ def _oddities() -> Iterator[Case]:
     yield Case("no segments", Layout(1, 18, 18, ()))
     yield Case("no keys, sinks", Layout(1, 20, 20, (Segment(0, 20, 0, 0),)), has_sinks=True)
     yield Case("no queries", Layout(1, 20, 20, (Segment(0, 0, 0, 20),)))
+    for view in ("every other", "one for all"):
+        yield Case(f"sinks that lie apart, {view}", dense, heads=(6, 2), has_sinks=True, sinks_view=view)
     yield Case("window wider than all", dense, window=10**12)
     yield Case("small softcap", dense, softcap=0.1)
     yield Case("large softcap", dense, softcap=50.0, scale=3.0)
@@ -223,6 +235,18 @@ def _oddities() -> Iterator[Case]:
         yield Case(f"{name}: no loss of the log-sum-exp", LAYOUTS[name](), has_loss_of_logsumexp=False)
     yield Case("wide tree", Layout.tree([(20, [3] * 12)]), heads=(2, 2))
     yield Case("chain", Layout(1, 60, 60, tuple(Segment(10 * n, 10, 10 * n, 10, n - 1) for n in range(6))), window=23)
+
+
+def _bfloat16() -> Iterator[Case]:
+    """Every feature, and the head sizes that models have, for a GPU: the interpreter rounds bfloat16 wrongly."""
+    dtype = torch.bfloat16
+    for layout, (feature, settings) in itertools.product(("packed", "deep", "chunk"), FEATURES.items()):
+        case = Case(f"{layout}: {feature}, {_short(dtype)}", LAYOUTS[layout](), 64, dtype=dtype, strided=True)
+        yield replace(case, **_bias_shaped(settings, case))
+    for size in (16, 64, 80, 96, 128, 256):
+        yield Case(f"head size {size}, {_short(dtype)}", Layout.dense(1, 311), size, heads=(4, 2), dtype=dtype)
+        tree = Layout.tree([(190, [90, 210])])
+        yield Case(f"head size {size}, {_short(dtype)}, tree", tree, size, dtype=dtype, strided=True)
 
 
 def _bias_shaped(settings: dict, case: Case) -> dict:
@@ -240,9 +264,14 @@ CASES = {case.name: case for case in grid()}
 
 
 def chosen() -> list[str]:
-    """What CI runs: every layout under some feature, every feature on some layouts, and a part of each other family."""
-    names = list(CASES)
+    """What CI runs: every layout under some feature, every feature on some layouts, and a part of each other family.
+
+    Of bfloat16 all: a GPU, which alone can run them, is fast.
+    """
+    bfloat16 = [name for name, case in CASES.items() if case.dtype == torch.bfloat16]
+    names = [name for name in CASES if name not in bfloat16]
     mixed = [name for name in names if name.split(":")[0] in LAYOUTS and name.endswith(("float32", "float16"))]
     edges = [name for name in names if name.startswith("edge of a window")]
-    others = [name for name in names if name not in mixed and name not in edges]
-    return mixed[::4] + edges + others[::4]
+    apart = [name for name in names if name.startswith("sinks that lie apart")]
+    others = [name for name in names if name not in mixed and name not in edges and name not in apart]
+    return mixed[::4] + edges + apart + others[::4] + bfloat16

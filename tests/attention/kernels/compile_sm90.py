@@ -70,8 +70,8 @@ def launch_of(options: Options) -> launch.Launch:
     return launch.dkdv(call, tensor(8), rows, rows, tensor(2), tensor(2))
 
 
-def compile_launch(found: launch.Launch) -> Any:
-    """Machine code for sm_90, with Triton's own rules for what a launch specialises."""
+def compile_launch(found: launch.Launch, capability: int = 90) -> Any:
+    """Machine code for sm_90 or another GPU, with Triton's own rules for what a launch specialises."""
     constants = {param.name for param in found.kernel.params if param.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(found.kernel.arg_names):
@@ -89,7 +89,7 @@ def compile_launch(found: launch.Launch) -> Any:
             if argument % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(found.kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=found.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=found.options)
 
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 if __name__ == "__main__":
-    from cases import CASES, Case, Inputs, inputs
+    from cases import CASES, SINKS_VIEWS, Case, Inputs, inputs
 else:
-    from tests.attention.kernels.cases import CASES, Case, Inputs, inputs
+    from tests.attention.kernels.cases import CASES, SINKS_VIEWS, Case, Inputs, inputs
 from rlhf_cli.attention.backends import kernels, reference
 from rlhf_cli.attention.contract import AttentionOutput, Request
 
 FORWARD = ("output", "logsumexp")
 # In units of the largest true value, and of 0.3 at least, as in FlashAttention's tests: room for a rounding or two
 # where PyTorch happens to be exact.
-ATOL = {torch.float32: 1e-5, torch.float16: 1e-3}
+ATOL = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -50,18 +50,26 @@ def eager(case: Case, leaves: dict[str, Tensor]) -> AttentionOutput:
     return AttentionOutput(weights @ value, safe.logsumexp(-1).masked_fill(~sees_any.squeeze(-1), -torch.inf))
 
 
+def seen_by_call(case: Case, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves as a case's call gets them."""
+    if "sinks" not in leaves:
+        return leaves
+    return leaves | {"sinks": SINKS_VIEWS[case.sinks_view][1](leaves["sinks"], case.heads[0])}
+
+
 def results(case: Case, given: Inputs, attend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output, log-sum-exp and the gradient of every leaf."""
     leaves = {name: tensor.to(DEVICE, dtype) for name, tensor in given.leaves.items()}
     if attend != "kernels":  # 0 x NaN is NaN in an eager gradient
         leaves = {name: torch.where(torch.isnan(leaf), 0.0, leaf) for name, leaf in leaves.items()}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    seen = seen_by_call(case, leaves)
     if attend == "eager":
-        found = eager(case, leaves)
+        found = eager(case, seen)
     else:
         query, key, value = leaves["query"], leaves["key"], leaves["value"]
         function = kernels.attend if attend == "kernels" else reference.attend
-        extra = {name: leaves.get(name) for name in ("sinks", "bias")}
+        extra = {name: seen.get(name) for name in ("sinks", "bias")}
         found = function(query, key, value, case.layout, **case.settings, **extra)
     loss = (found.output * given.d_output.to(DEVICE, dtype)).sum()
     if given.d_logsumexp is not None:
@@ -78,6 +86,8 @@ def errors(case: Case) -> dict[str, tuple[float, float]]:
     found = results(case, given, "kernels", case.dtype)
     exact = results(case, given, "reference", torch.float64)
     plain = results(case, given, "eager", case.dtype)
+    check_finite(exact, "the reference's")
+    check_finite(plain, "PyTorch's")
     answer = {}
     for name, tensor in found.items():
         is_forward = name in FORWARD
@@ -96,6 +106,13 @@ def errors(case: Case) -> dict[str, tuple[float, float]]:
 def _largest(difference: Tensor) -> float:
     """NaN counts as infinite."""
     return difference.abs().nan_to_num(nan=torch.inf).max().item() if difference.numel() else 0.0
+
+
+def check_finite(results: dict[str, Tensor], whose: str) -> None:
+    """Against NaN or infinity every error would be allowed; a row that sees nothing has a log-sum-exp of -inf."""
+    for name, tensor in results.items():
+        is_right = torch.isfinite(tensor) | (torch.isneginf(tensor) if name == "logsumexp" else False)
+        assert is_right.all(), f"{whose} {name} is not finite"
 
 
 def _check_padding(case: Case, found: dict[str, Tensor]) -> None:
@@ -133,7 +150,8 @@ def single_gradients(name: str) -> dict[str, tuple[float, float]]:
     for wanted in given.leaves:
         leaves = {name: leaf.to(DEVICE) for name, leaf in given.leaves.items()}
         leaves[wanted] = leaves[wanted].clone().requires_grad_()
-        extra = {name: leaves.get(name) for name in ("sinks", "bias")}
+        seen = seen_by_call(case, leaves)
+        extra = {name: seen.get(name) for name in ("sinks", "bias")}
         found = kernels.attend(leaves["query"], leaves["key"], leaves["value"], case.layout, **case.settings, **extra)
         loss = (found.output * given.d_output.to(DEVICE)).sum()
         if given.d_logsumexp is not None:
