@@ -8,22 +8,22 @@ Logits are the same to rounding. What a checkpoint has that the explicit transfo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.transformer.checkpoint_configs import TOKENS, explicit_config, gpt2_config, llama_config
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.heads import TransformerForCausalLM
 
 _OUTER = "model.decoder"
-_ACTIVATIONS = {"gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "gelu": "gelu", "relu": "relu"}
-_PLAIN = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "initializer_range", "use_cache")
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def as_explicit(model: PreTrainedModel, name: str = "the model") -> TransformerForCausalLM:
@@ -34,137 +34,41 @@ def as_explicit(model: PreTrainedModel, name: str = "the model") -> TransformerF
         name: of it, for messages.
 
     Raises:
-        ModelError: another architecture, or a setting that the explicit transformer has not.
+        ModelError: another architecture, or a setting or weight that the explicit transformer has not.
     """
     family = _family(model, name)
     config = explicit_config(model.config, name)
-    state = dict(_renamed(model.state_dict(), family, config.num_hidden_layers, to_ours=True))
-    return _filled(TransformerForCausalLM, config, state, model)
+    state = _renamed(model, family, config.num_hidden_layers, name, to_ours=True)
+    return _filled(TransformerForCausalLM, config, state, model, name)
 
 
 def as_transformers(model: TransformerForCausalLM, name: str = "the model") -> PreTrainedModel:
     """The inverse of `as_explicit`, for programs that do not know the explicit transformer.
 
     Raises:
-        ModelError: it has parts that neither GPT-2 nor Llama has together.
+        ModelError: it is no explicit decoder, or has parts or weights that neither GPT-2 nor Llama has together.
     """
-    differing: dict[str, list[str]] = {}
-    for family in _FAMILIES:
-        theirs = family.config_of(model.config)
-        found, wanted = (_parts(config) for config in (explicit_config(theirs, name), model.config))
-        differing[family.name] = [key for key in wanted if wanted[key] != found[key]]
-        if not differing[family.name]:
-            state = dict(_renamed(model.state_dict(), family, model.config.num_hidden_layers, to_ours=False))
-            return _filled(family.kind, theirs, state, model)
-    reasons = "; ".join(
-        f"{family} has no `{keys[0]}: {getattr(model.config, keys[0])}`" for family, keys in differing.items()
-    )
-    raise ModelError(f"`{name}` is neither a GPT-2 nor a Llama: {reasons}")
-
-
-def explicit_config(config: PretrainedConfig, name: str = "the model") -> TransformerConfig:
-    """The explicit transformer's configuration of a GPT-2 or a Llama.
-
-    Raises:
-        ModelError: another architecture, or a setting that the explicit transformer has not.
-    """
-    if isinstance(config, GPT2Config):
-        parts = _parts_of_gpt2(config, name)
-    elif type(config) is LlamaConfig:
-        parts = _parts_of_llama(config, name)
-    else:
+    if type(model) is not TransformerForCausalLM:
         raise ModelError(
-            f"`{name}` is a {config.model_type} model, which the explicit transformer cannot be",
-            hint="it takes the GPT-2 and Llama families (SmolLM2 and TinyLlama are Llamas)",
+            f"`{name}` is a {type(model).__name__}, and only an explicit decoder can be exported",
+            hint="`rlhf transformer convert` makes one of a GPT-2 or a Llama",
         )
-    shared = {key: getattr(config, key) for key in (*_PLAIN, *_TOKENS)}
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    return TransformerConfig(**parts, **shared, **{key: getattr(config, key) for key in sizes})
-
-
-def _parts_of_gpt2(config: GPT2Config, name: str) -> dict[str, Any]:
-    for setting, known in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("reorder_and_upcast_attn", False),
-        ("add_cross_attention", False),
-    ):
-        if getattr(config, setting) != known:
-            raise _unknown(name, setting, getattr(config, setting))
-    if config.activation_function not in _ACTIVATIONS:
-        raise _unknown(name, "activation_function", config.activation_function)
-    return {
-        "positions": "learned",
-        "norm": "layer",
-        "norm_placement": "pre",
-        "feed_forward": _ACTIVATIONS[config.activation_function],
-        "intermediate_size": config.n_inner or 4 * config.n_embd,
-        "attention_biases": True,
-        "feed_forward_biases": True,
-        "norm_eps": config.layer_norm_epsilon,
-    }
-
-
-def _parts_of_llama(config: LlamaConfig, name: str) -> dict[str, Any]:
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
-    kind = rope.pop("rope_type", "default")
-    base = rope.pop("rope_theta", 10_000.0)
-    if kind not in ("default", "llama3"):
-        raise _unknown(name, "rope_type", kind)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unknown(name, "partial_rotary_factor", rope["partial_rotary_factor"])
-    if config.hidden_act != "silu":
-        raise _unknown(name, "hidden_act", config.hidden_act)
-    if getattr(config, "sliding_window", None) is not None:
-        raise _unknown(name, "sliding_window", getattr(config, "sliding_window", None))
-    stretching = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {
-        "intermediate_size": config.intermediate_size,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "attention_biases": config.attention_bias,
-        "feed_forward_biases": config.mlp_bias,
-        "norm_eps": config.rms_norm_eps,
-        "rope_base": base,
-        "llama3_rope": {key: rope[key] for key in stretching} if kind == "llama3" else None,
-    }
-
-
-def _unknown(name: str, setting: str, value: object) -> ModelError:
-    return ModelError(
-        f"`{name}` has `{setting}: {value}`, which the explicit transformer does not know",
-        hint="use the model as it is; only models that compute the same can be converted",
-    )
-
-
-def _gpt2_config(config: TransformerConfig) -> GPT2Config:
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
-    return GPT2Config(
-        n_embd=config.hidden_size,
-        n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads,
-        n_inner=config.intermediate_size,
-        activation_function=names.get(config.feed_forward, "gelu"),
-        layer_norm_epsilon=config.norm_eps,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **{key: getattr(config, key) for key in (*_PLAIN, *_TOKENS)},
-    )
-
-
-def _llama_config(config: TransformerConfig) -> LlamaConfig:
-    stretching = (
-        {"rope_type": "default"} if config.llama3_rope is None else {"rope_type": "llama3", **config.llama3_rope}
-    )
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return LlamaConfig(
-        head_dim=config.head_dim,
-        attention_bias=config.attention_biases,
-        mlp_bias=config.feed_forward_biases,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_theta": config.rope_base, **stretching},
-        **{key: getattr(config, key) for key in (*_PLAIN, *_TOKENS, *sizes)},
+    reasons = []
+    for family in _FAMILIES:
+        try:
+            theirs = family.config_of(model.config)
+            found, wanted = (_parts(config) for config in (explicit_config(theirs, name), model.config))
+        except (ValueError, StrictDataclassError) as error:  # sizes that this family cannot have
+            reasons.append(f"as a {family.name}, {' '.join(str(error).split())}")
+            continue
+        differing = [key for key in wanted if wanted[key] != found[key]]
+        if not differing:
+            state = _renamed(model, family, model.config.num_hidden_layers, name, to_ours=False)
+            return _filled(family.kind, theirs, state, model, name)
+        reasons.append(f"{family.name} has no `{differing[0]}: {getattr(model.config, differing[0])}`")
+    raise ModelError(
+        f"`{name}` is neither a GPT-2 nor a Llama: {'; '.join(reasons)}",
+        hint="use it as it is: after `import rlhf_cli.transformer`, `AutoModelForCausalLM.from_pretrained` loads it",
     )
 
 
@@ -203,7 +107,7 @@ class _Family:
 _GPT2 = _Family(
     name="GPT-2",
     kind=GPT2LMHeadModel,
-    config_of=_gpt2_config,
+    config_of=gpt2_config,
     layers="transformer.h",
     outside={
         "transformer.wte": f"{_OUTER}.embed_tokens",
@@ -224,7 +128,7 @@ _GPT2 = _Family(
 _LLAMA = _Family(
     name="Llama",
     kind=LlamaForCausalLM,
-    config_of=_llama_config,
+    config_of=llama_config,
     layers="model.layers",
     outside={
         "model.embed_tokens": f"{_OUTER}.embed_tokens",
@@ -253,27 +157,50 @@ def _family(model: PreTrainedModel, name: str) -> _Family:
 
 def _parts(config: TransformerConfig) -> dict[str, Any]:
     """What the weights mean, without what only says how to train or store them."""
-    own = {key for key in TransformerConfig.__annotations__ if key not in ("initializer_range", "use_cache", *_TOKENS)}
+    own = {key for key in TransformerConfig.__annotations__ if key not in ("initializer_range", "use_cache", *TOKENS)}
     return {key: value for key, value in config.to_dict().items() if key in own}
 
 
-def _renamed(state: dict[str, Tensor], family: _Family, layers: int, *, to_ours: bool) -> Iterator[tuple[str, Tensor]]:
-    """Weights under the other names, split or joined, and transposed where the family stores them so."""
+def _renamed(model: PreTrainedModel, family: _Family, layers: int, name: str, *, to_ours: bool) -> dict[str, Tensor]:
+    """Weights under the other names, split or joined, and transposed where the family stores them so.
+
+    Raises:
+        ModelError: a weight that has no other name; dropped, the model would compute something else.
+    """
+    state = model.state_dict()
+    renamed: dict[str, Tensor] = {}
+    used: set[str] = set()
     for theirs, ours, input_first in family.modules(layers):
         for leaf in ("weight", "bias"):
-            names, source = [f"{name}.{leaf}" for name in ours], f"{theirs}.{leaf}"
+            names, source = [f"{module}.{leaf}" for module in ours], f"{theirs}.{leaf}"
             if to_ours and source in state:
+                used.add(source)
                 tensor = state[source]
                 turned = tensor.t() if input_first and tensor.dim() == 2 else tensor
-                yield from zip(names, turned.chunk(len(names)), strict=True)
-            elif not to_ours and names[0] in state:
-                joined = torch.cat([state[name] for name in names])
-                yield source, joined.t() if input_first and joined.dim() == 2 else joined
+                renamed.update(zip(names, turned.chunk(len(names)), strict=True))
+            elif not to_ours and all(module in state for module in names):
+                used.update(names)
+                joined = torch.cat([state[module] for module in names])
+                renamed[source] = joined.t() if input_first and joined.dim() == 2 else joined
+    if strange := [weight for weight in state if weight not in used]:
+        raise ModelError(
+            f"`{name}` has {len(strange):,} weights that a plain {family.name} has not, such as `{strange[0]}`",
+            hint="merge adapters first; other changes to a model cannot be converted",
+        )
+    return renamed
 
 
-def _filled(kind: type[Any], config: PretrainedConfig, state: dict[str, Tensor], like: PreTrainedModel) -> Any:
+def _filled(
+    kind: type[Any], config: PretrainedConfig, state: dict[str, Tensor], like: PreTrainedModel, name: str
+) -> Any:
     """A model of these weights, copied, in the precision and on the device of another."""
     model = kind(config).to(device=like.device, dtype=like.dtype)
-    model.load_state_dict(state, strict=True)
-    model.generation_config = like.generation_config
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights of `{name}` are not those of its configuration: {' '.join(str(error).split())}",
+            hint="give the folder of a whole, unchanged language model",
+        ) from error
+    model.generation_config = copy.deepcopy(like.generation_config)
     return model.train(like.training)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,9 +24,11 @@ from transformers import (
 
 from rlhf_cli.cli.transformer import convert, export
 from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
-from rlhf_cli.transformer import TransformerConfig, TransformerForCausalLM
-from rlhf_cli.transformer.checkpoints import as_explicit, as_transformers, explicit_config
+from rlhf_cli.transformer import TransformerConfig, TransformerForCausalLM, checkpoints
+from rlhf_cli.transformer.checkpoint_configs import explicit_config
+from rlhf_cli.transformer.checkpoints import as_explicit, as_transformers
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -122,6 +126,8 @@ def test_weights_are_copies():
         (gpt2_config(scale_attn_weights=False), "scale_attn_weights: False"),
         (gpt2_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx: True"),
         (gpt2_config(add_cross_attention=True), "add_cross_attention: True"),
+        (llama_config(is_causal=False), "is_causal: False"),
+        (gpt2_config(is_causal=False), "is_causal: False"),
         (MistralConfig(), "is a mistral model"),
     ],
 )
@@ -144,6 +150,89 @@ def test_mixed_parts_have_no_other_name():
     mixed = TransformerForCausalLM(TransformerConfig(norm="layer", vocab_size=20, **sizes))
     with pytest.raises(ModelError, match=r"GPT-2 has no `positions: rotary`; Llama has no `norm: layer`"):
         as_transformers(mixed, "mine")
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"positions": "learned", "num_attention_heads": 32}, "GPT-2 has no `norm: rms`; as a Llama, rotary positions"),
+        ({"hidden_size": 20, "num_attention_heads": 3, "head_dim": 8}, "as a GPT-2, .*; as a Llama, "),
+        ({"positions": "sinusoidal"}, "GPT-2 has no `positions: sinusoidal`"),
+    ],
+)
+def test_sizes_that_a_family_cannot_have_are_a_reason_and_no_traceback(changes: dict[str, Any], named: str):
+    model = TransformerForCausalLM(TransformerConfig(**(SMALL | changes)))
+    with pytest.raises(ModelError, match=named) as caught:
+        as_transformers(model, "mine")
+    assert caught.value.hint
+
+
+def test_only_explicit_decoders_are_exported(tiny: Callable[..., PreTrainedModel]):
+    for model in (drawn(LlamaForCausalLM, llama_config()), tiny(architecture="encoder-decoder")):
+        with pytest.raises(ModelError, match=f"`mine` is a {type(model).__name__}, and only an explicit decoder"):
+            as_transformers(model, "mine")  # pyright: ignore[reportArgumentType]
+
+
+def with_extra(model: PreTrainedModel) -> PreTrainedModel:
+    model.get_decoder().layers[1].extra = torch.nn.Linear(32, 32)
+    return model
+
+
+def with_lora(model: PreTrainedModel) -> PreTrainedModel:
+    return inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "weight"), [(with_extra, r"layers\.1\.extra\.weight"), (with_lora, "q_proj.*lora|base")]
+)
+def test_weights_that_would_be_lost_are_refused_both_ways(change: Callable[..., Any], weight: str):
+    theirs = drawn(LlamaForCausalLM, llama_config())
+    ours = as_explicit(theirs)
+    with pytest.raises(ModelError, match=f"weights that a plain Llama has not, such as `.*{weight}") as caught:
+        as_explicit(change(theirs))
+    assert caught.value.hint
+    with pytest.raises(ModelError, match=f"weights that a plain Llama has not, such as `.*{weight}"):
+        as_transformers(change(ours))
+
+
+def test_weights_that_are_not_there_are_no_traceback():
+    theirs = drawn(LlamaForCausalLM, llama_config())
+    del theirs.model.layers[1].mlp.up_proj
+    with pytest.raises(ModelError, match=r"not those of its configuration.*layers\.1\.feed_forward\.up_proj"):
+        as_explicit(theirs)
+
+
+def test_generation_settings_are_a_copy():
+    theirs = drawn(LlamaForCausalLM, llama_config())
+    as_explicit(theirs).generation_config.max_new_tokens = 77
+    assert theirs.generation_config.max_new_tokens != 77
+
+
+@pytest.mark.parametrize("spoilt", [1.01, float("nan")])
+def test_nothing_is_written_where_logits_differ(
+    spoilt: float, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def spoiling(model: PreTrainedModel, name: str) -> TransformerForCausalLM:
+        explicit = as_explicit(model, name)
+        with torch.no_grad():
+            explicit.lm_head.weight.mul_(spoilt)
+        return explicit
+
+    monkeypatch.setattr(checkpoints, "as_explicit", spoiling)
+    with pytest.raises(ModelError, match="computes other logits once it is converted"):
+        convert(str(tiny_llama), tmp_path / "explicit")
+    assert not (tmp_path / "explicit").exists()
+
+
+def test_a_short_context_is_probed_within_its_positions(tmp_path: Path):
+    parts = {"positions": "learned", "norm": "layer", "feed_forward": "gelu-tanh", "biases": True}
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 16, "vocab_size": 260}
+    build_model(tmp_path / "short", ["text"], context_length=8, seed=0, **sizes, **parts)
+    export(str(tmp_path / "short"), tmp_path / "gpt2")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")) is GPT2LMHeadModel
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
