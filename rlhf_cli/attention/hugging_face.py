@@ -49,7 +49,7 @@ def implementation(name: str) -> str:
     known = _PREFIX + plain + (f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if ":" in name else "")
 
     def attend(module: nn.Module, *tensors: Any, **arguments: Any) -> tuple[Tensor, None]:
-        return attention_forward(module, *tensors, backend=name, **arguments)
+        return attention_forward(module, *tensors, backend=name, **arguments)  # pyright: ignore[reportCallIssue]
 
     AttentionInterface.register(known, attend)
     AttentionMaskInterface.register(known, attention_mask)  # pyright: ignore[reportArgumentType]

@@ -128,7 +128,7 @@ def tolerance(dtype: torch.dtype) -> Parity:
 @contextmanager
 def attention_set(model: PreTrainedModel, implementation: str):
     """Let a model use an implementation of attention while the context lasts."""
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "eager"
     model.set_attn_implementation(implementation)
     try:
         yield

@@ -66,9 +66,9 @@ def attention(
     rules: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "bias": bias}
     request = Request.of(query, key, value, layout, **rules, needs_logsumexp=needs_logsumexp)
     attend = choose(request, backend).backend.attend
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(kind, enabled=False) if is_mixed else nullcontext():
-        found = attend(query, key, value, layout, scale=scale, **rules)
+        found = attend(query, key, value, layout, scale=factor, **rules)
     output, logsumexp = (found, None) if isinstance(found, Tensor) else found
     if needs_logsumexp and logsumexp is None:
         raise UsageError(f"attention backend `{backend}` gives no log-sum-exp, which this call needs")
@@ -140,7 +140,7 @@ def built_in() -> dict[str, Backend]:
 def _custom(name: str) -> Backend:
     module, _, function = name.partition(":")
     try:
-        attend = getattr(importlib.import_module(module), function)
+        attend: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
             f"cannot import attention backend `{name}`: {error}",
