@@ -12,12 +12,12 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from rlhf_cli.transformer.classifier import TransformerForSequenceClassification
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.heads import (
     TransformerForCausalLM,
     TransformerForMaskedLM,
     TransformerForSeq2SeqLM,
-    TransformerForSequenceClassification,
 )
 from rlhf_cli.transformer.model import TransformerModel
 

@@ -19,6 +19,17 @@ _CHOICES = {
     "norm_placement": NormPlacement,
     "feed_forward": FeedForwardKind,
 }
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_STRETCHING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 class TransformerConfig(PretrainedConfig):
@@ -80,6 +91,7 @@ class TransformerConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from the rest, and refuse what makes no transformer (ValueError)."""
+        self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -89,6 +101,11 @@ class TransformerConfig(PretrainedConfig):
         self._check()
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         super().__post_init__(**kwargs)
+
+    def _check_sizes(self) -> None:
+        for name in _SIZES:
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"`{name}` must be at least 1, not {size}")
 
     def _check(self) -> None:
         assert self.num_key_value_heads is not None
@@ -102,6 +119,8 @@ class TransformerConfig(PretrainedConfig):
             raise ValueError(
                 f"rotary positions turn pairs of numbers; {self.num_attention_heads} heads are of size {self.head_dim}"
             )
+        if self.llama3_rope is not None and self.llama3_rope.keys() != _STRETCHING:
+            raise ValueError(f"`llama3_rope` has {', '.join(sorted(_STRETCHING))}; got {sorted(self.llama3_rope)}")
         if self.positions == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"sinusoidal positions come in pairs, and a hidden size of {self.hidden_size} is odd")
 

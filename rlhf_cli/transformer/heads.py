@@ -1,4 +1,4 @@
-"""The transformer with a head: next tokens, hidden tokens, an answer to what the encoder read, or a score."""
+"""The transformer that predicts tokens: the next ones, hidden ones, or an answer to what the encoder read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
     Seq2SeqLMOutput,
-    SequenceClassifierOutputWithPast,
 )
 from transformers.utils.generic import can_return_tuple
 
@@ -21,7 +20,7 @@ from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.model import TransformerModel, TransformerPreTrainedModel, resize_encoder
 
 
-class _Headed(TransformerPreTrainedModel):
+class Headed(TransformerPreTrainedModel):
     """A backbone, `model`, of one of the architectures that its head can use."""
 
     architectures: tuple[str, ...] = ()
@@ -50,7 +49,7 @@ class _Headed(TransformerPreTrainedModel):
         return embeddings
 
 
-class _LanguageModel(_Headed):
+class _LanguageModel(Headed):
     """A backbone with a projection to the vocabulary, logits = h W^T (Vaswani et al. 2017, section 3.4)."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -233,72 +232,3 @@ class TransformerForMaskedLM(_LanguageModel):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
-
-
-class TransformerForSequenceClassification(_Headed):
-    """A linear head on one vector a text: a decoder's last real token, the mean of an encoder's real tokens."""
-
-    architectures = ("decoder", "encoder")
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels or 1, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
-        """Scores of texts.
-
-        Args:
-            input_ids: (B, T); this and what follows as in `Stack.forward`.
-            attention_mask: (B, T), padding on either side; None means that there is none.
-            position_ids: (B, T).
-            past_key_values: cache.
-            inputs_embeds: (B, T, d).
-            labels: (B,).
-            use_cache: return a cache.
-            kwargs: for the backend and the loss.
-        """
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        pooled = self.score(self._pooled(output.last_hidden_state, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=pooled,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-
-    def _pooled(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, T, d) -> (B, d)."""
-        is_real = (
-            hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        )
-        is_real = is_real[:, -hidden.shape[1] :]
-        if self.config.architecture == "encoder":
-            kept = hidden.masked_fill(~is_real.unsqueeze(-1), 0.0)
-            return kept.sum(dim=1) / is_real.sum(dim=1, keepdim=True)
-        places = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (places * is_real).argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]

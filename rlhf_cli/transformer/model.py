@@ -92,7 +92,8 @@ class Stack(TransformerPreTrainedModel):
             input_ids: (B, T).
             attention_mask: (B, Tk) 1 on real tokens, those of the cache included; or as the backend wants it.
             position_ids: (B, T); in a decoder, those that start again at 0 begin another sequence of a packed row, if
-                there is neither mask nor cache. None counts from what the cache holds.
+                there is neither mask nor cache. None counts the mask's real tokens, those of the cache included, or
+                without a mask (B, Tk) all of them.
             encoder_hidden_states: (B, S, d), where there is cross-attention.
             encoder_attention_mask: (B, S) 1 on the encoder's real tokens.
             past_key_values: cache.
@@ -112,7 +113,7 @@ class Stack(TransformerPreTrainedModel):
             past_key_values = self._new_cache()
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+            position_ids = _counted(x, attention_mask, seen)
         masks = self._masks(
             x, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, past_key_values
         )
@@ -163,6 +164,14 @@ class Stack(TransformerPreTrainedModel):
             config=self.config, inputs_embeds=x, attention_mask=memory_mask, encoder_hidden_states=memory
         )
         return own, across  # pyright: ignore[reportReturnType]
+
+
+def _counted(x: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
+    """Positions of `x` (B, T, d) behind `seen` tokens of a cache, (B, T) or (1, T): padding on the left takes none."""
+    end = seen + x.shape[1]
+    if attention_mask is not None and attention_mask.shape == (x.shape[0], end):
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
+    return torch.arange(seen, end, device=x.device).unsqueeze(0)
 
 
 class TransformerModel(TransformerPreTrainedModel):
@@ -230,6 +239,9 @@ class TransformerModel(TransformerPreTrainedModel):
             decoder_inputs_embeds: in the place of `decoder_input_ids`.
             use_cache: return a cache.
             kwargs: for the backend: of the decoder's self-attention in an encoder-decoder.
+
+        Raises:
+            ValueError: an input is missing; the message names it.
         """
         kwargs.pop("return_dict", None)
         if not self.config.is_encoder_decoder:
@@ -242,6 +254,8 @@ class TransformerModel(TransformerPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError("the decoder has nothing to read: give `decoder_input_ids` or `decoder_inputs_embeds`")
         if encoder_outputs is None:
             recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
             encoder_outputs = self.encoder(

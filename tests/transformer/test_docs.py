@@ -54,7 +54,7 @@ def test_every_class_and_method_named_exists():
 
 def test_every_file_named_exists():
     files = re.findall(r"^    (\w+\.py) ", TEXT, flags=re.MULTILINE)
-    assert len(files) == 8
+    assert len(files) == 9
     assert all((ROOT / "rlhf_cli" / "transformer" / name).is_file() for name in files)
 
 

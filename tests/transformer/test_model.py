@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,12 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
 
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+def classifier(tiny: Tiny, **parts: Any) -> TransformerForSequenceClassification:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TransformerForSequenceClassification(tiny(**parts).config).eval()
 
 
 @every_backend
@@ -285,6 +292,53 @@ def test_reward_model_scores_by_real_tokens_and_is_kept(
     kept = load_scorer(ModelSource(str(tmp_path / "kept")), template=None)
     with torch.no_grad():
         close(kept(kept.batch([short])), alone)
+
+
+@every_kind
+@pytest.mark.parametrize("architecture", ["decoder", "encoder"])
+def test_scores_do_not_move_with_padding_on_the_left(tiny: Tiny, parts: dict, architecture: str):
+    model = classifier(tiny, **parts | {"architecture": architecture})
+    text = ids(1, 6)
+    padded, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], dim=1), torch.tensor([[0] * 3 + [1] * 6])
+    with torch.no_grad():
+        alone = model(text).logits
+        close(model(padded, attention_mask=mask).logits, alone)
+        close(model(padded, attention_mask=mask.bool()).logits, alone)
+
+
+@every_kind
+def test_cached_steps_behind_padding_count_as_uncached_ones(tiny: Tiny, parts: dict):
+    model = tiny(**parts | {"architecture": "decoder"})
+    text, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids(1, 6)], dim=1), torch.tensor([[0] * 3 + [1] * 6])
+    with torch.no_grad():
+        whole = model(text, attention_mask=mask, use_cache=False).logits
+        first = model(text[:, :5], attention_mask=mask[:, :5], use_cache=True)
+        then = model(text[:, 5:], attention_mask=mask, past_key_values=first.past_key_values).logits
+    close(then, whole[:, 5:])
+
+
+def test_without_a_mask_a_decoders_score_is_of_the_last_token_that_is_no_padding(tiny: Tiny):
+    model = classifier(tiny)
+    text = ids(2, 6)
+    text[1, 4:] = 0
+    with torch.no_grad():
+        close(model(text).logits[1:], model(text[1:, :4]).logits)
+        model.config.pad_token_id = None
+        close(model(text).logits, model(text, attention_mask=torch.ones_like(text)).logits)
+
+
+def test_without_a_mask_an_encoders_score_is_the_mean_over_what_is_no_padding(tiny: Tiny):
+    model = classifier(tiny, architecture="encoder")
+    text = torch.tensor([[5, 6, 7, 0]])
+    with torch.no_grad():
+        hidden = model.model(text).last_hidden_state
+        close(model(text).logits, model.score(hidden[:, :3].mean(dim=1)))
+
+
+def test_what_an_encoder_decoder_lacks_is_named(tiny: Tiny):
+    model = tiny(architecture="encoder-decoder")
+    with pytest.raises(ValueError, match="the decoder has nothing to read: give `decoder_input_ids`"):
+        model(input_ids=ids(1, 4))
 
 
 def test_encoder_decoder_is_no_reward_model(tiny: Tiny, tmp_path: Path, tiny_llama: Path):

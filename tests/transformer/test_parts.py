@@ -218,6 +218,10 @@ def test_block_is_its_equation(placement: str):
         ({"num_key_value_heads": 2}, "3 heads cannot share 2 key heads"),
         ({"num_attention_heads": 4}, "4 heads are of size 3"),
         ({"hidden_size": 9, "positions": "sinusoidal"}, "a hidden size of 9 is odd"),
+        ({"num_key_value_heads": 0}, "`num_key_value_heads` must be at least 1, not 0"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, not 0"),
+        ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 1, not -1"),
+        ({"llama3_rope": {"factor": 2.0}}, "`llama3_rope` has factor, high_freq_factor, low_freq_factor, original"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts: dict, message: str):
