@@ -7,10 +7,9 @@ both. A sequence that begins like no other is a group of its own, which makes a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,23 +69,24 @@ class GroupPlan:
 
 
 def plan_groups(sequences: Sequence[Sequence[int]]) -> GroupPlan:
-    """Lay sequences out in groups with a common prefix, which are runs in lexicographic order: those that save most.
+    """Lay sequences out in groups with a common prefix, so that as few tokens are read as any such grouping allows.
 
-    Other groups can save a little more: two sequences on either side of a run are not joined by what all begin with.
-
-    A group shares one prefix, the longest common to all its members that leaves each at least one token of its own:
-    only rows of its own tell where a sequence ends. Those that share one may stand anywhere in `sequences`.
+    All members of a group begin with its prefix and have at least one token behind it: only a row of its own tells
+    where a sequence ends. A sequence is in one group, wherever it stands in `sequences`; one that begins like no other
+    is a group of itself, without a prefix.
 
     Args:
         sequences: ids, none empty.
     """
     assert all(sequences), "a sequence has at least one token"
-    order = sorted(range(len(sequences)), key=lambda number: list(sequences[number]))
+    rank = {
+        number: place for place, number in enumerate(sorted(range(len(sequences)), key=lambda n: list(sequences[n])))
+    }
+    groups = [(shared, sorted(members, key=rank.__getitem__)) for shared, members in _best_groups(sequences)]
     ids: list[int] = []
     shape: list[tuple[int, list[int]]] = []
     paths: dict[int, Path] = {}
-    for group, shared in _best_runs([sequences[number] for number in order]):
-        members = [order[place] for place in group]
+    for shared, members in sorted(groups, key=lambda group: rank[group[1][0]]):
         start = len(ids)
         ids += sequences[members[0]][:shared]
         for number in members:
@@ -98,35 +98,94 @@ def plan_groups(sequences: Sequence[Sequence[int]]) -> GroupPlan:
     return GroupPlan(ids, Layout.tree(shape), tuple(paths[number] for number in range(len(sequences))))
 
 
-def _best_runs(ordered: Sequence[Sequence[int]]) -> list[tuple[range, int]]:
-    """Cut sequences in lexicographic order into the runs that save most, each with the tokens its members share.
+class _Choice(NamedTuple):
+    """A way to group the sequences below a node of the tree of prefixes.
 
-    In that order a run shares the least that any two neighbours in it do, so the best cut before each place follows
-    from the best cuts before the places ahead of it: N^2 steps for N sequences.
+    Attributes:
+        saved: tokens.
+        free: sequences in no group, which a shorter prefix may still join: a pair of such, a number, or None.
+        groups: tokens shared and members; a pair of such, or None.
     """
-    room = [len(sequence) - 1 for sequence in ordered]
-    shared = [0, *(_common(*pair) for pair in pairwise(ordered))]
-    best = [0]  # tokens saved among the first n sequences
-    came_from = [(0, 0)]  # where the last run among them starts, and how many tokens it shares
-    for end in range(1, len(ordered) + 1):
-        top, choice = best[end - 1], (end - 1, 0)
-        common = room[end - 1]
-        for start in range(end - 2, -1, -1):
-            common = min(common, shared[start + 1], room[start])
-            if common == 0:
-                break
-            saved = best[start] + common * (end - start - 1)
-            if saved > top:
-                top, choice = saved, (start, common)
-        best.append(top)
-        came_from.append(choice)
-    runs: list[tuple[range, int]] = []
-    end = len(ordered)
-    while end:
-        start, common = came_from[end]
-        runs.append((range(start, end), common))
-        end = start
-    return runs[::-1]
+
+    saved: int
+    free: Any
+    groups: Any
+
+
+_Choices = dict[int, _Choice]
+"""The best way for each number of sequences that are left free, unless more of them can be free at no loss."""
+
+
+def _best_groups(sequences: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Tokens shared and members of each group.
+
+    Prefixes form a tree, and a group belongs to one node of it. Below a node all that matters to those above is how
+    many sequences are left free, so its best choices follow from those of its children: N^2 steps for N sequences.
+    """
+    heads = [list(sequence[:-1]) for sequence in sequences]  # what can be shared at most
+    order = sorted(range(len(sequences)), key=heads.__getitem__)
+    found: list[tuple[int, list[int]]] = []
+    branch: list[tuple[int, _Choices]] = []  # nodes from the root down that are not complete, with their prefix lengths
+    for place, number in enumerate(order):
+        done: _Choices = {1: _Choice(0, number, None)}
+        common = _common(heads[number], heads[order[place + 1]]) if place + 1 < len(order) else 0
+        while branch and branch[-1][0] > common:
+            length, choices = branch.pop()
+            done = _with_group(_joined(choices, done), length)
+        if common == 0:
+            best = max(done.values(), key=lambda choice: choice.saved)
+            found += [(0, [free]) for free in _flat(best.free)]
+            found += [(length, list(_flat(members))) for length, members in _flat(best.groups)]
+        elif branch and branch[-1][0] == common:
+            branch[-1] = (common, _joined(branch[-1][1], done))
+        else:
+            branch.append((common, done))
+    return found
+
+
+def _joined(one: _Choices, other: _Choices) -> _Choices:
+    """Choices for the sequences of both."""
+    joined: _Choices = {}
+    for first, mine in one.items():
+        for second, theirs in other.items():
+            saved = mine.saved + theirs.saved
+            if first + second not in joined or saved > joined[first + second].saved:
+                free, groups = _Pair(mine.free, theirs.free), _Pair(mine.groups, theirs.groups)
+                joined[first + second] = _Choice(saved, free, groups)
+    kept: _Choices = {}
+    top = -1
+    for count in sorted(joined, reverse=True):
+        if joined[count].saved > top:
+            kept[count], top = joined[count], joined[count].saved
+    return kept
+
+
+def _with_group(choices: _Choices, length: int) -> _Choices:
+    """Choices with one more: all that are free share `length` tokens here. Whoever joins a group joins the deepest."""
+    count = max(choices, key=lambda count: choices[count].saved + length * (count - 1))
+    best = choices[count]
+    saved = best.saved + length * (count - 1)
+    if count < 2 or saved <= max(choice.saved for choice in choices.values()):
+        return choices
+    return {**choices, 0: _Choice(saved, None, _Pair(best.groups, (length, best.free)))}
+
+
+class _Pair(NamedTuple):
+    """Two collections as one, without copying either."""
+
+    first: Any
+    second: Any
+
+
+def _flat(collection: Any) -> Iterator[Any]:
+    """Members of nested pairs, in order."""
+    waiting = [collection]
+    while waiting:
+        top = waiting.pop()
+        if isinstance(top, _Pair):
+            waiting += [top.second, top.first]
+        elif top is not None:
+            yield top
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.data.records import Demonstration, Message
 from rlhf_cli.data.templates import PromptFormat
 from rlhf_cli.training.sft_data import (
@@ -123,6 +124,28 @@ def test_packing_keeps_completions_of_a_prompt_in_one_row():
     examples = [Example([1] * 6, [n, 0]) for n in (2, 3)] + [Example([9] * 5, [4]), Example([1] * 6, [5, 5, 0])]
     assert pack_groups(examples, 14) == [[3, 0, 1], [2]]  # 6 + 3 + 2 + 2 = 13 tokens, where apart they are 25
     assert sorted(map(sorted, pack_groups(examples, 11))) == [[0, 3], [1], [2]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.lists(st.integers(1, 3), min_size=1, max_size=6)), max_size=14),
+    st.integers(13, 30),
+)
+@settings(max_examples=150, deadline=None)
+def test_packed_groups_fit_as_they_are_laid_out_where_prompts_begin_alike(
+    drawn: list[tuple[int, list[int]]], capacity: int
+):
+    examples = [Example([1, 3, 5, 5, 5, 5, 5][:length], completion) for length, completion in drawn]
+    rows = pack_groups(examples, capacity)
+    assert sorted(number for row in rows for number in row) == list(range(len(examples)))
+    for row in rows:
+        assert len(plan_groups([examples[n].prompt_ids + examples[n].completion_ids for n in row]).ids) <= capacity
+
+
+def test_a_prompt_that_begins_as_another_makes_no_row_too_long():
+    short, long = [1], [1, 3, 5, 5, 5, 5, 5]
+    examples = [Example(short, [2, 0]), Example(short, [9, 0]), Example(long, [4, 0]), Example(long, [7, 0])]
+    assert sorted(pack_groups(examples, 16)[0]) == [0, 1, 2, 3]
+    assert len(plan_groups([example.prompt_ids + example.completion_ids for example in examples]).ids) <= 16
 
 
 @given(
