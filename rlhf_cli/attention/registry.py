@@ -7,7 +7,7 @@ import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -148,7 +148,13 @@ def _custom(name: str) -> Backend:
         ) from error
     if not callable(attend):
         raise UsageError(f"attention backend `{name}` is no function but a {type(attend).__name__}")
-    return Backend(name, "your own", _guarded(name, attend), missing=lambda: None, unsupported=lambda request: None)
+    return Backend(
+        name,
+        "your own",
+        _guarded(name, cast(AttentionFunction, attend)),
+        missing=lambda: None,
+        unsupported=lambda request: None,
+    )
 
 
 def _guarded(name: str, attend: AttentionFunction) -> AttentionFunction:
