@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_cli.attention.contract import AttentionOutput, Backend, Request
+from rlhf_cli.attention.kernels.tiles import shared_memory
 from rlhf_cli.attention.layout import Layout
 
 LARGEST_HEAD = 256
+# Older GPUs have no bfloat16 and no asynchronous copies.
+LEAST_CAPABILITY = 8
 
 
 def attend(
@@ -50,9 +54,9 @@ def attend(
 
 def missing() -> str | None:
     """Why the kernels cannot run on this machine."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
-    if not torch.cuda.is_available() and not _is_interpreted():
+    if not _is_interpreted() and not _has_cuda():
         return "it needs a CUDA device, or TRITON_INTERPRET=1"
     return None
 
@@ -65,9 +69,46 @@ def unsupported(request: Request) -> str | None:
         return f"its heads are at most {LARGEST_HEAD} wide, and these are {size}"
     if request.device.type != "cuda" and not _is_interpreted():
         return f"it runs on CUDA devices, and the query is on {request.device.type}"
-    if _is_interpreted() and request.dtype == torch.bfloat16:
-        return "Triton's interpreter rounds bfloat16 wrongly"
+    if not _is_interpreted():
+        return _unfit(request)
+    return "Triton's interpreter rounds bfloat16 wrongly" if request.dtype == torch.bfloat16 else None
+
+
+def _unfit(request: Request) -> str | None:
+    """Why a GPU cannot serve a call."""
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA's GPUs, and this torch is built for ROCm"
+    major, minor, given = _gpu(request.device.index)
+    if major < LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability {LEAST_CAPABILITY}.0, and this one's is {major}.{minor}"
+    needed = shared_memory(
+        max(request.head_size, request.value_size),
+        is_32_bit=request.dtype == torch.float32,
+        has_bias=request.has_bias,
+        needs_grad=request.needs_grad,
+        capability=major,
+    )
+    if needed > given:
+        return f"it needs {needed} bytes of shared memory for a tile of this call, and the GPU gives {given}"
     return None
+
+
+@cache
+def _gpu(index: int | None) -> tuple[int, int, int]:
+    """Compute capability, and the bytes of shared memory that a block may ask for."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor, properties.shared_memory_per_block_optin
+
+
+# Asked at every call of `auto`: looking for a module takes longer than starting a kernel.
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
 
 
 def _is_interpreted() -> bool:

@@ -45,3 +45,61 @@ _TILES_32_BIT = {
     "dkdv": {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     "dq": {64: Tile(64, 32, 8, 2), 128: Tile(64, 16, 8, 2), 256: Tile(32, 16, 8, 1)},
 }
+
+
+def shared_memory(head_size: int, *, is_32_bit: bool, has_bias: bool, needs_grad: bool, capability: int) -> int:
+    """Bytes of shared memory that a call's largest program takes on a GPU.
+
+    Args:
+        head_size: the larger of D and Dv, at most 256.
+        is_32_bit: whether the inputs are float32.
+        has_bias: whether scores get a bias, whose tiles lie in shared memory too.
+        needs_grad: whether the backward kernels run as well; without, the decode kernel may.
+        capability: major number of the GPU's compute capability.
+    """
+    column = next(number for number, largest in enumerate((64, 128, 256)) if head_size <= largest)
+    kernels = ("forward", "dkdv", "dq") if needs_grad else ("forward", "decode")
+    half = {8: _SHARED_AMPERE, 9: _SHARED_HOPPER, 12: _SHARED_AMPERE}.get(capability, _SHARED_BLACKWELL)
+    table = _SHARED_32_BIT if is_32_bit else half
+    return max(table[kernel, has_bias][column] for kernel in kernels if (kernel, has_bias) in table)
+
+
+# By kernel and whether there is a bias, for head sizes up to 64, 128 and 256: `metadata.shared` of `triton.compile`
+# (Triton 3.9), the most over layouts and other features; tests/attention/kernels/compile_shared.py prints it. Compute
+# capability 8 and 12 get the same code; the tensor cores of 9 and 10 read operands from shared memory.
+_SHARED_AMPERE = {
+    ("forward", False): (49152, 98304, 147456),
+    ("forward", True): (114688, 163840, 180224),
+    ("dkdv", False): (49408, 82048, 81920),
+    ("dkdv", True): (82176, 98432, 81920),
+    ("dq", False): (65536, 98304, 102400),
+    ("dq", True): (131072, 131072, 110592),
+    ("decode", False): (40960, 90112, 86016),
+}
+_SHARED_HOPPER = {
+    ("forward", False): (65536, 131072, 196608),
+    ("forward", True): (131072, 196608, 229376),
+    ("dkdv", False): (65792, 98432, 81920),
+    ("dkdv", True): (99328, 114816, 81920),
+    ("dq", False): (81920, 131072, 131072),
+    ("dq", True): (147456, 163840, 139264),
+    ("decode", False): (57344, 114688, 86016),
+}
+_SHARED_BLACKWELL = {
+    ("forward", False): (70656, 140288, 205344),
+    ("forward", True): (136192, 205824, 238112),
+    ("dkdv", False): (82944, 115008, 81920),
+    ("dkdv", True): (115712, 131392, 81920),
+    ("dq", False): (91136, 148480, 131072),
+    ("dq", True): (156672, 181248, 139264),
+    ("decode", False): (57376, 114720, 86016),
+}
+_SHARED_32_BIT = {
+    ("forward", False): (41216, 34944, 51200),
+    ("forward", True): (49408, 36992, 51200),
+    ("dkdv", False): (36992, 69632, 100352),
+    ("dkdv", True): (41088, 73728, 102400),
+    ("dq", False): (57344, 86016, 98304),
+    ("dq", True): (65536, 90112, 98304),
+    ("decode", False): (28800, 53248, 84032),
+}

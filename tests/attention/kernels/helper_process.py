@@ -12,9 +12,9 @@ from pathlib import Path
 
 
 @contextmanager
-def answers_of(program: str, environment: dict[str, str]) -> Iterator[Callable[[str], dict]]:
+def answers_of(program: str, environment: dict[str, str], *arguments: str) -> Iterator[Callable[[str], dict]]:
     """Ask a program of this folder."""
-    command = [sys.executable, str(Path(__file__).with_name(program))]
+    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
