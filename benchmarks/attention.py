@@ -96,7 +96,8 @@ class Bench:
         return timing.medians(runs, self.device, seconds=self.seconds)
 
     def ours(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None) -> timing.Run:
-        """A causal call of our backend."""
+        """A causal call of our backend; its layout is made here, once, as a model makes it for all layers."""
+        layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2]) if layout is None else layout
         return lambda: attention(query, key, value, layout, causal=True, backend=self.backend).output
 
 
@@ -321,24 +322,16 @@ def repeats(setting: Bench) -> Iterator[Finding]:
 
 def error(setting: Bench) -> Iterator[Finding]:
     """FlashAttention's rule: largest error at most twice (gradients: three times) that of PyTorch at the same dtype."""
-    lengths = (5, 33) if setting.is_smoke else (1, 113, 512, 1023)
-    # Every new pair costs the compilation of six kernels.
-    half = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 64), (torch.float16, 80)]
-    pairs = [(torch.float32, 16)] if setting.is_smoke else [*half, (torch.float32, 64), (torch.bfloat16, 256)]
     worst = {"output": 0.0, "gradients": 0.0}
     cases = 0
-    for dtype, size in pairs:
-        for length in lengths:
-            if setting.is_late():
-                break
-            layouts = [Layout.dense(2, length), Layout.packed([[length, length // 2 + 1]])]
-            for layout in [*layouts, Layout.tree([(length, [length // 3 + 1, 7])])]:
-                tensors = [
-                    setting.draw(layout.batch, heads, layout.query_length, size, dtype=dtype) for heads in (4, 2, 2)
-                ]
-                for name, ratio in _error(setting, tensors, layout).items():
-                    worst[name] = max(worst[name], ratio)
-                cases += 1
+    for dtype, size, length, features in _error_cases(setting):
+        if setting.is_late():
+            break
+        layouts = [Layout.dense(2, length), Layout.packed([[length, length // 2 + 1]])]
+        for layout in [*layouts, Layout.tree([(length, [length // 3 + 1, 7])])]:
+            for name, ratio in _error(setting, layout, dtype, size, features).items():
+                worst[name] = max(worst[name], ratio)
+            cases += 1
     if not cases:
         raise RuntimeError("out of time before the first case")
     for name, target in (("output", 2.0), ("gradients", 3.0)):
@@ -346,19 +339,43 @@ def error(setting: Bench) -> Iterator[Finding]:
         yield Finding("error", name, worst[name], "x", target, True, detail)
 
 
-def _error(setting: Bench, tensors: list[Tensor], layout: Layout) -> dict[str, float]:
-    """Our largest error as a multiple of PyTorch's, each with an allowance of one rounding of the largest number."""
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    exact = attention(*exact_inputs, layout, causal=True, backend="reference").output
-    upstream = torch.randn_like(exact)
-    mask = layout.visible(causal=True, device=setting.device).unsqueeze(1)
+def _error_cases(setting: Bench) -> Iterator[tuple[torch.dtype, int, int, tuple[str, ...]]]:
+    """Dtype, head size, length and features; whatever is new but the length costs the compilation of six kernels."""
+    combined = (("window", "sinks"), ("softcap", "bias"))
+    if setting.is_smoke:
+        yield from ((torch.float32, 16, length, ()) for length in (5, 33))
+        yield from ((torch.float32, 16, 33, features) for features in combined)
+        return
+    half = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 64), (torch.float16, 80)]
+    for dtype, size in [*half, (torch.float32, 64), (torch.bfloat16, 256)]:
+        yield from ((dtype, size, length, ()) for length in (1, 113, 512, 1023))
+    yield from ((torch.bfloat16, 64, 113, features) for features in combined)
 
-    def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-        return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
+
+def _error(
+    setting: Bench, layout: Layout, dtype: torch.dtype, size: int, features: tuple[str, ...]
+) -> dict[str, float]:
+    """Our largest error as a multiple of PyTorch's, each with an allowance of one rounding of the largest number."""
+    rows = layout.query_length
+    shapes: dict[str, tuple[int, ...]] = {"query": (4, rows, size), "key": (2, rows, size), "value": (2, rows, size)}
+    tensors = {name: setting.draw(layout.batch, *shape, dtype=dtype) for name, shape in shapes.items()}
+    if "sinks" in features:
+        tensors["sinks"] = setting.draw(4, dtype=dtype)
+    if "bias" in features:
+        tensors["bias"] = setting.draw(layout.batch, 4, rows, rows, dtype=dtype)
+    window, softcap = 20 if "window" in features else None, 2.0 if "softcap" in features else None
+    rules: dict[str, Any] = {"layout": layout, "causal": True, "window": window, "softcap": softcap}
+    exact_inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}
+    exact = attention(**exact_inputs, **rules, backend="reference").output
+    upstream = torch.randn_like(exact)
+    mask = layout.visible(causal=True, window=window, device=setting.device).unsqueeze(1)
+
+    def gradients(output: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
+        return [output, *torch.autograd.grad(output, list(inputs.values()), upstream.to(output.dtype))]
 
     expected = gradients(exact, exact_inputs)
-    plain = gradients(_plain(*tensors, mask), tensors)
-    mine = gradients(setting.ours(*tensors, layout)(), tensors)
+    plain = gradients(_plain(**tensors, mask=mask, softcap=softcap), tensors)
+    mine = gradients(attention(**tensors, **rules, backend=setting.backend).output, tensors)
     found = {"output": 0.0, "gradients": 0.0}
     for index, (target, theirs, ours) in enumerate(zip(expected, plain, mine, strict=True)):
         allowance = torch.finfo(ours.dtype).eps * target.abs().max().item() + 1e-12
@@ -368,21 +385,40 @@ def _error(setting: Bench, tensors: list[Tensor], layout: Layout) -> dict[str, f
     return found
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The equation in the dtype of its inputs; every query sees a key."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ value
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1) @ value
+    with_sinks = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return with_sinks.softmax(-1)[..., :-1] @ value
 
 
 def tiled_memory(setting: Bench) -> Iterator[Finding]:
     """Peak extra memory of `tiled`, eight heads of 64, float32, as a share of the score matrix's."""
     length = 256 if setting.is_smoke else 16384
     tensors = [setting.draw(1, 8, length, 64, dtype=torch.float32) for _ in range(3)]
+    layout = Layout.dense(1, length)
     scores = 8 * length**2 * 4
 
     def forward() -> Tensor:
-        return attention(*tensors, causal=True, backend="tiled").output
+        return attention(*tensors, layout, causal=True, backend="tiled").output
 
     def both() -> Any:
         return torch.autograd.grad(forward().sum(), tensors)
@@ -398,9 +434,10 @@ def short(setting: Bench) -> Iterator[Finding]:
     for dtype in (torch.float32, torch.bfloat16):
         for length in (16,) if setting.is_smoke else (64, 128, 512):
             tensors = [setting.draw(4, 8, length, 64, dtype=dtype) for _ in range(3)]
+            layout = Layout.dense(4, length)
             mask = torch.ones(length, length, dtype=torch.bool, device=setting.device).tril()
             runs = {
-                "torch": lambda t=tensors: attention(*t, causal=True, backend="torch").output,
+                "torch": lambda t=tensors, where=layout: attention(*t, where, causal=True, backend="torch").output,
                 "sdpa": lambda t=tensors: F.scaled_dot_product_attention(*t, is_causal=True),
                 "eager": lambda t=tensors, m=mask: _plain(*t, m),
             }
