@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from rlhf_cli import progress
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import (
     ModelSource,
     disable_dropout,
@@ -143,7 +144,7 @@ class Policy:
         with self._autocast():
             check_projection(self.model, self._source.path)
         projection = Projection.of(self.model)
-        order = sorted(range(len(answers)), key=lambda row: len(answers[row].prompt_ids) + len(answers[row].ids))
+        order = sorted(range(len(answers)), key=self._neighbours(answers))
         sums = [0.0] * len(answers)
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
@@ -156,6 +157,17 @@ class Policy:
             for row, value in zip(rows, found.double().sum(dim=1).tolist(), strict=True):
                 sums[row] = value
         return sums
+
+    def _neighbours(self, answers: Sequence[Answer]) -> Callable[[int], tuple[list[int], int]]:
+        """Sort key of answers that are best read together: those of one prompt where it is read once, else equals."""
+
+        is_grouped = reads_groups(self.model)
+
+        def key(row: int) -> tuple[list[int], int]:
+            answer = answers[row]
+            return (answer.prompt_ids if is_grouped else []), len(answer.prompt_ids) + len(answer.ids)
+
+        return key
 
     def _autocast(self) -> torch.autocast:
         precision = self._source.precision

@@ -18,6 +18,7 @@ from rlhf_cli.evaluation.answers import Answer, Policy, Sampling
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
 from rlhf_cli.pipeline.stage import STAGES, StageContext
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.rollout.logprobs import response_hidden
 from rlhf_cli.stages import evaluate
 
 STAGE = next(stage for stage in STAGES if stage.name == "evaluate")
@@ -144,6 +145,25 @@ def test_log_probabilities_are_those_of_the_whole_answer_with_its_end(tiny_llama
         expected.append(sum(row[token].item() for row, token in zip(rows, answer.ids, strict=True)))
     assert policy.logprobs(answers, temperature=0.7, batch_size=2) == pytest.approx(expected, abs=1e-4)
     assert policy.logprobs(answers, temperature=0.7, batch_size=1) == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_to_one_prompt_are_read_together(tiny_llama, monkeypatch):
+    source = ModelSource(str(tiny_llama), attention="torch")
+    policy = Policy.load(source, PromptFormat(load_tokenizer(source)))
+    prompts = [[5, 6, 7], [40, 41, 42], [60, 61]]
+    answers = [Answer(prompt, [8 + length] * length, "", True) for length in (1, 4, 9) for prompt in prompts]
+    batches = []
+
+    def watched(model, batch):
+        batches.append(batch)
+        return response_hidden(model, batch)
+
+    monkeypatch.setattr("rlhf_cli.evaluation.answers.response_hidden", watched)
+    found = policy.logprobs(answers, temperature=1.0, batch_size=3)
+    assert [batch.layout.is_tree for batch in batches] == [True] * 3
+    assert sum(batch.input_ids.numel() for batch in batches) == 3 + 3 + 2 + 3 * (1 + 4 + 9)
+    padded = Policy.load(ModelSource(str(tiny_llama), attention="sdpa"), policy.format)
+    assert found == pytest.approx(padded.logprobs(answers, temperature=1.0, batch_size=3), abs=1e-4)
 
 
 def test_kl_is_an_unbiased_estimate(tiny_llama, lover_of_a):
