@@ -39,7 +39,10 @@ def build_model(
     norm_placement: NormPlacement = "pre",
     feed_forward: FeedForwardKind = "swiglu",
     key_heads: int | None = None,
-    biases: bool = False,
+    biases: Literal["none", "feed-forward", "all"] = "none",
+    head_dim: int | None = None,
+    rope_base: float = 10_000.0,
+    norm_eps: float = 1e-6,
     tied_embeddings: bool = False,
 ) -> None:
     """Write a new model with its tokenizer to `folder`; the same arguments write the same bytes.
@@ -60,7 +63,9 @@ def build_model(
         architecture, positions, norm, norm_placement, feed_forward: see `TransformerConfig`. Sinusoids, of size 1, go
             with embeddings multiplied by sqrt(hidden_size), to size 1 too.
         key_heads: heads of keys and values; None is `heads`.
-        biases: in all linear layers of the blocks.
+        biases: of the linear layers of the blocks: of none, of those of the feed-forward parts, or of all.
+        head_dim: size of a head; None is hidden_size / heads.
+        rope_base, norm_eps: see `TransformerConfig`.
         tied_embeddings: one matrix for embeddings and output.
 
     Raises:
@@ -80,8 +85,11 @@ def build_model(
             num_attention_heads=heads,
             num_key_value_heads=key_heads,
             max_position_embeddings=context_length,
-            attention_biases=biases,
-            feed_forward_biases=biases,
+            head_dim=head_dim,
+            attention_biases=biases == "all",
+            feed_forward_biases=biases != "none",
+            rope_base=rope_base,
+            norm_eps=norm_eps,
             scale_embeddings=positions == "sinusoidal",
             tie_word_embeddings=tied_embeddings,
             initializer_range=hidden_size**-0.5,

@@ -11,6 +11,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.stage import STAGES, Stage
 from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
+from rlhf_cli.recipe.shared import is_own_function
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,12 @@ class InputResolver:
         }
         found = list(find[stage.name](settings))
         names = {given.name for given in found}
-        return found + [base for base in self._base(matters=False) if base.name not in names]
+        found += [base for base in self._base(matters=False) if base.name not in names]
+        loads_a_model = not (isinstance(settings, LabelSettings) and settings.by == "import")
+        attention = self._recipe.model.attention
+        if loads_a_model and is_own_function(attention):
+            found.append(Input("model.attention", attention, "function", "model.attention"))
+        return found
 
     def _base(self, *, matters: bool) -> Iterator[Input]:
         model = self._recipe.model

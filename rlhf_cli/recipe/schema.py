@@ -62,11 +62,9 @@ class Recipe(Section):
     def _buildable(self) -> Self:
         if self.model.build is not None and self.sft is None:
             raise ValueError("`model.build` makes an untrained model, which needs an `sft` section")
-        if (
-            self.model.build is not None
-            and self.model.build.architecture == "encoder-decoder"
-            and self.train_rm is not None
-            and self.train_rm.model is None
-        ):
-            raise ValueError("an encoder-decoder cannot be a reward model: name another in `train_rm.model`")
+        if self.model.build is not None and self.model.build.architecture == "encoder-decoder":
+            if self.train_rm is not None and self.train_rm.model is None:
+                raise ValueError("an encoder-decoder cannot be a reward model: name another in `train_rm.model`")
+            if self.sft is not None and self.sft.packing:
+                raise ValueError("`sft.packing` is for decoders; an encoder-decoder reads one prompt a row")
         return self

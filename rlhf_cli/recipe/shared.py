@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -19,6 +20,16 @@ from rlhf_cli.recipe.base import (
     Section,
     Share,
 )
+
+OUR_ATTENTION = ("auto", "reference", "tiled", "torch", "triton")
+"""What `rlhf_cli.attention.registry.names` gives, known here without torch."""
+THEIR_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Names that transformers knows, of attention that can train."""
+
+
+def is_own_function(attention: str) -> bool:
+    """Whether a `model.attention` is `package.module:function`; the hub's kernels, `owner/name:function`, are not."""
+    return ":" in attention and "/" not in attention.partition(":")[0]
 
 
 class BuildSettings(Section):
@@ -52,22 +63,32 @@ class BuildSettings(Section):
     learning rates."""
     feed_forward: Literal["relu", "gelu", "gelu-tanh", "swiglu"] = "swiglu"
     """Nonlinearity of the feed-forward part; `swiglu` has a third matrix."""
-    biases: bool = False
-    """Biases in the linear layers of the blocks."""
+    biases: Literal["none", "feed-forward", "all"] = "none"
+    """Biases of linear maps: `none` as in Llama, `feed-forward` as in 2017 (attention has none), `all` as in GPT-2."""
+    head_dim: Count | None = None
+    """Size of a head. Null is `hidden_size` / `heads`."""
+    rope_base: Positive = 10_000.0
+    """Base of rotary frequencies: larger turns slower, for longer contexts. Only with rotary positions."""
+    norm_eps: Positive = 1e-6
+    """Added to the variance, or to the mean square, by norms."""
     tied_embeddings: bool = False
     """One matrix for embeddings and output."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads:
+        if self.head_dim is None and self.hidden_size % self.heads:
             raise ValueError(f"`heads` must divide `hidden_size`; got {self.heads} and {self.hidden_size}")
         if self.heads % (self.key_heads or 1):
             raise ValueError(f"`key_heads` must divide `heads`; got {self.key_heads} and {self.heads}")
-        if self.positions == "rotary" and self.hidden_size // self.heads % 2:
+        if self.positions == "rotary" and (self.head_dim or 0) % 2:
+            raise ValueError(f"rotary positions need heads of even size; got `head_dim: {self.head_dim}`")
+        if self.positions == "rotary" and self.head_dim is None and self.hidden_size // self.heads % 2:
             raise ValueError(
                 f"rotary positions need heads of even size; got {self.hidden_size} / {self.heads} = "
                 f"{self.hidden_size // self.heads}"
             )
+        if self.positions != "rotary" and self.rope_base != type(self).model_fields["rope_base"].default:
+            raise ValueError(f"`rope_base` has no effect with `positions: {self.positions}`")
         return self
 
 
@@ -95,6 +116,19 @@ class ModelSettings(Section):
     threads: Annotated[int | None, Field(ge=1), EffortOnly()] = None
     """CPU threads; null leaves it to torch (all cores). Models of a few million weights are about as fast with one, and
     then other work on the machine cannot make the threads wait for one another."""
+
+    @field_validator("attention")
+    @classmethod
+    def _known_attention(cls, attention: str) -> str:
+        known = (*OUR_ATTENTION, *THEIR_ATTENTION)
+        if attention in known or ":" in attention or "/" in attention:
+            return attention
+        near = difflib.get_close_matches(attention.strip().lower(), known, n=1, cutoff=0.6)
+        meant = f", did you mean `{near[0]}`?" if near else ""
+        raise ValueError(
+            f"expected one of {', '.join(known)}, `package.module:function` or a kernel's `owner/name`"
+            f"; got `{attention}`{meant}"
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

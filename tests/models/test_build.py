@@ -59,7 +59,10 @@ def test_special_tokens_are_distinct_and_agree_with_the_model(folder: Path):
         ({"norm_placement": "post"}, {"norm_placement": "post"}),
         ({"feed_forward": "gelu-tanh"}, {"feed_forward": "gelu-tanh"}),
         ({"key_heads": 2}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
-        ({"biases": True}, {"attention_biases": True, "feed_forward_biases": True}),
+        ({"biases": "all"}, {"attention_biases": True, "feed_forward_biases": True}),
+        ({"biases": "feed-forward"}, {"attention_biases": False, "feed_forward_biases": True}),
+        ({"head_dim": 6, "heads": 5}, {"head_dim": 6, "num_attention_heads": 5}),
+        ({"rope_base": 500.0, "norm_eps": 1e-3}, {"rope_base": 500.0, "norm_eps": 1e-3}),
         ({"tied_embeddings": True}, {"tie_word_embeddings": True}),
     ],
     ids=str,
@@ -92,6 +95,9 @@ def test_recipe_and_function_agree_on_parts_and_defaults():
     [
         ({"key_heads": 3}, "`key_heads` must divide `heads`; got 3 and 4"),
         ({"hidden_size": 36, "heads": 12}, "rotary positions need heads of even size; got 36 / 12 = 3"),
+        ({"head_dim": 7}, "rotary positions need heads of even size; got `head_dim: 7`"),
+        ({"positions": "learned", "rope_base": 5.0}, "`rope_base` has no effect with `positions: learned`"),
+        ({"biases": True}, "Input should be 'none', 'feed-forward' or 'all'"),
         ({"architecture": "encoder"}, "Input should be 'decoder' or 'encoder-decoder'"),
     ],
 )

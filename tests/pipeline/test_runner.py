@@ -80,6 +80,22 @@ def test_a_changed_function_runs_the_stages_that_call_it(finished):
     assert names(finished.ran()) == ["label", "evaluate"], "the labels came out the same"
 
 
+def test_a_changed_attention_of_ones_own_runs_everything_again(finished, monkeypatch):
+    monkeypatch.syspath_prepend(finished.folder)
+    own = ("--set", "model.attention=mine:attend")
+    finished.write("mine.py", "raise SystemExit('hashed, not run')\n")
+    outcome = finished.run(*own)
+    assert outcome.stderr.count("model.attention: mine:attend runs with your rights") == 1
+    assert names(finished.ran()) == ALL
+    finished.run(*own)
+    assert finished.ran() == []
+    finished.write("mine.py", "raise SystemExit('other')\n")
+    outcome = finished.run(*own)
+    assert names(finished.ran()) == ALL
+    assert "the content of `model.attention` changed" in outcome.stderr
+    assert "no Python module `lost`" in finished.run("--set", "model.attention=lost:attend").stderr
+
+
 def test_a_changed_base_model_runs_everything(finished):
     finished.write("base/model.safetensors", "weighty")
     outcome = finished.run()

@@ -9,6 +9,7 @@ import pytest
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.shared import OUR_ATTENTION, THEIR_ATTENTION, ModelSettings
 
 
 def load(tmp_path: Path, text: str, *settings: str):
@@ -148,6 +149,17 @@ def test_files_that_are_no_recipe(tmp_path):
             "model: {build: {architecture: encoder-decoder}}\nsft: {data: d}\ntrain_rm: {data: d}\n",
             "an encoder-decoder cannot be a reward model: name another in `train_rm.model`",
         ),
+        (
+            "model: {build: {architecture: encoder-decoder}}\nsft: {data: d, packing: true}\n",
+            "`sft.packing` is for decoders; an encoder-decoder reads one prompt a row",
+        ),
+        ("model: {attention: tilled}\n", "got `tilled`, did you mean `tiled`?"),
+        ("model: {attention: Triton}\n", "got `Triton`, did you mean `triton`?"),
+        ("model: {attention: 'torch '}\n", "got `torch `, did you mean `torch`?"),
+        (
+            "model: {attention: zebra}\n",
+            "`model.attention`: expected one of auto, reference, tiled, torch, triton, sdpa",
+        ),
         ("ppo: {lora: {dropout: 0.1}}\n", "`lora.dropout` must be 0"),
         ("data: {prompt_template: 'Q:'}\n", "`data.prompt_template`: expected `chat` or text that contains `{prompt}`"),
         ("seed: -1\n", "`seed` must be at least 0; got -1"),
@@ -160,6 +172,14 @@ def test_settings_that_are_wrong(tmp_path, text, problem):
         return
     (found,) = problems(tmp_path, text)
     assert problem in found
+
+
+def test_names_of_attention_are_those_there_are():
+    from rlhf_cli.attention import registry
+
+    assert set(OUR_ATTENTION) == set(registry.names())
+    for name in (*OUR_ATTENTION, *THEIR_ATTENTION, "mine:attend", "my.package:attend", "kernels-community/flash-attn3"):
+        assert ModelSettings(attention=name).attention == name
 
 
 def test_all_problems_at_once_in_the_order_of_the_file(tmp_path):

@@ -20,8 +20,8 @@ model:
   threads: 1
   build:
     {architecture: encoder-decoder, positions: sinusoidal, norm: layer, norm_placement: post, feed_forward: relu,
-     tied_embeddings: true, hidden_size: 16, layers: 1, heads: 2, feed_forward_size: 32, vocab_size: 300,
-     context_length: 64}
+     biases: feed-forward, tied_embeddings: true, hidden_size: 16, layers: 1, heads: 2, feed_forward_size: 32,
+     vocab_size: 300, context_length: 64}
 data: {prompts: prompts.jsonl, holdout: 0.3}
 sft: {data: demonstrations.jsonl, adapter: none, batch_size: 8, max_length: 64}
 label: {by: function, function: "judge.py:score", completions_per_prompt: 2, sampling: {max_new_tokens: 4}}

@@ -228,7 +228,7 @@ def test_nothing_is_written_where_logits_differ(
 
 
 def test_a_short_context_is_probed_within_its_positions(tmp_path: Path):
-    parts = {"positions": "learned", "norm": "layer", "feed_forward": "gelu-tanh", "biases": True}
+    parts = {"positions": "learned", "norm": "layer", "feed_forward": "gelu-tanh", "biases": "all"}
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 16, "vocab_size": 260}
     build_model(tmp_path / "short", ["text"], context_length=8, seed=0, **sizes, **parts)
     export(str(tmp_path / "short"), tmp_path / "gpt2")

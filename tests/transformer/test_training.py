@@ -158,7 +158,13 @@ def test_model_of_2017_learns_to_reverse():
     "parts",
     [
         {"architecture": "encoder-decoder", "positions": "sinusoidal", "norm": "layer", "norm_placement": "post"},
-        {"positions": "learned", "feed_forward": "gelu-tanh", "norm": "layer", "biases": True, "tied_embeddings": True},
+        {
+            "positions": "learned",
+            "feed_forward": "gelu-tanh",
+            "norm": "layer",
+            "biases": "all",
+            "tied_embeddings": True,
+        },
         {"key_heads": 2},
     ],
     ids=["2017", "gpt2", "grouped"],
