@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 
@@ -47,6 +48,7 @@ _TILES_32_BIT = {
 }
 
 
+@cache  # asked at every call
 def shared_memory(head_size: int, *, is_32_bit: bool, has_bias: bool, needs_grad: bool, capability: int) -> int:
     """Bytes of shared memory that a call's largest program takes on a GPU.
 
@@ -86,12 +88,12 @@ _SHARED_HOPPER = {
     ("decode", False): (57344, 114688, 86016),
 }
 _SHARED_BLACKWELL = {
-    ("forward", False): (70656, 140288, 205344),
-    ("forward", True): (136192, 205824, 238112),
+    ("forward", False): (70656, 140288, 204832),
+    ("forward", True): (136192, 205824, 237600),
     ("dkdv", False): (82944, 115008, 81920),
     ("dkdv", True): (115712, 131392, 81920),
-    ("dq", False): (91136, 148480, 131072),
-    ("dq", True): (156672, 181248, 139264),
+    ("dq", False): (91136, 148480, 148480),
+    ("dq", True): (156672, 181248, 156672),
     ("decode", False): (57376, 114720, 86016),
 }
 _SHARED_32_BIT = {
