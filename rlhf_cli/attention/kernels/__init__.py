@@ -10,6 +10,6 @@
     function    the backend's differentiable function
     decode      few queries over many keys without a gradient: its two kernels and its function
 
-Importing `device`, `forward`, `backward`, `launch`, `function` or `decode` imports triton; `TRITON_INTERPRET=1` counts only
-if it is set before that.
+Importing `device`, `forward`, `backward`, `launch`, `function` or `decode` imports triton; `TRITON_INTERPRET=1` counts
+only if it is set before that.
 """
