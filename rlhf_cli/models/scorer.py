@@ -291,8 +291,9 @@ def load_scorer(source: ModelSource, *, template: str | None) -> Scorer:
 def save_scorer(scorer: Scorer, folder: Path, *, final: Path | None = None) -> None:
     """Write the artefact of a scorer; `load_scorer` gives the same rewards.
 
-    Trained in full: a transformers classifier folder, which anyone's `AutoModelForSequenceClassification` reads. An
-    adapter: `adapter/` in PEFT's format and `head.safetensors`. Both with `reward.json` and the tokenizer.
+    Trained in full: a transformers classifier folder, which anyone's `AutoModelForSequenceClassification` reads; if it
+    is an explicit transformer (`model.build`), after `import rlhf_cli.transformer`. An adapter: `adapter/` in PEFT's
+    format and `head.safetensors`. Both with `reward.json` and the tokenizer.
 
     Args:
         scorer: what to write.

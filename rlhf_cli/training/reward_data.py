@@ -60,6 +60,6 @@ class Batches:
 
 
 def micro_batches(groups: Sequence[RankedGroup], chosen: Sequence[int], size: int) -> list[list[int]]:
-    """Whole groups, at most `size` at a time, those of like length together, so that little is spent on padding."""
+    """Whole groups, at most `size` at a time, those of like length together: padded rows waste least so."""
     ordered = sorted(chosen, key=lambda number: groups[number].longest)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"attention_biases": True},
     {"feed_forward_biases": True},
     {"num_key_value_heads": 1},
-    {"head_dim": 8},
+    {"head_dim": 16},
     {"tie_word_embeddings": True},
     {"rope_base": 100.0},
     {"norm_eps": 0.05},
@@ -80,9 +81,13 @@ def copies(architecture: str) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "labels": labels}
 
 
+LEARNT = 0.9 * math.log(32)
+"""In nats a word. Whoever does not look at the first half cannot do better than the logarithm of 32 words."""
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_every_setting_matters_and_trains(tiny: Callable[..., PreTrainedModel], setting: dict[str, Any]):
-    sizes = {"hidden_size": 16, "intermediate_size": 32}
+    sizes = {"hidden_size": 32, "intermediate_size": 32}
     model, plain = tiny(**(sizes | setting)), tiny(**sizes)
     ids = next(copies("decoder"))["input_ids"]
     with torch.no_grad():
@@ -92,17 +97,17 @@ def test_every_setting_matters_and_trains(tiny: Callable[..., PreTrainedModel], 
             model.load_state_dict(plain.state_dict())
             assert setting == {} or (model(ids).logits - plain(ids).logits).abs().max() > 1e-3
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    losses = train(model, copies("decoder"), steps=60, learning_rate=1e-2)
-    assert sum(losses[-5:]) / 5 < 0.85 * losses[0]
+    losses = train(model, copies("decoder"), steps=100, learning_rate=1e-2)
+    assert sum(losses[-5:]) / 5 < LEARNT
     assert all((weight != before[name]).any() for name, weight in model.named_parameters())
 
 
 @pytest.mark.parametrize("architecture", ["encoder", "encoder-decoder"])
 def test_every_architecture_trains(tiny: Callable[..., PreTrainedModel], architecture: str):
-    model = tiny(architecture=architecture)
+    model = tiny(architecture=architecture, hidden_size=32, intermediate_size=32)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    losses = train(model, copies(architecture), steps=60, learning_rate=1e-2)
-    assert sum(losses[-5:]) / 5 < 0.85 * losses[0]
+    losses = train(model, copies(architecture), steps=100, learning_rate=1e-2)
+    assert sum(losses[-5:]) / 5 < LEARNT
     assert all((weight != before[name]).any() for name, weight in model.named_parameters())
 
 
