@@ -122,7 +122,7 @@ def look(
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text)["input_ids"]
     if not text.strip() or not ids:
-        raise UsageError("there is no text to look at")
+        raise UsageError("there is no text to look at", hint='give one with `--text "..."`')
     if len(ids) > MOST_TOKENS:
         raise UsageError(
             f"the text has {len(ids):,} tokens, and a map shows at most {MOST_TOKENS}", hint="give a shorter text"
