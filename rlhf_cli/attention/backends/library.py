@@ -21,7 +21,7 @@ from rlhf_cli.attention.contract import AttentionOutput, Backend, Request
 from rlhf_cli.attention.layout import Layout
 
 # Measured on an AVX512-BF16 core, head size 64, forward and backward in bfloat16: torch's CPU kernel takes 2 to 3 times
-# as long as the equation at 128 tokens, as long at 256, and 0.35 to 1.7 times from 512 to 768. In float32 it always wins.
+# as long as the equation at 128 tokens, as long at 256, 0.35 to 1.7 times from 512 to 768. In float32 it always wins.
 _SHORT_IN_HALF = 256
 # Below this mean length one masked call costs less than the calls of a loop over segments.
 _SHORT_SEGMENT = 48
