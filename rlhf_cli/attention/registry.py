@@ -171,7 +171,12 @@ def _guarded(name: str, attend: AttentionFunction) -> AttentionFunction:
                 f"attention backend `{name}` raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})",
                 hint="docs/attention.md says what it is called with",
             ) from error
-        output = found if isinstance(found, Tensor) else found[0]
+        output = found[0] if isinstance(found, tuple) and found else found
+        if not isinstance(output, Tensor):
+            raise UsageError(
+                f"attention backend `{name}` returned {type(found).__name__} and no tensor",
+                hint="return the output, or the output and the log-sum-exp",
+            )
         expected = (*query.shape[:-1], value.shape[-1])
         if tuple(output.shape) != expected:
             raise UsageError(

@@ -100,14 +100,15 @@ def verify_families(backends: Sequence[str], *, device: torch.device, tell: Call
 
 def as_table(verdicts: Sequence[Verdict]) -> str:
     """One line a model and backend: the worst error of all checks, and by name the checks that failed."""
-    lines = [f"  {'model':<16} {'backend':<10} {'checks':>6}  {'forward':>8} {'gradient':>8}  verdict"]
+    width = max(10, *(len(verdict.backend) for verdict in verdicts))
+    lines = [f"  {'model':<16} {'backend':<{width}} {'checks':>6}  {'forward':>8} {'gradient':>8}  verdict"]
     for model, backend in dict.fromkeys((verdict.model, verdict.backend) for verdict in verdicts):
         mine = [verdict for verdict in verdicts if (verdict.model, verdict.backend) == (model, backend)]
         failed = [verdict for verdict in mine if not verdict.passed]
         forward = [verdict.found.forward for verdict in mine if verdict.found]
         gradient = [verdict.found.gradient for verdict in mine if verdict.found and verdict.found.gradient is not None]
         lines.append(
-            f"  {_fit(model, 16)} {backend:<10} {len(mine):>6}  {_worst(forward)} {_worst(gradient)}  "
+            f"  {_fit(model, 16)} {backend:<{width}} {len(mine):>6}  {_worst(forward)} {_worst(gradient)}  "
             + ("refused, as it must be" if mine[0].check == "refused" and not failed else "FAILED" if failed else "ok")
         )
         lines += [f"      {_failure(verdict)}" for verdict in failed]

@@ -1,4 +1,4 @@
-"""Everything outside the run directory is checked before the first stage starts, without torch.
+"""Everything outside the run directory is checked before the first stage starts, data without torch.
 
 A bad line in PPO's prompts is found now and not after an hour of fine-tuning.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.hashing import hash_file
 from rlhf_cli.pipeline.inputs import Input
 from rlhf_cli.pipeline.places import check_data, check_model, function_file
@@ -25,6 +26,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         recipe: for `data.columns` and `data.max_skip`.
         inputs: of all stages that are going to run; what is named twice is checked once.
     """
+    _check_attention(recipe.model.attention)
     seen: set[tuple[str, str | None]] = set()
     prompts: dict[str, PromptSet] = {}  # by source
     for given in inputs:
@@ -45,6 +47,15 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         elif given.what == "function":
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: {given.source} runs with your rights; {file} has sha256 {hash_file(file)}")
+
+
+def _check_attention(name: str) -> None:
+    """Whether an attention backend that was asked for runs here, before a stage has begun with it."""
+    if name in ("reference", "tiled", "torch", "triton") or (":" in name and "/" not in name.partition(":")[0]):
+        from rlhf_cli.attention import registry  # imports torch, which the stages are about to
+
+        if (reason := registry.find(name).missing()) is not None:
+            raise UsageError(f"`model.attention: {name}`: {reason}", hint="choose `auto`, or see `rlhf attention list`")
 
 
 def _check_records(recipe: Recipe, given: Input) -> PromptSet:

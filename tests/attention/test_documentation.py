@@ -27,6 +27,7 @@ def test_the_documented_ten_lines_are_a_backend(rlhf, tmp_path):
     [
         ("return query * 0", 65, "computes something else under our attention"),
         ("return query[:, :1]", 2, "attention backend `mine:attend` returned a tensor of shape (1, 1, "),
+        ("return None", 2, "attention backend `mine:attend` returned NoneType and no tensor"),
         ("return query @ value", 2, "attention backend `mine:attend` raised RuntimeError: "),
     ],
 )
@@ -37,3 +38,13 @@ def test_a_run_refuses_a_wrong_one_before_training(body, code, message, rlhf, tm
     failed = rlhf(*arguments, "--attention", "mine:attend", code=code, env={"PYTHONPATH": str(tmp_path)})
     assert message in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("name", ["mine:attnd", "nowhere:attend"])
+def test_a_backend_that_is_not_there_leaves_nothing_begun(name, rlhf, tmp_path, tiny_llama):
+    (tmp_path / "mine.py").write_text("def attend(query, key, value, layout, **rules):\n    return query\n")
+    (tmp_path / "text.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    arguments = ("sft", "--model", tiny_llama, "--data", "text.jsonl", "--run-dir", "run")
+    failed = rlhf(*arguments, "--attention", name, code=2, env={"PYTHONPATH": str(tmp_path)})
+    assert name.partition(":")[0] in failed.stderr
+    assert not list((tmp_path / "run").glob("*sft*"))
