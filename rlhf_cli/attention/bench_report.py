@@ -87,8 +87,10 @@ def plot(found: dict[str, Any], path: Any) -> None:
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"cannot write a plot to {path}: {error}", hint="end it in .png, .svg or .pdf") from error
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"cannot write a plot to {path}: {error}", hint="end it in .png, .svg or .pdf, in a folder of yours"
+        ) from error
     finally:
         figures.close(figure)
 

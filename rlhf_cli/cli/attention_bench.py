@@ -49,6 +49,6 @@ def bench(
         raise UsageError(f"`--dtype {dtype}` is none of {', '.join(work.DTYPES)}")
     shapes = [work.Shape.parse(text) for text in shape or work.SHAPES[where.type]]
     found = work.measure(shapes, backends=backend or [], device=where, dtype=work.DTYPES[dtype])
-    if plot is not None:
-        bench_report.plot(found, plot)
     typer.echo(json.dumps(found, indent=2) if as_json else bench_report.as_table(found))
+    if plot is not None:  # last, so that figures are not lost with a plot that cannot be written
+        bench_report.plot(found, plot)

@@ -17,8 +17,8 @@ def show(
             metavar="TEXT", help="What the decoder of an encoder-decoder model reads. Default: the text once more."
         ),
     ] = None,
-    layer: Annotated[int | None, typer.Option(metavar="N", help="Only this layer, counted from 0.")] = None,
-    head: Annotated[int | None, typer.Option(metavar="N", help="Only this head, counted from 0.")] = None,
+    layer: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only this layer, counted from 0.")] = None,
+    head: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only this head, counted from 0.")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for attention.png and attention.html.")] = Path(
         "attention"
     ),
@@ -32,6 +32,10 @@ def show(
     pyplot()  # say now, not after the loading, that it is missing
     if out.exists() and not out.is_dir():
         raise UsageError(f"cannot write to {out}: it is a file, and the folder for two files is wanted")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {out}: {error.strerror}", hint="name another with `--out`") from error
     quiet_libraries()
     loaded = load_any(model, resolve_device("auto"))
     tokenizer = load_tokenizer(ModelSource(model))
