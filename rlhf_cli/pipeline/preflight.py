@@ -50,8 +50,11 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
 
 
 def _check_attention(name: str) -> None:
-    """Whether an attention backend that was asked for runs here, before a stage has begun with it."""
-    if name in ("reference", "tiled", "torch", "triton") or (":" in name and "/" not in name.partition(":")[0]):
+    """Whether a backend of ours that was asked for runs here, before a stage has begun with it.
+
+    A function of the user's is hashed and not run, as all their code is before its stage.
+    """
+    if name in ("reference", "tiled", "torch", "triton"):
         from rlhf_cli.attention import registry  # imports torch, which the stages are about to
 
         if (reason := registry.find(name).missing()) is not None:

@@ -40,11 +40,11 @@ def test_a_run_refuses_a_wrong_one_before_training(body, code, message, rlhf, tm
     assert "Traceback" not in failed.stderr
 
 
-@pytest.mark.parametrize("name", ["mine:attnd", "nowhere:attend"])
+@pytest.mark.parametrize("name", ["triton", "nowhere:attend"])
 def test_a_backend_that_is_not_there_leaves_nothing_begun(name, rlhf, tmp_path, tiny_llama):
-    (tmp_path / "mine.py").write_text("def attend(query, key, value, layout, **rules):\n    return query\n")
     (tmp_path / "text.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
     arguments = ("sft", "--model", tiny_llama, "--data", "text.jsonl", "--run-dir", "run")
-    failed = rlhf(*arguments, "--attention", name, code=2, env={"PYTHONPATH": str(tmp_path)})
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    failed = rlhf(*arguments, "--attention", name, code=2, env=hidden)
     assert name.partition(":")[0] in failed.stderr
     assert not list((tmp_path / "run").glob("*sft*"))
