@@ -101,53 +101,42 @@ def attention_forward(
         value: (B, G, Lk, Dv).
         attention_mask: what `attention_mask` below returned, a mask (B, 1, Lq, Lk) the caller made, or None.
         backend: name of ours.
-        scaling: factor on the scores.
+        scaling, sliding_window, softcap: `scale`, `window` and `softcap` of `contract`.
         dropout: must be 0.
         is_causal: overrides the module's own.
-        sliding_window: see `contract`.
-        softcap: see `contract`.
         s_aux: (H,) sinks.
         position_bias: added to the scores (T5).
         attention_layout: from the caller of the model.
-        cu_seq_lens_q: (S + 1,) boundaries of packed sequences, B = 1.
-        cu_seq_lens_k: likewise of keys.
+        cu_seq_lens_q, cu_seq_lens_k: (S + 1,) boundaries of packed sequences, B = 1.
 
     Returns:
         Output (B, Lq, H, Dv), and None for the weights.
     """
-    if dropout:
-        raise ModelError(
-            f"attention dropout of {dropout:g} is not supported by our backends",
-            hint="set it to 0 in the model's configuration; RLHF trains without dropout",
-        )
+    _refuse_dropout(dropout)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bias = position_bias
     if attention_layout is not None:
-        layout = attention_layout
+        seen = Visibility(attention_layout, causal, sliding_window)
     elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         layout = _of_boundaries(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2])
-    elif attention_mask is None:
-        layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
-    elif attention_mask.dim() == 4:
-        layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
-        causal, sliding_window = False, None
-        bias = _added(bias, attention_mask, query.dtype)
+        seen = Visibility(layout, causal, sliding_window)
     else:
-        found = _of_mask(attention_mask)
-        layout, causal = found.layout, found.causal
-        sliding_window = found.window if sliding_window is None else sliding_window
-    _check(layout, query, key)
+        layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
+        seen, hidden = _of_mask(attention_mask, Visibility(layout, causal, sliding_window))
+        if hidden is not None:
+            bias = hidden.to(query.dtype) if bias is None else bias + hidden.to(bias.dtype)
+    _check(seen.layout, query, key)
     arguments: dict[str, Any] = {
         "scale": scaling,
-        "causal": causal,
-        "window": sliding_window,
+        "causal": seen.causal,
+        "window": seen.window,
         "softcap": softcap,
         "sinks": s_aux,
         "bias": bias,
     }
     for watcher in _watchers:
-        watcher(module, {"query": query, "key": key, "value": value, "layout": layout, **arguments})
-    output = registry.attention(query, key, value, layout, backend=backend, **arguments).output
+        watcher(module, {"query": query, "key": key, "value": value, "layout": seen.layout, **arguments})
+    output = registry.attention(query, key, value, seen.layout, backend=backend, **arguments).output
     return output.transpose(1, 2), None
 
 
@@ -214,14 +203,24 @@ def attention_mask(
 _ATTRIBUTE = "rlhf_visibility"
 
 
-def _of_mask(mask: Tensor) -> Visibility:
+def _of_mask(mask: Tensor | None, plain: Visibility) -> tuple[Visibility, Tensor | None]:
+    """What a mask stands for, and what it adds to the scores.
+
+    Args:
+        mask: ours, (B, Lk); one the caller made, (B, 1, Lq, Lk); or None.
+        plain: what the shapes and the model's own arguments say.
+    """
+    if mask is None:
+        return plain, None
+    if mask.dim() == 4:  # it says all there is to say about causality and windows
+        return Visibility(plain.layout, False, None), _hidden(mask)
     found = getattr(mask, _ATTRIBUTE, None)
     if not isinstance(found, Visibility):
         raise ModelError(
             "the attention mask was copied on its way through the model, and what it stands for got lost",
             hint="a model on several devices copies it: rerun with `--attention sdpa`",
         )
-    return found
+    return (found if plain.window is None else found._replace(window=plain.window)), None
 
 
 def _of_boundaries(queries: Tensor, keys: Tensor, query_length: int, key_length: int) -> Layout:
@@ -232,13 +231,19 @@ def _of_boundaries(queries: Tensor, keys: Tensor, query_length: int, key_length:
     return found
 
 
-def _added(bias: Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask (B, 1, Lq, Lk), bool or to be added, as a bias; the model's lowest number means hidden."""
+def _hidden(mask: Tensor) -> Tensor:
+    """A mask (B, 1, Lq, Lk), bool or to be added, as what is added; the model's lowest number means hidden."""
     if mask.dtype == torch.bool:
-        hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    else:
-        hidden = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
-    return hidden if bias is None else bias + hidden
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+
+
+def _refuse_dropout(dropout: float) -> None:
+    if dropout:
+        raise ModelError(
+            f"attention dropout of {dropout:g} is not supported by our backends",
+            hint="set it to 0 in the model's configuration; RLHF trains without dropout",
+        )
 
 
 def _check(layout: Layout, query: Tensor, key: Tensor) -> None:
