@@ -101,6 +101,11 @@ def build_model(
             ", and key heads must divide the heads",
         ) from error
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, context_length=context_length)
+    _write(folder, config, tokenizer, seed)
+
+
+def _write(folder: Path, config: TransformerConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Draw the weights and save the model beside its tokenizer."""
     backend = tokenizer.backend_tokenizer
     end, padding = backend.token_to_id(END), backend.token_to_id(PADDING)
     config.vocab_size = len(tokenizer)

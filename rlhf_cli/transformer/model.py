@@ -276,16 +276,23 @@ class TransformerModel(TransformerPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        return Seq2SeqModelOutput(
-            last_hidden_state=written.last_hidden_state,
-            past_key_values=written.past_key_values,
-            decoder_hidden_states=written.hidden_states,
-            decoder_attentions=written.attentions,
-            cross_attentions=written.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            encoder_attentions=getattr(encoder_outputs, "attentions", None),
-        )
+        return _both(encoder_outputs, written)
+
+
+def _both(
+    encoded: BaseModelOutput | tuple[Tensor, ...], written: BaseModelOutputWithPastAndCrossAttentions
+) -> Seq2SeqModelOutput:
+    """The outputs of encoder and decoder as one, under transformers' names."""
+    return Seq2SeqModelOutput(
+        last_hidden_state=written.last_hidden_state,
+        past_key_values=written.past_key_values,  # pyright: ignore[reportArgumentType]
+        decoder_hidden_states=written.hidden_states,
+        decoder_attentions=written.attentions,
+        cross_attentions=written.cross_attentions,
+        encoder_last_hidden_state=encoded[0],
+        encoder_hidden_states=getattr(encoded, "hidden_states", None),
+        encoder_attentions=getattr(encoded, "attentions", None),
+    )
 
 
 def resize_encoder(model: PreTrainedModel, embeddings: nn.Embedding) -> None:
