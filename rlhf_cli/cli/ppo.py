@@ -37,7 +37,7 @@ def ppo(
         list[str] | None,
         typer.Option(
             metavar="FUNCTION",
-            help="Reward by Python code, `file.py:function`; repeatable (`ppo.reward_functions`).",
+            help="Reward by Python code, `file.py:function`; repeatable (`ppo.rewards`).",
             show_default=False,
         ),
     ] = None,
@@ -55,7 +55,7 @@ def ppo(
     flags = {
         "ppo.model": (model, f"--model {model}"),
         "ppo.reward_model": (reward_model, f"--reward-model {reward_model}"),
-        "ppo.reward_functions": (rewards, f"--function {' '.join(function or ())}"),
+        "ppo.rewards": (rewards, f"--function {' '.join(function or ())}"),
         "ppo.prompts": (prompts, f"--prompts {prompts}"),
     }
     one_stage(

@@ -112,14 +112,15 @@ class InputResolver:
         yield self._policy("ppo", "model", settings.model)
         if settings.reward_model is not None:
             yield Input("train-rm", settings.reward_model, "model", "ppo.reward_model")
-        elif self._recipe.train_rm is not None or (not settings.reward_functions and self._have("train-rm")):
+        elif self._recipe.train_rm is not None or (not settings.rewards and self._have("train-rm")):
             yield self._artefact("ppo", "train-rm", "reward_model")
-        elif not settings.reward_functions:
+        elif not settings.rewards:
             raise self._missing("ppo", "train-rm", "reward_model")
         yield self._prompts("ppo", settings.prompts)
-        for index, reward in enumerate(settings.reward_functions):
-            name = f"ppo.reward_functions.{index}.function"
-            yield Input(name, reward.function, "function", name)
+        for index, reward in enumerate(settings.rewards):
+            if reward.function is not None:
+                name = f"ppo.rewards.{index}.function"
+                yield Input(name, reward.function, "function", name)
 
     def _evaluate(self, settings: EvaluateSettings) -> Iterator[Input]:
         # What PPO started from, unless something else is named: the KL and the wins are then about PPO alone.

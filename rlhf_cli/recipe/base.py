@@ -29,10 +29,11 @@ class Names:
     """Marks a setting that names something outside the recipe; relative paths are looked up for it.
 
     Attributes:
-        what: a model (folder or hub id), data (file, folder or hub data set) or a Python function (`file.py:function`).
+        what: a model (folder or hub id), data (file, folder or hub data set), a Python function (`file.py:function`),
+            or a saved critic's folder, beside the words that name other starts.
     """
 
-    what: Literal["model", "data", "function"]
+    what: Literal["model", "data", "function", "critic"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rlhf_cli.recipe.schema import Recipe
 
 
 def dotted(place: Place) -> str:
-    """A place as people write it in `--set`: `ppo.reward_functions.0.weight`."""
+    """A place as people write it in `--set`: `ppo.rewards.0.weight`."""
     return ".".join(str(key) for key in place)
 
 

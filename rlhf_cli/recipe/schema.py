@@ -7,9 +7,17 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_cli.recipe.base import Section
-from rlhf_cli.recipe.ppo import PPOSettings, RewardFunction
-from rlhf_cli.recipe.shared import BuildSettings, DataSettings, LoraSettings, ModelSettings, SamplingSettings, Training
+from rlhf_cli.recipe.base import EffortOnly, Positive, Section
+from rlhf_cli.recipe.ppo import PPOSettings, PTXSettings, RewardSettings
+from rlhf_cli.recipe.shared import (
+    BuildSettings,
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    SamplingSettings,
+    TrackingSettings,
+    Training,
+)
 from rlhf_cli.recipe.stages import EvaluateSettings, LabelSettings, SFTSettings, TrainRMSettings
 
 __all__ = [
@@ -20,10 +28,12 @@ __all__ = [
     "LoraSettings",
     "ModelSettings",
     "PPOSettings",
+    "PTXSettings",
     "Recipe",
-    "RewardFunction",
+    "RewardSettings",
     "SFTSettings",
     "SamplingSettings",
+    "TrackingSettings",
     "TrainRMSettings",
     "Training",
 ]
@@ -40,6 +50,10 @@ class Recipe(Section):
     """The base model."""
     data: DataSettings = DataSettings()
     """What the stages share about data."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Where metrics go besides `metrics.jsonl`."""
+    stall_seconds: Annotated[Positive | None, EffortOnly()] = None
+    """A stage that makes no progress for so many seconds prints what it is doing and ends; null waits for ever."""
     sft: SFTSettings | None = None
     """Supervised fine-tuning."""
     label: LabelSettings | None = None

@@ -103,6 +103,9 @@ class ModelSettings(Section):
     """Commit, tag or branch on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Needs a pinned `revision`."""
+    quantise: Literal["none", "4bit", "8bit"] = "none"
+    """Hold the frozen weights under LoRA adapters in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs
+    bitsandbytes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of frozen weights; `auto` is that of `precision`. Trained weights are always float32."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -164,6 +167,15 @@ class DataSettings(Section):
         if template is not None and template != "chat" and template.count("{prompt}") != 1:
             raise ValueError("expected `chat` or text that contains `{prompt}` once")
         return template
+
+
+class TrackingSettings(Section):
+    """Trackers that get every metric beside the `metrics.jsonl` of each stage. What they show changes nothing."""
+
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], EffortOnly()] = Field(default=[])
+    """Which; each must be installed. `tensorboard` writes into `RUN/tracking`, the others as their own settings say."""
+    project: Annotated[str, EffortOnly()] = "rlhf"
+    """Project that the runs are grouped under."""
 
 
 class LoraSettings(Section):

@@ -73,10 +73,10 @@ def _actors(context: StageContext, settings: PPOSettings, source: ModelSource) -
     from rlhf_cli.models.actors import LoraShape, separate_actors, shared_actors
 
     reward_path = context.inputs.get("train-rm")
-    if reward_path is None and not settings.reward_functions:
+    if reward_path is None and not settings.rewards:
         raise UsageError(
             "`ppo` has no reward: no reward model and no function",
-            hint="name one with `--set ppo.reward_model=PATH`, or give `ppo.reward_functions`",
+            hint="name one with `--set ppo.reward_model=PATH`, or give `ppo.rewards`",
         )
     arguments = {
         "reward_path": reward_path,
@@ -99,7 +99,7 @@ def _reward(settings: PPOSettings, model: RewardModel | None) -> RewardFunction:
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.labeling.functions import load_scoring_function
 
-    functions = [(load_scoring_function(entry.function), entry.weight) for entry in settings.reward_functions]
+    functions = [(load_scoring_function(entry.function), entry.weight) for entry in settings.rewards if entry.function]
 
     def reward(prompts, texts, ended) -> list[float]:
         total = [0.0] * len(texts) if model is None else model.score(prompts, texts)

@@ -222,7 +222,7 @@ def test_prompts_of_training_and_evaluation(feed, rlhf, tmp_path):
     feed(DEMO, "sft", "--dry-run", code=0)
     (tmp_path / "recipe.yaml").write_text(
         "model: {path: model}\nsft: {data: data.jsonl}\n"
-        "ppo: {reward_functions: [{function: 'gold.py:score'}], prompts: data.jsonl}\n"
+        "ppo: {rewards: [{function: 'gold.py:score'}], prompts: data.jsonl}\n"
         "evaluate: {prompts: evaluation.jsonl, judge_function: 'gold.py:score'}\n"
     )
     stderr = rlhf("run", "recipe.yaml", "--dry-run").stderr

@@ -52,7 +52,7 @@ def test_missing_inputs(toy, settings, said):
         (["label.function=nowhere.py:score"], 2, "nowhere.py: no such file (`label.function`)"),
         (["label.function=gold.py"], 2, "`label.function` is no function: got `gold.py`"),
         (["label.function=no.such.module:score"], 2, "no Python module `no.such.module`"),
-        (["ppo.reward_functions=[{function: 'lost.py:f'}]"], 2, "lost.py: no such file (`ppo.reward_functions.0"),
+        (["ppo.rewards=[{function: 'lost.py:f'}]"], 2, "lost.py: no such file (`ppo.rewards.0"),
     ],
 )
 def test_names_that_lead_nowhere_are_found_before_the_first_stage(toy, settings, code, said):
@@ -82,9 +82,9 @@ def test_functions_are_named_with_their_hash_once(toy):
     assert "label.function: gold.py:score runs with your rights" in outcome.stderr
 
 
-def test_reward_functions_need_no_reward_model(toy):
+def test_rewards_need_no_reward_model(toy):
     outcome = toy.run(
-        "--set", "train_rm=null", "--set", "label=null", "--set", "ppo.reward_functions=[{function: 'gold.py:score'}]"
+        "--set", "train_rm=null", "--set", "label=null", "--set", "ppo.rewards=[{function: 'gold.py:score'}]"
     )
     assert outcome.code == 0, outcome.stderr
     assert list(outcome.statuses) == ["sft", "ppo", "evaluate"]

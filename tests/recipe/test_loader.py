@@ -132,8 +132,11 @@ def test_files_that_are_no_recipe(tmp_path):
         ("name: ../up\n", "`name`: expected letters, digits"),
         ("ppo: {schedule: cosin}\n", '`ppo.schedule` must be `constant`, `linear` or `cosine`; got "cosin"'),
         ("ppo: [1]\n", "`ppo` must be a section with settings of its own; got a list"),
-        ("ppo: {reward_functions: {function: f}}\n", "`ppo.reward_functions` must be a list; got a mapping"),
-        ("ppo: {reward_functions: [{weight: 1}]}\n", "`ppo.reward_functions.0` needs `function`: "),
+        ("ppo: {rewards: {function: f}}\n", "`ppo.rewards` must be a list; got a mapping"),
+        (
+            "ppo: {rewards: [{weight: 1}]}\n",
+            "`ppo.rewards.0`: expected exactly one of `function`, `model` and `url`; got none",
+        ),
         ("ppo: {lora: {target_modules: 3}}\n", "must be text or a list of text; got 3"),
         (
             "ppo: {lora: {target_modules: [3]}}\n",
@@ -208,8 +211,8 @@ def test_a_long_value_is_shortened_and_control_characters_are_shown(tmp_path):
         (["evaluate="], lambda r: r.evaluate is not None, True),
         (["ppo=null"], lambda r: r.ppo, None),
         (["ppo.kl_target=9", "ppo.kl_target=null"], lambda r: r.ppo.kl_target, None),
-        (["ppo.reward_functions.0.weight=2"], lambda r: r.ppo.reward_functions[0].weight, 2.0),
-        (["ppo.reward_functions.1={function: g}"], lambda r: r.ppo.reward_functions[1].function, "g"),
+        (["ppo.rewards.0.weight=2"], lambda r: r.ppo.rewards[0].weight, 2.0),
+        (["ppo.rewards.1={function: g}"], lambda r: r.ppo.rewards[1].function, "g"),
         (["ppo.lora.target_modules=[q, v]"], lambda r: r.ppo.lora.target_modules, ["q", "v"]),
         (["data.columns.prompt=question"], lambda r: r.data.columns, {"prompt": "question"}),
         (["data.prompt_template='Q: {prompt}'"], lambda r: r.data.prompt_template, "Q: {prompt}"),
@@ -218,15 +221,15 @@ def test_a_long_value_is_shortened_and_control_characters_are_shown(tmp_path):
     ],
 )
 def test_set(tmp_path, settings, read, value):
-    recipe = load(tmp_path, "ppo:\n  reward_functions: [{function: f}]\n", *settings).recipe
+    recipe = load(tmp_path, "ppo:\n  rewards: [{function: f}]\n", *settings).recipe
     assert read(recipe) == value
 
 
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("ppo.reward_functions.3.weight=1", "`ppo.reward_functions` has 1 entries, numbered from 0"),
-        ("ppo.reward_functions.first=1", "`ppo.reward_functions` is a list; name an entry by number"),
+        ("ppo.rewards.3.weight=1", "`ppo.rewards` has 1 entries, numbered from 0"),
+        ("ppo.rewards.first=1", "`ppo.rewards` is a list; name an entry by number"),
         ("name.x=1", "`name` is one value and has no settings of its own"),
         ("=3", "expected SETTING=VALUE"),
         ("ppo..steps=3", "expected SETTING=VALUE"),
@@ -236,7 +239,7 @@ def test_set(tmp_path, settings, read, value):
     ],
 )
 def test_set_that_is_wrong_names_itself(tmp_path, setting, problem):
-    (found,) = problems(tmp_path, "name: x\nppo:\n  reward_functions: [{function: f}]\n", setting)
+    (found,) = problems(tmp_path, "name: x\nppo:\n  rewards: [{function: f}]\n", setting)
     assert found.startswith(f"--set {setting}: ")
     assert problem in found
 

@@ -31,7 +31,7 @@ ppo:
   epochs: 3
   minibatches: 5
   micro_batch_size: 2
-  reward_functions: [{function: a.b:c}, {function: "x.py:y", weight: -0.5}]
+  rewards: [{function: a.b:c}, {function: "x.py:y", weight: -0.5}]
 evaluate: {samples_per_prompt: 3}
 """
 
@@ -62,7 +62,7 @@ def test_json_holds_origins_sizes_and_stages(loaded):
     assert shown["settings"]["ppo"]["steps"] == 10
     assert shown["origins"]["seed"] == "--set seed=11"
     assert shown["origins"]["ppo.gamma"] == "default"
-    assert shown["origins"]["ppo.reward_functions.1.weight"].endswith("full.yaml:14")
+    assert shown["origins"]["ppo.rewards.1.weight"].endswith("full.yaml:14")
     assert shown["stages"] == ["sft", "label", "train-rm", "ppo", "evaluate"]
     assert shown["run_dir"] == "runs/full"
 

@@ -77,7 +77,7 @@ def test_ppo_with_model_reward_model_and_prompts_needs_no_recipe(tiny_llama, pro
 
 def test_ppo_with_a_function_alone(tiny_t5, prompts, length_reward, tmp_path, rlhf):
     functions = json.dumps([{"function": length_reward, "weight": 2.0}])
-    rlhf("ppo", "--model", tiny_t5, "--prompts", prompts, "--set", f"ppo.reward_functions={functions}", *SHORT)
+    rlhf("ppo", "--model", tiny_t5, "--prompts", prompts, "--set", f"ppo.rewards={functions}", *SHORT)
     assert metrics_of(tmp_path / "runs/default/ppo")[0]["objective/scores"] > 1.0
 
 
@@ -119,7 +119,7 @@ def test_a_reward_that_is_not_a_number_names_the_sample(tiny_llama, prompts, tmp
         "--prompts",
         prompts,
         "--set",
-        f"ppo.reward_functions={functions}",
+        f"ppo.rewards={functions}",
         *SHORT,
         code=65,
     )

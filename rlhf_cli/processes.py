@@ -1,0 +1,130 @@
+"""The processes of one run: which of them this is, and the little they tell one another.
+
+A launcher (`rlhf --processes N`, torchrun, `accelerate launch`) starts the same command several times and tells each
+its rank through the environment. Everything goes through accelerate's state, so that whatever it starts works; a single
+process pays nothing and imports nothing.
+
+What is exchanged is small: sums of gradients, and facts about answers as JSON. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    """This process's number among those the launcher started, from 0; known without torch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes the launcher started; known without torch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks to people."""
+    return rank() == 0
+
+
+class Processes:
+    """Exchanges between the processes of a run. Every method that exchanges is called by all of them, in one order.
+
+    Args:
+        device: on which tensors are summed; messages travel there too where the backend is not for the CPU.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.index, self.count = rank(), world_size()
+        self._device = device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes files and speaks to people."""
+        return self.index == 0
+
+    def mine(self, items: Sequence[Item]) -> list[Item]:
+        """This process's share of `items`, every `count`-th; the others have the rest. May be empty."""
+        return list(items[self.index :: self.count])
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, in place; all of one dtype travel as one message."""
+        if self.count == 1 or not tensors:
+            return
+        import torch
+
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        with torch.no_grad():
+            for together in by_dtype.values():
+                flat = torch.cat([tensor.reshape(-1) for tensor in together])
+                flat = self._state.reduce(flat)
+                for tensor, part in zip(together, flat.split([one.numel() for one in together]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def collect(self, item: Any) -> list[Any]:
+        """What every process holds, in the order of their numbers; anything JSON can say (floats keep every bit)."""
+        if self.count == 1:
+            return [item]
+        return [json.loads(text) for text in self._state.exchange(json.dumps(item).encode())]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process."""
+        return any(self.collect(flag))
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        self.collect(None)
+
+    @cached_property
+    def _state(self) -> _Exchange:
+        return _Exchange(self._device)
+
+
+class _Exchange:
+    """Collectives of torch, in the process group that accelerate sets up."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        import torch
+        from accelerate import PartialState
+
+        on_cpu = device is None or device.type == "cpu"
+        # accelerate reads the launcher's environment; `cpu=True` keeps it from looking for a GPU.
+        state = PartialState(cpu=on_cpu)
+        if state.num_processes != world_size():
+            raise RuntimeError(f"accelerate counts {state.num_processes} processes where {world_size()} were started")
+        self._device = torch.device("cpu") if on_cpu else state.device
+
+    def reduce(self, flat: Tensor) -> Tensor:
+        """Sum over the processes."""
+        import torch.distributed
+
+        there = flat.to(self._device)
+        torch.distributed.all_reduce(there)
+        return there.to(flat.device)
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        """Every process's message."""
+        import torch
+        import torch.distributed
+
+        mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self._device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=self._device) for _ in range(world_size())]
+        torch.distributed.all_gather(sizes, torch.tensor([len(message)], device=self._device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self._device)
+        padded[: len(message)] = mine
+        found = [torch.zeros_like(padded) for _ in range(world_size())]
+        torch.distributed.all_gather(found, padded)
+        return [bytes(row[: int(size)].cpu().tolist()) for row, size in zip(found, sizes, strict=True)]
