@@ -15,7 +15,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.hashing import hash_file, hash_folder
 from rlhf_cli.pipeline.inputs import Input
 from rlhf_cli.pipeline.manifest import DamagedArtefact, Identity
-from rlhf_cli.pipeline.places import check_data, check_model, function_file
+from rlhf_cli.pipeline.places import check_critic, check_data, check_model, function_file
 from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.stage import Stage
 from rlhf_cli.recipe.fields import dotted, values
@@ -31,8 +31,14 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     places = [*values(section, (stage.section,)), *values(recipe.data, ("data",))]
     if not (isinstance(section, LabelSettings) and section.by == "import"):  # which loads no model
         places += values(recipe.model, ("model",))
-    kept = {dotted(place): value for place, setting, value in places if not setting.names and not setting.effort_only}
+    kept = {
+        dotted(place): value
+        for place, setting, value in places
+        if not setting.effort_only and not (setting.names and setting.names.leads_out(value))
+    }
     kept.pop("model.revision", None)  # is part of the base model's digest
+    if stage.name in ("label", "evaluate"):
+        kept.pop("model.quantise", None)  # which is for weights under an adapter that trains
     if stage.name != "sft":
         kept = {name: value for name, value in kept.items() if not name.startswith("model.build")}
     return kept | {"seed": recipe.seed}
@@ -74,6 +80,9 @@ class Digests:
             from rlhf_cli.data.sources import source_digest
 
             return source_digest(given.source)
+        if given.what == "critic":
+            check_critic(given.source, given.setting)
+            return hash_folder(Path(given.source))
         check_model(given.source, given.setting)
         if Path(given.source).is_dir():
             return hash_folder(Path(given.source))

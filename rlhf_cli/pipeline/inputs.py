@@ -10,6 +10,7 @@ from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.stage import STAGES, Stage
+from rlhf_cli.recipe.base import Names
 from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
 from rlhf_cli.recipe.shared import is_own_function
 
@@ -20,7 +21,7 @@ class Input:
 
     Attributes:
         name: key in `StageContext.inputs`.
-        source: folder, file, hub id, `file.py:function`, or "build".
+        source: folder, file, hub id, `file.py:function`, or "build"; of a critic a folder.
         what: how it is checked and hashed.
         setting: the setting that named it, for messages; empty for an artefact.
         upstream: the stage that writes it, for an artefact.
@@ -30,7 +31,7 @@ class Input:
 
     name: str
     source: str
-    what: Literal["artefact", "model", "data", "function", "build"]
+    what: Literal["artefact", "model", "critic", "data", "function", "build"]
     setting: str = ""
     upstream: str | None = None
     records: Kind | None = None
@@ -116,6 +117,8 @@ class InputResolver:
             yield self._artefact("ppo", "train-rm", "reward_model")
         elif not settings.rewards:
             raise self._missing("ppo", "train-rm", "reward_model")
+        if (start := settings.critic_from) not in Names.CRITIC_WORDS:
+            yield Input("ppo.critic_from", start, "critic", "ppo.critic_from")
         yield self._prompts("ppo", settings.prompts)
         for index, reward in enumerate(settings.rewards):
             if reward.function is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DataError, ModelError, UsageError
+from rlhf_cli.recipe.base import Names
 from rlhf_cli.recipe.document import Place
 from rlhf_cli.recipe.fields import values
 from rlhf_cli.recipe.loader import LoadedRecipe
@@ -38,7 +39,7 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
     folder = Path() if loaded.path is None else loaded.path.parent
     plain = loaded.recipe.model_dump()
     for place, setting, value in values(loaded.recipe):
-        if setting.names is not None and isinstance(value, str):
+        if setting.names is not None and isinstance(value, str) and setting.names.leads_out(value):
             found = _function(value, folder) if setting.names.what == "function" else _path(value, folder)
             _put(plain, place, found)
     return Recipe.model_validate(plain)
@@ -85,6 +86,17 @@ def check_model(name: str, setting: str) -> None:
         return
     problem = "this is a file, not a model folder" if path.exists() else "no such model folder"
     raise ModelError(f"{name}: {problem} (`{setting}`)", hint="give a folder, or a hub id such as owner/name")
+
+
+def check_critic(name: str, setting: str) -> None:
+    """Raise `ModelError` unless a name is the folder of a saved critic."""
+    if (Path(name) / "value_head.safetensors").is_file():
+        return
+    words = ", ".join(f"`{word}`" for word in Names.CRITIC_WORDS)
+    raise ModelError(
+        f"{name}: {'holds no' if Path(name).is_dir() else 'no folder of a'} saved critic (`{setting}`)",
+        hint=f"give {words}, or the critic of an earlier run, such as runs/NAME/ppo/critic",
+    )
 
 
 def function_file(spec: str, setting: str) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.hashing import hash_file
 from rlhf_cli.pipeline.inputs import Input
-from rlhf_cli.pipeline.places import check_data, check_model, function_file
+from rlhf_cli.pipeline.places import check_critic, check_data, check_model, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 
@@ -44,6 +44,8 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             prompts[given.source] = held
         elif given.what == "model":
             check_model(given.source, given.setting)
+        elif given.what == "critic":
+            check_critic(given.source, given.setting)
         elif given.what == "function":
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: {given.source} runs with your rights; {file} has sha256 {hash_file(file)}")

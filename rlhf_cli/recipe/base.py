@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -34,6 +34,13 @@ class Names:
     """
 
     what: Literal["model", "data", "function", "critic"]
+
+    CRITIC_WORDS: ClassVar = ("auto", "reward-model", "policy")
+    """Values of a critic's start that are words and name no folder."""
+
+    def leads_out(self, value: Any) -> bool:
+        """Whether a value names something outside the recipe, so that its content counts; a word counts itself."""
+        return not (self.what == "critic" and value in self.CRITIC_WORDS)
 
 
 @dataclass(frozen=True)
