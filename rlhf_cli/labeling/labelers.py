@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from rlhf_cli.data.records import Prompt, Ranking, prompt_text
-from rlhf_cli.labeling.functions import ScoringFunction
+from rlhf_cli.data.records import Prompt, Ranking
+from rlhf_cli.rewards.checks import finite_scores
+from rlhf_cli.rewards.contract import Reward
 
 if TYPE_CHECKING:
     from rlhf_cli.models.scorer import Scorer
@@ -37,11 +38,11 @@ class Labeler(Protocol):
 class FunctionLabeler:
     """Scores by a Python function of text."""
 
-    function: ScoringFunction
+    function: Reward
 
     def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
-        """See `Labeler`; the function sees a conversation as the text of its turns."""
-        return self.function([prompt_text(prompt) for prompt in prompts], completions)
+        """See `Labeler`; a score that is not finite is an error, since no ranking could place it."""
+        return finite_scores(self.function, prompts, completions)
 
 
 @dataclass(frozen=True)

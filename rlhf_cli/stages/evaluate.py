@@ -178,14 +178,14 @@ def _judged(
     context: StageContext, settings: EvaluateSettings, prompts: Sequence[Prompt], *sides: Sequence[Answer]
 ) -> list[tuple[float, ...]] | None:
     """Gold scores of each prompt's answers, by the judge function; None where there is none."""
-    from rlhf_cli.data.records import prompt_text
-    from rlhf_cli.labeling.functions import load_scoring_function
+    from rlhf_cli.rewards.checks import finite_scores
+    from rlhf_cli.rewards.functions import load_scoring_function
 
     if settings.judge_function is None:
         return None
     function = load_scoring_function(context.inputs["evaluate.judge_function"])
-    texts = [prompt_text(prompt) for prompt in prompts]
-    return list(zip(*(function(texts, [answer.text for answer in side]) for side in sides), strict=True))
+    scores = (finite_scores(function, prompts, [answer.text for answer in side]) for side in sides)
+    return list(zip(*scores, strict=True))
 
 
 def _rewarded(

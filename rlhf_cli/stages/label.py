@@ -109,7 +109,7 @@ def _sampled(context: StageContext, settings: LabelSettings) -> tuple[Prompts, l
 
 def _labeler(context: StageContext, settings: LabelSettings) -> Labeler:
     if settings.by == "function":
-        from rlhf_cli.labeling.functions import load_scoring_function
+        from rlhf_cli.rewards.functions import load_scoring_function
 
         return FunctionLabeler(load_scoring_function(context.inputs["label.function"]))
     from rlhf_cli.models.scorer import load_scorer

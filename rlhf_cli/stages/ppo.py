@@ -96,16 +96,18 @@ def _actors(context: StageContext, settings: PPOSettings, source: ModelSource) -
 
 def _reward(settings: PPOSettings, model: RewardModel | None) -> RewardFunction:
     """The sum of the reward model's and the functions' rewards, all given as text."""
-    from rlhf_cli.data.records import prompt_text
-    from rlhf_cli.labeling.functions import load_scoring_function
+    from rlhf_cli.rewards.checks import finite_scores
+    from rlhf_cli.rewards.functions import load_scoring_function
 
     functions = [(load_scoring_function(entry.function), entry.weight) for entry in settings.rewards if entry.function]
 
     def reward(prompts, texts, ended) -> list[float]:
         total = [0.0] * len(texts) if model is None else model.score(prompts, texts)
-        plain = [prompt_text(prompt) for prompt in prompts]
         for function, weight in functions:
-            total = [sum_ + weight * score for sum_, score in zip(total, function(plain, list(texts)), strict=True)]
+            total = [
+                sum_ + weight * score
+                for sum_, score in zip(total, finite_scores(function, prompts, texts), strict=True)
+            ]
         return total
 
     return reward

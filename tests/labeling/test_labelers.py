@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_cli.data.records import Message, Ranking
+from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.labelers import FunctionLabeler, LabelStatistics, score_answers, tiers_from_scores
+from rlhf_cli.rewards.functions import ScoringFunction
 
 
 @pytest.mark.parametrize(
@@ -68,10 +72,17 @@ def test_scoring_goes_in_batches_that_keep_a_prompt_together():
 
 def test_a_function_sees_conversations_as_text():
     seen = []
-    labeler = FunctionLabeler(lambda prompts, completions: seen.append(prompts) or [0.0] * len(prompts))  # type: ignore[arg-type]
+    plain = ScoringFunction("f", Path(), "", lambda prompts, completions: seen.append(prompts) or [0.0] * len(prompts))
+    labeler = FunctionLabeler(plain)
     talk = (Message("system", "be kind"), Message("user", "hi"))
     labeler.score(["plain", talk, (Message("user", "one"),)], ["a", "b", "c"])
     assert seen == [["plain", "system: be kind\n\nuser: hi", "one"]]
+
+
+def test_a_function_that_labels_may_not_return_nan():
+    labeler = FunctionLabeler(ScoringFunction("rate.py:f", Path(), "", lambda prompts, completions: [1.0, math.nan]))
+    with pytest.raises(DataError, match=r"`rate\.py:f` returned nan, .* the prompt 'q' and the completion 'b'"):
+        labeler.score(["p", "q"], ["a", "b"])
 
 
 def test_statistics_by_hand():

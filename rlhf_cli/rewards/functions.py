@@ -1,4 +1,4 @@
-"""Python functions as scorers: found by dotted path or file, called in batches, and never trusted to answer well.
+"""Python functions as rewards: found by dotted path or file, called in batches, and never trusted to answer well.
 
 A function is the user's code and runs with the user's rights; its path and hash are shown, and it is never taken from a
 downloaded artefact.
@@ -10,24 +10,25 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
+from rlhf_cli.data.records import Prompt, prompt_text
 from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.rewards.checks import numbers, sample, shown
 
 _FORMS = "`package.module:function` or `file.py:function`"
-_SHOWN = 60
 
 
 @dataclass(frozen=True)
 class ScoringFunction:
-    """A function of prompts and completions that returns one number each, higher is better.
+    """A function of prompts and completions that returns one number each, higher is better: a `Reward`.
+
+    It sees a conversation as the text of its turns.
 
     Attributes:
         spec: how it was named.
@@ -41,46 +42,52 @@ class ScoringFunction:
     digest: str
     function: Callable[[list[str], list[str]], Sequence[float]]
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """Score each completion: as many floats as completions, all finite.
+    @property
+    def name(self) -> str:
+        """`file.py:function` without its folder, or `package.module:function`."""
+        return self.spec.replace("\\", "/").rpartition("/")[2]
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """See `Reward`; all answers in one call.
 
         Raises:
-            DataError: the function raises, or returns too many, too few, or what is no finite number; names the sample.
+            DataError: the function raises, or returns too many, too few, or what is no number; names the sample.
         """
+        texts = [prompt_text(prompt) for prompt in prompts]
+        who = f"the function `{self.spec}`"
         try:
-            scores = self.function(list(prompts), list(completions))
-        except Exception as error:  # whatever the user's code raises
-            raise DataError(
-                f"{self._name} raised {type(error).__name__}: {error} ({_place(error, self.path)})",
-                hint="it is called with a list of prompts and a list of completions, both of strings",
-            ) from error
+            scores = self.function(list(texts), list(completions))
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            raise self._failure(who, error, texts, completions) from error
         if isinstance(scores, str | bytes) or not hasattr(scores, "__len__") or not hasattr(scores, "__getitem__"):
             raise DataError(
-                f"{self._name} returned {_shown(scores)}, not a list of scores",
-                hint="return one float for each completion",
+                f"{who} returned {shown(scores)}, not a list of scores", hint="return one float for each completion"
             )
-        if len(scores) != len(completions):
-            raise DataError(
-                f"{self._name} returned {len(scores)} scores for {len(completions)} completions",
-                hint="return one float for each completion, in their order",
-            )
-        return [self._checked(scores[n], prompts[n], completions[n]) for n in range(len(completions))]
+        return numbers(who, scores, prompts, completions)
 
-    def _checked(self, score: Any, prompt: str, completion: str) -> float:
-        # NumPy's and torch's scalars are numbers too; a string of digits is a mistake.
-        number = score.item() if hasattr(score, "item") and getattr(score, "shape", None) in ((), None) else score
-        if isinstance(number, Real) and math.isfinite(number):
-            return float(number)
-        wrong = "is not finite" if isinstance(number, Real) else "is not a number"
-        raise DataError(
-            f"{self._name} returned {_shown(score)}, which {wrong}, for the prompt {_shown(prompt)}"
-            f" and the completion {_shown(completion)}",
-            hint="return a finite float for every completion, an empty one too",
+    def _failure(self, who: str, error: BaseException, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
+        """What to say of an exception: the first sample that makes the function raise its like when called with it
+        alone, if one does.
+        """
+        blame = (
+            "" if len(completions) == 1 else f"; called with each of the {len(completions):,} samples alone it does not"
+        )
+        for prompt, completion in zip(prompts, completions, strict=True):
+            again = error if len(completions) == 1 else self._raised_alone(prompt, completion)
+            if type(again) is type(error):
+                error, blame = again, f", for {sample(prompt, completion)}"
+                break
+        return DataError(
+            f"{who} raised {type(error).__name__}: {error} ({_place(error, self.path)}){blame}",
+            hint="it is called with a list of prompts and a list of completions, both of strings",
         )
 
-    @property
-    def _name(self) -> str:
-        return f"the function `{self.spec}`"
+    def _raised_alone(self, prompt: str, completion: str) -> BaseException | None:
+        try:
+            self.function([prompt], [completion])
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            return error
+        return None
 
 
 def load_scoring_function(spec: str) -> ScoringFunction:
@@ -150,8 +157,3 @@ def _place(error: BaseException, path: Path) -> str:
     if line is None and isinstance(error, SyntaxError):
         line = error.lineno
     return f"{path}:{line}" if line else str(path)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

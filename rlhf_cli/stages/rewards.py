@@ -1,0 +1,57 @@
+"""From `ppo.rewards` to one reward: functions, reward models and HTTP endpoints, all given text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.actors import RewardModel
+    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.recipe.ppo import PPOSettings, RewardSettings
+    from rlhf_cli.rewards.combine import CombinedReward
+    from rlhf_cli.rewards.contract import Reward
+
+
+def build_rewards(
+    settings: PPOSettings, model: RewardModel | None, source: ModelSource, template: str | None
+) -> CombinedReward:
+    """The rewards of PPO, combined.
+
+    Args:
+        settings: `ppo.rewards` and how they are combined.
+        model: the reward model of `ppo.reward_model` or of `train-rm`, whose weight is 1; it comes first.
+        source: how the policy is held, and so are further reward models.
+        template: of prompts that are plain text, for reward models that do not say.
+
+    Raises:
+        RLHFError: a reward that cannot be loaded, or an endpoint whose token is not in the environment.
+    """
+    from rlhf_cli.rewards.combine import CombinedReward
+    from rlhf_cli.rewards.models import ModelReward
+
+    members: list[tuple[Reward, float]] = []
+    if model is not None:
+        members.append((ModelReward("reward-model", model), 1.0))
+    members += [(_reward(entry, source, template), entry.weight) for entry in settings.rewards]
+    return CombinedReward(members, settings.reward_combination, std_coef=settings.reward_std_coef)
+
+
+def _reward(entry: RewardSettings, source: ModelSource, template: str | None) -> Reward:
+    if entry.function is not None:
+        from rlhf_cli.rewards.functions import load_scoring_function
+
+        return load_scoring_function(entry.function)
+    if entry.model is not None:
+        from rlhf_cli.rewards.models import load_model_reward
+
+        return load_model_reward(source.at(entry.model), template=template)
+    from rlhf_cli.rewards.http import HTTPReward
+
+    assert entry.url is not None
+    return HTTPReward(
+        entry.url,
+        token_env=entry.token_env,
+        timeout=entry.timeout,
+        retries=entry.retries,
+        request_size=entry.request_size,
+    )
