@@ -1,28 +1,39 @@
 """Step checkpoints inside a stage: atomic, checked by SHA-256, and passed over, loudly, when damaged.
 
-A checkpoint is a folder `step-00000010/` with `tensors.safetensors`, `state.json` and `SHA256SUMS`, written as a
-temporary folder, fsynced, and renamed into place. safetensors carries no checksum of its own, so a flipped bit would
-otherwise pass unseen.
+    step-00000010/    the newest few, for going on after a kill
+    best-00000008/    besides, and never rotated away: what a stage writes if later steps were worse
+
+With several processes, number 0 writes and decides which checkpoint is read, and the others read that one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_cli.errors import DiskError
+from rlhf_cli.errors import DiskError, DivergedError, UsageError
+from rlhf_cli.models.saving import require_finite
 from rlhf_cli.progress import warn
+from rlhf_cli.training.checkpoint_files import (
+    DamagedCheckpoint,
+    is_of_another_format,
+    partial_folder,
+    read_folder,
+    replaced_folder,
+    write_folder,
+)
 
-_SUMS = "SHA256SUMS"
+if TYPE_CHECKING:
+    from rlhf_cli.processes import Processes
+
+_STEP, _BEST = "step", "best"
 
 
 @dataclass(frozen=True)
@@ -41,99 +52,195 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int = 2
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+    processes: Processes | None = None,
 ) -> None:
     """Write the checkpoint of `step` and remove all but the newest `keep`.
 
+    Args:
+        folder: of the stage's checkpoints.
+        step: steps done.
+        tensors: name -> tensor on any device; no copy is made of those on the CPU.
+        state: what JSON can hold.
+        keep: how many stay.
+        processes: those of the run, all of which call this; number 0's tensors and state are written.
+
     Raises:
-        DiskError: the disk is full; the checkpoint before is untouched.
+        DiskError: no room, or the disk cannot be written; the checkpoint before is untouched.
+        DivergedError: a value is NaN or infinite; nothing is written.
     """
-    temporary = folder / f".step-{step:08d}.partial"
+
+    def write() -> None:
+        _save(folder / f"{_STEP}-{step:08d}", step, tensors, state)
+        _rotate(folder, step, keep)
+
+    _by_main(write, processes)
+
+
+def save_best(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, processes: Processes | None = None
+) -> None:
+    """Keep this as the best so far, in place of the one before; see `save_checkpoint`.
+
+    A run that is killed and goes on from before `step` finds it again: `Checkpoint.state` says how good it was.
+    """
+
+    def write() -> None:
+        _save(folder / f"{_BEST}-{step:08d}", step, tensors, state)
+        for old in _folders(folder, _BEST):
+            if _number(old) != step:
+                _remove(old)
+
+    _by_main(write, processes)
+
+
+def latest_checkpoint(folder: Path, *, processes: Processes | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None; damaged ones are named in a warning and passed over.
+
+    Args:
+        folder: of the stage's checkpoints.
+        processes: those of the run, all of which call this and get the same one.
+
+    Raises:
+        UsageError: a process cannot read what number 0 can.
+    """
+    return _newest(folder, _STEP, processes)
+
+
+def best_checkpoint(folder: Path, *, processes: Processes | None = None) -> Checkpoint | None:
+    """What `save_best` kept, or None; see `latest_checkpoint`."""
+    return _newest(folder, _BEST, processes)
+
+
+def _save(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    _tidy(target.parent)
+    for name, tensor in tensors.items():
+        # A sum is finite only if every value is, and takes no memory; one that overflows is looked at closely.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):
+            require_finite({name: tensor.detach()}, what=f"the checkpoint of step {step}")
+    write_folder(target, step, tensors, state)
+
+
+def _newest(folder: Path, kind: str, processes: Processes | None) -> Checkpoint | None:
+    found = None
+    if processes is None or processes.is_main:
+        _tidy(folder)
+        found = _newest_whole(folder, kind)
+    if processes is None or processes.count == 1:
+        return found
+    step = processes.collect(None if found is None else found.step)[0]
+    problem = None
+    if step is not None and not processes.is_main:
+        try:
+            found = Checkpoint(*read_folder(folder / f"{kind}-{step:08d}"))
+        except DamagedCheckpoint as damage:
+            problem = str(damage)
+    for number, told in enumerate(processes.collect(problem)):
+        if told is not None:
+            raise UsageError(
+                f"process {number} cannot read the checkpoint of step {step} in {folder} that process 0 reads: {told}",
+                hint="the run directory has to be on a file system that all machines of the run share",
+            )
+    return found
+
+
+def _newest_whole(folder: Path, kind: str) -> Checkpoint | None:
+    folders = _folders(folder, kind)
+    for path in folders:
+        try:
+            return Checkpoint(*read_folder(path))
+        except DamagedCheckpoint as damage:
+            warn(f"passing over the checkpoint {path}: {damage}")
+    if folders and kind == _STEP:
+        warn(f"no checkpoint in {folder} is whole: this begins anew")
+    return None
+
+
+def _by_main(write: Callable[[], None], processes: Processes | None) -> None:
+    """Let process 0 write; what goes wrong there is raised in all, so that none waits for a process that has ended."""
+    failure: DiskError | DivergedError | None = None
+    if processes is None or processes.is_main:
+        try:
+            write()
+        except (DiskError, DivergedError) as error:
+            failure = error
+    if processes is not None:
+        told = None if failure is None else [isinstance(failure, DiskError), failure.message, failure.hint]
+        told = processes.collect(told)[0]
+        if told is not None and failure is None:
+            failure = (DiskError if told[0] else DivergedError)(told[1], hint=told[2])
+    if failure is not None:
+        raise failure
+
+
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    """Remove what is older than the newest `keep`, and what is newer than `step`: it was damaged and passed over."""
+    folders = _folders(folder, _STEP)
+    for path in [path for path in folders if _number(path) > step]:
+        if not is_of_another_format(path):
+            _remove(path)
+    for path in [path for path in folders if _number(path) <= step][keep:]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        # Two names of one storage (tied weights) are refused by safetensors, so every tensor is written for itself.
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                  temporary / "tensors.safetensors")  # fmt: skip
-        (temporary / "state.json").write_text(json.dumps(state, sort_keys=True), encoding="utf-8")
-        sums = "".join(f"{_digest(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
-        (temporary / _SUMS).write_text(sums, encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
-        target = folder / f"step-{step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _fsync(folder)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise DiskError(
-            f"cannot write the checkpoint of step {step} in {folder}: {error.strerror or error}; "
-            f"it needs {needed:,} bytes",
-            hint="free some space and run the same command again; the checkpoint before is intact",
-        ) from error
-    for old in _folders(folder)[keep:]:
-        shutil.rmtree(old)
+        warn(f"cannot remove the old checkpoint {path}: {(error.strerror or str(error)).lower()}")
 
 
-def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None; damaged ones are named in a warning and passed over."""
-    for path in _folders(folder):
-        problem = _problem(path)
-        if problem is None:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(int(path.name.removeprefix("step-")), load_file(path / "tensors.safetensors"), state)
-        warn(f"passing over the checkpoint {path}: {problem}")
-    return None
+def _folders(folder: Path, kind: str) -> list[Path]:
+    """Checkpoints of a kind, newest first; whatever else lies there is not ours."""
+    found = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d{{8,}}", path.name)]
+    return sorted(found, key=_number, reverse=True)
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
-def _problem(path: Path) -> str | None:
-    try:
-        lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        return f"its {_SUMS} cannot be read ({error})"
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if set(expected) != {"tensors.safetensors", "state.json"}:
-        return f"its {_SUMS} is damaged"
-    for name, digest in expected.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _digest(path / name) != digest:
-            return f"{name} does not match its checksum"
-    return None
+def _tidy(folder: Path) -> None:
+    """Finish or undo what a killed process left: half a checkpoint, or one whose successor has no name yet."""
+    for path in [path for kind in (_STEP, _BEST) for path in folder.glob(f".{kind}-*")]:
+        target = path.with_name(path.stem.removeprefix("."))
+        if path == replaced_folder(target) and not target.exists():
+            path.rename(target)
+        elif path in (replaced_folder(target), partial_folder(target)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def rng_tensors(processes: Processes | None = None) -> dict[str, Tensor]:
+    """State of torch's generators in every process, for a checkpoint.
 
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """State of torch's generators, for a checkpoint."""
-    states = {"rng/cpu": torch.get_rng_state()}
+    Args:
+        processes: those of the run, all of which call this; None is this one alone.
+    """
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"rng/cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if processes is None or processes.count == 1:
+        return {f"rng/0/{name}": state for name, state in states.items()}
+    told = processes.collect({name: bytes(state.tolist()).hex() for name, state in states.items()})
+    return {
+        f"rng/{number}/{name}": torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+        for number, texts in enumerate(told)
+        for name, text in texts.items()
+    }
 
 
-def restore_rng(tensors: dict[str, Tensor]) -> None:
-    """Put torch's generators back to where a checkpoint left them."""
-    torch.set_rng_state(tensors["rng/cpu"])
+def restore_rng(tensors: dict[str, Tensor], processes: Processes | None = None) -> None:
+    """Put torch's generators back to where a checkpoint left them in this process."""
+    prefix = f"rng/{0 if processes is None else processes.index}/"
+    torch.set_rng_state(tensors[prefix + "cpu"])
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        torch.cuda.set_rng_state_all([tensors[f"rng/cuda{index}"] for index in range(count)])
+        torch.cuda.set_rng_state_all([tensors[f"{prefix}cuda{index}"] for index in range(count)])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
@@ -151,5 +258,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     for key, value in tensors.items():
         if key.startswith(prefix + "/"):
             number, name = key.removeprefix(prefix + "/").split("/")
-            state.setdefault(int(number), {})[name] = value
+            # A copy, since the tensors of a file just read are the file itself, which rotation will remove.
+            state.setdefault(int(number), {})[name] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
