@@ -14,6 +14,7 @@ EXIT_DATA = 65
 EXIT_DIVERGED = 70
 EXIT_DISK = 74
 EXIT_IN_USE = 75
+EXIT_STALLED = 124
 
 
 class RLHFError(Exception):
@@ -84,6 +85,20 @@ class RunInUseError(RLHFError):
     exit_code = EXIT_IN_USE
 
 
+class ProcessDiedError(RLHFError):
+    """One of several processes was killed, or ended without a word; the others were ended too.
+
+    Args:
+        message: which, and how.
+        exit_code: of the command: 128 + the signal, or the process's own.
+        hint: see `RLHFError`.
+    """
+
+    def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
+
+
 class Interrupted(RLHFError):  # noqa: N818  (not an error of the program: a request to stop that was honoured)
     """A signal asked the work to stop; what was done is saved and the same command goes on."""
 
@@ -92,5 +107,6 @@ class Interrupted(RLHFError):  # noqa: N818  (not an error of the program: a req
             f"stopped by {signal.Signals(signum).name}; everything done so far is saved",
             hint="run the same command again to go on from here",
         )
+        self.signum = signum
         # The shell's convention is 128 + signal; SIGUSR1 is what schedulers send ahead of SIGTERM, so it counts as one.
         self.exit_code = 130 if signum == signal.SIGINT else 143

@@ -58,18 +58,14 @@ class Processes:
         return list(items[self.index :: self.count])
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in place; all of one dtype travel as one message."""
+        """Replace each tensor by its sum over the processes, in place; many small ones travel as one message."""
         if self.count == 1 or not tensors:
             return
         import torch
 
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
         with torch.no_grad():
-            for together in by_dtype.values():
-                flat = torch.cat([tensor.reshape(-1) for tensor in together])
-                flat = self._state.reduce(flat)
+            for together in _messages(tensors):
+                flat = self._state.reduce(torch.cat([tensor.reshape(-1) for tensor in together]))
                 for tensor, part in zip(together, flat.split([one.numel() for one in together]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
@@ -92,6 +88,23 @@ class Processes:
         return _Exchange(self._device)
 
 
+_MESSAGE = 2**24
+"""Most numbers in one message, unless a single tensor has more: a copy of all gradients would be a model's memory."""
+
+
+def _messages(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in their order, cut where the dtype changes or a message is full."""
+    messages: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not messages or messages[-1][0].dtype != tensor.dtype or tensor.numel() > room:
+            messages.append([])
+            room = _MESSAGE
+        messages[-1].append(tensor)
+        room -= tensor.numel()
+    return messages
+
+
 class _Exchange:
     """Collectives of torch, in the process group that accelerate sets up."""
 
@@ -99,8 +112,11 @@ class _Exchange:
         import torch
         from accelerate import PartialState
 
+        from rlhf_cli.rendezvous import join
+
         on_cpu = device is None or device.type == "cpu"
-        # accelerate reads the launcher's environment; `cpu=True` keeps it from looking for a GPU.
+        join(cuda=not on_cpu)
+        # accelerate finds that group and reads the launcher's environment; `cpu=True` keeps it from looking for a GPU.
         state = PartialState(cpu=on_cpu)
         if state.num_processes != world_size():
             raise RuntimeError(f"accelerate counts {state.num_processes} processes where {world_size()} were started")

@@ -7,6 +7,7 @@ one when it ends, so that logs stay readable.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,8 +17,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from rlhf_cli.processes import is_main
+from rlhf_cli.watchdog import beat
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[@-Z\\-_])")
+"""Terminal control: CSI, OSC, DCS/SOS/PM/APC and two-character sequences (ECMA-48)."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and line feed, and marks that turn the direction of what follows them."""
 
 
 def interactive() -> bool:
@@ -25,8 +34,8 @@ def interactive() -> bool:
     return sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
 
 
-console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
-"""Everything but data goes here: stderr."""
+console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
+"""Everything but data goes here: stderr. Of several processes only the first speaks."""
 
 
 class Task:
@@ -43,6 +52,7 @@ class Task:
 
     def advance(self, units: int = 1, note: str | None = None) -> None:
         """Count `units` more as done; `note` replaces the text at the end of the bar."""
+        beat()
         self._done += units
         self._note = self._note if note is None else note
         if self._bar is not None and self._id is not None:
@@ -113,3 +123,8 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print one warning for people, on stderr."""
     console.print(f"[yellow]warning:[/yellow] {escape(text)}")
+
+
+def printable(text: str) -> str:
+    """The text without anything a terminal would obey rather than show."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))

@@ -11,15 +11,21 @@ def main() -> int:
     from rlhf_cli.cli.failures import report
 
     prepare()
+    from rlhf_cli.pipeline.worker import Worker
+
+    worker = Worker.adopt()
     try:
         from rlhf_cli.cli.app import app
 
         code = app(args=sys.argv[1:] or ["--help"], prog_name="rlhf", standalone_mode=False)
+        if code == 130:  # typer's word for a KeyboardInterrupt, which it says nothing about
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        if debugging():
+        if worker is not None:
+            worker.fail(error, report)
+        if debugging() and not isinstance(error, KeyboardInterrupt):
             raise
         return report(error)
-    if code == 130:  # typer's word for a KeyboardInterrupt, which it says nothing about
-        return report(KeyboardInterrupt())
-    return code if isinstance(code, int) else 0
+    code = code if isinstance(code, int) else 0
+    return code if worker is None else worker.end(code)

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli.options import Attention, DryRun, Json, MaxSkip, OptionalRecipe, Prompts, Redo, RunDir, Seed, Settings
+from rlhf_cli.cli.options import (
+    AccelerateConfig,
+    Attention,
+    DryRun,
+    Json,
+    MaxSkip,
+    OptionalRecipe,
+    Processes,
+    Prompts,
+    Redo,
+    RunDir,
+    Seed,
+    Settings,
+)
 from rlhf_cli.cli.running import one_stage
 
 
@@ -35,6 +48,8 @@ def evaluate(
     force: Redo = False,
     dry_run: DryRun = False,
     as_json: Json = False,
+    processes: Processes = None,
+    accelerate_config: AccelerateConfig = None,
 ) -> None:
     """Compare the PPO policy with the SFT model on held-out prompts."""
     flags = {
@@ -56,4 +71,6 @@ def evaluate(
         force=force,
         dry_run=dry_run,
         as_json=as_json,
+        processes=processes,
+        accelerate_config=accelerate_config,
     )

@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from rlhf_cli.cli.options import (
+    AccelerateConfig,
     Attention,
     DryRun,
     Json,
     MaxSkip,
     OptionalRecipe,
+    Processes,
     Prompts,
     Redo,
     RunDir,
@@ -48,6 +50,8 @@ def label(
     force: Redo = False,
     dry_run: DryRun = False,
     as_json: Json = False,
+    processes: Processes = None,
+    accelerate_config: AccelerateConfig = None,
 ) -> None:
     """Sample answers and rank them, or bring in rankings that people made."""
     given = [("function", function), ("reward-model", reward_model), ("import", data)]
@@ -74,4 +78,6 @@ def label(
         force=force,
         dry_run=dry_run,
         as_json=as_json,
+        processes=processes,
+        accelerate_config=accelerate_config,
     )

@@ -32,3 +32,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object of the
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; change nothing.")]
 Redo = Annotated[bool, typer.Option("--force", help="Run it again, throwing unfinished work of it away.")]
 Prompts = Annotated[str | None, typer.Option(metavar="DATA", help="Prompt records: a file, folder or hub data set.")]
+Processes = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Share the work among N processes on this machine, one a GPU. Default: 1."),
+]
+AccelerateConfig = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Start by accelerate's launcher with this configuration: several machines."),
+]

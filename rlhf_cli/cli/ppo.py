@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from rlhf_cli.cli.options import (
+    AccelerateConfig,
     Attention,
     DryRun,
     Json,
     MaxSkip,
     OptionalRecipe,
+    Processes,
     Prompts,
     Redo,
     RunDir,
@@ -49,6 +51,8 @@ def ppo(
     force: Redo = False,
     dry_run: DryRun = False,
     as_json: Json = False,
+    processes: Processes = None,
+    accelerate_config: AccelerateConfig = None,
 ) -> None:
     """Train the policy against a reward, on a KL leash to the SFT model."""
     rewards = [{"function": one} for one in function] if function else None
@@ -70,4 +74,6 @@ def ppo(
         force=force,
         dry_run=dry_run,
         as_json=as_json,
+        processes=processes,
+        accelerate_config=accelerate_config,
     )

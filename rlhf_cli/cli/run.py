@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli.options import Attention, DryRun, Json, MaxSkip, Prompts, RecipeFile, RunDir, Seed, Settings
+from rlhf_cli.cli.options import (
+    AccelerateConfig,
+    Attention,
+    DryRun,
+    Json,
+    MaxSkip,
+    Processes,
+    Prompts,
+    RecipeFile,
+    RunDir,
+    Seed,
+    Settings,
+)
 from rlhf_cli.cli.running import Request, carry_out, shared_flags
 
 
@@ -30,6 +42,8 @@ def run(
     max_skip: MaxSkip = None,
     dry_run: DryRun = False,
     as_json: Json = False,
+    processes: Processes = None,
+    accelerate_config: AccelerateConfig = None,
 ) -> None:
     """Run the stages a recipe names, resuming where it stopped; what is done and unchanged is left alone."""
     flags = {
@@ -49,5 +63,7 @@ def run(
             force=tuple(force or ()),
             dry_run=dry_run,
             as_json=as_json,
+            processes=processes,
+            accelerate_config=accelerate_config,
         )
     )

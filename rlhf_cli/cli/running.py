@@ -26,6 +26,8 @@ class Request:
         force: stages to run again.
         dry_run: only say what would happen.
         as_json: print JSON.
+        processes: `--processes`.
+        accelerate_config: `--accelerate-config`.
     """
 
     recipe: Path | None
@@ -38,18 +40,22 @@ class Request:
     force: tuple[str, ...] = ()
     dry_run: bool = False
     as_json: bool = False
+    processes: int | None = None
+    accelerate_config: Path | None = None
 
 
 def carry_out(request: Request) -> None:
     """Run the stages and print the artefact's path, or JSON."""
     from rlhf_cli.cli.closing import show_outcome, show_plan
     from rlhf_cli.errors import RecipeError
-    from rlhf_cli.pipeline import runner
+    from rlhf_cli.pipeline import launch, runner
     from rlhf_cli.pipeline.plan import Selection
+    from rlhf_cli.processes import is_main
     from rlhf_cli.recipe.derived import default_run_dir
     from rlhf_cli.recipe.loader import load_recipe
     from rlhf_cli.recipe.overrides import flag
 
+    launch.check_surroundings(request.processes, request.accelerate_config)
     overrides = [flag(name, value, origin) for name, (value, origin) in request.flags.items() if value is not None]
     try:
         loaded = load_recipe(request.recipe, request.settings, overrides, section=request.section)
@@ -57,6 +63,8 @@ def carry_out(request: Request) -> None:
         if request.recipe is None and error.hint is None:
             error.hint = f"`rlhf {request.first} --help` names the flags; a recipe can say it all"
         raise
+    if not request.dry_run:
+        _launch(request, loaded.recipe.model.threads)
     folder = request.run_dir or default_run_dir(loaded.recipe)
     selection = Selection(request.first, request.last, frozenset(request.force))
     if request.dry_run:
@@ -64,11 +72,23 @@ def carry_out(request: Request) -> None:
         show_plan(result)
     else:
         result = runner.run(loaded, folder, selection)
+        if not is_main():  # what was done is rank 0's to tell
+            return
         show_outcome(result)
     if request.as_json:
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
     elif not request.dry_run:
         typer.echo(result.stages[-1].path)
+
+
+def _launch(request: Request, threads: int | None) -> None:
+    """Where several processes are asked for, do all in those; returns where this process is to do it alone."""
+    from rlhf_cli.pipeline import launch
+
+    if request.accelerate_config is not None:
+        launch.hand_over(request.accelerate_config)
+    if request.processes is not None and request.processes > 1:
+        raise typer.Exit(launch.start(request.processes, threads=threads))
 
 
 def one_stage(
@@ -84,6 +104,8 @@ def one_stage(
     force: bool,
     dry_run: bool,
     as_json: bool,
+    processes: int | None,
+    accelerate_config: Path | None,
 ) -> None:
     """Bring one stage up to date; what it reads is taken as it is in the run directory."""
     carry_out(
@@ -98,6 +120,8 @@ def one_stage(
             force=(stage,) if force else (),
             dry_run=dry_run,
             as_json=as_json,
+            processes=processes,
+            accelerate_config=accelerate_config,
         )
     )
 

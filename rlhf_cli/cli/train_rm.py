@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli.options import Attention, DryRun, Json, MaxSkip, OptionalRecipe, Redo, RunDir, Seed, Settings
+from rlhf_cli.cli.options import (
+    AccelerateConfig,
+    Attention,
+    DryRun,
+    Json,
+    MaxSkip,
+    OptionalRecipe,
+    Processes,
+    Redo,
+    RunDir,
+    Seed,
+    Settings,
+)
 from rlhf_cli.cli.running import one_stage
 
 
@@ -28,6 +40,8 @@ def train_rm(
     force: Redo = False,
     dry_run: DryRun = False,
     as_json: Json = False,
+    processes: Processes = None,
+    accelerate_config: AccelerateConfig = None,
 ) -> None:
     """Train a reward model on rankings or preferences."""
     flags = {
@@ -46,4 +60,6 @@ def train_rm(
         force=force,
         dry_run=dry_run,
         as_json=as_json,
+        processes=processes,
+        accelerate_config=accelerate_config,
     )

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from rlhf_cli.pipeline.plan import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.signals import SignalStop
-from rlhf_cli.pipeline.stage import StageContext, StageOutcome, StopRequest
+from rlhf_cli.pipeline.stage import STAGES, Stage, StageContext, StageOutcome, StopRequest
+from rlhf_cli.pipeline.team import Order, Team
+from rlhf_cli.processes import is_main
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.watchdog import watching
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     recipe = resolve_paths(loaded)
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
+    _limit_threads(recipe.model.threads)
+    team = Team(recipe)
+    if not is_main():
+        _follow(recipe, directory, team)
+        return RunResult(folder, [])
     with directory.lock(), SignalStop() as stop, disk_errors(folder):
         directory.recover()
         planner = Planner(recipe, directory, chosen, selection.force)
@@ -96,9 +105,19 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         preflight(recipe, (given for step in ahead for given in step.inputs))
         if ahead:
             check_room(folder, needed_bytes(recipe, [step.stage.name for step in ahead]))
-        _limit_threads(recipe.model.threads)
-        executor = _Executor(recipe, directory, stop)
-        return RunResult(folder, [executor.execute(planner.again(step) if step.waits else step) for step in steps])
+        executor = _Executor(recipe, directory, stop, team)
+        rows = [executor.execute(planner.again(step) if step.waits else step) for step in steps]
+        team.lead(None)
+        return RunResult(folder, rows)
+
+
+def _follow(recipe: Recipe, directory: RunDirectory, team: Team) -> None:
+    """What every process but rank 0 does: its share of each stage that rank 0 begins, until there is none."""
+    with SignalStop() as stop, disk_errors(directory.path):
+        while (order := team.follow()) is not None:
+            stage = next(row for row in STAGES if row.name == order.stage)
+            _run_stage(_context(recipe, directory, stage, order.inputs, stop))
+            team.wait()
 
 
 def _limit_threads(count: int | None) -> None:
@@ -134,10 +153,11 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
 class _Executor:
     """Carries out steps."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest, team: Team) -> None:
         self._recipe = recipe
         self._run = run
         self._stop = stop
+        self._team = team
 
     def execute(self, step: Step) -> StageResult:
         """Run a stage or take it as it is."""
@@ -156,19 +176,12 @@ class _Executor:
         return self._result(step, "done", manifest)
 
     def _work(self, step: Step) -> Manifest:
-        context = StageContext(
-            recipe=self._recipe,
-            stage=step.stage,
-            output=self._run.output(step.stage.name),
-            work=self._run.work(step.stage.name),
-            inputs={given.name: given.source for given in step.inputs},
-            stop=self._stop,
-        )
-        module = importlib.import_module(f"rlhf_cli.stages.{step.stage.section}")
+        inputs = {given.name: given.source for given in step.inputs}
+        context = _context(self._recipe, self._run, step.stage, inputs, self._stop)
         started, clock = now(), time.monotonic()
-        with contextlib.redirect_stdout(sys.stderr), _explained(step.stage.name):
-            outcome: StageOutcome = module.run(context)
-        _free_memory()
+        self._team.lead(Order(step.stage.name, inputs))
+        outcome = _run_stage(context)
+        self._team.wait()
         outputs = list_outputs(context.output)
         if not outputs:
             raise RuntimeError(f"stage {step.stage.name} wrote nothing")
@@ -197,6 +210,28 @@ class _Executor:
             metrics=manifest.metrics,
             summary=manifest.summary,
         )
+
+
+def _context(
+    recipe: Recipe, run: RunDirectory, stage: Stage, inputs: Mapping[str, str], stop: StopRequest
+) -> StageContext:
+    return StageContext(
+        recipe=recipe,
+        stage=stage,
+        output=run.output(stage.name),
+        work=run.work(stage.name),
+        inputs=inputs,
+        stop=stop,
+    )
+
+
+def _run_stage(context: StageContext) -> StageOutcome:
+    module = importlib.import_module(f"rlhf_cli.stages.{context.stage.section}")
+    name, patience = context.stage.name, context.recipe.stall_seconds
+    with contextlib.redirect_stdout(sys.stderr), _explained(name), watching(patience, name):
+        outcome: StageOutcome = module.run(context)
+    _free_memory()
+    return outcome
 
 
 def _settings(recipe: Recipe, section: str) -> dict[str, Any]:
