@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_cli.errors import DiskError
+from rlhf_cli.watchdog import beat
 
 FORMAT = 1
 """Of the folder and of the envelope in `state.json`; raised when an older rlhf could misread a new one."""
@@ -155,6 +156,7 @@ def _write(path: Path, parts: Iterator[bytes | memoryview] | list[bytes]) -> str
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for part in parts:
+            beat()
             for start in range(0, len(part), _PIECE):
                 piece = part[start : start + _PIECE]
                 file.write(piece)
