@@ -11,6 +11,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.stage import STAGES, Stage
 from rlhf_cli.recipe.base import Names
+from rlhf_cli.recipe.ppo import RewardSettings
 from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
 from rlhf_cli.recipe.shared import is_own_function
 
@@ -21,21 +22,24 @@ class Input:
 
     Attributes:
         name: key in `StageContext.inputs`.
-        source: folder, file, hub id, `file.py:function`, or "build"; of a critic a folder.
+        source: folder, file, hub id, `file.py:function`, URL, or "build"; of a critic a folder.
         what: how it is checked and hashed.
         setting: the setting that named it, for messages; empty for an artefact.
         upstream: the stage that writes it, for an artefact.
         records: kind of records, for data.
-        matters: whether the stage's result depends on it; the base model is shown to all and read by one.
+        matters: whether the stage's result depends on it; the base model is shown to all and read by one, and a URL
+            counts as the setting that it is.
+        token_env: environment variable that has to hold a URL's token.
     """
 
     name: str
     source: str
-    what: Literal["artefact", "model", "critic", "data", "function", "build"]
+    what: Literal["artefact", "model", "critic", "data", "function", "endpoint", "build"]
     setting: str = ""
     upstream: str | None = None
     records: Kind | None = None
     matters: bool = True
+    token_env: str | None = None
 
 
 class InputResolver:
@@ -117,13 +121,16 @@ class InputResolver:
             yield self._artefact("ppo", "train-rm", "reward_model")
         elif not settings.rewards:
             raise self._missing("ppo", "train-rm", "reward_model")
+        elif len(settings.rewards) == 1 and settings.reward_combination != "sum":
+            raise UsageError(
+                f"`ppo.reward_combination: {settings.reward_combination}` has no effect on one reward alone",
+                hint="leave it out, or give further `ppo.rewards` or a reward model",
+            )
         if (start := settings.critic_from) not in Names.CRITIC_WORDS:
             yield Input("ppo.critic_from", start, "critic", "ppo.critic_from")
         yield self._prompts("ppo", settings.prompts)
         for index, reward in enumerate(settings.rewards):
-            if reward.function is not None:
-                name = f"ppo.rewards.{index}.function"
-                yield Input(name, reward.function, "function", name)
+            yield _reward(f"ppo.rewards.{index}", reward)
 
     def _evaluate(self, settings: EvaluateSettings) -> Iterator[Input]:
         # What PPO started from, unless something else is named: the KL and the wins are then about PPO alone.
@@ -190,3 +197,12 @@ class InputResolver:
                 hint="name a file, folder or hub data set with `--set data.prompts=PATH`",
             )
         return Input("prompts", source, "data", setting, records="prompt")
+
+
+def _reward(name: str, reward: RewardSettings) -> Input:
+    if reward.function is not None:
+        return Input(f"{name}.function", reward.function, "function", f"{name}.function")
+    if reward.model is not None:
+        return Input(f"{name}.model", reward.model, "model", f"{name}.model")
+    assert reward.url is not None
+    return Input(f"{name}.url", reward.url, "endpoint", f"{name}.url", matters=False, token_env=reward.token_env)

@@ -100,7 +100,11 @@ def check_critic(name: str, setting: str) -> None:
 
 
 def function_file(spec: str, setting: str) -> Path:
-    """The source file of `file.py:function` or `package.module:function`, found without running any of it."""
+    """The source file of `file.py:function` or `package.module:function`, found without running any of it.
+
+    Raises:
+        UsageError: there is none, or it came from the hub.
+    """
     module, _, function = spec.rpartition(":")
     if not module or not function.isidentifier():
         raise UsageError(
@@ -109,7 +113,7 @@ def function_file(spec: str, setting: str) -> Path:
     if module.endswith(".py"):
         if not Path(module).is_file():
             raise UsageError(f"{module}: no such file (`{setting}`)", hint="write `file.py:function`")
-        return Path(module)
+        return _not_downloaded(Path(module), setting)
     search: list[str] | None = None
     found = None
     for depth in range(len(parts := module.split("."))):
@@ -121,4 +125,17 @@ def function_file(spec: str, setting: str) -> Path:
         search = list(found.submodule_search_locations or [])
     if found is None or not found.origin or not Path(found.origin).is_file():
         raise UsageError(f"Python module `{module}` has no source file (`{setting}`)")
-    return Path(found.origin)
+    return _not_downloaded(Path(found.origin), setting)
+
+
+def _not_downloaded(file: Path, setting: str) -> Path:
+    """The file, unless the hub's client put it there: users decide what code runs, and nobody who uploads does."""
+    from huggingface_hub import constants
+
+    caches = [Path(constants.HF_HUB_CACHE), Path(constants.HF_HOME) / "modules"]
+    if any(place.is_relative_to(cache.absolute()) for place in (file.absolute(), file.resolve()) for cache in caches):
+        raise UsageError(
+            f"{file} was downloaded from the hub, and downloaded code is not run as a function (`{setting}`)",
+            hint="read it, copy it beside your recipe, and name the copy",
+        )
+    return file

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
-    """Check data record by record, models by their folders, functions by their files; raises an `RLHFError`.
+    """Check data record by record, models by their folders, functions by their files, endpoints by their addresses and
+    tokens; raises an `RLHFError`.
 
     Args:
         recipe: for `data.columns` and `data.max_skip`.
@@ -33,6 +34,8 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         key = (given.source, given.records)
         if given.setting == "evaluate.prompts" and given.source in prompts:
             _warn_of_overlap(given.source, prompts[given.source], {given.source: prompts[given.source]})
+        if given.what == "endpoint":
+            _check_endpoint(given)
         if key in seen or not given.matters:
             continue
         seen.add(key)
@@ -49,6 +52,16 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         elif given.what == "function":
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: {given.source} runs with your rights; {file} has sha256 {hash_file(file)}")
+
+
+def _check_endpoint(given: Input) -> None:
+    from rlhf_cli.rewards.endpoint import check_endpoint, without_query
+
+    try:
+        check_endpoint(given.source, given.token_env)
+    except UsageError as error:
+        raise UsageError(f"`{given.setting}`: {error.message}", hint=error.hint) from error
+    say(f"{given.setting}: prompts and answers are sent to {without_query(given.source)}")
 
 
 def _check_attention(name: str) -> None:

@@ -1,0 +1,89 @@
+"""Addresses and tokens of HTTP rewards, and what may be shown of a server's words."""
+
+from __future__ import annotations
+
+import email.utils
+import ipaddress
+import os
+from datetime import UTC, datetime
+from urllib.parse import urlsplit, urlunsplit
+
+from rlhf_cli.errors import UsageError
+
+_ADDRESSES = "write http://HOST:PORT/PATH or https://HOST/PATH"
+
+
+def check_endpoint(url: str, token_env: str | None) -> str | None:
+    """The token to send, if one is named; to be called before any work.
+
+    Raises:
+        UsageError: the URL has no host or carries a password; the variable is missing, empty or no token.
+    """
+    _check_url(url)
+    if token_env is None:
+        return None
+    token = os.environ.get(token_env, "").strip()
+    if not token:
+        problem = "is empty" if token_env in os.environ else "is not set"
+        raise UsageError(
+            f"the environment variable {token_env}, whose token {without_query(url)} needs, {problem}",
+            hint=f"set it: export {token_env}=...",
+        )
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError(
+            f"the environment variable {token_env} holds what no token is: white space or characters beyond ASCII",
+            hint="give the token alone, without `Bearer` and quotes",
+        )
+    return token
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # reading the port checks it
+    except ValueError as error:
+        raise UsageError(f"`{printable(url)}` is no address: {error}", hint=_ADDRESSES) from error
+    if parts.scheme.lower() not in ("http", "https") or not host or not url.isprintable() or " " in url:
+        raise UsageError(f"`{printable(url)}` is no address", hint=_ADDRESSES)
+    if parts.username is not None or parts.password is not None:
+        raise UsageError(
+            f"the address {without_query(url)} carries a name or password, which would end up in logs",
+            hint="put a token into an environment variable and name it by `token_env`",
+        )
+
+
+def without_query(url: str) -> str:
+    """An address as it may be shown: without name, password, query and fragment, in which secrets are kept."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address leads to this machine by its name."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for, given as seconds or as a date (RFC 9110, section 10.2.3)."""
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        moment = email.utils.parsedate_to_datetime(header)
+    except ValueError:
+        return None  # neither: as good as none
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which could command a terminal; they are written as Python writes them."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
