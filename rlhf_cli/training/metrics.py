@@ -47,7 +47,8 @@ class MetricsLog:
         self._lines = StepLines(path, after_step=after_step, position=position)
         self._trackers = trackers
         if trackers is not None:
-            trackers.begin(after_step=after_step, last_step=self._lines.last_step)
+            lines = self._lines
+            trackers.begin(after_step=after_step, kept_step=lines.kept_step, last_step=lines.last_step)
 
     def write(
         self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Sequence[float]] | None = None

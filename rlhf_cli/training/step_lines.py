@@ -32,6 +32,7 @@ class StepLines:
 
     Attributes:
         last_step: the last step that the file had a line of before any was dropped; -1 if it had none.
+        kept_step: the same of the lines that stay.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class StepLines:
     ) -> None:
         self._path, self._sparse = path, sparse
         found = path.read_bytes() if path.exists() else b""
-        steps = [step for _, step in _numbered(found)]
-        self.last_step = max((step for step in steps if step is not None), default=-1)
+        self.last_step = _last_step(found)
         if position is not None and _is_whole(found, position):
             kept = found[: position["bytes"]]
         else:
             kept = self._readable(found, after_step, position)
+        self.kept_step = _last_step(kept)
         if kept != found or not path.exists():
             _replace(path, kept)
         self._digest, self._bytes = hashlib.sha256(kept), len(kept)
@@ -107,6 +108,10 @@ def _numbered(data: bytes) -> Iterable[tuple[bytes, int | None]]:
     for line in data.split(b"\n")[:-1]:
         if line:
             yield line + b"\n", _step_of(line)
+
+
+def _last_step(data: bytes) -> int:
+    return max((step for _, step in _numbered(data) if step is not None), default=-1)
 
 
 def _step_of(line: bytes) -> int | None:
