@@ -43,6 +43,10 @@ def ppo(
             show_default=False,
         ),
     ] = None,
+    reward_url: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Reward by an HTTP endpoint; repeatable (`ppo.rewards`).", show_default=False),
+    ] = None,
     prompts: Prompts = None,
     run_dir: RunDir = None,
     seed: Seed = None,
@@ -55,11 +59,12 @@ def ppo(
     accelerate_config: AccelerateConfig = None,
 ) -> None:
     """Train the policy against a reward, on a KL leash to the SFT model."""
-    rewards = [{"function": one} for one in function] if function else None
+    rewards = [{"function": one} for one in function or ()] + [{"url": one} for one in reward_url or ()]
+    typed = [f"--function {one}" for one in function or ()] + [f"--reward-url {one}" for one in reward_url or ()]
     flags = {
         "ppo.model": (model, f"--model {model}"),
         "ppo.reward_model": (reward_model, f"--reward-model {reward_model}"),
-        "ppo.rewards": (rewards, f"--function {' '.join(function or ())}"),
+        "ppo.rewards": (rewards or None, " ".join(typed)),
         "ppo.prompts": (prompts, f"--prompts {prompts}"),
     }
     one_stage(

@@ -68,7 +68,8 @@ class CombinedReward:
         """Score N answers; N may be 0.
 
         An answer for which a reward is NaN or infinite has the total NaN: PPO leaves that step out and goes on. One
-        warning says which reward gave how many such numbers, and for which sample first.
+        warning says which reward gave how many such numbers, and for which sample first; in a run of several processes
+        only the first can print it, so `Scores.faults` says the same.
 
         Raises:
             DataError: a reward gave no usable answer, see `Reward.score`.
@@ -77,7 +78,9 @@ class CombinedReward:
             name: reward.score(prompts, completions) if completions else []
             for name, (reward, _) in zip(self.names, self._members, strict=True)
         }
-        self._warn_of_bad(parts, prompts, completions)
+        faults = _faults(parts, prompts, completions)
+        if faults:
+            warn("; ".join(faults))
         weights = [weight for _, weight in self._members]
         total = [
             combined(
@@ -87,21 +90,19 @@ class CombinedReward:
             )
             for scores in zip(*parts.values(), strict=True)
         ]
-        return Scores(total, parts)
+        return Scores(total, parts, faults)
 
-    def _warn_of_bad(
-        self, parts: dict[str, list[float]], prompts: Sequence[Prompt], completions: Sequence[str]
-    ) -> None:
-        found = []
-        for name, scores in parts.items():
-            if (bad := first_not_finite(scores)) is not None:
-                count = sum(not math.isfinite(score) for score in scores)
-                found.append(
-                    f"the reward `{name}` is not finite for {count:,} of {len(scores):,} answers: {scores[bad]} for "
-                    f"{sample(prompts[bad], completions[bad])}"
-                )
-        if found:
-            warn("; ".join(found))
+
+def _faults(parts: dict[str, list[float]], prompts: Sequence[Prompt], completions: Sequence[str]) -> list[str]:
+    found = []
+    for name, scores in parts.items():
+        if (bad := first_not_finite(scores)) is not None:
+            count = sum(not math.isfinite(score) for score in scores)
+            found.append(
+                f"the reward `{name}` is not finite for {count:,} of {len(scores):,} answers: {scores[bad]} for "
+                f"{sample(prompts[bad], completions[bad])}"
+            )
+    return found
 
 
 def _unique(names: Sequence[str]) -> list[str]:

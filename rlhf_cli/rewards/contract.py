@@ -7,7 +7,7 @@ docs/ppo.md) or none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rlhf_cli.data.records import Prompt
@@ -41,7 +41,9 @@ class Scores:
     Attributes:
         total: (N,) combined; finite, or NaN where a part is not finite.
         parts: name of a reward -> (N,) what it gave, before its weight.
+        faults: for each reward that gave what is not finite: which, how often, and for which sample first.
     """
 
     total: list[float]
     parts: dict[str, list[float]]
+    faults: list[str] = field(default_factory=list)

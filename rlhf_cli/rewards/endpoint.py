@@ -1,4 +1,4 @@
-"""Addresses and tokens of HTTP rewards, and what may be shown of a server's words."""
+"""Addresses and tokens of HTTP rewards, and what servers say of when to come back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from urllib.parse import urlsplit, urlunsplit
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.progress import printable
 
 _ADDRESSES = "write http://HOST:PORT/PATH or https://HOST/PATH"
 
@@ -82,8 +83,3 @@ def retry_after(header: str | None) -> float | None:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which could command a terminal; they are written as Python writes them."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -21,9 +21,10 @@ import httpx2
 from rlhf_cli import __version__
 from rlhf_cli.data.records import Prompt, prompt_to_json
 from rlhf_cli.errors import DataError, UsageError
-from rlhf_cli.progress import warn
+from rlhf_cli.progress import printable, warn
 from rlhf_cli.rewards.checks import numbers
-from rlhf_cli.rewards.endpoint import check_endpoint, is_loopback, printable, retry_after, without_query
+from rlhf_cli.rewards.endpoint import check_endpoint, is_loopback, retry_after, without_query
+from rlhf_cli.watchdog import beat
 
 VERSION = 1
 """Of the form of a request."""
@@ -150,6 +151,7 @@ class HTTPReward:
         body = json.dumps(request).encode("ascii")
         try:
             content = self._send(round_, body, _BYTES + _BYTES_AN_ANSWER * len(prompts))
+            beat()
             return self._rewards(content, prompts, completions)
         except DataError as error:
             raise DataError(self._clean(error.message), hint=error.hint) from error

@@ -72,6 +72,8 @@ def test_nan_is_let_through_with_one_warning_that_names_reward_and_sample(capsys
     assert "`bad.py:f` is not finite for 2 of 3 answers" in said
     assert "nan for the prompt 'why?' and the completion 'because'" in said
     assert "fine" not in said
+    assert len(scores.faults) == 1
+    assert scores.faults[0] in said
 
 
 def test_names_are_made_unique_in_the_order_of_the_settings():

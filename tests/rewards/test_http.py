@@ -15,7 +15,7 @@ import pytest
 
 from rlhf_cli.data.records import Message
 from rlhf_cli.errors import DataError, UsageError
-from rlhf_cli.rewards.endpoint import check_endpoint, printable, retry_after
+from rlhf_cli.rewards.endpoint import check_endpoint, retry_after
 from rlhf_cli.rewards.http import HTTPReward
 
 TOKEN = "s3cret/token"  # with a character that some JSON writers escape
@@ -149,7 +149,7 @@ def test_attempts_are_counted_and_the_last_failure_told(server, reward):
     assert len(server.requests) == 3
     assert caught.value.exit_code == 65
     assert server.url in caught.value.message
-    assert r"answered 503 service unavailable: the queue \x1b[31mis full (asked 3 times)" in caught.value.message
+    assert "answered 503 service unavailable: the queue is full (asked 3 times)" in caught.value.message
 
 
 def test_a_server_that_is_not_there_is_named(reward, server):
@@ -322,7 +322,3 @@ def test_a_proxy_that_cannot_be_used_is_named(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
     with pytest.raises(UsageError, match="the proxy that the environment names"):
         HTTPReward("http://host.invalid/score").score(["p"], ["c"])
-
-
-def test_terminal_commands_are_shown_and_not_obeyed():
-    assert printable("a\x1b[2Jb\x07\r\x9b\u202e") == r"a\x1b[2Jb\x07\r\x9b\u202e"
