@@ -14,6 +14,7 @@ from rlhf_cli.pipeline.inputs import Input
 from rlhf_cli.pipeline.places import check_critic, check_data, check_model, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from rlhf_cli.data.checks import PromptSet
@@ -28,6 +29,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         inputs: of all stages that are going to run; what is named twice is checked once.
     """
     _check_attention(recipe.model.attention)
+    check_trackers(recipe.tracking.trackers)
     seen: set[tuple[str, str | None]] = set()
     prompts: dict[str, PromptSet] = {}  # by source
     for given in inputs:

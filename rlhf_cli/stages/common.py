@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.errors import UsageError
+from rlhf_cli.pipeline.fingerprint import settings_of
 from rlhf_cli.pipeline.stage import StageContext
+from rlhf_cli.processes import is_main
 from rlhf_cli.progress import warn
 from rlhf_cli.recipe.schema import Recipe
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
     from rlhf_cli.data.templates import PromptFormat
     from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.training.metrics import MetricsLog
+    from rlhf_cli.training.trackers import Trackers
 
 _EXCERPT = 80
 
@@ -153,3 +159,36 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str) -> int
             hint="lower the stage's `max_new_tokens`, such as `--set evaluate.sampling.max_new_tokens=64`",
         )
     return room
+
+
+def trackers(context: StageContext) -> Trackers | None:
+    """The recipe's trackers, for a trainer's metrics log in the process that writes it; None without any.
+
+    They are told the settings that the stage's result depends on, and no paths or addresses.
+    """
+    tracking = context.recipe.tracking
+    if not tracking.trackers or not is_main():
+        return None
+    from rlhf_cli.training.trackers import TrackedRun, Trackers
+
+    plain = settings_of(context.stage, context.recipe)
+    run = TrackedRun(
+        project=tracking.project,
+        group=context.recipe.name,
+        stage=context.stage.name,
+        folder=context.output.parent / "tracking" / context.stage.name,
+        state=context.work / "tracking.json",
+        settings={name: value for name, value in plain.items() if not _is_address(value)},
+    )
+    return Trackers(tracking.trackers, run)
+
+
+def metrics_log(context: StageContext) -> Callable[..., MetricsLog]:
+    """Makes the stage's metrics log, trackers included, from the other arguments of `MetricsLog`."""
+    from rlhf_cli.training.metrics import MetricsLog
+
+    return partial(MetricsLog, trackers=trackers(context))
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and "://" in value
