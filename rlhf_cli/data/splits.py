@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import TypeVar
 
-from rlhf_cli.data.records import Demonstration, Record, is_held_out
+from rlhf_cli.data.records import Demonstration, Prompt, Record, is_held_out, prompt_key
 from rlhf_cli.errors import DataError
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -35,3 +36,17 @@ def split_by_prompt(records: Iterable[AnyRecord], share: float, seed: int) -> tu
             hint="give more prompts, or a smaller `--set data.holdout=...`",
         )
     return train, held_out
+
+
+def validation_prompts(held_out: Iterable[Prompt], count: int, seed: int) -> list[Prompt]:
+    """Held-out prompts that are looked at while training: at most `count`, and at most half of them.
+
+    A policy that was chosen for its rewards on some prompts must be judged on others, so the rest stays unseen. Which ones
+    depends on the prompts and the seed alone.
+    """
+
+    def key(prompt: Prompt) -> bytes:
+        return hashlib.sha256(f"validation {seed} {prompt_key(prompt)}".encode()).digest()
+
+    ordered = sorted(held_out, key=key)
+    return ordered[: min(count, -(-len(ordered) // 2))]

@@ -6,17 +6,20 @@ from typing import Literal
 
 from torch import Tensor
 
-KLEstimator = Literal["k1", "k3"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """Estimate of KL(pi || ref) at each sampled token, in nats (Schulman 2020, "Approximating KL Divergence").
 
-    With x = log pi - log ref at the token: k1 = x, unbiased and of either sign; k3 = exp(-x) - 1 + x, unbiased and
-    never negative.
+    With x = log pi - log ref at the token: k1 = x, unbiased and of either sign; k2 = x^2 / 2, biased, never negative;
+    k3 = exp(-x) - 1 + x, unbiased and never negative.
+
+    As a loss, what counts is the gradient over samples of pi. That of k2, x grad log pi, is the gradient of the KL;
+    that of k3, (1 - exp(-x)) grad log pi, agrees with it to first order in x; that of k1, grad log pi, has mean zero.
 
     Args:
-        logprobs: (B, T) nats, under the policy that sampled.
+        logprobs: (B, T) nats, under the policy that sampled; may carry gradient.
         reference_logprobs: (B, T) nats, under the SFT model.
         estimator: which.
 
@@ -26,6 +29,8 @@ def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEsti
     log_ratio = logprobs - reference_logprobs
     if estimator == "k1":
         return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
     return (-log_ratio).expm1() + log_ratio
 
 

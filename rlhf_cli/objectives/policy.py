@@ -24,7 +24,8 @@ class PolicyLoss:
         clipped: tokens whose clipped term was the smaller.
         ratio: probability ratio new / old.
         squared_ratio: its square, for the variance.
-        largest_ratio: not a sum: the largest |log ratio| of each answer, (B,) nats.
+        largest_log_ratio: not a sum: the largest |log ratio| of each answer, (B,) nats.
+        largest_place: not a sum: the token where it is, (B,).
     """
 
     loss: Tensor
@@ -32,7 +33,8 @@ class PolicyLoss:
     clipped: Tensor
     ratio: Tensor
     squared_ratio: Tensor
-    largest_ratio: Tensor
+    largest_log_ratio: Tensor
+    largest_place: Tensor
 
 
 def policy_loss(
@@ -55,13 +57,15 @@ def policy_loss(
     clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -masked_sum(torch.minimum(unclipped, clipped), is_response)
     with torch.no_grad():
+        largest, place = log_ratio.abs().max(dim=1)
         return PolicyLoss(
             loss=loss,
             approx_kl=masked_sum(0.5 * log_ratio**2, is_response),
             clipped=((clipped < unclipped) & is_response).sum(),
             ratio=masked_sum(ratio, is_response),
             squared_ratio=masked_sum(ratio**2, is_response),
-            largest_ratio=log_ratio.abs().amax(dim=1),
+            largest_log_ratio=largest,
+            largest_place=place,
         )
 
 
@@ -79,7 +83,7 @@ class ValueLoss:
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, is_response: Tensor, *, clip_range: float
+    values: Tensor, old_values: Tensor, returns: Tensor, is_response: Tensor, *, clip_range: float | None
 ) -> ValueLoss:
     """Clipped squared error of the critic, max((V - R)^2, (clip(V, V_old +- epsilon) - R)^2) / 2, summed.
 
@@ -90,11 +94,14 @@ def value_loss(
         old_values: (B, T), at the time of the rollout; constant.
         returns: (B, T) advantages plus old values; constant.
         is_response: (B, T) bool.
-        clip_range: how far a value may move from its old one before its loss is clipped, in reward.
+        clip_range: epsilon, how far a value may move from its old one before its loss is clipped, in reward; None is
+            the plain squared error.
     """
     values = values.masked_fill(~is_response, 0.0)
     old_values = old_values.detach().masked_fill(~is_response, 0.0)
     returns = returns.detach().masked_fill(~is_response, 0.0)
+    if clip_range is None:
+        return ValueLoss(0.5 * masked_sum((values - returns) ** 2, is_response), torch.zeros_like(returns[0, 0]))
     near_old = torch.maximum(torch.minimum(values, old_values + clip_range), old_values - clip_range)
     error, clipped_error = (values - returns) ** 2, (near_old - returns) ** 2
     loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), is_response)

@@ -129,8 +129,21 @@ class InputResolver:
         if (start := settings.critic_from) not in Names.CRITIC_WORDS:
             yield Input("ppo.critic_from", start, "critic", "ppo.critic_from")
         yield self._prompts("ppo", settings.prompts)
+        if settings.ptx is not None:
+            yield self._demonstrations(settings)
         for index, reward in enumerate(settings.rewards):
             yield _reward(f"ppo.rewards.{index}", reward)
+
+    def _demonstrations(self, settings: PPOSettings) -> Input:
+        assert settings.ptx is not None
+        if settings.ptx.data is not None:
+            return Input("ppo.ptx.data", settings.ptx.data, "data", "ppo.ptx.data", records="demonstration")
+        if self._recipe.sft is None:
+            raise UsageError(
+                "`ppo.ptx` has no demonstrations: the recipe has no `sft` to take them from",
+                hint="name a file, folder or hub data set with `--set ppo.ptx.data=PATH`",
+            )
+        return Input("ppo.ptx.data", self._recipe.sft.data, "data", "sft.data", records="demonstration")
 
     def _evaluate(self, settings: EvaluateSettings) -> Iterator[Input]:
         # What PPO started from, unless something else is named: the KL and the wins are then about PPO alone.

@@ -1,10 +1,14 @@
-"""One step's experience: answers sampled, scored as text, and passed once through policy, reference and critic."""
+"""One step's experience: answers sampled, scored as text, and passed once through policy, reference and critic.
+
+In several processes each samples, scores and passes its share; what comes out is small (ids, text, one number a token),
+so it is exchanged whole, and everything behind it is computed by all of them alike, as a single process would.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,11 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.backbone import reads_groups
+from rlhf_cli.processes import Processes
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.logprobs import Projection, TokenLogprobs, response_hidden
-
-RewardFunction = Callable[[Sequence[Prompt], Sequence[str], Sequence[bool]], list[float]]
-"""Prompts, answers as text, whether each ended of itself -> one reward each, higher is better."""
 
 
 class Actors(Protocol):
@@ -49,7 +51,8 @@ class Answers:
         response_ids: the answers' ids, end token included where there is one.
         texts: the answers as people and rewards read them.
         ended: whether each ended of itself.
-        scores: (N,) rewards as they were given.
+        scores: (N,) rewards as they were given, all of them combined; not finite where one was broken.
+        parts: name of a reward -> (N,) what it gave, before weights.
     """
 
     prompts: list[Prompt]
@@ -58,6 +61,17 @@ class Answers:
     texts: list[str]
     ended: list[bool]
     scores: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each answer, the end token included: (N,)."""
+        return torch.tensor([len(ids) for ids in self.response_ids])
+
+    @property
+    def ended_flags(self) -> Tensor:
+        """`ended` as a tensor: (N,) bool."""
+        return torch.tensor(self.ended)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -92,6 +106,20 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
+class TokenPairs(Protocol):
+    """N prompts with their answers, as ids."""
+
+    @property
+    def prompt_ids(self) -> Sequence[list[int]]:
+        """None empty."""
+        ...
+
+    @property
+    def response_ids(self) -> Sequence[list[int]]:
+        """None empty."""
+        ...
+
+
 class Engine:
     """Forward passes over answers, in micro-batches of answers that cost least together.
 
@@ -100,6 +128,7 @@ class Engine:
         autocast: makes the context in which they compute.
         micro_batch_size: answers in one pass; changes memory and speed only.
         temperature: logits are divided by it, as in sampling.
+        processes: that share the passes; by default this one alone.
     """
 
     def __init__(
@@ -109,25 +138,27 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[object]],
         micro_batch_size: int,
         temperature: float,
+        processes: Processes | None = None,
     ) -> None:
         self.actors = actors
         self.autocast = autocast
         self.temperature = temperature
+        self.processes = processes or Processes()
         self._micro_batch_size = micro_batch_size
         with actors.policy() as model:
             self.device = model.device
             self._grouped = reads_groups(model)
 
-    def batch(self, answers: Answers, rows: Sequence[int]) -> SequenceBatch:
+    def batch(self, texts: TokenPairs, rows: Sequence[int]) -> SequenceBatch:
         """Some of the answers as tensors, as the policy reads them, and with it reference and critic."""
         with self.actors.policy() as model:
             return SequenceBatch.for_model(
-                model, [answers.prompt_ids[row] for row in rows], [answers.response_ids[row] for row in rows]
+                model, [texts.prompt_ids[row] for row in rows], [texts.response_ids[row] for row in rows]
             )
 
-    def micro_batches(self, answers: Answers, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Cut `rows` into micro-batches: of answers to the same prompts where a prompt is read once for all of them,
-        else of answers of like length, so that little is padding.
+    def micro_batches(self, answers: TokenPairs, rows: Sequence[int]) -> list[list[int]]:
+        """This process's share of `rows`, cut into micro-batches: of answers to the same prompts where a prompt is read
+        once for all of them, else of answers of like length, so that little is padding.
         """
 
         def place(row: int) -> tuple[object, ...]:
@@ -137,14 +168,21 @@ class Engine:
             return len(prompt) + len(response), row
 
         ordered = sorted(rows, key=place)
-        for start in range(0, len(ordered), self._micro_batch_size):
-            yield ordered[start : start + self._micro_batch_size]
+        # No more than the share of one process in each, so that all of them have work where there is enough.
+        size = min(self._micro_batch_size, -(-len(ordered) // self.processes.count))
+        return self.processes.mine([ordered[start : start + size] for start in range(0, len(ordered), max(size, 1))])
 
-    def logprobs(self, model: PreTrainedModel, batch: SequenceBatch) -> TokenLogprobs:
-        """Log-probabilities and entropy at each answer token: (N, T) nats. Gradient as the context allows."""
+    def logprobs(
+        self, model: PreTrainedModel, batch: SequenceBatch, *, temperature: float | None = None
+    ) -> TokenLogprobs:
+        """Log-probabilities and entropy at each answer token: (N, T) nats. Gradient as the context allows.
+
+        `temperature` is the engine's unless another is given.
+        """
         with self.autocast():
             hidden = response_hidden(model, batch)
-        return Projection.of(model).token_logprobs(hidden, batch, temperature=self.temperature)
+        temperature = self.temperature if temperature is None else temperature
+        return Projection.of(model).token_logprobs(hidden, batch, temperature=temperature)
 
     def values(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         """The critic's prediction before each answer token: (N, T), 0 on padding."""
@@ -155,7 +193,7 @@ class Engine:
 
     @torch.no_grad()
     def passes(self, answers: Answers, progress: Callable[[int], object] | None = None) -> Passes:
-        """One pass of each model over all answers.
+        """One pass of each model over all answers, each process taking its share.
 
         Raises:
             DivergedError: a log-probability or a value is not finite.
@@ -165,7 +203,6 @@ class Engine:
             name: torch.zeros(len(answers), longest, device=self.device)
             for name in ("policy", "ref", "value", "entropy")
         }
-        is_response = torch.zeros(len(answers), longest, dtype=torch.bool, device=self.device)
         for part in self.micro_batches(answers, range(len(answers))):
             batch = self.batch(answers, part)
             width = batch.response_ids.shape[1]
@@ -178,9 +215,11 @@ class Engine:
             found = {"policy": policy.logprobs, "ref": reference.logprobs, "value": values, "entropy": policy.entropy}
             for name, tensor in found.items():
                 rows[name][part, :width] = tensor
-            is_response[part, :width] = batch.is_response
             if progress is not None:
                 progress(len(part))
+        # Every row was filled by one process and is 0 elsewhere, so the sum is exact.
+        self.processes.add(list(rows.values()))
+        is_response = (torch.arange(longest) < answers.lengths.unsqueeze(1)).to(self.device)
         for name, tensor in rows.items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"the {name} pass over a step's answers gave values that are not finite")

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say
-from rlhf_cli.stages.common import load_prompts, model_source, prompt_format, prompt_template
+from rlhf_cli.stages.common import model_source, prompt_format, prompt_template
+from rlhf_cli.stages.ppo_data import load_data
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rlhf_cli.data.skips import SkipLog
-    from rlhf_cli.data.templates import PromptFormat
     from rlhf_cli.models.actors import RewardModel
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.models.roles import Roles
     from rlhf_cli.recipe.schema import PPOSettings
-    from rlhf_cli.rollout.experience import RewardFunction
-    from rlhf_cli.training.ppo import PromptSet
+    from rlhf_cli.training.ppo_options import PPOOptions
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Train the policy against the reward; write it merged, with its critic and its metrics."""
-    import dataclasses
-
+    """Train the policy against the reward; write it merged, with its critic, its metrics and what they say."""
     import torch
 
+    from rlhf_cli.processes import Processes
     from rlhf_cli.rollout.experience import Engine
     from rlhf_cli.rollout.logprobs import check_projection
+    from rlhf_cli.stages.rewards import build_rewards
     from rlhf_cli.training.ppo import PPOTrainer
-    from rlhf_cli.training.ppo_options import PPOOptions
 
     settings = context.recipe.ppo
     assert settings is not None
@@ -45,32 +43,56 @@ def run(context: StageContext) -> StageOutcome:
 
     with roles.reference() as model, autocast():
         check_projection(model, source.path)
-        prompts, skips = _prompts(context, prompt_format(context.recipe, source), model)
-    options = PPOOptions(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(PPOOptions)})
+        data, skips = load_data(context, prompt_format(context.recipe, source), model)
+    processes = Processes(source.device)
     engine = Engine(
-        roles, autocast=autocast, micro_batch_size=settings.micro_batch_size, temperature=settings.temperature
+        roles,
+        autocast=autocast,
+        micro_batch_size=settings.micro_batch_size,
+        temperature=settings.temperature,
+        processes=processes,
     )
+    reward = build_rewards(settings, reward_model, source, prompt_template(context.recipe, source.path))
     trainer = PPOTrainer(
         roles,
         engine,
-        prompts,
-        _reward(settings, reward_model),
-        options,
+        data,
+        reward.score,
+        _options(settings),
         seed=context.recipe.seed,
         work=context.work,
-        metrics=context.work / "metrics.jsonl",
         stop=context.stop,
     )
-    history = trainer.train()
-    _save(context.output, roles, source, settings)
-    (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
-    if skips.total:
-        skips.write(context.output / "skips.jsonl")
-    return _outcome(history, dict(skips.counts))
+    trainer.train()
+    rows = metric_rows(context.work / "metrics.jsonl")
+    if processes.is_main:
+        _save(context.output, roles, source, settings)
+        _keep_records(context, rows)
+        if skips.total:
+            skips.write(context.output / "skips.jsonl")
+    return _outcome(rows, dict(skips.counts))
+
+
+def _options(settings: PPOSettings) -> PPOOptions:
+    """The section as the engine's plain values."""
+    import dataclasses
+
+    from rlhf_cli.training.ppo_options import PPOOptions
+
+    own = {"ptx_coef", "ptx_batch_size"}
+    plain = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(PPOOptions) if field.name not in own
+    }
+    if settings.ptx is None:
+        return PPOOptions(**plain)
+    return PPOOptions(**plain, ptx_coef=settings.ptx.coef, ptx_batch_size=settings.ptx.batch_size)
 
 
 def _actors(context: StageContext, settings: PPOSettings, source: ModelSource) -> tuple[Roles, RewardModel | None]:
-    from rlhf_cli.models.actors import LoraShape, separate_actors, shared_actors
+    import dataclasses
+
+    from rlhf_cli.models.actors import ActorOptions, LoraShape, make_actors
+    from rlhf_cli.models.loading import context_length, load_config
 
     reward_path = context.inputs.get("train-rm")
     if reward_path is None and not settings.rewards:
@@ -78,82 +100,41 @@ def _actors(context: StageContext, settings: PPOSettings, source: ModelSource) -
             "`ppo` has no reward: no reward model and no function",
             hint="name one with `--set ppo.reward_model=PATH`, or give `ppo.rewards`",
         )
-    arguments = {
-        "reward_path": reward_path,
-        "template": prompt_template(context.recipe, source.path),
-        "gradient_checkpointing": settings.gradient_checkpointing,
-    }
-    if settings.adapter == "none":
-        roles, reward = separate_actors(source, **arguments)
-        say("ppo: policy, reference and critic are separate models, all weights trained")
-        return roles, reward
-    lora = LoraShape(settings.lora.rank, settings.lora.alpha, settings.lora.target_modules)
-    roles, reward = shared_actors(source, lora, **arguments)
-    place = "no model" if reward is None else ("an adapter on it too" if reward.is_shared else "a model of its own")
-    say(f"ppo: policy, critic and reference share one backbone; the reward is {place}")
-    return roles, reward
-
-
-def _reward(settings: PPOSettings, model: RewardModel | None) -> RewardFunction:
-    """The sum of the reward model's and the functions' rewards, all given as text."""
-    from rlhf_cli.rewards.checks import finite_scores
-    from rlhf_cli.rewards.functions import load_scoring_function
-
-    functions = [(load_scoring_function(entry.function), entry.weight) for entry in settings.rewards if entry.function]
-
-    def reward(prompts, texts, ended) -> list[float]:
-        total = [0.0] * len(texts) if model is None else model.score(prompts, texts)
-        for function, weight in functions:
-            total = [
-                sum_ + weight * score
-                for sum_, score in zip(total, finite_scores(function, prompts, texts), strict=True)
-            ]
-        return total
-
-    return reward
-
-
-def _prompts(context: StageContext, form: PromptFormat, model: PreTrainedModel) -> tuple[PromptSet, SkipLog]:
-    """The prompts that are not held out, with what sampling needs to know."""
-    from rlhf_cli.data.records import is_held_out
-    from rlhf_cli.rollout.sampling import stop_ids
-    from rlhf_cli.training.ppo import PromptSet
-
-    recipe = context.recipe
-    assert recipe.ppo is not None
-    loaded = load_prompts(context, form, model.config, max_new_tokens=recipe.ppo.max_new_tokens)
-    training = [
-        (prompt, ids)
-        for prompt, ids in zip(loaded.prompts, loaded.ids, strict=True)
-        if not is_held_out(prompt, recipe.data.holdout, recipe.seed)
-    ]
-    if not training:
-        raise DataError(
-            f"{context.inputs['prompts']}: no prompt is left to train on: all {len(loaded.prompts):,} are held out",
-            hint="give more prompts, or lower `data.holdout`",
-        )
-    prompts, ids = zip(*training, strict=True)
-    return PromptSet(prompts, ids, form.tokenizer, stop_ids(model, form.tokenizer)), loaded.skips
+    lora = settings.lora
+    options = ActorOptions(
+        lora=LoraShape(lora.rank, lora.alpha, lora.target_modules) if settings.adapter == "lora" else None,
+        critic=settings.critic,
+        critic_from=context.inputs.get("ppo.critic_from", settings.critic_from),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        seed=context.recipe.seed,
+        longest=min(
+            context_length(load_config(source)), context.recipe.data.max_prompt_tokens + settings.max_new_tokens
+        ),
+    )
+    source = dataclasses.replace(source, quantise=context.recipe.model.quantise)
+    template = prompt_template(context.recipe, source.path)
+    actors = make_actors(source, options, reward_path=reward_path, template=template)
+    for note in actors.notes:
+        say(f"ppo: {note}")
+    return actors.roles, actors.reward_model
 
 
 def _save(output: Path, roles: Roles, source: ModelSource, settings: PPOSettings) -> None:
     """The policy as an ordinary model folder, merged in float32 from the SFT weights as they are on disk."""
     import torch
 
-    from rlhf_cli.models.adapters import add_lora, load_adapter_state, merge_lora
     from rlhf_cli.models.loading import load_config, load_policy, load_tokenizer
+    from rlhf_cli.models.merging import merged_policy
     from rlhf_cli.models.saving import save_model_folder
 
     roles.save_critic(output / "critic")
     load_tokenizer(source).save_pretrained(output / "critic")
     trained = {key.removeprefix("policy."): value for key, value in roles.state().items() if key.startswith("policy.")}
-    model = load_policy(source, dtype=torch.float32)
     if settings.adapter == "lora":
         lora = settings.lora
-        add_lora(model, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules, name="policy")
-        load_adapter_state(model, trained, "policy")
-        merge_lora(model, "policy")
+        model = merged_policy(source, trained, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
     else:
+        model = load_policy(source.in_full())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(trained[name])
@@ -162,27 +143,44 @@ def _save(output: Path, roles: Roles, source: ModelSource, settings: PPOSettings
     save_model_folder(model, load_tokenizer(source), output, dtype=dtype)
 
 
-def _outcome(history: list[dict[str, float]], skipped: dict[str, int]) -> StageOutcome:
+def metric_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _keep_records(context: StageContext, rows: list[dict[str, Any]]) -> None:
+    """Metrics, samples and findings beside the policy."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (context.work / name).is_file():
+            shutil.copyfile(context.work / name, context.output / name)
+
+
+def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcome:
     """First and last tenth of the run, since a single step's mean is noisy."""
-    width = max(1, len(history) // 10)
+    steps = [row for row in rows if row["step"] > 0]
+    width = max(1, len(steps) // 10)
 
-    def mean(name: str, steps: list[dict[str, float]]) -> float:
-        return sum(metrics[name] for metrics in steps) / len(steps)
+    def mean(name: str, chosen: list[dict[str, Any]]) -> float:
+        """Over the steps that have the figure: broken steps have none."""
+        found = [row[name] for row in chosen if row.get(name) is not None]
+        return sum(found) / len(found) if found else math.nan
 
-    first, last = history[:width], history[-width:]
+    first, last = steps[:width], steps[-width:]
+    names = ("objective/kl", "objective/entropy", "length/mean", "policy/clipfrac_avg", "val/explained_variance")
     metrics = {
         "objective/scores_first": mean("objective/scores", first),
         "objective/scores": mean("objective/scores", last),
-        "objective/kl": mean("objective/kl", last),
-        "objective/entropy": mean("objective/entropy", last),
-        "length/mean": mean("length/mean", last),
-        "policy/clipfrac_avg": mean("policy/clipfrac_avg", last),
-        "val/explained_variance": mean("val/explained_variance", last),
-        "episode": history[-1]["episode"],
+        **{name: mean(name, last) for name in names},
+        "episode": steps[-1]["episode"],
     }
     summary = [
         ("reward", f"{metrics['objective/scores_first']:.2f} -> {metrics['objective/scores']:.2f}"),
         ("KL", f"{metrics['objective/kl']:.1f} nats an answer"),
         ("answers", f"{metrics['episode']:,.0f}"),
     ]
+    evaluated = [row for row in rows if row.get("eval/objective/scores") is not None]
+    if evaluated:
+        metrics["eval/objective/scores"] = evaluated[-1]["eval/objective/scores"]
+        first_score, last_score = (row["eval/objective/scores"] for row in (evaluated[0], evaluated[-1]))
+        summary.insert(1, ("held-out reward", f"{first_score:.2f} -> {last_score:.2f}"))
     return StageOutcome(metrics=metrics, skipped=skipped, summary=summary)

@@ -10,59 +10,102 @@ One step, in the order of `PPOTrainer.step`:
   7. epochs of clipped updates of policy and critic
   8. metrics, the KL coefficient, a checkpoint
 
-Sampling, shuffles and learning rates are functions of seed and step, so a checkpoint holds weights, optimiser and the
-KL coefficient, and a killed run ends with the weights of an uninterrupted one.
+Sampling, shuffles and learning rates are functions of seed and step, so a checkpoint holds weights, optimiser and a few
+numbers, and a killed run ends with the weights of an uninterrupted one. Several processes share the answers of a step
+and agree on everything else.
 
 Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Ouyang et al. 2022 (arXiv:2203.02155).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_cli import progress
-from rlhf_cli.data.records import Prompt, seed_for
-from rlhf_cli.errors import DivergedError
+from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.models.roles import Roles
 from rlhf_cli.objectives.advantages import generalised_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import whiten
-from rlhf_cli.rollout.experience import Answers, Engine, RewardFunction, decode
-from rlhf_cli.rollout.sampling import sample
+from rlhf_cli.objectives.shaping import RunningMoments
+from rlhf_cli.rollout.experience import Answers, Engine
 from rlhf_cli.training.checkpoints import (
+    best_checkpoint,
     latest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
+    save_best,
     save_checkpoint,
 )
 from rlhf_cli.training.control import BAD_STEPS_IN_A_ROW, Stop
 from rlhf_cli.training.metrics import MetricsLog
-from rlhf_cli.training.ppo_metrics import note, step_metrics
+from rlhf_cli.training.ppo_evaluation import Best, Evaluation
+from rlhf_cli.training.ppo_metrics import all_finite, histograms, note, rollout_metrics, update_metrics
 from rlhf_cli.training.ppo_options import PPOOptions
-from rlhf_cli.training.ppo_update import Updater
+from rlhf_cli.training.ppo_ptx import Demonstrations, SupervisedLoss
+from rlhf_cli.training.ppo_rollout import PromptSet, RewardFunction, Rollouts, Tell
+from rlhf_cli.training.ppo_update import Experience, Updater
+from rlhf_cli.training.randomness import random_state, restore_random_state, seed_everything
+from rlhf_cli.training.samples import SampleLog, name_spike
 
 
 @dataclass(frozen=True)
-class PromptSet:
-    """Prompts to train on, with what sampling needs to know of their tokenizer.
+class PPOData:
+    """What PPO reads.
 
     Attributes:
-        prompts: as text or conversations.
-        ids: their token ids.
-        tokenizer: decodes the answers.
-        eos_ids: tokens that end an answer.
+        prompts: to train on.
+        held_out: to evaluate on and to show; may be None where neither is asked for.
+        demonstrations: for PPO-ptx, or None.
     """
 
-    prompts: Sequence[Prompt]
-    ids: Sequence[list[int]]
-    tokenizer: Any
-    eos_ids: set[int]
+    prompts: PromptSet
+    held_out: PromptSet | None = None
+    demonstrations: Demonstrations | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step was like.
+
+    Attributes:
+        metrics: name -> figure.
+        histograms: name -> values.
+    """
+
+    metrics: dict[str, float]
+    histograms: dict[str, list[float]]
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds besides weights, optimiser and random states.
+
+    Attributes:
+        kl_coef: beta of the next step.
+        moments: of all rewards so far.
+        bad_steps: in a row, just now.
+        rolled_back: training went back to a checkpoint once, and has half the learning rate since.
+        ended: why the run ended before its last step, or "".
+    """
+
+    kl_coef: float
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    bad_steps: int = 0
+    rolled_back: bool = False
+    ended: str = ""
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> RunState:
+        """Inverse of `dataclasses.asdict`."""
+        return RunState(**state | {"moments": RunningMoments(**state["moments"])})
 
 
 class PPOTrainer:
@@ -70,71 +113,114 @@ class PPOTrainer:
 
     Args:
         roles: policy, reference and critic.
-        engine: forward passes over them.
-        prompts: what to answer.
+        engine: forward passes over them, and the processes that share the work.
+        data: what to answer.
         reward: scores answers, as text.
         options: settings.
         seed: of prompt order, sampling and shuffles.
-        work: folder for checkpoints.
-        metrics: file for metrics.
+        work: folder for checkpoints, metrics and samples.
         stop: asked after every step.
+        log: makes the metrics log behind a step, in the process that writes it.
     """
 
     def __init__(
         self,
         roles: Roles,
         engine: Engine,
-        prompts: PromptSet,
+        data: PPOData,
         reward: RewardFunction,
         options: PPOOptions,
         *,
         seed: int,
         work: Path,
-        metrics: Path,
         stop: Stop,
+        log: Callable[..., MetricsLog] = MetricsLog,
     ) -> None:
         self.roles, self.engine, self.options = roles, engine, options
-        self.updater = Updater(roles, engine, options, seed=seed)
-        self.kl_coef = options.kl_coef
-        self.history: list[dict[str, float]] = []
-        self._prompts, self._reward, self._seed = prompts, reward, seed
-        self._work, self._metrics_path, self._stop = work, metrics, stop
-        self._bad_steps = 0
-        self._rolled_back = False
+        self.state = RunState(options.kl_coef)
+        self.best: Best | None = None
+        self._data, self._seed, self._work, self._stop = data, seed, work, stop
+        self._processes, self._open_log = engine.processes, log
+        self._rollouts = Rollouts(roles, engine, reward, options, seed=seed)
+        self.updater = Updater(roles, engine, options, seed=seed, supervised=self._supervised())
+        held_out = data.held_out
+        self._evaluation = None if held_out is None else Evaluation(self._rollouts, engine, held_out, options)
+        self._journal: _Journal = _Journal(None, None)
 
-    def train(self) -> list[dict[str, float]]:
-        """Run all steps, from the newest whole checkpoint if there is one; returns the metrics of every step."""
-        step = self._resume()
-        log = MetricsLog(self._metrics_path, after_step=step)
+    def _supervised(self) -> SupervisedLoss | None:
+        if self._data.demonstrations is None:
+            return None
+        return SupervisedLoss(
+            self.roles,
+            self.engine,
+            self._data.demonstrations,
+            coef=self.options.ptx_coef,
+            batch_size=self.options.ptx_batch_size,
+            seed=self._seed,
+        )
+
+    def train(self) -> RunState:
+        """Run all steps, from the newest whole checkpoint if there is one; the policy then has its final weights.
+
+        Raises:
+            DivergedError: values were not finite, also after going back once.
+            Interrupted: a signal came; the step that was running is saved.
+        """
+        step = self._begin()
         with progress.task("ppo", self.options.steps, "steps", done=step) as bar:
-            while step < self.options.steps:
-                try:
-                    metrics = self.step(step)
-                    self._count_bad(metrics)
-                except DivergedError:
-                    step = self._roll_back(step)
-                    log.close()
-                    log = MetricsLog(self._metrics_path, after_step=step)
-                    continue
-                step += 1
-                self.history.append(metrics)
-                log.write(step, metrics)
-                bar.advance(note=note(metrics))
-                if self._stop.requested or self._is_due(step):
-                    log.sync()
-                    self._save(step)
-                self._stop.check()
-        log.close()
-        return self.history
 
-    def step(self, step: int) -> dict[str, float]:
-        """One step; `step` is 0-based. Returns its metrics, under TRL's names."""
-        options = self.options
-        answers = self._answer(self._prompts_of(step), step)
+            def tell(what: str) -> None:
+                bar.advance(0, note=what)
+
+            if step == 0:
+                self._look(0, {}, tell)
+            while step < self.options.steps and not self.state.ended:
+                try:
+                    report = self.step(step, tell)
+                    step += 1
+                    self._finish(step, report, tell)
+                except DivergedError as error:
+                    step = self._roll_back(step, error)
+                    continue
+                bar.advance(note=note(report.metrics))
+                if self._processes.any(self._stop.requested):
+                    self._leave(step)
+        self._journal.close()
+        self._take_best()
+        return self.state
+
+    def _finish(self, step: int, report: StepReport, tell: Tell) -> None:
+        """What comes after the update: is all well, is it far enough, who looks at it, where is it written."""
+        self._count_bad(report.metrics)
+        self._end_early(step, report.metrics)
+        self._look(step, report.metrics, tell)
+        self._journal.write(step, report)
+        if self._is_due(step):
+            self._save(step)
+
+    def _leave(self, step: int) -> None:
+        """Save and stop, as a signal asks: one that came to any process stops all of them."""
+        if not self._is_due(step):
+            self._save(step)
+        self._stop.check()
+        raise Interrupted(signal.SIGTERM)
+
+    def step(self, step: int, tell: Tell = lambda _: None) -> StepReport:
+        """One step; `step` is 0-based."""
+        options, beta = self.options, self.state.kl_coef
+        rows = self._rollouts.rows_of(step, len(self._data.prompts))
+        numbers = range(step * len(rows), (step + 1) * len(rows))
+        answers = self._rollouts.answers(self._data.prompts, rows, numbers, tell)
+        tell("passes")
         before = self.engine.passes(answers)
         kl = kl_per_token(before.logprobs, before.reference_logprobs, options.kl_estimator)
-        scores = self._shaped(answers).to(kl.device)
-        rewards = token_rewards(scores, kl, before.is_response, kl_coef=self.kl_coef)
+        scores = self._rewards(answers).to(kl.device)
+        metrics = rollout_metrics(answers, before, scores, kl, kl_coef=beta)
+        metrics |= {"objective/kl_coef": beta, "episode": float((step + 1) * options.answers_per_step)}
+        if not all_finite(scores):
+            # A broken reward must not reach the weights; the reward itself has named the answer.
+            return StepReport(metrics | {"skipped_steps": float(options.optimizer_steps_per_step)}, histograms(answers))
+        rewards = token_rewards(scores, kl, before.is_response, kl_coef=beta if options.kl_in == "reward" else 0.0)
         if options.whiten_rewards:
             rewards = whiten(rewards, before.is_response, keep_mean=True)
         advantages, returns = generalised_advantages(
@@ -142,104 +228,138 @@ class PPOTrainer:
         )
         if options.whiten_advantages:
             advantages = whiten(advantages, before.is_response)
-        update = self.updater.update(step, answers, before, advantages, returns)
-        metrics = step_metrics(answers, before, scores, returns, update, kl_coef=self.kl_coef)
-        metrics["lr"] = self.updater.learning_rate((step + 1) * options.epochs * options.minibatches - 1)
-        metrics["episode"] = float((step + 1) * options.answers_per_step)
-        if options.kl_target is not None:
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef,
-                metrics["objective/kl"],
-                target=options.kl_target,
-                horizon=options.kl_horizon,
-                episodes=len(answers),
+        tell("updating")
+        update = self.updater.update(step, Experience(answers, before, advantages, returns), kl_coef=beta)
+        metrics |= update_metrics(before, returns, update)
+        metrics["lr"] = self.updater.learning_rate((step + 1) * options.optimizer_steps_per_step - 1)
+        if update.worst.log_ratio > math.log(options.ratio_limit):
+            worst = update.worst
+            name_spike(
+                step=step + 1,
+                prompt=answers.prompts[worst.answer],
+                answer=answers.texts[worst.answer],
+                token=self._data.prompts.tokenizer.decode([answers.response_ids[worst.answer][worst.place]]),
+                log_ratio=worst.log_ratio,
             )
-        return metrics
+        self._adapt(metrics["objective/kl"], len(answers))
+        return StepReport(metrics, histograms(answers))
 
-    def _prompts_of(self, step: int) -> list[int]:
-        """Prompts of a step: the run walks through one shuffle of all prompts after another."""
-        count, wanted = len(self._prompts.prompts), self.options.prompts_per_step
-        chosen: list[int] = []
-        position = step * wanted
-        while len(chosen) < wanted:
-            lap, offset = divmod(position, count)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + 7_919 * (lap + 1)))
-            taken = order[offset : offset + wanted - len(chosen)].tolist()
-            chosen += taken
-            position += len(taken)
-        return [row for row in chosen for _ in range(self.options.samples_per_prompt)]
+    def _rewards(self, answers: Answers) -> Tensor:
+        """Rewards to train on, (N,): scores after scale, clip and penalties."""
+        scale = self.options.reward_scale
+        if scale == "running":
+            if all_finite(answers.scores):
+                self.state.moments = self.state.moments.including(answers.scores.tolist())
+            scale = 1.0 / self.state.moments.std
+        return self.options.shape.apply(answers.scores, answers.ended_flags, answers.lengths, scale=scale)
 
-    def _answer(self, rows: list[int], step: int) -> Answers:
-        """Sample an answer to each row, and score it."""
-        options, source = self.options, self._prompts
-        prompts = [source.prompts[row] for row in rows]
-        ids = [source.ids[row] for row in rows]
-        # The number of the answer in the run: a prompt that comes back gets a new seed.
-        seeds = [seed_for(prompt, self._seed, step * len(rows) + place) for place, prompt in enumerate(prompts)]
-        with self.roles.policy() as model, self.engine.autocast():
-            samples = sample(
-                model,
-                ids,
-                seeds,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                eos_ids=source.eos_ids,
-                batch_size=options.rollout_batch_size,
+    def _adapt(self, kl: float, episodes: int) -> None:
+        if self.options.kl_target is not None:
+            self.state.kl_coef = adapted_kl_coef(
+                self.state.kl_coef,
+                kl,
+                target=self.options.kl_target,
+                horizon=self.options.kl_horizon,
+                episodes=episodes,
             )
-        texts = [decode(source.tokenizer, answer.ids) for answer in samples]
-        ended = [answer.ended for answer in samples]
-        scores = torch.tensor(self._reward(prompts, texts, ended), dtype=torch.float32)
-        return Answers(prompts, ids, [answer.ids for answer in samples], texts, ended, scores)
 
-    def _shaped(self, answers: Answers) -> Tensor:
-        """Scores after clipping and the rule for answers without an end: (N,)."""
-        scores = answers.scores.clone()
-        if self.options.reward_clip is not None:
-            scores = scores.clamp(-self.options.reward_clip, self.options.reward_clip)
-        if self.options.missing_eos_reward is not None:
-            # Replaced, not subtracted: the "EOS trick" of summarize-from-feedback.
-            scores[~torch.tensor(answers.ended)] = self.options.missing_eos_reward
-        return scores
+    def _look(self, step: int, metrics: dict[str, float], tell: Tell) -> None:
+        """Evaluate and show what is due after `step` steps; figures are added to `metrics`."""
+        options, evaluation = self.options, self._evaluation
+        if evaluation is None:
+            return
+        is_last = step == options.steps or bool(self.state.ended)
+        if options.eval_steps is not None and (step % options.eval_steps == 0 or is_last):
+            metrics |= evaluation.metrics(kl_coef=self.state.kl_coef, tell=tell)
+            self._keep_best(step, metrics)
+            if step == 0:
+                self._journal.write(0, StepReport(metrics, {}))
+        if options.show_steps is not None and (step % options.show_steps == 0 or is_last):
+            self._journal.show(step, evaluation.fixed(tell))
+
+    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
+        budget = self.options.kl_budget
+        reward, kl = metrics["eval/objective/reward"], metrics["eval/objective/kl"]
+        if budget is None or not kl <= budget or not math.isfinite(reward):
+            return
+        if self.best is None or reward > self.best.reward:
+            self.best = Best(step, reward, kl)
+            save_best(self._work, step, self.roles.state(), asdict(self.best), processes=self._processes)
+
+    def _take_best(self) -> None:
+        """Where a KL budget chooses, give the policy the weights of the best."""
+        if self.options.kl_budget is None:
+            return
+        best = best_checkpoint(self._work, processes=self._processes)
+        if best is None:
+            progress.warn(
+                f"no evaluated policy was within `kl_budget: {self.options.kl_budget:g}`: the last is written"
+            )
+            return
+        self.roles.load_state(best.tensors)
+        kept = Best(**best.state)
+        progress.say(
+            f"ppo: the best policy within the budget is that of step {kept.step}: "
+            f"held-out reward {kept.reward:.2f}, KL {kept.kl:.1f} nats an answer"
+        )
+
+    def _end_early(self, step: int, metrics: dict[str, float]) -> None:
+        limit = self.options.kl_stop
+        if limit is not None and metrics["objective/kl"] > limit and step < self.options.steps:
+            self.state.ended = f"KL {metrics['objective/kl']:.1f} exceeded `kl_stop: {limit:g}` at step {step}"
+            progress.say(f"ppo: {self.state.ended}; the run ends here")
 
     def _is_due(self, step: int) -> bool:
         """Whether to save: never among bad steps, so that going back goes to before them."""
-        is_sound = self._bad_steps == 0 and step % self.options.checkpoint_steps == 0
-        return is_sound or step == self.options.steps
+        is_sound = self.state.bad_steps == 0 and step % self.options.checkpoint_steps == 0
+        return is_sound or step == self.options.steps or bool(self.state.ended)
 
     def _count_bad(self, metrics: dict[str, float]) -> None:
-        self._bad_steps = self._bad_steps + 1 if metrics["skipped_steps"] else 0
-        if self._bad_steps >= BAD_STEPS_IN_A_ROW:
-            raise DivergedError(f"gradients were not finite in {self._bad_steps} steps in a row")
+        self.state.bad_steps = self.state.bad_steps + 1 if metrics["skipped_steps"] else 0
+        if self.state.bad_steps >= BAD_STEPS_IN_A_ROW:
+            raise DivergedError(
+                f"rewards, ratios or gradients were out of bounds in {self.state.bad_steps} steps in a row"
+            )
 
-    def _roll_back(self, step: int) -> int:
+    def _roll_back(self, step: int, error: DivergedError) -> int:
         """Return to the last checkpoint, once; the second time, give up with the error being handled."""
-        checkpoint = None if self._rolled_back else latest_checkpoint(self._work)
+        checkpoint = None if self.state.rolled_back else latest_checkpoint(self._work, processes=self._processes)
         if checkpoint is None:
             raise DivergedError(
-                f"PPO diverged at step {step + 1} of {self.options.steps}: values are not finite",
+                f"PPO diverged around step {step + 1} of {self.options.steps}: {error.message}",
                 hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weight was saved",
-            )
+            ) from error
         progress.warn(
-            f"values are not finite at step {step + 1}: "
+            f"around step {step + 1}: {error.message}: "
             f"going back once, to step {checkpoint.step}, with half the learning rate"
         )
         self._restore(checkpoint.tensors, checkpoint.state)
+        self._journal.close()
+        self._journal = self._open(checkpoint.step, checkpoint.state["metrics"])
         # The same steps at the same rate would end the same way.
-        self._rolled_back, self._bad_steps = True, 0
+        self.state.rolled_back, self.state.bad_steps = True, 0
         self.updater.rate_scale = 0.5
         return checkpoint.step
 
     def _save(self, step: int) -> None:
+        """Write a checkpoint; all processes are here together before and after."""
+        randomness = self._processes.collect(random_state())
         tensors = self.roles.state() | optimizer_tensors(self.updater.optimizer, "optimizer")
-        state = {"kl_coef": self.kl_coef, "history": self.history, "rolled_back": self._rolled_back}
-        save_checkpoint(self._work, step, tensors, state)
+        state = {"run": asdict(self.state), "random": randomness, "metrics": self._journal.position()}
+        keep = self.options.keep_checkpoints
+        save_checkpoint(self._work, step, tensors, state, keep=keep, processes=self._processes)
 
-    def _resume(self) -> int:
-        checkpoint = latest_checkpoint(self._work)
+    def _begin(self) -> int:
+        checkpoint = latest_checkpoint(self._work, processes=self._processes)
+        best = best_checkpoint(self._work, processes=self._processes) if self.options.kl_budget is not None else None
+        self.best = None if best is None else Best(**best.state)
+        seed_everything(self._seed, self._processes.index)
         if checkpoint is None:
+            self._journal = self._open(0, None)
             self._save(0)  # what a divergence in the first steps goes back to
             return 0
         self._restore(checkpoint.tensors, checkpoint.state)
+        self._journal = self._open(checkpoint.step, checkpoint.state["metrics"])
         if checkpoint.step:
             progress.say(f"ppo: going on behind step {checkpoint.step} of {self.options.steps}")
         return checkpoint.step
@@ -247,6 +367,42 @@ class PPOTrainer:
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.roles.load_state(tensors)
         restore_optimizer(self.updater.optimizer, tensors, "optimizer")
-        self.kl_coef, self.history = state["kl_coef"], list(state["history"])
-        self._rolled_back = state["rolled_back"]
-        self.updater.rate_scale = 0.5 if self._rolled_back else 1.0
+        self.state = RunState.of(state["run"])
+        self.updater.rate_scale = 0.5 if self.state.rolled_back else 1.0
+        states = state["random"]
+        # On another number of processes there is no state of their own for some; what PPO draws does not depend on it.
+        if self._processes.index < len(states):
+            restore_random_state(states[self._processes.index])
+
+    def _open(self, step: int, position: dict[str, Any] | None) -> _Journal:
+        if not self._processes.is_main:
+            return _Journal(None, None)
+        log = self._open_log(self._work / "metrics.jsonl", after_step=step, position=position)
+        shows = self.options.show_steps is not None
+        return _Journal(log, SampleLog(self._work / "samples.jsonl", after_step=step) if shows else None)
+
+
+class _Journal:
+    """Metrics and samples of a run, in the process that writes them; nothing in the others."""
+
+    def __init__(self, log: MetricsLog | None, samples: SampleLog | None) -> None:
+        self._log, self._samples = log, samples
+
+    def write(self, step: int, report: StepReport) -> None:
+        if self._log is not None:
+            self._log.write(step, report.metrics, report.histograms)
+
+    def show(self, step: int, rows: Sequence[Any]) -> None:
+        if self._samples is not None:
+            self._samples.show(step, rows)
+
+    def position(self) -> dict[str, Any] | None:
+        """Makes what was written durable, and says how far it goes."""
+        if self._log is None:
+            return None
+        self._log.sync()
+        return self._log.position()
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()

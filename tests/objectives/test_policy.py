@@ -56,7 +56,7 @@ def test_sums_and_metrics_over_a_ragged_batch():
     assert float(result.ratio) == pytest.approx(3.2, abs=1e-6)
     assert float(result.squared_ratio) == pytest.approx(1 + 2.25 + 0.49, abs=1e-6)
     assert float(result.approx_kl) == pytest.approx((math.log(1.5) ** 2 + math.log(0.7) ** 2) / 2, abs=1e-6)
-    assert result.largest_ratio.tolist() == pytest.approx([math.log(1.5), -math.log(0.7)], abs=1e-6)
+    assert result.largest_log_ratio.tolist() == pytest.approx([math.log(1.5), -math.log(0.7)], abs=1e-6)
 
 
 def test_padding_filled_with_nan_changes_neither_loss_nor_gradient():

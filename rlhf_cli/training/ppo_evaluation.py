@@ -1,0 +1,82 @@
+"""Looking at the policy while it trains: held-out prompts, and a few fixed ones for people to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_cli.data.records import prompt_text
+from rlhf_cli.objectives.kl import kl_per_token
+from rlhf_cli.rollout.experience import Answers, Engine, Passes
+from rlhf_cli.training.ppo_metrics import answer_kl, rollout_metrics
+from rlhf_cli.training.ppo_options import PPOOptions
+from rlhf_cli.training.ppo_rollout import PromptSet, Rollouts, Tell
+from rlhf_cli.training.samples import ShownAnswer
+
+_NUMBER = -1
+"""Number of an evaluation's answers: one that no step has, and always the same, so that what changes is the policy."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best policy under the KL budget so far.
+
+    Attributes:
+        step: steps it was trained for.
+        reward: mean over held-out prompts, penalties for missing ends and length included.
+        kl: nats per answer.
+    """
+
+    step: int
+    reward: float
+    kl: float
+
+
+class Evaluation:
+    """Asks the policy what it is not trained on.
+
+    Args:
+        rollouts: asks it.
+        engine: forward passes.
+        held_out: prompts no step trains on.
+        options: settings.
+    """
+
+    def __init__(self, rollouts: Rollouts, engine: Engine, held_out: PromptSet, options: PPOOptions) -> None:
+        self._rollouts, self._engine, self._options = rollouts, engine, options
+        self._prompts = held_out.first(options.eval_prompts)
+        self._fixed = held_out.first(options.shown_prompts)
+
+    def metrics(self, *, kl_coef: float, tell: Tell) -> dict[str, float]:
+        """Metrics of the held-out prompts under `eval/`, each answered once.
+
+        `eval/objective/reward` is the mean of what is trained for: scores with the rules for missing ends and length,
+        in the scale they are given in.
+        """
+        answers, before = self._ask(self._prompts, tell)
+        kl = kl_per_token(before.logprobs, before.reference_logprobs, self._options.kl_estimator)
+        rewards = self._options.shape.apply(answers.scores, answers.ended_flags, answers.lengths).to(kl.device)
+        found = rollout_metrics(answers, before, rewards, kl, kl_coef=kl_coef)
+        found["objective/reward"] = float(rewards.mean())
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    def fixed(self, tell: Tell) -> list[ShownAnswer]:
+        """Answers to the fixed prompts."""
+        answers, before = self._ask(self._fixed, tell)
+        kl = answer_kl(before).tolist()
+        return [
+            ShownAnswer(
+                prompt=prompt_text(answers.prompts[row]),
+                answer=answers.texts[row],
+                score=float(answers.scores[row]),
+                kl=kl[row],
+                tokens=len(answers.response_ids[row]),
+                ended=answers.ended[row],
+            )
+            for row in range(len(answers))
+        ]
+
+    def _ask(self, prompts: PromptSet, tell: Tell) -> tuple[Answers, Passes]:
+        rows = range(len(prompts))
+        answers = self._rollouts.answers(prompts, rows, [_NUMBER] * len(rows), tell)
+        tell("evaluating")
+        return answers, self._engine.passes(answers)
