@@ -1,7 +1,7 @@
-"""Assembling PPO's models from folders: what is shared is decided here, once.
+"""Assembling PPO's models from folders: what is shared, and what the critic starts from, is decided here, once.
 
-A reward model that was trained as an adapter on the very model the policy starts from joins its backbone; the critic
-then starts from it too (summarize-from-feedback's initialisation). Anything else is loaded as a model of its own.
+A reward model that was trained as an adapter on the very model the policy starts from joins its backbone. Anything else
+is loaded as a model of its own.
 """
 
 from __future__ import annotations
@@ -10,18 +10,28 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer, recompute_activations
-from rlhf_cli.models.roles import SeparateModels, SharedBackbone
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models import critic_start
+from rlhf_cli.models.critic_start import DoesNotFit, shared_card
+from rlhf_cli.models.critics import AdapterStart, FullCritic
+from rlhf_cli.models.loading import (
+    ModelSource,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    recompute_activations,
+)
+from rlhf_cli.models.roles import Roles, SeparateModels, SharedBackbone
 from rlhf_cli.models.scorer import Scorer, load_scorer
-from rlhf_cli.models.scorer_files import ADAPTER_FOLDER, RewardCard, load_head, read_card
+from rlhf_cli.models.scorer_files import ADAPTER_FOLDER, RewardCard, load_head
 from rlhf_cli.models.scorer_shell import classifier_class, head_of
 
 
@@ -32,6 +42,32 @@ class LoraShape:
     rank: int
     alpha: float
     target_modules: str | list[str]
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """How PPO's models are held; the recipe's `ppo` section explains each.
+
+    Attributes:
+        lora: adapters of policy and critic; None trains all weights.
+        critic: `auto` is an adapter beside a policy that is one.
+        critic_from: `auto`, `reward-model`, `policy`, or the folder of a saved critic.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: of new adapters; the same in every process.
+        longest: most tokens of a prompt with its answer; None is what the policy reads.
+    """
+
+    lora: LoraShape | None
+    critic: Literal["auto", "adapter", "separate"] = "auto"
+    critic_from: str = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    longest: int | None = None
+
+    @property
+    def critic_is_adapter(self) -> bool:
+        """Whether the critic is an adapter on the policy's backbone."""
+        return self.critic == "adapter" or (self.critic == "auto" and self.lora is not None)
 
 
 @dataclass(frozen=True)
@@ -54,70 +90,133 @@ class RewardModel:
             return self.scorer.score(prompts, completions)
 
 
-def shared_actors(
-    source: ModelSource, lora: LoraShape, *, reward_path: str | None, template: str | None, gradient_checkpointing: bool
-) -> tuple[SharedBackbone, RewardModel | None]:
-    """One frozen backbone with adapters.
+@dataclass(frozen=True)
+class Actors:
+    """PPO's models.
+
+    Attributes:
+        roles: policy, reference and critic.
+        reward_model: None where there is none.
+        notes: what is where, a line each, for people.
+    """
+
+    roles: Roles
+    reward_model: RewardModel | None
+    notes: tuple[str, ...]
+
+
+def make_actors(source: ModelSource, options: ActorOptions, *, reward_path: str | None, template: str | None) -> Actors:
+    """Load PPO's models.
 
     Args:
         source: the SFT model.
-        lora: adapters of policy and critic.
+        options: how to hold them.
         reward_path: folder or hub id of the reward model, or None.
         template: of prompts that are plain text, for a reward model that does not say its own.
-        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        ModelError: a model that cannot be loaded, or a critic that cannot start from what it was told to.
     """
-    model = load_policy(source)
-    card = _shareable(source, reward_path)
-    if card is None:
-        roles = SharedBackbone(model, **vars(lora))
-        reward = None if reward_path is None else _own_reward(source, reward_path, template)
-    else:
-        assert reward_path is not None
-        folder = Path(reward_path)
-        head = _critic_head(folder, card)
-        roles = SharedBackbone(model, **vars(lora), reward_adapter=folder / ADAPTER_FOLDER, value_head=head)
-        reward = _shared_reward(roles, source, folder, card)
-    if gradient_checkpointing:
-        recompute_activations(model)
-    return roles, reward
-
-
-def separate_actors(
-    source: ModelSource, *, reward_path: str | None, template: str | None, gradient_checkpointing: bool
-) -> tuple[SeparateModels, RewardModel | None]:
-    """Three full models, and the reward model as a fourth.
-
-    The critic starts from the SFT model with a head that predicts 0.
-    """
+    if options.lora is None and options.critic_is_adapter:
+        raise ModelError("a critic that is an adapter needs a policy that is one", hint="`--set ppo.critic=separate`")
     # The reference in the policy's own precision: a rounded one would be a KL away at the first step.
-    policy, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
-    roles = SeparateModels(policy, reference, critic)
-    if gradient_checkpointing:
+    policy = load_policy(source if options.lora is not None else source.in_full())
+    critic, note = _critic(source, policy, options, reward_path, template)
+    if options.lora is not None:
+        roles, reward = _shared(source, policy, options.lora, critic, options.seed, reward_path)
+    else:
+        assert isinstance(critic, FullCritic)
+        roles, reward = SeparateModels(policy, load_policy(source.in_full()), critic), None
+    if reward is None and reward_path is not None:
+        reward = _own_reward(source, reward_path, template)
+    if options.gradient_checkpointing:
         recompute_activations(policy)
-        recompute_activations(critic)
-    return roles, None if reward_path is None else _own_reward(source, reward_path, template)
+        if isinstance(critic, FullCritic):
+            with critic.playing() as model:
+                recompute_activations(model)
+    return Actors(roles, reward, (_layout_note(options, reward), note))
 
 
-def _shareable(source: ModelSource, reward_path: str | None) -> RewardCard | None:
-    """The reward model's card, if its adapter belongs on the policy's backbone."""
-    if reward_path is None or (card := read_card(Path(reward_path))) is None:
-        return None
-    base = card.base_path(Path(reward_path))
-    same = Path(base).resolve() == Path(source.path).resolve() if Path(base).is_dir() else base == source.path
-    same = same and card.base_revision == source.revision
-    return card if same and card.adapter and card.kind == "decoder" else None
+def _shared(
+    source: ModelSource,
+    policy: PreTrainedModel,
+    lora: LoraShape,
+    critic: AdapterStart | FullCritic,
+    seed: int,
+    reward_path: str | None,
+) -> tuple[SharedBackbone, RewardModel | None]:
+    """Roles on one backbone, and the reward model if it is an adapter on it too."""
+    folder, card = Path(reward_path or ""), shared_card(source, reward_path)
+    roles = SharedBackbone(
+        policy,
+        **vars(lora),
+        seed=seed,
+        reward_adapter=None if card is None else folder / ADAPTER_FOLDER,
+        critic=critic,
+        source=source,
+    )
+    return roles, None if card is None else _shared_reward(roles, source, folder, card)
+
+
+def _critic(
+    source: ModelSource,
+    policy: PreTrainedModel,
+    options: ActorOptions,
+    reward_path: str | None,
+    template: str | None,
+) -> tuple[AdapterStart | FullCritic, str]:
+    """The critic, or the adapter it is to start from, and a line that says which it is."""
+    longest = context_length(policy.config) if options.longest is None else options.longest
+    asked = options.critic_from
+    aside = ""
+    if asked in ("auto", "reward-model"):
+        try:
+            if options.critic_is_adapter:
+                found = critic_start.adapter_from_reward(source, reward_path)
+            else:
+                found = critic_start.model_from_reward(source, policy, reward_path, template=template, longest=longest)
+            return found, "the critic starts from the reward model"
+        except DoesNotFit as reason:
+            if asked == "reward-model":
+                raise _refused(reason, options) from reason
+            aside = f": {reason}" if reward_path is not None else ""
+    elif asked != "policy":
+        return _saved_critic(source, policy, options, Path(asked), longest), f"the critic starts from {asked}"
+    note = f"the critic starts from the policy, with values of 0{aside}"
+    return AdapterStart() if options.critic_is_adapter else critic_start.model_from_policy(source), note
+
+
+def _refused(reason: DoesNotFit, options: ActorOptions) -> ModelError:
+    hint = "start the critic from the policy: `--set ppo.critic_from=policy`"
+    if options.critic_is_adapter:
+        hint += "; a reward model of another kind can be a critic of its own: `--set ppo.critic=separate`"
+    return ModelError(f"the critic cannot start from the reward model: {reason}", hint=hint)
+
+
+def _saved_critic(
+    source: ModelSource, policy: PreTrainedModel, options: ActorOptions, folder: Path, longest: int
+) -> AdapterStart | FullCritic:
+    if options.critic_is_adapter:
+        return critic_start.adapter_from_folder(source, folder)
+    try:
+        return critic_start.model_from_folder(source, policy, folder, longest=longest)
+    except DoesNotFit as reason:
+        raise ModelError(f"the critic cannot start so: {reason}", hint="`--set ppo.critic_from=policy`") from reason
+
+
+def _layout_note(options: ActorOptions, reward: RewardModel | None) -> str:
+    place = "no model" if reward is None else ("an adapter on it too" if reward.is_shared else "a model of its own")
+    if options.lora is None:
+        return "policy, reference and critic are separate models, all weights trained"
+    if options.critic_is_adapter:
+        return f"policy, critic and reference share one backbone; the reward is {place}"
+    return f"policy and reference share one backbone, the critic is a model of its own; the reward is {place}"
 
 
 def _own_reward(source: ModelSource, path: str, template: str | None) -> RewardModel:
     scorer = load_scorer(source.at(path), template=template)
     scorer.requires_grad_(False).eval()
     return RewardModel(scorer, nullcontext, is_shared=False)
-
-
-def _critic_head(folder: Path, card: RewardCard) -> tuple[Tensor, Tensor]:
-    """The reward head in the normalised scale: ((w h + b) - mean) / std."""
-    head = load_file(folder / "head.safetensors")
-    return head["weight"].float() / card.std, (head["bias"].float() - card.mean) / card.std
 
 
 def _shared_reward(roles: SharedBackbone, source: ModelSource, folder: Path, card: RewardCard) -> RewardModel:

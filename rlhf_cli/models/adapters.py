@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.quantise import quantised
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -45,7 +48,8 @@ def add_lora(
     """Put a new adapter on the backbone's linear layers, in place; it changes nothing until it is trained (B = 0).
 
     The base weights are frozen, the adapter's are float32 and trainable, and the new adapter is the active one.
-    Adapters that were there before keep their weights and whether they train.
+    Adapters that were there before keep their weights and whether they train. A is drawn from torch's generator:
+    processes that are to draw the same seed it first (`models.seeding`).
 
     Args:
         model: a language model, a classifier or a bare backbone.
@@ -72,7 +76,7 @@ def add_lora(
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
         bias="none",
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quantisation_told(base):
         # PEFT notes that a second adapter makes several; that is what a second call is for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, base, adapter_name=name)
@@ -83,6 +87,22 @@ def add_lora(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return ours
+
+
+@contextmanager
+def _quantisation_told(base: nn.Module) -> Iterator[None]:
+    """PEFT asks the module it adapts, here the backbone, whether its layers are quantised."""
+    flags = {
+        name: quantised(base) == bits for name, bits in (("is_loaded_in_4bit", "4bit"), ("is_loaded_in_8bit", "8bit"))
+    }
+    before = {name: getattr(base, name, False) for name in flags}
+    for name, value in flags.items():
+        setattr(base, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(base, name, value)
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -244,6 +264,8 @@ def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | 
     layers = adapter_layers(model)
     if not any(name in layer.lora_A for _, layer in layers):
         raise ModelError(f"the model carries no adapter `{name}` to merge")
+    if quantised(model) != "none":
+        raise ModelError("an adapter is not merged into quantised weights, which are rounded: see `models.merging`")
     with torch.no_grad():
         for key, layer in layers:
             plain = layer.get_base_layer()

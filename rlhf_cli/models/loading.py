@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from transformers import (
 import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
 from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.quantise import Quantise, as_ordinary, check_quantise, quantisation
 from rlhf_cli.progress import say
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -44,6 +45,7 @@ class ModelSource:
         attention: one of our backends, `auto` for the best of them that serves, `package.module:function` for your own,
             or a name that transformers knows, such as `sdpa` and `eager`.
         device: where it lives.
+        quantise: bits of the frozen weights under an adapter; see `models.quantise`.
     """
 
     path: str
@@ -53,12 +55,17 @@ class ModelSource:
     precision: torch.dtype = torch.float32
     attention: str = "auto"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    quantise: Quantise = "none"
 
     def at(self, path: str) -> ModelSource:
         """The same way of holding a model, from another place; a revision belongs to its own place alone."""
         if path == self.path:
             return self
         return replace(self, path=path, revision=None, trust_remote_code=False)
+
+    def in_full(self) -> ModelSource:
+        """The same model with all its weights in float32, as they are trained and as they are merged."""
+        return replace(self, dtype=torch.float32, quantise="none")
 
     def hub_arguments(self) -> dict[str, object]:
         """Arguments that every `from_pretrained` takes."""
@@ -137,7 +144,7 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
 
     Args:
         source: where and how.
-        dtype: precision of the weights; None is that of `source`.
+        dtype: precision of the weights, which are then not quantised; None is that of `source`.
     """
     config = load_config(source)
     if config.is_encoder_decoder:
@@ -166,10 +173,17 @@ def load_weights(
 ) -> PreTrainedModel:
     """`kind.from_pretrained` with our defaults: safetensors only, dropout off, clear errors.
 
-    `complete` refuses a folder that lacks weights, which transformers would draw at random.
+    `complete` refuses a folder that lacks weights, which transformers would draw at random. `dtype` is as in
+    `load_policy`.
     """
     quiet_libraries()
     disable_dropout(config)
+    is_quantised = dtype is None and source.quantise != "none"
+    held: dict[str, Any] = {}
+    if is_quantised:
+        check_quantise(source.quantise, source.device)
+        # Quantised weights are made where they live; 8-bit ones cannot move.
+        held = {"quantization_config": quantisation(source.quantise, source.precision), "device_map": source.device}
     try:
         model, report = kind.from_pretrained(
             source.path,
@@ -177,6 +191,7 @@ def load_weights(
             config=config,
             dtype=dtype or source.dtype,
             use_safetensors=True,
+            **held,
             **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
             **source.hub_arguments(),
         )
@@ -187,7 +202,7 @@ def load_weights(
             f"`{source.path}` lacks {len(missing):,} weights of a {config.model_type} model, such as `{missing[0]}`",
             hint="give the folder of a whole language model",
         )
-    model = model.to(source.device).eval()
+    model = as_ordinary(model).eval() if is_quantised else model.to(source.device).eval()
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,12 +34,19 @@ def save_model_folder(
     require_finite(model.state_dict(), what=f"the model for {folder}")
     if model.can_generate():
         model.generation_config = _sane_generation_config(model, tokenizer)
-    try:
+    with writing("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise DiskError(f"cannot write the model to {folder}: {error}", hint="free some space and run again") from error
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing into a `DiskError` that names the folder; safetensors has an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"cannot write {what} to {folder}: {error}", hint="free some space and run again") from error
 
 
 def require_finite(weights: dict[str, Tensor] | nn.Module, *, what: str) -> None:

@@ -8,8 +8,7 @@ encoder's is its own pooled head. Answers to one prompt are read behind one copy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.scorer_files import ADAPTER_FOLDER, load_head, read_card, save_artefact
 from rlhf_cli.models.scorer_shell import head_of, head_parameters, load_shell, room_of
+from rlhf_cli.models.seeding import seeded
 from rlhf_cli.progress import warn
 
 
@@ -240,7 +240,7 @@ def new_scorer(
             f"`{source.path}` is a reward model kept as an adapter on {card.base}, which is no model to start from",
             hint="start from that base, or from a reward model that was trained with `adapter: none`",
         )
-    with _seeded(seed, source.device):
+    with seeded(seed, source.device):
         shell = load_shell(source, dtype=None if lora else torch.float32)
         head = head_of(shell.model, source.path)
         if not shell.has_head:
@@ -270,7 +270,7 @@ def load_scorer(source: ModelSource, *, template: str | None) -> Scorer:
     folder = Path(source.path)
     card = read_card(folder)
     if card is None:
-        shell = load_shell(source)
+        shell = load_shell(replace(source, quantise="none"))
         if not shell.has_head:
             raise ModelError(
                 f"`{source.path}` has no reward head",
@@ -278,7 +278,10 @@ def load_scorer(source: ModelSource, *, template: str | None) -> Scorer:
             )
         scorer = Scorer(shell.model, _format(source, template, shell.is_encoder), source, is_encoder=shell.is_encoder)
         return scorer.requires_grad_(False).eval()
-    base = replace(source.at(card.base_path(folder)), revision=card.base_revision) if card.adapter else source
+    if card.adapter:
+        base = replace(source.at(card.base_path(folder)), revision=card.base_revision)
+    else:
+        base = replace(source, quantise="none")  # no adapter, so none of its weights is under one
     shell = load_shell(base)
     scorer = Scorer(shell.model, _format(source, card.template, shell.is_encoder), base, is_encoder=shell.is_encoder)
     scorer.mean, scorer.std = card.mean, card.std
@@ -301,13 +304,6 @@ def save_scorer(scorer: Scorer, folder: Path, *, final: Path | None = None) -> N
         final: where the folder will be, if it is renamed afterwards; the adapter's base is named relative to it.
     """
     save_artefact(scorer, folder, final=final or folder)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _format(source: ModelSource, template: str | None, is_encoder: bool) -> PromptFormat:

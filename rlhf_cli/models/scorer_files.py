@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rlhf_cli.errors import DiskError, ModelError
+from rlhf_cli.errors import ModelError
 from rlhf_cli.models.adapters import adapter_state, save_adapter
-from rlhf_cli.models.saving import require_finite, save_model_folder
+from rlhf_cli.models.saving import require_finite, save_model_folder, writing
 from rlhf_cli.models.scorer_shell import head_parameters
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ADAPTER_FOLDER = "adapter"
 
 _FORMAT = 1
+_HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,19 @@ def save_artefact(scorer: Scorer, folder: Path, *, final: Path) -> None:
         hidden_size=scorer.head.in_features,
     )
     text = json.dumps({"format": _FORMAT} | asdict(card), indent=2, ensure_ascii=False)
-    try:
+    with writing("the reward model", folder):
         (folder / "reward.json").write_text(text + "\n", encoding="utf-8")
         if scorer.is_adapter:
             _save_adapter(scorer, folder, base)
         else:
             _save_classifier(scorer, folder)
-    except OSError as error:
-        raise DiskError(
-            f"cannot write the reward model to {folder}: {error}", hint="free some space, run again"
-        ) from error
 
 
 def _save_adapter(scorer: Scorer, folder: Path, base: str) -> None:
     head = _head_tensors(scorer)
     require_finite(head | adapter_state(scorer.model), what="the reward model")
     save_adapter(scorer.model, folder / ADAPTER_FOLDER, base=base)
-    save_file(head, folder / "head.safetensors")
+    save_file(head, folder / _HEAD)
     scorer.format.tokenizer.save_pretrained(str(folder))
 
 
@@ -139,9 +136,18 @@ def _head_tensors(scorer: Scorer) -> dict[str, torch.Tensor]:
     return {"weight": head.weight.detach().float().cpu().contiguous(), "bias": bias.detach().float().cpu().contiguous()}
 
 
+def load_reward_head(folder: Path, card: RewardCard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a decoder adapter's head in the scale of rewards: ((w h + b) - mean) / std."""
+    try:
+        head = load_file(folder / _HEAD)
+        return head["weight"].float() / card.std, (head["bias"].float() - card.mean) / card.std
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ModelError(f"cannot read {folder / _HEAD}: {error}", hint="run `rlhf train-rm` again") from error
+
+
 def load_head(scorer: Scorer, folder: Path) -> None:
     """Put the head of an adapter artefact in place; raises `ModelError` where it does not fit."""
-    path = folder / "head.safetensors"
+    path = folder / _HEAD
     try:
         tensors = load_file(path)
         with torch.no_grad():

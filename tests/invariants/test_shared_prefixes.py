@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.attention.hugging_face import implementation
-from rlhf_cli.models.actors import LoraShape, shared_actors
+from rlhf_cli.models.actors import ActorOptions, LoraShape, make_actors
 from rlhf_cli.models.adapters import add_lora
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_policy, recompute_activations
@@ -231,13 +231,8 @@ def test_rewards_and_their_gradients(name: str, lora, request: pytest.FixtureReq
 def test_a_reward_model_on_the_policys_backbone_takes_groups_too(tiny_llama: Path, tmp_path: Path):
     save_scorer(new_scorer(ModelSource(str(tiny_llama)), template=None, lora=LORA), tmp_path)
     source = ModelSource(str(tiny_llama), attention="torch")
-    _, reward = shared_actors(
-        source,
-        LoraShape(4, 8.0, "all-linear"),
-        reward_path=str(tmp_path),
-        template=None,
-        gradient_checkpointing=False,
-    )
+    options = ActorOptions(LoraShape(4, 8.0, "all-linear"))
+    reward = make_actors(source, options, reward_path=str(tmp_path), template=None).reward_model
     assert reward is not None
     assert reward.is_shared
     assert reward.scorer.reads_groups

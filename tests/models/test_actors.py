@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_cli.models.actors import LoraShape, separate_actors, shared_actors
+from rlhf_cli.models.actors import ActorOptions, LoraShape, make_actors
 from rlhf_cli.models.adapters import adapter_state
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.scorer import load_scorer, new_scorer, save_scorer
@@ -14,6 +14,14 @@ from rlhf_cli.rollout.logprobs import response_hidden
 SHAPE = LoraShape(4, 8.0, "all-linear")
 PROMPTS = ["What is bread?", "Why?", "The cat sat on the warm stone"]
 ANSWERS = ["Flour and water.", "Because air scatters light.", "and watched the river."]
+
+
+def actors(folder, reward=None, *, lora=SHAPE, source=None, **options):
+    """PPO's models on the model in `folder`."""
+    source = source or ModelSource(str(folder))
+    return make_actors(
+        source, ActorOptions(lora, **options), reward_path=None if reward is None else str(reward), template=None
+    )
 
 
 def reward_model(base, folder, **lora):
@@ -36,9 +44,7 @@ def test_shared_and_separate_reward_agree(name, request, tmp_path):
     base = request.getfixturevalue(name)
     folder = reward_model(base, tmp_path / "rm")
     alone = load_scorer(ModelSource(str(base)).at(str(folder)), template=None).score(PROMPTS, ANSWERS)
-    _, reward = shared_actors(
-        ModelSource(str(base)), SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False
-    )
+    reward = actors(base, folder).reward_model
     assert reward.is_shared
     assert reward.score(PROMPTS, ANSWERS) == pytest.approx(alone, abs=1e-5)
     assert len({round(score, 4) for score in alone}) == 3
@@ -46,8 +52,8 @@ def test_shared_and_separate_reward_agree(name, request, tmp_path):
 
 def test_the_critic_starts_as_the_reward_model(tiny_llama, tmp_path):
     folder = reward_model(tiny_llama, tmp_path / "rm")
-    source = ModelSource(str(tiny_llama))
-    roles, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False)
+    made = actors(tiny_llama, folder)
+    roles, reward = made.roles, made.reward_model
     ids = reward.scorer.format.pair_ids(PROMPTS[0], ANSWERS[0])
     # One token more than the answer, so that the last value is read at the answer's own last token.
     batch = SequenceBatch.of([ids[:4]], [[*ids[4:], 1]], roles.model.device)
@@ -58,8 +64,8 @@ def test_the_critic_starts_as_the_reward_model(tiny_llama, tmp_path):
 
 def test_training_the_critic_leaves_the_reward_alone(tiny_llama, tmp_path):
     folder = reward_model(tiny_llama, tmp_path / "rm")
-    source = ModelSource(str(tiny_llama))
-    roles, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False)
+    made = actors(tiny_llama, folder)
+    roles, reward = made.roles, made.reward_model
     before = reward.score(PROMPTS, ANSWERS)
     with torch.no_grad():
         for parameter in [*roles.policy_parameters(), *roles.critic_parameters()]:
@@ -75,27 +81,24 @@ def adapter_parameters(roles, name):
 
 def test_a_reward_model_on_another_base_is_loaded_apart(tiny_llama, tiny_gpt2, tmp_path):
     folder = reward_model(tiny_gpt2, tmp_path / "rm")
-    source = ModelSource(str(tiny_llama))
-    _, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False)
+    reward = actors(tiny_llama, folder).reward_model
     assert not reward.is_shared
     alone = load_scorer(ModelSource(str(folder)), template=None).score(PROMPTS, ANSWERS)
     assert reward.score(PROMPTS, ANSWERS) == alone
 
 
-@pytest.mark.parametrize("make", [shared_actors, separate_actors])
-def test_gradient_checkpointing_recomputes_and_changes_nothing(make, tiny_llama):
-    arguments = (ModelSource(str(tiny_llama)), *((SHAPE,) if make is shared_actors else ()))
+@pytest.mark.parametrize("lora", [SHAPE, None], ids=["adapters", "full"])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(lora, tiny_llama):
     gradients = []
     for recompute in (False, True):
-        torch.manual_seed(0)
-        roles, _ = make(*arguments, reward_path=None, template=None, gradient_checkpointing=recompute)
+        roles = actors(tiny_llama, lora=lora, gradient_checkpointing=recompute).roles
         torch.nn.init.ones_(roles.value_head.weight)
         batch = SequenceBatch.of([[5, 6, 7]], [[8, 9, 10]], torch.device("cpu"))
         for role in (roles.policy, roles.critic):
             calls = []
             with role() as model:
-                hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-            with role() as model:
+                layer = model.get_decoder().layers[0].mlp
+                hook = layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
                 response_hidden(model, batch).float().pow(2).sum().backward()
             assert len(calls) == (2 if recompute else 1)
             hook.remove()
@@ -108,9 +111,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(make, tiny_llama)
 
 def test_the_artefact_keeps_the_head_it_was_given(tiny_llama, tmp_path):
     folder = reward_model(tiny_llama, tmp_path / "rm")
-    roles, _ = shared_actors(
-        ModelSource(str(tiny_llama)), SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=False
-    )
+    roles = actors(tiny_llama, folder).roles
     head = load_file(folder / "head.safetensors")
     torch.testing.assert_close(roles.value_head.weight.detach(), head["weight"] / 2.0)
     torch.testing.assert_close(roles.value_head.bias.detach(), (head["bias"] - 0.4) / 2.0)
@@ -118,7 +119,7 @@ def test_the_artefact_keeps_the_head_it_was_given(tiny_llama, tmp_path):
 
 def test_a_full_reference_is_the_policy_to_the_bit_in_bfloat16_too(tiny_llama):
     source = ModelSource(str(tiny_llama), dtype=torch.bfloat16, precision=torch.bfloat16)
-    roles, _ = separate_actors(source, reward_path=None, template=None, gradient_checkpointing=False)
+    roles = actors(tiny_llama, lora=None, source=source).roles
     batch = SequenceBatch.of([[5, 6, 7]], [[8, 9, 10]], torch.device("cpu"))
     seen = []
     for role in (roles.policy, roles.reference):
@@ -129,8 +130,8 @@ def test_a_full_reference_is_the_policy_to_the_bit_in_bfloat16_too(tiny_llama):
 
 def test_dropout_of_the_reward_model_s_training_stays_behind(tiny_llama, tmp_path):
     folder = reward_model(tiny_llama, tmp_path / "rm", dropout=0.5)
-    source = ModelSource(str(tiny_llama))
-    roles, reward = shared_actors(source, SHAPE, reward_path=str(folder), template=None, gradient_checkpointing=True)
+    made = actors(tiny_llama, folder, gradient_checkpointing=True)
+    roles, reward = made.roles, made.reward_model
     assert roles.model.training  # recomputing activations needs it, and it would switch dropout on
     assert reward.score(PROMPTS, ANSWERS) == reward.score(PROMPTS, ANSWERS)
 

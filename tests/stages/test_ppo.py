@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_cli.models.actors import LoraShape, shared_actors
+from rlhf_cli.models.actors import ActorOptions, LoraShape, make_actors
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.models.roles import SeparateModels
 from rlhf_cli.models.scorer import new_scorer, save_scorer
 from rlhf_cli.recipe.schema import PPOSettings
 from rlhf_cli.stages.ppo import _save
@@ -39,11 +38,8 @@ def metrics_of(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_the_saved_policy_is_the_trained_one(adapter, tiny_gpt2, tmp_path):
     source = ModelSource(str(tiny_gpt2))
-    if adapter == "lora":
-        lora = LoraShape(4, 8.0, "all-linear")
-        roles, _ = shared_actors(source, lora, reward_path=None, template=None, gradient_checkpointing=False)
-    else:
-        roles = SeparateModels(*(load_policy(source, dtype=torch.float32) for _ in range(3)))
+    lora = LoraShape(4, 8.0, "all-linear") if adapter == "lora" else None
+    roles = make_actors(source, ActorOptions(lora), reward_path=None, template=None).roles
     with torch.no_grad():
         for parameter in roles.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -1,0 +1,35 @@
+"""Trained adapters into the weights they were trained on, read again from disk.
+
+The model that trained may hold its frozen weights in bfloat16, or in 4 bits: the sum is taken in float32 with the
+weights as they are on disk, and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_cli.models.adapters import add_lora, load_adapter_state, merge_lora
+from rlhf_cli.models.loading import ModelSource, load_policy
+
+
+def merged_policy(
+    source: ModelSource, state: Mapping[str, Tensor], *, rank: int, alpha: float, target_modules: str | list[str]
+) -> PreTrainedModel:
+    """The language model at `source` with an adapter merged into it, in float32.
+
+    Args:
+        source: the base.
+        state: the adapter's weights, by keys of `adapter_state`.
+        rank, alpha, target_modules: of the adapter.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+    """
+    model = load_policy(source.in_full())
+    add_lora(model, rank=rank, alpha=alpha, target_modules=target_modules)
+    load_adapter_state(model, dict(state))
+    merge_lora(model)
+    return model
