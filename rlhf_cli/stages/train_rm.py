@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
+from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, task, warn
 from rlhf_cli.stages.common import model_source, prompt_format, prompt_room, prompt_template
+from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.records import Ranking
+    from rlhf_cli.data.records import Prompt, Ranking
     from rlhf_cli.data.sources import LoadedRecords
+    from rlhf_cli.evaluation.answers import Policy, Sampling
     from rlhf_cli.evaluation.ranking import RankingReport
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.models.scorer import Scorer
@@ -57,6 +61,7 @@ def run(context: StageContext) -> StageOutcome:
     options = RewardOptions(
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(RewardOptions)}
     )
+    processes = Processes(source.device)
     trainer = RewardTrainer(
         scorer,
         [groups[id(ranking)] for ranking in train],
@@ -65,12 +70,15 @@ def run(context: StageContext) -> StageOutcome:
         work=context.work,
         metrics=context.work / "metrics.jsonl",
         stop=context.stop,
+        processes=processes,
     )
     tally = trainer.train()
     del trainer
-    report, train_accuracy = _report(context, scorer, train, held_out)
+    report, train_accuracy = _report(context, scorer, train, held_out, processes)
     if settings.normalise:
-        _normalise(context, scorer, source, train)
+        _normalise(context, scorer, source, train, processes)
+    if not processes.is_main:
+        return StageOutcome()
     save_scorer(scorer, context.output)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
@@ -127,28 +135,39 @@ def _fitting(
     return kept, groups
 
 
-def _scores(scorer: Scorer, rankings: Sequence[Ranking], label: str) -> list[list[float]]:
+def _scores(scorer: Scorer, rankings: Sequence[Ranking], label: str, processes: Processes) -> list[list[float]]:
     """Rewards of all answers, one list a ranking."""
-    prompts = [ranking.prompt for ranking in rankings for _ in ranking.completions]
-    completions = [completion for ranking in rankings for completion in ranking.completions]
-    with task(label, len(prompts), "answers") as bar:
-        flat = iter(scorer.score(prompts, completions, progress=bar.advance))
-    return [[next(flat) for _ in ranking.completions] for ranking in rankings]
+
+    def score(own: list[Ranking]) -> list[list[float]]:
+        prompts = [ranking.prompt for ranking in own for _ in ranking.completions]
+        completions = [completion for ranking in own for completion in ranking.completions]
+        with task(label, len(prompts), "answers") as bar:
+            flat = iter(scorer.score(prompts, completions, progress=bar.advance))
+        return [[next(flat) for _ in ranking.completions] for ranking in own]
+
+    return divide(processes, rankings, score)
 
 
 def _report(
-    context: StageContext, scorer: Scorer, train: Sequence[Ranking], held_out: Sequence[Ranking]
+    context: StageContext,
+    scorer: Scorer,
+    train: Sequence[Ranking],
+    held_out: Sequence[Ranking],
+    processes: Processes,
 ) -> tuple[RankingReport, float]:
     """Agreement with the held-out rankings, and accuracy on some that were trained on."""
     from rlhf_cli.evaluation.ranking import accuracy, ranking_report
 
     seed = context.recipe.seed
     checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
-    report = ranking_report(held_out, _scores(scorer, held_out, "scoring held-out rankings"), seed=seed)
-    return report, accuracy(checked, _scores(scorer, checked, "scoring training rankings"))
+    scores = _scores(scorer, held_out, "scoring held-out rankings", processes)
+    report = ranking_report(held_out, scores, seed=seed)
+    return report, accuracy(checked, _scores(scorer, checked, "scoring training rankings", processes))
 
 
-def _normalise(context: StageContext, scorer: Scorer, source: ModelSource, train: Sequence[Ranking]) -> None:
+def _normalise(
+    context: StageContext, scorer: Scorer, source: ModelSource, train: Sequence[Ranking], processes: Processes
+) -> None:
     """Fix mean and deviation of rewards over answers of the SFT model to training prompts.
 
     Labelled answers are the SFT model's own where `label` sampled them. Imported ones are not: then the model that the
@@ -158,9 +177,9 @@ def _normalise(context: StageContext, scorer: Scorer, source: ModelSource, train
     from statistics import fmean, pstdev
 
     chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS_CHECKED))
-    sampled = None if _labels_are_sampled(context) else _sft_answers(context, scorer, source, chosen)
+    sampled = None if _labels_are_sampled(context) else _sft_answers(context, scorer, source, chosen, processes)
     if sampled is None:
-        raw = [reward for rewards in _scores(scorer, chosen, "normalising rewards") for reward in rewards]
+        raw = [reward for rewards in _scores(scorer, chosen, "normalising rewards", processes) for reward in rewards]
     else:
         raw = scorer.score([ranking.prompt for ranking in chosen[: len(sampled)]], sampled)
     # Answers that are all alike have no spread to scale by.
@@ -176,7 +195,7 @@ def _labels_are_sampled(context: StageContext) -> bool:
 
 
 def _sft_answers(
-    context: StageContext, scorer: Scorer, source: ModelSource, rankings: list[Ranking]
+    context: StageContext, scorer: Scorer, source: ModelSource, rankings: list[Ranking], processes: Processes
 ) -> list[str] | None:
     """Answers to the first prompts of `rankings`, which is put in a usable order; None if the base cannot write."""
     from rlhf_cli.evaluation.answers import Policy, Sampling, free_memory
@@ -196,13 +215,19 @@ def _sft_answers(
     if not rankings:
         return None
     policy = Policy.load(source, format)
-    prompts = [ranking.prompt for ranking in rankings]
-    answers = policy.answer(
-        prompts, [0] * len(prompts), sampling, seed=context.recipe.seed, label="answers to normalise rewards"
+    texts = divide(
+        processes,
+        [ranking.prompt for ranking in rankings],
+        partial(_answer, policy, sampling=sampling, seed=context.recipe.seed),
     )
     del policy
     free_memory()
-    return [answer.text for answer in answers]
+    return texts
+
+
+def _answer(policy: Policy, prompts: list[Prompt], *, sampling: Sampling, seed: int) -> list[str]:
+    label = "answers to normalise rewards"
+    return [answer.text for answer in policy.answer(prompts, [0] * len(prompts), sampling, seed=seed, label=label)]
 
 
 def _metrics(report: RankingReport, train_accuracy: float, scorer: Scorer) -> dict[str, float]:

@@ -8,31 +8,32 @@ optimiser and random state, and a killed run ends with the weights of an uninter
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf_cli import progress
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.scorer import Scorer
 from rlhf_cli.objectives.ranking import pairs_of, pairwise_ranking_loss, plackett_luce_loss
+from rlhf_cli.processes import Processes
 from rlhf_cli.training.checkpoints import (
     latest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
-    restore_rng,
     rng_tensors,
     save_checkpoint,
 )
 from rlhf_cli.training.control import BAD_STEPS_IN_A_ROW, Stop
 from rlhf_cli.training.metrics import MetricsLog
+from rlhf_cli.training.randomness import SEED_STRIDE
 from rlhf_cli.training.reward_data import Batches, RankedGroup, micro_batches
 from rlhf_cli.training.schedules import Schedule, rate_factor
+from rlhf_cli.training.together import Log, SharedStop, metrics_log, restore_generators
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class RewardTrainer:
         work: folder for checkpoints.
         metrics: file for metrics.
         stop: asked after every step.
+        processes: those of the run, all of which train the same; None finds them in the environment.
+        log: makes the metrics log, from the arguments of `MetricsLog`.
     """
 
     def __init__(
@@ -102,6 +105,8 @@ class RewardTrainer:
         work: Path,
         metrics: Path,
         stop: Stop,
+        processes: Processes | None = None,
+        log: Callable[..., Log] = MetricsLog,
     ) -> None:
         self.scorer, self.options, self.tally = scorer, options, Tally()
         self.batches = Batches(len(groups), options.batch_size, options.epochs, seed)
@@ -109,8 +114,9 @@ class RewardTrainer:
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        self._groups, self._seed, self._work, self._metrics_path, self._stop = groups, seed, work, metrics, stop
-        self._accelerator = Accelerator()
+        self._groups, self._seed, self._work, self._metrics_path, self._make_log = groups, seed, work, metrics, log
+        self._processes = processes or Processes(scorer.device)
+        self._stop = SharedStop(stop, self._processes)
 
     def train(self) -> Tally:
         """Run all steps, from the newest whole checkpoint if there is one.
@@ -121,7 +127,7 @@ class RewardTrainer:
         """
         step = self._begin()
         self.scorer.train()
-        log = MetricsLog(self._metrics_path, after_step=step)
+        log = metrics_log(self._metrics_path, self._processes, after_step=step, make=self._make_log)
         with progress.task("reward model", self.batches.steps, "steps", done=step) as bar:
             while step < self.batches.steps:
                 metrics = self.step(step)
@@ -129,7 +135,7 @@ class RewardTrainer:
                 if self.tally.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
                     step = self._roll_back(step)
                     log.close()
-                    log = MetricsLog(self._metrics_path, after_step=step)
+                    log = metrics_log(self._metrics_path, self._processes, after_step=step, make=self._make_log)
                     continue
                 log.write(step, metrics)
                 bar.advance(note=f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}")
@@ -164,11 +170,12 @@ class RewardTrainer:
         }
 
     def accumulate(self, chosen: Sequence[int]) -> StepSums:
-        """Gradient of the mean loss of these groups, into the trained weights, a micro-batch at a time."""
+        """Gradient of the mean loss of these groups, into the trained weights, a micro-batch at a time.
+
+        Each process passes its share of the micro-batches, which may be none; all end with the same gradient and sums.
+        """
         sums = StepSums()
-        parts = micro_batches(self._groups, chosen, self.options.micro_batch_size)
-        mine = parts[self._accelerator.process_index :: self._accelerator.num_processes]
-        for numbers in mine:
+        for numbers in self._processes.mine(micro_batches(self._groups, chosen, self.options.micro_batch_size)):
             losses = self._losses([self._groups[number] for number in numbers], sums)
             (losses.sum() / len(chosen)).backward()
             sums.loss += float(losses.detach().sum())
@@ -189,15 +196,15 @@ class RewardTrainer:
         return pairwise_ranking_loss(rewards, levels, members, margins if self.options.use_margin else None)
 
     def _across_processes(self, sums: StepSums) -> StepSums:
-        if self._accelerator.num_processes == 1:
+        if self._processes.count == 1:
             return sums
         for weight in self.trained.values():
-            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.grad = self._accelerator.reduce(grad, "sum")  # pyright: ignore[reportAttributeAccessIssue]
-        names = list(asdict(sums))
-        values = torch.tensor([getattr(sums, name) for name in names], dtype=torch.float64, device=self.scorer.device)
-        total: Any = self._accelerator.reduce(values, "sum")
-        return StepSums(**dict(zip(names, total.tolist(), strict=True)))
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        self._processes.add([weight.grad for weight in self.trained.values() if weight.grad is not None])
+        values = torch.tensor(list(asdict(sums).values()), dtype=torch.float64)
+        self._processes.add([values])
+        return StepSums(**dict(zip(asdict(sums), values.tolist(), strict=True)))
 
     def _set_learning_rate(self, step: int) -> float:
         options = self.options
@@ -214,9 +221,9 @@ class RewardTrainer:
         return is_sound or step == self.batches.steps
 
     def _begin(self) -> int:
-        checkpoint = latest_checkpoint(self._work)
+        checkpoint = latest_checkpoint(self._work, processes=self._processes)
         if checkpoint is None:
-            torch.manual_seed(self._seed)
+            torch.manual_seed(self._seed + SEED_STRIDE * self._processes.index)
             self._save(0)  # what a divergence in the first steps goes back to
             return 0
         self._restore(checkpoint.tensors)
@@ -226,7 +233,7 @@ class RewardTrainer:
         return checkpoint.step
 
     def _roll_back(self, step: int) -> int:
-        checkpoint = None if self.tally.rolled_back else latest_checkpoint(self._work)
+        checkpoint = None if self.tally.rolled_back else latest_checkpoint(self._work, processes=self._processes)
         if checkpoint is None:
             raise DivergedError(
                 f"the reward model diverged at step {step} of {self.batches.steps}: losses or gradients are not finite",
@@ -242,15 +249,15 @@ class RewardTrainer:
 
     def _save(self, step: int) -> None:
         weights = {f"weight/{name}": weight for name, weight in self.trained.items()}
-        tensors = weights | optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()
-        save_checkpoint(self._work, step, tensors, {"tally": asdict(self.tally)})
+        tensors = weights | optimizer_tensors(self.optimizer, "optimizer") | rng_tensors(self._processes)
+        save_checkpoint(self._work, step, tensors, {"tally": asdict(self.tally)}, processes=self._processes)
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         for name, weight in self.trained.items():
             weight.copy_(tensors[f"weight/{name}"])
         restore_optimizer(self.optimizer, tensors, "optimizer")
-        restore_rng(tensors)
+        restore_generators(tensors, self._processes, self._seed)
 
 
 def _count(sums: StepSums, rewards: Tensor, levels: Tensor, members: Tensor) -> None:
