@@ -1,0 +1,52 @@
+"""docs/rewards.md: its recipe is one, its function scores, its server answers our requests."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from rlhf_cli.recipe.ppo import PPOSettings
+from rlhf_cli.rewards.functions import load_scoring_function
+from rlhf_cli.rewards.http import HTTPReward
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_the_recipe_is_one():
+    (block,) = blocks("yaml")
+    settings = PPOSettings.model_validate(YAML(typ="safe").load(block)["ppo"])
+    assert [bool(entry.function or entry.model or entry.url) for entry in settings.rewards] == [True] * 3
+
+
+def test_the_function_scores(tmp_path):
+    (tmp_path / "brevity.py").write_text(blocks("python")[0])
+    assert load_scoring_function(f"{tmp_path}/brevity.py:score").score(["p", "q"], ["one two", ""]) == [-0.02, 0.0]
+
+
+def test_the_server_is_sent_and_answers_what_the_page_says(tmp_path):
+    namespace: dict = {"__name__": "server"}
+    exec(compile(blocks("python")[1], "server.py", "exec"), namespace)
+    seen = []
+    inner = namespace["rewards"]
+    namespace["rewards"] = lambda prompts, completions: (
+        seen.append((prompts, completions)) or inner(prompts, completions)
+    )
+    namespace["Handler"].log_message = lambda *arguments: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), namespace["Handler"]) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        reward = HTTPReward(f"http://127.0.0.1:{server.server_port}/score", retries=0)
+        assert reward.score(["p", "q"], ["x" * 80, ""]) == [0.0, -1.0]
+        server.shutdown()
+    assert seen == [(["p", "q"], ["x" * 80, ""])]
+    request, answer = map(json.loads, blocks("json"))
+    assert request.keys() == {"version", "prompts", "completions"}
+    assert len(request["prompts"]) == len(request["completions"]) == len(answer["rewards"])
