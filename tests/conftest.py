@@ -170,6 +170,77 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BART of hidden size 32 (learned positions, dropout 0.1, a bias on its logits, a forced end token)."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    tokenizer = _word_tokenizer("t5")
+    torch.manual_seed(4)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=256,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+    model = BartForConditionalGeneration(config)
+    model.final_logits_bias.normal_()
+    return _save(model, tokenizer, tmp_path_factory.mktemp("models") / "tiny-bart")
+
+
+def _tiny_decoder(name: str, config, folder: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = byte_level_tokenizer()
+    torch.manual_seed(len(name))
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256, "eos_token_id": tokenizer.eos_token_id}
+    return _save(AutoModelForCausalLM.from_config(config(**sizes)), tokenizer, folder / f"tiny-{name}")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 of hidden size 32 (biases in its attention, an output matrix of its own)."""
+    from transformers import Qwen2Config
+
+    def config(**sizes):
+        return Qwen2Config(**sizes, num_key_value_heads=2, attention_dropout=0.1)
+
+    return _tiny_decoder("qwen2", config, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of hidden size 32 (norms on queries and keys, heads wider than its share, tied embeddings)."""
+    from transformers import Qwen3Config
+
+    def config(**sizes):
+        return Qwen3Config(**sizes, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, attention_dropout=0.1)
+
+    return _tiny_decoder("qwen3", config, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-NeoX of hidden size 32 (one matrix for query, key and value, parallel residuals, dropout 0.1)."""
+    from transformers import GPTNeoXConfig
+
+    def config(**sizes):
+        return GPTNeoXConfig(**sizes, hidden_dropout=0.1, attention_dropout=0.1)
+
+    return _tiny_decoder("neox", config, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT encoder of hidden size 32 with [CLS] a [SEP] b [SEP] pairs; it can only be a reward model."""
     from transformers import BertConfig, BertModel

@@ -1,0 +1,154 @@
+"""Every family of policies goes through PPO's passes, adapted and in full, and comes out as its own tools read it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from rlhf_cli.models.actors import ActorOptions, LoraShape, make_actors
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.models.roles import Roles, SharedBackbone
+from rlhf_cli.recipe.ppo import PPOSettings
+from rlhf_cli.rollout import sampling
+from rlhf_cli.rollout.batch import SequenceBatch
+from rlhf_cli.rollout.experience import Answers, Engine
+from rlhf_cli.rollout.logprobs import check_projection, response_hidden
+from rlhf_cli.stages.ppo import _save
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "neox", "t5", "bart")
+TEXTS = ["x", "The cat sat", "Please tell me how bread is baked", "Why is the sky blue?", "so"]
+SHAPE = LoraShape(4, 8.0, "all-linear")
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture(params=["lora", "none"])
+def roles(request: pytest.FixtureRequest, folder: Path) -> Roles:
+    options = ActorOptions(SHAPE if request.param == "lora" else None)
+    made = make_actors(ModelSource(str(folder)), options, reward_path=None, template=None).roles
+    torch.manual_seed(2)
+    torch.nn.init.normal_(made.value_head.weight)
+    return made
+
+
+def engine(roles: Roles, size: int = 8) -> Engine:
+    return Engine(roles, autocast=nullcontext, micro_batch_size=size, temperature=1.0)
+
+
+def answers(roles: Roles, folder: Path, *, length: int = 5) -> tuple[Answers, torch.Tensor]:
+    """Answers to prompts of uneven length, sampled in one batch, with the log-probability each token was drawn at."""
+    tokenizer = load_tokenizer(ModelSource(str(folder)))
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    drawn: list[torch.Tensor] = []
+    plain = sampling.draw
+
+    def watched(logits: torch.Tensor, uniforms: torch.Tensor, **arguments: float) -> torch.Tensor:
+        tokens = plain(logits, uniforms, **arguments)
+        drawn.append(logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1))[:, 0])
+        return tokens
+
+    with pytest.MonkeyPatch.context() as patch, roles.policy() as model:
+        patch.setattr(sampling, "draw", watched)
+        samples = sampling.sample(
+            model, prompts, range(len(prompts)), max_new_tokens=length, temperature=1.0, eos_ids=set()
+        )
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found = torch.zeros(len(prompts), length)
+    found[order] = torch.stack(drawn, dim=1)
+    ids = [sample.ids for sample in samples]
+    return Answers(TEXTS, prompts, ids, TEXTS, [False] * len(TEXTS), torch.zeros(len(TEXTS))), found
+
+
+def test_the_first_step_is_at_kl_0_and_ratio_1(roles: Roles, folder: Path):
+    """Dropout (4) and positions (6): policy, reference and sampler agree, however answers share a batch."""
+    given, drawn_at = answers(roles, folder)
+    before = engine(roles).passes(given)
+    torch.testing.assert_close(before.reference_logprobs, before.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(drawn_at, before.logprobs, atol=1e-5, rtol=0)
+    for rows in ([4, 0], [1, 2, 3]):
+        part = engine(roles, 3)
+        with roles.policy() as model, torch.no_grad():
+            model.train()
+            now = part.logprobs(model, part.batch(given, rows)).logprobs
+            model.eval()
+        torch.testing.assert_close(now, before.logprobs[rows], atol=1e-5, rtol=0)
+        with roles.critic() as model, torch.no_grad():
+            values = part.values(model, part.batch(given, rows))
+        torch.testing.assert_close(values, before.values[rows], atol=1e-4, rtol=1e-4)
+    assert before.values.std() > 1e-2
+
+
+def test_gradients_reach_what_trains_and_nothing_else(roles: Roles, folder: Path):
+    given, _ = answers(roles, folder)
+    passes = engine(roles)
+    batch = passes.batch(given, range(len(TEXTS)))
+    perturb(roles)  # while B = 0, A has no gradient
+    with roles.policy() as model:
+        passes.logprobs(model, batch).logprobs.sum().backward()
+    # The bias of keys cancels in the softmax.
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in roles.policy_parameters())
+    assert sum(bool(p.grad.any()) for p in roles.policy_parameters()) >= 0.8 * len(roles.policy_parameters())
+    assert not any(p.grad is not None for p in roles.critic_parameters())
+    with roles.critic() as model:
+        passes.values(model, batch).sum().backward()
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in roles.critic_parameters()) >= 0.8 * len(
+        roles.critic_parameters()
+    )
+    with roles.reference() as reference:
+        trained = {id(parameter) for parameter in [*roles.policy_parameters(), *roles.critic_parameters()]}
+        assert not any(p.grad is not None for p in reference.parameters() if id(p) not in trained)
+
+
+def perturb(roles: Roles) -> None:
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for parameter in [*roles.policy_parameters(), *roles.critic_parameters()]:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(5, 17).reshape(2, 6)
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(roles: Roles, folder: Path, tmp_path: Path):
+    """Keys that from_pretrained reads, with the value head beside them (22)."""
+    perturb(roles)
+    is_lora = isinstance(roles, SharedBackbone)
+    settings = {"adapter": "lora", "lora": {"rank": 4, "alpha": 8.0}} if is_lora else {"adapter": "none"}
+    _save(tmp_path, roles, ModelSource(str(folder)), PPOSettings.model_validate(settings))
+    kind = AutoModelForSeq2SeqLM if folder.name in ("tiny-t5", "tiny-bart") else AutoModelForCausalLM
+    with roles.policy() as model:
+        expected = logits(model)
+        embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+        is_tied = embeddings.weight is output.weight
+    read = kind.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(read.eval()), expected, atol=1e-5, rtol=1e-4)
+    assert (read.get_input_embeddings().weight is read.get_output_embeddings().weight) == is_tied
+    with roles.reference() as model:
+        assert (logits(model) - expected).abs().max() > 1e-3
+
+    start = getattr(read.config, "decoder_start_token_id", None)
+    batch = SequenceBatch.of([[5, 6], [7]], [[8, 9, 10], [11]], torch.device("cpu"), decoder_start=start)
+    with roles.critic() as model, torch.no_grad():
+        expected = response_hidden(model, batch)
+    if is_lora:
+        critic = PeftModel.from_pretrained(kind.from_pretrained(folder), tmp_path / "critic").get_base_model()
+    else:
+        critic = AutoModel.from_pretrained(tmp_path / "critic")
+    with torch.no_grad():
+        torch.testing.assert_close(response_hidden(critic.eval(), batch), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_its_logits_are_the_ones_we_compute(folder: Path):
+    check_projection(load_policy(ModelSource(str(folder))), folder.name)
