@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from rlhf_cli.errors import DiskError
+from rlhf_cli.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,44 @@ class Progress(Protocol):
 
 
 class AnswerFile:
-    """A growing `samples.jsonl`, one line an answer.
+    """A growing `samples.jsonl`, one line an answer; of several processes each has its own (`samples-1.jsonl`, ...).
 
     Args:
-        path: the file; what a killed run left of it is kept, up to the last whole chunk.
-        chunks: the numbers of the prompts in each chunk, in the order they are sampled.
+        path: rank 0's file; what killed runs left, of any number of processes, is kept up to the last whole chunk.
+        chunks: the numbers of the prompts in each chunk, in the order they are sampled; a prompt is in one of them.
         per_prompt: answers to each prompt (K).
+        processes: those of the run, which share the chunks that are missing.
     """
 
-    def __init__(self, path: Path, chunks: Sequence[Sequence[int]], per_prompt: int) -> None:
-        self._path, self._chunks, self._per_prompt = path, chunks, per_prompt
-        self._done, size = self._whole_chunks()
-        with path.open("ab") as file:
-            file.truncate(size)
+    def __init__(
+        self, path: Path, chunks: Sequence[Sequence[int]], per_prompt: int, processes: Processes | None = None
+    ) -> None:
+        self._folder, self._name, self._per_prompt = path.parent, path.stem, per_prompt
+        self._processes = processes or Processes()
+        self._chunks = {chunk[0]: chunk for chunk in chunks}
+        done: list[int] | None = None
+        if self._processes.is_main:  # it alone cuts files off, before any process writes on
+            found = {file: self._scan(file) for file in self._files()}
+            for file, (_, size) in found.items():
+                with file.open("ab") as opened:
+                    opened.truncate(size)
+            done = [first for firsts, _ in found.values() for first in firsts]
+        self._done = set(self._processes.collect(done)[0])
+        missing = [chunk for first, chunk in self._chunks.items() if first not in self._done]
+        self._mine = self._processes.mine(missing)
 
     @property
     def done(self) -> int:
         """Answers that are there already."""
-        return self._per_prompt * sum(len(chunk) for chunk in self._chunks[: self._done])
+        return self._per_prompt * sum(len(self._chunks[first]) for first in self._done)
+
+    @property
+    def left(self) -> int:
+        """Answers that this process is to add."""
+        return self._per_prompt * sum(len(chunk) for chunk in self._mine if chunk[0] not in self._done)
 
     def fill(self, sample: Callable[[Sequence[int]], list[Answer]], before_chunk: Callable[[], object]) -> None:
-        """Sample the chunks that are missing; each is on disk before the next begins.
+        """Sample the chunks that are missing; each is on disk before the next begins. Returns when all processes have.
 
         Args:
             sample: K answers to each of the prompts of these numbers.
@@ -66,47 +84,55 @@ class AnswerFile:
         Raises:
             DiskError: the disk is full; the chunks before are kept.
         """
-        for chunk in self._chunks[self._done :]:
+        own = self._path(self._processes.index)
+        own.touch()
+        for chunk in self._mine:
             before_chunk()
             answers = sample(chunk)
             lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers).encode()
             try:
-                with self._path.open("ab") as file:
+                with own.open("ab") as file:
                     file.write(lines)
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
                 raise DiskError(
-                    f"cannot write {len(lines):,} bytes to {self._path}: {error.strerror or error}",
+                    f"cannot write {len(lines):,} bytes to {own}: {error.strerror or error}",
                     hint="free some space and run the same command again; answers sampled before are kept",
                 ) from error
-        self._done = len(self._chunks)
+        self._processes.wait()
+        self._done = set(self._chunks)
 
     def read(self) -> list[list[Answer]]:
         """All answers: one list of K a prompt, in the order of the prompts."""
         answers: dict[int, list[Answer]] = {}
-        for answer in self._lines():
-            answers.setdefault(answer.prompt, []).append(answer)
+        for path in self._files():
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    answer = Answer(**json.loads(line))
+                    answers.setdefault(answer.prompt, []).append(answer)
         return [answers[number] for number in sorted(answers)]
 
-    def _lines(self) -> Iterator[Answer]:
-        with self._path.open(encoding="utf-8") as file:
-            for line in file:
-                yield Answer(**json.loads(line))
+    def _path(self, process: int) -> Path:
+        return self._folder / (f"{self._name}-{process}.jsonl" if process else f"{self._name}.jsonl")
 
-    def _whole_chunks(self) -> tuple[int, int]:
-        """Chunks that are whole on disk, and the bytes they take. A kill, or a dying disk, can leave half a line."""
-        if not self._path.exists():
-            return 0, 0
-        lines = self._path.read_bytes().split(b"\n")[:-1]
-        done = size = first = 0
-        for chunk in self._chunks:
-            expected = [number for number in chunk for _ in range(self._per_prompt)]
-            written = lines[first : first + len(expected)]
-            if [_prompt_of(line) for line in written] != expected:
+    def _files(self) -> list[Path]:
+        return [*self._folder.glob(f"{self._name}.jsonl"), *sorted(self._folder.glob(f"{self._name}-*.jsonl"))]
+
+    def _scan(self, path: Path) -> tuple[list[int], int]:
+        """Whole chunks of a file, by their first prompt, and the bytes they take. A kill can leave half a line."""
+        lines = path.read_bytes().split(b"\n")[:-1]
+        prompts = [_prompt_of(line) for line in lines]
+        done: list[int] = []
+        size = place = 0
+        while place < len(lines):
+            chunk = self._chunks.get(-1 if prompts[place] is None else prompts[place])
+            expected = [number for number in chunk or () for _ in range(self._per_prompt)]
+            if not expected or prompts[place : place + len(expected)] != expected:
                 break
-            done, first = done + 1, first + len(expected)
-            size += sum(len(line) + 1 for line in written)
+            done.append(expected[0])
+            size += sum(len(line) + 1 for line in lines[place : place + len(expected)])
+            place += len(expected)
         return done, size
 
 

@@ -6,13 +6,16 @@ import dataclasses
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
+from rlhf_cli.processes import Processes
 from rlhf_cli.progress import console, say, task, warn
 from rlhf_cli.stages.common import model_source, prompt_format, prompt_room, prompt_template
+from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_cli.data.templates import PromptFormat
     from rlhf_cli.evaluation.answers import Answer, Policy, Sampling
     from rlhf_cli.evaluation.compare import Comparison
+    from rlhf_cli.models.scorer import Scorer
     from rlhf_cli.recipe.schema import EvaluateSettings
 
 _WIDEST = 100
@@ -37,10 +41,14 @@ def run(context: StageContext) -> StageOutcome:
     prompts, loaded = _prompts(context, settings)
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
-    ppo, sft, distances = _answers(context, repeated, numbers, sampling)
+    processes = Processes(model_source(recipe, context.inputs["sft"]).device)
+    ppo, sft, distances = _answers(context, repeated, numbers, sampling, processes)
+    reward = _rewarded(context, repeated, sft, ppo, processes=processes)
+    if not processes.is_main:
+        return StageOutcome()
     shown = _shown_rows(len(repeated), settings)
     base = _base_answers(context, [repeated[row] for row in shown], [numbers[row] for row in shown], sampling)
-    gold, reward = _judged(context, settings, repeated, sft, ppo), _rewarded(context, repeated, sft, ppo)
+    gold = _judged(context, settings, repeated, sft, ppo)
     comparisons = _comparisons(repeated, sft, ppo, distances, gold, reward)
     if base is not None:
         own = [repeated[row] for row in shown]
@@ -114,22 +122,29 @@ def _load(context: StageContext, name: str) -> Policy:
 
 
 def _answers(
-    context: StageContext, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling
+    context: StageContext,
+    prompts: Sequence[Prompt],
+    numbers: Sequence[int],
+    sampling: Sampling,
+    processes: Processes,
 ) -> tuple[list[Answer], list[Answer], list[float] | None]:
     """Answers of PPO and of SFT, drawn with the same random numbers, and log pi_ppo - log pi_sft of each PPO answer."""
     from rlhf_cli.evaluation.answers import free_memory
 
     seed = context.recipe.seed
-    arguments = {"temperature": sampling.temperature, "batch_size": sampling.batch_size}
+    rows = list(zip(prompts, numbers, strict=True))
     policy = _load(context, "ppo")
-    ppo = policy.answer(prompts, numbers, sampling, seed=seed, label="PPO answers")
-    under_ppo = policy.logprobs(ppo, **arguments)
+    found = divide(processes, rows, partial(_drawn, policy, sampling=sampling, seed=seed, label="PPO answers"))
+    ppo = _restored(found)
+    under_ppo = divide(processes, ppo, partial(_logprobs, policy, sampling=sampling))
     reading = policy.reading
     del policy
     free_memory()
     context.stop.check()
     baseline = _load(context, "sft")
-    sft = baseline.answer(prompts, numbers, sampling, seed=seed, label="SFT answers")
+    sft = _restored(
+        divide(processes, rows, partial(_drawn, baseline, sampling=sampling, seed=seed, label="SFT answers"))
+    )
     if sampling.top_p < 1.0:
         # The estimate needs answers drawn from the very distribution whose log-probabilities are taken.
         warn("with `evaluate.sampling.top_p` below 1 the KL cannot be estimated from the answers; it is left out")
@@ -137,11 +152,31 @@ def _answers(
     if baseline.reading != reading:
         warn("the two models read text differently (tokenizer or chat template), so their KL is not defined")
         return ppo, sft, None
-    under_sft = baseline.logprobs(ppo, **arguments)
+    under_sft = divide(processes, ppo, partial(_logprobs, baseline, sampling=sampling))
     del baseline
     free_memory()
     context.stop.check()
     return ppo, sft, [own - other for own, other in zip(under_ppo, under_sft, strict=True)]
+
+
+def _drawn(
+    policy: Policy, rows: Sequence[tuple[Prompt, int]], *, sampling: Sampling, seed: int, label: str
+) -> list[dict[str, Any]]:
+    """One process's share of the answers, as JSON can say them."""
+    answers = policy.answer(
+        [prompt for prompt, _ in rows], [number for _, number in rows], sampling, seed=seed, label=label
+    )
+    return [dataclasses.asdict(answer) for answer in answers]
+
+
+def _restored(found: Sequence[dict[str, Any]]) -> list[Answer]:
+    from rlhf_cli.evaluation.answers import Answer
+
+    return [Answer(**row) for row in found]
+
+
+def _logprobs(policy: Policy, answers: list[Answer], *, sampling: Sampling) -> list[float]:
+    return policy.logprobs(answers, temperature=sampling.temperature, batch_size=sampling.batch_size)
 
 
 def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
@@ -189,9 +224,12 @@ def _judged(
 
 
 def _rewarded(
-    context: StageContext, prompts: Sequence[Prompt], *sides: Sequence[Answer]
+    context: StageContext, prompts: Sequence[Prompt], *sides: Sequence[Answer], processes: Processes | None = None
 ) -> list[tuple[float, ...]] | None:
-    """Normalised rewards of each prompt's answers, as PPO saw them; None where there is no reward model."""
+    """Normalised rewards of each prompt's answers, as PPO saw them; None where there is no reward model.
+
+    Given the processes, all of them call this, and each scores its share.
+    """
     from rlhf_cli.evaluation.answers import free_memory
     from rlhf_cli.models.scorer import load_scorer
 
@@ -200,11 +238,19 @@ def _rewarded(
     scorer = load_scorer(
         model_source(context.recipe, path), template=prompt_template(context.recipe, context.inputs["sft"])
     )
-    with task("rewards", len(prompts) * len(sides), "answers") as bar:
-        scores = [scorer.score(prompts, [answer.text for answer in side], progress=bar.advance) for side in sides]
-    del scorer
+    rows = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
+    share = partial(_scored, scorer)
+    scores = share(rows) if processes is None else divide(processes, rows, share)
+    del scorer, share
     free_memory()
-    return list(zip(*scores, strict=True))
+    return list(
+        zip(*(scores[start : start + len(prompts)] for start in range(0, len(rows), len(prompts))), strict=True)
+    )
+
+
+def _scored(scorer: Scorer, rows: list[tuple[Prompt, str]]) -> list[float]:
+    with task("rewards", len(rows), "answers") as bar:
+        return scorer.score([prompt for prompt, _ in rows], [text for _, text in rows], progress=bar.advance)
 
 
 def _base_scores(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.data.records import Ranking, prompt_to_json, seed_for
+from rlhf_cli.data.records import Prompt, Ranking, prompt_to_json, seed_for
 from rlhf_cli.labeling.answers import Answer, AnswerFile
 from rlhf_cli.labeling.labelers import (
     FunctionLabeler,
@@ -18,8 +19,10 @@ from rlhf_cli.labeling.labelers import (
     tiers_from_scores,
 )
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
+from rlhf_cli.processes import Processes, is_main
 from rlhf_cli.progress import say, task, warn
 from rlhf_cli.stages.common import Prompts, load_prompts, model_source, prompt_format, prompt_template
+from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.schema import LabelSettings
@@ -30,12 +33,16 @@ def run(context: StageContext) -> StageOutcome:
     settings = context.recipe.label
     assert settings is not None
     if settings.by == "import":
-        return _import(context)
-    prompts, answers = _sampled(context, settings)
-    labeler = _labeler(context, settings)
+        return _import(context) if is_main() else StageOutcome()
+    prompts, answers, processes = _sampled(context, settings)
     texts = [[answer.text for answer in group] for group in answers]
-    with task("scoring answers", sum(map(len, texts)), "answers") as bar:
-        scores = score_answers(labeler, prompts.prompts, texts, stop=context.stop.check, progress=bar.advance)
+    pairs = list(zip(prompts.prompts, texts, strict=True))
+    if settings.by == "function":  # the user's code: it runs once, in one process
+        scores = _scores(context, settings, pairs) if processes.is_main else []
+    else:
+        scores = divide(processes, pairs, partial(_scores, context, settings))
+    if not processes.is_main:
+        return StageOutcome()
     rankings = [
         Ranking(prompt, tuple(group), tiers_from_scores(numbers, settings.tie_margin))
         for prompt, group, numbers in zip(prompts.prompts, texts, scores, strict=True)
@@ -57,7 +64,17 @@ def _import(context: StageContext) -> StageOutcome:
     return _outcome(LabelStatistics.of(loaded.records), loaded.skips.counts)
 
 
-def _sampled(context: StageContext, settings: LabelSettings) -> tuple[Prompts, list[list[Answer]]]:
+def _scores(
+    context: StageContext, settings: LabelSettings, pairs: Sequence[tuple[Prompt, list[str]]]
+) -> list[list[float]]:
+    """Scores of each prompt's answers."""
+    labeler = _labeler(context, settings)
+    prompts, texts = [prompt for prompt, _ in pairs], [answers for _, answers in pairs]
+    with task("scoring answers", sum(map(len, texts)), "answers") as bar:
+        return score_answers(labeler, prompts, texts, stop=context.stop.check, progress=bar.advance)
+
+
+def _sampled(context: StageContext, settings: LabelSettings) -> tuple[Prompts, list[list[Answer]], Processes]:
     """K answers to every prompt, held-out ones too: train-rm measures its accuracy on their rankings."""
     import torch
 
@@ -72,6 +89,7 @@ def _sampled(context: StageContext, settings: LabelSettings) -> tuple[Prompts, l
     form = prompt_format(recipe, source, tokenizer)
     prompts = load_prompts(context, form, model.config, max_new_tokens=sampling.max_new_tokens)
     eos_ids = stop_ids(model, tokenizer)
+    processes = Processes(source.device)
     # Prompts of like length are sampled together; which ones is settled before anything is sampled.
     order = sorted(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
     size = max(1, sampling.batch_size // per_prompt)
@@ -79,10 +97,11 @@ def _sampled(context: StageContext, settings: LabelSettings) -> tuple[Prompts, l
         context.work / "samples.jsonl",
         [order[start : start + size] for start in range(0, len(order), size)],
         per_prompt,
+        processes,
     )
     if file.done:
         say(f"{file.done:,} answers were sampled before")
-    with task("sampling answers", per_prompt * len(prompts.ids), "answers", done=file.done) as bar:
+    with task("sampling answers", file.done + file.left, "answers", done=file.done) as bar:
 
         def draw(chunk: Sequence[int]) -> list[Answer]:
             rows = [(number, k) for number in chunk for k in range(per_prompt)]
@@ -104,7 +123,7 @@ def _sampled(context: StageContext, settings: LabelSettings) -> tuple[Prompts, l
             ]
 
         file.fill(draw, context.stop.check)
-    return prompts, file.read()
+    return prompts, file.read(), processes
 
 
 def _labeler(context: StageContext, settings: LabelSettings) -> Labeler:

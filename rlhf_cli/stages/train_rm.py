@@ -13,7 +13,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import model_source, prompt_format, prompt_room, prompt_template
+from rlhf_cli.stages.common import metrics_log, model_source, prompt_format, prompt_room, prompt_template
 from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def run(context: StageContext) -> StageOutcome:
         metrics=context.work / "metrics.jsonl",
         stop=context.stop,
         processes=processes,
+        log=metrics_log(context),
     )
     tally = trainer.train()
     del trainer
