@@ -43,8 +43,8 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 def verdict(findings: Iterable[Finding]) -> Severity:
     """The worst of their severities; `fine` without any."""
-    found = {finding.severity for finding in findings}
-    return next((severity for severity in _ORDER if severity in found), "fine")
+    found: set[Severity] = {finding.severity for finding in findings}
+    return min(found, key=_ORDER.index) if found else "fine"
 
 
 def write(path: Path, findings: Sequence[Finding]) -> None:
