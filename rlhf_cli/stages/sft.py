@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
-from rlhf_cli.stages.common import model_source, prompt_format
+from rlhf_cli.processes import Processes
+from rlhf_cli.stages.common import metrics_log, model_source, prompt_format
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Demonstration
@@ -30,7 +31,7 @@ def run(context: StageContext) -> StageOutcome:
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.data.templates import check_conversations
-    from rlhf_cli.models.loading import load_policy, load_tokenizer
+    from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
     from rlhf_cli.models.saving import save_model_folder
     from rlhf_cli.training.sft import train_sft
 
@@ -38,7 +39,8 @@ def run(context: StageContext) -> StageOutcome:
     assert settings is not None
     data = context.inputs["sft.data"]
     loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
-    source = model_source(recipe, _base(context, loaded.records))
+    processes = Processes(resolve_device(recipe.model.device))
+    source = model_source(recipe, _base(context, loaded.records, processes))
     tokenizer = load_tokenizer(source)
     form = prompt_format(recipe, source, tokenizer)
     check_conversations(form, loaded.records)
@@ -55,7 +57,11 @@ def run(context: StageContext) -> StageOutcome:
         work=context.work,
         stop=context.stop,
         name=source.path,
+        processes=processes,
+        log=metrics_log(context),
     )
+    if not processes.is_main:
+        return StageOutcome()
     save_model_folder(model, tokenizer, context.output, dtype=source.dtype)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
@@ -64,7 +70,7 @@ def run(context: StageContext) -> StageOutcome:
     return _outcome(result, len(train), len(held_out), tokens, loaded.skips.counts)
 
 
-def _base(context: StageContext, records: list[Demonstration]) -> str:
+def _base(context: StageContext, records: list[Demonstration], processes: Processes) -> str:
     """The base model's folder or hub id; with `model.build`, it is made first, from the demonstrations' text."""
     build = context.recipe.model.build
     if build is None:
@@ -73,9 +79,11 @@ def _base(context: StageContext, records: list[Demonstration]) -> str:
     from rlhf_cli.models.build import build_model
 
     folder = context.work / "base"
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left may be torn; the same bytes are made again
-    texts = (text for record in records for text in (prompt_text(record.prompt), record.completion))
-    build_model(folder, texts, **build.model_dump(), seed=context.recipe.seed)
+    if processes.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill left may be torn; the same bytes are made again
+        texts = (text for record in records for text in (prompt_text(record.prompt), record.completion))
+        build_model(folder, texts, **build.model_dump(), seed=context.recipe.seed)
+    processes.wait()
     return str(folder)
 
 

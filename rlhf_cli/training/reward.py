@@ -33,7 +33,7 @@ from rlhf_cli.training.metrics import MetricsLog
 from rlhf_cli.training.randomness import SEED_STRIDE
 from rlhf_cli.training.reward_data import Batches, RankedGroup, micro_batches
 from rlhf_cli.training.schedules import Schedule, rate_factor
-from rlhf_cli.training.together import Log, SharedStop, metrics_log, restore_generators
+from rlhf_cli.training.together import Log, SharedStop, metrics_log, restore_generators, sum_gradients
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,7 @@ class RewardTrainer:
     def _across_processes(self, sums: StepSums) -> StepSums:
         if self._processes.count == 1:
             return sums
-        for weight in self.trained.values():
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        self._processes.add([weight.grad for weight in self.trained.values() if weight.grad is not None])
+        sum_gradients(self.trained.values(), self._processes)
         values = torch.tensor(list(asdict(sums).values()), dtype=torch.float64)
         self._processes.add([values])
         return StepSums(**dict(zip(asdict(sums), values.tolist(), strict=True)))

@@ -7,7 +7,7 @@ holds the trained weights, AdamW's moments, the schedule and torch's generators.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.adapters import add_lora, cast_weights, merge_lora
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.saving import require_finite
+from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, task
 from rlhf_cli.rollout.logprobs import check_projection
 from rlhf_cli.training.checkpoints import latest_checkpoint
@@ -26,7 +27,9 @@ from rlhf_cli.training.control import Stop
 from rlhf_cli.training.metrics import MetricsLog
 from rlhf_cli.training.sft_data import BatchPlan, Example, as_dataset, pack, pack_groups
 from rlhf_cli.training.sft_loss import check_packing, collator_for, mean_completion_nll
+from rlhf_cli.training.sft_sharing import SharedPlan
 from rlhf_cli.training.sft_trainer import Reporting, make_trainer, quiet_training
+from rlhf_cli.training.together import Log, SharedStop, metrics_log
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class SFTResult:
     Attributes:
         steps: optimiser steps.
         rows: rows of one pass: records, or packed rows.
-        train_loss: mean of the steps' losses, in nats a token.
+        train_loss: mean of the steps' losses, in nats a token; known to rank 0 alone.
         eval_loss_before: mean negative log-likelihood of held-out completions, in nats a token, of the base model; None
             without held-out examples.
         eval_loss: the same of the finished model, merged and in its final precision.
@@ -102,6 +105,8 @@ def train_sft(
     work: Path,
     stop: Stop,
     name: str = "the model",
+    processes: Processes | None = None,
+    log: Callable[..., Log] = MetricsLog,
 ) -> SFTResult:
     """Train a model in place; it is merged and cast to `options.dtype` when this returns.
 
@@ -114,6 +119,9 @@ def train_sft(
         work: folder for checkpoints and `metrics.jsonl`, from which a killed run goes on.
         stop: asked after every step.
         name: of the model, for messages.
+        processes: those of the run, all of which call this and end with the same weights; None finds them in the
+            environment.
+        log: makes the metrics log, from the arguments of `MetricsLog`.
 
     Raises:
         Interrupted: a signal came; everything done so far is saved.
@@ -124,20 +132,21 @@ def train_sft(
     check_projection(model, name)
     if options.packing:
         check_packing(model, name)
-    before = _evaluate(model, held_out, options, stop, "held-out loss before")
+    processes = processes or Processes(model.device)
+    before = _evaluate(model, held_out, options, stop, "held-out loss before", processes)
     set_seed(options.seed)
     if options.lora is None:
         model.requires_grad_(True)
     else:
         lora = options.lora
         add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules)
-    result = _train(model, tokenizer, examples, options, work, stop)
+    result = _train(model, tokenizer, examples, options, work, SharedStop(stop, processes), processes, log)
     if options.lora is None:
         cast_weights(model, options.dtype)
     else:
         merge_lora(model, dtype=options.dtype)
     require_finite(model, what="the trained model")
-    after = _evaluate(model, held_out, options, stop, "held-out loss after")
+    after = _evaluate(model, held_out, options, stop, "held-out loss after", processes)
     return SFTResult(**result, eval_loss_before=before, eval_loss=after)
 
 
@@ -150,19 +159,31 @@ def _check_options(model: PreTrainedModel, options: SFTOptions, name: str) -> No
 
 
 def _evaluate(
-    model: PreTrainedModel, held_out: Sequence[Example], options: SFTOptions, stop: Stop, label: str
+    model: PreTrainedModel,
+    held_out: Sequence[Example],
+    options: SFTOptions,
+    stop: Stop,
+    label: str,
+    processes: Processes,
 ) -> float | None:
     if not held_out:
         return None
-    size = max(options.micro_batch_size, 1)
-    with task(label, len(held_out), "records") as bar:
+    size, own = max(options.micro_batch_size, 1), len(processes.mine(held_out))
+    with task(label, own, "records") as bar:
 
         def progress(done: int) -> None:
             stop.check()
             bar.advance(min(size, done) if done else 0)
 
-        nll = mean_completion_nll(model, held_out, batch_size=size, precision=options.precision, before_batch=progress)
-        bar.advance(len(held_out) % size or size)
+        nll = mean_completion_nll(
+            model,
+            held_out,
+            batch_size=size,
+            precision=options.precision,
+            before_batch=progress,
+            processes=processes,
+        )
+        bar.advance(own % size or min(size, own))
     return nll
 
 
@@ -173,6 +194,8 @@ def _train(
     options: SFTOptions,
     work: Path,
     stop: Stop,
+    processes: Processes,
+    make_log: Callable[..., Log],
 ) -> dict[str, Any]:
     rows = [[number] for number in range(len(examples))]
     if options.packing:
@@ -183,11 +206,12 @@ def _train(
         say(f"packed {len(examples):,} records into {len(rows):,} rows of up to {options.max_length:,} tokens")
     plan = BatchPlan(len(rows), options.epochs, options.batch_size, options.micro_batch_size, options.seed)
     checkpoints = work / "checkpoints"
-    resumed = latest_checkpoint(checkpoints)
+    shared = SharedPlan(plan, processes.index, processes.count)
+    resumed = latest_checkpoint(checkpoints, processes=processes)
     done = 0 if resumed is None else resumed.step
     if done:
         say(f"going on from step {done:,} of {plan.steps:,}")
-    log = MetricsLog(work / "metrics.jsonl", after_step=done)
+    log = metrics_log(work / "metrics.jsonl", processes, after_step=done, make=make_log)
     use_cache = model.config.use_cache
     with quiet_training(), task("fine-tuning", plan.steps, "steps", done=done) as bar:
         trainer = make_trainer(
@@ -195,15 +219,16 @@ def _train(
             tokenizer,
             as_dataset(examples, rows),
             Reporting(log, bar, stop, plan),
-            _arguments(options, plan, model, work),
+            _arguments(options, shared, model, work),
         )
         trainer.begin(
-            plan=plan,
+            plan=shared,
             collator=collator_for(model, packed=options.packing),
             lm_coef=options.lm_coef,
             precision=options.precision,
             checkpoints=checkpoints,
             resumed=resumed,
+            processes=processes,
         )
         try:
             trainer.train(resume_from_checkpoint=trainer.resume_folder())
@@ -214,8 +239,7 @@ def _train(
                 model.gradient_checkpointing_disable()
     stop.check()
     model.eval()
-    losses = [row["loss"] for row in map(json.loads, (work / "metrics.jsonl").read_text().splitlines())]
-    finite = [loss for loss in losses if loss is not None]
+    finite = _losses(work / "metrics.jsonl") if processes.is_main else []
     return {
         "steps": plan.steps,
         "rows": len(rows),
@@ -224,17 +248,22 @@ def _train(
     }
 
 
-def _arguments(options: SFTOptions, plan: BatchPlan, model: PreTrainedModel, work: Path) -> dict[str, Any]:
+def _losses(path: Path) -> list[float]:
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row["loss"] for row in rows if row["loss"] is not None]
+
+
+def _arguments(options: SFTOptions, plan: SharedPlan, model: PreTrainedModel, work: Path) -> dict[str, Any]:
     """Settings in transformers' names. Autocast is ours, so its `bf16` stays off."""
     schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return {
         "output_dir": str(work / "trainer"),
-        "max_steps": plan.steps,
+        "max_steps": plan.plan.steps,
         "per_device_train_batch_size": options.micro_batch_size,
         "gradient_accumulation_steps": plan.micro_batches_per_step,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": schedules[options.schedule],
-        "warmup_steps": round(options.warmup_share * plan.steps),
+        "warmup_steps": round(options.warmup_share * plan.plan.steps),
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
         "optim": "adamw_torch",

@@ -13,6 +13,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import last_hidden, reads_groups
+from rlhf_cli.processes import Processes
 from rlhf_cli.rollout.logprobs import Projection
 from rlhf_cli.training.sft_data import Batch, CausalCollator, Example, GroupCollator, Seq2SeqCollator, as_dataset
 
@@ -73,12 +74,13 @@ class TokenCounts:
     text: int
 
     @staticmethod
-    def of(batches: Sequence[Batch]) -> TokenCounts:
-        """Count over all micro-batches of a step."""
-        return TokenCounts(
-            completion=sum(int(batch["completions"].sum()) for batch in batches),
-            text=sum(int(batch["texts"].sum()) for batch in batches),
-        )
+    def of(batches: Sequence[Batch], processes: Processes | None = None) -> TokenCounts:
+        """Count over all micro-batches of a step, those of the other processes too."""
+        sums = torch.tensor([sum(int(batch[name].sum()) for batch in batches) for name in ("completions", "texts")])
+        if processes is not None:
+            processes.add([sums])
+        completion, text = sums.tolist()
+        return TokenCounts(completion, text)
 
 
 def sft_loss(model: PreTrainedModel, batch: Batch, counts: TokenCounts, *, lm_coef: float) -> Tensor:
@@ -108,6 +110,7 @@ def mean_completion_nll(
     batch_size: int,
     precision: torch.dtype,
     before_batch: Callable[[int], object] = lambda done: None,
+    processes: Processes | None = None,
 ) -> float:
     """Mean negative log-likelihood of completion tokens, in nats: its exponential is the perplexity.
 
@@ -117,16 +120,18 @@ def mean_completion_nll(
         batch_size: examples in one forward pass.
         precision: of matrix products.
         before_batch: called with the number of examples done.
+        processes: those of the run, all of which call this with the same examples and pass their shares; None is one.
     """
+    own = list(examples) if processes is None else processes.mine(examples)
     was_training = model.training
     model.eval()
     collate = collator_for(model, packed=False)
-    dataset = as_dataset(examples, [[number] for number in range(len(examples))])
+    dataset = as_dataset(own, [[number] for number in range(len(own))])
     total, count = 0.0, 0
     if isinstance(collate, GroupCollator):  # completions of one prompt together
-        order = sorted(range(len(examples)), key=lambda number: examples[number].prompt_ids)
+        order = sorted(range(len(own)), key=lambda number: own[number].prompt_ids)
     else:
-        order = sorted(range(len(examples)), key=lambda number: len(examples[number]))
+        order = sorted(range(len(own)), key=lambda number: len(own[number]))
     for start in range(0, len(order), batch_size):
         before_batch(start)
         rows = [dataset[number] for number in order[start : start + batch_size]]
@@ -137,6 +142,10 @@ def mean_completion_nll(
         total -= float((logprobs.double() * batch["completions"][is_completion]).sum())
         count += int(batch["completions"].sum())
     model.train(was_training)
+    sums = torch.tensor([total, count], dtype=torch.float64)
+    if processes is not None:
+        processes.add([sums])
+    total, count = sums.tolist()
     return total / count
 
 

@@ -30,21 +30,24 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.loading import quiet_libraries
+from rlhf_cli.processes import Processes
 from rlhf_cli.progress import Task, warn
 from rlhf_cli.training.checkpoints import (
     Checkpoint,
     optimizer_tensors,
     restore_optimizer,
-    restore_rng,
     rng_tensors,
     save_checkpoint,
 )
 from rlhf_cli.training.control import BAD_STEPS_IN_A_ROW, Stop
-from rlhf_cli.training.metrics import MetricsLog
+from rlhf_cli.training.randomness import SEED_STRIDE
 from rlhf_cli.training.sft_data import BatchPlan
 from rlhf_cli.training.sft_loss import Collator, TokenCounts, sft_loss
+from rlhf_cli.training.sft_sharing import SharedPlan
+from rlhf_cli.training.together import Log, restore_generators, sum_gradients
 
 _TRAINER_STATE = ("global_step", "epoch", "max_steps", "train_batch_size", "logging_steps", "save_steps", "eval_steps")
+_NO_TOKENS = torch.zeros(0, dtype=torch.long)
 
 
 @contextmanager
@@ -77,12 +80,13 @@ class OurTraining(Trainer):
     def begin(
         self,
         *,
-        plan: BatchPlan,
+        plan: SharedPlan,
         collator: Collator,
         lm_coef: float,
         precision: torch.dtype,
         checkpoints: Path,
         resumed: Checkpoint | None,
+        processes: Processes,
     ) -> None:
         """Say how to train; before `train`.
 
@@ -93,11 +97,17 @@ class OurTraining(Trainer):
             precision: of matrix products.
             checkpoints: folder of step checkpoints.
             resumed: where to go on from.
+            processes: those of the run, which share each step's micro-batches.
         """
         self._plan, self._collator, self._lm_coef = plan, collator, lm_coef
+        self._processes = processes
         self._precision, self._checkpoints, self._resumed = precision, checkpoints, resumed
         self.bad_steps, self._bad_in_a_row = 0, 0
         self._step_loss = torch.zeros((), device=self.args.device)
+        if processes.count > 1:
+            # accelerate would wrap the model to average gradients pass by pass, as if every pass had as many tokens.
+            self.accelerator.prepare_model = lambda model, **_: model
+            torch.manual_seed(self.args.seed + SEED_STRIDE * processes.index)  # dropout in an adapter
         # With a tokenizer at hand the trainer would rewrite the model's special tokens to be the tokenizer's.
         self.processing_class = None
 
@@ -105,18 +115,21 @@ class OurTraining(Trainer):
         """A folder with the state that transformers reads when it resumes; the rest comes from our checkpoint."""
         if self._resumed is None:
             return None
-        folder = self._checkpoints / "resumed"
+        folder = self._checkpoints / f"resumed-{self._processes.index}"
         folder.mkdir(parents=True, exist_ok=True)
         state = TrainerState(**self._resumed.state["trainer"])
         state.save_to_json(str(folder / "trainer_state.json"))
         return str(folder)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches in the order of the plan."""
-        return DataLoader(self.train_dataset, batch_sampler=self._plan, collate_fn=self._collator)  # type: ignore[arg-type]
+        """This process's micro-batches in the order of the plan."""
+        return DataLoader(self.train_dataset, batch_sampler=self._plan, collate_fn=self._collated)  # type: ignore[arg-type]
+
+    def _collated(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+        return self._collator(rows) if rows else dict.fromkeys(("completions", "texts"), _NO_TOKENS)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
-        return TokenCounts.of(batch_samples)
+        return TokenCounts.of(batch_samples, self._processes)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -129,9 +142,11 @@ class OurTraining(Trainer):
         with torch.autocast(device, dtype=self._precision, enabled=self._precision != torch.float32):
             return sft_loss(model, inputs, num_items_in_batch, lm_coef=self._lm_coef)
 
-    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        """One micro-batch, forward and backward; its part of the step's loss."""
-        loss = super().training_step(*arguments, **named)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Tensor:
+        """One micro-batch, forward and backward; its part of the step's loss. Nothing where this process has none."""
+        if "input_ids" not in inputs:
+            return torch.zeros_like(self._step_loss)
+        loss = super().training_step(model, inputs, *arguments, **named)
         self._step_loss = self._step_loss + loss
         # Transformers sums losses from step to step, where one NaN would hide all later ones.
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
@@ -144,7 +159,12 @@ class OurTraining(Trainer):
         Trainer.log(self, logs, start_time)  # TRL's own adds metrics of a loss that is not in use
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Bound the gradient's norm; a step whose gradient is not finite is skipped, and three in a row end the run."""
+        """Bound the gradient's norm; a step whose gradient is not finite is skipped, and three in a row end the run.
+
+        It is here that the gradients of all passes, this process's and the others', become one.
+        """
+        sum_gradients((weight for weight in model.parameters() if weight.requires_grad), self._processes)
+        self._processes.add([self._step_loss])
         norm = super()._clip_grad_norm(model)
         if torch.isfinite(torch.as_tensor(norm)):
             self._bad_in_a_row = 0
@@ -164,14 +184,14 @@ class OurTraining(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         weights = self.model.named_parameters()  # type: ignore[union-attr]
         tensors: dict[str, Tensor] = {f"model/{name}": weight for name, weight in weights if weight.requires_grad}
-        tensors |= optimizer_tensors(self.optimizer, "optimizer") | rng_tensors()  # type: ignore[arg-type]
+        tensors |= optimizer_tensors(self.optimizer, "optimizer") | rng_tensors(self._processes)  # type: ignore[arg-type]
         trainer = {name: getattr(self.state, name) for name in _TRAINER_STATE}
         state = {
             "trainer": trainer,
             "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
             "bad_steps": [self.bad_steps, self._bad_in_a_row],
         }
-        save_checkpoint(self._checkpoints, self.state.global_step, tensors, state)
+        save_checkpoint(self._checkpoints, self.state.global_step, tensors, state, processes=self._processes)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self._resumed is not None
@@ -195,7 +215,7 @@ class OurTraining(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._resumed is not None:
-            restore_rng(self._resumed.tensors)
+            restore_generators(self._resumed.tensors, self._processes, self.args.seed)
 
 
 class DecoderSFT(OurTraining, SFTTrainer):
@@ -212,7 +232,7 @@ class Seq2SeqSFT(OurTraining, Seq2SeqTrainer):
 class Reporting(TrainerCallback):
     """Writes each step's metrics, moves the bar, and turns a signal into a checkpoint and an end."""
 
-    def __init__(self, log: MetricsLog, bar: Task, stop: Stop, plan: BatchPlan) -> None:
+    def __init__(self, log: Log, bar: Task, stop: Stop, plan: BatchPlan) -> None:
         self._log, self._bar, self._stop, self._plan = log, bar, stop, plan
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -55,6 +55,25 @@ def _signal_of(stop: Stop) -> int | None:
     except Interrupted as interrupted:
         return interrupted.signum
     return None
+
+
+def sum_gradients(weights: Iterable[Tensor], processes: Processes) -> None:
+    """Give every process the sum of all processes' gradients; one that no process has stays None, for the optimiser.
+
+    Args:
+        weights: trained ones, in the same order everywhere. A process whose share of a step was empty has no gradients.
+        processes: those of the run.
+    """
+    if processes.count == 1:
+        return
+    known = list(weights)
+    had = torch.tensor([weight.grad is not None for weight in known], dtype=torch.int32)
+    processes.add([had])
+    shared = [weight for weight, count in zip(known, had.tolist(), strict=True) if count]
+    for weight in shared:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    processes.add([weight.grad for weight in shared if weight.grad is not None])
 
 
 def restore_generators(tensors: dict[str, Tensor], processes: Processes, seed: int) -> None:
