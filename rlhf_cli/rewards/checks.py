@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from rlhf_cli.data.records import Prompt, prompt_text
 from rlhf_cli.errors import DataError
@@ -50,8 +50,9 @@ def numbers(who: str, scores: Sequence[Any], prompts: Sequence[Prompt], completi
         DataError: too many, too few, or what is no number; names the sample.
     """
     if len(scores) != len(completions):
+        first = f", the first of which answers {shown(prompt_text(prompts[0]))}" if prompts else ""
         raise DataError(
-            f"{who} returned {len(scores)} scores for {len(completions)} completions",
+            f"{who} returned {len(scores)} scores for {len(completions)} completions{first}",
             hint="return one float for each completion, in their order",
         )
     found = []
@@ -74,7 +75,7 @@ def _number(value: Any) -> float | None:
     try:
         return float(number)
     except OverflowError:  # a whole number beyond what a float holds
-        return math.inf if number > 0 else -math.inf
+        return math.inf if cast(float, number) > 0 else -math.inf
 
 
 def sample(prompt: Prompt, completion: str) -> str:

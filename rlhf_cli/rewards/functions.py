@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 from rlhf_cli.data.records import Prompt, prompt_text
 from rlhf_cli.errors import DataError, UsageError
@@ -58,36 +58,51 @@ class ScoringFunction:
         try:
             scores = self.function(list(texts), list(completions))
         except (Exception, SystemExit) as error:  # whatever the user's code raises
-            raise self._failure(who, error, texts, completions) from error
-        if isinstance(scores, str | bytes) or not hasattr(scores, "__len__") or not hasattr(scores, "__getitem__"):
+            raise self._raised(who, error, texts, completions) from error
+        if not _is_list(scores):
             raise DataError(
                 f"{who} returned {shown(scores)}, not a list of scores", hint="return one float for each completion"
             )
+        if len(scores) != len(completions):
+            raise self._wrong_length(who, len(scores), texts, completions)
         return numbers(who, scores, prompts, completions)
 
-    def _failure(self, who: str, error: BaseException, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
-        """What to say of an exception: the first sample that makes the function raise its like when called with it
-        alone, if one does.
-        """
-        blame = (
-            "" if len(completions) == 1 else f"; called with each of the {len(completions):,} samples alone it does not"
-        )
+    def _raised(self, who: str, error: BaseException, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
+        """Names the first sample that makes the function raise its like when called with it alone, if one does."""
+        blame = f"; called with each of the {len(completions):,} samples alone it does not"
         for prompt, completion in zip(prompts, completions, strict=True):
-            again = error if len(completions) == 1 else self._raised_alone(prompt, completion)
-            if type(again) is type(error):
-                error, blame = again, f", for {sample(prompt, completion)}"
+            alone = error if len(completions) == 1 else self._alone(prompt, completion)
+            if type(alone) is type(error):
+                error, blame = alone, f", for {sample(prompt, completion)}"
                 break
         return DataError(
             f"{who} raised {type(error).__name__}: {error} ({_place(error, self.path)}){blame}",
             hint="it is called with a list of prompts and a list of completions, both of strings",
         )
 
-    def _raised_alone(self, prompt: str, completion: str) -> BaseException | None:
+    def _wrong_length(self, who: str, length: int, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
+        """Names the first sample for which the function, called with it alone, does not return one score."""
+        blame = ""
+        for prompt, completion in zip(prompts, completions, strict=True):
+            alone = self._alone(prompt, completion)
+            if _is_list(alone) and len(alone) != 1:
+                blame = f"; {len(alone)} for {sample(prompt, completion)} alone"
+                break
+        return DataError(
+            f"{who} returned {length} scores for {len(completions)} completions{blame}",
+            hint="return one float for each completion, in their order, an empty one too",
+        )
+
+    def _alone(self, prompt: str, completion: str) -> Any:
+        """What the function returns for a single sample, or what it raises."""
         try:
-            self.function([prompt], [completion])
+            return self.function([prompt], [completion])
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             return error
-        return None
+
+
+def _is_list(scores: Any) -> bool:
+    return not isinstance(scores, str | bytes | dict) and hasattr(scores, "__len__") and hasattr(scores, "__getitem__")
 
 
 def load_scoring_function(spec: str) -> ScoringFunction:

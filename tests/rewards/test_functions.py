@@ -68,6 +68,7 @@ def test_any_kind_of_number_will_do(kind: str, tmp_path: Path):
         ("None", r"returned None, not a list of scores"),
         ("'12'", r"returned '12', not a list of scores"),
         ("1.0", r"returned 1\.0, not a list of scores"),
+        ("{0: 1.0, 1: 2.0}", r"returned \{0: 1\.0, 1: 2\.0\}, not a list of scores"),
         ("1 / 0", r"raised ZeroDivisionError: division by zero \(.*reward\.py:2\), for the prompt 'p'"),
         ("(_ for _ in ())", r"returned <generator object .*, not a list of scores"),
         ("__import__('numpy').zeros((2, 1))", r"returned array\(\[0\.\]\), which is not a number, for the prompt 'p'"),
@@ -120,6 +121,14 @@ def test_an_exception_that_no_sample_raises_alone_says_so(tmp_path: Path):
     function = load_scoring_function(written(tmp_path, body))
     with pytest.raises(DataError, match=r"MemoryError: too many \(.*:3\); called with each of the 3 samples alone"):
         function.score(["a", "b", "c"], ["x", "y", "z"])
+
+
+def test_a_wrong_number_of_scores_names_the_first_sample_that_gets_other_than_one(tmp_path: Path):
+    body = "def score(prompts, completions):\n    return [float(len(c)) for c in completions if c]\n"
+    function = load_scoring_function(written(tmp_path, body))
+    said = r"returned 2 scores for 4 completions; 0 for the prompt 'two' and the completion '' alone"
+    with pytest.raises(DataError, match=said):
+        function.score(["one", "two", "three", "four"], ["a", "", "c", ""])
 
 
 def test_a_function_that_exits_is_an_error_and_no_success(tmp_path: Path):

@@ -204,7 +204,7 @@ def test_retry_after_is_seconds_or_a_date():
         (Answer(body=b"[1.0, 2.0]"), r"answered without a list `rewards`: \[1\.0, 2\.0\]"),
         (Answer(body=b'{"rewards": {"0": 1}}'), r"answered without a list `rewards`"),
         (Answer(body=b'{"scores": [1, 2]}'), r"answered without a list `rewards`"),
-        (rewards_of(1.0), r"returned 1 scores for 2 completions"),
+        (rewards_of(1.0), r"returned 1 scores for 2 completions, the first of which answers 'why\?'"),
         (rewards_of(1.0, 2.0, 3.0), r"returned 3 scores for 2 completions"),
         (rewards_of(1.0, "2"), r"returned '2', which is not a number, for the prompt 'hi' and the completion 'beta'"),
         (rewards_of([1.0], 2.0), r"returned \[1\.0\], which is not a number, for the prompt 'why\?'"),
