@@ -160,7 +160,7 @@ def value_head(model: PreTrainedModel, start: Head | None = None) -> nn.Linear:
     output = model.get_output_embeddings()
     # The configuration of some names the width of the embeddings, which is not that of what reaches the head.
     width = model.config.get_text_config(decoder=True).hidden_size if output is None else output.weight.shape[1]  # pyright: ignore[reportIndexIssue]
-    head = nn.Linear(int(width), 1, device=model.device, dtype=torch.float32)
+    head = nn.Linear(int(width), 1, device="meta", dtype=torch.float32).to_empty(device=model.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if start is not None:
