@@ -13,7 +13,7 @@ from rlhf_cli.errors import DiskError
 from rlhf_cli.recipe.schema import Recipe
 
 _MARGIN = 64 << 20
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EROFS, errno.EIO}
 
 

@@ -218,7 +218,8 @@ class Planner:
         if not found:
             return
         if not began["settings"]:
-            found = ["the record of what it began with is lost"]
+            file = self._run.began_file(stage.name)
+            found = [f"the record of what it began with is lost ({file} is missing or damaged)"]
         raise ChangedInputsError(
             f"{self._run.path} has an unfinished `{stage.name}` that began differently: {_listed(found)}",
             hint=f"set it back to go on, or throw the unfinished work away with `--force {stage.name}`",

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -48,7 +49,8 @@ class RunDirectory:
         """Folder that outlives a killed attempt."""
         return self.path / f".{stage}.work"
 
-    def _began(self, stage: str) -> Path:
+    def began_file(self, stage: str) -> Path:
+        """Record of what an unfinished stage began with."""
         return self.path / f".{stage}.began.json"
 
     def _old(self, stage: str) -> Path:
@@ -61,13 +63,18 @@ class RunDirectory:
         with self._lock_file() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except BlockingIOError:  # a file left by a dead process is not locked
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise RunInUseError(
                     f"{self.path} is in use by process {holder}",
                     hint="wait for it, stop it, or work in another folder with --run-dir",
                 ) from None
+            except OSError as error:
+                raise DiskError(
+                    f"cannot lock {self.path / '.lock'}: {(error.strerror or str(error)).lower()}",
+                    hint="choose a folder on a file system with locks with --run-dir",
+                ) from error
             file.seek(0)
             file.truncate()
             file.write(f"{os.getpid()}\n")
@@ -76,7 +83,7 @@ class RunDirectory:
 
     def _lock_file(self) -> IO[str]:
         try:
-            return (self.path / ".lock").open("a+")
+            return (self.path / ".lock").open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise DiskError(
                 f"cannot write in {self.path}: {(error.strerror or str(error)).lower()}",
@@ -123,10 +130,13 @@ class RunDirectory:
         if not has_files(self.work(stage)):
             return None
         try:
-            found = json.loads(self._began(stage).read_bytes())
-        except (OSError, ValueError):
-            return {"stage": stage, "settings": {}, "inputs": {}}  # unknown, so it equals nothing
-        return found
+            found = json.loads(self.began_file(stage).read_bytes())
+            identity = found["identity"]
+            if found["sha256"] == _sha256(identity):
+                return identity
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # damaged, like one whose checksum differs
+        return {"stage": stage, "settings": {}, "inputs": {}}  # unknown, so it equals nothing
 
     def begin(self, stage: str, identity: Identity, *, resume: bool) -> None:
         """Make the folders of an attempt; without `resume`, nothing of an earlier one stays."""
@@ -135,17 +145,18 @@ class RunDirectory:
         shutil.rmtree(self.output(stage), ignore_errors=True)
         self.output(stage).mkdir()
         self.work(stage).mkdir(exist_ok=True)
-        written = self._began(stage).with_suffix(".tmp")
-        written.write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
+        written = self.began_file(stage).with_suffix(".tmp")
+        sealed = {"identity": identity, "sha256": _sha256(identity)}
+        written.write_text(json.dumps(sealed, ensure_ascii=False), encoding="utf-8")
         sync(written)
-        written.rename(self._began(stage))
+        written.rename(self.began_file(stage))
 
     def discard(self, stage: str) -> None:
         """Throw away an unfinished attempt."""
         for folder in (self.output(stage), self.work(stage)):
             if folder.exists():
                 shutil.rmtree(folder)
-        self._began(stage).unlink(missing_ok=True)
+        self.began_file(stage).unlink(missing_ok=True)
 
     def publish(self, stage: str, manifest: Manifest) -> None:
         """Give a finished stage its name: whole or not at all, whenever the process dies."""
@@ -164,6 +175,10 @@ class RunDirectory:
         if old.exists():
             shutil.rmtree(old)
         self.discard(stage)
+
+
+def _sha256(identity: Identity) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def has_files(folder: Path) -> bool:

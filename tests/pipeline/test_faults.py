@@ -85,10 +85,19 @@ def test_a_stage_that_failed_before_any_checkpoint_starts_anew_under_other_setti
 
 def test_a_lost_record_of_unfinished_work_is_refused(toy):
     toy.run(FAKE_DIE="ppo")
-    (toy.run_dir / ".ppo.began.json").write_text('{"stage"')
-    refused = toy.run()
-    assert refused.code == 2
-    assert "the record of what it began with is lost" in refused.stderr
+    record = toy.run_dir / ".ppo.began.json"
+    whole = record.read_text()
+    for damaged in ('{"stage"', "[]", "{}", whole.replace("1e-05", "1e-06", 1), whole[:-2]):
+        record.write_text(damaged)
+        refused = toy.run()
+        assert refused.code == 2
+        assert "the record of what it began with is lost (runs/toy/.ppo.began.json is missing or damaged)" in (
+            " ".join(refused.stderr.split())
+        )
+    record.write_text(whole)
+    toy.ran()
+    assert toy.run().code == 0
+    assert toy.ran() == ["ppo step 3", "evaluate nothing"]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +167,21 @@ def test_two_runs_in_one_directory(toy):
     first.kill()
     first.communicate()
     assert toy.run().code == 0, "the lock dies with its process"
+
+
+def test_a_lock_file_of_a_dead_process_locks_nothing(toy):
+    toy.run_dir.mkdir(parents=True)
+    for left in (b"4194304\n", b"\xff\xfe\x00 no number", b"1\n" * 1000):
+        (toy.run_dir / ".lock").write_bytes(left)
+        assert toy.run().code == 0
+
+
+def test_a_damaged_lock_file_still_locks(toy):
+    toy.run_dir.mkdir(parents=True)
+    (toy.run_dir / ".lock").write_bytes(b"\xff\xfe")
+    with (toy.run_dir / ".lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert toy.run().code == 75
 
 
 def test_the_lock_is_a_flock(toy):
