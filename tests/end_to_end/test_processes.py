@@ -1,0 +1,150 @@
+"""`--processes 2` through the real command, every stage of a run, against one process; and its ends before the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STAGES = ("sft", "label", "train-rm", "ppo", "evaluate")
+GOLD = """
+def score(prompts, completions):
+    return [completion.count("e") - abs(len(completion) - 12) / 8 for completion in completions]
+"""
+# Odd numbers on purpose: no count of prompts, records or rows here divides by two.
+RECIPE = """
+name: two
+seed: 3
+model: {{path: {model}, precision: float32}}
+data: {{prompts: prompts.jsonl, holdout: 0.35}}
+sft: {{data: demonstrations.jsonl, epochs: 2, batch_size: 6, micro_batch_size: 2, learning_rate: 5.0e-3,
+      checkpoint_steps: 2, lora: {{rank: 4}}}}
+label: {{by: function, function: gold.py:score, completions_per_prompt: 3,
+        sampling: {{max_new_tokens: 8, batch_size: 6}}}}
+train_rm: {{epochs: 1, batch_size: 3, micro_batch_size: 2, learning_rate: 1.0e-3, checkpoint_steps: 2,
+           lora: {{rank: 4}}}}
+ppo: {{steps: 2, prompts_per_step: 5, micro_batch_size: 2, max_new_tokens: 8, epochs: 2, learning_rate: 1.0e-3,
+      checkpoint_steps: 1, lora: {{rank: 4}}}}
+evaluate: {{judge_function: gold.py:score, bootstrap: 100, sampling: {{max_new_tokens: 8, batch_size: 2}}}}
+"""
+WORDS = "the cat sat on a warm stone and watched how bread is baked near the river".split()
+
+
+def write_inputs(folder: Path, model: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = [f"{WORDS[n % 15]} {WORDS[n * 7 % 13]} {n}" for n in range(13)]
+    demonstrations = [{"prompt": prompt, "completion": f" {WORDS[len(prompt) % 15]}" * 2} for prompt in prompts]
+    for name, rows in (("prompts", [{"prompt": prompt} for prompt in prompts]), ("demonstrations", demonstrations)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "gold.py").write_text(GOLD)
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=model))
+    return folder
+
+
+def environment(**more: str) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return plain | {"CI": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+@dataclass
+class Ended:
+    code: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+    @property
+    def artefacts(self) -> Path:
+        return self.folder / "runs" / "two"
+
+    def metrics(self, stage: str) -> dict[str, float]:
+        return json.loads((self.artefacts / stage / "manifest.json").read_text())["metrics"]
+
+
+def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).with_name("rlhf")), *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(folder: Path, *arguments: str, **more: str) -> Ended:
+    process = start(folder, *arguments, **more)
+    stdout, stderr = process.communicate(timeout=240)
+    return Ended(process.returncode, stdout, stderr, folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ended:
+    folder = write_inputs(tmp_path_factory.mktemp("alone"), tiny_llama)
+    return run(folder, "run", "recipe.yaml", "--json", "--processes", "1")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ended:
+    folder = write_inputs(tmp_path_factory.mktemp("together"), tiny_llama)
+    return run(folder, "run", "recipe.yaml", "--json", "--processes", "2")
+
+
+def test_both_finish_and_only_rank_0_speaks(alone: Ended, together: Ended):
+    assert alone.code == 0, alone.stderr
+    assert together.code == 0, together.stderr
+    assert [row["status"] for row in json.loads(together.stdout)["stages"]] == ["done"] * 5, "one JSON object"
+    for line in ("sft: starting (nothing is there yet)", "reward model: done", "in runs/two"):
+        assert together.stderr.count(line) <= 1, together.stderr
+    assert together.stderr.count("fine-tuning: done") == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
+def test_two_processes_end_with_the_weights_of_one(stage: str, alone: Ended, together: Ended):
+    found = sorted(path.relative_to(alone.artefacts) for path in (alone.artefacts / stage).rglob("*.safetensors"))
+    assert found
+    for name in found:
+        one, two = load_file(alone.artefacts / name), load_file(together.artefacts / name)
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], atol=2e-4, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
+def test_the_losses_of_every_step_are_those_of_one_process(stage: str, alone: Ended, together: Ended):
+    def curve(run: Ended) -> list[dict]:
+        return [json.loads(line) for line in (run.artefacts / stage / "metrics.jsonl").read_text().splitlines()]
+
+    one, two = curve(alone), curve(together)
+    assert len(one) == len(two) > 1
+    for before, after in zip(one, two, strict=True):
+        figures = {name: value for name, value in before.items() if isinstance(value, float) and "time" not in name}
+        figures = {name: value for name, value in figures.items() if "second" not in name}
+        assert {name: after[name] for name in figures} == pytest.approx(figures, rel=5e-3, abs=2e-4)
+
+
+def test_the_same_answers_are_labelled_and_evaluated(alone: Ended, together: Ended):
+    assert (alone.artefacts / "label" / "rankings.jsonl").read_text() == (
+        together.artefacts / "label" / "rankings.jsonl"
+    ).read_text()
+    one, two = ((run.artefacts / "evaluate" / "samples.jsonl").read_text().splitlines() for run in (alone, together))
+    for before, after in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        assert (before["sft"], before["ppo"], before["gold_ppo"]) == (after["sft"], after["ppo"], after["gold_ppo"])
+        assert after["kl_nats"] == pytest.approx(before["kl_nats"], abs=2e-3)
+        assert after["reward_ppo"] == pytest.approx(before["reward_ppo"], abs=2e-2)
+
+
+def test_held_out_figures_agree(alone: Ended, together: Ended):
+    for stage, names in (
+        ("sft", ("eval_loss_before", "eval_loss")),
+        ("train-rm", ("rm/accuracy", "rm/mean", "rm/std")),
+    ):
+        for name in names:
+            assert together.metrics(stage)[name] == pytest.approx(alone.metrics(stage)[name], rel=1e-3, abs=1e-3), name
