@@ -115,6 +115,8 @@ def quiet_libraries() -> None:
 def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's configuration; raises `ModelError` where there is none."""
     folder = Path(source.path)
+    if (folder / "adapter_config.json").is_file():
+        raise _adapted(source.path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{source.path} is no model folder: it has no config.json",
@@ -127,6 +129,14 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"cannot load a model from `{source.path}`: {_first_line(error)}",
             hint="give a folder that exists, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
         ) from error
+
+
+def _adapted(path: str) -> ModelError:
+    """Transformers would load base and adapter; with adapters off the reference would be the base (trap 15)."""
+    return ModelError(
+        f"`{path}` is an adapter of PEFT's, not a whole model",
+        hint="merge it first: `AutoPeftModelForCausalLM.from_pretrained(IT).merge_and_unload().save_pretrained(NEW)`",
+    )
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -197,6 +207,8 @@ def load_weights(
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapted(source.path)
     if complete and (missing := sorted(report["missing_keys"])):
         raise ModelError(
             f"`{source.path}` lacks {len(missing):,} weights of a {config.model_type} model, such as `{missing[0]}`",
@@ -252,7 +264,7 @@ def load_any(path: str, device: torch.device) -> PreTrainedModel:
 
 
 def disable_dropout(config: PretrainedConfig) -> None:
-    """Set every dropout rate of a configuration to 0, nested ones too.
+    """Set every rate of dropout in a configuration to 0, of layers and of a router's jitter too, nested ones as well.
 
     Some architectures read the rate from the configuration in `forward`, where `eval()` does not reach it; with dropout
     in one of two passes the ratio of an update that changed nothing is not 1 (trap 4 of docs/ppo.md).
@@ -260,7 +272,7 @@ def disable_dropout(config: PretrainedConfig) -> None:
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             disable_dropout(value)
-        elif isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "_drop"))):
+        elif isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("drop")):
             setattr(config, name, 0.0)
 
 

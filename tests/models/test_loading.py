@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config, ViTConfig
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.adapters import add_lora, save_adapter
 from rlhf_cli.models.loading import (
     ModelSource,
     context_length,
@@ -36,9 +37,24 @@ def test_dropout_is_off_wherever_a_configuration_keeps_it(tiny_gpt2: Path):
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     ids = torch.arange(12).reshape(2, 6)
     assert torch.equal(model(ids).logits, model(ids).logits)
-    for config in (T5Config(dropout_rate=0.3), BartConfig(attention_dropout=0.2, encoder_layerdrop=0.0)):
+    bart = BartConfig(attention_dropout=0.2, encoder_layerdrop=0.3, decoder_layerdrop=0.3)
+    for config in (T5Config(dropout_rate=0.3), bart, MixtralConfig(router_jitter_noise=0.1)):
         disable_dropout(config)
-        assert not any(v for k, v in vars(config).items() if "dropout" in k and isinstance(v, float))
+        random = ("dropout", "layerdrop", "jitter")
+        assert not any(v for k, v in vars(config).items() if any(word in k for word in random) and isinstance(v, float))
+
+
+def test_an_adapter_is_no_model_to_start_from(tiny_llama: Path, tmp_path: Path):
+    """Trap 15: transformers would load base and adapter, and "adapter off" would then be the base."""
+    adapted = load_policy(ModelSource(str(tiny_llama)))
+    add_lora(adapted, rank=2, alpha=4.0)
+    save_adapter(adapted, tmp_path / "adapter", base=str(tiny_llama))
+    shutil.copytree(tiny_llama, tmp_path / "both")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "both", dirs_exist_ok=True)
+    for name in ("adapter", "both"):
+        with pytest.raises(ModelError, match="is an adapter of PEFT's, not a whole model") as caught:
+            load_policy(ModelSource(str(tmp_path / name)))
+        assert "merge it first" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
