@@ -44,6 +44,7 @@ def watching(seconds: float | None, what: str) -> Iterator[None]:
         return
     over = threading.Event()
     beat()
+    _wind_up(seconds)  # here too, since the thread may never come to it
     thread = threading.Thread(target=_watch, args=(seconds, what, over), name="watchdog", daemon=True)
     thread.start()
     try:
@@ -58,13 +59,18 @@ def _watch(seconds: float, what: str, over: threading.Event) -> None:
     interval = min(seconds / 10, 5.0)
     seen, idle, before = _last_beat, 0.0, time.monotonic()
     while not over.wait(interval):
-        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=_STDERR)
+        _wind_up(seconds)
         now = time.monotonic()
         # Two intervals at most for one look: if more went by, the whole process stood still.
         idle = idle + min(now - before, 2 * interval) if _last_beat == seen else 0.0
         seen, before = _last_beat, now
         if idle >= seconds:
             _end(seconds, what)
+
+
+def _wind_up(seconds: float) -> None:
+    """Set the interpreter's own timer back to its start; it needs no lock to go off."""
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=_STDERR)
 
 
 def _end(seconds: float, what: str) -> None:

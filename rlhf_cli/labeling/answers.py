@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from rlhf_cli.errors import DiskError
+from rlhf_cli.errors import DataError, DiskError
 from rlhf_cli.processes import Processes
+from rlhf_cli.progress import warn
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class AnswerFile:
         if self._processes.is_main:  # it alone cuts files off, before any process writes on
             found = {file: self._scan(file) for file in self._files()}
             for file, (_, size) in found.items():
+                if (torn := file.stat().st_size - size) > 0:
+                    warn(f"the last {torn:,} bytes of {file} are torn or damaged: those answers are sampled again")
                 with file.open("ab") as opened:
                     opened.truncate(size)
             done = [first for firsts, _ in found.values() for first in firsts]
@@ -89,7 +93,7 @@ class AnswerFile:
         for chunk in self._mine:
             before_chunk()
             answers = sample(chunk)
-            lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers).encode()
+            lines = b"".join(_line(answer) for answer in answers)
             try:
                 with own.open("ab") as file:
                     file.write(lines)
@@ -107,9 +111,13 @@ class AnswerFile:
         """All answers: one list of K a prompt, in the order of the prompts."""
         answers: dict[int, list[Answer]] = {}
         for path in self._files():
-            with path.open(encoding="utf-8") as file:
+            with path.open("rb") as file:
                 for line in file:
-                    answer = Answer(**json.loads(line))
+                    answer = _answer(line)
+                    if answer is None:
+                        raise DataError(
+                            f"{path} was damaged while it was in use", hint="run the same command again to mend it"
+                        )
                     answers.setdefault(answer.prompt, []).append(answer)
         return [answers[number] for number in sorted(answers)]
 
@@ -122,7 +130,7 @@ class AnswerFile:
     def _scan(self, path: Path) -> tuple[list[int], int]:
         """Whole chunks of a file, by their first prompt, and the bytes they take. A kill can leave half a line."""
         lines = path.read_bytes().split(b"\n")[:-1]
-        prompts = [_prompt_of(line) for line in lines]
+        prompts = [None if (answer := _answer(line)) is None else answer.prompt for line in lines]
         done: list[int] = []
         size = place = 0
         while place < len(lines):
@@ -136,9 +144,20 @@ class AnswerFile:
         return done, size
 
 
-def _prompt_of(line: bytes) -> int | None:
-    """The prompt's number in a whole line; None for a torn one."""
+def _line(answer: Answer) -> bytes:
+    """An answer as a line that carries its own checksum: a flipped bit in a text would still be JSON."""
+    plain = asdict(answer)
+    return json.dumps(plain | {"crc32": _crc32(plain)}, ensure_ascii=False).encode() + b"\n"
+
+
+def _answer(line: bytes) -> Answer | None:
+    """The answer in a line that is as it was written; None for a torn or damaged one."""
     try:
-        return Answer(**json.loads(line)).prompt
-    except (ValueError, TypeError):
+        plain = json.loads(line)
+        return Answer(**plain) if plain.pop("crc32") == _crc32(plain) else None
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _crc32(plain: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())

@@ -65,16 +65,15 @@ def test_damage_to_the_record_of_what_it_began_with_stops_it(broken, kind):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_to_the_metrics_is_named(broken, expected, kind):
+def test_damage_to_the_metrics_is_named_and_touches_no_weight(broken, expected, kind):
     DAMAGE[kind](broken.work / "metrics.jsonl")
     end = go_on(broken)
-    if end.code == 143:
-        assert "metrics.jsonl" in end.stderr
-        del expected["metrics.jsonl"]
-        assert broken.stopped().items() >= expected.items(), "weights, optimiser and state do not depend on it"
-    else:
-        assert "metrics.jsonl" in end.stderr
-        assert "Traceback" not in end.stderr
+    assert end.code == 143, end.stderr
+    assert "warning: " in end.stderr
+    assert "metrics.jsonl" in end.stderr
+    # The checkpoint's JSON says how long the metrics are; weights, critic and optimiser do not hang on them.
+    name = "checkpoint/tensors.safetensors"
+    assert broken.stopped()[name] == expected[name]
 
 
 def test_strangers_and_half_files_among_the_checkpoints_change_nothing(broken, expected):

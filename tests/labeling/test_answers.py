@@ -66,6 +66,19 @@ def test_damage_is_cut_off_with_what_follows(damage: bytes, tmp_path: Path):
     assert path.read_bytes() == content
 
 
+def test_every_flipped_bit_is_seen_and_mended(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    content = whole(tmp_path)
+    path = tmp_path / "flipped.jsonl"
+    for bit in range(0, 8 * len(content), 5):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        file = AnswerFile(path, CHUNKS, 2)
+        file.fill(sampler([]), lambda: None)
+        assert path.read_bytes() == content
+    assert f"bytes of {path} are torn or damaged" in capfd.readouterr().err.replace("\n", " ")
+
+
 def test_what_follows_the_last_chunk_is_cut_off(tmp_path: Path):
     content = whole(tmp_path)
     path = tmp_path / "long.jsonl"
