@@ -214,6 +214,7 @@ class _WandB:
 
         wanted = {
             "console": "off",  # or it would send what the terminal shows
+            "quiet": True,
             "disable_code": True,
             "disable_git": True,
             "save_code": False,
@@ -234,6 +235,8 @@ class _WandB:
             config=dict(run.settings),
             settings=wandb.Settings(**{name: value for name, value in wanted.items() if name in known}),
         )
+        if not getattr(self._run, "offline", True):
+            say(f"wandb: {self._run.url} shows this run")
         # W&B knows what reached it; offline it cannot, and what was told is on the disk.
         self._next = self._run.step or beginning.told + 1
 
