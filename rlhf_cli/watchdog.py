@@ -1,8 +1,8 @@
 """Ends a process that makes no progress: a collective that waits for ever, a deadlock, an endpoint that never answers.
 
-Whatever gets something done calls `beat`. The watch is a thread of its own, since the main one may hang in C code, where
-Python's signal handlers never run. It prints the stack of every thread and ends the process at once; the stage goes on
-from its last checkpoint.
+Whatever gets something done calls `beat`. The watch is a thread of its own, since the main one may hang in C code,
+where Python's signal handlers never run. It prints the stack of every thread and ends the process at once; the stage
+goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def _end(seconds: float, what: str) -> None:
     """Print where every thread is, then why; leave without any clean-up, which could hang as well."""
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
     text = (
-        f"error: `{what}` made no progress for {seconds:g} seconds (`stall_seconds`); the stacks above say where it is\n"
+        f"error: `{what}` made no progress for {seconds:g} seconds (`stall_seconds`); the stacks above say where it "
+        "is\n"
         "\nhint: run the same command again to go on from the last checkpoint, or raise `stall_seconds`\n"
     )
     os.write(_STDERR, text.encode())
