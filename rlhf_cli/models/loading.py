@@ -27,6 +27,7 @@ import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
 from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.quantise import Quantise, as_ordinary, check_quantise, quantisation
+from rlhf_cli.processes import world_size
 from rlhf_cli.progress import say
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -73,20 +74,34 @@ class ModelSource:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU. Each of several processes has the GPU of its number there.
 
     MPS has no float64, which sampling draws in, so it is not chosen.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise ModelError(
             f"`model.device: {name}` is none of auto, cpu and cuda",
             hint="choose one of several GPUs by the environment: CUDA_VISIBLE_DEVICES=1 rlhf ...",
         )
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ModelError("`model.device: cuda`: torch finds no CUDA device here", hint="use `auto` or `cpu`")
-    return torch.device(name)
+    return torch.device("cuda") if world_size() == 1 else _own_gpu()
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of one of several processes; they do not share any, which NCCL refuses."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ModelError(
+            f"process {number + 1} of this machine finds {count:,} GPUs: each process has one of its own",
+            hint=f"use `--processes {count}`, or `--set model.device=cpu`",
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:

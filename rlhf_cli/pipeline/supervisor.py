@@ -32,8 +32,8 @@ _CULPRIT = 8.0
 """Seconds in which the process is looked for that others say they have lost."""
 _SAVING = 120.0
 """Seconds that the others have to save, after a signal, once the first has left."""
-_PARTING = 10.0
-"""Seconds that the others have once rank 0 is done."""
+_PARTING = 1.0
+"""Seconds that the others have once rank 0 is done: it does the last that matters."""
 _KEPT = 1 << 16
 """Bytes of a rank's output that are kept."""
 _SHOWN_LINES = 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 from rlhf_cli.processes import Processes, world_size
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.rendezvous import LISTENER
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Team:
     def __init__(self, recipe: Recipe) -> None:
         self._device = recipe.model.device
 
+    @property
+    def _has_met(self) -> bool:
+        return "_processes" in self.__dict__
+
     @cached_property
     def _processes(self) -> Processes:
         if world_size() == 1:
@@ -44,6 +50,8 @@ class Team:
 
     def lead(self, order: Order | None) -> None:
         """Rank 0: all begin this stage; None: there is no other."""
+        if order is None and not self._has_met and LISTENER in os.environ:
+            return  # nothing was to be done, so torch is not even imported: our supervisor ends those who wait
         self._processes.collect(None if order is None else {"stage": order.stage, "inputs": dict(order.inputs)})
 
     def follow(self) -> Order | None:
