@@ -53,6 +53,7 @@ class Answers:
         ended: whether each ended of itself.
         scores: (N,) rewards as they were given, all of them combined; not finite where one was broken.
         parts: name of a reward -> (N,) what it gave, before weights.
+        faults: for each reward that gave what is not finite: which, and for which answer first.
     """
 
     prompts: list[Prompt]
@@ -62,6 +63,7 @@ class Answers:
     ended: list[bool]
     scores: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    faults: Sequence[str] = ()
 
     @property
     def lengths(self) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say
-from rlhf_cli.stages.common import model_source, prompt_format, prompt_template
+from rlhf_cli.stages.common import metrics_log, model_source, prompt_format, prompt_template
 from rlhf_cli.stages.ppo_data import load_data
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def run(context: StageContext) -> StageOutcome:
         seed=context.recipe.seed,
         work=context.work,
         stop=context.stop,
+        log=metrics_log(context),
     )
     trainer.train()
     rows = metric_rows(context.work / "metrics.jsonl")
@@ -149,10 +150,17 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_records(context: StageContext, rows: list[dict[str, Any]]) -> None:
-    """Metrics, samples and findings beside the policy."""
+    """Metrics and samples beside the policy, and what they look like: a picture, and whether the curve is normal."""
+    from rlhf_cli.training import health
+    from rlhf_cli.training.plots import draw_curves
+
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (context.work / name).is_file():
             shutil.copyfile(context.work / name, context.output / name)
+    draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
+    findings = health.judge(rows)
+    health.write(context.output / "health.json", findings)
+    health.show(findings)
 
 
 def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcome:

@@ -20,7 +20,6 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_cli import progress
-from rlhf_cli.errors import DivergedError, Interrupted
+from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.roles import Roles
 from rlhf_cli.objectives.advantages import generalised_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
@@ -54,6 +53,7 @@ from rlhf_cli.training.ppo_rollout import PromptSet, RewardFunction, Rollouts, T
 from rlhf_cli.training.ppo_update import Experience, Updater
 from rlhf_cli.training.randomness import random_state, restore_random_state, seed_everything
 from rlhf_cli.training.samples import SampleLog, name_spike
+from rlhf_cli.training.together import SharedStop
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ class StepReport:
     Attributes:
         metrics: name -> figure.
         histograms: name -> values.
+        fault: why nothing was learned from it, or "".
     """
 
     metrics: dict[str, float]
     histograms: dict[str, list[float]]
+    fault: str = ""
 
 
 @dataclass
@@ -139,8 +141,9 @@ class PPOTrainer:
         self.roles, self.engine, self.options = roles, engine, options
         self.state = RunState(options.kl_coef)
         self.best: Best | None = None
-        self._data, self._seed, self._work, self._stop = data, seed, work, stop
+        self._data, self._seed, self._work = data, seed, work
         self._processes, self._open_log = engine.processes, log
+        self._stop = SharedStop(stop, engine.processes)
         self._rollouts = Rollouts(roles, engine, reward, options, seed=seed)
         self.updater = Updater(roles, engine, options, seed=seed, supervised=self._supervised())
         held_out = data.held_out
@@ -183,27 +186,22 @@ class PPOTrainer:
                     step = self._roll_back(step, error)
                     continue
                 bar.advance(note=note(report.metrics))
-                if self._processes.any(self._stop.requested):
-                    self._leave(step)
+                if self._stop.requested:
+                    if not self._is_due(step):
+                        self._save(step)
+                    self._stop.check()
         self._journal.close()
         self._take_best()
         return self.state
 
     def _finish(self, step: int, report: StepReport, tell: Tell) -> None:
         """What comes after the update: is all well, is it far enough, who looks at it, where is it written."""
-        self._count_bad(report.metrics)
+        self._count_bad(report)
         self._end_early(step, report.metrics)
         self._look(step, report.metrics, tell)
         self._journal.write(step, report)
         if self._is_due(step):
             self._save(step)
-
-    def _leave(self, step: int) -> None:
-        """Save and stop, as a signal asks: one that came to any process stops all of them."""
-        if not self._is_due(step):
-            self._save(step)
-        self._stop.check()
-        raise Interrupted(signal.SIGTERM)
 
     def step(self, step: int, tell: Tell = lambda _: None) -> StepReport:
         """One step; `step` is 0-based."""
@@ -219,7 +217,8 @@ class PPOTrainer:
         metrics |= {"objective/kl_coef": beta, "episode": float((step + 1) * options.answers_per_step)}
         if not all_finite(scores):
             # A broken reward must not reach the weights; the reward itself has named the answer.
-            return StepReport(metrics | {"skipped_steps": float(options.optimizer_steps_per_step)}, histograms(answers))
+            metrics["skipped_steps"] = float(options.optimizer_steps_per_step)
+            return StepReport(metrics, histograms(answers), "; ".join(answers.faults))
         rewards = token_rewards(scores, kl, before.is_response, kl_coef=beta if options.kl_in == "reward" else 0.0)
         if options.whiten_rewards:
             rewards = whiten(rewards, before.is_response, keep_mean=True)
@@ -314,12 +313,11 @@ class PPOTrainer:
         is_sound = self.state.bad_steps == 0 and step % self.options.checkpoint_steps == 0
         return is_sound or step == self.options.steps or bool(self.state.ended)
 
-    def _count_bad(self, metrics: dict[str, float]) -> None:
-        self.state.bad_steps = self.state.bad_steps + 1 if metrics["skipped_steps"] else 0
+    def _count_bad(self, report: StepReport) -> None:
+        self.state.bad_steps = self.state.bad_steps + 1 if report.metrics["skipped_steps"] else 0
         if self.state.bad_steps >= BAD_STEPS_IN_A_ROW:
-            raise DivergedError(
-                f"rewards, ratios or gradients were out of bounds in {self.state.bad_steps} steps in a row"
-            )
+            fault = report.fault or "gradients were not finite, or ratios beyond `ppo.ratio_limit`"
+            raise DivergedError(f"{self.state.bad_steps} steps in a row were left out: {fault}")
 
     def _roll_back(self, step: int, error: DivergedError) -> int:
         """Return to the last checkpoint, once; the second time, give up with the error being handled."""

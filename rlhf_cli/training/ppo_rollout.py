@@ -15,6 +15,7 @@ import torch
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.roles import Roles
+from rlhf_cli.progress import warn
 from rlhf_cli.rewards.contract import Scores
 from rlhf_cli.rollout.experience import Answers, Engine, decode
 from rlhf_cli.rollout.sampling import Sample, sample
@@ -108,7 +109,11 @@ class Rollouts:
         texts = [decode(source.tokenizer, answer.ids) for answer in drawn]
         tell("scoring")
         scores = self._reward([source.prompts[row] for row, _ in mine], texts) if mine else Scores([], {})
-        return _together(source, rows, processes.collect(_plain(drawn, texts, scores)))
+        shares = processes.collect(_plain(drawn, texts, scores))
+        for share in shares[1:]:  # what the first process found wrong, the reward itself has said
+            for fault in share["faults"]:
+                warn(fault)
+        return _together(source, rows, shares)
 
     def _sample(self, source: PromptSet, mine: Sequence[tuple[int, int]], tell: Tell) -> list[Sample]:
         # The number is that of the answer in the run: a prompt that comes back gets a new seed.
@@ -141,6 +146,7 @@ def _plain(drawn: Sequence[Sample], texts: Sequence[str], scores: Scores) -> dic
         "texts": list(texts),
         "scores": scores.total,
         "parts": scores.parts,
+        "faults": scores.faults,
     }
 
 
@@ -164,4 +170,5 @@ def _together(source: PromptSet, rows: Sequence[int], shares: Sequence[dict[str,
             name: torch.tensor(whole(lambda share, name=name: share["parts"][name]), dtype=torch.float32)
             for name in names
         },
+        faults=[fault for share in shares for fault in share["faults"]],
     )

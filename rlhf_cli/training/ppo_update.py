@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from rlhf_cli.rollout.experience import Answers, Engine, Passes
 from rlhf_cli.training.ppo_options import PPOOptions
 from rlhf_cli.training.ppo_ptx import SupervisedLoss
 from rlhf_cli.training.schedules import rate_factor
+from rlhf_cli.training.together import sum_gradients
 
 Sums = defaultdict[str, float]
 """Name -> sum, 0 for a name that was not added to."""
@@ -273,7 +273,7 @@ class Updater:
 
     def _step(self, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics) -> None:
         trained = self.parameters if trains_policy else self._critic_parameters
-        self._add_gradients(trained)
+        sum_gradients(trained, self._engine.processes)
         norm = torch.nn.utils.clip_grad_norm_(trained, self._options.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate_factor(optimizer_step)
@@ -284,13 +284,3 @@ class Updater:
             # One bad batch must not poison the weights; the trainer counts these and stops when they repeat.
             statistics.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _add_gradients(self, trained: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over the processes; one that had no answers in this minibatch adds zeros."""
-        if self._engine.processes.count == 1:
-            return
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients: list[Any] = [parameter.grad for parameter in trained]
-        self._engine.processes.add(gradients)

@@ -127,10 +127,12 @@ def test_a_broken_reward_skips_its_step_and_three_in_a_row_end_the_run(tiny_llam
     def broken(prompts, texts):
         calls["count"] += 1
         bad = calls["count"] in (2, 5, 6, 7) or calls["count"] > 9
-        return Scores([float("nan") if bad and place == 3 else 1.0 * place for place in range(len(texts))], {})
+        return Scores(
+            [float("nan") if bad and place == 3 else 1.0 * place for place in range(len(texts))], {}, ["gone wrong"]
+        )
 
     trainer = make_trainer(tiny_llama, tmp_path / "w", steps=20, reward=broken)
-    with pytest.raises(DivergedError, match="in 3 steps in a row"):
+    with pytest.raises(DivergedError, match="3 steps in a row were left out: gone wrong"):
         trainer.train()
     rows = rows_of(tmp_path / "w")
     assert rows[1]["skipped_steps"] == 2
