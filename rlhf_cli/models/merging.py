@@ -7,7 +7,9 @@ weights as they are on disk, and rounded once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +20,8 @@ from rlhf_cli.models.loading import ModelSource, load_policy
 def merged_policy(
     source: ModelSource, state: Mapping[str, Tensor], *, rank: int, alpha: float, target_modules: str | list[str]
 ) -> PreTrainedModel:
-    """The language model at `source` with an adapter merged into it, in float32.
+    """The language model at `source` with an adapter merged into it, in float32, on the CPU: where what trained fits a
+    GPU by its frozen weights' few bits, this would not fit beside it.
 
     Args:
         source: the base.
@@ -28,7 +31,8 @@ def merged_policy(
     Raises:
         ModelError: the adapter does not fit the base.
     """
-    model = load_policy(source.in_full())
+    # It computes nothing, so it needs no attention that runs here.
+    model = load_policy(replace(source.in_full(), device=torch.device("cpu"), attention="eager"))
     add_lora(model, rank=rank, alpha=alpha, target_modules=target_modules)
     load_adapter_state(model, dict(state))
     merge_lora(model)

@@ -68,12 +68,15 @@ def quantisation(how: Quantise, precision: torch.dtype) -> BitsAndBytesConfig:
 
 
 def as_ordinary(model: PreTrainedModel) -> PreTrainedModel:
-    """Take transformers' flags off a model that was loaded quantised; its layers stay as they are.
-
-    Trainers read them to refuse adapters that are not PEFT's own wrapper, and to round trained weights to bfloat16.
-    """
+    """Make a model that was loaded quantised one that trains as any other; its weights stay as they are."""
+    # Trainers read these to refuse adapters outside PEFT's own wrapper, and to round trained weights to bfloat16.
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         setattr(model, flag, False)
+    # bitsandbytes packs 4-bit weights for AVX512-BF16 when a layer is used in evaluation mode, where ours are kept, and
+    # the product with packed weights has no gradient: layers below would learn nothing, silently.
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -5,6 +5,7 @@ A bad line in PPO's prompts is found now and not after an hour of fine-tuning.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,11 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
     """
     _check_attention(recipe.model.attention)
     check_trackers(recipe.tracking.trackers)
+    if recipe.model.quantise != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"`model.quantise: {recipe.model.quantise}` needs bitsandbytes, which is not installed",
+            hint="pip install 'rlhf-cli[quantised]', or leave `model.quantise` out",
+        )
     seen: set[tuple[str, str | None]] = set()
     prompts: dict[str, PromptSet] = {}  # by source
     for given in inputs:

@@ -73,6 +73,16 @@ class Recipe(Section):
         return name
 
     @model_validator(mode="after")
+    def _quantised_under_adapters(self) -> Self:
+        for name in ("sft", "train_rm", "ppo") if self.model.quantise != "none" else ():
+            section = getattr(self, name)
+            if section is not None and section.adapter == "none":
+                raise ValueError(
+                    f"`model.quantise` holds frozen weights, and `{name}.adapter: none` trains all of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _buildable(self) -> Self:
         if self.model.build is not None and self.sft is None:
             raise ValueError("`model.build` makes an untrained model, which needs an `sft` section")

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 _EXCERPT = 80
 
 
-def model_source(recipe: Recipe, path: str) -> ModelSource:
+def model_source(recipe: Recipe, path: str, *, quantised: bool = False) -> ModelSource:
     """How the model at `path` is held, with device and precisions resolved for this machine.
 
-    `model.revision` and `model.trust_remote_code` are about `model.path` and reach no other model.
+    `model.revision` and `model.trust_remote_code` are about `model.path` and reach no other model. `model.quantise` is
+    about frozen weights under an adapter that trains: a stage that trains one says `quantised`.
     """
     from rlhf_cli.models.loading import ModelSource, resolve_device, resolve_precision
 
@@ -48,6 +49,7 @@ def model_source(recipe: Recipe, path: str) -> ModelSource:
         precision=precision,
         attention=settings.attention,
         device=device,
+        quantise=settings.quantise if quantised else "none",
     )
 
 

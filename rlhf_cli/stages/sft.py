@@ -40,7 +40,7 @@ def run(context: StageContext) -> StageOutcome:
     data = context.inputs["sft.data"]
     loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     processes = Processes(resolve_device(recipe.model.device))
-    source = model_source(recipe, _base(context, loaded.records, processes))
+    source = model_source(recipe, _base(context, loaded.records, processes), quantised=True)
     tokenizer = load_tokenizer(source)
     form = prompt_format(recipe, source, tokenizer)
     check_conversations(form, loaded.records)
@@ -57,12 +57,13 @@ def run(context: StageContext) -> StageOutcome:
         work=context.work,
         stop=context.stop,
         name=source.path,
+        source=None if source.quantise == "none" else source,
         processes=processes,
         log=metrics_log(context),
     )
     if not processes.is_main:
         return StageOutcome()
-    save_model_folder(model, tokenizer, context.output, dtype=source.dtype)
+    save_model_folder(result.merged or model, tokenizer, context.output, dtype=source.dtype)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")

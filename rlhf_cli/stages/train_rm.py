@@ -42,7 +42,7 @@ def run(context: StageContext) -> StageOutcome:
     recipe, settings = context.recipe, context.recipe.train_rm
     assert settings is not None
     loaded = _rankings(context, settings)
-    source = model_source(recipe, context.inputs["sft"])
+    source = model_source(recipe, context.inputs["sft"], quantised=True)
     scorer = new_scorer(
         source,
         template=prompt_template(recipe, context.inputs["sft"]),

@@ -16,8 +16,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.adapters import add_lora, cast_weights, merge_lora
+from rlhf_cli.models.adapters import adapter_state, add_lora, cast_weights, merge_lora
 from rlhf_cli.models.backbone import reads_groups
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.merging import merged_policy
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, task
@@ -85,6 +87,8 @@ class SFTResult:
             without held-out examples.
         eval_loss: the same of the finished model, merged and in its final precision.
         skipped_steps: steps whose gradient was not finite.
+        merged: the finished model, on the CPU, where the one that was trained holds its frozen weights quantised; the
+            losses are then of the adapter on those. Only the main process has it.
     """
 
     steps: int
@@ -93,6 +97,7 @@ class SFTResult:
     eval_loss_before: float | None
     eval_loss: float | None
     skipped_steps: int
+    merged: PreTrainedModel | None = None
 
 
 def train_sft(
@@ -105,13 +110,14 @@ def train_sft(
     work: Path,
     stop: Stop,
     name: str = "the model",
+    source: ModelSource | None = None,
     processes: Processes | None = None,
     log: Callable[..., Log] = MetricsLog,
 ) -> SFTResult:
-    """Train a model in place; it is merged and cast to `options.dtype` when this returns.
+    """Train a model in place; it is merged and cast to `options.dtype` when this returns, unless it is quantised.
 
     Args:
-        model: as loaded: in `options.dtype` for an adapter, in float32 to train all weights.
+        model: as loaded: in `options.dtype` or quantised for an adapter, in float32 to train all weights.
         tokenizer: the model's.
         examples: to train on.
         held_out: to measure on, before and after.
@@ -119,6 +125,7 @@ def train_sft(
         work: folder for checkpoints and `metrics.jsonl`, from which a killed run goes on.
         stop: asked after every step.
         name: of the model, for messages.
+        source: where a model with quantised weights is from: its adapter is merged into the weights on disk.
         processes: those of the run, all of which call this and end with the same weights; None finds them in the
             environment.
         log: makes the metrics log, from the arguments of `MetricsLog`.
@@ -143,11 +150,16 @@ def train_sft(
     result = _train(model, tokenizer, examples, options, work, SharedStop(stop, processes), processes, log)
     if options.lora is None:
         cast_weights(model, options.dtype)
-    else:
+    elif source is None:
         merge_lora(model, dtype=options.dtype)
     require_finite(model, what="the trained model")
     after = _evaluate(model, held_out, options, stop, "held-out loss after", processes)
-    return SFTResult(**result, eval_loss_before=before, eval_loss=after)
+    merged = None
+    if options.lora is not None and source is not None and processes.is_main:
+        lora = options.lora
+        shape = {"rank": lora.rank, "alpha": lora.alpha, "target_modules": lora.target_modules}
+        merged = merged_policy(source, adapter_state(model), **shape)
+    return SFTResult(**result, eval_loss_before=before, eval_loss=after, merged=merged)
 
 
 def _check_options(model: PreTrainedModel, options: SFTOptions, name: str) -> None:
