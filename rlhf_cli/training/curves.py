@@ -85,6 +85,12 @@ class Curve:
         return statistics.stdev(self.values) / math.sqrt(len(self)) if len(self) > 1 else math.inf
 
     @property
+    def noise(self) -> float:
+        """Standard deviation of a single step around its neighbours, so that a trend does not count as noise."""
+        changes = [(after - before) ** 2 for before, after in zip(self.values, self.values[1:], strict=False)]
+        return math.sqrt(statistics.fmean(changes) / 2) if changes else math.inf
+
+    @property
     def trend(self) -> Trend:
         """Line through the curve; without slope, and uncertain, where there are fewer than three points."""
         if len(self) < 3:

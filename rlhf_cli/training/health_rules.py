@@ -36,7 +36,7 @@ def reward(run: Run) -> Iterator[Finding]:
         return
     first, last = curve.first(0.1), curve.last()
     trend, rise = curve.trend, last.mean - first.mean
-    noise = (first.error**2 + last.error**2) ** 0.5
+    noise = curve.noise * (1 / len(first) + 1 / len(last)) ** 0.5
     seen = f"{first.mean:.2f} ({first.when}) to {last.mean:.2f} ({last.when})"
     slope = f"slope {100 * trend.slope:+.2f} +- {100 * trend.error:.2f} per 100 steps"
     if trend.certainty < -CERTAIN and rise < -LIKELY * noise:
