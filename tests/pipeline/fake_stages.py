@@ -5,6 +5,7 @@ What each stage writes depends on its settings and on what it read, so that a ch
 FAKE_LOG: file that gets a line for each stage that ran, with what it found in its work folder.
 FAKE_DIE=stage[:signal]: that stage kills its own process after a checkpoint; FAKE_HANG=stage: it waits for a signal.
 FAKE_RAISE=stage:kind: it raises.
+FAKE_RANK=n|all: of several processes, which one does that; the first by default. The others do nothing in a stage.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.pipeline.stage import STAGES, StageContext, StageOutcome
+from rlhf_cli.processes import is_main, rank
 
 FILES = {"sft": "model.safetensors", "label": "rankings.jsonl", "train-rm": "reward.json", "ppo": "model.safetensors"}
 
@@ -32,6 +34,9 @@ def read(source: str) -> str:
 
 def run(context: StageContext) -> StageOutcome:
     name = context.stage.name
+    if not is_main():
+        misbehave(name, context)
+        return StageOutcome()
     checkpoint = context.work / "checkpoint.txt"
     found = checkpoint.read_text() if checkpoint.exists() else "nothing"
     assert not list(context.output.iterdir()), "an attempt begins with an empty output folder"
@@ -58,13 +63,15 @@ def hash_of(text: str) -> str:
 
 
 def misbehave(name: str, context: StageContext) -> None:
+    if os.environ.get("FAKE_RANK", "0") not in (str(rank()), "all"):
+        return
     stage, _, signum = os.environ.get("FAKE_DIE", "").partition(":")
     if stage == name:
         os.kill(os.getpid(), int(signum or signal.SIGKILL))
         time.sleep(0.1)
         context.stop.check()
     if os.environ.get("FAKE_HANG") == name:
-        Path(os.environ["FAKE_LOG"] + ".hanging").touch()
+        Path(os.environ["FAKE_LOG"] + f".hanging{rank() or ''}").touch()
         for _ in range(600):
             time.sleep(0.05)
             if not os.environ.get("FAKE_DEAF"):
@@ -97,6 +104,8 @@ def install() -> None:
 
 if __name__ == "__main__":
     from rlhf_cli.cli import main
+    from rlhf_cli.pipeline import launch
 
+    launch.ENTRY = (__file__,)
     install()
     sys.exit(main())
