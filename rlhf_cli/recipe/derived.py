@@ -64,11 +64,22 @@ def _train_rm(train: TrainRMSettings, recipe: Recipe) -> Rows:
 def _ppo(ppo: PPOSettings) -> Rows:
     answers = ppo.prompts_per_step * ppo.samples_per_prompt
     largest = math.ceil(answers / ppo.minibatches)
-    return {
+    per_step = ppo.epochs * ppo.minibatches
+    rows: Rows = {
         "answers per step": answers,
         "episodes in total": ppo.steps * answers,
-        "optimiser steps in total": ppo.steps * ppo.epochs * ppo.minibatches,
+        "optimiser steps per step": per_step,
+        "optimiser steps in total": ppo.steps * per_step,
         "answers per minibatch": largest if answers % ppo.minibatches == 0 else f"{largest - 1} to {largest}",
         "micro-batches per minibatch": math.ceil(largest / ppo.micro_batch_size),
+        "most tokens sampled per step": answers * ppo.max_new_tokens,
         "most tokens sampled in total": ppo.steps * answers * ppo.max_new_tokens,
+        "checkpoints kept": ppo.keep_checkpoints + (ppo.kl_budget is not None),
     }
+    if ppo.warmup_share:
+        rows["optimiser steps of the warm-up"] = round(ppo.warmup_share * ppo.steps * per_step)
+    if ppo.ptx is not None:
+        rows["demonstrations read in total"] = ppo.steps * per_step * ppo.ptx.batch_size
+    if ppo.eval_steps is not None:
+        rows["evaluations"] = 1 + math.ceil(ppo.steps / ppo.eval_steps)
+    return rows

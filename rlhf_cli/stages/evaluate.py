@@ -18,7 +18,7 @@ from rlhf_cli.stages.common import model_source, prompt_format, prompt_room, pro
 from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.records import Prompt
+    from rlhf_cli.data.records import Prompt, PromptRecord
     from rlhf_cli.data.sources import LoadedRecords
     from rlhf_cli.data.templates import PromptFormat
     from rlhf_cli.evaluation.answers import Answer, Policy, Sampling
@@ -65,6 +65,22 @@ def run(context: StageContext) -> StageOutcome:
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, settings))
 
 
+def not_chosen_on(records: list[PromptRecord], policy: Path) -> list[PromptRecord]:
+    """Records but for those whose prompts decided which policy PPO wrote: it would look better on them than it is."""
+    from rlhf_cli.data.records import prompt_key
+    from rlhf_cli.stages.ppo import CHOSEN_ON
+
+    if not (policy / CHOSEN_ON).is_file():
+        return records
+    chosen_on = set(json.loads((policy / CHOSEN_ON).read_text(encoding="utf-8")))
+    left = [record for record in records if prompt_key(record.prompt) not in chosen_on]
+    if len(left) < len(records):
+        say(
+            f"evaluate: {len(records) - len(left):,} prompts chose the policy (`ppo.kl_budget`) and are left out"
+        )
+    return left
+
+
 def _prompts(context: StageContext, settings: EvaluateSettings) -> tuple[list[Prompt], LoadedRecords]:
     """Held-out prompts, each once, that leave both models room for an answer."""
     from rlhf_cli.data.records import prompt_key, prompt_text
@@ -78,6 +94,7 @@ def _prompts(context: StageContext, settings: EvaluateSettings) -> tuple[list[Pr
     records = loaded.records
     if settings.prompts is None:
         _, records = split_by_prompt(records, recipe.data.holdout, recipe.seed)
+        records = not_chosen_on(records, Path(context.inputs["ppo"]))
     if not records:
         raise DataError(
             f"{source}: none of its {len(loaded.records):,} prompts is held out "

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import say
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from rlhf_cli.models.roles import Roles
     from rlhf_cli.recipe.schema import PPOSettings
     from rlhf_cli.training.ppo_options import PPOOptions
+
+
+CHOSEN_ON = "chosen_on.json"
+"""Keys of the held-out prompts that decided which policy was written, for `evaluate` to leave out."""
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -69,6 +74,9 @@ def run(context: StageContext) -> StageOutcome:
     if processes.is_main:
         _save(context.output, roles, source, settings)
         _keep_records(context, rows)
+        if settings.kl_budget is not None and data.held_out is not None:
+            keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
+            (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
         if skips.total:
             skips.write(context.output / "skips.jsonl")
     return _outcome(rows, dict(skips.counts))
