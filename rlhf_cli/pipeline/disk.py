@@ -57,6 +57,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full or failing disk, however a library reports it, into `DiskError`."""
     try:
         yield
+    except DiskError:  # says more than could be said here
+        raise
     except Exception as error:
         reason = _reason(error)
         if reason is None:

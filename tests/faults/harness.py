@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 
 
 def say(word):
-    done = max((int(path.name[5:]) for path in HERE.glob("run/.ppo.work/step-*")), default=-1)
+    done = max((int(path.name[5:]) for path in HERE.glob("run/.ppo.work/step-0*")), default=-1)
     with (HERE / "events").open("a") as file:
         file.write(f"{word} {done + 1}\\n")
     return done + 1
@@ -144,12 +144,13 @@ class SmallRun:
         shutil.copytree(self.folder, folder)
         return SmallRun(folder, self.parts, self.settings, self.arguments)
 
-    def start(self, *, limit: int | None = None, **variables: str) -> subprocess.Popen[bytes]:
-        """Start the command; `limit` is the largest file it may write, in bytes. Its stderr goes to a file."""
+    def start(self, *, before: str | None = None, **variables: str) -> subprocess.Popen[bytes]:
+        """Start the command, whose stderr goes to a file; `before` is Python that its process runs first."""
         (self.folder / "events").write_text("")
         command = self.command
-        if limit is not None:
-            command = ["prlimit", f"--fsize={limit}", *command]
+        if before is not None:
+            script = f"import sys\n{before}\nfrom rlhf_cli.cli import main\nsys.exit(main())"
+            command = [sys.executable, "-c", script, *command[3:]]
         environment = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
         path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(path)
@@ -167,9 +168,9 @@ class SmallRun:
             time.sleep(0.002)
         return End(process.returncode, self.stderr)
 
-    def run(self, *, limit: int | None = None, **variables: str) -> End:
+    def run(self, *, before: str | None = None, **variables: str) -> End:
         """Start the command and wait for its end."""
-        return self.finish(self.start(limit=limit, **variables))
+        return self.finish(self.start(before=before, **variables))
 
     def run_here(self, **variables: str) -> End:
         """The same in this process, without the seconds that a start takes; for what kills nobody."""

@@ -57,6 +57,18 @@ def test_a_full_disk_behind_another_error_is_found(tmp_path):
         save_badly()
 
 
+def save_well() -> None:
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+        raise DiskError("it needs 12 bytes") from error
+
+
+def test_what_was_said_of_a_full_disk_is_kept(tmp_path):
+    with pytest.raises(DiskError, match="it needs 12 bytes"), disk_errors(tmp_path):
+        save_well()
+
+
 def test_other_errors_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "no such file")
