@@ -106,7 +106,7 @@ def _messages(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 class _Exchange:
-    """Collectives of torch, in the process group that accelerate sets up."""
+    """Collectives of torch: messages on the CPU by gloo, tensors where they are, by NCCL on a GPU."""
 
     def __init__(self, device: torch.device | None) -> None:
         import torch
@@ -114,13 +114,12 @@ class _Exchange:
 
         from rlhf_cli.rendezvous import join
 
-        on_cpu = device is None or device.type == "cpu"
-        join(cuda=not on_cpu)
+        join()
+        self._device = torch.device("cpu") if device is None else device
         # accelerate finds that group and reads the launcher's environment; `cpu=True` keeps it from looking for a GPU.
-        state = PartialState(cpu=on_cpu)
+        state = PartialState(cpu=self._device.type == "cpu")
         if state.num_processes != world_size():
             raise RuntimeError(f"accelerate counts {state.num_processes} processes where {world_size()} were started")
-        self._device = torch.device("cpu") if on_cpu else state.device
 
     def reduce(self, flat: Tensor) -> Tensor:
         """Sum over the processes."""
@@ -135,12 +134,10 @@ class _Exchange:
         import torch
         import torch.distributed
 
-        mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self._device)
-        sizes = [torch.zeros(1, dtype=torch.long, device=self._device) for _ in range(world_size())]
-        torch.distributed.all_gather(sizes, torch.tensor([len(message)], device=self._device))
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=self._device)
-        padded[: len(message)] = mine
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
+        torch.distributed.all_gather(sizes, torch.tensor([len(message)]))
+        padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+        padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         found = [torch.zeros_like(padded) for _ in range(world_size())]
         torch.distributed.all_gather(found, padded)
-        return [bytes(row[: int(size)].cpu().tolist()) for row, size in zip(found, sizes, strict=True)]
+        return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]

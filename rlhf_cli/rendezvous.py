@@ -17,14 +17,16 @@ LISTENER = "RLHF_LISTENER"
 _PATIENCE = timedelta(days=30)
 
 
-def join(*, cuda: bool) -> None:
+def join() -> None:
     """Enter the process group, once; tensors on the CPU travel by gloo, those on a GPU by NCCL."""
+    import torch
     import torch.distributed as distributed
 
     if distributed.is_initialized():
         return
     # A GPU can be had without NCCL (Windows, builds of one's own); gloo then carries its tensors too.
-    backend = "cpu:gloo,cuda:nccl" if cuda and distributed.is_nccl_available() else "gloo"
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     listener = os.environ.pop(LISTENER, None)
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if listener is None:

@@ -93,7 +93,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
     _limit_threads(recipe.model.threads)
-    team = Team(recipe)
+    team = Team()
     if not is_main():
         _follow(recipe, directory, team)
         return RunResult(folder, [])
