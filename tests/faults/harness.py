@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +91,49 @@ class End:
     stderr: str
 
 
+class Process(Protocol):
+    """What is needed of a process that was started or forked."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+
+    def wait(self) -> int:
+        """Wait for the end; returns the exit code."""
+
+    def send_signal(self, signum: int) -> None:
+        """Send it a signal."""
+
+
+class Forked:
+    """A `Process` that was forked."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """See `Process`."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int:
+        """See `Process`."""
+        code = self._wait(0)
+        assert code is not None
+        return code
+
+    def send_signal(self, signum: int) -> None:
+        """See `Process`."""
+        os.kill(self.pid, signum)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+
 @dataclass(frozen=True)
 class SmallRun:
     """A run and what it needs.
@@ -157,16 +201,37 @@ class SmallRun:
         with (self.folder / "stderr").open("wb") as stderr, (self.folder / "stdout").open("wb") as stdout:
             return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=stdout, stderr=stderr)
 
-    def finish(self, process: subprocess.Popen[bytes], timeout: float = 300) -> End:
+    def fork(self) -> Forked:
+        """The command in a fork of this process, which may have imported what is slow to import."""
+        (self.folder / "events").write_text("")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return Forked(pid)
+        os.chdir(self.folder)
+        os.environ.update({"CI": "1", "HF_HUB_OFFLINE": "1"})
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = ["rlhf", *self.command[3:]]
+        code = 1
+        try:
+            from rlhf_cli.cli import main
+
+            code = main()
+        finally:  # never back into the caller's code
+            os._exit(code)
+
+    def finish(self, process: Process, timeout: float = 300) -> End:
         """Wait for the end, and catch the last checkpoint in the moment that it is there."""
         deadline = time.monotonic() + timeout
         while process.poll() is None:
             if time.monotonic() > deadline:
-                process.kill()
+                process.send_signal(signal.SIGKILL)
                 raise TimeoutError(f"no end within {timeout:g} s\n{self.stderr}")
             self.catch()
             time.sleep(0.002)
-        return End(process.returncode, self.stderr)
+        return End(process.wait(), self.stderr)
 
     def run(self, *, before: str | None = None, **variables: str) -> End:
         """Start the command and wait for its end."""
@@ -220,7 +285,7 @@ class SmallRun:
                     os.link(path, temporary / path.name)
                 temporary.rename(self.caught)
 
-    def kill(self, process: subprocess.Popen[bytes]) -> str:
+    def kill(self, process: Process) -> str:
         """SIGKILL; returns the phase that the run was in."""
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -251,7 +316,7 @@ class SmallRun:
         found = [int(path.name[5:]) for path in self.work.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
         return max(found, default=None)
 
-    def wait_for(self, process: subprocess.Popen[bytes], phase: str, step: int, timeout: float = 120) -> None:
+    def wait_for(self, process: Process, phase: str, step: int, timeout: float = 120) -> None:
         """Return once the run is in a phase of a step (1-based), or has ended."""
         reached: dict[str, Callable[[], bool]] = {
             "rollout": lambda: (self.work / f"step-{step - 1:08d}").exists(),
@@ -262,7 +327,7 @@ class SmallRun:
         deadline = time.monotonic() + timeout
         while not reached[phase]() and process.poll() is None:
             if time.monotonic() > deadline:
-                process.kill()
+                process.send_signal(signal.SIGKILL)
                 raise TimeoutError(f"no {phase} of step {step} within {timeout:g} s\n{self.stderr}")
             self.catch()
             time.sleep(0.0005)
