@@ -69,9 +69,12 @@ def reward_models(tiny_bert: Path, tiny_gpt2: Path, tmp_path: Path) -> dict[str,
     for name, base in (("bert", tiny_bert), ("gpt2", tiny_gpt2)):
         folders[name] = tmp_path / name
         folders[name].mkdir()
-        scorer = new_scorer(ModelSource(str(base)), template=None, lora=None, seed=3)
-        with torch.no_grad():
-            scorer.head.weight.mul_(10.0)  # so that answers differ by more than rounding
+        scorer = new_scorer(ModelSource(str(base)), template=None, lora=None)
+        torch.manual_seed(3)
+        with torch.no_grad():  # new weights are too small to tell answers apart
+            for parameter in scorer.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.5)
         save_scorer(scorer, folders[name])
     return folders
 
@@ -157,11 +160,11 @@ def test_reward_models_with_other_tokenizers_score_the_text(ppo, reward_models, 
     means = {}
     for name, folder in reward_models.items():
         scores = load_scorer(ModelSource(str(folder)), template=None).score(asked, answers)
-        assert max(scores) - min(scores) > 1e-3
+        assert max(scores) - min(scores) > 0.02
         means[name] = sum(scores) / len(scores)
-    assert row["objective/scores/reward-model"] == pytest.approx(means["bert"], abs=1e-5)
-    assert row["objective/scores/gpt2"] == pytest.approx(means["gpt2"], abs=1e-5)
-    assert row["objective/scores"] == pytest.approx(means["bert"] - 2 * means["gpt2"], abs=1e-5)
+    assert row["objective/scores/reward-model"] == pytest.approx(means["bert"], abs=1e-4)
+    assert row["objective/scores/gpt2"] == pytest.approx(means["gpt2"], abs=1e-4)
+    assert row["objective/scores"] == pytest.approx(means["bert"] - 2 * means["gpt2"], abs=3e-4)
 
 
 @pytest.mark.parametrize("combination", ["min", "mean-std"])
@@ -173,7 +176,7 @@ def test_an_ensemble_of_reward_models_is_combined_answer_by_answer(combination, 
     assert code == 0, said
     (row,) = metrics()
     bert, gpt2 = row["objective/scores/bert"], row["objective/scores/gpt2"]
-    assert abs(bert - gpt2) > 1e-3
+    assert abs(bert - gpt2) > 0.02
     expected = min(bert, gpt2) if combination == "min" else (bert + gpt2) / 2 - 0.5 * abs(bert - gpt2) / 2
     assert row["objective/scores"] == pytest.approx(expected, abs=1e-6)
 
