@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import random
 import shutil
 import sys
@@ -52,12 +53,19 @@ class Outcome:
 def main() -> int:
     """Kill, resume, compare, print."""
     options = _options()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # as the started processes have it; read on import
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
         place = Path(folder)
         whole = SmallRun.new(place / "whole", place / "parts", None, *options.arguments)
-        span = _undisturbed(whole)
+        span = _undisturbed(whole, warm=False)
         expected = whole.digests()
+        if options.warm:
+            _import_all()
+            again = SmallRun.new(place / "again", place / "parts", None, *options.arguments)
+            span = _undisturbed(again, warm=True)
+            if again.digests() != expected:
+                raise SystemExit("a forked process does not come to what a fresh one does")
         print(
             f"undisturbed: {STEPS} steps in {span:.1f} s behind its start; {len(expected)} files to compare", flush=True
         )
