@@ -69,6 +69,7 @@ def test_gae_ignores_nan_on_padding():
 def test_kl_estimators_by_hand_and_in_expectation():
     x = torch.tensor([[0.5, -0.5]])
     assert kl_per_token(x, torch.zeros(1, 2), "k1").tolist() == [[0.5, -0.5]]
+    assert kl_per_token(x, torch.zeros(1, 2), "k2").tolist() == [[0.125, 0.125]]
     expected = [math.exp(-0.5) - 1 + 0.5, math.exp(0.5) - 1 - 0.5]
     assert kl_per_token(x, torch.zeros(1, 2), "k3").tolist() == [pytest.approx(expected, abs=1e-6)]
     # Over the policy's own distribution both estimators average to the exact divergence.
@@ -77,6 +78,22 @@ def test_kl_estimators_by_hand_and_in_expectation():
     for estimator in ("k1", "k3"):
         average = (policy.exp() * kl_per_token(policy[None], reference[None], estimator)[0]).sum()
         torch.testing.assert_close(average, exact)
+
+
+def test_as_a_loss_k2_has_the_gradient_of_the_divergence_and_k1_none():
+    """Averages over the policy's own distribution, with samples taken as constants."""
+    torch.manual_seed(3)
+    logits = torch.randn(5, requires_grad=True)
+    reference = torch.randn(5).log_softmax(0)
+    policy = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+
+    def gradient(estimator):
+        average = (policy.detach().exp() * kl_per_token(policy[None], reference[None], estimator)[0]).sum()
+        return torch.autograd.grad(average, logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(gradient("k2"), exact, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient("k1"), torch.zeros(5), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -87,3 +87,14 @@ def test_value_loss_takes_the_larger_of_clipped_and_plain_error(value, expected,
     result = value_loss(torch.tensor([[value]]), torch.zeros(1, 1), torch.ones(1, 1), ONE, clip_range=0.2)
     assert float(result.loss) == pytest.approx(expected, abs=1e-6)
     assert int(result.clipped) == clipped
+
+
+def test_value_loss_clips_downwards_too_and_not_at_all_without_a_range():
+    """V = -0.8 ran down to the return -1: judged at -0.2, so (-0.2 + 1)^2 / 2."""
+    value, old, returns = torch.tensor([[-0.8]]), torch.zeros(1, 1), -torch.ones(1, 1)
+    clipped = value_loss(value, old, returns, ONE, clip_range=0.2)
+    assert float(clipped.loss) == pytest.approx(0.5 * 0.8**2, abs=1e-6)
+    assert int(clipped.clipped) == 1
+    plain = value_loss(value, old, returns, ONE, clip_range=None)
+    assert float(plain.loss) == pytest.approx(0.5 * 0.2**2, abs=1e-6)
+    assert int(plain.clipped) == 0

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from rlhf_cli.objectives.shaping import RewardShape, RunningMoments
 from rlhf_cli.training.ppo_ptx import Demonstrations
 
 
@@ -248,28 +247,6 @@ def test_ptx_is_the_mean_loss_of_a_completion_token(tiny_llama, tmp_path, make_t
     assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
     for mine, theirs in zip(found, by_hand, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
-
-
-def test_rewards_are_scaled_clipped_and_penalised_in_that_order():
-    scores, ended = torch.tensor([4.0, -4.0, 1.0]), torch.tensor([True, True, False])
-    lengths = torch.tensor([1, 2, 3])
-    shape = RewardShape(clip=3.0, missing_eos_penalty=5.0, length_penalty=0.5)
-    assert shape.apply(scores, ended, lengths, scale=0.5).tolist() == pytest.approx([1.5, -3.0, 0.5 - 5.0 - 1.5])
-    assert shape.apply(scores, ended, lengths).tolist() == pytest.approx([2.5, -4.0, 1.0 - 5.0 - 1.5])
-    replaced = RewardShape(missing_eos_reward=-1.0)
-    assert replaced.apply(scores, ended, lengths).tolist() == [4.0, -4.0, -1.0]
-
-
-def test_running_moments_are_those_of_everything_seen():
-    rewards = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0]
-    moments = RunningMoments()
-    for part in (rewards[:3], [], rewards[3:4], rewards[4:]):
-        moments = moments.including(part)
-    everything = torch.tensor(rewards, dtype=torch.float64)
-    assert moments.count == 7
-    assert moments.mean == pytest.approx(float(everything.mean()))
-    assert moments.std == pytest.approx(float(everything.std(correction=0)))
-    assert RunningMoments().std == RunningMoments().including([2.0, 2.0]).std == 1.0
 
 
 def test_the_running_scale_divides_by_the_spread_so_far(tiny_llama, tmp_path, make_trainer, scores):
