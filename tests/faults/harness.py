@@ -94,7 +94,9 @@ class End:
 class Process(Protocol):
     """What is needed of a process that was started or forked."""
 
-    returncode: int | None
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, once it is known."""
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
