@@ -3,8 +3,8 @@
     python benchmarks/mutations.py
 
 Each mutation changes one piece of source in a copy of the package, in which the tests of `tests/objectives/` then run.
-One that all of them pass is a hole in the tests: it is printed, and the exit code is 1. Two minutes on one core. Names of
-functions as arguments, such as `kl.kl_per_token`, run theirs alone.
+One that all of them pass is a hole in the tests: it is printed, and the exit code is 1. Two minutes on one core. With
+names of functions as arguments, such as `kl.kl_per_token`, only theirs are tried.
 """
 
 from __future__ import annotations
