@@ -10,31 +10,17 @@ What is exchanged is small: sums of gradients, and facts about answers as JSON. 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlhf_cli.ranks import rank, world_size
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Item = TypeVar("Item")
-
-
-def rank() -> int:
-    """This process's number among those the launcher started, from 0; known without torch."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes the launcher started; known without torch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks to people."""
-    return rank() == 0
 
 
 class Processes:

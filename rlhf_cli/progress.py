@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf_cli.processes import is_main
+from rlhf_cli.ranks import is_main
 from rlhf_cli.watchdog import beat
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ def carry_out(request: Request) -> None:
     from rlhf_cli.errors import RecipeError
     from rlhf_cli.pipeline import launch, runner
     from rlhf_cli.pipeline.plan import Selection
-    from rlhf_cli.processes import is_main
+    from rlhf_cli.ranks import is_main
     from rlhf_cli.recipe.derived import default_run_dir
     from rlhf_cli.recipe.loader import load_recipe
     from rlhf_cli.recipe.overrides import flag
@@ -88,7 +88,8 @@ def _launch(request: Request, threads: int | None) -> None:
     if request.accelerate_config is not None:
         launch.hand_over(request.accelerate_config)
     if request.processes is not None and request.processes > 1:
-        raise typer.Exit(launch.start(request.processes, threads=threads))
+        launch.start(request.processes, threads=threads)
+        raise typer.Exit
 
 
 def one_stage(

@@ -41,8 +41,8 @@ def split_by_prompt(records: Iterable[AnyRecord], share: float, seed: int) -> tu
 def validation_prompts(held_out: Iterable[Prompt], count: int, seed: int) -> list[Prompt]:
     """Held-out prompts that are looked at while training: at most `count`, and at most half of them.
 
-    A policy that was chosen for its rewards on some prompts must be judged on others, so the rest stays unseen. Which ones
-    depends on the prompts and the seed alone.
+    A policy that was chosen for its rewards on some prompts must be judged on others, so the rest stays unseen. Which
+    ones depends on the prompts and the seed alone.
     """
 
     def key(prompt: Prompt) -> bytes:

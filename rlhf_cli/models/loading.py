@@ -27,8 +27,8 @@ import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
 from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.quantise import Quantise, as_ordinary, check_quantise, quantisation
-from rlhf_cli.processes import world_size
 from rlhf_cli.progress import say
+from rlhf_cli.ranks import world_size
 
 Precision = Literal["auto", "float32", "bfloat16"]
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.supervisor import supervise
-from rlhf_cli.processes import rank, world_size
+from rlhf_cli.ranks import rank, world_size
 
 ENTRY: tuple[str, ...] = ("-m", "rlhf_cli")
 """How Python starts this command again."""
@@ -50,14 +50,14 @@ def check_surroundings(processes: int | None, accelerate_config: Path | None) ->
         )
 
 
-def start(processes: int, *, threads: int | None) -> int:
-    """Run this command in several processes on this machine; returns its exit code.
+def start(processes: int, *, threads: int | None) -> None:
+    """Run this command in several processes on this machine; see `supervise` for what it raises.
 
     Args:
         processes: how many.
         threads: `model.threads`, of each process; None divides the machine's cores.
     """
-    return supervise(again(sys.argv[1:]), processes, environment(os.environ, processes, threads=threads))
+    supervise(again(sys.argv[1:]), processes, environment(os.environ, processes, threads=threads))
 
 
 def again(arguments: Sequence[str]) -> list[str]:

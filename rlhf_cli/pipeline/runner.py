@@ -24,8 +24,8 @@ from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.signals import SignalStop
 from rlhf_cli.pipeline.stage import STAGES, Stage, StageContext, StageOutcome, StopRequest
 from rlhf_cli.pipeline.team import Order, Team
-from rlhf_cli.processes import is_main
 from rlhf_cli.progress import say, warn
+from rlhf_cli.ranks import is_main
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.watchdog import watching

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_cli.recipe.base import (
     Count,
@@ -31,11 +32,11 @@ class RewardSettings(Section):
     """`package.module:function` or `file.py:function`; see `label.function`."""
     model: ModelName = None
     """Another reward model: folder or hub id of ours, or of any transformers classifier with one label."""
-    url: Annotated[str | None, Field(pattern="^https?://")] = None
+    url: str | None = None
     """An HTTP endpoint; docs/rewards.md says what it is sent and what it answers."""
     weight: float = 1.0
     """Factor on this reward, before rewards are combined."""
-    token_env: Annotated[str | None, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")] = None
+    token_env: str | None = None
     """Environment variable whose value is sent to `url` as a bearer token."""
     timeout: Annotated[Positive, EffortOnly()] = 30.0
     """Seconds to wait for an answer of `url`."""
@@ -43,6 +44,21 @@ class RewardSettings(Section):
     """Further attempts at a request to `url` that failed in a way that may pass."""
     request_size: Effort = 64
     """Answers in one request to `url`."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"expected an address that begins with http:// or https://; got `{url}`")
+        return url
+
+    @field_validator("token_env")
+    @classmethod
+    def _is_name(cls, name: str | None) -> str | None:
+        # What was typed is not repeated: people put the token itself here.
+        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("expected the name of an environment variable, such as REWARD_TOKEN, not a token")
+        return name
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

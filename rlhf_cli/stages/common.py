@@ -14,8 +14,8 @@ from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.fingerprint import settings_of
 from rlhf_cli.pipeline.stage import StageContext
-from rlhf_cli.processes import is_main
 from rlhf_cli.progress import warn
+from rlhf_cli.ranks import is_main
 from rlhf_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:

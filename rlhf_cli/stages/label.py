@@ -19,8 +19,9 @@ from rlhf_cli.labeling.labelers import (
     tiers_from_scores,
 )
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
-from rlhf_cli.processes import Processes, is_main
+from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, task, warn
+from rlhf_cli.ranks import is_main
 from rlhf_cli.stages.common import Prompts, load_prompts, model_source, prompt_format, prompt_template
 from rlhf_cli.stages.sharing import divide
 

@@ -94,6 +94,7 @@ class RunState:
         kl_coef: beta of the next step.
         moments: of all rewards so far.
         bad_steps: in a row, just now.
+        sound_steps: in which something was learned.
         rolled_back: training went back to a checkpoint once, and has half the learning rate since.
         ended: why the run ended before its last step, or "".
     """
@@ -101,6 +102,7 @@ class RunState:
     kl_coef: float
     moments: RunningMoments = field(default_factory=RunningMoments)
     bad_steps: int = 0
+    sound_steps: int = 0
     rolled_back: bool = False
     ended: str = ""
 
@@ -314,10 +316,15 @@ class PPOTrainer:
         return is_sound or step == self.options.steps or bool(self.state.ended)
 
     def _count_bad(self, report: StepReport) -> None:
-        self.state.bad_steps = self.state.bad_steps + 1 if report.metrics["skipped_steps"] else 0
+        skipped = report.metrics["skipped_steps"]
+        fault = report.fault or "gradients were not finite, or ratios beyond `ppo.ratio_limit`"
+        self.state.bad_steps = self.state.bad_steps + 1 if skipped else 0
+        self.state.sound_steps += int(skipped < self.options.optimizer_steps_per_step)
         if self.state.bad_steps >= BAD_STEPS_IN_A_ROW:
-            fault = report.fault or "gradients were not finite, or ratios beyond `ppo.ratio_limit`"
             raise DivergedError(f"{self.state.bad_steps} steps in a row were left out: {fault}")
+        is_last = report.metrics["episode"] == self.options.steps * self.options.answers_per_step
+        if is_last and not self.state.sound_steps:
+            raise DivergedError(f"nothing was learned in any step: {fault}")
 
     def _roll_back(self, step: int, error: DivergedError) -> int:
         """Return to the last checkpoint, once; the second time, give up with the error being handled."""

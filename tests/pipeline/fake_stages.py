@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.pipeline.stage import STAGES, StageContext, StageOutcome
-from rlhf_cli.processes import is_main, rank
+from rlhf_cli.ranks import is_main, rank
 
 FILES = {"sft": "model.safetensors", "label": "rankings.jsonl", "train-rm": "reward.json", "ppo": "model.safetensors"}
 

@@ -104,23 +104,15 @@ def test_ppo_without_any_reward_says_what_to_do(tiny_llama, prompts, rlhf):
     assert "Traceback" not in result.stderr
 
 
-def test_a_reward_that_is_not_a_number_names_the_sample(tiny_llama, prompts, tmp_path, rlhf):
+def test_a_run_that_could_learn_nothing_is_no_success(tiny_llama, prompts, tmp_path, rlhf):
     file = tmp_path / "bad.py"
     file.write_text("def score(prompts, completions):\n    return [float('nan')] * len(completions)\n")
     functions = json.dumps([{"function": f"{file}:score"}])
-    result = rlhf(
-        "ppo",
-        "--model",
-        tiny_llama,
-        "--prompts",
-        prompts,
-        "--set",
-        f"ppo.rewards={functions}",
-        *SHORT,
-        code=65,
-    )
+    rewards = ("--set", f"ppo.rewards={functions}")
+    result = rlhf("ppo", "--model", tiny_llama, "--prompts", prompts, *rewards, *SHORT, code=70)
     assert "bad.py:score" in result.stderr
-    assert "nan" in result.stderr
+    assert "nothing was learned in any step" in result.stderr
+    assert not (tmp_path / "runs/default/ppo").exists()
 
 
 def test_a_stage_alone_asks_a_model_as_it_was_trained_to_be_asked(tmp_path, capsys):
