@@ -151,9 +151,25 @@ def test_a_rate_that_moves_nothing_is_seen():
     assert "ppo.learning_rate" in finding.change[0]
 
 
-def test_one_pass_over_the_answers_has_no_ratio_to_judge():
-    rows = [row | {"policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "policy/epochs": 1.0} for row in healthy()]
-    assert unusual(rows) == []
+@pytest.mark.parametrize("moved", [0.0, 0.005], ids=["one minibatch", "several"])
+def test_one_pass_over_the_answers_has_no_ratio_to_judge(moved):
+    once = {"policy/approxkl_avg": moved, "val/first_epoch_approxkl": moved, "policy/clipfrac_avg": 0.0}
+    assert unusual([row | once | {"policy/epochs": 1.0} for row in healthy()]) == []
+    # Files of before `policy/epochs` was written: equal figures tell.
+    assert unusual([{k: v for k, v in (row | once).items() if k != "policy/epochs"} for row in healthy()]) == []
+
+
+@pytest.mark.parametrize(
+    "kl",
+    [
+        pytest.param(lambda step: -0.02 + 0.001 * (step % 3), id="rounding below zero"),
+        pytest.param(lambda step: -0.5 + 3.0 * (-1) ** step, id="noise around zero"),
+        pytest.param(lambda step: 20 * (1 - math.exp(-step / 40)), id="far, and levelling off"),
+        pytest.param(lambda step: 0.09 * step, id="growing, and still near"),
+    ],
+)
+def test_a_kl_that_is_as_it_should_be_gives_no_finding(kl):
+    assert unusual([{"step": step, "objective/kl": kl(step)} for step in range(1, 101)]) == []
 
 
 def test_a_reward_that_stays_where_it_is_is_explained_by_the_size_of_the_updates():
@@ -225,3 +241,8 @@ def test_a_line_through_a_curve_is_that_of_least_squares():
     assert Curve((1, 2, 3), (1.0, 2.0, 3.0)).trend.certainty == math.inf
     assert Curve((1, 2, 3), (2.0, 2.0, 2.0)).trend.certainty == 0.0
     assert Curve((1, 2), (1.0, 9.0)).trend.certainty == 0.0
+
+
+def test_a_trend_does_not_count_as_noise():
+    assert Curve((1, 2, 3, 4), (0.0, 2.0, 0.0, 2.0)).noise == pytest.approx(math.sqrt(2))
+    assert Curve((1, 2, 3, 4), (0.0, 0.1, 0.2, 0.3)).noise == pytest.approx(0.1 / math.sqrt(2))
