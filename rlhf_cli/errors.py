@@ -99,6 +99,14 @@ class ProcessDiedError(RLHFError):
         self.exit_code = exit_code
 
 
+class ReportedError(RLHFError):
+    """A failure of a process that the user has been shown already; only its exit code is left to give."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a process ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 class Interrupted(RLHFError):  # noqa: N818  (not an error of the program: a request to stop that was honoured)
     """A signal asked the work to stop; what was done is saved and the same command goes on."""
 

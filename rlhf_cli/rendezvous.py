@@ -7,6 +7,7 @@ Under `rlhf --processes` the supervisor opens the listening socket and hands it 
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 
 LISTENER = "RLHF_LISTENER"
@@ -44,9 +45,10 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if this process is in one; all do so together, at the end of a run that went well."""
-    import sys
+    """Leave the process group, if this process is in one, at the end of a run that went well.
 
+    Left to the interpreter's end, torch's threads may still be waiting for another process that has gone, and abort.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -27,5 +27,7 @@ def main() -> int:
         if debugging() and not isinstance(error, KeyboardInterrupt):
             raise
         return report(error)
-    code = code if isinstance(code, int) else 0
-    return code if worker is None else worker.end(code)
+    from rlhf_cli.rendezvous import leave
+
+    leave()
+    return code if isinstance(code, int) else 0

@@ -6,11 +6,13 @@ import os
 import sys
 import traceback
 
-from rlhf_cli.errors import EXIT_USAGE, RecipeError, RLHFError
+from rlhf_cli.errors import EXIT_USAGE, RecipeError, ReportedError, RLHFError
 
 
 def report(error: BaseException) -> int:
     """Print an error for people; returns the exit code."""
+    if isinstance(error, ReportedError):
+        return error.exit_code
     if isinstance(error, RLHFError):
         _print(error.problems if isinstance(error, RecipeError) else [error.message], error.hint)
         return error.exit_code

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from rlhf_cli.errors import Interrupted, ProcessDiedError
+from rlhf_cli.errors import Interrupted, ProcessDiedError, ReportedError
 from rlhf_cli.pipeline.worker import CHANNEL
 from rlhf_cli.rendezvous import LISTENER
 
@@ -95,7 +95,7 @@ class _Rank:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def supervise(command: Sequence[str], count: int, environment: Mapping[str, str]) -> int:
+def supervise(command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
     """Run `command` in `count` processes.
 
     Args:
@@ -103,14 +103,12 @@ def supervise(command: Sequence[str], count: int, environment: Mapping[str, str]
         count: processes.
         environment: for all of them; RANK and its like are added.
 
-    Returns:
-        The exit code of the command as a whole: rank 0's, or that of the rank that failed first.
-
     Raises:
+        ReportedError: a process failed; what it had to say was printed, and the exit code is its own.
         ProcessDiedError: a process was killed, or ended without a word.
         Interrupted: a signal stopped them before they could say so.
     """
-    return _Supervisor(command, count, environment).run()
+    _Supervisor(command, count, environment).run()
 
 
 class _Supervisor:
@@ -123,7 +121,7 @@ class _Supervisor:
         self._ranks: list[_Rank] = []
         self._command, self._count, self._environment = command, count, environment
 
-    def run(self) -> int:
+    def run(self) -> None:
         """Start all, wait for all."""
         with self._listening():
             try:
@@ -135,7 +133,7 @@ class _Supervisor:
                 for rank in self._ranks:
                     rank.process.wait()
                 self._selector.close()
-            return self._conclude()
+            self._conclude()
 
     def _start(self) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=self._count) as listener:
@@ -224,11 +222,11 @@ class _Supervisor:
         """Whether the signal that we passed on ended it before it could say so."""
         return self._signum is not None and rank.process.returncode == -self._signum
 
-    def _conclude(self) -> int:
+    def _conclude(self) -> None:
         if self._at_once:
             raise KeyboardInterrupt
         if self._ranks[0].ended is not None and self._ranks[0].process.returncode == 0:
-            return 0  # it is the last to do anything that matters
+            return  # it is the last to do anything that matters
         self._restore_terminal()
         failed = sorted((rank for rank in self._ranks if rank.failed), key=lambda rank: rank.urgency)
         first = failed[0]
@@ -242,7 +240,7 @@ class _Supervisor:
             print(f"rank {first.number} of {self._count} failed:", file=sys.stderr)
         sys.stderr.write(first.report["text"])
         sys.stderr.flush()
-        return first.report["code"]
+        raise ReportedError(first.report["code"])
 
     def _unsaid(self, rank: _Rank) -> ProcessDiedError:
         """The error for a process that ended without a word."""

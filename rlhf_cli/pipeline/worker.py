@@ -48,13 +48,6 @@ class Worker:
                 pass
         os.killpg(os.getpgrp(), signal.SIGKILL)  # a group of our own, with whatever a reward function started
 
-    def end(self, code: int) -> int:
-        """Leave the other processes after the work is done; returns `code`."""
-        from rlhf_cli.rendezvous import leave
-
-        leave()
-        return code
-
     def fail(self, error: BaseException, report: Callable[[BaseException], int]) -> None:
         """Tell the supervisor what `report` would print, and end with its exit code; does not return."""
         from rlhf_cli.rendezvous import is_lost_peer

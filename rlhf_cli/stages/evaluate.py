@@ -6,24 +6,22 @@ import dataclasses
 import json
 import random
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.processes import Processes
-from rlhf_cli.progress import console, say, task, warn
-from rlhf_cli.stages.common import model_source, prompt_format, prompt_room, prompt_template
-from rlhf_cli.stages.sharing import divide
+from rlhf_cli.progress import console, say, warn
+from rlhf_cli.stages.common import model_source, prompt_format, prompt_room
+from rlhf_cli.stages.evaluate_answers import base_answers, both_answers, rewarded
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt, PromptRecord
     from rlhf_cli.data.sources import LoadedRecords
     from rlhf_cli.data.templates import PromptFormat
-    from rlhf_cli.evaluation.answers import Answer, Policy, Sampling
+    from rlhf_cli.evaluation.answers import Answer
     from rlhf_cli.evaluation.compare import Comparison
-    from rlhf_cli.models.scorer import Scorer
     from rlhf_cli.recipe.schema import EvaluateSettings
 
 _WIDEST = 100
@@ -42,12 +40,12 @@ def run(context: StageContext) -> StageOutcome:
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
     processes = Processes(model_source(recipe, context.inputs["sft"]).device)
-    ppo, sft, distances = _answers(context, repeated, numbers, sampling, processes)
-    reward = _rewarded(context, repeated, sft, ppo, processes=processes)
+    ppo, sft, distances = both_answers(context, repeated, numbers, sampling, processes)
+    reward = rewarded(context, repeated, sft, ppo, processes=processes)
     if not processes.is_main:
         return StageOutcome()
     shown = _shown_rows(len(repeated), settings)
-    base = _base_answers(context, [repeated[row] for row in shown], [numbers[row] for row in shown], sampling)
+    base = base_answers(context, [repeated[row] for row in shown], [numbers[row] for row in shown], sampling)
     gold = _judged(context, settings, repeated, sft, ppo)
     comparisons = _comparisons(repeated, sft, ppo, distances, gold, reward)
     if base is not None:
@@ -75,9 +73,7 @@ def not_chosen_on(records: list[PromptRecord], policy: Path) -> list[PromptRecor
     chosen_on = set(json.loads((policy / CHOSEN_ON).read_text(encoding="utf-8")))
     left = [record for record in records if prompt_key(record.prompt) not in chosen_on]
     if len(left) < len(records):
-        say(
-            f"evaluate: {len(records) - len(left):,} prompts chose the policy (`ppo.kl_budget`) and are left out"
-        )
+        say(f"evaluate: {len(records) - len(left):,} prompts chose the policy (`ppo.kl_budget`) and are left out")
     return left
 
 
@@ -131,99 +127,10 @@ def _room(context: StageContext, settings: EvaluateSettings, name: str) -> tuple
     return prompt_format(context.recipe, source), min(context.recipe.data.max_prompt_tokens, free)
 
 
-def _load(context: StageContext, name: str) -> Policy:
-    from rlhf_cli.evaluation.answers import Policy
-
-    source = model_source(context.recipe, context.inputs[name])
-    return Policy.load(source, prompt_format(context.recipe, source))
-
-
-def _answers(
-    context: StageContext,
-    prompts: Sequence[Prompt],
-    numbers: Sequence[int],
-    sampling: Sampling,
-    processes: Processes,
-) -> tuple[list[Answer], list[Answer], list[float] | None]:
-    """Answers of PPO and of SFT, drawn with the same random numbers, and log pi_ppo - log pi_sft of each PPO answer."""
-    from rlhf_cli.evaluation.answers import free_memory
-
-    seed = context.recipe.seed
-    rows = list(zip(prompts, numbers, strict=True))
-    policy = _load(context, "ppo")
-    found = divide(processes, rows, partial(_drawn, policy, sampling=sampling, seed=seed, label="PPO answers"))
-    ppo = _restored(found)
-    under_ppo = divide(processes, ppo, partial(_logprobs, policy, sampling=sampling))
-    reading = policy.reading
-    del policy
-    free_memory()
-    context.stop.check()
-    baseline = _load(context, "sft")
-    sft = _restored(
-        divide(processes, rows, partial(_drawn, baseline, sampling=sampling, seed=seed, label="SFT answers"))
-    )
-    if sampling.top_p < 1.0:
-        # The estimate needs answers drawn from the very distribution whose log-probabilities are taken.
-        warn("with `evaluate.sampling.top_p` below 1 the KL cannot be estimated from the answers; it is left out")
-        return ppo, sft, None
-    if baseline.reading != reading:
-        warn("the two models read text differently (tokenizer or chat template), so their KL is not defined")
-        return ppo, sft, None
-    under_sft = divide(processes, ppo, partial(_logprobs, baseline, sampling=sampling))
-    del baseline
-    free_memory()
-    context.stop.check()
-    return ppo, sft, [own - other for own, other in zip(under_ppo, under_sft, strict=True)]
-
-
-def _drawn(
-    policy: Policy, rows: Sequence[tuple[Prompt, int]], *, sampling: Sampling, seed: int, label: str
-) -> list[dict[str, Any]]:
-    """One process's share of the answers, as JSON can say them."""
-    answers = policy.answer(
-        [prompt for prompt, _ in rows], [number for _, number in rows], sampling, seed=seed, label=label
-    )
-    return [dataclasses.asdict(answer) for answer in answers]
-
-
-def _restored(found: Sequence[dict[str, Any]]) -> list[Answer]:
-    from rlhf_cli.evaluation.answers import Answer
-
-    return [Answer(**row) for row in found]
-
-
-def _logprobs(policy: Policy, answers: list[Answer], *, sampling: Sampling) -> list[float]:
-    return policy.logprobs(answers, temperature=sampling.temperature, batch_size=sampling.batch_size)
-
-
 def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
     """Rows spread evenly over all answers, so that neither the best nor the worst are picked."""
     wanted = min(settings.shown_samples, count)
     return [place * count // wanted for place in range(wanted)]
-
-
-def _base_answers(
-    context: StageContext, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling
-) -> list[Answer] | None:
-    """Answers of the model before any training, to the prompts that are shown; None where there is none to ask."""
-    from rlhf_cli.evaluation.answers import Policy, free_memory
-
-    path = context.inputs.get("base")
-    if path is None or path == context.inputs["sft"]:
-        return None
-    if path == "build":
-        source = model_source(context.recipe, context.inputs["sft"])
-        policy = Policy.untrained(source, prompt_format(context.recipe, source), seed=context.recipe.seed)
-    else:
-        try:
-            policy = _load(context, "base")
-        except ModelError as error:
-            warn(f"the base model's answers are not shown: {error.message}")
-            return None
-    answers = policy.answer(prompts, numbers, sampling, seed=context.recipe.seed, label="base answers")
-    del policy
-    free_memory()
-    return answers
 
 
 def _judged(
@@ -240,40 +147,10 @@ def _judged(
     return list(zip(*scores, strict=True))
 
 
-def _rewarded(
-    context: StageContext, prompts: Sequence[Prompt], *sides: Sequence[Answer], processes: Processes | None = None
-) -> list[tuple[float, ...]] | None:
-    """Normalised rewards of each prompt's answers, as PPO saw them; None where there is no reward model.
-
-    Given the processes, all of them call this, and each scores its share.
-    """
-    from rlhf_cli.evaluation.answers import free_memory
-    from rlhf_cli.models.scorer import load_scorer
-
-    if (path := context.inputs.get("train-rm")) is None:
-        return None
-    scorer = load_scorer(
-        model_source(context.recipe, path), template=prompt_template(context.recipe, context.inputs["sft"])
-    )
-    rows = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
-    share = partial(_scored, scorer)
-    scores = share(rows) if processes is None else divide(processes, rows, share)
-    del scorer, share
-    free_memory()
-    return list(
-        zip(*(scores[start : start + len(prompts)] for start in range(0, len(rows), len(prompts))), strict=True)
-    )
-
-
-def _scored(scorer: Scorer, rows: list[tuple[Prompt, str]]) -> list[float]:
-    with task("rewards", len(rows), "answers") as bar:
-        return scorer.score([prompt for prompt, _ in rows], [text for _, text in rows], progress=bar.advance)
-
-
 def _base_scores(
     context: StageContext, settings: EvaluateSettings, prompts: Sequence[Prompt], answers: Sequence[Answer]
 ) -> list[float]:
-    scores = _judged(context, settings, prompts, answers) or _rewarded(context, prompts, answers)
+    scores = _judged(context, settings, prompts, answers) or rewarded(context, prompts, answers)
     assert scores is not None
     return [score for (score,) in scores]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,23 +21,23 @@ GOLD = """
 def score(prompts, completions):
     return [completion.count("e") - abs(len(completion) - 12) / 8 for completion in completions]
 """
-# Odd numbers on purpose: no count of prompts, records or rows here divides by two.
+# Odd numbers on purpose: shares are uneven, and the last step of `sft` and of `train-rm` leaves one process without.
 RECIPE = """
 name: two
 seed: 3
 model: {{path: {model}, precision: float32}}
 data: {{prompts: prompts.jsonl, holdout: 0.35}}
-sft: {{data: demonstrations.jsonl, epochs: 2, batch_size: 6, micro_batch_size: 2, learning_rate: 5.0e-3,
+sft: {{data: demonstrations.jsonl, epochs: 2, batch_size: 5, micro_batch_size: 2, learning_rate: 5.0e-3,
       checkpoint_steps: 2, lora: {{rank: 4}}}}
 label: {{by: function, function: gold.py:score, completions_per_prompt: 3,
         sampling: {{max_new_tokens: 8, batch_size: 6}}}}
-train_rm: {{epochs: 1, batch_size: 3, micro_batch_size: 2, learning_rate: 1.0e-3, checkpoint_steps: 2,
+train_rm: {{epochs: 1, batch_size: 5, micro_batch_size: 2, learning_rate: 1.0e-3, checkpoint_steps: 2,
            lora: {{rank: 4}}}}
-ppo: {{steps: 2, prompts_per_step: 5, micro_batch_size: 2, max_new_tokens: 8, epochs: 2, learning_rate: 1.0e-3,
+ppo: {{steps: 4, prompts_per_step: 5, micro_batch_size: 2, max_new_tokens: 8, epochs: 2, learning_rate: 1.0e-3,
       checkpoint_steps: 1, lora: {{rank: 4}}}}
 evaluate: {{judge_function: gold.py:score, bootstrap: 100, sampling: {{max_new_tokens: 8, batch_size: 2}}}}
 """
-WORDS = "the cat sat on a warm stone and watched how bread is baked near the river".split()
+WORDS = ("the", "cat", "sat", "on", "a", "warm", "stone", "and", "watched", "how", "bread", "is", "baked", "near", "it")
 
 
 def write_inputs(folder: Path, model: Path) -> Path:
@@ -148,3 +147,65 @@ def test_held_out_figures_agree(alone: Ended, together: Ended):
     ):
         for name in names:
             assert together.metrics(stage)[name] == pytest.approx(alone.metrics(stage)[name], rel=1e-3, abs=1e-3), name
+
+
+def rank_1_of(supervisor: int) -> int:
+    """The process id of rank 1."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    return next(int(pid) for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+
+
+def when_saved(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "runs" / "two" / ".ppo.work" / f"step-{step:08d}").is_dir():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} was never saved"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in Linux's /proc")
+def test_stopped_and_killed_it_ends_with_the_bytes_of_an_uninterrupted_run(together: Ended, tmp_path: Path):
+    """SIGTERM in one step, kill -9 of one rank in another: what two processes resume is what two would have made."""
+    shutil.copytree(together.folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs" / "two" / "ppo")
+    ppo = ("ppo", "recipe.yaml", "--processes", "2")
+
+    stopped = start(tmp_path, *ppo)
+    when_saved(stopped, tmp_path, 1)
+    stopped.terminate()
+    _, stderr = stopped.communicate(timeout=60)
+    assert stopped.returncode == 143, stderr
+    assert stderr.count("error: stopped by SIGTERM; everything done so far is saved") == 1
+    saved = sorted((tmp_path / "runs" / "two" / ".ppo.work").glob("step-*"))
+
+    killed = start(tmp_path, *ppo)
+    when_saved(killed, tmp_path, int(saved[-1].name[-8:]) + 1)
+    os.kill(rank_1_of(killed.pid), signal.SIGKILL)
+    began = time.monotonic()
+    _, stderr = killed.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert killed.returncode == 137, stderr
+    assert "error: rank 1 of 2 was killed by SIGKILL" in stderr
+    assert "Traceback" not in stderr
+
+    last = run(tmp_path, *ppo)
+    assert last.code == 0, last.stderr
+    files = sorted(path.relative_to(together.artefacts) for path in (together.artefacts / "ppo").rglob("*.safetensors"))
+    assert len(files) > 1
+    for name in files:
+        assert (last.artefacts / name).read_bytes() == (together.artefacts / name).read_bytes(), name
+
+
+def test_more_processes_than_prompts(alone: Ended, tmp_path: Path):
+    """Two prompts a step and three processes: one of them has nothing to sample, and all end with one's weights."""
+    weights = []
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        shutil.copytree(alone.folder, folder)
+        changes = [part for value in ("prompts_per_step=2", "steps=1") for part in ("--set", f"ppo.{value}")]
+        ended = run(folder, "ppo", "recipe.yaml", *changes, "--processes", str(count))
+        assert ended.code == 0, ended.stderr
+        weights.append(load_file(ended.artefacts / "ppo" / "model.safetensors"))
+    one, three = weights
+    for key in one:
+        torch.testing.assert_close(three[key], one[key], atol=2e-4, rtol=2e-3)

@@ -22,9 +22,10 @@ def main() -> int:
     if what == "work":
         return work(mode)
     try:
-        return supervise([sys.executable, __file__, "work", mode], int(sys.argv[3]), os.environ)
+        supervise([sys.executable, __file__, "work", mode], int(sys.argv[3]), os.environ)
     except (Exception, KeyboardInterrupt) as error:
         return report(error)
+    return 0
 
 
 def work(mode: str) -> int:
@@ -37,7 +38,7 @@ def work(mode: str) -> int:
         play(mode, rank)
     except (Exception, KeyboardInterrupt) as error:
         worker.fail(error, report)
-    return worker.end(0)
+    return 0
 
 
 def play(mode: str, rank: int) -> None:
