@@ -25,6 +25,7 @@ from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.experience import decode
 from rlhf_cli.rollout.logprobs import Projection, check_projection, response_hidden
 from rlhf_cli.rollout.sampling import sample, stop_ids
+from rlhf_cli.watchdog import beat
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,14 @@ class Policy:
         return tokenizer.get_vocab(), tokenizer.chat_template, self.model.config.is_encoder_decoder
 
     def answer(
-        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, *, seed: int, label: str
+        self,
+        prompts: Sequence[Prompt],
+        numbers: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int,
+        label: str,
+        stop: Callable[[], object] = lambda: None,
     ) -> list[Answer]:
         """Sample one answer to each prompt.
 
@@ -111,7 +119,13 @@ class Policy:
             sampling: how.
             seed: of the run; with it, prompt and number fix the random numbers, whatever the model.
             label: of the progress bar.
+            stop: called between batches; may raise.
         """
+
+        def drawn_more(count: int) -> None:
+            bar.advance(count)
+            stop()
+
         ids = [self.format.prompt_ids(prompt) for prompt in prompts]
         seeds = [seed_for(prompt, seed, number) for prompt, number in zip(prompts, numbers, strict=True)]
         with progress.task(label, len(prompts), "answers") as bar, self._autocast():
@@ -124,7 +138,7 @@ class Policy:
                 top_p=sampling.top_p,
                 eos_ids=stop_ids(self.model, self.format.tokenizer),
                 batch_size=sampling.batch_size,
-                progress=bar.advance,
+                progress=drawn_more,
             )
         tokenizer = self.format.tokenizer
         return [
@@ -133,13 +147,21 @@ class Policy:
         ]
 
     @torch.no_grad()
-    def logprobs(self, answers: Sequence[Answer], *, temperature: float, batch_size: int) -> list[float]:
+    def logprobs(
+        self,
+        answers: Sequence[Answer],
+        *,
+        temperature: float,
+        batch_size: int,
+        stop: Callable[[], object] = lambda: None,
+    ) -> list[float]:
         """log pi(answer | prompt) in nats, summed over the answer's tokens, its end token included.
 
         Args:
             answers: anyone's answers, in ids of this model's tokenizer.
             temperature: logits are divided by it, as in sampling.
             batch_size: answers in one pass; changes memory and speed only.
+            stop: called between passes; may raise.
         """
         with self._autocast():
             check_projection(self.model, self._source.path)
@@ -147,6 +169,8 @@ class Policy:
         order = sorted(range(len(answers)), key=self._neighbours(answers))
         sums = [0.0] * len(answers)
         for first in range(0, len(order), batch_size):
+            stop()
+            beat()
             rows = order[first : first + batch_size]
             batch = SequenceBatch.for_model(
                 self.model, [answers[row].prompt_ids for row in rows], [answers[row].ids for row in rows]

@@ -136,14 +136,21 @@ def _fitting(
     return kept, groups
 
 
-def _scores(scorer: Scorer, rankings: Sequence[Ranking], label: str, processes: Processes) -> list[list[float]]:
+def _scores(
+    context: StageContext, scorer: Scorer, rankings: Sequence[Ranking], label: str, processes: Processes
+) -> list[list[float]]:
     """Rewards of all answers, one list a ranking."""
 
     def score(own: list[Ranking]) -> list[list[float]]:
         prompts = [ranking.prompt for ranking in own for _ in ranking.completions]
         completions = [completion for ranking in own for completion in ranking.completions]
         with task(label, len(prompts), "answers") as bar:
-            flat = iter(scorer.score(prompts, completions, progress=bar.advance))
+
+            def progress(done: int) -> None:
+                bar.advance(done)
+                context.stop.check()
+
+            flat = iter(scorer.score(prompts, completions, progress=progress))
         return [[next(flat) for _ in ranking.completions] for ranking in own]
 
     return divide(processes, rankings, score)
@@ -161,9 +168,9 @@ def _report(
 
     seed = context.recipe.seed
     checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
-    scores = _scores(scorer, held_out, "scoring held-out rankings", processes)
+    scores = _scores(context, scorer, held_out, "scoring held-out rankings", processes)
     report = ranking_report(held_out, scores, seed=seed)
-    return report, accuracy(checked, _scores(scorer, checked, "scoring training rankings", processes))
+    return report, accuracy(checked, _scores(context, scorer, checked, "scoring training rankings", processes))
 
 
 def _normalise(
@@ -180,7 +187,11 @@ def _normalise(
     chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS_CHECKED))
     sampled = None if _labels_are_sampled(context) else _sft_answers(context, scorer, source, chosen, processes)
     if sampled is None:
-        raw = [reward for rewards in _scores(scorer, chosen, "normalising rewards", processes) for reward in rewards]
+        raw = [
+            reward
+            for rewards in _scores(context, scorer, chosen, "normalising rewards", processes)
+            for reward in rewards
+        ]
     else:
         raw = scorer.score([ranking.prompt for ranking in chosen[: len(sampled)]], sampled)
     # Answers that are all alike have no spread to scale by.

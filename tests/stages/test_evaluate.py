@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_cli.data.records import is_held_out
 from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.errors import DataError
+from rlhf_cli.errors import DataError, Interrupted
 from rlhf_cli.evaluation.answers import Answer, Policy, Sampling
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
 from rlhf_cli.pipeline.stage import STAGES, StageContext
@@ -118,6 +120,24 @@ def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp
     assert metrics["tie_rate"] == 1.0, "the same seeds for both"
     assert metrics["kl_nats"] == pytest.approx(0.0, abs=1e-6)
     assert all(row["sft"] == row["ppo"] for row in lines(context))
+
+
+@pytest.mark.parametrize("checks", [2, 9])
+def test_a_signal_ends_sampling_and_reading_within_a_batch(tiny_llama, prompts, judge, tmp_path, checks):
+    class StopAfter(Never):
+        count = 0
+
+        def check(self) -> None:
+            self.count += 1
+            if self.count == checks:
+                raise Interrupted(signal.SIGTERM)
+
+    plan = {"max_new_tokens": 4, "batch_size": 2}
+    context = judged(tmp_path, tiny_llama, tiny_llama, prompts, judge, sampling=plan)
+    context = dataclasses.replace(context, stop=StopAfter())
+    with pytest.raises(Interrupted):
+        evaluate.run(context)
+    assert context.stop.count == checks
 
 
 def test_the_seed_decides_the_answers(tiny_llama, prompts, judge, tmp_path):
