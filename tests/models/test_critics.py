@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.actors import ActorOptions, Actors, LoraShape, make_actors
-from rlhf_cli.models.adapters import add_lora
+from rlhf_cli.models.adapters import adapter_layers, add_lora
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.roles import Roles, SharedBackbone
 from rlhf_cli.models.scorer import new_scorer, save_scorer
@@ -84,6 +84,7 @@ def test_a_separate_critic_starts_as_the_reward_model(adapter, lora, tiny_llama,
     assert made.notes[-1] == "the critic starts from the reward model"
     with made.roles.critic() as critic, made.roles.policy() as policy:
         assert critic is not policy
+        assert not adapter_layers(critic)
         trained = {id(parameter) for parameter in made.roles.critic_parameters()}
         assert all(parameter.requires_grad and id(parameter) in trained for parameter in critic.parameters())
         assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}

@@ -72,6 +72,8 @@ def test_adapters_train_on_quantised_weights(name, recompute, bits, request):
     before = whole.passes(given)
     torch.testing.assert_close(before.logprobs, before.reference_logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(before.logprobs, single.passes(given).logprobs, atol=1e-4, rtol=0)
+    # PEFT's own layers for such weights, which guard the gradient against bitsandbytes' views.
+    assert {type(layer).__module__ for _, layer in adapter_layers(roles.model)} == {"peft.tuners.lora.bnb"}
     trained = [*roles.policy_parameters(), *roles.critic_parameters()]
     with torch.no_grad():
         for parameter in trained:
