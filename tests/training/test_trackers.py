@@ -22,6 +22,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import common
 from rlhf_cli.training import trackers as module
 from rlhf_cli.training.metrics import MetricsLog
+from rlhf_cli.training.tracker_kinds import TensorBoard
 from rlhf_cli.training.trackers import TrackedRun, Trackers
 
 
@@ -151,8 +152,8 @@ def test_figures_up_to_a_checkpoint_survive_a_kill(run, tmp_path, monkeypatch):
     trackers = Trackers(["tensorboard"], run)
     log = MetricsLog(tmp_path / "metrics.jsonl", trackers=trackers)
     flushes: list[int] = []
-    flush = module._TensorBoard.flush
-    monkeypatch.setattr(module._TensorBoard, "flush", lambda self: flushes.append(1) or flush(self))
+    flush = TensorBoard.flush
+    monkeypatch.setattr(TensorBoard, "flush", lambda self: flushes.append(1) or flush(self))
     for step in range(1, 5):
         log.write(step, {"loss": 1.0})
     assert not flushes  # which would make fast steps slow
@@ -243,8 +244,9 @@ def test_a_damaged_id_begins_a_new_run(run, tmp_path, trackio, capsys, content):
     assert len(json.loads(run.state.read_text())["id"]) == 12
 
 
-def test_absent_packages_are_named_before_any_stage_starts(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+@pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder of that name"])
+def test_absent_packages_are_named_before_any_stage_starts(monkeypatch, found):
+    monkeypatch.setattr(module, "find_spec", lambda name: found)
     recipe = Recipe.model_validate({"tracking": {"trackers": ["wandb", "tensorboard"]}})
     with pytest.raises(UsageError) as caught:
         preflight(recipe, [])
