@@ -13,6 +13,8 @@ from rlhf_cli.errors import DiskError
 from rlhf_cli.recipe.schema import Recipe
 
 _MARGIN = 64 << 20
+_KEPT = 2
+"""Step checkpoints that are kept by the stages in which it is no setting."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EROFS, errno.EIO}
 
@@ -20,19 +22,28 @@ _UNWRITABLE = {errno.EROFS, errno.EIO}
 def needed_bytes(recipe: Recipe, stages: list[str]) -> int:
     """A rough need of the stages that will run, in bytes; 0 model bytes where the base is on the hub or built.
 
-    A policy is written merged in float32, at most twice its bytes in half precision; an adapter and its checkpoints are
-    small beside that. Without an adapter every checkpoint holds weights and two moments in float32, and two are kept.
+    A model is written in float32, at most twice its bytes in half precision; an adapter and its checkpoints are small
+    beside that. Of a model trained in full every checkpoint holds weights and two moments, all in float32, and one more
+    than are kept is there while it is written.
     """
-    base = model_bytes(recipe.model.path)
+    full = 2 * model_bytes(recipe.model.path)
     total = _MARGIN
     for stage in stages:
         section = getattr(recipe, stage.replace("-", "_"))
-        adapter = getattr(section, "adapter", None)
-        if adapter == "none":
-            total += base * 2 + base * 2 * 3 * 2
-        elif adapter == "lora" and stage != "train-rm":
-            total += base * 2
+        trained, written = _models(section), _models(section)
+        if stage in ("sft", "ppo") and section.adapter == "lora":
+            written += 1  # merged
+        kept = getattr(section, "keep_checkpoints", _KEPT) + 1
+        total += full * (written + 3 * trained * kept)
+        if getattr(section, "kl_budget", None) is not None:
+            total += full * trained
     return total
+
+
+def _models(section: object) -> int:
+    """Models that a stage trains in full."""
+    adapter, critic = getattr(section, "adapter", None), getattr(section, "critic", None)
+    return (adapter == "none") + (critic == "separate" or (critic == "auto" and adapter == "none"))
 
 
 def model_bytes(path: str | None) -> int:

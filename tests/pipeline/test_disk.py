@@ -12,19 +12,29 @@ from rlhf_cli.pipeline.disk import check_room, disk_errors, in_words, model_byte
 from rlhf_cli.recipe.schema import Recipe
 
 
-def recipe(tmp_path: Path, adapter: str) -> Recipe:
+def recipe(tmp_path: Path, **sections: dict) -> Recipe:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
     (tmp_path / "unrelated.bin").write_bytes(b"x" * 5000)
-    return Recipe.model_validate(
-        {"model": {"path": str(tmp_path)}, "sft": {"data": "d", "adapter": adapter}, "ppo": {}, "evaluate": {}}
-    )
+    sft = {"sft": {"data": "d"} | sections.pop("sft", {})}
+    return Recipe.model_validate({"model": {"path": str(tmp_path)}, "evaluate": {}} | sft | sections)
 
 
 def test_needs_by_hand(tmp_path):
-    margin = 64 << 20
-    assert needed_bytes(recipe(tmp_path, "lora"), ["sft", "ppo", "evaluate"]) == margin + 2 * 1000 + 2 * 1000
-    assert needed_bytes(recipe(tmp_path, "none"), ["sft"]) == margin + 2 * 1000 + 2 * 3 * 2 * 1000
-    assert needed_bytes(recipe(tmp_path, "none"), ["evaluate"]) == margin
+    margin, full = 64 << 20, 2 * 1000
+    both = recipe(tmp_path, ppo={})
+    assert needed_bytes(both, ["sft", "ppo", "evaluate"]) == margin + full + full
+    # One model written, three times its size in two checkpoints and the one being written.
+    alone = recipe(tmp_path, sft={"adapter": "none"})
+    assert needed_bytes(alone, ["sft"]) == margin + full * (1 + 3 * 3)
+    assert needed_bytes(alone, ["evaluate"]) == margin
+
+
+def test_needs_of_ppo_count_the_critic_and_what_is_kept(tmp_path):
+    margin, full = 64 << 20, 2 * 1000
+    two = recipe(tmp_path, ppo={"adapter": "none", "keep_checkpoints": 3})
+    assert needed_bytes(two, ["ppo"]) == margin + full * (2 + 2 * 3 * 4)
+    critic = {"critic": "separate", "keep_checkpoints": 1, "eval_steps": 5, "kl_budget": 4.0}
+    assert needed_bytes(recipe(tmp_path, ppo=critic), ["ppo"]) == margin + full * (2 + 3 * 2 + 1)
 
 
 def test_models_that_are_not_here_count_nothing():
