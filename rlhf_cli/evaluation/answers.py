@@ -12,15 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from rlhf_cli import progress
 from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.models.attention_choice import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import (
-    ModelSource,
-    disable_dropout,
-    is_our_attention,
-    load_config,
-    load_policy,
-    set_attention,
-)
+from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.experience import decode
 from rlhf_cli.rollout.logprobs import Projection, check_projection, response_hidden

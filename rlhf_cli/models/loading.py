@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +23,9 @@ from transformers import (
 )
 
 import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
-from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.attention_choice import is_our_attention, set_attention
 from rlhf_cli.models.quantise import Quantise, as_ordinary, check_quantise, quantisation
-from rlhf_cli.progress import say
 from rlhf_cli.ranks import world_size
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -233,43 +231,6 @@ def load_weights(
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
-
-
-def is_our_attention(name: str) -> bool:
-    """Whether a name is `auto`, one of our backends or a user's function, and not one that transformers knows."""
-    return name in registry.names() or (":" in name and "/" not in name.partition(":")[0])
-
-
-def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
-    """Let a model compute its attention by one of our backends, once it has shown that nothing changes by that.
-
-    Under `auto` a model that cannot keeps transformers' own attention, and a line says so.
-
-    Args:
-        model: on its device.
-        attention: as in `ModelSource`.
-        name: of the model, for messages.
-
-    Raises:
-        ModelError: the model does not honour our attention, and it was asked for by name.
-    """
-    implementation = hugging_face.implementation(attention)
-    try:
-        parity.require(model, name, implementation)
-    except ModelError as error:
-        if attention != registry.AUTO:
-            raise
-        _tell_once(f"attention: transformers' own `{model.config._attn_implementation}`, since {error.message}")
-        return
-    model.set_attn_implementation(implementation)
-    if attention == registry.AUTO:
-        for backend, reason in registry.chosen.items():
-            _tell_once(f"attention: `{backend}`, {reason}")
-
-
-@cache
-def _tell_once(line: str) -> None:
-    say(line)
 
 
 def load_any(path: str, device: torch.device) -> PreTrainedModel:

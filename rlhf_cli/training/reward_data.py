@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_cli.data.records import Ranking
-from rlhf_cli.models.scorer import Encoded, Scorer
+from rlhf_cli.models.scorer import Scorer
+from rlhf_cli.models.scorer_batch import Encoded
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_cli.data.records import Message
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.scorer import Encoded, Scorer, load_scorer, new_scorer, save_scorer
+from rlhf_cli.models.scorer import Scorer, load_scorer, new_scorer, save_scorer
+from rlhf_cli.models.scorer_batch import Encoded
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
 PROMPTS = ["Why is the sky blue?", "A short question about bread and water.", "hi"]

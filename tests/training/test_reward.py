@@ -249,7 +249,7 @@ def test_every_group_is_seen_once_an_epoch_in_a_new_order():
 
 
 def test_micro_batches_hold_whole_groups_of_like_length():
-    from rlhf_cli.models.scorer import Encoded
+    from rlhf_cli.models.scorer_batch import Encoded
 
     groups = [RankedGroup((Encoded([1] * size), Encoded([1])), (0, 1), 0.0) for size in (9, 2, 7, 1, 8)]
     assert micro_batches(groups, [0, 1, 2, 3, 4], 2) == [[3, 1], [2, 4], [0]]

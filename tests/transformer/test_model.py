@@ -14,7 +14,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.adapters import add_lora, load_adapter, save_adapter
 from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
-from rlhf_cli.models.scorer import Encoded, load_scorer, new_scorer
+from rlhf_cli.models.scorer import load_scorer, new_scorer
+from rlhf_cli.models.scorer_batch import Encoded
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.logprobs import check_projection
 from rlhf_cli.transformer import TransformerForCausalLM, TransformerForSequenceClassification, TransformerModel
