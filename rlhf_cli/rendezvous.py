@@ -33,7 +33,7 @@ def join() -> None:
     if listener is None:
         distributed.init_process_group(backend, timeout=_PATIENCE)
         return
-    store = distributed.TCPStore(
+    store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         count,

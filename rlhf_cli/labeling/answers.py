@@ -134,8 +134,9 @@ class AnswerFile:
         done: list[int] = []
         size = place = 0
         while place < len(lines):
-            chunk = self._chunks.get(-1 if prompts[place] is None else prompts[place])
-            expected = [number for number in chunk or () for _ in range(self._per_prompt)]
+            first = prompts[place]
+            chunk = () if first is None else self._chunks.get(first, ())
+            expected = [number for number in chunk for _ in range(self._per_prompt)]
             if not expected or prompts[place : place + len(expected)] != expected:
                 break
             done.append(expected[0])

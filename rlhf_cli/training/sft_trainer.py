@@ -68,6 +68,10 @@ def quiet_training() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+def _as_it_is(model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> nn.Module:
+    return model
+
+
 class OurTraining(Trainer):
     """What both trainers share; mixed in front of them.
 
@@ -106,7 +110,7 @@ class OurTraining(Trainer):
         self._step_loss = torch.zeros((), device=self.args.device)
         if processes.count > 1:
             # accelerate would wrap the model to average gradients pass by pass, as if every pass had as many tokens.
-            self.accelerator.prepare_model = lambda model, **_: model
+            self.accelerator.prepare_model = _as_it_is
             torch.manual_seed(self.args.seed + SEED_STRIDE * processes.index)  # dropout in an adapter
         # With a tokenizer at hand the trainer would rewrite the model's special tokens to be the tokenizer's.
         self.processing_class = None
