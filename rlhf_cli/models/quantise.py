@@ -76,7 +76,7 @@ def as_ordinary(model: PreTrainedModel) -> PreTrainedModel:
     # the product with packed weights has no gradient: layers below would learn nothing, silently.
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  (an attribute of its own kind alone)
     return model
 
 
