@@ -35,6 +35,7 @@ def run(context: StageContext) -> StageOutcome:
     from rlhf_cli.rollout.experience import Engine
     from rlhf_cli.rollout.logprobs import check_projection
     from rlhf_cli.stages.rewards import build_rewards
+    from rlhf_cli.training.metrics import read_rows
     from rlhf_cli.training.ppo import PPOTrainer
 
     settings = context.recipe.ppo
@@ -70,7 +71,7 @@ def run(context: StageContext) -> StageOutcome:
         log=metrics_log(context),
     )
     trainer.train()
-    rows = metric_rows(context.work / "metrics.jsonl")
+    rows = read_rows(context.work / "metrics.jsonl")
     if processes.is_main:
         _save(context.output, roles, source, settings)
         _keep_records(context, rows)
@@ -150,11 +151,6 @@ def _save(output: Path, roles: Roles, source: ModelSource, settings: PPOSettings
     stored = load_config(source).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     save_model_folder(model, load_tokenizer(source), output, dtype=dtype)
-
-
-def metric_rows(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _keep_records(context: StageContext, rows: list[dict[str, Any]]) -> None:

@@ -109,7 +109,8 @@ class RunState:
     @staticmethod
     def of(state: dict[str, Any]) -> RunState:
         """Inverse of `dataclasses.asdict`."""
-        return RunState(**state | {"moments": RunningMoments(**state["moments"])})
+        fields: dict[str, Any] = {**state, "moments": RunningMoments(**state["moments"])}
+        return RunState(**fields)
 
 
 class PPOTrainer:
@@ -172,6 +173,14 @@ class PPOTrainer:
             Interrupted: a signal came; the step that was running is saved.
         """
         step = self._begin()
+        try:
+            self._run(step)
+        finally:
+            self._journal.close()
+        self._take_best()
+        return self.state
+
+    def _run(self, step: int) -> None:
         with progress.task("ppo", self.options.steps, "steps", done=step) as bar:
 
             def tell(what: str) -> None:
@@ -192,9 +201,6 @@ class PPOTrainer:
                     if not self._is_due(step):
                         self._save(step)
                     self._stop.check()
-        self._journal.close()
-        self._take_best()
-        return self.state
 
     def _finish(self, step: int, report: StepReport, tell: Tell) -> None:
         """What comes after the update: is all well, is it far enough, who looks at it, where is it written."""
@@ -403,11 +409,9 @@ class _Journal:
 
     def position(self) -> dict[str, Any] | None:
         """Makes what was written durable, and says how far it goes."""
-        if self._log is None:
-            return None
-        self._log.sync()
-        return self._log.position()
+        return None if self._log is None else self._log.position()
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
+        for log in (self._log, self._samples):
+            if log is not None:
+                log.close()
