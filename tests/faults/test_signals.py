@@ -54,8 +54,8 @@ def test_a_signal_in_any_phase_saves_the_step_and_ends(halfway, parts, tmp_path:
     end = signalled(run, phase, 2, signum)
     assert end.code == code, end.stderr
     assert f"stopped by {signum.name}; everything done so far is saved" in end.stderr
-    # A signal that comes when a step has just been saved lets one more be done.
-    assert run.newest() in (2, 3)
+    # A checkpoint is there a moment before the loop looks for signals: then nothing more is done, or one step more.
+    assert run.newest() in {"rollout": (1, 2), "saving": (2, 3)}.get(phase, (2,))
     if run.newest() == 2:
         assert run.stopped() == halfway.stopped()
 
