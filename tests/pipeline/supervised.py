@@ -51,6 +51,7 @@ def play(mode: str, rank: int) -> None:
         Path(f"{rank}.pid").write_text(str(os.getpid()))
         time.sleep(60)
     elif mode == "lost peer" and rank == 0:
+        Path("0.lost").touch()
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4422")
     elif rank == 1:
         fail(mode)
@@ -66,7 +67,9 @@ def fail(mode: str) -> None:
     if mode == "leave":
         os._exit(3)
     if mode == "lost peer":
-        time.sleep(0.7)  # the others notice before this one can say why
+        while not Path("0.lost").exists():
+            time.sleep(0.02)
+        time.sleep(0.5)  # the other notices before this one can say why
         raise ValueError("the cause")
 
 
