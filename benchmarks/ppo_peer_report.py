@@ -8,8 +8,8 @@ log-probabilities, so no trainer measures itself. `WORK/evaluations.jsonl` keeps
 run.
 
 Intervals are Student's, 95 %, over seeds; differences are paired by seed. "Equal KL" reads the reward of both sides off
-their curves where they cross a KL; "equal KL and episodes" off the frontier of all KL coefficients after all episodes,
-which starts at the SFT model: that is where a large coefficient ends.
+their curves where they cross a KL; "equal KL and episodes" off the frontier that several KL coefficients make after
+all episodes, between its ends.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def at_both(curves: Curves, sides: Sequence[str], last: int, levels: Sequence[fl
     for level in levels:
         both = []
         for seed in sorted({run.seed for run in curves}):
-            read = [on_frontier(frontier(curves, side, seed, last), level) for side in sides]
+            read = [on_frontier(points, level) for points in frontiers(curves, sides, seed, last)]
             if None not in read:
                 both.append(read)
         if len(both) > 1:
@@ -218,10 +218,12 @@ def crossing(curve: dict[int, Snapshot], level: float) -> tuple[float, float] | 
     return None
 
 
-def frontier(curves: Curves, side: str, seed: int, step: int) -> list[tuple[float, float]]:
-    """KL and gold score after `step` steps of all coefficients, and of the SFT model, by KL."""
-    ends = [curve[step] for run, curve in curves.items() if (run.side, run.seed) == (side, seed) and step in curve]
-    return sorted((end.kl, end.gold) for end in [*ends, curves[Run("sft", 0.0, seed)][0]])
+def frontiers(curves: Curves, sides: Sequence[str], seed: int, step: int) -> list[list[tuple[float, float]]]:
+    """Of each side, KL and gold score after `step` steps, by KL, of all coefficients that both sides have."""
+    runs = [[Run(side, kl_coef, seed) for side in sides] for kl_coef in _coefficients(curves, sides)]
+    both = [pair for pair in runs if all(step in curves.get(run, {}) for run in pair)]
+    ends = [[curves[pair[side]][step] for pair in both] for side in range(len(sides))]
+    return [sorted((end.kl, end.gold) for end in points) for points in ends]
 
 
 def on_frontier(points: Sequence[tuple[float, float]], level: float) -> float | None:

@@ -1,0 +1,202 @@
+"""The first update of PPO, epoch by epoch, against the trace that reference implementations publish.
+
+    python benchmarks/ppo_trace.py MODEL PROMPTS.jsonl
+    python benchmarks/ppo_trace.py MODEL PROMPTS.jsonl --answers 64 --precision bfloat16
+
+Published, for Pythia-160M on TL;DR at a learning rate of 1e-5 (Huang et al. 2024, "The N+ Implementation Details of
+RLHF with PPO"): running means over epochs 0 to 3 of approxkl 0, .0029, .0056, .0081; of the clip fraction 0, .025,
+.051, .073; of the ratio 1.0, 1.0001, 1.0011, 1.0022. Before the first optimiser step the ratio is 1 and approxkl 0:
+whatever else they are says how far the log-probabilities of the update are from those called "old".
+
+All weights of MODEL are trained, one minibatch an epoch, constant learning rate. The reward model is MODEL under a
+random head drawn as reward models start, N(0, 1/(d + 1)); the critic starts from it, as in the published setting.
+Advantages are whitened, so a reward that means nothing gives an update as large as one that does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_cli.data.records import Prompt
+from rlhf_cli.data.sources import read_records
+from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.models.roles import SeparateModels
+from rlhf_cli.recipe.ppo import PPOSettings
+from rlhf_cli.rewards.contract import Scores
+from rlhf_cli.rollout.experience import Engine
+from rlhf_cli.rollout.sampling import stop_ids
+from rlhf_cli.training.ppo import PPOData, PPOTrainer
+from rlhf_cli.training.ppo_options import PPOOptions
+from rlhf_cli.training.ppo_rollout import PromptSet
+from rlhf_cli.training.ppo_update import Experience, Updater, UpdateStatistics
+
+PUBLISHED = {
+    "approxkl": (0.0, 0.0029, 0.0056, 0.0081),
+    "clipfrac": (0.0, 0.025, 0.051, 0.073),
+    "ratio": (1.0, 1.0001, 1.0011, 1.0022),
+}
+
+
+class RecordingUpdater(Updater):
+    """Keeps what it found."""
+
+    found: UpdateStatistics
+
+    def update(self, step: int, experience: Experience, *, kl_coef: float) -> UpdateStatistics:
+        """See `Updater.update`."""
+        self.found = super().update(step, experience, kl_coef=kl_coef)
+        return self.found
+
+
+class NoStop:
+    """Nobody stops a benchmark by a signal that is to be obeyed."""
+
+    requested = False
+
+    def check(self) -> None:
+        """Nothing to do."""
+
+
+def main() -> None:
+    """Measure, then print a table, or one JSON object."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    start = time.time()
+    statistics_, metrics = first_update(options)
+    running = running_means(statistics_.epochs)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if options.json:
+        print(json.dumps({"epochs": statistics_.epochs, "running": running, "metrics": metrics, "peak_gb": peak}))
+        return
+    print(f"{options.model.name}, learning rate {options.learning_rate:g}, {options.precision}")
+    print(f"{options.answers} answers, {metrics['length/mean']:.1f} tokens on average")
+    print(f"{time.time() - start:.0f} s, peak {peak:.1f} GB\n")
+    print(f"{'running means':>14}" + "".join(f"{f'epoch {epoch}':>12}" for epoch in range(options.epochs)))
+    for name, published in PUBLISHED.items():
+        print(f"{name:>14}" + "".join(f"{value:>12.7f}" for value in running[name]))
+        print(f"{'published':>14}" + "".join(f"{value:>12g}" for value in published[: options.epochs]))
+    print(f"largest |log ratio| {metrics['val/largest_log_ratio']:.3g}; first KL {metrics['objective/kl']:.2g} nats")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("prompts", type=Path, help="prompt records, JSONL")
+    parser.add_argument("--answers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=53, help="longest answer")
+    parser.add_argument("--prompt-tokens", type=int, default=80, help="longest prompt that is taken")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[str, float]]:
+    """One step of the trainer: what its update found, an epoch at a time, and its metrics."""
+    settings = PPOSettings(
+        steps=1000,
+        prompts_per_step=options.answers,
+        epochs=options.epochs,
+        minibatches=1,
+        micro_batch_size=options.micro_batch,
+        rollout_batch_size=16,
+        temperature=0.7,
+        max_new_tokens=options.tokens,
+        learning_rate=options.learning_rate,
+        schedule="constant",
+        adapter="none",
+    )
+    plain = {field.name: getattr(settings, field.name) for field in fields(PPOOptions) if hasattr(settings, field.name)}
+    source = ModelSource(str(options.model), precision=getattr(torch, options.precision))
+    form = _format(source)
+    policy, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
+    reward = RandomReward(reference, form, seed=options.seed)
+    roles = SeparateModels(policy, reference, critic, value_head=reward.head)
+    engine = Engine(
+        roles,
+        autocast=lambda: torch.autocast("cpu", source.precision, enabled=source.precision != torch.float32),
+        micro_batch_size=settings.micro_batch_size,
+        temperature=settings.temperature,
+    )
+    with tempfile.TemporaryDirectory() as work:
+        trainer = PPOTrainer(
+            roles,
+            engine,
+            PPOData(_prompts(options, form, stop_ids(policy, form.tokenizer))),
+            reward.score,
+            PPOOptions(**plain),
+            seed=options.seed,
+            work=Path(work),
+            stop=NoStop(),
+        )
+        updater = RecordingUpdater(roles, engine, trainer.options, seed=options.seed)
+        trainer.updater = updater
+        report = trainer.step(0)
+    return updater.found, report.metrics
+
+
+def _format(source: ModelSource) -> PromptFormat:
+    tokenizer = load_tokenizer(source)
+    return PromptFormat(tokenizer, "chat" if tokenizer.chat_template else None, name=source.path)
+
+
+def _prompts(options: argparse.Namespace, form: PromptFormat, eos_ids: set[int]) -> PromptSet:
+    """The first prompts that are short enough, as many as there are answers."""
+    records = read_records(str(options.prompts), "prompt").records
+    pairs = ((record.prompt, form.prompt_ids(record.prompt)) for record in records)
+    chosen = list(itertools.islice((pair for pair in pairs if len(pair[1]) <= options.prompt_tokens), options.answers))
+    prompts, ids = zip(*chosen, strict=True)
+    return PromptSet(prompts, ids, form.tokenizer, eos_ids)
+
+
+class RandomReward:
+    """A reward model without training: a random head on the last hidden state of an answer's last token.
+
+    Args:
+        model: the language model under the head.
+        form: how prompts reach it.
+        seed: of the head.
+    """
+
+    def __init__(self, model: PreTrainedModel, form: PromptFormat, *, seed: int) -> None:
+        width = model.config.get_text_config().hidden_size
+        draw = torch.Generator().manual_seed(seed)
+        self.head = torch.randn(1, width, generator=draw) * (width + 1) ** -0.5, torch.zeros(1)
+        self._model, self._form = model, form
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
+        """The reward of each answer."""
+        pairs = [self._form.pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
+        hidden = (self._model.get_decoder()(torch.tensor([ids]), use_cache=False).last_hidden_state for ids in pairs)
+        scores = [float(states[0, -1] @ self.head[0][0]) for states in hidden]
+        return Scores(scores, {"random": scores})
+
+
+def running_means(epochs: Sequence[tuple[float, float, float]]) -> dict[str, list[float]]:
+    """Means over epochs 0 to k, for each k, as the published trace gives them."""
+    return {
+        name: [statistics.fmean(epoch[place] for epoch in epochs[: last + 1]) for last in range(len(epochs))]
+        for place, name in enumerate(PUBLISHED)
+    }
+
+
+if __name__ == "__main__":
+    main()
