@@ -17,6 +17,7 @@ from rlhf_cli.models.scorer import new_scorer, save_scorer
 from rlhf_cli.pipeline.stage import STAGES, StageContext
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import ppo
+from rlhf_cli.training import plots
 
 TEXTS = ["What is bread?", "Why is the sky blue?", "The cat sat", "First heat the oven", "A short answer"]
 
@@ -26,6 +27,12 @@ class NeverStop:
 
     def check(self) -> None:
         pass
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than such a run."""
+    monkeypatch.setattr(plots, "draw_curves", lambda *arguments, **named: False)
 
 
 @pytest.fixture
