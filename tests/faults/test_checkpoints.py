@@ -233,6 +233,27 @@ def test_a_death_between_the_renames_of_one_step_loses_nothing(tmp_path):
     assert steps(tmp_path) == ["step-00000002"]
 
 
+def test_a_death_before_a_step_written_again_has_its_name_leaves_what_was_there(tmp_path, monkeypatch):
+    class Death(BaseException):
+        pass
+
+    rename = Path.rename
+
+    def die_at_the_second(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise Death
+        return rename(path, target)
+
+    save(tmp_path, 2, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die_at_the_second)
+        with pytest.raises(Death):
+            save(tmp_path, 2, keep=1)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_no_value_that_is_not_finite_is_saved(tmp_path, value):
     save(tmp_path, 1)
