@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
+
+from rlhf_cli.pipeline.fingerprint import settings_of
+from rlhf_cli.pipeline.stage import STAGES
+from rlhf_cli.recipe.schema import Recipe
 
 
 def save_critic(toy, folder: str, weights: str = "adapter") -> None:
@@ -53,12 +58,24 @@ def test_what_is_no_saved_critic_is_found_before_the_first_stage(toy, start, sai
     assert toy.ran() == []
 
 
-def test_quantised_weights_concern_the_stages_that_train_adapters_on_them(toy):
-    assert toy.run("--set", "model.quantise=4bit").code == 0
-    quantised = {
-        stage: json.loads((toy.folder / f"runs/toy/{stage}/manifest.json").read_text())["identity"]["settings"].get(
-            "model.quantise"
-        )
-        for stage in ("sft", "label", "train-rm", "ppo", "evaluate")
+def test_quantised_weights_concern_the_stages_that_train_adapters_on_them():
+    sections: dict[str, dict] = {
+        "sft": {"data": "d.jsonl"},
+        "label": {"by": "function", "function": "f.py:f"},
+        "train_rm": {},
+        "ppo": {},
+        "evaluate": {},
     }
-    assert quantised == {"sft": "4bit", "label": None, "train-rm": "4bit", "ppo": "4bit", "evaluate": None}
+    recipe = Recipe.model_validate({"model": {"path": "base", "quantise": "4bit"}} | sections)
+    concerned = [stage.name for stage in STAGES if settings_of(stage, recipe).get("model.quantise") == "4bit"]
+    assert concerned == ["sft", "train-rm", "ppo"]
+
+
+def test_quantised_weights_without_bitsandbytes_are_refused_before_the_first_stage(toy, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name))
+    outcome = toy.run("--set", "model.quantise=4bit")
+    assert outcome.code == 2
+    assert "`model.quantise: 4bit` needs bitsandbytes, which is not installed" in outcome.stderr
+    assert "hint: pip install 'rlhf-cli[quantised]'" in outcome.stderr
+    assert toy.ran() == []
