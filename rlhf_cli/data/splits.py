@@ -49,4 +49,4 @@ def validation_prompts(held_out: Iterable[Prompt], count: int, seed: int) -> lis
         return hashlib.sha256(f"validation {seed} {prompt_key(prompt)}".encode()).digest()
 
     ordered = sorted(held_out, key=key)
-    return ordered[: min(count, -(-len(ordered) // 2))]
+    return ordered[: min(count, len(ordered) // 2)]

@@ -134,7 +134,8 @@ class PPOSettings(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course of the learning rate over the run; `linear` falls to zero."""
     warmup_share: Share = 0.0
-    """Share of the run over which the learning rates rise from zero."""
+    """Share of the run over which the learning rates rise from zero; the policy's begins behind
+    `critic_warmup_steps`."""
     max_grad_norm: Positive = 1.0
     """The gradient of policy and critic together is scaled down to at most this norm."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -215,7 +216,7 @@ class PPOSettings(Section):
     gradient_checkpointing: EffortFlag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: Effort = 10
-    """Steps between two checkpoints, from which a killed run goes on."""
+    """Steps between two checkpoints, from which a killed run goes on, and to which one that diverged goes back."""
     keep_checkpoints: Effort = 2
     """Newest step checkpoints that are kept; the best under `kl_budget` is kept besides."""
 
@@ -230,12 +231,16 @@ class PPOSettings(Section):
             raise ValueError("`minibatches` exceeds the answers of a step (`prompts_per_step` x `samples_per_prompt`)")
         if self.critic_warmup_steps >= self.steps:
             raise ValueError("`critic_warmup_steps` leaves no step in which the policy learns (`steps`)")
+        if self.critic_warmup_steps and not self.value_coef:
+            raise ValueError("`critic_warmup_steps` has no effect with `value_coef: 0`: nothing would learn in them")
         return self
 
     @model_validator(mode="after")
     def _kl(self) -> Self:
         if self.kl_target is None and self.kl_horizon != _KL_HORIZON:
             raise ValueError("`kl_horizon` has no effect without `kl_target`")
+        if self.kl_target is not None and self.kl_coef == 0.0:
+            raise ValueError("`kl_target` has no effect with `kl_coef: 0`: the coefficient is multiplied, and stays 0")
         if self.kl_target is not None and self.kl_horizon < self.answers_per_step:
             raise ValueError(
                 "`kl_horizon` is below the answers of one step (`prompts_per_step` x `samples_per_prompt`): one step "
@@ -255,8 +260,22 @@ class PPOSettings(Section):
             raise ValueError("`reward_std_coef` has no effect without `reward_combination: mean-std`")
         if not self.rewards and self.reward_combination != "sum":
             raise ValueError(f"`reward_combination: {self.reward_combination}` has no effect without `rewards`")
+        penalties = self.missing_eos_reward is not None or self.missing_eos_penalty or self.length_penalty
+        is_shaped = self.reward_clip is not None or penalties
+        if self.kl_budget is not None and self.reward_scale == "running" and is_shaped:
+            raise ValueError(
+                "`kl_budget` compares policies of different steps, which `reward_scale: running` puts on different "
+                "scales beside a clip or penalties: give a fixed `reward_scale`"
+            )
         if self.missing_eos_reward is not None and self.missing_eos_penalty:
             raise ValueError("`missing_eos_penalty` has no effect with `missing_eos_reward`, which replaces the reward")
+        return self
+
+    @model_validator(mode="after")
+    def _looks(self) -> Self:
+        for name, switch in (("eval_prompts", "eval_steps"), ("shown_prompts", "show_steps")):
+            if getattr(self, switch) is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no effect without `{switch}`")
         return self
 
     @model_validator(mode="after")

@@ -154,6 +154,12 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str) -> int
     from rlhf_cli.models.loading import context_length
 
     longest = context_length(config)
+    learned = getattr(config, "max_position_embeddings", None) if config.is_encoder_decoder else None
+    if isinstance(learned, int) and max_new_tokens > learned:
+        raise UsageError(
+            f"answers of {max_new_tokens:,} tokens are too long: the decoder of {name} writes {learned:,} at most",
+            hint="lower the stage's `max_new_tokens`",
+        )
     room = longest if config.is_encoder_decoder else longest - max_new_tokens
     if room < 1:
         raise UsageError(

@@ -90,7 +90,12 @@ def _prompts(context: StageContext, settings: EvaluateSettings) -> tuple[list[Pr
     records = loaded.records
     if settings.prompts is None:
         _, records = split_by_prompt(records, recipe.data.holdout, recipe.seed)
-        records = not_chosen_on(records, Path(context.inputs["ppo"]))
+    held_out, records = records, not_chosen_on(records, Path(context.inputs["ppo"]))
+    if held_out and not records:
+        raise DataError(
+            f"{source}: all of its {len(held_out):,} held-out prompts decided which policy PPO wrote (`ppo.kl_budget`)",
+            hint="name prompts that had no part in it with `--set evaluate.prompts=PATH`, or hold out more",
+        )
     if not records:
         raise DataError(
             f"{source}: none of its {len(loaded.records):,} prompts is held out "

@@ -58,7 +58,8 @@ def run(context: StageContext) -> StageOutcome:
         temperature=settings.temperature,
         processes=processes,
     )
-    reward = build_rewards(settings, reward_model, source, prompt_template(context.recipe, source.path))
+    template = prompt_template(context.recipe, source.path)
+    reward = build_rewards(settings, reward_model, source, template, stop=context.stop)
     trainer = PPOTrainer(
         roles,
         engine,
@@ -183,7 +184,7 @@ def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcom
         "objective/scores_first": mean("objective/scores", first),
         "objective/scores": mean("objective/scores", last),
         **{name: mean(name, last) for name in names},
-        "episode": steps[-1]["episode"],
+        "episode": steps[-1]["episode"] if steps else math.nan,
     }
     summary = [
         ("reward", f"{metrics['objective/scores_first']:.2f} -> {metrics['objective/scores']:.2f}"),

@@ -66,9 +66,10 @@ def _split(context: StageContext, loaded: Prompts) -> tuple[list[Prompt], list[P
             f"{source}: no prompt is left to train on: all {len(loaded.prompts):,} are held out",
             hint="give more prompts, or lower `data.holdout`",
         )
-    if settings.eval_steps is not None and not held_out:
+    if settings.eval_steps is not None and len(held_out) < 2:
         raise DataError(
-            f"{source}: `ppo.eval_steps` has nothing to evaluate on: none of the {len(training):,} prompts is held out",
+            f"{source}: `ppo.eval_steps` needs two held-out prompts, one of which is left for `evaluate`; "
+            f"{len(held_out)} of {len(loaded.prompts):,} are held out",
             hint="hold some out with `--set data.holdout=0.1`, or set `ppo.eval_steps=null`",
         )
     if settings.eval_steps is None and settings.show_steps is None:

@@ -58,6 +58,7 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep: int = 2,
+    protected: int | None = None,
     processes: Processes | None = None,
 ) -> None:
     """Write the checkpoint of `step` and remove all but the newest `keep`.
@@ -68,6 +69,7 @@ def save_checkpoint(
         tensors: name -> tensor on any device; no copy is made of those on the CPU.
         state: what JSON can hold.
         keep: how many stay.
+        protected: a step whose checkpoint stays besides, however old.
         processes: those of the run, all of which call this; number 0's tensors and state are written.
 
     Raises:
@@ -77,7 +79,7 @@ def save_checkpoint(
 
     def write() -> None:
         _save(folder / f"{_STEP}-{step:08d}", step, tensors, state)
-        _rotate(folder, step, keep)
+        _rotate(folder, step, keep, protected)
 
     _by_main(write, processes)
 
@@ -99,17 +101,20 @@ def save_best(
     _by_main(write, processes)
 
 
-def latest_checkpoint(folder: Path, *, processes: Processes | None = None) -> Checkpoint | None:
+def latest_checkpoint(
+    folder: Path, *, up_to: int | None = None, processes: Processes | None = None
+) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None; damaged ones are named in a warning and passed over.
 
     Args:
         folder: of the stage's checkpoints.
+        up_to: only those of so many steps or fewer.
         processes: those of the run, all of which call this and get the same one.
 
     Raises:
         UsageError: a process cannot read what number 0 can.
     """
-    return _newest(folder, _STEP, processes)
+    return _newest(folder, _STEP, processes, up_to)
 
 
 def best_checkpoint(folder: Path, *, processes: Processes | None = None) -> Checkpoint | None:
@@ -126,11 +131,11 @@ def _save(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, 
     write_folder(target, step, tensors, state)
 
 
-def _newest(folder: Path, kind: str, processes: Processes | None) -> Checkpoint | None:
+def _newest(folder: Path, kind: str, processes: Processes | None, up_to: int | None = None) -> Checkpoint | None:
     found = None
     if processes is None or processes.is_main:
         _tidy(folder)
-        found = _newest_whole(folder, kind)
+        found = _newest_whole(folder, kind, up_to)
     if processes is None or processes.count == 1:
         return found
     step = processes.collect(None if found is None else found.step)[0]
@@ -149,8 +154,8 @@ def _newest(folder: Path, kind: str, processes: Processes | None) -> Checkpoint 
     return found
 
 
-def _newest_whole(folder: Path, kind: str) -> Checkpoint | None:
-    folders = _folders(folder, kind)
+def _newest_whole(folder: Path, kind: str, up_to: int | None) -> Checkpoint | None:
+    folders = [path for path in _folders(folder, kind) if up_to is None or _number(path) <= up_to]
     for path in folders:
         try:
             return Checkpoint(*read_folder(path))
@@ -178,14 +183,15 @@ def _by_main(write: Callable[[], None], processes: Processes | None) -> None:
         raise failure
 
 
-def _rotate(folder: Path, step: int, keep: int) -> None:
+def _rotate(folder: Path, step: int, keep: int, protected: int | None) -> None:
     """Remove what is older than the newest `keep`, and what is newer than `step`: it was damaged and passed over."""
     folders = _folders(folder, _STEP)
     for path in [path for path in folders if _number(path) > step]:
         if not is_of_another_format(path):
             _remove(path)
     for path in [path for path in folders if _number(path) <= step][keep:]:
-        _remove(path)
+        if _number(path) != protected:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -20,20 +20,19 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_cli import progress
-from rlhf_cli.errors import DivergedError
+from rlhf_cli.errors import DataError, DivergedError
 from rlhf_cli.models.roles import Roles
 from rlhf_cli.objectives.advantages import generalised_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import whiten
-from rlhf_cli.objectives.shaping import RunningMoments
 from rlhf_cli.rollout.experience import Answers, Engine
 from rlhf_cli.training.checkpoints import (
     best_checkpoint,
@@ -45,11 +44,13 @@ from rlhf_cli.training.checkpoints import (
 )
 from rlhf_cli.training.control import BAD_STEPS_IN_A_ROW, Stop
 from rlhf_cli.training.metrics import MetricsLog
-from rlhf_cli.training.ppo_evaluation import Best, Evaluation
+from rlhf_cli.training.ppo_evaluation import Evaluation
+from rlhf_cli.training.ppo_journal import Journal, StepReport
 from rlhf_cli.training.ppo_metrics import all_finite, histograms, note, rollout_metrics, update_metrics
 from rlhf_cli.training.ppo_options import PPOOptions
 from rlhf_cli.training.ppo_ptx import Demonstrations, SupervisedLoss
 from rlhf_cli.training.ppo_rollout import PromptSet, RewardFunction, Rollouts, Tell
+from rlhf_cli.training.ppo_state import Best, RunState
 from rlhf_cli.training.ppo_update import Experience, Updater
 from rlhf_cli.training.randomness import random_state, restore_random_state, seed_everything
 from rlhf_cli.training.samples import SampleLog, name_spike
@@ -69,48 +70,6 @@ class PPOData:
     prompts: PromptSet
     held_out: PromptSet | None = None
     demonstrations: Demonstrations | None = None
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a step was like.
-
-    Attributes:
-        metrics: name -> figure.
-        histograms: name -> values.
-        fault: why nothing was learned from it, or "".
-    """
-
-    metrics: dict[str, float]
-    histograms: dict[str, list[float]]
-    fault: str = ""
-
-
-@dataclass
-class RunState:
-    """What a checkpoint holds besides weights, optimiser and random states.
-
-    Attributes:
-        kl_coef: beta of the next step.
-        moments: of all rewards so far.
-        bad_steps: in a row, just now.
-        sound_steps: in which something was learned.
-        rolled_back: training went back to a checkpoint once, and has half the learning rate since.
-        ended: why the run ended before its last step, or "".
-    """
-
-    kl_coef: float
-    moments: RunningMoments = field(default_factory=RunningMoments)
-    bad_steps: int = 0
-    sound_steps: int = 0
-    rolled_back: bool = False
-    ended: str = ""
-
-    @staticmethod
-    def of(state: dict[str, Any]) -> RunState:
-        """Inverse of `dataclasses.asdict`."""
-        fields: dict[str, Any] = {**state, "moments": RunningMoments(**state["moments"])}
-        return RunState(**fields)
 
 
 class PPOTrainer:
@@ -143,7 +102,6 @@ class PPOTrainer:
     ) -> None:
         self.roles, self.engine, self.options = roles, engine, options
         self.state = RunState(options.kl_coef)
-        self.best: Best | None = None
         self._data, self._seed, self._work = data, seed, work
         self._processes, self._open_log = engine.processes, log
         self._stop = SharedStop(stop, engine.processes)
@@ -151,7 +109,7 @@ class PPOTrainer:
         self.updater = Updater(roles, engine, options, seed=seed, supervised=self._supervised())
         held_out = data.held_out
         self._evaluation = None if held_out is None else Evaluation(self._rollouts, engine, held_out, options)
-        self._journal: _Journal = _Journal(None, None)
+        self._journal: Journal = Journal()
 
     def _supervised(self) -> SupervisedLoss | None:
         if self._data.demonstrations is None:
@@ -180,22 +138,24 @@ class PPOTrainer:
         self._take_best()
         return self.state
 
-    def _run(self, step: int) -> None:
+    def _run(self, resumed: int | None) -> None:
+        step = resumed or 0
         with progress.task("ppo", self.options.steps, "steps", done=step) as bar:
 
             def tell(what: str) -> None:
                 bar.advance(0, note=what)
 
-            if step == 0:
+            if resumed is None:
                 self._look(0, {}, tell)
+                self._save(0)  # what a divergence in the first steps goes back to
             while step < self.options.steps and not self.state.ended:
                 try:
                     report = self.step(step, tell)
-                    step += 1
-                    self._finish(step, report, tell)
+                    self._finish(step + 1, report, tell)
                 except DivergedError as error:
-                    step = self._roll_back(step, error)
+                    step = self._roll_back(step + 1, error)
                     continue
+                step += 1
                 bar.advance(note=note(report.metrics))
                 if self._stop.requested:
                     if not self._is_due(step):
@@ -226,7 +186,7 @@ class PPOTrainer:
         if not all_finite(scores):
             # A broken reward must not reach the weights; the reward itself has named the answer.
             metrics["skipped_steps"] = float(options.optimizer_steps_per_step)
-            return StepReport(metrics, histograms(answers), "; ".join(answers.faults))
+            return StepReport(metrics, histograms(answers), "; ".join(answers.faults) or "a reward is not finite")
         rewards = token_rewards(scores, kl, before.is_response, kl_coef=beta if options.kl_in == "reward" else 0.0)
         if options.whiten_rewards:
             rewards = whiten(rewards, before.is_response, keep_mean=True)
@@ -248,7 +208,8 @@ class PPOTrainer:
                 token=self._data.prompts.tokenizer.decode([answers.response_ids[worst.answer][worst.place]]),
                 log_ratio=worst.log_ratio,
             )
-        self._adapt(metrics["objective/kl"], len(answers))
+        if step >= options.critic_warmup_steps:  # before, the policy cannot move, and says nothing about beta
+            self._adapt(metrics["objective/kl"], len(answers))
         return StepReport(metrics, histograms(answers))
 
     def _rewards(self, answers: Answers) -> Tensor:
@@ -289,26 +250,35 @@ class PPOTrainer:
         reward, kl = metrics["eval/objective/reward"], metrics["eval/objective/kl"]
         if budget is None or not kl <= budget or not math.isfinite(reward):
             return
-        if self.best is None or reward > self.best.reward:
-            self.best = Best(step, reward, kl)
-            save_best(self._work, step, self.roles.state(), asdict(self.best), processes=self._processes)
+        if self.state.best is None or reward > self.state.best.reward:
+            self.state.best = Best(step, reward, kl)
+            save_best(self._work, step, self.roles.state(), asdict(self.state.best), processes=self._processes)
 
     def _take_best(self) -> None:
         """Where a KL budget chooses, give the policy the weights of the best."""
         if self.options.kl_budget is None:
             return
-        best = best_checkpoint(self._work, processes=self._processes)
-        if best is None:
+        kept = self.state.best
+        if kept is None:
             progress.warn(
                 f"no evaluated policy was within `kl_budget: {self.options.kl_budget:g}`: the last is written"
             )
             return
-        self.roles.load_state(best.tensors)
-        kept = Best(**best.state)
+        self.roles.load_state(self._best_tensors(kept))
         progress.say(
             f"ppo: the best policy within the budget is that of step {kept.step}: "
             f"held-out reward {kept.reward:.2f}, KL {kept.kl:.1f} nats an answer"
         )
+
+    def _best_tensors(self, kept: Best) -> dict[str, Tensor]:
+        """Weights of the best policy so far; another one must not silently take its place."""
+        best = best_checkpoint(self._work, processes=self._processes)
+        if best is None:
+            raise DataError(
+                f"the best policy within `kl_budget`, that of step {kept.step}, cannot be read from {self._work}",
+                hint="run again with `--force` on `ppo`, or without a budget to get the last policy",
+            )
+        return best.tensors
 
     def _end_early(self, step: int, metrics: dict[str, float]) -> None:
         limit = self.options.kl_stop
@@ -317,32 +287,35 @@ class PPOTrainer:
             progress.say(f"ppo: {self.state.ended}; the run ends here")
 
     def _is_due(self, step: int) -> bool:
-        """Whether to save: never among bad steps, so that going back goes to before them."""
-        is_sound = self.state.bad_steps == 0 and step % self.options.checkpoint_steps == 0
-        return is_sound or step == self.options.steps or bool(self.state.ended)
+        """Whether a regular checkpoint is due: never among bad steps, so that going back goes to before them."""
+        is_last = step == self.options.steps or bool(self.state.ended)
+        return is_last or (self.state.bad_steps == 0 and step % self.options.checkpoint_steps == 0)
 
     def _count_bad(self, report: StepReport) -> None:
         skipped = report.metrics["skipped_steps"]
         fault = report.fault or "gradients were not finite, or ratios beyond `ppo.ratio_limit`"
+        hint = "a reward must be a finite number for every answer; no bad weight was saved" if report.fault else None
         self.state.bad_steps = self.state.bad_steps + 1 if skipped else 0
         self.state.sound_steps += int(skipped < self.options.optimizer_steps_per_step)
         if self.state.bad_steps >= BAD_STEPS_IN_A_ROW:
-            raise DivergedError(f"{self.state.bad_steps} steps in a row were left out: {fault}")
+            raise DivergedError(f"{self.state.bad_steps} steps in a row were left out: {fault}", hint=hint)
         is_last = report.metrics["episode"] == self.options.steps * self.options.answers_per_step
         if is_last and not self.state.sound_steps:
-            raise DivergedError(f"nothing was learned in any step: {fault}")
+            raise DivergedError(f"nothing was learned in any step: {fault}", hint=hint)
 
     def _roll_back(self, step: int, error: DivergedError) -> int:
-        """Return to the last checkpoint, once; the second time, give up with the error being handled."""
-        checkpoint = None if self.state.rolled_back else latest_checkpoint(self._work, processes=self._processes)
+        """Return to the last regular checkpoint, once; the second time, give up with the error being handled."""
+        checkpoint = None
+        if not self.state.rolled_back:
+            checkpoint = latest_checkpoint(self._work, up_to=self.state.anchor, processes=self._processes)
         if checkpoint is None:
             raise DivergedError(
-                f"PPO diverged around step {step + 1} of {self.options.steps}: {error.message}",
-                hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weight was saved",
+                f"PPO diverged in step {step} of {self.options.steps}: {error.message}",
+                hint=error.hint
+                or "lower `ppo.learning_rate` or set `model.precision: float32`; no bad weight was saved",
             ) from error
         progress.warn(
-            f"around step {step + 1}: {error.message}: "
-            f"going back once, to step {checkpoint.step}, with half the learning rate"
+            f"step {step}: {error.message}: going back once, to step {checkpoint.step}, with half the learning rate"
         )
         self._restore(checkpoint.tensors, checkpoint.state)
         self._journal.close()
@@ -354,22 +327,26 @@ class PPOTrainer:
 
     def _save(self, step: int) -> None:
         """Write a checkpoint; all processes are here together before and after."""
+        if self._is_due(step):
+            self.state.anchor = step
         randomness = self._processes.collect(random_state())
         tensors = self.roles.state() | optimizer_tensors(self.updater.optimizer, "optimizer")
         state = {"run": asdict(self.state), "random": randomness, "metrics": self._journal.position()}
         keep = self.options.keep_checkpoints
-        save_checkpoint(self._work, step, tensors, state, keep=keep, processes=self._processes)
+        save_checkpoint(
+            self._work, step, tensors, state, keep=keep, protected=self.state.anchor, processes=self._processes
+        )
 
-    def _begin(self) -> int:
+    def _begin(self) -> int | None:
+        """Go on from the newest whole checkpoint; returns its step, or None where there is none."""
         checkpoint = latest_checkpoint(self._work, processes=self._processes)
-        best = best_checkpoint(self._work, processes=self._processes) if self.options.kl_budget is not None else None
-        self.best = None if best is None else Best(**best.state)
         seed_everything(self._seed, self._processes.index)
         if checkpoint is None:
-            self._journal = self._open(0, None)
-            self._save(0)  # what a divergence in the first steps goes back to
-            return 0
+            self._journal = self._open(-1, None)  # nothing that an earlier attempt wrote stays
+            return None
         self._restore(checkpoint.tensors, checkpoint.state)
+        if self.state.best is not None:
+            self._best_tensors(self.state.best)
         self._journal = self._open(checkpoint.step, checkpoint.state["metrics"])
         if checkpoint.step:
             progress.say(f"ppo: going on behind step {checkpoint.step} of {self.options.steps}")
@@ -385,33 +362,9 @@ class PPOTrainer:
         if self._processes.index < len(states):
             restore_random_state(states[self._processes.index])
 
-    def _open(self, step: int, position: dict[str, Any] | None) -> _Journal:
+    def _open(self, step: int, position: dict[str, Any] | None) -> Journal:
         if not self._processes.is_main:
-            return _Journal(None, None)
+            return Journal()
         log = self._open_log(self._work / "metrics.jsonl", after_step=step, position=position)
         shows = self.options.show_steps is not None
-        return _Journal(log, SampleLog(self._work / "samples.jsonl", after_step=step) if shows else None)
-
-
-class _Journal:
-    """Metrics and samples of a run, in the process that writes them; nothing in the others."""
-
-    def __init__(self, log: MetricsLog | None, samples: SampleLog | None) -> None:
-        self._log, self._samples = log, samples
-
-    def write(self, step: int, report: StepReport) -> None:
-        if self._log is not None:
-            self._log.write(step, report.metrics, report.histograms)
-
-    def show(self, step: int, rows: Sequence[Any]) -> None:
-        if self._samples is not None:
-            self._samples.show(step, rows)
-
-    def position(self) -> dict[str, Any] | None:
-        """Makes what was written durable, and says how far it goes."""
-        return None if self._log is None else self._log.position()
-
-    def close(self) -> None:
-        for log in (self._log, self._samples):
-            if log is not None:
-                log.close()
+        return Journal(log, SampleLog(self._work / "samples.jsonl", after_step=step) if shows else None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rlhf_cli.data.records import prompt_text
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.rollout.experience import Answers, Engine, Passes
@@ -14,21 +12,6 @@ from rlhf_cli.training.samples import ShownAnswer
 
 _NUMBER = -1
 """Number of an evaluation's answers: one that no step has, and always the same, so that what changes is the policy."""
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best policy under the KL budget so far.
-
-    Attributes:
-        step: steps it was trained for.
-        reward: mean over held-out prompts, penalties for missing ends and length included.
-        kl: nats per answer.
-    """
-
-    step: int
-    reward: float
-    kl: float
 
 
 class Evaluation:
@@ -54,7 +37,10 @@ class Evaluation:
         """
         answers, before = self._ask(self._prompts, tell)
         kl = kl_per_token(before.logprobs, before.reference_logprobs, self._options.kl_estimator)
-        rewards = self._options.shape.apply(answers.scores, answers.ended_flags, answers.lengths).to(kl.device)
+        # A running scale is none to compare policies by; penalties and clip are in the unit of the scaled reward.
+        scale = 1.0 if self._options.reward_scale == "running" else self._options.reward_scale
+        shape = self._options.shape
+        rewards = shape.apply(answers.scores, answers.ended_flags, answers.lengths, scale=scale).to(kl.device)
         found = rollout_metrics(answers, before, rewards, kl, kl_coef=kl_coef)
         found["objective/reward"] = float(rewards.mean())
         return {f"eval/{name}": value for name, value in found.items()}

@@ -61,6 +61,7 @@ class SupervisedLoss:
     ) -> None:
         self._roles, self._engine, self._demonstrations = roles, engine, demonstrations
         self._coef, self._batch_size, self._seed = coef, batch_size, seed
+        self._lap, self._lap_order = -1, [0]
 
     def accumulate(self, optimizer_step: int) -> tuple[float, int]:
         """Add the gradient of this process's share; returns the summed loss of that share and its tokens.
@@ -83,12 +84,13 @@ class SupervisedLoss:
 
     def _rows(self, optimizer_step: int) -> list[int]:
         """A walk through one shuffle of all demonstrations after another."""
-        count, rows = len(self._demonstrations), []
-        for place in range(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size):
-            lap, offset = divmod(place, count)
-            rows.append(int(self._order(lap)[offset]))
-        return rows
+        count = len(self._demonstrations)
+        places = range(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
+        return [self._order(place // count)[place % count] for place in places]
 
-    def _order(self, lap: int) -> torch.Tensor:
-        shuffle = torch.Generator().manual_seed(self._seed + 15_485_863 * (lap + 1))
-        return torch.randperm(len(self._demonstrations), generator=shuffle)
+    def _order(self, lap: int) -> list[int]:
+        """The shuffle of a lap; the last one is remembered, since most batches lie within one."""
+        if lap != self._lap:
+            shuffle = torch.Generator().manual_seed(self._seed + 15_485_863 * (lap + 1))
+            self._lap, self._lap_order = lap, torch.randperm(len(self._demonstrations), generator=shuffle).tolist()
+        return self._lap_order

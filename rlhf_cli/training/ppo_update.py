@@ -18,6 +18,7 @@ from rlhf_cli.models.roles import Roles
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.masking import masked_sum
 from rlhf_cli.objectives.policy import policy_loss, value_loss
+from rlhf_cli.progress import warn
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.experience import Answers, Engine, Passes
 from rlhf_cli.training.ppo_options import PPOOptions
@@ -136,20 +137,28 @@ class Updater:
         self.parameters: list[nn.Parameter] = [*policy, *critic]
         self._critic_parameters = critic
         groups = [
-            {"params": policy, "peak": options.learning_rate},
-            {"params": critic, "peak": options.critic_learning_rate or options.learning_rate},
+            {"params": policy, "peak": options.learning_rate, "begins": self._policy_begins},
+            {"params": critic, "peak": options.critic_learning_rate or options.learning_rate, "begins": 0},
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, eps=1e-5, weight_decay=0.0)
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Learning rate of the policy at an optimiser step."""
-        return self._options.learning_rate * self._rate_factor(optimizer_step)
+        return self._options.learning_rate * self._rate_factor(optimizer_step, self._policy_begins)
 
-    def _rate_factor(self, optimizer_step: int) -> float:
-        total = self._options.optimizer_steps
+    @property
+    def _policy_begins(self) -> int:
+        """First optimiser step in which the policy learns."""
+        return self._options.critic_warmup_steps * self._options.optimizer_steps_per_step
+
+    def _rate_factor(self, optimizer_step: int, begins: int) -> float:
+        """Factor on the peak rate of weights that learn from the optimiser step `begins` on; 0 before it."""
+        if optimizer_step < begins:
+            return 0.0
+        total = self._options.optimizer_steps - begins
         warmup = round(self._options.warmup_share * total)
-        factor = rate_factor(optimizer_step, total, schedule=self._options.schedule, warmup=warmup)
+        factor = rate_factor(optimizer_step - begins, total, schedule=self._options.schedule, warmup=warmup)
         return factor * self.rate_scale
 
     def update(self, step: int, experience: Experience, *, kl_coef: float) -> UpdateStatistics:
@@ -276,11 +285,13 @@ class Updater:
         sum_gradients(trained, self._engine.processes)
         norm = torch.nn.utils.clip_grad_norm_(trained, self._options.max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self._rate_factor(optimizer_step)
+            group["lr"] = group["peak"] * self._rate_factor(optimizer_step, group["begins"])
         if torch.isfinite(norm):
             self.optimizer.step()
             statistics.grad_norms.append(float(norm))
         else:
             # One bad batch must not poison the weights; the trainer counts these and stops when they repeat.
             statistics.skipped_steps += 1
+            place = f"step {optimizer_step // self._options.optimizer_steps_per_step + 1}"
+            warn(f"{place}: a minibatch is left out, since its gradient is not finite (its norm is {float(norm)})")
         self.optimizer.zero_grad(set_to_none=True)

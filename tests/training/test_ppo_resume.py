@@ -33,7 +33,6 @@ def test_interrupted_and_resumed_ends_with_the_same_bytes(
     second = make_trainer(tiny_llama, tmp_path / "cut", kind=kind, **changes)
     second.train()
     assert second.state == whole.state
-    assert second.best == whole.best
     assert same_weights(whole, second)
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (tmp_path / "whole" / name).exists():
@@ -97,7 +96,7 @@ def test_the_best_policy_within_the_budget_is_what_is_left(tiny_llama, tmp_path,
     assert evaluated[-1]["eval/objective/kl"] > 1.0, "the run must leave the budget, else this shows nothing"
     within = [row for row in evaluated if row["eval/objective/kl"] <= 1.0]
     expected = max(within, key=lambda row: row["eval/objective/reward"])
-    assert trainer.best.step == expected["step"]
+    assert trainer.state.best.step == expected["step"]
     kept = best_checkpoint(tmp_path / "w")
     assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in trainer.roles.state().items())
     newest = latest_checkpoint(tmp_path / "w")
@@ -114,7 +113,7 @@ def test_nan_gradients_are_skipped_then_rolled_back_then_given_up(tiny_llama, tm
         return torch.tensor(float("nan")) if calls["count"] > 2 else plain(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(DivergedError, match="PPO diverged around step"):
+    with pytest.raises(DivergedError, match="PPO diverged in step"):
         trainer.train()
     # Two good steps, three bad ones, back to the newest checkpoint, three bad ones again.
     assert calls["count"] == 8
@@ -156,9 +155,75 @@ def test_a_policy_that_is_not_finite_goes_back_once_then_gives_up(tiny_llama, tm
         return found
 
     trainer.updater.update = update
-    with pytest.raises(DivergedError, match="PPO diverged around step"):
+    with pytest.raises(DivergedError, match="PPO diverged in step"):
         trainer.train()
     for path in (tmp_path / "w").glob("step-*"):
         assert int(path.name[-8:]) <= 2
     kept = latest_checkpoint(tmp_path / "w")
     assert all(torch.isfinite(tensor).all() for tensor in kept.tensors.values() if tensor.is_floating_point())
+
+
+def test_a_kill_in_the_first_step_and_a_start_from_nothing_leave_every_line_once(
+    tiny_llama, tmp_path, make_trainer, monkeypatch
+):
+    """What is written before the first step is written once, whatever comes after it."""
+    changes = {"eval_steps": 1, "show_steps": 1, "checkpoint_steps": 50}
+    make_trainer(tiny_llama, tmp_path / "whole", **changes).train()
+
+    class Killed(BaseException):
+        """Nothing handles it, as nothing handles SIGKILL."""
+
+    def killed(*arguments, **named):
+        raise Killed
+
+    for place in ("updater.update", "_save"):
+        folder = tmp_path / place
+        for _ in range(2):
+            cut = make_trainer(tiny_llama, folder, **changes)
+            owner, name = (cut.updater, "update") if place == "updater.update" else (cut, "_save")
+            monkeypatch.setattr(owner, name, killed)
+            with pytest.raises(Killed):
+                cut.train()
+        make_trainer(tiny_llama, folder, **changes).train()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes(), (place, name)
+
+
+@pytest.mark.parametrize("stopped_after", [None, 5, 6])
+def test_where_a_run_was_stopped_does_not_change_where_it_goes_back_to(
+    stopped_after, tiny_llama, tmp_path, make_trainer, stop_after, monkeypatch
+):
+    """Steps 5 to 7 are bad: back to step 4, the last regular checkpoint, also where a signal saved in between."""
+
+    def reward(prompts, texts):
+        step = len((folder / "metrics.jsonl").read_text().splitlines()) + 1
+        bad = 5 <= step <= 7 and not (folder / "gone back").exists()
+        if bad and step == 7:
+            (folder / "gone back").touch()
+        return Scores([float("nan") if bad else float(len(text)) for text in texts], {}, ["bad"] if bad else [])
+
+    ends = []
+    for name, stop in (("whole", None), ("cut", stopped_after)):
+        folder = tmp_path / name
+        folder.mkdir()
+        changes = {"steps": 8, "checkpoint_steps": 4, "keep_checkpoints": 1, "reward": reward}
+        if stop is not None:
+            with pytest.raises(Interrupted):
+                make_trainer(tiny_llama, folder, stop=stop_after(stop), **changes).train()
+        trainer = make_trainer(tiny_llama, folder, **changes)
+        trainer.train()
+        assert trainer.state.rolled_back
+        ends.append((trainer, (folder / "metrics.jsonl").read_bytes()))
+    assert same_weights(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def test_a_damaged_best_policy_is_named_and_not_replaced(tiny_llama, tmp_path, make_trainer):
+    from rlhf_cli.errors import DataError
+
+    changes = {"eval_steps": 2, "kl_budget": 50.0, "steps": 4}
+    make_trainer(tiny_llama, tmp_path / "w", **changes).train()
+    (best,) = (tmp_path / "w").glob("best-*")
+    (best / "tensors.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match="best policy within `kl_budget`, that of step"):
+        make_trainer(tiny_llama, tmp_path / "w", **changes).train()

@@ -1,10 +1,12 @@
 """Each setting of PPO has the effect its docstring says: a setting without effect is a bug (trap 3 of docs/ppo.md)."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from rlhf_cli.training.ppo_options import PPOOptions
 from rlhf_cli.training.ppo_ptx import Demonstrations
 
 
@@ -44,18 +46,38 @@ DIFFERS = {
     "kl_coef": 5.0,
     "kl_target": 0.001,
     "kl_estimator": "k3",
+    "kl_in": "loss",
+    "schedule": "linear",
     "reward_scale": 7.0,
     "reward_clip": 0.01,
     "missing_eos_reward": -3.0,
     "missing_eos_penalty": 2.0,
     "length_penalty": 0.5,
+    "kl_horizon": 9.0,
 }
+ELSEWHERE = {
+    "steps": "the length of the run",
+    "micro_batch_size": "test_settings_of_effort_change_nothing_but_rounding",
+    "rollout_batch_size": "test_settings_of_effort_change_nothing_but_rounding",
+    "checkpoint_steps": "test_settings_of_effort_change_nothing_but_rounding",
+    "keep_checkpoints": "test_the_last_checkpoints_are_kept_and_no_others",
+    "kl_stop": "test_the_run_ends_when_it_is_too_far",
+    "kl_budget": "test_the_best_policy_within_the_budget_is_what_is_left",
+    "eval_steps": "test_held_out_prompts_are_evaluated_when_due",
+    "eval_prompts": "test_held_out_prompts_are_evaluated_when_due",
+    "show_steps": "test_fixed_prompts_are_shown_when_due",
+    "shown_prompts": "test_fixed_prompts_are_shown_when_due",
+    "ptx_coef": "test_ptx_is_the_mean_loss_of_a_completion_token",
+    "ptx_batch_size": "test_ptx_is_the_mean_loss_of_a_completion_token",
+}
+"""Options whose effect is no other weights, or that another test shows."""
 NEEDS = {
     # The first step has no KL, and a head of zeros no value: their settings show from the second update on.
     "reward_scale": {"whiten_advantages": False},
     "critic_learning_rate": {"whiten_advantages": False},
     "kl_target": {"steps": 3},
-    "schedule": {"steps": 3},
+    "kl_in": {"kl_estimator": "k2"},
+    "kl_horizon": {"kl_target": 0.001, "steps": 3},
     "ratio_limit": {"minibatches": 2},
 }
 
@@ -79,6 +101,21 @@ def test_every_setting_of_the_algorithm_changes_what_is_learned(setting, tiny_ll
     changed.train()
     after = weights(changed)
     assert any(not torch.equal(after[name], tensor) for name, tensor in baselines[key].items()), setting
+
+
+def test_every_option_is_looked_at():
+    options = {field.name for field in dataclasses.fields(PPOOptions)}
+    assert options == DIFFERS.keys() | ELSEWHERE.keys()
+
+
+def test_the_same_settings_give_the_same_weights(tiny_llama, tmp_path, make_trainer):
+    """Without which the test above would show nothing."""
+    ends = []
+    for number in range(2):
+        trainer = make_trainer(tiny_llama, tmp_path / str(number), **BASE, kind="separate")
+        trainer.train()
+        ends.append(weights(trainer))
+    assert all(torch.equal(ends[1][name], tensor) for name, tensor in ends[0].items())
 
 
 def test_settings_of_effort_change_nothing_but_rounding(tiny_llama, tmp_path, make_trainer):
@@ -159,6 +196,57 @@ def test_a_minibatch_whose_ratio_ran_away_is_left_out_and_named(tiny_llama, tmp_
     told = " ".join(capsys.readouterr().err.split())
     assert "ratio" in told
     assert "step 1" in told
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 2])
+def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_llama, tmp_path, make_trainer, capsys):
+    """One token's old log-probability is moved: that token of that answer is named."""
+    trainer = make_trainer(
+        tiny_llama, tmp_path / "w", micro_batch_size=micro_batch_size, epochs=1, learning_rate=1e-9, ratio_limit=20.0
+    )
+    plain, seen = trainer.engine.passes, {}
+
+    def passes(answers):
+        before = plain(answers)
+        before.logprobs[5, 3] -= 4.0
+        seen["answers"] = answers
+        return before
+
+    trainer.engine.passes = passes
+    metrics = trainer.step(0).metrics
+    assert metrics["val/largest_log_ratio"] == pytest.approx(4.0, abs=1e-3)
+    told = " ".join(capsys.readouterr().err.split())
+    answers = seen["answers"]
+    token = trainer._data.prompts.tokenizer.decode([answers.response_ids[5][3]])
+    assert f'"{answers.prompts[5]}"' in told
+    assert repr(token)[1:-1] in told or token.strip() in told
+
+
+def test_beta_waits_for_the_policy(tiny_llama, tmp_path, make_trainer, rows_of):
+    """In the critic's warm-up the KL is 0 whatever beta is, which says nothing about it."""
+    rows = run(
+        make_trainer, rows_of, tiny_llama, tmp_path / "w", kl_target=5.0, kl_horizon=16, critic_warmup_steps=1, steps=3
+    )
+    assert [row["objective/kl_coef"] for row in rows[:2]] == [0.05, 0.05]
+    assert rows[2]["objective/kl_coef"] < 0.05
+
+
+def test_the_policys_rate_begins_behind_the_critics_warm_up(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(
+        tiny_llama, tmp_path / "w", steps=6, epochs=1, schedule="linear", warmup_share=0.5, critic_warmup_steps=2
+    )
+    rates = [trainer.updater.learning_rate(step) for step in range(6)]
+    assert rates == pytest.approx([0.0, 0.0, 0.5e-2, 1e-2, 1e-2, 0.5e-2])
+
+
+def test_a_fixed_scale_reaches_the_evaluation(tiny_llama, tmp_path, make_trainer, rows_of, scores):
+    """Clip and penalties are in the unit of the scaled reward, there as in training."""
+    make_trainer(
+        tiny_llama, tmp_path / "w", steps=1, eval_steps=1, reward=scores(lambda text: 400.0), reward_scale=0.01,
+        reward_clip=5.0, length_penalty=0.25,
+    ).train()  # fmt: skip
+    rows = rows_of(tmp_path / "w")
+    assert rows[0]["eval/objective/reward"] == pytest.approx(4.0 - 0.25 * rows[0]["eval/length/mean"])
 
 
 def test_learning_rates_rise_over_the_warm_up_and_fall_after(tiny_llama, tmp_path, make_trainer):
