@@ -34,6 +34,14 @@ class Reward(Protocol):
         ...
 
 
+class Stop(Protocol):
+    """Asks whether a signal wants the work to stop."""
+
+    def check(self) -> None:
+        """Raise `Interrupted` if so."""
+        ...
+
+
 @dataclass(frozen=True)
 class Scores:
     """What several rewards say of N answers.

@@ -46,6 +46,11 @@ def _check_url(url: str) -> None:
         raise UsageError(f"`{printable(url)}` is no address: {error}", hint=_ADDRESSES) from error
     if parts.scheme.lower() not in ("http", "https") or not host or not url.isprintable() or " " in url:
         raise UsageError(f"`{printable(url)}` is no address", hint=_ADDRESSES)
+    if parts.query or parts.fragment:
+        raise UsageError(
+            f"the address {without_query(url)} carries a query or a fragment, which would end up in files and logs",
+            hint="put a token into an environment variable and name it by `token_env`; put the rest into the path",
+        )
     if parts.username is not None or parts.password is not None:
         raise UsageError(
             f"the address {without_query(url)} carries a name or password, which would end up in logs",
@@ -68,6 +73,15 @@ def is_loopback(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         return False
+
+
+def network_error(error: Exception) -> BaseException:
+    """What the system said, such as "connection refused", where layers above have put it in words that say less."""
+    found, at = error, error
+    while at := at.exceptions[-1] if isinstance(at, BaseExceptionGroup) else at.__cause__ or at.__context__:
+        if isinstance(at, OSError) and at.errno is not None:
+            found = at
+    return found
 
 
 def retry_after(header: str | None) -> float | None:

@@ -6,13 +6,12 @@ followed, what it writes is cleaned before a person sees it, and the token is in
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -20,10 +19,11 @@ import httpx2
 
 from rlhf_cli import __version__
 from rlhf_cli.data.records import Prompt, prompt_to_json
-from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.errors import DataError, Interrupted, UsageError
 from rlhf_cli.progress import printable, warn
 from rlhf_cli.rewards.checks import numbers
-from rlhf_cli.rewards.endpoint import check_endpoint, is_loopback, retry_after, without_query
+from rlhf_cli.rewards.contract import Stop
+from rlhf_cli.rewards.endpoint import check_endpoint, is_loopback, network_error, retry_after, without_query
 from rlhf_cli.watchdog import beat
 
 VERSION = 1
@@ -33,6 +33,7 @@ _AT_ONCE = 4
 _FIRST_WAIT = 0.5
 _LONGEST_BACKOFF = 30.0
 _LONGEST_WAIT = 600.0
+_POLL = 0.2
 _EXCERPT = 200
 _BYTES, _BYTES_AN_ANSWER = 1 << 20, 1 << 10
 
@@ -49,9 +50,9 @@ class _MayPass(Exception):  # noqa: N818  (never leaves this module)
 class _Round:
     """What the requests of one call have in common."""
 
-    client: httpx2.Client
-    abort: threading.Event = field(default_factory=threading.Event)
-    told: threading.Event = field(default_factory=threading.Event)
+    client: httpx2.AsyncClient
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
+    told: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class HTTPReward:
@@ -60,11 +61,12 @@ class HTTPReward:
     Args:
         url: where to POST.
         token_env: environment variable that holds a bearer token; None sends none.
-        timeout: seconds for one whole answer, from the connection on.
+        timeout: seconds for one whole attempt: finding the host, connecting, sending and every byte of the answer.
         retries: further attempts at a request that failed to connect, took too long, or was answered 429 or 5xx.
         request_size: answers in one request; four requests are under way at once.
         first_wait: seconds before the first further attempt; doubled before each one after it, up to 30, and cut
             by a random share of up to a half, so that many clients do not come back at once.
+        stop: asks for signals while it waits between attempts; None waits to the end.
 
     Raises:
         UsageError: no usable URL, or no token in the environment.
@@ -79,11 +81,12 @@ class HTTPReward:
         retries: int = 5,
         request_size: int = 64,
         first_wait: float = _FIRST_WAIT,
+        stop: Stop | None = None,
     ) -> None:
         self._url, self._shown = url, without_query(url)
         self._token = check_endpoint(url, token_env)
         self._timeout, self._retries, self._request_size = timeout, retries, request_size
-        self._first_wait = first_wait
+        self._first_wait, self._stop = first_wait, stop
         self._random = random.Random()  # of its own: waiting must not move the dice that training throws
         if self._token and url.lower().startswith("http:") and not is_loopback(url):
             warn(f"the token in {token_env} is sent to {self._shown} unencrypted; use https")
@@ -98,26 +101,34 @@ class HTTPReward:
 
         Raises:
             DataError: the endpoint cannot be reached, refuses, or answers what is no reward for each answer.
+            Interrupted: a signal came while the endpoint was away.
         """
+        try:
+            return asyncio.run(self._ask_all(prompts, completions))
+        except Interrupted:
+            warn(
+                f"{self._shown} stayed away until the stop: this step has no rewards and cannot be finished; the run "
+                "goes on from the last checkpoint"
+            )
+            raise
+
+    async def _ask_all(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         size = self._request_size
-        with self._client() as client, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="reward") as pool:
+        async with self._client() as client:
             round_ = _Round(client)
             parts = [
-                pool.submit(self._ask, round_, prompts[start : start + size], completions[start : start + size])
+                asyncio.create_task(self._ask(round_, prompts[start : start + size], completions[start : start + size]))
                 for start in range(0, len(completions), size)
             ]
             try:
-                done, _ = wait(parts, return_when=FIRST_EXCEPTION)
+                return [score for part in await asyncio.gather(*parts) for score in part]
+            finally:
+                # The first failure ends all: what is under way is cut off, not waited for.
                 for part in parts:
-                    if part in done:
-                        part.result()
-            except BaseException:
-                round_.abort.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [score for part in parts for score in part.result()]
+                    part.cancel()
+                await asyncio.gather(*parts, return_exceptions=True)
 
-    def _client(self) -> httpx2.Client:
+    def _client(self) -> httpx2.AsyncClient:
         """A new one for every call: connections that idle between steps are what servers and firewalls drop."""
         headers = {
             "Accept": "application/json",
@@ -129,9 +140,9 @@ class HTTPReward:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
             # What a proxy calls localhost is another machine.
-            return httpx2.Client(
+            return httpx2.AsyncClient(
                 headers=headers,
-                timeout=self._timeout,
+                timeout=None,  # an attempt has one deadline; those of the client begin anew with every byte
                 follow_redirects=False,
                 trust_env=not is_loopback(self._url),
             )
@@ -141,7 +152,7 @@ class HTTPReward:
                 hint="see HTTP_PROXY, HTTPS_PROXY and ALL_PROXY; NO_PROXY excepts a host",
             ) from error
 
-    def _ask(self, round_: _Round, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    async def _ask(self, round_: _Round, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """The rewards of one request."""
         request = {
             "version": VERSION,
@@ -150,17 +161,18 @@ class HTTPReward:
         }
         body = json.dumps(request).encode("ascii")
         try:
-            content = self._send(round_, body, _BYTES + _BYTES_AN_ANSWER * len(prompts))
+            async with round_.slots:
+                content = await self._send(round_, body, _BYTES + _BYTES_AN_ANSWER * len(prompts))
             beat()
             return self._rewards(content, prompts, completions)
         except DataError as error:
             raise DataError(self._clean(error.message), hint=error.hint) from error
 
-    def _send(self, round_: _Round, body: bytes, limit: int) -> bytes:
+    async def _send(self, round_: _Round, body: bytes, limit: int) -> bytes:
         """The body of a successful answer, after as many attempts as it takes and is allowed."""
         for attempt in range(self._retries + 1):
             try:
-                return self._attempt(round_.client, body, limit)
+                return await self._attempt(round_.client, body, limit)
             except _MayPass as failure:
                 backoff = min(self._first_wait * 2**attempt, _LONGEST_BACKOFF) * self._random.uniform(0.5, 1.0)
                 pause = max(backoff, failure.pause or 0.0)
@@ -172,9 +184,18 @@ class HTTPReward:
                         f"{self._shown}: {self._clean(failure.reason)}; trying again in {pause:.1f} s, "
                         f"at most {self._retries} times"
                     )
-                if round_.abort.wait(pause):
-                    raise self._given_up(failure, attempt + 1, pause) from failure
+                await self._pause(pause)
         raise AssertionError("the last attempt returns or raises")
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, unless a signal came: a scheduler kills what waits for a server longer than for its own patience."""
+        end = time.monotonic() + seconds
+        while True:
+            if self._stop is not None:
+                self._stop.check()
+            if (left := end - time.monotonic()) <= 0:
+                return
+            await asyncio.sleep(min(left, _POLL))
 
     def _given_up(self, failure: _MayPass, attempts: int, pause: float) -> DataError:
         times = "once" if attempts == 1 else f"{attempts} times"
@@ -185,11 +206,10 @@ class HTTPReward:
             "last checkpoint; `timeout`, `retries` and `request_size` of the reward may be changed for that",
         )
 
-    def _attempt(self, client: httpx2.Client, body: bytes, limit: int) -> bytes:
-        deadline = time.monotonic() + self._timeout
+    async def _attempt(self, client: httpx2.AsyncClient, body: bytes, limit: int) -> bytes:
         try:
-            with client.stream("POST", self._url, content=body) as response:
-                content, is_whole = _read(response, limit, deadline)
+            async with asyncio.timeout(self._timeout), client.stream("POST", self._url, content=body) as response:
+                content, is_whole = await _read(response, limit)
         except (httpx2.TimeoutException, TimeoutError):
             raise _MayPass(f"no answer within {self._timeout:g} s") from None
         except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
@@ -200,7 +220,7 @@ class HTTPReward:
                     f"{self._shown}: its certificate cannot be verified: {error}",
                     hint="name the authority's certificate by the environment variable SSL_CERT_FILE",
                 ) from error
-            raise _MayPass(f"{type(error).__name__}: {error}") from error
+            raise _MayPass(f"{type(error).__name__}: {network_error(error)}") from error
         self._check_status(response, content)
         if not is_whole:
             raise DataError(f"{self._shown} answered with more than {limit:,} bytes")
@@ -255,16 +275,14 @@ class HTTPReward:
 _FORM = 'an answer is {"rewards": [0.5, ...]}, one number for each completion, in their order'
 
 
-def _read(response: httpx2.Response, limit: int, deadline: float) -> tuple[bytes, bool]:
-    """The body as it came, up to `limit` bytes, and whether that is all; a trickle ends at the deadline."""
+async def _read(response: httpx2.Response, limit: int) -> tuple[bytes, bool]:
+    """The body as it came, up to `limit` bytes, and whether that is all."""
     parts, size = [], 0
-    for part in response.iter_raw():
+    async for part in response.aiter_raw():
         parts.append(part)
         size += len(part)
         if size > limit:
             return b"".join(parts)[:limit], False
-        if time.monotonic() > deadline:
-            raise TimeoutError
     return b"".join(parts), True
 
 

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlhf_cli.models.actors import RewardModel
     from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.pipeline.stage import StopRequest
     from rlhf_cli.recipe.ppo import PPOSettings, RewardSettings
     from rlhf_cli.rewards.combine import CombinedReward
     from rlhf_cli.rewards.contract import Reward
 
 
 def build_rewards(
-    settings: PPOSettings, model: RewardModel | None, source: ModelSource, template: str | None
+    settings: PPOSettings,
+    model: RewardModel | None,
+    source: ModelSource,
+    template: str | None,
+    *,
+    stop: StopRequest | None = None,
 ) -> CombinedReward:
     """The rewards of PPO, combined.
 
@@ -22,6 +28,7 @@ def build_rewards(
         model: the reward model of `ppo.reward_model` or of `train-rm`, whose weight is 1; it comes first.
         source: how the policy is held, and so are further reward models.
         template: of prompts that are plain text, for reward models that do not say.
+        stop: asks for signals, for endpoints that keep one waiting.
 
     Raises:
         RLHFError: a reward that cannot be loaded, or an endpoint whose token is not in the environment.
@@ -32,11 +39,11 @@ def build_rewards(
     members: list[tuple[Reward, float]] = []
     if model is not None:
         members.append((ModelReward("reward-model", model), 1.0))
-    members += [(_reward(entry, source, template), entry.weight) for entry in settings.rewards]
+    members += [(_reward(entry, source, template, stop), entry.weight) for entry in settings.rewards]
     return CombinedReward(members, settings.reward_combination, std_coef=settings.reward_std_coef)
 
 
-def _reward(entry: RewardSettings, source: ModelSource, template: str | None) -> Reward:
+def _reward(entry: RewardSettings, source: ModelSource, template: str | None, stop: StopRequest | None) -> Reward:
     if entry.function is not None:
         from rlhf_cli.rewards.functions import load_scoring_function
 
@@ -54,4 +61,5 @@ def _reward(entry: RewardSettings, source: ModelSource, template: str | None) ->
         timeout=entry.timeout,
         retries=entry.retries,
         request_size=entry.request_size,
+        stop=stop,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.data.records import Message
-from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.errors import DataError, Interrupted, UsageError
 from rlhf_cli.rewards.endpoint import check_endpoint, retry_after
 from rlhf_cli.rewards.http import HTTPReward
 
@@ -154,7 +155,9 @@ def test_attempts_are_counted_and_the_last_failure_told(server, reward):
 
 def test_a_server_that_is_not_there_is_named(reward, server):
     absent = HTTPReward("http://127.0.0.1:1/score", retries=1, first_wait=0.001)
-    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:1/score: ConnectError: .* \(asked 2 times\)"):
+    with pytest.raises(
+        DataError, match=r"http://127\.0\.0\.1:1/score: ConnectError: .*Connect call failed.* \(asked 2 times\)"
+    ):
         absent.score(["p"], ["c"])
 
 
@@ -251,6 +254,63 @@ def test_a_trickle_is_cut_off_at_the_timeout(server, reward, monkeypatch):
     assert time.monotonic() - began < 5.0
 
 
+@pytest.mark.parametrize("part", ["the status line", "headers"])
+def test_one_deadline_holds_for_a_whole_attempt_wherever_it_dribbles(server, reward, monkeypatch, part):
+    begun = {"the status line": b"", "headers": b"HTTP/1.1 200 OK\r\nX: "}[part]
+
+    def dribble(handler: Handler) -> None:
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        try:
+            handler.wfile.write(begun)
+            for byte in b"HTTP/1.1 200 " + b"O" * 50:  # 6 s, never longer than 0.1 s without a byte
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+        except OSError:
+            pass
+
+    monkeypatch.setattr(Handler, "do_POST", dribble)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"no answer within 0\.5 s \(asked once\)"):
+        reward(timeout=0.5, retries=0).score(["p"], ["c"])
+    assert time.monotonic() - began < 3.0
+
+
+class Signal:
+    """A stop requested by SIGTERM, `after` seconds from now."""
+
+    def __init__(self, after: float) -> None:
+        self._at = time.monotonic() + after
+
+    def check(self) -> None:
+        if time.monotonic() >= self._at:
+            raise Interrupted(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("after", [0.0, 1.0])
+def test_a_stop_ends_the_wait_for_a_server_that_is_away(server, reward, capsys, after):
+    server.script = [Answer(503, headers={"Retry-After": "20"})] * 9
+    began = time.monotonic()
+    with pytest.raises(Interrupted) as caught:
+        reward(request_size=1, stop=Signal(after)).score(["p"] * 9, ["c"] * 9)
+    assert caught.value.exit_code == 143
+    assert after <= time.monotonic() - began < 10.0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("goes on from the last checkpoint") == 1
+
+
+def test_a_stop_lets_a_server_that_answers_finish_the_step(server, reward):
+    server.script = [Answer(delay=0.3)]
+    assert reward(stop=Signal(0.0)).score(["p"], ["abc"]) == [3.0]
+
+
+def test_the_first_failure_does_not_wait_for_requests_under_way(server, reward):
+    server.script = [Answer(400, b"no", delay=0.3)] + [Answer(delay=6.0)] * 3
+    began = time.monotonic()
+    with pytest.raises(DataError, match="400"):
+        reward(request_size=1, retries=0).score(["p"] * 4, ["c"] * 4)
+    assert time.monotonic() - began < 4.0
+
+
 def test_the_first_failure_ends_all_requests(server, reward):
     server.script = [Answer(400, b"no")] + [Answer(503)] * 500
     began = time.monotonic()
@@ -284,7 +344,9 @@ def test_the_token_is_sent_and_shown_to_nobody(server, monkeypatch, capsys):
         ("https://host/score", " ", r"environment variable REWARD_TOKEN, .* is empty"),
         ("https://host/score", "Bearer abc", r"REWARD_TOKEN holds what no token is"),
         ("https://host/score", "abcé", r"REWARD_TOKEN holds what no token is"),
-        ("https://me:word@host/score?key=word", "abc", r"https://host/score carries a name or password"),
+        ("https://me:word@host/score", "abc", r"https://host/score carries a name or password"),
+        ("https://host/score?key=word", "abc", r"https://host/score carries a query or a fragment"),
+        ("https://host/score#word", "abc", r"https://host/score carries a query or a fragment"),
         ("https:///score", "abc", r"is no address"),
         ("http://host:99999/", "abc", r"is no address: Port out of range"),
         ("ftp://host/", "abc", r"is no address"),
@@ -301,6 +363,8 @@ def test_addresses_and_tokens_are_checked_before_any_work(url, value, message, m
     assert caught.value.exit_code == 2
     for secret in ("word", "abc"):
         assert secret not in caught.value.message.replace("password", "")
+    if "query" in message:
+        assert "token_env" in (caught.value.hint or "")
 
 
 def test_a_token_that_travels_unencrypted_is_warned_of(monkeypatch, capsys):

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import math
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -81,11 +83,15 @@ def reward_models(tiny_bert: Path, tiny_gpt2: Path, tmp_path: Path) -> dict[str,
 
 @dataclass
 class Endpoint:
-    """A server whose reward is the length of an answer: busy `refuse` times, and for good after so many `answers`."""
+    """A server whose reward is the length of an answer: busy `refuse` times, and for good after so many `answers`.
+
+    With `ends_us` it is busy for a minute and tells this process to end.
+    """
 
     url: str = ""
     refuse: int = 0
     answers: int | None = None
+    ends_us: bool = False
     tokens: list[str | None] = field(default_factory=list)
 
 
@@ -104,6 +110,9 @@ def endpoint() -> Iterator[Endpoint]:
             body = json.dumps({"rewards": [float(len(text)) for text in request["completions"]]}).encode()
             self.send_response(503 if is_busy else 200)
             self.send_header("Content-Length", str(len(body)))
+            if is_busy and state.ends_us:
+                self.send_header("Retry-After", "60")
+                os.kill(os.getpid(), signal.SIGTERM)
             self.end_headers()
             self.wfile.write(body)
 
@@ -147,11 +156,11 @@ def test_reward_models_with_other_tokenizers_score_the_text(ppo, reward_models, 
     recorder = written(
         tmp_path,
         f"    import json\n    json.dump([prompts, completions], open({str(seen)!r}, 'w'))\n"
-        "    return [1.0] * len(prompts)\n",
+        "    return [0.0] * len(prompts)\n",
     )
     code, said = ppo(
         "--reward-model", reward_models["bert"],
-        rewards=[{"model": str(reward_models["gpt2"]), "weight": -2.0}, {"function": recorder, "weight": 0.0}],
+        rewards=[{"model": str(reward_models["gpt2"]), "weight": -2.0}, {"function": recorder}],
     )  # fmt: skip
     assert code == 0, said
     (row,) = metrics()
@@ -219,6 +228,19 @@ def test_a_run_whose_endpoint_went_away_goes_on_from_its_checkpoint(ppo, endpoin
     assert code == 65
     assert f"{endpoint.url}: answered 503 service unavailable" in said
     endpoint.answers = None
+    code, said = ppo(rewards=[entry], steps=2)
+    assert code == 0, said
+    assert len(endpoint.tokens) == 3  # step 1, the refusal, step 2
+    assert len(metrics()) == 2
+
+
+def test_a_signal_while_the_endpoint_is_away_ends_the_run_which_goes_on_from_its_checkpoint(ppo, endpoint, metrics):
+    endpoint.answers, endpoint.ends_us = 1, True
+    entry = {"url": endpoint.url, "retries": 1}
+    code, said = ppo(rewards=[entry], steps=2)
+    assert code == 143, said
+    assert "goes on from the last checkpoint" in said
+    endpoint.answers, endpoint.ends_us = None, False
     code, said = ppo(rewards=[entry], steps=2)
     assert code == 0, said
     assert len(endpoint.tokens) == 3  # step 1, the refusal, step 2
