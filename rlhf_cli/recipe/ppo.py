@@ -35,11 +35,11 @@ class RewardSettings(Section):
     url: str | None = None
     """An HTTP endpoint; docs/rewards.md says what it is sent and what it answers."""
     weight: float = 1.0
-    """Factor on this reward, before rewards are combined."""
+    """Factor on this reward, before rewards are combined; not 0."""
     token_env: str | None = None
     """Environment variable whose value is sent to `url` as a bearer token."""
     timeout: Annotated[Positive, EffortOnly()] = 30.0
-    """Seconds to wait for an answer of `url`."""
+    """Seconds for one whole attempt at `url`, from finding the host to the last byte of the answer."""
     retries: Annotated[int, Field(ge=0), EffortOnly()] = 5
     """Further attempts at a request to `url` that failed in a way that may pass."""
     request_size: Effort = 64
@@ -48,9 +48,22 @@ class RewardSettings(Section):
     @field_validator("url")
     @classmethod
     def _is_address(cls, url: str | None) -> str | None:
+        if url is not None and ("?" in url or "#" in url):
+            # What was typed is not repeated: people put keys here.
+            raise ValueError(
+                "expected an address without a query (`?...`) and a fragment (`#...`), which would end up in files; a "
+                "token goes into an environment variable that `token_env` names"
+            )
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(f"expected an address that begins with http:// or https://; got `{url}`")
         return url
+
+    @field_validator("weight")
+    @classmethod
+    def _has_effect(cls, weight: float) -> float:
+        if weight == 0.0:
+            raise ValueError("a reward with the weight 0 has no effect; leave the reward out")
+        return weight
 
     @field_validator("token_env")
     @classmethod

@@ -137,6 +137,15 @@ def test_files_that_are_no_recipe(tmp_path):
             "ppo: {rewards: [{weight: 1}]}\n",
             "`ppo.rewards.0`: expected exactly one of `function`, `model` and `url`; got none",
         ),
+        (
+            "ppo: {rewards: [{function: f, weight: 0}]}\n",
+            "`ppo.rewards.0.weight`: a reward with the weight 0 has no effect; leave the reward out",
+        ),
+        (
+            'ppo: {rewards: [{url: "https://host/score?key=word"}]}\n',
+            "`ppo.rewards.0.url`: expected an address without a query (`?...`) and a fragment (`#...`)",
+        ),
+        ('ppo: {rewards: [{url: "https://host/score#word"}]}\n', "`ppo.rewards.0.url`: expected an address without"),
         ("ppo: {lora: {target_modules: 3}}\n", "must be text or a list of text; got 3"),
         (
             "ppo: {lora: {target_modules: [3]}}\n",
