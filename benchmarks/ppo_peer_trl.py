@@ -28,7 +28,7 @@ from transformers import (
     LlamaForSequenceClassification,
     TrainerCallback,
 )
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[reportMissingImports]
 
 
 class Snapshots(TrainerCallback):
@@ -39,7 +39,7 @@ class Snapshots(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **_) -> None:
         """Save the policy; `model` holds policy and critic."""
-        if state.global_step % self.every == 0:
+        if model is not None and state.global_step % self.every == 0:
             weights = {name: value.detach().clone() for name, value in model.policy.state_dict().items()}
             save_file(weights, self.folder / f"step-{state.global_step}.safetensors")
 
