@@ -8,12 +8,13 @@ only what all of them like.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.progress import warn
-from rlhf_cli.rewards.checks import first_not_finite, sample
+from rlhf_cli.rewards.checks import sample
 from rlhf_cli.rewards.contract import Reward, Scores
 
 Combination = Literal["sum", "mean", "min", "mean-std"]
@@ -26,21 +27,32 @@ def combined(weighted: Sequence[float], combination: Combination, *, std_coef: f
     sqrt(sum (x_k - mean)^2 / K): the members are all there are, not a sample of more.
 
     Args:
-        weighted: (K,) at least one. NaN or infinity among them makes NaN, whatever the others are.
+        weighted: (K,) at least one. NaN or infinity among them makes NaN, whatever the others are; so does a result
+            beyond float32, in which rewards are trained on.
         combination: which.
         std_coef: lambda of mean-std.
     """
-    if not all(map(math.isfinite, weighted)):
+    if not all(map(_is_finite, weighted)):
         return math.nan
     mean = sum(weighted) / len(weighted)
     if combination == "sum":
-        return sum(weighted)
-    if combination == "mean":
-        return mean
-    if combination == "min":
-        return min(weighted)
-    variance = sum((value - mean) ** 2 for value in weighted) / len(weighted)
-    return mean - std_coef * math.sqrt(variance)
+        result = sum(weighted)
+    elif combination == "mean":
+        result = mean
+    elif combination == "min":
+        result = min(weighted)
+    else:
+        variance = sum((value - mean) ** 2 for value in weighted) / len(weighted)
+        result = mean - std_coef * math.sqrt(variance)
+    return result if _is_finite(result) else math.nan
+
+
+def _is_finite(number: float) -> bool:
+    """In float32: 1e39 is a number here and infinity where it is trained on."""
+    try:
+        return math.isfinite(struct.unpack("<f", struct.pack("<f", number))[0])
+    except OverflowError:
+        return False
 
 
 class CombinedReward:
@@ -67,9 +79,9 @@ class CombinedReward:
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """Score N answers; N may be 0.
 
-        An answer for which a reward is NaN or infinite has the total NaN: PPO leaves that step out and goes on. One
-        warning says which reward gave how many such numbers, and for which sample first; in a run of several processes
-        only the first can print it, so `Scores.faults` says the same.
+        An answer for which a reward is NaN or infinite in float32, as given or with its weight, has the total NaN: PPO
+        leaves that step out and goes on. One warning says which reward gave how many such numbers, and for which
+        sample first; in a run of several processes only the first can print it, so `Scores.faults` says the same.
 
         Raises:
             DataError: a reward gave no usable answer, see `Reward.score`.
@@ -78,31 +90,47 @@ class CombinedReward:
             name: reward.score(prompts, completions) if completions else []
             for name, (reward, _) in zip(self.names, self._members, strict=True)
         }
-        faults = _faults(parts, prompts, completions)
+        weights = [weight for _, weight in self._members]
+        weighted = {
+            name: [weight * score if _is_finite(score) else math.nan for score in scores]
+            for (name, scores), weight in zip(parts.items(), weights, strict=True)
+        }
+        total = [
+            combined(scores, self._combination, std_coef=self._std_coef)
+            for scores in zip(*weighted.values(), strict=True)
+        ]
+        faults = _faults(parts, weighted, total, prompts, completions)
         if faults:
             warn("; ".join(faults))
-        weights = [weight for _, weight in self._members]
-        total = [
-            combined(
-                [weight * score for weight, score in zip(weights, scores, strict=True)],
-                self._combination,
-                std_coef=self._std_coef,
-            )
-            for scores in zip(*parts.values(), strict=True)
-        ]
         return Scores(total, parts, faults)
 
 
-def _faults(parts: dict[str, list[float]], prompts: Sequence[Prompt], completions: Sequence[str]) -> list[str]:
+def _faults(
+    parts: dict[str, list[float]],
+    weighted: dict[str, list[float]],
+    total: list[float],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+) -> list[str]:
+    """What is not finite, reward by reward; the combination only where it alone is to blame."""
     found = []
+    blamed: set[int] = set()
     for name, scores in parts.items():
-        if (bad := first_not_finite(scores)) is not None:
-            count = sum(not math.isfinite(score) for score in scores)
-            found.append(
-                f"the reward `{name}` is not finite for {count:,} of {len(scores):,} answers: {scores[bad]} for "
-                f"{sample(prompts[bad], completions[bad])}"
-            )
+        bad = [place for place, score in enumerate(weighted[name]) if not _is_finite(score)]
+        if bad:
+            first = scores[bad[0]]
+            size = " (too large for float32, as it is or with its weight)" if math.isfinite(first) else ""
+            found.append(_fault(f"the reward `{name}`", bad, f"{first}{size}", prompts, completions))
+        blamed.update(bad)
+    rest = [place for place, score in enumerate(total) if math.isnan(score) and place not in blamed]
+    if rest:
+        found.append(_fault("the combined reward", rest, "too large for float32", prompts, completions))
     return found
+
+
+def _fault(who: str, bad: list[int], what: str, prompts: Sequence[Prompt], completions: Sequence[str]) -> str:
+    shown = sample(prompts[bad[0]], completions[bad[0]])
+    return f"{who} is not finite for {len(bad):,} of {len(completions):,} answers: {what} for {shown}"
 
 
 def _unique(names: Sequence[str]) -> list[str]:

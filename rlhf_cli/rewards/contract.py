@@ -47,9 +47,9 @@ class Scores:
     """What several rewards say of N answers.
 
     Attributes:
-        total: (N,) combined; finite, or NaN where a part is not finite.
+        total: (N,) combined; finite in float32, or NaN.
         parts: name of a reward -> (N,) what it gave, before its weight.
-        faults: for each reward that gave what is not finite: which, how often, and for which sample first.
+        faults: for each reward that gave what is not finite in float32: which, how often, and for which sample first.
     """
 
     total: list[float]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.rewards.combine import CombinedReward, combined
@@ -74,6 +75,47 @@ def test_nan_is_let_through_with_one_warning_that_names_reward_and_sample(capsys
     assert "fine" not in said
     assert len(scores.faults) == 1
     assert scores.faults[0] in said
+
+
+@pytest.mark.parametrize(
+    ("scores", "weight", "is_finite"),
+    [
+        pytest.param((1.0, 1e39), 1.0, False, id="beyond float32"),
+        pytest.param((1.0, -1e39), 1e-10, False, id="beyond float32, though not with its weight"),
+        pytest.param((1.0, 1e38), 10.0, False, id="beyond float32 with its weight"),
+        pytest.param((1.0, 3.4e38), 1.0, True, id="within float32"),
+        pytest.param((1.0, 1e-50), 1.0, True, id="rounds to zero"),
+    ],
+)
+def test_what_float32_cannot_hold_is_not_finite(scores, weight, is_finite, capsys):
+    members = [(Fixed("fine", 1.0, 1.0), 1.0), (Fixed("large", *scores), weight)]
+    found = CombinedReward(members).score(["p", "why?"], ["x", "because"])
+    assert math.isfinite(found.total[0])
+    assert math.isnan(found.total[1]) is not is_finite
+    assert math.isfinite(torch.tensor(found.total[1])) is is_finite
+    if is_finite:
+        assert found.faults == []
+    else:
+        (fault,) = found.faults
+        assert f"the reward `large` is not finite for 1 of 2 answers: {scores[1]}" in fault
+        assert "float32" in fault
+        assert "the prompt 'why?' and the completion 'because'" in fault
+
+
+def test_a_sum_that_float32_cannot_hold_is_the_combinations_fault(capsys):
+    members = [(Fixed("a", 3e38, math.nan), 1.0), (Fixed("b", 3e38, 1.0), 1.0)]
+    found = CombinedReward(members).score(["p", "q"], ["x", "y"])
+    assert [math.isnan(total) for total in found.total] == [True, True]
+    alone, combination = found.faults
+    assert "the reward `a` is not finite for 1 of 2 answers: nan for the prompt 'q'" in alone
+    assert (
+        "the combined reward is not finite for 1 of 2 answers: too large for float32 for the prompt 'p'" in combination
+    )
+
+
+@pytest.mark.parametrize("combination", ["sum", "mean", "min", "mean-std"])
+def test_numbers_of_any_size_are_combined_without_an_exception(combination):
+    assert math.isnan(combined([1e200, -1e200], combination))
 
 
 def test_names_are_made_unique_in_the_order_of_the_settings():
