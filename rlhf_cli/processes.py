@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_cli.ranks import rank, world_size
+from rlhf_cli.watchdog import waiting
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,10 @@ class _Exchange:
         import torch.distributed
 
         there = flat.to(self._device)
-        torch.distributed.all_reduce(there)
+        with waiting():
+            torch.distributed.all_reduce(there)
+            if there.is_cuda:  # NCCL returns at once; the wait would come later, where it is not known as one
+                torch.cuda.current_stream(there.device).synchronize()
         return there.to(flat.device)
 
     def exchange(self, message: bytes) -> list[bytes]:
@@ -121,9 +125,11 @@ class _Exchange:
         import torch.distributed
 
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
-        torch.distributed.all_gather(sizes, torch.tensor([len(message)]))
+        with waiting():
+            torch.distributed.all_gather(sizes, torch.tensor([len(message)]))
         padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
         padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         found = [torch.zeros_like(padded) for _ in range(world_size())]
-        torch.distributed.all_gather(found, padded)
+        with waiting():
+            torch.distributed.all_gather(found, padded)
         return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]

@@ -1,8 +1,9 @@
-"""Ends a process that makes no progress: a collective that waits for ever, a deadlock, an endpoint that never answers.
+"""Ends a process that makes no progress: a reward that hangs, a deadlock, an endpoint that never answers.
 
-Whatever gets something done calls `beat`. The watch is a thread of its own, since the main one may hang in C code,
-where Python's signal handlers never run. It prints the stack of every thread and ends the process at once; the stage
-goes on from its last checkpoint.
+Whatever gets something done calls `beat`. Of several processes, those that wait for another inside a collective are not
+watched (`waiting`): the one they wait for has the work that must not stall. The watch is a thread of its own, since the
+main one may hang in C code, where Python's signal handlers never run. It prints the stack of every thread and ends the
+process at once; the stage goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -18,12 +19,28 @@ from rlhf_cli.errors import EXIT_STALLED
 
 _STDERR = 2
 _last_beat = 0.0
+_waits = 0
 
 
 def beat() -> None:
     """Say that something got done; costs nothing, so that inner loops can call it."""
     global _last_beat
     _last_beat = time.monotonic()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Suspend the watch while this process waits for the others, which may take as long as they get something done.
+
+    A wait that ends is progress. Only the thread that does the work may enter it.
+    """
+    global _waits
+    _waits += 1
+    try:
+        yield
+    finally:
+        beat()  # ahead of the count, or the watch could see neither
+        _waits -= 1
 
 
 @contextmanager
@@ -62,7 +79,7 @@ def _watch(seconds: float, what: str, over: threading.Event) -> None:
         _wind_up(seconds)
         now = time.monotonic()
         # Two intervals at most for one look: if more went by, the whole process stood still.
-        idle = idle + min(now - before, 2 * interval) if _last_beat == seen else 0.0
+        idle = idle + min(now - before, 2 * interval) if _last_beat == seen and not _waits else 0.0
         seen, before = _last_beat, now
         if idle >= seconds:
             _end(seconds, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tests.faults.harness import ROOT, SmallRun
 _BEGIN = """
 import ctypes, re, threading, time
 from rlhf_cli.progress import task
-from rlhf_cli.watchdog import beat, watching
+from rlhf_cli.watchdog import beat, waiting, watching
 
 def hangs():
     with watching(0.4, "ppo"), task("sampling", 3) as bar:
@@ -68,6 +69,65 @@ def test_progress_of_any_kind_keeps_it_alive():
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert stdout == "done\n"
+
+
+def test_who_waits_for_another_is_not_watched_and_who_goes_on_is_again():
+    process = start("with waiting(): time.sleep(1.2)", "print('waited', flush=True)", "time.sleep(100)")
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STALLED, stderr
+    assert stdout == "waited\n"
+
+
+_TOGETHER = """
+import time
+import torch
+from rlhf_cli.processes import Processes
+from rlhf_cli.watchdog import beat, watching
+
+def works(rank):
+    if processes.index == rank:
+        for _ in range(25): time.sleep(0.1); beat()
+
+def hangs(rank):
+    if processes.index == rank:
+        time.sleep(100)
+
+processes = Processes()
+processes.wait()  # loading torch and meeting are not watched
+with watching(1.0, "ppo"):
+    for rank in (0, 1):
+        works(rank)
+        assert processes.collect(processes.index) == [0, 1]
+        works(rank)
+        processes.add([number := torch.ones(1)])
+        assert number == 2
+    hangs(1)
+    processes.wait()
+"""
+_SUPERVISE = """
+import os, sys
+from rlhf_cli.errors import ProcessDiedError
+from rlhf_cli.pipeline.supervisor import supervise
+try:
+    supervise([sys.executable, "-c", *sys.argv[1:]], 2, os.environ)
+except ProcessDiedError as error:
+    sys.exit(error.exit_code)
+"""
+
+
+def test_who_waits_for_a_process_that_works_is_left_alone_and_one_that_hangs_ends_both():
+    end = subprocess.run(
+        [sys.executable, "-c", _SUPERVISE, _TOGETHER],
+        cwd=ROOT,
+        env=os.environ | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert end.returncode == EXIT_STALLED, end.stderr
+    assert "in hangs" in end.stderr, "not before, when each had waited for longer than the limit"
+    assert "`ppo` made no progress for 1 seconds" in end.stderr
 
 
 def test_nothing_is_watched_behind_the_stage_or_without_the_setting():
