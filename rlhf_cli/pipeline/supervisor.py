@@ -91,8 +91,13 @@ class _Rank:
         """End it and whatever it started."""
         if self.ended is None:
             self.was_killed = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill_group()
+
+    def kill_group(self) -> None:
+        """End what it started, and itself; to be called at the latest when its end is noticed."""
+        # Later the number may be another's: it stays taken for as long as the group has a member, and no longer.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def supervise(command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
@@ -182,6 +187,8 @@ class _Supervisor:
     def _look(self) -> None:
         """Read what was said and notice who has ended; what an ended process has said is read first."""
         ended = [rank for rank in self._ranks if rank.ended is None and rank.process.poll() is not None]
+        for rank in ended:
+            rank.kill_group()  # what it has started; whatever was said stays to be read
         for _ in range(_READS if ended else 1):
             events = self._selector.select(0.0 if ended else _EVERY)
             for key, _ in events:

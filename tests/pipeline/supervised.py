@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,7 +63,11 @@ def play(mode: str, rank: int) -> None:
 def fail(mode: str) -> None:
     if mode == "raise":
         raise ValueError("only in rank 1")
-    if mode == "kill":
+    if mode.startswith("orphan"):
+        Path("orphan.pid").write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+    if mode == "orphan, raise":
+        raise ValueError("only in rank 1")
+    if mode in ("kill", "orphan, kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "leave":
         os._exit(3)

@@ -76,6 +76,13 @@ def test_a_killed_rank_is_named_and_ends_all(tmp_path):
     assert "hint: the system kills a process when memory is short; run the same command again" in ended.stderr
 
 
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_what_a_failed_rank_had_started_does_not_outlive_the_command(how, tmp_path):
+    assert run(tmp_path, f"orphan, {how}").returncode != 0
+    pid = int((tmp_path / "orphan.pid").read_text())
+    wait_until(lambda: not is_alive(pid), "its end", 5)
+
+
 def test_a_rank_that_ends_without_a_word_gives_its_exit_code(tmp_path):
     ended = run(tmp_path, "leave")
     assert ended.returncode == 3
