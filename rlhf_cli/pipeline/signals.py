@@ -1,4 +1,8 @@
-"""Requests to stop: the first signal lets the stage save and end; a second Ctrl-C ends at once."""
+"""Requests to stop: the first signal lets the stage save and end; a second Ctrl-C ends at once.
+
+Under `--processes` the supervisor alone counts: who signals every process of a job (a scheduler) reaches each of ours
+twice, directly and through the supervisor, and means it once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from rlhf_cli.errors import Interrupted
+from rlhf_cli.pipeline.worker import is_supervised
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -44,5 +49,5 @@ class SignalStop:
             name = signal.Signals(signum).name
             # os.write, since the handler may have interrupted a print
             os.write(2, f"\n{name}: stopping after this step; Ctrl-C again to stop at once\n".encode())
-        elif signum == signal.SIGINT:
+        elif signum == signal.SIGINT and not is_supervised():
             raise KeyboardInterrupt

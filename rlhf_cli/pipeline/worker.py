@@ -20,6 +20,13 @@ from collections.abc import Callable
 CHANNEL = "RLHF_CHANNEL"
 """Environment variable with the number of the open socket to the supervisor."""
 
+_is_supervised = False
+
+
+def is_supervised() -> bool:
+    """Whether our supervisor started this process; known once `Worker.adopt` was called."""
+    return _is_supervised
+
 
 class Worker:
     """This process, started by our supervisor.
@@ -38,6 +45,8 @@ class Worker:
         number = os.environ.pop(CHANNEL, None)  # programs that a reward function starts are no workers
         if number is None:
             return None
+        global _is_supervised
+        _is_supervised = True
         channel = socket.socket(fileno=int(number))
         channel.set_inheritable(False)
         return cls(channel)

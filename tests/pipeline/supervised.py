@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlhf_cli.cli.failures import report
 from rlhf_cli.errors import DivergedError, Interrupted
+from rlhf_cli.pipeline.signals import SignalStop
 from rlhf_cli.pipeline.supervisor import supervise
 from rlhf_cli.pipeline.worker import Worker
 
@@ -48,6 +49,8 @@ def play(mode: str, rank: int) -> None:
         raise DivergedError("loss was nan in 3 steps in a row")
     if mode == "signals":
         listen(rank)
+    elif mode == "step":
+        finish_the_step(rank)
     elif mode == "pids":
         Path(f"{rank}.pid").write_text(str(os.getpid()))
         time.sleep(60)
@@ -91,6 +94,18 @@ def listen(rank: int) -> None:
     if os.environ.get("DEAF"):
         time.sleep(60)
     raise Interrupted(seen[0])
+
+
+def finish_the_step(rank: int) -> None:
+    """Work until a signal comes, then as long as the rest of a step takes, save and leave."""
+    with SignalStop() as stop:
+        Path(f"{rank}.pid").write_text(str(os.getpid()))
+        while not stop.requested:
+            time.sleep(0.02)
+        Path(f"{rank}.told").touch()
+        time.sleep(1)
+        Path(f"{rank}.saved").touch()
+        stop.check()
 
 
 if __name__ == "__main__":

@@ -118,6 +118,20 @@ def test_a_signal_reaches_each_rank_once_and_all_may_save(signum, code, tmp_path
     assert "failed" not in stderr
 
 
+def test_an_interrupt_of_every_process_of_the_job_lets_all_save(tmp_path):
+    process = start(tmp_path, "step")
+    files = [tmp_path / f"{rank}.pid" for rank in (0, 1)]
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files), "the workers")
+    for file in files:
+        os.kill(int(file.read_text()), signal.SIGINT)
+    wait_until(lambda: all(file.with_suffix(".told").exists() for file in files), "the first signal")
+    process.send_signal(signal.SIGINT)  # which passes it on
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert all(file.with_suffix(".saved").exists() for file in files)
+    assert stderr.count("error: stopped by SIGINT; everything done so far is saved") == 1
+
+
 def test_a_second_interrupt_ends_at_once(tmp_path):
     process = start(tmp_path, "signals", DEAF="1")
     wait_until(lambda: (tmp_path / "0.listening").exists() and (tmp_path / "1.listening").exists(), "the workers")
