@@ -6,7 +6,7 @@ so it is exchanged whole, and everything behind it is computed by all of them al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,6 +21,7 @@ from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.processes import Processes
 from rlhf_cli.rollout.batch import SequenceBatch
 from rlhf_cli.rollout.logprobs import Projection, TokenLogprobs, response_hidden
+from rlhf_cli.watchdog import beat
 
 
 class Actors(Protocol):
@@ -158,7 +159,7 @@ class Engine:
                 model, [texts.prompt_ids[row] for row in rows], [texts.response_ids[row] for row in rows]
             )
 
-    def micro_batches(self, answers: TokenPairs, rows: Sequence[int]) -> list[list[int]]:
+    def micro_batches(self, answers: TokenPairs, rows: Sequence[int]) -> Iterator[list[int]]:
         """This process's share of `rows`, cut into micro-batches: of answers to the same prompts where a prompt is read
         once for all of them, else of answers of like length, so that little is padding.
         """
@@ -172,7 +173,10 @@ class Engine:
         ordered = sorted(rows, key=place)
         # No more than the share of one process in each, so that all of them have work where there is enough.
         size = min(self._micro_batch_size, -(-len(ordered) // self.processes.count))
-        return self.processes.mine([ordered[start : start + size] for start in range(0, len(ordered), max(size, 1))])
+        mine = self.processes.mine([ordered[start : start + size] for start in range(0, len(ordered), max(size, 1))])
+        for rows in mine:
+            yield rows
+            beat()
 
     def logprobs(
         self, model: PreTrainedModel, batch: SequenceBatch, *, temperature: float | None = None

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_cli.errors import DivergedError, ModelError
+from rlhf_cli.watchdog import beat
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _sample_batch(
             tokens = tokens[staying]
             active = [active[index] for index in staying]
         logits = decoding.step(tokens)
+        beat()
     return [Sample(ids, end) for ids, end in zip(answers, ended, strict=True)]
 
 

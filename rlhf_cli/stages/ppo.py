@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from rlhf_cli.training.ppo_options import PPOOptions
 
 
+_FEWEST_ROWS = 2
+"""Two points are no curve."""
+
 CHOSEN_ON = "chosen_on.json"
 """Keys of the held-out prompts that decided which policy was written, for `evaluate` to leave out."""
 
@@ -162,7 +165,8 @@ def _keep_records(context: StageContext, rows: list[dict[str, Any]]) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (context.work / name).is_file():
             shutil.copyfile(context.work / name, context.output / name)
-    draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
+    if len(rows) > _FEWEST_ROWS:
+        draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
     findings = health.judge(rows)
     health.write(context.output / "health.json", findings)
     health.show(findings)

@@ -55,7 +55,6 @@ def metrics(work):
              "kl_estimator": "k2", "entropy_coef": 0.1, "critic_warmup_steps": 1, "reward_scale": "running"},
             id="all weights, ptx, losses",
         ),
-        pytest.param({"prompts_per_step": 1, "minibatches": 1}, id="fewer prompts than processes"),
     ],
 )  # fmt: skip
 def test_two_processes_agree_with_one(changes, tiny_llama, tmp_path):
@@ -76,16 +75,6 @@ def test_two_processes_agree_with_one(changes, tiny_llama, tmp_path):
                 assert theirs[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
             elif not isinstance(value, dict):
                 assert theirs[name] == value, name
-
-
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_from_there(tiny_llama, tmp_path):
-    codes, _ = run(tiny_llama, tmp_path / "cut", 2, codes=..., stop_process_1_after=2)
-    assert codes == [143, 143]
-    run(tiny_llama, tmp_path / "cut", 2)
-    run(tiny_llama, tmp_path / "whole", 2)
-    whole, cut = (load_file(tmp_path / name / "end-0.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "cut/metrics.jsonl").read_bytes()
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tiny_llama, tmp_path):
