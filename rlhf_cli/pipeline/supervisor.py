@@ -88,14 +88,13 @@ class _Rank:
         return (0 if code < 0 and -code not in _NO_WORD_OF_OURS else 1), at
 
     def kill(self) -> None:
-        """End it and whatever it started."""
+        """End it and whatever it started, if its end was not noticed before."""
         if self.ended is None:
             self.was_killed = True
             self.kill_group()
 
     def kill_group(self) -> None:
-        """End what it started, and itself; to be called at the latest when its end is noticed."""
-        # Later the number may be another's: it stays taken for as long as the group has a member, and no longer.
+        """End what it started, and itself; not later than its end is noticed, since the number may be reused then."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -188,7 +187,7 @@ class _Supervisor:
         """Read what was said and notice who has ended; what an ended process has said is read first."""
         ended = [rank for rank in self._ranks if rank.ended is None and rank.process.poll() is not None]
         for rank in ended:
-            rank.kill_group()  # what it has started; whatever was said stays to be read
+            rank.kill_group()
         for _ in range(_READS if ended else 1):
             events = self._selector.select(0.0 if ended else _EVERY)
             for key, _ in events:
