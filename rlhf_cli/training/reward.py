@@ -60,11 +60,14 @@ class Tally:
     Attributes:
         skipped_steps: steps left out because a loss or gradient was not finite.
         bad_in_a_row: those that just happened.
+        anchor: step of the last regular checkpoint, which a divergence goes back to; one that a signal left behind is
+        none.
         rolled_back: whether training went back to a checkpoint, after which it takes half the learning rate.
     """
 
     skipped_steps: int = 0
     bad_in_a_row: int = 0
+    anchor: int = 0
     rolled_back: bool = False
 
 
@@ -230,7 +233,9 @@ class RewardTrainer:
         return checkpoint.step
 
     def _roll_back(self, step: int) -> int:
-        checkpoint = None if self.tally.rolled_back else latest_checkpoint(self._work, processes=self._processes)
+        checkpoint = None
+        if not self.tally.rolled_back:
+            checkpoint = latest_checkpoint(self._work, up_to=self.tally.anchor, processes=self._processes)
         if checkpoint is None:
             raise DivergedError(
                 f"the reward model diverged at step {step} of {self.batches.steps}: losses or gradients are not finite",
@@ -241,13 +246,16 @@ class RewardTrainer:
             f"going back once, to step {checkpoint.step}, with half the learning rate"
         )
         self._restore(checkpoint.tensors)
-        self.tally = Tally(self.tally.skipped_steps, rolled_back=True)
+        self.tally = Tally(self.tally.skipped_steps, anchor=checkpoint.step, rolled_back=True)
         return checkpoint.step
 
     def _save(self, step: int) -> None:
+        if self._is_due(step):
+            self.tally.anchor = step
         weights = {f"weight/{name}": weight for name, weight in self.trained.items()}
         tensors = weights | optimizer_tensors(self.optimizer, "optimizer") | rng_tensors(self._processes)
-        save_checkpoint(self._work, step, tensors, {"tally": asdict(self.tally)}, processes=self._processes)
+        state = {"tally": asdict(self.tally)}
+        save_checkpoint(self._work, step, tensors, state, protected=self.tally.anchor, processes=self._processes)
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor]) -> None:

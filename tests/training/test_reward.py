@@ -222,6 +222,19 @@ def test_three_in_a_row_go_back_once_and_then_give_up(tiny_llama, tmp_path, caps
     assert all(torch.isfinite(weight).all() for weight in trainer.trained.values())
 
 
+def test_a_signal_among_bad_steps_does_not_change_where_a_run_goes_back_to(tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2)
+    trainer._begin()
+    trainer._save(2)
+    trainer.tally.bad_in_a_row = 2
+    trainer._save(4)  # as a signal would, with two bad steps behind it
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4"]
+    again = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2)
+    assert again._begin() == 4
+    assert again._roll_back(5) == 2
+    assert again.tally.rolled_back
+
+
 def test_going_back_takes_half_the_learning_rate(tiny_llama, tmp_path):
     trainer = trainer_of(tiny_llama, tmp_path, schedule="constant", warmup_share=0.0)
     poison(trainer, {2, 3, 4})
