@@ -194,10 +194,12 @@ class InputResolver:
 
     def _missing(self, reader: str, writer: str, setting: str) -> UsageError:
         writes = next(stage.writes for stage in STAGES if stage.name == writer)
+        named = f"or name one with `--set {reader.replace('-', '_')}.{setting}=PATH`"
+        if reader == "ppo" and writer == "train-rm":
+            named += ", or give another reward with `--function` or `--reward-url`"
         return UsageError(
             f"no {writes} in {self._run.path}: `{reader}` reads what `{writer}` writes",
-            hint=f"run `rlhf {writer} --run-dir {self._run.path}` first, "
-            f"or name one with `--set {reader.replace('-', '_')}.{setting}=PATH`",
+            hint=f"run `rlhf {writer} --run-dir {self._run.path}` first, {named}",
         )
 
     def _prompts(self, section: str, own: str | None) -> Input:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DataError, ModelError, UsageError
+from rlhf_cli.pipeline.definitions import check_defined
 from rlhf_cli.recipe.base import Names
 from rlhf_cli.recipe.document import Place
 from rlhf_cli.recipe.fields import values
@@ -113,7 +114,7 @@ def function_file(spec: str, setting: str) -> Path:
     if module.endswith(".py"):
         if not Path(module).is_file():
             raise UsageError(f"{module}: no such file (`{setting}`)", hint="write `file.py:function`")
-        return _not_downloaded(Path(module), setting)
+        return _own(Path(module), function, setting)
     search: list[str] | None = None
     found = None
     for depth in range(len(parts := module.split("."))):
@@ -125,11 +126,11 @@ def function_file(spec: str, setting: str) -> Path:
         search = list(found.submodule_search_locations or [])
     if found is None or not found.origin or not Path(found.origin).is_file():
         raise UsageError(f"Python module `{module}` has no source file (`{setting}`)")
-    return _not_downloaded(Path(found.origin), setting)
+    return _own(Path(found.origin), function, setting)
 
 
-def _not_downloaded(file: Path, setting: str) -> Path:
-    """The file, unless the hub's client put it there: users decide what code runs, and nobody who uploads does."""
+def _own(file: Path, function: str, setting: str) -> Path:
+    """The file, if it has the function, and unless the hub's client put it there: users decide what code runs."""
     from huggingface_hub import constants
 
     caches = [Path(constants.HF_HUB_CACHE), Path(constants.HF_HOME) / "modules"]
@@ -138,4 +139,5 @@ def _not_downloaded(file: Path, setting: str) -> Path:
             f"{file} was downloaded from the hub, and downloaded code is not run as a function (`{setting}`)",
             hint="read it, copy it beside your recipe, and name the copy",
         )
+    check_defined(file, function, setting)
     return file

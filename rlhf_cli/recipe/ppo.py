@@ -107,7 +107,8 @@ class PPOSettings(Section):
     model: ModelName = None
     """Policy to start from and reference of the KL penalty; null is what `sft` wrote."""
     reward_model: ModelName = None
-    """Folder or hub id of the reward model; null is what `train-rm` wrote, or none if `rewards` are given."""
+    """Folder or hub id of the reward model; null is what `train-rm` writes, or, in a recipe without that stage that
+    gives `rewards`, none."""
     rewards: list[RewardSettings] = Field(default=[])
     """Further rewards, combined with the reward model's, whose weight is 1: functions, models, HTTP endpoints."""
     reward_combination: Literal["sum", "mean", "min", "mean-std"] = "sum"

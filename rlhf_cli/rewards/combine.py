@@ -76,6 +76,16 @@ class CombinedReward:
         self._std_coef = std_coef
         self.names = _unique([reward.name for reward, _ in members])
 
+    def described(self) -> str:
+        """The combination for people: `min of reward-model and 2 x gold.py:score`."""
+        weights = [weight for _, weight in self._members]
+        named = zip(self.names, weights, strict=True)
+        parts = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in named]
+        if len(parts) == 1:
+            return parts[0]
+        how = {"mean-std": f"mean - {self._std_coef:g} std"}.get(self._combination, self._combination)
+        return f"the {how} of {', '.join(parts[:-1])} and {parts[-1]}"
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """Score N answers; N may be 0.
 

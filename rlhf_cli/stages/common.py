@@ -124,7 +124,9 @@ def load_prompts(
     from rlhf_cli.data.templates import check_conversations
 
     data, source = context.recipe.data, context.inputs["prompts"]
-    room = min(data.max_prompt_tokens, prompt_room(config, max_new_tokens, form.name))
+    section = context.stage.section
+    setting = f"{section}.max_new_tokens" if section == "ppo" else f"{section}.sampling.max_new_tokens"
+    room = min(data.max_prompt_tokens, prompt_room(config, max_new_tokens, form.name, setting))
     loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
     check_conversations(form, loaded.records)
     prompts: list[Prompt] = []
@@ -145,7 +147,7 @@ def load_prompts(
     return Prompts(prompts, ids, loaded.skips)
 
 
-def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str) -> int:
+def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str, setting: str) -> int:
     """Longest prompt, in tokens, beside an answer of `max_new_tokens`; an encoder-decoder reads prompts on their own.
 
     Raises:
@@ -158,13 +160,13 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str) -> int
     if isinstance(learned, int) and max_new_tokens > learned:
         raise UsageError(
             f"answers of {max_new_tokens:,} tokens are too long: the decoder of {name} writes {learned:,} at most",
-            hint="lower the stage's `max_new_tokens`",
+            hint=f"lower it, such as `--set {setting}=64`",
         )
     room = longest if config.is_encoder_decoder else longest - max_new_tokens
     if room < 1:
         raise UsageError(
             f"answers of {max_new_tokens:,} tokens leave no room for a prompt: {name} reads {longest:,} tokens in all",
-            hint="lower the stage's `max_new_tokens`, such as `--set evaluate.sampling.max_new_tokens=64`",
+            hint=f"lower it, such as `--set {setting}=64`",
         )
     return room
 

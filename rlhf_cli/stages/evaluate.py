@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rlhf_cli.evaluation.compare import Comparison
     from rlhf_cli.recipe.schema import EvaluateSettings
 
+_LONGEST = "evaluate.sampling.max_new_tokens"
 _WIDEST = 100
 """Columns of what is printed: longer lines are tiring to read."""
 
@@ -128,7 +129,7 @@ def _room(context: StageContext, settings: EvaluateSettings, name: str) -> tuple
     from rlhf_cli.models.loading import load_config
 
     source = model_source(context.recipe, context.inputs[name])
-    free = prompt_room(load_config(source), settings.sampling.max_new_tokens, f"`{source.path}`")
+    free = prompt_room(load_config(source), settings.sampling.max_new_tokens, f"`{source.path}`", _LONGEST)
     return prompt_format(context.recipe, source), min(context.recipe.data.max_prompt_tokens, free)
 
 

@@ -63,6 +63,7 @@ def run(context: StageContext) -> StageOutcome:
     )
     template = prompt_template(context.recipe, source.path)
     reward = build_rewards(settings, reward_model, source, template, stop=context.stop)
+    say(f"ppo: the reward is {reward.described()}")
     trainer = PPOTrainer(
         roles,
         engine,
@@ -192,7 +193,7 @@ def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcom
     }
     summary = [
         ("reward", f"{metrics['objective/scores_first']:.2f} -> {metrics['objective/scores']:.2f}"),
-        ("KL", f"{metrics['objective/kl']:.1f} nats an answer"),
+        ("KL", f"{metrics['objective/kl']:z.1f} nats an answer"),
         ("answers", f"{metrics['episode']:,.0f}"),
     ]
     evaluated = [row for row in rows if row.get("eval/objective/scores") is not None]

@@ -221,7 +221,7 @@ def _sft_answers(
     longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
     sampling = Sampling(1.0, 1.0, max(1, min(_TOKENS_SAMPLED, longest)), 32)
     format = prompt_format(context.recipe, source)
-    room = prompt_room(config, sampling.max_new_tokens, format.name)
+    room = prompt_room(config, sampling.max_new_tokens, format.name, "label.sampling.max_new_tokens")
     fitting = (ranking for ranking in rankings if len(format.prompt_ids(ranking.prompt)) <= room)
     rankings[:] = list(islice(fitting, _PROMPTS_SAMPLED))
     if not rankings:

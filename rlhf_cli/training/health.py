@@ -20,6 +20,8 @@ from rlhf_cli.training.health_rules import ANSWER_RULES
 from rlhf_cli.training.health_update_rules import UPDATE_RULES
 
 _ORDER: tuple[Severity, ...] = ("bad", "look", "fine")
+SHORT = "length of the run"
+"""Subject of the finding that trends cannot be judged yet."""
 _COLOURS: Mapping[Severity, str] = {"bad": "bold red", "look": "yellow", "fine": "green"}
 
 RULES: tuple[Callable[[Run], Iterable[Finding]], ...] = (*ANSWER_RULES, *UPDATE_RULES)
@@ -35,9 +37,7 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     findings = [finding for rule in RULES for finding in rule(run)]
     if len(run) < MIN_STEPS:
         seen = f"{len(run):,} step{'' if len(run) == 1 else 's'}"
-        findings.append(
-            Finding("length of the run", "fine", f"{seen}: trends are judged from {MIN_STEPS} on", steps=run.span)
-        )
+        findings.append(Finding(SHORT, "fine", f"{seen}: trends are judged from {MIN_STEPS} on", steps=run.span))
     return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
 
 
@@ -68,8 +68,9 @@ def view(findings: Sequence[Finding]) -> RenderableType:
     for finding in findings:
         severity = Text(finding.severity, style=_COLOURS[finding.severity])
         table.add_row(severity, Text(finding.subject), _explained(finding))
+    is_short = any(finding.subject == SHORT for finding in findings)
     title = "is the curve normal? " + (
-        "nothing stands out"
+        ("too short to tell" if is_short else "nothing stands out")
         if not counts["bad"] and not counts["look"]
         else ", ".join(f"{counts[severity]} {severity}" for severity in ("bad", "look") if counts[severity])
     )

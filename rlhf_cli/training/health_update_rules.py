@@ -50,7 +50,7 @@ def step_size(run: Run) -> Iterator[Finding]:
     if not len(moved) or not run.reuses_answers:
         return
     share = clipped.mean if len(clipped) else 0.0
-    seen = f"approximate KL {moved.mean:.4f} nats a token, {share:.0%} of tokens clipped (means over {moved.when})"
+    seen = f"approximate KL {moved.mean:.2g} nats a token, {share:.0%} of tokens clipped (means over {moved.when})"
     if moved.mean > STEP_LARGE or share > CLIPPED_OFTEN:
         severity: Severity = "bad" if moved.mean > STEP_TOO_LARGE or share > CLIPPED_MOSTLY else "look"
         means = "updates go further than the answers they learn from can vouch for"

@@ -110,6 +110,7 @@ class PPOTrainer:
         held_out = data.held_out
         self._evaluation = None if held_out is None else Evaluation(self._rollouts, engine, held_out, options)
         self._journal: Journal = Journal()
+        self._largest_log_ratio = 0.0  # so far, in this process: what is far beyond it is a spike
 
     def _supervised(self) -> SupervisedLoss | None:
         if self._data.demonstrations is None:
@@ -199,8 +200,8 @@ class PPOTrainer:
         update = self.updater.update(step, Experience(answers, before, advantages, returns), kl_coef=beta)
         metrics |= update_metrics(before, returns, update)
         metrics["lr"] = self.updater.learning_rate((step + 1) * options.optimizer_steps_per_step - 1)
-        if update.worst.log_ratio > math.log(options.ratio_limit):
-            worst = update.worst
+        worst = update.worst
+        if update.ratio_skips or worst.log_ratio > max(math.log(options.ratio_limit), 2 * self._largest_log_ratio):
             name_spike(
                 step=step + 1,
                 prompt=answers.prompts[worst.answer],
@@ -208,6 +209,7 @@ class PPOTrainer:
                 token=self._data.prompts.tokenizer.decode([answers.response_ids[worst.answer][worst.place]]),
                 log_ratio=worst.log_ratio,
             )
+        self._largest_log_ratio = max(self._largest_log_ratio, worst.log_ratio)
         if step >= options.critic_warmup_steps:  # before, the policy cannot move, and says nothing about beta
             self._adapt(metrics["objective/kl"], len(answers))
         return StepReport(metrics, histograms(answers))

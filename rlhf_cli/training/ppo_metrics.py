@@ -106,6 +106,6 @@ def all_finite(scores: Tensor) -> bool:
 def note(metrics: dict[str, float]) -> str:
     """The metrics that matter while it runs, in the width that is left beside a bar."""
     return (
-        f"reward {metrics['objective/scores']:.2f}  kl {metrics['objective/kl']:.1f}  "
+        f"reward {metrics['objective/scores']:.2f}  kl {metrics['objective/kl']:z.1f}  "
         f"len {metrics['length/mean']:.0f}  clip {metrics.get('policy/clipfrac_avg', math.nan):.2f}"
     )

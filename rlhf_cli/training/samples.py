@@ -80,7 +80,7 @@ def view(step: int, rows: Sequence[ShownAnswer]) -> RenderableType:
         answer = Text("\n".join(shown)) if shown else Text("(an empty answer)", style="dim")
         end = "" if row.ended else ", did not end"
         tokens = f"{row.tokens:,} token{'' if row.tokens == 1 else 's'}{end}"
-        figures = Text(f"reward {row.score:+.2f}, KL {row.kl:.1f} nats, {tokens}", style="dim")
+        figures = Text(f"reward {row.score:+.2f}, KL {row.kl:z.1f} nats, {tokens}", style="dim")
         parts += [_indented(prompt, 2, above=1), _indented(answer, 4), _indented(figures, 4)]
     return Group(*parts, Text())
 

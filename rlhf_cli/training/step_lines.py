@@ -63,7 +63,7 @@ class StepLines:
                 last = step
         stays = f"{len(kept):,} line{'' if len(kept) == 1 else 's'} of steps up to {after_step:,} can be read and stay"
         if not self._path.exists():
-            if position is not None or (after_step and not self._sparse):
+            if position is not None or (after_step > 0 and not self._sparse):
                 warn(f"{self._path} is missing: what it said of steps up to {after_step:,} is lost")
         elif position is not None:
             what = "is shorter than" if len(found) < position["bytes"] else "is not as"

@@ -9,7 +9,8 @@ import pytest
 MISSING_REWARD = """\
 error: no reward model in runs/toy: `ppo` reads what `train-rm` writes
 
-hint: run `rlhf train-rm --run-dir runs/toy` first, or name one with `--set ppo.reward_model=PATH`
+hint: run `rlhf train-rm --run-dir runs/toy` first, or name one with `--set ppo.reward_model=PATH`, \
+or give another reward with `--function` or `--reward-url`
 """
 
 

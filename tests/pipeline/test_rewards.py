@@ -22,12 +22,11 @@ def with_copy(toy):
 
 
 def test_functions_models_and_endpoints_are_told_before_the_first_stage(with_copy):
-    entries = {"function": "gold.py:score"}, {"model": "copy"}, {"url": "https://user.example/score?key=word"}
+    entries = {"function": "gold.py:score"}, {"model": "copy"}, {"url": "https://user.example/score"}
     outcome = with_copy.run(*rewards(*entries), "--dry-run")
     assert outcome.code == 0
     assert "gold.py has sha256 " in outcome.stderr
     assert "ppo.rewards.2.url: prompts and answers are sent to https://user.example/score\n" in outcome.stderr
-    assert "word" not in outcome.stderr
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,15 @@ def test_numbers_of_any_size_are_combined_without_an_exception(combination):
     assert math.isnan(combined([1e200, -1e200], combination))
 
 
+def test_a_combination_is_described_for_people():
+    first, second = Fixed("reward-model", 1.0), Fixed("gold.py:score", 2.0)
+    assert CombinedReward([(first, 1.0)]).described() == "reward-model"
+    both = [(first, 1.0), (second, 2.0)]
+    assert CombinedReward(both, "min").described() == "the min of reward-model and 2 x gold.py:score"
+    spread = CombinedReward(both, "mean-std", std_coef=0.5)
+    assert spread.described() == "the mean - 0.5 std of reward-model and 2 x gold.py:score"
+
+
 def test_names_are_made_unique_in_the_order_of_the_settings():
     members = [(Fixed(name, 1.0), 1.0) for name in ("a", "b", "a", "a", "a-2")]
     reward = CombinedReward(members)

@@ -218,6 +218,11 @@ def test_where_a_run_was_stopped_does_not_change_where_it_goes_back_to(
     assert ends[0][1] == ends[1][1]
 
 
+def test_a_new_run_misses_nothing(tiny_llama, tmp_path, make_trainer, capsys):
+    make_trainer(tiny_llama, tmp_path / "w", steps=1).train()
+    assert "is missing" not in capsys.readouterr().err
+
+
 def test_a_damaged_best_policy_is_named_and_not_replaced(tiny_llama, tmp_path, make_trainer):
     from rlhf_cli.errors import DataError
 
