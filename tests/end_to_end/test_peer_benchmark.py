@@ -52,6 +52,6 @@ def test_our_side_leaves_snapshots_and_the_report_compares_them_with_the_peers(w
     episodes = {row[1]: row for row in rows if len(row) == 10}
     assert list(episodes) == ["0", "4", "8"]
     assert episodes["0"][6:8] == ["0.00", "0.00"]  # KL of the SFT model to itself
-    assert float(episodes["8"][6]) > 0.01  # and of a policy that was trained
+    assert float(episodes["8"][6]) != 0.0  # a policy that was trained; of so few answers the estimate has either sign
     assert all(row[3] == row[4] and row[6] == row[7] for row in episodes.values())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
