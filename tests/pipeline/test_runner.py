@@ -83,17 +83,18 @@ def test_a_changed_function_runs_the_stages_that_call_it(finished):
 def test_a_changed_attention_of_ones_own_runs_everything_again(finished, monkeypatch):
     monkeypatch.syspath_prepend(finished.folder)
     own = ("--set", "model.attention=mine:attend")
-    finished.write("mine.py", "raise SystemExit('hashed, not run')\n")
+    finished.write("mine.py", "raise SystemExit('hashed, not run')\ndef attend(): ...\n")
     outcome = finished.run(*own)
     assert outcome.stderr.count("model.attention: mine:attend runs with your rights") == 1
     assert names(finished.ran()) == ALL
     finished.run(*own)
     assert finished.ran() == []
-    finished.write("mine.py", "raise SystemExit('other')\n")
+    finished.write("mine.py", "raise SystemExit('other')\ndef attend(): ...\n")
     outcome = finished.run(*own)
     assert names(finished.ran()) == ALL
     assert "the content of `model.attention` changed" in outcome.stderr
     assert "no Python module `lost`" in finished.run("--set", "model.attention=lost:attend").stderr
+    assert "has no function `attent` (`model.attention`)" in finished.run("--set", "model.attention=mine:attent").stderr
 
 
 def test_a_changed_base_model_runs_everything(finished):
