@@ -319,7 +319,9 @@ class PPOTrainer:
         progress.warn(
             f"step {step}: {error.message}: going back once, to step {checkpoint.step}, with half the learning rate"
         )
+        best = self.state.best  # its file took the place of any earlier one, and it stays the best there was
         self._restore(checkpoint.tensors, checkpoint.state)
+        self.state.best = best
         self._journal.close()
         self._journal = self._open(checkpoint.step, checkpoint.state["metrics"])
         # The same steps at the same rate would end the same way.

@@ -223,6 +223,17 @@ def test_a_new_run_misses_nothing(tiny_llama, tmp_path, make_trainer, capsys):
     assert "is missing" not in capsys.readouterr().err
 
 
+def test_going_back_does_not_forget_the_best_policy(tiny_llama, tmp_path, make_trainer):
+    """Its file is the only one there is: what is said of it must be of the policy it holds."""
+    trainer = make_trainer(tiny_llama, tmp_path / "w", steps=4, eval_steps=4, kl_budget=50.0, checkpoint_steps=2)
+    trainer._begin()
+    trainer._save(0)
+    trainer._save(2)
+    trainer._keep_best(3, {"eval/objective/reward": 9.0, "eval/objective/kl": 1.0})
+    assert trainer._roll_back(4, DivergedError("gone astray")) == 2
+    assert trainer.state.best.step == best_checkpoint(tmp_path / "w").step == 3
+
+
 def test_a_damaged_best_policy_is_named_and_not_replaced(tiny_llama, tmp_path, make_trainer):
     from rlhf_cli.errors import DataError
 
