@@ -14,6 +14,7 @@ EXIT_DATA = 65
 EXIT_DIVERGED = 70
 EXIT_DISK = 74
 EXIT_IN_USE = 75
+EXIT_WAITING = 76
 EXIT_STALLED = 124
 
 
@@ -83,6 +84,22 @@ class RunInUseError(RLHFError):
     """Another process holds the lock of this run directory."""
 
     exit_code = EXIT_IN_USE
+
+
+class WaitingForLabelsError(RLHFError):
+    """The pipeline has come to `label` and people have not finished there yet; nothing is wrong, and nothing lost.
+
+    Args:
+        message: how much is done and left.
+        store: file with the labels.
+        hint: see `RLHFError`.
+    """
+
+    exit_code = EXIT_WAITING
+
+    def __init__(self, message: str, *, store: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.store = store
 
 
 class ProcessDiedError(RLHFError):

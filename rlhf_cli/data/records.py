@@ -1,4 +1,4 @@
-"""The four record kinds every stage speaks in (DESIGN: data formats)."""
+"""The record kinds every stage speaks in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["demonstration", "prompt", "preference", "ranking"]
+Kind = Literal["demonstration", "prompt", "preference", "ranking", "candidates"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,26 @@ class Ranking:
         return [level[index] for index in range(len(self.completions))]
 
 
-Record = Demonstration | PromptRecord | Ranking
+@dataclass(frozen=True)
+class Candidates:
+    """Answers to one prompt that are to be ranked.
+
+    Attributes:
+        prompt: what was asked.
+        completions: K answers, two or more.
+        known: tiers where their order is known already (gold items, tests of judges).
+        subset: part of the data it belongs to, where the file says so.
+        place: `file:line` it came from.
+    """
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+    known: tuple[tuple[int, ...], ...] | None = None
+    subset: str | None = None
+    place: str = field(default="", compare=False)
+
+
+Record = Demonstration | PromptRecord | Ranking | Candidates
 
 
 def prompt_to_json(prompt: Prompt) -> str | list[dict[str, str]]:

@@ -15,7 +15,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.pipeline.hashing import hash_file, hash_folder
 from rlhf_cli.pipeline.inputs import Input
 from rlhf_cli.pipeline.manifest import DamagedArtefact, Identity
-from rlhf_cli.pipeline.places import check_critic, check_data, check_model, function_file
+from rlhf_cli.pipeline.places import check_critic, check_data, check_file, check_model, function_file
 from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.stage import Stage
 from rlhf_cli.recipe.fields import dotted, values
@@ -29,7 +29,7 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Dotted settings that the stage's result depends on, its own and the shared ones that reach it."""
     section = getattr(recipe, stage.section)
     places = [*values(section, (stage.section,)), *values(recipe.data, ("data",))]
-    if not (isinstance(section, LabelSettings) and section.by == "import"):  # which loads no model
+    if not (isinstance(section, LabelSettings) and not section.loads_a_model):  # which loads no model
         places += values(recipe.model, ("model",))
     kept = {
         dotted(place): value
@@ -80,6 +80,9 @@ class Digests:
             from rlhf_cli.data.sources import source_digest
 
             return source_digest(given.source)
+        if given.what == "file":
+            check_file(given.source, given.setting)
+            return hash_file(Path(given.source))
         if given.what == "critic":
             check_critic(given.source, given.setting)
             return hash_folder(Path(given.source))

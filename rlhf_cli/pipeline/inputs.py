@@ -11,6 +11,8 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.rundir import RunDirectory
 from rlhf_cli.pipeline.stage import STAGES, Stage
 from rlhf_cli.recipe.base import Names
+from rlhf_cli.recipe.human import HumanSettings
+from rlhf_cli.recipe.judging import JudgeSettings
 from rlhf_cli.recipe.ppo import RewardSettings
 from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
 from rlhf_cli.recipe.shared import is_own_function
@@ -34,7 +36,7 @@ class Input:
 
     name: str
     source: str
-    what: Literal["artefact", "model", "critic", "data", "function", "endpoint", "build"]
+    what: Literal["artefact", "model", "critic", "data", "file", "function", "endpoint", "build"]
     setting: str = ""
     upstream: str | None = None
     records: Kind | None = None
@@ -69,7 +71,7 @@ class InputResolver:
         found = list(find[stage.name](settings))
         names = {given.name for given in found}
         found += [base for base in self._base(matters=False) if base.name not in names]
-        loads_a_model = not (isinstance(settings, LabelSettings) and settings.by == "import")
+        loads_a_model = not (isinstance(settings, LabelSettings) and not settings.loads_a_model)
         attention = self._recipe.model.attention
         if loads_a_model and is_own_function(attention):
             found.append(Input("model.attention", attention, "function", "model.attention"))
@@ -96,12 +98,41 @@ class InputResolver:
         if settings.by == "import":
             yield Input("label.data", settings.data or "", "data", "label.data", records="ranking")
             return
-        yield self._policy("label", "model", settings.model)
-        yield self._prompts("label", settings.prompts)
+        if settings.items is not None:
+            yield Input("label.items", settings.items, "data", "label.items", records="candidates")
+        else:
+            yield self._policy("label", "model", settings.model)
+            yield self._prompts("label", settings.prompts)
+        for index, model in enumerate(settings.choose.reward_models if settings.choose else ()):
+            yield Input(f"label.choose.{index}", model, "model", "label.choose.reward_models")
+        if settings.human is not None:
+            yield from self._human(settings.human)
+        if settings.judge is not None:
+            yield from self._judge(settings.judge)
         if settings.reward_model is not None:
             yield Input("train-rm", settings.reward_model, "model", "label.reward_model")
         if settings.function is not None:
             yield Input("label.function", settings.function, "function", "label.function")
+
+    def _human(self, settings: HumanSettings) -> Iterator[Input]:
+        if settings.guidelines is not None:
+            yield Input("label.guidelines", settings.guidelines, "file", "label.human.guidelines")
+        if settings.gold is not None:
+            yield Input("label.gold", settings.gold, "data", "label.human.gold", records="ranking")
+
+    def _judge(self, settings: JudgeSettings) -> Iterator[Input]:
+        for index, judge in enumerate(settings.panel):
+            name = f"label.judge.panel.{index}"
+            if judge.model is not None:
+                yield Input(f"{name}.model", judge.model, "model", f"{name}.model")
+            if judge.url is not None:
+                yield Input(
+                    f"{name}.url", judge.url, "endpoint", f"{name}.url", matters=False, token_env=judge.token_env
+                )
+        if settings.rubric_file is not None:
+            yield Input("label.rubric", settings.rubric_file, "file", "label.judge.rubric_file")
+        if settings.calibration is not None:
+            yield Input("label.calibration", settings.calibration, "data", "label.judge.calibration", records="ranking")
 
     def _train_rm(self, settings: TrainRMSettings) -> Iterator[Input]:
         yield self._policy("train-rm", "model", settings.model)

@@ -40,13 +40,15 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
     folder = Path() if loaded.path is None else loaded.path.parent
     plain = loaded.recipe.model_dump()
     for place, setting, value in values(loaded.recipe):
-        if setting.names is not None and isinstance(value, str) and setting.names.leads_out(value):
-            found = _function(value, folder) if setting.names.what == "function" else _path(value, folder)
-            _put(plain, place, found)
+        if setting.names is None or value is None or not setting.names.leads_out(value):
+            continue
+        find = _function if setting.names.what == "function" else _path
+        found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
+        _put(plain, place, found)
     return Recipe.model_validate(plain)
 
 
-def _put(plain: Any, place: Place, value: str) -> None:
+def _put(plain: Any, place: Place, value: str | list[str]) -> None:
     for key in place[:-1]:
         plain = plain[key]
     plain[place[-1]] = value
@@ -87,6 +89,21 @@ def check_model(name: str, setting: str) -> None:
         return
     problem = "this is a file, not a model folder" if path.exists() else "no such model folder"
     raise ModelError(f"{name}: {problem} (`{setting}`)", hint="give a folder, or a hub id such as owner/name")
+
+
+def check_file(name: str, setting: str) -> None:
+    """Raise `DataError` unless a name is a text file that can be read."""
+    try:
+        text = Path(name).read_bytes().decode("utf-8")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise DataError(f"{name}: {reason} (`{setting}`)", hint="give a text or Markdown file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: is not UTF-8 at byte {error.start} (`{setting}`)", hint="save it as UTF-8 text"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty (`{setting}`)", hint=f"write into it, or leave `{setting}` out")
 
 
 def check_critic(name: str, setting: str) -> None:

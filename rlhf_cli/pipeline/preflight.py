@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.hashing import hash_file
 from rlhf_cli.pipeline.inputs import Input
-from rlhf_cli.pipeline.places import check_critic, check_data, check_model, function_file
+from rlhf_cli.pipeline.places import check_critic, check_data, check_file, check_model, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.training.trackers import check_trackers
@@ -55,6 +55,8 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             prompts[given.source] = held
         elif given.what == "model":
             check_model(given.source, given.setting)
+        elif given.what == "file":
+            check_file(given.source, given.setting)
         elif given.what == "critic":
             check_critic(given.source, given.setting)
         elif given.what == "function":

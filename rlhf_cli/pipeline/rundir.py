@@ -5,6 +5,7 @@
     runs/NAME/.ppo.work/      step checkpoints, which outlive a kill; gone when the stage is done
     runs/NAME/.ppo.began.json the settings and inputs the unfinished stage began with
     runs/NAME/.sft.old/       the artefact a finished stage is about to replace
+    runs/NAME/kept/label/     what no rerun can make again: labels by people, verdicts that were paid for
     runs/NAME/.lock           held by flock while a process works here
 
 `.ppo.output` stands as deep as `ppo` will, so that relative paths inside an artefact stay true when it is renamed.
@@ -24,7 +25,7 @@ from typing import IO
 
 from rlhf_cli.errors import DiskError, RunInUseError, UsageError
 from rlhf_cli.pipeline.manifest import DamagedArtefact, Identity, Manifest, read_manifest, sync, sync_tree
-from rlhf_cli.pipeline.stage import STAGES
+from rlhf_cli.pipeline.stage import KEPT, STAGES
 
 
 class RunDirectory:
@@ -48,6 +49,10 @@ class RunDirectory:
     def work(self, stage: str) -> Path:
         """Folder that outlives a killed attempt."""
         return self.path / f".{stage}.work"
+
+    def kept(self, stage: str) -> Path:
+        """Folder for what no rerun can make again; nothing of ours ever empties it. The stage makes it."""
+        return self.path / KEPT / stage
 
     def began_file(self, stage: str) -> Path:
         """Record of what an unfinished stage began with."""

@@ -9,6 +9,9 @@ from typing import Protocol
 
 from rlhf_cli.recipe.schema import Recipe
 
+KEPT = "kept"
+"""Name of the folder in a run directory that nothing of ours ever empties."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -71,6 +74,12 @@ class StageContext:
     work: Path
     inputs: Mapping[str, str]
     stop: StopRequest
+
+    @property
+    def kept(self) -> Path:
+        """Folder for what no rerun can make again (labels by people, verdicts that were paid for): `--force` leaves it
+        alone too. The stage makes it when it has something to keep."""
+        return self.output.parent / KEPT / self.stage.name
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    def changed(self, *names: str) -> list[str]:
+        """Those of these settings that differ from their defaults: what `recipe show` writes out means nothing yet."""
+        return [
+            name
+            for name in names
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+        ]
+
     @field_validator("*", mode="before")
     @classmethod
     def _whole(cls, value: Any, info: ValidationInfo) -> Any:
@@ -29,11 +37,11 @@ class Names:
     """Marks a setting that names something outside the recipe; relative paths are looked up for it.
 
     Attributes:
-        what: a model (folder or hub id), data (file, folder or hub data set), a Python function (`file.py:function`),
-            or a saved critic's folder, beside the words that name other starts.
+        what: a model (folder or hub id), data (file, folder or hub data set), a text file, a Python function
+            (`file.py:function`), or a saved critic's folder, beside the words that name other starts.
     """
 
-    what: Literal["model", "data", "function", "critic"]
+    what: Literal["model", "data", "file", "function", "critic"]
 
     CRITIC_WORDS: ClassVar = ("auto", "reward-model", "policy")
     """Values of a critic's start that are words and name no folder."""
@@ -57,4 +65,5 @@ Effort = Annotated[Count, EffortOnly()]
 EffortFlag = Annotated[bool, EffortOnly()]
 ModelName = Annotated[str | None, Names("model")]
 DataName = Annotated[str | None, Names("data")]
+FileName = Annotated[str | None, Names("file")]
 FunctionName = Annotated[str | None, Names("function")]

@@ -46,7 +46,7 @@ def _sizes(section: object, recipe: Recipe) -> Rows:
 
 
 def _label(label: LabelSettings) -> Rows:
-    if label.by == "import":
+    if not label.samples:
         return {}
     count = label.completions_per_prompt
     return {"answers per prompt": count, "pairs per prompt, ties aside": math.comb(count, 2)}
@@ -54,7 +54,7 @@ def _label(label: LabelSettings) -> Rows:
 
 def _train_rm(train: TrainRMSettings, recipe: Recipe) -> Rows:
     rows: Rows = {"micro-batches per optimiser step": math.ceil(train.batch_size / train.micro_batch_size)}
-    if train.data is None and recipe.label is not None and recipe.label.by != "import":
+    if train.data is None and recipe.label is not None and recipe.label.samples:
         rows["pairs per optimiser step, ties aside"] = train.batch_size * math.comb(
             recipe.label.completions_per_prompt, 2
         )

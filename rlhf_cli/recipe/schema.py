@@ -8,6 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_cli.recipe.base import EffortOnly, Positive, Section
+from rlhf_cli.recipe.label import LabelSettings
 from rlhf_cli.recipe.ppo import PPOSettings, PTXSettings, RewardSettings
 from rlhf_cli.recipe.shared import (
     BuildSettings,
@@ -18,7 +19,7 @@ from rlhf_cli.recipe.shared import (
     TrackingSettings,
     Training,
 )
-from rlhf_cli.recipe.stages import EvaluateSettings, LabelSettings, SFTSettings, TrainRMSettings
+from rlhf_cli.recipe.stages import EvaluateSettings, SFTSettings, TrainRMSettings
 
 __all__ = [
     "BuildSettings",

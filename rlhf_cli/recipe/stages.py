@@ -34,40 +34,6 @@ class SFTSettings(Training):
     3.2); L2 is the loss on the completion alone."""
 
 
-class LabelSettings(Section):
-    """Sampling K answers a prompt and ranking them, or bringing in rankings that people already made."""
-
-    by: Literal["function", "reward-model", "import"]
-    """Who ranks: a Python function, a trained reward model, or people already did (`data`)."""
-    model: ModelName = None
-    """Policy to sample from; null is what `sft` wrote."""
-    prompts: DataName = None
-    """Prompt records; null is `data.prompts`."""
-    data: DataName = None
-    """Ranking or preference records to bring in, with `by: import`."""
-    function: FunctionName = None
-    """`package.module:function` or `file.py:function`, called with a list of prompts and a list of completions; returns
-    one float each, higher is better. It is code that runs with your rights."""
-    reward_model: ModelName = None
-    """Folder or hub id of a reward model, with `by: reward-model`."""
-    completions_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4
-    """K. InstructGPT used 4 to 9."""
-    tie_margin: NonNegative = 0.0
-    """Scores that differ by at most this much share a tier."""
-    sampling: SamplingSettings = SamplingSettings()
-    """How the answers are drawn."""
-
-    @model_validator(mode="after")
-    def _source_of_labels(self) -> Self:
-        needed = {"function": "function", "reward-model": "reward_model", "import": "data"}[self.by]
-        if getattr(self, needed) is None:
-            raise ValueError(f"`by: {self.by}` needs `{needed}`")
-        for other in {"function", "reward_model", "data"} - {needed}:
-            if getattr(self, other) is not None:
-                raise ValueError(f"`{other}` has no effect with `by: {self.by}`")
-        return self
-
-
 class TrainRMSettings(Training):
     """A reward model from rankings."""
 

@@ -1,0 +1,142 @@
+"""One label: what one person or judge said about one prompt's answers, as it is exported and counted.
+
+`labels.jsonl` has one line a label, in a fixed order and with fixed keys, so that equal labels are equal bytes and git
+shows what changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from rlhf_cli.data.records import Message, Prompt, Ranking, prompt_to_json
+from rlhf_cli.errors import DataError
+
+Outcome = Literal["ranked", "skipped", "flagged"]
+Purpose = Literal["label", "repeat", "gold"]
+STRENGTHS = ("negligibly better or unsure", "slightly better", "better", "significantly better")
+"""The four degrees of Llama 2 (section 3.2.1), 1 to 4."""
+MARGINS = (0.0, 1 / 3, 2 / 3, 1.0)
+"""`margin` of each degree (Llama 2, table 27, small margins)."""
+
+_NO_MARKS: Mapping[str, tuple[int | None, ...]] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class LabelRecord:
+    """What one annotator said about one item.
+
+    Attributes:
+        item: its id, a hash of prompt and answers.
+        prompt: what was asked.
+        completions: K answers, in the order of the item.
+        annotator: name of the person or judge.
+        outcome: whether there is a ranking.
+        tiers: indices into `completions`, best first; empty unless ranked.
+        shown: (K,) indices into `completions` in the order they were shown, first (or top, or left) to last.
+        purpose: an ordinary label, a hidden repeat of one's own earlier item, or an item whose order is known.
+        known: that order, for `gold`.
+        strength: 1 to 4, see `STRENGTHS`; of two answers, where it was asked.
+        marks: criterion -> (K,) marks from 1 to 5, None where one was left out.
+        note: free text.
+        reason: why it was skipped or flagged.
+        active_seconds: time somebody was at it, without breaks; None where nobody measured.
+        at: when it was given, UTC, ISO 8601 with milliseconds.
+        guidelines: SHA-256 of the guidelines shown, None without any.
+    """
+
+    item: str
+    prompt: Prompt
+    completions: tuple[str, ...]
+    annotator: str
+    outcome: Outcome = "ranked"
+    tiers: tuple[tuple[int, ...], ...] = ()
+    shown: tuple[int, ...] = ()
+    purpose: Purpose = "label"
+    known: tuple[tuple[int, ...], ...] | None = None
+    strength: int | None = None
+    marks: Mapping[str, tuple[int | None, ...]] = field(default_factory=lambda: _NO_MARKS)
+    note: str = ""
+    reason: str = ""
+    active_seconds: float | None = None
+    at: str = ""
+    guidelines: str | None = None
+
+    def ranking(self) -> Ranking:
+        """The ranking alone, as `train-rm` reads it; only of one whose outcome is `ranked`."""
+        margin = None if self.strength is None else MARGINS[self.strength - 1]
+        return Ranking(self.prompt, self.completions, self.tiers, margin, self.annotator)
+
+
+def to_json(label: LabelRecord) -> dict[str, Any]:
+    """A label as one object of `labels.jsonl`; every key is always there."""
+    return {
+        "item": label.item,
+        "prompt": prompt_to_json(label.prompt),
+        "completions": list(label.completions),
+        "annotator": label.annotator,
+        "outcome": label.outcome,
+        "ranking": [list(tier) for tier in label.tiers],
+        "shown": list(label.shown),
+        "purpose": label.purpose,
+        "known": None if label.known is None else [list(tier) for tier in label.known],
+        "strength": label.strength,
+        "marks": {name: list(marks) for name, marks in sorted(label.marks.items())},
+        "note": label.note,
+        "reason": label.reason,
+        "active_seconds": label.active_seconds,
+        "at": label.at,
+        "guidelines": label.guidelines,
+    }
+
+
+def write_labels(path: Path, labels: Iterable[LabelRecord]) -> None:
+    """Write `labels.jsonl`."""
+    with path.open("w", encoding="utf-8") as file:
+        for label in labels:
+            file.write(json.dumps(to_json(label), ensure_ascii=False) + "\n")
+
+
+def read_labels(path: Path) -> Iterator[LabelRecord]:
+    """Read what `write_labels` wrote; raises `DataError` with `file:line` for anything else."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield _from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{path}:{number}: no label as `rlhf label export` writes it: {error}",
+                    hint="for rankings of another form, name them as rankings: they have `completions` and `ranking`",
+                ) from error
+
+
+def _from_json(plain: dict[str, Any]) -> LabelRecord:
+    prompt = plain["prompt"]
+    return LabelRecord(
+        item=plain["item"],
+        prompt=prompt if isinstance(prompt, str) else tuple(Message(turn["role"], turn["content"]) for turn in prompt),
+        completions=tuple(plain["completions"]),
+        annotator=plain["annotator"],
+        outcome=plain["outcome"],
+        tiers=_tiers(plain["ranking"]),
+        shown=tuple(plain["shown"]),
+        purpose=plain["purpose"],
+        known=None if plain["known"] is None else _tiers(plain["known"]),
+        strength=plain["strength"],
+        marks={name: tuple(marks) for name, marks in plain["marks"].items()},
+        note=plain["note"],
+        reason=plain["reason"],
+        active_seconds=plain["active_seconds"],
+        at=plain["at"],
+        guidelines=plain["guidelines"],
+    )
+
+
+def _tiers(plain: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tier) for tier in plain)
