@@ -1,0 +1,184 @@
+"""Labels on disk: one SQLite file whose rows are only ever added (the file itself refuses to change or delete one).
+
+Written through a write-ahead log with `synchronous=FULL`: what a transaction committed outlives `kill -9` and a power
+cut. Several processes may use one file; every write transaction first reads what others have added.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_cli.errors import DataError, DiskError, RunInUseError, UsageError
+
+FORMAT = 1
+_BUSY_SECONDS = 20.0
+_TABLES = ("meta", "guidelines", "items", "plans", "listed", "annotators", "assignments", "actions", "drafts")
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE guidelines (hash TEXT PRIMARY KEY, text TEXT NOT NULL) STRICT;
+CREATE TABLE items (
+    id TEXT PRIMARY KEY, prompt TEXT NOT NULL, completions TEXT NOT NULL, known TEXT, subset TEXT
+) STRICT;
+CREATE TABLE plans (
+    id INTEGER PRIMARY KEY, body TEXT NOT NULL, guidelines TEXT REFERENCES guidelines (hash), at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE listed (
+    plan INTEGER NOT NULL REFERENCES plans (id), position INTEGER NOT NULL,
+    item TEXT NOT NULL REFERENCES items (id), is_gold INTEGER NOT NULL,
+    PRIMARY KEY (plan, position), UNIQUE (plan, item)
+) STRICT;
+CREATE TABLE annotators (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE COLLATE NOCASE, at INTEGER NOT NULL) STRICT;
+CREATE TABLE assignments (
+    id INTEGER PRIMARY KEY, item TEXT NOT NULL REFERENCES items (id),
+    annotator INTEGER NOT NULL REFERENCES annotators (id), round INTEGER NOT NULL,
+    purpose TEXT NOT NULL CHECK (purpose IN ('label', 'repeat', 'gold')),
+    shown TEXT NOT NULL, at INTEGER NOT NULL,
+    UNIQUE (item, annotator, round)
+) STRICT;
+CREATE TABLE actions (
+    id INTEGER PRIMARY KEY, assignment INTEGER NOT NULL REFERENCES assignments (id),
+    kind TEXT NOT NULL CHECK (kind IN ('ranked', 'skipped', 'flagged', 'undone')),
+    key TEXT NOT NULL UNIQUE, body TEXT NOT NULL,
+    undoes INTEGER UNIQUE REFERENCES actions (id),
+    plan INTEGER NOT NULL REFERENCES plans (id), active_ms INTEGER NOT NULL, at INTEGER NOT NULL,
+    CHECK ((kind = 'undone') = (undoes IS NOT NULL))
+) STRICT;
+CREATE INDEX actions_by_assignment ON actions (assignment);
+CREATE TABLE drafts (
+    id INTEGER PRIMARY KEY, assignment INTEGER NOT NULL REFERENCES assignments (id),
+    body TEXT NOT NULL, active_ms INTEGER NOT NULL, at INTEGER NOT NULL
+) STRICT;
+CREATE TRIGGER one_answer BEFORE INSERT ON actions WHEN NEW.kind <> 'undone' AND EXISTS (
+    SELECT 1 FROM actions AS given WHERE given.assignment = NEW.assignment AND given.kind <> 'undone'
+    AND NOT EXISTS (SELECT 1 FROM actions AS undo WHERE undo.undoes = given.id)
+) BEGIN SELECT RAISE (ABORT, 'this assignment has an answer'); END;
+"""
+
+
+class LabelStore:
+    """A connection to a store.
+
+    Args:
+        path: the file; made with its folder where there is none and `create` says so.
+        create: make it.
+
+    Attributes:
+        is_writing: a transaction is open.
+        has_written: the one that is open, or was last, added a row.
+
+    Raises:
+        DataError: it is there and no label store, or damaged; or it is not there.
+        UsageError: a newer rlhf wrote it.
+        DiskError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        self.path = path
+        self.is_writing = self.has_written = False
+        if create:
+            with self.explained():
+                path.parent.mkdir(parents=True, exist_ok=True)
+        elif not path.is_file():
+            raise DataError(f"{path}: no labels are kept there", hint="name a run directory whose `label` is by people")
+        with self.explained():
+            self.connection = sqlite3.connect(
+                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA synchronous = FULL")
+            self.connection.execute("PRAGMA foreign_keys = ON")
+            self._prepare()
+
+    def _prepare(self) -> None:
+        with self.writing():
+            tables = {row[0] for row in self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if not tables:
+                self._create()
+                return
+            if "meta" not in tables:
+                raise DataError(f"{self.path}: a SQLite file, but no label store", hint="name another file")
+            version = int(self.connection.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()[0])
+        if version > FORMAT:
+            raise UsageError(
+                f"{self.path} has format {version}; this rlhf knows up to {FORMAT}", hint="use the newer rlhf"
+            )
+
+    def _create(self) -> None:
+        statement = ""
+        for line in _SCHEMA.splitlines():
+            statement += line + "\n"
+            if sqlite3.complete_statement(statement):
+                self.connection.execute(statement)
+                statement = ""
+        for table in _TABLES:
+            for what in ("UPDATE", "DELETE"):
+                self.connection.execute(
+                    f"CREATE TRIGGER {table}_no_{what.lower()} BEFORE {what} ON {table} "
+                    f"BEGIN SELECT RAISE (ABORT, 'rows of a label store are only added'); END"
+                )
+        self.connection.execute("INSERT INTO meta VALUES ('format', ?)", (str(FORMAT),))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One transaction, on disk when the block ends; inside of another it joins that one."""
+        if self.is_writing:
+            yield
+            return
+        with self.explained():
+            self.connection.execute("BEGIN IMMEDIATE")
+            self.is_writing, self.has_written = True, False
+            try:
+                yield
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:  # a full disk can have ended it already
+                    self.connection.execute("ROLLBACK")
+                raise
+            finally:
+                self.is_writing = False
+
+    def version(self) -> int:
+        """A number that changes when another connection has committed something."""
+        return self.connection.execute("PRAGMA data_version").fetchone()[0]
+
+    def insert(self, table: str, **values: object) -> int:
+        """Add a row; returns its number."""
+        self.has_written = True
+        names = ", ".join(values)
+        marks = ", ".join("?" * len(values))
+        sql = f"INSERT INTO {table} ({names}) VALUES ({marks})"  # noqa: S608  (names are this package's own)
+        return self.connection.execute(sql, tuple(values.values())).lastrowid or 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what SQLite and the file system say into errors that people can act on."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise self._operational(error) from error
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"{self.path} is damaged or no label store: {error}", hint="restore it from a backup; do not delete it"
+            ) from error
+        except OSError as error:
+            raise DiskError(f"cannot write {self.path}: {(error.strerror or str(error)).lower()}") from error
+
+    def _operational(self, error: sqlite3.OperationalError) -> Exception:
+        reason = str(error)
+        if "locked" in reason or "busy" in reason:
+            return RunInUseError(
+                f"{self.path} has been locked by another process for {_BUSY_SECONDS:.0f} seconds",
+                hint="wait for it or stop it; nothing was lost",
+            )
+        return DiskError(
+            f"cannot write {self.path}: {reason}", hint="free some space or mend its permissions; labels are kept"
+        )
