@@ -9,8 +9,8 @@ from typing import Literal
 
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_to_json
 from rlhf_cli.evaluation.answers import Answer
-from rlhf_cli.evaluation.intervals import bootstrap_ratio, standard_error
 from rlhf_cli.evaluation.text import distinct, most_common_share, repeated_share
+from rlhf_cli.intervals import bootstrap_ratio, standard_error
 
 Winner = Literal["ppo", "sft", "tie"]
 

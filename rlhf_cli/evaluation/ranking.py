@@ -10,7 +10,7 @@ import torch
 
 from rlhf_cli.data.records import Ranking, prompt_key
 from rlhf_cli.errors import DataError
-from rlhf_cli.evaluation.intervals import bootstrap_ratio
+from rlhf_cli.intervals import bootstrap_ratio
 
 _CALIBRATION_BINS = 10
 

@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_cli.data.records import Ranking
 from rlhf_cli.errors import DataError
-from rlhf_cli.evaluation.intervals import bootstrap_ratio, standard_error
 from rlhf_cli.evaluation.ranking import accuracy, ranking_report
+from rlhf_cli.intervals import bootstrap_ratio, standard_error
 
 THREE = Ranking("p", ("longest", "mid", "s"), ((1,), (0,), (2,)))
 TIED = Ranking("q", ("aa", "b", "cccc"), ((0, 1), (2,)))

@@ -1,0 +1,123 @@
+"""Intervals by bootstrap over prompts: answers to one prompt are alike, so prompts are what is drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+_DRAWS_AT_ONCE = 2_000_000
+
+
+@dataclass(frozen=True)
+class PromptSums:
+    """Some figures summed within each prompt; prompts that have none of them are left out.
+
+    Attributes:
+        prompts: (N,) numbers of the prompts, each once.
+        values: (N, M) sums of M figures.
+    """
+
+    prompts: NDArray[np.intp]
+    values: NDArray[np.float64]
+
+
+def resampled_sums(
+    columns: Sequence[PromptSums], prompts: int, *, resamples: int, seed: int
+) -> list[NDArray[np.float64]]:
+    """Totals of sums by prompt in sets of prompts drawn with replacement (Efron 1979); all columns see the same draws.
+
+    Sums, not single pairs, are added up again, so that the work grows with the prompts and not with what was said
+    of them.
+
+    Args:
+        columns: what is added up.
+        prompts: how many there are, those without any figure included.
+        resamples: sets of prompts drawn.
+        seed: of the draws.
+
+    Returns:
+        (resamples, M) for each column.
+    """
+    totals: list[list[NDArray[np.float64]]] = [[] for _ in columns]
+    for times in _times_drawn(prompts, resamples, seed):
+        for column, total in zip(columns, totals, strict=True):
+            total.append(times[column.prompts].T @ column.values)
+    return [np.concatenate(total) for total in totals]
+
+
+def _times_drawn(prompts: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each prompt is in each resample: (prompts, some of the resamples)."""
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // prompts)
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        drawn = generator.integers(prompts, size=(count, prompts))
+        drawn += np.arange(count)[:, np.newaxis] * prompts
+        times = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
+        yield np.ascontiguousarray(times.T, dtype=np.float64)
+
+
+def percentiles(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """Ends of the interval that holds the share `level` of the values in its middle; those that are NaN are left out.
+
+    Args:
+        values: (resamples,), at least one a number.
+        level: share inside.
+    """
+    tail = (1.0 - level) / 2
+    low, high = np.quantile(values[~np.isnan(values)], [tail, 1.0 - tail]).tolist()
+    return low, high
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float], denominators: Sequence[float], *, resamples: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of sum(numerators) / sum(denominators) over resampled prompts (Efron 1979).
+
+    Args:
+        numerators: one a prompt, such as its pairs ordered rightly, or its share of wins.
+        denominators: one a prompt, such as its pairs; all 1 gives the mean over prompts.
+        resamples: sets of prompts drawn with replacement.
+        seed: of the draws.
+        level: share of resamples inside the interval.
+
+    Returns:
+        Low and high end.
+    """
+    values = np.column_stack([numerators, denominators]).astype(np.float64)
+    column = PromptSums(np.arange(len(values)), values)
+    (sums,) = resampled_sums([column], len(values), resamples=resamples, seed=seed)
+    return percentiles(ratios(sums), level)
+
+
+def ratios(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """First over second column: (resamples, 2) to (resamples,).
+
+    A resample may hold no pair at all, where a few prompts have ties only; it says nothing, and its ratio is NaN.
+    """
+    return np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] != 0)
+
+
+def wilson_interval(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share (Wilson 1927), which has a width at 0 and 1 and for few observations, too.
+
+    Args:
+        share: between 0 and 1.
+        count: independent observations behind it, or as many as it is worth; above 0.
+        level: how often such intervals hold the truth.
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; 0 for a single one."""
+    if len(values) < 2:
+        return 0.0
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
