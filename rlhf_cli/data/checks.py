@@ -6,8 +6,9 @@ import hashlib
 import itertools
 from array import array
 from collections.abc import Iterable
+from dataclasses import replace
 
-from rlhf_cli.data.records import Ranking, Record, prompt_key
+from rlhf_cli.data.records import Candidates, Ranking, Record, prompt_key
 
 
 def hash64(*texts: str) -> int:
@@ -94,6 +95,59 @@ def _verdicts(ranking: Ranking) -> list[int]:
             won_first = ranking.completions[winner] == first
             verdicts.append(hash64(prompt, first, second) & ~1 | won_first)
     return verdicts
+
+
+class CandidateChecks:
+    """Counts answers that stand in a source more than once; the order in which they stand does not matter.
+
+    Memory: eight bytes a record.
+    """
+
+    def __init__(self) -> None:
+        self._keys = array("Q")
+
+    def add(self, candidates: Candidates) -> None:
+        """Take in one more."""
+        self._keys.append(candidates_key(candidates))
+
+    @property
+    def repeats(self) -> int:
+        """Records beyond the first of the same prompt and answers."""
+        return len(self._keys) - len(set(self._keys))
+
+    def warnings(self, source: str) -> list[str]:
+        """One line with the count, if there are any."""
+        if not (count := self.repeats):
+            return []
+        what = "records repeat" if count > 1 else "record repeats"
+        return [f"{source}: {count:,} {what} a prompt and answers that are there already; each is used once"]
+
+
+def candidates_key(candidates: Candidates) -> int:
+    """The same for the same answers to the same prompt, in whatever order they stand."""
+    return hash64(prompt_key(candidates.prompt), *sorted(candidates.completions))
+
+
+def distinct_candidates(records: list[Candidates]) -> list[Candidates]:
+    """Each prompt and answers once, where they first stand.
+
+    What is known of their order is what all say that say anything; where two say different things, nothing is known.
+    """
+    first: dict[int, Candidates] = {}
+    orders: dict[int, set[tuple[frozenset[str], ...]]] = {}
+    for record in records:
+        key = candidates_key(record)
+        kept = first.setdefault(key, record)
+        if record.known is None:
+            continue
+        said = orders.setdefault(key, set())
+        said.add(tuple(frozenset(record.completions[index] for index in tier) for tier in record.known))
+        known = None
+        if len(said) == 1:
+            place = {answer: index for index, answer in enumerate(kept.completions)}
+            known = tuple(tuple(place[record.completions[index]] for index in tier) for tier in record.known)
+        first[key] = replace(kept, known=known)
+    return list(first.values())
 
 
 class PromptSet:

@@ -20,6 +20,7 @@ FIELDS = (
     "completions",
     "ranking",
     "annotator",
+    "subset",
 )
 """Every field that means something; others are ignored."""
 
@@ -28,6 +29,7 @@ FORMS: Mapping[Kind, str] = {
     "prompt": '{"prompt"} or {"messages"}',
     "preference": '{"prompt", "chosen", "rejected"} or {"prompt", "completions", "ranking"}',
     "ranking": '{"prompt", "completions", "ranking"} or {"prompt", "chosen", "rejected"}',
+    "candidates": '{"prompt", "completions"}, with a "ranking" where it is known, or {"prompt", "chosen", "rejected"}',
 }
 
 _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -73,18 +75,26 @@ def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Mapping[str
     if hint := _mapping_hint(row, kind, lacking):
         return row.error(message, hint)
     if look := looks_like(row.fields):
-        return row.error(f"{message}: it looks like {look}, and {_article(kind)} is expected", _elsewhere(look, kind))
-    return row.error(message, f"{_article(kind)} record has the fields {FORMS[kind]}")
+        return row.error(
+            f"{message}: it looks like {look}, and {_article(kind)} {'are' if kind == 'candidates' else 'is'} expected",
+            _elsewhere(look, kind),
+        )
+    return row.error(message, _has_fields(kind))
 
 
 def _article(kind: Kind) -> str:
-    return f"a {kind}"
+    return "answers to be ranked" if kind == "candidates" else f"a {kind}"
+
+
+def _has_fields(kind: Kind) -> str:
+    what = "a record of answers to be ranked" if kind == "candidates" else f"a {kind} record"
+    return f"{what} has the fields {FORMS[kind]}"
 
 
 def _mapping_hint(row: Row, kind: Kind, lacking: tuple[str, ...]) -> str | None:
     """`--set data.columns=...` where other names for all that is missing are at hand."""
     wanted = [*lacking, *(("prompt",) if "prompt" not in row.fields and "prompt" not in lacking else ())]
-    if kind in ("preference", "ranking") and "completions" in lacking and "chosen" not in row.fields:
+    if kind in ("preference", "ranking", "candidates") and "completions" in lacking and "chosen" not in row.fields:
         pair = {name: _other_name(row.fields, name) for name in ("chosen", "rejected")}
         if all(pair.values()):
             wanted = [*(("prompt",) if "prompt" not in row.fields else ()), "chosen", "rejected"]
@@ -110,6 +120,8 @@ def looks_like(fields: Mapping[str, object]) -> str | None:
         return "a preference"
     if {"completions", "ranking"} <= fields.keys():
         return "a ranking"
+    if {"prompt", "completions"} <= fields.keys():
+        return "answers that nobody ranked"
     if any(name in fields for name in _CONVERSATION_FIELDS):
         return "a demonstration (a conversation)"
     if {"prompt", "completion"} <= fields.keys():
@@ -126,6 +138,8 @@ def _elsewhere(look: str, kind: Kind) -> str:
     if look.startswith(("a preference", "a ranking")):
         extra = ", or learn from the better answers with `--set 'data.columns={completion: chosen}'`"
         return f"give it to `train-rm`{extra if kind == 'demonstration' and look == 'a preference' else ''}"
+    if look == "answers that nobody ranked":
+        return f"to rank them, give them to `label` as `label.items`; {_has_fields(kind)}"
     if look.startswith("a demonstration"):
-        return f"give it to `sft`; {_article(kind)} record has the fields {FORMS[kind]}"
-    return f"prompts alone are for `label`, `ppo` and `evaluate`; {_article(kind)} record has the fields {FORMS[kind]}"
+        return f"give it to `sft`; {_has_fields(kind)}"
+    return f"prompts alone are for `label`, `ppo` and `evaluate`; {_has_fields(kind)}"

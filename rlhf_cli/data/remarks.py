@@ -10,6 +10,8 @@ _REMARKS = {
     "after answer": "turns after the last answer, which are not used,",
     "answer dropped": "an answer at the end of the prompt, which is not used,",
     "common beginning": "no `prompt`, so that the common beginning of `chosen` and `rejected` is taken for it,",
+    "equal answers": "the same answer more than once, which is shown once,",
+    "best of n": "best of n (lists in `chosen` or `rejected`), read as two tiers,",
     "turn order": "an unusual order of turns, which the chat template has to allow,",
 }
 

@@ -11,11 +11,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
 
-from rlhf_cli.data.checks import PromptSet, RankingChecks, latest_annotations, overlap_warning
+from rlhf_cli.data.checks import (
+    CandidateChecks,
+    PromptSet,
+    RankingChecks,
+    distinct_candidates,
+    latest_annotations,
+    overlap_warning,
+)
 from rlhf_cli.data.hub import HubSource
 from rlhf_cli.data.origins import resolve, rows_of, source_digest
 from rlhf_cli.data.parsing import RowParser
-from rlhf_cli.data.records import Kind, Ranking, Record
+from rlhf_cli.data.records import Candidates, Kind, Ranking, Record
 from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.data.values import SkipRecordError
@@ -89,11 +96,12 @@ def iter_records(
 
     Args:
         source: file, folder or hub data set.
-        kind: "preference" and "ranking" both yield `Ranking`, from either form of file.
+        kind: "preference" and "ranking" both yield `Ranking`, from either form of file; "candidates" yields
+            `Candidates`, from these and from answers that nobody ranked.
         columns: our field -> the file's.
         on_skip: is told of each record left out.
         remarks: collects what deserves a warning.
-        keep_blank: rankings of K answers may hold empty ones, as a model's own answers do.
+        keep_blank: lists of K answers may hold empty ones, as a model's own answers do.
 
     Raises:
         DataError: the source cannot be read, or a record is wrong.
@@ -115,40 +123,62 @@ def read_records(
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> LoadedRecords:
-    """All records, see `iter_records`. Of rankings of the same completions by one annotator only the latest is kept.
+    """All records, see `iter_records`.
+
+    Of rankings of the same completions by one annotator only the latest is kept, of the same candidates the first.
 
     Raises:
         DataError: as `iter_records`, or more than `max_skip` of the records are left out.
     """
-    skips, remarks, checks = SkipLog(), Remarks(), RankingChecks()
+    skips, remarks, checks = SkipLog(), Remarks(), _checks(kind)
     records = list(
         iter_records(source, kind, columns=columns, on_skip=skips.add, remarks=remarks, keep_blank=keep_blank)
     )
     total = len(records) + skips.total
     skips.check(total, max_skip, source)
     for record in records:
-        if isinstance(record, Ranking):
-            checks.add(record)
-    if checks.repeats:
+        _check(checks, record)
+    if checks.repeats and isinstance(checks, CandidateChecks):
+        records = distinct_candidates(cast(list[Candidates], records))
+    elif checks.repeats:
         records = latest_annotations(cast(list[Ranking], records))
     return LoadedRecords(records, skips, remarks.warnings(source) + checks.warnings(source), total)
 
 
 def validate_source(
-    source: str, kind: Kind, *, columns: Mapping[str, str] = _NONE, max_skip: float = 0.01
+    source: str,
+    kind: Kind,
+    *,
+    columns: Mapping[str, str] = _NONE,
+    max_skip: float = 0.01,
+    keep_blank: bool = False,
 ) -> ValidationReport:
     """Read a source through and keep nothing but hashes: eight bytes a prompt and a ranked pair.
 
     Raises:
         DataError: as `read_records`.
     """
-    skips, remarks, checks, prompts = SkipLog(keep=_SKIPS_KEPT), Remarks(), RankingChecks(), PromptSet()
+    skips, remarks, checks, prompts = SkipLog(keep=_SKIPS_KEPT), Remarks(), _checks(kind), PromptSet()
     count = 0
-    for record in iter_records(source, kind, columns=columns, on_skip=skips.add, remarks=remarks):
+    for record in iter_records(
+        source, kind, columns=columns, on_skip=skips.add, remarks=remarks, keep_blank=keep_blank
+    ):
         count += 1
         prompts.add(record)
-        if isinstance(record, Ranking):
-            checks.add(record)
+        _check(checks, record)
     skips.check(count + skips.total, max_skip, source)
     warnings = skips.warnings(count + skips.total, source) + remarks.warnings(source) + checks.warnings(source)
     return ValidationReport(count - checks.repeats, skips, warnings, prompts)
+
+
+def _checks(kind: Kind) -> RankingChecks | CandidateChecks:
+    return CandidateChecks() if kind == "candidates" else RankingChecks()
+
+
+def _check(checks: RankingChecks | CandidateChecks, record: Record) -> None:
+    """Take in a record of the sort that is checked; others pass."""
+    if isinstance(checks, CandidateChecks):
+        assert isinstance(record, Candidates)
+        checks.add(record)
+    elif isinstance(record, Ranking):
+        checks.add(record)

@@ -11,6 +11,7 @@ from rlhf_cli.data.rows import Row, shown
 
 EMPTY, BLANK = "empty completion", "completion of white space only"
 EQUAL = "chosen equal to rejected"
+ALL_EQUAL = "completions all the same"
 EQUAL_RANKED = "the same completion in two tiers"
 NO_ANSWER = "no assistant turn"
 PROMPTS_DIFFER = "chosen and rejected differ before the last reply"
@@ -84,3 +85,13 @@ def annotator_of(row: Row) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise row.error(f"`annotator` is {shown(value)}; a name or a number is expected")
     return text_of(row, "annotator", str(value))
+
+
+def subset_of(row: Row) -> str | None:
+    """`subset`, where it is given: part of a data set by which results are counted."""
+    value = row.fields.get("subset")
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise row.error(f"`subset` is {shown(value)}; a name is expected", "leave `subset` out where there is none")
+    return text_of(row, "subset", str(value))
