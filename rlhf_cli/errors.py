@@ -15,6 +15,7 @@ EXIT_DIVERGED = 70
 EXIT_DISK = 74
 EXIT_IN_USE = 75
 EXIT_WAITING = 76
+EXIT_COST = 77
 EXIT_STALLED = 124
 
 
@@ -100,6 +101,12 @@ class WaitingForLabelsError(RLHFError):
     def __init__(self, message: str, *, store: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.store = store
+
+
+class CostLimitError(RLHFError):
+    """The next verdict of a judge could cost more than the recipe allows; those paid for are kept."""
+
+    exit_code = EXIT_COST
 
 
 class ProcessDiedError(RLHFError):

@@ -89,7 +89,7 @@ class JudgeSettings(Section):
     judge to write the whole order and needs a `url`."""
     both_orders: bool = True
     """Ask twice, the second time in reverse order; verdicts that differ count as a tie."""
-    max_cost: NonNegative | None = None
+    max_cost: Annotated[NonNegative | None, EffortOnly()] = None
     """Stop, resumably, before verdicts cost more than this; null is without bound."""
     calibration: DataName = None
     """Rankings or preferences by people: the judge's agreement with them is measured before anything is labelled."""
