@@ -5,10 +5,23 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from rlhf_cli.cli import attention, doctor, evaluate, init, label, ppo, recipe, run, sft, train_rm, transformer
+from rlhf_cli.pipeline.stage import STAGES
+
+
+class _InOrder(TyperGroup):
+    """Lists commands in the order of the pipeline, whether they have commands of their own or not."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """See click."""
+        stages = ["init", "run", *(stage.name for stage in STAGES)]
+        return [*stages, *(name for name in super().list_commands(ctx) if name not in stages)]
+
 
 app = typer.Typer(
+    cls=_InOrder,
     add_completion=False,
     rich_markup_mode=None,  # plain help: quicker, and readable when piped
     pretty_exceptions_enable=False,
@@ -35,14 +48,15 @@ def rlhf(
     Start with `rlhf init my-run`, then `rlhf run my-run/recipes/quickstart.yaml`.
 
     stdout carries data only; everything for people goes to stderr. Exit codes: 0 done, 2 usage or recipe,
-    65 bad data, 70 diverged, 74 disk, 75 run directory in use, 130 or 143 interrupted and resumable.
+    65 bad data, 70 diverged, 74 disk, 75 run directory in use, 76 waits for people's labels, 130 or 143 interrupted
+    and resumable.
     """
 
 
 app.command("init")(init.init)
 app.command("run")(run.run)
 app.command("sft")(sft.sft)
-app.command("label")(label.label)
+app.add_typer(label.app, name="label")
 app.command("train-rm")(train_rm.train_rm)
 app.command("ppo")(ppo.ppo)
 app.command("evaluate")(evaluate.evaluate)

@@ -6,12 +6,15 @@ import os
 import sys
 import traceback
 
-from rlhf_cli.errors import EXIT_USAGE, RecipeError, ReportedError, RLHFError
+from rlhf_cli.errors import EXIT_USAGE, RecipeError, ReportedError, RLHFError, WaitingForLabelsError
 
 
 def report(error: BaseException) -> int:
     """Print an error for people; returns the exit code."""
     if isinstance(error, ReportedError):
+        return error.exit_code
+    if isinstance(error, WaitingForLabelsError):
+        _print([error.message], error.hint, label=("waiting", "33"))
         return error.exit_code
     if isinstance(error, RLHFError):
         _print(error.problems if isinstance(error, RecipeError) else [error.message], error.hint)
@@ -33,8 +36,8 @@ def report(error: BaseException) -> int:
     return 1
 
 
-def _print(messages: list[str], hint: str | None) -> None:
-    lines = [f"{_label('error', '31')} {_clean(message)}" for message in messages]
+def _print(messages: list[str], hint: str | None, label: tuple[str, str] = ("error", "31")) -> None:
+    lines = [f"{_label(*label)} {_clean(message)}" for message in messages]
     if hint is not None:
         lines += ["", f"{_label('hint', '36')} {_clean(hint)}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -21,7 +21,10 @@ Identity = dict[str, Any]
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
-NOT_CONTENT = frozenset({"metrics.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"})
+NOT_CONTENT = frozenset(
+    {"metrics.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
+    | {"labels.jsonl", "votes.jsonl", "judge.json"}
+)
 """Files that tell how an artefact was made; no later stage reads them, and they hold times."""
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")

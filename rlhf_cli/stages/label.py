@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.data.records import Prompt, Ranking, prompt_to_json, seed_for
-from rlhf_cli.labeling.answers import Answer, AnswerFile
+from rlhf_cli.data.records import Candidates, Prompt, Ranking, prompt_text, prompt_to_json
+from rlhf_cli.data.skips import Skip
+from rlhf_cli.errors import DataError
+from rlhf_cli.labeling.answers import Answer
 from rlhf_cli.labeling.labelers import (
     FunctionLabeler,
     Labeler,
@@ -19,14 +21,17 @@ from rlhf_cli.labeling.labelers import (
     tiers_from_scores,
 )
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
-from rlhf_cli.processes import Processes
-from rlhf_cli.progress import say, task, warn
+from rlhf_cli.progress import task, warn
 from rlhf_cli.ranks import is_main
-from rlhf_cli.stages.common import Prompts, load_prompts, model_source, prompt_format, prompt_template
+from rlhf_cli.stages.common import model_source, prompt_template
+from rlhf_cli.stages.label_sampling import Sampled, given_answers, sample_answers
 from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.schema import LabelSettings
+
+_EXCERPT = 80
+_ALL_EQUAL = "all answers are equal"
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -35,9 +40,20 @@ def run(context: StageContext) -> StageOutcome:
     assert settings is not None
     if settings.by == "import":
         return _import(context) if is_main() else StageOutcome()
-    prompts, answers, processes = _sampled(context, settings)
-    texts = [[answer.text for answer in group] for group in answers]
-    pairs = list(zip(prompts.prompts, texts, strict=True))
+    sampled = sample_answers(context, settings) if settings.samples else given_answers(context)
+    if settings.choose is not None:
+        from rlhf_cli.stages.label_choose import choose_candidates
+
+        sampled = choose_candidates(context, settings.choose, sampled)
+    if settings.by in ("human", "judge"):
+        return _compared(context, settings, sampled)
+    return _scored(context, settings, sampled)
+
+
+def _scored(context: StageContext, settings: LabelSettings, sampled: Sampled) -> StageOutcome:
+    """By a function or a reward model, which score each answer alone."""
+    processes = sampled.processes
+    pairs = [(row.prompt, list(row.completions)) for row in sampled.candidates]
     if settings.by == "function":  # the user's code: it runs once, in one process
         scores = _scores(context, settings, pairs) if processes.is_main else []
     else:
@@ -45,13 +61,65 @@ def run(context: StageContext) -> StageOutcome:
     if not processes.is_main:
         return StageOutcome()
     rankings = [
-        Ranking(prompt, tuple(group), tiers_from_scores(numbers, settings.tie_margin))
-        for prompt, group, numbers in zip(prompts.prompts, texts, scores, strict=True)
+        Ranking(row.prompt, row.completions, tiers_from_scores(numbers, settings.tie_margin))
+        for row, numbers in zip(sampled.candidates, scores, strict=True)
     ]
     write_rankings(context.output / "rankings.jsonl", rankings, scores)
-    if prompts.skips.total:
-        prompts.skips.write(context.output / "skips.jsonl")
-    return _outcome(LabelStatistics.of(rankings), prompts.skips.counts, answers, scores)
+    return _outcome(context, rankings, sampled, [score for numbers in scores for score in numbers])
+
+
+def _compared(context: StageContext, settings: LabelSettings, sampled: Sampled) -> StageOutcome:
+    """By people or judges, who compare answers with one another; answers of the same text are shown to them once."""
+    candidates = []
+    for row in map(distinct, sampled.candidates):
+        if len(row.completions) > 1:
+            candidates.append(row)
+        else:
+            sampled.skips.add(Skip(row.place, _ALL_EQUAL, prompt_text(row.prompt)[:_EXCERPT]))
+    if not candidates:
+        raise DataError(
+            "there is nothing to compare: every prompt's answers are equal to one another",
+            hint="sample at a higher temperature, or from a model that is trained less",
+        )
+    if equal := len(sampled.candidates) - len(candidates):
+        warn(f"{equal:,} of {len(sampled.candidates):,} prompts have answers that are all equal; they are left out")
+    if settings.by == "human":
+        if not sampled.processes.is_main:
+            return StageOutcome()
+        from rlhf_cli.stages.label_human import run_people
+
+        found = run_people(context, candidates)
+        skipped: dict[str, int] = {}
+    else:
+        from rlhf_cli.stages.label_judge import run_judges
+
+        found = run_judges(context, candidates, sampled.processes)
+        skipped = found.skipped
+    if not sampled.processes.is_main:
+        return StageOutcome()
+    rankings = [ranking for ranking in found.rankings if ranking is not None]
+    if not rankings:
+        raise DataError(
+            "nobody ranked anything: there is nothing to learn from", hint="see the skips and their reasons"
+        )
+    write_rankings(context.output / "rankings.jsonl", rankings)
+    outcome = _outcome(context, rankings, sampled)
+    return StageOutcome(outcome.metrics | found.metrics, outcome.skipped | skipped, [*outcome.summary, *found.summary])
+
+
+def distinct(candidates: Candidates) -> Candidates:
+    """The same with each text once; an order that is known is kept, by each text's best place."""
+    texts = list(dict.fromkeys(candidates.completions))
+    if len(texts) == len(candidates.completions):
+        return candidates
+    tiers: list[tuple[int, ...]] = []
+    placed: set[int] = set()
+    for tier in candidates.known or ():
+        numbers = {texts.index(candidates.completions[index]) for index in tier} - placed
+        placed |= numbers
+        tiers += [tuple(sorted(numbers))] if numbers else []
+    known = None if candidates.known is None else tuple(tiers)
+    return Candidates(candidates.prompt, tuple(texts), known, candidates.subset, candidates.place)
 
 
 def _import(context: StageContext) -> StageOutcome:
@@ -62,7 +130,8 @@ def _import(context: StageContext) -> StageOutcome:
     write_rankings(context.output / "rankings.jsonl", loaded.records)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
-    return _outcome(LabelStatistics.of(loaded.records), loaded.skips.counts)
+    metrics, summary = _figures(LabelStatistics.of(loaded.records))
+    return StageOutcome(metrics, loaded.skips.counts, summary)
 
 
 def _scores(
@@ -73,58 +142,6 @@ def _scores(
     prompts, texts = [prompt for prompt, _ in pairs], [answers for _, answers in pairs]
     with task("scoring answers", sum(map(len, texts)), "answers") as bar:
         return score_answers(labeler, prompts, texts, stop=context.stop.check, progress=bar.advance)
-
-
-def _sampled(context: StageContext, settings: LabelSettings) -> tuple[Prompts, list[list[Answer]], Processes]:
-    """K answers to every prompt, held-out ones too: train-rm measures its accuracy on their rankings."""
-    import torch
-
-    from rlhf_cli.models.loading import load_policy, load_tokenizer
-    from rlhf_cli.rollout.experience import decode
-    from rlhf_cli.rollout.sampling import sample, stop_ids
-
-    recipe, sampling, per_prompt = context.recipe, settings.sampling, settings.completions_per_prompt
-    source = model_source(recipe, context.inputs["sft"])
-    tokenizer = load_tokenizer(source)
-    model = load_policy(source)
-    form = prompt_format(recipe, source, tokenizer)
-    prompts = load_prompts(context, form, model.config, max_new_tokens=sampling.max_new_tokens)
-    eos_ids = stop_ids(model, tokenizer)
-    processes = Processes(source.device)
-    # Prompts of like length are sampled together; which ones is settled before anything is sampled.
-    order = sorted(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
-    size = max(1, sampling.batch_size // per_prompt)
-    file = AnswerFile(
-        context.work / "samples.jsonl",
-        [order[start : start + size] for start in range(0, len(order), size)],
-        per_prompt,
-        processes,
-    )
-    if file.done:
-        say(f"{file.done:,} answers were sampled before")
-    with task("sampling answers", file.done + file.left, "answers", done=file.done) as bar:
-
-        def draw(chunk: Sequence[int]) -> list[Answer]:
-            rows = [(number, k) for number in chunk for k in range(per_prompt)]
-            with torch.autocast(source.device.type, dtype=source.precision, enabled=source.precision != torch.float32):
-                drawn = sample(
-                    model,
-                    [prompts.ids[number] for number, _ in rows],
-                    [seed_for(prompts.prompts[number], recipe.seed, k) for number, k in rows],
-                    max_new_tokens=sampling.max_new_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    eos_ids=eos_ids,
-                    batch_size=sampling.batch_size,
-                    progress=bar.advance,
-                )
-            return [
-                Answer(number, decode(tokenizer, one.ids), len(one.ids), one.ended)
-                for (number, _), one in zip(rows, drawn, strict=True)
-            ]
-
-        file.fill(draw, context.stop.check)
-    return prompts, file.read(), processes
 
 
 def _labeler(context: StageContext, settings: LabelSettings) -> Labeler:
@@ -158,11 +175,20 @@ def write_rankings(path: Path, rankings: Sequence[Ranking], scores: Sequence[Seq
 
 
 def _outcome(
-    statistics: LabelStatistics,
-    skipped: dict[str, int],
-    answers: Sequence[Sequence[Answer]] | None = None,
-    scores: Sequence[Sequence[float]] | None = None,
+    context: StageContext, rankings: Sequence[Ranking], sampled: Sampled, scores: Sequence[float] = ()
 ) -> StageOutcome:
+    """Figures of rankings and of the answers they rank; writes what was skipped on the way."""
+    if sampled.skips.total:
+        sampled.skips.write(context.output / "skips.jsonl")
+    metrics, summary = _figures(LabelStatistics.of(rankings))
+    if scores:
+        metrics["mean_score"] = sum(scores) / len(scores)
+    if sampled.answers:
+        metrics |= _of_answers([answer for group in sampled.answers for answer in group], summary)
+    return StageOutcome(metrics, sampled.skips.counts, summary)
+
+
+def _figures(statistics: LabelStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:
     metrics = {
         "prompts": float(statistics.prompts),
         "completions": float(statistics.completions),
@@ -177,17 +203,19 @@ def _outcome(
     if statistics.longest_wins is not None:
         metrics["longer_wins_share"] = statistics.longest_wins
         summary.append(("longer answer wins", f"{statistics.longest_wins:.1%} of untied pairs"))
-    if answers is not None and scores is not None:
-        flat, numbers = [answer for group in answers for answer in group], [x for group in scores for x in group]
-        metrics |= {
-            "mean_tokens": sum(answer.tokens for answer in flat) / len(flat),
-            "ended_share": sum(answer.ended for answer in flat) / len(flat),
-            "empty_share": sum(not answer.text for answer in flat) / len(flat),
-            "mean_score": sum(numbers) / len(numbers),
-        }
-        summary.append(
-            ("answers", f"{metrics['mean_tokens']:.1f} tokens, {metrics['ended_share']:.0%} ended by themselves")
-        )
-        if metrics["empty_share"]:
-            warn(f"{sum(not answer.text for answer in flat):,} of {len(flat):,} sampled answers are empty")
-    return StageOutcome(metrics=metrics, skipped=skipped, summary=summary)
+    return metrics, summary
+
+
+def _of_answers(answers: Sequence[Answer], summary: list[tuple[str, str]]) -> dict[str, float]:
+    empty = sum(not answer.text for answer in answers)
+    metrics = {
+        "mean_tokens": sum(answer.tokens for answer in answers) / len(answers),
+        "ended_share": sum(answer.ended for answer in answers) / len(answers),
+        "empty_share": empty / len(answers),
+    }
+    summary.append(
+        ("answers", f"{metrics['mean_tokens']:.1f} tokens, {metrics['ended_share']:.0%} ended by themselves")
+    )
+    if empty:
+        warn(f"{empty:,} of {len(answers):,} sampled answers are empty")
+    return metrics

@@ -1,0 +1,114 @@
+"""Opens the terminal or the page where people label, between the stage that prepares and the stage that takes over."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_cli.errors import UsageError, WaitingForLabelsError
+
+
+@dataclass(frozen=True)
+class Face:
+    """How people are to label.
+
+    Attributes:
+        serve: in a browser; otherwise at this terminal.
+        host: address that the page listens at.
+        port: of the page.
+        annotators: who; none named is whoever runs the command.
+    """
+
+    serve: bool
+    host: str
+    port: int
+    annotators: tuple[str, ...]
+
+    def named(self) -> tuple[str, ...]:
+        """Who labels; raises `UsageError` where several would share one keyboard."""
+        if len(self.annotators) > 1 and not self.serve:
+            raise UsageError(
+                "one person labels at a keyboard; several were named",
+                hint="give each their own terminal and `--annotator`, or use --serve",
+            )
+        return self.annotators or (getpass.getuser(),)
+
+
+def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: Path | None, force: bool) -> None:
+    """Run the stage; where it waits for people and can reach some, open their face, and run it again.
+
+    Args:
+        run_stage: runs `label`, anew if told so; prints the outcome.
+        face: terminal or page.
+        waits_in: a run directory given on its own, which may wait for people already; then nothing has to be run first.
+        force: throw unfinished work away; labels stay.
+
+    Raises:
+        WaitingForLabelsError: labels are still needed when the face was closed, or there is nobody to ask.
+    """
+    from rlhf_cli.labeling.sources import store_of
+
+    face.named()
+    store = None if waits_in is None else store_of(waits_in)
+    if waits_in is not None and store is not None and not (waits_in / "label").exists():
+        _open(store, waits_in, face)
+        return
+    try:
+        run_stage(force)
+        if face.serve or face.annotators:
+            _nothing_to_label()
+        return
+    except WaitingForLabelsError as waiting:
+        store = Path(waiting.store)
+        if not (face.serve or _has_keyboard()):
+            raise
+    _open(store, store.parents[2], face)
+    run_stage(False)
+
+
+def _nothing_to_label() -> None:
+    from rlhf_cli.progress import say
+
+    say("nobody needs to label anything: this stage is done")
+
+
+def _has_keyboard() -> bool:
+    """Whether a person sits at this terminal."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+
+
+def _open(store: Path, run_dir: Path, face: Face) -> None:
+    """Let people label; raises `WaitingForLabelsError` where labels lack when they are done."""
+    from rlhf_cli.labeling.session import LabelSession
+    from rlhf_cli.progress import say
+    from rlhf_cli.stages.label_human import waiting
+
+    if face.serve:
+        from rlhf_cli.labeling.web import serve
+
+        serve(store, host=face.host, port=face.port, annotators=face.named())
+    else:
+        if not _has_keyboard():
+            raise UsageError(
+                "nobody can label here: this is no terminal",
+                hint="run it in a terminal, or label in a browser with --serve",
+            )
+        from rlhf_cli.labeling.terminal import label_in_terminal
+
+        session = LabelSession(store, create=False)
+        try:
+            label_in_terminal(session, face.named()[0])
+        finally:
+            session.close()
+    session = LabelSession(store, create=False)
+    try:
+        progress = session.progress()
+    finally:
+        session.close()
+    if not progress.is_complete:
+        raise waiting(progress, store, run_dir)
+    say("all labels are in: run the command that began this run again to go on")

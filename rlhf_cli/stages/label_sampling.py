@@ -1,0 +1,106 @@
+"""K answers to every prompt, drawn from the policy: what the `label` stage ranks unless it is given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_cli.data.records import Candidates, seed_for
+from rlhf_cli.data.skips import SkipLog
+from rlhf_cli.labeling.answers import Answer, AnswerFile
+from rlhf_cli.pipeline.stage import StageContext
+from rlhf_cli.processes import Processes
+from rlhf_cli.progress import say, task, warn
+from rlhf_cli.stages.common import load_prompts, model_source, prompt_format
+
+if TYPE_CHECKING:
+    from rlhf_cli.recipe.schema import LabelSettings
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Answers to rank.
+
+    Attributes:
+        candidates: one a prompt.
+        answers: how each was drawn, in the same order; empty where they were given and not drawn.
+        skips: records left out.
+        processes: those of the run.
+    """
+
+    candidates: list[Candidates]
+    answers: list[list[Answer]]
+    skips: SkipLog
+    processes: Processes
+
+
+def given_answers(context: StageContext) -> Sampled:
+    """The answers of `label.items`."""
+    from rlhf_cli.data.sources import read_records
+    from rlhf_cli.models.loading import resolve_device
+
+    data = context.recipe.data
+    loaded = read_records(
+        context.inputs["label.items"], "candidates", columns=data.columns, max_skip=data.max_skip, keep_blank=True
+    )
+    for warning in loaded.warnings:
+        warn(warning)
+    return Sampled(loaded.records, [], loaded.skips, Processes(resolve_device(context.recipe.model.device)))
+
+
+def sample_answers(context: StageContext, settings: LabelSettings) -> Sampled:
+    """K answers to every prompt, held-out ones too: train-rm measures its accuracy on their rankings."""
+    import torch
+
+    from rlhf_cli.models.loading import load_policy, load_tokenizer
+    from rlhf_cli.rollout.experience import decode
+    from rlhf_cli.rollout.sampling import sample, stop_ids
+
+    recipe, sampling, per_prompt = context.recipe, settings.sampling, settings.completions_per_prompt
+    source = model_source(recipe, context.inputs["sft"])
+    tokenizer = load_tokenizer(source)
+    model = load_policy(source)
+    form = prompt_format(recipe, source, tokenizer)
+    prompts = load_prompts(context, form, model.config, max_new_tokens=sampling.max_new_tokens)
+    eos_ids = stop_ids(model, tokenizer)
+    processes = Processes(source.device)
+    # Prompts of like length are sampled together; which ones is settled before anything is sampled.
+    order = sorted(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
+    size = max(1, sampling.batch_size // per_prompt)
+    file = AnswerFile(
+        context.work / "samples.jsonl",
+        [order[start : start + size] for start in range(0, len(order), size)],
+        per_prompt,
+        processes,
+    )
+    if file.done:
+        say(f"{file.done:,} answers were sampled before")
+    with task("sampling answers", file.done + file.left, "answers", done=file.done) as bar:
+
+        def draw(chunk: Sequence[int]) -> list[Answer]:
+            rows = [(number, k) for number in chunk for k in range(per_prompt)]
+            with torch.autocast(source.device.type, dtype=source.precision, enabled=source.precision != torch.float32):
+                drawn = sample(
+                    model,
+                    [prompts.ids[number] for number, _ in rows],
+                    [seed_for(prompts.prompts[number], recipe.seed, k) for number, k in rows],
+                    max_new_tokens=sampling.max_new_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    eos_ids=eos_ids,
+                    batch_size=sampling.batch_size,
+                    progress=bar.advance,
+                )
+            return [
+                Answer(number, decode(tokenizer, one.ids), len(one.ids), one.ended)
+                for (number, _), one in zip(rows, drawn, strict=True)
+            ]
+
+        file.fill(draw, context.stop.check)
+    answers = file.read()
+    candidates = [
+        Candidates(prompt, tuple(answer.text for answer in group))
+        for prompt, group in zip(prompts.prompts, answers, strict=True)
+    ]
+    return Sampled(candidates, answers, prompts.skips, processes)
