@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rlhf_cli.data.records import Kind
 from rlhf_cli.data.rows import Row, listed
@@ -51,7 +52,7 @@ def apply_columns(row: Row, columns: Mapping[str, str]) -> Row:
     for ours, theirs in columns.items():
         if theirs in row.fields:
             fields[ours] = row.fields[theirs]
-    return Row(row.place, fields, row.is_text)
+    return replace(row, fields=fields)
 
 
 def check_columns(columns: Mapping[str, str]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rlhf_cli.data.comparisons import ComparisonReader, has
 from rlhf_cli.data.conversations import text_of
 from rlhf_cli.data.fields import apply_columns, check_columns, missing
+from rlhf_cli.data.forms import Wanted, parts_of
 from rlhf_cli.data.prompts import PromptReader
 from rlhf_cli.data.records import Candidates, Demonstration, Kind, PromptRecord, Ranking, Record
 from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.rows import Row
+from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.values import NO_ANSWER, SkipRecordError, answer_of, is_blank
 
 
@@ -29,8 +31,20 @@ class RowParser:
         self._keep_blank = keep_blank
         self._kind: Kind = kind
         self._columns, self._remarks = columns, remarks
+        self._wanted = Wanted(columns, remarks, unranked=kind == "candidates")
         self._prompts = PromptReader(remarks)
         self._comparisons = ComparisonReader(self._prompts, remarks, self._require)
+
+    def records(self, row: Row) -> Iterator[Record | Skip]:
+        """All that one row holds: one record, or what is made of another tool's form; raises `DataError`."""
+        for part in parts_of(row, self._kind, self._wanted):
+            if isinstance(part, Skip):
+                yield part
+                continue
+            try:
+                yield self.parse(part)
+            except SkipRecordError as skip:
+                yield Skip(part.place, skip.reason, part.excerpt())
 
     def parse(self, row: Row) -> Record:
         """The record; raises `DataError` where it is wrong and `SkipRecordError` where it is left out."""
@@ -81,10 +95,10 @@ class RowParser:
 
     def _ranking(self, row: Row) -> Ranking:
         wanted = ("completions", "ranking") if self._kind == "ranking" else ("chosen", "rejected")
-        return self._comparisons.ranking(row, keep_blank=self._keep_blank, wanted=wanted)
+        return self._comparisons.ranking(row, keep_blank=self._keep_blank or row.may_be_blank, wanted=wanted)
 
     def _candidates(self, row: Row) -> Candidates:
-        return self._comparisons.candidates(row, keep_blank=self._keep_blank)
+        return self._comparisons.candidates(row, keep_blank=self._keep_blank or row.may_be_blank)
 
     def _require(self, row: Row, *names: str) -> None:
         if lacking := tuple(name for name in names if name not in row.fields):

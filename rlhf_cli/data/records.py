@@ -9,6 +9,9 @@ from typing import Literal
 
 Kind = Literal["demonstration", "prompt", "preference", "ranking", "candidates"]
 
+MARGINS = (0.0, 1 / 3, 2 / 3, 1.0)
+"""`margin` of each of four degrees of strength, weakest first (Llama 2, table 27, small margins)."""
+
 
 @dataclass(frozen=True)
 class Message:

@@ -17,11 +17,13 @@ class Row:
         place: `file:line`, 1-based; `file:row N` where a format has no lines.
         fields: name -> value.
         is_text: every value is text because the format knows nothing else (CSV), so lists stand in it as JSON.
+        may_be_blank: answers are a model's own, as `rlhf label` kept them, and may be empty.
     """
 
     place: str
     fields: Mapping[str, object]
     is_text: bool = False
+    may_be_blank: bool = False
 
     def error(self, message: str, hint: str | None = None) -> DataError:
         """A `DataError` at this row."""

@@ -25,7 +25,7 @@ from rlhf_cli.data.parsing import RowParser
 from rlhf_cli.data.records import Candidates, Kind, Ranking, Record
 from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.skips import Skip, SkipLog
-from rlhf_cli.data.values import SkipRecordError
+from rlhf_cli.errors import DataError
 
 __all__ = [
     "LoadedRecords",
@@ -104,15 +104,24 @@ def iter_records(
         keep_blank: lists of K answers may hold empty ones, as a model's own answers do.
 
     Raises:
-        DataError: the source cannot be read, or a record is wrong.
+        DataError: the source cannot be read, a record is wrong, or there is none.
         UsageError: `columns` names a field that no record has.
     """
-    parser = RowParser(kind, columns, Remarks() if remarks is None else remarks, keep_blank=keep_blank)
+    said = Remarks() if remarks is None else remarks
+    parser = RowParser(kind, columns, said, keep_blank=keep_blank)
+    count = 0
     for row in rows_of(source):
-        try:
-            yield parser.parse(row)
-        except SkipRecordError as skip:
-            on_skip(Skip(row.place, skip.reason, row.excerpt()))
+        for record in parser.records(row):
+            count += 1
+            if isinstance(record, Skip):
+                on_skip(record)
+            else:
+                yield record
+    if not count:
+        left_out = "".join(f"; {line}" for line in said.warnings(source))
+        raise DataError(
+            f"{source}: holds nothing that can be used{left_out}", hint="check that this is the file you meant"
+        )
 
 
 def read_records(

@@ -13,15 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rlhf_cli.data.records import Message, Prompt, Ranking, prompt_to_json
+from rlhf_cli.data.records import MARGINS, Message, Prompt, Ranking, prompt_to_json
 from rlhf_cli.errors import DataError
 
 Outcome = Literal["ranked", "skipped", "flagged"]
 Purpose = Literal["label", "repeat", "gold"]
 STRENGTHS = ("negligibly better or unsure", "slightly better", "better", "significantly better")
 """The four degrees of Llama 2 (section 3.2.1), 1 to 4."""
-MARGINS = (0.0, 1 / 3, 2 / 3, 1.0)
-"""`margin` of each degree (Llama 2, table 27, small margins)."""
+
 
 _NO_MARKS: Mapping[str, tuple[int | None, ...]] = MappingProxyType({})
 
