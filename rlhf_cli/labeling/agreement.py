@@ -128,7 +128,8 @@ def fleiss_kappa(counts: ArrayLike) -> Coefficient:
 def gwet_ac1(counts: ArrayLike) -> Coefficient:
     """Agreement beyond chance, where chance means guessing at what is hard to tell; stable where one category rules.
 
-    P_e = sum_q p_q (1 - p_q) / (Q - 1) (Gwet 2008; several annotators and missing labels: Gwet 2014). Q counts the categories there are, not those that were used.
+    P_e = sum_q p_q (1 - p_q) / (Q - 1) (Gwet 2008; several annotators and missing labels: Gwet 2014). Q counts the
+    categories there are, not those that were used.
     """
     return gwet_ac2(counts, "none")
 
@@ -188,16 +189,35 @@ def pair_indices(answers: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def mirrored(counts: ArrayLike) -> Counts:
-    """Counts, or a confusion table, of pairs of answers as seen from both answers of each pair.
+    """Counts of pairs of answers as seen from both answers of each pair: (N, Q) to (2 N, Q).
 
     Which answer of a pair is called a, is an accident of the file. Chance agreement must not depend on it: if the
     better answer always stood first, everybody would seem to favour one category. So each pair counts as (a, b) and as
     (b, a), which leaves agreement as it is and makes both wins equally likely by chance.
     """
     each = _counts(counts)
-    if each.shape == (VERDICTS, VERDICTS):
-        return each + each[::-1, ::-1]
     return np.concatenate([each, each[:, ::-1]])
+
+
+def mirrored_table(confusion: ArrayLike) -> Counts:
+    """A confusion table of pairs of answers as seen from both answers of each pair, see `mirrored`."""
+    each = _counts(confusion)
+    return each + each[::-1, ::-1]
+
+
+def mirrored_alpha(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Nominal `krippendorff_alpha` of `mirrored` verdicts from sums over pairs of answers, NaN where it is not defined.
+
+    With n labels of which t are ties, and S_o = sum n_ic n_ik / (n_i - 1) over c != k, it is
+    1 - 2 (2n - 1) S_o / (4 n^2 - 4 t^2 - 2 (n - t)^2): the same figure as through counts, but sums can be resampled.
+
+    Args:
+        sums: (..., 3) S_o, n and t, over pairs of answers with two labels or more.
+    """
+    disagreed, labels, ties = sums[..., 0], sums[..., 1], sums[..., 2]
+    by_chance = 4 * labels**2 - 4 * ties**2 - 2 * (labels - ties) ** 2
+    found = np.full(labels.shape, np.nan)
+    return 1.0 - np.divide((2 * labels - 1) * 2 * disagreed, by_chance, out=found, where=by_chance > 0)
 
 
 def kendall_tau_b(first: NDArray[np.integer], second: NDArray[np.integer]) -> NDArray[np.float64]:

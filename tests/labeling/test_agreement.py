@@ -24,6 +24,8 @@ from rlhf_cli.labeling.agreement import (
     kendall_tau_b,
     krippendorff_alpha,
     mirrored,
+    mirrored_alpha,
+    mirrored_table,
     pairwise_agreement,
     verdicts,
     weight_matrix,
@@ -209,7 +211,18 @@ def test_mirrored_verdicts_do_not_depend_on_which_answer_is_called_a():
         assert coefficient(mirrored(counts)).value == pytest.approx(coefficient(mirrored(turned)).value)
     # Without ties, chance agreement of mirrored verdicts is 1/2: (0.9 - 0.5) / 0.5.
     assert fleiss_kappa(mirrored(counts)).value == pytest.approx(0.8)
-    assert cohen_kappa(mirrored([[9, 0, 1], [0, 0, 0], [0, 0, 0]])).value == pytest.approx(0.8)
+    assert cohen_kappa(mirrored_table([[9, 0, 1], [0, 0, 0], [0, 0, 0]])).value == pytest.approx(0.8)
+
+
+@given(arrays(np.int64, st.tuples(st.integers(1, 12), st.just(3)), elements=st.integers(0, 4)))
+@settings(max_examples=60, deadline=None)
+def test_alpha_from_sums_is_alpha_from_counts(counts):
+    shared = counts[counts.sum(axis=1) >= 2]
+    seen = shared.sum(axis=1)
+    disagreed = ((seen**2 - (shared**2).sum(axis=1)) / (seen - 1)).sum()
+    found = mirrored_alpha(np.array([disagreed, seen.sum(), shared[:, 1].sum()]))
+    expected = krippendorff_alpha(mirrored(counts)).value
+    assert np.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
 def test_tau_b_by_hand():
