@@ -205,8 +205,12 @@ class LabelSession:
             if task in self._state.standing:
                 return
             active, now = self._active_ms(given, active_seconds), self._now()
-            number = self._store.insert("drafts", assignment=task, body=entry.to_json(), active_ms=active, at=now)
-            self._state.add_draft(number, task, DraftRow(entry, active, now))
+            reopened = self._state.reopened.get(task)
+            row = DraftRow(entry, None if reopened is None else reopened.id, active, now)
+            number = self._store.insert(
+                "drafts", assignment=task, body=entry.to_json(), undo=row.undo, active_ms=active, at=now
+            )
+            self._state.add_draft(number, task, row)
 
     def submit(self, annotator: int, task: int, entry: Entry, *, key: str, active_seconds: float) -> Receipt:
         """Take a ranking.

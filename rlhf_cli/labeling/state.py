@@ -62,9 +62,14 @@ class Action:
 
 @dataclass(frozen=True)
 class DraftRow:
-    """The latest draft of a task."""
+    """The latest draft of a task.
+
+    Attributes:
+        undo: number of the undo that had opened the task again when it was written; None before any.
+    """
 
     entry: Entry
+    undo: int | None
     active_ms: int
     at: int
 
@@ -149,7 +154,7 @@ class LabelState:
         for row in rows("SELECT * FROM actions WHERE id > ? ORDER BY id", (self._last["actions"],)):
             self.add_action(action_of(*row))
         for row in rows("SELECT * FROM drafts WHERE id > ? ORDER BY id", (self._last["drafts"],)):
-            self.add_draft(row[0], row[1], DraftRow(Entry.of(json.loads(row[2])), row[3], row[4]))
+            self.add_draft(row[0], row[1], DraftRow(Entry.of(json.loads(row[2])), *row[3:]))
 
     def _read_plan(self, number: int) -> None:
         rows = self._store.connection.execute
@@ -258,10 +263,11 @@ class LabelState:
     def draft(self, assignment: int) -> tuple[Entry | None, int]:
         """What was entered so far for a task that has no answer, and the active milliseconds spent on it."""
         draft, undo = self.drafts.get(assignment), self.reopened.get(assignment)
-        if undo is None or (draft is not None and draft.at >= undo.at):
+        if undo is None or (draft is not None and draft.undo == undo.id):
             return (None, 0) if draft is None else (draft.entry, draft.active_ms)
         before = self.taken_back[assignment]
-        return before.entry, before.active_ms
+        entry = draft.entry if draft is not None and before.entry is None else before.entry  # before a skip, say
+        return entry, before.active_ms
 
 
 def action_of(

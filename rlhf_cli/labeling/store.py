@@ -49,7 +49,7 @@ CREATE TABLE actions (
 CREATE INDEX actions_by_assignment ON actions (assignment);
 CREATE TABLE drafts (
     id INTEGER PRIMARY KEY, assignment INTEGER NOT NULL REFERENCES assignments (id),
-    body TEXT NOT NULL, active_ms INTEGER NOT NULL, at INTEGER NOT NULL
+    body TEXT NOT NULL, undo INTEGER REFERENCES actions (id), active_ms INTEGER NOT NULL, at INTEGER NOT NULL
 ) STRICT;
 CREATE TRIGGER one_answer BEFORE INSERT ON actions WHEN NEW.kind <> 'undone' AND EXISTS (
     SELECT 1 FROM actions AS given WHERE given.assignment = NEW.assignment AND given.kind <> 'undone'
