@@ -1,0 +1,255 @@
+"""The application behind the gate: pages from memory, and what they ask for, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from rlhf_cli.data.records import prompt_to_json
+from rlhf_cli.errors import DiskError, RLHFError, RunInUseError
+from rlhf_cli.labeling.label_records import STRENGTHS
+from rlhf_cli.labeling.session import LabelSession
+from rlhf_cli.labeling.session_types import (
+    ANSWER_LETTERS,
+    MARK_RANGE,
+    MAX_NOTE,
+    MAX_REASON,
+    Annotator,
+    Entry,
+    LabelConflictError,
+    LabelRefusedError,
+    Task,
+    UnknownTaskError,
+)
+from rlhf_cli.labeling.web.bodies import RequestError, read_object
+from rlhf_cli.labeling.web.links import Links, Tokens, claimed_annotator
+from rlhf_cli.labeling.web.oversight import Oversight
+from rlhf_cli.labeling.web.pages import page_routes
+from rlhf_cli.labeling.web.trust import Gate
+from rlhf_cli.labeling.web.writer import Writer
+
+_ANSWER = {"task": int, "key": str, "active_seconds": float}
+_STATUS = ((UnknownTaskError, 404), (LabelConflictError, 409), (LabelRefusedError, 422))
+
+
+class LabelApp:
+    """Everything a server of one store answers.
+
+    Args:
+        writer: of its session.
+        oversight: for the administrator's page.
+        tokens: of its store.
+        address: where it is, such as `http://127.0.0.1:8100`.
+        on_complete: called once, when enough is labelled for the pipeline to go on.
+    """
+
+    def __init__(
+        self, writer: Writer, oversight: Oversight, tokens: Tokens, *, address: str, on_complete: Callable[[], None]
+    ) -> None:
+        self._writer = writer
+        self._oversight = oversight
+        self._tokens = tokens
+        self._address = address
+        self._on_complete = on_complete
+        self._is_complete = False
+        self._annotators: dict[int, Annotator] = {}
+
+    async def begin(self, names: list[str]) -> Links:
+        """Make annotators of these names where they are new; returns everybody's links."""
+
+        def everybody(session: LabelSession) -> tuple[list[Annotator], bool]:
+            for name in names:
+                session.annotator(name)
+            return session.annotators(), session.progress().is_complete
+
+        annotators, self._is_complete = await self._writer.run(everybody)
+        self._annotators = {annotator.id: annotator for annotator in annotators}
+        own = {annotator.name: self._link(annotator) for annotator in annotators}
+        return Links(self._address, f"{self._address}/admin#{self._tokens.administrator}", own)
+
+    def asgi(self, host: str) -> ASGIApp:
+        """The application behind its gate.
+
+        Args:
+            host: address the server listens at.
+        """
+        routes = [
+            *page_routes(),
+            Route("/api/session", self._session, methods=["GET"]),
+            Route("/api/next", self._next, methods=["POST"]),
+            Route("/api/draft", self._draft, methods=["POST"]),
+            Route("/api/submit", self._submit, methods=["POST"]),
+            Route("/api/skip", self._skip, methods=["POST"]),
+            Route("/api/flag", self._flag, methods=["POST"]),
+            Route("/api/undo", self._undo, methods=["POST"]),
+            Route("/api/admin/overview", self._overview, methods=["GET"]),
+            Route("/api/admin/labels.jsonl", self._labels, methods=["GET"]),
+            Route("/api/admin/annotators", self._add_annotator, methods=["POST"]),
+        ]
+        handlers: Any = {RLHFError: _explain, ClientDisconnect: _nobody_there}
+        return Gate(Starlette(routes=routes, exception_handlers=handlers), host)
+
+    # Labelling
+
+    async def _session(self, request: Request) -> Response:
+        who = await self._who(request)
+
+        def begun(session: LabelSession) -> dict[str, Any]:
+            plan = session.plan
+            return {
+                "annotator": who.name,
+                "store": f"{self._tokens.store_name}-{who.id}",
+                "letters": ANSWER_LETTERS,
+                "criteria": list(plan.criteria),
+                "strengths": list(STRENGTHS) if plan.strengths else [],
+                "marks": list(MARK_RANGE),
+                "guidelines": plan.guidelines,
+                "max_note": MAX_NOTE,
+                "max_reason": MAX_REASON,
+                **_now(session, who),
+            }
+
+        return JSONResponse(await self._writer.run(begun))
+
+    async def _next(self, request: Request) -> Response:
+        who = await self._who(request)
+        await read_object(request, {})
+        return JSONResponse(await self._writer.run(lambda session: _now(session, who)))
+
+    async def _draft(self, request: Request) -> Response:
+        who = await self._who(request)
+        sent = await read_object(request, {"task": int, "entry": dict, "active_seconds": float})
+        entry = Entry.of(sent["entry"])
+        seconds = sent["active_seconds"]
+        await self._writer.run(lambda session: session.save_draft(who.id, sent["task"], entry, active_seconds=seconds))
+        return JSONResponse({"saved": True})
+
+    async def _submit(self, request: Request) -> Response:
+        who = await self._who(request)
+        sent = await read_object(request, _ANSWER | {"entry": dict})
+        entry = Entry.of(sent.pop("entry"))
+        return await self._answer(who, lambda session: session.submit(who.id, entry=entry, **sent))
+
+    async def _skip(self, request: Request) -> Response:
+        who = await self._who(request)
+        sent = await read_object(request, _ANSWER | {"reason": str}, optional=frozenset({"reason"}))
+        return await self._answer(who, lambda session: session.skip(who.id, **sent))
+
+    async def _flag(self, request: Request) -> Response:
+        who = await self._who(request)
+        sent = await read_object(request, _ANSWER | {"reason": str})
+        return await self._answer(who, lambda session: session.flag(who.id, **sent))
+
+    async def _answer(self, who: Annotator, give: Callable[[LabelSession], Any]) -> Response:
+        """Take an answer and hand out the next task with the receipt: one round trip a label."""
+
+        def given(session: LabelSession) -> dict[str, Any]:
+            return {"receipt": asdict(give(session)), **_now(session, who)}
+
+        answer = await self._writer.run(given)
+        if answer["progress"]["is_complete"] and not self._is_complete:
+            self._on_complete()
+        self._is_complete = answer["progress"]["is_complete"]
+        return JSONResponse(answer)
+
+    async def _undo(self, request: Request) -> Response:
+        who = await self._who(request)
+        key = (await read_object(request, {"key": str}))["key"]
+
+        def undone(session: LabelSession) -> dict[str, Any]:
+            return {"undone": session.undo(who.id, key=key) is not None, **_now(session, who)}
+
+        return JSONResponse(await self._writer.run(undone))
+
+    # Leading
+
+    async def _overview(self, request: Request) -> Response:
+        self._administrator(request)
+        shown = await self._oversight.snapshot()
+        links = {annotator.name: self._link(annotator) for annotator in await self._everybody()}
+        for row in shown["annotators"]:
+            row["link"] = links[row["name"]]
+        return JSONResponse(shown)
+
+    async def _labels(self, request: Request) -> Response:
+        self._administrator(request)
+        name = {"content-disposition": 'attachment; filename="labels.jsonl"'}
+        return Response(await self._oversight.labels_jsonl(), media_type="application/x-ndjson", headers=name)
+
+    async def _add_annotator(self, request: Request) -> Response:
+        self._administrator(request)
+        name = (await read_object(request, {"name": str}))["name"]
+        annotator = await self._writer.run(lambda session: session.annotator(name))
+        self._annotators[annotator.id] = annotator
+        return JSONResponse({"name": annotator.name, "link": self._link(annotator)})
+
+    # Who asks
+
+    async def _everybody(self) -> list[Annotator]:
+        annotators = await self._writer.run(lambda session: session.annotators())
+        self._annotators = {annotator.id: annotator for annotator in annotators}
+        return annotators
+
+    async def _who(self, request: Request) -> Annotator:
+        token = _token(request)
+        number = claimed_annotator(token)
+        if number is not None:
+            if number not in self._annotators:  # somebody who came in through another process
+                await self._everybody()
+            known = self._annotators.get(number)
+            if known is not None and self._tokens.is_of(token, known):
+                return known
+        raise RequestError(401, "this link is not valid (any more)", hint="ask whoever leads the labelling for yours")
+
+    def _administrator(self, request: Request) -> None:
+        if not self._tokens.is_administrator(_token(request)):
+            raise RequestError(401, "this is no administrator's link", hint="it was printed where the server began")
+
+    def _link(self, annotator: Annotator) -> str:
+        return f"{self._address}/#{self._tokens.of(annotator)}"
+
+
+def _token(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token if scheme.lower() == "bearer" else ""
+
+
+def _now(session: LabelSession, who: Annotator) -> dict[str, Any]:
+    """What this person is to do now, and how far all is; the task first: it may be handed out just now."""
+    task = session.next(who.id)
+    return {"task": None if task is None else _task_to_json(task), "progress": asdict(session.progress(who.id))}
+
+
+def _task_to_json(task: Task) -> dict[str, Any]:
+    draft = None
+    if task.draft is not None:
+        draft = asdict(task.draft)
+    return {
+        "id": task.id,
+        "number": task.number,
+        "prompt": prompt_to_json(task.prompt),
+        "answers": list(task.answers),
+        "draft": draft,
+        "active_seconds": task.active_seconds,
+    }
+
+
+def _explain(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RLHFError)
+    status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+    if isinstance(error, RequestError):
+        status = error.status
+    elif isinstance(error, DiskError | RunInUseError):
+        status = 503  # nothing was stored, and the page will try again
+    return JSONResponse({"error": error.message, "hint": error.hint}, status_code=status)
+
+
+def _nobody_there(_: Request, __: Exception) -> Response:
+    return Response(status_code=400)

@@ -1,0 +1,34 @@
+"""The two pages and what belongs to them: files of this package, read once and kept in memory."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+PAGES = {"/": "label.html", "/admin": "admin.html"}
+ASSETS = ("style.css", "label.js", "admin.js", "api.js", "board.js", "answer.js", "text.js", "icon.svg")
+
+
+def page_routes() -> list[Route]:
+    """A route for each page and each file; no path of a request ever names a file of the disk."""
+    served = dict(PAGES) | {f"/assets/{name}": name for name in ASSETS}
+    return [_route(path, name) for path, name in served.items()]
+
+
+def _route(path: str, name: str) -> Route:
+    content = files(__package__).joinpath("assets", name).read_bytes()
+    kind = _TYPES[name.rpartition(".")[2]]
+
+    async def serve(_: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return Route(path, serve, methods=["GET"])
