@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
+
 from rlhf_cli.errors import UsageError, WaitingForLabelsError
 
 
@@ -54,8 +56,12 @@ def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: 
 
     face.named()
     store = None if waits_in is None else store_of(waits_in)
-    if waits_in is not None and store is not None and not (waits_in / "label").exists():
-        _open(store, waits_in, face)
+    if waits_in is not None and store is not None:
+        if (waits_in / "label").is_dir():
+            _nothing_to_label()
+            typer.echo(waits_in / "label")
+        else:
+            _open(store, waits_in, face)
         return
     try:
         run_stage(force)
@@ -73,7 +79,7 @@ def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: 
 def _nothing_to_label() -> None:
     from rlhf_cli.progress import say
 
-    say("nobody needs to label anything: this stage is done")
+    say("nobody needs to label anything: `label` is done")
 
 
 def _has_keyboard() -> bool:

@@ -1,0 +1,104 @@
+"""`recipes/human-labels.yaml`: the pipeline waits for people with an exit code of its own, and goes on with labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.errors import EXIT_WAITING
+from rlhf_cli.labeling.session import LabelSession
+from rlhf_cli.labeling.session_types import Entry
+from rlhf_cli.labeling.sources import STORE
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "human-labels.yaml"
+SMALL = {
+    "sft.epochs": 0.05,
+    "model.build.layers": 1,
+    "model.build.hidden_size": 32,
+    "model.build.feed_forward_size": 64,
+    "label.choose.prompts": 12,
+    "label.sampling.max_new_tokens": 12,
+    "train_rm.epochs": 1,
+    "ppo.steps": 1,
+    "ppo.prompts_per_step": 8,
+    "ppo.max_new_tokens": 12,
+    "ppo.micro_batch_size": 8,
+    "ppo.rollout_batch_size": 8,
+    "evaluate.max_prompts": 4,
+    "evaluate.samples_per_prompt": 1,
+    "evaluate.sampling.max_new_tokens": 12,
+}
+
+
+def label(run_dir: Path, *, most: int, name: str = "Ann") -> int:
+    """Rank by length, the shorter the better, as a person at a face would; returns how many are ranked."""
+    session = LabelSession(run_dir / STORE, create=False)
+    annotator, count = session.annotator(name).id, 0
+    while count < most and (task := session.next(annotator)) is not None:
+        order = sorted(range(len(task.answers)), key=lambda position: (len(task.answers[position]), position))
+        entry = Entry(tuple((position,) for position in order))
+        session.submit(annotator, task.id, entry, key=f"key {task.id}", active_seconds=0)
+        count += 1
+    session.close()
+    return count
+
+
+@pytest.fixture
+def command(rlhf, tmp_path):
+    prompts = (ROOT / "data_samples" / "prompts.jsonl").read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(prompts[::8]) + "\n")
+    settings = ["--prompts", tmp_path / "few.jsonl"]
+    settings += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+
+    def run(*arguments, **options):
+        return rlhf("run", RECIPE, "--run-dir", tmp_path / "run", *settings, *arguments, **options)
+
+    return run
+
+
+def test_the_pipeline_waits_for_people_and_the_same_command_goes_on(command, rlhf, tmp_path):
+    run_dir = tmp_path / "run"
+    first = command(code=EXIT_WAITING)
+    assert EXIT_WAITING == 76
+    assert first.stdout == ""
+    assert (
+        "waiting: the pipeline waits for people: 0 of 12 prompts are labelled, 12 labels are still needed"
+        in " ".join(first.stderr.split())
+    )
+    assert f"rlhf label --run-dir {run_dir}" in " ".join(first.stderr.split())
+    assert (run_dir / "sft").is_dir()
+    assert not (run_dir / "label").exists()
+
+    assert label(run_dir, most=5) == 5
+    joined = rlhf("label", "--run-dir", run_dir, code=2)  # no terminal here, and nobody asked for a browser
+    assert "this is no terminal" in joined.stderr
+    second = command(code=EXIT_WAITING)
+    assert "5 of 12 prompts are labelled" in " ".join(second.stderr.split())
+    assert "sampling answers: 0 answers" in second.stderr, "answers were sampled again"
+
+    label(run_dir, most=100)
+    done = command("--json")
+    stages = {row["name"]: row for row in json.loads(done.stdout)["stages"]}
+    assert {name: row["status"] for name, row in stages.items()} == {
+        "sft": "cached",
+        **dict.fromkeys(("label", "train-rm", "ppo", "evaluate"), "done"),
+    }
+    assert stages["label"]["metrics"]["labels"] == 12
+    rankings = [json.loads(line) for line in (run_dir / "label" / "rankings.jsonl").read_text().splitlines()]
+    for row in rankings:
+        lengths = [[len(row["completions"][index]) for index in tier] for tier in row["ranking"]]
+        assert lengths == sorted(lengths)
+        assert row["annotator"] == "Ann"
+
+    assert all(row["status"] == "cached" for row in json.loads(command("--json").stdout)["stages"])
+    assert "`label` is done" in rlhf("label", "--run-dir", run_dir).stderr
+
+
+def test_force_throws_samples_away_and_no_label(command, tmp_path):
+    command("--to", "label", code=EXIT_WAITING)
+    label(tmp_path / "run", most=3)
+    again = command("--to", "label", "--force", "label", code=EXIT_WAITING)
+    assert "3 of 12 prompts are labelled" in " ".join(again.stderr.split())
