@@ -19,12 +19,14 @@ from rlhf_cli.labeling.label_records import LabelRecord, to_json
 from rlhf_cli.labeling.session import LabelSession
 
 _FRESH_SECONDS = 1.5
-_AGREEMENT_SECONDS = 5.0
+_STATISTICS_SECONDS = 5.0
 _REST = 10
 """A figure is made anew after it has rested so many times as long as it took."""
 _PACE_SECONDS = 15 * 60
 _MOST_REMARKS = 100
 _EXCERPT = 160
+_SEED = 0
+"""Of the bootstrap; the same as long as the labels are the same."""
 
 
 class Oversight:
@@ -40,9 +42,9 @@ class Oversight:
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="oversight")
         self._session: LabelSession | None = None
-        self._agreement: list[dict[str, Any]] = []
-        self._agreement_of: list[LabelRecord] | None = None
-        self._agreement_after = 0.0
+        self._statistics: dict[str, Any] = {"figures": [], "warnings": []}
+        self._statistics_of: list[LabelRecord] | None = None
+        self._statistics_after = 0.0
         self._snapshot: dict[str, Any] | None = None
         self._snapshot_after = 0.0
 
@@ -81,7 +83,7 @@ class Oversight:
         session = self._opened()
         labels, progress = session.labels(), session.progress()
         per_hour = pace_per_hour(labels, self._clock())
-        self._count_agreement(labels)
+        self._count(labels)
         return {
             "at": round(self._clock() * 1000),
             "progress": asdict(progress),
@@ -89,17 +91,17 @@ class Oversight:
             "annotators": [asdict(row) for row in session.overview()],
             "labels_per_hour": per_hour,
             "seconds_left": 3600 * progress.labels_left / per_hour if per_hour else None,
-            "agreement": self._agreement,
+            "statistics": self._statistics,
             "remarks": remarks(labels),
         }
 
-    def _count_agreement(self, labels: list[LabelRecord]) -> None:
+    def _count(self, labels: list[LabelRecord]) -> None:
         began = time.monotonic()
-        if began < self._agreement_after or labels == self._agreement_of:
+        if began < self._statistics_after or labels == self._statistics_of:
             return
-        self._agreement, self._agreement_of = agreement_figures(labels), labels
+        self._statistics, self._statistics_of = statistics_of(labels), labels
         took = time.monotonic() - began
-        self._agreement_after = began + max(_AGREEMENT_SECONDS, _REST * took)
+        self._statistics_after = began + max(_STATISTICS_SECONDS, _REST * took)
 
 
 def pace_per_hour(labels: Sequence[LabelRecord], now: float) -> float | None:
@@ -140,23 +142,27 @@ def _excerpt(label: LabelRecord) -> str:
     return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1] + "…"
 
 
-def agreement_figures(labels: Sequence[LabelRecord]) -> list[dict[str, Any]]:
-    """Agreement so far: the share of pairs of answers on which two people said the same, ties included."""
-    verdicts: dict[tuple[str, int, int], list[int]] = {}
-    for label in labels:
-        if label.outcome == "ranked" and label.purpose == "label":
-            rank = {index: place for place, tier in enumerate(label.tiers) for index in tier}
-            for first in rank:
-                for second in rank:
-                    if first < second:
-                        sign = (rank[first] > rank[second]) - (rank[first] < rank[second])
-                        verdicts.setdefault((label.item, first, second), []).append(sign)
-    same = both = 0
-    for given in verdicts.values():
-        for place, verdict in enumerate(given):
-            for other in given[place + 1 :]:
-                both += 1
-                same += verdict == other
-    if not both:
-        return []
-    return [{"name": "agreement on pairs", "value": same / both, "low": None, "high": None, "of": both}]
+def statistics_of(labels: Sequence[LabelRecord]) -> dict[str, Any]:
+    """What `rlhf label stats` says of these labels, in short: figures that have a value, and all warnings."""
+    from rlhf_cli.labeling.statistics import statistics  # numpy and more, which only an administrator waits for
+
+    if not any(label.outcome == "ranked" for label in labels):
+        return {"figures": [], "warnings": []}
+    report = statistics(labels, _SEED)
+    figures = {
+        "agreement": report.agreement.with_ties,
+        "agreement, untied": report.agreement.without_ties,
+        "alpha": report.agreement.alpha,
+        "agreement with themselves": report.self_consistency,
+        "gold items right": report.gold,
+        "first shown wins": report.first_shown,
+        "longer wins": report.longer,
+    }
+    return {
+        "figures": [
+            {"name": name, "value": figure.value, "low": figure.low, "high": figure.high, "is_share": name != "alpha"}
+            for name, figure in figures.items()
+            if figure.value is not None
+        ],
+        "warnings": [asdict(warning) for warning in report.warnings],
+    }

@@ -25,7 +25,7 @@ function figure(title, value, detail = "") {
   return box;
 }
 
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => `${(100 * share).toFixed(0)} %`;
 
 function show(now) {
   const { items, done, set_aside: aside, labels, labels_left: left, is_complete: isComplete } = now.progress;
@@ -34,13 +34,10 @@ function show(now) {
   const { labels_per_hour: pace, seconds_left: time } = now;
   const people = now.annotators.length;
   $("live").textContent = isComplete ? "enough is labelled: the pipeline can go on" : "live";
-  const agreement = now.agreement.map((row) =>
-    figure(
-      row.name,
-      row.value === null ? "–" : row.unit === "" ? row.value.toFixed(2) : percent(row.value),
-      row.detail ?? "",
-    ),
-  );
+  const agreement = now.statistics.figures.map((row) => {
+    const inUnit = row.is_share ? percent : (value) => value.toFixed(2);
+    return figure(row.name, inUnit(row.value), row.low === null ? "" : `${inUnit(row.low)} to ${inUnit(row.high)}`);
+  });
   $("figures").replaceChildren(
     figure("items done", `${done} of ${items}`, aside ? `${aside} set aside` : `${now.overlap} label${now.overlap > 1 ? "s" : ""} each`),
     figure("labels", `${labels}`, `${left} still needed`),
@@ -49,6 +46,8 @@ function show(now) {
     ...(agreement.length ? agreement : [figure("agreement", "–", "nothing was labelled by two people yet")]),
   );
   $("people").replaceChildren(...now.annotators.map((row) => person(row, now.at)));
+  $("warnings").replaceChildren(...now.statistics.warnings.map(warning));
+  $("warnings-panel").hidden = now.statistics.warnings.length === 0;
   const remarks = now.remarks.map(remark);
   if (!remarks.length) remarks.push(cell("Nobody had anything to remark.", "li"));
   $("remarks").replaceChildren(...remarks);
@@ -97,6 +96,16 @@ async function copy(link, button) {
   field.setAttribute("aria-label", "The link, to copy");
   button.replaceWith(field);
   field.select();
+}
+
+function warning(row) {
+  const line = document.createElement("li");
+  const about = addText(document.createElement("b"), row.about);
+  const text = addText(document.createElement("span"), row.text);
+  const advice = addText(document.createElement("p"), row.advice);
+  advice.className = "muted";
+  line.append(about, ": ", text, advice);
+  return line;
 }
 
 function remark(row) {
