@@ -1,0 +1,53 @@
+"""The last lines, on the normal screen: what was done, what is left, and how to go on."""
+
+from __future__ import annotations
+
+from rlhf_cli.labeling.session_types import Progress
+from rlhf_cli.labeling.terminal.desk import Tally
+from rlhf_cli.progress import in_words
+
+
+def closing_lines(
+    tally: Tally, progress: Progress, has_draft: bool, is_draft_kept: bool, again: str, afterwards: str
+) -> list[str]:
+    """A few lines for the person who labelled.
+
+    Args:
+        tally: of this sitting.
+        progress: of this person, now.
+        has_draft: a task in hand has something entered.
+        is_draft_kept: it is on disk.
+        again: command that goes on; may be empty.
+        afterwards: what to do once all is labelled.
+    """
+    lines = [_done(tally)]
+    if not is_draft_kept:
+        lines.append("what you entered last could not be kept: it is not on disk")
+    elif has_draft:
+        lines.append("the one in hand is kept as you left it")
+    if progress.left_for_me:
+        others = max(0, progress.labels_left - progress.left_for_me)
+        more = f", and {_count(others, 'label')} that others are asked for" if others else ""
+        lines.append(f"left: {progress.left_for_me:,} for you{more}")
+        lines.append(f"to go on where you stopped: {again or 'the same command again'}")
+    elif progress.is_complete:
+        lines.append(f"nothing is left: {afterwards}")
+    else:
+        lines.append(f"nothing is left for you; others are asked for {_count(progress.labels_left, 'label')}")
+    return lines
+
+
+def _done(tally: Tally) -> str:
+    parts = [f"ranked {tally.ranked:,}"]
+    parts += [f"{word} {count:,}" for word, count in (("skipped", tally.skipped), ("flagged", tally.flagged)) if count]
+    if tally.taken_back:
+        parts.append(f"went back {_count(tally.taken_back, 'time')}")
+    each = tally.ranked + tally.skipped + tally.flagged
+    time = f" in {in_words(tally.active_seconds)}" if each else ""
+    pace = f" ({in_words(tally.active_seconds / each)} each)" if each > 1 else ""
+    said = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return f"you {said}{time}{pace}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -1,0 +1,212 @@
+"""Between the keys and the session: does what a key asks for, keeps drafts, and counts the time somebody was there."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf_cli.errors import RLHFError
+from rlhf_cli.labeling.session import LabelSession
+from rlhf_cli.labeling.session_types import Annotator, Entry, LabelConflictError, Task, UnknownTaskError
+from rlhf_cli.labeling.terminal.keys import Key
+from rlhf_cli.labeling.terminal.machine import step
+from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Trouble, warned, with_task, with_trouble
+
+LONGEST_PAUSE = 60.0
+"""Seconds between two keys that count as being at it; of a longer pause no more is counted."""
+DRAFT_SECONDS = 2.0
+"""Changes that come faster are kept together."""
+
+
+@dataclass
+class Tally:
+    """What was done in this sitting."""
+
+    ranked: int = 0
+    skipped: int = 0
+    flagged: int = 0
+    taken_back: int = 0
+    active_seconds: float = 0.0
+
+
+class Desk:
+    """One person at one task after the other.
+
+    Args:
+        session: shared with other faces.
+        annotator: who sits here.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, session: LabelSession, annotator: Annotator, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._session, self._who, self._clock = session, annotator.id, clock
+        self.state = State(session.plan, annotator.name, view="end")
+        self.tally = Tally()
+        self.is_draft_kept = True
+        self._kept = Entry()
+        self._kept_at = clock()
+        self._active = self._active_kept = 0.0
+        self._seen = clock()
+        self._key: tuple[Any, str] = (None, "")
+        self._passed: dict[int, Entry] = {}
+        """What had been entered for tasks that were skipped or flagged: for those who go back to them."""
+
+    # What happens
+
+    def begin(self) -> None:
+        """Fetch the first task."""
+        self._do(Effect("next"))
+        task = self.state.task
+        is_resumed = task is not None and task.draft is not None and task.draft != Entry()
+        if is_resumed and self.state.view == "rank":
+            self.state = replace(self.state, hint="resumed where you stopped", hint_style="good")
+        elif self.state.plan.guidelines and task is not None and not self.state.progress.mine and not is_resumed:
+            self.state = replace(self.state, view="help", before="rank")  # nobody labels without having seen them
+
+    def pressed(self, key: Key, extent: Extent) -> Effect | None:
+        """Do what a key asks for; returns what is left to do for whoever has the terminal: end, suspend, redraw."""
+        self._count_time()
+        self.state, effect = step(self.state, key, extent)
+        return None if effect is None else self._do(effect)
+
+    def woken(self) -> None:
+        """Somebody is back after the program was stopped: that time does not count."""
+        self._seen = self._clock()
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until `tick` has something to do; None: nothing."""
+        if not self._has_changed:
+            return None
+        return max(0.0, self._kept_at + DRAFT_SECONDS - self._clock())
+
+    def tick(self) -> None:
+        """Keep the draft if that is due."""
+        if self._has_changed and self._clock() >= self._kept_at + DRAFT_SECONDS:
+            error = self._keep()
+            if error is not None:
+                self.state = warned(self.state, f"the draft is not on disk yet: {error.message}")
+
+    def keep(self) -> RLHFError | None:
+        """Put the draft and the time on disk now; returns what went wrong."""
+        if self._has_changed or self._active - self._active_kept >= 1.0:
+            return self._keep()
+        return None
+
+    # Effects
+
+    def _do(self, effect: Effect) -> Effect | None:
+        if effect.kind in ("leave", "redraw"):
+            return effect
+        try:
+            return self._done(effect)
+        except (LabelConflictError, UnknownTaskError) as error:
+            return self._overtaken(effect, error)
+        except RLHFError as error:
+            self.state = with_trouble(self.state, Trouble(error.message, error.hint or "", effect))
+            return None
+
+    def _done(self, effect: Effect) -> Effect | None:
+        if effect.kind in ("quit", "suspend", "undo"):
+            error = self.keep()
+            if error is not None and effect.kind != "suspend":
+                raise error
+        if effect.kind in ("quit", "suspend"):
+            return effect
+        if effect.kind == "undo":
+            self._undo(effect)
+        elif effect.kind == "next":
+            self._load(self._session.next(self._who))
+        else:
+            self._answer(effect)
+        return None
+
+    def _answer(self, effect: Effect) -> None:
+        assert self.state.task is not None
+        task, seconds = self.state.task.id, self._active
+        key = self._key_for((task, effect))
+        if effect.kind == "submit":
+            self._session.submit(self._who, task, effect.entry, key=key, active_seconds=seconds)
+            self.tally.ranked += 1
+        else:
+            self._passed[task] = self.state.entry
+            if effect.kind == "skip":
+                self._session.skip(self._who, task, key=key, active_seconds=seconds)
+                self.tally.skipped += 1
+            else:
+                self._session.flag(self._who, task, key=key, active_seconds=seconds, reason=effect.reason)
+                self.tally.flagged += 1
+        said = {"submit": "kept", "skip": "skipped", "flag": "flagged"}[effect.kind]
+        self._forget(f"{said}; u goes back to it")
+        self._do(Effect("next"))
+
+    def _forget(self, hint: str) -> None:
+        """The task in hand is answered: nothing of it is to be kept again, also if the next one cannot be read."""
+        self.state = with_task(self.state, None, hint)
+        self._kept, self._active, self._active_kept = self.state.entry, 0.0, 0.0
+
+    def _undo(self, effect: Effect) -> None:
+        task = self._session.undo(self._who, key=self._key_for((effect, self.state.progress.mine)))
+        self._key = (None, "")
+        if task is None:
+            self.state = replace(self.state, hint="this is your first: there is nothing to go back to")
+            return
+        self.tally.taken_back += 1
+        if task.draft is None and task.id in self._passed:
+            task = replace(task, draft=self._passed[task.id])
+        self._load(task)
+        self.state = warned(self.state, "this answer was taken back: change it, and Enter submits it again")
+
+    def _load(self, task: Task | None) -> None:
+        progress = self._session.progress(self._who)
+        hint, style = self.state.hint, self.state.hint_style
+        self.state = with_task(replace(self.state, progress=progress), task, hint, style)
+        self._kept, self._kept_at = self.state.entry, self._clock()
+        self._active = self._active_kept = task.active_seconds if task is not None else 0.0
+        self._seen = self._clock()
+        self._key = (None, "")
+
+    def _overtaken(self, effect: Effect, error: RLHFError) -> Effect | None:
+        """This task got its answer elsewhere, as from a second window of the same person: that one stays."""
+        if effect.kind == "undo":
+            self.state = with_trouble(self.state, Trouble(error.message, error.hint or "", Effect("next")))
+            return None
+        self._forget("")
+        self.state = warned(self.state, "that one had an answer from another window of yours, which stays")
+        return self._do(Effect("next"))
+
+    def _key_for(self, what: object) -> str:
+        """The key of an answer: the same as long as the same answer is tried again."""
+        if self._key[0] != what:
+            self._key = (what, str(uuid.uuid4()))
+        return self._key[1]
+
+    # Time and drafts
+
+    def _count_time(self) -> None:
+        now = self._clock()
+        if self.state.task is not None:
+            spent = min(now - self._seen, LONGEST_PAUSE)
+            self._active += spent
+            self.tally.active_seconds += spent
+        self._seen = now
+
+    @property
+    def _has_changed(self) -> bool:
+        return self.state.task is not None and self.state.entry != self._kept
+
+    def _keep(self) -> RLHFError | None:
+        assert self.state.task is not None
+        entry, self._kept_at = self.state.entry, self._clock()
+        try:
+            self._session.save_draft(self._who, self.state.task.id, entry, active_seconds=self._active)
+        except RLHFError as error:
+            self.is_draft_kept = False
+            return error
+        self._kept, self._active_kept, self.is_draft_kept = entry, self._active, True
+        return None

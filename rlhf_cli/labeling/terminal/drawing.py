@@ -1,0 +1,183 @@
+"""What the screen shows: a state and a size make rows of text, never wider or more than there is room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_cli.labeling.session_types import ANSWER_LETTERS
+from rlhf_cli.labeling.terminal.guide import guide_rows
+from rlhf_cli.labeling.terminal.layout import GUTTER, Document, document
+from rlhf_cli.labeling.terminal.panels import ending_rows, footer, header
+from rlhf_cli.labeling.terminal.state import Extent, State
+from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, width_of
+
+MIN_WIDTH, MIN_HEIGHT = 40, 12
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Rows from the top, and where the cursor blinks.
+
+    Attributes:
+        rows: as many as the screen has.
+        cursor: row and column; None: hidden.
+    """
+
+    rows: tuple[Row, ...]
+    cursor: tuple[int, int] | None = None
+
+
+def extent(state: State, width: int, height: int) -> Extent:
+    """How much of what scrolls is seen at once, for `step`."""
+    if state.view == "help":
+        return Extent(max(1, height - 4), len(guide_rows(state.plan, width)))
+    laid_out = _laid_out(state, width, height)
+    if laid_out is None:
+        return Extent(max(1, height), 0)
+    return Extent(_page(state, laid_out, width, height), len(laid_out.rows), laid_out.stops, laid_out.of_answer)
+
+
+def draw(state: State, width: int, height: int) -> Screen:
+    """The screen."""
+    if width < MIN_WIDTH or height < MIN_HEIGHT:
+        say = (f"at least {MIN_WIDTH} x {MIN_HEIGHT}", f"this is {width} x {height}", "q quits, all is kept")
+        return _filled([(Piece(cut(text, width)),) for text in say], width, height)
+    if state.view == "help":
+        return _help(state, width, height)
+    bottom, cursor = footer(state, width, height)
+    laid_out = _laid_out(state, width, height)
+    if laid_out is None:
+        rows = [header(state, width), _rule(width), *ending_rows(state, width)]
+        rows = rows[: height - len(bottom)]
+        rows += [()] * (height - len(bottom) - len(rows))
+    else:
+        page = _page(state, laid_out, width, height)
+        top = max(0, min(state.top, len(laid_out.rows) - page))
+        rows = [header(state, width)]
+        if laid_out.pinned:
+            rows += [_rule(width, left="prompt"), *((Piece(" "), *row) for row in laid_out.pinned)]
+        rows.append(_top_rule(laid_out, top, width))
+        rows += _body(state, laid_out, top, page)
+        below = len(laid_out.rows) - top - page
+        rows.append(_rule(width, right=f"▼ {_lines(below, 'more ')}" if below > 0 else ""))
+    first = len(rows)
+    shown = _filled([*rows, *bottom], width, height)
+    return Screen(shown.rows, None if cursor is None else (first + cursor[0], cursor[1]))
+
+
+def _laid_out(state: State, width: int, height: int) -> Document | None:
+    """None where there is no task, or no room for one."""
+    if state.task is None or width < MIN_WIDTH or height < MIN_HEIGHT:
+        return None
+    return document(state.task.prompt, state.task.answers, width, height // 6)
+
+
+def _page(state: State, laid_out: Document, width: int, height: int) -> int:
+    bottom, _ = footer(state, width, height)
+    pinned = len(laid_out.pinned) + 1 if laid_out.pinned else 0
+    return max(1, height - 3 - pinned - len(bottom))
+
+
+def _body(state: State, laid_out: Document, top: int, page: int) -> list[Row]:
+    places = _places(state)
+    rows: list[Row] = []
+    for cells in laid_out.rows[top : top + page]:
+        row: list[Piece] = []
+        for cell in cells:
+            if cell.answer is not None:
+                row += _gutter(cell.answer, cell.line, cell.at - GUTTER, places)
+            row += [Piece(piece.text, piece.style, cell.at if n == 0 else None) for n, piece in enumerate(cell.pieces)]
+        row += [Piece("│", "dim", column) for column in laid_out.separators]
+        rows.append(_in_order(row))
+    return rows + [()] * (page - len(rows))
+
+
+def _in_order(row: list[Piece]) -> Row:
+    """Pieces from left to right; those without a column stay behind the one they follow."""
+    at, keyed = 0, []
+    for number, piece in enumerate(row):
+        at = piece.at if piece.at is not None else at
+        keyed.append((at, number, piece))
+    return tuple(piece for _, _, piece in sorted(keyed, key=lambda entry: entry[:2]))
+
+
+def _gutter(answer: int, line: int, at: int, places: dict[int, str]) -> list[Piece]:
+    if line == 0:
+        return [Piece(f" {ANSWER_LETTERS[answer]} ", "tag", at + 1)]
+    if line == 1 and answer in places:
+        return [Piece(places[answer].rjust(GUTTER - 1), "good", at)]
+    return []
+
+
+def _places(state: State) -> dict[int, str]:
+    """Answer -> its place in words: 1st, or =2nd for a tie."""
+    places, number = {}, 1
+    for tier in state.tiers:
+        ending = "th" if 10 < number % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+        for answer in tier:
+            places[answer] = f"{'=' if len(tier) > 1 else ''}{number}{ending}"
+        number += len(tier)
+    return places
+
+
+def _top_rule(laid_out: Document, top: int, width: int) -> Row:
+    """Says what is above, and whose text goes on in the first row."""
+    if top == 0:
+        return _rule(width)
+    going_on = [cell.answer for cell in laid_out.rows[top] if cell.answer is not None and cell.line > 0]
+    names = ", ".join(ANSWER_LETTERS[answer] for answer in going_on)
+    return _rule(width, left=f"{names}, continued" if names else "", right=f"▲ {_lines(top)} above")
+
+
+def _lines(count: int, which: str = "") -> str:
+    return f"{count:,} {which}line" if count == 1 else f"{count:,} {which}lines"
+
+
+def _rule(width: int, left: str = "", right: str = "") -> Row:
+    start = f"── {cut(left, width // 2)} " if left else ""
+    end = f" {cut(right, width // 2 - 8)} ──" if right else ""
+    middle = "─" * max(0, width - len(start) - len(end))
+    if not right:
+        return (Piece(start + middle, "dim"),)
+    return (Piece(start + middle + " ", "dim"), Piece(end[1:-3], "accent"), Piece(" ──", "dim"))
+
+
+def _help(state: State, width: int, height: int) -> Screen:
+    guide = guide_rows(state.plan, width)
+    page = max(1, height - 4)
+    top = max(0, min(state.help_top, len(guide) - page))
+    below = len(guide) - top - page
+    shown = [((Piece(" "), *row)) for row in guide[top : top + page]]
+    shown += [()] * (page - len(shown))
+    rows = [
+        header(state, width),
+        _rule(
+            width,
+            left="guidelines and keys" if state.plan.guidelines else "keys",
+            right=f"▲ {_lines(top)} above" if top else "",
+        ),
+        *shown,
+        _rule(width, right=f"▼ {_lines(below, 'more ')}" if below > 0 else ""),
+        (Piece(cut(" " + (state.hint or "Enter goes on to the answers"), width), "bold"),),
+    ]
+    return _filled(rows, width, height)
+
+
+def _filled(rows: list[Row], width: int, height: int) -> Screen:
+    """Exactly as many rows as there are; the last line of defence against one that is too wide."""
+    rows = rows[:height] + [()] * (height - len(rows))
+    return Screen(tuple(_clipped(row, width) for row in rows))
+
+
+def _clipped(row: Row, width: int) -> Row:
+    at, kept = 0, []
+    for piece in row:
+        at = piece.at if piece.at is not None else at
+        size = width_of(piece.text)
+        if at + size > width:
+            if at < width:
+                kept.append(Piece(cut(piece.text, width - at), piece.style, piece.at))
+            break
+        kept.append(piece)
+        at += size
+    return tuple(kept)

@@ -1,0 +1,244 @@
+"""What stands above and below the answers: progress, the ranking so far, marks, lines to type in, hints and keys."""
+
+from __future__ import annotations
+
+from rlhf_cli.labeling.label_records import STRENGTHS
+from rlhf_cli.labeling.session_types import ANSWER_LETTERS, Progress
+from rlhf_cli.labeling.terminal.state import State
+from rlhf_cli.labeling.terminal.visible import clusters
+from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, flow, width_of, wrap
+from rlhf_cli.progress import in_words
+
+_BAR = 24
+_LABEL = 10
+_NAMES = 16
+
+
+def header(state: State, width: int) -> Row:
+    """Progress, pace and time left; the annotator's name on the right."""
+    progress = state.progress
+    total = progress.mine + progress.left_for_me
+    number = min(progress.mine + 1, total) if state.task is not None else progress.mine
+    filled = round(_BAR * progress.mine / total) if total else _BAR
+    left = [
+        Piece(f" {number:,} of {max(total, number):,}  ", "bold"),
+        Piece("█" * filled, "accent"),
+        Piece("─" * (_BAR - filled), "dim"),
+        Piece(f"  {pace(progress)}", "dim"),
+    ]
+    used = sum(width_of(piece.text) for piece in left)
+    if used > width:
+        left = [left[0], Piece(cut(pace(progress), width - width_of(left[0].text)), "dim")]
+        used = sum(width_of(piece.text) for piece in left)
+    name = cut(state.name, max(0, width - used - 3))
+    return (*left, Piece(name, "dim", width - width_of(name) - 1)) if len(name) > 1 else tuple(left)
+
+
+def pace(progress: Progress) -> str:
+    """Seconds a label and the time left; nothing before the first label."""
+    if progress.pace_seconds is None:
+        return ""
+    each = f"{progress.pace_seconds:.0f} s each" if progress.pace_seconds >= 1 else "under 1 s each"
+    seconds = progress.pace_seconds * progress.left_for_me
+    return f"{each}, about {roughly(seconds)} left" if progress.left_for_me else each
+
+
+def roughly(seconds: float) -> str:
+    """A time as one would say it: under a minute, 7 min, 2 h 10 min."""
+    if seconds < 60:
+        return "a minute"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else in_words(minutes * 60)
+
+
+def ending_rows(state: State, width: int) -> list[Row]:
+    """What stands in place of a task where there is none."""
+    if state.view == "trouble":
+        return []
+    progress = state.progress
+    if progress.left_for_me > 0:
+        say = f"Nothing for you right now: others are at what is left ({progress.left_for_me:,}). Come back later."
+    elif progress.labels_left:
+        say = "You have labelled all that is for you. Others are still at theirs."
+    else:
+        say = "All is labelled. Thank you."
+    rows: list[Row] = [(), *((Piece("  "), *row) for row in wrap(say, width - 4, "bold")), ()]
+    last = "Enter ends. u takes your last answer back, if you want to change it."
+    return rows + [(Piece("  "), *row) for row in wrap(last, width - 4)]
+
+
+def footer(state: State, width: int, height: int) -> tuple[list[Row], tuple[int, int] | None]:
+    """Rows below the answers, and the cursor among them, if a line is being typed."""
+    rows: list[Row] = []
+    cursor = None
+    if state.task is not None:
+        rows += _ranking(state, width)
+        if state.asks_strength:
+            rows += _strength(state, width)
+        if state.view == "marks":
+            rows += _marks(state, width, max(3, height // 3))
+        elif state.plan.criteria:
+            rows.append(_marks_in_short(state, width))
+        if state.view in ("note", "flag"):
+            row, column = _typed(state, width)
+            cursor = (len(rows), column)
+            rows.append(row)
+        elif state.note:
+            rows.append((Piece(" note".ljust(_LABEL), "dim"), Piece(cut(state.note, width - _LABEL - 1))))
+    if state.view == "trouble":
+        rows += _trouble(state, width)
+    else:
+        rows.append((Piece(cut(f" {state.hint or _what_next(state)}", width), state.hint_style),))
+    rows += [_keys(state, width)]
+    return rows, cursor
+
+
+def _ranking(state: State, width: int) -> list[Row]:
+    parts: list[Piece] = []
+    last = len(state.tiers) - 1
+    for number, tier in enumerate(state.tiers):
+        names = " = ".join(ANSWER_LETTERS[answer] for answer in tier)
+        parts.append(Piece(names + (" = _" if number == last and state.is_joining else ""), "bold"))
+    rows = list(flow(parts, width - _LABEL - 1, " > ")) if parts else [(Piece("none yet", "dim"),)]
+    rows = [(Piece((" ranking" if n == 0 else "").ljust(_LABEL), "dim"), *row) for n, row in enumerate(rows)]
+    if state.tiers and state.unplaced:
+        missing = "to place: " + " ".join(ANSWER_LETTERS[answer] for answer in state.unplaced)
+        used = sum(width_of(piece.text) for piece in rows[-1])
+        if used + 4 + len(missing) <= width:
+            rows[-1] = (*rows[-1], Piece(f"    {missing}", "warn"))
+        else:
+            rows.append((Piece(" " * _LABEL), Piece(cut(missing, width - _LABEL), "warn")))
+    return rows
+
+
+def _strength(state: State, width: int) -> list[Row]:
+    better = ANSWER_LETTERS[state.tiers[0][0]]
+    choices = [
+        Piece(f" {number} {words} ", "chosen" if state.strength == number else "plain")
+        for number, words in enumerate(STRENGTHS, 1)
+    ]
+    rows = flow(choices, width - _LABEL, "")
+    return [(Piece((f" {better} is" if n == 0 else "").ljust(_LABEL - 1)), *row) for n, row in enumerate(rows)]
+
+
+def _marks(state: State, width: int, most: int) -> list[Row]:
+    """Criteria by answers; as many criteria round the chosen cell as there is room for."""
+    criteria = state.plan.criteria
+    room = min(most, len(criteria))
+    chosen, first = state.cell[1], 0
+    first = max(0, min(chosen - room // 2, len(criteria) - room))
+    wide = max(3, min(5, (width - _NAMES - 2) // state.count))
+    rows: list[Row] = [
+        (
+            Piece(" marks".ljust(_NAMES + 1), "dim"),
+            *(
+                Piece(ANSWER_LETTERS[n].center(wide), "bold" if n == state.cell[0] else "dim")
+                for n in range(state.count)
+            ),
+        )
+    ]
+    for criterion in range(first, first + room):
+        name = cut(criteria[criterion], _NAMES - 1).ljust(_NAMES)
+        cells = []
+        for answer in range(state.count):
+            mark = state.marks[answer][criterion]
+            here = (answer, criterion) == state.cell
+            text = "·" if mark is None else str(mark)
+            cells.append(Piece((f"[{text}]" if here else text).center(wide), "bold" if here else "plain"))
+        rows.append((Piece(" " + name, "bold" if criterion == chosen else "plain"), *cells))
+    return rows
+
+
+def _marks_in_short(state: State, width: int) -> Row:
+    given = sum(mark is not None for marks in state.marks for mark in marks)
+    asked = state.count * len(state.plan.criteria)
+    names = ", ".join(state.plan.criteria)
+    return (
+        Piece(" marks".ljust(_LABEL), "dim"),
+        Piece(cut(f"{given} of {asked} ({names}); Tab opens them", width - _LABEL), "dim"),
+    )
+
+
+def _typed(state: State, width: int) -> tuple[Row, int]:
+    """The line being typed, the part round its cursor, and the cursor's column."""
+    label = " note".ljust(_LABEL) if state.view == "note" else " why?".ljust(_LABEL)
+    room = max(8, width - _LABEL - 2)
+    before = list(clusters(state.line.text[: state.line.cursor]))
+    used = 0
+    start = len(before)
+    while start > 0 and used + before[start - 1].width <= room * 3 // 4:
+        start -= 1
+        used += before[start].width
+    sign = "…" if start > 0 else " "
+    shown = "".join(part.text for part in before[start:])
+    after = cut(state.line.text[state.line.cursor :], room - used) if used < room else ""
+    return (Piece(label, "accent"), Piece(sign, "dim"), Piece(shown), Piece(after)), _LABEL + 1 + used
+
+
+def _trouble(state: State, width: int) -> list[Row]:
+    assert state.trouble is not None
+    say = state.trouble.message + (f" ({state.trouble.hint})" if state.trouble.hint else "")
+    rows = [(Piece(" "), *row) for row in wrap(say, width - 2, "error")[:4]]
+    kept = "what you entered is still here" if state.task is not None else "nothing was lost"
+    return [*rows, (Piece(cut(f" {kept}", width), "dim"),)]
+
+
+def _what_next(state: State) -> str:
+    """The hint where nothing else is to be said."""
+    if state.view == "end":
+        return "nothing is open"
+    if state.view == "note":
+        return "Enter keeps the note, Esc leaves it as it was"
+    if state.view == "flag":
+        return "what is wrong with it? Enter sends the flag, Esc leaves without one"
+    if state.view == "marks":
+        answer, criterion = state.cell
+        name = state.plan.criteria[criterion]
+        if state.empty_cell is None:
+            return "all marks are there: Enter submits"
+        return f"how {name} is answer {ANSWER_LETTERS[answer]}? 1 (worst) to 5 (best)"
+    if state.is_joining:
+        last = ANSWER_LETTERS[state.tiers[-1][-1]]
+        return f"which answer is as good as {last}?"
+    if not state.tiers:
+        return "which answer is best? press its letter"
+    if state.unplaced:
+        return "which is next? = first if it is as good as the last one"
+    if state.asks_strength and state.strength is None:
+        return "how much better? 1 to 4"
+    if state.empty_cell is not None:
+        return "now the marks: 1 (worst) to 5 (best)"
+    return "Enter submits"
+
+
+def _keys(state: State, width: int) -> Row:
+    """The keys that matter now; those that matter least go first where there is no room."""
+    letters = ANSWER_LETTERS[: state.count]
+    span = f"{letters[:1]}-{letters[-1:]}" if letters == "abcdefgh"[: len(letters)] else letters
+    last: tuple[tuple[str, str], ...] = (("?", "help"), ("q", "quit"))
+    if state.view == "trouble":
+        quits = "quit without it" if state.trouble is not None and state.trouble.effect.kind == "quit" else "quit"
+        keys = (("Enter", "try again"), *((("Esc", "back"),) if state.task is not None else ()), ("q", quits))
+        last = ()
+    elif state.view == "end":
+        keys = (("Enter", "end"), ("u", "back"))
+    elif state.view in ("note", "flag"):
+        keys, last = (("Enter", "done"), ("Esc", "leave"), ("Ctrl-C", "quit")), ()
+    elif state.view == "marks":
+        keys = (("1-5", "mark"), ("Tab", "next"), ("Backspace", "clear"), ("Enter", "submit"), ("Esc", "ranking"))
+    else:
+        keys = ((span, "rank"), ("=", "tie"), ("Enter", "submit"), *_OTHERS)
+    room = width - 1
+    while keys and _size((*keys, *last)) > room:
+        keys = keys[:-1]
+    row = [Piece(" ")]
+    for key, meaning in (*keys, *last):
+        row += [Piece(key, "bold"), Piece(f" {meaning}  " if meaning else "  ", "dim")]
+    return tuple(row)
+
+
+_OTHERS = (("u", "back"), ("s", "skip"), ("f", "flag"), ("n", "note"), ("Backspace", "take back"))
+
+
+def _size(keys: tuple[tuple[str, str], ...]) -> int:
+    return sum(len(key) + len(meaning) + 3 - (not meaning) for key, meaning in keys) - 2
