@@ -8,10 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from rlhf_cli.errors import UsageError, WaitingForLabelsError
+from rlhf_cli.ranks import world_size
+
+if TYPE_CHECKING:
+    from rlhf_cli.labeling.web.links import Links
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: 
         return
     except WaitingForLabelsError as waiting:
         store = Path(waiting.store)
-        if not (face.serve or _has_keyboard()):
+        if world_size() > 1 or not (face.serve or _has_keyboard()):
             raise
     _open(store, store.parents[2], face)
     run_stage(False)
@@ -80,6 +85,17 @@ def _nothing_to_label() -> None:
     from rlhf_cli.progress import say
 
     say("nobody needs to label anything: `label` is done")
+
+
+def _show_links(links: Links) -> None:
+    from rlhf_cli.progress import printable, say
+
+    rows = [*((printable(name), link) for name, link in links.annotators.items()), ("to lead it", links.administrator)]
+    width = max(len(name) for name, _ in rows)
+    say("people label in a browser; whoever has a link is who it says:\n")
+    for name, link in rows:
+        say(f"  {name:<{width}}  {link}")
+    say("\neverything acknowledged is on disk; stop with Ctrl-C, and the links stay good")
 
 
 def _has_keyboard() -> bool:
@@ -94,9 +110,9 @@ def _open(store: Path, run_dir: Path, face: Face) -> None:
     from rlhf_cli.stages.label_human import waiting
 
     if face.serve:
-        from rlhf_cli.labeling.web import serve
+        from rlhf_cli.labeling.web.serving import serve
 
-        serve(store, host=face.host, port=face.port, annotators=face.named())
+        serve(store, host=face.host, port=face.port, annotators=face.named(), announce=_show_links)
     else:
         if not _has_keyboard():
             raise UsageError(

@@ -40,7 +40,7 @@ def run(context: StageContext) -> StageOutcome:
     assert settings is not None
     if settings.by == "import":
         return _import(context) if is_main() else StageOutcome()
-    sampled = sample_answers(context, settings) if settings.samples else given_answers(context)
+    sampled = sample_answers(context, settings) if settings.samples else given_answers(context, settings)
     if settings.choose is not None:
         from rlhf_cli.stages.label_choose import choose_candidates
 

@@ -35,18 +35,22 @@ class Sampled:
     processes: Processes
 
 
-def given_answers(context: StageContext) -> Sampled:
-    """The answers of `label.items`."""
+def given_answers(context: StageContext, settings: LabelSettings) -> Sampled:
+    """The answers of `label.items`; imports no torch unless a model is to judge them."""
     from rlhf_cli.data.sources import read_records
-    from rlhf_cli.models.loading import resolve_device
 
+    device = None
+    if settings.loads_a_model:
+        from rlhf_cli.models.loading import resolve_device
+
+        device = resolve_device(context.recipe.model.device)
     data = context.recipe.data
     loaded = read_records(
         context.inputs["label.items"], "candidates", columns=data.columns, max_skip=data.max_skip, keep_blank=True
     )
     for warning in loaded.warnings:
         warn(warning)
-    return Sampled(loaded.records, [], loaded.skips, Processes(resolve_device(context.recipe.model.device)))
+    return Sampled(loaded.records, [], loaded.skips, Processes(device))
 
 
 def sample_answers(context: StageContext, settings: LabelSettings) -> Sampled:
