@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import re
 from typing import NamedTuple
 
 from rlhf_cli.data.records import Message
@@ -129,6 +130,16 @@ def part_transcript(text: str) -> Parted:
     """
     at = text.rfind(ASSISTANT) + len(ASSISTANT)
     return Parted(text[:at], text[at:])
+
+
+def turns_of_transcript(text: str) -> tuple[Message, ...] | None:
+    """The turns of a transcript that ends where an answer belongs, without white space around them; None for others."""
+    pieces = re.split(f"({HUMAN}|{ASSISTANT})", text)
+    marks, turns = pieces[1::2], [piece.strip() for piece in pieces[2::2]]
+    if pieces[0].strip() or not marks or marks[-1] != ASSISTANT or turns[-1] or not all(turns[:-1]):
+        return None
+    roles = {HUMAN: "user", ASSISTANT: "assistant"}
+    return tuple(Message(roles[mark], turn) for mark, turn in zip(marks[:-1], turns[:-1], strict=True)) or None
 
 
 def part_common(first: str, second: str) -> tuple[Parted, Parted]:

@@ -11,13 +11,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from rlhf_cli.data.records import Ranking, prompt_key
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.labeling.label_records import LabelRecord
 
 How = Literal["individual", "majority", "bradley-terry", "plackett-luce"]
+WAYS: tuple[How, ...] = get_args(How)
 Tiers = tuple[tuple[int, ...], ...]
 Levels = Sequence[int]
 """(K,) tier of each answer, 0 the best."""
@@ -104,7 +105,7 @@ def _latest(votes: Sequence[_Vote]) -> list[_Vote]:
 
 def _one(votes: Sequence[_Vote], way: Callable[[Sequence[Levels]], Tiers]) -> Ranking:
     first = votes[0].ranking
-    levels = [_levels_of(first, vote.ranking) for vote in votes]
+    levels = [in_order_of(first, vote.ranking).levels() for vote in votes]
     tiers = way(levels)
     margin = None
     if len(first.completions) == 2 and len(tiers) == 2:
@@ -112,21 +113,22 @@ def _one(votes: Sequence[_Vote], way: Callable[[Sequence[Levels]], Tiers]) -> Ra
     return replace(first, tiers=tiers, margin=margin, annotator=None)
 
 
-def _levels_of(first: Ranking, other: Ranking) -> list[int]:
-    """Levels of `other` in the order of the answers of `first`."""
-    levels = other.levels()
+def in_order_of(first: Ranking, other: Ranking) -> Ranking:
+    """A ranking of the same answers with these in the order of `first`; raises `DataError` where they are others."""
     if other.completions == first.completions:
-        return levels
-    places: dict[str, list[int]] = {}
-    for index, completion in enumerate(other.completions):
-        places.setdefault(completion, []).append(index)
+        return other
     if Counter(first.completions) != Counter(other.completions):
         raise DataError(
             f"two labels of the same item are of different answers: {first.completions[0][:60]!r} and others, "
             f"{other.completions[0][:60]!r} and others",
             hint="the file was changed by hand, or labels of two runs were joined; export them once more",
         )
-    return [levels[places[completion].pop(0)] for completion in first.completions]
+    places: dict[str, list[int]] = {}
+    for index, completion in enumerate(first.completions):
+        places.setdefault(completion, []).append(index)
+    place = [places[completion].pop(0) for completion in other.completions]
+    tiers = tuple(tuple(place[index] for index in tier) for tier in other.tiers)
+    return replace(other, completions=first.completions, tiers=tiers)
 
 
 def _mean_margin(tiers: Tiers, levels: Sequence[Levels], margins: Sequence[float | None]) -> float | None:
