@@ -4,10 +4,10 @@
     python benchmarks/label_server.py --clients 200 --seconds 60
 
 Starts the real server in a process of its own. Every client gives a label a second, over a connection of its own, and
-sends an answer again with the same key until it is acknowledged; `--kills` times the server is killed and started
-again. In the end the store is read: every acknowledged key has to be there exactly once, and no task has two answers.
-Exits with 1 if one is lost or doubled. Prints milliseconds from sending to acknowledgement: of all answers, and of those
-that were sent while the server was up and got through at the first attempt.
+sends an answer again with the same key until it is acknowledged; `--kills` times the server is killed and started anew.
+In the end the store is read: every acknowledged key has to be there exactly once, and no task has two answers. Exits
+with 1 if one is lost or doubled. Prints milliseconds from sending to acknowledgement: of all answers, and of those that
+got through at the first attempt, so were not sent while the server was dead.
 """
 
 from __future__ import annotations
