@@ -30,7 +30,7 @@ _EXCERPT = 200
 
 
 class RefusedError(DataError):
-    """The server answered that this request is not one it carries out (4xx): asking again would not help.
+    """The server does not carry out this request (4xx): asking again would not help.
 
     Args:
         message: see `RLHFError`.
@@ -41,6 +41,10 @@ class RefusedError(DataError):
     def __init__(self, message: str, *, status: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.status = status
+
+
+class UnusableError(DataError):
+    """The server carried out the request, and what it sent cannot be read."""
 
 
 class _MayPass(Exception):  # noqa: N818  (never leaves this module)
@@ -141,15 +145,16 @@ class JSONClient:
 
         Raises:
             RefusedError: an answer of 4xx, but 429.
-            DataError: the server stayed away, or its answer cannot be used.
+            UnusableError: an answer of more than `limit` bytes, or in an encoding that was not asked for.
+            DataError: the server stayed away, or cannot be asked.
             Interrupted: a signal came while it was away.
         """
         try:
             return await self._send(client, body, limit)
-        except RefusedError as error:
-            raise RefusedError(self.clean(error.message), status=error.status, hint=error.hint) from error
         except DataError as error:
-            raise DataError(self.clean(error.message), hint=error.hint) from error
+            error.message = self.clean(error.message)
+            error.args = (error.message,)
+            raise
 
     async def _send(self, client: httpx2.AsyncClient, body: bytes, limit: int) -> bytes:
         for attempt in range(self._retries + 1):
@@ -201,10 +206,10 @@ class JSONClient:
             raise _MayPass(f"{type(error).__name__}: {network_error(error)}") from error
         self._check_status(response, content)
         if not is_whole:
-            raise DataError(f"{self.shown} answered with more than {limit:,} bytes")
+            raise UnusableError(f"{self.shown} answered with more than {limit:,} bytes")
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
-            raise DataError(f"{self.shown} answered in `{encoding}`, which it was not asked for")
+            raise UnusableError(f"{self.shown} answered in `{encoding}`, which it was not asked for")
         return content
 
     def _check_status(self, response: httpx2.Response, content: bytes) -> None:

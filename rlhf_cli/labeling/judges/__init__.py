@@ -1,0 +1,1 @@
+"""Language models as judges: asked both ways, counted on, and measured before they are trusted (docs/judges.md)."""

@@ -1,0 +1,188 @@
+"""Asks the judges of a panel what they have not been asked before, and gathers what each said about each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_cli.data.records import Candidates
+from rlhf_cli.labeling.judges import questions as asking
+from rlhf_cli.labeling.judges.budget import Budget
+from rlhf_cli.labeling.judges.cache import ReplyCache, key_of
+from rlhf_cli.labeling.judges.questions import Question
+from rlhf_cli.labeling.judges.replies import Levels, Reply, verdict
+from rlhf_cli.labeling.judges.verdicts import Verdicts, both_ways, spread, verdicts_in
+from rlhf_cli.processes import Processes
+from rlhf_cli.progress import task
+from rlhf_cli.rewards.contract import Stop
+
+if TYPE_CHECKING:
+    from rlhf_cli.labeling.judges.endpoint import EndpointJudge
+    from rlhf_cli.labeling.judges.local import LocalJudge
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One member of a panel.
+
+    Attributes:
+        name: short, for people; unlike the others'.
+        identity: everything its replies depend on beside the question.
+        reply: what is asked of it.
+        local: loads it, where it is a local model.
+        endpoint: asks it, where it is an endpoint.
+        priced: whether its tokens cost anything.
+    """
+
+    name: str
+    identity: str
+    reply: asking.Reply
+    local: Callable[[], LocalJudge] | None = None
+    endpoint: EndpointJudge | None = None
+    priced: bool = False
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One reply to one question.
+
+    Attributes:
+        question: what was asked.
+        reply: what came.
+        levels: tier of each answer shown; None where there is no verdict.
+        failure: why there is none.
+        is_cached: it was there before this run.
+    """
+
+    question: Question
+    reply: Reply
+    levels: Levels | None
+    failure: str
+    is_cached: bool
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """What it says of each pair; nothing where it failed."""
+        return {} if self.levels is None else verdicts_in(self.question.shown, self.levels)
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """All that one judge said.
+
+    Attributes:
+        judge: who.
+        votes: by prompt, one for each question.
+        verdicts: by prompt, of all orders together.
+    """
+
+    judge: Judge
+    votes: list[list[Vote]]
+    verdicts: list[Verdicts]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What judges are asked with.
+
+    Attributes:
+        cache: replies so far.
+        budget: for the notes of progress.
+        processes: those of the run, which share the questions to local models; endpoints are asked by rank 0 alone.
+        stop: asked between replies.
+        rubric: what to look for.
+        both_orders: ask twice.
+    """
+
+    cache: ReplyCache
+    budget: Budget
+    processes: Processes
+    stop: Stop
+    rubric: str
+    both_orders: bool
+
+    def ballot(self, judge: Judge, candidates: Sequence[Candidates], what: str) -> Ballot:
+        """Ask one judge about all prompts' answers. Every process calls this; all but rank 0 get an empty ballot.
+
+        Args:
+            judge: whom.
+            candidates: prompts with their answers.
+            what: for progress: "judging" or "calibrating".
+        """
+        groups = [
+            asking.questions_about(number, row, rubric=self.rubric, reply=judge.reply, both_orders=self.both_orders)
+            for number, row in enumerate(candidates)
+        ]
+        flat = [question for group in groups for question in group]
+        replies = iter(self._ask(judge, flat, f"{what} by {judge.name}"))
+        if not self.processes.is_main:
+            return Ballot(judge, [], [])
+        votes = [[_vote(question, *next(replies)) for question in group] for group in groups]
+        found = [
+            spread(both_ways([vote.verdicts for vote in group]), row.completions)
+            for group, row in zip(votes, candidates, strict=True)
+        ]
+        return Ballot(judge, votes, found)
+
+    def _ask(self, judge: Judge, questions: Sequence[Question], label: str) -> list[tuple[Reply, bool]]:
+        """A reply to each question, and whether it was there before."""
+        keys = [key_of(judge.identity, question) for question in questions]
+        by_key = dict(zip(keys, questions, strict=True))
+        known = {key for key in by_key if self.cache.get(key) is not None}
+        # Rank 0 alone says what is missing: others may see files that are being written.
+        missing: list[str] = self.processes.collect([key for key in by_key if key not in known])[0]
+        fresh: dict[str, Reply] = {}
+        if missing:
+            work = {key: by_key[key] for key in missing}
+            if judge.local is not None:
+                self._ask_model(judge.local, work, fresh, label)
+            elif self.processes.is_main:
+                self._ask_endpoint(judge, work, fresh, label, kept=len(by_key) - len(missing))
+            for given in self.processes.collect([[key, reply.to_json()] for key, reply in fresh.items()]):
+                fresh.update((key, Reply.from_json(plain)) for key, plain in given)
+        if not self.processes.is_main:
+            return []
+        return [(fresh[key], False) if key in fresh else (self._kept(key), True) for key in keys]
+
+    def _kept(self, key: str) -> Reply:
+        reply = self.cache.get(key)
+        assert reply is not None, "what is not missing is there"
+        return reply
+
+    def _ask_model(
+        self, load: Callable[[], LocalJudge], missing: dict[str, Question], fresh: dict[str, Reply], label: str
+    ) -> None:
+        """Fill `fresh` with this process's share."""
+        # Long and short ones go round, so that no process has all the long ones.
+        mine = self.processes.mine(sorted(missing, key=lambda key: (len(missing[key].material), key)))
+        if not mine:
+            return
+        self.stop.check()
+        with task(label, len(mine), "questions") as bar:
+            for batch in load().answers([missing[key] for key in mine]):
+                given = [(mine[place], reply) for place, reply in batch]
+                self.cache.add(given)
+                fresh.update(given)
+                bar.advance(len(batch))
+                self.stop.check()
+
+    def _ask_endpoint(
+        self, judge: Judge, missing: dict[str, Question], fresh: dict[str, Reply], label: str, *, kept: int
+    ) -> None:
+        assert judge.endpoint is not None
+        keys = list(missing)
+        with task(label, kept + len(keys), "questions", done=kept) as bar:
+
+            def keep(place: int, reply: Reply) -> None:
+                if reply.is_final:
+                    self.cache.add([(keys[place], reply)])
+                fresh[keys[place]] = reply
+                bar.advance(note=f"cost {self.budget.spent + reply.cost:.4g}" if judge.priced else None)
+
+            judge.endpoint.ask(list(missing.values()), keep, usable=kept)
+
+
+def _vote(question: Question, reply: Reply, is_cached: bool) -> Vote:
+    levels, failure = verdict(question, reply)
+    return Vote(question, reply, levels, failure, is_cached)

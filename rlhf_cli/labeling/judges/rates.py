@@ -1,0 +1,59 @@
+"""Shares with their intervals, from resampling prompts: answers to one prompt are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_cli.intervals import bootstrap_ratio
+
+_RESAMPLES = 1_000
+_SEED = 0  # a report about the same verdicts is the same
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share.
+
+    Attributes:
+        value: None where nothing was counted.
+        low: end of its interval.
+        high: the other end.
+        count: out of how many.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+    @staticmethod
+    def of(counts: Iterable[tuple[str, float, int]]) -> Rate:
+        """From (prompt, counted, out of) of every prompt; those of one prompt are resampled together."""
+        above: dict[str, float] = {}
+        below: dict[str, int] = {}
+        for prompt, counted, total in counts:
+            above[prompt] = above.get(prompt, 0.0) + counted
+            below[prompt] = below.get(prompt, 0) + total
+        total = sum(below.values())
+        if not total:
+            return Rate(None, None, None, 0)
+        numerators = [above[prompt] for prompt in below]
+        low, high = bootstrap_ratio(numerators, list(below.values()), resamples=_RESAMPLES, seed=_SEED)
+        return Rate(sum(numerators) / total, low, high, total)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        interval = None if self.low is None else [round(self.low, 4), round(self.high or 0.0, 4)]
+        return {"value": rounded(self.value), "interval": interval, "count": self.count}
+
+    def __str__(self) -> str:
+        if self.value is None or self.low is None or self.high is None:
+            return "nothing to count"
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%}) of {self.count:,}"
+
+
+def rounded(value: float | None) -> float | None:
+    """To four digits, for reports."""
+    return None if value is None else round(value, 4)

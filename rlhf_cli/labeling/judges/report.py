@@ -1,0 +1,242 @@
+"""What judging leaves behind: every vote, every judge's own rankings, and the report about them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.data.records import Candidates, prompt_key
+from rlhf_cli.labeling.judges import findings
+from rlhf_cli.labeling.judges.calibration import Calibration
+from rlhf_cli.labeling.judges.measures import Agreement, Asked, Behaviour, agreement, averaged, between, by_subset
+from rlhf_cli.labeling.judges.panel import Ballot, Vote
+from rlhf_cli.labeling.judges.rates import Rate
+from rlhf_cli.labeling.judges.verdicts import Tiers, Verdicts, tiers_of
+from rlhf_cli.labeling.label_records import LabelRecord
+from rlhf_cli.labeling.session_types import item_id
+
+_EXCERPT = 500
+
+VOTES, REPORT, LABELS = "votes.jsonl", "judge.json", "labels.jsonl"
+
+
+@dataclass(frozen=True)
+class JudgeReport:
+    """About one judge.
+
+    Attributes:
+        name: of the judge.
+        asked: about its single replies.
+        behaviour: about its verdicts, both orders together.
+        known: agreement with what is known.
+        subsets: the same within each subset.
+        averaged: the same for mean probabilities over both orders, of a local judge.
+    """
+
+    name: str
+    asked: Asked
+    behaviour: Behaviour
+    known: Agreement | None
+    subsets: dict[str, Agreement]
+    averaged: Agreement | None
+
+    @staticmethod
+    def of(candidates: Sequence[Candidates], ballot: Ballot) -> JudgeReport:
+        """Count and measure."""
+        means = averaged(ballot)
+        return JudgeReport(
+            name=ballot.judge.name,
+            asked=Asked.of(candidates, ballot),
+            behaviour=Behaviour.of(candidates, ballot.verdicts),
+            known=agreement(candidates, ballot.verdicts),
+            subsets=by_subset(candidates, ballot.verdicts),
+            averaged=None if means is None else agreement(candidates, means),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        return {
+            "name": self.name,
+            **self.asked.to_json(),
+            **self.behaviour.to_json(),
+            **_known_json(self.known, self.subsets),
+            "known_by_mean_probability": None if self.averaged is None else self.averaged.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class PanelReport:
+    """About all of them.
+
+    Attributes:
+        judges: one each.
+        behaviour: of the panel's verdicts.
+        known: agreement of the panel with what is known.
+        subsets: the same within each subset.
+        between: how far each two judges agree.
+        calibration: against people, if it was asked for.
+    """
+
+    judges: list[JudgeReport]
+    behaviour: Behaviour
+    known: Agreement | None
+    subsets: dict[str, Agreement]
+    between: dict[tuple[str, str], Rate]
+    calibration: Calibration | None
+
+    @staticmethod
+    def of(
+        candidates: Sequence[Candidates],
+        ballots: Sequence[Ballot],
+        verdicts: Sequence[Verdicts],
+        calibration: Calibration | None,
+    ) -> PanelReport:
+        """Count and measure."""
+        prompts = [prompt_key(row.prompt) for row in candidates]
+        return PanelReport(
+            judges=[JudgeReport.of(candidates, ballot) for ballot in ballots],
+            behaviour=Behaviour.of(candidates, verdicts),
+            known=agreement(candidates, verdicts),
+            subsets=by_subset(candidates, verdicts),
+            between={
+                (one.judge.name, other.judge.name): between(one.verdicts, other.verdicts, prompts)
+                for one, other in itertools.combinations(ballots, 2)
+            },
+            calibration=calibration,
+        )
+
+    def warnings(self) -> list[str]:
+        """What somebody should be told."""
+        found = [
+            line for one in self.judges for line in findings.of_judge(one.name, one.asked, one.behaviour, one.known)
+        ]
+        return found + (findings.of_panel(self.behaviour, self.known, self.between) if len(self.judges) > 1 else [])
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        return {
+            "judges": [one.to_json() for one in self.judges],
+            "panel": {
+                **self.behaviour.to_json(),
+                **_known_json(self.known, self.subsets),
+                "between_judges": [
+                    {"judges": list(pair), "same_preference": rate.to_json()} for pair, rate in self.between.items()
+                ],
+            },
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
+            "warnings": self.warnings(),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for the manifest."""
+        asked = [one.asked for one in self.judges]
+        worst = [one.consistent.value for one in asked if one.consistent.value is not None]
+        found: dict[str, float | None] = {
+            "judge/questions": float(sum(one.questions for one in asked)),
+            "judge/failures": float(sum(sum(one.failures.values()) for one in asked)),
+            "judge/tokens": float(sum(one.prompt_tokens + one.completion_tokens for one in asked)),
+            "judge/cost": sum(one.cost for one in asked),
+            "judge/swap_consistency": min(worst) if worst else None,
+            "judge/longer_wins": self.behaviour.longer_wins.value,
+            "judge/accuracy": None if self.known is None else self.known.rate.value,
+            "judge/calibration": None if self.calibration is None else self.calibration.panel.rate.value,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Rows for people."""
+        rows = []
+        for one in self.judges:
+            consistent = one.asked.consistent
+            figures = [f"{one.asked.questions:,} questions"]
+            if consistent.value is not None:
+                figures.append(f"the same both ways on {consistent.value:.0%}")
+            if failures := sum(one.asked.failures.values()):
+                figures.append(f"{failures:,} without a verdict")
+            if one.asked.cost:
+                figures.append(f"cost {one.asked.cost:.4g}")
+            rows.append((f"judge {one.name}", ", ".join(figures)))
+        if self.calibration is not None:
+            rows.append(("agrees with people", str(self.calibration.panel.rate)))
+        if self.known is not None:
+            rows.append(("agrees with known order", str(self.known.rate)))
+        return rows
+
+
+def _known_json(known: Agreement | None, subsets: Mapping[str, Agreement]) -> dict[str, Any]:
+    return {
+        "known": None if known is None else known.to_json(),
+        "known_by_subset": {name: one.to_json() for name, one in subsets.items()},
+    }
+
+
+def votes_json(candidates: Sequence[Candidates], ballots: Sequence[Ballot]) -> Iterator[dict[str, Any]]:
+    """Every vote as one object, prompt by prompt and judge by judge."""
+    for number, row in enumerate(candidates):
+        for ballot in ballots:
+            for vote in ballot.votes[number]:
+                yield _vote_json(item_id(row), ballot.judge.name, vote)
+
+
+def _vote_json(item: str, judge: str, vote: Vote) -> dict[str, Any]:
+    reply = vote.reply
+    return {
+        "item": item,
+        "judge": judge,
+        "shown": list(vote.question.shown),
+        "ranking": None if vote.levels is None else _ranking(vote.question.shown, vote.levels),
+        "failure": vote.failure or None,
+        "chances": None if reply.chances is None else list(reply.chances),
+        "text": reply.text[:_EXCERPT],
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "cost": reply.cost,
+        "cost_is_estimated": reply.is_estimated,
+        "cached": vote.is_cached,
+    }
+
+
+def _ranking(shown: Sequence[int], levels: Sequence[int]) -> list[list[int]]:
+    return [
+        sorted(index for index, at in zip(shown, levels, strict=True) if at == level) for level in sorted(set(levels))
+    ]
+
+
+def labels(candidates: Sequence[Candidates], ballots: Sequence[Ballot]) -> Iterator[LabelRecord]:
+    """Each judge's own ranking of each prompt's answers, as the labels of a person would be."""
+    for number, row in enumerate(candidates):
+        for ballot in ballots:
+            verdicts = ballot.verdicts[number]
+            is_ranked = is_enough(verdicts, len(row.completions))
+            tiers: Tiers = tiers_of(verdicts, len(row.completions)) if is_ranked else ()
+            yield LabelRecord(
+                item=item_id(row),
+                prompt=row.prompt,
+                completions=row.completions,
+                annotator=ballot.judge.name,
+                outcome="ranked" if is_ranked else "skipped",
+                tiers=tiers,
+                shown=_shown(ballot.votes[number], len(row.completions)),
+                reason="" if is_ranked else "no verdict",
+            )
+
+
+def _shown(votes: Sequence[Vote], count: int) -> tuple[int, ...]:
+    """The order in which all answers were shown, where there was one and not two, or one a pair."""
+    return votes[0].question.shown if len(votes) == 1 and len(votes[0].question.shown) == count else ()
+
+
+def is_enough(verdicts: Verdicts, count: int) -> bool:
+    """Whether at least half of the pairs have a verdict: a ranking made of ties for want of verdicts would be none."""
+    return 2 * len(verdicts) >= count * (count - 1) // 2 and bool(verdicts)
+
+
+def write_votes(path: Path, candidates: Sequence[Candidates], ballots: Sequence[Ballot]) -> None:
+    """Write `votes.jsonl`."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for vote in votes_json(candidates, ballots):
+            file.write(json.dumps(vote, ensure_ascii=False) + "\n")
