@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import getpass
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from rlhf_cli.errors import UsageError, WaitingForLabelsError
+from rlhf_cli.errors import Interrupted, UsageError, WaitingForLabelsError
 from rlhf_cli.ranks import world_size
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: 
         WaitingForLabelsError: labels are still needed when the face was closed, or there is nobody to ask.
     """
     from rlhf_cli.labeling.sources import store_of
+    from rlhf_cli.progress import say
 
     face.named()
     store = None if waits_in is None else store_of(waits_in)
@@ -67,6 +70,7 @@ def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: 
             typer.echo(waits_in / "label")
         else:
             _open(store, waits_in, face)
+            say("all labels are in: run the command that began this run again to go on")
         return
     try:
         run_stage(force)
@@ -106,7 +110,6 @@ def _has_keyboard() -> bool:
 def _open(store: Path, run_dir: Path, face: Face) -> None:
     """Let people label; raises `WaitingForLabelsError` where labels lack when they are done."""
     from rlhf_cli.labeling.session import LabelSession
-    from rlhf_cli.progress import say
     from rlhf_cli.stages.label_human import waiting
 
     if face.serve:
@@ -114,23 +117,23 @@ def _open(store: Path, run_dir: Path, face: Face) -> None:
 
         serve(store, host=face.host, port=face.port, annotators=face.named(), announce=_show_links)
     else:
-        if not _has_keyboard():
-            raise UsageError(
-                "nobody can label here: this is no terminal",
-                hint="run it in a terminal, or label in a browser with --serve",
-            )
-        from rlhf_cli.labeling.terminal import label_in_terminal
-
-        session = LabelSession(store, create=False)
-        try:
-            label_in_terminal(session, face.named()[0])
-        finally:
-            session.close()
-    session = LabelSession(store, create=False)
-    try:
+        _open_terminal(store, face.named()[0], again=f"rlhf label --run-dir {run_dir}")
+    with closing(LabelSession(store, create=False)) as session:
         progress = session.progress()
-    finally:
-        session.close()
     if not progress.is_complete:
         raise waiting(progress, store, run_dir)
-    say("all labels are in: run the command that began this run again to go on")
+
+
+def _open_terminal(store: Path, annotator: str, *, again: str) -> None:
+    from rlhf_cli.labeling.session import LabelSession
+    from rlhf_cli.labeling.terminal import label_in_terminal
+
+    if not _has_keyboard():
+        raise UsageError(
+            "nobody can label here: this is no terminal",
+            hint="run it in a terminal, or label in a browser with --serve",
+        )
+    with closing(LabelSession(store, create=False)) as session:
+        outcome = label_in_terminal(session, annotator, again=again)
+    if outcome.signum not in (None, signal.SIGINT):  # Ctrl-C is one more way to leave
+        raise Interrupted(outcome.signum)
