@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from rlhf_cli.cli import label_export, label_import
 from rlhf_cli.cli.options import (
     AccelerateConfig,
     Attention,
@@ -177,3 +178,7 @@ def _panel(judges: list[str] | None) -> list[dict[str, str]] | None:
         is_endpoint = url.startswith(("http://", "https://"))
         panel.append({"url": url, "name": name} if is_endpoint else {"model": judge})
     return panel
+
+
+app.command("export")(label_export.export)
+app.command("import")(label_import.import_)
