@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DRAWS_AT_ONCE = 2_000_000
+_STILL = 1e-18
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,37 @@ def wilson_interval(share: float, count: float, level: float = 0.95) -> tuple[fl
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def worth_of(sums: PromptSums) -> float:
+    """Independent observations that would fix a share as exactly as some prompts do (Korn and Graubard 1998).
+
+    p (1 - p) / var(p), var(p) = n / (n - 1) sum_i (a_i - p b_i)^2 / (sum_i b_i)^2 over n prompts, times (z / t_(n-1))^2
+    for the freedom that few prompts leave; never more than there are observations. Where all prompts have the same
+    share their spread tells nothing, and they count once each, fewer if of unlike size (Kish 1965).
+
+    Args:
+        sums: numerator and denominator, such as pairs won and pairs; the denominators count observations.
+    """
+    above, below = sums.values[sums.values[:, 1] > 0].T
+    total, prompts = float(below.sum()), len(below)
+    share = float(above.sum()) / total
+    spread = float(((above - share * below) ** 2).sum()) / total**2
+    if prompts < 3 or spread < _STILL:
+        return total**2 / float((below**2).sum())
+    z = NormalDist().inv_cdf(0.975)
+    worth = share * (1 - share) * (prompts - 1) / (prompts * spread) * (z / _student(z, prompts - 1)) ** 2
+    return min(worth, total)
+
+
+def _student(z: float, freedom: int) -> float:
+    """Quantile of Student's t where the normal's is z (Abramowitz and Stegun 1964, 26.7.5)."""
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -208,7 +208,7 @@ def _agreement(figures: Figures, table: LabelTable, shared: tuple[Ints, Ints], c
         with_ties=figures.share("ties", _NO_OVERLAP),
         without_ties=figures.share("untied", _WHY_NONE["untied"]),
         tau_b=replace(tau, **{end: _from_half(getattr(tau, end)) for end in ("value", "low", "high")}),
-        alpha=figures.alpha("alpha", krippendorff_alpha(both_ways)),
+        alpha=figures.alpha("alpha", krippendorff_alpha(both_ways), units),
         alpha_ordinal=plain(krippendorff_alpha(both_ways, "ordinal")),
         fleiss=plain(fleiss_kappa(both_ways)),
         ac1=plain(gwet_ac1(both_ways)),
@@ -236,7 +236,7 @@ def _pairs_of_annotators(table: LabelTable, shared: tuple[Ints, Ints]) -> tuple[
     confusion = np.bincount(cell, minlength=len(keys) * VERDICTS**2).reshape(-1, VERDICTS, VERDICTS)
     found = []
     for key, own, common in zip(keys.tolist(), confusion, items.tolist(), strict=True):
-        one_name, other_name = (table.names[number] for number in divmod(key, people))
+        one_name, other_name = table.names[key // people], table.names[key % people]
         if common >= ENOUGH_IN_COMMON:
             both_ways, pairs = mirrored_table(own), int(own.sum())
             found.append(

@@ -7,14 +7,13 @@ from collections.abc import Hashable
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_cli.intervals import PromptSums, percentiles, ratios, resampled_sums, wilson_interval
+from rlhf_cli.intervals import PromptSums, percentiles, ratios, resampled_sums, wilson_interval, worth_of
 from rlhf_cli.labeling.agreement import Coefficient, mirrored_alpha
 from rlhf_cli.labeling.statistics_report import Figure
 
 RESAMPLES = 1_000
 FEWEST_PROMPTS = 30
-"""With fewer, the bootstrap's intervals are too narrow, and Wilson's of as many observations as there are prompts is
-taken: too wide rather than too narrow, since answers to one prompt are at most as alike as copies."""
+"""With fewer, the bootstrap's intervals are too narrow, and Wilson's is taken, see `worth_of`."""
 _STILL = 1e-9
 
 
@@ -56,10 +55,10 @@ class Figures:
             drawn = drawn - self._drawn[part]
         return _share(PromptSums(everything.prompts, values), drawn, missing)
 
-    def alpha(self, key: Hashable, found: Coefficient) -> Figure:
-        """The interval of a nominal alpha of verdicts, whose sums are those of `mirrored_alpha`."""
+    def alpha(self, key: Hashable, found: Coefficient, count: int) -> Figure:
+        """A nominal alpha of `count` pairs of answers with its interval; its sums are those of `mirrored_alpha`."""
         sums, drawn = self._sums[key], self._drawn.get(key)
-        count, prompts = round(float(sums.values[:, 1].sum())), int(np.count_nonzero(sums.values[:, 1]))
+        prompts = int(np.count_nonzero(sums.values[:, 1]))
         if found.value is None or drawn is None:
             return Figure(count=count, prompts=prompts, missing=found.missing)
         if prompts < FEWEST_PROMPTS or found.value > 1 - _STILL:
@@ -74,13 +73,10 @@ def _share(sums: PromptSums, drawn: NDArray[np.float64] | None, missing: str) ->
     if drawn is None or count < _STILL:
         return Figure(missing=missing)
     value, prompts = min(1.0, max(0.0, float(above.sum()) / count)), int(np.count_nonzero(below > _STILL))
-    # Prompts of unlike size are worth fewer than there are (Kish 1965).
-    worth = count**2 / float((below**2).sum())
+    worth = worth_of(sums)
     low, high = wilson_interval(value, worth)
     if prompts >= FEWEST_PROMPTS:
         spread = ratios(drawn)
-        variance = float(np.nanvar(spread))
-        if variance > _STILL**2:
-            worth = value * (1 - value) / variance
+        if np.nanstd(spread) > _STILL:  # not where all prompts have the same share, such as 1
             low, high = percentiles(spread)
     return Figure(value, low, high, round(count), prompts, worth)

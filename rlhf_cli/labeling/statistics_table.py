@@ -41,8 +41,8 @@ class LabelTable:
         replaced: ordinary labels that their annotator gave again later.
     """
 
-    labels: Sequence[LabelRecord]
-    names: Sequence[str]
+    labels: list[LabelRecord]
+    names: list[str]
     annotator: Ints
     item: Ints
     prompt: Ints

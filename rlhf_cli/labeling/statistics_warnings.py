@@ -1,8 +1,8 @@
 """What whoever runs the labelling should act on, and when it is more than chance.
 
 A warning about a figure needs an interval that excludes what it should be, not the figure alone. Where each of several
-annotators is looked at, the level is 1 - 0.05 / annotators (Bonferroni), so that a group without any fault is blamed in
-at most one of twenty reports for each kind of warning, however large it is.
+annotators is looked at, the level is 1 - 0.05 / annotators (Bonferroni), so that of a group without any fault somebody
+is blamed in at most one of twenty reports for each kind of warning, however large the group is.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from rlhf_cli.labeling.statistics_report import (
     LabelWarning,
 )
 
-LEAST_SELF_CONSISTENCY = 0.75
+LEAST_SELF_CONSISTENCY = 0.63
+"""What strangers agree with one another where ties count (MT-Bench, Zheng et al. 2023)."""
 LEAST_GOLD = 0.75
-"""Floors that an interval must lie below. Both are ours: somebody who decides by coin reaches 1/2 without ties."""
+"""Our choice, half-way between a coin and no mistake: gold items should be clear."""
 LEAST_DIFFERENCE = 0.05
 """Agreement that differs by less is not worth a talk, however certain the difference is."""
+LEAST_ORDER_EFFECT = 0.02
+"""A first-shown rate nearer to 1/2 than this changes no reward model, however certain it is."""
 WIDEST_HALF = 0.10
 """An interval of agreement wider than this to either side says next to nothing."""
 MOST_FAST = 0.1
@@ -52,7 +55,7 @@ def warnings_of(report: LabelReport, labels: Sequence[LabelRecord]) -> tuple[Lab
 def _of_everything(report: LabelReport) -> Iterator[LabelWarning]:
     yield from _overlap(report)
     first, longer = report.first_shown, report.longer
-    if _excludes(first, 0.5):
+    if _favours_a_place(first):
         where = "first" if _value(first) > 0.5 else "last"
         yield LabelWarning(
             "order",
@@ -137,7 +140,7 @@ def _of_prompts(labels: Sequence[LabelRecord]) -> Iterator[LabelWarning]:
 
 def _of_person(person: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
     yield from _consistency(person, level)
-    if _excludes(person.first_shown, 0.5, level):
+    if _favours_a_place(person.first_shown, level):
         where = "first" if _value(person.first_shown) > 0.5 else "last"
         yield LabelWarning(
             "order",
@@ -203,13 +206,15 @@ def _consistency(person: AnnotatorReport, level: float) -> Iterator[LabelWarning
             )
 
 
-def _excludes(figure: Figure, expected: float, level: float = 0.95) -> bool:
-    bounds = _bounds(figure, level)
-    return bounds is not None and not bounds[0] <= expected <= bounds[1]
+def _favours_a_place(first_shown: Figure, level: float = 0.95) -> bool:
+    bounds = _bounds(first_shown, level)
+    if bounds is None or bounds[0] <= 0.5 <= bounds[1]:
+        return False
+    return abs(_value(first_shown) - 0.5) >= LEAST_ORDER_EFFECT
 
 
 def _bounds(figure: Figure, level: float) -> tuple[float, float] | None:
-    """Interval at another level than the figure's own: Wilson's, of as many observations as the bootstrap found."""
+    """Interval at another level than the figure's own: Wilson's, of as many observations as the figure is worth."""
     return None if figure.value is None else wilson_interval(figure.value, figure.worth, level)
 
 
