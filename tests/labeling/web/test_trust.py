@@ -1,0 +1,364 @@
+"""Who gets in: other hosts, other origins, missing and wrong tokens, bodies of every wrong kind; in plain HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.labeling.session_types import Annotator
+from rlhf_cli.labeling.web.bodies import MAX_BODY
+from rlhf_cli.labeling.web.links import Links, Tokens, claimed_annotator, read_secret, secret_path
+from rlhf_cli.labeling.web.serving import serve
+from rlhf_cli.labeling.web.trust import Gate, is_loopback
+from tests.labeling.web.web_support import make_store, numbered_items, served, token_of
+
+
+class Client:
+    """Sends requests exactly as they are told."""
+
+    def __init__(self, links: Links) -> None:
+        self.links = links
+        self.host = links.address.removeprefix("http://")
+        self.port = int(self.host.rpartition(":")[2])
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None = None,
+        body: bytes | dict[str, Any] | None = None,
+        host: str | None = None,
+        **headers: str,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the answer; underscores of header names stand for hyphens."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        if host != "":
+            connection.putheader("Host", host or self.host)
+        if token is not None:
+            connection.putheader("Authorization", f"Bearer {token}")
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        if content is not None:
+            headers = {"content_type": "application/json", "content_length": str(len(content))} | headers
+        for name, value in headers.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders(content)
+        answer = connection.getresponse()
+        read = answer.read()
+        connection.close()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, read
+
+    def of(self, name: str) -> str:
+        return token_of(self.links.annotators[name])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("trust") / "labels.sqlite", numbered_items(6))
+
+
+@pytest.fixture(scope="module")
+def client(store: Path) -> Iterator[Client]:
+    with served(store, ["Ada", "Ben"]) as links:
+        yield Client(links)
+
+
+def task_of(client: Client, name: str) -> dict[str, Any]:
+    return json.loads(client.ask("GET", "/api/session", token=client.of(name))[2])["task"]
+
+
+def whole_answer(task: dict[str, Any], key: str) -> dict[str, Any]:
+    tiers = [[position] for position in range(len(task["answers"]))]
+    return {"task": task["id"], "entry": {"tiers": tiers}, "key": key, "active_seconds": 0}
+
+
+# Hosts, origins, sites
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example:{port}", "", "a b", "[::1"]
+)
+@pytest.mark.parametrize("path", ["/", "/admin", "/assets/label.js", "/api/session"])
+def test_another_host_is_refused(client: Client, host: str, path: str) -> None:
+    status, headers, body = client.ask("GET", path, host=host.format(port=client.port), token=client.of("Ada"))
+    assert status in ((400, 403) if host == "" else (403,))  # HTTP/1.1 itself forbids a request without one
+    if status == 403:
+        assert headers["content-type"].startswith("text/plain")
+        assert b"Host" in body
+
+
+@pytest.mark.parametrize("host", ["localhost:{port}", "LOCALHOST:{port}", "127.0.0.1:9000", "[::1]:{port}"])
+def test_names_of_this_machine_are_ours_whatever_the_port_of_a_tunnel(client: Client, host: str) -> None:
+    assert client.ask("GET", "/", host=host.format(port=client.port))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "https://{host}", "http://127.0.0.1:1", "http://localhost:{port}", ""]
+)
+def test_another_origin_is_refused_even_with_a_token(client: Client, store: Path, origin: str) -> None:
+    body = whole_answer(task_of(client, "Ada"), "from elsewhere")
+    origin = origin.format(host=client.host, port=client.port)
+    status, _, said = client.ask("POST", "/api/submit", token=client.of("Ada"), body=body, origin=origin)
+    assert (status, b"another origin" in said) == (403, True)
+
+
+def test_our_own_origin_is_let_in(client: Client) -> None:
+    origin = f"http://{client.host}"
+    assert client.ask("POST", "/api/next", token=client.of("Ada"), body={}, origin=origin)[0] == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize("path", ["/", "/assets/label.js", "/api/session"])
+def test_what_another_site_makes_a_browser_load_is_refused(client: Client, site: str, path: str) -> None:
+    assert client.ask("GET", path, token=client.of("Ada"), sec_fetch_site=site)[0] == 403
+
+
+def test_a_link_that_somebody_clicked_in_their_mail_opens_the_page_but_no_frame_and_nothing_else(
+    client: Client,
+) -> None:
+    click = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate", "sec_fetch_user": "?1"}
+    assert client.ask("GET", "/", **click, sec_fetch_dest="document")[0] == 200
+    assert client.ask("GET", "/", **click, sec_fetch_dest="iframe")[0] == 403
+    assert client.ask("GET", "/api/session", **click, sec_fetch_dest="document", token=client.of("Ada"))[0] == 403
+    assert client.ask("POST", "/", **click, sec_fetch_dest="document")[0] == 403
+
+
+def test_a_page_in_the_network_goes_by_its_own_address_only() -> None:
+    def names(bound: str, host: str) -> bool:
+        scope: Any = {"headers": [(b"host", host.encode())], "method": "GET", "path": "/"}
+        return Gate(None, bound).refusal(scope) is None  # type: ignore[arg-type]
+
+    assert names("192.168.1.5", "192.168.1.5:8100")
+    assert not names("192.168.1.5", "192.168.1.6:8100")
+    assert names("0.0.0.0", "10.1.2.3:8100")
+    assert names("0.0.0.0", socket.gethostname())
+    assert not names("0.0.0.0", "evil.example:8100")
+    assert not names("127.0.0.1", "10.1.2.3:8100")
+    assert names("fe80::1", "[fe80::1]:8100")
+
+
+def test_two_hosts_in_one_request_are_refused() -> None:
+    scope: Any = {"headers": [(b"host", b"localhost"), (b"host", b"evil.example")], "method": "GET", "path": "/"}
+    assert Gate(None, "127.0.0.1").refusal(scope) is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)]
+)
+def test_loopback_is_what_only_this_machine_can_reach(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("token", [None, "", "1", "1.", "1.wrong", "admin", "99.x", "é.x", "1" * 50, "-1.x", "²."])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/api/session"), ("POST", "/api/submit"), ("GET", "/api/admin/overview")]
+)
+def test_without_the_right_token_there_is_nothing(client: Client, token: str | None, method: str, path: str) -> None:
+    token = None if token is None else token.encode().decode("latin-1")
+    body = {} if method == "POST" else None
+    assert client.ask(method, path, token=token, body=body)[0] == 401
+
+
+def test_nobody_has_the_rights_of_another(client: Client) -> None:
+    ada, ben = client.of("Ada"), client.of("Ben")
+    forged = ben.partition(".")[0] + "." + ada.partition(".")[2]
+    admin = token_of(client.links.administrator)
+    assert client.ask("GET", "/api/session", token=forged)[0] == 401
+    assert client.ask("GET", "/api/admin/overview", token=ada)[0] == 401
+    assert client.ask("POST", "/api/admin/annotators", token=ada, body={"name": "Eve"})[0] == 401
+    assert client.ask("GET", "/api/admin/labels.jsonl", token=ada)[0] == 401
+    assert client.ask("GET", "/api/session", token=admin)[0] == 401
+    assert client.ask("GET", "/api/admin/overview", token=admin)[0] == 200
+
+
+def test_anothers_task_is_unknown(client: Client) -> None:
+    task = task_of(client, "Ada")
+    for path, more in (("submit", {"entry": {"tiers": [[0, 1, 2, 3]]}}), ("skip", {}), ("flag", {"reason": "x"})):
+        body = {"task": task["id"], "key": "theirs", "active_seconds": 0} | more
+        assert client.ask("POST", f"/api/{path}", token=client.of("Ben"), body=body)[0] == 404
+    draft = {"task": task["id"], "entry": {}, "active_seconds": 0}
+    assert client.ask("POST", "/api/draft", token=client.of("Ben"), body=draft)[0] == 404
+
+
+def test_the_token_is_no_cookie_and_no_part_of_what_a_browser_sends_by_itself(client: Client) -> None:
+    assert all("#" in link for link in (*client.links.annotators.values(), client.links.administrator))
+    for path in ("/", "/api/session"):
+        assert "set-cookie" not in client.ask("GET", path, token=client.of("Ada"))[1]
+
+
+def test_links_survive_a_restart_and_change_with_the_secret(client: Client, store: Path) -> None:
+    ada = Annotator(1, "Ada")
+    assert Tokens(read_secret(store)).of(ada) == client.of("Ada")
+    assert secret_path(store).stat().st_mode & 0o777 == 0o600
+    assert Tokens(b"x" * 32).of(ada) != client.of("Ada")
+    assert Tokens(read_secret(store)).of(Annotator(1, "Eve")) != client.of("Ada")  # of another store, same number
+    assert claimed_annotator(client.of("Ada")) == 1
+
+
+@pytest.mark.parametrize(("mode", "text"), [(0o644, "00" * 32), (0o600, "no secret"), (0o600, "00")])
+def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path, mode: int, text: str) -> None:
+    path = secret_path(tmp_path / "labels.sqlite")
+    path.write_text(text)
+    path.chmod(mode)
+    with pytest.raises(UsageError, match="secret") as refused:
+        read_secret(tmp_path / "labels.sqlite")
+    assert "delete it" in str(refused.value.hint)
+
+
+# Bodies and paths
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "expected"),
+    [
+        pytest.param(b"{}", "text/plain", 415, id="what a form of another site could send"),
+        pytest.param(b"{}", "application/x-www-form-urlencoded", 415, id="form"),
+        pytest.param(b"{", "application/json", 400, id="cut off"),
+        pytest.param(b"\xff{}", "application/json", 400, id="not UTF-8"),
+        pytest.param(b"[]", "application/json", 400, id="a list"),
+        pytest.param(b"[" * 60_000, "application/json", 400, id="very deep"),
+        pytest.param(b'{"task": NaN}', "application/json", 400, id="NaN"),
+        pytest.param(b'{"task": ' + b"9" * 5000 + b"}", "application/json", 400, id="a number of 5,000 digits"),
+        pytest.param(b'{"a": 1}', "application/json", 400, id="unknown field"),
+        pytest.param(b"{}", "application/json", 400, id="missing fields"),
+    ],
+)
+def test_bodies_that_are_none_are_refused(client: Client, body: bytes, kind: str, expected: int) -> None:
+    status, _, said = client.ask("POST", "/api/submit", token=client.of("Ada"), body=body, content_type=kind)
+    assert status == expected
+    assert json.loads(said)["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"task": True}, 400),
+        ({"task": 1.5}, 400),
+        ({"task": "1"}, 400),
+        ({"active_seconds": "1"}, 400),
+        ({"active_seconds": -1}, 422),
+        ({"active_seconds": 10**400}, 400),
+        ({"key": ""}, 422),
+        ({"key": "x" * 101}, 422),
+        ({"key": 1}, 400),
+        ({"entry": []}, 400),
+        ({"entry": {"tiers": [[0], [1]]}}, 422),
+        ({"entry": {"tiers": [[0, 1, 2, 99]]}}, 422),
+        ({"entry": {"tiers": [[0, 1, 2, 3]], "winner": 1}}, 422),
+        ({"entry": {"tiers": [[0, 1, 2, 3]], "note": "\ud800"}}, 422),
+        ({"extra": 1}, 400),
+    ],
+)
+def test_labels_of_the_wrong_form_are_refused_and_not_stored(client: Client, change: dict, expected: int) -> None:
+    body = whole_answer(task_of(client, "Ada"), "wrong form") | change
+    status, _, said = client.ask("POST", "/api/submit", token=client.of("Ada"), body=body)
+    assert status == expected, said
+    overview = json.loads(client.ask("GET", "/api/admin/overview", token=token_of(client.links.administrator))[2])
+    assert overview["progress"]["labels"] == 0
+
+
+def test_bodies_that_are_too_long_are_refused_announced_or_not(client: Client) -> None:
+    long = b'{"note": "' + b"x" * MAX_BODY + b'"}'
+    assert client.ask("POST", "/api/draft", token=client.of("Ada"), body=long)[0] == 413
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=10)
+    headers = {"Host": client.host, "Authorization": f"Bearer {client.of('Ada')}", "Content-Type": "application/json"}
+    chunks = (b"x" * 1024 for _ in range(MAX_BODY // 1024 + 2))
+    connection.request("POST", "/api/draft", body=chunks, headers=headers, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../pyproject.toml",
+        "/assets/../app.py",
+        "/assets/..%2fapp.py",
+        "/assets/%2e%2e/app.py",
+        "/assets//etc/passwd",
+        "/assets/label.html",
+        "/assets/",
+        "//evil.example/",
+        "/labels.sqlite.secret",
+    ],
+)
+def test_no_path_leads_to_another_file(client: Client, path: str) -> None:
+    status, headers, _ = client.ask("GET", path)
+    assert status == 404
+    assert "location" not in headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/"),
+        ("GET", "/api/submit"),
+        ("PUT", "/api/submit"),
+        ("DELETE", "/api/session"),
+        ("OPTIONS", "/api/next"),
+    ],
+)
+def test_methods_are_bounded(client: Client, method: str, path: str) -> None:
+    assert client.ask(method, path, token=client.of("Ada"))[0] == 405
+
+
+def test_every_answer_carries_the_rules_for_the_browser(client: Client) -> None:
+    for path, host in (
+        ("/", None),
+        ("/assets/label.js", None),
+        ("/api/session", None),
+        ("/nothing", None),
+        ("/", "evil"),
+    ):
+        headers = client.ask("GET", path, host=host)[1]
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["cache-control"] == "no-store"
+        assert "access-control-allow-origin" not in headers
+
+
+# Starting
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_not_ours_are_said_so(client: Client, store: Path) -> None:
+    with pytest.raises(UsageError, match=f"port {client.port} is taken"):
+        serve(store, port=client.port, announce=lambda _: None)
+    with pytest.raises(UsageError, match=r"cannot listen at 203\.0\.113\.1"):
+        serve(store, host="203.0.113.1", port=0, announce=lambda _: None)
+    with pytest.raises(UsageError, match=r"no address|cannot listen"):
+        serve(store, host="no such host", port=0, announce=lambda _: None)
+
+
+def test_missing_packages_are_named_with_the_command_that_brings_them(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
+    with pytest.raises(UsageError, match="uvicorn") as refused:
+        serve(store, port=0, announce=lambda _: None)
+    assert refused.value.hint == "pip install 'rlhf-cli[web]'"
+
+
+def test_listening_in_the_network_says_what_that_means(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = threading.Event()
+    stop.set()
+    told: list[Links] = []
+    serve(store, host="0.0.0.0", port=0, announce=told.append, stop=stop)
+    assert "unencrypted" in " ".join(capsys.readouterr().err.split())
+    assert token_of(told[0].administrator)
