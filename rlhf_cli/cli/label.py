@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from rlhf_cli.cli import label_export, label_import
+from rlhf_cli.cli import label_export, label_import, label_stats
 from rlhf_cli.cli.options import (
     AccelerateConfig,
     Attention,
@@ -180,5 +180,7 @@ def _panel(judges: list[str] | None) -> list[dict[str, str]] | None:
     return panel
 
 
+app.command("stats")(label_stats.stats)
 app.command("export")(label_export.export)
 app.command("import")(label_import.import_)
+app.command("stats")(label_stats.stats)
