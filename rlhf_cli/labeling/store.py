@@ -142,7 +142,8 @@ class LabelStore:
 
     def version(self) -> int:
         """A number that changes when another connection has committed something."""
-        return self.connection.execute("PRAGMA data_version").fetchone()[0]
+        with self.explained():
+            return self.connection.execute("PRAGMA data_version").fetchone()[0]
 
     def insert(self, table: str, **values: object) -> int:
         """Add a row; returns its number."""
