@@ -38,12 +38,14 @@ def closing_lines(
 
 
 def _done(tally: Tally) -> str:
-    parts = [f"ranked {tally.ranked:,}"]
-    parts += [f"{word} {count:,}" for word, count in (("skipped", tally.skipped), ("flagged", tally.flagged)) if count]
+    counts = (("ranked", tally.ranked), ("skipped", tally.skipped), ("flagged", tally.flagged))
+    parts = [f"{word} {count:,}" for word, count in counts if count]
+    if not parts:
+        return "nothing was submitted this time"
     if tally.taken_back:
         parts.append(f"went back {_count(tally.taken_back, 'time')}")
     each = tally.ranked + tally.skipped + tally.flagged
-    time = f" in {in_words(tally.active_seconds)}" if each else ""
+    time = f" in {in_words(tally.active_seconds)}"
     pace = f" ({in_words(tally.active_seconds / each)} each)" if each > 1 else ""
     said = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return f"you {said}{time}{pace}"

@@ -123,7 +123,7 @@ def _places(state: State) -> dict[int, str]:
 def _top_rule(laid_out: Document, top: int, width: int) -> Row:
     """Says what is above, and whose text goes on in the first row."""
     if top == 0:
-        return _rule(width)
+        return _rule(width, left="" if laid_out.pinned else "prompt")
     going_on = [cell.answer for cell in laid_out.rows[top] if cell.answer is not None and cell.line > 0]
     names = ", ".join(ANSWER_LETTERS[answer] for answer in going_on)
     return _rule(width, left=f"{names}, continued" if names else "", right=f"▲ {_lines(top)} above")

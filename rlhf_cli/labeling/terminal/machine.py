@@ -125,7 +125,8 @@ def _digit(state: State, digit: int, extent: Extent) -> State:
         return hinted(state, "first the ranking; digits come after it" if _takes_digits(state) else _NO_DIGITS)
     if state.asks_strength:
         if 1 <= digit <= len(STRENGTHS):
-            return replace(state, strength=digit)
+            given = replace(state, strength=digit)
+            return to_marks(given, extent) if given.empty_cell is not None else given
         return hinted(state, f"how much better: 1 to {len(STRENGTHS)}")
     if state.plan.criteria:
         return marked_with(to_marks(state, extent), digit, extent)

@@ -232,8 +232,8 @@ def _keys(state: State, width: int) -> Row:
     while keys and _size((*keys, *last)) > room:
         keys = keys[:-1]
     row = [Piece(" ")]
-    for key, meaning in (*keys, *last):
-        row += [Piece(key, "bold"), Piece(f" {meaning}  " if meaning else "  ", "dim")]
+    for number, (key, meaning) in enumerate((*keys, *last)):
+        row += [Piece("  " * bool(number)), Piece(key, "bold"), Piece(f" {meaning}", "dim")]
     return tuple(row)
 
 
@@ -241,4 +241,4 @@ _OTHERS = (("u", "back"), ("s", "skip"), ("f", "flag"), ("n", "note"), ("Backspa
 
 
 def _size(keys: tuple[tuple[str, str], ...]) -> int:
-    return sum(len(key) + len(meaning) + 3 - (not meaning) for key, meaning in keys) - 2
+    return sum(len(key) + len(meaning) + 3 for key, meaning in keys) - 2

@@ -12,6 +12,8 @@ from rlhf_cli.labeling.terminal.visible import Cluster, clusters, in_one_line, l
 
 Style = Literal["plain", "dim", "bold", "tag", "good", "accent", "mark", "warn", "error", "chosen"]
 
+_HANGING = 4
+"""Columns by which an indented line (code, a list) that does not fit goes on further in."""
 _RUNS = re.compile(r" +|[^ ]+")
 _PLAIN = re.compile(r"[!-~]+")
 _NEVER_FIRST = (
@@ -60,22 +62,22 @@ def wrap(text: str, width: int, style: Style = "plain") -> tuple[Row, ...]:
 def _wrap_line(line: str, width: int, style: Style) -> Iterator[Row]:
     row: list[Cluster] = []
     used = gap = indent = 0
-    is_first = True
+    is_first, has_text = True, False
     for token in _tokens(line):
         if token.is_blank:
             if is_first:
-                indent = min(token.width, width // 2)
-                row, used = _blanks(indent), indent
+                used = min(token.width, width // 2)
+                row, indent = _blanks(used), min(used + _HANGING, width // 2)
             else:
                 gap = token.width
             is_first = False
             continue
-        if not is_first and used > indent and used + gap + token.width > width:
+        if has_text and used + gap + token.width > width:
             yield _row(row, style)
             row, used, gap = _blanks(indent), indent, 0
         is_first = False
         row += _blanks(gap)
-        used, gap = used + gap, 0
+        used, gap, has_text = used + gap, 0, True
         for part in token.parts:
             if used + part.width > width:
                 yield _row(row, style)
