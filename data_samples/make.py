@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ANSWERS_PER_QUESTION = 24
@@ -136,15 +137,19 @@ def make_files() -> dict[str, str]:
     ]
     random.Random(0).shuffle(demonstrations)
     examples = asked[:: len(asked) // 24]
+    rankings = [_ranking(question, writer.answers(matter, question, 4, "r")) for matter, question in examples]
+    follow_ups = [
+        _ranking(question, writer.answers(matter, question, 2, "f"))
+        for matter, question in ((matter, matter.questions[1]) for matter, _ in examples)
+    ]
     return {
         "demonstrations.jsonl": _jsonl(demonstrations),
         "prompts.jsonl": _jsonl([{"prompt": question} for _, question in asked]),
-        "rankings.jsonl": _jsonl(
-            [_ranking(question, writer.answers(matter, question, 4, "r")) for matter, question in examples]
-        ),
+        "rankings.jsonl": _jsonl(rankings),
         "preferences.jsonl": _jsonl(_preferences(writer, examples)),
         "conversations.jsonl": _jsonl([_conversation(matter, writer.manners) for matter, _ in examples]),
         "demonstrations.csv": _csv(demonstrations[:24]),
+        **_module(HERE / "other_forms.py").make_forms(rankings, follow_ups),
     }
 
 
@@ -180,13 +185,16 @@ def _conversation(matter: Matter, manners: dict[str, list[str]]) -> dict[str, ob
 
 def _gold() -> Callable[[list[str], list[str]], list[float]]:
     """`score` of recipes/quickstart_gold.py, which lies beside this folder wherever both are copied."""
-    path = HERE.parent / "recipes" / "quickstart_gold.py"
-    spec = importlib.util.spec_from_file_location("quickstart_gold", path)
+    return _module(HERE.parent / "recipes" / "quickstart_gold.py").score
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.score
+    return module
 
 
 def _jsonl(rows: list[dict[str, object]] | list[dict[str, str]]) -> str:
@@ -213,6 +221,7 @@ def main() -> int:
             if not path.is_file() or path.read_bytes() != content.encode():
                 stale.append(name)
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(content.encode())
     for name in stale:
         print(f"{name} is not what data_samples/make.py makes; run it and commit the result", file=sys.stderr)

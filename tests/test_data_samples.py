@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from rlhf_cli.data.records import is_held_out
+from rlhf_cli.data.records import Candidates, is_held_out, prompt_text
 from rlhf_cli.data.sources import read_records
+from rlhf_cli.labeling.label_records import read_labels
+from rlhf_cli.labeling.session_types import item_id
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "data_samples"
@@ -75,6 +78,48 @@ def test_every_file_reads_without_a_skip(name: str, kind):
     assert len(loaded.records) >= 20
     records = f"{len(loaded.records):,}"
     assert any(f"`{name}` | {records} |" in line for line in (SAMPLES / "README.md").read_text().splitlines())
+
+
+FORMS = {
+    "forms/labels.jsonl": 10,
+    "forms/trl_conversations.jsonl": 6,
+    "forms/hh.jsonl": 6,
+    "forms/rewardbench.jsonl": 6,
+    "forms/rewardbench2.jsonl": 6,
+    "forms/openassistant_trees.jsonl": 12,
+    "forms/label_studio.json": 12,
+    "forms/label_studio_buckets.json": 12,
+    "forms/label_studio_pairs.json": 6,
+    "forms/argilla.json": 12,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_another_tool_reads_without_a_skip(name: str):
+    for kind in ("ranking", "candidates"):
+        loaded = read_records(str(SAMPLES / name), kind)
+        assert loaded.skips.total == 0
+        questions = {prompt_text(row.prompt) for row in read_records(str(SAMPLES / name), kind).records}
+        assert len(questions) == (12 if "trees" in name else 6)
+    assert len(read_records(str(SAMPLES / name), "ranking").records) == FORMS[name]
+    assert any(f"`{name}` | {FORMS[name]} |" in line for line in (SAMPLES / "README.md").read_text().splitlines())
+
+
+def test_forms_of_the_same_rankings_say_the_same():
+    """Ada's rankings in labels, in Argilla and in Label Studio's buckets are those of rankings.jsonl to the letter."""
+    plain = read_records(str(SAMPLES / "rankings.jsonl"), "ranking").records[:6]
+    for name in ("forms/labels.jsonl", "forms/argilla.json", "forms/label_studio_buckets.json"):
+        of_ada = [
+            row for row in read_records(str(SAMPLES / name), "ranking").records if row.annotator.startswith("ada")
+        ]
+        assert [replace(row, annotator=None) for row in of_ada] == plain
+    candidates = read_records(str(SAMPLES / "forms/candidates.jsonl"), "candidates").records
+    assert [(row.prompt, row.completions) for row in candidates] == [(row.prompt, row.completions) for row in plain]
+
+
+def test_items_are_called_as_sessions_call_them():
+    labels = read_labels(SAMPLES / "forms/labels.jsonl")
+    assert all(label.item == item_id(Candidates(label.prompt, label.completions)) for label in labels)
 
 
 def test_rankings_show_ties():
