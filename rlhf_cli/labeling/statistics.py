@@ -91,7 +91,7 @@ def statistics(labels: Sequence[LabelRecord], seed: int) -> LabelReport:
         pace=pace_of(labels),
         distribution=distribution_of(table),
         annotators=tuple(_annotator(figures, table, number, of_name[name]) for number, name in enumerate(table.names)),
-        guidelines=guidelines_of(labels),
+        guidelines=guidelines_of(table.labels),
         unknown=unknown_of(labels, table),
         more_prompts=prompts_needed(agreement.with_ties),
     )

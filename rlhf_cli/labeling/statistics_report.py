@@ -275,7 +275,7 @@ class LabelReport:
         first_shown: untied pairs whose earlier-shown answer wins; 1/2 is no bias.
         longer: untied pairs of unlike length whose longer answer wins.
         tie_share: pairs tied, over ordinary labels.
-        guidelines: hash, or `none` -> labels.
+        guidelines: hash, or `none` -> rankings.
         unknown: what the labels do not tell, one sentence each.
         more_prompts: further prompts that two people should label for an agreement within 5 points either way.
     """

@@ -15,6 +15,7 @@ from rlhf_cli.labeling.statistics_report import (
     ALWAYS_LONGER,
     REFERENCES,
     SECONDS_A_LABEL,
+    Agreement,
     AnnotatorReport,
     Counts,
     Distribution,
@@ -31,6 +32,10 @@ _NOTHING = "-"
 
 def report_text(report: LabelReport) -> RenderableType:
     """Everything but what only `--json` has; fits 80 columns."""
+    if not report.counts.ranked:
+        return Group(
+            *_counts(report), Text("nothing is ranked yet, so there is nothing to measure"), *_warnings(report)
+        )
     parts: list[RenderableType] = [*_counts(report), "", _agreement(report), _references()]
     if any(person.labels for person in report.annotators):
         parts += ["", _people(report.annotators), "", _habits(report.annotators)]
@@ -79,16 +84,9 @@ def _rest(counts: Counts) -> list[str]:
 def _agreement(report: LabelReport) -> Table:
     found = report.agreement
     table = _table("all labels", "", "95 % interval", "of", left=(0, 3))
-    for name, figure, show in (
-        ("same winner, ties left out", found.without_ties, _percent),
-        ("same verdict, ties counted", found.with_ties, _percent),
-        ("Kendall's tau-b", found.tau_b, _two),
-        ("Krippendorff's alpha", found.alpha, _two),
-        ("  with ties half-way (ordinal)", found.alpha_ordinal, _two),
-        ("Fleiss' kappa", found.fleiss, _two),
-        ("Gwet's AC1", found.ac1, _two),
-        ("Gwet's AC2", found.ac2, _two),
-    ):
+    if found.with_ties.value is None:
+        _add(table, "agreement", found.with_ties, _percent, "")
+    for name, figure, show in _agreement_rows(found) if found.with_ties.value is not None else ():
         _add(table, name, figure, show, "items" if figure is found.tau_b else "pairs")
     if found.strengths.value is not None:
         _add(table, "Gwet's AC2 of strengths", found.strengths, _two, "items")
@@ -104,6 +102,19 @@ def _agreement(report: LabelReport) -> Table:
         quartiles = f"{pace.lower:,.0f} to {pace.upper:,.0f}"
         table.add_row(f"seconds (AlpacaEval: {SECONDS_A_LABEL})", f"{pace.median:,.1f}", quartiles, f"quartiles{hour}")
     return table
+
+
+def _agreement_rows(found: Agreement) -> tuple[tuple[str, Figure, Callable[[float], str]], ...]:
+    return (
+        ("same winner, ties left out", found.without_ties, _percent),
+        ("same verdict, ties counted", found.with_ties, _percent),
+        ("Kendall's tau-b", found.tau_b, _two),
+        ("Krippendorff's alpha", found.alpha, _two),
+        ("  with ties half-way (ordinal)", found.alpha_ordinal, _two),
+        ("Fleiss' kappa", found.fleiss, _two),
+        ("Gwet's AC1", found.ac1, _two),
+        ("Gwet's AC2", found.ac2, _two),
+    )
 
 
 def _add(table: Table, name: str, figure: Figure, show: Callable[[float], str], unit: str) -> None:
@@ -191,7 +202,8 @@ def _distribution(report: LabelReport) -> Table:
 
 def _warnings(report: LabelReport) -> Iterator[RenderableType]:
     if not report.warnings:
-        yield Text("nothing to act on")
+        if report.counts.ranked:
+            yield Text("nothing to act on")
         return
     yield Text(f"{_many(len(report.warnings), 'warning')}", style="bold yellow")
     for warning in report.warnings:
