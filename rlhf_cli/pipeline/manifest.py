@@ -23,7 +23,7 @@ FILE_NAME = "manifest.json"
 FORMAT = 1
 NOT_CONTENT = frozenset(
     {"metrics.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
-    | {"labels.jsonl", "votes.jsonl", "judge.json"}
+    | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
 )
 """Files that tell how an artefact was made; no later stage reads them, and they hold times."""
 
