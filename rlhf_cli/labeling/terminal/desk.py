@@ -19,11 +19,13 @@ LONGEST_PAUSE = 60.0
 """Seconds between two keys that count as being at it; of a longer pause no more is counted."""
 DRAFT_SECONDS = 2.0
 """Changes that come faster are kept together."""
+RETRY_SECONDS = 30.0
+"""A draft that could not be kept is tried again so much later: a locked store makes everybody wait."""
 
 
 @dataclass
 class Tally:
-    """What was done in this sitting."""
+    """What was done in this sitting; what was taken back is not counted as done."""
 
     ranked: int = 0
     skipped: int = 0
@@ -49,10 +51,11 @@ class Desk:
         self.tally = Tally()
         self.is_draft_kept = True
         self._kept = Entry()
-        self._kept_at = clock()
+        self._due = clock()
         self._active = self._active_kept = 0.0
         self._seen = clock()
         self._key: tuple[Any, str] = (None, "")
+        self._given: dict[int, str] = {}
         self._passed: dict[int, Entry] = {}
         """What had been entered for tasks that were skipped or flagged: for those who go back to them."""
 
@@ -83,11 +86,11 @@ class Desk:
         """Seconds until `tick` has something to do; None: nothing."""
         if not self._has_changed:
             return None
-        return max(0.0, self._kept_at + DRAFT_SECONDS - self._clock())
+        return max(0.0, self._due - self._clock())
 
     def tick(self) -> None:
         """Keep the draft if that is due."""
-        if self._has_changed and self._clock() >= self._kept_at + DRAFT_SECONDS:
+        if self._has_changed and self._clock() >= self._due:
             error = self._keep()
             if error is not None:
                 self.state = warned(self.state, f"the draft is not on disk yet: {error.message}")
@@ -132,18 +135,22 @@ class Desk:
         key = self._key_for((task, effect))
         if effect.kind == "submit":
             self._session.submit(self._who, task, effect.entry, key=key, active_seconds=seconds)
-            self.tally.ranked += 1
         else:
             self._passed[task] = self.state.entry
             if effect.kind == "skip":
                 self._session.skip(self._who, task, key=key, active_seconds=seconds)
-                self.tally.skipped += 1
             else:
                 self._session.flag(self._who, task, key=key, active_seconds=seconds, reason=effect.reason)
-                self.tally.flagged += 1
+        self._given[task] = effect.kind
+        self._count(effect.kind, +1)
         said = {"submit": "kept", "skip": "skipped", "flag": "flagged"}[effect.kind]
         self._forget(f"{said}; u goes back to it")
         self._do(Effect("next"))
+
+    def _count(self, kind: str, by: int) -> None:
+        self.tally.ranked += by * (kind == "submit")
+        self.tally.skipped += by * (kind == "skip")
+        self.tally.flagged += by * (kind == "flag")
 
     def _forget(self, hint: str) -> None:
         """The task in hand is answered: nothing of it is to be kept again, also if the next one cannot be read."""
@@ -157,6 +164,8 @@ class Desk:
             self.state = replace(self.state, hint="this is your first: there is nothing to go back to")
             return
         self.tally.taken_back += 1
+        if task.id in self._given:
+            self._count(self._given.pop(task.id), -1)
         if task.draft is None and task.id in self._passed:
             task = replace(task, draft=self._passed[task.id])
         self._load(task)
@@ -166,7 +175,7 @@ class Desk:
         progress = self._session.progress(self._who)
         hint, style = self.state.hint, self.state.hint_style
         self.state = with_task(replace(self.state, progress=progress), task, hint, style)
-        self._kept, self._kept_at = self.state.entry, self._clock()
+        self._kept, self._due = self.state.entry, self._clock() + DRAFT_SECONDS
         self._active = self._active_kept = task.active_seconds if task is not None else 0.0
         self._seen = self._clock()
         self._key = (None, "")
@@ -202,11 +211,12 @@ class Desk:
 
     def _keep(self) -> RLHFError | None:
         assert self.state.task is not None
-        entry, self._kept_at = self.state.entry, self._clock()
+        entry = self.state.entry
         try:
             self._session.save_draft(self._who, self.state.task.id, entry, active_seconds=self._active)
         except RLHFError as error:
-            self.is_draft_kept = False
+            self.is_draft_kept, self._due = False, self._clock() + RETRY_SECONDS
             return error
         self._kept, self._active_kept, self.is_draft_kept = entry, self._active, True
+        self._due = self._clock() + DRAFT_SECONDS
         return None

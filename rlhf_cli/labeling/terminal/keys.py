@@ -117,7 +117,13 @@ class KeyReader:
             return None, found.end() if found else 0
         if kind == b"\x1b":
             return Key("escape"), 1
-        return Key("unknown"), 1 + _length_of_character(data[1])  # Alt with a key
+        return self._with_alt()
+
+    def _with_alt(self) -> tuple[Key | None, int]:
+        data = self._bytes
+        end = 1 + _length_of_character(data[1])
+        broken = next((at for at, byte in enumerate(data[2:end], 2) if not 0x80 <= byte < 0xC0), 0)
+        return (Key("unknown"), broken or end) if broken or len(data) >= end else (None, 0)
 
     def _control_sequence(self) -> tuple[Key | None, int]:
         data = self._bytes

@@ -76,7 +76,7 @@ def clusters(line: str) -> Iterator[Cluster]:
                 yield Cluster(pending, width, length=length)
             # a mark with nothing to stand on would fall on whatever is left of it on the screen
             pending, width = (character, size) if size else ("\u25cc" + character, 1)
-            length, combining = 1, 0
+            length, combining = 1, int(size == 0)
         has_joiner = character == "\u200d"
     if pending:
         yield Cluster(pending, width, length=length)

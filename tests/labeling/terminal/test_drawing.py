@@ -1,0 +1,271 @@
+"""What the screen shows of a state, at any size."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from rlhf_cli.data.records import Message
+from rlhf_cli.labeling.session_types import ANSWER_LETTERS, Entry, LabelPlan, Progress, Task
+from rlhf_cli.labeling.terminal.closing import closing_lines
+from rlhf_cli.labeling.terminal.desk import Tally
+from rlhf_cli.labeling.terminal.drawing import Screen, draw, extent
+from rlhf_cli.labeling.terminal.editing import Line
+from rlhf_cli.labeling.terminal.keys import Key
+from rlhf_cli.labeling.terminal.layout import columns_for, document
+from rlhf_cli.labeling.terminal.machine import step
+from rlhf_cli.labeling.terminal.painting import paint
+from rlhf_cli.labeling.terminal.state import Effect, State, Trouble, with_task, with_trouble
+from rlhf_cli.labeling.terminal.visible import in_one_line
+from tests.labeling.terminal.terminal_support import TEXTS
+
+PROGRESS = Progress(40, 11, 0, 11, 29, False, mine=11, left_for_me=29, pace_seconds=38.2)
+
+
+def at_task(*answers: str, prompt="Why is my bread so heavy?", draft: Entry | None = None, **plan) -> State:
+    state = State(LabelPlan(**plan), "Maria", PROGRESS)
+    return with_task(state, Task(12, 12, prompt, answers, draft))
+
+
+def text_of(screen: Screen) -> list[str]:
+    """Rows as they are seen."""
+    shown = []
+    for row in screen.rows:
+        line = ""
+        for piece in row:
+            if piece.at is not None:
+                assert cell_len(line) <= piece.at, "one text over another"
+                line += " " * (piece.at - cell_len(line))
+            line += piece.text
+        shown.append(line.rstrip())
+    return shown
+
+
+def shown(state: State, width: int = 80, height: int = 24) -> str:
+    return "\n".join(text_of(draw(state, width, height)))
+
+
+@st.composite
+def states(draw_):
+    count = draw_(st.integers(2, 16))
+    texts = draw_(st.lists(TEXTS, min_size=count, max_size=count))
+    prompt = draw_(TEXTS | st.lists(st.builds(Message, TEXTS, TEXTS), min_size=1, max_size=3).map(tuple))
+    order = draw_(st.permutations(range(count)))[: draw_(st.integers(0, count))]
+    tiers = tuple((answer,) for answer in order)
+    if len(tiers) > 2:
+        tiers = (tiers[0] + tiers[1], *tiers[2:])
+    criteria = tuple(draw_(st.lists(st.sampled_from(["helpful", "honest", "h" * 30]), unique=True)))
+    plan = {"criteria": criteria, "strengths": draw_(st.booleans()), "guidelines": draw_(st.none() | TEXTS)}
+    state = at_task(*texts, prompt=prompt, draft=Entry(tiers, note=draw_(TEXTS)), **plan)
+    views = ["rank", "note", "flag", "help", "end", "trouble", *(["marks"] if criteria else [])]
+    state = replace(state, view=draw_(st.sampled_from(views)), top=draw_(st.integers(0, 99)))
+    line = draw_(TEXTS)
+    state = replace(state, line=Line(line, draw_(st.integers(0, len(line)))), is_joining=bool(tiers), name=draw_(TEXTS))
+    trouble = Trouble(draw_(TEXTS), draw_(TEXTS), Effect("quit"))
+    state = with_trouble(state, trouble) if state.view == "trouble" else replace(state, hint=draw_(TEXTS | st.just("")))
+    return replace(state, task=None) if state.view == "end" else state
+
+
+@settings(max_examples=150, deadline=None)
+@given(states(), st.integers(1, 200), st.integers(1, 60))
+def test_no_row_is_wider_than_the_terminal_and_no_text_of_a_stranger_is_obeyed(state, width, height):
+    screen = draw(state, width, height)
+    assert len(screen.rows) == height
+    assert all(cell_len(row) <= width for row in text_of(screen))
+    assert all(piece.text.isprintable() or not set(piece.text) & _OBEYED for row in screen.rows for piece in row)
+    if screen.cursor is not None:
+        assert screen.cursor[0] < height
+        assert screen.cursor[1] < width
+    painted, _ = paint(screen, (), is_coloured=True)
+    ours = re.compile(r"\x1b\[(\?25[lh]|[0-9;]*[mHGK]|2J)")
+    assert "\x1b" not in ours.sub("", painted)
+
+
+_OBEYED = {chr(code) for code in (*range(32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0x200B)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(states(), st.integers(40, 140), st.integers(12, 45))
+def test_all_of_the_answers_is_reached_by_scrolling(state, width, height):
+    if state.task is None:
+        return
+    state = replace(state, view="rank", is_joining=False, top=0)
+    laid_out = document(state.task.prompt, state.task.answers, width, height // 6)
+    for number, answer in enumerate(state.task.answers):
+        text = [piece.text for row in laid_out.rows for cell in row if cell.answer == number for piece in cell.pieces]
+        expected = in_one_line("".join(line.expandtabs(4) for line in answer.replace("\r\n", "\n").split("\n")))
+        expected = expected if answer.strip() else "(anemptyanswer)" if not answer else "(onlywhitespace)"
+        assert _inked("".join(text)) == _inked(expected)
+    unseen = set(range(len(laid_out.rows)))
+    while unseen:
+        here = extent(state, width, height)
+        shown_now = [piece.text for row in draw(state, width, height).rows for piece in row]
+        for number in range(state.top, min(state.top + here.page, here.total)):
+            assert all(piece.text in shown_now for cell in laid_out.rows[number] for piece in cell.pieces)
+            unseen.discard(number)
+        assert state.top < here.last or not unseen
+        state, _ = step(state, Key("text", " "), here)
+
+
+def _inked(text: str) -> str:
+    return text.replace(" ", "").replace("\u25cc", "")
+
+
+def test_a_page_down_leaves_out_no_line():
+    state = at_task(*("\n".join(f"{letter}{n:03d}" for n in range(60)) for letter in "WXYZ"))
+    seen = set()
+    for _ in range(60):
+        seen |= set(re.findall(r"[WXYZ]\d{3}", shown(state)))
+        state, _ = step(state, Key("pagedown"), extent(state, 80, 24))
+    assert len(seen) == 240
+
+
+def test_the_screen_says_how_far_one_is_what_is_asked_and_what_to_press():
+    screen = shown(at_task("Add water.", "Wait an hour."))
+    assert screen.splitlines()[0].startswith(" 12 of 40  ███████─")
+    assert "38 s each, about 18 min left" in screen
+    assert screen.splitlines()[0].endswith("Maria")
+    assert " Why is my bread so heavy?" in screen
+    assert "  a   Add water." in screen
+    assert "  b   Wait an hour." in screen
+    assert " ranking  none yet" in screen
+    assert "a-b rank  = tie  Enter submit  u back  s skip  f flag  n note  ? help  q quit" in screen
+
+
+def test_the_ranking_is_shown_as_it_would_be_written_with_what_lacks():
+    state = replace(at_task("w", "x", "y", "z"), tiers=((1,), (0, 2)))
+    screen = shown(state)
+    assert " ranking  b > a = c    to place: d" in screen
+    assert re.search(r"^  1st$", screen, re.MULTILINE)
+    assert screen.count("=2nd") == 2
+    assert "b > a = c = _" in shown(replace(state, is_joining=True))
+    assert "which answer is as good as c?" in shown(replace(state, is_joining=True))
+
+
+def test_answers_stand_side_by_side_where_each_has_forty_columns():
+    for count, width, columns in (
+        (2, 99, 1), (2, 100, 2), (4, 80, 1), (4, 120, 2), (4, 169, 2), (4, 170, 4), (3, 127, 3), (9, 130, 3),
+        (5, 173, 3),
+    ):  # fmt: skip
+        assert columns_for(count, width) == columns
+    rows = text_of(draw(at_task("one", "two"), 100, 24))
+    assert any("  a   one" in row and "│   b   two" in row for row in rows)
+
+
+def test_more_is_seen_to_be_there_above_and_below():
+    state = at_task("\n".join("abcdefghijklmnopqrstuvwxyz"), "y")
+    assert "▼ 13 more lines" in shown(state)
+    assert "above" not in shown(state)
+    further = shown(replace(state, top=5))
+    assert "── a, continued ──" in further
+    assert "▲ 5 lines above" in further
+    assert "more" not in shown(replace(state, top=99))
+
+
+def test_a_long_prompt_scrolls_and_a_short_one_stays():
+    answers = ("\n".join("x" * 40), "y")
+    assert "heavy?" in shown(replace(at_task(*answers), top=20))
+    long = at_task(*answers, prompt="\n".join("long" * 3))
+    assert "── prompt ──" in shown(long)
+    assert "heavy" not in shown(replace(long, top=20))
+
+
+def test_a_conversation_is_shown_as_turns():
+    turns = (Message("system", "Be brief."), Message("user", "Hello\x1b[2J\nthere"))
+    screen = shown(at_task("x", "y", prompt=turns))
+    assert " system:\n   Be brief.\n user:\n   Hello\\x1b[2J\n   there\n" in screen
+
+
+def test_an_empty_answer_is_seen_to_be_one():
+    screen = shown(at_task("", " \n "))
+    assert "a   (an empty answer)" in screen
+    assert "b   (only white space)" in screen
+
+
+def test_marks_are_a_table_with_the_cell_that_a_digit_sets():
+    state = at_task("x", "y", criteria=("helpful", "honest"), draft=Entry(((0,), (1,)), marks={"helpful": (5, None)}))
+    assert " marks    1 of 4 (helpful, honest); Tab opens them" in shown(state)
+    screen = shown(replace(state, view="marks", cell=(1, 0)))
+    assert " marks             a    b" in screen
+    assert " helpful           5   [·]" in screen
+    assert "how helpful is answer b? 1 (worst) to 5 (best)" in screen
+
+
+def test_the_strength_that_was_chosen_stands_out():
+    state = at_task("x", "y", strengths=True, draft=Entry(((1,), (0,)), strength=2))
+    chosen = [piece.text for row in draw(state, 80, 24).rows for piece in row if piece.style == "chosen"]
+    assert chosen == [" 2 slightly better "]
+    assert " b is" in shown(state)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (80, 40), (120, 40), (60, 16)])
+def test_the_cursor_is_where_the_next_character_goes(size):
+    for text in ("Grüße 日本", "x" * 300, ""):
+        state = replace(at_task("x", "y"), view="note", line=Line.of(text))
+        screen = draw(state, *size)
+        assert screen.cursor is not None
+        row = text_of(screen)[screen.cursor[0]]
+        assert cell_len((" note".ljust(11) + text)[-0 or None :]) == screen.cursor[1] or row.endswith("x" * 20)
+        assert screen.cursor[1] < size[0]
+
+
+def test_trouble_is_shown_with_what_can_be_done():
+    trouble = Trouble("cannot write labels.db: disk full", "free some space", Effect("submit"))
+    screen = shown(with_trouble(at_task("x", "y"), trouble))
+    assert "cannot write labels.db: disk full (free some space)" in screen
+    assert "what you entered is still here" in screen
+    assert "Enter try again  Esc back  q quit" in screen
+
+
+def test_the_end_says_whether_others_are_still_at_it():
+    def end(**progress):
+        return shown(replace(with_task(at_task("x", "y"), None), progress=replace(PROGRESS, **progress)))
+
+    assert "others are at what is left (29)" in end()
+    assert "Others are still at theirs" in end(left_for_me=0)
+    assert "All is labelled" in end(left_for_me=0, labels_left=0)
+
+
+def test_a_window_too_small_says_so():
+    assert "at least 40 x 12" in shown(at_task("x", "y"), 39, 24)
+
+
+def test_only_rows_that_changed_are_painted_and_no_colour_means_none():
+    state = at_task("x", "y")
+    _, rows = paint(draw(state, 80, 24), (), is_coloured=True)
+    again, _ = paint(draw(state, 80, 24), rows, is_coloured=True)
+    assert again == ""
+    changed, _ = paint(draw(replace(state, tiers=((0,),)), 80, 24), rows, is_coloured=True)
+    assert changed.count("\x1b[2K") == 3  # place, ranking, hint
+    plain, _ = paint(draw(replace(state, tiers=((0,),), hint_style="warn"), 80, 24), (), is_coloured=False)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", plain)
+
+
+def test_the_last_lines_say_what_was_done_and_what_is_left():
+    tally = Tally(ranked=3, skipped=1, flagged=1, taken_back=1, active_seconds=95.0)
+    lines = closing_lines(tally, PROGRESS, True, True, "rlhf label --run-dir R", "")
+    assert lines == [
+        "you ranked 3, skipped 1, flagged 1 and went back 1 time in 1 min 35 s (19.0 s each)",
+        "the one in hand is kept as you left it",
+        "left: 29 for you",
+        "to go on where you stopped: rlhf label --run-dir R",
+    ]
+    done = replace(PROGRESS, left_for_me=0, labels_left=4)
+    assert closing_lines(Tally(), done, False, True, "", "now train") == [
+        "nothing was submitted this time",
+        "nothing is left for you; others are asked for 4 labels",
+    ]
+    assert closing_lines(Tally(), replace(done, is_complete=True), True, False, "", "now train")[1:] == [
+        "what you entered last could not be kept: it is not on disk",
+        "nothing is left: now train",
+    ]
+
+
+def test_letters_that_do_not_follow_each_other_are_named_one_by_one():
+    assert ANSWER_LETTERS[:6] == "abcdeg"
+    assert " abcdeg rank" in shown(at_task(*"uvwxyz"))
