@@ -49,7 +49,7 @@ def served(store: Path, annotators: list[str], *, port: int = 0) -> Iterator[Lin
             failures.append(error)
             ready.set()
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         assert ready.wait(20)
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("names", nargs="*")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
 
     def announce(links: Links) -> None:
         plain = {"address": links.address, "administrator": links.administrator, "annotators": dict(links.annotators)}

@@ -425,7 +425,8 @@ function chooseByDigit(digit, at) {
   if (!input) return false;
   input.click();
   const later = groups.slice(groups.indexOf(group) + 1).find(isOpen) ?? groups.find(isOpen);
-  (later?.querySelector("input") ?? input).focus();
+  if (later) later.querySelector("input").focus();
+  else $("board").focus({ preventScroll: true }); // so that the next digit does not change this one
   return true;
 }
 
