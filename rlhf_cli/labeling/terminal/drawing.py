@@ -44,7 +44,7 @@ def draw(state: State, width: int, height: int) -> Screen:
         return _filled([(Piece(cut(text, width)),) for text in say], width, height)
     if state.view == "help":
         return _help(state, width, height)
-    bottom, cursor = footer(state, width, height)
+    bottom, cursor = footer(state, width, _room(height))
     laid_out = _laid_out(state, width, height)
     if laid_out is None:
         rows = [header(state, width), _rule(width), *ending_rows(state, width)]
@@ -69,11 +69,21 @@ def _laid_out(state: State, width: int, height: int) -> Document | None:
     """None where there is no task, or no room for one."""
     if state.task is None or width < MIN_WIDTH or height < MIN_HEIGHT:
         return None
-    return document(state.task.prompt, state.task.answers, width, height // 6)
+    return document(state.task.prompt, state.task.answers, width, _pinnable(height))
+
+
+def _pinnable(height: int) -> int:
+    """Rows of a prompt that may stay in sight; none where the answers need them all."""
+    return height // 6 if height >= 20 else 0
+
+
+def _room(height: int) -> int:
+    """Rows that may stand below the answers: header, rules, the prompt and one row of an answer have theirs."""
+    return height - 4 - (_pinnable(height) + 1 if _pinnable(height) else 0)
 
 
 def _page(state: State, laid_out: Document, width: int, height: int) -> int:
-    bottom, _ = footer(state, width, height)
+    bottom, _ = footer(state, width, _room(height))
     pinned = len(laid_out.pinned) + 1 if laid_out.pinned else 0
     return max(1, height - 3 - pinned - len(bottom))
 

@@ -67,30 +67,40 @@ def ending_rows(state: State, width: int) -> list[Row]:
     return rows + [(Piece("  "), *row) for row in wrap(last, width - 4)]
 
 
-def footer(state: State, width: int, height: int) -> tuple[list[Row], tuple[int, int] | None]:
-    """Rows below the answers, and the cursor among them, if a line is being typed."""
-    rows: list[Row] = []
-    cursor = None
+def footer(state: State, width: int, room: int) -> tuple[list[Row], tuple[int, int] | None]:
+    """Rows below the answers, and the cursor among them, if a line is being typed.
+
+    Args:
+        state: to show.
+        width: of the screen.
+        room: rows there may be; what matters less is left out where there are fewer than it takes.
+    """
+    parts: dict[str, list[Row]] = {}
+    column = 0
     if state.task is not None:
-        rows += _ranking(state, width)
+        parts["ranking"] = _ranking(state, width)
         if state.asks_strength:
-            rows += _strength(state, width)
-        if state.view == "marks":
-            rows += _marks(state, width, max(3, height // 3))
-        elif state.plan.criteria:
-            rows.append(_marks_in_short(state, width))
+            parts["strength"] = _strength(state, width)
+        if state.plan.criteria and state.view != "marks":
+            parts["marks in short"] = [_marks_in_short(state, width)]
         if state.view in ("note", "flag"):
             row, column = _typed(state, width)
-            cursor = (len(rows), column)
-            rows.append(row)
+            parts["typed"] = [row]
         elif state.note:
-            rows.append((Piece(" note".ljust(_LABEL), "dim"), Piece(cut(state.note, width - _LABEL - 1))))
+            parts["note"] = [(Piece(" note".ljust(_LABEL), "dim"), Piece(cut(state.note, width - _LABEL - 1)))]
+        if state.view == "marks":
+            parts["marks"] = _marks(state, width, max(2, min(9, room - 6)))
     if state.view == "trouble":
-        rows += _trouble(state, width)
+        parts["hint"] = _trouble(state, width)
     else:
-        rows.append((Piece(cut(f" {state.hint or _what_next(state)}", width), state.hint_style),))
-    rows += [_keys(state, width)]
-    return rows, cursor
+        parts["hint"] = [(Piece(cut(f" {state.hint or _what_next(state)}", width), state.hint_style),)]
+    parts["keys"] = [_keys(state, width)]
+    for name in ("note", "marks in short", "strength", "ranking"):
+        if sum(map(len, parts.values())) > room:
+            parts.pop(name, None)
+    rows = [row for part in parts.values() for row in part]
+    typed = parts.get("typed")
+    return rows, None if typed is None else (next(n for n, row in enumerate(rows) if row is typed[0]), column)
 
 
 def _ranking(state: State, width: int) -> list[Row]:
