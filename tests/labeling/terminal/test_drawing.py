@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -272,3 +274,29 @@ def test_the_last_lines_say_what_was_done_and_what_is_left():
 def test_letters_that_do_not_follow_each_other_are_named_one_by_one():
     assert ANSWER_LETTERS[:6] == "abcdeg"
     assert " abcdeg rank" in shown(at_task(*"uvwxyz"))
+
+
+def documented() -> list[str]:
+    """The screens of the documentation."""
+    text = (Path(__file__).parents[3] / "docs" / "labelling-terminal.md").read_text(encoding="utf-8")
+    return re.findall(r"^```\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
+
+
+def sampled(name: str) -> dict:
+    samples = Path(__file__).parents[3] / "data_samples"
+    return json.loads((samples / name).read_text(encoding="utf-8").splitlines()[0])
+
+
+def test_the_screens_of_the_documentation_are_what_is_drawn():
+    ranking, pair = sampled("rankings.jsonl"), sampled("preferences.jsonl")
+    answers = [ranking["completions"][n] for n in (1, 0, 2, 3)]
+    start = Progress(25, 0, 0, 0, 25, False, left_for_me=25)
+    state = replace(at_task(*answers, prompt=ranking["prompt"], draft=Entry(((1, 0),))), progress=start)
+    assert documented()[0] == shown(replace(state, tiers=((1, 0),)))
+
+    draft = Entry(((1,), (0,)), 3, {"helpful": (5, None), "honest": (4, None), "harmless": (3, None)})
+    plan = {"criteria": ("helpful", "honest", "harmless"), "strengths": True}
+    state = at_task(pair["rejected"], pair["chosen"], prompt=pair["prompt"], draft=draft, **plan)
+    start = replace(start, items=21, labels_left=21, left_for_me=21)
+    state = replace(state, view="marks", cell=(1, 0), progress=start)
+    assert documented()[1] == shown(state, 104, 20)
