@@ -151,7 +151,7 @@ def statistics_of(labels: Sequence[LabelRecord]) -> dict[str, Any]:
     report = statistics(labels, _SEED)
     figures = {
         "agreement": report.agreement.with_ties,
-        "agreement, untied": report.agreement.without_ties,
+        "agreement without ties": report.agreement.without_ties,
         "alpha": report.agreement.alpha,
         "agreement with themselves": report.self_consistency,
         "gold items right": report.gold,

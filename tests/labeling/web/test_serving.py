@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -177,3 +178,28 @@ def test_pages_name_nothing_that_is_not_served_and_hold_no_script_of_their_own()
             assert "style=" not in text
             assert " onclick" not in text
             assert text.count("<script") == text.count('<script type="module" src="/assets/')
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_every_colour_of_text_has_enough_contrast_on_every_ground_it_stands_on(scheme: int) -> None:
+    """WCAG 2.2, 1.4.3: (L1 + 0.05) / (L2 + 0.05) >= 4.5."""
+    style = (files("rlhf_cli.labeling.web") / "assets" / "style.css").read_text(encoding="utf-8")
+    block = style.split(":root {")[1 + scheme].split("}")[0]
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block))
+    grounds = ("ground", "surface", "raised")
+    pairs = [(text, ground) for text in ("ink", "muted", "accent") for ground in grounds]
+    for text, ground in [
+        *pairs,
+        ("on-accent", "accent"),
+        ("warn", "warn-ground"),
+        ("warn", "surface"),
+        ("ink", "tint"),
+    ]:
+        low, high = sorted((luminance(colours[text]), luminance(colours[ground])))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, f"{text} on {ground}"

@@ -42,9 +42,10 @@ function show(now) {
     figure("items done", `${done} of ${items}`, aside ? `${aside} set aside` : `${now.overlap} label${now.overlap > 1 ? "s" : ""} each`),
     figure("labels", `${labels}`, `${left} still needed`),
     figure("pace", pace ? `${Math.round(pace)} an hour` : "–", "over the last quarter of an hour"),
-    figure("time left", left === 0 ? "none" : time ? inWords(time) : "–", pace ? `at this pace, ${people} ${people === 1 ? "person" : "people"}` : ""),
-    ...(agreement.length ? agreement : [figure("agreement", "–", "nothing was labelled by two people yet")]),
+    figure("time left", left === 0 ? "none" : time ? inWords(time) : "–", left && pace ? `at this pace, ${people} ${people === 1 ? "person" : "people"}` : ""),
   );
+  $("agreement").replaceChildren(...agreement);
+  $("agreement").hidden = agreement.length === 0;
   $("people").replaceChildren(...now.annotators.map((row) => person(row, now.at)));
   $("warnings").replaceChildren(...now.statistics.warnings.map(warning));
   $("warnings-panel").hidden = now.statistics.warnings.length === 0;
