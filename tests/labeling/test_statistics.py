@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.intervals import PromptSums, resampled_sums, wilson_interval, worth_of
+from rlhf_cli.labeling.agreement import krippendorff_alpha
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.statistics import statistics
 from rlhf_cli.labeling.statistics_report import Figure, LabelReport
@@ -54,6 +55,39 @@ def test_agreement_by_hand():
     assert report.counts.items == report.counts.shared_items == 2
 
 
+def test_a_tie_of_both_is_agreement_only_where_ties_count():
+    labels = [
+        label("x", "ana", (0, 1), 2),
+        label("x", "ben", (0, 1), 2),
+        label("y", "ana", 0, 1),
+        label("y", "ben", 1, 0),
+    ]
+    found = statistics(labels, seed=0).agreement
+    assert (found.with_ties.value, found.with_ties.count) == (pytest.approx(3 / 4), 4)
+    assert (found.without_ties.value, found.without_ties.count) == (pytest.approx(2 / 3), 3)
+
+
+def test_tau_is_a_mean_over_items_however_many_ranked_them():
+    reverse = [label("x", "ana", 0, 1, 2), label("x", "ben", 2, 1, 0)]
+    same = [label("y", name, 0, 1, 2) for name in ("ana", "ben", "cid", "dan")]
+    found = statistics(reverse + same, seed=0).agreement
+    assert found.tau_b.value == pytest.approx((-1 + 1) / 2)
+    assert found.with_ties.value == pytest.approx(18 / 21), "pairs of annotators weigh alike"
+
+
+def test_agreement_of_the_others_is_what_remains_without_somebody():
+    labels = crowd([Person("a"), Person("b"), Person("c", noise=3)], items=80, overlap=3, seed=2)
+    report = statistics(labels, seed=0)
+    for person in report.annotators:
+        without = statistics([one for one in labels if one.annotator != person.name], seed=0).agreement.with_ties
+        assert person.others.value == pytest.approx(without.value)
+        assert (person.others.count, person.others.prompts) == (without.count, without.prompts)
+        assert (person.others.low, person.others.high) == (
+            pytest.approx(without.low, abs=0.02),
+            pytest.approx(without.high, abs=0.02),
+        )
+
+
 def test_kappa_of_two_annotators_by_hand():
     labels = [
         replace(one, item=f"{one.item}{copy}", prompt=f"{one.item}{copy}") for copy in range(5) for one in BY_HAND
@@ -76,8 +110,13 @@ def test_first_shown_and_longer_wins_by_hand():
     assert report.first_shown.value == 0.0
     assert report.first_shown.count == 5
     assert report.longer.value == pytest.approx(2 / 8)
+    again = replace(labels[0], purpose="repeat", at="9")
+    assert statistics([*labels, again], seed=0).longer == report.longer, "a repeat tells nothing new of the text"
+    assert statistics([*labels, again], seed=0).first_shown.count == 5 + 3, "but its order is another"
     assert report.distribution.winners == {3: pytest.approx((0.0, 0.0, 1.0))}
     assert report.distribution.tiers == {2: 1, 3: 2}
+    tied = [label("t", "ana", (0, 2), 1, shown=(2, 1, 0)), label("u", "ana", 0, 1, 2, shown=(0, 1, 2))]
+    assert statistics(tied, seed=0).distribution.winners == {3: pytest.approx((0.75, 0.0, 0.25))}
     assert any("1 of 3 labels do not say in which order" in sentence for sentence in report.unknown)
 
 
@@ -125,11 +164,24 @@ def test_strengths_have_a_distribution_and_an_agreement():
     assert report.distribution.strengths == {1: 6, 2: 6, 3: 6, 4: 6}
     assert report.agreement.with_ties.value == 1.0
     # On nine degrees, three of four items are one apart (credit 63/64), one is three apart (credit 55/64).
-    credit = [1 - distance**2 / 64 for distance in range(9) for _ in range(1 if distance == 0 else 2 * (9 - distance))]
-    total = sum(credit) + 8  # nine on the diagonal
+    total = sum(1 - (one - other) ** 2 / 64 for one in range(9) for other in range(9))
     by_chance = total / (9 * 8) * 8 * (1 / 8) * (7 / 8)
     observed = (3 * (63 / 64) + 55 / 64) / 4
     assert report.agreement.strengths.value == pytest.approx((observed - by_chance) / (1 - by_chance))
+
+
+def test_opposite_verdicts_of_full_strength_are_as_far_apart_as_can_be():
+    orders = [(0, 1)] * 3 + [(1, 0)]
+    labels = [
+        label(f"i{number}", name, *order, strength=4)
+        for number, ben in enumerate(orders)
+        for name, order in (("ana", (0, 1)), ("ben", ben))
+    ]
+    # By chance both ends are equally likely: p (1 - p) sums to 1/2.
+    total = sum(1 - (one - other) ** 2 / 64 for one in range(9) for other in range(9))
+    by_chance = total / 72 / 2
+    found = statistics(labels, seed=0).agreement.strengths
+    assert found.value == pytest.approx((3 / 4 - by_chance) / (1 - by_chance))
 
 
 def test_marks_by_criterion():
@@ -143,7 +195,8 @@ def test_marks_by_criterion():
     assert found.marks == (2, 5, 1, 1, 2)
     assert found.agreement.value == pytest.approx(4 / 5)
     assert found.agreement.count == 5
-    assert found.alpha.value is not None
+    counts = [[0, 0, 0, 0, 2], [0, 0, 1, 1, 0], [2, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 2, 0, 0, 0]]
+    assert found.alpha.value == pytest.approx(krippendorff_alpha(counts, "ordinal").value)
 
 
 def test_pace_counts_labels_faster_than_reading():
@@ -267,7 +320,7 @@ def test_the_interval_draws_prompts_and_not_pairs():
         assert figure.low is not None
         widths.append(1.0 - figure.low)
     assert widths[0] > 0.7, "one prompt, however often, proves nothing"
-    assert widths[1] < 0.1
+    assert 0.05 < widths[1] < 0.1, "40 prompts without a fault are no proof that there is none"
 
 
 def test_a_labeller_who_clicks_the_first_answer_is_found():
@@ -343,6 +396,9 @@ def test_worth_of_prompts():
     # Ten pairs a prompt, all alike: each prompt counts once.
     alike = worth_of(PromptSums(ones, np.column_stack([10 * (ones % 2), np.full(200, 10)]).astype(float)))
     assert alike == pytest.approx(200, rel=0.03)
+    # Four prompts of one pair each leave three degrees of freedom: t is 3.182 where the normal has 1.96.
+    few = worth_of(PromptSums(ones[:4], np.column_stack([ones[:4] % 2, np.ones(4)]).astype(float)))
+    assert few == pytest.approx(0.25 * 3 / 4 / (4 * 0.25 / 16) * (1.96 / 3.182) ** 2, rel=0.02)
     # Nothing varies: Kish's number.
     same = worth_of(PromptSums(ones[:2], np.array([[3.0, 3.0], [1.0, 1.0]])))
     assert same == pytest.approx(16 / 10)
