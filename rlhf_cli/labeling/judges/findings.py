@@ -74,7 +74,8 @@ def _length(name: str, behaviour: Behaviour) -> list[str]:
 def _chance(name: str, rate: Rate) -> list[str]:
     if rate.value is None or rate.count < ENOUGH or not (_holds_half(rate) or rate.value < 0.5):
         return []
-    return [f"{name} is no better than chance where the order is known: {rate}"]
+    than = "worse than chance" if not _holds_half(rate) else "no better than chance"
+    return [f"{name} is {than} where the order is known: right on {rate}"]
 
 
 def _enough(rate: Rate) -> bool:

@@ -120,7 +120,7 @@ class Bench:
             return Ballot(judge, [], [])
         votes = [[_vote(question, *next(replies)) for question in group] for group in groups]
         found = [
-            spread(both_ways([vote.verdicts for vote in group]), row.completions)
+            spread(both_ways([(vote.question.shown, vote.verdicts) for vote in group]), row.completions)
             for group, row in zip(votes, candidates, strict=True)
         ]
         return Ballot(judge, votes, found)

@@ -17,7 +17,6 @@ UNUSABLE = "no chat completion in the response"
 
 _MARK = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _LIST = re.compile(r"\[\[\s*([A-P](?:\s*[>=]\s*[A-P])+)\s*\]\]")
-_END_OF_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ def verdict(question: Question, reply: Reply) -> tuple[Levels | None, str]:
         first, second = reply.chances
         return (int(first < second), int(second < first)), ""
     count = len(question.shown)
-    text = reply.text.rpartition(_END_OF_THOUGHT)[2] if _END_OF_THOUGHT in reply.text else reply.text
+    text = reply.text.rpartition("</think>")[2]
+    if "<think>" in text:  # thoughts that were cut off may weigh either
+        return None, CUT_OFF if reply.is_cut else NO_VERDICT
     lines = [line for line in text.splitlines() if line.strip()]
-    found = _all(lines[-1], count) if lines else set()
-    if not found and "<think>" not in text:
-        found = _all(text, count)
+    found = (_all(lines[-1], count) or _all(text, count)) if lines else set()
     if len(found) == 1:
         return found.pop(), ""
     if found:

@@ -41,13 +41,21 @@ def verdicts_in(shown: Sequence[int], levels: Levels) -> Verdicts:
     return found
 
 
-def both_ways(replies: Sequence[Verdicts]) -> Verdicts:
-    """One verdict a pair from those of all orders: theirs if they agree, else a tie; none where one is missing."""
+def both_ways(replies: Sequence[tuple[Sequence[int], Verdicts]]) -> Verdicts:
+    """One verdict a pair from those of all questions about it: theirs if they agree, else a tie; none if one lacks.
+
+    Args:
+        replies: which answers a question showed, and the verdicts in its reply; nothing where it failed.
+    """
+    asked: dict[Pair, list[int | None]] = {}
+    for shown, verdicts in replies:
+        for pair in itertools.combinations(sorted(shown), 2):
+            asked.setdefault(pair, []).append(verdicts.get(pair))
     found: Verdicts = {}
-    for pair in set().union(*replies):
-        given = [reply[pair] for reply in replies if pair in reply]
-        if len(given) == len(replies):
-            found[pair] = given[0] if len(set(given)) == 1 else 0
+    for pair, given in asked.items():
+        said = [one for one in given if one is not None]
+        if len(said) == len(given):
+            found[pair] = said[0] if len(set(said)) == 1 else 0
     return found
 
 
