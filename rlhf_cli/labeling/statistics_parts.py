@@ -27,13 +27,12 @@ from rlhf_cli.labeling.statistics_report import (
     Habit,
     Pace,
 )
-from rlhf_cli.labeling.statistics_table import LabelTable
+from rlhf_cli.labeling.statistics_table import MARKS, LabelTable
 
 HALF_WIDTH = 0.05
 """Half the width of an interval of agreement that is narrow enough to compare with other projects."""
 NO_GUIDELINES = "none"
 _STRETCHES = 24
-_MARKS = 5
 _USUAL_SHARE = 0.7
 
 
@@ -177,7 +176,7 @@ def _criteria(labels: Sequence[LabelRecord]) -> dict[str, CriterionReport]:
         for name, marks in label.marks.items():
             for index, mark in enumerate(marks):
                 if mark is not None:
-                    given[name].setdefault((label.item, index), np.zeros(_MARKS, dtype=np.int64))[mark - 1] += 1
+                    given[name].setdefault((label.item, index), np.zeros(MARKS, dtype=np.int64))[mark - 1] += 1
     return {name: _criterion(np.array(list(answers.values()))) for name, answers in sorted(given.items())}
 
 

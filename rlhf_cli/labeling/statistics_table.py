@@ -13,9 +13,11 @@ from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import DataError
 from rlhf_cli.intervals import PromptSums
 from rlhf_cli.labeling.agreement import pair_indices, verdicts
-from rlhf_cli.labeling.label_records import LabelRecord
+from rlhf_cli.labeling.label_records import STRENGTHS, LabelRecord
 
 Ints = NDArray[np.intp]
+MARKS = 5
+"""Marks go from 1 to this."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def table_of(labels: Sequence[LabelRecord]) -> LabelTable:
     """The labels that have a ranking, as arrays.
 
     Raises:
-        DataError: a ranking or an order of showing does not hold each answer once, or one item has different answers.
+        DataError: a ranking or an order of showing does not hold each answer once, a degree is off its scale, or
+            one item has different answers.
     """
     ranked = sorted((label for label in labels if label.outcome == "ranked"), key=lambda label: label.at)
     names = sorted({label.annotator for label in labels})
@@ -127,6 +130,7 @@ def table_of(labels: Sequence[LabelRecord]) -> LabelTable:
     item_rows: list[int] = []
     prompt_rows: list[int] = []
     for label in ranked:
+        _check_degrees(label)
         if label.item not in items:
             answers[label.item] = label.completions
             items[label.item] = len(items), prompts.setdefault(prompt_key(label.prompt), len(prompts))
@@ -152,6 +156,21 @@ def table_of(labels: Sequence[LabelRecord]) -> LabelTable:
         replaced=len(ordinary) - len(last),
         **_pairs(ranked),
     )
+
+
+def _check_degrees(label: LabelRecord) -> None:
+    """Refuse a strength or a mark that is no degree of its scale."""
+    if label.strength is not None and not 1 <= label.strength <= len(STRENGTHS):
+        raise DataError(
+            f"the label of item {label.item!r} by {label.annotator!r}: `strength` is {label.strength}; 1 to "
+            f"{len(STRENGTHS)} is expected"
+        )
+    for name, marks in label.marks.items():
+        if any(mark is not None and not 1 <= mark <= MARKS for mark in marks):
+            raise DataError(
+                f"the label of item {label.item!r} by {label.annotator!r}: marks of {name!r} are {list(marks)}; 1 to "
+                f"{MARKS} is expected"
+            )
 
 
 def levels_of(label: LabelRecord, tiers: Sequence[Sequence[int]]) -> list[int]:

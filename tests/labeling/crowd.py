@@ -34,6 +34,14 @@ class Person:
     seconds: float = 60.0
 
 
+def label(item: str, annotator: str, *tiers: int | tuple[int, ...], **more) -> LabelRecord:
+    """A ranking of as many answers as `tiers` hold, each of ten characters for every place in the item."""
+    as_tuples = tuple(tier if isinstance(tier, tuple) else (tier,) for tier in tiers)
+    answers = sum(map(len, as_tuples))
+    texts = tuple(f"{index}" * 10 * (index + 1) for index in range(answers))
+    return LabelRecord(item, f"prompt {item}", texts, annotator, tiers=as_tuples, **more)
+
+
 def crowd(
     people: Sequence[Person],
     *,

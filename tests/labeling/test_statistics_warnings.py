@@ -1,0 +1,134 @@
+"""Intervals of label statistics that hold what they say, and warnings that blame whom they should and nobody else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rlhf_cli.intervals import PromptSums, resampled_sums, wilson_interval, worth_of
+from rlhf_cli.labeling.statistics import statistics
+from rlhf_cli.labeling.statistics_report import LabelReport
+from tests.labeling.crowd import Person, crowd, label
+
+
+def kinds(report: LabelReport, about: str | None = None) -> set[str]:
+    return {warning.kind for warning in report.warnings if about is None or warning.about == about}
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    # The first-shown rate of labellers without a habit is 1/2: 95 % of intervals hold it, few prompts or many.
+    for items in (12, 60):
+        held = 0
+        for seed in range(60):
+            found = statistics(crowd([Person("a"), Person("b")], items=items, seed=seed), seed=0).first_shown
+            assert found.low is not None
+            assert found.high is not None
+            held += found.low <= 0.5 <= found.high
+        assert held >= 52, f"{held} of 60 at {items} prompts"
+
+
+def test_the_interval_draws_prompts_and_not_pairs():
+    one = [label("x", name, *range(4), shown=tuple(range(4))) for name in ("ana", "ben")]
+    alike = [replace(copy, item=f"{number}", prompt="the same prompt") for number in range(40) for copy in one]
+    apart = [replace(copy, item=f"{number}", prompt=f"prompt {number}") for number in range(40) for copy in one]
+    widths = []
+    for labels in (alike, apart):
+        figure = statistics(labels, seed=0).agreement.with_ties
+        assert figure.low is not None
+        widths.append(1.0 - figure.low)
+    assert widths[0] > 0.7, "one prompt, however often, proves nothing"
+    assert 0.05 < widths[1] < 0.1, "40 prompts without a fault are no proof that there is none"
+
+
+def test_a_labeller_who_clicks_the_first_answer_is_found():
+    people = [*(Person(f"p{number}") for number in range(4)), Person("hasty", noise=0, first=100, seconds=1.5)]
+    report = statistics(crowd(people, items=250, overlap=2, gold=10, repeats=0.1), seed=0)
+    assert kinds(report, "hasty") == {"agreement", "gold", "self-consistency", "order", "speed", "habit"}
+    hasty = next(person for person in report.annotators if person.name == "hasty")
+    assert hasty.first_shown.value == 1.0
+    assert hasty.habit is not None
+    assert hasty.habit.pattern == "A>B>C>D"
+    for number in range(4):
+        assert not kinds(report, f"p{number}")
+    assert kinds(report, "all labels") == {"order"}
+    for warning in report.warnings:
+        assert warning.text
+        assert warning.advice
+
+
+def test_a_group_without_fault_is_rarely_blamed():
+    # At most 1 in 20 for the order of everybody, and 1 in 20 for that of somebody.
+    blamed = 0
+    for seed in range(20):
+        labels = crowd([Person(f"p{number}", noise=0.4, tie=0.1) for number in range(6)], items=120, seed=seed)
+        blamed += bool(statistics(labels, seed=0).warnings)
+    assert blamed <= 6
+
+
+def test_too_few_overlaps_say_how_many_more():
+    alone = statistics(crowd([Person("ana"), Person("ben")], items=30, overlap=1), seed=0)
+    assert alone.more_prompts == 323
+    (warning,) = [one for one in alone.warnings if one.kind == "overlap"]
+    assert "323 prompts" in warning.advice
+    few = statistics(crowd([Person("ana"), Person("ben")], items=6), seed=0)
+    figure = few.agreement.with_ties
+    assert figure.low is not None
+    assert figure.high is not None
+    half = (figure.high - figure.low) / 2
+    assert few.more_prompts == pytest.approx(6 * ((half / 0.05) ** 2 - 1), abs=1)
+    assert "overlap" in kinds(few)
+    many = statistics(crowd([Person("ana"), Person("ben")], items=400), seed=0)
+    assert many.more_prompts == 0
+    assert "overlap" not in kinds(many)
+
+
+def test_one_person_two_guidelines_and_a_prompt_nobody_ranks_are_warnings():
+    labels = [
+        label(f"i{number}", "ana", 0, 1, guidelines="a" * 64 if number < 10 else "b" * 64) for number in range(30)
+    ]
+    odd = replace(label("odd", "ana", 0, 1), outcome="skipped", tiers=(), reason="no question")
+    labels += [odd, replace(odd, annotator="ben", outcome="flagged", reason="private data")]
+    report = statistics(labels, seed=0)
+    assert kinds(report) >= {"one person", "guidelines", "skipped prompt", "overlap"}
+    (skipped,) = [warning for warning in report.warnings if warning.kind == "skipped prompt"]
+    assert skipped.about == "prompt odd"
+    assert "no question, private data" in skipped.text
+    assert report.guidelines == {"b" * 64: 20, "a" * 64: 10}
+    assert report.counts.reasons == {"no question": 1, "private data": 1}
+
+
+def test_wilson_by_hand():
+    # Wilson (1927): at p = 1 the lower end is n / (n + z^2).
+    assert wilson_interval(1.0, 10)[0] == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
+    assert wilson_interval(0.0, 10)[1] == pytest.approx(1 - 10 / (10 + 1.959964**2), abs=1e-6)
+    low, high = wilson_interval(0.5, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+
+
+def test_worth_of_prompts():
+    ones = np.arange(200)
+    # 100 of 200 single pairs: as good as independent, but for the freedom that 199 leave.
+    single = worth_of(PromptSums(ones, np.column_stack([ones % 2, np.ones(200)]).astype(float)))
+    assert single == pytest.approx(200, rel=0.03)
+    # Ten pairs a prompt, all alike: each prompt counts once.
+    alike = worth_of(PromptSums(ones, np.column_stack([10 * (ones % 2), np.full(200, 10)]).astype(float)))
+    assert alike == pytest.approx(200, rel=0.03)
+    # Four prompts of one pair each leave three degrees of freedom: t is 3.182 where the normal has 1.96.
+    few = worth_of(PromptSums(ones[:4], np.column_stack([ones[:4] % 2, np.ones(4)]).astype(float)))
+    assert few == pytest.approx(0.25 * 3 / 4 / (4 * 0.25 / 16) * (1.96 / 3.182) ** 2, rel=0.02)
+    # Nothing varies: Kish's number.
+    same = worth_of(PromptSums(ones[:2], np.array([[3.0, 3.0], [1.0, 1.0]])))
+    assert same == pytest.approx(16 / 10)
+
+
+def test_resampled_sums_of_all_columns_see_the_same_draws():
+    values = np.arange(6, dtype=float).reshape(3, 2)
+    whole = PromptSums(np.arange(3), values)
+    part = PromptSums(np.array([2]), values[2:])
+    rest = PromptSums(np.arange(2), values[:2])
+    one, two, three = resampled_sums([whole, part, rest], 3, resamples=50, seed=0)
+    assert one == pytest.approx(two + three)
+    assert one[:, 1] - one[:, 0] == pytest.approx(np.full(50, 3.0)), "every resample draws three prompts"
+    assert len(np.unique(one[:, 0])) > 3
