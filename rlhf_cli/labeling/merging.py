@@ -165,7 +165,12 @@ def majority(levels: Sequence[Levels]) -> Tiers:
 
 
 def bradley_terry(levels: Sequence[Levels]) -> Tiers:
-    """Order by the strengths s that best explain all pairs: P(i better than j) = 1 / (1 + exp(s_j - s_i)).
+    """Order by `bradley_terry_strengths` of (A, K) levels of A annotators; within `TOLERANCE` they share a tier."""
+    return _tiers(bradley_terry_strengths(levels), TOLERANCE)
+
+
+def bradley_terry_strengths(levels: Sequence[Levels]) -> list[float]:
+    """(K,) strengths s that best explain all pairs: P(i better than j) = 1 / (1 + exp(s_j - s_i)).
 
     A tie is half a win for either (Bradley and Terry 1952; the fit is `choix.opt_pairwise`, with `PRIOR`).
 
@@ -179,11 +184,16 @@ def bradley_terry(levels: Sequence[Levels]) -> Tiers:
             wins[one, other] += 2 * (level[one] < level[other]) + (level[one] == level[other])
     halves = [pair for pair in sorted(wins) for _ in range(wins[pair])]
     # Each comparison is there twice, so the prior is too: the optimum is that of whole comparisons.
-    return _tiers(choix.opt_pairwise(len(levels[0]), halves, alpha=2 * PRIOR, tol=1e-9).tolist(), TOLERANCE)
+    return choix.opt_pairwise(len(levels[0]), halves, alpha=2 * PRIOR, tol=1e-9).tolist()
 
 
 def plackett_luce(levels: Sequence[Levels]) -> Tiers:
-    """Order by the strengths s that best explain choices: the best of all, then the best of the rest, and so on.
+    """Order by `plackett_luce_strengths` of (A, K) levels of A annotators; within `TOLERANCE` they share a tier."""
+    return _tiers(plackett_luce_strengths(levels), TOLERANCE)
+
+
+def plackett_luce_strengths(levels: Sequence[Levels]) -> list[float]:
+    """(K,) strengths s that best explain choices: the best of all, then the best of the rest, and so on.
 
     P(i chosen from S) = exp(s_i) / sum over S of exp(s_j) (Plackett 1975; the fit is `choix.opt_top1`, with `PRIOR`).
     Of a tie every answer is chosen once, from the tie and all below it (Breslow's way, exact where there are none).
@@ -199,7 +209,7 @@ def plackett_luce(levels: Sequence[Levels]) -> Tiers:
             if rest:
                 choices[chosen, rest] += 1
     data = [(chosen, rest) for chosen, rest in sorted(choices) for _ in range(choices[chosen, rest])]
-    return _tiers(choix.opt_top1(len(levels[0]), data, alpha=PRIOR, tol=1e-9).tolist(), TOLERANCE)
+    return choix.opt_top1(len(levels[0]), data, alpha=PRIOR, tol=1e-9).tolist()
 
 
 def _tiers(scores: Sequence[float], tolerance: float) -> Tiers:

@@ -104,6 +104,12 @@ def test_nothing_below_a_deleted_message_is_used(read):
     ]  # a reply without a rank may be gone on from
 
 
+def test_rankings_come_in_the_order_of_the_tree(read):
+    branches = [say(name, rank, ask(f"about {name}", say("x", 0), say("y", 1))) for rank, name in enumerate("ab")]
+    records = read("ranking", tree(ask("q", *branches))).records
+    assert [record.prompt[-1].content for record in records] == ["q", "about a", "about b"]
+
+
 def test_trees_without_rankings_are_no_skips(read):
     loaded = read("ranking", tree(ask("q", say("a", 0), say("b", 1))), *[tree(ask("p", say("a", 0)))] * 5, max_skip=0.0)
     assert len(loaded.records) == 1
@@ -161,6 +167,7 @@ def pairwise(selected="left", **fields) -> dict:
             ((1,), (0, 2)),
             id="tiers, an empty one, by number not by letter",
         ),
+        pytest.param({"10": ["a"], "9": ["c"], "11": ["b"]}, ((2,), (0,), (1,)), id="by number, not by letter"),
         pytest.param({"1": ["a", "b", "c"]}, ((0, 1, 2),), id="one bucket is one tie"),
         pytest.param({"my ranker": ["c", "b", "a"]}, ((2,), (1,), (0,)), id="a ranker of another name"),
     ],

@@ -1,7 +1,5 @@
 """One ranking out of several: by hand on small cases, the same for everybody, refused where it cannot be."""
 
-# ruff: noqa: E501  (tables of cases: a case a line)
-
 from __future__ import annotations
 
 import itertools
@@ -17,7 +15,17 @@ from rlhf_cli.data.records import Message, Ranking
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.labeling import merging
 from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.merging import bradley_terry, group_of, majority, merge, merge_rankings, plackett_luce
+from rlhf_cli.labeling.merging import (
+    PRIOR,
+    bradley_terry,
+    bradley_terry_strengths,
+    group_of,
+    majority,
+    merge,
+    merge_rankings,
+    plackett_luce,
+    plackett_luce_strengths,
+)
 
 WAYS = {"majority": majority, "bradley-terry": bradley_terry, "plackett-luce": plackett_luce}
 
@@ -78,22 +86,29 @@ def test_plackett_luce_weighs_who_is_chosen_first():
     assert plackett_luce(first_often)[0] == bradley_terry(first_often)[0] == (0,)
 
 
-def test_strengths_of_two_answers_solve_the_equation():
-    """With n wins of a and m of b the optimum has s_a = -s_b = d/2 and PRIOR d = n sigmoid(-d) - m sigmoid(d)."""
-    import choix
+@pytest.mark.parametrize(("wins", "losses", "ties"), [(1, 0, 0), (3, 1, 0), (2, 0, 5), (0, 1, 1)])
+def test_strengths_of_two_answers_solve_the_equation(wins, losses, ties):
+    """The optimum has s_x = -s_y = d/2 and PRIOR d = (wins + ties/2) sigmoid(-d) - (losses + ties/2) sigmoid(d)."""
+    levels = [[0, 1]] * wins + [[1, 0]] * losses + [[0, 0]] * ties
+    x, y = bradley_terry_strengths(levels)
+    sigmoid = 1 / (1 + math.exp(y - x))
+    assert x == pytest.approx(-y, abs=1e-6)
+    expected = (wins + ties / 2) * (1 - sigmoid) - (losses + ties / 2) * sigmoid
+    assert PRIOR * (x - y) == pytest.approx(expected, abs=1e-6)
 
-    wins = [(0, 1)] * 6 + [(1, 0)] * 2  # in halves: three wins and one
-    strengths = choix.opt_pairwise(2, wins, alpha=2 * merging.PRIOR, tol=1e-9)
-    difference = strengths[0] - strengths[1]
-    sigmoid = 1 / (1 + math.exp(-difference))
-    assert merging.PRIOR * difference == pytest.approx(3 * (1 - sigmoid) - sigmoid, abs=1e-6)
+
+def test_strengths_of_choices_solve_the_equation():
+    """Of x > y > z, d/ds_z of PRIOR sum s^2 - log P is 0: z stands by when x is chosen and when y is."""
+    x, y, z = map(math.exp, plackett_luce_strengths([[0, 1, 2]]))
+    assert 2 * PRIOR * math.log(z) + z / (x + y + z) + z / (y + z) == pytest.approx(0, abs=1e-6)
+    assert 2 * PRIOR * math.log(x) + x / (x + y + z) - 1 == pytest.approx(0, abs=1e-6)
 
 
-def test_a_tie_is_half_a_win_for_either():
-    """Two who rank x above y and one against, or one and a tie: the same share of wins, 2/3 and 3/4 of the votes."""
-    strong, weak = [[0, 1, 1], [0, 1, 1]], [[0, 1, 1], [0, 0, 0]]
-    assert bradley_terry(strong) == bradley_terry(weak) == ((0,), (1, 2))
-    assert bradley_terry([[0, 1], [1, 0], [0, 0]]) == ((0, 1),)
+def test_a_tie_is_chosen_answer_by_answer_from_itself_and_all_below():
+    """Of x ~ y > z: x is chosen from x, y and z, and so is y."""
+    x, y, z = map(math.exp, plackett_luce_strengths([[0, 0, 1]]))
+    assert x == pytest.approx(y, abs=1e-6)
+    assert 2 * PRIOR * math.log(z) + 2 * z / (x + y + z) == pytest.approx(0, abs=1e-6)
 
 
 levels_of_three_to_five = st.integers(2, 5).flatmap(
