@@ -185,12 +185,11 @@ def best_subset(scores: NDArray[np.float64], count: int) -> tuple[int, ...]:
         subsets = _subsets(size, count)
         totals = scores[subsets[:, :, np.newaxis], subsets[:, np.newaxis, :]].sum(axis=(1, 2))
         return tuple(subsets[int(totals.argmax())].tolist())
-    taken = list(np.unravel_index(int(scores.argmax()), scores.shape))
+    pairs = scores - np.diag(np.full(size, np.inf))  # no answer is taken twice, even where no pair promises anything
+    taken = [int(number) for number in np.unravel_index(int(pairs.argmax()), pairs.shape)]
     while len(taken) < count:
-        gains = scores[:, taken].sum(axis=1)
-        gains[taken] = -np.inf
-        taken.append(gains.argmax())
-    return tuple(sorted(int(number) for number in taken))
+        taken.append(int(pairs[:, taken].sum(axis=1).argmax()))
+    return tuple(sorted(taken))
 
 
 def _best_answers(item: Item, by: Strategy, completions: int | None, seed: int) -> tuple[tuple[int, ...], float]:

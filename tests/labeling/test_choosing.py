@@ -112,6 +112,11 @@ def test_a_subset_is_exact_where_all_can_be_tried_and_else_near_it():
             assert set(np.unravel_index(scores.argmax(), scores.shape)) <= set(found)
 
 
+def test_no_answer_is_taken_twice_where_no_pair_promises_anything():
+    for size, count in ((6, 3), (20, 10)):  # exact, greedy
+        assert len(set(best_subset(np.zeros((size, size)), count))) == count
+
+
 def test_disagreement_knows_a_tie_that_all_models_see_and_uncertainty_does_not():
     tie, disputed = item("tie", [0, 0], [0, 0]), item("disputed", [0, 2], [2, 0])
     by_ensemble = choose([tie, disputed], by="disagreement", prompts=1, completions=None, seed=0)

@@ -90,6 +90,9 @@ def test_what_is_chosen_is_what_is_written_and_returned(by: str, models: list[st
     said = capsys.readouterr().err
     assert f"chosen by {by}: 8 of 20 prompts, 2 answers each; " in said
     assert ("of those passed over" in said) == (by != "random")
+    # Nobody asks what a reward model thinks of held-out answers.
+    read = [f"choosing: {Path(model).name}: {4 * (20 - held_out)} answers" for model in asked]
+    assert [line for line in said.splitlines() if line.endswith(" answers")] == read
 
 
 def test_scores_are_of_rewards_as_they_were_trained(tiny_llama: Path, models: list[str], tmp_path: Path):

@@ -1,0 +1,337 @@
+"""Do labels go further when reward models choose what is labelled? Both strategies of `label.choose` against random.
+
+    rlhf run recipes/quickstart.yaml --to label --run-dir RUN
+    python benchmarks/active_labels.py RUN RESULTS.jsonl --plot active-labels.png
+
+The quickstart's task: RUN holds its SFT model and eight answers to each of 320 questions with gold scores, of which a
+label shows the order alone (scores within 1 of one another are a tie). A seed holds out a fifth of the questions, and
+draws 20 of the others with K answers each as a first set. Then, three times, as many again are chosen: at random, by
+the uncertainty of the reward model trained so far, or by the disagreement of three that differ by their seed. All
+strategies begin with the same set and the same models, label as many answers of as many questions, and train anew on
+all labels so far. What is compared is the accuracy of one reward model (the first of the three, trained from the same
+seed) on all pairs of the held-out questions that are no ties.
+
+Intervals are Student's, 95 %, over seeds; differences are paired by seed. RESULTS.jsonl keeps what was found; only what
+is new is run. About a minute of one core a seed and K.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+
+from rlhf_cli import progress
+from rlhf_cli.data.records import Ranking, is_held_out, prompt_key
+from rlhf_cli.data.sources import read_records
+from rlhf_cli.evaluation.ranking import accuracy
+from rlhf_cli.labeling.choosing import Item, Strategy, choose
+from rlhf_cli.labeling.labelers import tiers_from_scores
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.scorer import Scorer, new_scorer
+from rlhf_cli.recipe.shared import LoraSettings
+from rlhf_cli.training.reward import RewardOptions, RewardTrainer
+from rlhf_cli.training.reward_data import encode_group
+
+STRATEGIES: tuple[Strategy, ...] = ("random", "uncertainty", "disagreement")
+MEMBERS = 3
+HOLDOUT, TIE_MARGIN, TEMPLATE = 0.2, 1.0, "{prompt}\n"
+OPTIONS = RewardOptions(
+    learning_rate=3e-3,
+    batch_size=4,
+    micro_batch_size=4,
+    epochs=4,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    warmup_share=0.0,
+    schedule="linear",
+    checkpoint_steps=10**9,
+    loss="pairwise",
+    use_margin=False,
+)
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
+"""97.5 % quantile of Student's t for the mean of so many numbers."""
+
+
+class NoStop:
+    """Nobody stops a benchmark by a signal that is to be obeyed."""
+
+    requested = False
+
+    def check(self) -> None:
+        """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, its answers and what the gold labeller thinks of each."""
+
+    ranking: Ranking
+    scores: tuple[float, ...]
+
+    def label(self, answers: Sequence[int]) -> Ranking:
+        """What the gold labeller says of some of the answers."""
+        texts = tuple(self.ranking.completions[number] for number in answers)
+        tiers = tiers_from_scores([self.scores[number] for number in answers], TIE_MARGIN)
+        return Ranking(self.ranking.prompt, texts, tiers)
+
+
+@dataclass
+class Costs:
+    """CPU seconds, by what they went into."""
+
+    training: float = 0.0
+    scoring: float = 0.0
+
+
+@dataclass
+class Labels:
+    """What has been labelled: question -> answers."""
+
+    answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def rankings(self, questions: Sequence[Question]) -> list[Ranking]:
+        """The labels, in the order they were given."""
+        return [questions[number].label(answers) for number, answers in self.answers.items()]
+
+    def with_chosen(
+        self,
+        questions: Sequence[Question],
+        pool: Sequence[int],
+        rewards: Sequence[dict[int, list[float]]],
+        strategy: Strategy,
+        count: int,
+        answers: int,
+        seed: int,
+    ) -> Labels:
+        """These labels and `count` more, chosen from what is left of the pool."""
+        left = [number for number in pool if number not in self.answers]
+        items = []
+        for number in left:
+            row = questions[number].ranking
+            given = np.array([model[number] for model in rewards]) if strategy != "random" else None
+            items.append(Item(prompt_key(row.prompt), row.completions, False, given))
+        found = choose(items, by=strategy, prompts=count, completions=answers, seed=seed)
+        return Labels(self.answers | {left[one.item]: one.answers for one in found.chosen})
+
+
+class Experiment:
+    """One seed with K answers a question.
+
+    Args:
+        source: the SFT model.
+        questions: all of them.
+        answers: K, labelled of each question.
+        seed: of everything random.
+    """
+
+    def __init__(self, source: ModelSource, questions: Sequence[Question], answers: int, seed: int) -> None:
+        self.source, self.questions, self.answers, self.seed = source, questions, answers, seed
+        self.costs = Costs()
+        is_out = [is_held_out(one.ranking.prompt, HOLDOUT, seed) for one in questions]
+        self.held_out = [number for number, out in enumerate(is_out) if out]
+        # A question all of whose answers are equal would be no label, whoever chooses.
+        self.pool = [n for n, out in enumerate(is_out) if not out and len(set(questions[n].ranking.completions)) > 1]
+
+    def run(self, budgets: Sequence[int]) -> list[dict]:
+        """Accuracy of each strategy at each number of labelled questions."""
+        begin = Labels().with_chosen(self.questions, self.pool, [], "random", budgets[0], self.answers, self.seed)
+        first = self._train(begin, MEMBERS)
+        start = [self._row(strategy, begin, first[0]) for strategy in STRATEGIES[:1]]
+        found = [dict(start[0], strategy=strategy) for strategy in STRATEGIES]
+        for strategy in STRATEGIES:
+            labels, models = begin, first
+            for before, budget in itertools.pairwise(budgets):
+                asked = {"random": 0, "uncertainty": 1, "disagreement": MEMBERS}[strategy]
+                rewards = [self._score(model, self.pool) for model in models[:asked]]
+                more = budget - before
+                # The random draws of another round are others: a draw depends on prompt and seed alone.
+                seed = self.seed * 1_000 + budget
+                labels = labels.with_chosen(self.questions, self.pool, rewards, strategy, more, self.answers, seed)
+                is_last = budget == budgets[-1]
+                models = self._train(labels, MEMBERS if strategy == "disagreement" and not is_last else 1)
+                found.append(self._row(strategy, labels, models[0]))
+        return found
+
+    def _row(self, strategy: Strategy, labels: Labels, model: Scorer) -> dict:
+        rankings = labels.rankings(self.questions)
+        rewards = self._score(model, self.held_out)
+        gold = [self.questions[number].label(range(len(self.questions[number].scores))) for number in self.held_out]
+        pairs = [a == b for ranking in rankings for a, b in itertools.combinations(ranking.levels(), 2)]
+        return {
+            "answers": self.answers,
+            "seed": self.seed,
+            "strategy": strategy,
+            "questions": len(rankings),
+            "pairs": len(pairs),
+            "accuracy": accuracy(gold, [rewards[number] for number in self.held_out]),
+            "ties": fmean(pairs),
+        }
+
+    def _train(self, labels: Labels, members: int) -> list[Scorer]:
+        start = time.process_time()
+        models = [self._train_one(labels, self.seed * MEMBERS + member) for member in range(members)]
+        self.costs.training += time.process_time() - start
+        return models
+
+    def _train_one(self, labels: Labels, seed: int) -> Scorer:
+        scorer = new_scorer(self.source, template=TEMPLATE, lora=LoraSettings().model_dump(), seed=seed)
+        groups = [encode_group(scorer, ranking) for ranking in labels.rankings(self.questions)]
+        with tempfile.TemporaryDirectory() as folder:
+            work, metrics = Path(folder), Path(folder) / "metrics.jsonl"
+            RewardTrainer(scorer, groups, OPTIONS, seed=seed, work=work, metrics=metrics, stop=NoStop()).train()
+        return scorer
+
+    def _score(self, model: Scorer, numbers: Sequence[int]) -> dict[int, list[float]]:
+        """Rewards of all answers to some questions."""
+        start = time.process_time()
+        rows = [self.questions[number].ranking for number in numbers]
+        prompts = [row.prompt for row in rows for _ in row.completions]
+        texts = [text for row in rows for text in row.completions]
+        flat = iter(model.score(prompts, texts, batch_size=128))
+        found = {number: [next(flat) for _ in row.completions] for number, row in zip(numbers, rows, strict=True)}
+        self.costs.scoring += time.process_time() - start
+        return found
+
+
+def main() -> None:
+    """Run what is new, print the tables, draw the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory of the quickstart, up to `label`")
+    parser.add_argument("results", type=Path, help="JSONL file of what was found, made if need be")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
+    parser.add_argument("--answers", type=int, nargs="+", default=[2, 4], help="labelled of each question")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[20, 40, 80, 160], help="labelled questions")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    progress.console.quiet = True
+    source, questions = ModelSource(str(options.run / "sft")), read_questions(options.run / "label" / "rankings.jsonl")
+    found = [json.loads(line) for line in options.results.open(encoding="utf-8")] if options.results.exists() else []
+    done = {(row["answers"], row["seed"]) for row in found}
+    # Seed by seed, so that whoever stops early has as many of each.
+    for seed, answers in itertools.product(options.seeds, options.answers):
+        if (answers, seed) in done:
+            continue
+        experiment = Experiment(source, questions, answers, seed)
+        rows = experiment.run(options.budgets)
+        found += rows
+        with options.results.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        costs = dataclasses.asdict(experiment.costs)
+        print(f"seed {seed}, {answers} answers: CPU seconds", {what: round(value) for what, value in costs.items()})
+    curves = by_strategy(found)
+    for answers in options.answers:
+        table(answers, curves)
+    if options.plot:
+        draw(options.answers, curves, options.plot)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """What the `label` stage wrote, with the scores, which no label shows."""
+    rankings = read_records(str(path), "ranking", max_skip=1.0, keep_blank=True).records
+    scores = [json.loads(line)["scores"] for line in path.open(encoding="utf-8")]
+    return [Question(ranking, tuple(row)) for ranking, row in zip(rankings, scores, strict=True)]
+
+
+Curves = dict[tuple[int, str], dict[int, dict[int, dict]]]
+"""(answers, strategy) -> labelled questions -> seed -> row."""
+
+
+def by_strategy(rows: Sequence[dict]) -> Curves:
+    """The rows of the results, sorted in."""
+    curves: Curves = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        curves[row["answers"], row["strategy"]][row["questions"]][row["seed"]] = row
+    return curves
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its interval."""
+    return fmean(values), STUDENT[len(values)] * stdev(values) / len(values) ** 0.5
+
+
+def table(answers: int, curves: Curves) -> None:
+    """Accuracy by random choice, what the strategies add, and how often their labels are ties."""
+    base = curves[answers, "random"]
+    seeds = sorted(next(iter(base.values())))
+    print(f"\n{answers} answers a question, {len(seeds)} seeds\n")
+    columns = ["questions", "pairs", "random", *STRATEGIES[1:], *(f"ties, {name}" for name in STRATEGIES)]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for budget, of_seed in sorted(base.items()):
+        mean, half = interval([of_seed[seed]["accuracy"] for seed in seeds])
+        cells = [f"{budget}", f"{of_seed[seeds[0]]['pairs']}", f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"]
+        for name in STRATEGIES[1:]:
+            other = curves[answers, name][budget]
+            gains = [other[seed]["accuracy"] - of_seed[seed]["accuracy"] for seed in seeds]
+            mean, half = interval(gains)
+            cells.append(f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})")
+        for name in STRATEGIES:
+            cells.append(f"{fmean(curves[answers, name][budget][seed]['ties'] for seed in seeds):.0%}")
+        print("| " + " | ".join(cells) + " |")
+    for name in STRATEGIES[1:]:
+        print(f"\n{name}: questions to reach random's accuracy at the end: {saved(answers, name, curves, seeds)}")
+
+
+def saved(answers: int, name: str, curves: Curves, seeds: Sequence[int], resamples: int = 2_000) -> str:
+    """Labelled questions at which the mean curve of a strategy crosses the end of random's, by bootstrap over seeds."""
+    budgets = sorted(curves[answers, name])
+
+    def needed(drawn: Sequence[int]) -> float:
+        def mean(strategy: str, budget: int) -> float:
+            return fmean(curves[answers, strategy][budget][seed]["accuracy"] for seed in drawn)
+
+        goal, means = mean("random", budgets[-1]), [mean(name, budget) for budget in budgets]
+        for (low, before), (high, after) in itertools.pairwise(zip(budgets, means, strict=True)):
+            if before < goal <= after:
+                return low * (high / low) ** ((goal - before) / (after - before))  # straight over log(budget)
+        return float("inf")
+
+    draw = random.Random(0)
+    found = sorted(needed(draw.choices(seeds, k=len(seeds))) for _ in range(resamples))
+    ends = (needed(seeds), found[int(0.025 * resamples)], found[int(0.975 * resamples) - 1])
+    words = [f"more than {budgets[-1]}" if end == float("inf") else f"{end:.0f}" for end in ends]
+    return f"{words[0]} ({words[1]} to {words[2]}) of {budgets[-1]}"
+
+
+def draw(answers: Sequence[int], curves: Curves, path: Path) -> None:
+    """Accuracy against labelled questions, one picture for each K; bands are the intervals over seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(answers), figsize=(5 * len(answers), 3.8), sharey=True, squeeze=False)
+    for axis, count in zip(axes[0], answers, strict=True):
+        for name, colour in zip(STRATEGIES, ("#444444", "#d1702c", "#2b6cb0"), strict=True):
+            curve = curves[count, name]
+            budgets = sorted(curve)
+            found = [interval([row["accuracy"] for row in curve[budget].values()]) for budget in budgets]
+            means, halves = np.array(found).T
+            axis.plot(budgets, means, marker="o", color=colour, label=name)
+            axis.fill_between(budgets, means - halves, means + halves, color=colour, alpha=0.13, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, [str(budget) for budget in budgets])
+        axis.set_title(f"{count} answers a question, {count * (count - 1) // 2} pairs")
+        axis.set_xlabel("labelled questions")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("accuracy on held-out pairs")
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
