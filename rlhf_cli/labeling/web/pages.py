@@ -25,7 +25,7 @@ def page_routes() -> list[Route]:
 
 
 def _route(path: str, name: str) -> Route:
-    content = files(__package__).joinpath("assets", name).read_bytes()
+    content = files("rlhf_cli.labeling.web").joinpath("assets", name).read_bytes()
     kind = _TYPES[name.rpartition(".")[2]]
 
     async def serve(_: Request) -> Response:

@@ -10,6 +10,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 from rlhf_cli.data.records import Candidates, Message
 from rlhf_cli.labeling.session import LabelSession
@@ -21,6 +22,11 @@ from tests.labeling.web.web_support import served
 
 IMAGES = ROOT / "docs" / "images"
 DESKTOP, PHONE = (1280, 900), (390, 844)
+PICTURES: tuple[tuple[str, tuple[int, int], Literal["light", "dark"]], ...] = (
+    ("desktop-light", DESKTOP, "light"),
+    ("desktop-dark", DESKTOP, "dark"),
+    ("phone", PHONE, "light"),
+)
 GUIDELINES = """# What makes an answer better
 
 Prefer the answer that helps the person most: right first, then complete, then short.
@@ -76,7 +82,8 @@ def label_some(store: Path, plan: LabelPlan, names: tuple[str, ...]) -> None:
             now[0] += 25 + 12 * rng.random()
             given = {"key": f"{step}", "active_seconds": 15 + 20 * rng.random()}
             count = len(task.answers)
-            order = sorted(range(count), key=lambda place: len(task.answers[place]) * rng.random())
+            drawn = [(len(text) * rng.random(), place) for place, text in enumerate(task.answers)]
+            order = [place for _, place in sorted(drawn)]
             marks = {name: tuple(rng.randint(2, 5) for _ in range(count)) for name in plan.criteria}
             if step == 7 and name == "Ben":
                 session.flag(who, task.id, reason="the question is cut off in the middle", **given)
@@ -96,11 +103,7 @@ def photograph(links: Links, name: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=PATH, args=["--no-sandbox"])
-        for what, size, scheme in (
-            ("desktop-light", DESKTOP, "light"),
-            ("desktop-dark", DESKTOP, "dark"),
-            ("phone", PHONE, "light"),
-        ):
+        for what, size, scheme in PICTURES:
             context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
             page = context.new_page()
             page.goto(links.annotators[name])

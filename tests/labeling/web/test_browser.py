@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATH = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
 Tiers = list[set[str]]
 
 pytestmark = pytest.mark.skipif(PATH is None, reason=f"no browser is installed: none of {', '.join(BROWSERS)}")
@@ -51,7 +52,7 @@ def browser() -> Iterator[Browser]:
 @contextmanager
 def opened(browser: Browser, link: str, **options: Any) -> Iterator[Page]:
     """A page of its own that has to stay without errors and ask nobody but its server."""
-    context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+    context = browser.new_context(**DESKTOP | options)
     context.set_default_timeout(8000)
     page = context.new_page()
     trouble: list[str] = []
@@ -221,8 +222,19 @@ def by_keys(page: Page) -> dict[str, tuple[str, Tiers]]:
     for _ in range(4):
         keys.press("Backspace")
     ada.rank(enter)
+    # What was begun is there again after going back in the middle of it.
+    keys.type("c=a")
+    before = title(page)
+    keys.press("u")
+    wait_for_next(page, before)
+    last = title(page)
+    keys.press("Enter")
+    wait_for_next(page, last)
+    assert title(page) == before
+    assert page.locator(".tier .chip").count() == 2
+    keys.press("Backspace")
+    keys.press("Backspace")
     # Reloads half way.
-    assert page.locator("#saved").inner_text() == ""
     keys.type("b=d")
     page.locator("#saved", has_text="draft saved").wait_for()
     before, texts = title(page), shown_answers(page)
@@ -375,7 +387,7 @@ def reach(page: Page, selector: str) -> None:
 def test_a_phone_ranks_by_tapping_and_by_dragging_with_a_finger(browser: Browser, tmp_path: Path) -> None:
     wide = "unbroken" * 60
     store = make_store(tmp_path / "labels.sqlite", [Candidates(wide, (wide, "b", "c\n" * 80, "d"))])
-    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    phone: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
     with served(store, ["Ada"]) as links, opened(browser, links.annotators["Ada"], **phone) as page:
         page.wait_for_selector("#task:visible")
         assert page.evaluate("document.documentElement.scrollWidth") == 360

@@ -125,7 +125,7 @@ def test_what_another_site_makes_a_browser_load_is_refused(client: Client, site:
 def test_a_link_that_somebody_clicked_in_their_mail_opens_the_page_but_no_frame_and_nothing_else(
     client: Client,
 ) -> None:
-    click = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate", "sec_fetch_user": "?1"}
+    click: dict[str, Any] = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate", "sec_fetch_user": "?1"}
     assert client.ask("GET", "/", **click, sec_fetch_dest="document")[0] == 200
     assert client.ask("GET", "/", **click, sec_fetch_dest="iframe")[0] == 403
     assert client.ask("GET", "/api/session", **click, sec_fetch_dest="document", token=client.of("Ada"))[0] == 403

@@ -75,9 +75,9 @@ function show(answer) {
 function showTask(next) {
   task = next;
   key = newKey();
-  const local = memory.get("draft");
-  const draft = local && local.task === task.id ? local.entry : task.draft;
-  activeMs = 1000 * Math.max(task.active_seconds, local && local.task === task.id ? local.active_seconds : 0);
+  const local = memory.get(`draft-${task.id}`); // what the server has not got yet
+  const draft = local ? local.entry : task.draft;
+  activeMs = 1000 * Math.max(task.active_seconds, local ? local.active_seconds : 0);
   countedAt = lastAct = performance.now();
   ranking = new Ranking(task.answers.length, draft ? draft.tiers : []);
   strength = draft ? draft.strength : null;
@@ -96,7 +96,7 @@ function showTask(next) {
   refresh();
   scrollTo(0, 0);
   $("task-title").focus({ preventScroll: true });
-  if (local && local.task === task.id) scheduleDraft(0);
+  hasUnsaved = Boolean(local); // sent as soon as nothing else is under way
 }
 
 function showPrompt(prompt) {
@@ -269,7 +269,7 @@ let hasUnsaved = false;
 
 function scheduleDraft(wait) {
   hasUnsaved = true;
-  memory.set("draft", { task: task.id, entry: entry(), active_seconds: activeSeconds() });
+  memory.set(`draft-${task.id}`, { entry: entry(), active_seconds: activeSeconds() });
   $("saved").textContent = "";
   clearTimeout(draftTimer);
   draftTimer = setTimeout(() => (draftUnderWay = saveDraft()), wait);
@@ -282,11 +282,13 @@ async function saveDraft() {
   try {
     await ask("/api/draft", sent);
     if (task?.id !== sent.task || hasUnsaved) return;
-    memory.drop("draft");
+    memory.drop(`draft-${sent.task}`);
     $("lost").hidden = true;
     $("saved").textContent = "draft saved";
   } catch (error) {
     if (error instanceof Unreachable && task?.id === sent.task) {
+      hasUnsaved = true;
+      if (isBusy) return; // what is under way says how it stands
       showLost(error.message, DRAFT_AGAIN_MS / 1000);
       scheduleDraft(DRAFT_AGAIN_MS);
     } else if (error instanceof Refused) complain(error);
@@ -305,15 +307,16 @@ function complain(error) {
 
 /** Give an answer to the task in hand, or take the last one back, and show what comes next. */
 async function give(path, body, said) {
+  clearTimeout(draftTimer);
+  if (path === "/api/undo" && task && hasUnsaved) draftUnderWay = saveDraft(); // it is left behind for now
   isBusy = true;
   document.body.classList.add("busy");
-  clearTimeout(draftTimer);
   await draftUnderWay;
   memory.set("answer", { path, body });
   try {
     const answer = await courier.deliver(path, body);
     hasUnsaved = false;
-    memory.drop("draft");
+    if (body.task) memory.drop(`draft-${body.task}`);
     show(answer);
     say(`${said(answer)} ${task ? `Task ${task.number}, ${task.answers.length} answers.` : $("message-title").textContent}`);
   } catch (error) {
@@ -349,7 +352,6 @@ function skip() {
 }
 
 function undo() {
-  if (task && hasUnsaved) clearTimeout(draftTimer);
   give("/api/undo", { key: newKey() }, (answer) =>
     answer.undone ? "Went back." : "There is nothing to go back to.",
   );
@@ -479,6 +481,7 @@ async function begin() {
   if (unsent) await give(unsent.path, unsent.body, () => "What was not sent the last time is saved now.");
   else show(session);
   isBusy = false;
+  if (task && hasUnsaved) scheduleDraft(0);
   if (session.guidelines && session.progress.mine === 0 && task) openHelp();
 }
 
