@@ -113,7 +113,11 @@ class CandidateChecks:
     @property
     def repeats(self) -> int:
         """Records beyond the first of the same prompt and answers."""
-        return len(self._keys) - len(set(self._keys))
+        if not self._keys:
+            return 0
+        import numpy as np
+
+        return len(self._keys) - int(np.unique(np.frombuffer(self._keys, dtype=np.uint64)).size)
 
     def warnings(self, source: str) -> list[str]:
         """One line with the count, if there are any."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -416,6 +417,19 @@ def test_names_in_a_foreign_file_cannot_control_a_terminal(read):
         with pytest.raises(DataError) as caught:
             read("ranking", row)
         assert caught.value.message.isprintable()
+
+
+# Examples that the documentation shows
+
+
+def test_the_examples_of_the_documentation_are_read(write):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "label-formats.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in text.split("```json\n")[1:]]
+    examples = [example for block in blocks for example in ([block] if block.startswith("[") else block.splitlines())]
+    assert len(examples) == 8
+    for example in examples:
+        loaded = read_records(write("a.json", example), "candidates")
+        assert (len(loaded.records), loaded.skips.total) == (1, 0)
 
 
 # Real data

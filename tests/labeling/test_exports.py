@@ -296,7 +296,7 @@ def command(tmp_path):
 @pytest.fixture
 def labels(tmp_path) -> Path:
     path = tmp_path / "labels.jsonl"
-    one = LabelRecord("i", "p", ("a", ""), "ada", tiers=((0,), (1,)), shown=(0, 1))
+    one = LabelRecord("i", "p", ("a", ""), "ada", tiers=((0,), (1,)), shown=(0, 1), note="né à 東京\u2028")
     skipped = replace(one, annotator="eve", outcome="skipped", tiers=())
     write_labels(path, [one, replace(one, annotator="ben"), replace(one, annotator="cy", tiers=((1,), (0,))), skipped])
     return path
@@ -318,7 +318,9 @@ def test_export_writes_the_whole_file_or_none(command, labels, tmp_path):
     assert command("export", labels, "--form", "argilla", "--out", out).stdout == f"{out}\n"
     assert out.read_bytes() == before
     command("export", labels, "--out", tmp_path / "nowhere" / "x", error=DiskError)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.jsonl", "out.json"]
+    (tmp_path / "folder").mkdir()
+    command("export", labels, "--out", tmp_path / "folder", error=DiskError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "labels.jsonl", "out.json"]
 
 
 def test_individual_labels_come_back(command, labels, tmp_path):
@@ -373,6 +375,15 @@ def test_import_counts_what_it_skips(command, tmp_path):
     command("import", source, error=DataError)
     result = command("import", source, "--max-skip", "0.5", "--out", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["skipped"] == {"chosen equal to rejected": 1}
+
+
+def test_the_real_commands(rlhf, labels, tmp_path):
+    merged = rlhf(
+        "label", "export", labels, "--merge", "bradley-terry", "--form", "label-studio", "--out", "tasks.json"
+    )
+    assert merged.stdout == "tasks.json\n"
+    back = rlhf("label", "import", "tasks.json", code=65)
+    assert "none of its 1 records can be used (1 empty completion)" in back.stderr
 
 
 @pytest.mark.real
