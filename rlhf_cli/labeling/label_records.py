@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rlhf_cli.data.records import MARGINS, Message, Prompt, Ranking, prompt_to_json
 from rlhf_cli.errors import DataError
@@ -116,8 +116,9 @@ def read_labels(path: Path) -> Iterator[LabelRecord]:
 
 
 def _from_json(plain: dict[str, Any]) -> LabelRecord:
+    """The label in one line; raises ValueError, KeyError or TypeError where it is none or contradicts itself."""
     prompt = plain["prompt"]
-    return LabelRecord(
+    label = LabelRecord(
         item=plain["item"],
         prompt=prompt if isinstance(prompt, str) else tuple(Message(turn["role"], turn["content"]) for turn in prompt),
         completions=tuple(plain["completions"]),
@@ -135,6 +136,26 @@ def _from_json(plain: dict[str, Any]) -> LabelRecord:
         at=plain["at"],
         guidelines=plain["guidelines"],
     )
+    _check(label)
+    return label
+
+
+def _check(label: LabelRecord) -> None:
+    count = len(label.completions)
+    if label.outcome not in get_args(Outcome) or label.purpose not in get_args(Purpose):
+        raise ValueError(f"`outcome` is {label.outcome!r} and `purpose` {label.purpose!r}")
+    placed = sorted(index for tier in label.tiers for index in tier)
+    if placed != (list(range(count)) if label.outcome == "ranked" else []):
+        raise ValueError(f"`ranking` does not hold each of the {count} answers once")
+    if label.shown and sorted(label.shown) != list(range(count)):
+        raise ValueError(f"`shown` does not hold each of the {count} answers once")
+    if label.known is not None and sorted(index for tier in label.known for index in tier) != list(range(count)):
+        raise ValueError(f"`known` does not hold each of the {count} answers once")
+    if label.strength not in (None, *range(1, len(STRENGTHS) + 1)):
+        raise ValueError(f"`strength` is {label.strength!r}, not 1 to {len(STRENGTHS)}")
+    for criterion, marks in label.marks.items():
+        if len(marks) != count or not all(mark in (None, 1, 2, 3, 4, 5) for mark in marks):
+            raise ValueError(f"`marks` of {criterion!r} are not {count} numbers from 1 to 5")
 
 
 def _tiers(plain: list[list[int]]) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -472,3 +473,29 @@ def test_entries_of_strangers_are_checked_by_type():
 def test_letters_of_answers_are_no_commands():
     assert len(ANSWER_LETTERS) == len(set(ANSWER_LETTERS)) == 16
     assert not set(ANSWER_LETTERS) & set("fnqsu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("ranking", [[0], [1]], "`ranking` does not hold each of the 3 answers once"),
+        ("ranking", [[0], [1], [1, 2]], "`ranking` does not hold"),
+        ("shown", [0, 1, 3], "`shown` does not hold"),
+        ("known", [[0]], "`known` does not hold"),
+        ("strength", 5, "`strength` is 5"),
+        ("marks", {"honest": [1, 2]}, "`marks` of 'honest'"),
+        ("marks", {"honest": [1, 2, 9]}, "`marks` of 'honest'"),
+        ("outcome", "liked", "`outcome` is 'liked'"),
+        ("completions", None, "NoneType"),
+    ],
+)
+def test_a_label_that_contradicts_itself_is_named_by_its_line(store, clock, tmp_path, field, value, says):
+    session = opened(store, clock, count=2)
+    label_all(session, session.annotator("Ann").id)
+    write_labels(tmp_path / "labels.jsonl", session.labels())
+    lines = (tmp_path / "labels.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {field: value})
+    (tmp_path / "labels.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"labels\.jsonl:2: no label") as raised:
+        list(read_labels(tmp_path / "labels.jsonl"))
+    assert says in str(raised.value)
