@@ -16,6 +16,7 @@ from typing import Literal, get_args
 from rlhf_cli.data.records import Ranking, prompt_key
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.labeling.label_records import LabelRecord
+from rlhf_cli.progress import task
 
 How = Literal["individual", "majority", "bradley-terry", "plackett-luce"]
 WAYS: tuple[How, ...] = get_args(How)
@@ -84,14 +85,20 @@ def require(how: How) -> None:
 def _merged(votes: Sequence[_Vote], how: How) -> list[Ranking]:
     require(how)
     ways: dict[str, Callable[[Sequence[Levels]], Tiers]] = {
-        "majority": majority,
         "bradley-terry": bradley_terry,
         "plackett-luce": plackett_luce,
     }
     items: dict[str, list[_Vote]] = {}
     for vote in votes:
         items.setdefault(vote.item, []).append(vote)
-    return [_one(_latest(group), ways[how]) for group in items.values()]
+    if how == "majority":
+        return [_one(_latest(group), majority) for group in items.values()]
+    merged = []
+    with task("merging labels", len(items), "items") as bar:  # a hundred a second
+        for group in items.values():
+            merged.append(_one(_latest(group), ways[how]))
+            bar.advance()
+    return merged
 
 
 def _latest(votes: Sequence[_Vote]) -> list[_Vote]:
