@@ -15,7 +15,18 @@ _TYPES = {
     "svg": "image/svg+xml",
 }
 PAGES = {"/": "label.html", "/admin": "admin.html"}
-ASSETS = ("style.css", "label.js", "admin.js", "api.js", "board.js", "answer.js", "text.js", "icon.svg")
+ASSETS = (
+    "style.css",
+    "icon.svg",
+    "label.js",
+    "admin.js",
+    "answer.js",
+    "api.js",
+    "board.js",
+    "cards.js",
+    "clock.js",
+    "text.js",
+)
 
 
 def page_routes() -> list[Route]:

@@ -17,7 +17,7 @@ from rlhf_cli.labeling.session import LabelSession
 from rlhf_cli.labeling.session_types import Entry, LabelPlan
 from rlhf_cli.labeling.web.links import Links
 from tests.conftest import ROOT
-from tests.labeling.web.test_browser import PATH
+from tests.labeling.web.browser_support import PATH
 from tests.labeling.web.web_support import served
 
 IMAGES = ROOT / "docs" / "images"

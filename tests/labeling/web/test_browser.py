@@ -1,295 +1,34 @@
-"""The pages in a real browser: everything entered by keys, mouse and finger is what the store holds in the end."""
+"""The pages in a real browser: hostile texts, keyboard alone, a phone, a server that dies, other web sites."""
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from rlhf_cli.data.records import Candidates, Message
-from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.session import LabelSession
 from rlhf_cli.labeling.session_types import LabelPlan
 from rlhf_cli.labeling.web.links import Links
 from tests.labeling.web import web_support
+from tests.labeling.web.browser_support import (
+    finger_drag,
+    opened,
+    reach,
+    read_labels,
+    shown_answers,
+    stranger,
+    wait_for_next,
+    watch_answers,
+)
 from tests.labeling.web.web_support import make_store, numbered_items, served
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATH = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
-Tiers = list[set[str]]
-
-pytestmark = pytest.mark.skipif(PATH is None, reason=f"no browser is installed: none of {', '.join(BROWSERS)}")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        rules = "MAP rebound.example 127.0.0.1"
-        options = ["--no-sandbox", "--disable-gpu", f"--host-resolver-rules={rules}"]
-        started = driver.chromium.launch(executable_path=PATH, args=options)
-        yield started
-        started.close()
-
-
-@contextmanager
-def opened(browser: Browser, link: str, **options: Any) -> Iterator[Page]:
-    """A page of its own that has to stay without errors and ask nobody but its server."""
-    context = browser.new_context(**DESKTOP | options)
-    context.set_default_timeout(8000)
-    page = context.new_page()
-    trouble: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(link)
-    try:
-        yield page
-    finally:
-        context.close()
-    own = re.match(r"http://[^/]+/", link)
-    assert own is not None
-    assert [url for url in asked if not url.startswith((own[0], "blob:"))] == []
-    assert trouble == []
-
-
-def shown_answers(page: Page) -> dict[str, str]:
-    """Letter -> text of the answers on the page."""
-    return dict(
-        page.evaluate(
-            "[...document.querySelectorAll('.answer')].map(card => "
-            "[card.querySelector('.badge').textContent.toLowerCase(), card.querySelector('.text').textContent])"
-        )
-    )
-
-
-def title(page: Page) -> str:
-    return page.locator("h1:visible").inner_text().lower()
-
-
-def wait_for_next(page: Page, before: str) -> None:
-    page.wait_for_function(
-        "before => !document.body.classList.contains('busy') && "
-        "[...document.querySelectorAll('h1')].find(h => h.offsetParent).textContent.toLowerCase() !== before",
-        arg=before,
-    )
-
-
-def given(labels: list[LabelRecord], annotator: str) -> dict[str, tuple[str, Tiers]]:
-    """Prompt -> what an annotator said of it, by texts."""
-    return {
-        str(label.prompt): (
-            label.outcome,
-            [{label.completions[index] for index in tier} for tier in label.tiers],
-        )
-        for label in labels
-        if label.annotator == annotator
-    }
-
-
-def read_labels(store: Path) -> list[LabelRecord]:
-    session = LabelSession(store)
-    labels = session.labels()
-    session.close()
-    return labels
-
-
-def some_tiers(rng: random.Random, letters: list[str]) -> list[list[str]]:
-    """An order of the letters with ties."""
-    rng.shuffle(letters)
-    tiers: list[list[str]] = []
-    for letter in letters:
-        if tiers and rng.random() < 0.3:
-            tiers[-1].append(letter)
-        else:
-            tiers.append([letter])
-    return tiers
-
-
-def type_tiers(page: Page, tiers: list[list[str]]) -> None:
-    for tier in tiers:
-        page.keyboard.type("=".join(tier))
-
-
-def centre(page: Page, selector: str) -> tuple[float, float]:
-    box = page.locator(selector).first.bounding_box()
-    assert box is not None
-    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-
-
-def drag(page: Page, position: int, target: str) -> None:
-    """Drag an answer's chip, by what is under the mouse while it moves."""
-    x, y = centre(page, f".chip[data-position='{position}']")
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + 9, y)
-    page.mouse.move(*centre(page, target), steps=2)
-    page.mouse.up()
-
-
-def drag_tiers(page: Page, tiers: list[list[str]]) -> None:
-    """Build an order from its worst tier upwards, so that places between and ties are both needed."""
-    for tier in reversed(tiers):
-        drag(page, "abcd".index(tier[0]), "[data-drop='gap:0']")
-        for letter in tier[1:]:
-            drag(page, "abcd".index(letter), "[data-drop='tier:0']")
-
-
-class Labeller:
-    """Somebody at the page who remembers what they said."""
-
-    def __init__(self, page: Page, name: str, enter: Callable[[Page, list[list[str]]], None]) -> None:
-        self.page, self.name, self.enter = page, name, enter
-        self.rng = random.Random(name)
-        self.said: dict[str, tuple[str, Tiers]] = {}
-
-    def prompt(self) -> str:
-        return self.page.locator("#prompt").inner_text()
-
-    def rank(self, submit: Callable[[], None]) -> None:
-        before, prompt, texts = title(self.page), self.prompt(), shown_answers(self.page)
-        tiers = some_tiers(self.rng, list(texts))
-        self.enter(self.page, tiers)
-        submit()
-        wait_for_next(self.page, before)
-        self.said[prompt] = ("ranked", [{texts[letter] for letter in tier} for tier in tiers])
-
-    def pass_on(self, how: str, act: Callable[[], None]) -> None:
-        before, prompt = title(self.page), self.prompt()
-        act()
-        wait_for_next(self.page, before)
-        self.said[prompt] = (how, [])
-
-
-def test_twenty_items_by_keys_and_by_mouse_come_out_as_they_were_entered(browser: Browser, tmp_path: Path) -> None:
-    plan = LabelPlan(overlap=2, set_aside_after=3, guidelines="# Be fair\n\n- ties are fine")
-    store = make_store(tmp_path / "labels.sqlite", numbered_items(20), plan)
-    with served(store, ["Ada", "Ben"]) as links:
-        with opened(browser, links.annotators["Ada"]) as page:
-            page.wait_for_selector("#help-dialog[open]")  # the guidelines, before the first label
-            assert "Be fair" in page.locator("#guidelines").inner_text()
-            page.keyboard.press("Escape")
-            ada = by_keys(page)
-            assert page.locator("#message-title").inner_text() == "Nothing is left for you"
-        with opened(browser, links.annotators["Ben"]) as page:
-            page.locator("#help-close").click()
-            ben = by_mouse(page)
-    labels = read_labels(store)
-    assert given(labels, "Ada") == ada
-    assert given(labels, "Ben") == ben
-    assert len(ada) == len(ben) == 20
-    assert [label.reason for label in labels if label.outcome == "flagged"] == ["cut <b>off</b>"]
-    assert [label.note for label in labels if label.note] == ["a note\nof s and u"]
-
-
-def by_keys(page: Page) -> dict[str, tuple[str, Tiers]]:
-    keys = page.keyboard
-    ada = Labeller(page, "Ada", type_tiers)
-
-    def enter() -> None:
-        keys.press("Enter")
-
-    for _ in range(4):
-        ada.rank(enter)
-    ada.pass_on("skipped", lambda: keys.press("s"))
-    ada.rank(enter)
-    # Goes back twice, over the skip, and says something else.
-    for _ in range(2):
-        before = title(page)
-        keys.press("u")
-        wait_for_next(page, before)
-    assert ada.said[ada.prompt()] == ("skipped", [])
-    ada.rank(enter)
-    assert page.locator(".pool .chip").count() == 0  # the one after it has what it was given before
-    for _ in range(4):
-        keys.press("Backspace")
-    ada.rank(enter)
-    # What was begun is there again after going back in the middle of it.
-    keys.type("c=a")
-    before = title(page)
-    keys.press("u")
-    wait_for_next(page, before)
-    last = title(page)
-    keys.press("Enter")
-    wait_for_next(page, last)
-    assert title(page) == before
-    assert page.locator(".tier .chip").count() == 2
-    keys.press("Backspace")
-    keys.press("Backspace")
-    # Reloads half way.
-    keys.type("b=d")
-    page.locator("#saved", has_text="draft saved").wait_for()
-    before, texts = title(page), shown_answers(page)
-    page.reload()
-    page.wait_for_selector("#task:visible")
-    assert title(page) == before
-    assert page.locator(".tier").all_inner_texts()[0].split()[:2] == ["1", "B"]
-    keys.type("zaqc")  # z and q are no answers
-    prompt = ada.prompt()
-    keys.press("Enter")
-    wait_for_next(page, before)
-    ada.said[prompt] = ("ranked", [{texts["b"], texts["d"]}, {texts["a"]}, {texts["c"]}])
-    # Not whole: says so and stays.
-    before = title(page)
-    keys.type("ca")
-    keys.press("Enter")
-    assert page.locator("#problem").inner_text() == "B, D have no place yet."
-    assert title(page) == before
-    keys.press("Backspace")
-    keys.press("Backspace")
-    # A note, in which letters are letters.
-    keys.press("n")
-    keys.type("a note\nof s and u")
-    keys.press("Escape")
-    while page.locator("#task").is_visible():
-        ada.rank(enter)
-    return ada.said
-
-
-def by_mouse(page: Page) -> dict[str, tuple[str, Tiers]]:
-    ben = Labeller(page, "Ben", drag_tiers)
-
-    def submit() -> None:
-        page.locator("#submit").click()
-
-    ben.rank(submit)
-    ben.pass_on("skipped", lambda: page.locator("#skip").click())
-
-    def flag() -> None:
-        page.locator("#flag").click()
-        page.locator("#reason").fill("cut <b>off</b>")
-        page.locator("#flag-send").click()
-
-    ben.pass_on("flagged", flag)
-    ben.rank(submit)
-    before = title(page)
-    page.locator("#undo").click()
-    wait_for_next(page, before)
-    for position in range(4):
-        drag(page, position, "#pool")
-    ben.rank(submit)
-    while page.locator("#task").is_visible():
-        ben.rank(submit)
-    return ben.said
-
+    from playwright.sync_api import Browser
 
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>",
@@ -375,15 +114,6 @@ def test_strengths_marks_and_every_control_can_be_reached_by_keyboard(browser: B
     assert two.strength == 1
 
 
-def reach(page: Page, selector: str) -> None:
-    """Press Tab until an element has the focus."""
-    for _ in range(80):
-        if page.evaluate("what => document.activeElement.matches(what)", selector):
-            return
-        page.keyboard.press("Tab")
-    raise AssertionError(f"{selector} cannot be reached with Tab")
-
-
 def test_a_phone_ranks_by_tapping_and_by_dragging_with_a_finger(browser: Browser, tmp_path: Path) -> None:
     wide = "unbroken" * 60
     store = make_store(tmp_path / "labels.sqlite", [Candidates(wide, (wide, "b", "c\n" * 80, "d"))])
@@ -406,20 +136,6 @@ def test_a_phone_ranks_by_tapping_and_by_dragging_with_a_finger(browser: Browser
         {texts[2], texts[0]},
         {texts[1]},
     ]
-
-
-def finger_drag(page: Page, source: str, target: str) -> None:
-    fingers = page.context.new_cdp_session(page)
-    x, y = centre(page, source)
-
-    def touch(kind: str, *points: tuple[float, float]) -> None:
-        at = [{"x": left, "y": top} for left, top in points]
-        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
-
-    touch("touchStart", (x, y))
-    touch("touchMove", (x + 12, y - 4))
-    touch("touchMove", centre(page, target))
-    touch("touchEnd")
 
 
 def test_an_answer_outlives_a_server_that_was_killed_and_is_stored_once(browser: Browser, tmp_path: Path) -> None:
@@ -512,52 +228,3 @@ def test_pages_of_others_cannot_use_ours(browser: Browser, tmp_path: Path) -> No
         page.goto(f"{own}/#1.wrong")
         page.locator("#message-title", has_text="This link does not work").wait_for()
         context.close()
-
-
-def watch_answers(page: Page) -> Callable[[], dict[tuple[str, str], int]]:
-    """Tells (method, URL) -> status of everything the page asks for, also of what the browser keeps from it."""
-    asked: dict[str, tuple[str, str]] = {}
-    statuses: dict[str, int] = {}
-    network = page.context.new_cdp_session(page)
-
-    def sent(event: dict[str, Any]) -> None:
-        asked[event["requestId"]] = (event["request"]["method"], event["request"]["url"])
-
-    network.on("Network.requestWillBeSent", sent)
-    network.on(
-        "Network.responseReceivedExtraInfo", lambda event: statuses.update({event["requestId"]: event["statusCode"]})
-    )
-    network.send("Network.enable")
-    return lambda: {asked[number]: status for number, status in statuses.items() if number in asked}
-
-
-@contextmanager
-def stranger(links: Links) -> Iterator[str]:
-    """A web site of somebody else's, on this machine but by another name, that tries what it can."""
-    page = f"""<!doctype html><iframe src="{links.address}/"></iframe><script type="module">
-    const quiet = () => null;
-    await fetch("{links.address}/api/session", {{mode: "no-cors"}}).catch(quiet);
-    await fetch("{links.address}/api/next", {{mode: "no-cors", method: "POST", body: "{{}}"}}).catch(quiet);
-    await import("{links.address}/assets/label.js").catch(quiet);
-    window.done = true;
-    </script>""".encode()
-
-    class Site(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(page)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

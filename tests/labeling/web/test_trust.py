@@ -1,9 +1,7 @@
-"""Who gets in: other hosts, other origins, missing and wrong tokens, bodies of every wrong kind; in plain HTTP."""
+"""Who gets in: other hosts, other origins, missing and wrong tokens; in plain HTTP."""
 
 from __future__ import annotations
 
-import http.client
-import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,51 +12,10 @@ import pytest
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.labeling.session_types import Annotator
-from rlhf_cli.labeling.web.bodies import MAX_BODY
 from rlhf_cli.labeling.web.links import Links, Tokens, claimed_annotator, read_secret, secret_path
 from rlhf_cli.labeling.web.serving import serve
 from rlhf_cli.labeling.web.trust import Gate, is_loopback
-from tests.labeling.web.web_support import make_store, numbered_items, served, token_of
-
-
-class Client:
-    """Sends requests exactly as they are told."""
-
-    def __init__(self, links: Links) -> None:
-        self.links = links
-        self.host = links.address.removeprefix("http://")
-        self.port = int(self.host.rpartition(":")[2])
-
-    def ask(
-        self,
-        method: str,
-        path: str,
-        *,
-        token: str | None = None,
-        body: bytes | dict[str, Any] | None = None,
-        host: str | None = None,
-        **headers: str,
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the answer; underscores of header names stand for hyphens."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-        if host != "":
-            connection.putheader("Host", host or self.host)
-        if token is not None:
-            connection.putheader("Authorization", f"Bearer {token}")
-        content = json.dumps(body).encode() if isinstance(body, dict) else body
-        if content is not None:
-            headers = {"content_type": "application/json", "content_length": str(len(content))} | headers
-        for name, value in headers.items():
-            connection.putheader(name.replace("_", "-"), value)
-        connection.endheaders(content)
-        answer = connection.getresponse()
-        read = answer.read()
-        connection.close()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, read
-
-    def of(self, name: str) -> str:
-        return token_of(self.links.annotators[name])
+from tests.labeling.web.web_support import Client, make_store, numbered_items, served, token_of, whole_answer
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +27,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(store: Path) -> Iterator[Client]:
     with served(store, ["Ada", "Ben"]) as links:
         yield Client(links)
-
-
-def task_of(client: Client, name: str) -> dict[str, Any]:
-    return json.loads(client.ask("GET", "/api/session", token=client.of(name))[2])["task"]
-
-
-def whole_answer(task: dict[str, Any], key: str) -> dict[str, Any]:
-    tiers = [[position] for position in range(len(task["answers"]))]
-    return {"task": task["id"], "entry": {"tiers": tiers}, "key": key, "active_seconds": 0}
 
 
 # Hosts, origins, sites
@@ -105,7 +53,7 @@ def test_names_of_this_machine_are_ours_whatever_the_port_of_a_tunnel(client: Cl
     "origin", ["http://evil.example", "null", "https://{host}", "http://127.0.0.1:1", "http://localhost:{port}", ""]
 )
 def test_another_origin_is_refused_even_with_a_token(client: Client, store: Path, origin: str) -> None:
-    body = whole_answer(task_of(client, "Ada"), "from elsewhere")
+    body = whole_answer(client.task_of("Ada"), "from elsewhere")
     origin = origin.format(host=client.host, port=client.port)
     status, _, said = client.ask("POST", "/api/submit", token=client.of("Ada"), body=body, origin=origin)
     assert (status, b"another origin" in said) == (403, True)
@@ -184,7 +132,7 @@ def test_nobody_has_the_rights_of_another(client: Client) -> None:
 
 
 def test_anothers_task_is_unknown(client: Client) -> None:
-    task = task_of(client, "Ada")
+    task = client.task_of("Ada")
     for path, more in (("submit", {"entry": {"tiers": [[0, 1, 2, 3]]}}), ("skip", {}), ("flag", {"reason": "x"})):
         body = {"task": task["id"], "key": "theirs", "active_seconds": 0} | more
         assert client.ask("POST", f"/api/{path}", token=client.of("Ben"), body=body)[0] == 404
@@ -215,123 +163,6 @@ def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path
     with pytest.raises(UsageError, match="secret") as refused:
         read_secret(tmp_path / "labels.sqlite")
     assert "delete it" in str(refused.value.hint)
-
-
-# Bodies and paths
-
-
-@pytest.mark.parametrize(
-    ("body", "kind", "expected"),
-    [
-        pytest.param(b"{}", "text/plain", 415, id="what a form of another site could send"),
-        pytest.param(b"{}", "application/x-www-form-urlencoded", 415, id="form"),
-        pytest.param(b"{", "application/json", 400, id="cut off"),
-        pytest.param(b"\xff{}", "application/json", 400, id="not UTF-8"),
-        pytest.param(b"[]", "application/json", 400, id="a list"),
-        pytest.param(b"[" * 60_000, "application/json", 400, id="very deep"),
-        pytest.param(b'{"task": NaN}', "application/json", 400, id="NaN"),
-        pytest.param(b'{"task": ' + b"9" * 5000 + b"}", "application/json", 400, id="a number of 5,000 digits"),
-        pytest.param(b'{"a": 1}', "application/json", 400, id="unknown field"),
-        pytest.param(b"{}", "application/json", 400, id="missing fields"),
-    ],
-)
-def test_bodies_that_are_none_are_refused(client: Client, body: bytes, kind: str, expected: int) -> None:
-    status, _, said = client.ask("POST", "/api/submit", token=client.of("Ada"), body=body, content_type=kind)
-    assert status == expected
-    assert json.loads(said)["error"]
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"task": True}, 400),
-        ({"task": 1.5}, 400),
-        ({"task": "1"}, 400),
-        ({"active_seconds": "1"}, 400),
-        ({"active_seconds": -1}, 422),
-        ({"active_seconds": 10**400}, 400),
-        ({"key": ""}, 422),
-        ({"key": "x" * 101}, 422),
-        ({"key": 1}, 400),
-        ({"entry": []}, 400),
-        ({"entry": {"tiers": [[0], [1]]}}, 422),
-        ({"entry": {"tiers": [[0, 1, 2, 99]]}}, 422),
-        ({"entry": {"tiers": [[0, 1, 2, 3]], "winner": 1}}, 422),
-        ({"entry": {"tiers": [[0, 1, 2, 3]], "note": "\ud800"}}, 422),
-        ({"extra": 1}, 400),
-    ],
-)
-def test_labels_of_the_wrong_form_are_refused_and_not_stored(client: Client, change: dict, expected: int) -> None:
-    body = whole_answer(task_of(client, "Ada"), "wrong form") | change
-    status, _, said = client.ask("POST", "/api/submit", token=client.of("Ada"), body=body)
-    assert status == expected, said
-    overview = json.loads(client.ask("GET", "/api/admin/overview", token=token_of(client.links.administrator))[2])
-    assert overview["progress"]["labels"] == 0
-
-
-def test_bodies_that_are_too_long_are_refused_announced_or_not(client: Client) -> None:
-    long = b'{"note": "' + b"x" * MAX_BODY + b'"}'
-    assert client.ask("POST", "/api/draft", token=client.of("Ada"), body=long)[0] == 413
-    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=10)
-    headers = {"Host": client.host, "Authorization": f"Bearer {client.of('Ada')}", "Content-Type": "application/json"}
-    chunks = (b"x" * 1024 for _ in range(MAX_BODY // 1024 + 2))
-    connection.request("POST", "/api/draft", body=chunks, headers=headers, encode_chunked=True)
-    assert connection.getresponse().status == 413
-    connection.close()
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/../pyproject.toml",
-        "/assets/../app.py",
-        "/assets/..%2fapp.py",
-        "/assets/%2e%2e/app.py",
-        "/assets//etc/passwd",
-        "/assets/label.html",
-        "/assets/",
-        "//evil.example/",
-        "/labels.sqlite.secret",
-    ],
-)
-def test_no_path_leads_to_another_file(client: Client, path: str) -> None:
-    status, headers, _ = client.ask("GET", path)
-    assert status == 404
-    assert "location" not in headers
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", "/"),
-        ("GET", "/api/submit"),
-        ("PUT", "/api/submit"),
-        ("DELETE", "/api/session"),
-        ("OPTIONS", "/api/next"),
-    ],
-)
-def test_methods_are_bounded(client: Client, method: str, path: str) -> None:
-    assert client.ask(method, path, token=client.of("Ada"))[0] == 405
-
-
-def test_every_answer_carries_the_rules_for_the_browser(client: Client) -> None:
-    for path, host in (
-        ("/", None),
-        ("/assets/label.js", None),
-        ("/api/session", None),
-        ("/nothing", None),
-        ("/", "evil"),
-    ):
-        headers = client.ask("GET", path, host=host)[1]
-        policy = headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "frame-ancestors 'none'" in policy
-        assert "unsafe" not in policy
-        assert headers["x-content-type-options"] == "nosniff"
-        assert headers["x-frame-options"] == "DENY"
-        assert headers["referrer-policy"] == "no-referrer"
-        assert headers["cache-control"] == "no-store"
-        assert "access-control-allow-origin" not in headers
 
 
 # Starting

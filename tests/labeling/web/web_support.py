@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.labeling.session import LabelSession
@@ -65,6 +67,57 @@ def served(store: Path, annotators: list[str], *, port: int = 0) -> Iterator[Lin
 def token_of(link: str) -> str:
     """The token of a link."""
     return link.partition("#")[2]
+
+
+class Client:
+    """Sends requests exactly as they are told."""
+
+    def __init__(self, links: Links) -> None:
+        self.links = links
+        self.host = links.address.removeprefix("http://")
+        self.port = int(self.host.rpartition(":")[2])
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None = None,
+        body: bytes | dict[str, Any] | None = None,
+        host: str | None = None,
+        **headers: str,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the answer; underscores of header names stand for hyphens."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        if host != "":
+            connection.putheader("Host", host or self.host)
+        if token is not None:
+            connection.putheader("Authorization", f"Bearer {token}")
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        if content is not None:
+            headers = {"content_type": "application/json", "content_length": str(len(content))} | headers
+        for name, value in headers.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders(content)
+        answer = connection.getresponse()
+        read = answer.read()
+        connection.close()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, read
+
+    def of(self, name: str) -> str:
+        """The token of an annotator."""
+        return token_of(self.links.annotators[name])
+
+    def task_of(self, name: str) -> dict[str, Any]:
+        """The task that an annotator has in hand."""
+        return json.loads(self.ask("GET", "/api/session", token=self.of(name))[2])["task"]
+
+
+def whole_answer(task: dict[str, Any], key: str) -> dict[str, Any]:
+    """An answer that the server would take."""
+    tiers = [[position] for position in range(len(task["answers"]))]
+    return {"task": task["id"], "entry": {"tiers": tiers}, "key": key, "active_seconds": 0}
 
 
 def main() -> None:

@@ -3,15 +3,17 @@
 import { Ranking, ordinal } from "./answer.js";
 import { Courier, Memory, Refused, Unreachable, ask, newKey, token } from "./api.js";
 import { Board } from "./board.js";
-import { addText, inWords, showGuidelines, showText } from "./text.js";
+import { answerCard, choices, promptTurns } from "./cards.js";
+import { WorkClock } from "./clock.js";
+import { addText, inWords, showGuidelines } from "./text.js";
 
 const DRAFT_AFTER_MS = 500;
 const DRAFT_AGAIN_MS = 4000;
-const IDLE_AFTER_MS = 60000;
 const LOOK_AGAIN_MS = 15000;
 
 const $ = (id) => document.getElementById(id);
 const courier = new Courier(showLost, () => ($("lost").hidden = true));
+const clock = new WorkClock();
 const board = new Board((what) => changed(what));
 
 let session = null;
@@ -22,24 +24,6 @@ let strength = null;
 let marks = {};
 let key = "";
 let isBusy = true;
-
-// Time at work: counted while the page is visible and somebody did something within the last minute.
-
-let activeMs = 0;
-let countedAt = performance.now();
-let lastAct = countedAt;
-
-function countTime() {
-  const now = performance.now();
-  const end = Math.min(now, lastAct + IDLE_AFTER_MS);
-  if (!document.hidden && task) activeMs += Math.max(0, end - countedAt);
-  countedAt = now;
-}
-
-for (const name of ["keydown", "pointerdown", "pointermove", "wheel", "scroll", "touchmove"])
-  addEventListener(name, () => (countTime(), (lastAct = performance.now())), { passive: true, capture: true });
-
-const activeSeconds = () => (countTime(), Math.round(activeMs) / 1000);
 
 // Showing
 
@@ -77,8 +61,7 @@ function showTask(next) {
   key = newKey();
   const local = memory.get(`draft-${task.id}`); // what the server has not got yet
   const draft = local ? local.entry : task.draft;
-  activeMs = 1000 * Math.max(task.active_seconds, local ? local.active_seconds : 0);
-  countedAt = lastAct = performance.now();
+  clock.start(Math.max(task.active_seconds, local ? local.active_seconds : 0));
   ranking = new Ranking(task.answers.length, draft ? draft.tiers : []);
   strength = draft ? draft.strength : null;
   marks = {};
@@ -90,8 +73,12 @@ function showTask(next) {
   $("task").hidden = false;
   $("task-title").textContent = `Task ${task.number}`;
   document.title = `Task ${task.number} · labelling`;
-  showPrompt(task.prompt);
-  $("answers").replaceChildren(...task.answers.map(answerCard));
+  $("prompt").replaceChildren(...promptTurns(task.prompt));
+  const card = (text, position) =>
+    answerCard(text, position, session.letters[position].toUpperCase(), markGroups(position), (isPointer) =>
+      board.toggle(position, isPointer),
+    );
+  $("answers").replaceChildren(...task.answers.map(card));
   board.show(ranking, task.answers, session.letters);
   refresh();
   scrollTo(0, 0);
@@ -99,85 +86,20 @@ function showTask(next) {
   hasUnsaved = Boolean(local); // sent as soon as nothing else is under way
 }
 
-function showPrompt(prompt) {
-  const turns = typeof prompt === "string" ? [{ role: "", content: prompt }] : prompt;
-  $("prompt").replaceChildren(
-    ...turns.map((turn) => {
-      const block = document.createElement("div");
-      block.className = "turn";
-      block.dataset.role = ["user", "assistant", "system"].includes(turn.role) ? turn.role : "";
-      if (turn.role) {
-        const role = document.createElement("p");
-        role.className = "role";
-        block.append(addText(role, turn.role));
-      }
-      block.append(showText(document.createElement("div"), turn.content));
-      return block;
-    }),
-  );
-}
-
-function answerCard(text, position) {
-  const letter = session.letters[position].toUpperCase();
-  const card = document.createElement("article");
-  card.className = "answer";
-  card.id = `answer-${position}`;
-  card.setAttribute("aria-label", `Answer ${letter}`);
-  const head = document.createElement("header");
-  const badge = document.createElement("span");
-  badge.className = "badge";
-  badge.dataset.drag = position;
-  badge.textContent = letter;
-  badge.title = "drag it into your order";
-  const rank = document.createElement("button");
-  rank.type = "button";
-  rank.className = "rank";
-  rank.addEventListener("click", (event) => board.toggle(position, event.detail > 0));
-  head.append(badge, rank);
-  card.append(head, showText(document.createElement("div"), text));
-  if (session.criteria.length) {
-    const all = document.createElement("div");
-    all.className = "marks";
-    for (const criterion of session.criteria) all.append(markGroup(criterion, position, letter));
-    card.append(all);
-  }
-  return card;
-}
-
-function markGroup(criterion, position, letter) {
+/** What an answer is marked for: a group of radio buttons for each criterion. */
+function markGroups(position) {
   const [low, high] = session.marks;
+  const letter = session.letters[position].toUpperCase();
   const values = Array.from({ length: high - low + 1 }, (_, index) => low + index);
-  const group = choices(`${criterion}-${position}`, criterion, values, marks[criterion][position], (value) => {
-    marks[criterion][position] = value;
-    changed(`${criterion} of ${letter}: ${value}`);
+  return session.criteria.map((criterion) => {
+    const name = `${criterion}-${position}`;
+    const group = choices(name, criterion, values, marks[criterion][position], (value) => {
+      marks[criterion][position] = value;
+      changed(`${criterion} of ${letter}: ${value}`);
+    });
+    group.setAttribute("aria-label", `${criterion}, answer ${letter}, ${low} worst to ${high} best`);
+    return group;
   });
-  group.setAttribute("aria-label", `${criterion}, answer ${letter}, ${low} worst to ${high} best`);
-  return group;
-}
-
-/** A fieldset of radio buttons; `values` are numbers, or [number, text] pairs. */
-function choices(name, title, values, chosen, onChoose) {
-  const group = document.createElement("fieldset");
-  group.className = "choices";
-  const legend = document.createElement("legend");
-  legend.textContent = title;
-  group.append(legend);
-  for (const given of values) {
-    const [value, text] = Array.isArray(given) ? given : [given, null];
-    const label = document.createElement("label");
-    const input = document.createElement("input");
-    input.type = "radio";
-    input.name = name;
-    input.value = String(value);
-    input.checked = value === chosen;
-    input.addEventListener("change", () => onChoose(value));
-    const number = document.createElement("span");
-    number.textContent = String(value);
-    label.append(input, number);
-    if (text) label.append(` ${text}`);
-    group.append(label);
-  }
-  return group;
 }
 
 function refresh() {
@@ -269,7 +191,7 @@ let hasUnsaved = false;
 
 function scheduleDraft(wait) {
   hasUnsaved = true;
-  memory.set(`draft-${task.id}`, { entry: entry(), active_seconds: activeSeconds() });
+  memory.set(`draft-${task.id}`, { entry: entry(), active_seconds: clock.seconds });
   $("saved").textContent = "";
   clearTimeout(draftTimer);
   draftTimer = setTimeout(() => (draftUnderWay = saveDraft()), wait);
@@ -277,7 +199,7 @@ function scheduleDraft(wait) {
 
 async function saveDraft() {
   if (!task || isBusy || !hasUnsaved) return;
-  const sent = { task: task.id, entry: entry(), active_seconds: activeSeconds() };
+  const sent = { task: task.id, entry: entry(), active_seconds: clock.seconds };
   hasUnsaved = false;
   try {
     await ask("/api/draft", sent);
@@ -298,7 +220,7 @@ async function saveDraft() {
 addEventListener("pagehide", () => {
   if (!task || isBusy || !hasUnsaved) return;
   // The answer is of no use to a page that goes away; if it does not arrive, this browser's memory has the draft.
-  ask("/api/draft", { task: task.id, entry: entry(), active_seconds: activeSeconds() }, { isLast: true }).catch(() => {});
+  ask("/api/draft", { task: task.id, entry: entry(), active_seconds: clock.seconds }, { isLast: true }).catch(() => {});
 });
 
 function complain(error) {
@@ -343,12 +265,12 @@ function submit() {
     $("problem").textContent = problem;
     return;
   }
-  const body = { task: task.id, entry: entry(), key, active_seconds: activeSeconds() };
+  const body = { task: task.id, entry: entry(), key, active_seconds: clock.seconds };
   give("/api/submit", body, () => "Saved.");
 }
 
 function skip() {
-  give("/api/skip", { task: task.id, key, active_seconds: activeSeconds() }, () => "Skipped.");
+  give("/api/skip", { task: task.id, key, active_seconds: clock.seconds }, () => "Skipped.");
 }
 
 function undo() {
@@ -361,7 +283,7 @@ function sendFlag() {
   const reason = $("reason").value.trim();
   if (!reason) return $("reason").focus();
   $("flag-dialog").close();
-  give("/api/flag", { task: task.id, key, active_seconds: activeSeconds(), reason }, () => "Flagged.");
+  give("/api/flag", { task: task.id, key, active_seconds: clock.seconds, reason }, () => "Flagged.");
 }
 
 function openFlag() {

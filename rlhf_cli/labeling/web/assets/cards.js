@@ -1,0 +1,74 @@
+// Builds what stands on the page: turns of the prompt, answers, groups of choices.
+
+import { addText, showText } from "./text.js";
+
+const ROLES = ["user", "assistant", "system"];
+
+/** The prompt as a list of turns; a plain one is a single turn without a role. */
+export function promptTurns(prompt) {
+  const turns = typeof prompt === "string" ? [{ role: "", content: prompt }] : prompt;
+  return turns.map((turn) => {
+    const block = document.createElement("div");
+    block.className = "turn";
+    block.dataset.role = ROLES.includes(turn.role) ? turn.role : "";
+    if (turn.role) {
+      const role = document.createElement("p");
+      role.className = "role";
+      block.append(addText(role, turn.role));
+    }
+    block.append(showText(document.createElement("div"), turn.content));
+    return block;
+  });
+}
+
+/** An answer with its letter; `onRank(isPointer)` when it is to get a place or to lose it. */
+export function answerCard(text, position, letter, markGroups, onRank) {
+  const card = document.createElement("article");
+  card.className = "answer";
+  card.id = `answer-${position}`;
+  card.setAttribute("aria-label", `Answer ${letter}`);
+  const head = document.createElement("header");
+  const badge = document.createElement("span");
+  badge.className = "badge";
+  badge.dataset.drag = position;
+  badge.textContent = letter;
+  badge.title = "drag it into your order";
+  const rank = document.createElement("button");
+  rank.type = "button";
+  rank.className = "rank";
+  rank.addEventListener("click", (event) => onRank(event.detail > 0));
+  head.append(badge, rank);
+  card.append(head, showText(document.createElement("div"), text));
+  if (markGroups.length) {
+    const all = document.createElement("div");
+    all.className = "marks";
+    all.append(...markGroups);
+    card.append(all);
+  }
+  return card;
+}
+
+/** A fieldset of radio buttons; `values` are numbers, or [number, text] pairs. */
+export function choices(name, title, values, chosen, onChoose) {
+  const group = document.createElement("fieldset");
+  group.className = "choices";
+  const legend = document.createElement("legend");
+  legend.textContent = title;
+  group.append(legend);
+  for (const given of values) {
+    const [value, text] = Array.isArray(given) ? given : [given, null];
+    const label = document.createElement("label");
+    const input = document.createElement("input");
+    input.type = "radio";
+    input.name = name;
+    input.value = String(value);
+    input.checked = value === chosen;
+    input.addEventListener("change", () => onChoose(value));
+    const number = document.createElement("span");
+    number.textContent = String(value);
+    label.append(input, number);
+    if (text) label.append(` ${text}`);
+    group.append(label);
+  }
+  return group;
+}
