@@ -91,13 +91,14 @@ def _page(state: State, laid_out: Document, width: int, height: int) -> int:
 def _body(state: State, laid_out: Document, top: int, page: int) -> list[Row]:
     places = _places(state)
     rows: list[Row] = []
-    for cells in laid_out.rows[top : top + page]:
+    for number, cells in enumerate(laid_out.rows[top : top + page], start=top):
         row: list[Piece] = []
         for cell in cells:
             if cell.answer is not None:
                 row += _gutter(cell.answer, cell.line, cell.at - GUTTER, places)
             row += [Piece(piece.text, piece.style, cell.at if n == 0 else None) for n, piece in enumerate(cell.pieces)]
-        row += [Piece("│", "dim", column) for column in laid_out.separators]
+        if number >= laid_out.stops[0]:
+            row += [Piece("│", "dim", column) for column in laid_out.separators]
         rows.append(_in_order(row))
     return rows + [()] * (page - len(rows))
 

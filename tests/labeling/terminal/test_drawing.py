@@ -94,7 +94,7 @@ def test_no_row_is_wider_than_the_terminal_and_no_text_of_a_stranger_is_obeyed(s
 _OBEYED = {chr(code) for code in (*range(32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0x200B)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(states(), st.integers(40, 140), st.integers(12, 45))
 def test_all_of_the_answers_is_reached_by_scrolling(state, width, height):
     if state.task is None:
@@ -160,6 +160,8 @@ def test_answers_stand_side_by_side_where_each_has_forty_columns():
         assert columns_for(count, width) == columns
     rows = text_of(draw(at_task("one", "two"), 100, 24))
     assert any("  a   one" in row and "│   b   two" in row for row in rows)
+    long = text_of(draw(at_task("one", "two", prompt="prompt\n" * 9), 100, 24))
+    assert sum("│" in row for row in long) == 2, "no line through a prompt that scrolls"
 
 
 def test_more_is_seen_to_be_there_above_and_below():
