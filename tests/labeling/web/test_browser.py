@@ -114,6 +114,27 @@ def test_strengths_marks_and_every_control_can_be_reached_by_keyboard(browser: B
     assert two.strength == 1
 
 
+def test_time_counts_until_a_minute_after_the_last_act(browser: Browser, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "labels.sqlite", numbered_items(1))
+    with served(store, ["Ada"]) as links:
+        context = browser.new_context()
+        page = context.new_page()
+        sent: list[dict[str, Any]] = []
+        page.on("request", lambda asked: sent.append(asked.post_data_json) if "submit" in asked.url else None)
+        page.clock.install()
+        page.goto(links.annotators["Ada"])
+        page.wait_for_selector("#task:visible")
+        page.keyboard.press("a")
+        page.clock.run_for(20_000)
+        page.keyboard.press("b")
+        page.clock.run_for(600_000)  # somebody went to lunch
+        page.keyboard.type("cd")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#message:visible")
+        context.close()
+    assert 80 <= sent[0]["active_seconds"] < 95
+
+
 def test_a_phone_ranks_by_tapping_and_by_dragging_with_a_finger(browser: Browser, tmp_path: Path) -> None:
     wide = "unbroken" * 60
     store = make_store(tmp_path / "labels.sqlite", [Candidates(wide, (wide, "b", "c\n" * 80, "d"))])
