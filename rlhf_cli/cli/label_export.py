@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Ranking
-    from rlhf_cli.labeling.exports import Form
+    from rlhf_cli.labeling.exports.forms import Form
     from rlhf_cli.labeling.label_records import LabelRecord
     from rlhf_cli.labeling.merging import How
 
@@ -35,7 +35,8 @@ def export(
     """Write labels as rankings, as preferences for TRL, or in the form of another tool; same labels, same bytes."""
     from rlhf_cli.cli.label_output import write_text
     from rlhf_cli.errors import UsageError
-    from rlhf_cli.labeling import exports, merging
+    from rlhf_cli.labeling import merging
+    from rlhf_cli.labeling.exports import forms as exports
     from rlhf_cli.progress import printable, say, warn
 
     form_ = cast("Form", _one_of("--form", form, exports.FORMS))

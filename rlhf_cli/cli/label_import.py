@@ -33,7 +33,7 @@ def import_(
     from rlhf_cli.cli.running import shared_flags
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.errors import UsageError
-    from rlhf_cli.labeling.exports import export_rankings
+    from rlhf_cli.labeling.exports.forms import export_rankings
     from rlhf_cli.progress import say, warn
     from rlhf_cli.recipe.loader import load_recipe
     from rlhf_cli.recipe.overrides import flag

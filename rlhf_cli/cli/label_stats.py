@@ -12,7 +12,7 @@ import typer
 from rlhf_cli.cli.options import Json
 
 if TYPE_CHECKING:
-    from rlhf_cli.labeling.statistics_report import LabelReport
+    from rlhf_cli.labeling.statistics.report import LabelReport
 
 _SEED = 0
 _PICTURES = (".png", ".svg", ".pdf")
@@ -30,8 +30,8 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Say how far labellers agree, with others and themselves, what sways them, and what to act on."""
-    from rlhf_cli.labeling.statistics import statistics
-    from rlhf_cli.labeling.statistics_source import labels_to_count
+    from rlhf_cli.labeling.statistics.source import labels_to_count
+    from rlhf_cli.labeling.statistics.summary import statistics
     from rlhf_cli.progress import warn
 
     if plot is not None:
@@ -63,7 +63,7 @@ def _check_plot(plot: Path) -> None:
 def _show(report: LabelReport) -> None:
     from rich.console import Console
 
-    from rlhf_cli.labeling.statistics_show import report_text
+    from rlhf_cli.labeling.statistics.show import report_text
 
     console = Console(highlight=False, markup=False, emoji=False)
     if sys.stdout.isatty():
@@ -77,7 +77,7 @@ def _show(report: LabelReport) -> None:
 
 def _draw(report: LabelReport, plot: Path, where: Path) -> None:
     from rlhf_cli.errors import DiskError
-    from rlhf_cli.labeling.statistics_plot import draw_report
+    from rlhf_cli.labeling.statistics.plot import draw_report
     from rlhf_cli.progress import say
 
     try:

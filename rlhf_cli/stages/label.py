@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.data.records import Candidates, Prompt, Ranking, prompt_text, prompt_to_json
+from rlhf_cli.data.records import Candidates, Prompt, Ranking, prompt_text
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.answers import Answer
+from rlhf_cli.labeling.exports.rows import ranking_to_json
 from rlhf_cli.labeling.labelers import (
     FunctionLabeler,
     Labeler,
@@ -160,15 +161,7 @@ def write_rankings(path: Path, rankings: Sequence[Ranking], scores: Sequence[Seq
     """Write rankings as `rlhf train-rm` and people read them, one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
         for number, ranking in enumerate(rankings):
-            row = {
-                "prompt": prompt_to_json(ranking.prompt),
-                "completions": list(ranking.completions),
-                "ranking": [list(tier) for tier in ranking.tiers],
-            }
-            if ranking.margin is not None:
-                row["margin"] = ranking.margin
-            if ranking.annotator is not None:
-                row["annotator"] = ranking.annotator
+            row = ranking_to_json(ranking)
             if scores is not None:
                 row["scores"] = list(scores[number])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

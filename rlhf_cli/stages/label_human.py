@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf_cli.data.records import Candidates, Ranking
 from rlhf_cli.errors import WaitingForLabelsError
 from rlhf_cli.labeling.label_records import write_labels
-from rlhf_cli.labeling.merging import merge
+from rlhf_cli.labeling.merging import merge, require
 from rlhf_cli.labeling.session import LabelSession
 from rlhf_cli.labeling.session_types import LabelPlan, Progress
 from rlhf_cli.pipeline.stage import StageContext
@@ -43,6 +43,7 @@ def run_people(context: StageContext, candidates: Sequence[Candidates]) -> Human
     label = context.recipe.label
     assert label is not None
     settings = label.human or HumanSettings()
+    require(settings.merge)
     session = LabelSession(context.kept / STORE)
     try:
         session.prepare(label_plan(context.recipe, context.inputs.get("label.guidelines")), candidates, _gold(context))

@@ -12,8 +12,8 @@ import pytest
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.label_records import write_labels
-from rlhf_cli.labeling.statistics import statistics
-from rlhf_cli.labeling.statistics_source import labels_to_count
+from rlhf_cli.labeling.statistics.source import labels_to_count
+from rlhf_cli.labeling.statistics.summary import statistics
 from tests.labeling.crowd import Person, crowd
 
 HOSTILE = "b\x1b[31med\x1b]0;owned\x07\nline\u202e"
@@ -80,7 +80,7 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(rlhf, labels_file,
 
 def test_reports_of_little_or_nothing_are_drawn_too(tmp_path):
     pytest.importorskip("matplotlib")
-    from rlhf_cli.labeling.statistics_plot import draw_report
+    from rlhf_cli.labeling.statistics.plot import draw_report
 
     plain = replace(crowd([Person("$a_1$")], items=1, overlap=1, answers=2)[0], shown=(), active_seconds=None)
     for number, labels in enumerate(([], [plain], crowd([Person(f"p{n:02}") for n in range(24)], items=48))):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rlhf_cli.labeling.agreement import (
+from rlhf_cli.labeling.statistics.agreement import (
     NO_OVERLAP,
     ONE_CATEGORY,
     category_counts,

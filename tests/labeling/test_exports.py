@@ -17,8 +17,8 @@ from rlhf_cli.cli import label_export, label_import
 from rlhf_cli.data.records import Message, Ranking
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError, DiskError, UsageError
-from rlhf_cli.labeling.exports import FORMS, export_labels, export_rankings
-from rlhf_cli.labeling.exports_pairs import pairs_of
+from rlhf_cli.labeling.exports.forms import FORMS, export_labels, export_rankings
+from rlhf_cli.labeling.exports.pairs import pairs_of
 from rlhf_cli.labeling.label_records import LabelRecord, read_labels, write_labels
 from rlhf_cli.labeling.merging import group_of, merge
 

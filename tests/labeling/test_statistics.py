@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_cli.errors import DataError
-from rlhf_cli.labeling.agreement import krippendorff_alpha
 from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.statistics import statistics
-from rlhf_cli.labeling.statistics_report import Figure
+from rlhf_cli.labeling.statistics.agreement import krippendorff_alpha
+from rlhf_cli.labeling.statistics.report import Figure
+from rlhf_cli.labeling.statistics.summary import statistics
 from tests.labeling.crowd import Person, crowd, label
 
 # Of x, ana and ben agree on (0, 1) and (0, 2) and not on (1, 2); of y, ben ties (0, 1).

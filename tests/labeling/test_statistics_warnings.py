@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlhf_cli.intervals import PromptSums, resampled_sums, wilson_interval, worth_of
-from rlhf_cli.labeling.statistics import statistics
-from rlhf_cli.labeling.statistics_report import LabelReport
+from rlhf_cli.labeling.statistics.report import LabelReport
+from rlhf_cli.labeling.statistics.summary import statistics
 from tests.labeling.crowd import Person, crowd, label
 
 

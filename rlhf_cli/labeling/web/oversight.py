@@ -144,7 +144,7 @@ def _excerpt(label: LabelRecord) -> str:
 
 def statistics_of(labels: Sequence[LabelRecord]) -> dict[str, Any]:
     """What `rlhf label stats` says of these labels, in short: figures that have a value, and all warnings."""
-    from rlhf_cli.labeling.statistics import statistics  # numpy and more, which only an administrator waits for
+    from rlhf_cli.labeling.statistics.summary import statistics  # numpy and more, which only an administrator waits for
 
     if not any(label.outcome == "ranked" for label in labels):
         return {"figures": [], "warnings": []}

@@ -1,0 +1,134 @@
+"""Rankings as pairs of a better and a worse answer: TRL's preferences, plain and conversational; RewardBench's rows.
+
+A ranking of K answers gives C(K, 2) pairs without its ties. The `group` they have in common is the same for all
+rankings of these answers to this prompt, whoever gave them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rlhf_cli.data.conversations import turns_of_transcript
+from rlhf_cli.data.records import Message, Prompt, Ranking, prompt_text, prompt_to_json
+from rlhf_cli.errors import UsageError
+from rlhf_cli.labeling.exports.rows import Exported, Row, known
+from rlhf_cli.labeling.merging import group_of
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers of a ranking, one in a better tier than the other."""
+
+    ranking: Ranking
+    chosen: str
+    rejected: str
+
+
+def pairs_of(ranking: Ranking) -> Iterator[Pair]:
+    """All pairs of answers in different tiers, the better tiers first; not those that read the same."""
+    for better, worse in itertools.combinations(ranking.tiers, 2):
+        for chosen, rejected in itertools.product(better, worse):
+            pair = Pair(ranking, ranking.completions[chosen], ranking.completions[rejected])
+            if pair.chosen != pair.rejected:
+                yield pair
+
+
+def preferences(rankings: Sequence[Ranking]) -> Exported:
+    """TRL's plain preferences: text."""
+    return _paired(
+        rankings,
+        lambda pair: {
+            "prompt": _plain(pair.ranking.prompt, "preferences"),
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+        },
+    )
+
+
+def conversations(rankings: Sequence[Ranking]) -> Exported:
+    """TRL's conversational preferences: lists of messages."""
+    exported = _paired(rankings, _conversation)
+    transcripts = sum(_turns(ranking.prompt) is not None for ranking in rankings)
+    if transcripts:
+        exported.lost.append(
+            f"{transcripts:,} prompts are transcripts (`Human:`, `Assistant:`); as messages they have no white space "
+            "around their turns"
+        )
+    return exported
+
+
+def _conversation(pair: Pair) -> Row:
+    prompt, chosen, rejected = pair.ranking.prompt, pair.chosen, pair.rejected
+    if (turns := _turns(prompt)) is not None:
+        prompt, chosen, rejected = turns, chosen.strip(), rejected.strip()
+    return {
+        "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt_to_json(prompt),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def _turns(prompt: Prompt) -> tuple[Message, ...] | None:
+    return turns_of_transcript(prompt) if isinstance(prompt, str) else None
+
+
+def rewardbench(rankings: Sequence[Ranking]) -> Exported:
+    """Rows as RewardBench's own; which models answered is not known here."""
+    numbers = itertools.count()
+    return _paired(
+        rankings,
+        lambda pair: {
+            "id": next(numbers),
+            "prompt": _plain(pair.ranking.prompt, "rewardbench"),
+            "chosen": pair.chosen,
+            "chosen_model": "",
+            "rejected": pair.rejected,
+            "rejected_model": "",
+            "subset": "labels",
+        },
+    )
+
+
+def _paired(rankings: Sequence[Ranking], row_of: Callable[[Pair], Row]) -> Exported:
+    pairs = [pair for ranking in rankings for pair in pairs_of(ranking)]
+    # A column that only some rows have reads as null, at which TRL's trainer stops: all have a margin, or none.
+    margins = [_margin(pair) for pair in pairs]
+    keeps_margin = None not in margins
+    rows = [
+        row_of(pair)
+        | known(margin=margin if keeps_margin else None, group=group_of(pair.ranking), annotator=pair.ranking.annotator)
+        for pair, margin in zip(pairs, margins, strict=True)
+    ]
+    return Exported(rows, is_array=False, lost=_lost_in_pairs(rankings, len(pairs), margins))
+
+
+def _margin(pair: Pair) -> float | None:
+    """The margin of a ranking of two; of more it says nothing about any one pair."""
+    return pair.ranking.margin if len(pair.ranking.completions) == 2 else None
+
+
+def _lost_in_pairs(rankings: Sequence[Ranking], pairs: int, margins: Sequence[float | None]) -> list[str]:
+    lost = []
+    possible = sum(len(ranking.completions) * (len(ranking.completions) - 1) // 2 for ranking in rankings)
+    if possible > pairs:
+        lost.append(
+            f"{possible - pairs:,} of {possible:,} pairs are ties or read the same, and a preference has no tie"
+        )
+    if empty := sum(next(pairs_of(ranking), None) is None for ranking in rankings):
+        lost.append(f"{empty:,} of {len(rankings):,} rankings are one tie and give no pair")
+    if (known := sum(margin is not None for margin in margins)) and known < len(margins):
+        lost.append(
+            f"{known:,} of {len(margins):,} pairs have a margin; TRL takes it of all or of none, so none has it"
+        )
+    return lost
+
+
+def _plain(prompt: Prompt, form: str) -> str:
+    if isinstance(prompt, str) or (len(prompt) == 1 and prompt[0].role == "user"):
+        return prompt_text(prompt)
+    raise UsageError(
+        f"`--form {form}` holds prompts as text, and there is a conversation: {prompt_text(prompt)[:60]!r}",
+        hint="use `--form conversations`, or `rankings`",
+    )

@@ -1,0 +1,282 @@
+"""What labels say about themselves: how far people agree, with others and with themselves, and what sways them.
+
+Ordinary labels count for agreement and for what labels look like; hidden repeats for self-consistency, gold items for
+accuracy, all three for pace and for what the order of showing does. docs/label-statistics.md says how to read it all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_cli.labeling.label_records import LabelRecord
+from rlhf_cli.labeling.statistics.agreement import (
+    A_WINS,
+    TIE,
+    VERDICTS,
+    Coefficient,
+    cohen_kappa,
+    fleiss_kappa,
+    gwet_ac1,
+    gwet_ac2,
+    kendall_tau_b,
+    krippendorff_alpha,
+    mirrored,
+    mirrored_table,
+    verdicts,
+)
+from rlhf_cli.labeling.statistics.figures import Figures
+from rlhf_cli.labeling.statistics.parts import (
+    count_labels,
+    distribution_of,
+    guidelines_of,
+    habit_of,
+    pace_of,
+    prompts_needed,
+    strength_agreement,
+    unknown_of,
+)
+from rlhf_cli.labeling.statistics.report import Agreement, AnnotatorReport, Figure, LabelReport, PairReport
+from rlhf_cli.labeling.statistics.table import Ints, LabelTable, levels_of, table_of
+from rlhf_cli.labeling.statistics.warnings import warnings_of
+
+ENOUGH_IN_COMMON = 10
+"""Items that two annotators must share for a kappa of their own."""
+_NO_OVERLAP = "no item was ranked by two people"
+_WHY_NONE = {
+    "untied": "no pair of answers was untied by two people",
+    "self": "no hidden repeat was ranked",
+    "gold": "no gold item was ranked",
+    "first": "no untied pair whose order of showing is known",
+    "longer": "no untied pair of unlike length",
+}
+
+
+def statistics(labels: Sequence[LabelRecord], seed: int) -> LabelReport:
+    """All figures of some labels.
+
+    Args:
+        labels: what stands, skips and flags included; an annotator's later label of an item replaces the earlier.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: a label contradicts itself, see `table_of`.
+    """
+    table = table_of(labels)
+    figures = Figures(table.prompts, seed)
+    shared = table.shared()
+    _add_agreement(figures, table, shared)
+    _add_self_consistency(figures, table)
+    _add_gold(figures, table)
+    _add_order_and_length(figures, table)
+    counts, counted = _verdict_counts(table)
+    _add_alpha(figures, table, counts, counted)
+    figures.resample()
+    agreement = _agreement(figures, table, shared, counts)
+    of_name: dict[str, list[LabelRecord]] = defaultdict(list)
+    for label in labels:
+        of_name[label.annotator].append(label)
+    report = LabelReport(
+        counts=count_labels(labels, table),
+        agreement=agreement,
+        self_consistency=figures.share("self", _WHY_NONE["self"]),
+        gold=figures.share("gold", _WHY_NONE["gold"]),
+        first_shown=figures.share("first", _WHY_NONE["first"]),
+        longer=figures.share("longer", _WHY_NONE["longer"]),
+        tie_share=_tie_share(table, table.counted),
+        pace=pace_of(labels),
+        distribution=distribution_of(table),
+        annotators=tuple(_annotator(figures, table, number, of_name[name]) for number, name in enumerate(table.names)),
+        guidelines=guidelines_of(table.labels),
+        unknown=unknown_of(labels, table),
+        more_prompts=prompts_needed(agreement.with_ties),
+    )
+    return replace(report, warnings=warnings_of(report, labels))
+
+
+def _add_agreement(figures: Figures, table: LabelTable, shared: tuple[Ints, Ints]) -> None:
+    first, second = shared
+    owner, one = table.pairs(first)
+    _, other = table.pairs(second)
+    said, against = table.verdict[one], table.verdict[other]
+    same, untied = said == against, (said != TIE) & (against != TIE)
+    for name, values in (
+        ("ties", np.column_stack([same, np.ones_like(same)])),
+        ("untied", np.column_stack([same & untied, untied])),
+    ):
+        values = values.astype(np.float64)
+        figures.add(name, table.by_prompt(first[owner], values))
+        rows = np.concatenate([first[owner], second[owner]])
+        _add_each(figures, name, table, rows, np.concatenate([values, values]))
+    tau = _correlations(table, first, second)
+    known = ~np.isnan(tau)
+    # Everybody's correlations are averaged within an item, and items within all.
+    of_item = np.bincount(table.item[first[known]], minlength=int(table.item.max(initial=-1)) + 1)
+    weight = 1.0 / of_item[table.item[first[known]]]
+    figures.add("tau", table.by_prompt(first[known], np.column_stack([(tau[known] + 1) / 2 * weight, weight])))
+
+
+def _correlations(table: LabelTable, first: Ints, second: Ints) -> NDArray[np.float64]:
+    """Tau-b of N pairs of labels: (N,)."""
+    tau = np.full(len(first), np.nan)
+    for size in np.unique(table.size[first]):
+        rows = np.flatnonzero(table.size[first] == size)
+        one, other = (table.verdict[table.start[own[rows]][:, np.newaxis] + np.arange(size)] for own in (first, second))
+        tau[rows] = kendall_tau_b(one, other)
+    return tau
+
+
+def _add_self_consistency(figures: Figures, table: LabelTable) -> None:
+    again, before = table.repeats()
+    owner, now = table.pairs(again)
+    _, then = table.pairs(before)
+    same = table.verdict[now] == table.verdict[then]
+    _add_both(figures, "self", table, again[owner], np.column_stack([same, np.ones_like(same)]))
+
+
+def _add_gold(figures: Figures, table: LabelTable) -> None:
+    rows = [row for row, label in enumerate(table.labels) if label.purpose == "gold" and label.known]
+    known = [verdicts(np.array([levels_of(table.labels[row], table.labels[row].known or ())]))[0] for row in rows]
+    labels = np.array(rows, dtype=np.intp)
+    owner, pairs = table.pairs(labels)
+    truth = np.concatenate(known) if known else np.zeros(0, dtype=np.int8)
+    said = table.verdict[pairs]
+    right = np.where(said == truth, 1.0, np.where(said == TIE, 0.5, 0.0))
+    decided = truth != TIE
+    _add_both(figures, "gold", table, labels[owner], np.column_stack([right * decided, decided]))
+
+
+def _add_order_and_length(figures: Figures, table: LabelTable) -> None:
+    everyone = np.arange(len(table.labels))
+    owner, pairs = table.pairs(everyone)
+    won = np.where(table.verdict == A_WINS, 1, -1) * (table.verdict != TIE)
+    for name, sign, used in (("first", table.earlier, True), ("longer", table.longer, table.counted[owner])):
+        known = (sign[pairs] * won[pairs] != 0) & used
+        _add_both(figures, name, table, owner, np.column_stack([(sign[pairs] == won[pairs]) & known, known]))
+
+
+def _add_both(figures: Figures, name: str, table: LabelTable, rows: Ints, values: NDArray) -> None:
+    """Sums of everybody under `name`, and of each annotator under `(name, number)`."""
+    values = values.astype(np.float64)
+    figures.add(name, table.by_prompt(rows, values))
+    _add_each(figures, name, table, rows, values)
+
+
+def _add_each(figures: Figures, name: str, table: LabelTable, rows: Ints, values: NDArray[np.float64]) -> None:
+    for number, sums in enumerate(table.by_annotator(rows, table.annotator[rows], values)):
+        figures.add((name, number), sums)
+
+
+def _verdict_counts(table: LabelTable) -> tuple[NDArray[np.int64], Ints]:
+    """How many annotators gave each verdict of each pair of answers: (N, 3); and a label of each: (N,)."""
+    rows = np.flatnonzero(table.counted)
+    owner, pairs = table.pairs(rows)
+    items = table.item[rows]
+    size = np.zeros(int(table.item.max(initial=-1)) + 1, dtype=np.intp)
+    size[items] = table.size[rows]
+    start = np.cumsum(size) - size
+    unit = start[items][owner] + pairs - table.start[rows][owner]
+    total = int(size.sum())
+    flat = np.bincount(unit * VERDICTS + table.verdict[pairs], minlength=total * VERDICTS)
+    label = np.zeros(total, dtype=np.intp)
+    label[unit] = rows[owner]
+    return flat.reshape(total, VERDICTS), label
+
+
+def _add_alpha(figures: Figures, table: LabelTable, counts: NDArray[np.int64], label: Ints) -> None:
+    shared = counts.sum(axis=1) >= 2
+    each = counts[shared]
+    seen = each.sum(axis=1)
+    disagreed = (seen**2 - (each**2).sum(axis=1)) / (seen - 1)
+    sums = np.column_stack([disagreed, seen, each[:, TIE]]).astype(np.float64)
+    figures.add("alpha", table.by_prompt(label[shared], sums))
+
+
+def _agreement(figures: Figures, table: LabelTable, shared: tuple[Ints, Ints], counts: NDArray[np.int64]) -> Agreement:
+    both_ways = mirrored(counts)
+    units, items = int((counts.sum(axis=1) >= 2).sum()), np.unique(table.item[shared[0]])
+
+    def plain(found: Coefficient) -> Figure:
+        return Figure(found.value, count=units, prompts=len(items), missing=found.missing)
+
+    tau = figures.share("tau", _NO_OVERLAP)
+    return Agreement(
+        with_ties=figures.share("ties", _NO_OVERLAP),
+        without_ties=figures.share("untied", _WHY_NONE["untied"]),
+        tau_b=replace(tau, **{end: _from_half(getattr(tau, end)) for end in ("value", "low", "high")}),
+        alpha=figures.alpha("alpha", krippendorff_alpha(both_ways), units),
+        alpha_ordinal=plain(krippendorff_alpha(both_ways, "ordinal")),
+        fleiss=plain(fleiss_kappa(both_ways)),
+        ac1=plain(gwet_ac1(both_ways)),
+        ac2=plain(gwet_ac2(both_ways)),
+        strengths=strength_agreement(table),
+        pairs=_pairs_of_annotators(table, shared),
+    )
+
+
+def _from_half(share: float | None) -> float | None:
+    return None if share is None else 2 * share - 1
+
+
+def _pairs_of_annotators(table: LabelTable, shared: tuple[Ints, Ints]) -> tuple[PairReport, ...]:
+    first, second = shared
+    turned = table.annotator[first] > table.annotator[second]
+    first, second = np.where(turned, second, first), np.where(turned, first, second)
+    people = len(table.names)
+    keys, place, items = np.unique(
+        table.annotator[first] * people + table.annotator[second], return_inverse=True, return_counts=True
+    )
+    owner, one = table.pairs(first)
+    _, other = table.pairs(second)
+    cell = (place[owner] * VERDICTS + table.verdict[one]) * VERDICTS + table.verdict[other]
+    confusion = np.bincount(cell, minlength=len(keys) * VERDICTS**2).reshape(-1, VERDICTS, VERDICTS)
+    found = []
+    for key, own, common in zip(keys.tolist(), confusion, items.tolist(), strict=True):
+        one_name, other_name = table.names[key // people], table.names[key % people]
+        if common >= ENOUGH_IN_COMMON:
+            both_ways, pairs = mirrored_table(own), int(own.sum())
+            found.append(
+                PairReport(
+                    first=one_name,
+                    second=other_name,
+                    items=common,
+                    pairs=pairs,
+                    agreement=float(np.trace(own) / pairs),
+                    kappa=cohen_kappa(both_ways).value,
+                    kappa_linear=cohen_kappa(both_ways, "linear").value,
+                )
+            )
+    return tuple(found)
+
+
+def _annotator(figures: Figures, table: LabelTable, number: int, own: Sequence[LabelRecord]) -> AnnotatorReport:
+    mine = table.annotator == number
+
+    def share(key: str) -> Figure:
+        return figures.share((key, number), _WHY_NONE.get(key, _NO_OVERLAP))
+
+    return AnnotatorReport(
+        name=table.names[number],
+        labels=int((mine & table.counted).sum()),
+        skipped=sum(label.outcome == "skipped" for label in own),
+        flagged=sum(label.outcome == "flagged" for label in own),
+        agreement=share("ties"),
+        agreement_untied=share("untied"),
+        others=figures.rest("ties", ("ties", number), "no item was ranked by two others"),
+        self_consistency=share("self"),
+        gold=share("gold"),
+        first_shown=share("first"),
+        longer=share("longer"),
+        tie_share=_tie_share(table, mine & table.counted),
+        pace=pace_of(own),
+        habit=habit_of(own),
+    )
+
+
+def _tie_share(table: LabelTable, labels: NDArray[np.bool_]) -> float | None:
+    _, pairs = table.pairs(np.flatnonzero(labels))
+    return float((table.verdict[pairs] == TIE).mean()) if len(pairs) else None
