@@ -119,7 +119,7 @@ def test_time_counts_until_a_minute_after_the_last_act(browser: Browser, tmp_pat
     with served(store, ["Ada"]) as links:
         context = browser.new_context()
         page = context.new_page()
-        sent: list[dict[str, Any]] = []
+        sent: list[Any] = []
         page.on("request", lambda asked: sent.append(asked.post_data_json) if "submit" in asked.url else None)
         page.clock.install()
         page.goto(links.annotators["Ada"])
