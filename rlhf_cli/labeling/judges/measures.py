@@ -219,10 +219,9 @@ class Asked:
 def _consistent(prompt: str, votes: Sequence[Vote]) -> tuple[str, int, int]:
     same = total = 0
     for a, b in itertools.combinations(votes, 2):
-        if a.question.shown == b.question.shown[::-1]:
-            shared = a.verdicts.keys() & b.verdicts.keys()
-            total += len(shared)
-            same += sum(a.verdicts[pair] == b.verdicts[pair] for pair in shared)
+        shared = a.verdicts.keys() & b.verdicts.keys()  # none, unless one is the other's reverse
+        total += len(shared)
+        same += sum(a.verdicts[pair] == b.verdicts[pair] for pair in shared)
     return prompt, same, total
 
 

@@ -1,4 +1,7 @@
-"""Shares with their intervals, from resampling prompts: answers to one prompt are alike."""
+"""Shares with their 95 % intervals, from resampling prompts: answers to one prompt are alike.
+
+What was always or never so has Wilson's interval for as many prompts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_cli.intervals import bootstrap_ratio
+from rlhf_cli.intervals import bootstrap_ratio, wilson_interval
 
 _RESAMPLES = 1_000
 _SEED = 0  # a report about the same verdicts is the same
@@ -40,8 +43,12 @@ class Rate:
         if not total:
             return Rate(None, None, None, 0)
         numerators = [above[prompt] for prompt in below]
-        low, high = bootstrap_ratio(numerators, list(below.values()), resamples=_RESAMPLES, seed=_SEED)
-        return Rate(sum(numerators) / total, low, high, total)
+        value = sum(numerators) / total
+        if value in (0.0, 1.0):  # resampling gives no width to what was always the same
+            low, high = wilson_interval(value, sum(count > 0 for count in below.values()))
+        else:
+            low, high = bootstrap_ratio(numerators, list(below.values()), resamples=_RESAMPLES, seed=_SEED)
+        return Rate(value, low, high, total)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the report."""

@@ -40,6 +40,13 @@ def test_agreement_by_hand():
     assert found.rate.low < 0.6 < (found.rate.high or 0.0)
 
 
+def test_which_answer_is_longer_is_asked_of_the_better_one_wherever_it_stands():
+    turned = Candidates("p", ("short", "a long answer"), ((1,), (0,)))
+    found = agreement([turned], [{(0, 1): -1}])
+    assert found is not None
+    assert (found.longer.value, found.shorter.value) == (1.0, None)
+
+
 def test_ties_of_people_do_not_count_and_their_order_is_what_matters():
     """K = 3, known 1 > 0 = 2: two untied pairs; the tie between 0 and 2 is nobody's to miss."""
     row = Candidates("p", ("x", "yy", "zzz"), ((1,), (0, 2)))
@@ -66,6 +73,15 @@ def test_pairs_of_one_prompt_are_resampled_together():
     width = [(rate.high or 0.0) - (rate.low or 0.0) for rate in (alone, together)]
     assert width[1] > 2 * width[0]
     assert Rate.of([("p", 0, 0)]).value is None
+
+
+def test_what_was_always_so_has_an_interval_too():
+    """Wilson's for 10 of 10: from 10 / (10 + 1.96^2); three pairs of one prompt are one observation."""
+    always = Rate.of((f"prompt {number}", 1, 1) for number in range(10))
+    assert (always.value, always.high) == (1.0, 1.0)
+    assert always.low == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
+    once = Rate.of([("prompt", 3, 3), ("other", 0, 0)])
+    assert once.low == pytest.approx(1 / (1 + 1.959964**2), abs=1e-6)
 
 
 def test_behaviour_by_hand():
