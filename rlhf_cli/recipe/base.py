@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -56,6 +57,25 @@ class EffortOnly:
     """Marks a setting that changes memory, speed or display, never what a stage learns: it may change at any time."""
 
 
+def _check_address(url: str | None) -> str | None:
+    if url is not None and ("?" in url or "#" in url):
+        # What was typed is not repeated: people put keys here.
+        raise ValueError(
+            "expected an address without a query (`?...`) and a fragment (`#...`), which would end up in files; a "
+            "token goes into an environment variable that `token_env` names"
+        )
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ValueError(f"expected an address that begins with http:// or https://; got `{url}`")
+    return url
+
+
+def _check_variable(name: str | None) -> str | None:
+    # What was typed is not repeated: people put the token itself here.
+    if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("expected the name of an environment variable, such as REWARD_TOKEN, not a token")
+    return name
+
+
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -67,3 +87,5 @@ ModelName = Annotated[str | None, Names("model")]
 DataName = Annotated[str | None, Names("data")]
 FileName = Annotated[str | None, Names("file")]
 FunctionName = Annotated[str | None, Names("function")]
+Address = Annotated[str | None, AfterValidator(_check_address)]
+VariableName = Annotated[str | None, AfterValidator(_check_variable)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rlhf_cli.recipe.base import (
+    Address,
     Count,
     DataName,
     Effort,
@@ -18,6 +18,7 @@ from rlhf_cli.recipe.base import (
     Positive,
     Section,
     Share,
+    VariableName,
 )
 
 
@@ -26,11 +27,11 @@ class JudgeModelSettings(Section):
 
     model: ModelName = None
     """Folder or hub id of a causal language model. Its verdict is P(A) against P(B), from its next-token logits."""
-    url: str | None = None
+    url: Address = None
     """Base address of an endpoint with `/chat/completions`, such as http://localhost:8000/v1."""
     name: str | None = None
     """What the endpoint calls its model."""
-    token_env: str | None = None
+    token_env: VariableName = None
     """Environment variable whose value is sent to `url` as a bearer token."""
     timeout: Annotated[Positive, EffortOnly()] = 60.0
     """Seconds for one request to `url`."""
@@ -44,24 +45,6 @@ class JudgeModelSettings(Section):
     """What a million completion tokens cost."""
     max_new_tokens: Count = 512
     """Longest verdict of an endpoint, its reasons included, in tokens."""
-
-    @field_validator("url")
-    @classmethod
-    def _is_address(cls, url: str | None) -> str | None:
-        if url is not None and ("?" in url or "#" in url):
-            # What was typed is not repeated: people put keys here.
-            raise ValueError("expected an address without a query (`?...`) or fragment; a token goes by `token_env`")
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError(f"expected an address that begins with http:// or https://; got `{url}`")
-        return url
-
-    @field_validator("token_env")
-    @classmethod
-    def _is_name(cls, name: str | None) -> str | None:
-        # What was typed is not repeated: people put the token itself here.
-        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("expected the name of an environment variable, such as JUDGE_TOKEN, not a token")
-        return name
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

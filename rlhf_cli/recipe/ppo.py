@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_cli.recipe.base import (
+    Address,
     Count,
     DataName,
     Effort,
@@ -19,6 +19,7 @@ from rlhf_cli.recipe.base import (
     Positive,
     Section,
     Share,
+    VariableName,
 )
 from rlhf_cli.recipe.shared import LoraSettings
 
@@ -32,11 +33,11 @@ class RewardSettings(Section):
     """`package.module:function` or `file.py:function`; see `label.function`."""
     model: ModelName = None
     """Another reward model: folder or hub id of ours, or of any transformers classifier with one label."""
-    url: str | None = None
+    url: Address = None
     """An HTTP endpoint; docs/rewards.md says what it is sent and what it answers."""
     weight: float = 1.0
     """Factor on this reward, before rewards are combined; not 0."""
-    token_env: str | None = None
+    token_env: VariableName = None
     """Environment variable whose value is sent to `url` as a bearer token."""
     timeout: Annotated[Positive, EffortOnly()] = 30.0
     """Seconds for one whole attempt at `url`, from finding the host to the last byte of the answer."""
@@ -45,33 +46,12 @@ class RewardSettings(Section):
     request_size: Effort = 64
     """Answers in one request to `url`."""
 
-    @field_validator("url")
-    @classmethod
-    def _is_address(cls, url: str | None) -> str | None:
-        if url is not None and ("?" in url or "#" in url):
-            # What was typed is not repeated: people put keys here.
-            raise ValueError(
-                "expected an address without a query (`?...`) and a fragment (`#...`), which would end up in files; a "
-                "token goes into an environment variable that `token_env` names"
-            )
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError(f"expected an address that begins with http:// or https://; got `{url}`")
-        return url
-
     @field_validator("weight")
     @classmethod
     def _has_effect(cls, weight: float) -> float:
         if weight == 0.0:
             raise ValueError("a reward with the weight 0 has no effect; leave the reward out")
         return weight
-
-    @field_validator("token_env")
-    @classmethod
-    def _is_name(cls, name: str | None) -> str | None:
-        # What was typed is not repeated: people put the token itself here.
-        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("expected the name of an environment variable, such as REWARD_TOKEN, not a token")
-        return name
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
