@@ -6,6 +6,7 @@ import hashlib
 import random
 
 from rlhf_cli.labeling.label_records import Purpose
+from rlhf_cli.labeling.session_types import LabelPlan
 from rlhf_cli.labeling.state import Assignment, LabelState
 
 LEASE_MS = 30 * 60 * 1000
@@ -47,17 +48,53 @@ def choose(state: LabelState, annotator: int, now_ms: int) -> tuple[str, Purpose
     ordinary = _ordinary(state, annotator, now_ms)
     if ordinary is None:
         return None
-    plan, count = state.plan, len(state.of_annotator[annotator])
-    name = state.annotators[annotator].name.casefold()
-    if _drawn(plan.seed, "repeat", name, count).random() < plan.repeat_share:
-        repeatable = _repeatable(state, annotator)
-        if repeatable:
-            return _drawn(plan.seed, "which", name, count).choice(repeatable), "repeat"
-    if _drawn(plan.seed, "gold", name, count).random() < plan.gold_share:
-        unseen = [item for item in state.gold if item not in state.had[annotator]]
-        if unseen:
-            return _drawn(plan.seed, "which gold", name, count).choice(unseen), "gold"
-    return ordinary, "label"
+    count, name = len(state.of_annotator[annotator]), state.annotators[annotator].name.casefold()
+    purpose = _purpose(state.plan, name, count)
+    if purpose == "repeat":
+        others = _repeatable(state, annotator)
+    else:
+        others = _unseen_gold(state, annotator) if purpose == "gold" else []
+    return (_drawn(state.plan.seed, "which", name, count).choice(others), purpose) if others else (ordinary, "label")
+
+
+def left_with_hidden(state: LabelState, annotator: int, ordinary: int) -> int:
+    """Tasks left for a person who has so many ordinary ones left, with the repeats and gold items to come.
+
+    Faces show this figure. One that stood still after a repeat would give away which tasks are repeats.
+    """
+    plan, name = state.plan, state.annotators[annotator].name.casefold()
+    if not (plan.repeat_share or plan.gold_share):
+        return ordinary
+    mine = (state.assignments[number] for number in state.of_annotator[annotator] if number not in state.standing)
+    in_hand = [given.purpose for given in mine if _is_of_use(state, given)]
+    ordinary -= in_hand.count("label")
+    drawn = state.hidden[annotator]
+    at = len(state.of_annotator[annotator])
+    gold, repeats = len(_unseen_gold(state, annotator)), len(_repeatable(state, annotator, after=1)) + ordinary
+    left = place = 0
+    while place < ordinary:
+        while len(drawn) <= at + left:
+            drawn.append(_purpose(plan, name, len(drawn)))
+        purpose = drawn[at + left]
+        left += 1
+        if purpose == "repeat" and repeats:
+            repeats -= 1
+        elif purpose == "gold" and gold:
+            gold -= 1
+        else:
+            place += 1
+    return left + len(in_hand)
+
+
+def _purpose(plan: LabelPlan, name: str, count: int) -> Purpose:
+    """What a person's task number `count` (from 0) is for."""
+    if count >= REPEAT_AFTER and _share(plan.seed, "repeat", name, count) < plan.repeat_share:
+        return "repeat"
+    return "gold" if _share(plan.seed, "gold", name, count) < plan.gold_share else "label"
+
+
+def _unseen_gold(state: LabelState, annotator: int) -> list[str]:
+    return [item for item in state.gold if item not in state.had[annotator]]
 
 
 def _ordinary(state: LabelState, annotator: int, now_ms: int) -> str | None:
@@ -72,10 +109,10 @@ def _ordinary(state: LabelState, annotator: int, now_ms: int) -> str | None:
     return None
 
 
-def _repeatable(state: LabelState, annotator: int) -> list[str]:
+def _repeatable(state: LabelState, annotator: int, after: int = REPEAT_AFTER) -> list[str]:
     mine = state.of_annotator[annotator]
     found = []
-    for number in mine[: max(0, len(mine) - REPEAT_AFTER + 1)]:
+    for number in mine[: max(0, len(mine) - after + 1)]:
         given, action = state.assignments[number], state.standing.get(number)
         is_ranking = given.purpose == "label" and action is not None and action.kind == "ranked"
         if is_ranking and state.had[annotator][given.item] == 1 and given.item in state.listed:
@@ -84,5 +121,13 @@ def _repeatable(state: LabelState, annotator: int) -> list[str]:
 
 
 def _drawn(seed: int, *what: object) -> random.Random:
-    digest = hashlib.sha256("\x1f".join(map(str, (seed, *what))).encode()).digest()
-    return random.Random(int.from_bytes(digest[:16], "big"))
+    return random.Random(int.from_bytes(_digest(seed, *what)[:16], "big"))
+
+
+def _share(seed: int, *what: object) -> float:
+    """A number from 0 to 1, each as likely."""
+    return int.from_bytes(_digest(seed, *what)[:7], "big") / 2**56
+
+
+def _digest(*what: object) -> bytes:
+    return hashlib.sha256("\x1f".join(map(str, what)).encode()).digest()

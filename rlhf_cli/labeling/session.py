@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_cli.data.records import Candidates, prompt_to_json
-from rlhf_cli.labeling.assigning import choose, open_assignment, repeated_order, shown_order
+from rlhf_cli.labeling.assigning import choose, left_with_hidden, open_assignment, repeated_order, shown_order
 from rlhf_cli.labeling.collected import labels_of_state
 from rlhf_cli.labeling.label_records import LabelRecord, Purpose
 from rlhf_cli.labeling.session_types import (
@@ -345,9 +345,16 @@ class LabelSession:
                 labels_left=state.labels_left,
                 is_complete=done >= state.plan.enough * items,
                 mine=len(mine),
-                left_for_me=unresolved - state.open_answered[annotator] if annotator is not None else 0,
+                left_for_me=self._left(annotator),
                 pace_seconds=statistics.median(times) if times else None,
             )
+
+    def _left(self, annotator: int | None) -> int:
+        """Tasks that this person may still be given; the one in hand is one of them."""
+        state = self._state
+        if annotator is None:
+            return 0
+        return left_with_hidden(state, annotator, len(state.unresolved) - state.open_answered[annotator])
 
     def overview(self) -> list[AnnotatorOverview]:
         """Everybody's work so far, in order of their coming."""

@@ -227,7 +227,7 @@ class Progress:
         labels_left: that are still needed.
         is_complete: the pipeline can go on.
         mine: answers this person gave, skips, flags, repeats and gold included.
-        left_for_me: items still open that this person has not had.
+        left_for_me: tasks that this person may still be given, hidden repeats and gold included.
         pace_seconds: median active time of this person's last labels, None before the first.
     """
 

@@ -126,6 +126,8 @@ class LabelState:
         """Assignment -> the undo that opened it again."""
         self.taken_back: dict[int, Action] = {}
         """Assignment -> the answer that was taken back last."""
+        self.hidden: dict[int, list[Purpose]] = defaultdict(list)
+        """Annotator -> what their tasks are for, as far as that was looked up."""
         self.drafts: dict[int, DraftRow] = {}
         self.counts: dict[str, ItemCount] = defaultdict(ItemCount)
         self.unresolved: dict[str, None] = {}
@@ -181,6 +183,7 @@ class LabelState:
         self.unresolved = {}
         self.labels = self.labels_left = self.set_aside = 0
         self.open_answered.clear()
+        self.hidden.clear()
         for item in self.listed:
             self._add(item, +1)
 

@@ -499,3 +499,20 @@ def test_a_label_that_contradicts_itself_is_named_by_its_line(store, clock, tmp_
     with pytest.raises(DataError, match=r"labels\.jsonl:2: no label") as raised:
         list(read_labels(tmp_path / "labels.jsonl"))
     assert says in str(raised.value)
+
+
+def test_what_is_left_gives_no_repeat_and_no_gold_item_away(store, clock):
+    gold = tuple(Candidates(f"gold {n}", ("good", "bad"), ((0,), (1,))) for n in range(4))
+    session = opened(store, clock, count=60, gold=gold, gold_share=0.1, repeat_share=0.1)
+    ann = session.annotator("Ann").id
+    totals = set()
+    while (task := session.next(ann)) is not None:
+        before = session.progress(ann)
+        totals.add(before.mine + before.left_for_me)
+        session.submit(ann, task.id, best_first(task), key=f"{task.id}", active_seconds=0)
+        after = session.progress(ann)
+        assert after.left_for_me == before.left_for_me - 1
+    hidden = Counter(label.purpose for label in session.labels())
+    assert hidden["repeat"] > 2
+    assert hidden["gold"] > 2
+    assert totals == {hidden.total()}
