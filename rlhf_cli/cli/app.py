@@ -48,8 +48,8 @@ def rlhf(
     Start with `rlhf init my-run`, then `rlhf run my-run/recipes/quickstart.yaml`.
 
     stdout carries data only; everything for people goes to stderr. Exit codes: 0 done, 2 usage or recipe,
-    65 bad data, 70 diverged, 74 disk, 75 run directory in use, 76 waits for people's labels, 130 or 143 interrupted
-    and resumable.
+    65 bad data, 70 diverged, 74 disk, 75 run directory in use, 76 waits for people's labels, 77 a judge's cost limit,
+    130 or 143 interrupted and resumable.
     """
 
 
