@@ -270,10 +270,14 @@ def table(answers: int, curves: Curves) -> None:
     print(f"\n{answers} answers a question, {len(seeds)} seeds\n")
     columns = ["questions", "pairs", "random", *STRATEGIES[1:], *(f"ties, {name}" for name in STRATEGIES)]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    first = min(base)  # where all strategies are the same
     for budget, of_seed in sorted(base.items()):
         mean, half = interval([of_seed[seed]["accuracy"] for seed in seeds])
         cells = [f"{budget}", f"{of_seed[seeds[0]]['pairs']}", f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"]
         for name in STRATEGIES[1:]:
+            if budget == first:
+                cells.append("")
+                continue
             other = curves[answers, name][budget]
             gains = [other[seed]["accuracy"] - of_seed[seed]["accuracy"] for seed in seeds]
             mean, half = interval(gains)
@@ -324,7 +328,8 @@ def draw(answers: Sequence[int], curves: Curves, path: Path) -> None:
             axis.fill_between(budgets, means - halves, means + halves, color=colour, alpha=0.13, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
-        axis.set_title(f"{count} answers a question, {count * (count - 1) // 2} pairs")
+        pairs = count * (count - 1) // 2
+        axis.set_title(f"{count} answers a question: {pairs} pair{'s' if pairs > 1 else ''} each")
         axis.set_xlabel("labelled questions")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("accuracy on held-out pairs")
