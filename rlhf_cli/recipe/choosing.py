@@ -31,4 +31,6 @@ class ChooseSettings(Section):
             raise ValueError(f"`by: uncertainty` asks one reward model; got {count}")
         if self.by == "disagreement" and count < 2:
             raise ValueError(f"`by: disagreement` asks at least two reward models; got {count}")
+        if len(set(self.reward_models)) < count:
+            raise ValueError("the same reward model stands there twice, and agrees with itself")
         return self
