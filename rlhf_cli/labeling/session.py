@@ -27,6 +27,7 @@ from rlhf_cli.labeling.session_types import (
     InvalidLabelError,
     LabelConflictError,
     LabelPlan,
+    PlanChangedError,
     Progress,
     Receipt,
     Task,
@@ -185,6 +186,7 @@ class LabelSession:
             number=state.of_annotator[given.annotator].index(number) + 1,
             prompt=item.prompt,
             answers=tuple(item.completions[index] for index in given.shown),
+            plan=state.plan.shown,
             draft=entry,
             active_seconds=active_ms / 1000,
         )
@@ -212,7 +214,9 @@ class LabelSession:
             )
             self._state.add_draft(number, task, row)
 
-    def submit(self, annotator: int, task: int, entry: Entry, *, key: str, active_seconds: float) -> Receipt:
+    def submit(
+        self, annotator: int, task: int, entry: Entry, *, key: str, active_seconds: float, plan: str | None = None
+    ) -> Receipt:
         """Take a ranking.
 
         Args:
@@ -221,14 +225,23 @@ class LabelSession:
             entry: by shown positions; whole.
             key: of the client's own, new for each answer and the same when it is sent again.
             active_seconds: that the person was at this task, earlier visits included, breaks left out.
+            plan: `Task.plan` of what the face showed; None where nobody saw guidelines or criteria, as in a script.
 
         Raises:
+            PlanChangedError: the plan is another one by now.
             InvalidLabelError: the entry is not whole; says what lacks.
             LabelConflictError: the task has another answer; or the key was used for another answer.
             UnknownTaskError: no such task of this person.
         """
         with self.together():
             given = self._own(annotator, task)
+            known = self._known(given, "ranked", entry, "", key)
+            if known is not None:
+                return known
+            if plan not in (None, self._state.plan.shown):
+                raise PlanChangedError(
+                    "what is asked of labellers has changed meanwhile", hint="look at the guidelines and criteria again"
+                )
             self._state.plan.check(entry, len(given.shown))
             return self._answer(given, "ranked", entry, "", key, active_seconds)
 
@@ -251,17 +264,26 @@ class LabelSession:
     def _answer(
         self, given: Assignment, kind: Kind, entry: Entry | None, reason: str, key: str, active_seconds: float
     ) -> Receipt:
-        known = self._state.by_key.get(self._key(given.annotator, key))
-        standing = self._state.standing.get(given.id)
-        for before in (known, standing):
-            if before is None:
-                continue
-            if (before.assignment, before.kind, before.entry, before.reason) == (given.id, kind, entry, reason):
-                return Receipt(before.id, given.id, is_new=False)
-            what = "this task has another answer already" if before is standing else "this key was used before"
-            raise LabelConflictError(what, hint="take the earlier answer back first (undo)")
+        known = self._known(given, kind, entry, reason, key)
+        if known is not None:
+            return known
         active = self._active_ms(given, active_seconds)
         return Receipt(self._act(given, kind, key, active, entry=entry, reason=reason).id, given.id, is_new=True)
+
+    def _known(self, given: Assignment, kind: Kind, entry: Entry | None, reason: str, key: str) -> Receipt | None:
+        """The receipt of an answer that stands and is given again; raises `LabelConflictError` where another stands."""
+        standing = self._state.standing.get(given.id)
+        used = self._state.by_key.get(self._key(given.annotator, key))
+        if used is not None and used is not standing:
+            what = "this answer was taken back" if used.assignment == given.id else "this key was used before"
+            raise LabelConflictError(what, hint="give the answer again, as a new one")
+        if standing is None:
+            return None
+        if (standing.kind, standing.entry, standing.reason) != (kind, entry, reason):
+            raise LabelConflictError(
+                "this task has another answer already", hint="take the earlier answer back first (undo)"
+            )
+        return Receipt(standing.id, given.id, is_new=False)
 
     def undo(self, annotator: int, *, key: str) -> Task | None:
         """Take this person's last answer that stands back; their task is open again, with it as a draft.

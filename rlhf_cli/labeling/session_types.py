@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from rlhf_cli.data.records import Candidates, Prompt, prompt_to_json
@@ -31,6 +32,10 @@ class InvalidLabelError(LabelRefusedError):
 
 class LabelConflictError(LabelRefusedError):
     """The task has another answer already, or its key was used for something else."""
+
+
+class PlanChangedError(LabelRefusedError):
+    """Guidelines, criteria or strengths are others than those that were shown: show the new ones and ask again."""
 
 
 class UnknownTaskError(LabelRefusedError):
@@ -122,6 +127,12 @@ class LabelPlan:
         """SHA-256 of the guidelines."""
         return None if self.guidelines is None else hashlib.sha256(self.guidelines.encode()).hexdigest()
 
+    @cached_property
+    def shown(self) -> str:
+        """Hash of what a face shows of this plan: guidelines, criteria and whether strengths are asked for."""
+        text = json.dumps([self.guidelines, self.criteria, self.strengths])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def check(self, entry: Entry, count: int) -> None:
         """Raise `InvalidLabelError` unless an entry is a whole label of `count` answers."""
         placed = [position for tier in entry.tiers for position in tier]
@@ -189,6 +200,7 @@ class Task:
         prompt: what was asked.
         answers: K texts in shown order.
         draft: what was entered so far, or what an undo took back; None if nothing.
+        plan: `LabelPlan.shown` of the plan that holds; a face that shows another one reads `LabelSession.plan` again.
         active_seconds: already spent on it.
     """
 
@@ -196,6 +208,7 @@ class Task:
     number: int
     prompt: Prompt
     answers: tuple[str, ...]
+    plan: str
     draft: Entry | None = None
     active_seconds: float = 0.0
 

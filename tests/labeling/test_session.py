@@ -20,6 +20,7 @@ from rlhf_cli.labeling.session_types import (
     InvalidLabelError,
     LabelConflictError,
     LabelPlan,
+    PlanChangedError,
     Task,
     UnknownTaskError,
 )
@@ -516,3 +517,39 @@ def test_what_is_left_gives_no_repeat_and_no_gold_item_away(store, clock):
     assert hidden["repeat"] > 2
     assert hidden["gold"] > 2
     assert totals == {hidden.total()}
+
+
+def test_a_label_under_other_guidelines_than_those_shown_is_refused_and_goes_in_after_a_look(store, clock):
+    session = opened(store, clock, count=2, guidelines="be kind")
+    ann = session.annotator("Ann").id
+    task = session.next(ann)
+    other = LabelSession(store, clock=clock)
+    other.prepare(LabelPlan(guidelines="be strict"), items(2))
+    with pytest.raises(PlanChangedError):
+        session.submit(ann, task.id, best_first(task), key="k", active_seconds=0, plan=task.plan)
+    assert session.labels() == []
+    again = session.next(ann)
+    assert (again.id, again.plan) == (task.id, LabelPlan(guidelines="be strict").shown)
+    session.submit(ann, task.id, best_first(task), key="k", active_seconds=0, plan=again.plan)
+    (label,) = session.labels()
+    assert label.guidelines == LabelPlan(guidelines="be strict").guidelines_hash
+
+
+def test_an_answer_that_stands_is_acknowledged_again_whatever_is_asked_now(store, clock):
+    session = opened(store, clock, count=2)
+    ann = session.annotator("Ann").id
+    task = session.next(ann)
+    session.submit(ann, task.id, best_first(task), key="k", active_seconds=0, plan=task.plan)
+    session.prepare(LabelPlan(criteria=("honest",)), items(2))
+    assert not session.submit(ann, task.id, best_first(task), key="k", active_seconds=0, plan=task.plan).is_new
+
+
+def test_a_late_copy_of_an_answer_that_was_taken_back_is_not_acknowledged(store, clock):
+    session = opened(store, clock)
+    ann = session.annotator("Ann").id
+    task = session.next(ann)
+    session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
+    session.undo(ann, key="u")
+    with pytest.raises(LabelConflictError, match="was taken back"):
+        session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
+    assert session.labels() == []

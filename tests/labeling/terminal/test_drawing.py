@@ -31,7 +31,7 @@ PROGRESS = Progress(40, 11, 0, 11, 29, False, mine=11, left_for_me=29, pace_seco
 
 def at_task(*answers: str, prompt="Why is my bread so heavy?", draft: Entry | None = None, **plan) -> State:
     state = State(LabelPlan(**plan), "Maria", PROGRESS)
-    return with_task(state, Task(12, 12, prompt, answers, draft))
+    return with_task(state, Task(12, 12, prompt, answers, LabelPlan().shown, draft))
 
 
 def text_of(screen: Screen) -> list[str]:

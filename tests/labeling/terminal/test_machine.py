@@ -21,7 +21,7 @@ NAMED = {
 
 
 def begun(count: int = 4, draft: Entry | None = None, **plan) -> State:
-    task = Task(7, 1, "What?", tuple(f"answer {n}" for n in range(count)), draft)
+    task = Task(7, 1, "What?", tuple(f"answer {n}" for n in range(count)), LabelPlan().shown, draft)
     return with_task(State(LabelPlan(**plan)), task)
 
 
