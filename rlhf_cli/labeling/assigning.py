@@ -30,15 +30,21 @@ def repeated_order(first: tuple[int, ...]) -> tuple[int, ...]:
 def open_assignment(state: LabelState, annotator: int) -> int | None:
     """The task this person has in hand: what was reopened last, else the oldest that is still of use."""
     mine = [number for number in state.of_annotator[annotator] if number not in state.standing]
-    reopened = [number for number in mine if number in state.reopened]
+    reopened = [number for number in mine if number in state.reopened and is_asked(state, number)]
     if reopened:
         return max(reopened, key=lambda number: state.reopened[number].id)
     return next((number for number in mine if _is_of_use(state, state.assignments[number])), None)
 
 
+def is_asked(state: LabelState, number: int) -> bool:
+    """Whether the plan still has an assignment's item, for what it was given out for."""
+    given = state.assignments[number]
+    return given.item in (state.known if given.purpose == "gold" else state.listed)
+
+
 def _is_of_use(state: LabelState, given: Assignment) -> bool:
     if given.purpose != "label":
-        return given.item in state.listed or given.item in state.gold
+        return is_asked(state, given.id)
     has_work = given.id in state.drafts
     return given.item in state.listed and (has_work or given.item in state.unresolved)
 
@@ -94,7 +100,7 @@ def _purpose(plan: LabelPlan, name: str, count: int) -> Purpose:
 
 
 def _unseen_gold(state: LabelState, annotator: int) -> list[str]:
-    return [item for item in state.gold if item not in state.had[annotator]]
+    return [item for item in state.known if item not in state.had[annotator]]
 
 
 def _ordinary(state: LabelState, annotator: int, now_ms: int) -> str | None:
@@ -103,7 +109,8 @@ def _ordinary(state: LabelState, annotator: int, now_ms: int) -> str | None:
         if item in had:
             continue
         count = state.counts[item]
-        held = sum(now_ms - state.latest_at(number) < LEASE_MS for number in count.held.values())
+        # A time in the future says that the clock was set back; nobody is kept waiting for it to come.
+        held = sum(0 <= now_ms - state.latest_at(number) < LEASE_MS for number in count.held.values())
         if len(count.ranked) + held < state.plan.overlap:
             return item
     return None

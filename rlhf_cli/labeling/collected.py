@@ -39,7 +39,7 @@ def _record(state: LabelState, given: Assignment, action: Action) -> LabelRecord
         else tuple(tuple(sorted(given.shown[position] for position in tier)) for tier in entry.tiers),
         shown=given.shown,
         purpose=given.purpose,
-        known=item.known if given.purpose == "gold" else None,
+        known=state.known.get(given.item) if given.purpose == "gold" else None,
         strength=None if entry is None else entry.strength,
         marks=marks,
         note="" if entry is None else entry.note,

@@ -7,17 +7,19 @@ answer that is sent twice, as after a lost reply, is stored once (the client giv
 from __future__ import annotations
 
 import json
-import statistics
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_cli.data.records import Candidates, prompt_to_json
-from rlhf_cli.labeling.assigning import choose, left_with_hidden, open_assignment, repeated_order, shown_order
+from rlhf_cli.data.records import Candidates
+from rlhf_cli.labeling.assigning import choose, is_asked, open_assignment, repeated_order, shown_order
 from rlhf_cli.labeling.collected import labels_of_state
+from rlhf_cli.labeling.figures import overview_of, progress_of
 from rlhf_cli.labeling.label_records import LabelRecord, Purpose
+from rlhf_cli.labeling.preparing import list_items, write_plan
 from rlhf_cli.labeling.session_types import (
     MAX_NAME,
     MAX_REASON,
@@ -33,14 +35,14 @@ from rlhf_cli.labeling.session_types import (
     Task,
     UnknownTaskError,
     check_text,
-    item_id,
 )
 from rlhf_cli.labeling.state import Action, Assignment, DraftRow, Kind, LabelState
 from rlhf_cli.labeling.store import LabelStore
 from rlhf_cli.progress import printable
 
-_PACE_OVER = 20
 _MAX_KEY = 100
+_NEW_DRAFT_MS = 10_000
+"""The same draft again is worth a row when so much more time was spent on it."""
 
 
 class LabelSession:
@@ -49,14 +51,22 @@ class LabelSession:
     Args:
         path: the store's file.
         create: make it where there is none.
+        read_only: only look: needs no permission to write and waits for nobody.
         clock: seconds since 1970.
 
     Raises:
         DataError, UsageError, DiskError: as `LabelStore`.
     """
 
-    def __init__(self, path: Path, *, create: bool = True, clock: Callable[[], float] = time.time) -> None:
-        self._store = LabelStore(path, create=create)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        create: bool = True,
+        read_only: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = LabelStore(path, create=create, read_only=read_only)
         self._clock = clock
         self._lock = threading.RLock()
         self._state = LabelState(self._store)
@@ -78,45 +88,10 @@ class LabelSession:
             gold: items whose order is `known`, shown among the others; those that are items too are left out.
         """
         with self.together():
-            named = {item_id(item): item for item in items}
-            golden = {number: item for item in gold if (number := item_id(item)) not in named}
-            state = self._state
-            if state.plan_id and (state.plan, list(state.listed), state.gold) == (plan, list(named), list(golden)):
-                return
-            for number, item in (named | golden).items():
-                if self._store.connection.execute("SELECT 1 FROM items WHERE id = ?", (number,)).fetchone() is None:
-                    self._insert_item(number, item)
-            self._insert_plan(plan, [*((n, 0) for n in named), *((n, 1) for n in golden)])
-            state.catch_up()
-
-    def _insert_item(self, number: str, item: Candidates) -> None:
-        self._store.insert(
-            "items",
-            id=number,
-            prompt=json.dumps(prompt_to_json(item.prompt)),
-            completions=json.dumps(item.completions),
-            known=None if item.known is None else json.dumps(item.known),
-            subset=item.subset,
-        )
-
-    def _insert_plan(self, plan: LabelPlan, listed: list[tuple[str, int]]) -> None:
-        if plan.guidelines is not None:
-            self._store.connection.execute(
-                "INSERT INTO guidelines VALUES (?, ?) ON CONFLICT DO NOTHING", (plan.guidelines_hash, plan.guidelines)
-            )
-        body = {
-            "overlap": plan.overlap,
-            "criteria": list(plan.criteria),
-            "strengths": plan.strengths,
-            "repeat_share": plan.repeat_share,
-            "gold_share": plan.gold_share,
-            "set_aside_after": plan.set_aside_after,
-            "enough": plan.enough,
-            "seed": plan.seed,
-        }
-        number = self._store.insert("plans", body=json.dumps(body), guidelines=plan.guidelines_hash, at=self._now())
-        for position, (item, is_gold) in enumerate(listed):
-            self._store.insert("listed", plan=number, position=position, item=item, is_gold=is_gold)
+            listed = list_items(self._store, items, gold)
+            if not self._state.plan_id or (self._state.plan, self._state.listing) != (plan, listed):
+                write_plan(self._store, plan, listed, self._now())
+                self._state.catch_up()
 
     @property
     def plan(self) -> LabelPlan:
@@ -130,7 +105,7 @@ class LabelSession:
         Raises:
             InvalidLabelError: no name: empty, too long, or with control characters.
         """
-        name = " ".join(name.split())
+        name = " ".join(unicodedata.normalize("NFC", name).split())
         if not name or len(name) > MAX_NAME or printable(name) != name or not name.isprintable():
             raise InvalidLabelError(f"`{printable(name)[:MAX_NAME]}` is no name", hint=f"1 to {MAX_NAME} characters")
         with self.together():
@@ -200,13 +175,13 @@ class LabelSession:
         """
         with self.together():
             given = self._own(annotator, task)
-            count = len(given.shown)
-            if any(not 0 <= position < count for tier in entry.tiers for position in tier):
-                raise InvalidLabelError("a draft with an answer that is not there")
-            check_text(entry.to_json(), "the draft", 10 * MAX_REASON * MAX_NAME)
+            self._state.plan.check_draft(entry, len(given.shown))
             if task in self._state.standing:
                 return
             active, now = self._active_ms(given, active_seconds), self._now()
+            before, spent = self._state.draft(task)
+            if before == entry and abs(active - spent) < _NEW_DRAFT_MS:
+                return
             reopened = self._state.reopened.get(task)
             row = DraftRow(entry, None if reopened is None else reopened.id, active, now)
             number = self._store.insert(
@@ -288,6 +263,8 @@ class LabelSession:
     def undo(self, annotator: int, *, key: str) -> Task | None:
         """Take this person's last answer that stands back; their task is open again, with it as a draft.
 
+        Answers to items that the plan has no longer stay as they are.
+
         Returns:
             The task; None where there is nothing to take back.
         """
@@ -296,9 +273,10 @@ class LabelSession:
                 if known.kind != "undone":
                     raise LabelConflictError("this key was used for an answer")
                 return self._task(known.assignment)
-            if not self._state.stack[annotator]:
+            standing = self._state.stack[annotator]
+            last = next((action for action in reversed(standing) if is_asked(self._state, action.assignment)), None)
+            if last is None:
                 return None
-            last = self._state.stack[annotator][-1]
             given = self._state.assignments[last.assignment]
             self._act(given, "undone", key, last.active_ms, undoes=last.id)
             return self._task(given.id)
@@ -347,56 +325,20 @@ class LabelSession:
         """Nobody can have been at a task for longer than they have had it, whatever their clock says."""
         if not seconds >= 0.0:
             raise InvalidLabelError(f"active time is {seconds} s", hint="give seconds, 0 or more")
-        return min(round(min(seconds, 1e9) * 1000), max(0, self._now() - given.at))
+        milliseconds, passed = round(min(seconds, 1e9) * 1000), self._now() - given.at
+        return min(milliseconds, passed) if passed >= 0 else milliseconds  # a clock that was set back proves nothing
 
     # Looking
 
     def progress(self, annotator: int | None = None) -> Progress:
         """How far all is, and one person."""
         with self._reading():
-            state = self._state
-            items, unresolved = len(state.listed), len(state.unresolved)
-            done = items - unresolved
-            mine = state.stack[annotator] if annotator is not None else []
-            times = [action.active_ms / 1000 for action in mine[-_PACE_OVER:] if action.kind == "ranked"]
-            return Progress(
-                items=items,
-                done=done,
-                set_aside=state.set_aside,
-                labels=state.labels,
-                labels_left=state.labels_left,
-                is_complete=done >= state.plan.enough * items,
-                mine=len(mine),
-                left_for_me=self._left(annotator),
-                pace_seconds=statistics.median(times) if times else None,
-            )
-
-    def _left(self, annotator: int | None) -> int:
-        """Tasks that this person may still be given; the one in hand is one of them."""
-        state = self._state
-        if annotator is None:
-            return 0
-        return left_with_hidden(state, annotator, len(state.unresolved) - state.open_answered[annotator])
+            return progress_of(self._state, annotator)
 
     def overview(self) -> list[AnnotatorOverview]:
         """Everybody's work so far, in order of their coming."""
         with self._reading():
-            rows = []
-            for number, annotator in self._state.annotators.items():
-                given = self._state.stack[number]
-                times = [action.active_ms / 1000 for action in given if action.kind == "ranked"]
-                rows.append(
-                    AnnotatorOverview(
-                        annotator.name,
-                        labels=len(times),
-                        skipped=sum(action.kind == "skipped" for action in given),
-                        flagged=sum(action.kind == "flagged" for action in given),
-                        active_seconds=sum(action.active_ms for action in given) / 1000,
-                        median_seconds=statistics.median(times) if times else None,
-                        last_at=max((action.at for action in given), default=None),
-                    )
-                )
-            return rows
+            return overview_of(self._state)
 
     def labels(self) -> list[LabelRecord]:
         """All answers that stand, to the items of the plan: by item, annotator's name and round."""
@@ -428,8 +370,8 @@ class LabelSession:
     def _reading(self) -> Iterator[None]:
         with self._lock:
             if not self._store.is_writing and self._store.version() != self._seen:
-                with self.together():  # a transaction, so that all tables are of one moment
-                    pass
+                with self._store.reading():  # all tables of one moment
+                    self._refresh()
             yield
 
     def _refresh(self) -> None:

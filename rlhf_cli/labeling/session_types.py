@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_cli.data.records import Candidates, Prompt, prompt_to_json
 from rlhf_cli.errors import EXIT_DATA, RLHFError
+from rlhf_cli.progress import printable
 
 ANSWER_LETTERS = "abcdeghijklmoprt"
 """Names of the answers, in the order shown; `f`, `n`, `q`, `s` and `u` are commands at the keyboard."""
@@ -150,6 +151,21 @@ class LabelPlan:
         self._check_marks(entry, count)
         check_text(entry.note, "the note", MAX_NOTE)
 
+    def check_draft(self, entry: Entry, count: int) -> None:
+        """Raise `InvalidLabelError` for what no label could begin with; it may be unfinished."""
+        low, high = MARK_RANGE
+        placed = [position for tier in entry.tiers for position in tier]
+        if len(set(placed)) < len(placed) or not all(0 <= position < count for position in placed):
+            raise InvalidLabelError(f"a draft does not hold each of its answers once, or not of these {count}")
+        if entry.strength is not None and not (self.strengths and 1 <= entry.strength <= 4):
+            raise InvalidLabelError(f"a draft with the strength {entry.strength}")
+        for criterion, marks in entry.marks.items():
+            if criterion not in self.criteria or len(marks) > count:
+                raise InvalidLabelError(f"a draft with marks of `{printable(criterion)[:30]}` that nobody asks for")
+            if not all(mark is None or low <= mark <= high for mark in marks):
+                raise InvalidLabelError(f"a draft with a mark that is not from {low} to {high}")
+        check_text(entry.note, "the note", MAX_NOTE)
+
     def _check_strength(self, entry: Entry, count: int) -> None:
         asked = self.strengths and count == 2 and len(entry.tiers) == 2
         if asked and (entry.strength is None or not 1 <= entry.strength <= 4):
@@ -279,6 +295,6 @@ class AnnotatorOverview:
 
 
 def item_id(item: Candidates) -> str:
-    """Hash of prompt and answers: the same item keeps its labels, whatever run brings it."""
-    text = json.dumps([prompt_to_json(item.prompt), list(item.completions)], ensure_ascii=False)
+    """Hash of prompt and answers, in whatever order: the same item keeps its labels, whatever run brings it."""
+    text = json.dumps([prompt_to_json(item.prompt), sorted(item.completions)], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]

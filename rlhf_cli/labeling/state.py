@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from rlhf_cli.data.records import Candidates, Message
 from rlhf_cli.labeling.label_records import Outcome, Purpose
+from rlhf_cli.labeling.preparing import Listed, Tiers
 from rlhf_cli.labeling.session_types import Annotator, Entry, LabelPlan
 from rlhf_cli.labeling.store import LabelStore
 
@@ -111,6 +112,10 @@ class LabelState:
         self.listed: dict[str, int] = {}
         """Item -> position, of the plan that holds."""
         self.gold: list[str] = []
+        self.listing: list[Listed] = []
+        """The plan's rows, in order."""
+        self.known: dict[str, Tiers] = {}
+        """Gold item -> its order."""
         self.annotators: dict[int, Annotator] = {}
         self.assignments: dict[int, Assignment] = {}
         self.of_annotator: dict[int, list[int]] = defaultdict(list)
@@ -166,17 +171,22 @@ class LabelState:
         plain = json.loads(body)
         self.plan = LabelPlan(**plain | {"criteria": tuple(plain["criteria"])}, guidelines=guidelines)
         self.plan_id = number
-        self.listed, self.gold = {}, []
         listed = rows(
-            "SELECT items.*, position, is_gold FROM listed JOIN items ON id = item WHERE plan = ? ORDER BY position",
+            "SELECT item, prompt, completions, known, position, is_gold FROM listed JOIN items ON id = item "
+            "WHERE plan = ? ORDER BY position",
             (number,),
         )
-        for item, prompt, completions, known, subset, position, is_gold in listed:
-            self.items[item] = _candidates(prompt, completions, known, subset)
-            if is_gold:
-                self.gold.append(item)
-            else:
+        self.listed, self.gold, self.listing, self.known = {}, [], [], {}
+        for item, prompt, completions, known, position, is_gold in listed:
+            self.items[item] = _candidates(prompt, completions)
+            tiers = None if known is None else tuple(tuple(tier) for tier in json.loads(known))
+            self.listing.append(Listed(item, bool(is_gold), tiers))
+            if not is_gold:
                 self.listed[item] = position
+            else:
+                self.gold.append(item)
+                if tiers is not None:
+                    self.known[item] = tiers
         self._count_anew()
 
     def _count_anew(self) -> None:
@@ -201,8 +211,8 @@ class LabelState:
             self.counts[row.item].held[row.annotator] = row.id
 
     def _read_item(self, item: str) -> None:
-        row = self._store.connection.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
-        self.items[item] = _candidates(*row[1:])
+        row = self._store.connection.execute("SELECT prompt, completions FROM items WHERE id = ?", (item,)).fetchone()
+        self.items[item] = _candidates(*row)
 
     def add_action(self, action: Action) -> None:
         """Apply an answer or the taking back of one."""
@@ -288,11 +298,9 @@ def outcome_of(action: Action) -> Outcome:
     return action.kind
 
 
-def _candidates(prompt: str, completions: str, known: str | None, subset: str | None) -> Candidates:
+def _candidates(prompt: str, completions: str) -> Candidates:
     asked = json.loads(prompt)
     return Candidates(
         prompt=asked if isinstance(asked, str) else tuple(Message(turn["role"], turn["content"]) for turn in asked),
         completions=tuple(json.loads(completions)),
-        known=None if known is None else tuple(tuple(tier) for tier in json.loads(known)),
-        subset=subset,
     )

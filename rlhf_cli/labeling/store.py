@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from rlhf_cli.errors import DataError, DiskError, RunInUseError, UsageError
 
@@ -20,14 +21,14 @@ _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE guidelines (hash TEXT PRIMARY KEY, text TEXT NOT NULL) STRICT;
 CREATE TABLE items (
-    id TEXT PRIMARY KEY, prompt TEXT NOT NULL, completions TEXT NOT NULL, known TEXT, subset TEXT
+    id TEXT PRIMARY KEY, prompt TEXT NOT NULL, completions TEXT NOT NULL
 ) STRICT;
 CREATE TABLE plans (
     id INTEGER PRIMARY KEY, body TEXT NOT NULL, guidelines TEXT REFERENCES guidelines (hash), at INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE listed (
     plan INTEGER NOT NULL REFERENCES plans (id), position INTEGER NOT NULL,
-    item TEXT NOT NULL REFERENCES items (id), is_gold INTEGER NOT NULL,
+    item TEXT NOT NULL REFERENCES items (id), is_gold INTEGER NOT NULL, known TEXT,
     PRIMARY KEY (plan, position), UNIQUE (plan, item)
 ) STRICT;
 CREATE TABLE annotators (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE COLLATE NOCASE, at INTEGER NOT NULL) STRICT;
@@ -64,6 +65,7 @@ class LabelStore:
     Args:
         path: the file; made with its folder where there is none and `create` says so.
         create: make it.
+        read_only: only look at it.
 
     Attributes:
         is_writing: a transaction is open.
@@ -75,35 +77,51 @@ class LabelStore:
         DiskError: it cannot be written.
     """
 
-    def __init__(self, path: Path, *, create: bool = True) -> None:
+    def __init__(self, path: Path, *, create: bool = True, read_only: bool = False) -> None:
         self.path = path
         self.is_writing = self.has_written = False
-        if create:
+        if create and not read_only:
             with self.explained():
                 path.parent.mkdir(parents=True, exist_ok=True)
         elif not path.is_file():
             raise DataError(f"{path}: no labels are kept there", hint="name a run directory whose `label` is by people")
         with self.explained():
-            self.connection = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            self.connection.execute("PRAGMA journal_mode = WAL")
-            self.connection.execute("PRAGMA synchronous = FULL")
-            self.connection.execute("PRAGMA foreign_keys = ON")
-            self._prepare()
+            self.connection = self._to_read() if read_only else self._connect(str(path))
+            if not read_only:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA synchronous = FULL")
+                self.connection.execute("PRAGMA foreign_keys = ON")
+            with self.reading() if read_only else self.writing():
+                self._prepare()
+
+    def _connect(self, name: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            name, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=name.startswith("file:")
+        )
+
+    def _to_read(self) -> sqlite3.Connection:
+        address = f"file:{quote(str(self.path.resolve()))}"
+        connection = self._connect(f"{address}?mode=ro")
+        try:
+            connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:  # a log needs its folder to be written, which an archive is not
+            connection.close()
+            return self._connect(f"{address}?immutable=1")
+        return connection
 
     def _prepare(self) -> None:
-        with self.writing():
-            tables = {row[0] for row in self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if not tables:
-                self._create()
-                return
-            if "meta" not in tables:
-                raise DataError(f"{self.path}: a SQLite file, but no label store", hint="name another file")
-            version = int(self.connection.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()[0])
-        if version > FORMAT:
+        tables = {row[0] for row in self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables and self.is_writing:
+            self._create()
+            return
+        if not tables.issuperset(_TABLES):
+            raise DataError(f"{self.path}: a SQLite file, but no label store", hint="name another file")
+        version = self.connection.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
+        if version is None:
+            raise DataError(f"{self.path}: a SQLite file, but no label store", hint="name another file")
+        if int(version[0]) > FORMAT:
             raise UsageError(
-                f"{self.path} has format {version}; this rlhf knows up to {FORMAT}", hint="use the newer rlhf"
+                f"{self.path} has format {version[0]}; this rlhf knows up to {FORMAT}", hint="use the newer rlhf"
             )
 
     def _create(self) -> None:
@@ -139,6 +157,16 @@ class LabelStore:
                 raise
             finally:
                 self.is_writing = False
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All that is read inside is of one moment; nobody is waited for."""
+        with self.explained():
+            self.connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self.connection.execute("COMMIT")
 
     def version(self) -> int:
         """A number that changes when another connection has committed something."""

@@ -553,3 +553,127 @@ def test_a_late_copy_of_an_answer_that_was_taken_back_is_not_acknowledged(store,
     with pytest.raises(LabelConflictError, match="was taken back"):
         session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
     assert session.labels() == []
+
+
+def test_a_gold_order_that_is_corrected_counts_for_labels_given_before_too(store, clock):
+    def gold(*tiers):
+        return [Candidates("gold", ("x", "y"), tiers)]
+
+    session = LabelSession(store, clock=clock)
+    session.prepare(LabelPlan(gold_share=0.9), items(9), gold((0,), (1,)))
+    label_all(session, session.annotator("Ann").id)
+    assert [label.known for label in session.labels() if label.purpose == "gold"] == [((0,), (1,))]
+    session.prepare(LabelPlan(gold_share=0.9), items(9), gold((1,), (0,)))
+    assert [label.known for label in session.labels() if label.purpose == "gold"] == [((1,), (0,))]
+
+
+def test_what_was_an_item_can_become_gold_with_its_answers_in_another_order(store, clock):
+    session = LabelSession(store, clock=clock)
+    session.prepare(LabelPlan(), [Candidates("q", ("bad", "good"))])
+    session.prepare(LabelPlan(gold_share=0.9), items(5), [Candidates("q", ("good", "bad"), ((0,), (1,)))])
+    label_all(session, session.annotator("Ann").id)
+    (found,) = [label for label in session.labels() if label.purpose == "gold"]
+    assert (found.completions, found.known) == (("bad", "good"), ((1,), (0,)))
+
+
+def test_the_same_answers_in_another_order_are_the_same_item(store, clock):
+    session = opened(store, clock, count=3)
+    label_all(session, session.annotator("Ann").id)
+    turned = [Candidates(item.prompt, tuple(reversed(item.completions))) for item in items(3)]
+    session.prepare(LabelPlan(), turned)
+    assert session.progress().is_complete
+    best = [label.completions[label.tiers[0][0]] for label in session.labels()]
+    assert best == [f"answer {n}.0" for n in range(3)]
+
+
+def test_going_back_leaves_alone_what_the_plan_has_no_longer(store, clock):
+    session = opened(store, clock, count=2)
+    ann = session.annotator("Ann").id
+    label_all(session, ann)
+    session.prepare(LabelPlan(), items(1))
+    assert session.undo(ann, key="u").prompt == "question 0"
+    assert session.undo(ann, key="u2") is None
+    session.prepare(LabelPlan(), items(2)[1:])
+    assert session.next(ann) is None, "what was reopened is asked for no longer"
+
+
+@pytest.mark.parametrize(("enough", "count", "needed"), [(0.07, 100, 7), (0.55, 100, 55), (0.28, 25, 7), (1 / 3, 3, 1)])
+def test_a_share_is_not_lost_to_rounding(store, clock, enough, count, needed):
+    session = opened(store, clock, count=count, enough=enough)
+    ann = session.annotator("Ann").id
+    label_all(session, ann, most=needed - 1)
+    assert not session.progress().is_complete
+    label_all(session, ann, most=1)
+    assert session.progress().is_complete
+
+
+def test_a_clock_that_is_set_back_keeps_nobody_waiting_and_loses_no_time(store, clock):
+    session = opened(store, clock, count=1)
+    ann, bo = session.annotator("Ann").id, session.annotator("Bo").id
+    task = session.next(ann)
+    clock.now -= 86_400
+    assert session.next(bo) is not None
+    session.submit(ann, task.id, best_first(task), key="k", active_seconds=30)
+    assert [label.active_seconds for label in session.labels()] == [30.0]
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        Entry(((0,), (0,))),
+        Entry(((3,),)),
+        Entry(strength=2),
+        Entry(marks={"fun": (1,)}),
+        Entry(marks={"honest": (9,)}),
+        Entry(marks={"honest": (1, 1, 1, 1)}),
+        Entry(note="x" * 10_001),
+    ],
+)
+def test_a_draft_that_no_label_could_begin_with_is_refused(store, clock, draft):
+    session = opened(store, clock, criteria=("honest",))
+    ann = session.annotator("Ann").id
+    with pytest.raises(InvalidLabelError):
+        session.save_draft(ann, session.next(ann).id, draft, active_seconds=0)
+
+
+def test_the_same_draft_again_is_no_new_row(store, clock):
+    session = opened(store, clock)
+    ann = session.annotator("Ann").id
+    task = session.next(ann)
+    clock.now += 100
+    for seconds in (1, 2, 3, 30):
+        session.save_draft(ann, task.id, Entry(((0,),)), active_seconds=seconds)
+    assert sqlite3.connect(store).execute("SELECT count(*) FROM drafts").fetchone() == (2,)
+
+
+def test_a_name_is_the_same_however_its_accents_are_written(store, clock):
+    session = opened(store, clock)
+    assert session.annotator("Jos\u00e9") == session.annotator("Jose\u0301")
+
+
+def test_looking_at_labels_needs_no_permission_to_write_and_waits_for_nobody(store, clock):
+    session = opened(store, clock)
+    label_all(session, session.annotator("Ann").id)
+    expected = session.labels()
+    writer = sqlite3.connect(store, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    assert LabelSession(store, read_only=True).labels() == expected
+    writer.execute("ROLLBACK")
+    writer.close()
+    session.close()
+    before = sorted(store.parent.iterdir())
+    looking = LabelSession(store, read_only=True)
+    assert looking.labels() == expected
+    with pytest.raises(DiskError):
+        looking.annotator("Bo")
+    looking.close()
+    assert sorted(store.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("table", ["meta (name, value)", "meta (x)", "other (x)"])
+def test_a_database_of_somebody_else_is_no_label_store(tmp_path, table):
+    path = tmp_path / "theirs.sqlite"
+    sqlite3.connect(path).execute(f"CREATE TABLE {table}")
+    for read_only in (True, False):
+        with pytest.raises(DataError, match="but no label store"):
+            LabelSession(path, read_only=read_only)
