@@ -183,4 +183,3 @@ def _panel(judges: list[str] | None) -> list[dict[str, str]] | None:
 app.command("stats")(label_stats.stats)
 app.command("export")(label_export.export)
 app.command("import")(label_import.import_)
-app.command("stats")(label_stats.stats)

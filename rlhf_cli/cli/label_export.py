@@ -46,7 +46,7 @@ def export(
     if form_ == "labels" and how != "individual":
         raise UsageError("`--merge` has no effect with `--form labels`, which holds individual labels")
     merging.require(how)
-    labels, rankings = _found(source, individual=form_ == "labels")
+    labels, rankings = _found(source, individual=form_ == "labels", merges=how != "individual")
     if form_ == "labels":
         exported, count = exports.export_labels(labels or ()), len(labels or ())
     else:
@@ -79,15 +79,19 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     )
 
 
-def _found(source: Path, *, individual: bool) -> tuple[list[LabelRecord] | None, list[Ranking]]:
-    """Labels of a run, a store or a labels.jsonl; or else the rankings that a run or a file has."""
+def _found(source: Path, *, individual: bool, merges: bool) -> tuple[list[LabelRecord] | None, list[Ranking]]:
+    """Labels of a run, a store or a labels.jsonl; or else the rankings that a run or a file has.
+
+    Of a finished run, rankings are those that its reward model learns from, unless they are to be merged anew.
+    """
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.errors import UsageError
     from rlhf_cli.labeling.sources import labels_of, store_of
     from rlhf_cli.progress import warn
 
     rankings = source / "label" / "rankings.jsonl"
-    if store_of(source) is not None or (source / "label" / "labels.jsonl").is_file() or _holds_labels(source):
+    has_labels = (source / "label" / "labels.jsonl").is_file() and (individual or merges)
+    if store_of(source) is not None or has_labels or _holds_labels(source):
         return labels_of(source), []
     file = rankings if rankings.is_file() else source
     if individual:

@@ -37,14 +37,22 @@ class Face:
     port: int
     annotators: tuple[str, ...]
 
-    def named(self) -> tuple[str, ...]:
-        """Who labels; raises `UsageError` where several would share one keyboard."""
+    def check(self) -> None:
+        """Raise `UsageError` where several people would share one keyboard."""
         if len(self.annotators) > 1 and not self.serve:
             raise UsageError(
                 "one person labels at a keyboard; several were named",
                 hint="give each their own terminal and `--annotator`, or use --serve",
             )
-        return self.annotators or (getpass.getuser(),)
+
+    def named(self) -> tuple[str, ...]:
+        """Who labels; raises `UsageError` where nobody was named and the system does not know whose session it is."""
+        if self.annotators:
+            return self.annotators
+        try:
+            return (getpass.getuser(),)
+        except (KeyError, OSError) as error:  # a user without a name, as in containers
+            raise UsageError("who labels? this system has no name for you", hint="add `--annotator NAME`") from error
 
 
 def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: Path | None, force: bool) -> None:
@@ -59,18 +67,17 @@ def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: 
     Raises:
         WaitingForLabelsError: labels are still needed when the face was closed, or there is nobody to ask.
     """
-    from rlhf_cli.labeling.sources import store_of
+    from rlhf_cli.labeling.sources import STORE, waits_for_people
     from rlhf_cli.progress import say
 
-    face.named()
-    store = None if waits_in is None else store_of(waits_in)
-    if waits_in is not None and store is not None:
-        if (waits_in / "label").is_dir():
+    face.check()
+    if waits_in is not None and (waits_in / STORE).is_file():
+        if waits_for_people(waits_in):
+            _open(waits_in / STORE, waits_in, face)
+            say("all labels are in: run the command that began this run again to go on")
+        else:
             _nothing_to_label()
             typer.echo(waits_in / "label")
-        else:
-            _open(store, waits_in, face)
-            say("all labels are in: run the command that began this run again to go on")
         return
     try:
         run_stage(force)
@@ -115,7 +122,9 @@ def _open(store: Path, run_dir: Path, face: Face) -> None:
     if face.serve:
         from rlhf_cli.labeling.web.serving import serve
 
-        serve(store, host=face.host, port=face.port, annotators=face.named(), announce=_show_links)
+        signum = serve(store, host=face.host, port=face.port, annotators=face.named(), announce=_show_links)
+        if signum not in (None, signal.SIGINT):  # Ctrl-C is how the page is closed
+            raise Interrupted(signum)
     else:
         _open_terminal(store, face.named()[0], again=f"rlhf label --run-dir {run_dir}")
     with closing(LabelSession(store, create=False)) as session:

@@ -7,8 +7,10 @@ shows what changed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -140,8 +142,32 @@ def _from_json(plain: dict[str, Any]) -> LabelRecord:
     return label
 
 
+_TEXTS = ("item", "annotator", "outcome", "purpose", "note", "reason", "at")
+
+
 def _check(label: LabelRecord) -> None:
-    count = len(label.completions)
+    for name in _TEXTS:
+        if not isinstance(value := getattr(label, name), str):
+            raise ValueError(f"`{name}` is {value!r}, not text")
+    if not all(isinstance(text, str) for text in (*label.completions, label.guidelines or "")):
+        raise ValueError("`completions` or `guidelines` hold something that is not text")
+    if label.at:
+        datetime.fromisoformat(label.at)
+    seconds = label.active_seconds
+    if seconds is not None and not (type(seconds) in (int, float) and 0.0 <= seconds < math.inf):
+        raise ValueError(f"`active_seconds` is {seconds!r}")
+    whole = [
+        label.strength,
+        *label.shown,
+        *(index for tiers in (label.tiers, label.known or ()) for t in tiers for index in t),
+    ]
+    whole += [mark for marks in label.marks.values() for mark in marks]
+    if not all(number is None or type(number) is int for number in whole):
+        raise ValueError("a position, a strength or a mark is no whole number")
+    _check_sense(label, len(label.completions))
+
+
+def _check_sense(label: LabelRecord, count: int) -> None:
     if label.outcome not in get_args(Outcome) or label.purpose not in get_args(Purpose):
         raise ValueError(f"`outcome` is {label.outcome!r} and `purpose` {label.purpose!r}")
     placed = sorted(index for tier in label.tiers for index in tier)

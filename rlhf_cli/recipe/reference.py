@@ -85,9 +85,8 @@ def _meaning(field: FieldInfo) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if isinstance(field.default, Section):
-        return "as below"
-    return f"`{scalar(field.default)}`"
+    default = field.get_default(call_default_factory=True)
+    return "as below" if isinstance(default, Section) else f"`{scalar(default)}`"
 
 
 def _kind(field: FieldInfo) -> str:

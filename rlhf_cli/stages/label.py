@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.data.records import Candidates, Prompt, Ranking, prompt_text
+from rlhf_cli.data.records import Prompt, Ranking, prompt_text
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.answers import Answer
@@ -25,7 +25,7 @@ from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import task, warn
 from rlhf_cli.ranks import is_main
 from rlhf_cli.stages.common import model_source, prompt_template
-from rlhf_cli.stages.label_sampling import Sampled, given_answers, sample_answers
+from rlhf_cli.stages.label_sampling import Sampled, check_count, distinct, given_answers, sample_answers
 from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _compared(context: StageContext, settings: LabelSettings, sampled: Sampled) 
     """By people or judges, who compare answers with one another; answers of the same text are shown to them once."""
     candidates = []
     for row in map(distinct, sampled.candidates):
+        check_count(row)
         if len(row.completions) > 1:
             candidates.append(row)
         else:
@@ -106,21 +107,6 @@ def _compared(context: StageContext, settings: LabelSettings, sampled: Sampled) 
     write_rankings(context.output / "rankings.jsonl", rankings)
     outcome = _outcome(context, rankings, sampled)
     return StageOutcome(outcome.metrics | found.metrics, outcome.skipped | skipped, [*outcome.summary, *found.summary])
-
-
-def distinct(candidates: Candidates) -> Candidates:
-    """The same with each text once; an order that is known is kept, by each text's best place."""
-    texts = list(dict.fromkeys(candidates.completions))
-    if len(texts) == len(candidates.completions):
-        return candidates
-    tiers: list[tuple[int, ...]] = []
-    placed: set[int] = set()
-    for tier in candidates.known or ():
-        numbers = {texts.index(candidates.completions[index]) for index in tier} - placed
-        placed |= numbers
-        tiers += [tuple(sorted(numbers))] if numbers else []
-    known = None if candidates.known is None else tuple(tiers)
-    return Candidates(candidates.prompt, tuple(texts), known, candidates.subset, candidates.place)
 
 
 def _import(context: StageContext) -> StageOutcome:

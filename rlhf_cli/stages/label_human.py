@@ -15,6 +15,7 @@ from rlhf_cli.labeling.session_types import LabelPlan, Progress
 from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.recipe.human import HumanSettings
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.label_sampling import check_count, distinct
 
 STORE = "labels.sqlite"
 
@@ -87,7 +88,7 @@ def label_plan(recipe: Recipe, guidelines: str | None) -> LabelPlan:
         set_aside_after=settings.set_aside_after,
         enough=settings.enough,
         seed=recipe.seed,
-        guidelines=None if guidelines is None else Path(guidelines).read_text(encoding="utf-8"),
+        guidelines=None if guidelines is None else Path(guidelines).read_text(encoding="utf-8-sig"),
     )
 
 
@@ -99,7 +100,10 @@ def _gold(context: StageContext) -> list[Candidates]:
 
     data = context.recipe.data
     loaded = read_records(source, "ranking", columns=data.columns, max_skip=data.max_skip)
-    return [Candidates(row.prompt, row.completions, row.tiers, place=row.place) for row in loaded.records]
+    known = [distinct(Candidates(row.prompt, row.completions, row.tiers, place=row.place)) for row in loaded.records]
+    for row in known:
+        check_count(row)
+    return [row for row in known if len(row.completions) > 1]
 
 
 def waiting(progress: Progress, store: Path, run_dir: Path) -> WaitingForLabelsError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.data.records import Candidates, seed_for
 from rlhf_cli.data.skips import SkipLog
+from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.answers import Answer, AnswerFile
 from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.processes import Processes
@@ -16,6 +17,10 @@ from rlhf_cli.stages.common import load_prompts, model_source, prompt_format
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.schema import LabelSettings
+
+
+MOST_ANSWERS = 16
+"""There are letters for so many."""
 
 
 @dataclass(frozen=True)
@@ -108,3 +113,27 @@ def sample_answers(context: StageContext, settings: LabelSettings) -> Sampled:
         for prompt, group in zip(prompts.prompts, answers, strict=True)
     ]
     return Sampled(candidates, answers, prompts.skips, processes)
+
+
+def distinct(candidates: Candidates) -> Candidates:
+    """The same with each text once; an order that is known is kept, by each text's best place."""
+    texts = list(dict.fromkeys(candidates.completions))
+    if len(texts) == len(candidates.completions):
+        return candidates
+    tiers: list[tuple[int, ...]] = []
+    placed: set[int] = set()
+    for tier in candidates.known or ():
+        numbers = {texts.index(candidates.completions[index]) for index in tier} - placed
+        placed |= numbers
+        tiers += [tuple(sorted(numbers))] if numbers else []
+    known = None if candidates.known is None else tuple(tiers)
+    return Candidates(candidates.prompt, tuple(texts), known, candidates.subset, candidates.place)
+
+
+def check_count(candidates: Candidates) -> None:
+    """Raise `DataError` for more answers than there are letters to name them by."""
+    if (count := len(candidates.completions)) > MOST_ANSWERS:
+        raise DataError(
+            f"{candidates.place or 'an item'}: {count} answers, and people and judges compare {MOST_ANSWERS} at most",
+            hint="give fewer answers a prompt, or let `label.choose.completions` choose among them",
+        )

@@ -123,7 +123,7 @@ def test_where_there_are_no_labels_it_says_so(rlhf, tmp_path, labels_file):
     (tmp_path / "rankings.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"], "ranking": [[0], [1]]}\n')
     assert "says whose it is" in rlhf("label", "stats", "rankings.jsonl", code=65).stderr
     (tmp_path / "labels.jsonl").write_text("")
-    assert "nothing is ranked yet" in rlhf("label", "stats", "labels.jsonl").stdout
+    assert "holds no labels" in rlhf("label", "stats", "labels.jsonl", code=65).stderr
 
 
 def test_a_run_directory_is_read_by_its_labels_and_else_by_its_rankings(tmp_path, labels_file):

@@ -337,7 +337,12 @@ def test_export_takes_a_run_directory_with_labels_or_with_rankings(command, labe
     assert json.loads(command("export", tmp_path / "run").stdout)["completions"] == ["x", ""]
     command("export", tmp_path / "run", "--form", "labels", error=UsageError)
     (folder / "labels.jsonl").write_bytes(labels.read_bytes())
-    assert len(command("export", tmp_path / "run").stdout.splitlines()) == 3
+    # What the reward model learns from, unless individual labels are asked for or merged anew.
+    assert json.loads(command("export", tmp_path / "run").stdout)["completions"] == ["x", ""]
+    assert command("export", tmp_path / "run", "--form", "labels").stdout == labels.read_text()
+    merged = command("export", tmp_path / "run", "--merge", "majority").stdout.splitlines()
+    assert len(merged) == len({json.loads(line)["prompt"] for line in merged})
+    assert json.loads(merged[0])["completions"] != ["x", ""]
 
 
 @pytest.mark.parametrize(

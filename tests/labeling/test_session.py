@@ -488,6 +488,18 @@ def test_letters_of_answers_are_no_commands():
         ("marks", {"honest": [1, 2, 9]}, "`marks` of 'honest'"),
         ("outcome", "liked", "`outcome` is 'liked'"),
         ("completions", None, "NoneType"),
+        ("completions", ["a", 3, "b"], "something that is not text"),
+        ("ranking", [[0.0], [1], [2]], "no whole number"),
+        ("shown", [0, True, 2], "no whole number"),
+        ("strength", True, "no whole number"),
+        ("active_seconds", "x", "`active_seconds` is 'x'"),
+        ("active_seconds", float("inf"), "`active_seconds` is inf"),
+        ("at", 5, "`at` is 5"),
+        ("at", "yesterday", "yesterday"),
+        ("annotator", 5, "`annotator` is 5"),
+        ("item", [1], "`item` is [1]"),
+        ("note", None, "`note` is None"),
+        ("reason", {}, "`reason` is {}"),
     ],
 )
 def test_a_label_that_contradicts_itself_is_named_by_its_line(store, clock, tmp_path, field, value, says):
