@@ -17,7 +17,7 @@ def closing_lines(
         progress: of this person, now.
         has_draft: a task in hand has something entered.
         is_draft_kept: it is on disk.
-        again: command that goes on; may be empty.
+        again: command that goes on; empty where that is said elsewhere.
         afterwards: what to do once all is labelled.
     """
     lines = [_done(tally)]
@@ -26,14 +26,13 @@ def closing_lines(
     elif has_draft:
         lines.append("the one in hand is kept as you left it")
     if progress.left_for_me:
-        others = max(0, progress.labels_left - progress.left_for_me)
-        more = f", and {_count(others, 'label')} that others are asked for" if others else ""
-        lines.append(f"left: {progress.left_for_me:,} for you{more}")
-        lines.append(f"to go on where you stopped: {again or 'the same command again'}")
+        lines.append(f"left: {progress.left_for_me:,} for you")
+        if again:
+            lines.append(f"to go on where you stopped: {again}")
     elif progress.is_complete:
         lines.append(f"nothing is left: {afterwards}")
     else:
-        lines.append(f"nothing is left for you; others are asked for {_count(progress.labels_left, 'label')}")
+        lines.append("nothing is left for you; others are asked for the rest")
     return lines
 
 

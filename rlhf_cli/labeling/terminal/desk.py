@@ -10,10 +10,19 @@ from typing import Any
 
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Annotator, Entry, LabelConflictError, Task, UnknownTaskError
+from rlhf_cli.labeling.session_types import (
+    Annotator,
+    Entry,
+    InvalidLabelError,
+    LabelConflictError,
+    LabelPlan,
+    PlanChangedError,
+    Task,
+    UnknownTaskError,
+)
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.machine import step
-from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Trouble, warned, with_task, with_trouble
+from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Trouble, warned, with_plan, with_task, with_trouble
 
 LONGEST_PAUSE = 60.0
 """Seconds between two keys that count as being at it; of a longer pause no more is counted."""
@@ -21,6 +30,8 @@ DRAFT_SECONDS = 2.0
 """Changes that come faster are kept together."""
 RETRY_SECONDS = 30.0
 """A draft that could not be kept is tried again so much later: a locked store makes everybody wait."""
+
+PLAN_CHANGED = "what is asked has changed"
 
 
 @dataclass
@@ -110,6 +121,9 @@ class Desk:
             return self._done(effect)
         except (LabelConflictError, UnknownTaskError) as error:
             return self._overtaken(effect, error)
+        except PlanChangedError:
+            self._show_plan()
+            return None
         except RLHFError as error:
             self.state = with_trouble(self.state, Trouble(error.message, error.hint or "", effect))
             return None
@@ -134,7 +148,8 @@ class Desk:
         task, seconds = self.state.task.id, self._active
         key = self._key_for((task, effect))
         if effect.kind == "submit":
-            self._session.submit(self._who, task, effect.entry, key=key, active_seconds=seconds)
+            shown = self.state.plan.shown
+            self._session.submit(self._who, task, effect.entry, key=key, active_seconds=seconds, plan=shown)
         else:
             self._passed[task] = self.state.entry
             if effect.kind == "skip":
@@ -168,13 +183,31 @@ class Desk:
             self._count(self._given.pop(task.id), -1)
         if task.draft is None and task.id in self._passed:
             task = replace(task, draft=self._passed[task.id])
+        before = self.state.plan
         self._load(task)
-        self.state = warned(self.state, "this answer was taken back: change it, and Enter submits it again")
+        said = "this answer was taken back: change it, and Enter submits it again"
+        self.state = warned(self.state, said if self.state.plan == before else f"{PLAN_CHANGED}; {said}")
+
+    def _show_plan(self) -> None:
+        # What was entered stays as far as it is still asked for.
+        before, plan = self.state.plan, self._session.plan
+        self.state = with_plan(self.state, plan)
+        self._say_changed(before)
+
+    def _say_changed(self, before: LabelPlan) -> None:
+        self.state, now = warned(self.state, PLAN_CHANGED), self.state.plan
+        if now.guidelines is not None and now.guidelines != before.guidelines:
+            self.state = replace(self.state, view="help", before="rank", help_top=0)
 
     def _load(self, task: Task | None) -> None:
+        before = self.state.plan
+        if task is not None and task.plan != before.shown:
+            self.state = replace(self.state, plan=self._session.plan)
         progress = self._session.progress(self._who)
         hint, style = self.state.hint, self.state.hint_style
         self.state = with_task(replace(self.state, progress=progress), task, hint, style)
+        if self.state.plan != before:
+            self._say_changed(before)
         self._kept, self._due = self.state.entry, self._clock() + DRAFT_SECONDS
         self._active = self._active_kept = task.active_seconds if task is not None else 0.0
         self._seen = self._clock()
@@ -213,10 +246,23 @@ class Desk:
         assert self.state.task is not None
         entry = self.state.entry
         try:
-            self._session.save_draft(self._who, self.state.task.id, entry, active_seconds=self._active)
+            self._save(entry)
         except RLHFError as error:
             self.is_draft_kept, self._due = False, self._clock() + RETRY_SECONDS
             return error
         self._kept, self._active_kept, self.is_draft_kept = entry, self._active, True
         self._due = self._clock() + DRAFT_SECONDS
         return None
+
+    def _save(self, entry: Entry) -> None:
+        assert self.state.task is not None
+        task = self.state.task.id
+        try:
+            self._session.save_draft(self._who, task, entry, active_seconds=self._active)
+        except InvalidLabelError:
+            plan = self._session.plan
+            if plan.shown == self.state.plan.shown:
+                raise
+            # Less is asked now: keep what still is. Submitting says so; here somebody may be in the middle of a note.
+            still_asked = with_plan(self.state, plan).entry
+            self._session.save_draft(self._who, task, still_asked, active_seconds=self._active)

@@ -51,7 +51,8 @@ def label_in_terminal(
     Args:
         session: with a plan; left open.
         annotator: name of the person.
-        again: command that goes on; empty: "the same command".
+        again: command that goes on; said where a signal cut the work short. Whoever quits is told by the caller, which
+            knows whether the pipeline waits.
         afterwards: what to do once all is labelled.
 
     Raises:
@@ -76,6 +77,7 @@ def label_in_terminal(
     entered = desk.state.task is not None and desk.state.entry != Entry()
     outcome = Outcome(end, desk.tally, session.progress(person.id), entered, desk.is_draft_kept, signum)
     if signum != signal.SIGHUP:  # else nobody is there to read it
+        again = "" if signum in (None, signal.SIGINT) else again
         for line in closing_lines(desk.tally, outcome.progress, entered, desk.is_draft_kept, again, afterwards):
             say(line)
     return outcome

@@ -28,9 +28,10 @@ MARKS = (
         "to another mark; a letter goes to that answer's marks; Backspace clears one; Esc: back to the ranking",
     ),
 )
+SKIP_FOR_ALL = (("s", "skip: leave it out; nobody else is asked"),)
+SKIP_FOR_ONESELF = (("s", "skip: you leave it out; others may have it"),)
 OTHERS = (
     ("u", "back: takes your last answer back and opens it again; u again goes further back"),
-    ("s", "skip: somebody else may know better"),
     ("f", "flag: something is wrong with this one; asks what"),
     ("n", "a note, in one line"),
     ("?", "guidelines and keys"),
@@ -51,7 +52,8 @@ def guide_rows(plan: LabelPlan, width: int) -> tuple[Row, ...]:
     if plan.guidelines is not None:
         rows += [*wrap(plan.guidelines.strip("\n"), room), (), (Piece("Keys", "accent"),)]
     keys = RANKING + (STRENGTH if plan.strengths else ()) + (MARKS if plan.criteria else ())
-    for section in (keys, OTHERS, READING):
+    skip = SKIP_FOR_ALL if plan.set_aside_after == 1 else SKIP_FOR_ONESELF
+    for section in (keys, OTHERS[:1] + skip + OTHERS[1:], READING):
         for key, meaning in section:
             rows += _explained(key, meaning, room)
         rows.append(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -148,21 +149,38 @@ def with_task(state: State, task: Task | None, hint: str = "", style: Literal["d
     """The state at the beginning of a task, with its draft; `end` where there is none."""
     draft = task.draft if task is not None and task.draft is not None else Entry()
     count = 0 if task is None else len(task.answers)
-    by_name = [draft.marks.get(name, ()) for name in state.plan.criteria]
-    low, high = MARK_RANGE
-    marks = tuple(
-        tuple(
-            mark if answer < len(given) and (mark := given[answer]) is not None and low <= mark <= high else None
-            for given in by_name
-        )
-        for answer in range(count)
-    )
+    marks = _table(draft.marks, state.plan, count)
     fresh = State(
         state.plan, state.name, state.progress, task,
         tiers=draft.tiers, strength=draft.strength, marks=marks, note=draft.note,
         view="rank" if task is not None else "end", hint=hint, hint_style=style,
     )  # fmt: skip
     return fresh if fresh.asks_strength else replace(fresh, strength=None)
+
+
+def with_plan(state: State, plan: LabelPlan) -> State:
+    """The state where something else is asked now: what was entered stays as far as it is still asked for."""
+    changed = replace(state, plan=plan, marks=_table(state.entry.marks, plan, state.count), cell=(0, 0))
+    if changed.view == "marks":
+        changed = replace(changed, view="rank")
+    if changed.before == "marks":
+        changed = replace(changed, before="rank")
+    return changed if changed.asks_strength else replace(changed, strength=None)
+
+
+def _table(
+    given: Mapping[str, tuple[int | None, ...]], plan: LabelPlan, count: int
+) -> tuple[tuple[int | None, ...], ...]:
+    """Marks by answer and criterion; what is none of this plan's marks is left out."""
+    low, high = MARK_RANGE
+    by_name = [given.get(name, ()) for name in plan.criteria]
+    return tuple(
+        tuple(
+            mark if answer < len(marks) and (mark := marks[answer]) is not None and low <= mark <= high else None
+            for marks in by_name
+        )
+        for answer in range(count)
+    )
 
 
 def with_trouble(state: State, trouble: Trouble) -> State:

@@ -325,3 +325,68 @@ def test_without_any_terminal_too(monkeypatch):
     monkeypatch.setattr("rlhf_cli.labeling.terminal.device.termios", None)
     with pytest.raises(UsageError, match="key by key"):
         check_terminal()
+
+
+def asked(session: LabelSession, **plan) -> LabelPlan:
+    """Change what is asked while somebody labels."""
+    items = [Candidates(f"Question {n}?", (f"{n} x", f"{n} y", f"{n} z")) for n in range(3)]
+    changed = LabelPlan(**plan)
+    session.prepare(changed, items)
+    return changed
+
+
+def test_criteria_that_come_while_somebody_labels_are_asked_at_once_and_what_was_entered_stays(session, clock):
+    desk = sit(session, clock)
+    press(desk, "bac")
+    asked(session, criteria=("honest",))
+    press(desk, "\r")
+    assert (desk.state.view, desk.state.hint) == ("rank", "what is asked has changed")
+    assert desk.state.tiers == ((1,), (0,), (2,))
+    press(desk, "\r453\r")
+    (label,) = session.labels()
+    assert [label.marks["honest"][index] for index in label.shown] == [4, 5, 3]
+    assert desk.state.task.number == 2
+
+
+def test_guidelines_that_change_are_shown_before_a_label_counts_as_given_under_them(session, clock):
+    asked(session, guidelines="Prefer what is short.")
+    desk = sit(session, clock)
+    press(desk, "\rbac")
+    changed = asked(session, guidelines="Prefer what is true.")
+    press(desk, "\r")
+    assert session.labels() == []
+    assert (desk.state.view, desk.state.hint) == ("help", "what is asked has changed")
+    assert desk.state.plan.guidelines == "Prefer what is true."
+    press(desk, "\r\r")
+    (label,) = session.labels()
+    assert label.guidelines == changed.guidelines_hash
+
+
+def test_the_next_task_brings_what_is_asked_by_then(session, clock):
+    desk = sit(session, clock)
+    asked(session, criteria=("honest",), guidelines="Prefer what is true.")
+    press(desk, "s")
+    assert (desk.state.view, desk.state.hint) == ("help", "what is asked has changed")
+    assert desk.state.plan.criteria == ("honest",)
+    assert desk.state.empty_cell == (0, 0)
+    asked(session)
+    press(desk, "\ru")
+    assert desk.state.plan.criteria == ()
+    assert "what is asked has changed; this answer was taken back" in desk.state.hint
+
+
+def test_marks_that_nobody_asks_for_any_more_hold_nothing_up(session, clock):
+    asked(session, criteria=("honest", "kind"))
+    desk = sit(session, clock)
+    press(desk, "bac51")
+    asked(session, criteria=("kind",))
+    assert desk.keep() is None
+    assert session.next(session.annotator("Maria").id).draft.marks == {"kind": (1, None, None)}
+    press(desk, "\r")
+    assert desk.state.view == "marks", "more is to be marked anyway"
+    press(desk, "2345\r")
+    assert (desk.state.view, desk.state.hint) == ("rank", "what is asked has changed")
+    assert desk.state.marks == ((1,), (3,), (5,))
+    press(desk, "\r")
+    (label,) = session.labels()
+    assert [label.marks["kind"][index] for index in label.shown] == [1, 3, 5]

@@ -18,6 +18,7 @@ from rlhf_cli.labeling.terminal.closing import closing_lines
 from rlhf_cli.labeling.terminal.desk import Tally
 from rlhf_cli.labeling.terminal.drawing import Screen, draw, extent
 from rlhf_cli.labeling.terminal.editing import Line
+from rlhf_cli.labeling.terminal.guide import guide_rows
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.layout import columns_for, document
 from rlhf_cli.labeling.terminal.machine import step
@@ -103,7 +104,7 @@ def test_all_of_the_answers_is_reached_by_scrolling(state, width, height):
     laid_out = document(state.task.prompt, state.task.answers, width, height // 6 if height >= 20 else 0)
     for number, answer in enumerate(state.task.answers):
         text = [piece.text for row in laid_out.rows for cell in row if cell.answer == number for piece in cell.pieces]
-        expected = in_one_line("".join(line.expandtabs(4) for line in answer.replace("\r\n", "\n").split("\n")))
+        expected = "".join(in_one_line(line.expandtabs(4)) for line in answer.replace("\r\n", "\n").split("\n"))
         expected = expected if answer.strip() else "(anemptyanswer)" if not answer else "(onlywhitespace)"
         assert _inked("".join(text)) == _inked(expected)
     unseen = set(range(len(laid_out.rows)))
@@ -262,10 +263,11 @@ def test_the_last_lines_say_what_was_done_and_what_is_left():
         "left: 29 for you",
         "to go on where you stopped: rlhf label --run-dir R",
     ]
+    assert closing_lines(tally, PROGRESS, False, True, "", "")[1:] == ["left: 29 for you"]
     done = replace(PROGRESS, left_for_me=0, labels_left=4)
     assert closing_lines(Tally(), done, False, True, "", "now train") == [
         "nothing was submitted this time",
-        "nothing is left for you; others are asked for 4 labels",
+        "nothing is left for you; others are asked for the rest",
     ]
     assert closing_lines(Tally(), replace(done, is_complete=True), True, False, "", "now train")[1:] == [
         "what you entered last could not be kept: it is not on disk",
@@ -302,3 +304,13 @@ def test_the_screens_of_the_documentation_are_what_is_drawn():
     start = replace(start, items=21, labels_left=21, left_for_me=21)
     state = replace(state, view="marks", cell=(1, 0), progress=start)
     assert documented()[1] == shown(state, 104, 20)
+
+
+@pytest.mark.parametrize(
+    ("after", "says"),
+    [(1, "skip: leave it out; nobody else is asked"), (2, "skip: you leave it out; others may have it")],
+)
+def test_the_help_says_what_a_skip_means_under_this_plan(after, says):
+    rows = guide_rows(LabelPlan(set_aside_after=after), 100)
+    (skip,) = [row for row in rows if row and row[0].text.strip() == "s"]
+    assert "".join(piece.text for piece in skip[1:]) == says
