@@ -25,6 +25,7 @@ from rlhf_cli.labeling.session_types import (
     Entry,
     LabelConflictError,
     LabelRefusedError,
+    PlanChangedError,
     Task,
     UnknownTaskError,
 )
@@ -36,7 +37,8 @@ from rlhf_cli.labeling.web.trust import Gate
 from rlhf_cli.labeling.web.writer import Writer
 
 _ANSWER = {"task": int, "key": str, "active_seconds": float}
-_STATUS = ((UnknownTaskError, 404), (LabelConflictError, 409), (LabelRefusedError, 422))
+_STATUS = ((UnknownTaskError, 404), (LabelConflictError, 409), (PlanChangedError, 412), (LabelRefusedError, 422))
+_CODES = {412: "plan_changed"}
 
 
 class LabelApp:
@@ -111,6 +113,8 @@ class LabelApp:
                 "strengths": list(STRENGTHS) if plan.strengths else [],
                 "marks": list(MARK_RANGE),
                 "guidelines": plan.guidelines,
+                "plan": plan.shown,
+                "set_aside_after": plan.set_aside_after,
                 "max_note": MAX_NOTE,
                 "max_reason": MAX_REASON,
                 **_now(session, who),
@@ -133,7 +137,7 @@ class LabelApp:
 
     async def _submit(self, request: Request) -> Response:
         who = await self._who(request)
-        sent = await read_object(request, _ANSWER | {"entry": dict})
+        sent = await read_object(request, _ANSWER | {"entry": dict, "plan": str}, optional=frozenset({"plan"}))
         entry = Entry.of(sent.pop("entry"))
         return await self._answer(who, lambda session: session.submit(who.id, entry=entry, **sent))
 
@@ -237,6 +241,7 @@ def _task_to_json(task: Task) -> dict[str, Any]:
         "prompt": prompt_to_json(task.prompt),
         "answers": list(task.answers),
         "draft": draft,
+        "plan": task.plan,
         "active_seconds": task.active_seconds,
     }
 
@@ -248,7 +253,8 @@ def _explain(_: Request, error: Exception) -> Response:
         status = error.status
     elif isinstance(error, DiskError | RunInUseError):
         status = 503  # nothing was stored, and the page will try again
-    return JSONResponse({"error": error.message, "hint": error.hint}, status_code=status)
+    said = {"error": error.message, "hint": error.hint, "code": _CODES.get(status)}
+    return JSONResponse(said, status_code=status)
 
 
 def _nobody_there(_: Request, __: Exception) -> Response:

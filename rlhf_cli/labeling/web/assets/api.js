@@ -3,18 +3,23 @@
 const TIMEOUT_MS = 15000;
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 8000;
+const PASSING = [408, 502, 503, 504]; // slow, or down for the moment: worth another attempt by itself
 
 /** The server's refusal of a request. */
 export class Refused extends Error {
-  constructor(status, message, hint) {
+  constructor(status, message, hint, code) {
     super(message);
     this.status = status;
+    this.code = code;
     this.hint = hint;
   }
 }
 
 /** The server cannot be reached, or cannot write now. */
 export class Unreachable extends Error {}
+
+/** The server failed over this request; sending the same again by itself would go on for ever. */
+export class Failed extends Error {}
 
 /** The token of this page's link; it stands behind the # and is sent in a header, to this server alone. */
 export function token() {
@@ -45,8 +50,9 @@ export async function ask(path, body, { isLast = false } = {}) {
   } catch (error) {
     // refused at the gate, in plain text
   }
-  if (response.status >= 500 || response.status === 408) throw new Unreachable(said.error || "the server failed");
-  throw new Refused(response.status, said.error, said.hint);
+  if (PASSING.includes(response.status)) throw new Unreachable(said.error || "the server cannot answer now");
+  if (response.status >= 500) throw new Failed(`the server failed: ${said.error || response.status}`);
+  throw new Refused(response.status, said.error, said.hint, said.code);
 }
 
 /** Delivers requests however often it takes. */

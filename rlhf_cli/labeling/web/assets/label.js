@@ -1,7 +1,7 @@
 // The labelling page: shows a task, takes what somebody enters by keys, mouse or finger, and sees that it arrives.
 
 import { Ranking, ordinal } from "./answer.js";
-import { Courier, Memory, Refused, Unreachable, ask, newKey, token } from "./api.js";
+import { Courier, Failed, Memory, Refused, Unreachable, ask, newKey, token } from "./api.js";
 import { Board } from "./board.js";
 import { answerCard, choices, promptTurns } from "./cards.js";
 import { WorkClock } from "./clock.js";
@@ -10,6 +10,7 @@ import { addText, inWords, showGuidelines } from "./text.js";
 const DRAFT_AFTER_MS = 500;
 const DRAFT_AGAIN_MS = 4000;
 const LOOK_AGAIN_MS = 15000;
+const PLAN_CHANGED = "What is asked has changed.";
 
 const $ = (id) => document.getElementById(id);
 const courier = new Courier(showLost, () => ($("lost").hidden = true));
@@ -50,10 +51,33 @@ function showProgress(progress) {
   $("pace").textContent = parts.join(" · ");
 }
 
-function show(answer) {
+/** Show what comes next; where that is asked under another plan than the one that is shown, that plan first. */
+async function show(answer) {
+  const before = session;
+  if (answer.task && answer.task.plan !== session.plan) {
+    const fresh = answer.criteria ? answer : await courier.deliver("/api/session");
+    showPlan(fresh);
+    answer = fresh;
+  }
   showProgress(answer.progress);
   if (answer.task) showTask(answer.task);
   else showFinished(answer.progress);
+  if (session !== before && task) tellPlanChanged(before.guidelines);
+}
+
+function tellPlanChanged(guidelinesBefore) {
+  $("problem").textContent = PLAN_CHANGED;
+  if (session.guidelines && session.guidelines !== guidelinesBefore) openHelp(PLAN_CHANGED);
+}
+
+function showPlan(fresh) {
+  session = fresh;
+  $("guidelines").hidden = !session.guidelines;
+  showGuidelines($("guidelines"), session.guidelines ?? "");
+  $("skip-means").textContent =
+    session.set_aside_after === 1
+      ? "skip: leave it out; nobody else is asked"
+      : "skip: you leave it out; others may have it";
 }
 
 function showTask(next) {
@@ -191,7 +215,7 @@ let hasUnsaved = false;
 
 function scheduleDraft(wait) {
   hasUnsaved = true;
-  memory.set(`draft-${task.id}`, { entry: entry(), active_seconds: clock.seconds });
+  keepHere(task.id, entry());
   $("saved").textContent = "";
   clearTimeout(draftTimer);
   draftTimer = setTimeout(() => (draftUnderWay = saveDraft()), wait);
@@ -213,8 +237,29 @@ async function saveDraft() {
       if (isBusy) return; // what is under way says how it stands
       showLost(error.message, DRAFT_AGAIN_MS / 1000);
       scheduleDraft(DRAFT_AGAIN_MS);
+    } else if (error.status === 422) await planOfDraft(error, sent.task);
+    else if (error instanceof Failed && task?.id === sent.task) {
+      hasUnsaved = true;
+      $("saved").textContent = "draft kept in this browser only";
     } else if (error instanceof Refused) complain(error);
   }
+}
+
+/** A draft was not taken: most likely it holds what nobody asks for any more. */
+async function planOfDraft(error, number) {
+  try {
+    const fresh = await ask("/api/session");
+    if (isBusy || task?.id !== number) return;
+    if (fresh.plan === session.plan) return complain(error);
+    keepHere(number, entry());
+    await show(fresh);
+  } catch (again) {
+    complain(again);
+  }
+}
+
+function keepHere(number, given, seconds = clock.seconds) {
+  memory.set(`draft-${number}`, { entry: given, active_seconds: seconds });
 }
 
 addEventListener("pagehide", () => {
@@ -224,7 +269,9 @@ addEventListener("pagehide", () => {
 });
 
 function complain(error) {
-  $("problem").textContent = error.hint ? `${error.message} (${error.hint})` : error.message;
+  const text = error.hint ? `${error.message} (${error.hint})` : error.message;
+  if (task) $("problem").textContent = text;
+  else showMessage("This page cannot go on", `${text}. Load it again to try once more.`);
 }
 
 /** Give an answer to the task in hand, or take the last one back, and show what comes next. */
@@ -239,10 +286,10 @@ async function give(path, body, said) {
     const answer = await courier.deliver(path, body);
     hasUnsaved = false;
     if (body.task) memory.drop(`draft-${body.task}`);
-    show(answer);
+    await show(answer);
     say(`${said(answer)} ${task ? `Task ${task.number}, ${task.answers.length} answers.` : $("message-title").textContent}`);
   } catch (error) {
-    await refused(error);
+    await notTaken(error, body).catch(complain);
   } finally {
     memory.drop("answer");
     document.body.classList.remove("busy");
@@ -251,11 +298,24 @@ async function give(path, body, said) {
   }
 }
 
-async function refused(error) {
-  if (!(error instanceof Refused)) throw error;
+async function notTaken(error, body) {
   if (error.status === 401 || error.status === 403) return showMessage("This page cannot go on", error.message);
-  if (error.status === 422) return complain(error);
-  show(await courier.deliver("/api/next", {})); // the task was answered in another window, or is gone
+  const isInHand = Boolean(task && task.id === body.task);
+  const isStillOpen = error instanceof Failed || error.status === 412 || error.status === 422;
+  if (isInHand && isStillOpen) keepHere(body.task, entry());
+  else if (isStillOpen && body.entry) keepHere(body.task, body.entry, body.active_seconds);
+  if (error.code === "plan_changed") {
+    const before = session;
+    await show(await courier.deliver("/api/session"));
+    if (session === before && task) tellPlanChanged(); // the page was loaded again meanwhile
+    return;
+  }
+  if (error instanceof Failed && task) {
+    hasUnsaved = isInHand || hasUnsaved;
+    $("problem").textContent = `Not saved: ${error.message}. What you entered is kept: try again, or go on.`;
+    return;
+  }
+  if (error.status !== 422 || !task) await show(await courier.deliver("/api/next", {})); // answered elsewhere, or gone
   if (task) complain(error);
 }
 
@@ -265,7 +325,7 @@ function submit() {
     $("problem").textContent = problem;
     return;
   }
-  const body = { task: task.id, entry: entry(), key, active_seconds: clock.seconds };
+  const body = { task: task.id, entry: entry(), key, active_seconds: clock.seconds, plan: session.plan };
   give("/api/submit", body, () => "Saved.");
 }
 
@@ -354,8 +414,9 @@ function chooseByDigit(digit, at) {
   return true;
 }
 
-function openHelp() {
-  $("help-dialog").showModal();
+function openHelp(news = "") {
+  $("help-news").textContent = news;
+  if (!$("help-dialog").open) $("help-dialog").showModal();
 }
 
 const act = (what) => () => {
@@ -377,7 +438,7 @@ $("reason").addEventListener("keydown", (event) => {
   sendFlag();
 });
 $("note").addEventListener("input", () => task && scheduleDraft(DRAFT_AFTER_MS));
-$("help").addEventListener("click", openHelp);
+$("help").addEventListener("click", () => openHelp());
 $("help-close").addEventListener("click", () => $("help-dialog").close());
 $("retry").addEventListener("click", () => (courier.wake(), hasUnsaved && scheduleDraft(0)));
 $("to-board").addEventListener("click", (event) => {
@@ -391,29 +452,31 @@ addEventListener("hashchange", () => location.reload());
 async function begin() {
   if (!token()) return showMessage("Open your own link", "This address lacks the part that says who you are. Ask whoever leads the labelling.");
   try {
-    session = await courier.deliver("/api/session");
+    showPlan(await courier.deliver("/api/session"));
   } catch (error) {
-    return showMessage("This link does not work", error.message);
+    return showMessage(error instanceof Failed ? "This page cannot begin" : "This link does not work", error.message);
   }
   memory = new Memory(`rlhf-label-${session.store}`);
   addText($("who"), session.annotator);
-  if (session.guidelines) showGuidelines($("guidelines"), session.guidelines);
-  else $("guidelines").hidden = true;
   const unsent = memory.get("answer");
   if (unsent) await give(unsent.path, unsent.body, () => "What was not sent the last time is saved now.");
-  else show(session);
+  else await show(session);
   isBusy = false;
   if (task && hasUnsaved) scheduleDraft(0);
-  if (session.guidelines && session.progress.mine === 0 && task) openHelp();
+  if (session.guidelines && session.progress.mine === 0 && task && !$("help-dialog").open) openHelp();
 }
 
 setInterval(async () => {
   if (!session || task || isBusy || document.hidden || $("message-title").textContent !== "Nothing is left for you") return;
   try {
     const answer = await ask("/api/next", {});
-    if (answer.task && !task && !isBusy) show(answer);
+    if (!answer.task || task || isBusy) return;
+    isBusy = true;
+    await show(answer);
   } catch (error) {
-    if (error instanceof Refused) showMessage("This page cannot go on", error.message);
+    if (error instanceof Refused) showMessage("This page cannot go on", error.message); // else: the next look
+  } finally {
+    isBusy = false;
   }
 }, LOOK_AGAIN_MS);
 
