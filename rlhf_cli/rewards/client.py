@@ -11,12 +11,14 @@ import random
 import time
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 import httpx2
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.progress import printable, warn
+from rlhf_cli.rewards.attempts import Attempts, Uncounted
 from rlhf_cli.rewards.contract import Stop
 from rlhf_cli.rewards.endpoint import check_endpoint, is_loopback, network_error, retry_after, without_query
 
@@ -27,6 +29,8 @@ _LONGEST_BACKOFF = 30.0
 _LONGEST_WAIT = 600.0
 _POLL = 0.2
 _EXCERPT = 200
+_OF_GATEWAYS = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT, *range(520, 528))
+"""What stands between says it of a server behind it, which may be at work on the request all the same."""
 
 
 class RefusedError(DataError):
@@ -135,13 +139,16 @@ class JSONClient:
                 hint="see HTTP_PROXY, HTTPS_PROXY and ALL_PROXY; NO_PROXY excepts a host",
             ) from error
 
-    async def post(self, client: httpx2.AsyncClient, body: bytes, limit: int) -> bytes:
+    async def post(
+        self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts | None = None
+    ) -> bytes:
         """The body of a successful answer, after as many attempts as it takes and is allowed.
 
         Args:
             client: from `connect`.
             body: JSON.
             limit: most bytes of the answer.
+            attempts: told of each one.
 
         Raises:
             RefusedError: an answer of 4xx, but 429.
@@ -150,16 +157,17 @@ class JSONClient:
             Interrupted: a signal came while it was away.
         """
         try:
-            return await self._send(client, body, limit)
+            return await self._send(client, body, limit, attempts or Uncounted())
         except DataError as error:
             error.message = self.clean(error.message)
             error.args = (error.message,)
             raise
 
-    async def _send(self, client: httpx2.AsyncClient, body: bytes, limit: int) -> bytes:
+    async def _send(self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts) -> bytes:
         for attempt in range(self._retries + 1):
+            await attempts.begin()
             try:
-                return await self._attempt(client, body, limit)
+                return await self._attempt(client, body, limit, attempts)
             except _MayPass as failure:
                 backoff = min(self._first_wait * 2**attempt, _LONGEST_BACKOFF) * self._random.uniform(0.5, 1.0)
                 pause = max(backoff, failure.pause or 0.0)
@@ -189,10 +197,9 @@ class JSONClient:
         wants = f", and wants {pause:,.0f} s of patience" if pause > _LONGEST_WAIT else ""
         return DataError(f"{self.shown}: {failure.reason} (asked {times}{wants})", hint=self._advice.away)
 
-    async def _attempt(self, client: httpx2.AsyncClient, body: bytes, limit: int) -> bytes:
+    async def _attempt(self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts) -> bytes:
         try:
-            async with asyncio.timeout(self._timeout), client.stream("POST", self._url, content=body) as response:
-                content, is_whole = await _read(response, limit)
+            response, content, is_whole = await self._exchange(client, body, limit, attempts)
         except (httpx2.TimeoutException, TimeoutError):
             raise _MayPass(f"no answer within {self._timeout:g} s") from None
         except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
@@ -204,6 +211,8 @@ class JSONClient:
                     hint="name the authority's certificate by the environment variable SSL_CERT_FILE",
                 ) from error
             raise _MayPass(f"{type(error).__name__}: {network_error(error)}") from error
+        if response.status_code in _OF_GATEWAYS:
+            attempts.lost()
         self._check_status(response, content)
         if not is_whole:
             raise UnusableError(f"{self.shown} answered with more than {limit:,} bytes")
@@ -211,6 +220,27 @@ class JSONClient:
         if encoding.lower() != "identity":
             raise UnusableError(f"{self.shown} answered in `{encoding}`, which it was not asked for")
         return content
+
+    async def _exchange(
+        self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts
+    ) -> tuple[httpx2.Response, bytes, bool]:
+        """One request, and what came back, up to `limit` bytes, and whether that is all."""
+        is_sent = False
+
+        async def watch(event: str, info: dict[str, Any]) -> None:
+            nonlocal is_sent
+            # A proxy's CONNECT has an empty body, and what it opens is no request yet.
+            is_post = getattr(info.get("request"), "method", None) == b"POST"
+            is_sent = is_sent or (is_post and event.endswith("send_request_body.started"))
+
+        request = client.stream("POST", self._url, content=body, extensions={"trace": watch})
+        try:
+            async with asyncio.timeout(self._timeout), request as response:
+                return response, *await _read(response, limit)
+        except BaseException:  # being cancelled, too: the server may be at work on it
+            if is_sent:
+                attempts.lost()
+            raise
 
     def _check_status(self, response: httpx2.Response, content: bytes) -> None:
         status = response.status_code

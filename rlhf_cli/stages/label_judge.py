@@ -19,6 +19,7 @@ from rlhf_cli.stages.common import model_source
 
 if TYPE_CHECKING:
     from rlhf_cli.labeling.judges.budget import Budget
+    from rlhf_cli.labeling.judges.cache import ReplyCache
     from rlhf_cli.labeling.judges.calibration import Calibration
     from rlhf_cli.labeling.judges.local import LocalJudge
     from rlhf_cli.labeling.judges.panel import Ballot, Bench, Judge
@@ -68,14 +69,14 @@ def run_judges(context: StageContext, candidates: Sequence[Candidates], processe
     assert label.judge is not None
     settings = label.judge
     cache = ReplyCache(context.kept, processes.index)
-    budget = Budget(settings.max_cost, cache.spent)
+    budget = Budget(settings.max_cost, cache.spent, cache.unheard)
     bench = Bench(cache, budget, processes, context.stop, _rubric(context, settings), settings.both_orders)
-    judges = _panel(context, settings, budget)
+    judges = _panel(context, settings, budget, processes)
     calibration = _calibrate(context, settings, judges, bench)
     ballots = [bench.ballot(judge, candidates, "judging") for judge in judges]
     if not processes.is_main:
         return Judged()
-    return _outcome(context, candidates, ballots, calibration, budget)
+    return _outcome(context, candidates, ballots, calibration, cache)
 
 
 def _rubric(context: StageContext, settings: JudgeSettings) -> str:
@@ -83,12 +84,15 @@ def _rubric(context: StageContext, settings: JudgeSettings) -> str:
     return settings.rubric if file is None else Path(file).read_text(encoding="utf-8-sig")
 
 
-def _panel(context: StageContext, settings: JudgeSettings, budget: Budget) -> list[Judge]:
+def _panel(context: StageContext, settings: JudgeSettings, budget: Budget, processes: Processes) -> list[Judge]:
     """The judges of the recipe, by names that differ; no weights are loaded yet."""
     judges: list[Judge] = []
     alone = sum(one.model is not None for one in settings.panel) == 1
     for number, one in enumerate(settings.panel):
-        judge = _local(context, number, alone=alone) if one.model else _remote(context, settings, number, one, budget)
+        if one.model:
+            judge = _local(context, number, processes, alone=alone)
+        else:
+            judge = _remote(context, settings, number, one, budget)
         for other, earlier in enumerate(judges):
             if earlier.identity == judge.identity:
                 raise UsageError(
@@ -104,15 +108,20 @@ def _panel(context: StageContext, settings: JudgeSettings, budget: Budget) -> li
     ]
 
 
-def _local(context: StageContext, number: int, *, alone: bool) -> Judge:
+def _local(context: StageContext, number: int, processes: Processes, *, alone: bool) -> Judge:
     """A local model. The only one of a panel stays loaded from calibration to the end; of several, one at a time is."""
     from rlhf_cli.labeling.judges.panel import Judge
+    from rlhf_cli.labeling.judges.versions import at_one_commit
     from rlhf_cli.pipeline.hashing import hash_folder
 
     path = context.inputs[f"label.judge.panel.{number}.model"]
     source = model_source(context.recipe, path)
     folder = Path(path)
-    content = hash_folder(folder) if folder.is_dir() else f"hub:{path}@{source.revision or 'main'}"
+    if folder.is_dir():
+        content = hash_folder(folder)
+    else:
+        source = at_one_commit(source, processes)
+        content = f"hub:{path}@{source.revision or 'main'}"
     held: list[LocalJudge] = []
 
     def load() -> LocalJudge:
@@ -174,7 +183,7 @@ def _calibrate(
     from rlhf_cli.labeling.judges.calibration import Calibration
     from rlhf_cli.labeling.judges.verdicts import majority
 
-    people = _human_rankings(context, source)
+    people = _human_rankings(context, settings, source)
     ballots = [bench.ballot(judge, people, "calibrating") for judge in judges]
     if not bench.processes.is_main:
         return None
@@ -187,17 +196,24 @@ def _calibrate(
     return found
 
 
-def _human_rankings(context: StageContext, source: str) -> list[Candidates]:
+def _human_rankings(context: StageContext, settings: JudgeSettings, source: str) -> list[Candidates]:
     """People's rankings, everyone's own: several of the same answers are as many measurements, and one question."""
     from rlhf_cli.data.sources import iter_records
+    from rlhf_cli.labeling.judges.questions import LETTERS, is_too_many
 
     data, skips = context.recipe.data, SkipLog(keep=1)
-    records = [
-        record
-        for record in iter_records(source, "candidates", columns=data.columns, on_skip=skips.add, keep_blank=True)
-        if isinstance(record, Candidates)
-    ]
+    too_many = f"more than {len(LETTERS)} answers, which `method: listwise` cannot show"
+    records: list[Candidates] = []
+    for record in iter_records(source, "candidates", columns=data.columns, on_skip=skips.add, keep_blank=True):
+        if not isinstance(record, Candidates):
+            continue
+        if settings.method == "listwise" and is_too_many(record.completions):
+            skips.add(Skip(record.place or source, too_many, prompt_text(record.prompt)[:_EXCERPT]))
+        else:
+            records.append(record)
     skips.check(len(records) + skips.total, data.max_skip, source)
+    for line in skips.warnings(len(records) + skips.total, source):
+        warn(line)
     return records
 
 
@@ -206,7 +222,7 @@ def _outcome(
     candidates: Sequence[Candidates],
     ballots: Sequence[Ballot],
     calibration: Calibration | None,
-    budget: Budget,
+    cache: ReplyCache,
 ) -> Judged:
     """Rankings from votes, with everything written down."""
     from rlhf_cli.labeling.judges import report as reporting
@@ -225,7 +241,8 @@ def _outcome(
     plain = report.to_json() | {
         "rankings": len(candidates) - skips.total,
         "skipped": skips.counts,
-        "spent_in_this_run_directory": round(budget.spent, 6),
+        "spent_in_this_run_directory": round(cache.spent, 6),
+        "attempts_without_answer": {"count": cache.attempts_unheard, "cost": round(cache.unheard, 6)},
     }
     text = json.dumps(plain, indent=2, ensure_ascii=False)
     (context.output / reporting.REPORT).write_text(text + "\n", encoding="utf-8")

@@ -34,10 +34,11 @@ class Budget:
     Args:
         limit: `max_cost`; None is without bound.
         spent: before this run.
+        unheard: how much of that went to attempts whose outcome nobody knows.
     """
 
-    def __init__(self, limit: float | None, spent: float = 0.0) -> None:
-        self._limit, self.spent = limit, spent
+    def __init__(self, limit: float | None, spent: float = 0.0, unheard: float = 0.0) -> None:
+        self._limit, self.spent, self.unheard = limit, spent, unheard
         self._reserved: list[float] = []
 
     def fits(self, most: float) -> bool:
@@ -58,10 +59,16 @@ class Budget:
         self._reserved.remove(most)
         self.spent += cost
 
+    def charge(self, most: float) -> None:
+        """What was reserved is spent: nobody knows whether the attempt was carried out, and it may be billed."""
+        self.settle(most, most)
+        self.unheard += most
+
     def exceeded(self, most: float) -> CostLimitError:
         """What to tell of a request that does not fit."""
+        unheard = f" ({self.unheard:.4g} of it for attempts that had no answer)" if self.unheard else ""
         return CostLimitError(
-            f"the judges' verdicts have cost {self.spent:.4g}, and the next may cost {most:.4g}: more than "
+            f"the judges' verdicts have cost {self.spent:.4g}{unheard}, and the next may cost {most:.4g}: more than "
             f"`label.judge.max_cost: {self._limit:g}`",
             hint="all verdicts are kept: allow more with `--set label.judge.max_cost=...` and run the same command "
             "again",

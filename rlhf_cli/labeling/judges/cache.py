@@ -1,7 +1,8 @@
-"""Replies that judges gave, on disk before they count: nothing is asked, or paid for, twice.
+"""Replies that judges gave, on disk before they count: no verdict is asked for, or paid for, twice.
 
 One JSON line a reply, with its own checksum. A line that a kill tore or a disk damaged is passed over, and what it
-answered is asked again; all others stay. Files only ever grow. Of several processes each has its own and reads all.
+answered is asked again; all others stay. Files only ever grow. Of several processes each has its own, and the first
+reads all. What was paid for and gave nothing stands there too, so that a run that goes on knows what was spent.
 """
 
 from __future__ import annotations
@@ -10,16 +11,25 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DiskError
 from rlhf_cli.labeling.judges.questions import Question
-from rlhf_cli.labeling.judges.replies import Reply
+from rlhf_cli.labeling.judges.replies import UNHEARD, UNUSABLE, Reply
 from rlhf_cli.progress import warn
 
 _NAME = "verdicts"
+_FORM = 1
+"""How a judge is asked and read beside the words of the question, which are in the key themselves: how the parts of a
+request or of a local judge's text are put together, the words that begin its turn, which tokens say a letter and how
+their probabilities are summed. Raise it with any change to these, in `local.py` or `endpoint.py`: verdicts that were
+given another way are then asked for again. How a kept text is read for its mark is no part of it."""
+_TIMES = 3
+"""Unusable replies to one question that are paid for before it counts as answered, by a failure. Not one, since what
+sent them may be a gateway that somebody mends; not any number, since each is billed."""
 
 
 def key_of(identity: str, question: Question) -> str:
@@ -29,7 +39,7 @@ def key_of(identity: str, question: Question) -> str:
         identity: of the judge, everything its replies depend on beside the question.
         question: what it is asked.
     """
-    text = f"{identity}\0{question.instructions}\0{question.material}"
+    text = f"{_FORM}\0{identity}\0{question.instructions}\0{question.material}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -41,13 +51,16 @@ class ReplyCache:
         process: number of this process, whose file is written; only the first one reads what is there, of all.
 
     Attributes:
-        spent: what all replies in the files cost, those included that nobody asks for any more.
+        spent: what all that is in the files cost, replies included that nobody asks for any more.
+        unheard: how much of that went to attempts whose outcome nobody knows.
+        attempts_unheard: how many those were.
     """
 
     def __init__(self, folder: Path, process: int = 0) -> None:
         self._file = folder / (f"{_NAME}-{process}.jsonl" if process else f"{_NAME}.jsonl")
         self._replies: dict[str, Reply] = {}
-        self.spent = 0.0
+        self._unusable: Counter[str] = Counter()
+        self.spent, self.unheard, self.attempts_unheard = 0.0, 0.0, 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in [] if process else [*folder.glob(f"{_NAME}.jsonl"), *sorted(folder.glob(f"{_NAME}-*.jsonl"))]:
@@ -63,15 +76,22 @@ class ReplyCache:
                 if found is None:
                     damaged += 1
                     continue
-                key, reply = found
-                self.spent += reply.cost
-                self._replies[key] = reply
+                self._remember(*found)
         if damaged:
             lines = "1 line is" if damaged == 1 else f"{damaged:,} lines are"
             warn(f"{path}: {lines} torn or damaged and passed over: those questions are asked again")
 
+    def _remember(self, key: str, reply: Reply) -> None:
+        self.spent += reply.cost
+        if reply.failure == UNHEARD:
+            self.unheard += reply.cost
+            self.attempts_unheard += 1
+        self._unusable[key] += reply.failure == UNUSABLE
+        if reply.is_final or (reply.failure == UNUSABLE and self._unusable[key] >= _TIMES):
+            self._replies[key] = reply
+
     def get(self, key: str) -> Reply | None:
-        """The reply, if there is one."""
+        """The reply that stands, if there is one."""
         return self._replies.get(key)
 
     def add(self, replies: Iterable[tuple[str, Reply]]) -> None:
@@ -91,8 +111,8 @@ class ReplyCache:
                 os.fsync(file.fileno())
         except OSError as error:
             raise _failed(self._file, error) from error
-        self.spent += sum(reply.cost for _, reply in given)
-        self._replies.update(given)
+        for key, reply in given:
+            self._remember(key, reply)
 
 
 def _last_byte(file: Any) -> bytes:

@@ -1,15 +1,18 @@
 """A judge behind an OpenAI-compatible endpoint: POST `/chat/completions`, temperature 0, several requests in flight.
 
-Each reply is on the disk before the next request takes its place. A signal, an error or the cost limit lets what is
-under way finish, since it is paid for, and starts nothing new.
+Each reply is on the disk before the next request takes its place, and so is what an attempt may have cost that nobody
+heard the end of. A signal, an error or the cost limit lets what is under way finish, since it is paid for, and starts
+nothing new.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -17,7 +20,8 @@ import httpx2
 from rlhf_cli.errors import CostLimitError, Interrupted
 from rlhf_cli.labeling.judges.budget import Budget, Prices, most_tokens
 from rlhf_cli.labeling.judges.questions import Question
-from rlhf_cli.labeling.judges.replies import REFUSED, UNUSABLE, Reply
+from rlhf_cli.labeling.judges.replies import REFUSED, UNHEARD, UNUSABLE, Reply
+from rlhf_cli.labeling.judges.spending import ClosedError, Spending
 from rlhf_cli.rewards.client import FIRST_WAIT, Advice, JSONClient, RefusedError, UnusableError, excerpt
 from rlhf_cli.rewards.contract import Stop
 from rlhf_cli.watchdog import beat
@@ -92,12 +96,14 @@ class EndpointJudge:
         self._unusable: list[RefusedError | UnusableError] = []
         self._closing = False
 
-    def ask(self, questions: Sequence[Question], keep: Keep, *, usable: int = 0) -> None:
+    def ask(self, questions: Sequence[Question], keep: Keep, charge: Keep, *, usable: int = 0) -> None:
         """Ask all questions.
 
         Args:
             questions: any number.
             keep: see `Keep`; called in the order in which replies come.
+            charge: the same for attempts without an answer that may be billed; each is counted at its bound, and its
+                question is still open.
             usable: replies that it gave before.
 
         Raises:
@@ -106,16 +112,16 @@ class EndpointJudge:
             Interrupted: a signal came. In all three cases, replies to what was under way are kept.
         """
         self._usable, self._unusable, self._closing = usable, [], False
-        asyncio.run(self._ask_all(questions, keep))
+        asyncio.run(self._ask_all(questions, keep, charge))
         if self._unusable and not self._usable:
             raise self._unusable[-1]
 
-    async def _ask_all(self, questions: Sequence[Question], keep: Keep) -> None:
+    async def _ask_all(self, questions: Sequence[Question], keep: Keep, charge: Keep) -> None:
         settled = asyncio.Condition()
         waiting = iter(enumerate(questions))
         async with self._http.connect() as client:
             workers = {
-                asyncio.create_task(self._work(client, waiting, keep, settled))
+                asyncio.create_task(self._work(client, waiting, keep, charge, settled))
                 for _ in range(min(self._concurrency, len(questions)))
             }
             try:
@@ -153,30 +159,41 @@ class EndpointJudge:
         client: httpx2.AsyncClient,
         waiting: Iterator[tuple[int, Question]],
         keep: Keep,
+        charge: Keep,
         settled: asyncio.Condition,
     ) -> None:
         for place, question in waiting:
-            prompt_tokens = most_tokens(question.text)
-            most = self._prices.cost(prompt_tokens, self._max_new_tokens)
-            async with settled:
-                while not self._closing and not self._budget.fits(most):
-                    if not self._budget.is_waiting:
-                        raise self._budget.exceeded(most)
-                    await settled.wait()
-                if self._closing:
-                    return
-                self._budget.reserve(most)
+            most = self._at_most(question)
+            spending = Spending(
+                self._budget,
+                most.cost,
+                settled,
+                lambda: self._closing,
+                functools.partial(charge, place, replace(most, failure=UNHEARD)),
+            )
             cost = 0.0
             try:
-                reply = await self._reply(client, question, prompt_tokens)
+                reply = await self._reply(client, question, most, spending)
                 cost = reply.cost
                 keep(place, reply)
+                if not self._usable and len(self._unusable) >= _PATIENCE:
+                    raise self._unusable[-1]
+            except ClosedError:
+                return
             finally:
-                async with settled:
-                    self._budget.settle(most, cost)
-                    settled.notify_all()
+                await spending.settle(cost)
 
-    async def _reply(self, client: httpx2.AsyncClient, question: Question, prompt_tokens: int) -> Reply:
+    def _at_most(self, question: Question) -> Reply:
+        """What a reply to it costs where nobody says: an upper bound."""
+        prompt_tokens = most_tokens(question.text)
+        return Reply(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self._max_new_tokens,
+            cost=self._prices.cost(prompt_tokens, self._max_new_tokens),
+            is_estimated=True,
+        )
+
+    async def _reply(self, client: httpx2.AsyncClient, question: Question, most: Reply, spending: Spending) -> Reply:
         request = {
             "model": self._name,
             "messages": [
@@ -188,45 +205,50 @@ class EndpointJudge:
         }
         body = json.dumps(request).encode("ascii")
         try:
-            content = await self._http.post(client, body, _BYTES + _BYTES_A_TOKEN * self._max_new_tokens)
-            reply = self._read(content, prompt_tokens)
+            content = await self._http.post(client, body, _BYTES + _BYTES_A_TOKEN * self._max_new_tokens, spending)
         except RefusedError as error:
             if error.status not in _ABOUT_THE_TEXT:
                 raise
-            return self._cannot_be_used(REFUSED, error)
+            self._unusable.append(error)
+            return Reply(failure=REFUSED, text=error.message)
         except UnusableError as error:
-            return self._cannot_be_used(UNUSABLE, error)
-        self._usable += 1
-        beat()
+            self._unusable.append(error)
+            return replace(most, failure=UNUSABLE, text=error.message)
+        reply = self._read(content, most)
+        if not reply.failure:
+            self._usable += 1
+            beat()
         return reply
 
-    def _cannot_be_used(self, failure: str, error: RefusedError | UnusableError) -> Reply:
-        self._unusable.append(error)
-        if not self._usable and len(self._unusable) >= _PATIENCE:
-            raise error
-        return Reply(failure=failure, text=error.message)
-
-    def _read(self, content: bytes, prompt_tokens: int) -> Reply:
+    def _read(self, content: bytes, most: Reply) -> Reply:
+        """What a response says; one without a completion has cost what its `usage` says all the same."""
         try:
-            response = json.loads(content)
+            response: Any = json.loads(content)
+        except (ValueError, RecursionError):
+            response = {}
+        reply = self._with_usage(most, response.get("usage") if isinstance(response, dict) else None)
+        try:
             choice = response["choices"][0]
             text = choice["message"].get("content")
-        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
-            text, choice, response = 0, {}, {}
+            is_cut = choice.get("finish_reason") == "length"
+        except (KeyError, IndexError, TypeError, AttributeError):
+            text, is_cut = 0, False
         if text is not None and not isinstance(text, str):
-            raise UnusableError(
-                self._http.clean(f"{self._http.shown} answered without a chat completion: {excerpt(content)}"),
-                hint=_ADVICE.refused,
-            )
-        usage = _usage(response.get("usage"))
-        given, written = usage or (prompt_tokens, self._max_new_tokens)
-        return Reply(
-            text=self._http.without_token(text or ""),
-            prompt_tokens=given,
-            completion_tokens=written,
-            cost=self._prices.cost(given, written),
-            is_estimated=usage is None,
-            is_cut=choice.get("finish_reason") == "length",
+            said = self._http.clean(f"{self._http.shown} answered without a chat completion: {excerpt(content)}")
+            self._unusable.append(UnusableError(said, hint=_ADVICE.refused))
+            return replace(reply, failure=UNUSABLE, text=said)
+        return replace(reply, text=self._http.without_token(text or ""), is_cut=is_cut)
+
+    def _with_usage(self, most: Reply, usage: Any) -> Reply:
+        counted = _usage(usage)
+        if counted is None:
+            return most
+        return replace(
+            most,
+            prompt_tokens=counted[0],
+            completion_tokens=counted[1],
+            cost=self._prices.cost(*counted),
+            is_estimated=False,
         )
 
 

@@ -11,7 +11,7 @@ from rlhf_cli.labeling.judges import questions as asking
 from rlhf_cli.labeling.judges.budget import Budget
 from rlhf_cli.labeling.judges.cache import ReplyCache, key_of
 from rlhf_cli.labeling.judges.questions import Question
-from rlhf_cli.labeling.judges.replies import Levels, Reply, verdict
+from rlhf_cli.labeling.judges.replies import UNUSABLE, Levels, Reply, verdict
 from rlhf_cli.labeling.judges.verdicts import Verdicts, both_ways, spread, verdicts_in
 from rlhf_cli.processes import Processes
 from rlhf_cli.progress import task
@@ -138,7 +138,7 @@ class Bench:
             if judge.local is not None:
                 self._ask_model(judge.local, work, fresh, label)
             elif self.processes.is_main:
-                self._ask_endpoint(judge, work, fresh, label, kept=len(by_key) - len(missing))
+                self._ask_endpoint(judge, work, fresh, label, [self._kept(key) for key in by_key if key in known])
             for given in self.processes.collect([[key, reply.to_json()] for key, reply in fresh.items()]):
                 fresh.update((key, Reply.from_json(plain)) for key, plain in given)
         if not self.processes.is_main:
@@ -168,19 +168,24 @@ class Bench:
                 self.stop.check()
 
     def _ask_endpoint(
-        self, judge: Judge, missing: dict[str, Question], fresh: dict[str, Reply], label: str, *, kept: int
+        self, judge: Judge, missing: dict[str, Question], fresh: dict[str, Reply], label: str, kept: Sequence[Reply]
     ) -> None:
         assert judge.endpoint is not None
         keys = list(missing)
-        with task(label, kept + len(keys), "questions", done=kept) as bar:
+        usable = sum(reply.failure != UNUSABLE for reply in kept)
+        with task(label, len(kept) + len(keys), "questions", done=len(kept)) as bar:
 
             def keep(place: int, reply: Reply) -> None:
-                if reply.is_final:
+                if reply.is_final or reply.cost:
                     self.cache.add([(keys[place], reply)])
                 fresh[keys[place]] = reply
                 bar.advance(note=f"cost {self.budget.spent + reply.cost:.4g}" if judge.priced else None)
 
-            judge.endpoint.ask(list(missing.values()), keep, usable=kept)
+            def charge(place: int, reply: Reply) -> None:
+                if reply.cost:
+                    self.cache.add([(keys[place], reply)])
+
+            judge.endpoint.ask(list(missing.values()), keep, charge, usable=usable)
 
 
 def _vote(question: Question, reply: Reply, is_cached: bool) -> Vote:

@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.data.records import Candidates, prompt_key, prompt_text
+from rlhf_cli.errors import DataError
 
 Reply = Literal["letter", "mark", "list"]
 """What is asked for: a letter alone, whose probability is read; reasons and a mark, [[A]]; an order, [[B > A = C]]."""
 
 LETTERS = "ABCDEFGHIJKLMNOP"
-"""Names of answers. A prompt has at most 16."""
+"""Names of answers. One question shows at most 16."""
+
+
+def is_too_many(completions: Sequence[str]) -> bool:
+    """Whether one question cannot show all these answers; equal ones are shown once."""
+    return len(set(completions)) > len(LETTERS)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ def questions_about(
         rubric: what to look for.
         reply: "list" puts all answers into one question, the others ask about every pair.
         both_orders: ask again in reverse order.
+
+    Raises:
+        DataError: a list of more answers than there are letters.
     """
     first_of: dict[str, int] = {}
     for index, text in enumerate(candidates.completions):
@@ -64,6 +73,12 @@ def questions_about(
     if len(order) < 2:
         return []
     if reply == "list":
+        if is_too_many(order):
+            raise DataError(
+                f"{candidates.place or f'item {number}'}: {len(order)} different answers to one prompt, and "
+                f"`label.judge.method: listwise` shows at most {len(LETTERS)} at once",
+                hint="use `--set label.judge.method=pairs`, or give the prompt fewer answers",
+            )
         groups = [tuple(first_of[text] for text in order)]
     else:
         groups = [_first_to_show(candidates, pair, first_of) for pair in itertools.combinations(order, 2)]

@@ -14,6 +14,8 @@ UNCLEAR = "more than one verdict in the reply"
 TOO_LONG = "longer than the judge reads"
 REFUSED = "refused by the endpoint"
 UNUSABLE = "no chat completion in the response"
+UNHEARD = "no answer to an attempt that may be billed"
+"""Never a vote: it stands in the cache for what the attempt may have cost."""
 
 _MARK = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _LIST = re.compile(r"\[\[\s*([A-P](?:\s*[>=]\s*[A-P])+)\s*\]\]")
@@ -46,7 +48,7 @@ class Reply:
     @property
     def is_final(self) -> bool:
         """Whether asking again would give the same, so that it is worth keeping."""
-        return self.failure not in (REFUSED, UNUSABLE)
+        return self.failure not in (REFUSED, UNUSABLE, UNHEARD)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in files."""

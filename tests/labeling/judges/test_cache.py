@@ -11,7 +11,7 @@ import pytest
 from rlhf_cli.errors import DiskError
 from rlhf_cli.labeling.judges.cache import ReplyCache, key_of
 from rlhf_cli.labeling.judges.questions import Question
-from rlhf_cli.labeling.judges.replies import Reply
+from rlhf_cli.labeling.judges.replies import UNHEARD, UNUSABLE, Reply
 
 PAID = Reply(text="né [[A]] \ud800", prompt_tokens=10, completion_tokens=3, cost=0.25, is_cut=True)
 LOCAL = Reply(chances=(0.1, 1 / 3), prompt_tokens=7)
@@ -89,3 +89,28 @@ def test_a_key_is_the_judge_and_every_word_of_the_question():
     }
     assert len(keys) == 6
     assert key_of("one", question) == key_of("one", replace(question, item=5, shown=(1, 0)))
+
+
+def test_what_gave_nothing_is_remembered_for_its_cost_alone(tmp_path: Path):
+    unheard, unusable = Reply(failure=UNHEARD, cost=0.5), Reply(failure=UNUSABLE, cost=0.125)
+    cache = ReplyCache(tmp_path)
+    cache.add([("a", unheard), ("b", unusable), ("b", unusable), ("c", PAID), ("c", unheard), ("c", unusable)])
+    for each in (cache, ReplyCache(tmp_path)):
+        assert (each.get("a"), each.get("b"), each.get("c")) == (None, None, PAID)
+        assert (each.spent, each.unheard, each.attempts_unheard) == (0.5 + 3 * 0.125 + 0.25 + 0.5, 1.0, 2)
+
+
+def test_the_third_unusable_reply_stands_as_the_answer(tmp_path: Path):
+    unusable = Reply(failure=UNUSABLE, cost=0.125)
+    for count in range(3):
+        cache = ReplyCache(tmp_path)
+        assert cache.get("a") is None, count
+        cache.add([("a", unusable)])
+    assert cache.get("a") == ReplyCache(tmp_path).get("a") == unusable
+
+
+def test_the_way_of_asking_is_in_the_key(monkeypatch):
+    question = Question(3, (0, 1), "instructions", "material")
+    before = key_of("one", question)
+    monkeypatch.setattr("rlhf_cli.labeling.judges.cache._FORM", 0)
+    assert key_of("one", question) != before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,9 +15,9 @@ import pytest
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import CostLimitError, DataError, Interrupted
 from rlhf_cli.labeling.judges.budget import Budget, Prices, most_tokens
-from rlhf_cli.labeling.judges.endpoint import EndpointJudge
+from rlhf_cli.labeling.judges.endpoint import EndpointJudge, Keep
 from rlhf_cli.labeling.judges.questions import Question, questions_about
-from rlhf_cli.labeling.judges.replies import REFUSED, UNUSABLE, Reply, verdict
+from rlhf_cli.labeling.judges.replies import REFUSED, UNHEARD, UNUSABLE, Reply, verdict
 
 TOKEN = "s3cret/token"
 Kept = dict[int, Reply]
@@ -43,9 +44,13 @@ def judge(endpoint) -> Callable[..., EndpointJudge]:
     return make
 
 
-def ask(judge: EndpointJudge, asked: Sequence[Question], usable: int = 0) -> Kept:
+def no_charge(place: int, reply: Reply) -> None:
+    pytest.fail(f"question {place} was answered, or its cost is known: {reply}")
+
+
+def ask(judge: EndpointJudge, asked: Sequence[Question], usable: int = 0, charge: Keep = no_charge) -> Kept:
     kept: Kept = {}
-    judge.ask(asked, kept.__setitem__, usable=usable)
+    judge.ask(asked, kept.__setitem__, charge, usable=usable)
     return kept
 
 
@@ -82,7 +87,7 @@ def test_replies_belong_to_their_questions_whatever_order_they_come_in(endpoint,
     asked = questions(20)
     kept = ask(judge(), asked)
     assert sorted(kept) == list(range(20))
-    assert next(iter(kept)) != 0
+    assert list(kept) != list(range(20)), "one of the first came last"
     for place, reply in kept.items():
         levels, _ = verdict(asked[place], reply)
         assert levels is not None
@@ -107,7 +112,8 @@ def test_no_more_requests_are_in_flight_than_asked_for(endpoint, judge, count):
 )
 def test_what_may_pass_is_tried_again(endpoint, judge, failure, capsys):
     endpoint.then(times=2, **failure)
-    kept = ask(judge(concurrency=1, timeout=0.3 if "delay" in failure else 10.0), questions(2))
+    patience = 0.3 if "delay" in failure else 10.0
+    kept = ask(judge(concurrency=1, timeout=patience), questions(2), charge=lambda *_: None)
     assert len(endpoint.requests) == 4
     assert len(kept) == 2
     assert capsys.readouterr().err.count("trying again") == 1
@@ -221,7 +227,7 @@ def test_the_limit_is_never_exceeded_and_what_was_paid_for_is_kept(endpoint, jud
         endpoint.requests.clear()
         kept: Kept = {}
         with pytest.raises(CostLimitError) as caught:
-            judge(limit * most, prices=Prices(1.0, 0.0), concurrency=4).ask(asked, kept.__setitem__)
+            judge(limit * most, prices=Prices(1.0, 0.0), concurrency=4).ask(asked, kept.__setitem__, no_charge)
         assert len(kept) == len(endpoint.requests) == int(limit)
         assert sum(reply.cost for reply in kept.values()) <= limit * most
         assert caught.value.exit_code == 77
@@ -248,6 +254,85 @@ def test_an_endpoint_without_a_price_may_be_asked_beyond_the_limit(endpoint, jud
     assert len(ask(judge(1.0, 1.0), questions(3))) == 3
 
 
+def test_attempts_that_time_out_count_at_their_bound_and_their_retries_are_reserved_for(endpoint, judge):
+    """Each of them may have been carried out and billed: no more go out than the limit pays for."""
+    asked = questions(6)
+    prices = Prices(1.0, 1.0)
+    most = prices.cost(most_tokens(asked[0].text), 512)
+    endpoint.delay = 2.0
+    budget, charged = Budget(5.5 * most), []
+    patient = judge(budget=budget, prices=prices, concurrency=3, retries=9, timeout=0.15)
+    with pytest.raises(CostLimitError, match=r"of it for attempts that had no answer"):
+        ask(patient, asked, charge=lambda *given: charged.append(given))
+    assert len(endpoint.requests) == len(charged) == 5
+    assert {reply.failure for _, reply in charged} == {UNHEARD}
+    assert budget.spent == budget.unheard == sum(reply.cost for _, reply in charged) == pytest.approx(5 * most)
+    assert not budget.is_waiting
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_charged"),
+    [
+        pytest.param({"hang_up": True}, True, id="hangs up"),
+        pytest.param({"status": 504}, True, id="a gateway lost patience"),
+        pytest.param({"status": 200, "headers": {"Content-Length": "999999"}}, True, id="an answer in part"),
+        pytest.param({"status": 503}, False, id="503"),
+        pytest.param({"status": 429}, False, id="429"),
+    ],
+)
+def test_what_may_have_been_carried_out_is_charged_and_what_was_declined_is_not(endpoint, judge, failure, is_charged):
+    (question,) = questions(1)
+    endpoint.then(times=2, **failure)
+    budget, charged = Budget(None), []
+    made = judge(budget=budget, prices=Prices(1.0, 0.0), timeout=0.5)
+    (reply,) = ask(made, [question], charge=lambda *given: charged.append(given)).values()
+    assert (reply.cost, reply.is_estimated) == (pytest.approx(100 / 1e6), False)
+    assert len(charged) == (2 if is_charged else 0)
+    most = Prices(1.0, 0.0).cost(most_tokens(question.text), 0)
+    assert budget.unheard == pytest.approx(len(charged) * most)
+    assert budget.spent == pytest.approx(len(charged) * most + 100 / 1e6)
+
+
+def test_what_never_went_out_is_not_charged():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    budget = Budget(None)
+    away = EndpointJudge(url, "m", budget=budget, prices=Prices(1.0, 1.0), retries=1, first_wait=0.001)
+    with pytest.raises(DataError, match="asked 2 times"):
+        ask(away, questions(2))
+    assert budget.spent == 0.0
+
+
+def test_what_is_given_up_after_a_signal_is_charged(endpoint, judge, monkeypatch):
+    monkeypatch.setattr("rlhf_cli.labeling.judges.endpoint._GRACE", 0.2)
+    endpoint.delay = 2.0
+    budget, charged = Budget(None), []
+    made = judge(budget=budget, prices=Prices(1.0, 1.0), stop=Signal(0.4), concurrency=2)
+    with pytest.raises(Interrupted):
+        ask(made, questions(4), charge=lambda *given: charged.append(given))
+    assert sorted(place for place, _ in charged) == [0, 1]
+    assert budget.spent == sum(reply.cost for _, reply in charged) > 0.0
+
+
+NO_CHOICE = json.dumps({"choices": [], "usage": {"prompt_tokens": 30, "completion_tokens": 4}}).encode()
+
+
+@pytest.mark.parametrize(("body", "is_counted"), [(NO_CHOICE, True), (b"<html>", False), (b"x" * (2 << 20), False)])
+def test_what_is_no_completion_costs_what_it_says_or_its_bound(endpoint, judge, body, is_counted):
+    """Those before the one that ends the run, and that one."""
+    asked = questions(9)
+    prices, budget = Prices(1.0, 2.0), Budget(None)
+    endpoint.then(times=9, body=body)
+    kept: Kept = {}
+    with pytest.raises(DataError, match="answered"):
+        judge(budget=budget, prices=prices, concurrency=1).ask(asked, kept.__setitem__, no_charge)
+    each = prices.cost(30, 4) if is_counted else prices.cost(most_tokens(asked[0].text), 512)
+    assert [reply.cost for reply in kept.values()] == pytest.approx([each] * 5)
+    assert {(reply.failure, reply.is_estimated) for reply in kept.values()} == {(UNUSABLE, not is_counted)}
+    assert budget.spent == pytest.approx(5 * each)
+
+
 # Signals
 
 
@@ -266,7 +351,7 @@ def test_a_signal_lets_what_is_under_way_finish_and_starts_nothing_new(endpoint,
     endpoint.delay = 0.6
     kept: Kept = {}
     with pytest.raises(Interrupted):
-        judge(stop=Signal(0.2), concurrency=3).ask(questions(30), kept.__setitem__)
+        judge(stop=Signal(0.2), concurrency=3).ask(questions(30), kept.__setitem__, no_charge)
     assert len(kept) == len(endpoint.requests) == 3
 
 
@@ -284,6 +369,6 @@ def test_the_first_error_lets_what_is_under_way_finish(endpoint, judge):
     endpoint.delay = 0.4
     kept: Kept = {}
     with pytest.raises(DataError, match="401"):
-        judge(concurrency=4).ask(questions(30), kept.__setitem__)
+        judge(concurrency=4).ask(questions(30), kept.__setitem__, no_charge)
     assert len(endpoint.requests) == 4
     assert len(kept) == 3

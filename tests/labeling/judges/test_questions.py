@@ -8,6 +8,7 @@ import re
 import pytest
 
 from rlhf_cli.data.records import Candidates, Message
+from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.judges.cache import key_of
 from rlhf_cli.labeling.judges.questions import questions_about
 
@@ -91,5 +92,15 @@ def test_each_kind_of_judge_is_told_what_to_reply(reply, wanted):
 def test_questions_do_not_change_from_run_to_run():
     """Cached verdicts are found by these keys: who changes a word of the questions pays again."""
     assert key_of("judge", ask(Candidates("why?", ("good", "bad")), rubric="r")[0]) == (
-        "a4a13db8438949650eb623fe4400a08aca26e25cbeb26f147e7b4ee599f8d2a2"
+        "fa8b56bd04628dce9864cfc2284cfbcb835486efd6d3e74c20191c43edfa2e38"
     )
+
+
+def test_a_list_of_more_answers_than_letters_is_refused_with_its_place():
+    most = tuple(f"answer {number}" for number in range(16))
+    assert len(ask(Candidates("why?", most), reply="list")) == 2
+    assert len(ask(Candidates("why?", (*most, "answer 3")), reply="list")) == 2, "equal ones are shown once"
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: 17 different answers .* at most 16") as caught:
+        ask(Candidates("why?", (*most, "another"), place="rows.jsonl:7"), reply="list")
+    assert "label.judge.method=pairs" in (caught.value.hint or "")
+    assert len(ask(Candidates("why?", (*most, "another")), reply="mark")) == 17 * 16

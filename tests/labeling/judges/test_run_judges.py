@@ -251,3 +251,72 @@ def test_the_cost_limit_stops_and_a_higher_one_goes_on(endpoint, judged, report)
     judged(PAIRS, panel=[priced], max_cost=9.0)
     assert len(endpoint.requests) == 48
     assert report()["spent_in_this_run_directory"] == pytest.approx(4.8)
+
+
+def test_attempts_without_an_answer_are_counted_by_the_next_run_too(endpoint, judged, report):
+    """A verdict costs 0.00011, an attempt that nobody heard of what it may have."""
+    priced = at(endpoint, prompt_price=1.0, completion_price=1.0, concurrency=1, timeout=0.2, retries=0)
+    endpoint.then()
+    endpoint.then(delay=1.0)
+    with pytest.raises(DataError, match=r"no answer within 0\.2 s"):
+        judged(PAIRS[:2], panel=[priced])
+    with pytest.raises(CostLimitError, match=r"have cost 0\.00\d+ \(0\.00\d+ of it for attempts"):
+        judged(PAIRS[:2], panel=[priced], max_cost=0.0012)
+    assert len(endpoint.requests) == 2
+    judged(PAIRS[:2], panel=[priced])
+    said = report()
+    lost = said["attempts_without_answer"]
+    assert lost["count"] == 1
+    assert 0.001 < lost["cost"] < 0.002
+    assert said["spent_in_this_run_directory"] == pytest.approx(4 * 0.00011 + lost["cost"], abs=2e-6)
+    assert said["judges"][0]["cost"] == pytest.approx(4 * 0.00011)
+
+
+def test_a_response_without_a_completion_is_paid_for_three_times_at_most(endpoint, judged, report):
+    empty = json.dumps({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
+    priced = at(endpoint, prompt_price=1.0, completion_price=1.0, concurrency=1)
+    for run in range(5):
+        endpoint.requests.clear()
+        endpoint.script.clear()
+        if run == 0:
+            endpoint.then()
+        endpoint.then(body=empty)
+        judged(PAIRS[:2], panel=[priced], data={"max_skip": 0.5})
+        assert len(endpoint.requests) == [4, 1, 1, 0, 0][run]
+        assert report()["judges"][0]["failures"] == {"no chat completion in the response": 1}
+        billed = 4 + min(run, 2)
+        assert report()["spent_in_this_run_directory"] == pytest.approx(billed * 0.00011, abs=1e-6)
+
+
+def test_responses_that_cost_nothing_are_asked_for_again(endpoint, judged):
+    for run in range(5):
+        endpoint.script.clear()
+        endpoint.requests.clear()
+        if run == 0:
+            endpoint.then()
+        endpoint.then(body=b"<html>")
+        judged(PAIRS[:2], panel=[at(endpoint, concurrency=1)], data={"max_skip": 0.5})
+        assert len(endpoint.requests) == (4 if run == 0 else 1)
+
+
+def test_failures_that_were_paid_for_are_no_sign_of_a_good_endpoint(endpoint, judged):
+    """Five of them before any verdict end each run, those of earlier runs being none."""
+    empty = json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+    endpoint.then(times=99, body=empty)
+    for run in range(1, 5):
+        with pytest.raises(DataError, match="answered without a chat completion"):
+            judged(PAIRS, panel=[at(endpoint, prompt_price=1.0, concurrency=1)])
+        assert len(endpoint.requests) == 5 * run
+
+
+def test_calibration_leaves_out_what_a_list_cannot_show_and_says_where(endpoint, judged, tmp_path, capsys):
+    rows = [{"prompt": f"p{n}", "completions": [SHORT, LONG], "ranking": [[1], [0]]} for n in range(3)]
+    many = [f"answer {n}" for n in range(17)]
+    rows.insert(1, {"prompt": "many", "completions": many, "ranking": [[n] for n in range(17)]})
+    people = write(tmp_path / "people.jsonl", rows)
+    asked = {"panel": [at(endpoint)], "calibration": people, "method": "listwise"}
+    with pytest.raises(DataError, match=r"more than 16 answers, which `method: listwise` cannot show.*people\.jsonl:2"):
+        judged(PAIRS[:1], **asked)
+    judged(PAIRS[:1], **asked, data={"max_skip": 0.25})
+    assert "people.jsonl:2" in "".join(capsys.readouterr().err.split())
+    assert len(endpoint.requests) == 3 * 2 + 2

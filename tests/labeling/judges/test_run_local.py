@@ -101,8 +101,16 @@ class Thread(Processes):
 
 
 def test_processes_share_the_questions_to_a_local_model_and_rank_0_asks_endpoints(
-    roomy_llama, judged, endpoint, report, votes, tmp_path, few_at_once
+    roomy_llama, judged, endpoint, report, votes, tmp_path, few_at_once, monkeypatch
 ):
+    # Loading swaps functions of transformers for a while, which threads share and processes do not.
+    load, one_at_a_time = local.load_policy, threading.Lock()
+
+    def alone_loaded(source: Any) -> Any:
+        with one_at_a_time:
+            return load(source)
+
+    monkeypatch.setattr(local, "load_policy", alone_loaded)
     panel = [{"model": str(roomy_llama)}, {"url": endpoint.url, "name": "judge"}]
     alone = judged(ITEMS, panel=panel)
     said = votes()
