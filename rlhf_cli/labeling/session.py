@@ -221,7 +221,7 @@ class LabelSession:
             return self._answer(given, "ranked", entry, "", key, active_seconds)
 
     def skip(self, annotator: int, task: int, *, key: str, active_seconds: float, reason: str = "") -> Receipt:
-        """Pass a task on to others; see `submit`."""
+        """Leave a task out; after `LabelPlan.set_aside_after` people did, nobody is asked. See `submit`."""
         with self.together():
             given = self._own(annotator, task)
             check_text(reason, "the reason", MAX_REASON)
