@@ -165,7 +165,7 @@ def _labels(row: Ranked) -> list[Ranked]:
 
 
 def _hash(row: Ranked) -> str:
-    text = json.dumps([row["prompt"], row["completions"]], ensure_ascii=False)
+    text = json.dumps([row["prompt"], sorted(row["completions"])], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

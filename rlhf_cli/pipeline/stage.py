@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rlhf_cli.recipe.schema import Recipe
+if TYPE_CHECKING:
+    from rlhf_cli.recipe.schema import Recipe
 
 KEPT = "kept"
 """Name of the folder in a run directory that nothing of ours ever empties."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,8 @@ def test_prompts_with_nothing_to_compare_are_skipped_and_counted(tmp_path: Path,
 
 
 def test_an_ensemble_of_copies_is_found_out(models: list[str], tmp_path: Path, capsys):
-    choose(context(tmp_path / "copies", [models[0], models[0]], by="disagreement"), sampled())
+    copy = shutil.copytree(models[0], tmp_path / "copy")
+    choose(context(tmp_path / "copies", [models[0], str(copy)], by="disagreement"), sampled())
     said = " ".join(capsys.readouterr().err.split())
     assert "the preferences of the reward models do not differ at all (are they copies of one another?)" in said
     choose(context(tmp_path / "two", models, by="disagreement"), sampled())
