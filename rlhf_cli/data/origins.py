@@ -185,7 +185,7 @@ def _no_files(folder: Path, entries: list[Path], names: set[str]) -> DataError:
         )
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     return DataError(
-        f"{folder}: is a directory without data files; it has {listed(sorted(names))}",
+        f"{folder}: is a directory without data files; it {f'has {listed(sorted(names))}' if names else 'is empty'}",
         hint=f"name a folder in it, such as `{folder / folders[0]}`"
         if folders
         else "data files end in .jsonl, .json, .csv or .parquet, each also with .gz",

@@ -20,8 +20,8 @@ class LabelSettings(Section):
     """Sampling K answers a prompt and ranking them, or bringing in rankings that people already made."""
 
     by: Literal["function", "reward-model", "human", "judge", "import"]
-    """Who ranks: a Python function, a trained reward model, people (at the keyboard or in a browser), language models
-    as judges, or people already did (`data`)."""
+    """Who ranks: a `function`, a `reward-model`, people (`human`), language models (`judge`), or people already did
+    (`import`)."""
     model: ModelName = None
     """Policy to sample from; null is what `sft` wrote."""
     prompts: DataName = None

@@ -132,6 +132,7 @@ def _shown(place: Place, value: Any, layers: Layers) -> str:
     if isinstance(value, str):
         shown = f'"{value}"'
     else:
-        shown = layers.texts.get(place) or {None: "nothing (null)", True: "true", False: "false"}.get(value, str(value))
+        said = "nothing (null)" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        shown = layers.texts.get(place) or said  # a dictionary of words would call 0 false
     shown = shown.encode("unicode_escape").decode() if not shown.isprintable() else shown
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
