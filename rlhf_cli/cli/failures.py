@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 
 from rlhf_cli.errors import EXIT_USAGE, RecipeError, ReportedError, RLHFError, WaitingForLabelsError
@@ -40,7 +42,18 @@ def _print(messages: list[str], hint: str | None, label: tuple[str, str] = ("err
     lines = [f"{_label(*label)} {_clean(message)}" for message in messages]
     if hint is not None:
         lines += ["", f"{_label('hint', '36')} {_clean(hint)}"]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    print("\n".join(map(_wrapped, lines)), file=sys.stderr, flush=True)
+
+
+def _wrapped(line: str) -> str:
+    """On a terminal, broken between words; elsewhere as it is, for whoever reads it by line."""
+    if not sys.stderr.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return "\n".join(
+        textwrap.fill(part, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+        for part in line.split("\n")
+    )
 
 
 def _label(text: str, colour: str) -> str:

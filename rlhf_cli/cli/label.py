@@ -23,6 +23,7 @@ from rlhf_cli.cli.options import (
     Settings,
 )
 from rlhf_cli.cli.running import one_stage
+from rlhf_cli.errors import UsageError
 
 _STAGE = "stage"
 """Inner name of the command that `rlhf label` is without a word behind it."""
@@ -176,6 +177,8 @@ def _panel(judges: list[str] | None) -> list[dict[str, str]] | None:
     for judge in judges:
         name, _, url = judge.partition("@")
         is_endpoint = url.startswith(("http://", "https://"))
+        if url and not is_endpoint and (":" in url or url.split("/")[0].count(".")):
+            raise UsageError(f"`--judge {judge}`: the address has no http://", hint=f"write {name}@http://{url}")
         panel.append({"url": url, "name": name} if is_endpoint else {"model": judge})
     return panel
 

@@ -79,6 +79,11 @@ def label_by_people(run_stage: Callable[[bool], None], face: Face, *, waits_in: 
             _nothing_to_label()
             typer.echo(waits_in / "label")
         return
+    if waits_in is not None:
+        what = "nothing waits for labels there" if waits_in.is_dir() else "no such run directory"
+        raise UsageError(
+            f"{waits_in}: {what}", hint="name a run that waits, or give a recipe, or `--by` and what it needs"
+        )
     try:
         run_stage(force)
         if face.serve or face.annotators:

@@ -222,7 +222,8 @@ class Planner:
             found = [f"the record of what it began with is lost ({file} is missing or damaged)"]
         raise ChangedInputsError(
             f"{self._run.path} has an unfinished `{stage.name}` that began differently: {_listed(found)}",
-            hint=f"set it back to go on, or throw the unfinished work away with `--force {stage.name}`",
+            hint=f"set it back to go on, or throw the unfinished work away with `--force {stage.name}`"
+            + ("; people's labels and paid verdicts are kept" if stage.name == "label" else ""),
         )
 
 

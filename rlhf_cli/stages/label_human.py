@@ -12,7 +12,9 @@ from rlhf_cli.labeling.label_records import write_labels
 from rlhf_cli.labeling.merging import merge, require
 from rlhf_cli.labeling.session import LabelSession
 from rlhf_cli.labeling.session_types import LabelPlan, Progress
+from rlhf_cli.labeling.statistics.summary import statistics
 from rlhf_cli.pipeline.stage import StageContext
+from rlhf_cli.progress import warn
 from rlhf_cli.recipe.human import HumanSettings
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.label_sampling import check_count, distinct
@@ -55,6 +57,12 @@ def run_people(context: StageContext, candidates: Sequence[Candidates]) -> Human
     finally:
         session.close()
     write_labels(context.output / "labels.jsonl", labels)
+    warnings = statistics(labels, seed=context.recipe.seed).warnings
+    if warnings:
+        warn(
+            f"{len(warnings):,} {'thing' if len(warnings) == 1 else 'things'} about these labels to look into before "
+            f"training on them: `rlhf label stats {context.output.parent}`"
+        )
     people = sum(row.labels > 0 for row in overview)
     hours = sum(row.active_seconds for row in overview) / 3600
     metrics = {
@@ -108,8 +116,10 @@ def _gold(context: StageContext) -> list[Candidates]:
 
 def waiting(progress: Progress, store: Path, run_dir: Path) -> WaitingForLabelsError:
     """What is said while labels lack."""
+    aside = f", {progress.set_aside:,} set aside" if progress.set_aside else ""
     return WaitingForLabelsError(
-        f"the pipeline waits for people: {progress.done:,} of {progress.items:,} prompts are labelled, "
+        f"the pipeline waits for people: {progress.done - progress.set_aside:,} of {progress.items:,} prompts are "
+        f"labelled{aside}, "
         f"{progress.labels_left:,} {'label is' if progress.labels_left == 1 else 'labels are'} still needed",
         store=str(store),
         hint=f"label with `rlhf label --run-dir {run_dir}` at the keyboard, or with `--serve` in a browser; then run "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.data.records import Candidates, Ranking, prompt_text
 from rlhf_cli.data.skips import Skip, SkipLog
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, warn
@@ -246,6 +246,13 @@ def _outcome(
     }
     text = json.dumps(plain, indent=2, ensure_ascii=False)
     (context.output / reporting.REPORT).write_text(text + "\n", encoding="utf-8")
+    if skips.total == len(candidates):
+        names = ", ".join(ballot.judge.name for ballot in ballots)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skips.counts.items())
+        raise DataError(
+            f"{names} ranked none of {len(candidates):,} prompts: {reasons}",
+            hint=f"see {context.output / reporting.VOTES}; try another judge, or one that reads longer texts",
+        )
     skips.check(len(candidates), context.recipe.data.max_skip, "label.judge")
     return Judged(rankings, skips.counts, report.metrics(), report.summary())
 

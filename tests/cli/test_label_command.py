@@ -78,6 +78,17 @@ def test_who_has_no_name_is_asked_for_one_and_others_never(rlhf, answers, tmp_pa
     assert "--annotator NAME" in asked.stderr
 
 
+def test_a_run_that_does_not_wait_is_named(rlhf, tmp_path):
+    assert "nowhere: no such run directory" in rlhf("label", "--run-dir", "nowhere", code=2).stderr
+    (tmp_path / "idle").mkdir()
+    assert "idle: nothing waits for labels there" in rlhf("label", "--run-dir", "idle", "--serve", code=2).stderr
+
+
+def test_an_address_without_its_scheme_is_no_model(rlhf, answers):
+    refused = rlhf("label", "--judge", "gpt@127.0.0.1:9191/v1", "--items", answers, code=2)
+    assert "write gpt@http://127.0.0.1:9191/v1" in refused.stderr
+
+
 def test_several_people_do_not_share_a_keyboard(rlhf, answers, tmp_path):
     refused = rlhf("label", "--by", "human", "--items", answers, "--annotator", "a", "--annotator", "b", code=2)
     assert "one person labels at a keyboard" in refused.stderr

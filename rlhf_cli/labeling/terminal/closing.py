@@ -8,7 +8,13 @@ from rlhf_cli.progress import in_words
 
 
 def closing_lines(
-    tally: Tally, progress: Progress, has_draft: bool, is_draft_kept: bool, again: str, afterwards: str
+    tally: Tally,
+    progress: Progress,
+    has_draft: bool,
+    is_draft_kept: bool,
+    again: str,
+    afterwards: str,
+    nothing_free: bool = False,
 ) -> list[str]:
     """A few lines for the person who labelled.
 
@@ -19,6 +25,7 @@ def closing_lines(
         is_draft_kept: it is on disk.
         again: command that goes on; empty where that is said elsewhere.
         afterwards: what to do once all is labelled.
+        nothing_free: what is left is in other people's hands.
     """
     lines = [_done(tally)]
     if not is_draft_kept:
@@ -27,6 +34,10 @@ def closing_lines(
         lines.append("the one in hand is kept as you left it")
     if progress.left_for_me:
         lines.append(f"left: {progress.left_for_me:,} for you")
+        if nothing_free:
+            lines.append(
+                "others have these in hand just now; a task comes free half an hour after its person was last seen"
+            )
         if again:
             lines.append(f"to go on where you stopped: {again}")
     elif progress.is_complete:

@@ -78,7 +78,11 @@ def label_in_terminal(
     outcome = Outcome(end, desk.tally, session.progress(person.id), entered, desk.is_draft_kept, signum)
     if signum != signal.SIGHUP:  # else nobody is there to read it
         again = "" if signum in (None, signal.SIGINT) else again
-        for line in closing_lines(desk.tally, outcome.progress, entered, desk.is_draft_kept, again, afterwards):
+        nothing_free = end == "nothing left"
+        lines = closing_lines(
+            desk.tally, outcome.progress, entered, desk.is_draft_kept, again, afterwards, nothing_free
+        )
+        for line in lines:
             say(line)
     return outcome
 

@@ -78,7 +78,7 @@ def serve(
     async def run() -> int | None:
         links = await app.begin(list(annotators))
         if not is_loopback(host):
-            _warn_of_network(host)
+            _warn_of_network(host, listener.getsockname()[1])
         return await _run(app.asgi(host), listener, lambda: announce(links), stop)
 
     try:
@@ -128,11 +128,11 @@ def _name(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _warn_of_network(host: str) -> None:
+def _warn_of_network(host: str, port: int) -> None:
     warn(
         f"listening at {host}: everyone on that network can reach this page, and links and labels travel unencrypted. "
         "Whoever has a link can label in that name. Safer: stay on 127.0.0.1 and let people in through ssh "
-        "(`ssh -L 8100:127.0.0.1:8100 this-machine`)"
+        f"(`ssh -L {port}:127.0.0.1:{port} this-machine`)"
     )
 
 

@@ -167,7 +167,7 @@ def test_verdicts_are_asked_for_once_whatever_runs_again(endpoint, judged, repor
 
 def test_prompts_without_verdicts_are_left_out_and_too_many_end_the_run(endpoint, judged, report, votes):
     endpoint.judge = lambda model, answers: "Hard to say." if LONG in answers[0] else "[[A]]"
-    with pytest.raises(DataError, match=r"24 records can be used .*24 no verdict by any judge"):
+    with pytest.raises(DataError, match=r"ranked none of 24 prompts: 24 no verdict by any judge"):
         judged(PAIRS, panel=[at(endpoint)])
     assert report()["judges"][0]["failures"] == {"no verdict in the reply": 24}
     assert sum(vote["failure"] is not None for vote in votes()) == 24

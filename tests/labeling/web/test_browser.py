@@ -146,7 +146,7 @@ def test_a_phone_ranks_by_tapping_and_by_dragging_with_a_finger(browser: Browser
         page.locator(".pool .chip[data-position='2']").tap()
         page.locator("#tie").tap()
         page.locator(".pool .chip[data-position='0']").tap()
-        page.locator("#answer-1 .rank").tap()
+        page.locator("#answer-1 .badge").tap()
         finger_drag(page, ".chip[data-position='3']", "[data-drop='gap:0']")
         page.locator("#submit").tap()
         page.wait_for_selector("#message:visible")

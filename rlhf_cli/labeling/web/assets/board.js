@@ -66,7 +66,7 @@ export class Board {
     const gap = document.createElement("li");
     gap.className = "gap";
     gap.dataset.drop = `gap:${index}`;
-    if (this.ranking.tiers.length === 0) gap.textContent = "Press the letter of the best answer, tap it, or drag it here";
+    if (this.ranking.tiers.length === 0) gap.textContent = "Press or tap the letter of the best answer, or drag it here";
     else gap.setAttribute("aria-hidden", "true");
     return gap;
   }

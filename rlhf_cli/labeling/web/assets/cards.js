@@ -32,7 +32,8 @@ export function answerCard(text, position, letter, markGroups, onRank) {
   badge.className = "badge";
   badge.dataset.drag = position;
   badge.textContent = letter;
-  badge.title = "drag it into your order";
+  badge.title = "click for the next place, or drag it into your order";
+  badge.addEventListener("click", () => onRank(true));
   const rank = document.createElement("button");
   rank.type = "button";
   rank.className = "rank";
