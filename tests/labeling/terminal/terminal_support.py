@@ -101,6 +101,7 @@ class Terminal:
 
     def __init__(self, store: Path, columns: int = 80, rows: int = 24, program: str = PROGRAM) -> None:
         self.master, self.slave = pty.openpty()
+        self.open_files: tuple[int, ...] = (self.master, self.slave)
         self.resize(columns, rows, tell=False)
         self.before = termios.tcgetattr(self.slave)
         self.screen = Screen()
@@ -165,8 +166,10 @@ class Terminal:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        for fd in (self.master, self.slave):
-            try:
-                os.close(fd)
-            except OSError:
-                continue
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close the window. Once: by a second time the numbers may belong to somebody else's files."""
+        for fd in self.open_files:
+            os.close(fd)
+        self.open_files = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -119,8 +118,7 @@ def test_a_closed_window_keeps_the_draft(store, started):
     terminal = started()
     terminal.wait_for("Question 0?")
     terminal.type("c=d", then="c = d")
-    os.close(terminal.slave)
-    os.close(terminal.master)
+    terminal.hang_up()
     assert terminal.process.wait(15) == 0
     assert LabelSession(store, create=False).task(1, 1).draft == Entry(((2, 3),))
 
