@@ -19,7 +19,7 @@ def closing_lines(
     """A few lines for the person who labelled.
 
     Args:
-        tally: of this sitting.
+        tally: of this visit.
         progress: of this person, now.
         has_draft: a task in hand has something entered.
         is_draft_kept: it is on disk.

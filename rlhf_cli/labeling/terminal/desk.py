@@ -36,7 +36,7 @@ PLAN_CHANGED = "what is asked has changed"
 
 @dataclass
 class Tally:
-    """What was done in this sitting; what was taken back is not counted as done."""
+    """What was done in this visit; what was taken back is not counted as done."""
 
     ranked: int = 0
     skipped: int = 0

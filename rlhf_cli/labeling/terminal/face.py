@@ -21,7 +21,7 @@ _SLOW = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sitting ended.
+    """How a visit ended.
 
     Attributes:
         end: the person quit, nothing was left for them, or a signal (the closing of the window too) ended it.

@@ -138,7 +138,7 @@ def test_time_between_keys_counts_and_a_long_pause_as_a_minute(session, clock):
     assert desk.tally.active_seconds == 70.0
 
 
-def test_time_of_an_earlier_sitting_counts_too(session, clock):
+def test_time_of_an_earlier_visit_counts_too(session, clock):
     desk = sit(session, clock)
     clock.now += 20
     assert press(desk, "bq").kind == "quit"
