@@ -131,6 +131,8 @@ class LabelState:
         """Assignment -> the undo that opened it again."""
         self.taken_back: dict[int, Action] = {}
         """Assignment -> the answer that was taken back last."""
+        self.taken_ranking: dict[int, tuple[Entry, int]] = {}
+        """Assignment -> the ranking that was taken back last, and the number of the undo that did it."""
         self.hidden: dict[int, list[Purpose]] = defaultdict(list)
         """Annotator -> what their tasks are for, as far as that was looked up."""
         self.drafts: dict[int, DraftRow] = {}
@@ -228,6 +230,8 @@ class LabelState:
             self.stack[who].remove(before)
             self.reopened[action.assignment] = action
             self.taken_back[action.assignment] = before
+            if before.entry is not None:
+                self.taken_ranking[action.assignment] = (before.entry, action.id)
             if counted:
                 count.ranked.discard(who)
                 count.refused.discard(who)
@@ -278,9 +282,10 @@ class LabelState:
         draft, undo = self.drafts.get(assignment), self.reopened.get(assignment)
         if undo is None or (draft is not None and draft.undo == undo.id):
             return (None, 0) if draft is None else (draft.entry, draft.active_ms)
-        before = self.taken_back[assignment]
-        entry = draft.entry if draft is not None and before.entry is None else before.entry  # before a skip, say
-        return entry, before.active_ms
+        entry, taken_by = self.taken_ranking.get(assignment, (None, 0))
+        if draft is not None and (draft.undo or 0) >= taken_by:  # written after that ranking, before a skip, say
+            entry = draft.entry
+        return entry, self.taken_back[assignment].active_ms
 
 
 def action_of(

@@ -689,3 +689,17 @@ def test_a_database_of_somebody_else_is_no_label_store(tmp_path, table):
     for read_only in (True, False):
         with pytest.raises(DataError, match="but no label store"):
             LabelSession(path, read_only=read_only)
+
+
+def test_what_was_entered_outlives_a_skip_that_is_taken_back(store, clock):
+    session = opened(store, clock)
+    ann = session.annotator("Ann").id
+    task = session.next(ann)
+    session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
+    assert session.undo(ann, key="u").draft == best_first(task)
+    session.skip(ann, task.id, key="s", active_seconds=0)
+    assert session.undo(ann, key="u2").draft == best_first(task)
+    session.save_draft(ann, task.id, Entry(((1,),)), active_seconds=0)
+    session.skip(ann, task.id, key="s2", active_seconds=0)
+    assert session.undo(ann, key="u3").draft == Entry(((1,),))
+    assert LabelSession(store, clock=clock).task(ann, task.id).draft == Entry(((1,),))

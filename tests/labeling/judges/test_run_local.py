@@ -50,7 +50,7 @@ def test_a_local_model_labels_and_is_not_loaded_again_for_what_it_said(roomy_lla
 
 def test_other_weights_are_another_judge(roomy_llama, tiny_llama, judged, tmp_path):
     judged(ITEMS, panel=[{"model": str(roomy_llama)}])
-    with pytest.raises(DataError, match="none of its 5 records"):  # its room is too small for all of them
+    with pytest.raises(DataError, match="ranked none of 5 prompts"):  # its room is too small for all of them
         judged(ITEMS, panel=[{"model": str(tiny_llama)}])
     assert len(kept(tmp_path)["verdicts.jsonl"]) == 2 * QUESTIONS
 
