@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from rlhf_cli.training.metrics import MetricsLog
     from rlhf_cli.training.trackers import Trackers
 
-_EXCERPT = 80
+EXCERPT = 80
+"""Characters of a prompt by which a record that is left out is recognised."""
 
 
 def model_source(recipe: Recipe, path: str, *, quantised: bool = False) -> ModelSource:
@@ -138,7 +139,7 @@ def load_prompts(
         seen.add(key)
         tokens = form.prompt_ids(record.prompt)
         if len(tokens) > room:
-            excerpt = prompt_text(record.prompt)[:_EXCERPT]
+            excerpt = prompt_text(record.prompt)[:EXCERPT]
             loaded.skips.add(Skip(record.place or source, f"prompt longer than {room:,} tokens", excerpt))
             continue
         prompts.append(record.prompt)

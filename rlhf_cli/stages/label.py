@@ -24,15 +24,12 @@ from rlhf_cli.labeling.labelers import (
 from rlhf_cli.pipeline.stage import StageContext, StageOutcome
 from rlhf_cli.progress import task, warn
 from rlhf_cli.ranks import is_main
-from rlhf_cli.stages.common import model_source, prompt_template
-from rlhf_cli.stages.label_sampling import Sampled, check_count, distinct, given_answers, sample_answers
+from rlhf_cli.stages.common import EXCERPT, model_source, prompt_template
+from rlhf_cli.stages.label_sampling import ALL_EQUAL, Sampled, check_count, distinct, given_answers, sample_answers
 from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.schema import LabelSettings
-
-_EXCERPT = 80
-_ALL_EQUAL = "all answers are equal"
 
 
 def run(context: StageContext) -> StageOutcome:
@@ -77,7 +74,7 @@ def _compared(context: StageContext, settings: LabelSettings, sampled: Sampled) 
         if len(row.completions) > 1:
             candidates.append(row)
         else:
-            sampled.skips.add(Skip(row.place, _ALL_EQUAL, prompt_text(row.prompt)[:_EXCERPT]))
+            sampled.skips.add(Skip(row.place, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
     if not candidates:
         raise DataError(
             "there is nothing to compare: every prompt's answers are equal to one another",

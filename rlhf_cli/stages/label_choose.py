@@ -20,16 +20,14 @@ from rlhf_cli.labeling.choosing import Choice, Chosen, Item, choose
 from rlhf_cli.labeling.labelers import RewardModelLabeler, score_answers
 from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import model_source, prompt_template
-from rlhf_cli.stages.label_sampling import Sampled
+from rlhf_cli.stages.common import EXCERPT, model_source, prompt_template
+from rlhf_cli.stages.label_sampling import ALL_EQUAL, Sampled
 from rlhf_cli.stages.sharing import divide
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.choosing import ChooseSettings
 
 FILE_NAME = "chosen.jsonl"
-_EXCERPT = 80
-_ALL_EQUAL = "all answers are equal"
 _NO_DIFFERENCE = 1e-9
 
 
@@ -60,7 +58,7 @@ def choose_candidates(context: StageContext, settings: ChooseSettings, sampled: 
         chosen = [Chosen(**{**row, "answers": tuple(row["answers"])}) for row in choice]
     alike = [row for row in rows if len(set(row.completions)) < 2]
     for row in alike:
-        sampled.skips.add(Skip(row.place, _ALL_EQUAL, prompt_text(row.prompt)[:_EXCERPT]))
+        sampled.skips.add(Skip(row.place, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
     if not chosen:
         raise DataError(
             f"there is nothing to choose from: the answers to each of {len(rows):,} prompts are equal to one another",

@@ -15,7 +15,7 @@ from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, warn
-from rlhf_cli.stages.common import model_source
+from rlhf_cli.stages.common import EXCERPT, model_source
 
 if TYPE_CHECKING:
     from rlhf_cli.labeling.judges.budget import Budget
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rlhf_cli.recipe.judging import JudgeModelSettings, JudgeSettings
 
 CALIBRATION = "calibration.json"
-_EXCERPT = 80
 _NO_VERDICT = "no verdict by any judge"
 _TOO_FEW = "verdicts on less than half of its pairs"
 
@@ -208,7 +207,7 @@ def _human_rankings(context: StageContext, settings: JudgeSettings, source: str)
         if not isinstance(record, Candidates):
             continue
         if settings.method == "listwise" and is_too_many(record.completions):
-            skips.add(Skip(record.place or source, too_many, prompt_text(record.prompt)[:_EXCERPT]))
+            skips.add(Skip(record.place or source, too_many, prompt_text(record.prompt)[:EXCERPT]))
         else:
             records.append(record)
     skips.check(len(records) + skips.total, data.max_skip, source)
@@ -270,6 +269,6 @@ def _rankings(
             rankings.append(Ranking(row.prompt, row.completions, tiers_of(found, count), annotator=annotator))
             continue
         rankings.append(None)
-        excerpt = prompt_text(row.prompt)[:_EXCERPT]
+        excerpt = prompt_text(row.prompt)[:EXCERPT]
         skips.add(Skip(row.place or "an item", _TOO_FEW if found else _NO_VERDICT, excerpt))
     return rankings, skips

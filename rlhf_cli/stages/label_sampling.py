@@ -10,6 +10,7 @@ from rlhf_cli.data.records import Candidates, seed_for
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.answers import Answer, AnswerFile
+from rlhf_cli.labeling.session_types import ANSWER_LETTERS
 from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.processes import Processes
 from rlhf_cli.progress import say, task, warn
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from rlhf_cli.recipe.schema import LabelSettings
 
 
-MOST_ANSWERS = 16
-"""There are letters for so many."""
+MOST_ANSWERS = len(ANSWER_LETTERS)
+ALL_EQUAL = "all answers are equal"
+"""Why a prompt is left out."""
 
 
 @dataclass(frozen=True)

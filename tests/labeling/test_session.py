@@ -25,6 +25,7 @@ from rlhf_cli.labeling.session_types import (
     UnknownTaskError,
 )
 from rlhf_cli.labeling.sources import labels_of
+from rlhf_cli.labeling.store import LabelStore
 
 
 class Clock:
@@ -703,3 +704,30 @@ def test_what_was_entered_outlives_a_skip_that_is_taken_back(store, clock):
     session.skip(ann, task.id, key="s2", active_seconds=0)
     assert session.undo(ann, key="u3").draft == Entry(((1,),))
     assert LabelSession(store, clock=clock).task(ann, task.id).draft == Entry(((1,),))
+
+
+def test_a_draft_written_over_a_ranking_that_was_taken_back_outlives_a_skip(store, clock):
+    session = opened(store, clock)
+    ann = session.annotator("Ann").id
+    task = session.next(ann)
+    session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
+    session.undo(ann, key="u")
+    session.save_draft(ann, task.id, Entry(((1,),)), active_seconds=0)
+    session.skip(ann, task.id, key="s", active_seconds=0)
+    assert session.undo(ann, key="u2").draft == Entry(((1,),))
+
+
+def test_what_is_left_for_one_person_is_what_they_have_not_had(store, clock):
+    session = opened(store, clock, count=6, overlap=2)
+    ann, bo = session.annotator("Ann").id, session.annotator("Bo").id
+    label_all(session, ann, most=4)
+    assert (session.progress(ann).left_for_me, session.progress(bo).left_for_me) == (2, 6)
+    label_all(session, bo, most=1)
+    assert session.progress(bo).left_for_me == 5
+
+
+def test_what_is_committed_is_forced_to_the_disk(store):
+    connection = LabelStore(store).connection
+    full = 2
+    assert connection.execute("PRAGMA synchronous").fetchone() == (full,)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -138,7 +138,7 @@ def test_an_error_of_ours_restores_the_terminal_before_it_is_shown(store, starte
     assert LabelSession(store, create=False).task(1, 1).draft == Entry(((1,), (0,)))
 
 
-def test_stopped_and_continued_it_draws_anew(started):
+def test_stopped_and_continued_it_draws_anew(store, started):
     terminal = started()
     terminal.wait_for("Question 0?")
     terminal.type("b", then="ranking  b")
@@ -151,3 +151,4 @@ def test_stopped_and_continued_it_draws_anew(started):
     terminal.type("a", then="b > a")
     terminal.type("q")
     terminal.ended()
+    assert LabelSession(store, create=False).task(1, 1).draft == Entry(((1,), (0,)))
