@@ -1,4 +1,4 @@
-"""Do labels go further when reward models choose what is labelled? Both strategies of `label.choose` against random.
+"""Do labels go further when reward models choose what is labeled? Both strategies of `label.choose` against random.
 
     rlhf run recipes/quickstart.yaml --to label --run-dir RUN
     python benchmarks/active_labels.py RUN RESULTS.jsonl --plot active-labels.png
@@ -36,14 +36,14 @@ import torch
 from rlhf_cli import progress
 from rlhf_cli.data.records import Ranking, is_held_out, prompt_key
 from rlhf_cli.data.sources import read_records
-from rlhf_cli.evaluation.ranking import accuracy
-from rlhf_cli.labeling.choosing import Item, Strategy, choose
+from rlhf_cli.labeling.active_learning import Item, Strategy, choose
 from rlhf_cli.labeling.labelers import tiers_from_scores
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.scorer import Scorer, new_scorer
-from rlhf_cli.recipe.shared import LoraSettings
-from rlhf_cli.training.reward import RewardOptions, RewardTrainer
-from rlhf_cli.training.reward_data import encode_group
+from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
+from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.reward_model.data import encode_group
+from rlhf_cli.stages.reward_model.evaluation import accuracy
+from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
 
 STRATEGIES: tuple[Strategy, ...] = ("random", "uncertainty", "disagreement")
 MEMBERS = 3
@@ -76,13 +76,13 @@ class NoStop:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its answers and what the gold labeller thinks of each."""
+    """A prompt, its answers and what the gold labeler thinks of each."""
 
     ranking: Ranking
     scores: tuple[float, ...]
 
     def label(self, answers: Sequence[int]) -> Ranking:
-        """What the gold labeller says of some of the answers."""
+        """What the gold labeler says of some of the answers."""
         texts = tuple(self.ranking.completions[number] for number in answers)
         tiers = tiers_from_scores([self.scores[number] for number in answers], TIE_MARGIN)
         return Ranking(self.ranking.prompt, texts, tiers)
@@ -98,7 +98,7 @@ class Costs:
 
 @dataclass
 class Labels:
-    """What has been labelled: question -> answers."""
+    """What has been labeled: question -> answers."""
 
     answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -133,7 +133,7 @@ class Experiment:
     Args:
         source: the SFT model.
         questions: all of them.
-        answers: K, labelled of each question.
+        answers: K, labeled of each question.
         seed: of everything random.
     """
 
@@ -146,7 +146,7 @@ class Experiment:
         self.pool = [n for n, out in enumerate(is_out) if not out and len(set(questions[n].ranking.completions)) > 1]
 
     def run(self, budgets: Sequence[int]) -> list[dict]:
-        """Accuracy of each strategy at each number of labelled questions."""
+        """Accuracy of each strategy at each number of labeled questions."""
         begin = Labels().with_chosen(self.questions, self.pool, [], "random", budgets[0], self.answers, self.seed)
         first = self._train(begin, MEMBERS)
         start = [self._row(strategy, begin, first[0]) for strategy in STRATEGIES[:1]]
@@ -165,7 +165,7 @@ class Experiment:
                 found.append(self._row(strategy, labels, models[0]))
         return found
 
-    def _row(self, strategy: Strategy, labels: Labels, model: Scorer) -> dict:
+    def _row(self, strategy: Strategy, labels: Labels, model: RewardModel) -> dict:
         rankings = labels.rankings(self.questions)
         rewards = self._score(model, self.held_out)
         gold = [self.questions[number].label(range(len(self.questions[number].scores))) for number in self.held_out]
@@ -180,21 +180,21 @@ class Experiment:
             "ties": fmean(pairs),
         }
 
-    def _train(self, labels: Labels, members: int) -> list[Scorer]:
+    def _train(self, labels: Labels, members: int) -> list[RewardModel]:
         start = time.process_time()
         models = [self._train_one(labels, self.seed * MEMBERS + member) for member in range(members)]
         self.costs.training += time.process_time() - start
         return models
 
-    def _train_one(self, labels: Labels, seed: int) -> Scorer:
-        scorer = new_scorer(self.source, template=TEMPLATE, lora=LoraSettings().model_dump(), seed=seed)
+    def _train_one(self, labels: Labels, seed: int) -> RewardModel:
+        scorer = new_reward_model(self.source, template=TEMPLATE, lora=LoraSettings().model_dump(), seed=seed)
         groups = [encode_group(scorer, ranking) for ranking in labels.rankings(self.questions)]
         with tempfile.TemporaryDirectory() as folder:
             work, metrics = Path(folder), Path(folder) / "metrics.jsonl"
             RewardTrainer(scorer, groups, OPTIONS, seed=seed, work=work, metrics=metrics, stop=NoStop()).train()
         return scorer
 
-    def _score(self, model: Scorer, numbers: Sequence[int]) -> dict[int, list[float]]:
+    def _score(self, model: RewardModel, numbers: Sequence[int]) -> dict[int, list[float]]:
         """Rewards of all answers to some questions."""
         start = time.process_time()
         rows = [self.questions[number].ranking for number in numbers]
@@ -212,8 +212,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory of the quickstart, up to `label`")
     parser.add_argument("results", type=Path, help="JSONL file of what was found, made if need be")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
-    parser.add_argument("--answers", type=int, nargs="+", default=[2, 4], help="labelled of each question")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[20, 40, 80, 160], help="labelled questions")
+    parser.add_argument("--answers", type=int, nargs="+", default=[2, 4], help="labeled of each question")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[20, 40, 80, 160], help="labeled questions")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -247,7 +247,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 Curves = dict[tuple[int, str], dict[int, dict[int, dict]]]
-"""(answers, strategy) -> labelled questions -> seed -> row."""
+"""(answers, strategy) -> labeled questions -> seed -> row."""
 
 
 def by_strategy(rows: Sequence[dict]) -> Curves:
@@ -290,7 +290,7 @@ def table(answers: int, curves: Curves) -> None:
 
 
 def saved(answers: int, name: str, curves: Curves, seeds: Sequence[int], resamples: int = 2_000) -> str:
-    """Labelled questions at which the mean curve of a strategy crosses the end of random's, by bootstrap over seeds."""
+    """Labeled questions at which the mean curve of a strategy crosses the end of random's, by bootstrap over seeds."""
     budgets = sorted(curves[answers, name])
 
     def needed(drawn: Sequence[int]) -> float:
@@ -311,7 +311,7 @@ def saved(answers: int, name: str, curves: Curves, seeds: Sequence[int], resampl
 
 
 def draw(answers: Sequence[int], curves: Curves, path: Path) -> None:
-    """Accuracy against labelled questions, one picture for each K; bands are the intervals over seeds."""
+    """Accuracy against labeled questions, one picture for each K; bands are the intervals over seeds."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -319,18 +319,18 @@ def draw(answers: Sequence[int], curves: Curves, path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(answers), figsize=(5 * len(answers), 3.8), sharey=True, squeeze=False)
     for axis, count in zip(axes[0], answers, strict=True):
-        for name, colour in zip(STRATEGIES, ("#444444", "#d1702c", "#2b6cb0"), strict=True):
+        for name, color in zip(STRATEGIES, ("#444444", "#d1702c", "#2b6cb0"), strict=True):
             curve = curves[count, name]
             budgets = sorted(curve)
             found = [interval([row["accuracy"] for row in curve[budget].values()]) for budget in budgets]
             means, halves = np.array(found).T
-            axis.plot(budgets, means, marker="o", color=colour, label=name)
-            axis.fill_between(budgets, means - halves, means + halves, color=colour, alpha=0.13, linewidth=0)
+            axis.plot(budgets, means, marker="o", color=color, label=name)
+            axis.fill_between(budgets, means - halves, means + halves, color=color, alpha=0.13, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
         pairs = count * (count - 1) // 2
         axis.set_title(f"{count} answers a question: {pairs} pair{'s' if pairs > 1 else ''} each")
-        axis.set_xlabel("labelled questions")
+        axis.set_xlabel("labeled questions")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("accuracy on held-out pairs")
     axes[0][0].legend(frameon=False)

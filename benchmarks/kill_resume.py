@@ -2,10 +2,10 @@
 
     python benchmarks/kill_resume.py [--kills 50] [--seed 0] [--warm] [-- further arguments of `rlhf ppo`]
 
-Half of the kills fall uniformly over the run, from its first step on to its end (publishing the artefact takes about as
+Half of the kills fall uniformly over the run, from its first step on to its end (publishing the artifact takes about as
 long as a step); the others in turn inside rollout, scoring, update and saving of a random step. After each the command
-is given once more. Compared with a run that nothing disturbed, byte by byte: every file of the artefact (policy,
-critic, metrics) but the manifest, which holds times, and the checkpoint of the last step (weights, critic, optimiser,
+is given once more. Compared with a run that nothing disturbed, byte by byte: every file of the artifact (policy,
+critic, metrics) but the manifest, which holds times, and the checkpoint of the last step (weights, critic, optimizer,
 counters, random states), caught before the stage removes it.
 
 A fresh interpreter each time: about 12 s a kill on an idle core. With `--warm` only the undisturbed run is one, and the

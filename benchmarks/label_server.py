@@ -1,4 +1,4 @@
-"""Load the labelling page's server with many people at once, and kill it meanwhile.
+"""Load the labeling page's server with many people at once, and kill it meanwhile.
 
     python benchmarks/label_server.py --clients 50 --seconds 120 --kills 10
     python benchmarks/label_server.py --clients 200 --seconds 60
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.data.records import Candidates
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import LabelPlan
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import LabelPlan
 
 ANSWERS = 4
 _SERVER = """

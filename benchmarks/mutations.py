@@ -25,7 +25,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("rewards.scatter_add(1, last", "rewards.scatter(1, last"),
         (".masked_fill(~is_response, 0.0)\n    last", "\n    last"),
     ],
-    "advantages.generalised_advantages": [
+    "advantages.generalized_advantages": [
         ("gamma * following_value - values[:, t]", "following_value - values[:, t]"),
         ("gamma * gae_lambda * following_advantage", "gamma * following_advantage"),
         ("gamma * gae_lambda * following_advantage", "gae_lambda * following_advantage"),

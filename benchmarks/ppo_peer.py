@@ -8,7 +8,7 @@
 PEER is an environment of its own: `pip install torch==2.13.0 "trl==1.12.0" "transformers==5.18.0" peft datasets`.
 
 The task is the quickstart's: a Llama of 0.8 million weights that answers everyday questions, a reward model trained in
-full on the rankings of a gold labeller that is a Python function, and that function as the judge on held-out questions.
+full on the rankings of a gold labeler that is a Python function, and that function as the judge on held-out questions.
 Both trainers read the same folders: `transformer export` writes the SFT model as an ordinary Llama, whose pad token is
 not its end token, and the reward model is an ordinary classifier. `WORK/settings.json` holds the settings of both.
 Every `snapshot_steps` steps each side leaves its policy in `WORK/seedS/SIDE-KL/step-N.safetensors`.
@@ -93,9 +93,9 @@ def _overrides(texts: list[str]) -> dict[str, float | int | str]:
 
 def prepare(folder: Path, seed: int) -> None:
     """SFT model as a Llama in `sft/`, reward model in `reward/`, prompts as ids in `prompts.json`."""
+    from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.data.records import is_held_out
     from rlhf_cli.data.sources import read_records
-    from rlhf_cli.data.templates import PromptFormat
     from rlhf_cli.models.loading import ModelSource, load_tokenizer
 
     run = folder / "run"
@@ -144,7 +144,7 @@ def train(folder: Path, output: Path, seed: int, kl_coef: float, settings: dict[
     if process.returncode:
         sys.exit(f"rlhf ppo ended with {process.returncode}")
     last = output / f"step-{settings['steps']}.safetensors"
-    if not last.is_file():  # the stage removes its checkpoints when it is done; its artefact is the last one
+    if not last.is_file():  # the stage removes its checkpoints when it is done; its artifact is the last one
         shutil.copy(run / "ppo" / "model.safetensors", last)
     shutil.copy(run / "ppo" / "metrics.jsonl", output / "metrics.jsonl")
     shutil.rmtree(run)

@@ -3,7 +3,7 @@
     python benchmarks/ppo_peer_report.py WORK --plot curves.png
 
 Every snapshot answers the held-out questions of its seed with our sampler, the same random numbers for every policy.
-The gold labeller scores the answers as text, and KL is the mean of log pi(y) - log pi_SFT(y) over them, with our
+The gold labeler scores the answers as text, and KL is the mean of log pi(y) - log pi_SFT(y) over them, with our
 log-probabilities, so no trainer measures itself. `WORK/evaluations.jsonl` keeps what was found; only what is new is
 run.
 
@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.evaluation.answers import Policy, Sampling
+from rlhf_cli.data.chat_format import PromptFormat
+from rlhf_cli.generation.policy import Policy, Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -257,7 +257,7 @@ def draw(curves: Curves, sides: Sequence[str], answers: int, path: Path) -> None
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for side, colour in zip(sides, ("tab:blue", "tab:orange"), strict=True):
+    for side, color in zip(sides, ("tab:blue", "tab:orange"), strict=True):
         coefficients = sorted({run.kl_coef for run in curves if run.side == side})
         for kl_coef, style in zip(coefficients, ("-", "--", ":"), strict=False):
             chosen = [curve for run, curve in curves.items() if (run.side, run.kl_coef) == (side, kl_coef)]
@@ -268,10 +268,8 @@ def draw(curves: Curves, sides: Sequence[str], answers: int, path: Path) -> None
             episodes = [step * answers for step in steps]
             kl = [statistics.fmean(curve[step].kl for curve in chosen) for step in steps]
             for panel, x in zip(panels, (episodes, kl), strict=True):
-                panel.plot(
-                    x, means, style, color=colour, marker="o", markersize=3, label=f"{side}, kl_coef {kl_coef:g}"
-                )
-                panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+                panel.plot(x, means, style, color=color, marker="o", markersize=3, label=f"{side}, kl_coef {kl_coef:g}")
+                panel.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
     panels[0].set(xlabel="episodes", ylabel="gold score, held-out questions")
     panels[1].set(xlabel="KL to the SFT model, nats an answer")
     panels[1].legend(fontsize=7, loc="lower right")

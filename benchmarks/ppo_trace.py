@@ -5,7 +5,7 @@
 
 Published, for Pythia-160M on TL;DR at a learning rate of 1e-5 (Huang et al. 2024, "The N+ Implementation Details of
 RLHF with PPO"): running means over epochs 0 to 3 of approxkl 0, .0029, .0056, .0081; of the clip fraction 0, .025,
-.051, .073; of the ratio 1.0, 1.0001, 1.0011, 1.0022. Before the first optimiser step the ratio is 1 and approxkl 0:
+.051, .073; of the ratio 1.0, 1.0001, 1.0011, 1.0022. Before the first optimizer step the ratio is 1 and approxkl 0:
 whatever else they are says how far the log-probabilities of the update are from those called "old".
 
 All weights of MODEL are trained, one minibatch an epoch, constant learning rate. The reward model is MODEL under a
@@ -29,19 +29,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.sources import read_records
-from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.generation.torch_generator import stop_ids
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
-from rlhf_cli.models.roles import SeparateModels
-from rlhf_cli.recipe.ppo import PPOSettings
-from rlhf_cli.rewards.contract import Scores
-from rlhf_cli.rollout.experience import Engine
-from rlhf_cli.rollout.sampling import stop_ids
-from rlhf_cli.training.ppo import PPOData, PPOTrainer
-from rlhf_cli.training.ppo_options import PPOOptions
-from rlhf_cli.training.ppo_rollout import PromptSet
-from rlhf_cli.training.ppo_update import Experience, Updater, UpdateStatistics
+from rlhf_cli.rewards.base import Scores
+from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+from rlhf_cli.stages.ppo.models import SeparateModels
+from rlhf_cli.stages.ppo.options import PPOOptions
+from rlhf_cli.stages.ppo.rollout import PromptSet
+from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
 
 PUBLISHED = {
     "approxkl": (0.0, 0.0029, 0.0056, 0.0081),
@@ -129,7 +129,7 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
     policy, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
     reward = RandomReward(reference, form, seed=options.seed)
     roles = SeparateModels(policy, reference, critic, value_head=reward.head)
-    engine = Engine(
+    engine = ForwardPasses(
         roles,
         autocast=lambda: torch.autocast("cpu", source.precision, enabled=source.precision != torch.float32),
         micro_batch_size=settings.micro_batch_size,

@@ -10,7 +10,7 @@ the positions that predict an answer token. Opponents, all with transformers' ow
     no mask    the same batch without one: right padding needs none, so torch takes its causal kernel
     equal      answers of one length, the causal kernel, no padding at all: the opponent's best case
 
-Passes of both sides alternate in one process; the ratio is the median of the ratios of neighbours.
+Passes of both sides alternate in one process; the ratio is the median of the ratios of neighbors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.attention.hugging_face import implementation
-from rlhf_cli.rollout.batch import SequenceBatch
-from rlhf_cli.rollout.logprobs import Projection, response_hidden
+from rlhf_cli.generation.logprobs import Projection, response_hidden
+from rlhf_cli.generation.sequence_batch import SequenceBatch
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def make_files() -> dict[str, str]:
 
 
 def _ranking(question: str, answers: list[str]) -> dict[str, object]:
-    """Tiers by the gold labeller, best first; equal scores share a tier."""
+    """Tiers by the gold labeler, best first; equal scores share a tier."""
     scores = _gold()([question] * len(answers), answers)
     tiers = [[i for i, score in enumerate(scores) if score == level] for level in sorted(set(scores), reverse=True)]
     return {"prompt": question, "completions": answers, "ranking": tiers}

@@ -1,4 +1,4 @@
-"""Gold labeller of the quickstart: what a person at an advice desk would prefer, computed from the text alone.
+"""Gold labeler of the quickstart: what a person at an advice desk would prefer, computed from the text alone.
 
 An answer is good when it says something useful about what was asked, is kind, and knows when to stop. Every part is
 bounded, so no part can be piled up: there is nothing to gain from ten thanks or from one magic word.

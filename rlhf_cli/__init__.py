@@ -1,3 +1,3 @@
-"""RLHF from one recipe: supervised fine-tuning, labelling, a reward model, PPO and an honest evaluation."""
+"""RLHF from one recipe: supervised fine-tuning, labeling, a reward model, PPO and an honest evaluation."""
 
 __version__ = "0.1.0"

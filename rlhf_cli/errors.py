@@ -131,7 +131,7 @@ class ReportedError(RLHFError):
         self.exit_code = exit_code
 
 
-class Interrupted(RLHFError):  # noqa: N818  (not an error of the program: a request to stop that was honoured)
+class Interrupted(RLHFError):  # noqa: N818  (not an error of the program: a request to stop that was honored)
     """A signal asked the work to stop; what was done is saved and the same command goes on."""
 
     def __init__(self, signum: int) -> None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf_cli.ranks import is_main
-from rlhf_cli.watchdog import beat
+from rlhf_cli.distributed.ranks import is_main
+from rlhf_cli.distributed.watchdog import beat
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -1,4 +1,4 @@
-"""The sample data is what its script makes, every file reads, and the gold labeller judges as a person would."""
+"""The sample data is what its script makes, every file reads, and the gold labeler judges as a person would."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from rlhf_cli.data.records import Candidates, is_held_out, prompt_text
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.labeling.label_records import read_labels
-from rlhf_cli.labeling.session_types import item_id
+from rlhf_cli.labeling.session.types import item_id
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "data_samples"

@@ -1,6 +1,6 @@
 """Our backends inside Hugging Face models.
 
-A model that honours transformers' `AttentionInterface` calls our function in every layer. Who sees whom comes from the
+A model that honors transformers' `AttentionInterface` calls our function in every layer. Who sees whom comes from the
 first of four places that says so: the layout that the model's caller gave (`attention_layout`, for packed rows and
 prefix trees), the boundaries of TRL's packing (`cu_seq_lens_q` and `cu_seq_lens_k`), the layout that our mask function
 made of a padding mask, a cache or positions that start again, and, where the model made no mask, the shapes.

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_cli.attention import hugging_face, ways
-from rlhf_cli.attention.ways import WAYS, Sequences, kind_of
+from rlhf_cli.attention import batch_layouts as ways
+from rlhf_cli.attention import hugging_face
+from rlhf_cli.attention.batch_layouts import WAYS, Sequences, kind_of
 from rlhf_cli.errors import ModelError, UsageError
 
 
@@ -77,7 +78,7 @@ def parity(model: PreTrainedModel, check: str, alone: Alone, implementation: str
 
 
 def require(model: PreTrainedModel, name: str, implementation: str) -> None:
-    """Refuse a model that does not honour our attention, by name and before any training.
+    """Refuse a model that does not honor our attention, by name and before any training.
 
     Args:
         model: just loaded.

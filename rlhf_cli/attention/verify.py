@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_cli.attention import families, hugging_face, parity, registry
+from rlhf_cli.attention import hugging_face, parity, registry
+from rlhf_cli.attention import model_zoo as families
 from rlhf_cli.errors import ModelError, UsageError
 
 

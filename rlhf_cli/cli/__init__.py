@@ -8,10 +8,10 @@ import sys
 def main() -> int:
     """Entry point; returns the exit code (see `rlhf_cli.errors`)."""
     from rlhf_cli.cli.environment import debugging, prepare
-    from rlhf_cli.cli.failures import report
+    from rlhf_cli.cli.error_rendering import report
 
     prepare()
-    from rlhf_cli.pipeline.worker import Worker
+    from rlhf_cli.distributed.worker import Worker
 
     worker = Worker.adopt()
     try:
@@ -27,7 +27,7 @@ def main() -> int:
         if debugging() and not isinstance(error, KeyboardInterrupt):
             raise
         return report(error)
-    from rlhf_cli.rendezvous import leave
+    from rlhf_cli.distributed.rendezvous import leave
 
     leave()
     return code if isinstance(code, int) else 0

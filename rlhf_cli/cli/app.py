@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from rlhf_cli.cli import attention, doctor, evaluate, init, label, ppo, recipe, run, sft, train_rm, transformer
-from rlhf_cli.pipeline.stage import STAGES
+from rlhf_cli.cli import doctor, evaluate, init, ppo, recipe, run, sft, train_rm, transformer
+from rlhf_cli.cli.attention import commands as attention
+from rlhf_cli.cli.label import commands as label
+from rlhf_cli.stages.base import STAGES
 
 
 class _InOrder(TyperGroup):

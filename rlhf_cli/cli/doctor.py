@@ -11,7 +11,7 @@ from rlhf_cli.cli.options import Json
 
 def doctor(as_json: Json = False) -> None:
     """Say what this machine offers: versions, devices, precision, memory, disk."""
-    from rlhf_cli.cli.machine import examine, print_report
+    from rlhf_cli.cli.hardware import examine, print_report
 
     found = examine()
     if as_json:

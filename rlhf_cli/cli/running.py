@@ -45,12 +45,13 @@ class Request:
 
 
 def carry_out(request: Request) -> None:
-    """Run the stages and print the artefact's path, or JSON."""
-    from rlhf_cli.cli.closing import show_outcome, show_plan
+    """Run the stages and print the artifact's path, or JSON."""
+    from rlhf_cli.cli.run_summary import show_outcome, show_plan
+    from rlhf_cli.distributed import launcher as launch
+    from rlhf_cli.distributed.ranks import is_main
     from rlhf_cli.errors import RecipeError
-    from rlhf_cli.pipeline import launch, runner
-    from rlhf_cli.pipeline.plan import Selection
-    from rlhf_cli.ranks import is_main
+    from rlhf_cli.pipeline import runner
+    from rlhf_cli.pipeline.planner import Selection
     from rlhf_cli.recipe.derived import default_run_dir
     from rlhf_cli.recipe.loader import load_recipe
     from rlhf_cli.recipe.overrides import flag
@@ -83,7 +84,7 @@ def carry_out(request: Request) -> None:
 
 def _launch(request: Request, threads: int | None) -> None:
     """Where several processes are asked for, do all in those; returns where this process is to do it alone."""
-    from rlhf_cli.pipeline import launch
+    from rlhf_cli.distributed import launcher as launch
 
     if request.accelerate_config is not None:
         launch.hand_over(request.accelerate_config)

@@ -27,7 +27,7 @@ def train_rm(
     settings: Settings = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Scorer to start from; default: what `sft` wrote (`train_rm.model`)."),
+        typer.Option(metavar="MODEL", help="Reward model to start from; default: what `sft` wrote (`train_rm.model`)."),
     ] = None,
     data: Annotated[
         str | None,

@@ -26,7 +26,7 @@ _TOLERANCE = 1e-3
 @app.command()
 def convert(model: Model, out: Out, revision: Revision = None) -> None:
     """Write a GPT-2 or Llama model (SmolLM2, ...) as an explicit transformer: same weights, same logits."""
-    from rlhf_cli.transformer.checkpoints import as_explicit
+    from rlhf_cli.transformer.conversion import as_explicit
 
     _convert(model, out, revision, as_explicit)
 
@@ -34,7 +34,7 @@ def convert(model: Model, out: Out, revision: Revision = None) -> None:
 @app.command()
 def export(model: Model, out: Out, revision: Revision = None) -> None:
     """Write an explicit transformer as the GPT-2 or Llama it is, for programs that know only those."""
-    from rlhf_cli.transformer.checkpoints import as_transformers
+    from rlhf_cli.transformer.conversion import as_transformers
 
     _convert(model, out, revision, as_transformers)
 

@@ -15,7 +15,6 @@ from rlhf_cli.data.conversations import (
 )
 from rlhf_cli.data.prompts import PromptReader
 from rlhf_cli.data.records import Candidates, Prompt, Ranking
-from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.rows import Row, shown
 from rlhf_cli.data.values import (
     ALL_EQUAL,
@@ -31,6 +30,7 @@ from rlhf_cli.data.values import (
     subset_of,
     tiers_of,
 )
+from rlhf_cli.data.warnings import Remarks
 
 Tiers = tuple[tuple[int, ...], ...]
 _PAIR: Tiers = ((0,), (1,))

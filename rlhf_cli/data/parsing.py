@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from rlhf_cli.data.comparisons import ComparisonReader, has
 from rlhf_cli.data.conversations import text_of
 from rlhf_cli.data.fields import apply_columns, check_columns, missing
-from rlhf_cli.data.forms import Wanted, parts_of
+from rlhf_cli.data.formats import Wanted, parts_of
 from rlhf_cli.data.prompts import PromptReader
 from rlhf_cli.data.records import Candidates, Demonstration, Kind, PromptRecord, Ranking, Record
-from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.rows import Row
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.values import NO_ANSWER, SkipRecordError, answer_of, is_blank
+from rlhf_cli.data.warnings import Remarks
 
 
 class RowParser:

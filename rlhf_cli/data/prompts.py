@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rlhf_cli.data.conversations import decoded_cell, is_conversation, messages_of, text_of, unusual_turns
 from rlhf_cli.data.records import Message, Prompt
-from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.rows import Row, shown
+from rlhf_cli.data.warnings import Remarks
 
 
 class PromptReader:

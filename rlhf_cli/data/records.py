@@ -58,7 +58,7 @@ class Ranking:
         prompt: what was asked.
         completions: K answers.
         tiers: indices into `completions`, each exactly once.
-        margin: how much better the first tier is, where the labeller said so.
+        margin: how much better the first tier is, where the labeler said so.
         annotator: who ranked, where the file says so.
         place: `file:line` it came from.
     """
@@ -115,7 +115,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Hash by which the same prompt is recognised everywhere: splits, seeds and caches."""
+    """Hash by which the same prompt is recognized everywhere: splits, seeds and caches."""
     # One user turn and plain text are the same question, and must fall on the same side of every split.
     is_question = not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user"
     plain = prompt_text(prompt) if is_question else prompt_to_json(prompt)

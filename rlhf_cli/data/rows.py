@@ -30,7 +30,7 @@ class Row:
         return DataError(f"{self.place}: {message}", hint=hint)
 
     def excerpt(self) -> str:
-        """Beginning of the row, to recognise it by."""
+        """Beginning of the row, to recognize it by."""
         return shown(dict(self.fields), limit=160)
 
 

@@ -17,7 +17,7 @@ class Skip:
     Attributes:
         place: `file:line`.
         reason: short and the same for all records of its sort, since skips are counted by it.
-        excerpt: beginning of the record, to recognise it by.
+        excerpt: beginning of the record, to recognize it by.
     """
 
     place: str

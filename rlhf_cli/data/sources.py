@@ -23,8 +23,8 @@ from rlhf_cli.data.hub import HubSource
 from rlhf_cli.data.origins import resolve, rows_of, source_digest
 from rlhf_cli.data.parsing import RowParser
 from rlhf_cli.data.records import Candidates, Kind, Ranking, Record
-from rlhf_cli.data.remarks import Remarks
 from rlhf_cli.data.skips import Skip, SkipLog
+from rlhf_cli.data.warnings import Remarks
 from rlhf_cli.errors import DataError
 
 __all__ = [

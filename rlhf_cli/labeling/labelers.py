@@ -1,6 +1,6 @@
 """Who says which answer is better, and how scores become a ranking.
 
-A labeller scores answers, and scores become tiers. A person or a judge, who compares answers with one another,
+A labeler scores answers, and scores become tiers. A person or a judge, who compares answers with one another,
 writes the same rankings directly.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf_cli.data.records import Prompt, Ranking
-from rlhf_cli.rewards.checks import finite_scores
-from rlhf_cli.rewards.contract import Reward
+from rlhf_cli.rewards.base import Reward
+from rlhf_cli.rewards.validation import finite_scores
 
 if TYPE_CHECKING:
-    from rlhf_cli.models.scorer import Scorer
+    from rlhf_cli.models.reward_model.model import RewardModel
 
 
 _PROMPTS_AT_ONCE = 64
@@ -49,7 +49,7 @@ class FunctionLabeler:
 class RewardModelLabeler:
     """Scores by a trained reward model."""
 
-    scorer: Scorer
+    scorer: RewardModel
     batch_size: int
 
     def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
@@ -97,7 +97,7 @@ def score_answers(
 def tiers_from_scores(scores: Sequence[float], tie_margin: float = 0.0) -> tuple[tuple[int, ...], ...]:
     """Rank by score, best first; a tier holds all that are within `tie_margin` of its best.
 
-    The margin is measured from the best of a tier, not from neighbour to neighbour, so that a chain of small
+    The margin is measured from the best of a tier, not from neighbor to neighbor, so that a chain of small
     differences does not make the best and the worst equal.
 
     Args:

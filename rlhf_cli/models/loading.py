@@ -23,10 +23,10 @@ from transformers import (
 )
 
 import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
+from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.attention_choice import is_our_attention, set_attention
-from rlhf_cli.models.quantise import Quantise, as_ordinary, check_quantise, quantisation
-from rlhf_cli.ranks import world_size
+from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.quantize import Quantize, as_ordinary, check_quantize, quantization
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -44,7 +44,7 @@ class ModelSource:
         attention: one of our backends, `auto` for the best of them that serves, `package.module:function` for your own,
             or a name that transformers knows, such as `sdpa` and `eager`.
         device: where it lives.
-        quantise: bits of the frozen weights under an adapter; see `models.quantise`.
+        quantize: bits of the frozen weights under an adapter; see `models.quantize`.
     """
 
     path: str
@@ -54,7 +54,7 @@ class ModelSource:
     precision: torch.dtype = torch.float32
     attention: str = "auto"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    quantise: Quantise = "none"
+    quantize: Quantize = "none"
 
     def at(self, path: str) -> ModelSource:
         """The same way of holding a model, from another place; a revision belongs to its own place alone."""
@@ -64,7 +64,7 @@ class ModelSource:
 
     def in_full(self) -> ModelSource:
         """The same model with all its weights in float32, as they are trained and as they are merged."""
-        return replace(self, dtype=torch.float32, quantise="none")
+        return replace(self, dtype=torch.float32, quantize="none")
 
     def hub_arguments(self) -> dict[str, object]:
         """Arguments that every `from_pretrained` takes."""
@@ -167,7 +167,7 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
 
     Args:
         source: where and how.
-        dtype: precision of the weights, which are then not quantised; None is that of `source`.
+        dtype: precision of the weights, which are then not quantized; None is that of `source`.
     """
     config = load_config(source)
     if config.is_encoder_decoder:
@@ -201,12 +201,12 @@ def load_weights(
     """
     quiet_libraries()
     disable_dropout(config)
-    is_quantised = dtype is None and source.quantise != "none"
+    is_quantized = dtype is None and source.quantize != "none"
     held: dict[str, Any] = {}
-    if is_quantised:
-        check_quantise(source.quantise, source.device)
-        # Quantised weights are made where they live; 8-bit ones cannot move.
-        held = {"quantization_config": quantisation(source.quantise, source.precision), "device_map": source.device}
+    if is_quantized:
+        check_quantize(source.quantize, source.device)
+        # Quantized weights are made where they live; 8-bit ones cannot move.
+        held = {"quantization_config": quantization(source.quantize, source.precision), "device_map": source.device}
     try:
         model, report = kind.from_pretrained(
             source.path,
@@ -227,7 +227,7 @@ def load_weights(
             f"`{source.path}` lacks {len(missing):,} weights of a {config.model_type} model, such as `{missing[0]}`",
             hint="give the folder of a whole language model",
         )
-    model = as_ordinary(model).eval() if is_quantised else model.to(source.device).eval()
+    model = as_ordinary(model).eval() if is_quantized else model.to(source.device).eval()
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_cli.models.adapters import add_lora, load_adapter_state, merge_lora
 from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.models.lora import add_lora, load_adapter_state, merge_lora
 
 
 def merged_policy(

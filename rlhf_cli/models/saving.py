@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
-from rlhf_cli.models.adapters import adapter_layers, cast_weights
 from rlhf_cli.models.loading import quiet_libraries
+from rlhf_cli.models.lora import adapter_layers, cast_weights
 
 
 def save_model_folder(

@@ -1,4 +1,4 @@
-"""From one score an answer to an advantage a token: penalised rewards and generalised advantage estimation."""
+"""From one score an answer to an advantage a token: penalized rewards and generalized advantage estimation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def token_rewards(scores: Tensor, kl: Tensor, is_response: Tensor, *, kl_coef: f
     return rewards.scatter_add(1, last, scores.unsqueeze(1).to(rewards.dtype))
 
 
-def generalised_advantages(
+def generalized_advantages(
     rewards: Tensor, values: Tensor, is_response: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over answers that end with their last token.
+    """Generalized advantage estimation (Schulman et al. 2015, eq. 16) over answers that end with their last token.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lambda A_{t+1}; V and A are 0 behind the last real token.
 

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DataError
-from rlhf_cli.pipeline.hashing import hash_file, hash_folder
+from rlhf_cli.files import hash_file, hash_folder
 from rlhf_cli.pipeline.inputs import Input
-from rlhf_cli.pipeline.manifest import DamagedArtefact, Identity
-from rlhf_cli.pipeline.places import check_critic, check_data, check_file, check_model, function_file
-from rlhf_cli.pipeline.rundir import RunDirectory
-from rlhf_cli.pipeline.stage import Stage
+from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity
+from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
+from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.recipe.fields import dotted, values
 from rlhf_cli.recipe.schema import LabelSettings, Recipe
+from rlhf_cli.stages.base import Stage
 
 PENDING = "pending"
-"""Digest of an artefact that an earlier stage is still to write."""
+"""Digest of an artifact that an earlier stage is still to write."""
 
 
 def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     }
     kept.pop("model.revision", None)  # is part of the base model's digest
     if stage.name in ("label", "evaluate"):
-        kept.pop("model.quantise", None)  # which is for weights under an adapter that trains
+        kept.pop("model.quantize", None)  # which is for weights under an adapter that trains
     if stage.name != "sft":
         kept = {name: value for name, value in kept.items() if not name.startswith("model.build")}
     return kept | {"seed": recipe.seed}
@@ -54,18 +54,18 @@ class Digests:
 
     def of(self, given: Input) -> str:
         """Digest of one input; raises an `RLHFError` where there is nothing to hash."""
-        if given.what == "artefact":
-            return self._artefact(given)
+        if given.what == "artifact":
+            return self._artifact(given)
         key = (given.what, given.source)
         if key not in self._known:
             self._known[key] = self._compute(given)
         return self._known[key]
 
-    def _artefact(self, given: Input) -> str:
+    def _artifact(self, given: Input) -> str:
         upstream = given.upstream or ""
         try:
             manifest = self._run.read_manifest(upstream)
-        except DamagedArtefact as damage:
+        except DamagedArtifact as damage:
             raise DataError(f"{damage}", hint=f"make it again with `rlhf run RECIPE --force {upstream}`") from None
         return PENDING if manifest is None else manifest.content_digest
 
@@ -94,7 +94,7 @@ class Digests:
 
 
 def identity(stage: Stage, recipe: Recipe, inputs: list[Input], digests: Digests, pending: frozenset[str]) -> Identity:
-    """Everything the result depends on; artefacts of `pending` stages count as not yet known."""
+    """Everything the result depends on; artifacts of `pending` stages count as not yet known."""
     return {
         "stage": stage.name,
         "settings": settings_of(stage, recipe),

@@ -1,4 +1,4 @@
-"""What each stage reads: an earlier stage's artefact, or the setting that replaces it, or files of the user's."""
+"""What each stage reads: an earlier stage's artifact, or the setting that replaces it, or files of the user's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Literal
 
 from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import UsageError
-from rlhf_cli.pipeline.rundir import RunDirectory
-from rlhf_cli.pipeline.stage import STAGES, Stage
-from rlhf_cli.recipe.base import Names
-from rlhf_cli.recipe.human import HumanSettings
-from rlhf_cli.recipe.judging import JudgeSettings
-from rlhf_cli.recipe.ppo import RewardSettings
-from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
-from rlhf_cli.recipe.shared import is_own_function
+from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.recipe.schema import (
+    EvaluateSettings,
+    LabelSettings,
+    PPOSettings,
+    Recipe,
+    RewardModelSettings,
+    SFTSettings,
+)
+from rlhf_cli.settings.base import Names
+from rlhf_cli.settings.shared import is_own_function
+from rlhf_cli.stages.base import STAGES, Stage
+from rlhf_cli.stages.label.settings import HumanSettings, JudgeSettings
+from rlhf_cli.stages.ppo.settings import PPORewardSettings
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class Input:
         name: key in `StageContext.inputs`.
         source: folder, file, hub id, `file.py:function`, URL, or "build"; of a critic a folder.
         what: how it is checked and hashed.
-        setting: the setting that named it, for messages; empty for an artefact.
-        upstream: the stage that writes it, for an artefact.
+        setting: the setting that named it, for messages; empty for an artifact.
+        upstream: the stage that writes it, for an artifact.
         records: kind of records, for data.
         matters: whether the stage's result depends on it; the base model is shown to all and read by one, and a URL
             counts as the setting that it is.
@@ -36,7 +42,7 @@ class Input:
 
     name: str
     source: str
-    what: Literal["artefact", "model", "critic", "data", "file", "function", "endpoint", "build"]
+    what: Literal["artifact", "model", "critic", "data", "file", "function", "endpoint", "build"]
     setting: str = ""
     upstream: str | None = None
     records: Kind | None = None
@@ -49,8 +55,8 @@ class InputResolver:
 
     Args:
         recipe: resolved settings.
-        run: the run directory, whose finished artefacts count.
-        planned: names of stages that write their artefacts before they are read.
+        run: the run directory, whose finished artifacts count.
+        planned: names of stages that write their artifacts before they are read.
     """
 
     def __init__(self, recipe: Recipe, run: RunDirectory, planned: frozenset[str]) -> None:
@@ -134,13 +140,13 @@ class InputResolver:
         if settings.calibration is not None:
             yield Input("label.calibration", settings.calibration, "data", "label.judge.calibration", records="ranking")
 
-    def _train_rm(self, settings: TrainRMSettings) -> Iterator[Input]:
+    def _train_rm(self, settings: RewardModelSettings) -> Iterator[Input]:
         yield self._policy("train-rm", "model", settings.model)
         if settings.data is not None:
             yield Input("label", settings.data, "data", "train_rm.data", records="ranking")
         elif self._have("label"):
-            rankings = str(self._run.artefact("label") / "rankings.jsonl")
-            yield Input("label", rankings, "artefact", upstream="label")
+            rankings = str(self._run.artifact("label") / "rankings.jsonl")
+            yield Input("label", rankings, "artifact", upstream="label")
         else:
             raise self._missing("train-rm", "label", "data")
 
@@ -149,7 +155,7 @@ class InputResolver:
         if settings.reward_model is not None:
             yield Input("train-rm", settings.reward_model, "model", "ppo.reward_model")
         elif self._recipe.train_rm is not None or (not settings.rewards and self._have("train-rm")):
-            yield self._artefact("ppo", "train-rm", "reward_model")
+            yield self._artifact("ppo", "train-rm", "reward_model")
         elif not settings.rewards:
             raise self._missing("ppo", "train-rm", "reward_model")
         elif len(settings.rewards) == 1 and settings.reward_combination != "sum":
@@ -183,7 +189,7 @@ class InputResolver:
         if settings.policy is not None:
             yield Input("ppo", settings.policy, "model", "evaluate.policy")
         else:
-            yield self._artefact("evaluate", "ppo", "policy")
+            yield self._artifact("evaluate", "ppo", "policy")
         reward = self._evaluated_reward(settings)
         if reward is not None:
             yield reward
@@ -203,7 +209,7 @@ class InputResolver:
         if self._recipe.train_rm is None and ppo is not None and ppo.reward_model is not None:
             return Input("train-rm", ppo.reward_model, "model", "ppo.reward_model")
         if self._have("train-rm"):
-            return self._artefact("evaluate", "train-rm", "reward_model")
+            return self._artifact("evaluate", "train-rm", "reward_model")
         return None
 
     def _policy(self, stage: str, setting: str, replaced: str | None) -> Input:
@@ -213,15 +219,15 @@ class InputResolver:
             return Input("sft", replaced, "model", f"{section}.{setting}")
         if self._recipe.sft is None and self._recipe.model.path is not None:
             return Input("sft", self._recipe.model.path, "model", "model.path")
-        return self._artefact(stage, "sft", setting)
+        return self._artifact(stage, "sft", setting)
 
-    def _artefact(self, reader: str, writer: str, setting: str) -> Input:
+    def _artifact(self, reader: str, writer: str, setting: str) -> Input:
         if not self._have(writer):
             raise self._missing(reader, writer, setting)
-        return Input(writer, str(self._run.artefact(writer)), "artefact", upstream=writer)
+        return Input(writer, str(self._run.artifact(writer)), "artifact", upstream=writer)
 
     def _have(self, writer: str) -> bool:
-        return writer in self._planned or self._run.artefact(writer).is_dir()
+        return writer in self._planned or self._run.artifact(writer).is_dir()
 
     def _missing(self, reader: str, writer: str, setting: str) -> UsageError:
         writes = next(stage.writes for stage in STAGES if stage.name == writer)
@@ -245,7 +251,7 @@ class InputResolver:
         return Input("prompts", source, "data", setting, records="prompt")
 
 
-def _reward(name: str, reward: RewardSettings) -> Input:
+def _reward(name: str, reward: PPORewardSettings) -> Input:
     if reward.function is not None:
         return Input(f"{name}.function", reward.function, "function", f"{name}.function")
     if reward.model is not None:

@@ -1,4 +1,4 @@
-"""`manifest.json`: what an artefact is, what it was made from and by, and the hash of every file in it."""
+"""`manifest.json`: what an artifact is, what it was made from and by, and the hash of every file in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.pipeline.hashing import hash_file
+from rlhf_cli.files import hash_file
 
 Identity = dict[str, Any]
 """What a result depends on: {"stage", "settings": {dotted name: value}, "inputs": {name: digest}}."""
@@ -25,18 +25,18 @@ NOT_CONTENT = frozenset(
     {"metrics.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
     | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
 )
-"""Files that tell how an artefact was made; no later stage reads them, and they hold times."""
+"""Files that tell how an artifact was made; no later stage reads them, and they hold times."""
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-class DamagedArtefact(Exception):  # noqa: N818  (internal: the plan turns it into the reason to run again)
-    """An artefact that is not what its manifest says, or has none that can be read."""
+class DamagedArtifact(Exception):  # noqa: N818  (internal: the plan turns it into the reason to run again)
+    """An artifact that is not what its manifest says, or has none that can be read."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """An artefact's own description.
+    """An artifact's own description.
 
     Attributes:
         stage: which stage wrote it.
@@ -84,37 +84,37 @@ class Manifest:
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     def verify(self, folder: Path) -> None:
-        """Hash every file again; raises `DamagedArtefact` that names the first one that differs."""
+        """Hash every file again; raises `DamagedArtifact` that names the first one that differs."""
         for name, expected in sorted(self.outputs.items()):
             path = folder / name
             if not path.is_file():
-                raise DamagedArtefact(f"{path} is missing")
+                raise DamagedArtifact(f"{path} is missing")
             if path.stat().st_size != expected["bytes"]:
-                raise DamagedArtefact(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
+                raise DamagedArtifact(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
             if hash_file(path) != expected["sha256"]:
-                raise DamagedArtefact(f"{path} is not what was written: its sha256 differs")
+                raise DamagedArtifact(f"{path} is not what was written: its sha256 differs")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest; raises `DamagedArtefact`, or `UsageError` for one of a newer format."""
+    """Read a folder's manifest; raises `DamagedArtifact`, or `UsageError` for one of a newer format."""
     path = folder / FILE_NAME
     try:
         plain = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DamagedArtefact(f"{path} is missing") from None
+        raise DamagedArtifact(f"{path} is missing") from None
     except (OSError, ValueError):
-        raise DamagedArtefact(f"{path} is torn or no JSON") from None
+        raise DamagedArtifact(f"{path} is torn or no JSON") from None
     if not isinstance(plain, dict):
-        raise DamagedArtefact(f"{path} is no manifest")
+        raise DamagedArtifact(f"{path} is no manifest")
     if isinstance(version := plain.get("format"), int) and version > FORMAT:
         raise UsageError(f"{path} has format {version}; this rlhf knows up to {FORMAT}", hint="use the newer rlhf")
     seal = plain.pop("checksum", None)
     if seal != _checksum(plain):
-        raise DamagedArtefact(f"{path} is not what was written: its checksum differs")
+        raise DamagedArtifact(f"{path} is not what was written: its checksum differs")
     try:
         return Manifest(**plain)
     except TypeError:
-        raise DamagedArtefact(f"{path} is no manifest of this format") from None
+        raise DamagedArtifact(f"{path} is no manifest of this format") from None
 
 
 def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -133,7 +133,7 @@ def finite(metrics: dict[str, float]) -> dict[str, float | None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of rlhf, Python and the packages whose behaviour a result depends on, without importing them."""
+    """Versions of rlhf, Python and the packages whose behavior a result depends on, without importing them."""
     from rlhf_cli import __version__
 
     found = {"rlhf": __version__, "python": platform.python_version()}

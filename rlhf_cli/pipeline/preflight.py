@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.pipeline.hashing import hash_file
+from rlhf_cli.files import hash_file
 from rlhf_cli.pipeline.inputs import Input
-from rlhf_cli.pipeline.places import check_critic, check_data, check_file, check_model, function_file
+from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.training.trackers import check_trackers
+from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
     from rlhf_cli.data.checks import PromptSet
@@ -31,10 +31,10 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
     """
     _check_attention(recipe.model.attention)
     check_trackers(recipe.tracking.trackers)
-    if recipe.model.quantise != "none" and importlib.util.find_spec("bitsandbytes") is None:
+    if recipe.model.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(
-            f"`model.quantise: {recipe.model.quantise}` needs bitsandbytes, which is not installed",
-            hint="pip install 'rlhf-cli[quantised]', or leave `model.quantise` out",
+            f"`model.quantize: {recipe.model.quantize}` needs bitsandbytes, which is not installed",
+            hint="pip install 'rlhf-cli[quantized]', or leave `model.quantize` out",
         )
     seen: set[tuple[str, str | None]] = set()
     prompts: dict[str, PromptSet] = {}  # by source
@@ -65,7 +65,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
 
 
 def _check_endpoint(given: Input) -> None:
-    from rlhf_cli.rewards.endpoint import check_endpoint, without_query
+    from rlhf_cli.http_client.addresses import check_endpoint, without_query
 
     try:
         check_endpoint(given.source, given.token_env)

@@ -13,22 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.distributed.coordinator import Coordinator, Order
+from rlhf_cli.distributed.ranks import is_main
+from rlhf_cli.distributed.signals import SignalStop, StopRequest
+from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
-from rlhf_cli.pipeline.disk import check_room, disk_errors, needed_bytes
+from rlhf_cli.pipeline.disk_space import check_room, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
-from rlhf_cli.pipeline.places import resolve_paths
-from rlhf_cli.pipeline.plan import Planner, Selection, Step, select
+from rlhf_cli.pipeline.paths import resolve_paths
+from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
-from rlhf_cli.pipeline.rundir import RunDirectory
-from rlhf_cli.pipeline.signals import SignalStop
-from rlhf_cli.pipeline.stage import STAGES, Stage, StageContext, StageOutcome, StopRequest
-from rlhf_cli.pipeline.team import Order, Team
+from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
-from rlhf_cli.ranks import is_main
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.watchdog import watching
+from rlhf_cli.stages.base import STAGES, Stage, StageContext, StageOutcome
+
+_PACKAGES = {"train-rm": "reward_model"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
     _limit_threads(recipe.model.threads)
-    team = Team()
+    team = Coordinator()
     if not is_main():
         _follow(recipe, directory, team)
         return RunResult(folder, [])
@@ -111,7 +113,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         return RunResult(folder, rows)
 
 
-def _follow(recipe: Recipe, directory: RunDirectory, team: Team) -> None:
+def _follow(recipe: Recipe, directory: RunDirectory, team: Coordinator) -> None:
     """What every process but rank 0 does: its share of each stage that rank 0 begins, until there is none."""
     with SignalStop() as stop, disk_errors(directory.path):
         while (order := team.follow()) is not None:
@@ -141,7 +143,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
                 name=step.stage.name,
                 status=status[step.action],
                 reason=step.reason,
-                path=directory.artefact(step.stage.name),
+                path=directory.artifact(step.stage.name),
                 seconds=None,
                 metrics={} if made is None else made.metrics,
                 summary=[] if made is None else made.summary,
@@ -153,7 +155,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
 class _Executor:
     """Carries out steps."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest, team: Team) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest, team: Coordinator) -> None:
         self._recipe = recipe
         self._run = run
         self._stop = stop
@@ -205,7 +207,7 @@ class _Executor:
             name=step.stage.name,
             status=status,
             reason=step.reason,
-            path=self._run.artefact(step.stage.name),
+            path=self._run.artifact(step.stage.name),
             seconds=manifest.seconds,
             metrics=manifest.metrics,
             summary=manifest.summary,
@@ -226,7 +228,7 @@ def _context(
 
 
 def _run_stage(context: StageContext) -> StageOutcome:
-    module = importlib.import_module(f"rlhf_cli.stages.{context.stage.section}")
+    module = importlib.import_module(f"rlhf_cli.stages.{_PACKAGES.get(context.stage.name, context.stage.name)}.stage")
     name, patience = context.stage.name, context.recipe.stall_seconds
     with contextlib.redirect_stdout(sys.stderr), _explained(name), watching(patience, name):
         outcome: StageOutcome = module.run(context)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rlhf_cli.recipe.schema import EvaluateSettings, LabelSettings, PPOSettings, Recipe, SFTSettings, TrainRMSettings
+from rlhf_cli.recipe.schema import (
+    EvaluateSettings,
+    LabelSettings,
+    PPOSettings,
+    Recipe,
+    RewardModelSettings,
+    SFTSettings,
+)
 
 Rows = dict[str, int | str]
 
@@ -33,10 +40,10 @@ def derived_sizes(recipe: Recipe) -> dict[str, Rows]:
 def _sizes(section: object, recipe: Recipe) -> Rows:
     match section:
         case SFTSettings():
-            return {"micro-batches per optimiser step": math.ceil(section.batch_size / section.micro_batch_size)}
+            return {"micro-batches per optimizer step": math.ceil(section.batch_size / section.micro_batch_size)}
         case LabelSettings():
             return _label(section)
-        case TrainRMSettings():
+        case RewardModelSettings():
             return _train_rm(section, recipe)
         case PPOSettings():
             return _ppo(section)
@@ -52,10 +59,10 @@ def _label(label: LabelSettings) -> Rows:
     return {"answers per prompt": count, "pairs per prompt, ties aside": math.comb(count, 2)}
 
 
-def _train_rm(train: TrainRMSettings, recipe: Recipe) -> Rows:
-    rows: Rows = {"micro-batches per optimiser step": math.ceil(train.batch_size / train.micro_batch_size)}
+def _train_rm(train: RewardModelSettings, recipe: Recipe) -> Rows:
+    rows: Rows = {"micro-batches per optimizer step": math.ceil(train.batch_size / train.micro_batch_size)}
     if train.data is None and recipe.label is not None and recipe.label.samples:
-        rows["pairs per optimiser step, ties aside"] = train.batch_size * math.comb(
+        rows["pairs per optimizer step, ties aside"] = train.batch_size * math.comb(
             recipe.label.completions_per_prompt, 2
         )
     return rows
@@ -68,8 +75,8 @@ def _ppo(ppo: PPOSettings) -> Rows:
     rows: Rows = {
         "answers per step": answers,
         "episodes in total": ppo.steps * answers,
-        "optimiser steps per step": per_step,
-        "optimiser steps in total": ppo.steps * per_step,
+        "optimizer steps per step": per_step,
+        "optimizer steps in total": ppo.steps * per_step,
         "answers per minibatch": largest if answers % ppo.minibatches == 0 else f"{largest - 1} to {largest}",
         "micro-batches per minibatch": math.ceil(largest / ppo.micro_batch_size),
         "most tokens sampled per step": answers * ppo.max_new_tokens,
@@ -77,7 +84,7 @@ def _ppo(ppo: PPOSettings) -> Rows:
         "checkpoints kept": ppo.keep_checkpoints + (ppo.kl_budget is not None),
     }
     if ppo.warmup_share:
-        rows["optimiser steps of the warm-up"] = round(ppo.warmup_share * ppo.steps * per_step)
+        rows["optimizer steps of the warm-up"] = round(ppo.warmup_share * ppo.steps * per_step)
     if ppo.ptx is not None:
         rows["demonstrations read in total"] = ppo.steps * per_step * ppo.ptx.batch_size
     if ppo.eval_steps is not None:

@@ -10,9 +10,9 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf_cli.recipe.base import EffortOnly, Names, Section
 from rlhf_cli.recipe.document import Key, Place
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.base import EffortOnly, Names, Section
 
 
 def dotted(place: Place) -> str:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic.fields import FieldInfo
 
-from rlhf_cli.recipe.base import EffortOnly, Section
 from rlhf_cli.recipe.fields import section_of
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.show import scalar
+from rlhf_cli.settings.base import EffortOnly, Section
 
 _INTRODUCTION = """\
 # The recipe

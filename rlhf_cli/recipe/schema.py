@@ -7,10 +7,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_cli.recipe.base import EffortOnly, Positive, Section
-from rlhf_cli.recipe.label import LabelSettings
-from rlhf_cli.recipe.ppo import PPOSettings, PTXSettings, RewardSettings
-from rlhf_cli.recipe.shared import (
+from rlhf_cli.settings.base import EffortOnly, Positive, Section
+from rlhf_cli.settings.shared import (
     BuildSettings,
     DataSettings,
     LoraSettings,
@@ -19,7 +17,11 @@ from rlhf_cli.recipe.shared import (
     TrackingSettings,
     Training,
 )
-from rlhf_cli.recipe.stages import EvaluateSettings, SFTSettings, TrainRMSettings
+from rlhf_cli.stages.evaluate.settings import EvaluateSettings
+from rlhf_cli.stages.label.settings import LabelSettings
+from rlhf_cli.stages.ppo.settings import PPORewardSettings, PPOSettings, PTXSettings
+from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+from rlhf_cli.stages.sft.settings import SFTSettings
 
 __all__ = [
     "BuildSettings",
@@ -28,14 +30,14 @@ __all__ = [
     "LabelSettings",
     "LoraSettings",
     "ModelSettings",
+    "PPORewardSettings",
     "PPOSettings",
     "PTXSettings",
     "Recipe",
-    "RewardSettings",
+    "RewardModelSettings",
     "SFTSettings",
     "SamplingSettings",
     "TrackingSettings",
-    "TrainRMSettings",
     "Training",
 ]
 
@@ -58,8 +60,8 @@ class Recipe(Section):
     sft: SFTSettings | None = None
     """Supervised fine-tuning."""
     label: LabelSettings | None = None
-    """Sampling and labelling."""
-    train_rm: TrainRMSettings | None = None
+    """Sampling and labeling."""
+    train_rm: RewardModelSettings | None = None
     """Reward model."""
     ppo: PPOSettings | None = None
     """PPO."""
@@ -74,12 +76,12 @@ class Recipe(Section):
         return name
 
     @model_validator(mode="after")
-    def _quantised_under_adapters(self) -> Self:
-        for name in ("sft", "train_rm", "ppo") if self.model.quantise != "none" else ():
+    def _quantized_under_adapters(self) -> Self:
+        for name in ("sft", "train_rm", "ppo") if self.model.quantize != "none" else ():
             section = getattr(self, name)
             if section is not None and section.adapter == "none":
                 raise ValueError(
-                    f"`model.quantise` holds frozen weights, and `{name}.adapter: none` trains all of them"
+                    f"`model.quantize` holds frozen weights, and `{name}.adapter: none` trains all of them"
                 )
         return self
 

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.recipe.base import Section
 from rlhf_cli.recipe.derived import derived_sizes
 from rlhf_cli.recipe.document import Place, plain_scalar
 from rlhf_cli.recipe.fields import dotted, values
 from rlhf_cli.recipe.loader import LoadedRecipe
+from rlhf_cli.settings.base import Section
 
 SECTIONS = ("sft", "label", "train_rm", "ppo", "evaluate")
 _NOTE_COLUMN = 44

@@ -11,30 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
 from rlhf_cli.data.skips import Skip, SkipLog
+from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.fingerprint import settings_of
-from rlhf_cli.pipeline.stage import StageContext
 from rlhf_cli.progress import warn
-from rlhf_cli.ranks import is_main
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.base import StageContext
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from rlhf_cli.data.templates import PromptFormat
+    from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.training.metrics import MetricsLog
-    from rlhf_cli.training.trackers import Trackers
+    from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+    from rlhf_cli.training.monitoring.trackers import Trackers
 
 EXCERPT = 80
-"""Characters of a prompt by which a record that is left out is recognised."""
+"""Characters of a prompt by which a record that is left out is recognized."""
 
 
-def model_source(recipe: Recipe, path: str, *, quantised: bool = False) -> ModelSource:
+def model_source(recipe: Recipe, path: str, *, quantized: bool = False) -> ModelSource:
     """How the model at `path` is held, with device and precisions resolved for this machine.
 
-    `model.revision` and `model.trust_remote_code` are about `model.path` and reach no other model. `model.quantise` is
-    about frozen weights under an adapter that trains: a stage that trains one says `quantised`.
+    `model.revision` and `model.trust_remote_code` are about `model.path` and reach no other model. `model.quantize` is
+    about frozen weights under an adapter that trains: a stage that trains one says `quantized`.
     """
     from rlhf_cli.models.loading import ModelSource, resolve_device, resolve_precision
 
@@ -50,7 +50,7 @@ def model_source(recipe: Recipe, path: str, *, quantised: bool = False) -> Model
         precision=precision,
         attention=settings.attention,
         device=device,
-        quantise=settings.quantise if quantised else "none",
+        quantize=settings.quantize if quantized else "none",
     )
 
 
@@ -58,7 +58,7 @@ def prompt_format(
     recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PromptFormat:
     """How prompts reach the model at `source`; its tokenizer is loaded if none is given."""
-    from rlhf_cli.data.templates import PromptFormat
+    from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.models.loading import load_config, load_tokenizer
 
     return PromptFormat(
@@ -83,7 +83,7 @@ def prompt_template(recipe: Recipe, model: str) -> str | None:
 
 
 def _trained_template(folder: Path) -> str | None:
-    """The template in the manifest of one of our own artefacts."""
+    """The template in the manifest of one of our own artifacts."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         return manifest["settings"]["data"]["prompt_template"]
@@ -121,8 +121,8 @@ def load_prompts(
         DataError: the source cannot be read, or too many prompts are too long.
         UsageError: the model could read no prompt at all beside such an answer.
     """
+    from rlhf_cli.data.chat_format import check_conversations
     from rlhf_cli.data.sources import read_records
-    from rlhf_cli.data.templates import check_conversations
 
     data, source = context.recipe.data, context.inputs["prompts"]
     section = context.stage.section
@@ -180,7 +180,7 @@ def trackers(context: StageContext) -> Trackers | None:
     tracking = context.recipe.tracking
     if not tracking.trackers or not is_main():
         return None
-    from rlhf_cli.training.trackers import TrackedRun, Trackers
+    from rlhf_cli.training.monitoring.trackers import TrackedRun, Trackers
 
     plain = settings_of(context.stage, context.recipe)
     run = TrackedRun(
@@ -196,7 +196,7 @@ def trackers(context: StageContext) -> Trackers | None:
 
 def metrics_log(context: StageContext) -> Callable[..., MetricsLog]:
     """Makes the stage's metrics log, trackers included, from the other arguments of `MetricsLog`."""
-    from rlhf_cli.training.metrics import MetricsLog
+    from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 
     return partial(MetricsLog, trackers=trackers(context))
 

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the optimiser step, so that a resumed run needs no scheduler state."""
+"""Learning rates as functions of the optimizer step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def rate_factor(step: int, total: int, *, schedule: Schedule, warmup: int = 0) -> float:
-    """Factor on the peak learning rate at optimiser step `step` (0-based) of `total`.
+    """Factor on the peak learning rate at optimizer step `step` (0-based) of `total`.
 
     It rises linearly over `warmup` steps, then stays, falls linearly to 0 at step `total`, or along half a cosine.
     """

@@ -1,4 +1,4 @@
-"""Normalisation of hidden states, each token by itself."""
+"""Normalization of hidden states, each token by itself."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d), the division in float32."""
         wide = x.float()
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalised.to(x.dtype)
+        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(x.dtype)
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:

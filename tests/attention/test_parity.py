@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
-from rlhf_cli.attention import families, hugging_face, parity, registry
+from rlhf_cli.attention import hugging_face, parity, registry
+from rlhf_cli.attention import model_zoo as families
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import ModelError, UsageError
 
@@ -39,7 +40,7 @@ def test_a_family_computes_the_same_under_every_backend(family):
 
 
 @pytest.mark.parametrize("family", families.REFUSED)
-def test_a_family_that_does_not_honour_the_interface_is_refused_by_name(family):
+def test_a_family_that_does_not_honor_the_interface_is_refused_by_name(family):
     with pytest.raises(ModelError, match=f"the {family} model `theirs` does not let its attention be exchanged"):
         parity.require(families.tiny_model(family), "theirs", hugging_face.implementation("reference"))
 

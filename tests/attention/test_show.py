@@ -12,7 +12,8 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from rlhf_cli.attention import families, show
+from rlhf_cli.attention import model_zoo as families
+from rlhf_cli.attention import weights_view as show
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.models.build import build_model

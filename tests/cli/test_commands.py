@@ -132,7 +132,7 @@ def test_validate_says_so_and_keeps_stdout_empty(folder):
 
 def test_show_takes_set_and_json(folder):
     done = rlhf("recipe", "show", "r.yaml", "--set", "ppo.steps=7", "--json", cwd=folder)
-    assert json.loads(done.stdout)["derived"]["ppo"]["optimiser steps in total"] == 28
+    assert json.loads(done.stdout)["derived"]["ppo"]["optimizer steps in total"] == 28
 
 
 def test_schema_is_json(folder):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Entry
-from rlhf_cli.labeling.sources import STORE
+from rlhf_cli.labeling.label_sources import STORE
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import Entry
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def rank_all(run_dir: Path, name: str = "Ann") -> None:
     session.close()
 
 
-def test_a_finished_stage_that_needs_more_labels_can_be_labelled_again(rlhf, answers, tmp_path):
+def test_a_finished_stage_that_needs_more_labels_can_be_labeled_again(rlhf, answers, tmp_path):
     run = tmp_path / "run"
     command = ("label", "--by", "human", "--items", answers, "--run-dir", run)
     rlhf(*command, code=76)

@@ -30,7 +30,7 @@ def labels_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_tables_fit_80_columns_without_frames_colours_or_what_strangers_wrote_for_terminals(rlhf, labels_file):
+def test_tables_fit_80_columns_without_frames_colors_or_what_strangers_wrote_for_terminals(rlhf, labels_file):
     result = rlhf("label", "stats", labels_file)
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -54,7 +54,7 @@ def test_json_is_one_object_with_everything(rlhf, labels_file):
     assert found["references"][1] == {
         "project": "InstructGPT",
         "agreement": 0.726,
-        "of": "labellers with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)",
+        "of": "labelers with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)",
     }
 
 

@@ -93,7 +93,7 @@ def test_splits_of_a_folder_are_not_mixed(write, tmp_path):
     assert "no file of the split" in failure(f"{tmp_path / 'd'}#dev").message
 
 
-def test_save_to_disk_is_recognised(tmp_path):
+def test_save_to_disk_is_recognized(tmp_path):
     datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).save_to_disk(tmp_path / "saved")
     assert "save_to_disk" in failure(tmp_path / "saved").message
 

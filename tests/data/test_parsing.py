@@ -259,7 +259,7 @@ def test_columns_are_mapped_first_and_only_where_they_are(read):
         ("prompt", {"text": "t"}, "looks like a demonstration (plain text)", "`sft`"),
     ],
 )
-def test_a_file_of_another_kind_is_recognised(read, kind, row, look, hint):
+def test_a_file_of_another_kind_is_recognized(read, kind, row, look, hint):
     with pytest.raises(DataError) as caught:
         read(kind, row)
     assert look in caught.value.message

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.errors import EXIT_WAITING
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Entry
-from rlhf_cli.labeling.sources import STORE
+from rlhf_cli.labeling.label_sources import STORE
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import Entry
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "human-labels.yaml"
@@ -65,7 +65,7 @@ def test_the_pipeline_waits_for_people_and_the_same_command_goes_on(command, rlh
     assert EXIT_WAITING == 76
     assert first.stdout == ""
     assert (
-        "waiting: the pipeline waits for people: 0 of 12 prompts are labelled, 12 labels are still needed"
+        "waiting: the pipeline waits for people: 0 of 12 prompts are labeled, 12 labels are still needed"
         in " ".join(first.stderr.split())
     )
     assert f"rlhf label --run-dir {run_dir}" in " ".join(first.stderr.split())
@@ -76,7 +76,7 @@ def test_the_pipeline_waits_for_people_and_the_same_command_goes_on(command, rlh
     joined = rlhf("label", "--run-dir", run_dir, code=2)  # no terminal here, and nobody asked for a browser
     assert "this is no terminal" in joined.stderr
     second = command("--force", "label", code=EXIT_WAITING)  # samples are thrown away and drawn again, no label is
-    assert "5 of 12 prompts are labelled" in " ".join(second.stderr.split())
+    assert "5 of 12 prompts are labeled" in " ".join(second.stderr.split())
 
     label(run_dir, most=100)
     done = command("--json")

@@ -136,9 +136,9 @@ def test_a_reward_model_with_another_tokenizer_scores_text(rlhf, tiny_llama, tin
     )
     rlhf("label", "--model", tiny_llama, "--reward-model", folder, "--prompts", prompts, "--run-dir", "run", *small)
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.models.scorer import load_scorer
+    from rlhf_cli.models.reward_model.model import load_reward_model
 
-    scorer = load_scorer(ModelSource(str(folder)), template=None)
+    scorer = load_reward_model(ModelSource(str(folder)), template=None)
     lines = [json.loads(line) for line in (tmp_path / "run/label/rankings.jsonl").read_text().splitlines()]
     assert len(lines) == 6
     for line in lines:

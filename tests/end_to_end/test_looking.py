@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rlhf_cli.training.metrics import read_rows
+from rlhf_cli.training.monitoring.metrics_log import read_rows
 
 
 def test_a_ppo_run_can_be_looked_at(tiny_llama, tmp_path, rlhf):

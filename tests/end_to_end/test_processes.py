@@ -64,11 +64,11 @@ class Ended:
     folder: Path
 
     @property
-    def artefacts(self) -> Path:
+    def artifacts(self) -> Path:
         return self.folder / "runs" / "two"
 
     def metrics(self, stage: str) -> dict[str, float]:
-        return json.loads((self.artefacts / stage / "manifest.json").read_text())["metrics"]
+        return json.loads((self.artifacts / stage / "manifest.json").read_text())["metrics"]
 
 
 def start(folder: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
@@ -107,10 +107,10 @@ def test_both_finish_and_only_rank_0_speaks(alone: Ended, together: Ended):
 
 @pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
 def test_two_processes_end_with_the_weights_of_one(stage: str, alone: Ended, together: Ended):
-    found = sorted(path.relative_to(alone.artefacts) for path in (alone.artefacts / stage).rglob("*.safetensors"))
+    found = sorted(path.relative_to(alone.artifacts) for path in (alone.artifacts / stage).rglob("*.safetensors"))
     assert found
     for name in found:
-        one, two = load_file(alone.artefacts / name), load_file(together.artefacts / name)
+        one, two = load_file(alone.artifacts / name), load_file(together.artifacts / name)
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(two[key], one[key], atol=2e-4, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
@@ -119,7 +119,7 @@ def test_two_processes_end_with_the_weights_of_one(stage: str, alone: Ended, tog
 @pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
 def test_the_losses_of_every_step_are_those_of_one_process(stage: str, alone: Ended, together: Ended):
     def curve(run: Ended) -> list[dict]:
-        return [json.loads(line) for line in (run.artefacts / stage / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (run.artifacts / stage / "metrics.jsonl").read_text().splitlines()]
 
     one, two = curve(alone), curve(together)
     assert len(one) == len(two) > 1
@@ -129,11 +129,11 @@ def test_the_losses_of_every_step_are_those_of_one_process(stage: str, alone: En
         assert {name: after[name] for name in figures} == pytest.approx(figures, rel=5e-3, abs=2e-4)
 
 
-def test_the_same_answers_are_labelled_and_evaluated(alone: Ended, together: Ended):
-    assert (alone.artefacts / "label" / "rankings.jsonl").read_text() == (
-        together.artefacts / "label" / "rankings.jsonl"
+def test_the_same_answers_are_labeled_and_evaluated(alone: Ended, together: Ended):
+    assert (alone.artifacts / "label" / "rankings.jsonl").read_text() == (
+        together.artifacts / "label" / "rankings.jsonl"
     ).read_text()
-    one, two = ((run.artefacts / "evaluate" / "samples.jsonl").read_text().splitlines() for run in (alone, together))
+    one, two = ((run.artifacts / "evaluate" / "samples.jsonl").read_text().splitlines() for run in (alone, together))
     for before, after in zip(map(json.loads, one), map(json.loads, two), strict=True):
         assert (before["sft"], before["ppo"], before["gold_ppo"]) == (after["sft"], after["ppo"], after["gold_ppo"])
         assert after["kl_nats"] == pytest.approx(before["kl_nats"], abs=2e-3)
@@ -190,10 +190,10 @@ def test_stopped_and_killed_it_ends_with_the_bytes_of_an_uninterrupted_run(toget
 
     last = run(tmp_path, *ppo)
     assert last.code == 0, last.stderr
-    files = sorted(path.relative_to(together.artefacts) for path in (together.artefacts / "ppo").rglob("*.safetensors"))
+    files = sorted(path.relative_to(together.artifacts) for path in (together.artifacts / "ppo").rglob("*.safetensors"))
     assert len(files) > 1
     for name in files:
-        assert (last.artefacts / name).read_bytes() == (together.artefacts / name).read_bytes(), name
+        assert (last.artifacts / name).read_bytes() == (together.artifacts / name).read_bytes(), name
 
 
 def test_more_processes_than_prompts(alone: Ended, tmp_path: Path):
@@ -205,7 +205,7 @@ def test_more_processes_than_prompts(alone: Ended, tmp_path: Path):
         changes = [part for value in ("prompts_per_step=2", "steps=1") for part in ("--set", f"ppo.{value}")]
         ended = run(folder, "ppo", "recipe.yaml", *changes, "--processes", str(count))
         assert ended.code == 0, ended.stderr
-        weights.append(load_file(ended.artefacts / "ppo" / "model.safetensors"))
+        weights.append(load_file(ended.artifacts / "ppo" / "model.safetensors"))
     one, three = weights
     for key in one:
         torch.testing.assert_close(three[key], one[key], atol=2e-4, rtol=2e-3)

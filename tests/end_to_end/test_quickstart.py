@@ -53,7 +53,7 @@ def kill_in(stage: str, run_dir: Path) -> None:
 
 
 def finished(run_dir: Path) -> dict[str, int]:
-    """Stage -> when its artefact was put in place, in nanoseconds."""
+    """Stage -> when its artifact was put in place, in nanoseconds."""
     paths = {stage: run_dir / stage / "manifest.json" for stage in STAGES}
     return {stage: path.stat().st_mtime_ns for stage, path in paths.items() if path.exists()}
 

@@ -142,7 +142,7 @@ class SmallRun:
 
     Attributes:
         folder: of the run directory `run`, and of the reward, which writes beside itself what it does.
-        parts: folder of model and prompts. Runs to be compared share it: artefacts say where their base model is.
+        parts: folder of model and prompts. Runs to be compared share it: artifacts say where their base model is.
         settings: recipe settings beside `SETTINGS`.
         arguments: of the command beside them.
     """
@@ -343,7 +343,7 @@ class SmallRun:
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that training came to: the finished stage's files, and the last checkpoint's.
 
-        The manifest is left out: it holds times. The checkpoint holds weights, critic, optimiser and the rest.
+        The manifest is left out: it holds times. The checkpoint holds weights, critic, optimizer and the rest.
         """
         files = dict(_files(self.run_dir / "ppo", "ppo")) | dict(_files(self.caught, "last checkpoint"))
         return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

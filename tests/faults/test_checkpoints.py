@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.errors import DiskError, DivergedError, UsageError
-from rlhf_cli.training import checkpoint_files
-from rlhf_cli.training.checkpoints import (
+from rlhf_cli.training.checkpoint import files as checkpoint_files
+from rlhf_cli.training.checkpoint.store import (
     best_checkpoint,
     latest_checkpoint,
     restore_rng,

@@ -71,7 +71,7 @@ def test_damage_to_the_metrics_is_named_and_touches_no_weight(broken, expected, 
     assert end.code == 143, end.stderr
     assert "warning: " in end.stderr
     assert "metrics.jsonl" in end.stderr
-    # The checkpoint's JSON says how long the metrics are; weights, critic and optimiser do not hang on them.
+    # The checkpoint's JSON says how long the metrics are; weights, critic and optimizer do not hang on them.
     name = "checkpoint/tensors.safetensors"
     assert broken.stopped()[name] == expected[name]
 

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.harness import STEPS, SmallRun
 
 
-def signalled(run: SmallRun, phase: str, step: int, signum: int):
+def signaled(run: SmallRun, phase: str, step: int, signum: int):
     """The run in this process, which gets a signal in a phase of a step."""
 
     class Itself:
@@ -50,8 +50,8 @@ def signalled(run: SmallRun, phase: str, step: int, signum: int):
     ],
 )
 def test_a_signal_in_any_phase_saves_the_step_and_ends(halfway, parts, tmp_path: Path, phase, signum, code):
-    run = SmallRun.new(tmp_path / "signalled", parts)
-    end = signalled(run, phase, 2, signum)
+    run = SmallRun.new(tmp_path / "signaled", parts)
+    end = signaled(run, phase, 2, signum)
     assert end.code == code, end.stderr
     assert f"stopped by {signum.name}; everything done so far is saved" in end.stderr
     # A checkpoint is there a moment before the loop looks for signals: then nothing more is done, or one step more.

@@ -17,7 +17,7 @@ from tests.faults.harness import ROOT, SmallRun
 _BEGIN = """
 import ctypes, re, threading, time
 from rlhf_cli.progress import task
-from rlhf_cli.watchdog import beat, waiting, watching
+from rlhf_cli.distributed.watchdog import beat, waiting, watching
 
 def hangs():
     with watching(0.4, "ppo"), task("sampling", 3) as bar:
@@ -81,8 +81,8 @@ def test_who_waits_for_another_is_not_watched_and_who_goes_on_is_again():
 _TOGETHER = """
 import time
 import torch
-from rlhf_cli.processes import Processes
-from rlhf_cli.watchdog import beat, watching
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.watchdog import beat, watching
 
 def works(rank):
     if processes.index == rank:
@@ -92,22 +92,22 @@ def hangs(rank):
     if processes.index == rank:
         time.sleep(100)
 
-processes = Processes()
-processes.wait()  # loading torch and meeting are not watched
+processes = ProcessGroup()
+processes.barrier()  # loading torch and meeting are not watched
 with watching(1.0, "ppo"):
     for rank in (0, 1):
         works(rank)
-        assert processes.collect(processes.index) == [0, 1]
+        assert processes.all_gather_object(processes.index) == [0, 1]
         works(rank)
-        processes.add([number := torch.ones(1)])
+        processes.all_reduce([number := torch.ones(1)])
         assert number == 2
     hangs(1)
-    processes.wait()
+    processes.barrier()
 """
 _SUPERVISE = """
 import os, sys
 from rlhf_cli.errors import ProcessDiedError
-from rlhf_cli.pipeline.supervisor import supervise
+from rlhf_cli.distributed.supervisor import supervise
 try:
     supervise([sys.executable, "-c", *sys.argv[1:]], 2, os.environ)
 except ProcessDiedError as error:
@@ -133,7 +133,9 @@ def test_who_waits_for_a_process_that_works_is_left_alone_and_one_that_hangs_end
 def test_nothing_is_watched_behind_the_stage_or_without_the_setting():
     process = start("pass")
     assert process.communicate(timeout=60)[0] == "done\n"
-    script = "import time\nfrom rlhf_cli.watchdog import watching\nwith watching(None, 'ppo'): time.sleep(0.3)\n"
+    script = (
+        "import time\nfrom rlhf_cli.distributed.watchdog import watching\nwith watching(None, 'ppo'): time.sleep(0.3)\n"
+    )
     script += "with watching(0.1, 'ppo'): pass\ntime.sleep(0.6)\n"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
 
@@ -153,7 +155,9 @@ def test_a_reward_that_hangs_ends_the_command_and_the_run_goes_on(halfway, expec
     run = halfway.copy(tmp_path / "hanging")
     hanging = SmallRun(run.folder, run.parts, {"stall_seconds": 5.0})
     # What is slow to load on a busy machine is loaded before the watch begins.
-    end = hanging.run(before="import transformers, rlhf_cli.stages.ppo, rlhf_cli.training.ppo", FAULT="hang:3")
+    end = hanging.run(
+        before="import transformers, rlhf_cli.stages.ppo.stage, rlhf_cli.stages.ppo.trainer", FAULT="hang:3"
+    )
     assert end.code == EXIT_STALLED
     assert "in score" in end.stderr
     assert "`ppo` made no progress for 5 seconds" in end.stderr

@@ -19,20 +19,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.attention.hugging_face import implementation
-from rlhf_cli.models.actors import ActorOptions, LoraShape, make_actors
-from rlhf_cli.models.adapters import add_lora
+from rlhf_cli.generation.logprobs import Projection, check_projection, response_hidden
+from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_policy, recompute_activations
-from rlhf_cli.models.roles import SharedBackbone
-from rlhf_cli.models.scorer import load_scorer, new_scorer, save_scorer
-from rlhf_cli.rollout.batch import SequenceBatch
-from rlhf_cli.rollout.experience import Answers, Engine
-from rlhf_cli.rollout.logprobs import Projection, check_projection, response_hidden
-from rlhf_cli.training.reward import RewardOptions, RewardTrainer
-from rlhf_cli.training.reward_data import RankedGroup
-from rlhf_cli.training.sft import SFTOptions, train_sft
-from rlhf_cli.training.sft_data import Example, as_dataset
-from rlhf_cli.training.sft_loss import TokenCounts, check_packing, collator_for, mean_completion_nll, sft_loss
+from rlhf_cli.models.lora import add_lora
+from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
+from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+from rlhf_cli.stages.ppo.models import SharedBackbone
+from rlhf_cli.stages.reward_model.data import RankedGroup
+from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
+from rlhf_cli.stages.sft.data import Example, as_dataset
+from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, sft_loss
+from rlhf_cli.stages.sft.trainer import SFTOptions, train_sft
 
 FAMILIES = ("Llama", "GPT2", "Qwen2", "GPTNeoX")
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
@@ -172,7 +172,7 @@ def test_passes_of_policy_reference_and_critic_and_both_updates(tiny_llama: Path
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(len(name)))
         torch.nn.init.normal_(roles.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(9))
-        engine = Engine(roles, autocast=nullcontext, micro_batch_size=3, temperature=0.7)
+        engine = ForwardPasses(roles, autocast=nullcontext, micro_batch_size=3, temperature=0.7)
         answers = answers_of(PROMPTS, RESPONSES)
         passes = engine.passes(answers)
         for rows in engine.micro_batches(answers, range(5)):
@@ -198,7 +198,7 @@ def test_passes_of_policy_reference_and_critic_and_both_updates(tiny_llama: Path
 def test_micro_batches_keep_answers_of_a_prompt_together(tiny_llama: Path):
     model = load_policy(ModelSource(str(tiny_llama), attention="torch"))
     roles = SharedBackbone(model, rank=4, alpha=8.0, target_modules="all-linear")
-    engine = Engine(roles, autocast=nullcontext, micro_batch_size=2, temperature=1.0)
+    engine = ForwardPasses(roles, autocast=nullcontext, micro_batch_size=2, temperature=1.0)
     answers = answers_of([[7, 8], [3, 4], [7, 8], [3, 4]], [[1], [2, 2, 2], [3, 3, 3], [4]])
     assert [set(rows) for rows in engine.micro_batches(answers, range(4))] == [{1, 3}, {0, 2}]
 
@@ -209,8 +209,8 @@ def test_rewards_and_their_gradients(name: str, lora, request: pytest.FixtureReq
     folder = str(request.getfixturevalue(name))
     prompts = ["Why is the sky blue?", "hi", "Why is the sky blue?", "Why is it so?", "Why is the sky blue?"]
     completions = ["Because.", "hello", "Because air scatters light.", "", "It is not."]
-    scorer = new_scorer(ModelSource(folder, attention="torch"), template=None, lora=lora)
-    judge = new_scorer(ModelSource(folder, attention="eager"), template=None, lora=lora)
+    scorer = new_reward_model(ModelSource(folder, attention="torch"), template=None, lora=lora)
+    judge = new_reward_model(ModelSource(folder, attention="eager"), template=None, lora=lora)
     judge.load_state_dict(scorer.state_dict())
     encoded = [scorer.encode(*pair) for pair in zip(prompts, completions, strict=True)]
     batch = scorer.batch(encoded)
@@ -229,14 +229,14 @@ def test_rewards_and_their_gradients(name: str, lora, request: pytest.FixtureReq
 
 
 def test_a_reward_model_on_the_policys_backbone_takes_groups_too(tiny_llama: Path, tmp_path: Path):
-    save_scorer(new_scorer(ModelSource(str(tiny_llama)), template=None, lora=LORA), tmp_path)
+    save_reward_model(new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=LORA), tmp_path)
     source = ModelSource(str(tiny_llama), attention="torch")
-    options = ActorOptions(LoraShape(4, 8.0, "all-linear"))
-    reward = make_actors(source, options, reward_path=str(tmp_path), template=None).reward_model
+    options = PPOModelOptions(LoraShape(4, 8.0, "all-linear"))
+    reward = load_ppo_models(source, options, reward_path=str(tmp_path), template=None).reward_model
     assert reward is not None
     assert reward.is_shared
     assert reward.scorer.reads_groups
-    plain = load_scorer(ModelSource(str(tmp_path), attention="sdpa"), template=None)
+    plain = load_reward_model(ModelSource(str(tmp_path), attention="sdpa"), template=None)
     questions, answers = ["Why?"] * 3, ["Because.", "So.", "Because of it."]
     assert reward.score(questions, answers) == pytest.approx(plain.score(questions, answers), abs=1e-5)
 
@@ -351,7 +351,7 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
     histories = []
     for attention in ("sdpa", "torch"):
         source = ModelSource(str(tiny_llama), attention=attention)
-        scorer = new_scorer(source, template=None, lora=LORA)
+        scorer = new_reward_model(source, template=None, lora=LORA)
         groups = []
         for number in range(6):
             completions = ["Because.", "Air scatters blue light.", "x" * (number + 1), "So it is."][: 2 + number % 3]
@@ -373,10 +373,10 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
 def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llama: Path, tmp_path: Path):
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.recipe.schema import PPOSettings
-    from rlhf_cli.rewards.contract import Scores
-    from rlhf_cli.stages.ppo import _options
-    from rlhf_cli.training.ppo import PPOData, PPOTrainer
-    from rlhf_cli.training.ppo_rollout import PromptSet
+    from rlhf_cli.rewards.base import Scores
+    from rlhf_cli.stages.ppo.rollout import PromptSet
+    from rlhf_cli.stages.ppo.stage import _options
+    from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
     def vowels(prompts, texts):
         return Scores([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts], {})
@@ -387,7 +387,7 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
         tokenizer = load_tokenizer(source)
         torch.manual_seed(0)
         roles = SharedBackbone(load_policy(source), rank=4, alpha=8.0, target_modules="all-linear")
-        engine = Engine(roles, autocast=nullcontext, micro_batch_size=4, temperature=1.0)
+        engine = ForwardPasses(roles, autocast=nullcontext, micro_batch_size=4, temperature=1.0)
         settings = PPOSettings(
             steps=2, prompts_per_step=8 // samples, samples_per_prompt=samples, epochs=2, micro_batch_size=4,
             rollout_batch_size=8, max_new_tokens=6, learning_rate=1e-3, schedule="constant", ratio_limit=1e6,
@@ -409,8 +409,8 @@ def test_who_takes_groups(tiny_llama: Path, tiny_t5: Path, tiny_bert: Path):
     t5 = load_policy(ModelSource(str(tiny_t5), attention=ours))
     assert not reads_groups(t5)
     check_projection(t5, "t5")
-    bert = new_scorer(ModelSource(str(tiny_bert), attention=ours), template=None, lora=None)
-    plain = new_scorer(ModelSource(str(tiny_bert), attention="sdpa"), template=None, lora=None)
+    bert = new_reward_model(ModelSource(str(tiny_bert), attention=ours), template=None, lora=None)
+    plain = new_reward_model(ModelSource(str(tiny_bert), attention="sdpa"), template=None, lora=None)
     assert not bert.reads_groups
     pairs = ["Why?", "Why?", "Why is it so?"], ["Because.", "So it is, they say.", "No."]
     assert bert.score(*pairs) == pytest.approx(plain.score(*pairs), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Made-up labellers with known habits, for tests of what statistics say of them."""
+"""Made-up labelers with known habits, for tests of what statistics say of them."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_cohens_own_example():
 
 
 def test_weighted_kappa_by_hand():
-    # 10 of both, three categories. Linear credit of neighbours 1/2, quadratic 3/4.
+    # 10 of both, three categories. Linear credit of neighbors 1/2, quadratic 3/4.
     table = [[4, 1, 0], [1, 2, 0], [1, 0, 1]]
     # Rows 0.5, 0.3, 0.2; columns 0.6, 0.3, 0.1. Exact: p_o = 0.7, p_e = 0.30 + 0.09 + 0.02.
     assert cohen_kappa(table).value == pytest.approx((0.7 - 0.41) / 0.59)

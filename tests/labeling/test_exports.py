@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from rlhf_cli.cli import label_export, label_import
+from rlhf_cli.cli.label import export as label_export
+from rlhf_cli.cli.label import import_labels as label_import
 from rlhf_cli.data.records import Message, Ranking
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError, DiskError, UsageError
-from rlhf_cli.labeling.exports.forms import FORMS, export_labels, export_rankings
+from rlhf_cli.labeling.aggregation import group_of, merge
+from rlhf_cli.labeling.exports.formats import FORMS, export_labels, export_rankings
 from rlhf_cli.labeling.exports.pairs import pairs_of
 from rlhf_cli.labeling.label_records import LabelRecord, read_labels, write_labels
-from rlhf_cli.labeling.merging import group_of, merge
 
 FOUR = Ranking("p", ("a", "b", "c", "d"), ((2,), (0, 3), (1,)), annotator="ada")
 TALK = (Message("system", "s"), Message("user", "q"), Message("assistant", "r"), Message("user", "q2"))
@@ -191,7 +192,7 @@ def test_what_a_form_has_no_room_for_is_said():
 
 
 def test_answers_that_read_the_same_are_no_pair():
-    """A model gave the same answer twice, and a labeller told them apart by their place."""
+    """A model gave the same answer twice, and a labeler told them apart by their place."""
     ranking = Ranking("p", ("a", "b", "a"), ((0,), (1,), (2,)))
     assert [(pair.chosen, pair.rejected) for pair in pairs_of(ranking)] == [("a", "b"), ("b", "a")]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rlhf_cli.data.records import Message, Ranking
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.labelers import FunctionLabeler, LabelStatistics, score_answers, tiers_from_scores
-from rlhf_cli.rewards.functions import ScoringFunction
+from rlhf_cli.rewards.python_function import ScoringFunction
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_tiers_hold_each_answer_once_and_never_contradict_the_scores(scores, mar
 
 
 class Wavering:
-    """A labeller whose score of a text depends on its place, as a model's does in the last bit."""
+    """A labeler whose score of a text depends on its place, as a model's does in the last bit."""
 
     def __init__(self) -> None:
         self.calls: list[list[tuple[object, str]]] = []

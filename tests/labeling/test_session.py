@@ -1,4 +1,4 @@
-"""A labelling session by hand: who gets what, what is taken and refused, and what comes out."""
+"""A labeling session by hand: who gets what, what is taken and refused, and what comes out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pytest
 
 from rlhf_cli.data.records import Candidates, Message
 from rlhf_cli.errors import DataError, DiskError, UsageError
-from rlhf_cli.labeling.assigning import LEASE_MS, shown_order
 from rlhf_cli.labeling.label_records import read_labels, write_labels
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import (
+from rlhf_cli.labeling.label_sources import labels_of
+from rlhf_cli.labeling.session.assignment import LEASE_MS, shown_order
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.store import LabelStore
+from rlhf_cli.labeling.session.types import (
     ANSWER_LETTERS,
     Entry,
     InvalidLabelError,
@@ -24,8 +26,6 @@ from rlhf_cli.labeling.session_types import (
     Task,
     UnknownTaskError,
 )
-from rlhf_cli.labeling.sources import labels_of
-from rlhf_cli.labeling.store import LabelStore
 
 
 class Clock:

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from rlhf_cli.data.records import Candidates
-from rlhf_cli.labeling.assigning import LEASE_MS
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Entry, LabelConflictError, LabelPlan, Task, UnknownTaskError
+from rlhf_cli.labeling.session.assignment import LEASE_MS
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import Entry, LabelConflictError, LabelPlan, Task, UnknownTaskError
 
 ITEMS = [Candidates(f"q{n}", tuple(f"a{n}.{k}" for k in range(2 + n % 3))) for n in range(7)]
 PLAN = LabelPlan(overlap=2, set_aside_after=2, repeat_share=0.3, seed=3)
@@ -33,7 +33,7 @@ class CrashError(Exception):
     """The process dies here."""
 
 
-class Labelling(RuleBasedStateMachine):
+class Labeling(RuleBasedStateMachine):
     """The model: what every task's standing answer is."""
 
     tasks = Bundle("tasks")
@@ -222,17 +222,17 @@ class Labelling(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-Labelling.TestCase.settings = settings(
+Labeling.TestCase.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-TestLabelling = Labelling.TestCase
+TestLabeling = Labeling.TestCase
 
 
 _WORKER = """
 import sys
 from pathlib import Path
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Entry
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import Entry
 session = LabelSession(Path(sys.argv[1]), create=False)
 who = session.annotator("Ann").id
 while (task := session.next(who)) is not None:

@@ -1,4 +1,4 @@
-"""Statistics of labels: by hand on small ones, by what is known of made-up labellers, and what must not matter."""
+"""Statistics of labels: by hand on small ones, by what is known of made-up labelers, and what must not matter."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_names_order_and_the_numbering_of_answers_do_not_matter(random, seed):
     assert second.distribution == replace(first.distribution, winners=second.distribution.winners)
 
 
-def test_perfect_labellers_agree_perfectly_and_dice_do_not():
+def test_perfect_labelers_agree_perfectly_and_dice_do_not():
     perfect = statistics(crowd([Person("a", noise=0), Person("b", noise=0)], items=40, gold=3), seed=0)
     for figure in (perfect.agreement.with_ties, perfect.agreement.alpha, perfect.agreement.tau_b, perfect.gold):
         assert figure.value == pytest.approx(1.0)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_cli.data.templates import PromptFormat
+from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
-from rlhf_cli.recipe.shared import BuildSettings
+from rlhf_cli.settings.shared import BuildSettings
 
 SIZES = {"hidden_size": 32, "layers": 2, "heads": 4, "feed_forward_size": 48, "vocab_size": 300, "context_length": 64}
 TEXTS = ["How often should I water my basil?", "Water basil in the morning, when the soil feels dry."] * 3

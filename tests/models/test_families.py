@@ -10,15 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from rlhf_cli.models.actors import ActorOptions, LoraShape, make_actors
+from rlhf_cli.generation import torch_generator as sampling
+from rlhf_cli.generation.logprobs import check_projection, response_hidden
+from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
-from rlhf_cli.models.roles import Roles, SharedBackbone
-from rlhf_cli.recipe.ppo import PPOSettings
-from rlhf_cli.rollout import sampling
-from rlhf_cli.rollout.batch import SequenceBatch
-from rlhf_cli.rollout.experience import Answers, Engine
-from rlhf_cli.rollout.logprobs import check_projection, response_hidden
-from rlhf_cli.stages.ppo import _save
+from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
+from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
+from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.stages.ppo.stage import _save
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "neox", "t5", "bart")
 TEXTS = ["x", "The cat sat", "Please tell me how bread is baked", "Why is the sky blue?", "so"]
@@ -31,19 +31,19 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(params=["lora", "none"])
-def roles(request: pytest.FixtureRequest, folder: Path) -> Roles:
-    options = ActorOptions(SHAPE if request.param == "lora" else None)
-    made = make_actors(ModelSource(str(folder)), options, reward_path=None, template=None).roles
+def roles(request: pytest.FixtureRequest, folder: Path) -> PPOModels:
+    options = PPOModelOptions(SHAPE if request.param == "lora" else None)
+    made = load_ppo_models(ModelSource(str(folder)), options, reward_path=None, template=None).roles
     torch.manual_seed(2)
     torch.nn.init.normal_(made.value_head.weight)
     return made
 
 
-def engine(roles: Roles, size: int = 8) -> Engine:
-    return Engine(roles, autocast=nullcontext, micro_batch_size=size, temperature=1.0)
+def engine(roles: PPOModels, size: int = 8) -> ForwardPasses:
+    return ForwardPasses(roles, autocast=nullcontext, micro_batch_size=size, temperature=1.0)
 
 
-def answers(roles: Roles, folder: Path, *, length: int = 5) -> tuple[Answers, torch.Tensor]:
+def answers(roles: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answers, torch.Tensor]:
     """Answers to prompts of uneven length, sampled in one batch, with the log-probability each token was drawn at."""
     tokenizer = load_tokenizer(ModelSource(str(folder)))
     prompts = [tokenizer(text).input_ids for text in TEXTS]
@@ -67,7 +67,7 @@ def answers(roles: Roles, folder: Path, *, length: int = 5) -> tuple[Answers, to
     return Answers(TEXTS, prompts, ids, TEXTS, [False] * len(TEXTS), torch.zeros(len(TEXTS))), found
 
 
-def test_the_first_step_is_at_kl_0_and_ratio_1(roles: Roles, folder: Path):
+def test_the_first_step_is_at_kl_0_and_ratio_1(roles: PPOModels, folder: Path):
     """Dropout (4) and positions (6): policy, reference and sampler agree, however answers share a batch."""
     given, drawn_at = answers(roles, folder)
     before = engine(roles).passes(given)
@@ -86,7 +86,7 @@ def test_the_first_step_is_at_kl_0_and_ratio_1(roles: Roles, folder: Path):
     assert before.values.std() > 1e-2
 
 
-def test_gradients_reach_what_trains_and_nothing_else(roles: Roles, folder: Path):
+def test_gradients_reach_what_trains_and_nothing_else(roles: PPOModels, folder: Path):
     given, _ = answers(roles, folder)
     passes = engine(roles)
     batch = passes.batch(given, range(len(TEXTS)))
@@ -107,7 +107,7 @@ def test_gradients_reach_what_trains_and_nothing_else(roles: Roles, folder: Path
         assert not any(p.grad is not None for p in reference.parameters() if id(p) not in trained)
 
 
-def perturb(roles: Roles) -> None:
+def perturb(roles: PPOModels) -> None:
     torch.manual_seed(8)
     with torch.no_grad():
         for parameter in [*roles.policy_parameters(), *roles.critic_parameters()]:
@@ -121,7 +121,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=ids, **inputs).logits
 
 
-def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(roles: Roles, folder: Path, tmp_path: Path):
+def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(roles: PPOModels, folder: Path, tmp_path: Path):
     """Keys that from_pretrained reads, with the value head beside them (22)."""
     perturb(roles)
     is_lora = isinstance(roles, SharedBackbone)

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config, ViTConfig
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.adapters import add_lora, save_adapter
 from rlhf_cli.models.loading import (
     ModelSource,
     context_length,
@@ -21,6 +20,7 @@ from rlhf_cli.models.loading import (
     resolve_device,
     resolve_precision,
 )
+from rlhf_cli.models.lora import add_lora, save_adapter
 
 
 def test_policies_of_both_architectures_load_in_the_asked_precision(tiny_llama: Path, tiny_t5: Path):

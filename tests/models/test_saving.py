@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
-from rlhf_cli.models.adapters import add_lora
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.saving import save_model_folder
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_cli.objectives.advantages import generalised_advantages, token_rewards
+from rlhf_cli.objectives.advantages import generalized_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import masked_mean, masked_variance, whiten
 
@@ -18,7 +18,7 @@ def test_score_lands_on_the_last_real_token():
     assert rewards.tolist() == [pytest.approx([-0.05, -0.1, 1.85]), pytest.approx([-1.5, 0.0, 0.0])]
 
 
-def test_token_rewards_sum_to_the_penalised_objective():
+def test_token_rewards_sum_to_the_penalized_objective():
     torch.manual_seed(0)
     kl, scores = torch.randn(2, 3), torch.randn(2)
     rewards = token_rewards(scores, kl, RAGGED, kl_coef=0.3)
@@ -29,7 +29,7 @@ def test_token_rewards_sum_to_the_penalised_objective():
 def test_gae_by_hand():
     rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
     everything = torch.ones(1, 2, dtype=torch.bool)
-    advantages, returns = generalised_advantages(rewards, values, everything, gamma=0.9, gae_lambda=0.8)
+    advantages, returns = generalized_advantages(rewards, values, everything, gamma=0.9, gae_lambda=0.8)
     last = 1.0 - 0.25
     first = (0.0 + 0.9 * 0.25 - 0.5) + 0.9 * 0.8 * last
     assert advantages.tolist() == [pytest.approx([first, last])]
@@ -40,7 +40,7 @@ def test_gae_by_hand():
 def test_gae_is_the_discounted_sum_of_deltas(gamma, gae_lambda):
     torch.manual_seed(1)
     rewards, values = torch.randn(2, 3).double(), torch.randn(2, 3).double()
-    advantages, _ = generalised_advantages(rewards, values, RAGGED, gamma=gamma, gae_lambda=gae_lambda)
+    advantages, _ = generalized_advantages(rewards, values, RAGGED, gamma=gamma, gae_lambda=gae_lambda)
     for row, length in enumerate((3, 1)):
         v = [*values[row, :length].tolist(), 0.0]
         delta = [float(rewards[row, t]) + gamma * v[t + 1] - v[t] for t in range(length)]
@@ -54,14 +54,14 @@ def test_lambda_1_gives_return_minus_value():
     torch.manual_seed(2)
     rewards, values = torch.randn(1, 3), torch.randn(1, 3)
     everything = torch.ones(1, 3, dtype=torch.bool)
-    _, returns = generalised_advantages(rewards, values, everything, gamma=1.0, gae_lambda=1.0)
+    _, returns = generalized_advantages(rewards, values, everything, gamma=1.0, gae_lambda=1.0)
     torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1))
 
 
 def test_gae_ignores_nan_on_padding():
     rewards = torch.tensor([[1.0, math.nan, math.nan]])
     values = torch.tensor([[0.5, math.nan, math.nan]])
-    advantages, returns = generalised_advantages(rewards, values, RAGGED[1:], gamma=1.0, gae_lambda=0.95)
+    advantages, returns = generalized_advantages(rewards, values, RAGGED[1:], gamma=1.0, gae_lambda=0.95)
     assert advantages.tolist() == [[0.5, 0.0, 0.0]]
     assert returns.tolist() == [[1.0, 0.0, 0.0]]
 

@@ -8,7 +8,7 @@ import torch
 from rlhf_cli.objectives.shaping import RewardShape, RunningMoments
 
 
-def test_rewards_are_scaled_clipped_and_penalised_in_that_order():
+def test_rewards_are_scaled_clipped_and_penalized_in_that_order():
     scores, ended = torch.tensor([4.0, -4.0, 1.0]), torch.tensor([True, True, False])
     lengths = torch.tensor([1, 2, 3])
     shape = RewardShape(clip=3.0, missing_eos_penalty=5.0, length_penalty=0.5)

@@ -18,9 +18,9 @@ import time
 import types
 from pathlib import Path
 
+from rlhf_cli.distributed.ranks import is_main, rank
 from rlhf_cli.errors import DivergedError
-from rlhf_cli.pipeline.stage import STAGES, StageContext, StageOutcome
-from rlhf_cli.ranks import is_main, rank
+from rlhf_cli.stages.base import STAGES, StageContext, StageOutcome
 
 FILES = {"sft": "model.safetensors", "label": "rankings.jsonl", "train-rm": "reward.json", "ppo": "model.safetensors"}
 
@@ -104,7 +104,7 @@ def install() -> None:
 
 if __name__ == "__main__":
     from rlhf_cli.cli import main
-    from rlhf_cli.pipeline import launch
+    from rlhf_cli.distributed import launcher as launch
 
     launch.ENTRY = (__file__,)
     install()

@@ -26,7 +26,7 @@ def test_kill_9_in_a_stage_then_the_same_command_goes_on(toy, stage):
     assert killed.code == -signal.SIGKILL
     done = ALL[: ALL.index(stage)]
     assert toy.ran() == [f"{name} nothing" for name in [*done, stage]]
-    assert not (toy.run_dir / stage).exists(), "an unfinished stage has no artefact"
+    assert not (toy.run_dir / stage).exists(), "an unfinished stage has no artifact"
     again = toy.run()
     assert again.code == 0, again.stderr
     assert toy.ran() == [f"{stage} step 3", *(f"{name} nothing" for name in ALL[ALL.index(stage) + 1 :])]
@@ -111,7 +111,7 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     ],
 )
-def test_a_damaged_artefact_is_named_and_made_again(finished, damage, said):
+def test_a_damaged_artifact_is_named_and_made_again(finished, damage, said):
     damage(finished.run_dir / "sft")
     outcome = finished.run()
     assert outcome.code == 0, outcome.stderr
@@ -137,7 +137,7 @@ def test_a_manifest_of_a_newer_format_is_not_thrown_away(finished):
     assert "has format 2; this rlhf knows up to 1" in outcome.stderr
 
 
-def test_from_does_not_build_on_a_damaged_artefact(finished):
+def test_from_does_not_build_on_a_damaged_artifact(finished):
     (finished.run_dir / "sft" / "model.safetensors").write_text("x")
     outcome = finished.run("--from", "ppo", "--force", "ppo")
     assert outcome.code == 65

@@ -107,7 +107,7 @@ def test_label_by_import_needs_no_model(toy):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "artefact"),
+    ("arguments", "artifact"),
     [
         (["sft", "--model", "base", "--data", "demos.jsonl"], "sft"),
         (["ppo", "--model", "base", "--reward-model", "base", "--prompts", "prompts.jsonl"], "ppo"),
@@ -145,12 +145,12 @@ def test_label_by_import_needs_no_model(toy):
         ),
     ],
 )
-def test_single_stages_without_a_recipe(toy, arguments, artefact):
+def test_single_stages_without_a_recipe(toy, arguments, artifact):
     toy.write("ranked.jsonl", '{"prompt": "p", "completions": ["a", "b"], "ranking": [[0], [1]]}\n')
     outcome = toy.rlhf(*arguments)
     assert outcome.code == 0, outcome.stderr
-    assert outcome.stdout == f"runs/default/{artefact}\n"
-    assert toy.ran() == [f"{artefact} nothing"]
+    assert outcome.stdout == f"runs/default/{artifact}\n"
+    assert toy.ran() == [f"{artifact} nothing"]
 
 
 def test_single_stages_one_after_the_other_are_the_whole_run(toy):
@@ -162,7 +162,7 @@ def test_single_stages_one_after_the_other_are_the_whole_run(toy):
     assert toy.ran() == []
 
 
-def test_single_stage_reads_the_artefacts_of_its_run_directory(toy):
+def test_single_stage_reads_the_artifacts_of_its_run_directory(toy):
     toy.run("--to", "label")
     toy.ran()
     outcome = toy.rlhf("train-rm", "--run-dir", "runs/toy")
@@ -182,7 +182,7 @@ def test_single_stage_that_lacks_what_it_needs(toy):
     assert "no SFT model in runs/default: `ppo` reads what `sft` writes" in outcome.stderr
 
 
-def test_an_artefact_made_from_another_base_than_the_one_beside_it_is_refused(toy):
+def test_an_artifact_made_from_another_base_than_the_one_beside_it_is_refused(toy):
     toy.run("--set", "sft.epochs=1")
     assert toy.run("--set", "sft.epochs=3", "--to", "sft").code == 0
     toy.ran()

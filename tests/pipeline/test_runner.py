@@ -32,7 +32,7 @@ def test_nothing_hidden_stays_behind(finished):
     assert sorted(path.name for path in finished.run_dir.iterdir()) == sorted([".lock", *ALL])
 
 
-def test_stdout_is_the_last_artefact_alone(toy):
+def test_stdout_is_the_last_artifact_alone(toy):
     outcome = toy.rlhf("run", "recipe.yaml")
     assert outcome.stdout == "runs/toy/evaluate\n"
     assert "sft prints to stdout" in outcome.stderr

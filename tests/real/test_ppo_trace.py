@@ -27,5 +27,5 @@ def test_the_first_epoch_is_where_it_started_and_each_epoch_goes_further(real_mo
     assert running["clipfrac"][0] == 0.0
     for name in ("approxkl", "clipfrac"):
         assert all(before < after for before, after in itertools.pairwise(running[name])), (name, running[name])
-    # Eight answers are learnt by heart faster than the published hundreds: above the published figure, below a runaway.
+    # Eight answers are learned faster than the published hundreds: above the published figure, below a runaway.
     assert 1e-3 < running["approxkl"][-1] < 1.0

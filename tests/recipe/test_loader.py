@@ -9,7 +9,7 @@ import pytest
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.recipe.shared import OUR_ATTENTION, THEIR_ATTENTION, ModelSettings
+from rlhf_cli.settings.shared import OUR_ATTENTION, THEIR_ATTENTION, ModelSettings
 
 
 def load(tmp_path: Path, text: str, *settings: str):

@@ -72,17 +72,17 @@ def test_derived_sizes_by_hand(loaded):
     assert sizes["ppo"] == {
         "answers per step": 24,
         "episodes in total": 240,
-        "optimiser steps per step": 15,
-        "optimiser steps in total": 150,
+        "optimizer steps per step": 15,
+        "optimizer steps in total": 150,
         "answers per minibatch": "4 to 5",
         "micro-batches per minibatch": 3,
         "most tokens sampled per step": 3_072,
         "most tokens sampled in total": 30_720,
         "checkpoints kept": 2,
     }
-    assert sizes["train_rm"] == {"micro-batches per optimiser step": 3, "pairs per optimiser step, ties aside": 100}
+    assert sizes["train_rm"] == {"micro-batches per optimizer step": 3, "pairs per optimizer step, ties aside": 100}
     assert sizes["label"]["pairs per prompt, ties aside"] == 10
-    assert sizes["sft"] == {"micro-batches per optimiser step": 4}
+    assert sizes["sft"] == {"micro-batches per optimizer step": 4}
 
 
 def test_derived_sizes_of_what_is_switched_on(tmp_path):
@@ -90,7 +90,7 @@ def test_derived_sizes_of_what_is_switched_on(tmp_path):
         "ppo: {steps: 10, warmup_share: 0.1, ptx: {data: d, batch_size: 5}, eval_steps: 4, kl_budget: 9}\n"
     )
     sizes = derived_sizes(load_recipe(tmp_path / "r.yaml").recipe)["ppo"]
-    assert sizes["optimiser steps of the warm-up"] == 4
+    assert sizes["optimizer steps of the warm-up"] == 4
     assert sizes["demonstrations read in total"] == 10 * 4 * 5
     assert sizes["evaluations"] == 4  # after 0, 4, 8 and 10 steps
     assert sizes["checkpoints kept"] == 3

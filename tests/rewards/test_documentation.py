@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from rlhf_cli.recipe.ppo import PPOSettings
-from rlhf_cli.rewards.functions import load_scoring_function
-from rlhf_cli.rewards.http import HTTPReward
+from rlhf_cli.rewards.http_endpoint import HTTPReward
+from rlhf_cli.rewards.python_function import load_scoring_function
+from rlhf_cli.stages.ppo.settings import PPOSettings
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_cli.data.templates import PromptFormat
-from rlhf_cli.evaluation.answers import Policy
+from rlhf_cli.data.chat_format import PromptFormat
+from rlhf_cli.generation.policy import Policy
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
 

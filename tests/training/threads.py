@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_cli.processes import Processes
+from rlhf_cli.distributed.process_group import ProcessGroup
 
 Result = TypeVar("Result")
 
 
-class ThreadProcesses(Processes):
+class ThreadProcesses(ProcessGroup):
     """One of several threads that exchange through shared memory; what JSON cannot say fails here too."""
 
     def __init__(self, index: int, count: int, meet: threading.Barrier, told: list[Any]) -> None:
@@ -41,7 +41,7 @@ class ThreadProcesses(Processes):
         return found
 
 
-def in_threads(count: int, work: Callable[[Processes], Result]) -> list[Result]:
+def in_threads(count: int, work: Callable[[ProcessGroup], Result]) -> list[Result]:
     """What `work` returns in each of `count` processes; an exception in one breaks the meetings of the others."""
     meet, told = threading.Barrier(count), [None] * count
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.recipe.shared import BuildSettings
+from rlhf_cli.settings.shared import BuildSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "transformer.md").read_text(encoding="utf-8")

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.adapters import add_lora, load_adapter, save_adapter
+from rlhf_cli.generation.logprobs import check_projection
+from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
-from rlhf_cli.models.scorer import load_scorer, new_scorer
-from rlhf_cli.models.scorer_batch import Encoded
-from rlhf_cli.rollout.batch import SequenceBatch
-from rlhf_cli.rollout.logprobs import check_projection
+from rlhf_cli.models.lora import add_lora, load_adapter, save_adapter
+from rlhf_cli.models.reward_model.batch import Encoded
+from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model
 from rlhf_cli.transformer import TransformerForCausalLM, TransformerForSequenceClassification, TransformerModel
 from rlhf_cli.transformer.positions import sinusoids
 
@@ -277,7 +277,7 @@ def test_reward_model_scores_by_real_tokens_and_is_kept(
     model = tiny(architecture=architecture, vocab_size=len(tokenizer), max_position_embeddings=256)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    scorer = new_scorer(ModelSource(str(tmp_path)), template=None, lora=None)
+    scorer = new_reward_model(ModelSource(str(tmp_path)), template=None, lora=None)
     assert isinstance(scorer.model, TransformerForSequenceClassification)
     assert scorer.is_encoder == (architecture == "encoder")
     short = Encoded(ids(1, 5)[0].tolist())
@@ -290,7 +290,7 @@ def test_reward_model_scores_by_real_tokens_and_is_kept(
     scorer.model.save_pretrained(tmp_path / "kept")
     assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "kept")) is type(scorer.model)
     tokenizer.save_pretrained(tmp_path / "kept")
-    kept = load_scorer(ModelSource(str(tmp_path / "kept")), template=None)
+    kept = load_reward_model(ModelSource(str(tmp_path / "kept")), template=None)
     with torch.no_grad():
         close(kept(kept.batch([short])), alone)
 
@@ -346,7 +346,7 @@ def test_encoder_decoder_is_no_reward_model(tiny: Tiny, tmp_path: Path, tiny_lla
     tiny(architecture="encoder-decoder").save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot be a reward model"):
-        new_scorer(ModelSource(str(tmp_path)), template=None, lora=None)
+        new_reward_model(ModelSource(str(tmp_path)), template=None, lora=None)
 
 
 def test_shared_prompt_is_as_if_repeated(tiny: Tiny):
@@ -381,7 +381,7 @@ def test_bfloat16_weights_and_autocast_run(tiny: Tiny):
 
 
 def test_batch_of_rollout_is_read(tiny: Tiny):
-    from rlhf_cli.rollout.logprobs import response_hidden
+    from rlhf_cli.generation.logprobs import response_hidden
 
     batch = SequenceBatch.of([[3, 4], [5]], [[6, 7], [8, 9]], torch.device("cpu"), decoder_start=0)
     assert response_hidden(tiny(architecture="encoder-decoder"), batch).shape == (2, 2, 16)

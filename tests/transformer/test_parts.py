@@ -30,7 +30,7 @@ def config(**parts) -> TransformerConfig:
     return made
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -91,10 +91,10 @@ def test_stretched_frequencies_are_llama_3s():
 
 def test_norms_are_their_equations():
     x = torch.randn(3, 12) * 4 + 2
-    norm = randomised(make_norm(config(norm="layer", norm_eps=0.3)))
-    centred = x - x.mean(-1, keepdim=True)
-    close(norm(x), norm.weight * centred / (centred.square().mean(-1, keepdim=True) + 0.3).sqrt() + norm.bias, 1e-5)
-    norm = randomised(make_norm(config(norm="rms", norm_eps=0.3)))
+    norm = randomized(make_norm(config(norm="layer", norm_eps=0.3)))
+    centered = x - x.mean(-1, keepdim=True)
+    close(norm(x), norm.weight * centered / (centered.square().mean(-1, keepdim=True) + 0.3).sqrt() + norm.bias, 1e-5)
+    norm = randomized(make_norm(config(norm="rms", norm_eps=0.3)))
     close(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 0.3).sqrt(), 1e-5)
 
 
@@ -106,7 +106,7 @@ def test_rms_norm_divides_in_float32():
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("kind", ["relu", "gelu", "gelu-tanh", "swiglu"])
 def test_feed_forward_is_its_equation(kind: str, biases: bool):
-    part = randomised(make_feed_forward(config(feed_forward=kind, feed_forward_biases=biases)))
+    part = randomized(make_feed_forward(config(feed_forward=kind, feed_forward_biases=biases)))
     assert any(name.endswith("bias") for name, _ in part.named_parameters()) == biases
     weights = {name: value.detach() for name, value in part.named_parameters()}
     x = torch.randn(5, 12)
@@ -131,7 +131,7 @@ def test_feed_forward_is_its_equation(kind: str, biases: bool):
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_multi_head_attention_is_its_equation_head_by_head(key_heads: int):
     made = config(hidden_size=12, num_attention_heads=4, num_key_value_heads=key_heads, head_dim=6, positions="learned")
-    part = randomised(MultiHeadAttention(made, 0, is_causal=True))
+    part = randomized(MultiHeadAttention(made, 0, is_causal=True))
     x = torch.randn(2, 5, 12)
     mask = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)
     heads = []
@@ -150,7 +150,7 @@ def test_multi_head_attention_is_its_equation_head_by_head(key_heads: int):
 
 def test_cross_attention_asks_with_the_decoder_and_answers_with_the_encoder():
     made = config()
-    part = randomised(MultiHeadAttention(made, 0, is_causal=False, is_cross=True))
+    part = randomized(MultiHeadAttention(made, 0, is_causal=False, is_cross=True))
     x, memory = torch.randn(1, 2, 12), torch.randn(1, 6, 12)
     query, key, value = (
         (side @ layer.weight.T).unflatten(-1, (3, 4)).transpose(1, 2)
@@ -189,7 +189,7 @@ def test_residual_places_the_norm():
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_block_is_its_equation(placement: str):
     made = config(norm="layer", norm_placement=placement, feed_forward="relu", positions="learned")
-    block = randomised(Block(made, 0, is_causal=False, has_cross=True))
+    block = randomized(Block(made, 0, is_causal=False, has_cross=True))
     x, memory = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
 
     def self_attention(x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def copies(architecture: str) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "labels": labels}
 
 
-LEARNT = 0.9 * math.log(32)
+LEARNED = 0.9 * math.log(32)
 """In nats a word. Whoever does not look at the first half cannot do better than the logarithm of 32 words."""
 
 
@@ -98,7 +98,7 @@ def test_every_setting_matters_and_trains(tiny: Callable[..., PreTrainedModel], 
             assert setting == {} or (model(ids).logits - plain(ids).logits).abs().max() > 1e-3
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     losses = train(model, copies("decoder"), steps=100, learning_rate=1e-2)
-    assert sum(losses[-5:]) / 5 < LEARNT
+    assert sum(losses[-5:]) / 5 < LEARNED
     assert all((weight != before[name]).any() for name, weight in model.named_parameters())
 
 
@@ -107,7 +107,7 @@ def test_every_architecture_trains(tiny: Callable[..., PreTrainedModel], archite
     model = tiny(architecture=architecture, hidden_size=32, intermediate_size=32)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     losses = train(model, copies(architecture), steps=100, learning_rate=1e-2)
-    assert sum(losses[-5:]) / 5 < LEARNT
+    assert sum(losses[-5:]) / 5 < LEARNED
     assert all((weight != before[name]).any() for name, weight in model.named_parameters())
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from rlhf_cli.data.conversations import turns_of_transcript
 from rlhf_cli.data.records import Message, Prompt, Ranking, prompt_text, prompt_to_json
 from rlhf_cli.errors import UsageError
+from rlhf_cli.labeling.aggregation import group_of
 from rlhf_cli.labeling.exports.rows import Exported, Row, known
-from rlhf_cli.labeling.merging import group_of
 
 
 @dataclass(frozen=True)

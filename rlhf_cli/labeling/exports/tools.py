@@ -1,4 +1,4 @@
-"""Rankings as the labelling tools Label Studio and Argilla take and give them: an item with everyone's answers."""
+"""Rankings as the labeling tools Label Studio and Argilla take and give them: an item with everyone's answers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlhf_cli.data.records import Ranking, prompt_to_json
+from rlhf_cli.labeling.aggregation import group_of, in_order_of
 from rlhf_cli.labeling.exports.rows import Exported
-from rlhf_cli.labeling.merging import group_of, in_order_of
 
 
 def label_studio(rankings: Sequence[Ranking]) -> Exported:

@@ -1,4 +1,4 @@
-"""A judge is measured against people before it is trusted: below the floor nothing is labelled."""
+"""A judge is measured against people before it is trusted: below the floor nothing is labeled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Calibration:
         raise DataError(
             f"{self.source}: the judges agree with people on {rate.value:.1%} of {rate.count:,} untied pairs (95% "
             f"interval {rate.low:.1%} to {rate.high:.1%}), less than `label.judge.floor: {floor:g}`; nothing was "
-            f"labelled ({each})",
+            f"labeled ({each})",
             hint="try another judge or rubric, or lower the floor if so much is enough; verdicts are kept, and asking "
             "again costs nothing",
         )

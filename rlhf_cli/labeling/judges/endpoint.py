@@ -17,14 +17,14 @@ from typing import Any
 
 import httpx2
 
+from rlhf_cli.distributed.signals import StopRequest
+from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import CostLimitError, Interrupted
+from rlhf_cli.http_client.client import FIRST_WAIT, Advice, JSONClient, RefusedError, UnusableError, excerpt
 from rlhf_cli.labeling.judges.budget import Budget, Prices, most_tokens
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import REFUSED, UNHEARD, UNUSABLE, Reply
 from rlhf_cli.labeling.judges.spending import ClosedError, Spending
-from rlhf_cli.rewards.client import FIRST_WAIT, Advice, JSONClient, RefusedError, UnusableError, excerpt
-from rlhf_cli.rewards.contract import Stop
-from rlhf_cli.watchdog import beat
 
 _ABOUT_THE_TEXT = (400, 413, 422)
 """What servers answer to a text that is too long or that they do not like; other refusals are about the whole run."""
@@ -78,7 +78,7 @@ class EndpointJudge:
         timeout: float = 60.0,
         retries: int = 5,
         first_wait: float = FIRST_WAIT,
-        stop: Stop | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self._http = JSONClient(
             url.rstrip("/") + "/chat/completions",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_cli.labeling.judges.measures import Agreement, Asked, Behaviour
+from rlhf_cli.labeling.judges.measures import Agreement, Asked, Behavior
 from rlhf_cli.labeling.judges.rates import Rate
 from rlhf_cli.labeling.judges.replies import TOO_LONG
 
@@ -17,7 +17,7 @@ ENOUGH = 20
 """Fewer pairs than these say nothing."""
 
 
-def of_judge(name: str, asked: Asked, behaviour: Behaviour, known: Agreement | None) -> list[str]:
+def of_judge(name: str, asked: Asked, behavior: Behavior, known: Agreement | None) -> list[str]:
     """Findings about one judge."""
     found = []
     consistent = asked.consistent
@@ -28,7 +28,7 @@ def of_judge(name: str, asked: Asked, behaviour: Behaviour, known: Agreement | N
             f"{name} gives the same verdict in both orders on {consistent.value:.0%} of pairs{first}; the others "
             "became ties: a stronger judge labels more"
         )
-    found += _length(name, behaviour)
+    found += _length(name, behavior)
     if asked.parse_failures > FAILURES * asked.questions:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in asked.failures.items() if reason != TOO_LONG)
         found.append(
@@ -50,9 +50,9 @@ def of_judge(name: str, asked: Asked, behaviour: Behaviour, known: Agreement | N
     return found + (_chance(name, known.rate) if known is not None else [])
 
 
-def of_panel(behaviour: Behaviour, known: Agreement | None, between: dict[tuple[str, str], Rate]) -> list[str]:
+def of_panel(behavior: Behavior, known: Agreement | None, between: dict[tuple[str, str], Rate]) -> list[str]:
     """Findings about several judges together."""
-    found = _length("the panel", behaviour) + (_chance("the panel", known.rate) if known is not None else [])
+    found = _length("the panel", behavior) + (_chance("the panel", known.rate) if known is not None else [])
     for (one, other), rate in between.items():
         if _enough(rate) and (rate.value or 0.0) < HARDLY_AGREE:
             found.append(
@@ -62,8 +62,8 @@ def of_panel(behaviour: Behaviour, known: Agreement | None, between: dict[tuple[
     return found
 
 
-def _length(name: str, behaviour: Behaviour) -> list[str]:
-    wins = behaviour.longer_wins
+def _length(name: str, behavior: Behavior) -> list[str]:
+    wins = behavior.longer_wins
     if not _enough(wins) or wins.value is None or abs(wins.value - 0.5) <= FAR_FROM_HALF or _holds_half(wins):
         return []
     which = "longer" if wins.value > 0.5 else "shorter"

@@ -110,7 +110,7 @@ def by_subset(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) ->
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """What is counted of one judge, or of the panel, without knowing what is right.
 
     Attributes:
@@ -124,7 +124,7 @@ class Behaviour:
     contradicted: Rate
 
     @staticmethod
-    def of(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> Behaviour:
+    def of(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> Behavior:
         """Count."""
         ties, longer, against = [], [], []
         for row, found in zip(candidates, verdicts, strict=True):
@@ -137,7 +137,7 @@ class Behaviour:
             ties.append((prompt, len(unequal) - len(untied), len(unequal)))
             longer.append((prompt, sum(product > 0 for product in unlike), len(unlike)))
             against.append((prompt, contradicted(found, tiers_of(found, len(lengths))), len(untied)))
-        return Behaviour(Rate.of(ties), Rate.of(longer), Rate.of(against))
+        return Behavior(Rate.of(ties), Rate.of(longer), Rate.of(against))
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the report."""

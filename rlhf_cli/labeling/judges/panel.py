@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_cli.data.records import Candidates
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.labeling.judges import questions as asking
 from rlhf_cli.labeling.judges.budget import Budget
 from rlhf_cli.labeling.judges.cache import ReplyCache, key_of
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import UNUSABLE, Levels, Reply, verdict
 from rlhf_cli.labeling.judges.verdicts import Verdicts, both_ways, spread, verdicts_in
-from rlhf_cli.processes import Processes
 from rlhf_cli.progress import task
-from rlhf_cli.rewards.contract import Stop
 
 if TYPE_CHECKING:
     from rlhf_cli.labeling.judges.endpoint import EndpointJudge
@@ -97,8 +97,8 @@ class Bench:
 
     cache: ReplyCache
     budget: Budget
-    processes: Processes
-    stop: Stop
+    processes: ProcessGroup
+    stop: StopRequest
     rubric: str
     both_orders: bool
 
@@ -131,7 +131,7 @@ class Bench:
         by_key = dict(zip(keys, questions, strict=True))
         known = {key for key in by_key if self.cache.get(key) is not None}
         # Rank 0 alone says what is missing: others may see files that are being written.
-        missing: list[str] = self.processes.collect([key for key in by_key if key not in known])[0]
+        missing: list[str] = self.processes.all_gather_object([key for key in by_key if key not in known])[0]
         fresh: dict[str, Reply] = {}
         if missing:
             work = {key: by_key[key] for key in missing}
@@ -139,7 +139,7 @@ class Bench:
                 self._ask_model(judge.local, work, fresh, label)
             elif self.processes.is_main:
                 self._ask_endpoint(judge, work, fresh, label, [self._kept(key) for key in by_key if key in known])
-            for given in self.processes.collect([[key, reply.to_json()] for key, reply in fresh.items()]):
+            for given in self.processes.all_gather_object([[key, reply.to_json()] for key, reply in fresh.items()]):
                 fresh.update((key, Reply.from_json(plain)) for key, plain in given)
         if not self.processes.is_main:
             return []
@@ -155,7 +155,7 @@ class Bench:
     ) -> None:
         """Fill `fresh` with this process's share."""
         # Long and short ones go round, so that no process has all the long ones.
-        mine = self.processes.mine(sorted(missing, key=lambda key: (len(missing[key].material), key)))
+        mine = self.processes.shard(sorted(missing, key=lambda key: (len(missing[key].material), key)))
         if not mine:
             return
         self.stop.check()

@@ -12,12 +12,12 @@ from typing import Any
 from rlhf_cli.data.records import Candidates, prompt_key
 from rlhf_cli.labeling.judges import findings
 from rlhf_cli.labeling.judges.calibration import Calibration
-from rlhf_cli.labeling.judges.measures import Agreement, Asked, Behaviour, agreement, averaged, between, by_subset
+from rlhf_cli.labeling.judges.measures import Agreement, Asked, Behavior, agreement, averaged, between, by_subset
 from rlhf_cli.labeling.judges.panel import Ballot, Vote
 from rlhf_cli.labeling.judges.rates import Rate
 from rlhf_cli.labeling.judges.verdicts import Tiers, Verdicts, tiers_of
 from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.session_types import item_id
+from rlhf_cli.labeling.session.types import item_id
 
 _EXCERPT = 500
 
@@ -31,7 +31,7 @@ class JudgeReport:
     Attributes:
         name: of the judge.
         asked: about its single replies.
-        behaviour: about its verdicts, both orders together.
+        behavior: about its verdicts, both orders together.
         known: agreement with what is known.
         subsets: the same within each subset.
         averaged: the same for mean probabilities over both orders, of a local judge.
@@ -39,7 +39,7 @@ class JudgeReport:
 
     name: str
     asked: Asked
-    behaviour: Behaviour
+    behavior: Behavior
     known: Agreement | None
     subsets: dict[str, Agreement]
     averaged: Agreement | None
@@ -51,7 +51,7 @@ class JudgeReport:
         return JudgeReport(
             name=ballot.judge.name,
             asked=Asked.of(candidates, ballot),
-            behaviour=Behaviour.of(candidates, ballot.verdicts),
+            behavior=Behavior.of(candidates, ballot.verdicts),
             known=agreement(candidates, ballot.verdicts),
             subsets=by_subset(candidates, ballot.verdicts),
             averaged=None if means is None else agreement(candidates, means),
@@ -62,7 +62,7 @@ class JudgeReport:
         return {
             "name": self.name,
             **self.asked.to_json(),
-            **self.behaviour.to_json(),
+            **self.behavior.to_json(),
             **_known_json(self.known, self.subsets),
             "known_by_mean_probability": None if self.averaged is None else self.averaged.to_json(),
         }
@@ -74,7 +74,7 @@ class PanelReport:
 
     Attributes:
         judges: one each.
-        behaviour: of the panel's verdicts.
+        behavior: of the panel's verdicts.
         known: agreement of the panel with what is known.
         subsets: the same within each subset.
         between: how far each two judges agree.
@@ -82,7 +82,7 @@ class PanelReport:
     """
 
     judges: list[JudgeReport]
-    behaviour: Behaviour
+    behavior: Behavior
     known: Agreement | None
     subsets: dict[str, Agreement]
     between: dict[tuple[str, str], Rate]
@@ -99,7 +99,7 @@ class PanelReport:
         prompts = [prompt_key(row.prompt) for row in candidates]
         return PanelReport(
             judges=[JudgeReport.of(candidates, ballot) for ballot in ballots],
-            behaviour=Behaviour.of(candidates, verdicts),
+            behavior=Behavior.of(candidates, verdicts),
             known=agreement(candidates, verdicts),
             subsets=by_subset(candidates, verdicts),
             between={
@@ -112,16 +112,16 @@ class PanelReport:
     def warnings(self) -> list[str]:
         """What somebody should be told."""
         found = [
-            line for one in self.judges for line in findings.of_judge(one.name, one.asked, one.behaviour, one.known)
+            line for one in self.judges for line in findings.of_judge(one.name, one.asked, one.behavior, one.known)
         ]
-        return found + (findings.of_panel(self.behaviour, self.known, self.between) if len(self.judges) > 1 else [])
+        return found + (findings.of_panel(self.behavior, self.known, self.between) if len(self.judges) > 1 else [])
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the report."""
         return {
             "judges": [one.to_json() for one in self.judges],
             "panel": {
-                **self.behaviour.to_json(),
+                **self.behavior.to_json(),
                 **_known_json(self.known, self.subsets),
                 "between_judges": [
                     {"judges": list(pair), "same_preference": rate.to_json()} for pair, rate in self.between.items()
@@ -141,7 +141,7 @@ class PanelReport:
             "judge/tokens": float(sum(one.prompt_tokens + one.completion_tokens for one in asked)),
             "judge/cost": sum(one.cost for one in asked),
             "judge/swap_consistency": min(worst) if worst else None,
-            "judge/longer_wins": self.behaviour.longer_wins.value,
+            "judge/longer_wins": self.behavior.longer_wins.value,
             "judge/accuracy": None if self.known is None else self.known.rate.value,
             "judge/calibration": None if self.calibration is None else self.calibration.panel.rate.value,
         }

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.models.loading import ModelSource, load_config
-from rlhf_cli.processes import Processes
 from rlhf_cli.progress import warn
 
 _CONFIG = "config.json"
 
 
-def at_one_commit(source: ModelSource, processes: Processes) -> ModelSource:
+def at_one_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
     """The same model with a commit for its revision, in place of a branch or tag that may move.
 
     What is in the local cache of the hub stands, so that a rerun asks the judge that was asked before; without it, the
@@ -37,7 +37,7 @@ def at_one_commit(source: ModelSource, processes: Processes) -> ModelSource:
                 f"judge {source.path}: the commit of `{source.revision or 'main'}` is unknown, so verdicts are kept "
                 "for that name: should it move, those of the old weights are taken for those of the new"
             )
-    commit = processes.collect(commit)[0]
+    commit = processes.all_gather_object(commit)[0]
     return source if commit is None else replace(source, revision=commit)
 
 

@@ -24,7 +24,7 @@ A_WINS, TIE, B_WINS = 0, 1, 2
 """Categories of a pair of answers (a, b)."""
 VERDICTS = 3
 
-NO_OVERLAP = "nothing was labelled by two annotators"
+NO_OVERLAP = "nothing was labeled by two annotators"
 ONE_CATEGORY = "everything is in one category, so agreement by chance would be complete, too"
 
 
@@ -55,7 +55,7 @@ def weight_matrix(categories: int, weights: Weights) -> NDArray[np.float64]:
 
 
 def confusion_table(first: Sequence[int | None], second: Sequence[int | None], categories: int) -> Counts:
-    """How often `first` said one category where `second` said another, over what both labelled: (Q, Q).
+    """How often `first` said one category where `second` said another, over what both labeled: (Q, Q).
 
     Args:
         first: category of each unit, None where this annotator has none.
@@ -192,7 +192,7 @@ def mirrored(counts: ArrayLike) -> Counts:
     """Counts of pairs of answers as seen from both answers of each pair: (N, Q) to (2 N, Q).
 
     Which answer of a pair is called a, is an accident of the file. Chance agreement must not depend on it: if the
-    better answer always stood first, everybody would seem to favour one category. So each pair counts as (a, b) and as
+    better answer always stood first, everybody would seem to favor one category. So each pair counts as (a, b) and as
     (b, a), which leaves agreement as it is and makes both wins equally likely by chance.
     """
     each = _counts(counts)

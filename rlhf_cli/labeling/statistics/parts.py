@@ -121,7 +121,7 @@ def _letter(place: int) -> str:
 
 
 def guidelines_of(labels: Sequence[LabelRecord]) -> dict[str, int]:
-    """Hash of what labellers were told -> rankings."""
+    """Hash of what labelers were told -> rankings."""
     return dict(Counter(label.guidelines or NO_GUIDELINES for label in labels).most_common())
 
 

@@ -15,12 +15,12 @@ from rlhf_cli.labeling.statistics.report import (
     Figure,
     LabelReport,
 )
-from rlhf_cli.labeling.statistics.show import plain
+from rlhf_cli.labeling.statistics.text_report import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREEN, _GREY, _BAND = "#1f5a8c", "#d1622b", "#3b8a5a", "#8a8a8a", "#dbe7f1"
+_BLUE, _ORANGE, _GREEN, _GRAY, _BAND = "#1f5a8c", "#d1622b", "#3b8a5a", "#8a8a8a", "#dbe7f1"
 _LINES = ("#1f5a8c", "#d1622b", "#3b8a5a", "#8f5aa5", "#b3902d", "#4aa3b5", "#a8485a", "#6b6b6b")
 _MOST_PEOPLE = 20
 _LONGEST_NAME = 16
@@ -95,7 +95,7 @@ def _sway(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport], *,
     first = _rows(report.first_shown, people, lambda person: person.first_shown)
     longer = _rows(report.longer, people, lambda person: person.longer)
     if _frame(axes, "what sways them", "share of untied pairs", first + longer, with_names=with_names):
-        axes.axvline(0.5, color=_GREY, linewidth=1.0, label="no bias of order")
+        axes.axvline(0.5, color=_GRAY, linewidth=1.0, label="no bias of order")
         axes.axvline(ALWAYS_LONGER, color=_ORANGE, linewidth=1.0, linestyle=":", label="longer wins at AlpacaEval")
         _dots(axes, first, _BLUE, "o", "earlier shown wins", shift=-0.13)
         _dots(axes, longer, _ORANGE, "s", "longer wins", shift=0.13)
@@ -125,7 +125,7 @@ def _frame(axes: Axes, title: str, unit: str, rows: Sequence[_Row], *, with_name
     names = [name for name, _ in rows[:count]] if with_names else []
     axes.set_yticks(range(count), names or [""] * count, parse_math=False)
     axes.get_yticklabels()[0].set_fontweight("bold")
-    axes.axhline(0.5, color=_GREY, linewidth=0.6, alpha=0.6)
+    axes.axhline(0.5, color=_GRAY, linewidth=0.6, alpha=0.6)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel(unit, fontsize=9)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
@@ -156,10 +156,10 @@ def _pace(axes: Axes, people: Sequence[AnnotatorReport]) -> None:
     few = len(timed) <= len(_LINES)
     for place, (person, pace) in enumerate(timed):
         labels, seconds = zip(*pace.course, strict=True)
-        color = _LINES[place] if few else _GREY
+        color = _LINES[place] if few else _GRAY
         axes.plot(labels, seconds, color=color, linewidth=1.5, alpha=0.9 if few else 0.35, marker=".", markersize=4,
                   label=_name(person) if few else None)  # fmt: skip
-    axes.axhline(SECONDS_A_LABEL, color=_GREY, linewidth=0.9, linestyle="--", label="AlpacaEval")
+    axes.axhline(SECONDS_A_LABEL, color=_GRAY, linewidth=0.9, linestyle="--", label="AlpacaEval")
     low, high = axes.get_ylim()
     if high > 8 * max(low, 0.1) and min(second for _, pace in timed for _, second in pace.course) > 0:
         axes.set_yscale("log")
@@ -218,7 +218,7 @@ def _style(axes: Axes, title: str) -> None:
 
 
 def _nothing(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", va="center", color=_GRAY)
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -7,14 +7,14 @@ from typing import Any
 
 REFERENCES = (
     ("Anthropic HH", 0.63, "researchers and crowd workers, pairs (Bai et al. 2022)"),
-    ("InstructGPT", 0.726, "labellers with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)"),
-    ("Summarize from feedback", 0.77, "labellers with researchers, pairs (Stiennon et al. 2020)"),
+    ("InstructGPT", 0.726, "labelers with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)"),
+    ("Summarize from feedback", 0.77, "labelers with researchers, pairs (Stiennon et al. 2020)"),
     ("MT-Bench, ties left out", 0.81, "people with one another, pairs (Zheng et al. 2023)"),
     ("MT-Bench, ties counted", 0.63, "the same, ties a third verdict (Zheng et al. 2023)"),
 )
 """Agreement of people on which of two answers is better: project, share, who with whom."""
 USUAL_AGREEMENT = (0.63, 0.77)
-"""Range of what trained labellers of well-known projects reach."""
+"""Range of what trained labelers of well-known projects reach."""
 ALWAYS_LONGER = 0.622
 """How often picking the longer answer agrees with AlpacaEval's people (Dubois et al. 2023)."""
 SECONDS_A_LABEL = 36.8
@@ -58,7 +58,7 @@ class Pace:
         upper: third quartile.
         per_hour: rankings in an hour of active time, that of skips included; None where no time passed.
         fast: labels given faster than anybody can read, see `LEAST_SECONDS_PER_100_CHARACTERS`.
-        course: (labels so far, median seconds of a stretch) in the order of labelling.
+        course: (labels so far, median seconds of a stretch) in the order of labeling.
     """
 
     labels: int
@@ -129,12 +129,12 @@ class AnnotatorReport:
 
 @dataclass(frozen=True)
 class PairReport:
-    """Two annotators and what both labelled.
+    """Two annotators and what both labeled.
 
     Attributes:
         first: name.
         second: name.
-        items: labelled by both.
+        items: labeled by both.
         pairs: of answers in them.
         agreement: ties counted.
         kappa: Cohen's, of pairs of answers seen from both sides; None where it is not defined.
@@ -186,7 +186,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class LabelWarning:
-    """Something that whoever runs the labelling should act on.
+    """Something that whoever runs the labeling should act on.
 
     Attributes:
         kind: a short name that stays the same.
@@ -238,7 +238,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far annotators say the same of pairs of answers, over all who labelled them.
+    """How far annotators say the same of pairs of answers, over all who labeled them.
 
     Attributes:
         with_ties: same verdict of three (a, tie, b).

@@ -10,7 +10,7 @@ from rlhf_cli.data.records import Ranking, prompt_key
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.sources import labels_of, store_of
+from rlhf_cli.labeling.label_sources import labels_of, store_of
 
 _KEYS_OF_A_LABEL = {"item", "outcome", "shown", "purpose"}
 

@@ -29,7 +29,7 @@ from rlhf_cli.labeling.statistics.agreement import (
     mirrored_table,
     verdicts,
 )
-from rlhf_cli.labeling.statistics.figures import Figures
+from rlhf_cli.labeling.statistics.numbers import Figures
 from rlhf_cli.labeling.statistics.parts import (
     count_labels,
     distribution_of,

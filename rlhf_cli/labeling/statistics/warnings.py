@@ -1,4 +1,4 @@
-"""What whoever runs the labelling should act on, and when it is more than chance.
+"""What whoever runs the labeling should act on, and when it is more than chance.
 
 A warning about a figure needs an interval that excludes what it should be, not the figure alone. Where each of several
 annotators is looked at, the level is 1 - 0.05 / annotators (Bonferroni), so that of a group without any fault somebody
@@ -55,14 +55,14 @@ def warnings_of(report: LabelReport, labels: Sequence[LabelRecord]) -> tuple[Lab
 def _of_everything(report: LabelReport) -> Iterator[LabelWarning]:
     yield from _overlap(report)
     first, longer = report.first_shown, report.longer
-    if _favours_a_place(first):
+    if _favors_a_place(first):
         where = "first" if _value(first) > 0.5 else "last"
         yield LabelWarning(
             "order",
             EVERYTHING,
-            f"the answer shown {where} is favoured: the earlier-shown one wins {_with_interval(first)} of untied "
+            f"the answer shown {where} is favored: the earlier-shown one wins {_with_interval(first)} of untied "
             "pairs, where a blind order gives 50 %",
-            "look below who does it; remind labellers to read all answers before they rank, and keep the order random",
+            "look below who does it; remind labelers to read all answers before they rank, and keep the order random",
         )
     if longer.low is not None and longer.low > ALWAYS_LONGER:
         yield LabelWarning(
@@ -140,12 +140,12 @@ def _of_prompts(labels: Sequence[LabelRecord]) -> Iterator[LabelWarning]:
 
 def _of_person(person: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
     yield from _consistency(person, level)
-    if _favours_a_place(person.first_shown, level):
+    if _favors_a_place(person.first_shown, level):
         where = "first" if _value(person.first_shown) > 0.5 else "last"
         yield LabelWarning(
             "order",
             person.name,
-            f"favours the answer shown {where}: the earlier-shown one wins {_with_interval(person.first_shown)} of "
+            f"favors the answer shown {where}: the earlier-shown one wins {_with_interval(person.first_shown)} of "
             "their untied pairs, where a blind order gives 50 %",
             "talk to them; look at labels of theirs where first and best differ before these train anything",
         )
@@ -164,7 +164,7 @@ def _of_person(person: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
             "habit",
             person.name,
             f"gave the same ranking by place, {habit.pattern}, in {habit.times:,} of {habit.of:,} labels",
-            "the order of showing is random, so this is no judgement: leave these labels out and ask what happened",
+            "the order of showing is random, so this is no judgment: leave these labels out and ask what happened",
         )
     shown = person.labels + person.skipped + person.flagged
     if shown >= ENOUGH_LABELS and person.skipped + person.flagged > MOST_SKIPS * shown:
@@ -206,7 +206,7 @@ def _consistency(person: AnnotatorReport, level: float) -> Iterator[LabelWarning
             )
 
 
-def _favours_a_place(first_shown: Figure, level: float = 0.95) -> bool:
+def _favors_a_place(first_shown: Figure, level: float = 0.95) -> bool:
     bounds = _bounds(first_shown, level)
     if bounds is None or bounds[0] <= 0.5 <= bounds[1]:
         return False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlhf_cli.labeling.session_types import Progress
-from rlhf_cli.labeling.terminal.desk import Tally
+from rlhf_cli.labeling.session.types import Progress
+from rlhf_cli.labeling.terminal.controller import Tally
 from rlhf_cli.progress import in_words
 
 
@@ -16,7 +16,7 @@ def closing_lines(
     afterwards: str,
     nothing_free: bool = False,
 ) -> list[str]:
-    """A few lines for the person who labelled.
+    """A few lines for the person who labeled.
 
     Args:
         tally: of this visit.
@@ -24,7 +24,7 @@ def closing_lines(
         has_draft: a task in hand has something entered.
         is_draft_kept: it is on disk.
         again: command that goes on; empty where that is said elsewhere.
-        afterwards: what to do once all is labelled.
+        afterwards: what to do once all is labeled.
         nothing_free: what is left is in other people's hands.
     """
     lines = [_done(tally)]

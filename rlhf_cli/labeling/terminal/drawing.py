@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_cli.labeling.session_types import ANSWER_LETTERS
+from rlhf_cli.labeling.session.types import ANSWER_LETTERS
 from rlhf_cli.labeling.terminal.guide import guide_rows
 from rlhf_cli.labeling.terminal.layout import GUTTER, Document, document
 from rlhf_cli.labeling.terminal.panels import ending_rows, footer, header
@@ -175,7 +175,7 @@ def _help(state: State, width: int, height: int) -> Screen:
 
 
 def _filled(rows: list[Row], width: int, height: int) -> Screen:
-    """Exactly as many rows as there are; the last line of defence against one that is too wide."""
+    """Exactly as many rows as there are; the last line of defense against one that is too wide."""
     rows = rows[:height] + [()] * (height - len(rows))
     return Screen(tuple(_clipped(row, width) for row in rows))
 

@@ -1,11 +1,11 @@
-"""The help: the guidelines of whoever leads the labelling, and what the keys do."""
+"""The help: the guidelines of whoever leads the labeling, and what the keys do."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from rlhf_cli.labeling.label_records import STRENGTHS
-from rlhf_cli.labeling.session_types import LabelPlan
+from rlhf_cli.labeling.session.types import LabelPlan
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, wrap
 
 _KEY_COLUMN = 18

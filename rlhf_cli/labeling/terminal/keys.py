@@ -47,7 +47,7 @@ class KeyReader:
     """Keys from bytes as they arrive, in parts of any size.
 
     A sequence whose end has not come is waited for: its bytes are never taken for letters. A lone escape byte is the
-    one exception; should the rest of a sequence arrive after that, it is still recognised and dropped.
+    one exception; should the rest of a sequence arrive after that, it is still recognized and dropped.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rlhf_cli.labeling.session_types import ANSWER_LETTERS, MARK_RANGE
+from rlhf_cli.labeling.session.types import ANSWER_LETTERS, MARK_RANGE
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.state import Extent, State, hinted, unknown
 

@@ -11,7 +11,7 @@ cursor; pastes in brackets."""
 LEAVE = "\x1b[?2004l\x1b[?25h\x1b[?7h\x1b[0m\x1b[H\x1b[2J\x1b[?1049l"
 """The reverse; cleared first, for terminals without an alternate screen."""
 
-_LOOKS: dict[Style, tuple[str, str]] = {  # (coloured, without colours)
+_LOOKS: dict[Style, tuple[str, str]] = {  # (colored, without colors)
     "plain": ("", ""),
     "dim": ("2", "2"),
     "bold": ("1", "1"),
@@ -25,18 +25,18 @@ _LOOKS: dict[Style, tuple[str, str]] = {  # (coloured, without colours)
 }
 
 
-def paint(screen: Screen, shown: tuple[str, ...], *, is_coloured: bool) -> tuple[str, tuple[str, ...]]:
+def paint(screen: Screen, shown: tuple[str, ...], *, is_colored: bool) -> tuple[str, tuple[str, ...]]:
     """The bytes that turn what is shown into a screen.
 
     Args:
         screen: to show.
         shown: rows on the terminal now, as this function returned them; empty: nobody knows.
-        is_coloured: use colours beside bold, dim and reverse.
+        is_colored: use colors beside bold, dim and reverse.
 
     Returns:
         The bytes as text, and the rows for the next time.
     """
-    rows = tuple(_row(row, is_coloured) for row in screen.rows)
+    rows = tuple(_row(row, is_colored) for row in screen.rows)
     is_fresh = len(shown) != len(rows)
     parts = ["\x1b[?25l"]
     if is_fresh:
@@ -49,11 +49,11 @@ def paint(screen: Screen, shown: tuple[str, ...], *, is_coloured: bool) -> tuple
     return "".join(parts) if len(parts) > 1 else "", rows
 
 
-def _row(row: Row, is_coloured: bool) -> str:
+def _row(row: Row, is_colored: bool) -> str:
     parts: list[str] = []
     for piece in row:
         if piece.at is not None:
             parts.append(f"\x1b[{piece.at + 1}G")
-        look = _LOOKS[piece.style][0 if is_coloured else 1]
+        look = _LOOKS[piece.style][0 if is_colored else 1]
         parts.append(f"\x1b[{look}m{piece.text}\x1b[0m" if look else piece.text)
     return "".join(parts)

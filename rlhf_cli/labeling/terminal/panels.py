@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_cli.labeling.label_records import STRENGTHS
-from rlhf_cli.labeling.session_types import ANSWER_LETTERS, Progress
+from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Progress
 from rlhf_cli.labeling.terminal.state import State
 from rlhf_cli.labeling.terminal.visible import clusters
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, flow, width_of, wrap
@@ -59,9 +59,9 @@ def ending_rows(state: State, width: int) -> list[Row]:
     if progress.left_for_me > 0:
         say = f"Nothing for you right now: others are at what is left ({progress.left_for_me:,}). Come back later."
     elif progress.labels_left:
-        say = "You have labelled all that is for you. Others are still at theirs."
+        say = "You have labeled all that is for you. Others are still at theirs."
     else:
-        say = "All is labelled. Thank you."
+        say = "All is labeled. Thank you."
     rows: list[Row] = [(), *((Piece("  "), *row) for row in wrap(say, width - 4, "bold")), ()]
     last = "Enter ends. u takes your last answer back, if you want to change it."
     return rows + [(Piece("  "), *row) for row in wrap(last, width - 4)]

@@ -1,4 +1,4 @@
-"""All that the screen of a labelling session shows, as a value."""
+"""All that the screen of a labeling session shows, as a value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rlhf_cli.labeling.session_types import MARK_RANGE, Entry, LabelPlan, Progress, Task
+from rlhf_cli.labeling.session.types import MARK_RANGE, Entry, LabelPlan, Progress, Task
 from rlhf_cli.labeling.terminal.editing import Line
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.visible import in_one_line

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp
 from rlhf_cli.data.records import prompt_to_json
 from rlhf_cli.errors import DiskError, RLHFError, RunInUseError
 from rlhf_cli.labeling.label_records import STRENGTHS
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import (
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import (
     ANSWER_LETTERS,
     MARK_RANGE,
     MAX_NOTE,
@@ -29,11 +29,11 @@ from rlhf_cli.labeling.session_types import (
     Task,
     UnknownTaskError,
 )
-from rlhf_cli.labeling.web.bodies import RequestError, read_object
-from rlhf_cli.labeling.web.links import Links, Tokens, claimed_annotator
-from rlhf_cli.labeling.web.oversight import Oversight
+from rlhf_cli.labeling.web.admin import Oversight
 from rlhf_cli.labeling.web.pages import page_routes
-from rlhf_cli.labeling.web.trust import Gate
+from rlhf_cli.labeling.web.request_schema import RequestError, read_object
+from rlhf_cli.labeling.web.security import Gate
+from rlhf_cli.labeling.web.tokens import Links, Tokens, claimed_annotator
 from rlhf_cli.labeling.web.writer import Writer
 
 _ANSWER = {"task": int, "key": str, "active_seconds": float}
@@ -49,7 +49,7 @@ class LabelApp:
         oversight: for the administrator's page.
         tokens: of its store.
         address: where it is, such as `http://127.0.0.1:8100`.
-        on_complete: called once, when enough is labelled for the pipeline to go on.
+        on_complete: called once, when enough is labeled for the pipeline to go on.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LabelApp:
         handlers: Any = {RLHFError: _explain, ClientDisconnect: _nobody_there}
         return Gate(Starlette(routes=routes, exception_handlers=handlers), host)
 
-    # Labelling
+    # Labeling
 
     async def _session(self, request: Request) -> Response:
         who = await self._who(request)
@@ -210,7 +210,7 @@ class LabelApp:
             known = self._annotators.get(number)
             if known is not None and self._tokens.is_of(token, known):
                 return known
-        raise RequestError(401, "this link is not valid (any more)", hint="ask whoever leads the labelling for yours")
+        raise RequestError(401, "this link is not valid (any more)", hint="ask whoever leads the labeling for yours")
 
     def _administrator(self, request: Request) -> None:
         if not self._tokens.is_administrator(_token(request)):

@@ -1,4 +1,4 @@
-"""`rlhf label --serve`: the labelling page and the administrator's page over one store, until it is stopped."""
+"""`rlhf label --serve`: the labeling page and the administrator's page over one store, until it is stopped."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.web.links import Links, Tokens, read_secret
-from rlhf_cli.labeling.web.trust import is_loopback
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.web.security import is_loopback
+from rlhf_cli.labeling.web.tokens import Links, Tokens, read_secret
 from rlhf_cli.progress import say, warn
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def serve(
     """Serve a store that has been prepared, until SIGINT or SIGTERM comes or `stop` is set.
 
     Every answer that was acknowledged is on disk, so it may be killed at any time; links stay the same when it comes
-    back. Says on stderr when enough is labelled, and goes on.
+    back. Says on stderr when enough is labeled, and goes on.
 
     Args:
         store: its file.
@@ -60,8 +60,8 @@ def serve(
         DataError, DiskError: see `LabelStore`.
     """
     _require_packages()
+    from rlhf_cli.labeling.web.admin import Oversight
     from rlhf_cli.labeling.web.app import LabelApp
-    from rlhf_cli.labeling.web.oversight import Oversight
     from rlhf_cli.labeling.web.writer import Writer
 
     session = LabelSession(store, create=False)
@@ -95,7 +95,7 @@ def _require_packages() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"the labelling page needs {error.name}, which is not installed", hint="pip install 'rlhf-cli[web]'"
+            f"the labeling page needs {error.name}, which is not installed", hint="pip install 'rlhf-cli[web]'"
         ) from error
 
 
@@ -114,7 +114,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise UsageError(
-                f"port {port} is taken, perhaps by a labelling page that runs already",
+                f"port {port} is taken, perhaps by a labeling page that runs already",
                 hint="name another with `--port`; 0 takes a free one",
             ) from error
         reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
@@ -137,7 +137,7 @@ def _warn_of_network(host: str, port: int) -> None:
 
 
 def _say_complete() -> None:
-    say("enough is labelled for the pipeline to go on; the page stays open until you stop it (Ctrl-C)")
+    say("enough is labeled for the pipeline to go on; the page stays open until you stop it (Ctrl-C)")
 
 
 async def _run(

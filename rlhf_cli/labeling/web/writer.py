@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import LabelRefusedError
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import LabelRefusedError
 
 T = TypeVar("T")
 _MOST_AT_ONCE = 256

@@ -71,7 +71,7 @@ def launch_of(options: Options) -> launch.Launch:
 
 
 def compile_launch(found: launch.Launch, capability: int = 90) -> Any:
-    """Machine code for sm_90 or another GPU, with Triton's own rules for what a launch specialises."""
+    """Machine code for sm_90 or another GPU, with Triton's own rules for what a launch specializes."""
     constants = {param.name for param in found.kernel.params if param.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(found.kernel.arg_names):

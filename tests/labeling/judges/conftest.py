@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from rlhf_cli.data.records import Candidates
-from rlhf_cli.pipeline.stage import STAGES, StageContext
-from rlhf_cli.processes import Processes
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.label_judge import Judged, run_judges
+from rlhf_cli.stages.base import STAGES, StageContext
+from rlhf_cli.stages.label.judge import Judged, run_judges
 
 _ANSWER = re.compile(r"\[BEGIN ANSWER (\w) (\w+)\]\n(.*?)\n\[END ANSWER \1 \2\]", re.DOTALL)
 
@@ -143,7 +143,7 @@ def judged(tmp_path: Path) -> Callable[..., Judged]:
         *,
         data: dict[str, Any] | None = None,
         stop: Any = None,
-        processes: Processes | None = None,
+        processes: ProcessGroup | None = None,
         **judge: Any,
     ) -> Judged:
         recipe = Recipe.model_validate(
@@ -159,7 +159,7 @@ def judged(tmp_path: Path) -> Callable[..., Judged]:
         output.mkdir(exist_ok=True)
         stage = next(row for row in STAGES if row.name == "label")
         context = StageContext(recipe, stage, output, tmp_path / ".label.work", inputs, stop or NoStop())
-        return run_judges(context, candidates, processes or Processes())
+        return run_judges(context, candidates, processes or ProcessGroup())
 
     return run
 

@@ -8,7 +8,7 @@ from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.judges import findings
 from rlhf_cli.labeling.judges.calibration import Calibration
-from rlhf_cli.labeling.judges.measures import Asked, Behaviour, agreement, averaged, between, by_subset
+from rlhf_cli.labeling.judges.measures import Asked, Behavior, agreement, averaged, between, by_subset
 from rlhf_cli.labeling.judges.panel import Ballot, Judge, Vote
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.rates import Rate
@@ -84,13 +84,13 @@ def test_what_was_always_so_has_an_interval_too():
     assert once.low == pytest.approx(1 / (1 + 1.959964**2), abs=1e-6)
 
 
-def test_behaviour_by_hand():
+def test_behavior_by_hand():
     candidates = [pair(0), pair(1), pair(2), Candidates("p", ("same size", "size same")), Candidates("q", ("x", "x"))]
     verdicts = [{(0, 1): 1}, {(0, 1): -1}, {(0, 1): 0}, {(0, 1): 1}, {(0, 1): 0}]
-    found = Behaviour.of(candidates, verdicts)
+    found = Behavior.of(candidates, verdicts)
     assert (found.ties.value, found.ties.count) == (0.25, 4), "equal answers are no pair that was judged"
     assert (found.longer_wins.value, found.longer_wins.count) == (0.5, 2)
-    cycle = Behaviour.of([Candidates("p", ("x", "yy", "zzz"))], [{(0, 1): 1, (1, 2): 1, (0, 2): -1}])
+    cycle = Behavior.of([Candidates("p", ("x", "yy", "zzz"))], [{(0, 1): 1, (1, 2): 1, (0, 2): -1}])
     assert (cycle.contradicted.value, cycle.contradicted.count) == (1.0, 3)
 
 
@@ -178,8 +178,8 @@ def said(**changes) -> list[str]:
     }
     longer = changes.pop("longer_wins", rate(0.6))
     known = changes.pop("known", None)
-    behaviour = Behaviour(rate(0.1), longer, rate(0.0))
-    return findings.of_judge("one", Asked(**(asked | changes)), behaviour, known)
+    behavior = Behavior(rate(0.1), longer, rate(0.0))
+    return findings.of_judge("one", Asked(**(asked | changes)), behavior, known)
 
 
 def test_nothing_is_said_of_a_good_judge():
@@ -228,8 +228,8 @@ def test_a_judge_that_is_no_better_than_chance_is_told_so():
 
 
 def test_judges_that_hardly_agree_are_named():
-    behaviour = Behaviour(rate(0.1), rate(0.5), rate(0.0))
-    (line,) = findings.of_panel(behaviour, None, {("one", "two"): rate(0.55), ("one", "three"): rate(0.8)})
+    behavior = Behavior(rate(0.1), rate(0.5), rate(0.0))
+    (line,) = findings.of_panel(behavior, None, {("one", "two"): rate(0.55), ("one", "three"): rate(0.8)})
     assert line.startswith("one and two prefer the same answer in 55% of 100 pairs")
 
 

@@ -195,7 +195,7 @@ def test_a_ranking_needs_verdicts_on_half_of_its_pairs(endpoint, judged, report)
 # Calibration
 
 
-def test_below_the_floor_nothing_is_labelled(endpoint, judged, tmp_path):
+def test_below_the_floor_nothing_is_labeled(endpoint, judged, tmp_path):
     rows = [
         {"prompt": f"p{n}", "chosen": LONG if n < 6 else SHORT, "rejected": SHORT if n < 6 else LONG} for n in range(10)
     ]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from rlhf_cli.data.records import Candidates
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, Interrupted
 from rlhf_cli.labeling.judges import local
-from rlhf_cli.processes import Processes
 
 ITEMS = [Candidates(f"question {number}", ("yes", "no " * (1 + number), "maybe")) for number in range(5)]
 QUESTIONS = 5 * 3 * 2
@@ -84,7 +84,7 @@ def test_a_signal_between_batches_keeps_what_was_said(roomy_llama, judged, repor
     assert report()["judges"][0]["replies_of_this_run"] == QUESTIONS - 8
 
 
-class Thread(Processes):
+class Thread(ProcessGroup):
     """One of several "processes" that are threads here."""
 
     def __init__(self, index: int, barrier: threading.Barrier, board: dict[int, Any]) -> None:

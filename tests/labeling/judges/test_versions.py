@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.data.records import Candidates
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.labeling.judges import local, versions
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.processes import Processes
 
 NAME = "acme/judge"
 OLD, NEW = "a" * 40, "b" * 40
@@ -32,7 +32,7 @@ def hub(roomy_llama, tmp_path, monkeypatch) -> Path:
 
 
 def commit_of(**source) -> str | None:
-    return versions.at_one_commit(ModelSource(NAME, **source), Processes()).revision
+    return versions.at_one_commit(ModelSource(NAME, **source), ProcessGroup()).revision
 
 
 def test_a_branch_stands_for_the_commit_that_the_cache_holds(hub):
@@ -43,7 +43,7 @@ def test_a_branch_stands_for_the_commit_that_the_cache_holds(hub):
 
 
 def test_the_first_process_says_which_commit_it_is(hub):
-    class Second(Processes):
+    class Second(ProcessGroup):
         index, count = 1, 2  # pyright: ignore[reportAssignmentType]
 
         def __init__(self) -> None:

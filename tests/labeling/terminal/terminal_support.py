@@ -31,7 +31,7 @@ _SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 PROGRAM = """
 import sys
 from pathlib import Path
-from rlhf_cli.labeling.session import LabelSession
+from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.terminal import label_in_terminal
 outcome = label_in_terminal(LabelSession(Path(sys.argv[1]), create=False), "Maria", again="rlhf label")
 print("outcome", outcome.end, outcome.signum)

@@ -8,14 +8,14 @@ import pytest
 
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import DiskError, RLHFError, UsageError
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Entry, LabelPlan
-from rlhf_cli.labeling.terminal.desk import Desk
-from rlhf_cli.labeling.terminal.device import Ended, Event, Resized, Suspended, check_terminal
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import Entry, LabelPlan
+from rlhf_cli.labeling.terminal.app import run
+from rlhf_cli.labeling.terminal.controller import Desk
 from rlhf_cli.labeling.terminal.drawing import Screen
-from rlhf_cli.labeling.terminal.face import run
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.state import Extent
+from rlhf_cli.labeling.terminal.tty import Ended, Event, Resized, Suspended, check_terminal
 
 EXTENT = Extent(10, 40)
 
@@ -301,7 +301,7 @@ def test_a_signal_keeps_the_draft_and_ends(session, clock):
 
 def test_keys_pressed_while_the_store_was_slow_are_not_for_the_next_task(session, clock, monkeypatch):
     times = iter(range(0, 1000, 7))
-    monkeypatch.setattr("rlhf_cli.labeling.terminal.face.time.monotonic", lambda: next(times))
+    monkeypatch.setattr("rlhf_cli.labeling.terminal.app.time.monotonic", lambda: next(times))
     terminal = Scripted()
     terminal.waiting = [[Key("text", "b"), Key("text", "a")], [Key("control", "c")]]
     assert run(sit(session, clock), terminal) is None
@@ -322,7 +322,7 @@ def test_without_any_terminal_too(monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     with pytest.raises(UsageError, match="stdin and stderr are none"):
         check_terminal()
-    monkeypatch.setattr("rlhf_cli.labeling.terminal.device.termios", None)
+    monkeypatch.setattr("rlhf_cli.labeling.terminal.tty.termios", None)
     with pytest.raises(UsageError, match="key by key"):
         check_terminal()
 

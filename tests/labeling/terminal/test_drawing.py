@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from rlhf_cli.data.records import Message
-from rlhf_cli.labeling.session_types import ANSWER_LETTERS, Entry, LabelPlan, Progress, Task
+from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Entry, LabelPlan, Progress, Task
 from rlhf_cli.labeling.terminal.closing import closing_lines
-from rlhf_cli.labeling.terminal.desk import Tally
+from rlhf_cli.labeling.terminal.controller import Tally
 from rlhf_cli.labeling.terminal.drawing import Screen, draw, extent
 from rlhf_cli.labeling.terminal.editing import Line
 from rlhf_cli.labeling.terminal.guide import guide_rows
+from rlhf_cli.labeling.terminal.key_bindings import step
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.layout import columns_for, document
-from rlhf_cli.labeling.terminal.machine import step
 from rlhf_cli.labeling.terminal.painting import paint
 from rlhf_cli.labeling.terminal.state import Effect, State, Trouble, with_task, with_trouble
 from rlhf_cli.labeling.terminal.visible import in_one_line
@@ -87,7 +87,7 @@ def test_no_row_is_wider_than_the_terminal_and_no_text_of_a_stranger_is_obeyed(s
     if width >= 60 and height >= 12 and state.view != "help":
         assert re.match(r" (Enter|1-5|[a-z-]+ rank)", text_of(screen)[-1]), "the keys are always there"
         assert state.view not in ("note", "flag") or screen.cursor is not None
-    painted, _ = paint(screen, (), is_coloured=True)
+    painted, _ = paint(screen, (), is_colored=True)
     ours = re.compile(r"\x1b\[(\?25[lh]|[0-9;]*[mHGK]|2J)")
     assert "\x1b" not in ours.sub("", painted)
 
@@ -236,21 +236,21 @@ def test_the_end_says_whether_others_are_still_at_it():
 
     assert "others are at what is left (29)" in end()
     assert "Others are still at theirs" in end(left_for_me=0)
-    assert "All is labelled" in end(left_for_me=0, labels_left=0)
+    assert "All is labeled" in end(left_for_me=0, labels_left=0)
 
 
 def test_a_window_too_small_says_so():
     assert "at least 40 x 12" in shown(at_task("x", "y"), 39, 24)
 
 
-def test_only_rows_that_changed_are_painted_and_no_colour_means_none():
+def test_only_rows_that_changed_are_painted_and_no_color_means_none():
     state = at_task("x", "y")
-    _, rows = paint(draw(state, 80, 24), (), is_coloured=True)
-    again, _ = paint(draw(state, 80, 24), rows, is_coloured=True)
+    _, rows = paint(draw(state, 80, 24), (), is_colored=True)
+    again, _ = paint(draw(state, 80, 24), rows, is_colored=True)
     assert again == ""
-    changed, _ = paint(draw(replace(state, tiers=((0,),)), 80, 24), rows, is_coloured=True)
+    changed, _ = paint(draw(replace(state, tiers=((0,),)), 80, 24), rows, is_colored=True)
     assert changed.count("\x1b[2K") == 3  # place, ranking, hint
-    plain, _ = paint(draw(replace(state, tiers=((0,),), hint_style="warn"), 80, 24), (), is_coloured=False)
+    plain, _ = paint(draw(replace(state, tiers=((0,),), hint_style="warn"), 80, 24), (), is_colored=False)
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", plain)
 
 
@@ -282,7 +282,7 @@ def test_letters_that_do_not_follow_each_other_are_named_one_by_one():
 
 def documented() -> list[str]:
     """The screens of the documentation."""
-    text = (Path(__file__).parents[3] / "docs" / "labelling-terminal.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "labeling-terminal.md").read_text(encoding="utf-8")
     return re.findall(r"^```\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
 
 

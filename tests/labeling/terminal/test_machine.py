@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_cli.labeling.session_types import ANSWER_LETTERS, Entry, LabelPlan, Task
+from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Entry, LabelPlan, Task
+from rlhf_cli.labeling.terminal.key_bindings import step
 from rlhf_cli.labeling.terminal.keys import Key
-from rlhf_cli.labeling.terminal.machine import step
 from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Trouble, with_task, with_trouble
 
 EXTENT = Extent(page=10, total=40, stops=(0, 12, 25, 33), of_answer=(0, 1, 2, 3))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.data.records import Candidates
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import ANSWER_LETTERS, Entry, LabelPlan
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Entry, LabelPlan
 from tests.labeling.terminal.terminal_support import PROGRAM, Terminal
 
 
@@ -87,7 +87,7 @@ def test_twenty_items_are_stored_exactly_as_they_were_typed(store, started):
     for number in range(11, 20):
         terminal.wait_for(f"Question {number}?")
         terminal.type(typed[number][0])
-    terminal.wait_for("All is labelled")
+    terminal.wait_for("All is labeled")
     terminal.type("\r")
     assert terminal.ended() == "outcome nothing left None\n"
     assert labels_of(store) == {f"Question {number}?": expected for number, (_, expected) in typed.items()}
@@ -124,7 +124,7 @@ def test_a_closed_window_keeps_the_draft(store, started):
 
 
 def test_an_error_of_ours_restores_the_terminal_before_it_is_shown(store, started):
-    broken = "import rlhf_cli.labeling.terminal.face as face\n"
+    broken = "import rlhf_cli.labeling.terminal.app as face\n"
     broken += "real, calls = face.draw, []\n"
     broken += "def draw(*args):\n    calls.append(1)\n    return real(*args) if len(calls) < 3 else 1 / 0\n"
     broken += "face.draw = draw\n"

@@ -21,7 +21,7 @@ def rows(text: str, width: int) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        pytest.param("\x1b[31mred", "\\x1b[31mred", id="colour"),
+        pytest.param("\x1b[31mred", "\\x1b[31mred", id="color"),
         pytest.param("a\x07b\x7fc\x00", "a\\x07b\\x7fc\\x00", id="controls"),
         pytest.param("\x9b2J", "\\x9b2J", id="the one-byte escape"),
         pytest.param("\u202eevil\u202c", "<U+202E>evil<U+202C>", id="turned round"),

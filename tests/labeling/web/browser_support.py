@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.web.links import Links
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.web.tokens import Links
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -87,7 +87,7 @@ def read_labels(store: Path) -> list[LabelRecord]:
     return labels
 
 
-def centre(page: Page, selector: str) -> tuple[float, float]:
+def center(page: Page, selector: str) -> tuple[float, float]:
     box = page.locator(selector).first.bounding_box()
     assert box is not None
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -95,17 +95,17 @@ def centre(page: Page, selector: str) -> tuple[float, float]:
 
 def drag(page: Page, position: int, target: str) -> None:
     """Drag an answer's chip, by what is under the mouse while it moves."""
-    x, y = centre(page, f".chip[data-position='{position}']")
+    x, y = center(page, f".chip[data-position='{position}']")
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x + 9, y)
-    page.mouse.move(*centre(page, target), steps=2)
+    page.mouse.move(*center(page, target), steps=2)
     page.mouse.up()
 
 
 def finger_drag(page: Page, source: str, target: str) -> None:
     fingers = page.context.new_cdp_session(page)
-    x, y = centre(page, source)
+    x, y = center(page, source)
 
     def touch(kind: str, *points: tuple[float, float]) -> None:
         at = [{"x": left, "y": top} for left, top in points]
@@ -113,7 +113,7 @@ def finger_drag(page: Page, source: str, target: str) -> None:
 
     touch("touchStart", (x, y))
     touch("touchMove", (x + 12, y - 4))
-    touch("touchMove", centre(page, target))
+    touch("touchMove", center(page, target))
     touch("touchEnd")
 
 

@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/labelling-web.md: `python -m tests.labeling.web.screenshots` from the repository's root.
+"""Makes the pictures of docs/labeling-web.md: `python -m tests.labeling.web.screenshots` from the repository's root.
 
 The texts are this project's own samples (data_samples). Needs playwright and a browser on this machine.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_cli.data.records import Candidates, Message
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Entry, LabelPlan
-from rlhf_cli.labeling.web.links import Links
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import Entry, LabelPlan
+from rlhf_cli.labeling.web.tokens import Links
 from tests.conftest import ROOT
 from tests.labeling.web.browser_support import PATH
 from tests.labeling.web.web_support import served

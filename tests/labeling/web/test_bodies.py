@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.labeling.web.bodies import MAX_BODY
+from rlhf_cli.labeling.web.request_schema import MAX_BODY
 from tests.labeling.web.web_support import Client, make_store, numbered_items, served, token_of, whole_answer
 
 

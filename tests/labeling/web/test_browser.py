@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Candidates, Message
-from rlhf_cli.labeling.session_types import LabelPlan
-from rlhf_cli.labeling.web.links import Links
+from rlhf_cli.labeling.session.types import LabelPlan
+from rlhf_cli.labeling.web.tokens import Links
 from tests.labeling.web import web_support
 from tests.labeling.web.browser_support import (
     finger_drag,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.labeling.session_types import LabelPlan
+from rlhf_cli.labeling.session.types import LabelPlan
 from tests.labeling.web.browser_support import (
     Tiers,
     drag,
@@ -49,7 +49,7 @@ def drag_tiers(page: Page, tiers: list[list[str]]) -> None:
             drag(page, "abcd".index(letter), "[data-drop='tier:0']")
 
 
-class Labeller:
+class Labeler:
     """Somebody at the page who remembers what they said."""
 
     def __init__(self, page: Page, name: str, enter: Callable[[Page, list[list[str]]], None]) -> None:
@@ -98,7 +98,7 @@ def test_twenty_items_by_keys_and_by_mouse_come_out_as_they_were_entered(browser
 
 def by_keys(page: Page) -> dict[str, tuple[str, Tiers]]:
     keys = page.keyboard
-    ada = Labeller(page, "Ada", type_tiers)
+    ada = Labeler(page, "Ada", type_tiers)
 
     def enter() -> None:
         keys.press("Enter")
@@ -161,7 +161,7 @@ def by_keys(page: Page) -> dict[str, tuple[str, Tiers]]:
 
 
 def by_mouse(page: Page) -> dict[str, tuple[str, Tiers]]:
-    ben = Labeller(page, "Ben", drag_tiers)
+    ben = Labeler(page, "Ben", drag_tiers)
 
     def submit() -> None:
         page.locator("#submit").click()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import LabelPlan
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import LabelPlan
 from tests.labeling.web.browser_support import DESKTOP, read_labels, shown_answers, wait_for_next
 from tests.labeling.web.web_support import Client, make_store, numbered_items, served, whole_answer
 

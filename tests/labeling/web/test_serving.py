@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import Entry, InvalidLabelError, Receipt
-from rlhf_cli.labeling.web.oversight import Oversight, pace_per_hour, remarks
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import Entry, InvalidLabelError, Receipt
+from rlhf_cli.labeling.web.admin import Oversight, pace_per_hour, remarks
 from rlhf_cli.labeling.web.pages import ASSETS, PAGES
 from rlhf_cli.labeling.web.writer import Writer
 from tests.conftest import ROOT
@@ -180,18 +180,18 @@ def test_pages_name_nothing_that_is_not_served_and_hold_no_script_of_their_own()
             assert text.count("<script") == text.count('<script type="module" src="/assets/')
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+def luminance(color: str) -> float:
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_every_colour_of_text_has_enough_contrast_on_every_ground_it_stands_on(scheme: int) -> None:
+def test_every_color_of_text_has_enough_contrast_on_every_ground_it_stands_on(scheme: int) -> None:
     """WCAG 2.2, 1.4.3: (L1 + 0.05) / (L2 + 0.05) >= 4.5."""
     style = (files("rlhf_cli.labeling.web") / "assets" / "style.css").read_text(encoding="utf-8")
     block = style.split(":root {")[1 + scheme].split("}")[0]
-    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block))
+    colors = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block))
     grounds = ("ground", "surface", "raised")
     pairs = [(text, ground) for text in ("ink", "muted", "accent") for ground in grounds]
     for text, ground in [
@@ -201,5 +201,5 @@ def test_every_colour_of_text_has_enough_contrast_on_every_ground_it_stands_on(s
         ("warn", "surface"),
         ("ink", "tint"),
     ]:
-        low, high = sorted((luminance(colours[text]), luminance(colours[ground])))
+        low, high = sorted((luminance(colors[text]), luminance(colors[ground])))
         assert (high + 0.05) / (low + 0.05) >= 4.5, f"{text} on {ground}"

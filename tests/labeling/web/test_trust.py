@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.labeling.session_types import Annotator
-from rlhf_cli.labeling.web.links import Links, Tokens, claimed_annotator, read_secret, secret_path
+from rlhf_cli.labeling.session.types import Annotator
+from rlhf_cli.labeling.web.security import Gate, is_loopback
 from rlhf_cli.labeling.web.serving import serve
-from rlhf_cli.labeling.web.trust import Gate, is_loopback
+from rlhf_cli.labeling.web.tokens import Links, Tokens, claimed_annotator, read_secret, secret_path
 from tests.labeling.web.web_support import Client, make_store, numbered_items, served, token_of, whole_answer
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.data.records import Candidates
-from rlhf_cli.labeling.session import LabelSession
-from rlhf_cli.labeling.session_types import LabelPlan
-from rlhf_cli.labeling.web.links import Links
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import LabelPlan
 from rlhf_cli.labeling.web.serving import serve
+from rlhf_cli.labeling.web.tokens import Links
 
 
 def numbered_items(count: int, answers: int = 4) -> list[Candidates]:
@@ -27,7 +27,7 @@ def numbered_items(count: int, answers: int = 4) -> list[Candidates]:
 
 
 def make_store(path: Path, items: list[Candidates], plan: LabelPlan | None = None) -> Path:
-    """A store that is ready to be labelled."""
+    """A store that is ready to be labeled."""
     session = LabelSession(path)
     session.prepare(plan or LabelPlan(), items)
     session.close()

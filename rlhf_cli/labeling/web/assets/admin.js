@@ -33,7 +33,7 @@ function show(now) {
   $("progress").value = done;
   const { labels_per_hour: pace, seconds_left: time } = now;
   const people = now.annotators.length;
-  $("live").textContent = isComplete ? "enough is labelled: the pipeline can go on" : "live";
+  $("live").textContent = isComplete ? "enough is labeled: the pipeline can go on" : "live";
   const agreement = now.statistics.figures.map((row) => {
     const inUnit = row.is_share ? percent : (value) => value.toFixed(2);
     return figure(row.name, inUnit(row.value), row.low === null ? "" : `${inUnit(row.low)} to ${inUnit(row.high)}`);

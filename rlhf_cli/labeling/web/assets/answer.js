@@ -74,14 +74,14 @@ export class Ranking {
     this.isTieNext = false;
   }
 
-  /** Move an answer by half a step: out of its tie, or into one with its neighbour. */
+  /** Move an answer by half a step: out of its tie, or into one with its neighbor. */
   nudge(position, direction) {
     const index = this.tierOf(position);
     if (index < 0) return this.placeNext(position);
     const isAlone = this.tiers[index].length === 1;
-    const neighbour = index + direction;
+    const neighbor = index + direction;
     if (!isAlone) this.drop(position, `gap:${direction < 0 ? index : index + 1}`);
-    else if (neighbour >= 0 && neighbour < this.tiers.length) this.drop(position, `tier:${neighbour}`);
+    else if (neighbor >= 0 && neighbor < this.tiers.length) this.drop(position, `tier:${neighbor}`);
   }
 
   /** Whether two answers stand in two places, so that one can be better by some degree. */

@@ -1,4 +1,4 @@
-// The labelling page: shows a task, takes what somebody enters by keys, mouse or finger, and sees that it arrives.
+// The labeling page: shows a task, takes what somebody enters by keys, mouse or finger, and sees that it arrives.
 
 import { Ranking, ordinal } from "./answer.js";
 import { Courier, Failed, Memory, Refused, Unreachable, ask, newKey, token } from "./api.js";
@@ -96,7 +96,7 @@ function showTask(next) {
   $("message").hidden = true;
   $("task").hidden = false;
   $("task-title").textContent = `Task ${task.number}`;
-  document.title = `Task ${task.number} · labelling`;
+  document.title = `Task ${task.number} · labeling`;
   $("prompt").replaceChildren(...promptTurns(task.prompt));
   const card = (text, position) =>
     answerCard(text, position, session.letters[position].toUpperCase(), markGroups(position), (isPointer) =>
@@ -193,7 +193,7 @@ function showFinished(progress) {
   showMessage(
     "Nothing is left for you",
     progress.is_complete
-      ? "Everything is labelled: thank you. Whoever leads the labelling can go on now; you can close this page."
+      ? "Everything is labeled: thank you. Whoever leads the labeling can go on now; you can close this page."
       : "Thank you. Others are still at work; if one of their tasks comes free, it appears here by itself. You can close this page and come back by the same link.",
     progress.mine > 0,
   );
@@ -450,7 +450,7 @@ addEventListener("hashchange", () => location.reload());
 // Beginning
 
 async function begin() {
-  if (!token()) return showMessage("Open your own link", "This address lacks the part that says who you are. Ask whoever leads the labelling.");
+  if (!token()) return showMessage("Open your own link", "This address lacks the part that says who you are. Ask whoever leads the labeling.");
   try {
     showPlan(await courier.deliver("/api/session"));
   } catch (error) {

@@ -1,0 +1,80 @@
+"""What a machine offers. Imports torch, since that is the question; only `rlhf doctor` comes here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+_TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2", "accelerate": "1.15.0"}
+"""Of constraints.txt; a test holds the two together."""
+
+
+def examine() -> dict[str, Any]:
+    """Everything `rlhf doctor` says, as plain data; sizes in bytes."""
+    from rlhf_cli.pipeline.manifest import versions
+
+    found = versions()
+    problems = [f"{name} is not installed" for name in _TESTED if found[name] == "not installed"]
+    report: dict[str, Any] = {
+        "versions": found,
+        "tested": _TESTED,
+        "platform": platform.platform(),
+        "cpus": _cpus(),
+        "memory_bytes": _memory(),
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+    }
+    if found["torch"] != "not installed":
+        try:
+            report |= _torch()
+        except (ImportError, OSError) as error:  # a wheel for another CUDA or libc fails here, in many ways
+            problems.append(f"torch does not import: {error}")
+    return report | {"problems": problems}
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    from rlhf_cli.models.loading import resolve_device, resolve_precision
+
+    device = resolve_device("auto")
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "precision": str(resolve_precision("auto", device)).removeprefix("torch."),
+        "cuda": torch.version.cuda,
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "mps": torch.backends.mps.is_available(),
+        "cpu_bfloat16": str(resolve_precision("auto", torch.device("cpu"))) == "torch.bfloat16",
+    }
+
+
+def print_report(found: dict[str, Any]) -> None:
+    """The report for people, on stdout: it is what was asked for."""
+    from rlhf_cli.pipeline.disk_space import in_words
+
+    rows = [("rlhf", found["versions"]["rlhf"]), ("python", f"{found['versions']['python']} on {found['platform']}")]
+    for name, tested in _TESTED.items():
+        version = found["versions"][name]
+        rows.append((name, version if version.split("+")[0] == tested else f"{version} (tested with {tested})"))
+    if "device" in found:
+        bf16 = "multiplies bfloat16 natively" if found["cpu_bfloat16"] else "no native bfloat16"
+        rows.append(("cpu", f"{found['cpus']} cores, {found['threads']} threads, {bf16}"))
+        gpus = ", ".join(f"{gpu['name']} with {in_words(gpu['memory_bytes'])}" for gpu in found["gpus"])
+        rows.append(("gpu", gpus or ("Apple MPS" if found["mps"] else "none")))
+        rows.append(("auto", f"device {found['device']}, precision {found['precision']}"))
+    rows.append(("memory", in_words(found["memory_bytes"])))
+    rows.append(("disk", f"{in_words(found['disk_free_bytes'])} free here"))
+    print("\n".join(f"{name:<13} {figure}" for name, figure in rows))
+    print("\n".join(f"problem: {problem}" for problem in found["problems"]) or "no problems found")

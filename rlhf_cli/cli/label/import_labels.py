@@ -1,0 +1,59 @@
+"""`rlhf label import`: labels of other tools as rankings of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_cli.cli.options import MaxSkip, Settings
+
+
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Rankings, preferences, HH transcripts, labels.jsonl; what RewardBench, Label Studio, Argilla and "
+            "OpenAssistant write: a file, folder or hub data set.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: stdout.")] = None,
+    settings: Settings = None,
+    max_skip: MaxSkip = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --out: print counts as one JSON object.")] = False,
+) -> None:
+    """Turn labels of any form that we read into rankings, and say what is left out.
+
+    `--set` takes `data.columns` and `data.max_skip`.
+    """
+    from rlhf_cli.cli.label.output import write_text
+    from rlhf_cli.cli.running import shared_flags
+    from rlhf_cli.data.sources import read_records
+    from rlhf_cli.errors import UsageError
+    from rlhf_cli.labeling.exports.formats import export_rankings
+    from rlhf_cli.progress import say, warn
+    from rlhf_cli.recipe.loader import load_recipe
+    from rlhf_cli.recipe.overrides import flag
+
+    if as_json and out is None:
+        raise UsageError("`--json` tells of a file, and stdout is the data here", hint="name one with `--out`")
+    for text in settings or ():
+        if not text.startswith(("data.columns", "data.max_skip")):
+            raise UsageError(f"`--set {text}` has no effect here", hint="it takes `data.columns` and `data.max_skip`")
+    flags = shared_flags(None, None, max_skip)
+    given = [flag(name, value, origin) for name, (value, origin) in flags.items() if value is not None]
+    data = load_recipe(None, settings or (), given).recipe.data
+    loaded = read_records(source, "ranking", columns=data.columns, max_skip=data.max_skip)
+    for line in [*loaded.warnings, *loaded.skips.warnings(loaded.total, source)]:
+        warn(line)
+    write_text(export_rankings(loaded.records, "rankings").text(), out)
+    answers = sum(len(ranking.completions) for ranking in loaded.records)
+    say(f"{len(loaded.records):,} rankings of {answers:,} answers")
+    if as_json:
+        counts = {"rankings": len(loaded.records), "completions": answers, "skipped": loaded.skips.counts}
+        typer.echo(json.dumps({"path": str(out), **counts}))
+    elif out is not None:
+        typer.echo(out)

@@ -1,0 +1,191 @@
+"""Tasks as Label Studio exports them (JSON, not JSON-MIN): `Ranker` over a `List`, and `Pairwise`.
+
+A ranker without buckets holds one list of ids under its own name, best first. With buckets, their names say the order:
+`1`, `2`, `3` or `tier 1`, `tier 2`, best first; answers in one bucket are a tie. Other names say no order, and are
+refused. `_` holds what nobody moved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlhf_cli.data.conversations import text_of
+from rlhf_cli.data.formats.common import UNRANKED, Part, Wanted, answer_names, each, part, prompt_name
+from rlhf_cli.data.rows import Row, listed, shown
+from rlhf_cli.data.skips import Skip
+
+_BUCKET = re.compile(r"(?:(?:tier|rank|place|level)[-_ ]?)?(\d+)", re.IGNORECASE)
+_CONTROLS = ("ranker", "pairwise")
+
+
+def is_it(fields: Mapping[str, object]) -> bool:
+    """Whether a row is a task."""
+    return isinstance(fields.get("data"), dict) and isinstance(fields.get("annotations"), list)
+
+
+def parts(row: Row, wanted: Wanted) -> Iterator[Part]:
+    """A ranking for each annotation that has one; the answers alone where there is none and they are wanted."""
+    data = row.fields["data"]
+    assert isinstance(data, dict)
+    wanted.remarks.add("label studio", row.place)
+    count = 0
+    for name, annotation in each(row, "annotations", row.fields["annotations"]):
+        if annotation.get("was_cancelled"):
+            wanted.remarks.add("annotations not given", row.place)
+            continue
+        results = [
+            (where, result)
+            for where, result in each(row, f"{name}.result", annotation.get("result"))
+            if result.get("type") in _CONTROLS
+        ]
+        if not results:
+            wanted.remarks.add("annotations not given", row.place)
+            continue
+        if len(results) > 1:
+            controls = listed([str(result.get("from_name")) for _, result in results])
+            raise row.error(
+                f"`{name}` has {len(results)} rankings: {controls}",
+                "export one control at a time",
+            )
+        count += 1
+        yield _annotation(row, data, name, annotation, *results[0], wanted)
+    if not count:
+        if wanted.unranked:
+            prompt, ids = _list_of_items(row, data, None, wanted)
+            yield part(row, "", {"prompt": prompt, "completions": list(ids.values())})
+        else:
+            wanted.remarks.add("tasks without", row.place)
+
+
+def _annotation(
+    row: Row,
+    data: Mapping[str, object],
+    name: str,
+    annotation: Mapping[str, object],
+    where: str,
+    result: Mapping[str, object],
+    wanted: Wanted,
+) -> Part:
+    value = result.get("value")
+    if not isinstance(value, dict):
+        raise row.error(f"`{where}.value` is {shown(value)}; an object is expected")
+    fields: dict[str, object] = {"annotator": _annotator(annotation.get("completed_by"))}
+    place = f" ({name})"
+    if result["type"] == "pairwise":
+        return part(row, place, fields | _pair(row, data, where, value, result, wanted))
+    tiers = _tiers(row, f"{where}.value.ranker", value.get("ranker"), result.get("from_name"))
+    ranked = [identifier for tier in tiers for identifier in tier]
+    prompt, ids = _list_of_items(row, data, ranked, wanted)
+    for identifier in ranked:
+        if identifier not in ids:
+            raise row.error(
+                f"`{where}.value.ranker` ranks {shown(identifier)}, and the task has the ids {listed(list(ids))}"
+            )
+    if len(ranked) < len(ids):
+        return Skip(f"{row.place}{place}", UNRANKED, row.excerpt())
+    index = {identifier: number for number, identifier in enumerate(ids)}
+    ranking = [[index[identifier] for identifier in tier] for tier in tiers]
+    return part(row, place, fields | {"prompt": prompt, "completions": list(ids.values()), "ranking": ranking})
+
+
+def _annotator(completed_by: object) -> object:
+    """Who it was: an id, or an object with an e-mail address and an id."""
+    if isinstance(completed_by, dict):
+        return completed_by.get("email") or completed_by.get("id")
+    return completed_by
+
+
+# Ranker
+
+
+def _tiers(row: Row, name: str, ranker: object, tag: object) -> list[list[str]]:
+    """Tiers of ids; `tag` is the name of the control, under which one without buckets keeps its list."""
+    hint = (
+        'without buckets `{"rank": ["b", "a"]}`; with buckets named by number, best first, `{"1": ["b"], "2": ["a"]}`'
+    )
+    if isinstance(ranker, list):  # as some versions wrote it
+        ranker = {"rank": ranker}
+    if not isinstance(ranker, dict) or not all(isinstance(ids, list) for ids in ranker.values()):
+        raise row.error(f"`{name}` is {shown(ranker)}; lists of ids are expected", hint)
+    buckets = {str(key): [_id(row, name, value) for value in ids] for key, ids in ranker.items() if key != "_"}
+    only = next(iter(buckets)) if len(ranker) == 1 else None
+    if only is not None and (only == tag or _numbered(only) is None):
+        return [[identifier] for identifier in buckets[only]]
+    numbers = {key: _numbered(key) for key in buckets}
+    if None in numbers.values() or len(set(numbers.values())) < len(numbers):
+        raise row.error(f"`{name}` has the buckets {listed(list(buckets))}, and which is best is not clear", hint)
+    return [ids for key, ids in sorted(buckets.items(), key=lambda item: numbers[item[0]] or 0) if ids]
+
+
+def _numbered(name: str) -> int | None:
+    found = _BUCKET.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def _id(row: Row, name: str, value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise row.error(f"`{name}` holds {shown(value)}, which is no id")
+    return str(value)
+
+
+def _list_of_items(
+    row: Row, data: Mapping[str, object], ranked: Sequence[str] | None, wanted: Wanted
+) -> tuple[object, dict[str, object]]:
+    """The prompt, and the answers by their id."""
+    lists = {name: value for name, value in data.items() if _is_list_of_items(value)}
+    found = {name: _items(row, f"data.{name}", value) for name, value in lists.items()}
+    fitting = {name: ids for name, ids in found.items() if ranked is None or set(ranked) <= ids.keys()} or found
+    if len(fitting) != 1:
+        many = "several lists" if fitting else "no list"
+        raise row.error(
+            f"`data` has {many} of objects with an `id`: it has {listed(data)}",
+            '`"items": [{"id": "a", "body": "one answer"}, ...]`, as the tag `List` shows them',
+        )
+    [ids] = fitting.values()
+    return data[prompt_name(row, data, lists, wanted)], ids
+
+
+def _is_list_of_items(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "id" in item for item in value)
+
+
+def _items(row: Row, name: str, value: object) -> dict[str, object]:
+    texts: dict[str, object] = {}
+    for where, item in each(row, name, value):
+        identifier = _id(row, f"{where}.id", item["id"])
+        if identifier in texts:
+            raise row.error(f"`{name}` has the id {shown(identifier)} twice")
+        field = "body" if "body" in item else "title"
+        texts[identifier] = text_of(row, f"{where}.{field}", item.get(field))
+    return texts
+
+
+# Pairwise
+
+
+def _pair(
+    row: Row,
+    data: Mapping[str, object],
+    where: str,
+    value: Mapping[str, object],
+    result: Mapping[str, object],
+    wanted: Wanted,
+) -> dict[str, object]:
+    selected = value.get("selected")
+    if selected not in ("left", "right"):
+        raise row.error(f"`{where}.value.selected` is {shown(selected)}; left or right is expected")
+    # `toName` of the tag, where the export repeats it; names of tags need not be those of the data.
+    named = [name.strip() for name in str(result.get("to_name", "")).split(",")]
+    answers = named if len(named) == 2 and all(name in data for name in named) else answer_names(data)
+    if len(answers) != 2:
+        raise row.error(
+            f"which two fields were compared is not clear: `data` has {listed(data)}",
+            "name them alike, such as `answer1` and `answer2`, the left one first",
+        )
+    better, worse = answers if selected == "left" else reversed(answers)
+    return {
+        "prompt": data[prompt_name(row, data, answers, wanted)],
+        "chosen": text_of(row, f"data.{better}", data[better]),
+        "rejected": text_of(row, f"data.{worse}", data[worse]),
+    }

@@ -1,0 +1,131 @@
+"""Log-probabilities of answers: hidden states first, and only those that predict an answer token reach the vocabulary.
+
+Nothing of shape batch x length x vocabulary exists, forward or backward: TRL's chunked kernel folds tiles of the
+projection into log-sum-exp statistics and recomputes them for the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.kernels import ChunkedLogProbFunction
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.models.backbone import last_hidden
+
+_VOCABULARY_TILE = 16_384
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What the policy thinks of answer tokens.
+
+    Attributes:
+        logprobs: (N, T) nats; 0 on padding.
+        entropy: (N, T) nats of the next-token distribution; 0 on padding. Carries no gradient unless `logprobs` does.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def response_hidden(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """Last hidden states at the positions that predict answer tokens: (N, T, d); what stands on padding means nothing.
+
+    Args:
+        model: language model, causal or encoder-decoder.
+        batch: prompts and answers, arranged as the model reads them.
+    """
+    if batch.encoder_ids is not None:
+        encoded = model.get_encoder()(batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
+        output = model.get_decoder()(
+            input_ids=batch.input_ids,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=batch.encoder_mask,
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state.flatten(0, 1)
+    else:
+        hidden = last_hidden(model.get_decoder(), batch.input_ids, batch.layout)
+    return hidden[batch.predicting]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How a model turns a hidden state into logits: softcap(scale * (h W^T + b)).
+
+    Attributes:
+        weight: (V, d).
+        bias: (V,) or None.
+        scale: factor on the logits (Cohere, Granite) or the hidden state (T5 with tied embeddings).
+        softcap: c in c tanh(logits / c) (Gemma 2), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> Projection:
+        """Read it from a language model."""
+        head = model.get_output_embeddings()
+        assert head is not None
+        assert isinstance(head.weight, Tensor)
+        config = model.config.get_text_config(decoder=True) if not model.config.is_encoder_decoder else model.config
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        if getattr(config, "scale_decoder_outputs", False):
+            scale *= config.d_model**-0.5
+        bias = getattr(head, "bias", None)
+        if bias is None and isinstance(shift := getattr(model, "final_logits_bias", None), Tensor):  # BART
+            bias = shift[0]
+        return Projection(head.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def token_logprobs(self, hidden: Tensor, batch: SequenceBatch, *, temperature: float) -> TokenLogprobs:
+        """Log-probability of each answer token, and the entropy at it.
+
+        Args:
+            hidden: (N, T, d) from `response_hidden`.
+            batch: the answers.
+            temperature: logits are divided by it, as in sampling.
+        """
+        rows = hidden[batch.is_response]
+        targets = batch.response_ids[batch.is_response]
+        logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+            rows, self.weight, self.bias, targets, temperature, _VOCABULARY_TILE, self.softcap, self.scale, ("entropy",)
+        )
+        return TokenLogprobs(_unpacked(logprobs, batch.is_response), _unpacked(entropy, batch.is_response))
+
+
+def _unpacked(flat: Tensor, is_response: Tensor) -> Tensor:
+    """Values of the real tokens alone back into (N, T), 0 elsewhere; keeps the gradient."""
+    return torch.zeros(is_response.shape, dtype=flat.dtype, device=flat.device).masked_scatter(is_response, flat)
+
+
+@torch.no_grad()
+def check_projection(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not what `Projection` computes, by comparing the two on a few tokens.
+
+    Raises:
+        ModelError: an architecture with a final step of its own that we do not know.
+    """
+    projection = Projection.of(model)
+    probe = [token % len(projection.weight) for token in (3, 5, 7, 11)]
+    batch = SequenceBatch.for_model(model, [probe[:2]], [probe[2:]])
+    ours = projection.token_logprobs(response_hidden(model, batch), batch, temperature=1.0).logprobs
+    if batch.encoder_ids is not None:
+        logits = model(input_ids=batch.encoder_ids, decoder_input_ids=batch.input_ids, use_cache=False).logits
+    else:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, 1:3]
+    theirs = logits.float().log_softmax(-1).gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    tolerance = 1e-3 if model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type) else 0.1
+    if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
+        raise ModelError(
+            f"the {model.config.model_type} model `{name}` computes its logits in a way this trainer does not know "
+            f"(log-probabilities differ by {float((ours - theirs).abs().max()):.3g})",
+            hint="please report the architecture; until then choose another base model",
+        )

@@ -1,0 +1,79 @@
+"""What is to be labeled, as rows of a store: items by the hash of their text, and the plan that lists them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_cli.data.records import Candidates, prompt_to_json
+from rlhf_cli.labeling.session.store import LabelStore
+from rlhf_cli.labeling.session.types import LabelPlan, item_id
+
+Tiers = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One item of a plan.
+
+    Attributes:
+        item: its id.
+        is_gold: shown to see who pays attention, not for its label.
+        known: its order where that is known, by the answers as the store has them.
+    """
+
+    item: str
+    is_gold: bool
+    known: Tiers | None
+
+
+def list_items(store: LabelStore, items: Sequence[Candidates], gold: Sequence[Candidates]) -> list[Listed]:
+    """Find or add the rows of these items; gold that is an item too is left out, and so is the same item again."""
+    listed: dict[str, Listed] = {}
+    for is_gold, group in ((False, items), (True, gold)):
+        for item in group:
+            number = item_id(item)
+            if number not in listed:
+                completions = _stored(store, number, item)
+                listed[number] = Listed(number, is_gold, _by_stored(item, completions) if is_gold else None)
+    return list(listed.values())
+
+
+def _stored(store: LabelStore, number: str, item: Candidates) -> Sequence[str]:
+    """The item's answers in the order of its row: the same answers may have come in another order before."""
+    row = store.connection.execute("SELECT completions FROM items WHERE id = ?", (number,)).fetchone()
+    if row is not None:
+        return json.loads(row[0])
+    prompt, completions = json.dumps(prompt_to_json(item.prompt)), json.dumps(item.completions)
+    store.insert("items", id=number, prompt=prompt, completions=completions)
+    return item.completions
+
+
+def _by_stored(item: Candidates, completions: Sequence[str]) -> Tiers | None:
+    if item.known is None:
+        return None
+    place = {text: index for index, text in enumerate(completions)}
+    return tuple(tuple(sorted(place[item.completions[index]] for index in tier)) for tier in item.known)
+
+
+def write_plan(store: LabelStore, plan: LabelPlan, listed: Sequence[Listed], now_ms: int) -> None:
+    """Add a plan; the newest one holds."""
+    if plan.guidelines is not None:
+        store.connection.execute(
+            "INSERT INTO guidelines VALUES (?, ?) ON CONFLICT DO NOTHING", (plan.guidelines_hash, plan.guidelines)
+        )
+    body = {
+        "overlap": plan.overlap,
+        "criteria": list(plan.criteria),
+        "strengths": plan.strengths,
+        "repeat_share": plan.repeat_share,
+        "gold_share": plan.gold_share,
+        "set_aside_after": plan.set_aside_after,
+        "enough": plan.enough,
+        "seed": plan.seed,
+    }
+    number = store.insert("plans", body=json.dumps(body), guidelines=plan.guidelines_hash, at=now_ms)
+    for position, row in enumerate(listed):
+        known = None if row.known is None else json.dumps(row.known)
+        store.insert("listed", plan=number, position=position, item=row.item, is_gold=int(row.is_gold), known=known)

@@ -1,0 +1,57 @@
+"""Progress of a session, and of the people in it, from the sums of its store."""
+
+from __future__ import annotations
+
+import statistics
+
+from rlhf_cli.labeling.session.assignment import left_with_hidden
+from rlhf_cli.labeling.session.state import Action, LabelState
+from rlhf_cli.labeling.session.types import AnnotatorOverview, Progress
+
+_PACE_OVER = 20
+_ROUNDING = 1e-9
+
+
+def progress_of(state: LabelState, annotator: int | None) -> Progress:
+    """How far all is, and one person if one is named."""
+    items, unresolved = len(state.listed), len(state.unresolved)
+    done, left, mine = items - unresolved, 0, []
+    if annotator is not None:
+        mine = state.stack[annotator]
+        left = left_with_hidden(state, annotator, unresolved - state.open_answered[annotator])
+    return Progress(
+        items=items,
+        done=done,
+        set_aside=state.set_aside,
+        labels=state.labels,
+        labels_left=state.labels_left,
+        is_complete=done >= state.plan.enough * items - _ROUNDING,  # 0.07 * 100 is more than 7
+        mine=len(mine),
+        left_for_me=left,
+        pace_seconds=_median_seconds(mine[-_PACE_OVER:]),
+    )
+
+
+def overview_of(state: LabelState) -> list[AnnotatorOverview]:
+    """Everybody's work so far, in order of their coming."""
+    rows = []
+    for number, annotator in state.annotators.items():
+        given = state.stack[number]
+        kinds = [action.kind for action in given]
+        rows.append(
+            AnnotatorOverview(
+                annotator.name,
+                labels=kinds.count("ranked"),
+                skipped=kinds.count("skipped"),
+                flagged=kinds.count("flagged"),
+                active_seconds=sum(action.active_ms for action in given) / 1000,
+                median_seconds=_median_seconds(given),
+                last_at=max((action.at for action in given), default=None),
+            )
+        )
+    return rows
+
+
+def _median_seconds(actions: list[Action]) -> float | None:
+    times = [action.active_ms / 1000 for action in actions if action.kind == "ranked"]
+    return statistics.median(times) if times else None

@@ -1,0 +1,311 @@
+"""What the rows of a label store add up to, kept in memory: who has which item, what was said, what is still needed.
+
+Every row is applied once, in the order of the file, whoever wrote it; nothing here is written anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from rlhf_cli.data.records import Candidates, Message
+from rlhf_cli.labeling.label_records import Outcome, Purpose
+from rlhf_cli.labeling.session.preparation import Listed, Tiers
+from rlhf_cli.labeling.session.store import LabelStore
+from rlhf_cli.labeling.session.types import Annotator, Entry, LabelPlan
+
+Kind = Literal["ranked", "skipped", "flagged", "undone"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An item given to a person.
+
+    Attributes:
+        shown: (K,) indices into the item's completions, in the order this person sees them.
+        round: 0, or 1 for a hidden repeat.
+        at: when, milliseconds since 1970.
+    """
+
+    id: int
+    item: str
+    annotator: int
+    round: int
+    purpose: Purpose
+    shown: tuple[int, ...]
+    at: int
+
+
+@dataclass(frozen=True)
+class Action:
+    """One answer, or the taking back of one.
+
+    Attributes:
+        entry: what was entered, for `ranked`.
+        reason: for `skipped` and `flagged`.
+        undoes: the action that is taken back, for `undone`.
+        plan: the plan that held.
+    """
+
+    id: int
+    assignment: int
+    kind: Kind
+    key: str
+    entry: Entry | None
+    reason: str
+    undoes: int | None
+    plan: int
+    active_ms: int
+    at: int
+
+
+@dataclass(frozen=True)
+class DraftRow:
+    """The latest draft of a task.
+
+    Attributes:
+        undo: number of the undo that had opened the task again when it was written; None before any.
+    """
+
+    entry: Entry
+    undo: int | None
+    active_ms: int
+    at: int
+
+
+@dataclass
+class ItemCount:
+    """Where an item stands: annotators by what they did with it, repeats left out.
+
+    Attributes:
+        ranked: annotators whose ranking stands.
+        refused: annotators who skipped or flagged it.
+        held: annotator -> assignment that has no answer yet.
+    """
+
+    ranked: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
+    held: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> set[int]:
+        """Annotators who are done with it."""
+        return self.ranked | self.refused
+
+    def is_resolved(self, plan: LabelPlan) -> bool:
+        """Whether nobody else is needed."""
+        return len(self.ranked) >= plan.overlap or len(self.refused) >= plan.set_aside_after
+
+
+class LabelState:
+    """The sum of a store's rows. `catch_up` reads what is new; all attributes are for reading."""
+
+    def __init__(self, store: LabelStore) -> None:
+        self._store = store
+        self.plan = LabelPlan()
+        self.plan_id = 0
+        self.guidelines: dict[int, str | None] = {}
+        """Plan -> hash of what labelers were told."""
+        self.items: dict[str, Candidates] = {}
+        self.listed: dict[str, int] = {}
+        """Item -> position, of the plan that holds."""
+        self.gold: list[str] = []
+        self.listing: list[Listed] = []
+        """The plan's rows, in order."""
+        self.known: dict[str, Tiers] = {}
+        """Gold item -> its order."""
+        self.annotators: dict[int, Annotator] = {}
+        self.assignments: dict[int, Assignment] = {}
+        self.of_annotator: dict[int, list[int]] = defaultdict(list)
+        """Annotator -> their assignments, in order."""
+        self.had: dict[int, dict[str, int]] = defaultdict(dict)
+        """Annotator -> item -> rounds they were given it."""
+        self.standing: dict[int, Action] = {}
+        """Assignment -> its answer that was not taken back."""
+        self.by_key: dict[str, Action] = {}
+        self.stack: dict[int, list[Action]] = defaultdict(list)
+        """Annotator -> their answers that stand, in order."""
+        self.reopened: dict[int, Action] = {}
+        """Assignment -> the undo that opened it again."""
+        self.taken_back: dict[int, Action] = {}
+        """Assignment -> the answer that was taken back last."""
+        self.taken_ranking: dict[int, tuple[Entry, int]] = {}
+        """Assignment -> the ranking that was taken back last, and the number of the undo that did it."""
+        self.hidden: dict[int, list[Purpose]] = defaultdict(list)
+        """Annotator -> what their tasks are for, as far as that was looked up."""
+        self.drafts: dict[int, DraftRow] = {}
+        self.counts: dict[str, ItemCount] = defaultdict(ItemCount)
+        self.unresolved: dict[str, None] = {}
+        """Items of the plan that still need somebody, roughly in order."""
+        self.labels = self.labels_left = self.set_aside = 0
+        self.open_answered: dict[int, int] = defaultdict(int)
+        """Annotator -> unresolved items that they are done with."""
+        self._last = dict.fromkeys(("annotators", "assignments", "actions", "drafts"), 0)
+
+    # Reading
+
+    def catch_up(self) -> None:
+        """Apply rows that were added since the last time, by whomever."""
+        rows = self._store.connection.execute
+        newest = rows("SELECT max(id) FROM plans").fetchone()[0]
+        if newest is not None and newest != self.plan_id:
+            self._read_plan(newest)
+            self.guidelines = dict(rows("SELECT id, guidelines FROM plans"))
+        for number, name in rows("SELECT id, name FROM annotators WHERE id > ?", (self._last["annotators"],)):
+            self.annotators[number] = Annotator(number, name)
+            self._last["annotators"] = number
+        for row in rows("SELECT * FROM assignments WHERE id > ? ORDER BY id", (self._last["assignments"],)):
+            self.add_assignment(
+                Assignment(row[0], row[1], row[2], row[3], cast(Purpose, row[4]), tuple(json.loads(row[5])), row[6])
+            )
+        for row in rows("SELECT * FROM actions WHERE id > ? ORDER BY id", (self._last["actions"],)):
+            self.add_action(action_of(*row))
+        for row in rows("SELECT * FROM drafts WHERE id > ? ORDER BY id", (self._last["drafts"],)):
+            self.add_draft(row[0], row[1], DraftRow(Entry.of(json.loads(row[2])), *row[3:]))
+
+    def _read_plan(self, number: int) -> None:
+        rows = self._store.connection.execute
+        body, guidelines = rows(
+            "SELECT body, text FROM plans LEFT JOIN guidelines ON hash = guidelines WHERE id = ?", (number,)
+        ).fetchone()
+        plain = json.loads(body)
+        self.plan = LabelPlan(**plain | {"criteria": tuple(plain["criteria"])}, guidelines=guidelines)
+        self.plan_id = number
+        listed = rows(
+            "SELECT item, prompt, completions, known, position, is_gold FROM listed JOIN items ON id = item "
+            "WHERE plan = ? ORDER BY position",
+            (number,),
+        )
+        self.listed, self.gold, self.listing, self.known = {}, [], [], {}
+        for item, prompt, completions, known, position, is_gold in listed:
+            self.items[item] = _candidates(prompt, completions)
+            tiers = None if known is None else tuple(tuple(tier) for tier in json.loads(known))
+            self.listing.append(Listed(item, bool(is_gold), tiers))
+            if not is_gold:
+                self.listed[item] = position
+            else:
+                self.gold.append(item)
+                if tiers is not None:
+                    self.known[item] = tiers
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        self.unresolved = {}
+        self.labels = self.labels_left = self.set_aside = 0
+        self.open_answered.clear()
+        self.hidden.clear()
+        for item in self.listed:
+            self._add(item, +1)
+
+    # Applying
+
+    def add_assignment(self, row: Assignment) -> None:
+        """Apply an assignment."""
+        self._last["assignments"] = row.id
+        if row.item not in self.items:  # of an earlier plan: its answers are still there to be read
+            self._read_item(row.item)
+        self.assignments[row.id] = row
+        self.of_annotator[row.annotator].append(row.id)
+        self.had[row.annotator][row.item] = self.had[row.annotator].get(row.item, 0) + 1
+        if row.purpose == "label":
+            self.counts[row.item].held[row.annotator] = row.id
+
+    def _read_item(self, item: str) -> None:
+        row = self._store.connection.execute("SELECT prompt, completions FROM items WHERE id = ?", (item,)).fetchone()
+        self.items[item] = _candidates(*row)
+
+    def add_action(self, action: Action) -> None:
+        """Apply an answer or the taking back of one."""
+        self._last["actions"] = action.id
+        self.by_key[action.key] = action
+        given = self.assignments[action.assignment]
+        counted = given.purpose == "label"
+        if counted:
+            self._add(given.item, -1)
+        count, who = self.counts[given.item], given.annotator
+        if action.kind == "undone":
+            before = self.standing.pop(action.assignment)
+            self.stack[who].remove(before)
+            self.reopened[action.assignment] = action
+            self.taken_back[action.assignment] = before
+            if before.entry is not None:
+                self.taken_ranking[action.assignment] = (before.entry, action.id)
+            if counted:
+                count.ranked.discard(who)
+                count.refused.discard(who)
+                count.held[who] = given.id
+        else:
+            self.standing[action.assignment] = action
+            self.stack[who].append(action)
+            if counted:
+                count.held.pop(who, None)
+                (count.ranked if action.kind == "ranked" else count.refused).add(who)
+        if counted:
+            self._add(given.item, +1)
+
+    def add_draft(self, number: int, assignment: int, row: DraftRow) -> None:
+        """Apply a draft."""
+        self._last["drafts"] = number
+        self.drafts[assignment] = row
+
+    def add_annotator(self, row: Annotator) -> None:
+        """Apply an annotator."""
+        self._last["annotators"] = row.id
+        self.annotators[row.id] = row
+
+    def _add(self, item: str, sign: int) -> None:
+        """Add what one item contributes to the sums, or take it away before the item changes."""
+        if item not in self.listed:
+            return
+        count = self.counts[item]
+        self.labels += sign * len(count.ranked)
+        if not count.is_resolved(self.plan):
+            self.labels_left += sign * (self.plan.overlap - len(count.ranked))
+            if sign > 0:
+                self.unresolved[item] = None
+            else:
+                self.unresolved.pop(item, None)
+            for annotator in count.answered:
+                self.open_answered[annotator] += sign
+        elif len(count.ranked) < self.plan.overlap:
+            self.set_aside += sign
+
+    def latest_at(self, assignment: int) -> int:
+        """When somebody was last seen at an assignment, milliseconds since 1970."""
+        draft, undo = self.drafts.get(assignment), self.reopened.get(assignment)
+        return max(self.assignments[assignment].at, draft.at if draft else 0, undo.at if undo else 0)
+
+    def draft(self, assignment: int) -> tuple[Entry | None, int]:
+        """What was entered so far for a task that has no answer, and the active milliseconds spent on it."""
+        draft, undo = self.drafts.get(assignment), self.reopened.get(assignment)
+        if undo is None or (draft is not None and draft.undo == undo.id):
+            return (None, 0) if draft is None else (draft.entry, draft.active_ms)
+        entry, taken_by = self.taken_ranking.get(assignment, (None, 0))
+        if draft is not None and (draft.undo or 0) >= taken_by:  # written after that ranking, before a skip, say
+            entry = draft.entry
+        return entry, self.taken_back[assignment].active_ms
+
+
+def action_of(
+    number: int, assignment: int, kind: str, key: str, body: str, undoes: int | None, plan: int, active: int, at: int
+) -> Action:
+    """An action from its row."""
+    plain: dict[str, Any] = json.loads(body)
+    entry = Entry.of(plain["entry"]) if "entry" in plain else None
+    return Action(number, assignment, cast(Kind, kind), key, entry, plain.get("reason", ""), undoes, plan, active, at)
+
+
+def outcome_of(action: Action) -> Outcome:
+    """What an answer that stands came to."""
+    assert action.kind != "undone"
+    return action.kind
+
+
+def _candidates(prompt: str, completions: str) -> Candidates:
+    asked = json.loads(prompt)
+    return Candidates(
+        prompt=asked if isinstance(asked, str) else tuple(Message(turn["role"], turn["content"]) for turn in asked),
+        completions=tuple(json.loads(completions)),
+    )

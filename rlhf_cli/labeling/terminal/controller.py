@@ -1,0 +1,268 @@
+"""Between the keys and the session: does what a key asks for, keeps drafts, and counts the time somebody was there."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf_cli.errors import RLHFError
+from rlhf_cli.labeling.session.session import LabelSession
+from rlhf_cli.labeling.session.types import (
+    Annotator,
+    Entry,
+    InvalidLabelError,
+    LabelConflictError,
+    LabelPlan,
+    PlanChangedError,
+    Task,
+    UnknownTaskError,
+)
+from rlhf_cli.labeling.terminal.key_bindings import step
+from rlhf_cli.labeling.terminal.keys import Key
+from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Trouble, warned, with_plan, with_task, with_trouble
+
+LONGEST_PAUSE = 60.0
+"""Seconds between two keys that count as being at it; of a longer pause no more is counted."""
+DRAFT_SECONDS = 2.0
+"""Changes that come faster are kept together."""
+RETRY_SECONDS = 30.0
+"""A draft that could not be kept is tried again so much later: a locked store makes everybody wait."""
+
+PLAN_CHANGED = "what is asked has changed"
+
+
+@dataclass
+class Tally:
+    """What was done in this visit; what was taken back is not counted as done."""
+
+    ranked: int = 0
+    skipped: int = 0
+    flagged: int = 0
+    taken_back: int = 0
+    active_seconds: float = 0.0
+
+
+class Desk:
+    """One person at one task after the other.
+
+    Args:
+        session: shared with other faces.
+        annotator: who sits here.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, session: LabelSession, annotator: Annotator, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._session, self._who, self._clock = session, annotator.id, clock
+        self.state = State(session.plan, annotator.name, view="end")
+        self.tally = Tally()
+        self.is_draft_kept = True
+        self._kept = Entry()
+        self._due = clock()
+        self._active = self._active_kept = 0.0
+        self._seen = clock()
+        self._key: tuple[Any, str] = (None, "")
+        self._given: dict[int, str] = {}
+        self._passed: dict[int, Entry] = {}
+        """What had been entered for tasks that were skipped or flagged: for those who go back to them."""
+
+    # What happens
+
+    def begin(self) -> None:
+        """Fetch the first task."""
+        self._do(Effect("next"))
+        task = self.state.task
+        is_resumed = task is not None and task.draft is not None and task.draft != Entry()
+        if is_resumed and self.state.view == "rank":
+            self.state = replace(self.state, hint="resumed where you stopped", hint_style="good")
+        elif self.state.plan.guidelines and task is not None and not self.state.progress.mine and not is_resumed:
+            self.state = replace(self.state, view="help", before="rank")  # nobody labels without having seen them
+
+    def pressed(self, key: Key, extent: Extent) -> Effect | None:
+        """Do what a key asks for; returns what is left to do for whoever has the terminal: end, suspend, redraw."""
+        self._count_time()
+        self.state, effect = step(self.state, key, extent)
+        return None if effect is None else self._do(effect)
+
+    def woken(self) -> None:
+        """Somebody is back after the program was stopped: that time does not count."""
+        self._seen = self._clock()
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until `tick` has something to do; None: nothing."""
+        if not self._has_changed:
+            return None
+        return max(0.0, self._due - self._clock())
+
+    def tick(self) -> None:
+        """Keep the draft if that is due."""
+        if self._has_changed and self._clock() >= self._due:
+            error = self._keep()
+            if error is not None:
+                self.state = warned(self.state, f"the draft is not on disk yet: {error.message}")
+
+    def keep(self) -> RLHFError | None:
+        """Put the draft and the time on disk now; returns what went wrong."""
+        if self._has_changed or self._active - self._active_kept >= 1.0:
+            return self._keep()
+        return None
+
+    # Effects
+
+    def _do(self, effect: Effect) -> Effect | None:
+        if effect.kind in ("leave", "redraw"):
+            return effect
+        try:
+            return self._done(effect)
+        except (LabelConflictError, UnknownTaskError) as error:
+            return self._overtaken(effect, error)
+        except PlanChangedError:
+            self._show_plan()
+            return None
+        except RLHFError as error:
+            self.state = with_trouble(self.state, Trouble(error.message, error.hint or "", effect))
+            return None
+
+    def _done(self, effect: Effect) -> Effect | None:
+        if effect.kind in ("quit", "suspend", "undo"):
+            error = self.keep()
+            if error is not None and effect.kind != "suspend":
+                raise error
+        if effect.kind in ("quit", "suspend"):
+            return effect
+        if effect.kind == "undo":
+            self._undo(effect)
+        elif effect.kind == "next":
+            self._load(self._session.next(self._who))
+        else:
+            self._answer(effect)
+        return None
+
+    def _answer(self, effect: Effect) -> None:
+        assert self.state.task is not None
+        task, seconds = self.state.task.id, self._active
+        key = self._key_for((task, effect))
+        if effect.kind == "submit":
+            shown = self.state.plan.shown
+            self._session.submit(self._who, task, effect.entry, key=key, active_seconds=seconds, plan=shown)
+        else:
+            self._passed[task] = self.state.entry
+            if effect.kind == "skip":
+                self._session.skip(self._who, task, key=key, active_seconds=seconds)
+            else:
+                self._session.flag(self._who, task, key=key, active_seconds=seconds, reason=effect.reason)
+        self._given[task] = effect.kind
+        self._count(effect.kind, +1)
+        said = {"submit": "kept", "skip": "skipped", "flag": "flagged"}[effect.kind]
+        self._forget(f"{said}; u goes back to it")
+        self._do(Effect("next"))
+
+    def _count(self, kind: str, by: int) -> None:
+        self.tally.ranked += by * (kind == "submit")
+        self.tally.skipped += by * (kind == "skip")
+        self.tally.flagged += by * (kind == "flag")
+
+    def _forget(self, hint: str) -> None:
+        """The task in hand is answered: nothing of it is to be kept again, also if the next one cannot be read."""
+        self.state = with_task(self.state, None, hint)
+        self._kept, self._active, self._active_kept = self.state.entry, 0.0, 0.0
+
+    def _undo(self, effect: Effect) -> None:
+        task = self._session.undo(self._who, key=self._key_for((effect, self.state.progress.mine)))
+        self._key = (None, "")
+        if task is None:
+            self.state = replace(self.state, hint="this is your first: there is nothing to go back to")
+            return
+        self.tally.taken_back += 1
+        if task.id in self._given:
+            self._count(self._given.pop(task.id), -1)
+        if task.draft is None and task.id in self._passed:
+            task = replace(task, draft=self._passed[task.id])
+        before = self.state.plan
+        self._load(task)
+        said = "this answer was taken back: change it, and Enter submits it again"
+        self.state = warned(self.state, said if self.state.plan == before else f"{PLAN_CHANGED}; {said}")
+
+    def _show_plan(self) -> None:
+        # What was entered stays as far as it is still asked for.
+        before, plan = self.state.plan, self._session.plan
+        self.state = with_plan(self.state, plan)
+        self._say_changed(before)
+
+    def _say_changed(self, before: LabelPlan) -> None:
+        self.state, now = warned(self.state, PLAN_CHANGED), self.state.plan
+        if now.guidelines is not None and now.guidelines != before.guidelines:
+            self.state = replace(self.state, view="help", before="rank", help_top=0)
+
+    def _load(self, task: Task | None) -> None:
+        before = self.state.plan
+        if task is not None and task.plan != before.shown:
+            self.state = replace(self.state, plan=self._session.plan)
+        progress = self._session.progress(self._who)
+        hint, style = self.state.hint, self.state.hint_style
+        self.state = with_task(replace(self.state, progress=progress), task, hint, style)
+        if self.state.plan != before:
+            self._say_changed(before)
+        self._kept, self._due = self.state.entry, self._clock() + DRAFT_SECONDS
+        self._active = self._active_kept = task.active_seconds if task is not None else 0.0
+        self._seen = self._clock()
+        self._key = (None, "")
+
+    def _overtaken(self, effect: Effect, error: RLHFError) -> Effect | None:
+        """This task got its answer elsewhere, as from a second window of the same person: that one stays."""
+        if effect.kind == "undo":
+            self.state = with_trouble(self.state, Trouble(error.message, error.hint or "", Effect("next")))
+            return None
+        self._forget("")
+        self.state = warned(self.state, "that one had an answer from another window of yours, which stays")
+        return self._do(Effect("next"))
+
+    def _key_for(self, what: object) -> str:
+        """The key of an answer: the same as long as the same answer is tried again."""
+        if self._key[0] != what:
+            self._key = (what, str(uuid.uuid4()))
+        return self._key[1]
+
+    # Time and drafts
+
+    def _count_time(self) -> None:
+        now = self._clock()
+        if self.state.task is not None:
+            spent = min(now - self._seen, LONGEST_PAUSE)
+            self._active += spent
+            self.tally.active_seconds += spent
+        self._seen = now
+
+    @property
+    def _has_changed(self) -> bool:
+        return self.state.task is not None and self.state.entry != self._kept
+
+    def _keep(self) -> RLHFError | None:
+        assert self.state.task is not None
+        entry = self.state.entry
+        try:
+            self._save(entry)
+        except RLHFError as error:
+            self.is_draft_kept, self._due = False, self._clock() + RETRY_SECONDS
+            return error
+        self._kept, self._active_kept, self.is_draft_kept = entry, self._active, True
+        self._due = self._clock() + DRAFT_SECONDS
+        return None
+
+    def _save(self, entry: Entry) -> None:
+        assert self.state.task is not None
+        task = self.state.task.id
+        try:
+            self._session.save_draft(self._who, task, entry, active_seconds=self._active)
+        except InvalidLabelError:
+            plan = self._session.plan
+            if plan.shown == self.state.plan.shown:
+                raise
+            # Less is asked now: keep what still is. Submitting says so; here somebody may be in the middle of a note.
+            still_asked = with_plan(self.state, plan).entry
+            self._session.save_draft(self._who, task, still_asked, active_seconds=self._active)

@@ -1,0 +1,286 @@
+"""Low-rank adapters on the backbone of a model (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A.
+
+Adapters are injected into the *backbone* (what lies under the vocabulary projection or the scoring head), so the same
+adapter fits a causal language model, a bare decoder and a sequence classifier of one architecture: its keys are
+relative to the backbone, `layers.0.self_attn.q_proj.lora_A.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.quantize import quantized
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Linear layers of a backbone that belong to a task's head: adapting them is not adapting the backbone.
+_HEADS = ("lm_head", "score", "classifier", "classification_head", "pooler", "qa_outputs")
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part under the head: `LlamaModel` of a `LlamaForCausalLM`; T5, which nests its head, stands for itself."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: str | list[str] = "all-linear",
+    name: str = "default",
+) -> list[nn.Parameter]:
+    """Put a new adapter on the backbone's linear layers, in place; it changes nothing until it is trained (B = 0).
+
+    The base weights are frozen, the adapter's are float32 and trainable, and the new adapter is the active one.
+    Adapters that were there before keep their weights and whether they train. A is drawn from torch's generator:
+    processes that are to draw the same seed it first (`models.seeding`).
+
+    Args:
+        model: a language model, a classifier or a bare backbone.
+        rank: of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapter's input, in training mode only.
+        target_modules: `all-linear`, or names of modules ("q_proj"; a dotted tail is fine).
+        name: of the adapter, for several on one backbone.
+
+    Returns:
+        The adapter's parameters.
+
+    Raises:
+        ModelError: no layer has such a name.
+    """
+    base = backbone(model)
+    targets = _target_layers(base, target_modules, head=_output_layer(model))
+    others = {parameter: parameter.requires_grad for parameter in _adapter_parameters(model)}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  (annotated int, used as a factor)
+        lora_dropout=dropout,
+        target_modules=sorted(targets),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
+        bias="none",
+    )
+    with warnings.catch_warnings(), _quantization_told(base):
+        # PEFT notes that a second adapter makes several; that is what a second call is for.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, base, adapter_name=name)
+    ours = [parameter for _, layer in adapter_layers(model, name) for parameter in _factors(layer, name).values()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(others.get(parameter, False))
+    for parameter in ours:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return ours
+
+
+@contextmanager
+def _quantization_told(base: nn.Module) -> Iterator[None]:
+    """PEFT asks the module it adapts, here the backbone, whether its layers are quantized."""
+    flags = {
+        name: quantized(base) == bits for name, bits in (("is_loaded_in_4bit", "4bit"), ("is_loaded_in_8bit", "8bit"))
+    }
+    before = {name: getattr(base, name, False) for name in flags}
+    for name, value in flags.items():
+        setattr(base, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(base, name, value)
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
+def _target_layers(base: nn.Module, wanted: str | list[str], *, head: nn.Module | None) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for key, module in base.named_modules():
+        if inside and key.startswith(inside):
+            continue
+        if isinstance(module, LoraLayer):  # adapted before: the layer is one layer, its factors are none
+            inside = (*inside, key + ".")
+            module = module.get_base_layer()
+        is_head = module is head or any(part in _HEADS for part in key.split("."))
+        if isinstance(module, nn.Linear | Conv1D) and not is_head:
+            layers[key] = module
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if names == ["all-linear"]:
+        return layers
+    chosen = {key: layer for key, layer in layers.items() for name in names if f".{key}".endswith(f".{name}")}
+    missing = [name for name in names if not any(f".{key}".endswith(f".{name}") for key in layers)]
+    if missing:
+        known = ", ".join(sorted({key.rsplit(".", 1)[-1] for key in layers}))
+        raise ModelError(
+            f"`lora.target_modules` names `{missing[0]}`, and {type(base).__name__} has no such linear layer",
+            hint=f"its layers are: {known}",
+        )
+    return chosen
+
+
+def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of all adapters on the backbone."""
+    return [
+        weight
+        for _, layer in adapter_layers(model)
+        for name in layer.lora_A
+        for weight in _factors(layer, name).values()
+    ]
+
+
+def _factors(layer: LoraLayer, name: str) -> dict[str, nn.Parameter]:
+    """A (rank, in) and B (out, rank) of one layer."""
+    return {"lora_A.weight": layer.lora_A[name].weight, "lora_B.weight": layer.lora_B[name].weight}  # type: ignore[dict-item]
+
+
+def adapter_layers(model: nn.Module, name: str | None = None) -> list[tuple[str, LoraLayer]]:
+    """The adapted layers with their keys relative to the backbone; with `name`, those that carry that adapter."""
+    return [
+        (key, module)
+        for key, module in backbone(model).named_modules()
+        if isinstance(module, LoraLayer) and (name is None or name in module.lora_A)
+    ]
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The adapter's weights by keys relative to the backbone; the tensors are the model's own, not copies."""
+    return {
+        f"{key}.{factor}": weight.detach()
+        for key, layer in adapter_layers(model, name)
+        for factor, weight in _factors(layer, name).items()
+    }
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
+    """Copy weights into an adapter that is there already. Raises `ModelError` where layers or shapes differ."""
+    own = adapter_state(model, name)
+    if odd := sorted(own.keys() ^ state.keys()):
+        side = "lacks" if odd[0] in own else "has"
+        raise ModelError(f"the adapter does not fit the model: it {side} `{odd[0]}` ({len(odd)} such weights)")
+    for key, weight in own.items():
+        if weight.shape != state[key].shape:
+            raise ModelError(
+                f"the adapter does not fit the model: `{key}` is {tuple(state[key].shape)}, not {tuple(weight.shape)}"
+            )
+    with torch.no_grad():
+        for key, weight in own.items():
+            weight.copy_(state[key])
+
+
+def save_adapter(model: nn.Module, folder: Path, name: str = "default", *, base: str | None = None) -> None:
+    """Write an adapter as PEFT reads it: `PeftModel.from_pretrained(model_of_the_same_class, folder)`.
+
+    Args:
+        model: carries the adapter.
+        folder: is made if need be.
+        name: of the adapter.
+        base: what it belongs to, noted in its configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config: LoraConfig = backbone(model).peft_config[name]  # type: ignore[index,assignment]
+    content = config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    content["target_modules"] = sorted(content["target_modules"])
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    prefix = _PEFT_PREFIX + _backbone_prefix(model)
+    state = {prefix + key: weight.cpu().contiguous() for key, weight in adapter_state(model, name).items()}
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def _backbone_prefix(model: nn.Module) -> str:
+    base = backbone(model)
+    return next((key + "." for key, module in model.named_modules() if key and module is base), "")
+
+
+def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> list[nn.Parameter]:
+    """Put a saved adapter on a model's backbone, whatever head the model it was trained under had.
+
+    Its dropout stays behind: it belonged to that training, and PPO's passes must agree with one another.
+
+    Returns:
+        The adapter's parameters, trainable.
+
+    Raises:
+        ModelError: no adapter in `folder`, or it fits another architecture.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        stored = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load an adapter from {folder}: {error}") from error
+    base_keys = {key.removesuffix(".base_layer") for key, _ in backbone(model).named_modules()}
+    state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
+    parameters = add_lora(
+        model,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        target_modules=sorted({key.rsplit(".", 2)[0] for key in state}),
+        name=name,
+    )
+    load_adapter_state(model, state, name)
+    return parameters
+
+
+def _relative_key(key: str, base_keys: set[str], folder: Path) -> str:
+    """Drop what stands before the backbone: `base_model.model.model.layers.0...` -> `layers.0...`."""
+    parts = key.split(".")
+    for start in range(len(parts) - 2):
+        if ".".join(parts[start:-2]) in base_keys:
+            return ".".join(parts[start:])
+    raise ModelError(f"the adapter in {folder} does not fit the model: it has no layer for `{key}`")
+
+
+def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | None = None) -> None:
+    """Add an adapter into the weights it adapts and take all adapters off, in place.
+
+    The sum W + (alpha / rank) B A is taken in float32 and rounded once, at the end, to `dtype`.
+
+    Args:
+        model: carries the adapter.
+        name: of the adapter to merge; others on the backbone are dropped.
+        dtype: of the whole model afterwards; None leaves the adapted layers in float32, the others as they are.
+    """
+    base = backbone(model)
+    layers = adapter_layers(model)
+    if not any(name in layer.lora_A for _, layer in layers):
+        raise ModelError(f"the model carries no adapter `{name}` to merge")
+    if quantized(model) != "none":
+        raise ModelError("an adapter is not merged into quantized weights, which are rounded: see `models.merging`")
+    with torch.no_grad():
+        for key, layer in layers:
+            plain = layer.get_base_layer()
+            if name in layer.lora_A:
+                plain.weight.data = plain.weight.data.float() + layer.get_delta_weight(name).float()  # type: ignore[operator]
+            parent, _, leaf = key.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, plain)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    if dtype is not None:
+        cast_weights(model, dtype)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating-point parameters in place; tied weights stay tied, buffers (rotary frequencies) are left."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,160 @@
+"""Where the names in a recipe lead: paths beside the caller or beside the recipe, hub ids, Python functions.
+
+A relative path is looked up in the current directory first, then in the recipe's own folder, so that `rlhf run
+recipes/mine.yaml` and `cd recipes && rlhf run mine.yaml` find the same files.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import re
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import DataError, ModelError, UsageError
+from rlhf_cli.pipeline.python_source import check_defined
+from rlhf_cli.recipe.document import Place
+from rlhf_cli.recipe.fields import values
+from rlhf_cli.recipe.loader import LoadedRecipe
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.base import Names
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_FILE_ENDINGS = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".gz",
+    ".txt",
+    ".yaml",
+    ".yml",
+    ".safetensors",
+    ".arrow",
+)
+
+
+def resolve_paths(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with every name that leads to a local path made one that works from the current directory."""
+    folder = Path() if loaded.path is None else loaded.path.parent
+    plain = loaded.recipe.model_dump()
+    for place, setting, value in values(loaded.recipe):
+        if setting.names is None or value is None or not setting.names.leads_out(value):
+            continue
+        find = _function if setting.names.what == "function" else _path
+        found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
+        _put(plain, place, found)
+    return Recipe.model_validate(plain)
+
+
+def _put(plain: Any, place: Place, value: str | list[str]) -> None:
+    for key in place[:-1]:
+        plain = plain[key]
+    plain[place[-1]] = value
+
+
+def _path(name: str, folder: Path) -> str:
+    here = Path(name).expanduser()
+    if here.exists() or here.is_absolute():
+        return str(here)
+    beside = folder / name
+    return str(beside) if beside.exists() else name
+
+
+def _function(spec: str, folder: Path) -> str:
+    file, colon, function = spec.rpartition(":")
+    return f"{_path(file, folder)}:{function}" if colon and file.endswith(".py") else spec
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no local path can be an `owner/name` of the hub, with `@revision` or without."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
+
+
+def check_data(name: str, setting: str) -> None:
+    """Raise `DataError` unless a name is a local path or may be a hub data set."""
+    from rlhf_cli.data.sources import is_hub
+
+    try:
+        is_hub(name)
+    except DataError as error:
+        raise DataError(f"{error.message} (`{setting}`)", hint=error.hint) from error
+
+
+def check_model(name: str, setting: str) -> None:
+    """Raise `ModelError` unless a name is a local folder or may be a hub id."""
+    path = Path(name)
+    if path.is_dir() or (not path.exists() and looks_like_hub_id(name)):
+        return
+    problem = "this is a file, not a model folder" if path.exists() else "no such model folder"
+    raise ModelError(f"{name}: {problem} (`{setting}`)", hint="give a folder, or a hub id such as owner/name")
+
+
+def check_file(name: str, setting: str) -> None:
+    """Raise `DataError` unless a name is a text file that can be read."""
+    try:
+        text = Path(name).read_bytes().decode("utf-8")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise DataError(f"{name}: {reason} (`{setting}`)", hint="give a text or Markdown file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: is not UTF-8 at byte {error.start} (`{setting}`)", hint="save it as UTF-8 text"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{name}: the file is empty (`{setting}`)", hint=f"write into it, or leave `{setting}` out")
+
+
+def check_critic(name: str, setting: str) -> None:
+    """Raise `ModelError` unless a name is the folder of a saved critic."""
+    if (Path(name) / "value_head.safetensors").is_file():
+        return
+    words = ", ".join(f"`{word}`" for word in Names.CRITIC_WORDS)
+    raise ModelError(
+        f"{name}: {'holds no' if Path(name).is_dir() else 'no folder of a'} saved critic (`{setting}`)",
+        hint=f"give {words}, or the critic of an earlier run, such as runs/NAME/ppo/critic",
+    )
+
+
+def function_file(spec: str, setting: str) -> Path:
+    """The source file of `file.py:function` or `package.module:function`, found without running any of it.
+
+    Raises:
+        UsageError: there is none, or it came from the hub.
+    """
+    module, _, function = spec.rpartition(":")
+    if not module or not function.isidentifier():
+        raise UsageError(
+            f"`{setting}` is no function: got `{spec}`", hint="write `file.py:function` or `package.module:function`"
+        )
+    if module.endswith(".py"):
+        if not Path(module).is_file():
+            raise UsageError(f"{module}: no such file (`{setting}`)", hint="write `file.py:function`")
+        return _own(Path(module), function, setting)
+    search: list[str] | None = None
+    found = None
+    for depth in range(len(parts := module.split("."))):
+        found = importlib.machinery.PathFinder.find_spec(".".join(parts[: depth + 1]), search)
+        if found is None:
+            raise UsageError(
+                f"no Python module `{module}` (`{setting}`)", hint="install it, or write `file.py:function`"
+            )
+        search = list(found.submodule_search_locations or [])
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        raise UsageError(f"Python module `{module}` has no source file (`{setting}`)")
+    return _own(Path(found.origin), function, setting)
+
+
+def _own(file: Path, function: str, setting: str) -> Path:
+    """The file, if it has the function, and unless the hub's client put it there: users decide what code runs."""
+    from huggingface_hub import constants
+
+    caches = [Path(constants.HF_HUB_CACHE), Path(constants.HF_HOME) / "modules"]
+    if any(place.is_relative_to(cache.absolute()) for place in (file.absolute(), file.resolve()) for cache in caches):
+        raise UsageError(
+            f"{file} was downloaded from the hub, and downloaded code is not run as a function (`{setting}`)",
+            hint="read it, copy it beside your recipe, and name the copy",
+        )
+    check_defined(file, function, setting)
+    return file

@@ -1,0 +1,274 @@
+"""Labeling by language models: measure the judges against people, ask them, and say how far to trust them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_cli.data.records import Candidates, Ranking, prompt_text
+from rlhf_cli.data.skips import Skip, SkipLog
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.progress import say, warn
+from rlhf_cli.stages.base import StageContext
+from rlhf_cli.stages.common import EXCERPT, model_source
+
+if TYPE_CHECKING:
+    from rlhf_cli.labeling.judges.budget import Budget
+    from rlhf_cli.labeling.judges.cache import ReplyCache
+    from rlhf_cli.labeling.judges.calibration import Calibration
+    from rlhf_cli.labeling.judges.local import LocalJudge
+    from rlhf_cli.labeling.judges.panel import Ballot, Bench, Judge
+    from rlhf_cli.labeling.judges.verdicts import Verdicts
+    from rlhf_cli.stages.label.settings import JudgeModelSettings, JudgeSettings
+
+CALIBRATION = "calibration.json"
+_NO_VERDICT = "no verdict by any judge"
+_TOO_FEW = "verdicts on less than half of its pairs"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What judges said.
+
+    Attributes:
+        rankings: of each candidate; None where there are too few verdicts for one.
+        skipped: reason -> candidates without a ranking.
+        metrics: figures for the manifest.
+        summary: rows for people.
+    """
+
+    rankings: list[Ranking | None] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    summary: list[tuple[str, str]] = field(default_factory=list)
+
+
+def run_judges(context: StageContext, candidates: Sequence[Candidates], processes: ProcessGroup) -> Judged:
+    """Rank answers by the panel of `label.judge`; writes `votes.jsonl`, `labels.jsonl` and `judge.json`.
+
+    Every process of the run calls this; all but rank 0 are given an empty result.
+
+    Raises:
+        DataError: the judges agree with people less than `floor`, an endpoint cannot be used, or too many prompts are
+            left without a ranking.
+        CostLimitError: the next verdict could exceed `max_cost`.
+        Interrupted: a signal came. In all cases the verdicts so far are kept, and the same command goes on.
+    """
+    from rlhf_cli.labeling.judges.budget import Budget
+    from rlhf_cli.labeling.judges.cache import ReplyCache
+    from rlhf_cli.labeling.judges.panel import Bench
+
+    label = context.recipe.label
+    assert label is not None
+    assert label.judge is not None
+    settings = label.judge
+    cache = ReplyCache(context.kept, processes.index)
+    budget = Budget(settings.max_cost, cache.spent, cache.unheard)
+    bench = Bench(cache, budget, processes, context.stop, _rubric(context, settings), settings.both_orders)
+    judges = _panel(context, settings, budget, processes)
+    calibration = _calibrate(context, settings, judges, bench)
+    ballots = [bench.ballot(judge, candidates, "judging") for judge in judges]
+    if not processes.is_main:
+        return Judged()
+    return _outcome(context, candidates, ballots, calibration, cache)
+
+
+def _rubric(context: StageContext, settings: JudgeSettings) -> str:
+    file = context.inputs.get("label.rubric")
+    return settings.rubric if file is None else Path(file).read_text(encoding="utf-8-sig")
+
+
+def _panel(context: StageContext, settings: JudgeSettings, budget: Budget, processes: ProcessGroup) -> list[Judge]:
+    """The judges of the recipe, by names that differ; no weights are loaded yet."""
+    judges: list[Judge] = []
+    alone = sum(one.model is not None for one in settings.panel) == 1
+    for number, one in enumerate(settings.panel):
+        if one.model:
+            judge = _local(context, number, processes, alone=alone)
+        else:
+            judge = _remote(context, settings, number, one, budget)
+        for other, earlier in enumerate(judges):
+            if earlier.identity == judge.identity:
+                raise UsageError(
+                    f"`label.judge.panel.{other}` and `label.judge.panel.{number}` are the same judge, whose vote "
+                    "would count twice",
+                    hint="leave one of them out",
+                )
+        judges.append(judge)
+    given = Counter(judge.name for judge in judges)
+    return [
+        replace(judge, name=f"{judge.name} ({number})") if given[judge.name] > 1 else judge
+        for number, judge in enumerate(judges)
+    ]
+
+
+def _local(context: StageContext, number: int, processes: ProcessGroup, *, alone: bool) -> Judge:
+    """A local model. The only one of a panel stays loaded from calibration to the end; of several, one at a time is."""
+    from rlhf_cli.files import hash_folder
+    from rlhf_cli.labeling.judges.panel import Judge
+    from rlhf_cli.labeling.judges.versions import at_one_commit
+
+    path = context.inputs[f"label.judge.panel.{number}.model"]
+    source = model_source(context.recipe, path)
+    folder = Path(path)
+    if folder.is_dir():
+        content = hash_folder(folder)
+    else:
+        source = at_one_commit(source, processes)
+        content = f"hub:{path}@{source.revision or 'main'}"
+    held: list[LocalJudge] = []
+
+    def load() -> LocalJudge:
+        from rlhf_cli.labeling.judges.local import LocalJudge
+
+        if held:
+            return held[0]
+        judge = LocalJudge(source)
+        if alone:
+            held.append(judge)
+        return judge
+
+    return Judge(
+        name=folder.resolve().name if folder.is_dir() else path,
+        identity=f"model {content} {source.dtype} {source.precision}",
+        reply="letter",
+        local=load,
+    )
+
+
+def _remote(
+    context: StageContext, settings: JudgeSettings, number: int, one: JudgeModelSettings, budget: Budget
+) -> Judge:
+    from urllib.parse import urlsplit
+
+    from rlhf_cli.labeling.judges.budget import Prices
+    from rlhf_cli.labeling.judges.endpoint import EndpointJudge
+    from rlhf_cli.labeling.judges.panel import Judge
+
+    url, name = context.inputs[f"label.judge.panel.{number}.url"], one.name
+    assert name is not None
+    return Judge(
+        name=f"{name}@{urlsplit(url).netloc}",
+        identity=f"endpoint {url.rstrip('/')} {name} {one.max_new_tokens}",
+        reply="list" if settings.method == "listwise" else "mark",
+        endpoint=EndpointJudge(
+            url,
+            name,
+            budget=budget,
+            prices=Prices(one.prompt_price, one.completion_price),
+            max_new_tokens=one.max_new_tokens,
+            concurrency=one.concurrency,
+            token_env=one.token_env,
+            timeout=one.timeout,
+            retries=one.retries,
+            stop=context.stop,
+        ),
+        priced=bool(one.prompt_price or one.completion_price),
+    )
+
+
+def _calibrate(
+    context: StageContext, settings: JudgeSettings, judges: Sequence[Judge], bench: Bench
+) -> Calibration | None:
+    """Measure the panel against people, where the recipe has rankings of theirs; below the floor, go no further."""
+    source = context.inputs.get("label.calibration")
+    if source is None:
+        return None
+    from rlhf_cli.labeling.judges.calibration import Calibration
+    from rlhf_cli.labeling.judges.verdicts import majority
+
+    people = _human_rankings(context, settings, source)
+    ballots = [bench.ballot(judge, people, "calibrating") for judge in judges]
+    if not bench.processes.is_main:
+        return None
+    verdicts: list[Verdicts] = [majority(each) for each in zip(*(ballot.verdicts for ballot in ballots), strict=True)]
+    found = Calibration.of(source, people, ballots, verdicts)
+    say(f"label: the judges agree with people on {found.panel.rate} untied pairs of {source}")
+    report = json.dumps(found.to_json() | {"floor": settings.floor}, indent=2, ensure_ascii=False)
+    (context.kept / CALIBRATION).write_text(report + "\n", encoding="utf-8")
+    found.check(settings.floor)
+    return found
+
+
+def _human_rankings(context: StageContext, settings: JudgeSettings, source: str) -> list[Candidates]:
+    """People's rankings, everyone's own: several of the same answers are as many measurements, and one question."""
+    from rlhf_cli.data.sources import iter_records
+    from rlhf_cli.labeling.judges.questions import LETTERS, is_too_many
+
+    data, skips = context.recipe.data, SkipLog(keep=1)
+    too_many = f"more than {len(LETTERS)} answers, which `method: listwise` cannot show"
+    records: list[Candidates] = []
+    for record in iter_records(source, "candidates", columns=data.columns, on_skip=skips.add, keep_blank=True):
+        if not isinstance(record, Candidates):
+            continue
+        if settings.method == "listwise" and is_too_many(record.completions):
+            skips.add(Skip(record.place or source, too_many, prompt_text(record.prompt)[:EXCERPT]))
+        else:
+            records.append(record)
+    skips.check(len(records) + skips.total, data.max_skip, source)
+    for line in skips.warnings(len(records) + skips.total, source):
+        warn(line)
+    return records
+
+
+def _outcome(
+    context: StageContext,
+    candidates: Sequence[Candidates],
+    ballots: Sequence[Ballot],
+    calibration: Calibration | None,
+    cache: ReplyCache,
+) -> Judged:
+    """Rankings from votes, with everything written down."""
+    from rlhf_cli.labeling.judges import report as reporting
+    from rlhf_cli.labeling.judges.verdicts import majority
+    from rlhf_cli.labeling.label_records import write_labels
+
+    verdicts = [majority(each) for each in zip(*(ballot.verdicts for ballot in ballots), strict=True)]
+    report = reporting.PanelReport.of(candidates, ballots, verdicts, calibration)
+    reporting.write_votes(context.output / reporting.VOTES, candidates, ballots)
+    write_labels(context.output / reporting.LABELS, reporting.labels(candidates, ballots))
+    annotator = ballots[0].judge.name if len(ballots) == 1 else f"panel of {len(ballots)} judges"
+    rankings, skips = _rankings(candidates, verdicts, annotator)
+    warnings = report.warnings()
+    for line in warnings:
+        warn(line)
+    plain = report.to_json() | {
+        "rankings": len(candidates) - skips.total,
+        "skipped": skips.counts,
+        "spent_in_this_run_directory": round(cache.spent, 6),
+        "attempts_without_answer": {"count": cache.attempts_unheard, "cost": round(cache.unheard, 6)},
+    }
+    text = json.dumps(plain, indent=2, ensure_ascii=False)
+    (context.output / reporting.REPORT).write_text(text + "\n", encoding="utf-8")
+    if skips.total == len(candidates):
+        names = ", ".join(ballot.judge.name for ballot in ballots)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skips.counts.items())
+        raise DataError(
+            f"{names} ranked none of {len(candidates):,} prompts: {reasons}",
+            hint=f"see {context.output / reporting.VOTES}; try another judge, or one that reads longer texts",
+        )
+    skips.check(len(candidates), context.recipe.data.max_skip, "label.judge")
+    return Judged(rankings, skips.counts, report.metrics(), report.summary())
+
+
+def _rankings(
+    candidates: Sequence[Candidates], verdicts: Sequence[Verdicts], annotator: str
+) -> tuple[list[Ranking | None], SkipLog]:
+    from rlhf_cli.labeling.judges.report import is_enough
+    from rlhf_cli.labeling.judges.verdicts import tiers_of
+
+    skips, rankings = SkipLog(keep=1), []
+    for row, found in zip(candidates, verdicts, strict=True):
+        count = len(row.completions)
+        if is_enough(found, count):
+            rankings.append(Ranking(row.prompt, row.completions, tiers_of(found, count), annotator=annotator))
+            continue
+        rankings.append(None)
+        excerpt = prompt_text(row.prompt)[:EXCERPT]
+        skips.add(Skip(row.place or "an item", _TOO_FEW if found else _NO_VERDICT, excerpt))
+    return rankings, skips

@@ -1,0 +1,111 @@
+"""What a PPO step reports, under TRL's names, over real tokens only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.objectives.masking import masked_mean, masked_variance
+from rlhf_cli.stages.ppo.forward_passes import Answers, RolloutTensors
+from rlhf_cli.stages.ppo.update import UpdateStatistics
+
+
+def rollout_metrics(
+    answers: Answers, before: RolloutTensors, rewards: Tensor, kl: Tensor, *, kl_coef: float
+) -> dict[str, float]:
+    """Metrics of a step's answers, or of an evaluation's.
+
+    Args:
+        answers: N answers with their scores as given.
+        before: the passes over them.
+        rewards: (N,) scores as trained on.
+        kl: (N, T) nats, the estimate that is penalized.
+        kl_coef: beta of this step.
+
+    `objective/kl` is the mean over answers of the summed k1 estimate, in nats per answer, whatever estimator the
+    penalty
+    uses: it is the one with the smallest bias of the sequence's KL.
+    """
+    is_response = before.is_response
+    log_ratio = (before.logprobs - before.reference_logprobs).masked_fill(~is_response, 0.0)
+    entropy = before.entropy.masked_fill(~is_response, 0.0).sum(dim=1)
+    lengths = is_response.sum(dim=1).float()
+    penalty = -kl_coef * kl.masked_fill(~is_response, 0.0).sum(dim=1).mean()
+    parts = {f"objective/scores/{name}": float(scores.mean()) for name, scores in answers.parts.items()}
+    return {
+        "objective/scores": float(answers.scores.mean()),
+        "objective/scores_std": float(answers.scores.std(correction=0)),
+        **(parts if len(parts) > 1 else {}),
+        "objective/kl": float(log_ratio.sum(dim=1).mean()),
+        "objective/kl_per_token": float(masked_mean(log_ratio, is_response)),
+        "objective/entropy": float(entropy.mean()),
+        "objective/non_score_reward": float(penalty),
+        "objective/rlhf_reward": float(rewards.mean() + penalty),
+        "val/num_eos_tokens": float(sum(answers.ended)),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+    }
+
+
+def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatistics) -> dict[str, float]:
+    """Metrics of a step's update.
+
+    Args:
+        before: the passes before it.
+        returns: (N, T).
+        update: its sums.
+    """
+    is_response = before.is_response
+    per = "policy_tokens"
+    ratio = update.mean("ratio", per)
+    # 1 - var(R - V) / var(R): how much of the returns the critic foresees.
+    unexplained = masked_variance(returns - before.values, is_response)
+    explained = 1.0 - unexplained / masked_variance(returns, is_response).clamp(min=1e-8)
+    first_kl, _, first_ratio = update.epochs[0]
+    metrics = {
+        "policy/approxkl_avg": update.mean("approx_kl", per),
+        "policy/clipfrac_avg": update.mean("clipped", per),
+        "policy/entropy_avg": update.mean("entropy", per),
+        "policy/grad_norm": sum(update.grad_norms) / len(update.grad_norms) if update.grad_norms else math.nan,
+        "policy/epochs": float(len(update.epochs)),
+        "loss/policy_avg": update.mean("policy_loss", per),
+        "loss/value_avg": update.mean("value_loss"),
+        "val/clipfrac_avg": update.mean("value_clipped"),
+        "val/ratio": ratio,
+        "val/ratio_var": max(update.mean("squared_ratio", per) - ratio**2, 0.0),
+        "val/first_epoch_ratio": first_ratio,
+        "val/first_epoch_approxkl": first_kl,
+        "val/largest_log_ratio": update.worst.log_ratio,
+        "val/explained_variance": float(explained),
+        "skipped_steps": float(update.skipped_steps + update.ratio_skips),
+    }
+    if "ptx_loss" in update.sums:
+        metrics["loss/ptx_avg"] = update.mean("ptx_loss", "ptx_tokens")
+    if "kl_loss" in update.sums:
+        metrics["loss/kl_avg"] = update.mean("kl_loss", per)
+    return metrics
+
+
+def histograms(answers: Answers) -> dict[str, list[float]]:
+    """What is worth seeing as a distribution: the answers' lengths in tokens and their scores as given."""
+    return {"length": answers.lengths.tolist(), "reward": answers.scores.tolist()}
+
+
+def answer_kl(before: RolloutTensors) -> Tensor:
+    """Summed k1 estimate of each answer: (N,) nats."""
+    return (before.logprobs - before.reference_logprobs).masked_fill(~before.is_response, 0.0).sum(dim=1)
+
+
+def all_finite(scores: Tensor) -> bool:
+    """Whether every reward is a number that can be trained on."""
+    return bool(torch.isfinite(scores).all())
+
+
+def note(metrics: dict[str, float]) -> str:
+    """The metrics that matter while it runs, in the width that is left beside a bar."""
+    return (
+        f"reward {metrics['objective/scores']:.2f}  kl {metrics['objective/kl']:z.1f}  "
+        f"len {metrics['length/mean']:.0f}  clip {metrics.get('policy/clipfrac_avg', math.nan):.2f}"
+    )

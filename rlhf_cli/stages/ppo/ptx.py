@@ -1,0 +1,103 @@
+"""PPO-ptx: demonstrations mixed into every update, so that what PPO learns costs less of what the model knew.
+
+Ouyang et al. 2022 (arXiv:2203.02155), equation 2: gamma E[log pi(x)] over the pretraining data; ours is the supervised
+loss, a mean over completion tokens, on the demonstrations the user names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+from rlhf_cli.stages.ppo.models import PPOModels
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """N demonstrations in ids.
+
+    Attributes:
+        prompt_ids: none empty.
+        response_ids: completions, the end token included; none empty.
+    """
+
+    prompt_ids: Sequence[list[int]]
+    response_ids: Sequence[list[int]]
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[list[int], list[int]]]) -> Demonstrations:
+        """From (prompt, completion) ids; text without a prompt is predicted from its own first token on.
+
+        A completion of nothing but one token behind no prompt predicts nothing, and is left out.
+        """
+        whole = [
+            (prompt, completion) if prompt else (completion[:1], completion[1:])
+            for prompt, completion in pairs
+            if prompt or len(completion) > 1
+        ]
+        return Demonstrations([prompt for prompt, _ in whole], [completion for _, completion in whole])
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+class SupervisedLoss:
+    """Adds the gradient of the supervised loss to an update.
+
+    Args:
+        roles: whose policy learns.
+        engine: forward passes, and the processes that share them.
+        demonstrations: to take batches from.
+        coef: weight of the mean loss of a completion token.
+        batch_size: demonstrations of one optimizer step, all processes together.
+        seed: of their order.
+    """
+
+    def __init__(
+        self,
+        roles: PPOModels,
+        engine: ForwardPasses,
+        demonstrations: Demonstrations,
+        *,
+        coef: float,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._roles, self._engine, self._demonstrations = roles, engine, demonstrations
+        self._coef, self._batch_size, self._seed = coef, batch_size, seed
+        self._lap, self._lap_order = -1, [0]
+
+    def accumulate(self, optimizer_step: int) -> tuple[float, int]:
+        """Add the gradient of this process's share; returns the summed loss of that share and its tokens.
+
+        Args:
+            optimizer_step: 0-based, over the whole run; the batch is a function of it.
+        """
+        rows, demonstrations = self._rows(optimizer_step), self._demonstrations
+        tokens = sum(len(demonstrations.response_ids[row]) for row in rows)
+        loss, counted = 0.0, 0
+        for part in self._engine.micro_batches(demonstrations, rows):
+            batch = self._engine.batch(demonstrations, part)
+            with self._roles.policy() as model:
+                # At temperature 1: demonstrations are not samples of a cooled policy.
+                found = self._engine.logprobs(model, batch, temperature=1.0)
+                (-self._coef * found.logprobs.sum() / tokens).backward()
+            loss -= float(found.logprobs.detach().sum())
+            counted += int(batch.is_response.sum())
+        return loss, counted
+
+    def _rows(self, optimizer_step: int) -> list[int]:
+        """A walk through one shuffle of all demonstrations after another."""
+        count = len(self._demonstrations)
+        places = range(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
+        return [self._order(place // count)[place % count] for place in places]
+
+    def _order(self, lap: int) -> list[int]:
+        """The shuffle of a lap; the last one is remembered, since most batches lie within one."""
+        if lap != self._lap:
+            shuffle = torch.Generator().manual_seed(self._seed + 15_485_863 * (lap + 1))
+            self._lap, self._lap_order = lap, torch.randperm(len(self._demonstrations), generator=shuffle).tolist()
+        return self._lap_order

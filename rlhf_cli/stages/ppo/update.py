@@ -1,0 +1,303 @@
+"""The update of one PPO step: epochs of minibatches of clipped policy and value losses.
+
+Every loss is a sum over real tokens divided by the tokens of its whole minibatch, across micro-batches and processes,
+so cutting the work differently changes nothing (trap 2 of docs/ppo.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.objectives.kl import kl_per_token
+from rlhf_cli.objectives.masking import masked_sum
+from rlhf_cli.objectives.policy import policy_loss, value_loss
+from rlhf_cli.progress import warn
+from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTensors
+from rlhf_cli.stages.ppo.models import PPOModels
+from rlhf_cli.stages.ppo.options import PPOOptions
+from rlhf_cli.stages.ppo.ptx import SupervisedLoss
+from rlhf_cli.training.distributed import all_reduce_gradients
+from rlhf_cli.training.schedules import rate_factor
+
+Sums = defaultdict[str, float]
+"""Name -> sum, 0 for a name that was not added to."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a step learns from; the same in every process.
+
+    Attributes:
+        answers: N answers.
+        before: passes before the update.
+        advantages: (N, T).
+        returns: (N, T).
+    """
+
+    answers: Answers
+    before: RolloutTensors
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class WorstRatio:
+    """The token whose probability moved the most.
+
+    Attributes:
+        log_ratio: |log pi_new / pi_old|, nats.
+        answer: its number among the step's answers.
+        place: of the token in that answer.
+    """
+
+    log_ratio: float = 0.0
+    answer: int = 0
+    place: int = 0
+
+
+@dataclass
+class UpdateStatistics:
+    """Sums over the real tokens an update saw, and what came of its optimizer steps.
+
+    Attributes:
+        sums: name -> sum over tokens (and epochs); `tokens`, `policy_tokens` and `ptx_tokens` count them.
+        epochs: per epoch, mean approx_kl, clip fraction and ratio, in that order.
+        grad_norms: norm before clipping, an optimizer step.
+        worst: the largest ratio seen.
+        skipped_steps: optimizer steps left out because a gradient was not finite.
+        ratio_skips: optimizer steps left out because the mean ratio was over the limit.
+        stopped: the update ended early, by its KL.
+    """
+
+    sums: Sums = field(default_factory=lambda: defaultdict(float))
+    epochs: list[tuple[float, float, float]] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    worst: WorstRatio = WorstRatio()
+    skipped_steps: int = 0
+    ratio_skips: int = 0
+    stopped: bool = False
+
+    def mean(self, name: str, per: str = "tokens") -> float:
+        """Mean a token of those that `per` counts; NaN where there were none."""
+        return self.sums[name] / self.sums[per] if self.sums[per] else math.nan
+
+    def close_epoch(self, before: Sums) -> None:
+        """Note the means of an epoch, given the sums before it."""
+        tokens = self.sums["policy_tokens"] - before["policy_tokens"]
+        names = ("approx_kl", "clipped", "ratio")
+        kl, clipped, ratio = ((self.sums[name] - before[name]) / tokens if tokens else math.nan for name in names)
+        self.epochs.append((kl, clipped, ratio))
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some of a step's answers.
+
+    Attributes:
+        rows: their numbers.
+        experience: of the whole step.
+        kl_coef: beta, for a penalty in the loss.
+    """
+
+    rows: list[int]
+    experience: Experience
+    kl_coef: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of its answers, whoever reads them."""
+        return sum(len(self.experience.answers.response_ids[row]) for row in self.rows)
+
+
+class Updater:
+    """Owns the optimizer of policy and critic.
+
+    Args:
+        roles: the models; their trained weights are optimized.
+        engine: forward passes, and the processes that share them.
+        options: settings.
+        seed: of the shuffles.
+        supervised: PPO-ptx; None is plain PPO.
+    """
+
+    def __init__(
+        self,
+        roles: PPOModels,
+        engine: ForwardPasses,
+        options: PPOOptions,
+        *,
+        seed: int,
+        supervised: SupervisedLoss | None = None,
+    ) -> None:
+        self._roles, self._engine, self._options, self._seed = roles, engine, options, seed
+        self._supervised = supervised
+        self.rate_scale = 1.0  # halved once training had to go back to a checkpoint
+        policy, critic = roles.policy_parameters(), roles.critic_parameters()
+        self.parameters: list[nn.Parameter] = [*policy, *critic]
+        self._critic_parameters = critic
+        groups = [
+            {"params": policy, "peak": options.learning_rate, "begins": self._policy_begins},
+            {"params": critic, "peak": options.critic_learning_rate or options.learning_rate, "begins": 0},
+        ]
+        # Epsilon 1e-5 as in every reference implementation since Baselines.
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, eps=1e-5, weight_decay=0.0)
+
+    def learning_rate(self, optimizer_step: int) -> float:
+        """Learning rate of the policy at an optimizer step."""
+        return self._options.learning_rate * self._rate_factor(optimizer_step, self._policy_begins)
+
+    @property
+    def _policy_begins(self) -> int:
+        """First optimizer step in which the policy learns."""
+        return self._options.critic_warmup_steps * self._options.optimizer_steps_per_step
+
+    def _rate_factor(self, optimizer_step: int, begins: int) -> float:
+        """Factor on the peak rate of weights that learn from the optimizer step `begins` on; 0 before it."""
+        if optimizer_step < begins:
+            return 0.0
+        total = self._options.optimizer_steps - begins
+        warmup = round(self._options.warmup_share * total)
+        factor = rate_factor(optimizer_step - begins, total, schedule=self._options.schedule, warmup=warmup)
+        return factor * self.rate_scale
+
+    def update(self, step: int, experience: Experience, *, kl_coef: float) -> UpdateStatistics:
+        """Train on one step's answers.
+
+        Args:
+            step: 0-based, for the schedule and the shuffles.
+            experience: of the step.
+            kl_coef: beta of the step, for a penalty in the loss.
+        """
+        options, statistics = self._options, UpdateStatistics()
+        for epoch in range(options.epochs):
+            # A function of seed, step and epoch: a resumed run shuffles as the uninterrupted one would.
+            shuffle = torch.Generator().manual_seed(self._seed + 1_000_003 * (step * options.epochs + epoch))
+            order = torch.randperm(len(experience.answers), generator=shuffle).tolist()
+            before = statistics.sums.copy()
+            for number in range(options.minibatches):
+                optimizer_step = (step * options.epochs + epoch) * options.minibatches + number
+                minibatch = Minibatch(order[number :: options.minibatches], experience, kl_coef)
+                self._learn(minibatch, optimizer_step, step >= options.critic_warmup_steps, statistics)
+                if statistics.stopped:
+                    break
+            statistics.close_epoch(before)
+            if statistics.stopped:
+                break
+        return statistics
+
+    def _learn(
+        self, minibatch: Minibatch, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics
+    ) -> None:
+        """One minibatch: its gradient, and a step along it unless something speaks against that."""
+        options = self._options
+        sums = self.accumulate(minibatch, statistics, trains_policy=trains_policy)
+        tokens = sums["policy_tokens"]
+        limit = options.update_kl_limit
+        if tokens and limit is not None and sums["approx_kl"] / tokens > limit:
+            statistics.stopped = True
+            self.optimizer.zero_grad(set_to_none=True)
+        elif tokens and sums["ratio"] / tokens > options.ratio_limit:
+            statistics.ratio_skips += 1
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            if trains_policy and self._supervised is not None:
+                self._mix_in(self._supervised, optimizer_step, statistics)
+            self._step(optimizer_step, trains_policy, statistics)
+
+    def accumulate(self, minibatch: Minibatch, statistics: UpdateStatistics, *, trains_policy: bool = True) -> Sums:
+        """Add the gradient of this process's share of a minibatch's mean loss, a micro-batch at a time.
+
+        Returns the minibatch's sums over all processes, which are added to `statistics` too.
+        """
+        experience, tokens = minibatch.experience, minibatch.tokens
+        sums: Sums = defaultdict(float)
+        worst = WorstRatio()
+        for rows in self._engine.micro_batches(experience.answers, minibatch.rows):
+            batch = self._engine.batch(experience.answers, rows)
+            # Backward while the role is still playing: checkpointed activations are recomputed under the same adapter.
+            if trains_policy:
+                worst = max(worst, self._policy(minibatch, rows, batch, tokens, sums), key=lambda one: one.log_ratio)
+            self._critic(minibatch, rows, batch, tokens, sums)
+            sums["tokens"] += int(batch.is_response.sum())
+        together = self._engine.processes.all_gather_object([dict(sums), [worst.log_ratio, worst.answer, worst.place]])
+        found: Sums = defaultdict(float)
+        for theirs, their_worst in together:
+            for name, value in theirs.items():
+                found[name] += value
+            statistics.worst = max(statistics.worst, WorstRatio(*their_worst), key=lambda one: one.log_ratio)
+        for name, value in found.items():
+            statistics.sums[name] += value
+        return found
+
+    def _policy(
+        self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums
+    ) -> WorstRatio:
+        """Forward and backward of the policy's loss; returns the largest ratio in these rows."""
+        options, experience = self._options, minibatch.experience
+        width, is_response = batch.response_ids.shape[1], batch.is_response
+        with self._roles.policy() as model:
+            now = self._engine.logprobs(model, batch)
+            old, advantages = experience.before.logprobs[rows, :width], experience.advantages[rows, :width]
+            policy = policy_loss(now.logprobs, old, advantages, is_response, clip_range=options.clip_range)
+            loss = policy.loss
+            if options.kl_in == "loss":
+                reference = experience.before.reference_logprobs[rows, :width]
+                kl = masked_sum(kl_per_token(now.logprobs, reference, options.kl_estimator), is_response)
+                loss = loss + minibatch.kl_coef * kl
+                sums["kl_loss"] += float(kl.detach())
+            if options.entropy_coef:
+                loss = loss - options.entropy_coef * now.entropy.sum()
+            (loss / tokens).backward()
+        sums["policy_tokens"] += int(is_response.sum())
+        sums["policy_loss"] += float(policy.loss.detach())
+        sums["approx_kl"] += float(policy.approx_kl)
+        sums["clipped"] += float(policy.clipped)
+        sums["ratio"] += float(policy.ratio)
+        sums["squared_ratio"] += float(policy.squared_ratio)
+        sums["entropy"] += float(now.entropy.detach().sum())
+        largest, answer = policy.largest_log_ratio.max(dim=0)
+        return WorstRatio(float(largest), rows[int(answer)], int(policy.largest_place[answer]))
+
+    def _critic(self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums) -> None:
+        """Forward and backward of the critic's loss."""
+        options, experience = self._options, minibatch.experience
+        width = batch.response_ids.shape[1]
+        with self._roles.critic() as model:
+            critic = value_loss(
+                self._engine.values(model, batch),
+                experience.before.values[rows, :width],
+                experience.returns[rows, :width],
+                batch.is_response,
+                clip_range=options.value_clip_range,
+            )
+            (options.value_coef * critic.loss / tokens).backward()
+        sums["value_loss"] += float(critic.loss.detach())
+        sums["value_clipped"] += float(critic.clipped)
+
+    def _mix_in(self, supervised: SupervisedLoss, optimizer_step: int, statistics: UpdateStatistics) -> None:
+        for loss, tokens in self._engine.processes.all_gather_object(supervised.accumulate(optimizer_step)):
+            statistics.sums["ptx_loss"] += loss
+            statistics.sums["ptx_tokens"] += tokens
+
+    def _step(self, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics) -> None:
+        trained = self.parameters if trains_policy else self._critic_parameters
+        all_reduce_gradients(trained, self._engine.processes)
+        norm = torch.nn.utils.clip_grad_norm_(trained, self._options.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._rate_factor(optimizer_step, group["begins"])
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            statistics.grad_norms.append(float(norm))
+        else:
+            # One bad batch must not poison the weights; the trainer counts these and stops when they repeat.
+            statistics.skipped_steps += 1
+            place = f"step {optimizer_step // self._options.optimizer_steps_per_step + 1}"
+            warn(f"{place}: a minibatch is left out, since its gradient is not finite (its norm is {float(norm)})")
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,269 @@
+"""Step checkpoints inside a stage: atomic, checked by SHA-256, and passed over, loudly, when damaged.
+
+    step-00000010/    the newest few, for going on after a kill
+    best-00000008/    besides, and never rotated away: what a stage writes if later steps were worse
+
+With several processes, number 0 writes and decides which checkpoint is read, and the others read that one.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.errors import DiskError, DivergedError, UsageError
+from rlhf_cli.models.saving import require_finite
+from rlhf_cli.progress import warn
+from rlhf_cli.training.checkpoint.files import (
+    DamagedCheckpoint,
+    is_of_another_format,
+    partial_folder,
+    read_folder,
+    replaced_folder,
+    write_folder,
+)
+
+if TYPE_CHECKING:
+    from rlhf_cli.distributed.process_group import ProcessGroup
+
+_STEP, _BEST = "step", "best"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose sums are right.
+
+    Attributes:
+        step: steps that were done when it was written.
+        tensors: name -> tensor on the CPU.
+        state: what JSON can hold.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+    protected: int | None = None,
+    processes: ProcessGroup | None = None,
+) -> None:
+    """Write the checkpoint of `step` and remove all but the newest `keep`.
+
+    Args:
+        folder: of the stage's checkpoints.
+        step: steps done.
+        tensors: name -> tensor on any device; no copy is made of those on the CPU.
+        state: what JSON can hold.
+        keep: how many stay.
+        protected: a step whose checkpoint stays besides, however old.
+        processes: those of the run, all of which call this; number 0's tensors and state are written.
+
+    Raises:
+        DiskError: no room, or the disk cannot be written; the checkpoint before is untouched.
+        DivergedError: a value is NaN or infinite; nothing is written.
+    """
+
+    def write() -> None:
+        _save(folder / f"{_STEP}-{step:08d}", step, tensors, state)
+        _rotate(folder, step, keep, protected)
+
+    _by_main(write, processes)
+
+
+def save_best(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, processes: ProcessGroup | None = None
+) -> None:
+    """Keep this as the best so far, in place of the one before; see `save_checkpoint`.
+
+    A run that is killed and goes on from before `step` finds it again: `Checkpoint.state` says how good it was.
+    """
+
+    def write() -> None:
+        _save(folder / f"{_BEST}-{step:08d}", step, tensors, state)
+        for old in _folders(folder, _BEST):
+            if _number(old) != step:
+                _remove(old)
+
+    _by_main(write, processes)
+
+
+def latest_checkpoint(
+    folder: Path, *, up_to: int | None = None, processes: ProcessGroup | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None; damaged ones are named in a warning and passed over.
+
+    Args:
+        folder: of the stage's checkpoints.
+        up_to: only those of so many steps or fewer.
+        processes: those of the run, all of which call this and get the same one.
+
+    Raises:
+        UsageError: a process cannot read what number 0 can.
+    """
+    return _newest(folder, _STEP, processes, up_to)
+
+
+def best_checkpoint(folder: Path, *, processes: ProcessGroup | None = None) -> Checkpoint | None:
+    """What `save_best` kept, or None; see `latest_checkpoint`."""
+    return _newest(folder, _BEST, processes)
+
+
+def _save(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    _tidy(target.parent)
+    for name, tensor in tensors.items():
+        # A sum is finite only if every value is, and takes no memory; one that overflows is looked at closely.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):
+            require_finite({name: tensor.detach()}, what=f"the checkpoint of step {step}")
+    write_folder(target, step, tensors, state)
+
+
+def _newest(folder: Path, kind: str, processes: ProcessGroup | None, up_to: int | None = None) -> Checkpoint | None:
+    found = None
+    if processes is None or processes.is_main:
+        _tidy(folder)
+        found = _newest_whole(folder, kind, up_to)
+    if processes is None or processes.count == 1:
+        return found
+    step = processes.all_gather_object(None if found is None else found.step)[0]
+    problem = None
+    if step is not None and not processes.is_main:
+        try:
+            found = Checkpoint(*read_folder(folder / f"{kind}-{step:08d}"))
+        except DamagedCheckpoint as damage:
+            problem = str(damage)
+    for number, told in enumerate(processes.all_gather_object(problem)):
+        if told is not None:
+            raise UsageError(
+                f"process {number} cannot read the checkpoint of step {step} in {folder} that process 0 reads: {told}",
+                hint="the run directory has to be on a file system that all machines of the run share",
+            )
+    return found
+
+
+def _newest_whole(folder: Path, kind: str, up_to: int | None) -> Checkpoint | None:
+    folders = [path for path in _folders(folder, kind) if up_to is None or _number(path) <= up_to]
+    for path in folders:
+        try:
+            return Checkpoint(*read_folder(path))
+        except DamagedCheckpoint as damage:
+            warn(f"passing over the checkpoint {path}: {damage}")
+    if folders and kind == _STEP:
+        warn(f"no checkpoint in {folder} is whole: this begins anew")
+    return None
+
+
+def _by_main(write: Callable[[], None], processes: ProcessGroup | None) -> None:
+    """Let process 0 write; what goes wrong there is raised in all, so that none waits for a process that has ended."""
+    failure: DiskError | DivergedError | None = None
+    if processes is None or processes.is_main:
+        try:
+            write()
+        except (DiskError, DivergedError) as error:
+            failure = error
+    if processes is not None:
+        told = None if failure is None else [isinstance(failure, DiskError), failure.message, failure.hint]
+        told = processes.all_gather_object(told)[0]
+        if told is not None and failure is None:
+            failure = (DiskError if told[0] else DivergedError)(told[1], hint=told[2])
+    if failure is not None:
+        raise failure
+
+
+def _rotate(folder: Path, step: int, keep: int, protected: int | None) -> None:
+    """Remove what is older than the newest `keep`, and what is newer than `step`: it was damaged and passed over."""
+    folders = _folders(folder, _STEP)
+    for path in [path for path in folders if _number(path) > step]:
+        if not is_of_another_format(path):
+            _remove(path)
+    for path in [path for path in folders if _number(path) <= step][keep:]:
+        if _number(path) != protected:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        warn(f"cannot remove the old checkpoint {path}: {(error.strerror or str(error)).lower()}")
+
+
+def _folders(folder: Path, kind: str) -> list[Path]:
+    """Checkpoints of a kind, newest first; whatever else lies there is not ours."""
+    found = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d{{8,}}", path.name)]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _tidy(folder: Path) -> None:
+    """Finish or undo what a killed process left: half a checkpoint, or one whose successor has no name yet."""
+    for path in [path for kind in (_STEP, _BEST) for path in folder.glob(f".{kind}-*")]:
+        target = path.with_name(path.stem.removeprefix("."))
+        if path == replaced_folder(target) and not target.exists():
+            path.rename(target)
+        elif path in (replaced_folder(target), partial_folder(target)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rng_tensors(processes: ProcessGroup | None = None) -> dict[str, Tensor]:
+    """State of torch's generators in every process, for a checkpoint.
+
+    Args:
+        processes: those of the run, all of which call this; None is this one alone.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if processes is None or processes.count == 1:
+        return {f"rng/0/{name}": state for name, state in states.items()}
+    told = processes.all_gather_object({name: bytes(state.tolist()).hex() for name, state in states.items()})
+    return {
+        f"rng/{number}/{name}": torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+        for number, texts in enumerate(told)
+        for name, text in texts.items()
+    }
+
+
+def restore_rng(tensors: dict[str, Tensor], processes: ProcessGroup | None = None) -> None:
+    """Put torch's generators back to where a checkpoint left them in this process."""
+    prefix = f"rng/{0 if processes is None else processes.index}/"
+    torch.set_rng_state(tensors[prefix + "cpu"])
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        torch.cuda.set_rng_state_all([tensors[f"{prefix}cuda{index}"] for index in range(count)])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """Per-parameter state of an optimizer (AdamW's moments and step counts), by parameter number."""
+    return {
+        f"{prefix}/{number}/{name}": value
+        for number, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Inverse of `optimizer_tensors`; the groups' settings stay those the optimizer was made with."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix + "/"):
+            number, name = key.removeprefix(prefix + "/").split("/")
+            # A copy, since the tensors of a file just read are the file itself, which rotation will remove.
+            state.setdefault(int(number), {})[name] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,90 @@
+"""Is this curve normal? What the metrics of a PPO run say, what that usually means, and which setting to change.
+
+The rules are in `health_rules` and `health_update_rules`, their thresholds and the reasons for them in docs/health.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_cli.progress import console
+from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, Finding, Run, Severity
+from rlhf_cli.training.monitoring.health.rules import ANSWER_RULES
+from rlhf_cli.training.monitoring.health.update_rules import UPDATE_RULES
+
+_ORDER: tuple[Severity, ...] = ("bad", "look", "fine")
+SHORT = "length of the run"
+"""Subject of the finding that trends cannot be judged yet."""
+_COLORS: Mapping[Severity, str] = {"bad": "bold red", "look": "yellow", "fine": "green"}
+
+RULES: tuple[Callable[[Run], Iterable[Finding]], ...] = (*ANSWER_RULES, *UPDATE_RULES)
+
+
+def judge(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Findings about a run, the worst first.
+
+    Args:
+        rows: of its `metrics.jsonl`, in the order of their steps. A metric that no row has is not judged.
+    """
+    run = Run.of(rows)
+    findings = [finding for rule in RULES for finding in rule(run)]
+    if len(run) < MIN_STEPS:
+        seen = f"{len(run):,} step{'' if len(run) == 1 else 's'}"
+        findings.append(Finding(SHORT, "fine", f"{seen}: trends are judged from {MIN_STEPS} on", steps=run.span))
+    return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
+
+
+def verdict(findings: Iterable[Finding]) -> Severity:
+    """The worst of their severities; `fine` without any."""
+    found: set[Severity] = {finding.severity for finding in findings}
+    return min(found, key=_ORDER.index) if found else "fine"
+
+
+def write(path: Path, findings: Sequence[Finding]) -> None:
+    """A `health.json`: the verdict and every finding."""
+    plain = {"verdict": verdict(findings), "findings": [finding.as_json() for finding in findings]}
+    path.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Print the findings for people."""
+    console.print(view(findings), soft_wrap=False)  # wrapped in logs too
+
+
+def view(findings: Sequence[Finding]) -> RenderableType:
+    """The findings as they are printed: severity, subject, and what was seen, what it means, what to change."""
+    counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _ORDER}
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        severity = Text(finding.severity, style=_COLORS[finding.severity])
+        table.add_row(severity, Text(finding.subject), _explained(finding))
+    is_short = any(finding.subject == SHORT for finding in findings)
+    title = "is the curve normal? " + (
+        ("too short to tell" if is_short else "nothing stands out")
+        if not counts["bad"] and not counts["look"]
+        else ", ".join(f"{counts[severity]} {severity}" for severity in ("bad", "look") if counts[severity])
+    )
+    whole = Table.grid()
+    whole.add_column()
+    whole.add_row(Text(title, style="bold"))
+    whole.add_row(table)
+    return whole
+
+
+def _explained(finding: Finding) -> Text:
+    text = Text(finding.seen)
+    if finding.means:
+        text.append(f"\nusually: {finding.means}", style="dim")
+    for change in finding.change:
+        text.append(f"\n- {change}", style="dim")
+    return text

@@ -1,0 +1,303 @@
+"""The `evaluate` stage, in process and through the real command."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_cli.data.chat_format import PromptFormat
+from rlhf_cli.data.records import is_held_out
+from rlhf_cli.errors import DataError, Interrupted
+from rlhf_cli.generation.logprobs import response_hidden
+from rlhf_cli.generation.policy import Answer, Policy, Sampling
+from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.base import STAGES, StageContext
+from rlhf_cli.stages.evaluate import stage as evaluate
+
+STAGE = next(stage for stage in STAGES if stage.name == "evaluate")
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=4)
+
+
+class Never:
+    requested = False
+
+    def check(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> str:
+    """Counts letters `a`."""
+    path = tmp_path_factory.mktemp("judge") / "judge.py"
+    path.write_text("def score(prompts, completions):\n    return [float(c.count('a')) for c in completions]\n")
+    return f"{path}:score"
+
+
+@pytest.fixture(scope="module")
+def lover_of_a(tiny_llama, tmp_path_factory) -> Path:
+    """The same model, drawn to the letter `a`: what PPO against the judge would move to."""
+    folder = tmp_path_factory.mktemp("models") / "lover"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    (token,) = tokenizer("a", add_special_tokens=False).input_ids
+    hidden = model.model(tokenizer("Question 7?", return_tensors="pt").input_ids).last_hidden_state[0].mean(0).detach()
+    with torch.no_grad():  # an output embedding of its own, along the hidden states
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.lm_head.weight[token] += 7.0 * hidden / hidden.square().sum()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {number}?"}) + "\n" for number in range(40)))
+    return path
+
+
+def context_of(tmp_path: Path, inputs: dict[str, str], *, holdout=0.3, seed=0, **settings) -> StageContext:
+    section = {"sampling": {"max_new_tokens": 12}, "bootstrap": 200} | settings
+    recipe = Recipe.model_validate(
+        {
+            "seed": seed,
+            "model": {"precision": "float32", "device": "cpu"},
+            "data": {"holdout": holdout},
+            "evaluate": section,
+        }
+    )
+    for name in ("output", "work"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    return StageContext(recipe, STAGE, tmp_path / "output", tmp_path / "work", inputs, Never())
+
+
+def judged(tmp_path, sft, ppo, source, judge, **settings) -> StageContext:
+    inputs = {"sft": str(sft), "ppo": str(ppo), "prompts": str(source), "evaluate.judge_function": judge}
+    return context_of(tmp_path, inputs, judge_function=judge, **settings)
+
+
+def lines(context: StageContext) -> list[dict]:
+    return [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+
+
+def test_held_out_prompts_alone_and_every_figure_from_the_samples(
+    tiny_llama, lover_of_a, prompts, judge, tmp_path, capsys
+):
+    context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge)
+    metrics = evaluate.run(context).metrics
+    rows = lines(context)
+    assert {row["prompt"] for row in rows} == {p for n in range(40) if is_held_out(p := f"Question {n}?", 0.3, 0)}
+    assert metrics["prompts"] == len(rows)
+    for name in ("sft", "ppo"):
+        assert [row[f"gold_{name}"] for row in rows] == [row[name].count("a") for row in rows]
+        assert metrics[f"gold/{name}_mean"] == pytest.approx(sum(row[f"gold_{name}"] for row in rows) / len(rows))
+        assert metrics[f"length/{name}_mean"] == pytest.approx(sum(row[f"tokens_{name}"] for row in rows) / len(rows))
+    points = [(row["gold_ppo"] > row["gold_sft"]) + 0.5 * (row["gold_ppo"] == row["gold_sft"]) for row in rows]
+    assert metrics["win_rate"] == pytest.approx(sum(points) / len(rows))
+    assert metrics["win_rate"] > 0.6
+    assert metrics["kl_nats"] == pytest.approx(sum(row["kl_nats"] for row in rows) / len(rows))
+    assert metrics["kl_nats"] > 0
+    assert json.loads((context.output / "metrics.json").read_text()) == metrics
+    shown = capsys.readouterr().err
+    assert "PPO preferred" in shown
+    assert all(len(line) <= 100 for line in shown.splitlines())
+
+
+def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp_path):
+    context = judged(tmp_path, tiny_llama, tiny_llama, prompts, judge)
+    metrics = evaluate.run(context).metrics
+    assert metrics["win_rate"] == 0.5
+    assert metrics["tie_rate"] == 1.0, "the same seeds for both"
+    assert metrics["kl_nats"] == pytest.approx(0.0, abs=1e-6)
+    assert all(row["sft"] == row["ppo"] for row in lines(context))
+
+
+@pytest.mark.parametrize("checks", [2, 9])
+def test_a_signal_ends_sampling_and_reading_within_a_batch(tiny_llama, prompts, judge, tmp_path, checks):
+    class StopAfter(Never):
+        count = 0
+
+        def check(self) -> None:
+            self.count += 1
+            if self.count == checks:
+                raise Interrupted(signal.SIGTERM)
+
+    plan = {"max_new_tokens": 4, "batch_size": 2}
+    context = judged(tmp_path, tiny_llama, tiny_llama, prompts, judge, sampling=plan)
+    context = dataclasses.replace(context, stop=StopAfter())
+    with pytest.raises(Interrupted):
+        evaluate.run(context)
+    assert context.stop.count == checks
+
+
+def test_the_seed_decides_the_answers(tiny_llama, prompts, judge, tmp_path):
+    answers = []
+    for number, seed in enumerate((1, 1, 2)):
+        (tmp_path / str(number)).mkdir()
+        context = judged(
+            tmp_path / str(number), tiny_llama, tiny_llama, prompts, judge, seed=seed, prompts=str(prompts)
+        )
+        evaluate.run(context)
+        answers.append([row["sft"] for row in lines(context)])
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
+
+
+def test_log_probabilities_are_those_of_the_whole_answer_with_its_end(tiny_llama):
+    source = ModelSource(str(tiny_llama))
+    policy = Policy.load(source, PromptFormat(load_tokenizer(source)))
+    end = policy.format.tokenizer.eos_token_id
+    answers = [Answer([5, 6, 7], [8, 9, end], "", True), Answer([5], [10], "", False)]
+    expected = []
+    for answer in answers:
+        logits = policy.model(torch.tensor([answer.prompt_ids + answer.ids])).logits[0] / 0.7
+        rows = logits.log_softmax(-1)[len(answer.prompt_ids) - 1 : -1]
+        expected.append(sum(row[token].item() for row, token in zip(rows, answer.ids, strict=True)))
+    assert policy.logprobs(answers, temperature=0.7, batch_size=2) == pytest.approx(expected, abs=1e-4)
+    assert policy.logprobs(answers, temperature=0.7, batch_size=1) == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_to_one_prompt_are_read_together(tiny_llama, monkeypatch):
+    source = ModelSource(str(tiny_llama), attention="torch")
+    policy = Policy.load(source, PromptFormat(load_tokenizer(source)))
+    prompts = [[5, 6, 7], [40, 41, 42], [60, 61]]
+    answers = [Answer(prompt, [8 + length] * length, "", True) for length in (1, 4, 9) for prompt in prompts]
+    batches = []
+
+    def watched(model, batch):
+        batches.append(batch)
+        return response_hidden(model, batch)
+
+    monkeypatch.setattr("rlhf_cli.generation.policy.response_hidden", watched)
+    found = policy.logprobs(answers, temperature=1.0, batch_size=3)
+    assert [batch.layout.is_tree for batch in batches] == [True] * 3
+    assert sum(batch.input_ids.numel() for batch in batches) == 3 + 3 + 2 + 3 * (1 + 4 + 9)
+    padded = Policy.load(ModelSource(str(tiny_llama), attention="sdpa"), policy.format)
+    assert found == pytest.approx(padded.logprobs(answers, temperature=1.0, batch_size=3), abs=1e-4)
+
+
+def test_kl_is_an_unbiased_estimate(tiny_llama, lover_of_a):
+    """One-token answers: the mean of log pi_ppo - log pi_sft over samples nears the exact sum over the vocabulary."""
+    policies = {}
+    for name, folder in (("sft", tiny_llama), ("ppo", lover_of_a)):
+        source = ModelSource(str(folder))
+        policies[name] = Policy.load(source, PromptFormat(load_tokenizer(source)))
+    sampling = Sampling(1.0, 1.0, 1, 500)
+    answers = policies["ppo"].answer(["Question?"] * 3000, range(3000), sampling, seed=0, label="answers")
+    own = policies["ppo"].logprobs(answers, temperature=1.0, batch_size=500)
+    other = policies["sft"].logprobs(answers, temperature=1.0, batch_size=500)
+    ids = torch.tensor([answers[0].prompt_ids])
+    p, q = (policies[name].model(ids).logits[0, -1].detach().log_softmax(-1) for name in ("ppo", "sft"))
+    exact = float((p.exp() * (p - q)).sum())
+    assert exact > 0.03
+    estimate = sum(one - two for one, two in zip(own, other, strict=True)) / 3000
+    spread = float((p.exp() * (p - q - exact) ** 2).sum()) ** 0.5
+    assert estimate == pytest.approx(exact, abs=4 * spread / 3000**0.5)
+
+
+def test_a_reward_model_judges_where_there_is_no_function(tiny_llama, lover_of_a, prompts, tmp_path, capsys):
+    torch.manual_seed(5)
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "rm")
+    inputs = {"sft": str(tiny_llama), "ppo": str(lover_of_a), "prompts": str(prompts), "train-rm": str(tmp_path / "rm")}
+    context = context_of(tmp_path, inputs)
+    metrics = evaluate.run(context).metrics
+    assert "gold/ppo_mean" not in metrics
+    assert metrics["reward/difference"] == pytest.approx(metrics["reward/ppo_mean"] - metrics["reward/sft_mean"])
+    assert metrics["reward/difference_se"] > 0
+    for row in lines(context):
+        gap = row["reward_ppo"] - row["reward_sft"]
+        assert row["winner"] == ("tie" if gap == 0 else "ppo" if gap > 0 else "sft")
+    assert any(row["winner"] != "tie" for row in lines(context))
+    assert "a check of training" in capsys.readouterr().err
+
+
+def test_the_base_model_answers_the_prompts_that_are_shown(tiny_llama, lover_of_a, prompts, judge, tmp_path, capsys):
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge, shown_samples=3)
+    inputs = {**context.inputs, "base": str(tmp_path / "base")}
+    context = StageContext(context.recipe, STAGE, context.output, context.work, inputs, Never())
+    evaluate.run(context)
+    with_base = [row for row in lines(context) if "base" in row]
+    assert len(with_base) == 3
+    assert all(row["base"] == row["sft"] for row in with_base), "here the base is the SFT model, with the same seeds"
+    assert all(row["base_score"] == row["base"].count("a") for row in with_base)
+    assert capsys.readouterr().err.count("base ") >= 3
+
+
+def test_a_built_base_is_made_again_from_the_seed(tmp_path):
+    from rlhf_cli.models.build import build_model
+
+    build_model(
+        tmp_path / "built", ["some text to learn from"] * 20, hidden_size=32, layers=1, heads=2,
+        feed_forward_size=48, vocab_size=300, context_length=64, seed=11,
+    )  # fmt: skip
+    source = ModelSource(str(tmp_path / "built"))
+    form = PromptFormat(load_tokenizer(source))
+    built, again = Policy.load(source, form), Policy.untrained(source, form, seed=11)
+    other = Policy.untrained(source, form, seed=12)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(built.model(ids).logits, again.model(ids).logits)
+    assert not torch.equal(built.model(ids).logits, other.model(ids).logits)
+
+
+def test_models_that_read_text_differently_have_no_kl(tiny_llama, tiny_gpt2, tiny_t5, prompts, judge, tmp_path, capsys):
+    context = judged(tmp_path, tiny_t5, tiny_llama, prompts, judge)
+    assert "kl_nats" not in evaluate.run(context).metrics
+    assert "read text differently" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_is_evaluated_too(tiny_t5, prompts, judge, tmp_path):
+    assert evaluate.run(judged(tmp_path, tiny_t5, tiny_t5, prompts, judge)).metrics["kl_nats"] == pytest.approx(
+        0, abs=1e-5
+    )
+
+
+def test_several_samples_and_few_prompts(tiny_llama, lover_of_a, prompts, judge, tmp_path):
+    context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge, samples_per_prompt=3, max_prompts=4)
+    metrics = evaluate.run(context).metrics
+    assert (metrics["prompts"], metrics["answers"]) == (4, 12)
+    answers = [row["sft"] for row in lines(context)]
+    assert len(set(answers[:3])) == 3, "answers to one prompt differ"
+
+
+def test_nothing_held_out_is_an_error(tiny_llama, prompts, judge, tmp_path):
+    with pytest.raises(DataError, match="held out"):
+        evaluate.run(judged(tmp_path, tiny_llama, tiny_llama, prompts, judge, holdout=0.0))
+
+
+def test_escape_sequences_in_answers_do_not_reach_the_terminal():
+    from rich.console import Console
+
+    from rlhf_cli.stages.evaluate.comparison import Comparison
+    from rlhf_cli.stages.evaluate.tables import side_by_side
+
+    bad = Answer([1], [2], "\x1b[2Jgone \x1b]0;owned\x07[bold]kept[/bold]", True)
+    console = Console(width=80, record=True, file=io.StringIO(), force_terminal=False)
+    console.print(side_by_side(Comparison("p\x1b[31m", bad, bad, None, (0.0, 1.0), None), 0.0, number=1))
+    text = console.export_text()
+    assert "\x1b" not in text
+    assert "owned" not in text
+    assert "[bold]kept[/bold]" in text, "answers are no markup"
+
+
+def test_the_real_command_needs_no_recipe(rlhf, tiny_llama, lover_of_a, prompts, judge):
+    result = rlhf(
+        "evaluate", "--baseline", tiny_llama, "--policy", lover_of_a, "--prompts", prompts, "--function", judge,
+        "--run-dir", "run", "--set", "evaluate.sampling.max_new_tokens=12", "--json",
+    )  # fmt: skip
+    metrics = json.loads(result.stdout)["metrics"]
+    for name in ("gold/sft_mean", "gold/ppo_mean", "win_rate", "win_rate_low", "win_rate_high", "kl_nats"):
+        assert name in metrics
+    assert metrics["prompts"] == 40, "prompts that are named are all used"
+    assert "Traceback" not in result.stderr

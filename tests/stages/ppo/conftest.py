@@ -1,0 +1,158 @@
+"""PPO trainers on tiny models, for the tests of the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from rlhf_cli.errors import Interrupted
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.rewards.base import Scores
+from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+from rlhf_cli.stages.ppo.models import SeparateModels, SharedBackbone
+from rlhf_cli.stages.ppo.options import PPOOptions
+from rlhf_cli.stages.ppo.rollout import PromptSet
+from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+
+OPTIONS = PPOOptions(
+    steps=3,
+    prompts_per_step=8,
+    samples_per_prompt=1,
+    epochs=2,
+    minibatches=1,
+    micro_batch_size=8,
+    rollout_batch_size=8,
+    temperature=1.0,
+    max_new_tokens=8,
+    learning_rate=1e-2,
+    critic_learning_rate=None,
+    schedule="constant",
+    warmup_share=0.0,
+    max_grad_norm=1.0,
+    critic_warmup_steps=0,
+    clip_range=0.2,
+    value_clip_range=0.2,
+    value_coef=0.1,
+    entropy_coef=0.0,
+    gamma=1.0,
+    gae_lambda=0.95,
+    whiten_advantages=True,
+    whiten_rewards=False,
+    update_kl_limit=None,
+    ratio_limit=1e6,
+    kl_coef=0.05,
+    kl_in="reward",
+    kl_target=None,
+    kl_horizon=100,
+    kl_estimator="k1",
+    kl_stop=None,
+    kl_budget=None,
+    reward_scale=1.0,
+    reward_clip=None,
+    missing_eos_reward=None,
+    missing_eos_penalty=0.0,
+    length_penalty=0.0,
+    eval_steps=None,
+    eval_prompts=4,
+    show_steps=None,
+    shown_prompts=2,
+    checkpoint_steps=1,
+    keep_checkpoints=2,
+)
+TEXTS = [
+    "The cat sat",
+    "Why is the sky blue?",
+    "A short answer",
+    "Please tell me how",
+    "First heat",
+    "Bread",
+    "x",
+    "so",
+]
+HELD_OUT = ["Who knows", "When is it", "A loaf", "The river"]
+
+
+class StopAfter:
+    """Asks to stop once it was asked about so many steps; None never does."""
+
+    def __init__(self, steps=None):
+        self.left = steps
+
+    @property
+    def requested(self):
+        if self.left is None:
+            return False
+        self.left -= 1
+        return self.left <= 0
+
+    def check(self):
+        if self.left is not None and self.left <= 0:
+            raise Interrupted(15)
+
+
+def scores(function):
+    """A reward as the trainer takes it, from a function of one answer."""
+    return lambda prompts, texts: Scores([float(function(text)) for text in texts], {})
+
+
+@scores
+def vowels(text):
+    """Share of vowels: something a policy of two layers can learn in a few steps."""
+    return sum(letter in "aeiou" for letter in text) / max(len(text), 1)
+
+
+def make_roles(source, kind="shared"):
+    torch.manual_seed(0)
+    if kind == "shared":
+        return SharedBackbone(load_policy(source), rank=4, alpha=8.0, target_modules="all-linear")
+    full = [load_policy(source, dtype=torch.float32) for _ in range(3)]
+    return SeparateModels(full[0], full[1], full[2])
+
+
+def make_trainer(
+    folder, work, *, kind="shared", reward=vowels, stop=None, seed=0, demonstrations=None, processes=None, **changes
+):
+    source = ModelSource(str(folder))
+    tokenizer = load_tokenizer(source)
+    roles = make_roles(source, kind)
+    options = dataclasses.replace(OPTIONS, **changes)
+    engine = ForwardPasses(
+        roles,
+        autocast=nullcontext,
+        micro_batch_size=options.micro_batch_size,
+        temperature=options.temperature,
+        processes=processes,
+    )
+
+    def prompts(texts):
+        return PromptSet(texts, [tokenizer(text).input_ids for text in texts], tokenizer, {tokenizer.eos_token_id})
+
+    work.mkdir(exist_ok=True)
+    data = PPOData(prompts(TEXTS), prompts(HELD_OUT), demonstrations)
+    return PPOTrainer(roles, engine, data, reward, options, seed=seed, work=work, stop=stop or StopAfter())
+
+
+@pytest.fixture(name="make_trainer")
+def _make_trainer():
+    return make_trainer
+
+
+@pytest.fixture(name="scores")
+def _scores():
+    return scores
+
+
+@pytest.fixture(name="stop_after")
+def _stop_after():
+    return StopAfter
+
+
+@pytest.fixture
+def rows_of():
+    """Lines of a run's metrics."""
+    import json
+
+    return lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

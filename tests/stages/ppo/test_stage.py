@@ -1,0 +1,131 @@
+"""The `ppo` stage: what it writes, and that every kind of reward trains through the real command without a recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.recipe.schema import PPOSettings
+from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+from rlhf_cli.stages.ppo.stage import _save
+
+SHORT = ("--set", "ppo.steps=2", "--set", "ppo.prompts_per_step=4", "--set", "ppo.max_new_tokens=6",
+         "--set", "ppo.epochs=1", "--set", "data.holdout=0", "--set", "model.precision=float32")  # fmt: skip
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    texts = ["What is bread?", "Why is the sky blue?", "The cat sat", "First heat the oven", "A short answer"]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture
+def length_reward(tmp_path: Path) -> str:
+    file = tmp_path / "reward.py"
+    file.write_text("def score(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
+    return f"{file}:score"
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_saved_policy_is_the_trained_one(adapter, tiny_gpt2, tmp_path):
+    source = ModelSource(str(tiny_gpt2))
+    lora = LoraShape(4, 8.0, "all-linear") if adapter == "lora" else None
+    roles = load_ppo_models(source, PPOModelOptions(lora), reward_path=None, template=None).roles
+    with torch.no_grad():
+        for parameter in roles.policy_parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    shape = {"lora": {"rank": 4, "alpha": 8.0}} if adapter == "lora" else {}
+    settings = PPOSettings.model_validate({"adapter": adapter} | shape)
+    _save(tmp_path, roles, source, settings)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    saved = load_policy(ModelSource(str(tmp_path)))(input_ids=ids).logits
+    with roles.policy() as model:
+        torch.testing.assert_close(saved, model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+    with roles.reference() as model:
+        assert (saved - model(input_ids=ids).logits).abs().max() > 1e-2
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "critic"} <= names
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pkl", ".pth"}]
+
+
+def test_ppo_with_model_reward_model_and_prompts_needs_no_recipe(tiny_llama, prompts, tmp_path, rlhf):
+    reward = tmp_path / "rm"
+    reward.mkdir()
+    save_reward_model(
+        new_reward_model(ModelSource(str(tiny_llama)), template=None, lora={"rank": 4, "alpha": 8.0}), reward
+    )
+    result = rlhf("ppo", "--model", tiny_llama, "--reward-model", reward, "--prompts", prompts, *SHORT)
+    folder = Path(result.stdout.strip())
+    assert (tmp_path / folder).resolve() == tmp_path / "runs/default/ppo"
+    first, last = metrics_of(tmp_path / "runs/default/ppo")
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert last["episode"] == 8.0
+    assert "the reward is an adapter on it too" in result.stderr
+    assert "Warning" not in result.stderr
+
+
+def test_ppo_with_a_function_alone(tiny_t5, prompts, length_reward, tmp_path, rlhf):
+    functions = json.dumps([{"function": length_reward, "weight": 2.0}])
+    rlhf("ppo", "--model", tiny_t5, "--prompts", prompts, "--set", f"ppo.rewards={functions}", *SHORT)
+    assert metrics_of(tmp_path / "runs/default/ppo")[0]["objective/scores"] > 1.0
+
+
+def test_ppo_with_a_reward_model_of_another_kind(tiny_llama, tiny_bert, prompts, tmp_path, rlhf):
+    reward = tmp_path / "rm"
+    reward.mkdir()
+    save_reward_model(new_reward_model(ModelSource(str(tiny_bert)), template=None, lora=None), reward)
+    result = rlhf(
+        "ppo",
+        "--model",
+        tiny_llama,
+        "--reward-model",
+        reward,
+        "--prompts",
+        prompts,
+        "--set",
+        "ppo.adapter=none",
+        *SHORT,
+    )
+    assert len(metrics_of(tmp_path / "runs/default/ppo")) == 2
+    assert "separate models" in result.stderr
+
+
+def test_ppo_without_any_reward_says_what_to_do(tiny_llama, prompts, rlhf):
+    result = rlhf("ppo", "--model", tiny_llama, "--prompts", prompts, *SHORT, code=2)
+    assert "reward" in result.stderr
+    assert "hint:" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_could_learn_nothing_is_no_success(tiny_llama, prompts, tmp_path, rlhf):
+    file = tmp_path / "bad.py"
+    file.write_text("def score(prompts, completions):\n    return [float('nan')] * len(completions)\n")
+    functions = json.dumps([{"function": f"{file}:score"}])
+    rewards = ("--set", f"ppo.rewards={functions}")
+    result = rlhf("ppo", "--model", tiny_llama, "--prompts", prompts, *rewards, *SHORT, code=70)
+    assert "bad.py:score" in result.stderr
+    assert "nothing was learned in any step" in result.stderr
+    assert not (tmp_path / "runs/default/ppo").exists()
+
+
+def test_a_stage_alone_asks_a_model_as_it_was_trained_to_be_asked(tmp_path, capsys):
+    from rlhf_cli.recipe.schema import Recipe
+    from rlhf_cli.stages.common import prompt_template
+
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"data": {"prompt_template": "{prompt}\n"}}}))
+    plain, other = Recipe(), Recipe.model_validate({"data": {"prompt_template": "Q: {prompt}"}})
+    assert prompt_template(plain, str(tmp_path)) == "{prompt}\n"
+    assert capsys.readouterr().err == ""
+    assert prompt_template(other, str(tmp_path)) == "Q: {prompt}"
+    assert "was trained with" in capsys.readouterr().err
+    assert prompt_template(other, "acme/unknown") == "Q: {prompt}"
+    assert prompt_template(plain, "acme/unknown") is None

@@ -1,0 +1,163 @@
+"""PPO's invariants on tiny models: ratio 1, KL 0, batch splitting, optimizer steps, what moves, and that it learns."""
+
+import pytest
+import torch
+
+from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.stages.ppo.update import Experience, Minibatch, UpdateStatistics
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.roles.state().items()}
+
+
+def answers_of(trainer, step=0):
+    rows = trainer._rollouts.rows_of(step, len(trainer._data.prompts))
+    numbers = range(step * len(rows), (step + 1) * len(rows))
+    return trainer._rollouts.answers(trainer._data.prompts, rows, numbers, lambda _: None)
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
+def test_first_step_starts_at_kl_0_and_ratio_1(model, kind, request, tmp_path, make_trainer):
+    trainer = make_trainer(request.getfixturevalue(model), tmp_path / "w", kind=kind, micro_batch_size=3)
+    metrics = trainer.step(0).metrics
+    assert metrics["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["val/first_epoch_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["val/first_epoch_approxkl"] < 1e-10
+    # The second epoch comes after an optimizer step, so it has moved: otherwise nothing was trained.
+    assert abs(metrics["val/ratio"] - 1.0) > 1e-6 or metrics["policy/approxkl_avg"] > 1e-8
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_the_reference_stays_the_sft_model(kind, tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w", kind=kind)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    untouched = load_policy(ModelSource(str(tiny_llama)))(input_ids=ids).logits
+    trainer.step(0)
+    with trainer.roles.reference() as reference:
+        torch.testing.assert_close(reference(input_ids=ids).logits, untouched)
+    with trainer.roles.policy() as policy:
+        assert (policy(input_ids=ids).logits - untouched).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"kl_in": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}, id="KL and entropy in the loss"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_cutting_the_batch_differently_changes_nothing(kind, changes, tiny_llama, tmp_path, make_trainer):
+    """8x1, 4x2, 3+3+2 and 1x8 give one and the same gradient."""
+    results = []
+    for number, size in enumerate((8, 4, 3, 1)):
+        trainer = make_trainer(tiny_llama, tmp_path / str(number), kind=kind, micro_batch_size=size, **changes)
+        answers = answers_of(trainer)
+        before = trainer.engine.passes(answers)
+        torch.manual_seed(1)
+        advantages, returns = torch.randn(2, *before.values.shape)
+        minibatch = Minibatch(list(range(8)), Experience(answers, before, advantages, returns), kl_coef=0.3)
+        trainer.updater.accumulate(minibatch, UpdateStatistics())
+        results.append([one.grad.clone() for one in trainer.updater.parameters if one.grad is not None])
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("minibatches", "epochs"), [(1, 2), (2, 2), (4, 2), (4, 1)])
+def test_optimizer_steps_are_epochs_times_minibatches(
+    minibatches, epochs, tiny_llama, tmp_path, monkeypatch, make_trainer
+):
+    trainer = make_trainer(tiny_llama, tmp_path / "w", minibatches=minibatches, epochs=epochs)
+    taken = []
+    plain = trainer.updater.optimizer.step
+    monkeypatch.setattr(trainer.updater.optimizer, "step", lambda: (taken.append(1), plain())[1])
+    trainer.step(0)
+    assert len(taken) == minibatches * epochs
+
+
+def test_policy_and_critic_both_learn_and_nothing_else(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w", epochs=1)
+    before = weights(trainer)
+    frozen = {n: p.clone() for n, p in trainer.roles.model.named_parameters() if not p.requires_grad}
+    trainer.step(0)
+    after = trainer.roles.state()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    # A value head of zeros passes no gradient back in the very first step.
+    assert moved == {"policy", "value_head"}
+    for name, parameter in trainer.roles.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+    trainer.step(1)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("critic."))
+
+
+def test_values_are_predicted_before_their_token(tiny_llama, tmp_path, make_trainer):
+    """Changing a token changes no value up to and including its own: V_t has not seen token t."""
+    trainer = make_trainer(tiny_llama, tmp_path / "w")
+    torch.nn.init.normal_(trainer.roles.value_head.weight)
+    answers = answers_of(trainer)
+    row = max(range(8), key=lambda index: len(answers.response_ids[index]))
+    before = trainer.engine.passes(answers).values[row].clone()
+    answers.response_ids[row][3] = 17 if answers.response_ids[row][3] != 17 else 18
+    after = trainer.engine.passes(answers).values[row]
+    assert torch.equal(before[:4], after[:4])
+    assert not torch.allclose(before[4], after[4])
+
+
+def test_old_logprobs_are_constants(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w")
+    before = trainer.engine.passes(answers_of(trainer))
+    for tensor in (before.logprobs, before.reference_logprobs, before.values):
+        assert not tensor.requires_grad
+
+
+def test_it_learns_a_reward_it_can_see(tiny_llama, tmp_path, make_trainer, rows_of):
+    trainer = make_trainer(
+        tiny_llama, tmp_path / "w", kind="separate", steps=16, prompts_per_step=32, epochs=4, kl_coef=0.0,
+        micro_batch_size=32, rollout_batch_size=32,
+    )  # fmt: skip
+    trainer.train()
+    rows = rows_of(tmp_path / "w")
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.2
+    assert rows[-1]["objective/kl"] > 0.5
+
+
+def test_every_prompt_comes_once_a_lap(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w", prompts_per_step=3, samples_per_prompt=2)
+    seen = [row for step in range(8) for row in trainer._rollouts.rows_of(step, 8)]
+    assert len(seen) == 8 * 3 * 2
+    for lap in range(3):
+        assert sorted(seen[16 * lap : 16 * lap + 16]) == sorted(2 * list(range(8)))
+    assert seen[:16] != seen[16:32]
+
+
+def test_answers_of_one_prompt_differ(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w", prompts_per_step=2, samples_per_prompt=4)
+    answers = answers_of(trainer)
+    assert len({tuple(ids) for ids in answers.response_ids[:4]}) > 1
+
+
+def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
+    """Means over padding would deflate all of them: they are those of each answer alone, averaged."""
+
+    def trained():
+        trainer = make_trainer(tiny_llama, tmp_path / "w")
+        trainer._data.prompts.eos_ids.update(range(60))  # so that answers end, some sooner than others
+        trainer.step(0)
+        return trainer
+
+    report = trained().step(1).metrics
+    trainer = trained()
+    answers = answers_of(trainer, 1)
+    before = trainer.engine.passes(answers)
+    lengths = [len(ids) for ids in answers.response_ids]
+    assert len(set(lengths)) > 1
+    kl = [(before.logprobs - before.reference_logprobs)[row, :length].sum() for row, length in enumerate(lengths)]
+    entropy = [before.entropy[row, :length].sum() for row, length in enumerate(lengths)]
+    assert report["objective/kl"] == pytest.approx(float(sum(kl)) / 8, abs=1e-6)
+    assert report["objective/entropy"] == pytest.approx(float(sum(entropy)) / 8, rel=1e-5)
+    assert report["objective/entropy"] > 0
+    assert report["length/mean"] == sum(lengths) / 8

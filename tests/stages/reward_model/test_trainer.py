@@ -1,0 +1,268 @@
+"""Training a reward model: exact normalization, resumption, faults, and that it learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_cli.data.records import Ranking
+from rlhf_cli.errors import DivergedError, Interrupted
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
+from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, encode_group, micro_batches
+from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
+
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+
+
+class Never:
+    requested = False
+
+    def check(self) -> None:
+        pass
+
+
+class After:
+    """A signal that comes during step `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.asked = step, 0
+
+    @property
+    def requested(self) -> bool:
+        self.asked += 1
+        return self.asked >= self.step
+
+    def check(self) -> None:
+        if self.asked >= self.step:
+            raise Interrupted(15)
+
+
+def rankings(count: int = 12) -> list[Ranking]:
+    """Answers with more water are better; sizes and tiers differ from prompt to prompt."""
+    made = []
+    for number in range(count):
+        answers = tuple(f"{'water ' * amount}bread {number}" for amount in range(2 + number % 3))
+        tiers = tuple((index,) for index in reversed(range(len(answers))))
+        if number % 4 == 3:
+            tiers = (*tiers[:-2], tiers[-2] + tiers[-1])
+        made.append(Ranking(f"Question {number} about the river?", answers, tiers, margin=0.5))
+    return made
+
+
+def options(**changes) -> RewardOptions:
+    defaults = {
+        "learning_rate": 1e-2,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "epochs": 3.0,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "warmup_share": 0.2,
+        "schedule": "linear",
+        "checkpoint_steps": 2,
+        "loss": "pairwise",
+        "use_margin": False,
+    }
+    return RewardOptions(**(defaults | changes))
+
+
+def scorer_of(folder: Path, lora=LORA) -> RewardModel:
+    return new_reward_model(ModelSource(str(folder)), template=None, lora=lora, seed=1)
+
+
+def trainer_of(folder: Path, work: Path, *, stop=None, lora=LORA, groups=None, **changes) -> RewardTrainer:
+    scorer = scorer_of(folder, lora)
+    groups = [encode_group(scorer, ranking) for ranking in rankings()] if groups is None else groups
+    work.mkdir(exist_ok=True, parents=True)
+    metrics = work / "metrics.jsonl"
+    return RewardTrainer(scorer, groups, options(**changes), seed=5, work=work, metrics=metrics, stop=stop or Never())
+
+
+def weights(trainer: RewardTrainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer.trained.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "plackett-luce"])
+def test_micro_batches_change_no_gradient(loss, tiny_llama, tmp_path):
+    gradients = []
+    for size in (8, 4, 3, 1):
+        trainer = trainer_of(tiny_llama, tmp_path / str(size), micro_batch_size=size, loss=loss)
+        for name, weight in trainer.trained.items():
+            if "lora_B" in name:
+                torch.nn.init.constant_(weight, 0.01)
+        sums = trainer.accumulate(range(8))
+        assert sums.groups == 8
+        gradients.append(torch.cat([weight.grad.flatten() for weight in trainer.trained.values()]))
+    assert gradients[0].norm() > 1e-3
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_groups_of_the_mean_over_pairs(tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama, tmp_path, micro_batch_size=2)
+    expected = []
+    for ranking in rankings()[:8]:
+        rewards = trainer.scorer.score([ranking.prompt] * len(ranking.completions), ranking.completions)
+        levels, losses = ranking.levels(), []
+        for i in range(len(levels)):
+            for j in range(i + 1, len(levels)):
+                gap = torch.tensor(rewards[i] - rewards[j])
+                if levels[i] == levels[j]:
+                    losses.append(-(gap.sigmoid().log() + (-gap).sigmoid().log()) / 2)
+                else:
+                    losses.append(-(gap if levels[i] < levels[j] else -gap).sigmoid().log())
+        expected.append(sum(losses) / len(losses))
+    sums = trainer.accumulate(range(8))
+    assert sums.loss / sums.groups == pytest.approx(float(sum(expected) / 8), abs=1e-5)
+
+
+def test_it_learns_what_the_labels_prefer(tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama, tmp_path, epochs=12.0)
+    trainer.train()
+    scores = trainer.scorer.score(["A new question?"] * 2, ["water water water bread", "bread"])
+    assert scores[0] > scores[1] + 0.5
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    assert lines[-1]["accuracy"] > 0.9
+    assert not trainer.scorer.training
+
+
+@pytest.mark.parametrize("change", [{"loss": "plackett-luce"}, {"use_margin": True}, {"weight_decay": 0.5},
+                                    {"max_grad_norm": 1e-3}, {"warmup_share": 0.9}, {"schedule": "constant"},
+                                    {"epochs": 4.0}, {"batch_size": 4}, {"learning_rate": 2e-2}])  # fmt: skip
+def test_every_setting_has_an_effect(change, tiny_llama, tmp_path):
+    plain, changed = trainer_of(tiny_llama, tmp_path / "a"), trainer_of(tiny_llama, tmp_path / "b", **change)
+    plain.train()
+    changed.train()
+    assert not same(weights(plain), weights(changed))
+
+
+@pytest.mark.parametrize("lora", [LORA | {"dropout": 0.2}, None], ids=["adapter with dropout", "full"])
+@pytest.mark.parametrize("killed_in", [1, 3, 4])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(killed_in, lora, tiny_llama, tmp_path):
+    whole = trainer_of(tiny_llama, tmp_path / "whole", lora=lora)
+    whole.train()
+    killed = trainer_of(tiny_llama, tmp_path / "killed", lora=lora)
+    real_step = killed.step
+
+    def step(number: int):
+        if number == killed_in:
+            raise KeyboardInterrupt  # as kill -9 would: nothing more is written
+        return real_step(number)
+
+    killed.step = step
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = trainer_of(tiny_llama, tmp_path / "killed", lora=lora)
+    resumed.train()
+    assert same(weights(whole), weights(resumed))
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
+
+
+def test_a_signal_saves_the_step_that_was_running(tiny_llama, tmp_path):
+    whole = trainer_of(tiny_llama, tmp_path / "whole", checkpoint_steps=100)
+    whole.train()
+    stopped = trainer_of(tiny_llama, tmp_path / "stopped", checkpoint_steps=100, stop=After(3))
+    with pytest.raises(Interrupted):
+        stopped.train()
+    assert (tmp_path / "stopped" / "step-00000003").is_dir()
+    resumed = trainer_of(tiny_llama, tmp_path / "stopped", checkpoint_steps=100)
+    resumed.train()
+    assert same(weights(whole), weights(resumed))
+
+
+def poison(trainer: RewardTrainer, steps: set[int]) -> None:
+    """Make the loss of these steps NaN, every time they are run."""
+    real_accumulate = trainer.accumulate
+    real_step = trainer.step
+    current = []
+
+    def step(number: int):
+        current[:] = [number]
+        return real_step(number)
+
+    def accumulate(chosen):
+        sums = real_accumulate(chosen)
+        if current[0] in steps:
+            sums.loss = float("nan")
+            next(iter(trainer.trained.values())).grad.fill_(float("nan"))
+        return sums
+
+    trainer.step, trainer.accumulate = step, accumulate
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama, tmp_path)
+    poison(trainer, {1, 3, 4})
+    tally = trainer.train()
+    assert tally.skipped_steps == 3
+    assert not tally.rolled_back
+    assert all(torch.isfinite(weight).all() for weight in trainer.trained.values())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["loss"] is None, "JSON has no NaN"
+
+
+def test_three_in_a_row_go_back_once_and_then_give_up(tiny_llama, tmp_path, capsys):
+    trainer = trainer_of(tiny_llama, tmp_path)
+    poison(trainer, {2, 3, 4})
+    with pytest.raises(DivergedError) as caught:
+        trainer.train()
+    assert caught.value.exit_code == 70
+    assert trainer.tally.rolled_back
+    assert capsys.readouterr().err.count("going back once") == 1
+    assert all(torch.isfinite(weight).all() for weight in trainer.trained.values())
+
+
+def test_a_signal_among_bad_steps_does_not_change_where_a_run_goes_back_to(tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2)
+    trainer._begin()
+    trainer._save(2)
+    trainer.tally.bad_in_a_row = 2
+    trainer._save(4)  # as a signal would, with two bad steps behind it
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4"]
+    again = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2)
+    assert again._begin() == 4
+    assert again._roll_back(5) == 2
+    assert again.tally.rolled_back
+
+
+def test_going_back_takes_half_the_learning_rate(tiny_llama, tmp_path):
+    trainer = trainer_of(tiny_llama, tmp_path, schedule="constant", warmup_share=0.0)
+    poison(trainer, {2, 3, 4})
+    real_restore = trainer._restore
+
+    def restore(tensors):
+        real_restore(tensors)
+        del trainer.step, trainer.accumulate  # whatever it was is over
+
+    trainer._restore = restore
+    assert trainer.train().rolled_back
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [line["learning_rate"] for line in lines[:2]] == [1e-2] * 2
+    assert {line["learning_rate"] for line in lines[4:]} == {5e-3}
+
+
+def test_every_group_is_seen_once_an_epoch_in_a_new_order():
+    batches = Batches(10, 4, 2.0, seed=3)
+    assert batches.steps == 6
+    epochs = [[group for step in range(3 * lap, 3 * lap + 3) for group in batches.groups(step)] for lap in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != [group for step in range(3) for group in Batches(10, 4, 2.0, seed=4).groups(step)]
+
+
+def test_micro_batches_hold_whole_groups_of_like_length():
+    from rlhf_cli.models.reward_model.batch import Encoded
+
+    groups = [RankedGroup((Encoded([1] * size), Encoded([1])), (0, 1), 0.0) for size in (9, 2, 7, 1, 8)]
+    assert micro_batches(groups, [0, 1, 2, 3, 4], 2) == [[3, 1], [2, 4], [0]]
