@@ -34,6 +34,7 @@ from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.generation.torch_generator import stop_ids
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels
@@ -131,7 +132,7 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
     roles = SeparateModels(policy, reference, critic, value_head=reward.head)
     engine = ForwardPasses(
         roles,
-        autocast=lambda: torch.autocast("cpu", source.precision, enabled=source.precision != torch.float32),
+        autocast=lambda: autocast("cpu", source.precision),
         micro_batch_size=settings.micro_batch_size,
         temperature=settings.temperature,
     )

@@ -1,9 +1,13 @@
-"""sha256 of files and folders."""
+"""Files that survive a crash: hashes, writes that are whole or absent, renames that a power cut cannot undo."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, Any
 
 
 def hash_file(path: Path) -> str:
@@ -20,3 +24,82 @@ def hash_folder(folder: Path) -> str:
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
             total.update(f"{relative.as_posix()}\0{hash_file(path)}\n".encode())
     return total.hexdigest()
+
+
+def fsync(target: IO[Any] | Path) -> None:
+    """Return once an open file's content, or a folder's list of names, is on the disk."""
+    if isinstance(target, Path):
+        descriptor = os.open(target, os.O_RDONLY)
+        try:
+            _fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    else:
+        target.flush()
+        _fsync(target.fileno())
+
+
+def _fsync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """`fsync` of a folder and of everything under it."""
+    for path in folder.rglob("*"):
+        fsync(path)
+    fsync(folder)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or folder another name, durably. A file at `target` is replaced atomically (POSIX rename)."""
+    source.replace(target)
+    fsync(target.parent)
+
+
+def replace_folder(new: Path, target: Path, *, old: Path) -> None:
+    """Put the folder `new` in the place of `target`.
+
+    A process that dies on the way leaves `target` as it was, or `old` without `target`, or the new `target`: whoever
+    reads next renames `old` back where `target` is missing.
+
+    Args:
+        new: complete folder, already on the disk (`fsync_tree`).
+        target: may exist.
+        old: name that `target` has while it is replaced; removed at the end.
+    """
+    if target.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        rename(target, old)
+    rename(new, target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def write_whole(path: Path, content: bytes | str | Iterable[str]) -> None:
+    """Write a file that is there whole, or as it was before, whenever the process dies; text is UTF-8.
+
+    Raises:
+        OSError: the disk cannot be written; the file is as it was before.
+    """
+    pieces = [content] if isinstance(content, bytes | str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
+            fsync(file)
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Append bytes to a file and return once they are on the disk.
+
+    Raises:
+        OSError: the disk cannot be written.
+    """
+    with path.open("ab") as file:
+        file.write(content)
+        fsync(file)

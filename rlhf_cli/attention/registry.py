@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_cli.attention.contract import AttentionFunction, AttentionOutput, Backend, Request
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import UsageError
+from rlhf_cli.precision import autocast
 
 AUTO = "auto"
 
@@ -67,7 +68,7 @@ def attention(
     request = Request.of(query, key, value, layout, **rules, needs_logsumexp=needs_logsumexp)
     attend = choose(request, backend).backend.attend
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(kind, enabled=False) if is_mixed else nullcontext():
+    with autocast(kind, torch.float32) if is_mixed else nullcontext():
         found = attend(query, key, value, layout, scale=factor, **rules)
     output, logsumexp = (found, None) if isinstance(found, Tensor) else found
     if needs_logsumexp and logsumexp is None:

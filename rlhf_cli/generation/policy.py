@@ -19,6 +19,7 @@ from rlhf_cli.generation.torch_generator import decode, sample, stop_ids
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy
+from rlhf_cli.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,7 @@ class Policy:
         return key
 
     def _autocast(self) -> torch.autocast:
-        precision = self._source.precision
-        return torch.autocast(self._source.device.type, dtype=precision, enabled=precision != torch.float32)
+        return autocast(self._source.device, self._source.precision)
 
 
 def free_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, DiskError
+from rlhf_cli.files import append
 from rlhf_cli.progress import warn
 
 
@@ -95,10 +95,7 @@ class AnswerFile:
             answers = sample(chunk)
             lines = b"".join(_line(answer) for answer in answers)
             try:
-                with own.open("ab") as file:
-                    file.write(lines)
-                    file.flush()
-                    os.fsync(file.fileno())
+                append(own, lines)
             except OSError as error:
                 raise DiskError(
                     f"cannot write {len(lines):,} bytes to {own}: {error.strerror or error}",

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO
 
 from rlhf_cli.errors import DiskError, RunInUseError, UsageError
-from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest, read_manifest, sync, sync_tree
+from rlhf_cli.files import fsync_tree, rename, replace_folder, write_whole
+from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest, read_manifest
 from rlhf_cli.stages.base import KEPT, STAGES
 
 
@@ -110,7 +111,7 @@ class RunDirectory:
             if self._complete(stage):
                 self._swap_in(stage)
             elif old.exists() and not final.exists():
-                old.rename(final)
+                rename(old, final)
             if old.exists():
                 shutil.rmtree(old)
 
@@ -150,11 +151,8 @@ class RunDirectory:
         shutil.rmtree(self.output(stage), ignore_errors=True)
         self.output(stage).mkdir()
         self.work(stage).mkdir(exist_ok=True)
-        written = self.began_file(stage).with_suffix(".tmp")
         sealed = {"identity": identity, "sha256": _sha256(identity)}
-        written.write_text(json.dumps(sealed, ensure_ascii=False), encoding="utf-8")
-        sync(written)
-        written.rename(self.began_file(stage))
+        write_whole(self.began_file(stage), json.dumps(sealed, ensure_ascii=False))
 
     def discard(self, stage: str) -> None:
         """Throw away an unfinished attempt."""
@@ -166,19 +164,11 @@ class RunDirectory:
     def publish(self, stage: str, manifest: Manifest) -> None:
         """Give a finished stage its name: whole or not at all, whenever the process dies."""
         manifest.write(self.output(stage))
-        sync_tree(self.output(stage))
+        fsync_tree(self.output(stage))
         self._swap_in(stage)
 
     def _swap_in(self, stage: str) -> None:
-        final, old = self.artifact(stage), self._old(stage)
-        if final.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            final.rename(old)
-        self.output(stage).rename(final)
-        sync(self.path)
-        if old.exists():
-            shutil.rmtree(old)
+        replace_folder(self.output(stage), self.artifact(stage), old=self._old(stage))
         self.discard(stage)
 
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_cli.attention.contract import AttentionOutput, Backend
 from rlhf_cli.attention.layout import Layout
+from rlhf_cli.precision import autocast
 
 QUERY_TILE = 256
 KEY_TILE = 512
@@ -141,7 +142,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(gradients[0].device.type, enabled=False):  # sums stay in their own precision
+        with autocast(gradients[0].device, torch.float32):  # sums stay in their own precision
             return _gradients_of(context, gradients)
 
 

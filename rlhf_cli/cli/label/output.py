@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_cli.errors import DiskError
+from rlhf_cli.files import write_whole
 
 
 def write_text(pieces: Iterable[str], out: Path | None) -> None:
@@ -21,16 +21,8 @@ def write_text(pieces: Iterable[str], out: Path | None) -> None:
             sys.stdout.buffer.write(piece.encode())
         sys.stdout.flush()
         return
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        try:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                file.writelines(pieces)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(out, pieces)
     except OSError as error:
         raise DiskError(
             f"cannot write {out}: {error.strerror or error}", hint="name another file with `--out`"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import DiskError
+from rlhf_cli.files import fsync
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import UNHEARD, UNUSABLE, Reply
 from rlhf_cli.progress import warn
@@ -107,8 +108,7 @@ class ReplyCache:
                 if file.tell() and _last_byte(file) != b"\n":  # a kill tore the last line: it stays alone
                     lines = b"\n" + lines
                 file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
+                fsync(file)
         except OSError as error:
             raise _failed(self._file, error) from error
         for key, reply in given:

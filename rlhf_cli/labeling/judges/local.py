@@ -18,6 +18,7 @@ from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import TOO_LONG, Reply
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_policy, load_tokenizer
+from rlhf_cli.precision import autocast
 
 _BEFORE_THE_VERDICT = "The better answer is answer"
 """Begins the judge's turn, so that the next token is a letter and not the beginning of a sentence."""
@@ -75,7 +76,7 @@ class LocalJudge:
         model = self._model or load_policy(self._source)
         self._model = model
         precision = self._source.precision
-        with torch.autocast(model.device.type, dtype=precision, enabled=precision != torch.float32):
+        with autocast(model.device, precision):
             logits = _next_logits(model, sequences)
         probabilities = torch.softmax(logits.float(), dim=-1)
         if not torch.isfinite(probabilities.sum()):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.errors import DiskError, UsageError
+from rlhf_cli.files import fsync
 from rlhf_cli.labeling.session.types import Annotator
 
 _SECRET_BYTES = 32
@@ -80,8 +81,7 @@ def _make_secret(path: Path) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(_SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+            fsync(file)
         try:
             path.hardlink_to(draft)
         except FileExistsError:

@@ -27,6 +27,7 @@ from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
 from rlhf_cli.models.reward_model.classifier import head_of, head_parameters, load_classifier, max_length_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, load_head, read_reward_config, save_artifact
 from rlhf_cli.models.seeding import seeded
+from rlhf_cli.precision import autocast
 from rlhf_cli.progress import warn
 
 
@@ -83,8 +84,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: RewardBatch) -> Tensor:
         """Raw rewards, before normalization: (N,) float32."""
-        precision = self.source.precision
-        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
+        with autocast(self.device, self.source.precision):
             if self.is_encoder:
                 types = {} if batch.types is None else {"token_type_ids": batch.types}
                 return self.model(input_ids=batch.input_ids, attention_mask=batch.mask, **types).logits[:, 0].float()

@@ -17,6 +17,7 @@ from rlhf_cli.data.records import Candidates, Prompt, is_held_out, prompt_key, p
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import DataError, ModelError
+from rlhf_cli.files import write_whole
 from rlhf_cli.labeling.active_learning import Choice, Chosen, Item, choose
 from rlhf_cli.labeling.labelers import RewardModelLabeler, score_answers
 from rlhf_cli.progress import say, task, warn
@@ -197,9 +198,7 @@ class _Kept:
         """Keep a choice."""
         chosen = [dataclasses.asdict(one) for one in choice.chosen]
         text = json.dumps({"of": self._of, "sha256": _sha256(chosen), "chosen": chosen})
-        part = self._path.with_suffix(".tmp")
-        part.write_text(text, encoding="utf-8")
-        part.rename(self._path)
+        write_whole(self._path, text)
 
 
 def _sha256(plain: Any) -> str:

@@ -62,10 +62,9 @@ def given_answers(context: StageContext, settings: LabelSettings) -> Sampled:
 
 def sample_answers(context: StageContext, settings: LabelSettings) -> Sampled:
     """K answers to every prompt, held-out ones too: train-rm measures its accuracy on their rankings."""
-    import torch
-
     from rlhf_cli.generation.torch_generator import decode, sample, stop_ids
     from rlhf_cli.models.loading import load_policy, load_tokenizer
+    from rlhf_cli.precision import autocast
 
     recipe, sampling, per_prompt = context.recipe, settings.sampling, settings.completions_per_prompt
     source = model_source(recipe, context.inputs["sft"])
@@ -90,7 +89,7 @@ def sample_answers(context: StageContext, settings: LabelSettings) -> Sampled:
 
         def draw(chunk: Sequence[int]) -> list[Answer]:
             rows = [(number, k) for number in chunk for k in range(per_prompt)]
-            with torch.autocast(source.device.type, dtype=source.precision, enabled=source.precision != torch.float32):
+            with autocast(source.device, source.precision):
                 drawn = sample(
                     model,
                     [prompts.ids[number] for number, _ in rows],

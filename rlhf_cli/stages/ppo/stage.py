@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,9 @@ CHOSEN_ON = "chosen_on.json"
 
 def run(context: StageContext) -> StageOutcome:
     """Train the policy against the reward; write it merged, with its critic, its metrics and what they say."""
-    import torch
-
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.logprobs import check_projection
+    from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
@@ -46,17 +46,14 @@ def run(context: StageContext) -> StageOutcome:
     source = model_source(context.recipe, context.inputs["sft"])
     roles, reward_model = _actors(context, settings, source)
 
-    def autocast() -> torch.autocast:
-        is_mixed = source.precision != torch.float32
-        return torch.autocast(source.device.type, dtype=source.precision, enabled=is_mixed)
-
-    with roles.reference() as model, autocast():
+    mixed = partial(autocast, source.device, source.precision)
+    with roles.reference() as model, mixed():
         check_projection(model, source.path)
         data, skips = load_data(context, prompt_format(context.recipe, source), model)
     processes = ProcessGroup(source.device)
     engine = ForwardPasses(
         roles,
-        autocast=autocast,
+        autocast=mixed,
         micro_batch_size=settings.micro_batch_size,
         temperature=settings.temperature,
         processes=processes,

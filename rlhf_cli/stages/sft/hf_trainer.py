@@ -32,6 +32,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.models.loading import quiet_libraries
+from rlhf_cli.precision import autocast
 from rlhf_cli.progress import Task, warn
 from rlhf_cli.stages.sft.data import BatchPlan
 from rlhf_cli.stages.sft.loss import Collator, TokenCounts, sft_loss
@@ -143,8 +144,7 @@ class OurTraining(Trainer):
         assert not return_outputs
         assert isinstance(num_items_in_batch, TokenCounts)
         assert isinstance(model, PreTrainedModel)
-        device = self.args.device.type
-        with torch.autocast(device, dtype=self._precision, enabled=self._precision != torch.float32):
+        with autocast(self.args.device, self._precision):
             return sft_loss(model, inputs, num_items_in_batch, lm_coef=self._lm_coef)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Tensor:

@@ -15,6 +15,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.models.backbone import last_hidden, reads_groups
+from rlhf_cli.precision import autocast
 from rlhf_cli.stages.sft.data import Batch, CausalCollator, Example, GroupCollator, Seq2SeqCollator, as_dataset
 
 Collator = GroupCollator | CausalCollator | Seq2SeqCollator
@@ -137,7 +138,7 @@ def mean_completion_nll(
         rows = [dataset[number] for number in order[start : start + batch_size]]
         batch = on_device(collate(rows), model.device)
         is_completion = batch["completions"] > 0
-        with torch.autocast(model.device.type, dtype=precision, enabled=precision != torch.float32):
+        with autocast(model.device, precision):
             logprobs = token_logprobs(model, batch, is_completion)
         total -= float((logprobs.double() * batch["completions"][is_completion]).sum())
         count += int(batch["completions"].sum())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DiskError
+from rlhf_cli.files import fsync, hash_file, replace_folder
 
 FORMAT = 1
 """Of the folder and of the envelope in `state.json`; raised when an older rlhf could misread a new one."""
@@ -76,8 +76,8 @@ def write_folder(target: Path, step: int, tensors: dict[str, Tensor], state: dic
             _STATE: _write(temporary / _STATE, [plain]),
         }
         _write(temporary / _SUMS, ["".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()])
-        _fsync(temporary)
-        _give_name(temporary, target)
+        fsync(temporary)
+        replace_folder(temporary, target, old=replaced_folder(target))
     except OSError as error:
         raise DiskError(
             f"cannot write the checkpoint of step {step} in {target.parent}: {(error.strerror or str(error)).lower()}; "
@@ -161,18 +161,8 @@ def _write(path: Path, parts: Iterator[bytes | memoryview] | list[bytes]) -> str
                 piece = part[start : start + _PIECE]
                 file.write(piece)
                 digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
+        fsync(file)
     return digest.hexdigest()
-
-
-def _give_name(temporary: Path, target: Path) -> None:
-    old = replaced_folder(target)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_sums(path: Path) -> None:
@@ -185,8 +175,7 @@ def _check_sums(path: Path) -> None:
         raise DamagedCheckpoint(f"{_SUMS} is damaged")
     for name, expected in zip((_STATE, _TENSORS), found.groups(), strict=True):
         try:
-            with (path / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hash_file(path / name)
         except OSError as error:
             raise DamagedCheckpoint(f"{name} cannot be read ({_reason(error)})") from error
         if digest != expected:
@@ -195,11 +184,3 @@ def _check_sums(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

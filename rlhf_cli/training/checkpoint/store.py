@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.errors import DiskError, DivergedError, UsageError
+from rlhf_cli.files import rename
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.progress import warn
 from rlhf_cli.training.checkpoint.files import (
@@ -216,7 +217,7 @@ def _tidy(folder: Path) -> None:
     for path in [path for kind in (_STEP, _BEST) for path in folder.glob(f".{kind}-*")]:
         target = path.with_name(path.stem.removeprefix("."))
         if path == replaced_folder(target) and not target.exists():
-            path.rename(target)
+            rename(path, target)
         elif path in (replaced_folder(target), partial_folder(target)):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.files import fsync, write_whole
 from rlhf_cli.progress import warn
 
 _LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
@@ -47,7 +47,7 @@ class StepLines:
             kept = self._readable(found, after_step, position)
         self.kept_step = _last_step(kept)
         if kept != found or not path.exists():
-            _replace(path, kept)
+            write_whole(path, kept)
         self._digest, self._bytes = hashlib.sha256(kept), len(kept)
         self._file = path.open("ab")
 
@@ -88,7 +88,7 @@ class StepLines:
 
     def sync(self) -> None:
         """Make what was written durable."""
-        os.fsync(self._file.fileno())
+        fsync(self._file)
 
     def close(self) -> None:
         """Make what was written durable, and close the file; a second time does nothing."""
@@ -127,18 +127,3 @@ def _is_whole(found: bytes, position: Mapping[str, Any]) -> bool:
     """Whether the file still begins with the bytes a checkpoint knew."""
     beginning = found[: position["bytes"]]
     return len(beginning) == position["bytes"] and hashlib.sha256(beginning).hexdigest() == position["sha256"]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
