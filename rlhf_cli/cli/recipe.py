@@ -15,11 +15,10 @@ app = typer.Typer(rich_markup_mode=None, help="Show, check and document recipes.
 def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
     """Print all settings with where each came from, what follows from them, and what would run."""
     from rlhf_cli.recipe import show as view
-    from rlhf_cli.recipe.derived import default_run_dir
     from rlhf_cli.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, settings or [])
-    folder = run_dir or default_run_dir(loaded.recipe)
+    folder = run_dir or loaded.recipe.default_run_dir
     if as_json:
         typer.echo(json.dumps(view.as_json(loaded, folder), indent=2, ensure_ascii=False))
     else:

@@ -2,68 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rlhf_cli.cli.options import (
-    AccelerateConfig,
-    Attention,
-    DryRun,
-    Json,
-    MaxSkip,
-    Processes,
-    Prompts,
-    RecipeFile,
-    RunDir,
-    Seed,
-    Settings,
+from rlhf_cli.cli import options
+from rlhf_cli.cli.stage_command import run_parameters, run_stages
+from rlhf_cli.stages.base import Flag
+
+_FLAGS = (
+    Flag("--model", "model.path", "Base model (`model.path`).", "MODEL"),
+    Flag("--data", "sft.data", "Demonstrations (`sft.data`).", "DATA"),
+    Flag("--prompts", "data.prompts", "Prompt records: a file, folder or hub data set (`data.prompts`).", "DATA"),
 )
-from rlhf_cli.cli.running import Request, carry_out, shared_flags
+_FIRST = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Take earlier stages as they are.")]
+_LAST = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")]
+_FORCE = Annotated[
+    list[str] | None,
+    typer.Option("--force", metavar="STAGE", help="Run it again, done or not; repeatable.", show_default=False),
+]
 
 
-def run(
-    recipe: RecipeFile,
-    settings: Settings = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Base model (`model.path`).")] = None,
-    data: Annotated[str | None, typer.Option(metavar="DATA", help="Demonstrations (`sft.data`).")] = None,
-    prompts: Prompts = None,
-    run_dir: RunDir = None,
-    first: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Take earlier stages as they are.")
-    ] = None,
-    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
-    force: Annotated[
-        list[str] | None,
-        typer.Option(metavar="STAGE", help="Run it again, done or not; repeatable.", show_default=False),
-    ] = None,
-    seed: Seed = None,
-    attention: Attention = None,
-    max_skip: MaxSkip = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    processes: Processes = None,
-    accelerate_config: AccelerateConfig = None,
-) -> None:
-    """Run the stages a recipe names, resuming where it stopped; what is done and unchanged is left alone."""
-    flags = {
-        "model.path": (model, f"--model {model}"),
-        "sft.data": (data, f"--data {data}"),
-        "data.prompts": (prompts, f"--prompts {prompts}"),
-        **shared_flags(seed, attention, max_skip),
-    }
-    carry_out(
-        Request(
-            recipe,
-            settings or [],
-            flags,
-            run_dir,
-            first=first,
-            last=last,
-            force=tuple(force or ()),
-            dry_run=dry_run,
-            as_json=as_json,
-            processes=processes,
-            accelerate_config=accelerate_config,
-        )
-    )
+def run(**given: Any) -> None:
+    """Run the stages of a recipe and resume where it stopped; finished stages that did not change are skipped."""
+    run_stages(given, _FLAGS, first=given["first"], last=given["last"])
+
+
+options.with_parameters(
+    run,
+    [
+        options.parameter("recipe", options.RecipeFile, default=...),
+        options.parameter("settings", options.Settings),
+        *options.parameters_of(_FLAGS),
+        options.parameter("first", _FIRST),
+        options.parameter("last", _LAST),
+        *run_parameters(options.parameter("force", _FORCE)),
+    ],
+)

@@ -1,49 +1,30 @@
-"""Room on the disk: looked at before a run starts, and named when it runs out."""
+"""Disk space: checked before a run starts, and named in the error when it runs out."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_cli.errors import DiskError
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.base import Stage
 
 _MARGIN = 64 << 20
-_KEPT = 2
-"""Step checkpoints that are kept by the stages in which it is no setting."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EROFS, errno.EIO}
 
 
-def needed_bytes(recipe: Recipe, stages: list[str]) -> int:
-    """A rough need of the stages that will run, in bytes; 0 model bytes where the base is on the hub or built.
+def needed_bytes(recipe: Recipe, stages: Iterable[Stage]) -> int:
+    """Disk space that these stages need at most, in bytes; no model bytes where the base is on the hub or built.
 
-    A model is written in float32, at most twice its bytes in half precision; an adapter and its checkpoints are small
-    beside that. Of a model trained in full every checkpoint holds weights and two moments, all in float32, and one more
-    than are kept is there while it is written.
+    Weights are written in float32, at most twice the bytes of a base in half precision.
     """
     full = 2 * model_bytes(recipe.model.path)
-    total = _MARGIN
-    for stage in stages:
-        section = getattr(recipe, stage.replace("-", "_"))
-        trained, written = _models(section), _models(section)
-        if stage in ("sft", "ppo") and section.adapter == "lora":
-            written += 1  # merged
-        kept = getattr(section, "keep_checkpoints", _KEPT) + 1
-        total += full * (written + 3 * trained * kept)
-        if getattr(section, "kl_budget", None) is not None:
-            total += full * trained
-    return total
-
-
-def _models(section: object) -> int:
-    """Models that a stage trains in full."""
-    adapter, critic = getattr(section, "adapter", None), getattr(section, "critic", None)
-    return (adapter == "none") + (critic == "separate" or (critic == "auto" and adapter == "none"))
+    return _MARGIN + sum(stage.disk_bytes(recipe.section(stage.name), full) for stage in stages)
 
 
 def model_bytes(path: str | None) -> int:

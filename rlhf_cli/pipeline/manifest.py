@@ -19,7 +19,9 @@ Identity = dict[str, Any]
 """What a result depends on: {"stage", "settings": {dotted name: value}, "inputs": {name: digest}}."""
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""Of the manifest and of what it describes; raised when an older artifact could be misread."""
+
 NOT_CONTENT = frozenset(
     {"metrics.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
     | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
@@ -105,8 +107,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedArtifact(f"{path} is torn or no JSON") from None
     if not isinstance(plain, dict):
         raise DamagedArtifact(f"{path} is no manifest")
-    if isinstance(version := plain.get("format"), int) and version > FORMAT:
-        raise UsageError(f"{path} has format {version}; this rlhf knows up to {FORMAT}", hint="use the newer rlhf")
+    if isinstance(version := plain.get("format"), int) and version != FORMAT:
+        raise UsageError(
+            f"{path} was written by {'a later' if version > FORMAT else 'an earlier'} version of rlhf: it has format "
+            f"{version}, and this version reads format {FORMAT}",
+            hint="use that version, or start a new run with another --run-dir",
+        )
     seal = plain.pop("checksum", None)
     if seal != _checksum(plain):
         raise DamagedArtifact(f"{path} is not what was written: its checksum differs")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from rlhf_cli.errors import ChangedInputsError, DataError, UsageError
 from rlhf_cli.pipeline.fingerprint import PENDING, Digests, differences, fingerprint, identity
-from rlhf_cli.pipeline.inputs import Input, InputResolver
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, Stage
+from rlhf_cli.stages import registry
+from rlhf_cli.stages.base import Stage
+from rlhf_cli.stages.inputs import InputFinder, StageInputs
 
 _SHOWN_DIFFERENCES = 5
 
@@ -26,20 +28,20 @@ class Step:
         action: "run" from its start, "resume" from its last checkpoint, or "cached": finished and unchanged.
         reason: why, for people.
         inputs: what it reads.
-        identity: what its result depends on; holds `PENDING` digests where an earlier stage has to write first.
+        identity: what its result depends on; holds `PENDING` digests where an earlier stage must write first.
         manifest: of the finished artifact, with "cached".
     """
 
     stage: Stage
     action: Literal["run", "resume", "cached"]
     reason: str
-    inputs: list[Input]
+    inputs: StageInputs
     identity: Identity
     manifest: Manifest | None = None
 
     @property
     def waits(self) -> bool:
-        """Whether an earlier stage has to run before it is known what this one needs."""
+        """Whether an earlier stage must run before it is known what this one needs."""
         return PENDING in self.identity["inputs"].values()
 
 
@@ -60,19 +62,15 @@ class Selection:
 
 def select(recipe: Recipe, selection: Selection) -> list[Stage]:
     """The stages to bring up to date, in order; raises `UsageError` for names that do not fit the recipe."""
-    present = [stage for stage in STAGES if getattr(recipe, stage.section) is not None]
+    present = [stage for stage in registry.stages() if recipe.section(stage.name) is not None]
     names = [stage.name for stage in present]
     if not present:
-        raise UsageError(
-            "the recipe has no stage to run", hint=f"add a section: {', '.join(row.section for row in STAGES)}"
-        )
-    for option, name in (
-        ("--from", selection.first),
-        ("--to", selection.last),
-        *(("--force", f) for f in selection.force),
-    ):
+        sections = ", ".join(stage.section for stage in registry.stages())
+        raise UsageError("the recipe has no stage to run", hint=f"add a section: {sections}")
+    asked = [("--from", selection.first), ("--to", selection.last), *(("--force", f) for f in selection.force)]
+    for option, name in asked:
         if name is not None:
-            _known(option, name, names)
+            _check_name(option, name, names)
     begin = names.index(selection.first) if selection.first else 0
     end = names.index(selection.last) + 1 if selection.last else len(names)
     if begin >= end:
@@ -83,22 +81,44 @@ def select(recipe: Recipe, selection: Selection) -> list[Stage]:
     return chosen
 
 
-def _known(option: str, name: str, names: list[str]) -> None:
+def _check_name(option: str, name: str, names: list[str]) -> None:
     if name in names:
         return
     if name.replace("_", "-") in names:
         raise UsageError(f"`{option} {name}`: the stage is called `{name.replace('_', '-')}`")
-    if name in {stage.name for stage in STAGES}:
+    if name in registry.REGISTRY:
         raise UsageError(f"`{option} {name}`: the recipe has no such stage", hint=f"it has {', '.join(names)}")
-    raise UsageError(f"`{option} {name}`: no such stage", hint=f"stages are {', '.join(row.name for row in STAGES)}")
+    raise UsageError(f"`{option} {name}`: no such stage", hint=f"stages are {', '.join(registry.REGISTRY)}")
 
 
-_FROM = {
-    "label": {"sft": "model"},
-    "train-rm": {"sft": "model", "label": "data"},
-    "ppo": {"sft": "model", "train-rm": "reward_model"},
-}
-"""Stage -> earlier stage it reads -> the setting that names something else instead."""
+@dataclass(frozen=True)
+class RunArtifacts:
+    """The artifacts of a run, finished or planned: see `stages.inputs.Artifacts`.
+
+    Attributes:
+        run: the run directory, whose finished artifacts count.
+        planned: names of stages that write their artifacts before they are read.
+    """
+
+    run: RunDirectory
+    planned: frozenset[str]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return self.run.path
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage's artifact is or will be."""
+        return self.run.artifact(stage)
+
+    def has(self, stage: str) -> bool:
+        """Whether the artifact exists, or is written before it is read."""
+        return stage in self.planned or self.run.artifact(stage).is_dir()
+
+    def writes(self, stage: str) -> str:
+        """What the stage's artifact is."""
+        return registry.stage(stage).writes
 
 
 class Planner:
@@ -116,13 +136,19 @@ class Planner:
         self._run = run
         self._chosen = chosen
         self._force = force
-        self._resolver = InputResolver(recipe, run, frozenset(stage.name for stage in chosen))
+        self._artifacts = RunArtifacts(run, frozenset(stage.name for stage in chosen))
         self._digests = Digests(recipe, run)
 
     def plan(self) -> list[Step]:
-        """A step for each chosen stage. Raises for a missing input of any before it looks closer at the first."""
-        inputs = {stage.name: self._resolver.inputs(stage) for stage in self._chosen}
-        self._check_taken(given for all_of_one in inputs.values() for given in all_of_one)
+        """A step per chosen stage. Every stage's inputs are found before the first stage is looked at more closely.
+
+        Raises:
+            UsageError: an input is missing, or an artifact that is read is not up to date.
+            DataError: an artifact that is read is damaged.
+            ChangedInputsError: an unfinished stage began with other settings or inputs.
+        """
+        inputs = {stage.name: self._inputs(stage) for stage in self._chosen}
+        self._check_artifacts_read(inputs.values())
         steps: list[Step] = []
         pending: frozenset[str] = frozenset()
         changed: frozenset[str] = frozenset()
@@ -139,10 +165,15 @@ class Planner:
         """Look at a stage again, now that the stages before it are done."""
         return self._look(step.stage, step.inputs, frozenset(), frozenset())
 
-    def _check_taken(self, inputs: Iterable[Input]) -> None:
-        """Artifacts that are read and not made here must be what their manifests say."""
-        made = {stage.name for stage in self._chosen}
-        for name in sorted({given.upstream for given in inputs if given.upstream} - made):
+    def _inputs(self, stage: Stage) -> StageInputs:
+        finder = InputFinder(stage.name, self._recipe, self._artifacts)
+        return stage.inputs(self._recipe.section(stage.name), self._recipe, finder)
+
+    def _check_artifacts_read(self, inputs: Iterable[StageInputs]) -> None:
+        """Artifacts that are read and not written by this run must be what their manifests say."""
+        written = {stage.name for stage in self._chosen}
+        read = {given.upstream for record in inputs for given in record.by_name().values() if given.upstream}
+        for name in sorted(read - written):
             try:
                 manifest = self._run.read_manifest(name)
                 if manifest is not None:
@@ -155,14 +186,10 @@ class Planner:
                 ) from None
 
     def _check_current(self, name: str, manifest: Manifest) -> None:
-        """A taken artifact must have been made from what lies beside it now: an adapter fits its own base alone."""
-        section = manifest.settings.get(name.replace("-", "_")) or {}
-        for upstream, setting in _FROM.get(name, {}).items():
-            recorded = manifest.identity["inputs"].get(upstream)
+        """An artifact must have been made from what is beside it now: an adapter fits its own base alone."""
+        for field_name, upstream in manifest.identity["upstream"].items():
             beside = self._run.read_manifest(upstream)
-            if section.get(setting) is not None or recorded is None or beside is None:
-                continue
-            if recorded != beside.content_digest:
+            if beside is not None and manifest.identity["inputs"][field_name] != beside.content_digest:
                 raise UsageError(
                     f"`{name}` in {self._run.path} was made from another `{upstream}` than the one beside it now",
                     hint=f"make it again: leave out --from, or run `rlhf {name}` on this run directory",
@@ -171,7 +198,7 @@ class Planner:
     def _differs(self, step: Step) -> bool:
         """Whether what a stage is going to write differs from what later stages may have begun with."""
         known = self._run.began(step.stage.name) if step.action == "resume" else self._finished_identity(step.stage)
-        return known is not None and bool(differences(known, step.identity))
+        return known is not None and bool(differences(known, step.identity, step.inputs))
 
     def _finished_identity(self, stage: Stage) -> Identity | None:
         try:
@@ -180,30 +207,30 @@ class Planner:
             return None
         return None if manifest is None else manifest.identity
 
-    def _look(self, stage: Stage, inputs: list[Input], pending: frozenset[str], changed: frozenset[str]) -> Step:
+    def _look(self, stage: Stage, inputs: StageInputs, pending: frozenset[str], changed: frozenset[str]) -> Step:
         what = identity(stage, self._recipe, inputs, self._digests, pending)
         if stage.name in self._force:
             return Step(stage, "run", "forced", inputs, what)
-        cached, reason = self._finished(stage, what)
+        cached, reason = self._finished(stage, inputs, what)
         if cached is not None:
             return Step(stage, "cached", "unchanged", inputs, what, cached)
         began = self._run.began(stage.name)
         if began is not None:
-            self._same_or_refuse(stage, began, what, changed)
-            return Step(stage, "resume", "goes on from where it stopped", inputs, what)
+            self._same_or_refuse(stage, inputs, began, what, changed)
+            return Step(stage, "resume", "resumes from where it stopped", inputs, what)
         return Step(stage, "run", reason, inputs, what)
 
-    def _finished(self, stage: Stage, what: Identity) -> tuple[Manifest | None, str]:
+    def _finished(self, stage: Stage, inputs: StageInputs, what: Identity) -> tuple[Manifest | None, str]:
         """The manifest of a finished, unchanged, undamaged artifact; else None and the reason to run."""
         try:
             manifest = self._run.read_manifest(stage.name)
             if manifest is None:
-                return None, "nothing is there yet"
-            if found := differences(manifest.identity, what):
+                return None, "it has not run yet"
+            if found := differences(manifest.identity, what, inputs):
                 return None, _listed(found)
-            if waits := sorted(name for name, digest in what["inputs"].items() if digest == PENDING):
-                writers = [given.upstream for given in self._resolver.inputs(stage) if given.name in waits]
-                return None, f"reads what {' and '.join(f'`{name}`' for name in writers)} writes anew"
+            waits = [what["upstream"][name] for name, digest in what["inputs"].items() if digest == PENDING]
+            if waits:
+                return None, f"reads what {' and '.join(f'`{name}`' for name in sorted(waits))} writes again"
             if manifest.fingerprint != fingerprint(what):
                 return None, "its fingerprint differs"
             manifest.verify(self._run.artifact(stage.name))
@@ -211,10 +238,12 @@ class Planner:
             return None, f"damaged: {damage}"
         return manifest, ""
 
-    def _same_or_refuse(self, stage: Stage, began: Identity, what: Identity, changed: frozenset[str]) -> None:
-        found = differences(began, what)
-        upstream = {given.upstream for given in self._resolver.inputs(stage)} & changed
-        found += [f"`{name}`, which it reads, is made anew and differently" for name in sorted(filter(None, upstream))]
+    def _same_or_refuse(
+        self, stage: Stage, inputs: StageInputs, began: Identity, what: Identity, changed: frozenset[str]
+    ) -> None:
+        found = differences(began, what, inputs)
+        upstream = {given.upstream for given in inputs.by_name().values() if given.upstream} & changed
+        found += [f"`{name}`, which it reads, changes" for name in sorted(upstream)]
         if not found:
             return
         if not began["settings"]:
@@ -222,7 +251,7 @@ class Planner:
             found = [f"the record of what it began with is lost ({file} is missing or damaged)"]
         raise ChangedInputsError(
             f"{self._run.path} has an unfinished `{stage.name}` that began differently: {_listed(found)}",
-            hint=f"set it back to go on, or throw the unfinished work away with `--force {stage.name}`"
+            hint=f"set it back to resume, or discard the unfinished work with `--force {stage.name}`"
             + ("; people's labels and paid verdicts are kept" if stage.name == "label" else ""),
         )
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import hash_file
-from rlhf_cli.pipeline.inputs import Input
 from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.inputs import Input
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -42,24 +42,24 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         key = (given.source, given.records)
         if given.setting == "evaluate.prompts" and given.source in prompts:
             _warn_of_overlap(given.source, prompts[given.source], {given.source: prompts[given.source]})
-        if given.what == "endpoint":
+        if given.kind == "endpoint":
             _check_endpoint(given)
         if key in seen or not given.matters:
             continue
         seen.add(key)
-        if given.what == "data":
+        if given.kind == "data":
             check_data(given.source, given.setting)
             held = _check_records(recipe, given)
             if given.setting == "evaluate.prompts":
                 _warn_of_overlap(given.source, held, prompts)
             prompts[given.source] = held
-        elif given.what == "model":
+        elif given.kind == "model":
             check_model(given.source, given.setting)
-        elif given.what == "file":
+        elif given.kind == "file":
             check_file(given.source, given.setting)
-        elif given.what == "critic":
+        elif given.kind == "critic":
             check_critic(given.source, given.setting)
-        elif given.what == "function":
+        elif given.kind == "function":
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: {given.source} runs with your rights; {file} has sha256 {hash_file(file)}")
 
@@ -71,7 +71,7 @@ def _check_endpoint(given: Input) -> None:
         check_endpoint(given.source, given.token_env)
     except UsageError as error:
         raise UsageError(f"`{given.setting}`: {error.message}", hint=error.hint) from error
-    say(f"{given.setting}: prompts and answers are sent to {without_query(given.source)}")
+    say(f"{given.setting}: prompts and completions are sent to {without_query(given.source)}")
 
 
 def _check_attention(name: str) -> None:

@@ -26,7 +26,8 @@ from typing import IO
 from rlhf_cli.errors import DiskError, RunInUseError, UsageError
 from rlhf_cli.files import fsync_tree, rename, replace_folder, write_whole
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest, read_manifest
-from rlhf_cli.stages.base import KEPT, STAGES
+from rlhf_cli.stages.base import KEPT
+from rlhf_cli.stages.registry import REGISTRY
 
 
 class RunDirectory:
@@ -106,7 +107,7 @@ class RunDirectory:
 
     def recover(self) -> None:
         """Finish or undo what a killed process left between two renames."""
-        for stage in (row.name for row in STAGES):
+        for stage in REGISTRY:
             final, old = self.artifact(stage), self._old(stage)
             if self._complete(stage):
                 self._swap_in(stage)
@@ -142,7 +143,7 @@ class RunDirectory:
                 return identity
         except (OSError, ValueError, KeyError, TypeError):
             pass  # damaged, like one whose checksum differs
-        return {"stage": stage, "settings": {}, "inputs": {}}  # unknown, so it equals nothing
+        return {"stage": stage, "settings": {}, "inputs": {}, "upstream": {}}  # unknown, so it equals nothing
 
     def begin(self, stage: str, identity: Identity, *, resume: bool) -> None:
         """Make the folders of an attempt; without `resume`, nothing of an earlier one stays."""

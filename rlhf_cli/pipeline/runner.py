@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.pipeline.disk_space import check_room, disk_errors, needed_bytes
-from rlhf_cli.pipeline.fingerprint import fingerprint
+from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
@@ -28,9 +28,9 @@ from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, Stage, StageContext, StageOutcome
-
-_PACKAGES = {"train-rm": "reward_model"}
+from rlhf_cli.stages import registry
+from rlhf_cli.stages.base import Stage, StageContext, StageOutcome
+from rlhf_cli.stages.inputs import Input, StageInputs
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         planner = Planner(recipe, directory, chosen, selection.force)
         steps = planner.plan()
         ahead = [step for step in steps if step.action != "cached"]
-        preflight(recipe, (given for step in ahead for given in step.inputs))
+        preflight(recipe, _inputs_of(ahead))
         if ahead:
-            check_room(folder, needed_bytes(recipe, [step.stage.name for step in ahead]))
+            check_room(folder, needed_bytes(recipe, [step.stage for step in ahead]))
         executor = _Executor(recipe, directory, stop, team)
         rows = [executor.execute(planner.again(step) if step.waits else step) for step in steps]
         team.lead(None)
@@ -117,8 +117,9 @@ def _follow(recipe: Recipe, directory: RunDirectory, team: Coordinator) -> None:
     """What every process but rank 0 does: its share of each stage that rank 0 begins, until there is none."""
     with SignalStop() as stop, disk_errors(directory.path):
         while (order := team.follow()) is not None:
-            stage = next(row for row in STAGES if row.name == order.stage)
-            _run_stage(_context(recipe, directory, stage, order.inputs, stop))
+            stage = registry.stage(order.stage)
+            inputs = stage.inputs_type.from_json(order.inputs)
+            _run_stage(_context(recipe, directory, stage, inputs, stop))
             team.wait()
 
 
@@ -133,7 +134,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
     steps = Planner(recipe, directory, select(recipe, selection), selection.force).plan()
-    preflight(recipe, (given for step in steps if step.action != "cached" for given in step.inputs))
+    preflight(recipe, _inputs_of(step for step in steps if step.action != "cached"))
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
     rows = []
     for step in steps:
@@ -178,10 +179,9 @@ class _Executor:
         return self._result(step, "done", manifest)
 
     def _work(self, step: Step) -> Manifest:
-        inputs = {given.name: given.source for given in step.inputs}
-        context = _context(self._recipe, self._run, step.stage, inputs, self._stop)
+        context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)
         started, clock = now(), time.monotonic()
-        self._team.lead(Order(step.stage.name, inputs))
+        self._team.lead(Order(step.stage.name, step.inputs.to_json()))
         outcome = _run_stage(context)
         self._team.wait()
         outputs = list_outputs(context.output)
@@ -214,21 +214,27 @@ class _Executor:
         )
 
 
+def _inputs_of(steps: Iterable[Step]) -> Iterator[Input]:
+    return (given for step in steps for given in step.inputs.by_name().values())
+
+
 def _context(
-    recipe: Recipe, run: RunDirectory, stage: Stage, inputs: Mapping[str, str], stop: StopRequest
-) -> StageContext:
+    recipe: Recipe, run: RunDirectory, stage: Stage, inputs: StageInputs, stop: StopRequest
+) -> StageContext[Any, Any]:
     return StageContext(
-        recipe=recipe,
         stage=stage,
+        settings=recipe.section(stage.name),
+        inputs=inputs,
+        recipe=recipe,
         output=run.output(stage.name),
         work=run.work(stage.name),
-        inputs=inputs,
         stop=stop,
+        tracked=settings_of(stage, recipe),
     )
 
 
-def _run_stage(context: StageContext) -> StageOutcome:
-    module = importlib.import_module(f"rlhf_cli.stages.{_PACKAGES.get(context.stage.name, context.stage.name)}.stage")
+def _run_stage(context: StageContext[Any, Any]) -> StageOutcome:
+    module = importlib.import_module(context.stage.module)
     name, patience = context.stage.name, context.recipe.stall_seconds
     with contextlib.redirect_stdout(sys.stderr), _explained(name), watching(patience, name):
         outcome: StageOutcome = module.run(context)

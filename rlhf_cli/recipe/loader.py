@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.document import Place, read_document
-from rlhf_cli.recipe.overrides import BadSetting, Layers, Override, flag, parse_set
+from rlhf_cli.recipe.overrides import BadSetting, Layers, Override, override, parse_set
 from rlhf_cli.recipe.problems import explain
 from rlhf_cli.recipe.schema import Recipe
 
@@ -57,7 +57,7 @@ def load_recipe(
         layers.add_file(str(path), read_document(path))
     problems = []
     if section is not None and layers.data.get(section) is None:
-        layers.add(flag(section, {}, "command line"))
+        layers.add(override(section, {}, "command line"))
     for make in (*(lambda given=given: given for given in overrides), *(lambda s=s: parse_set(s) for s in settings)):
         try:
             layers.add(make())

@@ -24,7 +24,7 @@ class Override:
     origin: str
 
 
-def flag(place: str, value: Any, origin: str) -> Override:
+def override(place: str, value: Any, origin: str) -> Override:
     """An override whose value is taken as it is, not parsed: a path may look like a number."""
     return Override(_split(place), Document(value), origin)
 

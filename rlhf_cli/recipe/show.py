@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.recipe.derived import derived_sizes
 from rlhf_cli.recipe.document import Place, plain_scalar
 from rlhf_cli.recipe.fields import dotted, values
 from rlhf_cli.recipe.loader import LoadedRecipe
+from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.base import Section
+from rlhf_cli.stages.base import section_of
+from rlhf_cli.stages.registry import REGISTRY, stages
 
-SECTIONS = ("sft", "label", "train_rm", "ppo", "evaluate")
 _NOTE_COLUMN = 44
 _PLAIN = re.compile(r"[A-Za-z0-9_./~][\w./~@+-]*(:[\w./~@+-]+)*( [\w./~@+-]+)*")
 """Text that means itself without quotes, in a block and inside brackets; everything else is quoted."""
@@ -27,7 +28,7 @@ def as_json(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Any]:
         "origins": {dotted(place): loaded.origin(place) for place, _, _ in values(recipe)},
         "derived": derived_sizes(recipe),
         "run_dir": str(run_dir),
-        "stages": [_stage(name) for name in SECTIONS if getattr(recipe, name) is not None],
+        "stages": [stage.name for stage in stages() if recipe.section(stage.name) is not None],
     }
 
 
@@ -35,22 +36,28 @@ def as_yaml(loaded: LoadedRecipe, run_dir: Path) -> str:
     """The same for people: a valid recipe whose comments say where each value came from."""
     recipe = loaded.recipe
     lines = _section(recipe, (), loaded)
-    absent = [name for name in SECTIONS if getattr(recipe, name) is None]
+    running = [stage.name for stage in stages() if recipe.section(stage.name) is not None]
+    absent = [name for name in REGISTRY if name not in running]
     lines += ["", "# what follows from these"]
     for section, rows in derived_sizes(recipe).items():
         lines += [
             f"#   {section}: {what}: {f'{size:,}' if isinstance(size, int) else size}" for what, size in rows.items()
         ]
-    running = [_stage(name) for name in SECTIONS if getattr(recipe, name) is not None]
     lines += ["", f"# stages that run: {', '.join(running) or 'none'}"]
     if absent:
-        lines.append(f"# no section, so these do not run: {', '.join(map(_stage, absent))}")
+        lines.append(f"# no section, so these do not run: {', '.join(absent)}")
     lines.append(f"# written to: {run_dir}/STAGE/")
     return "\n".join(lines) + "\n"
 
 
-def _stage(section: str) -> str:
-    return section.replace("_", "-")
+def derived_sizes(recipe: Recipe) -> dict[str, dict[str, int | str]]:
+    """Section -> what -> figure: sizes that follow from the settings of the stages that run."""
+    found = {}
+    for stage in stages():
+        section = recipe.section(stage.name)
+        if section is not None and (sizes := stage.sizes(section, recipe)):
+            found[stage.section] = dict(sizes)
+    return found
 
 
 def _section(section: Section, place: Place, loaded: LoadedRecipe) -> list[str]:
@@ -69,7 +76,7 @@ def _section(section: Section, place: Place, loaded: LoadedRecipe) -> list[str]:
                 lines += [
                     f"{dash}- {line.strip()}" if n == 0 else f"{dash}  {line.strip()}" for n, line in enumerate(inner)
                 ]
-        elif place or name not in SECTIONS:
+        elif place or name not in map(section_of, REGISTRY):
             lines.append(_noted(f"{indent}{name}: {scalar(value)}", loaded.origin(here)))
     return lines
 

@@ -33,6 +33,15 @@ class Section(BaseModel):
         return int(value) if wants_whole and isinstance(value, float) and value.is_integer() else value
 
 
+class StageSection(Section):
+    """The section of a stage."""
+
+    @property
+    def loads_model(self) -> bool:
+        """Whether the stage loads any model into this process, so that the settings of `model` change its result."""
+        return True
+
+
 @dataclass(frozen=True)
 class Names:
     """Marks a setting that names something outside the recipe; relative paths are looked up for it.

@@ -19,6 +19,7 @@ from rlhf_cli.settings.base import (
     Positive,
     Section,
     Share,
+    StageSection,
 )
 
 OUR_ATTENTION = ("auto", "reference", "tiled", "torch", "triton")
@@ -191,7 +192,7 @@ class LoraSettings(Section):
     """Which layers are adapted: `all-linear` or names of modules."""
 
 
-class Training(Section):
+class TrainingSettings(StageSection):
     """Optimization settings that every training stage has."""
 
     learning_rate: Positive

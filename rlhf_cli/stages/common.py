@@ -13,9 +13,8 @@ from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import UsageError
-from rlhf_cli.pipeline.fingerprint import settings_of
 from rlhf_cli.progress import warn
-from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import StageContext
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ EXCERPT = 80
 """Characters of a prompt by which a record that is left out is recognized."""
 
 
-def model_source(recipe: Recipe, path: str, *, quantized: bool = False) -> ModelSource:
+def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> ModelSource:
     """How the model at `path` is held, with device and precisions resolved for this machine.
 
     `model.revision` and `model.trust_remote_code` are about `model.path` and reach no other model. `model.quantize` is
@@ -55,7 +54,7 @@ def model_source(recipe: Recipe, path: str, *, quantized: bool = False) -> Model
 
 
 def prompt_format(
-    recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase | None = None
+    recipe: RunSettings, source: ModelSource, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PromptFormat:
     """How prompts reach the model at `source`; its tokenizer is loaded if none is given."""
     from rlhf_cli.data.chat_format import PromptFormat
@@ -69,12 +68,12 @@ def prompt_format(
     )
 
 
-def prompt_template(recipe: Recipe, model: str) -> str | None:
+def prompt_template(recipe: RunSettings, model: str) -> str | None:
     """How plain prompts reach a model: as the recipe says, else as the model was asked when we trained it.
 
     A stage alone, without the recipe of the run its model is from, would otherwise ask in a way the model never saw.
     """
-    trained = _trained_template(Path(model))
+    trained = artifact_settings(Path(model)).get("data", {}).get("prompt_template")
     if recipe.data.prompt_template is None:
         return trained
     if trained not in (None, recipe.data.prompt_template):
@@ -82,13 +81,13 @@ def prompt_template(recipe: Recipe, model: str) -> str | None:
     return recipe.data.prompt_template
 
 
-def _trained_template(folder: Path) -> str | None:
-    """The template in the manifest of one of our own artifacts."""
+def artifact_settings(folder: Path) -> dict[str, Any]:
+    """The settings in the manifest of one of our own artifacts; empty for any other folder."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return manifest["settings"]["data"]["prompt_template"]
+        return dict(manifest["settings"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not one of ours
+        return {}
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Prompts:
 
 
 def load_prompts(
-    context: StageContext, form: PromptFormat, config: PretrainedConfig, *, max_new_tokens: int
+    context: StageContext[Any, Any], form: PromptFormat, config: PretrainedConfig, *, max_new_tokens: int
 ) -> Prompts:
     """All prompts of the stage's "prompts" input, held-out ones too, each once, that leave room for an answer.
 
@@ -124,7 +123,7 @@ def load_prompts(
     from rlhf_cli.data.chat_format import check_conversations
     from rlhf_cli.data.sources import read_records
 
-    data, source = context.recipe.data, context.inputs["prompts"]
+    data, source = context.recipe.data, context.inputs.prompts.source
     section = context.stage.section
     setting = f"{section}.max_new_tokens" if section == "ppo" else f"{section}.sampling.max_new_tokens"
     room = min(data.max_prompt_tokens, prompt_room(config, max_new_tokens, form.name, setting))
@@ -172,7 +171,7 @@ def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str, settin
     return room
 
 
-def trackers(context: StageContext) -> Trackers | None:
+def trackers(context: StageContext[Any, Any]) -> Trackers | None:
     """The recipe's trackers, for a trainer's metrics log in the process that writes it; None without any.
 
     They are told the settings that the stage's result depends on, and no paths or addresses.
@@ -182,19 +181,18 @@ def trackers(context: StageContext) -> Trackers | None:
         return None
     from rlhf_cli.training.monitoring.trackers import TrackedRun, Trackers
 
-    plain = settings_of(context.stage, context.recipe)
     run = TrackedRun(
         project=tracking.project,
         group=context.recipe.name,
         stage=context.stage.name,
         folder=context.output.parent / "tracking" / context.stage.name,
         state=context.work / "tracking.json",
-        settings={name: value for name, value in plain.items() if not _is_address(value)},
+        settings={name: value for name, value in context.tracked.items() if not _is_address(value)},
     )
     return Trackers(tracking.trackers, run)
 
 
-def metrics_log(context: StageContext) -> Callable[..., MetricsLog]:
+def metrics_log(context: StageContext[Any, Any]) -> Callable[..., MetricsLog]:
     """Makes the stage's metrics log, trackers included, from the other arguments of `MetricsLog`."""
     from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 

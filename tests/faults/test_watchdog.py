@@ -156,7 +156,7 @@ def test_a_reward_that_hangs_ends_the_command_and_the_run_goes_on(halfway, expec
     hanging = SmallRun(run.folder, run.parts, {"stall_seconds": 5.0})
     # What is slow to load on a busy machine is loaded before the watch begins.
     end = hanging.run(
-        before="import transformers, rlhf_cli.stages.ppo.stage, rlhf_cli.stages.ppo.trainer", FAULT="hang:3"
+        before="import transformers, rlhf_cli.stages.ppo.run, rlhf_cli.stages.ppo.trainer", FAULT="hang:3"
     )
     assert end.code == EXIT_STALLED
     assert "in score" in end.stderr

@@ -372,10 +372,10 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
 @pytest.mark.parametrize("samples", [1, 4])
 def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llama: Path, tmp_path: Path):
     from rlhf_cli.models.loading import load_tokenizer
-    from rlhf_cli.recipe.schema import PPOSettings
     from rlhf_cli.rewards.base import Scores
     from rlhf_cli.stages.ppo.rollout import PromptSet
-    from rlhf_cli.stages.ppo.stage import _options
+    from rlhf_cli.stages.ppo.run import _options
+    from rlhf_cli.stages.ppo.settings import PPOSettings
     from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
     def vowels(prompts, texts):

@@ -17,8 +17,8 @@ from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
+from rlhf_cli.stages.ppo.run import _save
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.stage import _save
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "neox", "t5", "bart")
 TEXTS = ["x", "The cat sat", "Please tell me how bread is baked", "Why is the sky blue?", "so"]

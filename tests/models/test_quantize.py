@@ -24,8 +24,8 @@ from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_mod
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+from rlhf_cli.stages.ppo.run import _save
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.stages.ppo.stage import _save
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install .[quantized]"

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from rlhf_cli.distributed.ranks import is_main, rank
 from rlhf_cli.errors import DivergedError
-from rlhf_cli.stages.base import STAGES, StageContext, StageOutcome
+from rlhf_cli.stages.base import StageContext, StageOutcome
+from rlhf_cli.stages.registry import stages
 
 FILES = {"sft": "model.safetensors", "label": "rankings.jsonl", "train-rm": "reward.json", "ppo": "model.safetensors"}
 
@@ -47,9 +48,9 @@ def run(context: StageContext) -> StageOutcome:
     checkpoint.write_text("step 3")
     misbehave(name, context)
     (context.output / "half.txt").unlink()
-    settings = getattr(context.recipe, context.stage.section)
-    seen = {key: read(source) for key, source in context.inputs.items() if key != "base" or name == "sft"}
-    text = f"{name} {settings.model_dump_json(exclude={'micro_batch_size'})} {context.recipe.seed} {seen}"
+    inputs = context.inputs.by_name()
+    seen = {key: read(given.source) for key, given in inputs.items() if key != "base" or name == "sft"}
+    text = f"{name} {context.settings.model_dump_json(exclude={'micro_batch_size'})} {context.recipe.seed} {seen}"
     (context.output / FILES.get(name, "metrics.json")).write_text(f"{name} {hash_of(text)}\n")
     (context.output / "sub").mkdir()
     (context.output / "sub" / "metrics.jsonl").write_text(f"{time.time()}\n")
@@ -96,8 +97,8 @@ def raise_kind(kind: str) -> None:
 
 
 def install() -> None:
-    for stage in STAGES:
-        module = types.ModuleType(f"rlhf_cli.stages.{stage.section}")
+    for stage in stages():
+        module = types.ModuleType(stage.module)
         module.run = run  # type: ignore[attr-defined]
         sys.modules[module.__name__] = module
 

@@ -10,6 +10,7 @@ import pytest
 from rlhf_cli.errors import DiskError
 from rlhf_cli.pipeline.disk_space import check_room, disk_errors, in_words, model_bytes, needed_bytes
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.registry import stage
 
 
 def recipe(tmp_path: Path, **sections: dict) -> Recipe:
@@ -22,19 +23,19 @@ def recipe(tmp_path: Path, **sections: dict) -> Recipe:
 def test_needs_by_hand(tmp_path):
     margin, full = 64 << 20, 2 * 1000
     both = recipe(tmp_path, ppo={})
-    assert needed_bytes(both, ["sft", "ppo", "evaluate"]) == margin + full + full
+    assert needed_bytes(both, [stage("sft"), stage("ppo"), stage("evaluate")]) == margin + full + full
     # One model written, three times its size in two checkpoints and the one being written.
     alone = recipe(tmp_path, sft={"adapter": "none"})
-    assert needed_bytes(alone, ["sft"]) == margin + full * (1 + 3 * 3)
-    assert needed_bytes(alone, ["evaluate"]) == margin
+    assert needed_bytes(alone, [stage("sft")]) == margin + full * (1 + 3 * 3)
+    assert needed_bytes(alone, [stage("evaluate")]) == margin
 
 
 def test_needs_of_ppo_count_the_critic_and_what_is_kept(tmp_path):
     margin, full = 64 << 20, 2 * 1000
     two = recipe(tmp_path, ppo={"adapter": "none", "keep_checkpoints": 3})
-    assert needed_bytes(two, ["ppo"]) == margin + full * (2 + 2 * 3 * 4)
+    assert needed_bytes(two, [stage("ppo")]) == margin + full * (2 + 2 * 3 * 4)
     critic = {"critic": "separate", "keep_checkpoints": 1, "eval_steps": 5, "kl_budget": 4.0}
-    assert needed_bytes(recipe(tmp_path, ppo=critic), ["ppo"]) == margin + full * (2 + 3 * 2 + 1)
+    assert needed_bytes(recipe(tmp_path, ppo=critic), [stage("ppo")]) == margin + full * (2 + 3 * 2 + 1)
 
 
 def test_models_that_are_not_here_count_nothing():

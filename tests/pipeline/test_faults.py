@@ -41,7 +41,7 @@ def test_changed_setting_under_unfinished_work_is_refused_by_name(toy):
     assert refused.code == 2
     assert "unfinished `ppo`" in refused.stderr
     assert "`ppo.learning_rate` was 1e-05, now 1e-06; `ppo.steps` was 3, now 7" in refused.stderr
-    assert "hint: set it back to go on, or throw the unfinished work away with `--force ppo`" in refused.stderr
+    assert "hint: set it back to resume, or discard the unfinished work with `--force ppo`" in refused.stderr
     assert toy.ran() == []
     forced = toy.run("--set", "ppo.learning_rate=1e-6", "--force", "ppo")
     assert forced.code == 0
@@ -53,9 +53,7 @@ def test_a_change_upstream_of_unfinished_work_is_refused_before_anything_runs(to
     toy.ran()
     refused = toy.run("--set", "sft.epochs=2")
     assert refused.code == 2
-    assert "unfinished `ppo` that began differently: `sft`, which it reads, is made anew and differently" in (
-        refused.stderr
-    )
+    assert "unfinished `ppo` that began differently: `sft`, which it reads, changes" in (refused.stderr)
     assert toy.ran() == []
 
 
@@ -65,7 +63,7 @@ def test_changed_data_under_unfinished_work_is_refused(toy):
     toy.write("prompts.jsonl", '{"prompt": "another"}\n')
     refused = toy.run("--from", "ppo")
     assert refused.code == 2
-    assert "the content of the prompts changed" in refused.stderr
+    assert "the content of `data.prompts` changed" in refused.stderr
 
 
 def test_effort_may_change_under_unfinished_work(toy):
@@ -106,7 +104,7 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
         (lambda f: (f / "model.safetensors").write_text("sft 0000000000000000\n"), "its sha256 differs"),
         (lambda f: (f / "model.safetensors").write_text("x"), "has 1 bytes"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 1, "st'), "manifest.json is torn"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 2, "st'), "manifest.json is torn"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is no manifest"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     ],
@@ -129,12 +127,14 @@ def test_a_forged_manifest_is_found_out(finished):
     assert outcome.json["metrics"]["score"] == 0.5
 
 
-def test_a_manifest_of_a_newer_format_is_not_thrown_away(finished):
+@pytest.mark.parametrize(("version", "said"), [(1, "by an earlier version of rlhf"), (3, "by a later version of rlhf")])
+def test_a_manifest_of_another_format_is_refused_and_kept(finished, version, said):
     path = finished.run_dir / "sft" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     outcome = finished.run()
     assert outcome.code == 2
-    assert "has format 2; this rlhf knows up to 1" in outcome.stderr
+    assert said in outcome.stderr
+    assert f"it has format {version}, and this version reads format 2" in outcome.stderr
 
 
 def test_from_does_not_build_on_a_damaged_artifact(finished):

@@ -202,4 +202,4 @@ def test_ppo_is_compared_with_the_model_it_started_from(toy):
     assert toy.run("--set", "ppo.model=mine").code == 0
     manifest = json.loads((toy.folder / "runs/toy/evaluate/manifest.json").read_text())
     started = json.loads((toy.folder / "runs/toy/ppo/manifest.json").read_text())
-    assert manifest["identity"]["inputs"]["sft"] == started["identity"]["inputs"]["sft"]
+    assert manifest["identity"]["inputs"]["baseline"] == started["identity"]["inputs"]["policy"]

@@ -26,7 +26,7 @@ def test_functions_models_and_endpoints_are_told_before_the_first_stage(with_cop
     outcome = with_copy.run(*rewards(*entries), "--dry-run")
     assert outcome.code == 0
     assert "gold.py has sha256 " in outcome.stderr
-    assert "ppo.rewards.2.url: prompts and answers are sent to https://user.example/score\n" in outcome.stderr
+    assert "ppo.rewards.2.url: prompts and completions are sent to https://user.example/score\n" in outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_combination_of_one_reward_has_no_effect_and_is_refused(toy):
     alone = ["--set", "train_rm=null", "--set", "label=null"]
     outcome = toy.run(*rewards({"function": "gold.py:score"}, combination="min"), *alone)
     assert outcome.code == 2
-    assert "`ppo.reward_combination: min` has no effect on one reward alone" in outcome.stderr
+    assert "`ppo.reward_combination: min` has no effect on a single reward" in outcome.stderr
     beside_a_reward_model = toy.run(*rewards({"function": "gold.py:score"}, combination="min"), "--dry-run")
     assert beside_a_reward_model.code == 0
 

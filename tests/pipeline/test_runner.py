@@ -40,11 +40,12 @@ def test_stdout_is_the_last_artifact_alone(toy):
 
 def test_manifest_says_what_was_made_from_what(finished):
     manifest = json.loads((finished.run_dir / "ppo" / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["stage"] == "ppo"
     assert manifest["settings"]["ppo"]["steps"] == 3
     assert manifest["settings"]["seed"] == 0
-    assert set(manifest["identity"]["inputs"]) == {"sft", "train-rm", "prompts"}
+    assert set(manifest["identity"]["inputs"]) == {"policy", "reward_model", "prompts"}
+    assert manifest["identity"]["upstream"] == {"policy": "sft", "reward_model": "train-rm"}
     assert set(manifest["outputs"]) == {"model.safetensors", "sub/metrics.jsonl"}
     assert manifest["skipped"] == {"too long": 2}
     assert manifest["metrics"] == {"score": 0.5, "undefined": None}
@@ -59,7 +60,7 @@ def test_a_changed_setting_runs_its_stage_and_what_follows(finished):
     outcome = finished.run("--set", "train_rm.epochs=2")
     assert names(finished.ran()) == ["train-rm", "ppo", "evaluate"]
     assert "`train_rm.epochs` was 1.0, now 2.0" in outcome.stderr
-    assert outcome.json["stages"][3]["reason"] == "the reward model changed"
+    assert outcome.json["stages"][3]["reason"] == "what `train-rm` wrote changed"
 
 
 def test_a_changed_seed_runs_everything(finished):
@@ -71,7 +72,7 @@ def test_changed_data_runs_the_stages_that_read_it(finished):
     finished.write("prompts.jsonl", '{"prompt": "another"}\n')
     outcome = finished.run()
     assert names(finished.ran()) == ["label", "train-rm", "ppo", "evaluate"]
-    assert "the content of the prompts changed" in outcome.stderr
+    assert "the content of `data.prompts` changed" in outcome.stderr
 
 
 def test_a_changed_function_runs_the_stages_that_call_it(finished):
@@ -101,7 +102,7 @@ def test_a_changed_base_model_runs_everything(finished):
     finished.write("base/model.safetensors", "weighty")
     outcome = finished.run()
     assert names(finished.ran()) == ALL
-    assert "the base model changed" in outcome.stderr
+    assert "the content of `model.path` changed" in outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_stages_that_do_not_fit(toy, arguments, said):
 def test_dry_run_says_what_and_why_and_writes_nothing(toy):
     outcome = toy.run("--dry-run")
     assert outcome.statuses == dict.fromkeys(ALL, "would run")
-    assert outcome.json["stages"][0]["reason"] == "nothing is there yet"
+    assert outcome.json["stages"][0]["reason"] == "it has not run yet"
     assert not (toy.folder / "runs").exists()
     toy.run()
     toy.ran()

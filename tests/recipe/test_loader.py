@@ -163,7 +163,7 @@ def test_files_that_are_no_recipe(tmp_path):
         ),
         (
             "model: {build: {architecture: encoder-decoder}}\nsft: {data: d, packing: true}\n",
-            "`sft.packing` is for decoders; an encoder-decoder reads one prompt a row",
+            "`sft.packing` is for decoders; an encoder-decoder reads one prompt per row",
         ),
         ("model: {attention: tilled}\n", "got `tilled`, did you mean `tiled`?"),
         ("model: {attention: Triton}\n", "got `Triton`, did you mean `triton`?"),

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_cli.recipe.derived import derived_sizes
 from rlhf_cli.recipe.document import parse
 from rlhf_cli.recipe.fields import walk
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.reference import json_schema, markdown
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.recipe.show import as_json, as_yaml, scalar
+from rlhf_cli.recipe.show import as_json, as_yaml, derived_sizes, scalar
 
 FULL = """\
 name: full
@@ -70,11 +69,11 @@ def test_json_holds_origins_sizes_and_stages(loaded):
 def test_derived_sizes_by_hand(loaded):
     sizes = derived_sizes(loaded.recipe)
     assert sizes["ppo"] == {
-        "answers per step": 24,
+        "completions per step": 24,
         "episodes in total": 240,
         "optimizer steps per step": 15,
         "optimizer steps in total": 150,
-        "answers per minibatch": "4 to 5",
+        "completions per minibatch": "4 to 5",
         "micro-batches per minibatch": 3,
         "most tokens sampled per step": 3_072,
         "most tokens sampled in total": 30_720,

@@ -30,21 +30,19 @@ def import_(
     `--set` takes `data.columns` and `data.max_skip`.
     """
     from rlhf_cli.cli.label.output import write_text
-    from rlhf_cli.cli.running import shared_flags
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.errors import UsageError
     from rlhf_cli.labeling.exports.formats import export_rankings
     from rlhf_cli.progress import say, warn
     from rlhf_cli.recipe.loader import load_recipe
-    from rlhf_cli.recipe.overrides import flag
+    from rlhf_cli.recipe.overrides import override
 
     if as_json and out is None:
         raise UsageError("`--json` tells of a file, and stdout is the data here", hint="name one with `--out`")
     for text in settings or ():
         if not text.startswith(("data.columns", "data.max_skip")):
             raise UsageError(f"`--set {text}` has no effect here", hint="it takes `data.columns` and `data.max_skip`")
-    flags = shared_flags(None, None, max_skip)
-    given = [flag(name, value, origin) for name, (value, origin) in flags.items() if value is not None]
+    given = [] if max_skip is None else [override("data.max_skip", max_skip, f"--max-skip {max_skip}")]
     data = load_recipe(None, settings or (), given).recipe.data
     loaded = read_records(source, "ranking", columns=data.columns, max_skip=data.max_skip)
     for line in [*loaded.warnings, *loaded.skips.warnings(loaded.total, source)]:

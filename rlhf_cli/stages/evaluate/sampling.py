@@ -11,8 +11,9 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import ModelError
 from rlhf_cli.progress import task, warn
-from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import model_source, prompt_format, prompt_template
+from rlhf_cli.stages.evaluate.stage import EvaluateContext
+from rlhf_cli.stages.inputs import source_of
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
 
 
-def _load(context: StageContext, name: str) -> Policy:
+def _load(context: EvaluateContext, name: str) -> Policy:
     from rlhf_cli.generation.policy import Policy
 
-    source = model_source(context.recipe, context.inputs[name])
+    source = model_source(context.recipe, getattr(context.inputs, name).source)
     return Policy.load(source, prompt_format(context.recipe, source))
 
 
 def both_answers(
-    context: StageContext,
+    context: EvaluateContext,
     prompts: Sequence[Prompt],
     numbers: Sequence[int],
     sampling: Sampling,
@@ -38,7 +39,7 @@ def both_answers(
     from rlhf_cli.generation.policy import free_memory
 
     rows = list(zip(prompts, numbers, strict=True))
-    policy = _load(context, "ppo")
+    policy = _load(context, "policy")
     found = divide(processes, rows, partial(_drawn, context, policy, sampling=sampling, label="PPO answers"))
     ppo = _restored(found)
     under_ppo = divide(processes, ppo, partial(_logprobs, context, policy, sampling=sampling))
@@ -46,7 +47,7 @@ def both_answers(
     del policy
     free_memory()
     context.stop.check()
-    baseline = _load(context, "sft")
+    baseline = _load(context, "baseline")
     sft = _restored(divide(processes, rows, partial(_drawn, context, baseline, sampling=sampling, label="SFT answers")))
     if sampling.top_p < 1.0:
         # The estimate needs answers drawn from the very distribution whose log-probabilities are taken.
@@ -63,7 +64,7 @@ def both_answers(
 
 
 def _drawn(
-    context: StageContext, policy: Policy, rows: Sequence[tuple[Prompt, int]], *, sampling: Sampling, label: str
+    context: EvaluateContext, policy: Policy, rows: Sequence[tuple[Prompt, int]], *, sampling: Sampling, label: str
 ) -> list[dict[str, Any]]:
     """One process's share of the answers, as JSON can say them."""
     answers = policy.answer(
@@ -83,23 +84,23 @@ def _restored(found: Sequence[dict[str, Any]]) -> list[Answer]:
     return [Answer(**row) for row in found]
 
 
-def _logprobs(context: StageContext, policy: Policy, answers: list[Answer], *, sampling: Sampling) -> list[float]:
+def _logprobs(context: EvaluateContext, policy: Policy, answers: list[Answer], *, sampling: Sampling) -> list[float]:
     return policy.logprobs(
         answers, temperature=sampling.temperature, batch_size=sampling.batch_size, stop=context.stop.check
     )
 
 
 def base_answers(
-    context: StageContext, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling
+    context: EvaluateContext, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling
 ) -> list[Answer] | None:
     """Answers of the model before any training, to the prompts that are shown; None where there is none to ask."""
     from rlhf_cli.generation.policy import Policy, free_memory
 
-    path = context.inputs.get("base")
-    if path is None or path == context.inputs["sft"]:
+    path = source_of(context.inputs.base)
+    if path is None or path == context.inputs.baseline.source:
         return None
     if path == "build":
-        source = model_source(context.recipe, context.inputs["sft"])
+        source = model_source(context.recipe, context.inputs.baseline.source)
         policy = Policy.untrained(source, prompt_format(context.recipe, source), seed=context.recipe.seed)
     else:
         try:
@@ -114,7 +115,7 @@ def base_answers(
 
 
 def rewarded(
-    context: StageContext, prompts: Sequence[Prompt], *sides: Sequence[Answer], processes: ProcessGroup | None = None
+    context: EvaluateContext, prompts: Sequence[Prompt], *sides: Sequence[Answer], processes: ProcessGroup | None = None
 ) -> list[tuple[float, ...]] | None:
     """Normalized rewards of each prompt's answers, as PPO saw them; None where there is no reward model.
 
@@ -123,10 +124,10 @@ def rewarded(
     from rlhf_cli.generation.policy import free_memory
     from rlhf_cli.models.reward_model.model import load_reward_model
 
-    if (path := context.inputs.get("train-rm")) is None:
+    if (path := source_of(context.inputs.reward_model)) is None:
         return None
     scorer = load_reward_model(
-        model_source(context.recipe, path), template=prompt_template(context.recipe, context.inputs["sft"])
+        model_source(context.recipe, path), template=prompt_template(context.recipe, context.inputs.baseline.source)
     )
     rows = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
     share = partial(_scored, scorer)

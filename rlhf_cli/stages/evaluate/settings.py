@@ -13,12 +13,12 @@ from rlhf_cli.settings.base import (
     FunctionName,
     ModelName,
     NonNegative,
-    Section,
+    StageSection,
 )
 from rlhf_cli.settings.shared import SamplingSettings
 
 
-class EvaluateSettings(Section):
+class EvaluateSettings(StageSection):
     """SFT against PPO on prompts that no stage trained on."""
 
     baseline: ModelName = None

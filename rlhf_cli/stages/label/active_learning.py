@@ -21,9 +21,10 @@ from rlhf_cli.files import write_whole
 from rlhf_cli.labeling.active_learning import Choice, Chosen, Item, choose
 from rlhf_cli.labeling.labelers import RewardModelLabeler, score_answers
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import EXCERPT, model_source, prompt_template
+from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled
+from rlhf_cli.stages.label.stage import LabelContext
 
 if TYPE_CHECKING:
     from rlhf_cli.stages.label.settings import ActiveLearningSettings
@@ -32,7 +33,7 @@ FILE_NAME = "chosen.jsonl"
 _NO_DIFFERENCE = 1e-9
 
 
-def choose_candidates(context: StageContext, settings: ActiveLearningSettings, sampled: Sampled) -> Sampled:
+def choose_candidates(context: LabelContext, settings: ActiveLearningSettings, sampled: Sampled) -> Sampled:
     """The prompts and answers to label, in the order they came in; writes `chosen.jsonl`.
 
     A choice is kept beside the samples: a run that waits for people comes through here whenever it is looked at, and
@@ -77,14 +78,14 @@ def choose_candidates(context: StageContext, settings: ActiveLearningSettings, s
 
 
 def _with_rewards(
-    context: StageContext, settings: ActiveLearningSettings, sampled: Sampled, items: Sequence[Item]
+    context: LabelContext, settings: ActiveLearningSettings, sampled: Sampled, items: Sequence[Item]
 ) -> list[Item]:
     """The items, those that the reward models are asked about with rewards; one model is in memory at a time."""
     asked = [number for number, item in enumerate(items) if not item.is_held_out and len(set(item.answers)) > 1]
     pairs = [(sampled.candidates[number].prompt, list(items[number].answers)) for number in asked]
     found: list[list[list[float]]] = []
     for index in range(len(settings.reward_models)):
-        work = partial(_rewards, context, context.inputs[f"label.choose.{index}"])
+        work = partial(_rewards, context, context.inputs.active_learning[index].source)
         found.append(divide(sampled.processes, pairs, work))
     if not found:
         return list(items)
@@ -92,20 +93,19 @@ def _with_rewards(
     return [dataclasses.replace(item, rewards=rewards.get(number)) for number, item in enumerate(items)]
 
 
-def _rewards(context: StageContext, path: str, pairs: list[tuple[Prompt, list[str]]]) -> list[list[float]]:
+def _rewards(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[str]]]) -> list[list[float]]:
     """Rewards of each prompt's answers by one model, in the scale of its preferences."""
     from rlhf_cli.generation.policy import free_memory
     from rlhf_cli.models.reward_model.model import load_reward_model
 
-    assert context.recipe.label is not None
     scorer = load_reward_model(
         model_source(context.recipe, path),
-        template=prompt_template(context.recipe, context.inputs.get("sft", path)),
+        template=prompt_template(context.recipe, source_of(context.inputs.policy) or path),
     )
     # Stages read normalized rewards. A difference of those is no log-odds of a preference: the ranking loss was
     # computed on raw ones.
     scorer.mean, scorer.std = 0.0, 1.0
-    labeler = RewardModelLabeler(scorer, context.recipe.label.sampling.batch_size)
+    labeler = RewardModelLabeler(scorer, context.settings.sampling.batch_size)
     prompts, texts = [prompt for prompt, _ in pairs], [answers for _, answers in pairs]
     with task(f"choosing: {Path(path).name}", sum(map(len, texts)), "answers") as bar:
         scores = score_answers(labeler, prompts, texts, stop=context.stop.check, progress=bar.advance)

@@ -14,10 +14,10 @@ from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import LabelPlan, Progress
 from rlhf_cli.labeling.statistics.summary import statistics
 from rlhf_cli.progress import warn
-from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import StageContext
+from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import check_count, distinct
-from rlhf_cli.stages.label.settings import HumanSettings
+from rlhf_cli.stages.label.settings import HumanSettings, LabelSettings
+from rlhf_cli.stages.label.stage import LabelContext
 
 STORE = "labels.sqlite"
 
@@ -37,19 +37,22 @@ class HumanLabels:
     summary: list[tuple[str, str]]
 
 
-def run_people(context: StageContext, candidates: Sequence[Candidates]) -> HumanLabels:
+def run_people(context: LabelContext, candidates: Sequence[Candidates]) -> HumanLabels:
     """Take people's labels of these answers, once there are enough; writes `labels.jsonl`.
 
     Raises:
         WaitingForLabelsError: there are not; the session is prepared, and the faces can be opened on it.
     """
-    label = context.recipe.label
-    assert label is not None
+    label = context.settings
     settings = label.human or HumanSettings()
     require(settings.merge)
     session = LabelSession(context.kept / STORE)
     try:
-        session.prepare(label_plan(context.recipe, context.inputs.get("label.guidelines")), candidates, _gold(context))
+        session.prepare(
+            label_plan(context.settings, context.recipe.seed, source_of(context.inputs.guidelines)),
+            candidates,
+            _gold(context),
+        )
         progress = session.progress()
         if not progress.is_complete:
             raise waiting(progress, context.kept / STORE, context.output.parent)
@@ -79,14 +82,15 @@ def run_people(context: StageContext, candidates: Sequence[Candidates]) -> Human
     return HumanLabels(merge(labels, settings.merge), metrics, summary)
 
 
-def label_plan(recipe: Recipe, guidelines: str | None) -> LabelPlan:
+def label_plan(label: LabelSettings, seed: int, guidelines: str | None) -> LabelPlan:
     """How people label, by the recipe.
 
     Args:
-        recipe: with a `label` section.
+        label: the section.
+        seed: of the run.
         guidelines: file with them.
     """
-    settings = (recipe.label.human if recipe.label else None) or HumanSettings()
+    settings = label.human or HumanSettings()
     return LabelPlan(
         overlap=settings.overlap,
         criteria=tuple(settings.criteria),
@@ -95,13 +99,13 @@ def label_plan(recipe: Recipe, guidelines: str | None) -> LabelPlan:
         gold_share=settings.gold_share if settings.gold is not None else 0.0,
         set_aside_after=settings.set_aside_after,
         enough=settings.enough,
-        seed=recipe.seed,
+        seed=seed,
         guidelines=None if guidelines is None else Path(guidelines).read_text(encoding="utf-8-sig"),
     )
 
 
-def _gold(context: StageContext) -> list[Candidates]:
-    source = context.inputs.get("label.gold")
+def _gold(context: LabelContext) -> list[Candidates]:
+    source = source_of(context.inputs.gold)
     if source is None:
         return []
     from rlhf_cli.data.sources import read_records

@@ -14,8 +14,9 @@ from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.progress import say, warn
-from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import EXCERPT, model_source
+from rlhf_cli.stages.inputs import source_of
+from rlhf_cli.stages.label.stage import LabelContext
 
 if TYPE_CHECKING:
     from rlhf_cli.labeling.judges.budget import Budget
@@ -48,7 +49,7 @@ class Judged:
     summary: list[tuple[str, str]] = field(default_factory=list)
 
 
-def run_judges(context: StageContext, candidates: Sequence[Candidates], processes: ProcessGroup) -> Judged:
+def run_judges(context: LabelContext, candidates: Sequence[Candidates], processes: ProcessGroup) -> Judged:
     """Rank answers by the panel of `label.judge`; writes `votes.jsonl`, `labels.jsonl` and `judge.json`.
 
     Every process of the run calls this; all but rank 0 are given an empty result.
@@ -63,8 +64,7 @@ def run_judges(context: StageContext, candidates: Sequence[Candidates], processe
     from rlhf_cli.labeling.judges.cache import ReplyCache
     from rlhf_cli.labeling.judges.panel import Bench
 
-    label = context.recipe.label
-    assert label is not None
+    label = context.settings
     assert label.judge is not None
     settings = label.judge
     cache = ReplyCache(context.kept, processes.index)
@@ -78,12 +78,12 @@ def run_judges(context: StageContext, candidates: Sequence[Candidates], processe
     return _outcome(context, candidates, ballots, calibration, cache)
 
 
-def _rubric(context: StageContext, settings: JudgeSettings) -> str:
-    file = context.inputs.get("label.rubric")
+def _rubric(context: LabelContext, settings: JudgeSettings) -> str:
+    file = source_of(context.inputs.rubric)
     return settings.rubric if file is None else Path(file).read_text(encoding="utf-8-sig")
 
 
-def _panel(context: StageContext, settings: JudgeSettings, budget: Budget, processes: ProcessGroup) -> list[Judge]:
+def _panel(context: LabelContext, settings: JudgeSettings, budget: Budget, processes: ProcessGroup) -> list[Judge]:
     """The judges of the recipe, by names that differ; no weights are loaded yet."""
     judges: list[Judge] = []
     alone = sum(one.model is not None for one in settings.panel) == 1
@@ -107,13 +107,13 @@ def _panel(context: StageContext, settings: JudgeSettings, budget: Budget, proce
     ]
 
 
-def _local(context: StageContext, number: int, processes: ProcessGroup, *, alone: bool) -> Judge:
+def _local(context: LabelContext, number: int, processes: ProcessGroup, *, alone: bool) -> Judge:
     """A local model. The only one of a panel stays loaded from calibration to the end; of several, one at a time is."""
     from rlhf_cli.files import hash_folder
     from rlhf_cli.labeling.judges.panel import Judge
     from rlhf_cli.labeling.judges.versions import at_one_commit
 
-    path = context.inputs[f"label.judge.panel.{number}.model"]
+    path = context.inputs.judges[number].source
     source = model_source(context.recipe, path)
     folder = Path(path)
     if folder.is_dir():
@@ -142,7 +142,7 @@ def _local(context: StageContext, number: int, processes: ProcessGroup, *, alone
 
 
 def _remote(
-    context: StageContext, settings: JudgeSettings, number: int, one: JudgeModelSettings, budget: Budget
+    context: LabelContext, settings: JudgeSettings, number: int, one: JudgeModelSettings, budget: Budget
 ) -> Judge:
     from urllib.parse import urlsplit
 
@@ -150,7 +150,7 @@ def _remote(
     from rlhf_cli.labeling.judges.endpoint import EndpointJudge
     from rlhf_cli.labeling.judges.panel import Judge
 
-    url, name = context.inputs[f"label.judge.panel.{number}.url"], one.name
+    url, name = context.inputs.judges[number].source, one.name
     assert name is not None
     return Judge(
         name=f"{name}@{urlsplit(url).netloc}",
@@ -173,10 +173,10 @@ def _remote(
 
 
 def _calibrate(
-    context: StageContext, settings: JudgeSettings, judges: Sequence[Judge], bench: Bench
+    context: LabelContext, settings: JudgeSettings, judges: Sequence[Judge], bench: Bench
 ) -> Calibration | None:
     """Measure the panel against people, where the recipe has rankings of theirs; below the floor, go no further."""
-    source = context.inputs.get("label.calibration")
+    source = source_of(context.inputs.calibration)
     if source is None:
         return None
     from rlhf_cli.labeling.judges.calibration import Calibration
@@ -195,7 +195,7 @@ def _calibrate(
     return found
 
 
-def _human_rankings(context: StageContext, settings: JudgeSettings, source: str) -> list[Candidates]:
+def _human_rankings(context: LabelContext, settings: JudgeSettings, source: str) -> list[Candidates]:
     """People's rankings, everyone's own: several of the same answers are as many measurements, and one question."""
     from rlhf_cli.data.sources import iter_records
     from rlhf_cli.labeling.judges.questions import LETTERS, is_too_many
@@ -217,7 +217,7 @@ def _human_rankings(context: StageContext, settings: JudgeSettings, source: str)
 
 
 def _outcome(
-    context: StageContext,
+    context: LabelContext,
     candidates: Sequence[Candidates],
     ballots: Sequence[Ballot],
     calibration: Calibration | None,

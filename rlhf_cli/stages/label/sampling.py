@@ -13,11 +13,12 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.completions import Answer, AnswerFile
 from rlhf_cli.labeling.session.types import ANSWER_LETTERS
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import load_prompts, model_source, prompt_format
+from rlhf_cli.stages.inputs import present
+from rlhf_cli.stages.label.stage import LabelContext
 
 if TYPE_CHECKING:
-    from rlhf_cli.recipe.schema import LabelSettings
+    from rlhf_cli.stages.label.settings import LabelSettings
 
 
 MOST_ANSWERS = len(ANSWER_LETTERS)
@@ -42,32 +43,32 @@ class Sampled:
     processes: ProcessGroup
 
 
-def given_answers(context: StageContext, settings: LabelSettings) -> Sampled:
+def given_answers(context: LabelContext, settings: LabelSettings) -> Sampled:
     """The answers of `label.items`; imports no torch unless a model is to judge them."""
     from rlhf_cli.data.sources import read_records
 
     device = None
-    if settings.loads_a_model:
+    if settings.loads_model:
         from rlhf_cli.models.loading import resolve_device
 
         device = resolve_device(context.recipe.model.device)
     data = context.recipe.data
     loaded = read_records(
-        context.inputs["label.items"], "candidates", columns=data.columns, max_skip=data.max_skip, keep_blank=True
+        present(context.inputs.items), "candidates", columns=data.columns, max_skip=data.max_skip, keep_blank=True
     )
     for warning in loaded.warnings:
         warn(warning)
     return Sampled(loaded.records, [], loaded.skips, ProcessGroup(device))
 
 
-def sample_answers(context: StageContext, settings: LabelSettings) -> Sampled:
+def sample_answers(context: LabelContext, settings: LabelSettings) -> Sampled:
     """K answers to every prompt, held-out ones too: train-rm measures its accuracy on their rankings."""
     from rlhf_cli.generation.torch_generator import decode, sample, stop_ids
     from rlhf_cli.models.loading import load_policy, load_tokenizer
     from rlhf_cli.precision import autocast
 
     recipe, sampling, per_prompt = context.recipe, settings.sampling, settings.completions_per_prompt
-    source = model_source(recipe, context.inputs["sft"])
+    source = model_source(recipe, present(context.inputs.policy))
     tokenizer = load_tokenizer(source)
     model = load_policy(source)
     form = prompt_format(recipe, source, tokenizer)

@@ -22,6 +22,7 @@ from rlhf_cli.settings.base import (
     Positive,
     Section,
     Share,
+    StageSection,
     VariableName,
 )
 from rlhf_cli.settings.shared import SamplingSettings
@@ -177,7 +178,7 @@ class JudgeSettings(Section):
         return self
 
 
-class LabelSettings(Section):
+class LabelSettings(StageSection):
     """Sampling K answers a prompt and ranking them, or bringing in rankings that people already made."""
 
     by: Literal["function", "reward-model", "human", "judge", "import"]
@@ -216,7 +217,7 @@ class LabelSettings(Section):
         return self.by != "import" and self.items is None
 
     @property
-    def loads_a_model(self) -> bool:
+    def loads_model(self) -> bool:
         """Whether any model is loaded into this process."""
         judges = self.judge is not None and any(judge.model is not None for judge in self.judge.panel)
         chooses = self.choose is not None and bool(self.choose.reward_models)

@@ -1,197 +1,48 @@
-"""The `label` stage: K answers to each prompt, ranked; or rankings that people made, brought into the same form."""
+"""Labeling, as the pipeline sees it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+import math
 
-from rlhf_cli.data.records import Prompt, Ranking, prompt_text
-from rlhf_cli.data.skips import Skip
-from rlhf_cli.distributed.ranks import is_main
-from rlhf_cli.distributed.sharding import divide
-from rlhf_cli.errors import DataError
-from rlhf_cli.labeling.completions import Answer
-from rlhf_cli.labeling.exports.rows import ranking_to_json
-from rlhf_cli.labeling.labelers import (
-    FunctionLabeler,
-    Labeler,
-    LabelStatistics,
-    RewardModelLabeler,
-    score_answers,
-    tiers_from_scores,
+from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext
+from rlhf_cli.stages.label.inputs import LabelInputs, find_inputs
+from rlhf_cli.stages.label.settings import LabelSettings
+
+
+def _sizes(settings: LabelSettings, recipe: RunSettings) -> Sizes:
+    if not settings.samples:
+        return {}
+    count = settings.completions_per_prompt
+    return {"completions per prompt": count, "pairs per prompt, ties aside": math.comb(count, 2)}
+
+
+LabelContext = StageContext[LabelSettings, LabelInputs]
+
+STAGE = Stage(
+    name="label",
+    settings=LabelSettings,
+    inputs_type=LabelInputs,
+    inputs=find_inputs,
+    writes="rankings",
+    module="rlhf_cli.stages.label.run",
+    flags=(
+        Flag("--model", "label.model", "Policy to sample from; default: what `sft` wrote (`label.model`).", "MODEL"),
+        Flag("--prompts", "label.prompts", "Prompt records: a file, folder or hub data set (`label.prompts`).", "DATA"),
+        Flag("--items", "label.items", "Completions to rank, in place of sampled ones (`label.items`).", "DATA"),
+        Flag("--function", "label.function", "Scores completions, `file.py:function` (`label.function`).", "FUNCTION"),
+        Flag("--reward-model", "label.reward_model", "Scores completions (`label.reward_model`).", "MODEL"),
+        Flag("--data", "label.data", "Rankings or preferences to import (`label.data`).", "DATA"),
+        Flag(
+            "--calibrate",
+            "label.judge.calibration",
+            "Labels by people that judges are compared with (`label.judge.calibration`).",
+            "DATA",
+        ),
+        Flag("--floor", "label.judge.floor", "Least agreement with them (`label.judge.floor`).", "SHARE", kind=float),
+        Flag("--overlap", "label.human.overlap", "Annotators per prompt (`label.human.overlap`).", "N", kind=int),
+        Flag("--guidelines", "label.human.guidelines", "What annotators read (`label.human.guidelines`).", "FILE"),
+    ),
+    sizes=_sizes,
+    unaffected_by=("model.build", "model.quantize"),
 )
-from rlhf_cli.progress import task, warn
-from rlhf_cli.stages.base import StageContext, StageOutcome
-from rlhf_cli.stages.common import EXCERPT, model_source, prompt_template
-from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled, check_count, distinct, given_answers, sample_answers
-
-if TYPE_CHECKING:
-    from rlhf_cli.recipe.schema import LabelSettings
-
-
-def run(context: StageContext) -> StageOutcome:
-    """Write `rankings.jsonl`."""
-    settings = context.recipe.label
-    assert settings is not None
-    if settings.by == "import":
-        return _import(context) if is_main() else StageOutcome()
-    sampled = sample_answers(context, settings) if settings.samples else given_answers(context, settings)
-    if settings.choose is not None:
-        from rlhf_cli.stages.label.active_learning import choose_candidates
-
-        sampled = choose_candidates(context, settings.choose, sampled)
-    if settings.by in ("human", "judge"):
-        return _compared(context, settings, sampled)
-    return _scored(context, settings, sampled)
-
-
-def _scored(context: StageContext, settings: LabelSettings, sampled: Sampled) -> StageOutcome:
-    """By a function or a reward model, which score each answer alone."""
-    processes = sampled.processes
-    pairs = [(row.prompt, list(row.completions)) for row in sampled.candidates]
-    if settings.by == "function":  # the user's code: it runs once, in one process
-        scores = _scores(context, settings, pairs) if processes.is_main else []
-    else:
-        scores = divide(processes, pairs, partial(_scores, context, settings))
-    if not processes.is_main:
-        return StageOutcome()
-    rankings = [
-        Ranking(row.prompt, row.completions, tiers_from_scores(numbers, settings.tie_margin))
-        for row, numbers in zip(sampled.candidates, scores, strict=True)
-    ]
-    write_rankings(context.output / "rankings.jsonl", rankings, scores)
-    return _outcome(context, rankings, sampled, [score for numbers in scores for score in numbers])
-
-
-def _compared(context: StageContext, settings: LabelSettings, sampled: Sampled) -> StageOutcome:
-    """By people or judges, who compare answers with one another; answers of the same text are shown to them once."""
-    candidates = []
-    for row in map(distinct, sampled.candidates):
-        check_count(row)
-        if len(row.completions) > 1:
-            candidates.append(row)
-        else:
-            sampled.skips.add(Skip(row.place, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
-    if not candidates:
-        raise DataError(
-            "there is nothing to compare: every prompt's answers are equal to one another",
-            hint="sample at a higher temperature, or from a model that is trained less",
-        )
-    if equal := len(sampled.candidates) - len(candidates):
-        warn(f"{equal:,} of {len(sampled.candidates):,} prompts have answers that are all equal; they are left out")
-    if settings.by == "human":
-        if not sampled.processes.is_main:
-            return StageOutcome()
-        from rlhf_cli.stages.label.human import run_people
-
-        found = run_people(context, candidates)
-        skipped: dict[str, int] = {}
-    else:
-        from rlhf_cli.stages.label.judge import run_judges
-
-        found = run_judges(context, candidates, sampled.processes)
-        skipped = found.skipped
-    if not sampled.processes.is_main:
-        return StageOutcome()
-    rankings = [ranking for ranking in found.rankings if ranking is not None]
-    if not rankings:
-        raise DataError(
-            "nobody ranked anything: there is nothing to learn from", hint="see the skips and their reasons"
-        )
-    write_rankings(context.output / "rankings.jsonl", rankings)
-    outcome = _outcome(context, rankings, sampled)
-    return StageOutcome(outcome.metrics | found.metrics, outcome.skipped | skipped, [*outcome.summary, *found.summary])
-
-
-def _import(context: StageContext) -> StageOutcome:
-    from rlhf_cli.data.sources import read_records
-
-    data = context.recipe.data
-    loaded = read_records(context.inputs["label.data"], "ranking", columns=data.columns, max_skip=data.max_skip)
-    write_rankings(context.output / "rankings.jsonl", loaded.records)
-    if loaded.skips.total:
-        loaded.skips.write(context.output / "skips.jsonl")
-    metrics, summary = _figures(LabelStatistics.of(loaded.records))
-    return StageOutcome(metrics, loaded.skips.counts, summary)
-
-
-def _scores(
-    context: StageContext, settings: LabelSettings, pairs: Sequence[tuple[Prompt, list[str]]]
-) -> list[list[float]]:
-    """Scores of each prompt's answers."""
-    labeler = _labeler(context, settings)
-    prompts, texts = [prompt for prompt, _ in pairs], [answers for _, answers in pairs]
-    with task("scoring answers", sum(map(len, texts)), "answers") as bar:
-        return score_answers(labeler, prompts, texts, stop=context.stop.check, progress=bar.advance)
-
-
-def _labeler(context: StageContext, settings: LabelSettings) -> Labeler:
-    if settings.by == "function":
-        from rlhf_cli.rewards.python_function import load_scoring_function
-
-        return FunctionLabeler(load_scoring_function(context.inputs["label.function"]))
-    from rlhf_cli.models.reward_model.model import load_reward_model
-
-    source = model_source(context.recipe, context.inputs["train-rm"])
-    scorer = load_reward_model(source, template=prompt_template(context.recipe, context.inputs["sft"]))
-    return RewardModelLabeler(scorer, settings.sampling.batch_size)
-
-
-def write_rankings(path: Path, rankings: Sequence[Ranking], scores: Sequence[Sequence[float]] | None = None) -> None:
-    """Write rankings as `rlhf train-rm` and people read them, one JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        for number, ranking in enumerate(rankings):
-            row = ranking_to_json(ranking)
-            if scores is not None:
-                row["scores"] = list(scores[number])
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _outcome(
-    context: StageContext, rankings: Sequence[Ranking], sampled: Sampled, scores: Sequence[float] = ()
-) -> StageOutcome:
-    """Figures of rankings and of the answers they rank; writes what was skipped on the way."""
-    if sampled.skips.total:
-        sampled.skips.write(context.output / "skips.jsonl")
-    metrics, summary = _figures(LabelStatistics.of(rankings))
-    if scores:
-        metrics["mean_score"] = sum(scores) / len(scores)
-    if sampled.answers:
-        metrics |= _of_answers([answer for group in sampled.answers for answer in group], summary)
-    return StageOutcome(metrics, sampled.skips.counts, summary)
-
-
-def _figures(statistics: LabelStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    metrics = {
-        "prompts": float(statistics.prompts),
-        "completions": float(statistics.completions),
-        "mean_tiers": statistics.mean_tiers,
-        "tie_share": statistics.tie_share,
-        "mean_characters": statistics.mean_characters,
-    }
-    summary = [
-        ("rankings", f"{statistics.prompts:,} prompts, {statistics.completions:,} answers"),
-        ("ties", f"{statistics.tie_share:.1%} of pairs"),
-    ]
-    if statistics.longest_wins is not None:
-        metrics["longer_wins_share"] = statistics.longest_wins
-        summary.append(("longer answer wins", f"{statistics.longest_wins:.1%} of untied pairs"))
-    return metrics, summary
-
-
-def _of_answers(answers: Sequence[Answer], summary: list[tuple[str, str]]) -> dict[str, float]:
-    empty = sum(not answer.text for answer in answers)
-    metrics = {
-        "mean_tokens": sum(answer.tokens for answer in answers) / len(answers),
-        "ended_share": sum(answer.ended for answer in answers) / len(answers),
-        "empty_share": empty / len(answers),
-    }
-    summary.append(
-        ("answers", f"{metrics['mean_tokens']:.1f} tokens, {metrics['ended_share']:.0%} ended by themselves")
-    )
-    if empty:
-        warn(f"{empty:,} of {len(answers):,} sampled answers are empty")
-    return metrics

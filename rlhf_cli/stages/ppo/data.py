@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import DataError, UsageError
-from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import Prompts, load_prompts
+from rlhf_cli.stages.inputs import present
+from rlhf_cli.stages.ppo.stage import PPOContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.ppo.trainer import PPOData
 
 
-def load_data(context: StageContext, form: PromptFormat, model: PreTrainedModel) -> tuple[PPOData, SkipLog]:
+def load_data(context: PPOContext, form: PromptFormat, model: PreTrainedModel) -> tuple[PPOData, SkipLog]:
     """Everything PPO reads, in ids of the policy.
 
     Args:
@@ -34,8 +35,7 @@ def load_data(context: StageContext, form: PromptFormat, model: PreTrainedModel)
     from rlhf_cli.stages.ppo.rollout import PromptSet
     from rlhf_cli.stages.ppo.trainer import PPOData
 
-    settings = context.recipe.ppo
-    assert settings is not None
+    settings = context.settings
     loaded = load_prompts(context, form, model.config, max_new_tokens=settings.max_new_tokens)
     ends = stop_ids(model, form.tokenizer) | {_stop_token(form, text) for text in settings.stop_tokens}
     training, looked_at = _split(context, loaded)
@@ -52,13 +52,12 @@ def load_data(context: StageContext, form: PromptFormat, model: PreTrainedModel)
     return data, loaded.skips
 
 
-def _split(context: StageContext, loaded: Prompts) -> tuple[list[Prompt], list[Prompt]]:
+def _split(context: PPOContext, loaded: Prompts) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and those to look at while training."""
     from rlhf_cli.data.records import is_held_out
     from rlhf_cli.data.splits import validation_prompts
 
-    recipe, settings, source = context.recipe, context.recipe.ppo, context.inputs["prompts"]
-    assert settings is not None
+    recipe, settings, source = context.recipe, context.settings, context.inputs.prompts.source
     held_out = [prompt for prompt in loaded.prompts if is_held_out(prompt, recipe.data.holdout, recipe.seed)]
     training = [prompt for prompt in loaded.prompts if not is_held_out(prompt, recipe.data.holdout, recipe.seed)]
     if not training:
@@ -93,9 +92,7 @@ def _stop_token(form: PromptFormat, text: str) -> int:
     )
 
 
-def _demonstrations(
-    context: StageContext, form: PromptFormat, model: PreTrainedModel, skips: SkipLog
-) -> Demonstrations:
+def _demonstrations(context: PPOContext, form: PromptFormat, model: PreTrainedModel, skips: SkipLog) -> Demonstrations:
     """Demonstrations whose prompts are not held out and that fit the model; the others are counted."""
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
@@ -104,8 +101,7 @@ def _demonstrations(
     from rlhf_cli.stages.ppo.ptx import Demonstrations
     from rlhf_cli.stages.sft.data import tokenize
 
-    recipe, settings, source = context.recipe, context.recipe.ppo, context.inputs["ppo.ptx.data"]
-    assert settings is not None
+    recipe, settings, source = context.recipe, context.settings, present(context.inputs.demonstrations)
     assert settings.ptx is not None
     loaded = read_records(source, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     records, _ = split_by_prompt(loaded.records, recipe.data.holdout, recipe.seed)

@@ -13,10 +13,10 @@ from rlhf_cli.settings.base import (
     ModelName,
     Positive,
 )
-from rlhf_cli.settings.shared import LoraSettings, Training
+from rlhf_cli.settings.shared import LoraSettings, TrainingSettings
 
 
-class RewardModelSettings(Training):
+class RewardModelSettings(TrainingSettings):
     """A reward model from rankings."""
 
     model: ModelName = None

@@ -10,10 +10,10 @@ from rlhf_cli.settings.base import (
     NonNegative,
     Positive,
 )
-from rlhf_cli.settings.shared import LoraSettings, Training
+from rlhf_cli.settings.shared import LoraSettings, TrainingSettings
 
 
-class SFTSettings(Training):
+class SFTSettings(TrainingSettings):
     """Supervised fine-tuning on demonstrations."""
 
     data: Annotated[str, Names("data")]

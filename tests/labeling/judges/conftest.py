@@ -19,8 +19,8 @@ import pytest
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext
 from rlhf_cli.stages.label.judge import Judged, run_judges
+from tests.stages.context import stage_context
 
 _ANSWER = re.compile(r"\[BEGIN ANSWER (\w) (\w+)\]\n(.*?)\n\[END ANSWER \1 \2\]", re.DOTALL)
 
@@ -149,16 +149,14 @@ def judged(tmp_path: Path) -> Callable[..., Judged]:
         recipe = Recipe.model_validate(
             {"label": {"by": "judge", "items": "items.jsonl", "judge": judge}, "data": data or {}}
         )
-        inputs = {"label.items": "items.jsonl"}
-        for number, one in enumerate(judge["panel"]):
-            kind = "model" if "model" in one else "url"
-            inputs[f"label.judge.panel.{number}.{kind}"] = one[kind]
-        inputs |= {"label.calibration": judge["calibration"]} if "calibration" in judge else {}
-        inputs |= {"label.rubric": judge["rubric_file"]} if "rubric_file" in judge else {}
+        judges = [one["model"] if "model" in one else one["url"] for one in judge["panel"]]
+        files = {"calibration": judge.get("calibration"), "rubric": judge.get("rubric_file")}
         output = tmp_path / ".label.output"
         output.mkdir(exist_ok=True)
-        stage = next(row for row in STAGES if row.name == "label")
-        context = StageContext(recipe, stage, output, tmp_path / ".label.work", inputs, stop or NoStop())
+        work = tmp_path / ".label.work"
+        context = stage_context(
+            "label", recipe, output=output, work=work, stop=stop, items="items.jsonl", judges=judges, **files
+        )
         return run_judges(context, candidates, processes or ProcessGroup())
 
     return run

@@ -20,10 +20,11 @@ from rlhf_cli.generation.logprobs import response_hidden
 from rlhf_cli.generation.policy import Answer, Policy, Sampling
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext
-from rlhf_cli.stages.evaluate import stage as evaluate
+from rlhf_cli.stages.base import StageContext
+from rlhf_cli.stages.evaluate import run as evaluate
+from rlhf_cli.stages.inputs import Input
+from tests.stages.context import stage_context
 
-STAGE = next(stage for stage in STAGES if stage.name == "evaluate")
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=4)
 
 
@@ -78,11 +79,11 @@ def context_of(tmp_path: Path, inputs: dict[str, str], *, holdout=0.3, seed=0, *
     )
     for name in ("output", "work"):
         (tmp_path / name).mkdir(exist_ok=True)
-    return StageContext(recipe, STAGE, tmp_path / "output", tmp_path / "work", inputs, Never())
+    return stage_context("evaluate", recipe, output=tmp_path / "output", work=tmp_path / "work", **inputs)
 
 
 def judged(tmp_path, sft, ppo, source, judge, **settings) -> StageContext:
-    inputs = {"sft": str(sft), "ppo": str(ppo), "prompts": str(source), "evaluate.judge_function": judge}
+    inputs = {"baseline": str(sft), "policy": str(ppo), "prompts": str(source), "judge_function": judge}
     return context_of(tmp_path, inputs, judge_function=judge, **settings)
 
 
@@ -209,7 +210,12 @@ def test_a_reward_model_judges_where_there_is_no_function(tiny_llama, lover_of_a
     torch.manual_seed(5)
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "rm")
-    inputs = {"sft": str(tiny_llama), "ppo": str(lover_of_a), "prompts": str(prompts), "train-rm": str(tmp_path / "rm")}
+    inputs = {
+        "baseline": str(tiny_llama),
+        "policy": str(lover_of_a),
+        "prompts": str(prompts),
+        "reward_model": str(tmp_path / "rm"),
+    }
     context = context_of(tmp_path, inputs)
     metrics = evaluate.run(context).metrics
     assert "gold/ppo_mean" not in metrics
@@ -225,8 +231,8 @@ def test_a_reward_model_judges_where_there_is_no_function(tiny_llama, lover_of_a
 def test_the_base_model_answers_the_prompts_that_are_shown(tiny_llama, lover_of_a, prompts, judge, tmp_path, capsys):
     shutil.copytree(tiny_llama, tmp_path / "base")
     context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge, shown_samples=3)
-    inputs = {**context.inputs, "base": str(tmp_path / "base")}
-    context = StageContext(context.recipe, STAGE, context.output, context.work, inputs, Never())
+    base = Input("model", str(tmp_path / "base"))
+    context = dataclasses.replace(context, inputs=dataclasses.replace(context.inputs, base=base))
     evaluate.run(context)
     with_base = [row for row in lines(context) if "base" in row]
     assert len(with_base) == 3

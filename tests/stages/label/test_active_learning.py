@@ -18,10 +18,11 @@ from rlhf_cli.labeling.completions import Answer
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext
+from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.label import active_learning as label_choose
 from rlhf_cli.stages.label.active_learning import choose_candidates
 from rlhf_cli.stages.label.sampling import Sampled
+from tests.stages.context import stage_context
 
 PROMPTS = [f"Question {number}?" for number in range(20)]
 
@@ -60,8 +61,7 @@ def context(folder: Path, models: list[str], **choose: object) -> StageContext:
     recipe = Recipe.model_validate({"model": {"precision": "float32"}, "data": {"holdout": 0.3}, "label": section})
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    inputs = {f"label.choose.{index}": model for index, model in enumerate(models)}
-    return StageContext(recipe, STAGES[1], folder / "out", folder / "work", inputs, NoStop())
+    return stage_context("label", recipe, output=folder / "out", work=folder / "work", active_learning=models)
 
 
 def choose(given: StageContext, rows: Sampled) -> Sampled:

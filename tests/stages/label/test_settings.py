@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.loader import load_recipe
-from rlhf_cli.recipe.overrides import flag
+from rlhf_cli.recipe.overrides import override
 from rlhf_cli.recipe.schema import Recipe
 
 LOCAL = "judge: {panel: [{model: m}]}"
@@ -100,14 +100,14 @@ def test_what_recipe_show_writes_out_is_the_same_recipe(tmp_path, label):
         ("by: import, data: d", False, False),
     ],
 )
-def test_whether_a_stage_samples_and_loads_a_model(tmp_path, label, samples, loads):
+def test_whether_a_stage_samples_and_loads_model(tmp_path, label, samples, loads):
     path = tmp_path / "r.yaml"
     path.write_text(f"label: {{{label}}}\n")
     settings = load_recipe(path, []).recipe.label
-    assert (settings.samples, settings.loads_a_model) == (samples, loads)
+    assert (settings.samples, settings.loads_model) == (samples, loads)
 
 
 def test_a_zero_on_the_command_line_is_called_zero():
-    flags = [flag("label.by", "human", "--by human"), flag("label.human.overlap", 0, "--overlap 0")]
+    flags = [override("label.by", "human", "--by human"), override("label.human.overlap", 0, "--overlap 0")]
     with pytest.raises(RecipeError, match="must be at least 1; got 0"):
         load_recipe(None, [], flags, section="label")

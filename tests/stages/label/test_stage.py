@@ -11,8 +11,9 @@ import pytest
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError, Interrupted, UsageError
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext, StageOutcome
-from rlhf_cli.stages.label import stage as label
+from rlhf_cli.stages.base import StageOutcome
+from rlhf_cli.stages.label import run as label
+from tests.stages.context import stage_context
 
 GOLD = """
 def score(prompts, completions):
@@ -61,7 +62,7 @@ def run(folder: Path, inputs: dict[str, str], stop: StopAfter | None = None, **s
     output, work = folder / "out", folder / "work"
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    return label.run(StageContext(recipe, STAGES[1], output, work, inputs, stop or StopAfter()))
+    return label.run(stage_context("label", recipe, output=output, work=work, stop=stop or StopAfter(), **inputs))
 
 
 def rows(folder: Path) -> list[dict]:
@@ -69,7 +70,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 def by_function(gold: str, prompts: Path, model: Path) -> dict[str, str]:
-    return {"sft": str(model), "prompts": str(prompts), "label.function": gold}
+    return {"policy": str(model), "prompts": str(prompts), "function": gold}
 
 
 def test_every_prompt_gets_k_ranked_answers(gold: str, prompts: Path, tiny_llama: Path, tmp_path: Path):
@@ -149,7 +150,7 @@ def test_a_reward_model_ranks(prompts: Path, tiny_llama: Path, tiny_bert: Path, 
     model.classifier.weight.data.normal_(std=5.0)
     model.save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "rm")
-    inputs = {"sft": str(tiny_llama), "prompts": str(prompts), "train-rm": str(tmp_path / "rm")}
+    inputs = {"policy": str(tiny_llama), "prompts": str(prompts), "reward_model": str(tmp_path / "rm")}
     run(tmp_path, inputs, by="reward-model", reward_model=str(tmp_path / "rm"))
     written = rows(tmp_path)
     assert len({score for row in written for score in row["scores"]}) > 24
@@ -167,11 +168,11 @@ def test_rankings_and_preferences_are_brought_in_as_they_are(tmp_path: Path):
         ],
     )
     with pytest.raises(DataError, match="mixed"):
-        run(tmp_path / "mixed", {"label.data": str(data)}, by="import", data=str(data))
+        run(tmp_path / "mixed", {"rankings": str(data)}, by="import", data=str(data))
     lines = data.read_text().splitlines()
     for name, line in zip("ab", lines, strict=True):
         (tmp_path / f"{name}.jsonl").write_text(line + "\n")
-        run(tmp_path / name, {"label.data": str(tmp_path / f"{name}.jsonl")}, by="import", data=f"{name}.jsonl")
+        run(tmp_path / name, {"rankings": str(tmp_path / f"{name}.jsonl")}, by="import", data=f"{name}.jsonl")
     assert rows(tmp_path / "a") == [json.loads(lines[0])]
     assert rows(tmp_path / "b") == [
         {
@@ -204,6 +205,6 @@ def test_the_command_tells_what_came_out_and_nothing_else(
 
 def test_real_rankings_are_brought_in(shared_data: Path, tmp_path: Path):
     source = str(shared_data / "qa_rankings.jsonl")
-    outcome = run(tmp_path, {"label.data": source}, by="import", data=source, shared={"max_skip": 0.05})
+    outcome = run(tmp_path, {"rankings": source}, by="import", data=source, shared={"max_skip": 0.05})
     assert outcome.metrics["prompts"] + sum(outcome.skipped.values()) == 370
     assert 0.4 < outcome.metrics["longer_wins_share"] < 0.7

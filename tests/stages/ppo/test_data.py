@@ -13,8 +13,8 @@ from rlhf_cli.data.splits import validation_prompts
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext
 from rlhf_cli.stages.ppo.data import load_data
+from tests.stages.context import stage_context
 
 TEXTS = [f"Question number {number}?" for number in range(40)]
 
@@ -31,9 +31,8 @@ def load(tiny_llama: Path, tmp_path: Path):
 
     def run(holdout=0.25, **settings):
         recipe = Recipe.model_validate({"data": {"holdout": holdout, "max_skip": 0.9}, "ppo": settings})
-        stage = next(row for row in STAGES if row.name == "ppo")
-        inputs = {"prompts": str(prompts), "ppo.ptx.data": str(demonstrations)}
-        context = StageContext(recipe, stage, tmp_path, tmp_path, inputs, stop=None)
+        inputs = {"prompts": prompts, "demonstrations": demonstrations}
+        context = stage_context("ppo", recipe, output=tmp_path, work=tmp_path, **inputs)
         return load_data(context, form, model)
 
     return run
@@ -90,7 +89,7 @@ def test_demonstrations_for_ptx_are_not_held_out_and_fit(load):
 
 def test_evaluation_leaves_out_prompts_that_chose_the_policy(tmp_path, capsys):
     from rlhf_cli.data.records import PromptRecord, prompt_key
-    from rlhf_cli.stages.evaluate.stage import not_chosen_on
+    from rlhf_cli.stages.evaluate.run import not_chosen_on
 
     records = [PromptRecord(text) for text in TEXTS[:5]]
     assert not_chosen_on(records, tmp_path) == records

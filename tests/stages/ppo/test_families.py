@@ -15,9 +15,9 @@ from transformers import AutoModelForSeq2SeqLM
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext
-from rlhf_cli.stages.ppo import stage as ppo
+from rlhf_cli.stages.ppo import run as ppo
 from rlhf_cli.training.monitoring import plots
+from tests.stages.context import stage_context
 
 TEXTS = ["What is bread?", "Why is the sky blue?", "The cat sat", "First heat the oven", "A short answer"]
 
@@ -83,9 +83,8 @@ def run(folder: Path, model: Path, prompts: Path, *, inputs: dict | None = None,
     output, work = folder / "ppo", folder / "work"
     output.mkdir(parents=True)
     work.mkdir()
-    stage = next(stage for stage in STAGES if stage.name == "ppo")
-    given = {"sft": str(model), "prompts": str(prompts)} | (inputs or {})
-    ppo.run(StageContext(recipe, stage, output, work, given, NeverStop()))
+    given = {"policy": str(model), "prompts": str(prompts)} | (inputs or {})
+    ppo.run(stage_context("ppo", recipe, output=output, work=work, **given))
     return output
 
 
@@ -94,7 +93,7 @@ def test_a_second_run_goes_on_with_the_critic_of_the_first(policy, tiny_llama, p
     """Values of the second run's first step are those the first run ended with, in both forms."""
     rewards = {"rewards": [{"function": function}], "adapter": policy, "critic_learning_rate": 1e-2}
     first = run(tmp_path / "first", tiny_llama, prompts, **rewards)
-    critic = {"ppo.critic_from": str(first / "critic")}
+    critic = {"critic": str(first / "critic")}
     second = run(tmp_path / "second", tiny_llama, prompts, inputs=critic, critic_warmup_steps=0, **rewards)
     assert f"the critic starts from {first / 'critic'}" in " ".join(capsys.readouterr().err.split())
     # A fresh critic predicts 0 at first; this one does not.
@@ -108,7 +107,7 @@ def test_a_lora_policy_beside_a_critic_that_is_the_reward_model_in_full(tiny_lla
     reward.mkdir()
     save_reward_model(new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=None), reward)
     written = run(
-        tmp_path / "run", tiny_llama, prompts, inputs={"train-rm": str(reward)}, critic="separate", adapter="lora"
+        tmp_path / "run", tiny_llama, prompts, inputs={"reward_model": str(reward)}, critic="separate", adapter="lora"
     )
     said = " ".join(capsys.readouterr().err.split())
     assert "the critic is a model of its own; the reward is a model of its own" in said

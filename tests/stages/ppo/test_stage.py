@@ -8,9 +8,9 @@ import torch
 
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
-from rlhf_cli.recipe.schema import PPOSettings
 from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
-from rlhf_cli.stages.ppo.stage import _save
+from rlhf_cli.stages.ppo.run import _save
+from rlhf_cli.stages.ppo.settings import PPOSettings
 
 SHORT = ("--set", "ppo.steps=2", "--set", "ppo.prompts_per_step=4", "--set", "ppo.max_new_tokens=6",
          "--set", "ppo.epochs=1", "--set", "data.holdout=0", "--set", "model.precision=float32")  # fmt: skip

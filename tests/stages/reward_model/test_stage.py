@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import load_reward_model
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext
-from rlhf_cli.stages.reward_model import stage as train_rm
-
-STAGE = next(stage for stage in STAGES if stage.name == "train-rm")
+from rlhf_cli.stages.inputs import Input
+from rlhf_cli.stages.reward_model import run as train_rm
+from tests.stages.context import stage_context
 
 
 class Never:
@@ -51,8 +51,8 @@ def context_of(tmp_path: Path, model: Path, data: Path, *, holdout=0.3, label=No
     )
     for name in ("output", "work"):
         (tmp_path / name).mkdir()
-    inputs = {"sft": str(model), "label": str(data)}
-    return StageContext(recipe, STAGE, tmp_path / "output", tmp_path / "work", inputs, Never())
+    folders = {"output": tmp_path / "output", "work": tmp_path / "work"}
+    return stage_context("train-rm", recipe, **folders, policy=model, rankings=data)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,9 @@ def test_rewards_of_sampled_labels_have_mean_0_and_deviation_1(tiny_llama, tmp_p
     label = {"by": "function", "function": "f.py:f"}
     context = context_of(tmp_path, tiny_llama, data, label=label)
     # As in a whole run: the rankings are what `label` sampled from the SFT model.
-    recipe = context.recipe.model_copy(update={"train_rm": context.recipe.train_rm.model_copy(update={"data": None})})
-    context = StageContext(recipe, STAGE, context.output, context.work, context.inputs, Never())
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"label": label}}))
+    rankings = Input("artifact", str(data), upstream="label")
+    context = dataclasses.replace(context, inputs=dataclasses.replace(context.inputs, rankings=rankings))
     train_rm.run(context)
     scorer = load_reward_model(ModelSource(str(context.output)), template=None)
     rows = [json.loads(line) for line in data.read_text().splitlines()]

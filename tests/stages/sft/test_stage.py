@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from rlhf_cli.data.records import is_held_out
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES, StageContext, StageOutcome
-from rlhf_cli.stages.sft import stage as sft
+from rlhf_cli.stages.base import StageOutcome
+from rlhf_cli.stages.sft import run as sft
+from tests.stages.context import stage_context
 
 
 class NeverStop:
@@ -51,8 +52,8 @@ def run(folder: Path, data: Path, model: Path | None, **settings: object) -> Sta
     output, work = folder / "out", folder / "work"
     output.mkdir(parents=True)
     work.mkdir()
-    inputs = {"sft.data": str(data), "base": "build" if model is None else str(model)}
-    return sft.run(StageContext(recipe, STAGES[0], output, work, inputs, NeverStop()))
+    base = "build" if model is None else model
+    return sft.run(stage_context("sft", recipe, output=output, work=work, base=base, demonstrations=data))
 
 
 def test_the_artifact_is_an_ordinary_model_folder(tiny_llama: Path, tmp_path: Path):

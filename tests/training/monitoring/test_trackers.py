@@ -19,11 +19,12 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import common
-from rlhf_cli.stages.base import STAGES, StageContext
+from rlhf_cli.stages.base import StageContext
 from rlhf_cli.training.monitoring import trackers as module
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.tracker_backends import TensorBoard
 from rlhf_cli.training.monitoring.trackers import TrackedRun, Trackers
+from tests.stages.context import stage_context
 
 
 @pytest.fixture
@@ -265,9 +266,8 @@ def context(tmp_path: Path, **tracking) -> StageContext:
     recipe = Recipe.model_validate(
         {"name": "mine", "tracking": tracking, "ppo": {"rewards": rewards, "reward_model": "secret/folder"}}
     )
-    stage = next(row for row in STAGES if row.name == "ppo")
     output, work = tmp_path / ".ppo.output", tmp_path / ".ppo.work"
-    return StageContext(recipe, stage, output, work, {}, SimpleNamespace(requested=False, check=lambda: None))
+    return stage_context("ppo", recipe, output=output, work=work)
 
 
 def test_a_stage_tells_trackers_its_settings_and_no_addresses(tmp_path, trackio):

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_cli.pipeline.fingerprint import settings_of
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.base import STAGES
+from rlhf_cli.stages.registry import stages
 
 
 def save_critic(toy, folder: str, weights: str = "adapter") -> None:
@@ -26,7 +26,7 @@ def test_a_word_is_a_setting_even_where_a_folder_has_its_name(finished):
     assert finished.run("--set", "ppo.critic_from=policy").code == 0
     assert finished.ran() == ["ppo nothing", "evaluate nothing"]
     assert identity(finished)["settings"]["ppo.critic_from"] == "policy"
-    assert "ppo.critic_from" not in identity(finished)["inputs"]
+    assert "critic" not in identity(finished)["inputs"]
 
 
 def test_a_folder_counts_by_its_content(finished):
@@ -67,7 +67,7 @@ def test_quantized_weights_concern_the_stages_that_train_adapters_on_them():
         "evaluate": {},
     }
     recipe = Recipe.model_validate({"model": {"path": "base", "quantize": "4bit"}} | sections)
-    concerned = [stage.name for stage in STAGES if settings_of(stage, recipe).get("model.quantize") == "4bit"]
+    concerned = [stage.name for stage in stages() if settings_of(stage, recipe).get("model.quantize") == "4bit"]
     assert concerned == ["sft", "train-rm", "ppo"]
 
 

@@ -1,0 +1,150 @@
+"""The commands that run stages: their options, and from options to a run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from rlhf_cli.cli import options
+from rlhf_cli.stages import registry
+from rlhf_cli.stages.base import Flag
+
+if TYPE_CHECKING:
+    from rlhf_cli.recipe.overrides import Override
+
+
+def stage_command(name: str) -> Callable[..., None]:
+    """The command of a stage, from the stage's declaration."""
+
+    def command(**given: Any) -> None:
+        run_stage(name, given)
+
+    command.__doc__ = registry.REGISTRY[name][1]
+    return options.with_parameters(command, stage_parameters(name))
+
+
+def stage_parameters(name: str, own: Sequence[inspect.Parameter] = ()) -> list[inspect.Parameter]:
+    """Options of a stage's command: those it declares, its command's own, and those of every stage."""
+    return [
+        options.parameter("recipe", options.OptionalRecipe),
+        options.parameter("settings", options.Settings),
+        *options.parameters_of(registry.stage(name).flags),
+        *own,
+        *run_parameters(options.parameter("force", options.Redo, default=False)),
+    ]
+
+
+def run_parameters(force: inspect.Parameter) -> list[inspect.Parameter]:
+    """Options of every command that runs stages."""
+    return [
+        options.parameter("run_dir", options.RunDir),
+        *options.parameters_of(options.RUN_FLAGS),
+        force,
+        options.parameter("dry_run", options.DryRun, default=False),
+        options.parameter("as_json", options.Json, default=False),
+        options.parameter("processes", options.Processes),
+        options.parameter("accelerate_config", options.AccelerateConfig),
+    ]
+
+
+def run_stage(name: str, given: Mapping[str, Any], overrides: Sequence[Override] = ()) -> None:
+    """Bring one stage up to date; its inputs are taken as they are in the run directory.
+
+    Args:
+        name: of the stage.
+        given: values of its command's options.
+        overrides: settings that follow from options of the command's own.
+    """
+    force = (name,) if given["force"] else ()
+    flags = registry.stage(name).flags
+    run_stages({**given, "force": force}, flags, overrides, section=name.replace("-", "_"), first=name, last=name)
+
+
+def run_stages(
+    given: Mapping[str, Any],
+    flags: Sequence[Flag],
+    overrides: Sequence[Override] = (),
+    *,
+    section: str | None = None,
+    first: str | None = None,
+    last: str | None = None,
+) -> None:
+    """Run stages and print the last artifact's path, or JSON.
+
+    Args:
+        given: values of the command's options: those of `run_parameters`, `recipe`, `settings` and the flags.
+        flags: of the command.
+        overrides: settings that follow from options that are not flags.
+        section: a section that exists even where the recipe has none: that of a single-stage command.
+        first: `--from`.
+        last: `--to`.
+    """
+    from rlhf_cli.cli.run_summary import show_outcome, show_plan
+    from rlhf_cli.distributed import launcher
+    from rlhf_cli.distributed.ranks import is_main
+    from rlhf_cli.errors import RecipeError
+    from rlhf_cli.pipeline import runner
+    from rlhf_cli.pipeline.planner import Selection
+    from rlhf_cli.recipe.loader import load_recipe
+
+    launcher.check_surroundings(given["processes"], given["accelerate_config"])
+    all_overrides = [*_overrides((*flags, *options.RUN_FLAGS), given), *overrides]
+    try:
+        loaded = load_recipe(given["recipe"], given["settings"] or [], all_overrides, section=section)
+    except RecipeError as error:
+        if given["recipe"] is None and error.hint is None:
+            error.hint = f"`rlhf {first} --help` names the flags; a recipe can say it all"
+        raise
+    if not given["dry_run"]:
+        _launch(given["processes"], given["accelerate_config"], threads=loaded.recipe.model.threads)
+    folder: Path = given["run_dir"] or loaded.recipe.default_run_dir
+    selection = Selection(first, last, frozenset(given["force"] or ()))
+    if given["dry_run"]:
+        result = runner.dry_run(loaded, folder, selection)
+        show_plan(result)
+    else:
+        result = runner.run(loaded, folder, selection)
+        if not is_main():  # rank 0 reports for all
+            return
+        show_outcome(result)
+    if given["as_json"]:
+        typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
+    elif not given["dry_run"]:
+        typer.echo(result.stages[-1].path)
+
+
+def _overrides(flags: Sequence[Flag], given: Mapping[str, Any]) -> list[Override]:
+    """Settings from the flags that were given; flags that fill the same list follow one another."""
+    from rlhf_cli.recipe.overrides import override
+
+    values: dict[str, Any] = {}
+    typed: dict[str, list[str]] = {}
+    for flag in flags:
+        value = given.get(flag.name)
+        if value is None:
+            continue
+        typed.setdefault(flag.setting, []).extend(
+            f"{flag.option} {one}" for one in (value if flag.repeatable else [value])
+        )
+        if flag.repeatable:
+            entries = value if flag.entry is None else [{flag.entry: one} for one in value]
+            values[flag.setting] = [*values.get(flag.setting, []), *entries]
+        else:
+            values[flag.setting] = value
+    return [override(setting, value, " ".join(typed[setting])) for setting, value in values.items()]
+
+
+def _launch(processes: int | None, accelerate_config: Path | None, *, threads: int | None) -> None:
+    """Where several processes are asked for, run the command in those; return where this process runs it alone."""
+    from rlhf_cli.distributed import launcher
+
+    if accelerate_config is not None:
+        launcher.hand_over(accelerate_config)
+    if processes is not None and processes > 1:
+        launcher.start(processes, threads=threads)
+        raise typer.Exit

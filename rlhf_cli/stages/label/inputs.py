@@ -1,0 +1,79 @@
+"""What labeling reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
+from rlhf_cli.stages.label.settings import HumanSettings, JudgeModelSettings, JudgeSettings, LabelSettings
+
+
+@dataclass(frozen=True)
+class LabelInputs(StageInputs):
+    """Inputs of labeling; which are present depends on who labels.
+
+    Attributes:
+        policy: model whose completions are sampled.
+        prompts: prompt records that it completes.
+        items: completions to rank, in place of sampled ones.
+        rankings: rankings or preferences to import.
+        function: scores completions.
+        reward_model: scores completions.
+        guidelines: text that annotators are shown.
+        gold: rankings whose order is known.
+        judges: in the order of `label.judge.panel`.
+        rubric: file with the judges' rubric.
+        calibration: rankings by people that judges are compared with.
+        active_learning: reward models that choose what is labeled.
+    """
+
+    policy: Input | None = None
+    prompts: Input | None = None
+    items: Input | None = None
+    rankings: Input | None = None
+    function: Input | None = None
+    reward_model: Input | None = None
+    guidelines: Input | None = None
+    gold: Input | None = None
+    judges: tuple[Input, ...] = ()
+    rubric: Input | None = None
+    calibration: Input | None = None
+    active_learning: tuple[Input, ...] = ()
+
+
+def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder) -> LabelInputs:
+    """Inputs of the stage; raises `UsageError` for one that is missing."""
+    shared = find.shared(loads_model=settings.loads_model)
+    if settings.by == "import":
+        return LabelInputs(**shared, rankings=find.named("data", settings.data, "data", records="ranking"))
+    human, judge = settings.human or HumanSettings(), settings.judge
+    chosen_by = settings.choose.reward_models if settings.choose is not None else ()
+    return LabelInputs(
+        **shared,
+        policy=find.policy("model", settings.model) if settings.samples else None,
+        prompts=find.prompts(settings.prompts) if settings.samples else None,
+        items=find.named("data", settings.items, "items", records="candidates"),
+        function=find.named("function", settings.function, "function"),
+        reward_model=find.named("model", settings.reward_model, "reward_model"),
+        guidelines=find.named("file", human.guidelines, "human.guidelines"),
+        gold=find.named("data", human.gold, "human.gold", records="ranking"),
+        judges=_judges(judge),
+        rubric=None if judge is None else find.named("file", judge.rubric_file, "judge.rubric_file"),
+        calibration=None
+        if judge is None
+        else find.named("data", judge.calibration, "judge.calibration", records="ranking"),
+        active_learning=tuple(Input("model", model, "label.choose.reward_models") for model in chosen_by),
+    )
+
+
+def _judges(settings: JudgeSettings | None) -> tuple[Input, ...]:
+    panel = () if settings is None else settings.panel
+    return tuple(_judge(f"label.judge.panel.{number}", judge) for number, judge in enumerate(panel))
+
+
+def _judge(name: str, judge: JudgeModelSettings) -> Input:
+    if judge.model is not None:
+        return Input("model", judge.model, f"{name}.model")
+    assert judge.url is not None
+    return Input("endpoint", judge.url, f"{name}.url", matters=False, token_env=judge.token_env)

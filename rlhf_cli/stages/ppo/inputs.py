@@ -1,0 +1,86 @@
+"""What PPO reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.settings.base import Names
+from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
+from rlhf_cli.stages.ppo.settings import PPORewardSettings, PPOSettings
+
+_OTHER_REWARDS = ", or give another reward with `--function` or `--reward-url`"
+
+
+@dataclass(frozen=True)
+class PPOInputs(StageInputs):
+    """Inputs of PPO.
+
+    Attributes:
+        policy: model to start from, and reference of the KL penalty.
+        reward_model: None where `ppo.rewards` alone give the reward.
+        critic: saved critic to start from; None where `ppo.critic_from` is a word.
+        prompts: prompt records.
+        demonstrations: for PPO-ptx.
+        rewards: in the order of `ppo.rewards`.
+    """
+
+    policy: Input
+    reward_model: Input | None
+    critic: Input | None
+    prompts: Input
+    demonstrations: Input | None
+    rewards: tuple[Input, ...]
+
+
+def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -> PPOInputs:
+    """Inputs of the stage; raises `UsageError` for one that is missing."""
+    start = settings.critic_from
+    return PPOInputs(
+        **find.shared(loads_model=True),
+        policy=find.policy("model", settings.model),
+        reward_model=_reward_model(settings, recipe, find),
+        critic=None if start in Names.CRITIC_WORDS else find.named("critic", start, "critic_from"),
+        prompts=find.prompts(settings.prompts),
+        demonstrations=_demonstrations(settings, recipe),
+        rewards=tuple(_reward(f"ppo.rewards.{number}", one) for number, one in enumerate(settings.rewards)),
+    )
+
+
+def _reward_model(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -> Input | None:
+    if settings.reward_model is not None:
+        return find.named("model", settings.reward_model, "reward_model")
+    if recipe.value("train_rm") is not None or (not settings.rewards and find.artifacts.has("train-rm")):
+        return find.artifact("train-rm", "reward_model", also=_OTHER_REWARDS)
+    if not settings.rewards:
+        raise find.missing("train-rm", "reward_model", also=_OTHER_REWARDS)
+    if len(settings.rewards) == 1 and settings.reward_combination != "sum":
+        raise UsageError(
+            f"`ppo.reward_combination: {settings.reward_combination}` has no effect on a single reward",
+            hint="remove it, or give further `ppo.rewards` or a reward model",
+        )
+    return None
+
+
+def _demonstrations(settings: PPOSettings, recipe: RunSettings) -> Input | None:
+    if settings.ptx is None:
+        return None
+    if settings.ptx.data is not None:
+        return Input("data", settings.ptx.data, "ppo.ptx.data", records="demonstration")
+    demonstrations = recipe.value("sft.data")
+    if demonstrations is None:
+        raise UsageError(
+            "`ppo.ptx` has no demonstrations: the recipe has no `sft` section to take them from",
+            hint="name a file, folder or hub data set with `--set ppo.ptx.data=PATH`",
+        )
+    return Input("data", demonstrations, "sft.data", records="demonstration")
+
+
+def _reward(name: str, reward: PPORewardSettings) -> Input:
+    if reward.function is not None:
+        return Input("function", reward.function, f"{name}.function")
+    if reward.model is not None:
+        return Input("model", reward.model, f"{name}.model")
+    assert reward.url is not None
+    return Input("endpoint", reward.url, f"{name}.url", matters=False, token_env=reward.token_env)

@@ -1,0 +1,204 @@
+"""The `ppo` stage: from the recipe's section and the artifacts before it to a trained policy."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cli.data.records import prompt_key
+from rlhf_cli.errors import UsageError
+from rlhf_cli.progress import say
+from rlhf_cli.stages.base import StageOutcome
+from rlhf_cli.stages.common import metrics_log, model_source, prompt_format, prompt_template
+from rlhf_cli.stages.inputs import source_of
+from rlhf_cli.stages.ppo.data import load_data
+from rlhf_cli.stages.ppo.stage import PPOContext
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
+    from rlhf_cli.stages.ppo.models import PPOModels
+    from rlhf_cli.stages.ppo.options import PPOOptions
+    from rlhf_cli.stages.ppo.settings import PPOSettings
+
+
+_FEWEST_ROWS = 2
+"""Two points are no curve."""
+
+CHOSEN_ON = "chosen_on.json"
+"""Keys of the held-out prompts that decided which policy was written, for `evaluate` to leave out."""
+
+
+def run(context: PPOContext) -> StageOutcome:
+    """Train the policy against the reward; write it merged, with its critic, its metrics and what they say."""
+    from rlhf_cli.distributed.process_group import ProcessGroup
+    from rlhf_cli.generation.logprobs import check_projection
+    from rlhf_cli.precision import autocast
+    from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+    from rlhf_cli.stages.ppo.rewards import build_rewards
+    from rlhf_cli.stages.ppo.trainer import PPOTrainer
+    from rlhf_cli.training.monitoring.metrics_log import read_rows
+
+    settings = context.settings
+    source = model_source(context.recipe, context.inputs.policy.source)
+    roles, reward_model = _actors(context, settings, source)
+
+    mixed = partial(autocast, source.device, source.precision)
+    with roles.reference() as model, mixed():
+        check_projection(model, source.path)
+        data, skips = load_data(context, prompt_format(context.recipe, source), model)
+    processes = ProcessGroup(source.device)
+    engine = ForwardPasses(
+        roles,
+        autocast=mixed,
+        micro_batch_size=settings.micro_batch_size,
+        temperature=settings.temperature,
+        processes=processes,
+    )
+    template = prompt_template(context.recipe, source.path)
+    reward = build_rewards(settings, reward_model, source, template, stop=context.stop)
+    say(f"ppo: the reward is {reward.described()}")
+    trainer = PPOTrainer(
+        roles,
+        engine,
+        data,
+        reward.score,
+        _options(settings),
+        seed=context.recipe.seed,
+        work=context.work,
+        stop=context.stop,
+        log=metrics_log(context),
+    )
+    trainer.train()
+    rows = read_rows(context.work / "metrics.jsonl")
+    if processes.is_main:
+        _save(context.output, roles, source, settings)
+        _keep_records(context, rows)
+        if settings.kl_budget is not None and data.held_out is not None:
+            keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
+            (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
+        if skips.total:
+            skips.write(context.output / "skips.jsonl")
+    return _outcome(rows, dict(skips.counts))
+
+
+def _options(settings: PPOSettings) -> PPOOptions:
+    """The section as the engine's plain values."""
+    import dataclasses
+
+    from rlhf_cli.stages.ppo.options import PPOOptions
+
+    own = {"ptx_coef", "ptx_batch_size"}
+    plain = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(PPOOptions) if field.name not in own
+    }
+    if settings.ptx is None:
+        return PPOOptions(**plain)
+    return PPOOptions(**plain, ptx_coef=settings.ptx.coef, ptx_batch_size=settings.ptx.batch_size)
+
+
+def _actors(
+    context: PPOContext, settings: PPOSettings, source: ModelSource
+) -> tuple[PPOModels, RewardModelHandle | None]:
+    import dataclasses
+
+    from rlhf_cli.models.loading import context_length, load_config
+    from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+
+    reward_path = source_of(context.inputs.reward_model)
+    if reward_path is None and not settings.rewards:
+        raise UsageError(
+            "`ppo` has no reward: no reward model and no function",
+            hint="name one with `--set ppo.reward_model=PATH`, or give `ppo.rewards`",
+        )
+    lora = settings.lora
+    options = PPOModelOptions(
+        lora=LoraShape(lora.rank, lora.alpha, lora.target_modules) if settings.adapter == "lora" else None,
+        critic=settings.critic,
+        critic_from=source_of(context.inputs.critic) or settings.critic_from,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        seed=context.recipe.seed,
+        longest=min(
+            context_length(load_config(source)), context.recipe.data.max_prompt_tokens + settings.max_new_tokens
+        ),
+    )
+    source = dataclasses.replace(source, quantize=context.recipe.model.quantize)
+    template = prompt_template(context.recipe, source.path)
+    actors = load_ppo_models(source, options, reward_path=reward_path, template=template)
+    for note in actors.notes:
+        say(f"ppo: {note}")
+    return actors.roles, actors.reward_model
+
+
+def _save(output: Path, roles: PPOModels, source: ModelSource, settings: PPOSettings) -> None:
+    """The policy as an ordinary model folder, merged in float32 from the SFT weights as they are on disk."""
+    import torch
+
+    from rlhf_cli.models.loading import load_config, load_policy, load_tokenizer
+    from rlhf_cli.models.merging import merged_policy
+    from rlhf_cli.models.saving import save_model_folder
+
+    roles.save_critic(output / "critic")
+    load_tokenizer(source).save_pretrained(output / "critic")
+    trained = {key.removeprefix("policy."): value for key, value in roles.state().items() if key.startswith("policy.")}
+    if settings.adapter == "lora":
+        lora = settings.lora
+        model = merged_policy(source, trained, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
+    else:
+        model = load_policy(source.in_full())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(trained[name])
+    stored = load_config(source).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    save_model_folder(model, load_tokenizer(source), output, dtype=dtype)
+
+
+def _keep_records(context: PPOContext, rows: list[dict[str, Any]]) -> None:
+    """Metrics and samples beside the policy, and what they look like: a picture, and whether the curve is normal."""
+    from rlhf_cli.training.monitoring.health import report as health
+    from rlhf_cli.training.monitoring.plots import draw_curves
+
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (context.work / name).is_file():
+            shutil.copyfile(context.work / name, context.output / name)
+    if len(rows) > _FEWEST_ROWS:
+        draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
+    findings = health.judge(rows)
+    health.write(context.output / "health.json", findings)
+    health.show(findings)
+
+
+def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcome:
+    """First and last tenth of the run, since a single step's mean is noisy."""
+    steps = [row for row in rows if row["step"] > 0]
+    width = max(1, len(steps) // 10)
+
+    def mean(name: str, chosen: list[dict[str, Any]]) -> float:
+        """Over the steps that have the figure: broken steps have none."""
+        found = [row[name] for row in chosen if row.get(name) is not None]
+        return sum(found) / len(found) if found else math.nan
+
+    first, last = steps[:width], steps[-width:]
+    names = ("objective/kl", "objective/entropy", "length/mean", "policy/clipfrac_avg", "val/explained_variance")
+    metrics = {
+        "objective/scores_first": mean("objective/scores", first),
+        "objective/scores": mean("objective/scores", last),
+        **{name: mean(name, last) for name in names},
+        "episode": steps[-1]["episode"] if steps else math.nan,
+    }
+    summary = [
+        ("reward", f"{metrics['objective/scores_first']:.2f} -> {metrics['objective/scores']:.2f}"),
+        ("KL", f"{metrics['objective/kl']:z.1f} nats an answer"),
+        ("answers", f"{metrics['episode']:,.0f}"),
+    ]
+    evaluated = [row for row in rows if row.get("eval/objective/scores") is not None]
+    if evaluated:
+        metrics["eval/objective/scores"] = evaluated[-1]["eval/objective/scores"]
+        first_score, last_score = (row["eval/objective/scores"] for row in (evaluated[0], evaluated[-1]))
+        summary.insert(1, ("held-out reward", f"{first_score:.2f} -> {last_score:.2f}"))
+    return StageOutcome(metrics=metrics, skipped=skipped, summary=summary)

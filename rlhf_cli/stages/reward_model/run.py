@@ -1,0 +1,293 @@
+"""The `train-rm` stage: from rankings to a reward model that says how far it can be trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.sharding import divide
+from rlhf_cli.errors import DataError
+from rlhf_cli.progress import say, task, warn
+from rlhf_cli.stages.base import StageOutcome
+from rlhf_cli.stages.common import (
+    artifact_settings,
+    metrics_log,
+    model_source,
+    prompt_format,
+    prompt_room,
+    prompt_template,
+)
+from rlhf_cli.stages.reward_model.stage import RewardModelContext
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.records import Prompt, Ranking
+    from rlhf_cli.data.sources import LoadedRecords
+    from rlhf_cli.generation.policy import Policy, Sampling
+    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.models.reward_model.model import RewardModel
+    from rlhf_cli.stages.reward_model.data import RankedGroup
+    from rlhf_cli.stages.reward_model.evaluation import RankingReport
+    from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+
+_PROMPTS_CHECKED = 64
+"""Training prompts whose accuracy is shown beside the held-out one, or whose labeled answers fix the scale."""
+_PROMPTS_SAMPLED = 64
+_TOKENS_SAMPLED = 64
+"""Answers drawn to normalize rewards: enough for a mean and a deviation, at a minute's cost on a CPU."""
+
+
+def run(context: RewardModelContext) -> StageOutcome:
+    """Train the reward model, measure it on held-out prompts, fix the scale of its rewards, write it."""
+    from rlhf_cli.data.splits import split_by_prompt
+    from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+    from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
+
+    recipe, settings = context.recipe, context.settings
+    loaded = _rankings(context, settings)
+    source = model_source(recipe, context.inputs.policy.source, quantized=True)
+    scorer = new_reward_model(
+        source,
+        template=prompt_template(recipe, context.inputs.policy.source),
+        lora=settings.lora.model_dump() if settings.adapter == "lora" else None,
+        seed=recipe.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    rankings, groups = _fitting(context, settings, scorer, loaded)
+    train, held_out = split_by_prompt(rankings, recipe.data.holdout, recipe.seed)
+    if not held_out:
+        raise DataError(
+            f"{context.inputs.rankings.source}: none of its {len(rankings):,} rankings has a held-out prompt "
+            f"(`data.holdout: {recipe.data.holdout:g}`), so nothing could say how good the reward model is",
+            hint="give more prompts, or hold out more with `--set data.holdout=0.2`",
+        )
+    options = RewardOptions(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(RewardOptions)}
+    )
+    processes = ProcessGroup(source.device)
+    trainer = RewardTrainer(
+        scorer,
+        [groups[id(ranking)] for ranking in train],
+        options,
+        seed=recipe.seed,
+        work=context.work,
+        metrics=context.work / "metrics.jsonl",
+        stop=context.stop,
+        processes=processes,
+        log=metrics_log(context),
+    )
+    tally = trainer.train()
+    del trainer
+    report, train_accuracy = _report(context, scorer, train, held_out, processes)
+    if settings.normalize:
+        _normalize(context, scorer, source, train, processes)
+    if not processes.is_main:
+        return StageOutcome()
+    save_reward_model(scorer, context.output)
+    (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
+    if loaded.skips.total:
+        loaded.skips.write(context.output / "skips.jsonl")
+    metrics = _metrics(report, train_accuracy, scorer) | {"rm/skipped_steps": float(tally.skipped_steps)}
+    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
+
+
+def _rankings(context: RewardModelContext, settings: RewardModelSettings) -> LoadedRecords:
+    from rlhf_cli.data.sources import read_records
+
+    data = context.recipe.data
+    # Our own rankings have our own names of fields and may hold empty answers; the mapping is for files people bring.
+    is_ours = settings.data is None
+    columns = {} if is_ours else data.columns
+    loaded = read_records(
+        context.inputs.rankings.source, "ranking", columns=columns, max_skip=data.max_skip, keep_blank=is_ours
+    )
+    for line in loaded.warnings:
+        warn(line)
+    if settings.use_margin and all(ranking.margin is None for ranking in loaded.records):
+        raise DataError(
+            f"{context.inputs.rankings.source}: `train_rm.use_margin` is set and no record has a `margin`",
+            hint="leave `use_margin` out, or give each preference a number in `margin`",
+        )
+    return loaded
+
+
+def _fitting(
+    context: RewardModelContext, settings: RewardModelSettings, scorer: RewardModel, loaded: LoadedRecords
+) -> tuple[list[Ranking], dict[int, RankedGroup]]:
+    """Rankings whose every answer fits the model, and their ids; the others are skipped and counted."""
+    from rlhf_cli.data.records import prompt_text
+    from rlhf_cli.data.sources import Skip
+    from rlhf_cli.stages.reward_model.data import encode_group
+
+    room = min(settings.max_length, scorer.room)
+    source = context.inputs.rankings.source
+    kept: list[Ranking] = []
+    groups: dict[int, RankedGroup] = {}
+    with task("tokenizing rankings", len(loaded.records), "prompts") as bar:
+        for ranking in loaded.records:
+            group = encode_group(scorer, ranking)
+            bar.advance()
+            if group.longest > room:
+                excerpt = prompt_text(ranking.prompt)[:80]
+                loaded.skips.add(
+                    Skip(ranking.place or source, f"prompt and answer longer than {room:,} tokens", excerpt)
+                )
+                continue
+            kept.append(ranking)
+            groups[id(ranking)] = group
+    loaded.skips.check(loaded.total, context.recipe.data.max_skip, source)
+    return kept, groups
+
+
+def _scores(
+    context: RewardModelContext, scorer: RewardModel, rankings: Sequence[Ranking], label: str, processes: ProcessGroup
+) -> list[list[float]]:
+    """Rewards of all answers, one list a ranking."""
+
+    def score(own: list[Ranking]) -> list[list[float]]:
+        prompts = [ranking.prompt for ranking in own for _ in ranking.completions]
+        completions = [completion for ranking in own for completion in ranking.completions]
+        with task(label, len(prompts), "answers") as bar:
+
+            def progress(done: int) -> None:
+                bar.advance(done)
+                context.stop.check()
+
+            flat = iter(scorer.score(prompts, completions, progress=progress))
+        return [[next(flat) for _ in ranking.completions] for ranking in own]
+
+    return divide(processes, rankings, score)
+
+
+def _report(
+    context: RewardModelContext,
+    scorer: RewardModel,
+    train: Sequence[Ranking],
+    held_out: Sequence[Ranking],
+    processes: ProcessGroup,
+) -> tuple[RankingReport, float]:
+    """Agreement with the held-out rankings, and accuracy on some that were trained on."""
+    from rlhf_cli.stages.reward_model.evaluation import accuracy, ranking_report
+
+    seed = context.recipe.seed
+    checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
+    scores = _scores(context, scorer, held_out, "scoring held-out rankings", processes)
+    report = ranking_report(held_out, scores, seed=seed)
+    return report, accuracy(checked, _scores(context, scorer, checked, "scoring training rankings", processes))
+
+
+def _normalize(
+    context: RewardModelContext,
+    scorer: RewardModel,
+    source: ModelSource,
+    train: Sequence[Ranking],
+    processes: ProcessGroup,
+) -> None:
+    """Fix mean and deviation of rewards over answers of the SFT model to training prompts.
+
+    Labeled answers are the SFT model's own where `label` sampled them. Imported ones are not: then the model that the
+    reward model started from answers some training prompts anew, if it can write; an encoder or a classifier cannot,
+    and the labeled answers serve.
+    """
+    from statistics import fmean, pstdev
+
+    chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS_CHECKED))
+    sampled = None if _labels_are_sampled(context) else _sft_answers(context, scorer, source, chosen, processes)
+    if sampled is None:
+        raw = [
+            reward
+            for rewards in _scores(context, scorer, chosen, "normalizing rewards", processes)
+            for reward in rewards
+        ]
+    else:
+        raw = scorer.score([ranking.prompt for ranking in chosen[: len(sampled)]], sampled)
+    # Answers that are all alike have no spread to scale by.
+    scorer.mean, scorer.std = fmean(raw), pstdev(raw) or 1.0
+    kind = "labeled answers" if sampled is None else "new answers of the SFT model"
+    say(f"rewards are normalized over {len(raw):,} {kind}: mean {scorer.mean:.3f}, deviation {scorer.std:.3f}")
+
+
+def _labels_are_sampled(context: RewardModelContext) -> bool:
+    """Whether the rankings are of completions that `label` sampled from the SFT model."""
+    rankings = context.inputs.rankings
+    if rankings.upstream is None:
+        return False
+    label = artifact_settings(Path(rankings.source).parent).get("label", {})
+    return label.get("by") != "import" and label.get("items") is None
+
+
+def _sft_answers(
+    context: RewardModelContext,
+    scorer: RewardModel,
+    source: ModelSource,
+    rankings: list[Ranking],
+    processes: ProcessGroup,
+) -> list[str] | None:
+    """Answers to the first prompts of `rankings`, which is put in a usable order; None if the base cannot write."""
+    from rlhf_cli.generation.policy import Policy, Sampling, free_memory
+    from rlhf_cli.models.loading import load_config
+    from rlhf_cli.models.reward_model.classifier import is_classifier
+
+    config = load_config(source)
+    if scorer.is_encoder or is_classifier(config):
+        return None
+    tokenizer = scorer.format.tokenizer
+    longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
+    sampling = Sampling(1.0, 1.0, max(1, min(_TOKENS_SAMPLED, longest)), 32)
+    format = prompt_format(context.recipe, source)
+    room = prompt_room(config, sampling.max_new_tokens, format.name, "label.sampling.max_new_tokens")
+    fitting = (ranking for ranking in rankings if len(format.prompt_ids(ranking.prompt)) <= room)
+    rankings[:] = list(islice(fitting, _PROMPTS_SAMPLED))
+    if not rankings:
+        return None
+    policy = Policy.load(source, format)
+    texts = divide(
+        processes,
+        [ranking.prompt for ranking in rankings],
+        partial(_answer, policy, sampling=sampling, seed=context.recipe.seed),
+    )
+    del policy
+    free_memory()
+    return texts
+
+
+def _answer(policy: Policy, prompts: list[Prompt], *, sampling: Sampling, seed: int) -> list[str]:
+    label = "answers to normalize rewards"
+    return [answer.text for answer in policy.answer(prompts, [0] * len(prompts), sampling, seed=seed, label=label)]
+
+
+def _metrics(report: RankingReport, train_accuracy: float, scorer: RewardModel) -> dict[str, float]:
+    metrics = {
+        "rm/accuracy": report.accuracy,
+        "rm/accuracy_low": report.low,
+        "rm/accuracy_high": report.high,
+        "rm/always_longer": report.always_longer,
+        "rm/always_shorter": report.always_shorter,
+        "rm/train_accuracy": train_accuracy,
+        "rm/calibration_error": report.calibration_error,
+        "rm/mean_best": (report.mean_best - scorer.mean) / scorer.std,
+        "rm/mean_worst": (report.mean_worst - scorer.mean) / scorer.std,
+        "rm/prompts": float(report.prompts),
+        "rm/pairs": float(report.pairs),
+        "rm/ties": float(report.ties),
+        "rm/mean": scorer.mean,
+        "rm/std": scorer.std,
+    }
+    return metrics | {f"rm/accuracy_distance_{gap}": share for gap, (share, _) in report.by_distance.items()}
+
+
+def _summary(report: RankingReport, train_accuracy: float) -> list[tuple[str, str]]:
+    return [
+        (
+            "held-out accuracy",
+            f"{report.accuracy:.1%} ({report.low:.1%} to {report.high:.1%}, {report.pairs:,} pairs of "
+            f"{report.prompts:,} prompts)",
+        ),
+        ("always the longer answer", f"{report.always_longer:.1%}; the shorter {report.always_shorter:.1%}"),
+        ("accuracy in training", f"{train_accuracy:.1%}"),
+    ]

@@ -1,0 +1,157 @@
+"""The `sft` stage: from demonstrations and a base model to an ordinary model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.errors import DataError
+from rlhf_cli.stages.base import StageOutcome
+from rlhf_cli.stages.common import metrics_log, model_source, prompt_format
+from rlhf_cli.stages.sft.stage import SFTContext
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.chat_format import PromptFormat
+    from rlhf_cli.data.records import Demonstration
+    from rlhf_cli.data.sources import LoadedRecords
+    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.stages.sft.data import Example
+    from rlhf_cli.stages.sft.settings import SFTSettings
+    from rlhf_cli.stages.sft.trainer import SFTOptions, SFTResult
+
+_HELD_OUT_MEASURED = 500
+"""Held-out demonstrations whose loss is measured: enough for two digits, before and after."""
+
+
+def run(context: SFTContext) -> StageOutcome:
+    """Fine-tune on demonstrations whose prompts are not held out; write the merged model."""
+    import torch
+
+    from rlhf_cli.data.chat_format import check_conversations
+    from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.splits import split_by_prompt
+    from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
+    from rlhf_cli.models.saving import save_model_folder
+    from rlhf_cli.stages.sft.trainer import train_sft
+
+    recipe, settings = context.recipe, context.settings
+    data = context.inputs.demonstrations.source
+    loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    processes = ProcessGroup(resolve_device(recipe.model.device))
+    source = model_source(recipe, _base(context, loaded.records, processes), quantized=True)
+    tokenizer = load_tokenizer(source)
+    form = prompt_format(recipe, source, tokenizer)
+    check_conversations(form, loaded.records)
+    model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
+    fitting = _fitting(context, settings, loaded, form, model.config)
+    train, held_out = split_by_prompt([record for record, _ in fitting], recipe.data.holdout, recipe.seed)
+    examples = {id(record): example for record, example in fitting}
+    result = train_sft(
+        model,
+        tokenizer,
+        [examples[id(record)] for record in train],
+        [examples[id(record)] for record in held_out[:_HELD_OUT_MEASURED]],
+        _options(settings, source, recipe.seed),
+        work=context.work,
+        stop=context.stop,
+        name=source.path,
+        source=None if source.quantize == "none" else source,
+        processes=processes,
+        log=metrics_log(context),
+    )
+    if not processes.is_main:
+        return StageOutcome()
+    save_model_folder(result.merged or model, tokenizer, context.output, dtype=source.dtype)
+    (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
+    if loaded.skips.total:
+        loaded.skips.write(context.output / "skips.jsonl")
+    tokens = sum(len(examples[id(record)]) for record in train)
+    return _outcome(result, len(train), len(held_out), tokens, loaded.skips.counts)
+
+
+def _base(context: SFTContext, records: list[Demonstration], processes: ProcessGroup) -> str:
+    """The base model's folder or hub id; with `model.build`, it is made first, from the demonstrations' text."""
+    build = context.recipe.model.build
+    if build is None:
+        assert context.inputs.base is not None
+        return context.inputs.base.source
+    from rlhf_cli.data.records import prompt_text
+    from rlhf_cli.models.build import build_model
+
+    folder = context.work / "base"
+    if processes.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill left may be torn; the same bytes are made again
+        texts = (text for record in records for text in (prompt_text(record.prompt), record.completion))
+        build_model(folder, texts, **build.model_dump(), seed=context.recipe.seed)
+    processes.barrier()
+    return str(folder)
+
+
+def _fitting(
+    context: SFTContext, settings: SFTSettings, loaded: LoadedRecords, form: PromptFormat, config
+) -> list[tuple[Demonstration, Example]]:
+    """Records that fit the model, with their ids; the others are skipped and counted."""
+    from rlhf_cli.data.records import prompt_text
+    from rlhf_cli.data.skips import Skip
+    from rlhf_cli.models.loading import context_length
+    from rlhf_cli.progress import task
+    from rlhf_cli.stages.sft.data import tokenize
+
+    data, source = context.recipe.data, context.inputs.demonstrations.source
+    room = min(settings.max_length, context_length(config))
+    fitting: list[tuple[Demonstration, Example]] = []
+    with task("tokenizing demonstrations", len(loaded.records), "records") as bar:
+        for record in loaded.records:
+            example = tokenize(record, form, is_encoder_decoder=config.is_encoder_decoder)
+            bar.advance()
+            reason = None
+            if len(example.prompt_ids) > data.max_prompt_tokens:
+                reason = f"prompt longer than {data.max_prompt_tokens:,} tokens"
+            elif example.longest_side(config.is_encoder_decoder) > room:
+                reason = f"prompt and completion longer than {room:,} tokens"
+            if reason is None:
+                fitting.append((record, example))
+            else:
+                excerpt = (prompt_text(record.prompt) or record.completion)[:80]
+                loaded.skips.add(Skip(record.place or source, reason, excerpt))
+    loaded.skips.check(loaded.total, data.max_skip, source)
+    if not fitting:
+        raise DataError(f"{source}: holds no demonstrations", hint="give records with `prompt` and `completion`")
+    return fitting
+
+
+def _options(settings: SFTSettings, source: ModelSource, seed: int) -> SFTOptions:
+    from rlhf_cli.stages.sft.trainer import Lora, SFTOptions
+
+    ours = {"lora", "precision", "dtype", "seed"}
+    plain: dict[str, Any] = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(SFTOptions) if field.name not in ours
+    }
+    lora = Lora(**settings.lora.model_dump()) if settings.adapter == "lora" else None
+    return SFTOptions(**plain, lora=lora, precision=source.precision, dtype=source.dtype, seed=seed)
+
+
+def _outcome(result: SFTResult, records: int, held_out: int, tokens: int, skipped: dict[str, int]) -> StageOutcome:
+    from rlhf_cli.stages.sft.loss import perplexity
+
+    metrics = {
+        "records": float(records),
+        "tokens": float(tokens),
+        "held_out_records": float(held_out),
+        "steps": float(result.steps),
+        "train_loss": result.train_loss,
+        "skipped_steps": float(result.skipped_steps),
+    }
+    summary = [("trained on", f"{records:,} demonstrations, {tokens:,} tokens, {result.steps:,} steps")]
+    if result.eval_loss is not None and result.eval_loss_before is not None:
+        before, after = perplexity(result.eval_loss_before), perplexity(result.eval_loss)
+        metrics |= {
+            "eval_loss_before": result.eval_loss_before,
+            "eval_loss": result.eval_loss,
+            "eval_perplexity_before": before,
+            "eval_perplexity": after,
+        }
+        summary.append(("held-out perplexity", f"{before:,.2f} -> {after:,.2f}"))
+    return StageOutcome(metrics=metrics, skipped=skipped, summary=summary)
