@@ -215,13 +215,23 @@ class PPOSettings(Section):
     """Newest step checkpoints that are kept; the best under `kl_budget` is kept besides."""
 
     @property
-    def answers_per_step(self) -> int:
-        """Answers sampled in one step, all processes together."""
+    def completions_per_step(self) -> int:
+        """Completions sampled per step, all processes together."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def optimizer_steps_per_step(self) -> int:
+        """Optimizer steps per step, unless its update ends early."""
+        return self.epochs * self.minibatches
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps * self.optimizer_steps_per_step
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
-        if self.answers_per_step < self.minibatches:
+        if self.completions_per_step < self.minibatches:
             raise ValueError("`minibatches` exceeds the answers of a step (`prompts_per_step` x `samples_per_prompt`)")
         if self.critic_warmup_steps >= self.steps:
             raise ValueError("`critic_warmup_steps` leaves no step in which the policy learns (`steps`)")
@@ -235,7 +245,7 @@ class PPOSettings(Section):
             raise ValueError("`kl_horizon` has no effect without `kl_target`")
         if self.kl_target is not None and self.kl_coef == 0.0:
             raise ValueError("`kl_target` has no effect with `kl_coef: 0`: the coefficient is multiplied, and stays 0")
-        if self.kl_target is not None and self.kl_horizon < self.answers_per_step:
+        if self.kl_target is not None and self.kl_horizon < self.completions_per_step:
             raise ValueError(
                 "`kl_horizon` is below the answers of one step (`prompts_per_step` x `samples_per_prompt`): one step "
                 "could turn `kl_coef` around"
