@@ -43,23 +43,14 @@ from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model.data import encode_group
 from rlhf_cli.stages.reward_model.evaluation import accuracy
-from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
+from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
 STRATEGIES: tuple[Strategy, ...] = ("random", "uncertainty", "disagreement")
 MEMBERS = 3
 HOLDOUT, TIE_MARGIN, TEMPLATE = 0.2, 1.0, "{prompt}\n"
-OPTIONS = RewardOptions(
-    learning_rate=3e-3,
-    batch_size=4,
-    micro_batch_size=4,
-    epochs=4,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    warmup_share=0.0,
-    schedule="linear",
-    checkpoint_steps=10**9,
-    loss="pairwise",
-    use_margin=False,
+SETTINGS = RewardModelSettings(
+    learning_rate=3e-3, batch_size=4, micro_batch_size=4, epochs=4.0, warmup_share=0.0, checkpoint_steps=10**9
 )
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
 """97.5 % quantile of Student's t for the mean of so many numbers."""
@@ -190,8 +181,8 @@ class Experiment:
         scorer = new_reward_model(self.source, template=TEMPLATE, lora=LoraSettings().model_dump(), seed=seed)
         groups = [encode_group(scorer, ranking) for ranking in labels.rankings(self.questions)]
         with tempfile.TemporaryDirectory() as folder:
-            work, metrics = Path(folder), Path(folder) / "metrics.jsonl"
-            RewardTrainer(scorer, groups, OPTIONS, seed=seed, work=work, metrics=metrics, stop=NoStop()).train()
+            work = Path(folder)
+            RewardTrainer(scorer, groups, SETTINGS, seed=seed, work=work, stop=NoStop()).train()
         return scorer
 
     def _score(self, model: RewardModel, numbers: Sequence[int]) -> dict[int, list[float]]:

@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -38,7 +37,6 @@ from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels
-from rlhf_cli.stages.ppo.options import PPOOptions
 from rlhf_cli.stages.ppo.rollout import PromptSet
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
@@ -124,7 +122,6 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
         schedule="constant",
         adapter="none",
     )
-    plain = {field.name: getattr(settings, field.name) for field in fields(PPOOptions) if hasattr(settings, field.name)}
     source = ModelSource(str(options.model), precision=getattr(torch, options.precision))
     form = _format(source)
     policy, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
@@ -142,12 +139,12 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
             engine,
             PPOData(_prompts(options, form, stop_ids(policy, form.tokenizer))),
             reward.score,
-            PPOOptions(**plain),
+            settings,
             seed=options.seed,
             work=Path(work),
             stop=NoStop(),
         )
-        updater = RecordingUpdater(roles, engine, trainer.options, seed=options.seed)
+        updater = RecordingUpdater(roles, engine, trainer.settings, seed=options.seed)
         trainer.updater = updater
         report = trainer.step(0)
     return updater.found, report.metrics

@@ -1,6 +1,242 @@
-"""What the training loops have in common about stopping and giving up."""
+"""The training loop of all stages: resume, step, roll back, save, stop.
+
+A stage says what one step does (`TrainingTask`); everything around a step is here, once:
+
+  begin      seed, or resume from the newest whole checkpoint
+  step       count steps that were skipped because something was not finite
+  roll back  after three such steps in a row, once, to the last regular checkpoint, with half the learning rate
+  save       weights, optimizer, random states, loop state and log position, every `checkpoint_steps` and at the end
+  stop       on a signal to any process, after saving the step that was running
+
+A killed run ends with the bytes of an uninterrupted one, provided that the task's steps are functions of the step, the
+weights, the optimizer, the task's state and the global random generators.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli import progress
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.signals import StopRequest
+from rlhf_cli.errors import DivergedError
+from rlhf_cli.training.checkpoint.store import (
+    Checkpoint,
+    latest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from rlhf_cli.training.distributed import DistributedStop
+from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+from rlhf_cli.training.monitoring.run_logger import RunLogger
+from rlhf_cli.training.random_state import random_states, restore_random_states, seed_everything
+from rlhf_cli.training.task import ProgressCallback, StepReport, TrainingTask
+
 BAD_STEPS_IN_A_ROW = 3
-"""So many steps without a finite gradient, one after another, mean that training has diverged."""
+"""Training has diverged after this many consecutive steps with a skipped optimizer step."""
+
+
+@dataclass
+class LoopState:
+    """What the loop remembers from step to step; part of every checkpoint.
+
+    Attributes:
+        skipped_steps: optimizer steps that were skipped, those of steps that were rolled back included.
+        bad_steps: consecutive steps, up to now, with a skipped optimizer step.
+        sound_steps: steps in which an optimizer step was taken.
+        anchor: step of the last regular checkpoint, to which a divergence rolls back. A checkpoint that only a signal
+            caused is not an anchor: where a run was stopped must not change where it rolls back to.
+        rolled_back: whether training rolled back, after which it has half the learning rate.
+    """
+
+    skipped_steps: int = 0
+    bad_steps: int = 0
+    sound_steps: int = 0
+    anchor: int = 0
+    rolled_back: bool = False
+
+
+class TrainingLoop:
+    """Runs the steps of a task.
+
+    Args:
+        task: what to train.
+        label: name of the training, for the progress bar and messages.
+        steps: number of steps.
+        checkpoint_steps: steps between two regular checkpoints.
+        seed: seed of the global random generators.
+        work: folder of checkpoints, metrics and samples.
+        stop: asked after every step.
+        processes: the processes of the run, all of which run the same loop.
+        hint: what to do about a divergence that has no hint of its own.
+        keep_checkpoints: newest checkpoints that are kept; the anchor is kept too.
+        shows_samples: whether the task shows samples.
+        log: makes the metrics log, from the arguments of `MetricsLog`.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        *,
+        label: str,
+        steps: int,
+        checkpoint_steps: int,
+        seed: int,
+        work: Path,
+        stop: StopRequest,
+        processes: ProcessGroup,
+        hint: str,
+        keep_checkpoints: int = 2,
+        shows_samples: bool = False,
+        log: Callable[..., MetricsLog] = MetricsLog,
+    ) -> None:
+        self.state = LoopState()
+        self._task, self._label, self._steps = task, label, steps
+        self._checkpoint_steps, self._keep_checkpoints = checkpoint_steps, keep_checkpoints
+        self._seed, self._work, self._hint = seed, work, hint
+        self._stop, self._processes = DistributedStop(stop, processes), processes
+        self._shows_samples, self._make_log = shows_samples, log
+        self._logger = RunLogger(None, after_step=0)
+
+    def run(self) -> LoopState:
+        """Run all steps, from the newest whole checkpoint if there is one; the task then has its final weights.
+
+        Raises:
+            DivergedError: training diverged again after a roll-back, or had no checkpoint to roll back to.
+            Interrupted: a signal arrived; the step that was running is saved.
+        """
+        resumed = self._resume()
+        try:
+            with progress.task(self._label, self._steps, "steps", done=resumed or 0) as bar:
+                self._run_steps(resumed, bar)
+        finally:
+            self._logger.close()
+        return self.state
+
+    def _run_steps(self, resumed: int | None, bar: progress.Task) -> None:
+        def tell(what: str) -> None:
+            bar.advance(0, note=what)
+
+        if resumed is None:
+            self._task.before_first_step(self._logger, tell)
+            self._save(0)  # what a divergence in the first steps rolls back to
+        step = resumed or 0
+        while step < self._steps and not self._task.has_ended:
+            try:
+                report = self._task.step(step, tell)
+                self._finish_step(step + 1, report, tell)
+            except DivergedError as error:
+                anchor = self._roll_back(step + 1, error)
+                bar.advance(anchor - step)
+                step = anchor
+                continue
+            step += 1
+            bar.advance(note=report.note)
+            if self._stop.requested:
+                if not self._is_due(step):
+                    self._save(step)
+                self._stop.check()
+
+    def _finish_step(self, step: int, report: StepReport, tell: ProgressCallback) -> None:
+        self._count(step, report)
+        self._task.after_step(step, report, self._logger, tell)
+        self._logger.write(step, report.metrics, report.histograms)
+        if self._is_due(step):
+            self._save(step)
+
+    def _count(self, step: int, report: StepReport) -> None:
+        """Count skipped optimizer steps; raise `DivergedError` where there are too many."""
+        state = self.state
+        state.skipped_steps += report.skipped
+        state.bad_steps = state.bad_steps + 1 if report.skipped else 0
+        state.sound_steps += report.skipped < report.of
+        if state.bad_steps >= BAD_STEPS_IN_A_ROW:
+            first = step - state.bad_steps + 1
+            raise DivergedError(
+                f"optimizer steps were skipped in steps {first:,} to {step:,}: {report.fault}", hint=report.hint
+            )
+        if step == self._steps and not state.sound_steps:
+            raise DivergedError(f"nothing was learned in any step: {report.fault}", hint=report.hint)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a regular checkpoint is due: never among bad steps, so that a roll-back goes to before them."""
+        is_last = step == self._steps or self._task.has_ended
+        return is_last or (self.state.bad_steps == 0 and step % self._checkpoint_steps == 0)
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint; all processes call this together."""
+        if self._is_due(step):
+            self.state.anchor = step
+        task, processes = self._task, self._processes
+        state = {
+            "loop": asdict(self.state),
+            "task": task.extra_state(),
+            "random": random_states(processes),
+            "log": self._logger.position(),
+        }
+        save_checkpoint(
+            self._work,
+            step,
+            task.weights() | optimizer_tensors(task.optimizer, "optimizer"),
+            state,
+            keep=self._keep_checkpoints,
+            protected=self.state.anchor,
+            processes=processes,
+        )
+
+    def _resume(self) -> int | None:
+        """Restore the newest whole checkpoint; returns its step, or None where there is none."""
+        checkpoint = latest_checkpoint(self._work, processes=self._processes)
+        if checkpoint is None:
+            seed_everything(self._seed, self._processes.index)
+            self._open_log(-1, None)  # drop all that an earlier attempt wrote
+            return None
+        self._restore(checkpoint)
+        if checkpoint.step:
+            progress.say(f"{self._label}: resuming from step {checkpoint.step:,} of {self._steps:,}")
+        return checkpoint.step
+
+    def _roll_back(self, step: int, error: DivergedError) -> int:
+        """Restore the last regular checkpoint and return its step, once; the second time, raise `DivergedError`."""
+        checkpoint = None
+        if not self.state.rolled_back:
+            checkpoint = latest_checkpoint(self._work, up_to=self.state.anchor, processes=self._processes)
+        if checkpoint is None:
+            raise DivergedError(
+                f"{self._label}: training diverged at step {step:,} of {self._steps:,}: {error.message}",
+                hint=error.hint or self._hint,
+            ) from error
+        progress.warn(
+            f"step {step:,}: {error.message}; rolling back to step {checkpoint.step:,} with half the learning rate "
+            "(done at most once)"
+        )
+        skipped = self.state.skipped_steps
+        self._logger.close()
+        self._restore(checkpoint)
+        # The same steps at the same rate would end the same way.
+        self.state.rolled_back, self.state.bad_steps, self.state.skipped_steps = True, 0, skipped
+        self._task.scale_learning_rates(0.5)
+        return checkpoint.step
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        self._task.load_weights(tensors)
+        restore_optimizer(self._task.optimizer, tensors, "optimizer")
+        self._task.load_extra_state(state["task"])
+        self.state = LoopState(**state["loop"])
+        self._task.scale_learning_rates(0.5 if self.state.rolled_back else 1.0)
+        restore_random_states(state["random"], self._processes, self._seed)
+        self._open_log(checkpoint.step, state["log"])
+
+    def _open_log(self, after_step: int, position: dict[str, Any] | None) -> None:
+        self._logger = RunLogger(
+            self._work if self._processes.is_main else None,
+            after_step=after_step,
+            position=position,
+            shows_samples=self._shows_samples,
+            make=self._make_log,
+        )

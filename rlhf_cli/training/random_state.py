@@ -1,7 +1,8 @@
-"""The global random states of a process, for checkpoints.
+"""The global random generators of a process, for checkpoints.
 
-PPO itself draws from generators that are functions of seed and step. Code of the user's, such as a reward function, may
-draw from Python's, NumPy's or torch's global generators, and a resumed run is to give it the same numbers.
+The stages draw the order of their data and their samples from generators that are functions of seed and step. Dropout,
+and code of the user's such as a reward function, draw from the global generators of Python, NumPy and torch; a resumed
+run must continue those where the checkpoint left them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_cli.distributed.process_group import ProcessGroup
+
 SEED_STRIDE = 100_003
-"""Between the seeds of two processes, as in lm-human-preferences."""
+"""Distance between the seeds of two processes, as in lm-human-preferences."""
 
 
 def seed_everything(seed: int, process: int) -> None:
@@ -24,8 +27,26 @@ def seed_everything(seed: int, process: int) -> None:
     torch.manual_seed(own)
 
 
+def random_states(processes: ProcessGroup) -> list[dict[str, Any]]:
+    """Return the random state of every process, by rank; all processes call this."""
+    return processes.all_gather_object(random_state())
+
+
+def restore_random_states(states: list[dict[str, Any]], processes: ProcessGroup, seed: int) -> None:
+    """Restore this process's generators; a rank that the checkpoint does not have is seeded instead.
+
+    Args:
+        states: result of `random_states`, of perhaps fewer processes than run now.
+        processes: the processes that run now.
+        seed: seed of the run.
+    """
+    seed_everything(seed, processes.index)
+    if processes.index < len(states):
+        restore_random_state(states[processes.index])
+
+
 def random_state() -> dict[str, Any]:
-    """The state of all global generators as JSON can say it."""
+    """Return the state of this process's global generators, as JSON can express it."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # pyright: ignore[reportGeneralTypeIssues]
     state = {
@@ -39,7 +60,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`."""
+    """Restore what `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

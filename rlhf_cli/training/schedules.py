@@ -9,9 +9,10 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def rate_factor(step: int, total: int, *, schedule: Schedule, warmup: int = 0) -> float:
-    """Factor on the peak learning rate at optimizer step `step` (0-based) of `total`.
+    """Return the factor on the peak learning rate at the 0-based optimizer step `step` of `total`.
 
-    It rises linearly over `warmup` steps, then stays, falls linearly to 0 at step `total`, or along half a cosine.
+    The factor rises linearly over `warmup` steps, from 1 / `warmup` to 1. Then it stays at 1, falls linearly to 0 at
+    step `total`, or follows half a cosine down to 0.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -17,8 +17,6 @@ from rlhf_cli.training.checkpoint import files as checkpoint_files
 from rlhf_cli.training.checkpoint.store import (
     best_checkpoint,
     latest_checkpoint,
-    restore_rng,
-    rng_tensors,
     save_best,
     save_checkpoint,
 )
@@ -356,21 +354,3 @@ def test_a_process_that_cannot_read_it_ends_them_all(tmp_path):
         latest_checkpoint(tmp_path, processes=other)
     with pytest.raises(UsageError, match="process 1"):
         latest_checkpoint(tmp_path, processes=Rank(0, [None, other.said[1]]))
-
-
-def test_every_process_gets_its_own_random_state_back(tmp_path):
-    states = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        rank = Rank(seed - 1, [{}])
-        rng_tensors(rank)
-        states.append(rank.said[0])
-    save_checkpoint(tmp_path, 1, rng_tensors(Rank(1, [states[0]])), {})
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        expected = torch.rand(3)
-        torch.rand(11)
-        restore_rng(found.tensors, Rank(seed - 1, []))
-        assert torch.equal(torch.rand(3), expected)

@@ -28,11 +28,14 @@ from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_mod
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
 from rlhf_cli.stages.ppo.models import SharedBackbone
+from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.reward_model.data import RankedGroup
-from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
-from rlhf_cli.stages.sft.data import Example, as_dataset
+from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+from rlhf_cli.stages.reward_model.trainer import RewardTrainer
+from rlhf_cli.stages.sft.data import Example
 from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, sft_loss
-from rlhf_cli.stages.sft.trainer import SFTOptions, train_sft
+from rlhf_cli.stages.sft.settings import SFTSettings
+from rlhf_cli.stages.sft.trainer import train_sft
 
 FAMILIES = ("Llama", "GPT2", "Qwen2", "GPTNeoX")
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
@@ -271,9 +274,8 @@ def test_the_loss_counts_a_shared_prompt_once_for_each_example(family: str, lm_c
         ([[0, 2, 4], [1], [3, 5]], [3]),
     ]:
         model.zero_grad()
-        collate, dataset = collator_for(model, packed=True), as_dataset(EXAMPLES, rows)
-        places = iter(range(len(rows)))
-        batches = [collate([dataset[next(places)] for _ in range(size)]) for size in cut]
+        collate, laid_out = collator_for(model, packed=True), iter([[EXAMPLES[n] for n in row] for row in rows])
+        batches = [collate([next(laid_out) for _ in range(size)]) for size in cut]
         counts = TokenCounts.of(batches)
         assert counts == TokenCounts(sum(map(len, completion)), sum(map(len, text)))
         loss = torch.zeros(())
@@ -291,7 +293,7 @@ def test_the_loss_counts_a_shared_prompt_once_for_each_example(family: str, lm_c
 
 def test_a_layout_comes_through_what_moves_batches(tiny_llama: Path):
     model = load_policy(ModelSource(str(tiny_llama), attention="torch"))
-    batch = collator_for(model, packed=True)(list(as_dataset(EXAMPLES, [[0, 2], [4]])))
+    batch = collator_for(model, packed=True)([[EXAMPLES[0], EXAMPLES[2]], [EXAMPLES[4]]])
     assert accelerate.utils.send_to_device(batch, torch.device("cpu"))["layout"] is batch["layout"]
     assert batch["layout"].is_tree
 
@@ -318,14 +320,14 @@ def test_fine_tuning_under_either_attention_has_the_same_metrics(packing: bool, 
     results = []
     for attention in ("sdpa", "torch"):
         model = load_policy(ModelSource(str(tiny_llama), attention=attention), dtype=torch.float32)
-        options = SFTOptions(
-            learning_rate=1e-3, batch_size=3, epochs=2.0, micro_batch_size=2, packing=packing, max_length=16,
+        settings = SFTSettings(
+            data="demonstrations.jsonl", learning_rate=1e-3, batch_size=3, epochs=2.0, micro_batch_size=2,
+            packing=packing, max_length=16,
             lm_coef=0.3, checkpoint_steps=100,
         )  # fmt: skip
         work = tmp_path / attention
         work.mkdir()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
-        results.append(train_sft(model, tokenizer, examples, examples[:2], options, work=work, stop=Never()))
+        results.append(train_sft(model, examples, examples[:2], settings, seed=0, work=work, stop=Never()))
     assert results[0].rows == results[1].rows
     first, second = (
         {name: value for name, value in dataclasses.asdict(result).items() if value is not None} for result in results
@@ -338,12 +340,13 @@ def test_packing_needs_fewer_rows_where_prompts_repeat(tiny_llama: Path, tmp_pat
     rows = []
     for attention in ("sdpa", "torch"):
         model = load_policy(ModelSource(str(tiny_llama), attention=attention), dtype=torch.float32)
-        options = SFTOptions(learning_rate=1e-3, batch_size=2, epochs=1.0, packing=True, max_length=32)
+        settings = SFTSettings(
+            data="demonstrations.jsonl", learning_rate=1e-3, batch_size=2, epochs=1.0, packing=True, max_length=32
+        )
         examples = [Example([40] * 20, [60 + n, 61, 0]) for n in range(4)]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
         work = tmp_path / attention
         work.mkdir()
-        rows.append(train_sft(model, tokenizer, examples, [], options, work=work, stop=Never()).rows)
+        rows.append(train_sft(model, examples, [], settings, seed=0, work=work, stop=Never()).rows)
     assert rows == [4, 1]
 
 
@@ -357,15 +360,15 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
             completions = ["Because.", "Air scatters blue light.", "x" * (number + 1), "So it is."][: 2 + number % 3]
             sequences = tuple(scorer.encode(f"Question {number}?", completion) for completion in completions)
             groups.append(RankedGroup(sequences, tuple(range(len(completions))), 0.0))
-        options = RewardOptions(
-            learning_rate=1e-3, batch_size=3, micro_batch_size=2, epochs=2.0, weight_decay=0.0, max_grad_norm=1.0,
-            warmup_share=0.0, schedule="constant", checkpoint_steps=100, loss="pairwise", use_margin=False,
+        settings = RewardModelSettings(
+            learning_rate=1e-3, batch_size=3, micro_batch_size=2, epochs=2.0, warmup_share=0.0, schedule="constant",
+            checkpoint_steps=100,
         )  # fmt: skip
         work = tmp_path / attention
         work.mkdir()
-        trainer = RewardTrainer(scorer, groups, options, seed=0, work=work, metrics=work / "m.jsonl", stop=Never())
+        trainer = RewardTrainer(scorer, groups, settings, seed=0, work=work, stop=Never())
         scorer.train()
-        histories.append([trainer.step(step) for step in range(trainer.batches.steps)])
+        histories.append([trainer.step(step).metrics for step in range(trainer.batches.steps)])
     metrics_match(histories[1], histories[0])
 
 
@@ -374,8 +377,6 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.rewards.base import Scores
     from rlhf_cli.stages.ppo.rollout import PromptSet
-    from rlhf_cli.stages.ppo.run import _options
-    from rlhf_cli.stages.ppo.settings import PPOSettings
     from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
     def vowels(prompts, texts):
@@ -397,7 +398,7 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
         work = tmp_path / attention
         work.mkdir()
         data = PPOData(prompts)
-        trainer = PPOTrainer(roles, engine, data, vowels, _options(settings), seed=0, work=work, stop=Never())
+        trainer = PPOTrainer(roles, engine, data, vowels, settings, seed=0, work=work, stop=Never())
         histories.append([trainer.step(step).metrics for step in range(2)])
     metrics_match(histories[1], histories[0])
 

@@ -1,9 +1,10 @@
-"""Several processes with one mind: stopping, gradients, logs, shares; in threads, without torch's process group."""
+"""What several processes share: stops, gradients, random states, work; in threads, without torch's process group."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import random
 import signal
 import sys
 from pathlib import Path
@@ -18,12 +19,12 @@ from rlhf_cli.labeling.completions import Answer, AnswerFile
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import new_reward_model
 from rlhf_cli.stages.reward_model.data import encode_group
-from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
-from rlhf_cli.stages.sft.data import BatchPlan
+from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 from rlhf_cli.stages.sft.loss import TokenCounts
-from rlhf_cli.stages.sft.sharding import SharedPlan
-from rlhf_cli.training.distributed import DistributedStop, all_reduce_gradients, metrics_log, restore_generators
-from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+from rlhf_cli.training.distributed import DistributedStop, all_reduce_gradients
+from rlhf_cli.training.monitoring.run_logger import RunLogger
+from rlhf_cli.training.random_state import random_states, restore_random_states
 
 _specification = importlib.util.spec_from_file_location("training_threads", Path(__file__).parent / "threads.py")
 assert _specification is not None
@@ -89,44 +90,40 @@ def test_gradients_are_summed_where_anyone_has_one_and_stay_none_where_nobody_ha
     assert in_threads(2, work) == [[2.0, 3.0, None]] * 2
 
 
-def test_only_rank_0_writes_metrics(tmp_path):
-    def work(processes: ProcessGroup) -> str:
-        log = metrics_log(tmp_path / "metrics.jsonl", processes, after_step=0)
+def test_a_logger_without_a_folder_writes_nothing(tmp_path):
+    for work in (tmp_path, None):
+        log = RunLogger(work, after_step=0)
         log.write(1, {"loss": 1.0})
-        log.sync()
+        assert (log.position() is None) == (work is None)
         log.close()
-        return type(log).__name__
-
-    names = in_threads(2, work)
-    assert names[0] == MetricsLog.__name__ != names[1]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_every_process_gets_its_own_random_state_back():
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        drawn.append((random_states(ProcessGroup())[0], float(torch.rand(())), random.random()))
+        random.random()
+    states = [state for state, *_ in drawn]
+    for index, (_, of_torch, of_python) in enumerate(drawn):
+        processes = ProcessGroup()
+        processes.index = index
+        restore_random_states(states, processes, seed=0)
+        assert (float(torch.rand(())), random.random()) == (of_torch, of_python)
 
 
 def test_a_process_that_the_checkpoint_does_not_know_is_seeded():
     torch.manual_seed(7)
-    known = {"rng/0/cpu": torch.get_rng_state()}
+    known = random_states(ProcessGroup())
     drawn = float(torch.rand(()))
-    first, second = ProcessGroup(), ProcessGroup()
+    second = ProcessGroup()
     second.index = 1
-    restore_generators(known, first, seed=1)
-    assert float(torch.rand(())) == drawn
-    restore_generators(known, second, seed=1)
+    restore_random_states(known, second, seed=1)
     again = float(torch.rand(()))
     assert again != drawn
-    restore_generators(known, second, seed=1)
+    restore_random_states(known, second, seed=1)
     assert float(torch.rand(())) == again
-
-
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize(("rows", "batch", "micro"), [(11, 5, 2), (4, 4, 4), (7, 3, 1), (5, 2, 2)])
-def test_shares_of_a_plan_make_up_the_plan(count, rows, batch, micro):
-    plan = BatchPlan(rows, 2.0, batch, micro, seed=1)
-    shares = [SharedPlan(plan, index, count) for index in range(count)]
-    assert len({len(list(share)) for share in shares} | {len(share) for share in shares}) == 1, "as many passes in each"
-    dealt = [micro_batch for passes in zip(*shares, strict=True) for micro_batch in passes if micro_batch]
-    assert dealt == list(plan)
-    full = shares[0].micro_batches_per_step
-    assert len(shares[0]) == (plan.steps - 1) * full + len(list(shares[0])[(plan.steps - 1) * full :])
 
 
 def test_token_counts_are_of_all_processes():
@@ -146,9 +143,9 @@ RANKINGS = [(f"question {n}", [f"answer {n % 3}", "other", "e" * (n % 4 + 1)]) f
 def test_a_reward_model_of_several_processes_is_that_of_one(lora, tiny_llama, tmp_path):
     from rlhf_cli.data.records import Ranking
 
-    options = RewardOptions(
-        learning_rate=1e-3, batch_size=3, micro_batch_size=1, epochs=1.0, weight_decay=0.1, max_grad_norm=1.0,
-        warmup_share=0.0, schedule="constant", checkpoint_steps=2, loss="pairwise", use_margin=False,
+    settings = RewardModelSettings(
+        learning_rate=1e-3, batch_size=3, micro_batch_size=1, weight_decay=0.1, warmup_share=0.0, schedule="constant",
+        checkpoint_steps=2,
     )  # fmt: skip
     shape = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"} if lora else None
     # Not in the threads, which share torch's generator.
@@ -162,17 +159,16 @@ def test_a_reward_model_of_several_processes_is_that_of_one(lora, tiny_llama, tm
         trainer = RewardTrainer(
             scorer,
             groups,
-            options,
+            settings,
             seed=5,
             work=folder,
-            metrics=folder / "m.jsonl",
             stop=Signal(None),
             processes=processes,
         )
         trainer.accumulate(range(5))
         gradients = {name: weight.grad.clone() for name, weight in trainer.trained.items() if weight.grad is not None}
         trainer.optimizer.zero_grad(set_to_none=True)
-        return gradients, [trainer.step(step)["loss"] for step in range(trainer.batches.steps)]
+        return gradients, [trainer.step(step).metrics["loss"] for step in range(trainer.batches.steps)]
 
     [(alone, losses)] = in_threads(1, work)
     for gradients, curve in in_threads(2, work):

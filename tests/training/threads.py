@@ -24,10 +24,10 @@ class ThreadProcesses(ProcessGroup):
         self.index, self.count = index, count
         self._meet, self._told = meet, told
 
-    def collect(self, item: Any) -> list[Any]:
+    def all_gather_object(self, item: Any) -> list[Any]:
         return [json.loads(text) for text in self._exchange(json.dumps(item))]
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         told = self._exchange([tensor.detach().clone() for tensor in tensors])
         with torch.no_grad():
             for tensor, parts in zip(tensors, zip(*told, strict=True), strict=True):

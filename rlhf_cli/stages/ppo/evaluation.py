@@ -1,53 +1,62 @@
-"""Looking at the policy while it trains: held-out prompts, and a few fixed ones for people to read."""
+"""Evaluation of the policy during training: on held-out prompts, and on a few fixed ones for people to read."""
 
 from __future__ import annotations
 
 from rlhf_cli.data.records import prompt_text
 from rlhf_cli.objectives.kl import kl_per_token
+from rlhf_cli.objectives.shaping import RewardShape
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTensors
 from rlhf_cli.stages.ppo.metrics import answer_kl, rollout_metrics
-from rlhf_cli.stages.ppo.options import PPOOptions
-from rlhf_cli.stages.ppo.rollout import ProgressCallback, PromptSet, Rollouts
+from rlhf_cli.stages.ppo.rollout import PromptSet, Rollouts
+from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.monitoring.samples import ShownAnswer
+from rlhf_cli.training.task import ProgressCallback
 
 _NUMBER = -1
-"""Number of an evaluation's answers: one that no step has, and always the same, so that what changes is the policy."""
+"""Sample number of an evaluation's completions. No step has it, and it never changes, so that only the policy does."""
+
+
+def reward_shape(settings: PPOSettings) -> RewardShape:
+    """Return how scores become rewards."""
+    return RewardShape(
+        settings.reward_clip, settings.missing_eos_reward, settings.missing_eos_penalty, settings.length_penalty
+    )
 
 
 class Evaluation:
-    """Asks the policy what it is not trained on.
+    """Samples completions of prompts that the policy is not trained on.
 
     Args:
-        rollouts: asks it.
+        rollouts: sample and score.
         engine: forward passes.
-        held_out: prompts no step trains on.
-        options: settings.
+        held_out: prompts that no step trains on.
+        settings: section `ppo` of the recipe.
     """
 
-    def __init__(self, rollouts: Rollouts, engine: ForwardPasses, held_out: PromptSet, options: PPOOptions) -> None:
-        self._rollouts, self._engine, self._options = rollouts, engine, options
-        self._prompts = held_out.first(options.eval_prompts)
-        self._fixed = held_out.first(options.shown_prompts)
+    def __init__(self, rollouts: Rollouts, engine: ForwardPasses, held_out: PromptSet, settings: PPOSettings) -> None:
+        self._rollouts, self._engine, self._settings = rollouts, engine, settings
+        self._prompts = held_out.first(settings.eval_prompts)
+        self._fixed = held_out.first(settings.shown_prompts)
 
     def metrics(self, *, kl_coef: float, tell: ProgressCallback) -> dict[str, float]:
-        """Metrics of the held-out prompts under `eval/`, each answered once.
+        """Return metrics of the held-out prompts under `eval/`, with one completion per prompt.
 
         `eval/objective/reward` is the mean of what is trained for: scores with the rules for missing ends and length,
-        in the scale they are given in.
+        on the scale they are given in.
         """
-        answers, before = self._ask(self._prompts, tell)
-        kl = kl_per_token(before.logprobs, before.reference_logprobs, self._options.kl_estimator)
-        # A running scale is none to compare policies by; penalties and clip are in the unit of the scaled reward.
-        scale = 1.0 if self._options.reward_scale == "running" else self._options.reward_scale
-        shape = self._options.shape
+        answers, before = self._sample(self._prompts, tell)
+        kl = kl_per_token(before.logprobs, before.reference_logprobs, self._settings.kl_estimator)
+        # Policies cannot be compared on a running scale; penalties and clip are in units of the scaled reward.
+        scale = 1.0 if self._settings.reward_scale == "running" else self._settings.reward_scale
+        shape = reward_shape(self._settings)
         rewards = shape.apply(answers.scores, answers.ended_flags, answers.lengths, scale=scale).to(kl.device)
         found = rollout_metrics(answers, before, rewards, kl, kl_coef=kl_coef)
         found["objective/reward"] = float(rewards.mean())
         return {f"eval/{name}": value for name, value in found.items()}
 
     def fixed(self, tell: ProgressCallback) -> list[ShownAnswer]:
-        """Answers to the fixed prompts."""
-        answers, before = self._ask(self._fixed, tell)
+        """Return completions of the fixed prompts."""
+        answers, before = self._sample(self._fixed, tell)
         kl = answer_kl(before).tolist()
         return [
             ShownAnswer(
@@ -61,7 +70,7 @@ class Evaluation:
             for row in range(len(answers))
         ]
 
-    def _ask(self, prompts: PromptSet, tell: ProgressCallback) -> tuple[Answers, RolloutTensors]:
+    def _sample(self, prompts: PromptSet, tell: ProgressCallback) -> tuple[Answers, RolloutTensors]:
         rows = range(len(prompts))
         answers = self._rollouts.answers(prompts, rows, [_NUMBER] * len(rows), tell)
         tell("evaluating")

@@ -24,9 +24,8 @@ def rollout_metrics(
         kl: (N, T) nats, the estimate that is penalized.
         kl_coef: beta of this step.
 
-    `objective/kl` is the mean over answers of the summed k1 estimate, in nats per answer, whatever estimator the
-    penalty
-    uses: it is the one with the smallest bias of the sequence's KL.
+    `objective/kl` is the mean over completions of the summed k1 estimate, in nats per completion, whatever estimator
+    the penalty uses: it is the one with the smallest bias of the sequence's KL.
     """
     is_response = before.is_response
     log_ratio = (before.logprobs - before.reference_logprobs).masked_fill(~is_response, 0.0)

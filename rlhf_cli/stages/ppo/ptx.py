@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import PPOModels
+from rlhf_cli.training.shuffle import EndlessShuffle
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ class SupervisedLoss:
         seed: int,
     ) -> None:
         self._roles, self._engine, self._demonstrations = roles, engine, demonstrations
-        self._coef, self._batch_size, self._seed = coef, batch_size, seed
-        self._lap, self._lap_order = -1, [0]
+        self._coef, self._batch_size = coef, batch_size
+        self._order = EndlessShuffle(len(demonstrations), seed=seed, name="demonstrations")
 
     def accumulate(self, optimizer_step: int) -> tuple[float, int]:
         """Add the gradient of this process's share; returns the summed loss of that share and its tokens.
@@ -76,7 +75,8 @@ class SupervisedLoss:
         Args:
             optimizer_step: 0-based, over the whole run; the batch is a function of it.
         """
-        rows, demonstrations = self._rows(optimizer_step), self._demonstrations
+        demonstrations = self._demonstrations
+        rows = self._order.slice(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
         tokens = sum(len(demonstrations.response_ids[row]) for row in rows)
         loss, counted = 0.0, 0
         for part in self._engine.micro_batches(demonstrations, rows):
@@ -88,16 +88,3 @@ class SupervisedLoss:
             loss -= float(found.logprobs.detach().sum())
             counted += int(batch.is_response.sum())
         return loss, counted
-
-    def _rows(self, optimizer_step: int) -> list[int]:
-        """A walk through one shuffle of all demonstrations after another."""
-        count = len(self._demonstrations)
-        places = range(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
-        return [self._order(place // count)[place % count] for place in places]
-
-    def _order(self, lap: int) -> list[int]:
-        """The shuffle of a lap; the last one is remembered, since most batches lie within one."""
-        if lap != self._lap:
-            shuffle = torch.Generator().manual_seed(self._seed + 15_485_863 * (lap + 1))
-            self._lap, self._lap_order = lap, torch.randperm(len(self._demonstrations), generator=shuffle).tolist()
-        return self._lap_order

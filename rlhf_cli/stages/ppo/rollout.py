@@ -19,13 +19,12 @@ from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
 from rlhf_cli.stages.ppo.models import PPOModels
-from rlhf_cli.stages.ppo.options import PPOOptions
+from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.training.shuffle import EndlessShuffle
+from rlhf_cli.training.task import ProgressCallback
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Scores]
 """N prompts and N answers as text, N >= 1 -> a reward for each, higher is better."""
-
-ProgressCallback = Callable[[str], object]
-"""Takes a word on what is being done, for whoever watches."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,15 @@ class Rollouts:
         roles: whose policy answers.
         engine: its precision, and the processes that share the work.
         reward: scores answers, as text.
-        options: settings.
+        settings: section `ppo` of the recipe.
         seed: of prompt order and sampling.
     """
 
     def __init__(
-        self, roles: PPOModels, engine: ForwardPasses, reward: RewardFunction, options: PPOOptions, *, seed: int
+        self, roles: PPOModels, engine: ForwardPasses, reward: RewardFunction, settings: PPOSettings, *, seed: int
     ) -> None:
         self._roles, self._engine, self._reward = roles, engine, reward
-        self._options, self._seed = options, seed
+        self._settings, self._seed = settings, seed
 
     def rows_of(self, step: int, count: int) -> list[int]:
         """Prompts of a step, one entry an answer: the run walks through one shuffle of all prompts after another.
@@ -76,16 +75,9 @@ class Rollouts:
             step: 0-based.
             count: prompts there are.
         """
-        wanted = self._options.prompts_per_step
-        chosen: list[int] = []
-        position = step * wanted
-        while len(chosen) < wanted:
-            lap, offset = divmod(position, count)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + 7_919 * (lap + 1)))
-            taken = order[offset : offset + wanted - len(chosen)].tolist()
-            chosen += taken
-            position += len(taken)
-        return [row for row in chosen for _ in range(self._options.samples_per_prompt)]
+        wanted = self._settings.prompts_per_step
+        chosen = EndlessShuffle(count, seed=self._seed, name="prompts").slice(step * wanted, (step + 1) * wanted)
+        return [row for row in chosen for _ in range(self._settings.samples_per_prompt)]
 
     def answers(
         self, source: PromptSet, rows: Sequence[int], numbers: Sequence[int], tell: ProgressCallback
@@ -134,10 +126,10 @@ class Rollouts:
                 model,
                 [source.ids[row] for row, _ in mine],
                 seeds,
-                max_new_tokens=self._options.max_new_tokens,
-                temperature=self._options.temperature,
+                max_new_tokens=self._settings.max_new_tokens,
+                temperature=self._settings.temperature,
                 eos_ids=source.eos_ids,
-                batch_size=self._options.rollout_batch_size,
+                batch_size=self._settings.rollout_batch_size,
                 progress=progress,
             )
 

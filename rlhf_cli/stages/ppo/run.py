@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
     from rlhf_cli.stages.ppo.models import PPOModels
-    from rlhf_cli.stages.ppo.options import PPOOptions
     from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
@@ -67,7 +66,7 @@ def run(context: PPOContext) -> StageOutcome:
         engine,
         data,
         reward.score,
-        _options(settings),
+        settings,
         seed=context.recipe.seed,
         work=context.work,
         stop=context.stop,
@@ -84,21 +83,6 @@ def run(context: PPOContext) -> StageOutcome:
         if skips.total:
             skips.write(context.output / "skips.jsonl")
     return _outcome(rows, dict(skips.counts))
-
-
-def _options(settings: PPOSettings) -> PPOOptions:
-    """The section as the engine's plain values."""
-    import dataclasses
-
-    from rlhf_cli.stages.ppo.options import PPOOptions
-
-    own = {"ptx_coef", "ptx_batch_size"}
-    plain = {
-        field.name: getattr(settings, field.name) for field in dataclasses.fields(PPOOptions) if field.name not in own
-    }
-    if settings.ptx is None:
-        return PPOOptions(**plain)
-    return PPOOptions(**plain, ptx_coef=settings.ptx.coef, ptx_batch_size=settings.ptx.batch_size)
 
 
 def _actors(

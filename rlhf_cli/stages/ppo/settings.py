@@ -217,12 +217,12 @@ class PPOSettings(StageSection):
 
     @property
     def completions_per_step(self) -> int:
-        """Completions sampled in one step, all processes together."""
+        """Completions sampled per step, all processes together."""
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def optimizer_steps_per_step(self) -> int:
-        """Optimizer steps of one step, unless its update ends early."""
+        """Optimizer steps per step, unless its update ends early."""
         return self.epochs * self.minibatches
 
     @property

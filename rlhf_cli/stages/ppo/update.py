@@ -18,13 +18,14 @@ from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.masking import masked_sum
 from rlhf_cli.objectives.policy import policy_loss, value_loss
-from rlhf_cli.progress import warn
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTensors
 from rlhf_cli.stages.ppo.models import PPOModels
-from rlhf_cli.stages.ppo.options import PPOOptions
 from rlhf_cli.stages.ppo.ptx import SupervisedLoss
+from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.distributed import all_reduce_gradients
+from rlhf_cli.training.optimization import clip_and_step
 from rlhf_cli.training.schedules import rate_factor
+from rlhf_cli.training.shuffle import shuffled
 
 Sums = defaultdict[str, float]
 """Name -> sum, 0 for a name that was not added to."""
@@ -122,7 +123,7 @@ class Updater:
     Args:
         roles: the models; their trained weights are optimized.
         engine: forward passes, and the processes that share them.
-        options: settings.
+        settings: section `ppo` of the recipe.
         seed: of the shuffles.
         supervised: PPO-ptx; None is plain PPO.
     """
@@ -131,40 +132,40 @@ class Updater:
         self,
         roles: PPOModels,
         engine: ForwardPasses,
-        options: PPOOptions,
+        settings: PPOSettings,
         *,
         seed: int,
         supervised: SupervisedLoss | None = None,
     ) -> None:
-        self._roles, self._engine, self._options, self._seed = roles, engine, options, seed
-        self._supervised = supervised
+        self._roles, self._engine, self._settings, self._seed = roles, engine, settings, seed
+        self.supervised = supervised
         self.rate_scale = 1.0  # halved once training had to go back to a checkpoint
         policy, critic = roles.policy_parameters(), roles.critic_parameters()
         self.parameters: list[nn.Parameter] = [*policy, *critic]
         self._critic_parameters = critic
         groups = [
-            {"params": policy, "peak": options.learning_rate, "begins": self._policy_begins},
-            {"params": critic, "peak": options.critic_learning_rate or options.learning_rate, "begins": 0},
+            {"params": policy, "peak": settings.learning_rate, "begins": self._policy_begins},
+            {"params": critic, "peak": settings.critic_learning_rate or settings.learning_rate, "begins": 0},
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, eps=1e-5, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-5, weight_decay=0.0)
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Learning rate of the policy at an optimizer step."""
-        return self._options.learning_rate * self._rate_factor(optimizer_step, self._policy_begins)
+        return self._settings.learning_rate * self._rate_factor(optimizer_step, self._policy_begins)
 
     @property
     def _policy_begins(self) -> int:
         """First optimizer step in which the policy learns."""
-        return self._options.critic_warmup_steps * self._options.optimizer_steps_per_step
+        return self._settings.critic_warmup_steps * self._settings.optimizer_steps_per_step
 
     def _rate_factor(self, optimizer_step: int, begins: int) -> float:
         """Factor on the peak rate of weights that learn from the optimizer step `begins` on; 0 before it."""
         if optimizer_step < begins:
             return 0.0
-        total = self._options.optimizer_steps - begins
-        warmup = round(self._options.warmup_share * total)
-        factor = rate_factor(optimizer_step - begins, total, schedule=self._options.schedule, warmup=warmup)
+        total = self._settings.optimizer_steps - begins
+        warmup = round(self._settings.warmup_share * total)
+        factor = rate_factor(optimizer_step - begins, total, schedule=self._settings.schedule, warmup=warmup)
         return factor * self.rate_scale
 
     def update(self, step: int, experience: Experience, *, kl_coef: float) -> UpdateStatistics:
@@ -175,16 +176,15 @@ class Updater:
             experience: of the step.
             kl_coef: beta of the step, for a penalty in the loss.
         """
-        options, statistics = self._options, UpdateStatistics()
-        for epoch in range(options.epochs):
-            # A function of seed, step and epoch: a resumed run shuffles as the uninterrupted one would.
-            shuffle = torch.Generator().manual_seed(self._seed + 1_000_003 * (step * options.epochs + epoch))
-            order = torch.randperm(len(experience.answers), generator=shuffle).tolist()
+        settings, statistics = self._settings, UpdateStatistics()
+        for epoch in range(settings.epochs):
+            number_of_epoch = step * settings.epochs + epoch
+            order = shuffled(len(experience.answers), seed=self._seed, epoch=number_of_epoch, name="minibatches")
             before = statistics.sums.copy()
-            for number in range(options.minibatches):
-                optimizer_step = (step * options.epochs + epoch) * options.minibatches + number
-                minibatch = Minibatch(order[number :: options.minibatches], experience, kl_coef)
-                self._learn(minibatch, optimizer_step, step >= options.critic_warmup_steps, statistics)
+            for number in range(settings.minibatches):
+                optimizer_step = (step * settings.epochs + epoch) * settings.minibatches + number
+                minibatch = Minibatch(order[number :: settings.minibatches], experience, kl_coef)
+                self._learn(minibatch, optimizer_step, step >= settings.critic_warmup_steps, statistics)
                 if statistics.stopped:
                     break
             statistics.close_epoch(before)
@@ -196,19 +196,19 @@ class Updater:
         self, minibatch: Minibatch, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics
     ) -> None:
         """One minibatch: its gradient, and a step along it unless something speaks against that."""
-        options = self._options
+        settings = self._settings
         sums = self.accumulate(minibatch, statistics, trains_policy=trains_policy)
         tokens = sums["policy_tokens"]
-        limit = options.update_kl_limit
+        limit = settings.update_kl_limit
         if tokens and limit is not None and sums["approx_kl"] / tokens > limit:
             statistics.stopped = True
             self.optimizer.zero_grad(set_to_none=True)
-        elif tokens and sums["ratio"] / tokens > options.ratio_limit:
+        elif tokens and sums["ratio"] / tokens > settings.ratio_limit:
             statistics.ratio_skips += 1
             self.optimizer.zero_grad(set_to_none=True)
         else:
-            if trains_policy and self._supervised is not None:
-                self._mix_in(self._supervised, optimizer_step, statistics)
+            if trains_policy and self.supervised is not None:
+                self._mix_in(self.supervised, optimizer_step, statistics)
             self._step(optimizer_step, trains_policy, statistics)
 
     def accumulate(self, minibatch: Minibatch, statistics: UpdateStatistics, *, trains_policy: bool = True) -> Sums:
@@ -240,20 +240,20 @@ class Updater:
         self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums
     ) -> WorstRatio:
         """Forward and backward of the policy's loss; returns the largest ratio in these rows."""
-        options, experience = self._options, minibatch.experience
+        settings, experience = self._settings, minibatch.experience
         width, is_response = batch.response_ids.shape[1], batch.is_response
         with self._roles.policy() as model:
             now = self._engine.logprobs(model, batch)
             old, advantages = experience.before.logprobs[rows, :width], experience.advantages[rows, :width]
-            policy = policy_loss(now.logprobs, old, advantages, is_response, clip_range=options.clip_range)
+            policy = policy_loss(now.logprobs, old, advantages, is_response, clip_range=settings.clip_range)
             loss = policy.loss
-            if options.kl_in == "loss":
+            if settings.kl_in == "loss":
                 reference = experience.before.reference_logprobs[rows, :width]
-                kl = masked_sum(kl_per_token(now.logprobs, reference, options.kl_estimator), is_response)
+                kl = masked_sum(kl_per_token(now.logprobs, reference, settings.kl_estimator), is_response)
                 loss = loss + minibatch.kl_coef * kl
                 sums["kl_loss"] += float(kl.detach())
-            if options.entropy_coef:
-                loss = loss - options.entropy_coef * now.entropy.sum()
+            if settings.entropy_coef:
+                loss = loss - settings.entropy_coef * now.entropy.sum()
             (loss / tokens).backward()
         sums["policy_tokens"] += int(is_response.sum())
         sums["policy_loss"] += float(policy.loss.detach())
@@ -267,7 +267,7 @@ class Updater:
 
     def _critic(self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums) -> None:
         """Forward and backward of the critic's loss."""
-        options, experience = self._options, minibatch.experience
+        settings, experience = self._settings, minibatch.experience
         width = batch.response_ids.shape[1]
         with self._roles.critic() as model:
             critic = value_loss(
@@ -275,9 +275,9 @@ class Updater:
                 experience.before.values[rows, :width],
                 experience.returns[rows, :width],
                 batch.is_response,
-                clip_range=options.value_clip_range,
+                clip_range=settings.value_clip_range,
             )
-            (options.value_coef * critic.loss / tokens).backward()
+            (settings.value_coef * critic.loss / tokens).backward()
         sums["value_loss"] += float(critic.loss.detach())
         sums["value_clipped"] += float(critic.clipped)
 
@@ -289,15 +289,15 @@ class Updater:
     def _step(self, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics) -> None:
         trained = self.parameters if trains_policy else self._critic_parameters
         all_reduce_gradients(trained, self._engine.processes)
-        norm = torch.nn.utils.clip_grad_norm_(trained, self._options.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate_factor(optimizer_step, group["begins"])
-        if torch.isfinite(norm):
-            self.optimizer.step()
-            statistics.grad_norms.append(float(norm))
+        norm, is_taken = clip_and_step(
+            self.optimizer,
+            trained,
+            max_grad_norm=self._settings.max_grad_norm,
+            step=optimizer_step // self._settings.optimizer_steps_per_step + 1,
+        )
+        if is_taken:
+            statistics.grad_norms.append(norm)
         else:
-            # One bad batch must not poison the weights; the trainer counts these and stops when they repeat.
             statistics.skipped_steps += 1
-            place = f"step {optimizer_step // self._options.optimizer_steps_per_step + 1}"
-            warn(f"{place}: a minibatch is left out, since its gradient is not finite (its norm is {float(norm)})")
-        self.optimizer.zero_grad(set_to_none=True)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from rlhf_cli.data.records import Ranking
 from rlhf_cli.models.reward_model.batch import Encoded
 from rlhf_cli.models.reward_model.model import RewardModel
+from rlhf_cli.training.shuffle import EndlessShuffle
 
 
 @dataclass(frozen=True)
 class RankedGroup:
-    """The K answers to one prompt; they stay together, so that all their pairs are in one batch element.
+    """The K completions of one prompt; they stay together, so that all their pairs are in one batch element.
 
     Attributes:
-        sequences: K encoded prompts with answers.
-        levels: (K,) tier of each, 0 the best.
-        margin: how much better the first tier is; 0 where nobody said.
+        sequences: K encoded prompts with completions.
+        levels: (K,) tier of each, 0 is the best.
+        margin: how much better the first tier is; 0 where the annotator did not say.
     """
 
     sequences: tuple[Encoded, ...]
@@ -32,35 +31,36 @@ class RankedGroup:
         return max(len(sequence.ids) for sequence in self.sequences)
 
 
-def encode_group(scorer: RewardModel, ranking: Ranking) -> RankedGroup:
-    """A ranking in the scorer's ids; every answer gets the end token, as every answer gets it when scored."""
-    sequences = tuple(scorer.encode(ranking.prompt, completion) for completion in ranking.completions)
+def encode_group(model: RewardModel, ranking: Ranking) -> RankedGroup:
+    """Encode a ranking; every completion gets the end token, as it does when it is scored."""
+    sequences = tuple(model.encode(ranking.prompt, completion) for completion in ranking.completions)
     return RankedGroup(sequences, tuple(ranking.levels()), ranking.margin or 0.0)
 
 
 class Batches:
-    """Groups of every optimizer step, a function of the seed and the step alone.
+    """The groups of every optimizer step, as a function of the seed and the step.
 
     Args:
-        count: groups.
-        batch_size: groups in a step; the last of an epoch may be smaller.
-        epochs: passes, not necessarily whole.
+        count: number of groups.
+        batch_size: groups per step; the last step of an epoch may have fewer.
+        epochs: passes over the groups, not necessarily a whole number.
         seed: of the order, which is new in every epoch.
     """
 
     def __init__(self, count: int, batch_size: int, epochs: float, seed: int) -> None:
-        self._count, self._batch_size, self._seed = count, batch_size, seed
+        self._count, self._batch_size = count, batch_size
+        self._order = EndlessShuffle(count, seed=seed, name="rankings")
         self._steps_per_epoch = -(-count // batch_size)
         self.steps = max(1, round(epochs * self._steps_per_epoch))
 
     def groups(self, step: int) -> list[int]:
-        """Numbers of the groups of a step, 0-based."""
+        """Return the numbers of the groups of the 0-based step."""
         epoch, place = divmod(step, self._steps_per_epoch)
-        order = torch.randperm(self._count, generator=torch.Generator().manual_seed(self._seed + 7_919 * (epoch + 1)))
-        return order[place * self._batch_size : (place + 1) * self._batch_size].tolist()
+        start, stop = place * self._batch_size, min((place + 1) * self._batch_size, self._count)
+        return self._order.slice(epoch * self._count + start, epoch * self._count + stop)
 
 
 def micro_batches(groups: Sequence[RankedGroup], chosen: Sequence[int], size: int) -> list[list[int]]:
-    """Whole groups, at most `size` at a time, those of like length together: padded rows waste least so."""
+    """Cut the chosen groups into micro-batches of at most `size`, of similar length, so that little is padding."""
     ordered = sorted(chosen, key=lambda number: groups[number].longest)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]

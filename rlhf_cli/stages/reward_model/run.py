@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -46,7 +45,7 @@ def run(context: RewardModelContext) -> StageOutcome:
     """Train the reward model, measure it on held-out prompts, fix the scale of its rewards, write it."""
     from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
-    from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
+    from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
     recipe, settings = context.recipe, context.settings
     loaded = _rankings(context, settings)
@@ -66,22 +65,18 @@ def run(context: RewardModelContext) -> StageOutcome:
             f"(`data.holdout: {recipe.data.holdout:g}`), so nothing could say how good the reward model is",
             hint="give more prompts, or hold out more with `--set data.holdout=0.2`",
         )
-    options = RewardOptions(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(RewardOptions)}
-    )
     processes = ProcessGroup(source.device)
     trainer = RewardTrainer(
         scorer,
         [groups[id(ranking)] for ranking in train],
-        options,
+        settings,
         seed=recipe.seed,
         work=context.work,
-        metrics=context.work / "metrics.jsonl",
         stop=context.stop,
         processes=processes,
         log=metrics_log(context),
     )
-    tally = trainer.train()
+    state = trainer.train()
     del trainer
     report, train_accuracy = _report(context, scorer, train, held_out, processes)
     if settings.normalize:
@@ -92,7 +87,7 @@ def run(context: RewardModelContext) -> StageOutcome:
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
-    metrics = _metrics(report, train_accuracy, scorer) | {"rm/skipped_steps": float(tally.skipped_steps)}
+    metrics = _metrics(report, train_accuracy, scorer) | {"rm/skipped_steps": float(state.skipped_steps)}
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
 
 

@@ -16,7 +16,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.precision import autocast
-from rlhf_cli.stages.sft.data import Batch, CausalCollator, Example, GroupCollator, Seq2SeqCollator, as_dataset
+from rlhf_cli.stages.sft.data import Batch, CausalCollator, Example, GroupCollator, Row, Seq2SeqCollator
 
 Collator = GroupCollator | CausalCollator | Seq2SeqCollator
 _VOCABULARY_TILE = 16_384
@@ -127,16 +127,14 @@ def mean_completion_nll(
     was_training = model.training
     model.eval()
     collate = collator_for(model, packed=False)
-    dataset = as_dataset(own, [[number] for number in range(len(own))])
     total, count = 0.0, 0
-    if isinstance(collate, GroupCollator):  # completions of one prompt together
-        order = sorted(range(len(own)), key=lambda number: own[number].prompt_ids)
+    if isinstance(collate, GroupCollator):
+        own.sort(key=lambda example: example.prompt_ids)  # completions of one prompt together
     else:
-        order = sorted(range(len(own)), key=lambda number: len(own[number]))
-    for start in range(0, len(order), batch_size):
+        own.sort(key=len)
+    for start in range(0, len(own), batch_size):
         before_batch(start)
-        rows = [dataset[number] for number in order[start : start + batch_size]]
-        batch = on_device(collate(rows), model.device)
+        batch = on_device(collate([[example] for example in own[start : start + batch_size]]), model.device)
         is_completion = batch["completions"] > 0
         with autocast(model.device, precision):
             logprobs = token_logprobs(model, batch, is_completion)
@@ -184,14 +182,14 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
         Example(tokens[4:6], tokens[6:10]),
     ]
 
-    def score(packed: bool, rows: list[list[int]]) -> Tensor:
-        collated = CausalCollator(packed)([dict(row) for row in as_dataset(examples, rows)])  # type: ignore[call-overload]
-        batch = on_device(collated, model.device)
+    def score(packed: bool, rows: Sequence[Row]) -> Tensor:
+        batch = on_device(CausalCollator(packed)(rows), model.device)
         return token_logprobs(model, batch, batch["completions"] > 0)
 
     training, attention = model.training, model.config._attn_implementation
     model.eval()
-    together, apart = score(True, [[0, 1], [2]]), score(False, [[0], [1], [2]])
+    first, second, third = examples
+    together, apart = score(True, [[first, second], [third]]), score(False, [[first], [second], [third]])
     model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     if not torch.allclose(together, apart, atol=tolerance, rtol=tolerance):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
@@ -16,10 +15,9 @@ if TYPE_CHECKING:
     from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.data.records import Demonstration
     from rlhf_cli.data.sources import LoadedRecords
-    from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.stages.sft.data import Example
     from rlhf_cli.stages.sft.settings import SFTSettings
-    from rlhf_cli.stages.sft.trainer import SFTOptions, SFTResult
+    from rlhf_cli.stages.sft.trainer import SFTResult
 
 _HELD_OUT_MEASURED = 500
 """Held-out demonstrations whose loss is measured: enough for two digits, before and after."""
@@ -50,12 +48,14 @@ def run(context: SFTContext) -> StageOutcome:
     examples = {id(record): example for record, example in fitting}
     result = train_sft(
         model,
-        tokenizer,
         [examples[id(record)] for record in train],
         [examples[id(record)] for record in held_out[:_HELD_OUT_MEASURED]],
-        _options(settings, source, recipe.seed),
+        settings,
+        seed=recipe.seed,
         work=context.work,
         stop=context.stop,
+        precision=source.precision,
+        dtype=source.dtype,
         name=source.path,
         source=None if source.quantize == "none" else source,
         processes=processes,
@@ -120,17 +120,6 @@ def _fitting(
     if not fitting:
         raise DataError(f"{source}: holds no demonstrations", hint="give records with `prompt` and `completion`")
     return fitting
-
-
-def _options(settings: SFTSettings, source: ModelSource, seed: int) -> SFTOptions:
-    from rlhf_cli.stages.sft.trainer import Lora, SFTOptions
-
-    ours = {"lora", "precision", "dtype", "seed"}
-    plain: dict[str, Any] = {
-        field.name: getattr(settings, field.name) for field in dataclasses.fields(SFTOptions) if field.name not in ours
-    }
-    lora = Lora(**settings.lora.model_dump()) if settings.adapter == "lora" else None
-    return SFTOptions(**plain, lora=lora, precision=source.precision, dtype=source.dtype, seed=seed)
 
 
 def _outcome(result: SFTResult, records: int, held_out: int, tokens: int, skipped: dict[str, int]) -> StageOutcome:

@@ -222,34 +222,6 @@ def _tidy(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def rng_tensors(processes: ProcessGroup | None = None) -> dict[str, Tensor]:
-    """State of torch's generators in every process, for a checkpoint.
-
-    Args:
-        processes: those of the run, all of which call this; None is this one alone.
-    """
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    if processes is None or processes.count == 1:
-        return {f"rng/0/{name}": state for name, state in states.items()}
-    told = processes.all_gather_object({name: bytes(state.tolist()).hex() for name, state in states.items()})
-    return {
-        f"rng/{number}/{name}": torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-        for number, texts in enumerate(told)
-        for name, text in texts.items()
-    }
-
-
-def restore_rng(tensors: dict[str, Tensor], processes: ProcessGroup | None = None) -> None:
-    """Put torch's generators back to where a checkpoint left them in this process."""
-    prefix = f"rng/{0 if processes is None else processes.index}/"
-    torch.set_rng_state(tensors[prefix + "cpu"])
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        torch.cuda.set_rng_state_all([tensors[f"{prefix}cuda{index}"] for index in range(count)])
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """Per-parameter state of an optimizer (AdamW's moments and step counts), by parameter number."""
     return {

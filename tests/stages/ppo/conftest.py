@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -13,55 +12,22 @@ from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels, SharedBackbone
-from rlhf_cli.stages.ppo.options import PPOOptions
 from rlhf_cli.stages.ppo.rollout import PromptSet
+from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
-OPTIONS = PPOOptions(
-    steps=3,
-    prompts_per_step=8,
-    samples_per_prompt=1,
-    epochs=2,
-    minibatches=1,
-    micro_batch_size=8,
-    rollout_batch_size=8,
-    temperature=1.0,
-    max_new_tokens=8,
-    learning_rate=1e-2,
-    critic_learning_rate=None,
-    schedule="constant",
-    warmup_share=0.0,
-    max_grad_norm=1.0,
-    critic_warmup_steps=0,
-    clip_range=0.2,
-    value_clip_range=0.2,
-    value_coef=0.1,
-    entropy_coef=0.0,
-    gamma=1.0,
-    gae_lambda=0.95,
-    whiten_advantages=True,
-    whiten_rewards=False,
-    update_kl_limit=None,
-    ratio_limit=1e6,
-    kl_coef=0.05,
-    kl_in="reward",
-    kl_target=None,
-    kl_horizon=100,
-    kl_estimator="k1",
-    kl_stop=None,
-    kl_budget=None,
-    reward_scale=1.0,
-    reward_clip=None,
-    missing_eos_reward=None,
-    missing_eos_penalty=0.0,
-    length_penalty=0.0,
-    eval_steps=None,
-    eval_prompts=4,
-    show_steps=None,
-    shown_prompts=2,
-    checkpoint_steps=1,
-    keep_checkpoints=2,
-)
+SETTINGS = {
+    "steps": 3,
+    "prompts_per_step": 8,
+    "epochs": 2,
+    "micro_batch_size": 8,
+    "rollout_batch_size": 8,
+    "max_new_tokens": 8,
+    "learning_rate": 1e-2,
+    "schedule": "constant",
+    "ratio_limit": 1e6,
+    "checkpoint_steps": 1,
+}
 TEXTS = [
     "The cat sat",
     "Why is the sky blue?",
@@ -118,12 +84,12 @@ def make_trainer(
     source = ModelSource(str(folder))
     tokenizer = load_tokenizer(source)
     roles = make_roles(source, kind)
-    options = dataclasses.replace(OPTIONS, **changes)
+    settings = PPOSettings(**SETTINGS | changes)
     engine = ForwardPasses(
         roles,
         autocast=nullcontext,
-        micro_batch_size=options.micro_batch_size,
-        temperature=options.temperature,
+        micro_batch_size=settings.micro_batch_size,
+        temperature=settings.temperature,
         processes=processes,
     )
 
@@ -132,7 +98,7 @@ def make_trainer(
 
     work.mkdir(exist_ok=True)
     data = PPOData(prompts(TEXTS), prompts(HELD_OUT), demonstrations)
-    return PPOTrainer(roles, engine, data, reward, options, seed=seed, work=work, stop=stop or StopAfter())
+    return PPOTrainer(roles, engine, data, reward, settings, seed=seed, work=work, stop=stop or StopAfter())
 
 
 @pytest.fixture(name="make_trainer")

@@ -51,7 +51,7 @@ def metrics(work):
             id="7 answers in 2 minibatches, evaluated",
         ),
         pytest.param(
-            {"kind": "separate", "with_ptx": True, "ptx_coef": 0.5, "ptx_batch_size": 3, "kl_in": "loss",
+            {"kind": "separate", "with_ptx": True, "ptx": {"coef": 0.5, "batch_size": 3}, "kl_in": "loss",
              "kl_estimator": "k2", "entropy_coef": 0.1, "critic_warmup_steps": 1, "reward_scale": "running"},
             id="all weights, ptx, losses",
         ),

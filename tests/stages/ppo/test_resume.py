@@ -5,7 +5,10 @@ import torch
 
 from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.rewards.base import Scores
+from rlhf_cli.training import loop
 from rlhf_cli.training.checkpoint.store import best_checkpoint, latest_checkpoint
+
+HELD_OUT = ("Who knows", "When is it", "A loaf", "The river")
 
 
 def same_weights(one, other):
@@ -33,6 +36,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bytes(
     second = make_trainer(tiny_llama, tmp_path / "cut", kind=kind, **changes)
     second.train()
     assert second.state == whole.state
+    assert second.loop.state == whole.loop.state
     assert same_weights(whole, second)
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (tmp_path / "whole" / name).exists():
@@ -113,7 +117,7 @@ def test_nan_gradients_are_skipped_then_rolled_back_then_given_up(tiny_llama, tm
         return torch.tensor(float("nan")) if calls["count"] > 2 else plain(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(DivergedError, match="PPO diverged in step"):
+    with pytest.raises(DivergedError, match="ppo: training diverged at step"):
         trainer.train()
     # Two good steps, three bad ones, back to the newest checkpoint, three bad ones again.
     assert calls["count"] == 8
@@ -131,14 +135,14 @@ def test_a_broken_reward_skips_its_step_and_three_in_a_row_end_the_run(tiny_llam
         )
 
     trainer = make_trainer(tiny_llama, tmp_path / "w", steps=20, reward=broken)
-    with pytest.raises(DivergedError, match="3 steps in a row were left out: gone wrong"):
+    with pytest.raises(DivergedError, match="skipped in steps 7 to 9: gone wrong"):
         trainer.train()
     rows = rows_of(tmp_path / "w")
     assert rows[1]["skipped_steps"] == 2
     assert rows[1]["objective/scores"] is None
     assert rows[0]["skipped_steps"] == rows[2]["skipped_steps"] == 0
     # Calls 5 to 7 roll back to step 4 once, with half the learning rate; the next three end it.
-    assert trainer.state.rolled_back
+    assert trainer.loop.state.rolled_back
     assert trainer.updater.rate_scale == 0.5
 
 
@@ -155,7 +159,7 @@ def test_a_policy_that_is_not_finite_goes_back_once_then_gives_up(tiny_llama, tm
         return found
 
     trainer.updater.update = update
-    with pytest.raises(DivergedError, match="PPO diverged in step"):
+    with pytest.raises(DivergedError, match="ppo: training diverged at step"):
         trainer.train()
     for path in (tmp_path / "w").glob("step-*"):
         assert int(path.name[-8:]) <= 2
@@ -176,14 +180,14 @@ def test_a_kill_in_the_first_step_and_a_start_from_nothing_leave_every_line_once
     def killed(*arguments, **named):
         raise Killed
 
-    for place in ("updater.update", "_save"):
+    for place in ("update", "save"):
         folder = tmp_path / place
         for _ in range(2):
             cut = make_trainer(tiny_llama, folder, **changes)
-            owner, name = (cut.updater, "update") if place == "updater.update" else (cut, "_save")
-            monkeypatch.setattr(owner, name, killed)
-            with pytest.raises(Killed):
-                cut.train()
+            with monkeypatch.context() as patched:
+                patched.setattr(*((cut.updater, "update") if place == "update" else (loop, "save_checkpoint")), killed)
+                with pytest.raises(Killed):
+                    cut.train()
         make_trainer(tiny_llama, folder, **changes).train()
         for name in ("metrics.jsonl", "samples.jsonl"):
             assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes(), (place, name)
@@ -212,7 +216,7 @@ def test_where_a_run_was_stopped_does_not_change_where_it_goes_back_to(
                 make_trainer(tiny_llama, folder, stop=stop_after(stop), **changes).train()
         trainer = make_trainer(tiny_llama, folder, **changes)
         trainer.train()
-        assert trainer.state.rolled_back
+        assert trainer.loop.state.rolled_back
         ends.append((trainer, (folder / "metrics.jsonl").read_bytes()))
     assert same_weights(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
@@ -223,14 +227,28 @@ def test_a_new_run_misses_nothing(tiny_llama, tmp_path, make_trainer, capsys):
     assert "is missing" not in capsys.readouterr().err
 
 
-def test_going_back_does_not_forget_the_best_policy(tiny_llama, tmp_path, make_trainer):
+def test_a_roll_back_does_not_forget_the_best_policy(tiny_llama, tmp_path, make_trainer, rows_of):
     """Its file is the only one there is: what is said of it must be of the policy it holds."""
-    trainer = make_trainer(tiny_llama, tmp_path / "w", steps=4, eval_steps=4, kl_budget=50.0, checkpoint_steps=2)
-    trainer._begin()
-    trainer._save(0)
-    trainer._save(2)
-    trainer._keep_best(3, {"eval/objective/reward": 9.0, "eval/objective/kl": 1.0})
-    assert trainer._roll_back(4, DivergedError("gone astray")) == 2
+
+    class Done(BaseException):
+        """Ends the run after its roll-back."""
+
+    evaluations, asked_after = [0.0, 9.0], []
+
+    def reward(prompts, texts):
+        if trainer.loop.state.rolled_back:
+            raise Done
+        if prompts[0] in HELD_OUT:  # before training, and after step 3
+            return Scores([evaluations.pop(0)] * len(texts), {})
+        asked_after.append(len(rows_of(tmp_path / "w")) - 1)
+        bad = asked_after[-1] >= 3
+        return Scores([float("nan") if bad else 1.0] * len(texts), {}, ["bad"] if bad else [])
+
+    changes = {"steps": 8, "eval_steps": 3, "kl_budget": 50.0, "checkpoint_steps": 2, "reward": reward}
+    trainer = make_trainer(tiny_llama, tmp_path / "w", **changes)
+    with pytest.raises(Done):
+        trainer.train()
+    assert asked_after == [0, 1, 2, 3, 4, 5], "steps 4 to 6 are bad: back to step 2"
     assert trainer.state.best.step == best_checkpoint(tmp_path / "w").step == 3
 
 

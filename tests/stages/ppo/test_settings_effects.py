@@ -1,13 +1,12 @@
 """Each setting of PPO has the effect its docstring says: a setting without effect is a bug (trap 3 of docs/ppo.md)."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 
-from rlhf_cli.stages.ppo.options import PPOOptions
 from rlhf_cli.stages.ppo.ptx import Demonstrations
+from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
 def run(make_trainer, rows_of, model, folder, **changes):
@@ -67,10 +66,14 @@ ELSEWHERE = {
     "eval_prompts": "test_held_out_prompts_are_evaluated_when_due",
     "show_steps": "test_fixed_prompts_are_shown_when_due",
     "shown_prompts": "test_fixed_prompts_are_shown_when_due",
-    "ptx_coef": "test_ptx_is_the_mean_loss_of_a_completion_token",
-    "ptx_batch_size": "test_ptx_is_the_mean_loss_of_a_completion_token",
+    "ptx": "test_ptx_is_the_mean_loss_of_a_completion_token",
 }
-"""Options whose effect is no other weights, or that another test shows."""
+"""Settings whose effect is not other weights, or that another test shows."""
+OF_THE_STAGE = {
+    "model", "reward_model", "rewards", "reward_combination", "reward_std_coef", "prompts", "stop_tokens", "adapter",
+    "lora", "critic", "critic_from", "gradient_checkpointing",
+}  # fmt: skip
+"""Settings that choose what the trainer is given: see test_stage, test_data, test_rewards and test_model_loading."""
 NEEDS = {
     # The first step has no KL, and a head of zeros no value: their settings show from the second update on.
     "reward_scale": {"whiten_advantages": False},
@@ -104,8 +107,7 @@ def test_every_setting_of_the_algorithm_changes_what_is_learned(setting, tiny_ll
 
 
 def test_every_option_is_looked_at():
-    options = {field.name for field in dataclasses.fields(PPOOptions)}
-    assert options == DIFFERS.keys() | ELSEWHERE.keys()
+    assert PPOSettings.model_fields.keys() == DIFFERS.keys() | ELSEWHERE.keys() | OF_THE_STAGE
 
 
 def test_the_same_settings_give_the_same_weights(tiny_llama, tmp_path, make_trainer):
@@ -128,12 +130,12 @@ def test_settings_of_effort_change_nothing_but_rounding(tiny_llama, tmp_path, ma
         torch.testing.assert_close(ends[1][name], tensor, atol=2e-4, rtol=1e-3)
 
 
-def test_a_stronger_leash_holds_the_policy_nearer(tiny_llama, tmp_path, make_trainer, rows_of):
+def test_a_larger_kl_penalty_keeps_the_policy_nearer(tiny_llama, tmp_path, make_trainer, rows_of):
     for place in ("reward", "loss"):
         ends = []
         for kl_coef in (0.0, 1.0):
             rows = run(
-                make_trainer, rows_of, tiny_llama, tmp_path / f"{place}{kl_coef}", kind="separate", steps=10,
+                make_trainer, rows_of, tiny_llama, tmp_path / f"{place}{kl_coef}", kind="separate", steps=16,
                 prompts_per_step=16, kl_coef=kl_coef, micro_batch_size=16, rollout_batch_size=16, kl_in=place,
                 kl_estimator="k1" if place == "reward" else "k2",
             )  # fmt: skip
@@ -217,7 +219,7 @@ def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_
     assert metrics["val/largest_log_ratio"] == pytest.approx(4.0, abs=1e-3)
     told = " ".join(capsys.readouterr().err.split())
     answers = seen["answers"]
-    token = trainer._data.prompts.tokenizer.decode([answers.response_ids[5][3]])
+    token = trainer.data.prompts.tokenizer.decode([answers.response_ids[5][3]])
     assert f'"{answers.prompts[5]}"' in told
     assert repr(token)[1:-1] in told or token.strip() in told
 
@@ -309,7 +311,7 @@ def test_ptx_teaches_the_demonstrations(tiny_llama, tmp_path, make_trainer, rows
     demonstrations = Demonstrations.of([([5, 6, 7], [8, 9, 0]), ([], [10, 11, 0]), ([12], [13, 0])])
     rows = run(
         make_trainer, rows_of, tiny_llama, tmp_path / "w", kind="separate", steps=6, demonstrations=demonstrations,
-        ptx_coef=1.0, ptx_batch_size=3,
+        ptx={"coef": 1.0, "batch_size": 3},
     )  # fmt: skip
     assert rows[-1]["loss/ptx_avg"] < 0.6 * rows[0]["loss/ptx_avg"]
 
@@ -318,10 +320,10 @@ def test_ptx_is_the_mean_loss_of_a_completion_token(tiny_llama, tmp_path, make_t
     """By hand: at temperature 1, whatever PPO samples at; over completion tokens; text without a prompt by its rest."""
     demonstrations = Demonstrations.of([([5, 6, 7], [8, 9, 0]), ([], [10, 11, 0])])
     trainer = make_trainer(
-        tiny_llama, tmp_path / "w", kind="separate", temperature=0.5, demonstrations=demonstrations, ptx_coef=2.0,
-        ptx_batch_size=2,
+        tiny_llama, tmp_path / "w", kind="separate", temperature=0.5, demonstrations=demonstrations,
+        ptx={"coef": 2.0, "batch_size": 2},
     )  # fmt: skip
-    loss, tokens = trainer.updater._supervised.accumulate(0)
+    loss, tokens = trainer.updater.supervised.accumulate(0)
     found = [one.grad.clone() for one in trainer.roles.policy_parameters() if one.grad is not None]
     with trainer.roles.policy() as model:
         model.zero_grad(set_to_none=True)
@@ -343,8 +345,8 @@ def test_the_running_scale_divides_by_the_spread_so_far(tiny_llama, tmp_path, ma
     )
     seen = []
     for step in range(2):
-        plain = trainer._rollouts.answers
-        trainer._rollouts.answers = lambda *a, plain=plain: (seen.append(plain(*a)), seen[-1])[1]
+        plain = trainer.rollouts.answers
+        trainer.rollouts.answers = lambda *a, plain=plain: (seen.append(plain(*a)), seen[-1])[1]
         trainer.step(step)
     everything = (
         torch.cat([answers.scores for answers in seen[-1:]])
@@ -353,5 +355,5 @@ def test_the_running_scale_divides_by_the_spread_so_far(tiny_llama, tmp_path, ma
     )
     assert trainer.state.moments.count == 16
     assert trainer.state.moments.std == pytest.approx(float(everything.double().std(correction=0)), rel=1e-6)
-    rewards = trainer._rewards(seen[-1])
+    rewards = trainer.rewards(seen[-1])
     assert rewards.std(correction=0) < 5

@@ -12,9 +12,9 @@ def weights(trainer):
 
 
 def answers_of(trainer, step=0):
-    rows = trainer._rollouts.rows_of(step, len(trainer._data.prompts))
+    rows = trainer.rollouts.rows_of(step, len(trainer.data.prompts))
     numbers = range(step * len(rows), (step + 1) * len(rows))
-    return trainer._rollouts.answers(trainer._data.prompts, rows, numbers, lambda _: None)
+    return trainer.rollouts.answers(trainer.data.prompts, rows, numbers, lambda _: None)
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
@@ -125,12 +125,12 @@ def test_it_learns_a_reward_it_can_see(tiny_llama, tmp_path, make_trainer, rows_
     assert rows[-1]["objective/kl"] > 0.5
 
 
-def test_every_prompt_comes_once_a_lap(tiny_llama, tmp_path, make_trainer):
+def test_every_prompt_is_used_once_per_epoch(tiny_llama, tmp_path, make_trainer):
     trainer = make_trainer(tiny_llama, tmp_path / "w", prompts_per_step=3, samples_per_prompt=2)
-    seen = [row for step in range(8) for row in trainer._rollouts.rows_of(step, 8)]
+    seen = [row for step in range(8) for row in trainer.rollouts.rows_of(step, 8)]
     assert len(seen) == 8 * 3 * 2
-    for lap in range(3):
-        assert sorted(seen[16 * lap : 16 * lap + 16]) == sorted(2 * list(range(8)))
+    for epoch in range(3):
+        assert sorted(seen[16 * epoch : 16 * epoch + 16]) == sorted(2 * list(range(8)))
     assert seen[:16] != seen[16:32]
 
 
@@ -145,7 +145,7 @@ def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
 
     def trained():
         trainer = make_trainer(tiny_llama, tmp_path / "w")
-        trainer._data.prompts.eos_ids.update(range(60))  # so that answers end, some sooner than others
+        trainer.data.prompts.eos_ids.update(range(60))  # so that answers end, some sooner than others
         trainer.step(0)
         return trainer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
 from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, encode_group, micro_batches
-from rlhf_cli.stages.reward_model.trainer import RewardOptions, RewardTrainer
+from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -53,21 +55,17 @@ def rankings(count: int = 12) -> list[Ranking]:
     return made
 
 
-def options(**changes) -> RewardOptions:
+def settings(**changes) -> RewardModelSettings:
     defaults = {
         "learning_rate": 1e-2,
         "batch_size": 8,
         "micro_batch_size": 4,
         "epochs": 3.0,
         "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
         "warmup_share": 0.2,
-        "schedule": "linear",
         "checkpoint_steps": 2,
-        "loss": "pairwise",
-        "use_margin": False,
     }
-    return RewardOptions(**(defaults | changes))
+    return RewardModelSettings(**(defaults | changes))
 
 
 def scorer_of(folder: Path, lora=LORA) -> RewardModel:
@@ -78,8 +76,7 @@ def trainer_of(folder: Path, work: Path, *, stop=None, lora=LORA, groups=None, *
     scorer = scorer_of(folder, lora)
     groups = [encode_group(scorer, ranking) for ranking in rankings()] if groups is None else groups
     work.mkdir(exist_ok=True, parents=True)
-    metrics = work / "metrics.jsonl"
-    return RewardTrainer(scorer, groups, options(**changes), seed=5, work=work, metrics=metrics, stop=stop or Never())
+    return RewardTrainer(scorer, groups, settings(**changes), seed=5, work=work, stop=stop or Never())
 
 
 def weights(trainer: RewardTrainer) -> dict[str, torch.Tensor]:
@@ -110,7 +107,7 @@ def test_the_loss_of_a_step_is_the_mean_over_groups_of_the_mean_over_pairs(tiny_
     trainer = trainer_of(tiny_llama, tmp_path, micro_batch_size=2)
     expected = []
     for ranking in rankings()[:8]:
-        rewards = trainer.scorer.score([ranking.prompt] * len(ranking.completions), ranking.completions)
+        rewards = trainer.model.score([ranking.prompt] * len(ranking.completions), ranking.completions)
         levels, losses = ranking.levels(), []
         for i in range(len(levels)):
             for j in range(i + 1, len(levels)):
@@ -127,13 +124,13 @@ def test_the_loss_of_a_step_is_the_mean_over_groups_of_the_mean_over_pairs(tiny_
 def test_it_learns_what_the_labels_prefer(tiny_llama, tmp_path):
     trainer = trainer_of(tiny_llama, tmp_path, epochs=12.0)
     trainer.train()
-    scores = trainer.scorer.score(["A new question?"] * 2, ["water water water bread", "bread"])
+    scores = trainer.model.score(["A new question?"] * 2, ["water water water bread", "bread"])
     assert scores[0] > scores[1] + 0.5
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
     assert lines[-1]["accuracy"] > 0.9
-    assert not trainer.scorer.training
+    assert not trainer.model.training
 
 
 @pytest.mark.parametrize("change", [{"loss": "plackett-luce"}, {"use_margin": True}, {"weight_decay": 0.5},
@@ -154,10 +151,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(killed_in, lora, ti
     killed = trainer_of(tiny_llama, tmp_path / "killed", lora=lora)
     real_step = killed.step
 
-    def step(number: int):
+    def step(number: int, tell):
         if number == killed_in:
             raise KeyboardInterrupt  # as kill -9 would: nothing more is written
-        return real_step(number)
+        return real_step(number, tell)
 
     killed.step = step
     with pytest.raises(KeyboardInterrupt):
@@ -180,19 +177,21 @@ def test_a_signal_saves_the_step_that_was_running(tiny_llama, tmp_path):
     assert same(weights(whole), weights(resumed))
 
 
-def poison(trainer: RewardTrainer, steps: set[int]) -> None:
-    """Make the loss of these steps NaN, every time they are run."""
+def poison(trainer: RewardTrainer, steps: set[int], times: int | None = None) -> None:
+    """Make the loss of these steps NaN: the first `times` times they run, or, for None, every time."""
+    runs = Counter()
     real_accumulate = trainer.accumulate
     real_step = trainer.step
     current = []
 
-    def step(number: int):
+    def step(number: int, tell):
         current[:] = [number]
-        return real_step(number)
+        return real_step(number, tell)
 
     def accumulate(chosen):
         sums = real_accumulate(chosen)
-        if current[0] in steps:
+        runs.update(current)
+        if current[0] in steps and (times is None or runs[current[0]] <= times):
             sums.loss = float("nan")
             next(iter(trainer.trained.values())).grad.fill_(float("nan"))
         return sums
@@ -203,9 +202,9 @@ def poison(trainer: RewardTrainer, steps: set[int]) -> None:
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_llama, tmp_path):
     trainer = trainer_of(tiny_llama, tmp_path)
     poison(trainer, {1, 3, 4})
-    tally = trainer.train()
-    assert tally.skipped_steps == 3
-    assert not tally.rolled_back
+    state = trainer.train()
+    assert state.skipped_steps == 3
+    assert not state.rolled_back
     assert all(torch.isfinite(weight).all() for weight in trainer.trained.values())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[1]["loss"] is None, "JSON has no NaN"
@@ -217,45 +216,40 @@ def test_three_in_a_row_go_back_once_and_then_give_up(tiny_llama, tmp_path, caps
     with pytest.raises(DivergedError) as caught:
         trainer.train()
     assert caught.value.exit_code == 70
-    assert trainer.tally.rolled_back
-    assert capsys.readouterr().err.count("going back once") == 1
+    assert trainer.loop.state.rolled_back
+    assert capsys.readouterr().err.count("rolling back to step 2") == 1
     assert all(torch.isfinite(weight).all() for weight in trainer.trained.values())
 
 
-def test_a_signal_among_bad_steps_does_not_change_where_a_run_goes_back_to(tiny_llama, tmp_path):
-    trainer = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2)
-    trainer._begin()
-    trainer._save(2)
-    trainer.tally.bad_in_a_row = 2
-    trainer._save(4)  # as a signal would, with two bad steps behind it
-    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4"]
+def test_a_signal_among_bad_steps_does_not_change_where_a_run_rolls_back_to(tiny_llama, tmp_path, capsys):
+    trainer = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2, stop=After(4))
+    poison(trainer, {2, 3})
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["2", "4"], "the second is the signal's"
     again = trainer_of(tiny_llama, tmp_path, checkpoint_steps=2)
-    assert again._begin() == 4
-    assert again._roll_back(5) == 2
-    assert again.tally.rolled_back
+    poison(again, {4}, times=1)
+    assert again.train().rolled_back
+    said = capsys.readouterr().err
+    assert "resuming from step 4 of 6" in said
+    assert "skipped in steps 3 to 5" in said
+    assert "rolling back to step 2" in said
 
 
-def test_going_back_takes_half_the_learning_rate(tiny_llama, tmp_path):
+def test_a_roll_back_halves_the_learning_rate(tiny_llama, tmp_path):
     trainer = trainer_of(tiny_llama, tmp_path, schedule="constant", warmup_share=0.0)
-    poison(trainer, {2, 3, 4})
-    real_restore = trainer._restore
-
-    def restore(tensors):
-        real_restore(tensors)
-        del trainer.step, trainer.accumulate  # whatever it was is over
-
-    trainer._restore = restore
+    poison(trainer, {2, 3, 4}, times=1)
     assert trainer.train().rolled_back
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert [line["learning_rate"] for line in lines[:2]] == [1e-2] * 2
-    assert {line["learning_rate"] for line in lines[4:]} == {5e-3}
+    assert {line["learning_rate"] for line in lines[2:]} == {5e-3}
 
 
 def test_every_group_is_seen_once_an_epoch_in_a_new_order():
     batches = Batches(10, 4, 2.0, seed=3)
     assert batches.steps == 6
-    epochs = [[group for step in range(3 * lap, 3 * lap + 3) for group in batches.groups(step)] for lap in (0, 1)]
+    epochs = [[group for step in range(start, start + 3) for group in batches.groups(step)] for start in (0, 3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
     assert epochs[0] != [group for step in range(3) for group in Batches(10, 4, 2.0, seed=4).groups(step)]

@@ -20,7 +20,6 @@ from rlhf_cli.stages.sft.data import (
     Example,
     GroupCollator,
     Seq2SeqCollator,
-    as_dataset,
     pack,
     pack_groups,
     tokenize,
@@ -45,25 +44,20 @@ def test_packing_prefers_the_tightest_row():
 @pytest.mark.parametrize(("rows", "epochs", "batch", "micro"), [(10, 2.0, 4, 3), (5, 1.0, 8, 8), (7, 1.5, 2, 1)])
 def test_every_step_but_the_last_has_the_batch_size(rows: int, epochs: float, batch: int, micro: int):
     plan = BatchPlan(rows, epochs, batch, micro, seed=0)
-    micro_batches = list(plan)
-    assert len(micro_batches) == len(plan)
-    assert max(map(len, micro_batches)) <= micro
-    total = round(rows * epochs)
-    per_step = plan.micro_batches_per_step
-    steps = [
-        [row for part in micro_batches[i : i + per_step] for row in part]
-        for i in range(0, len(micro_batches), per_step)
-    ]
-    assert len(steps) == plan.steps
+    cut = [plan.micro_batches(step) for step in range(plan.steps)]
+    assert max(len(part) for parts in cut for part in parts) <= micro
+    steps = [[row for part in parts for row in part] for parts in cut]
     assert [len(step) for step in steps[:-1]] == [batch] * (plan.steps - 1)
-    assert sum(map(len, steps)) == total
+    assert 0 < len(steps[-1]) <= batch
+    assert sum(map(len, steps)) == round(rows * epochs)
     seen = Counter(row for step in steps for row in step)
-    assert set(seen.values()) <= {int(epochs), int(epochs) + 1}  # each row once a pass
+    assert set(seen.values()) <= {int(epochs), int(epochs) + 1}  # each row once per epoch
 
 
-def test_order_depends_on_seed_and_pass_and_never_on_the_micro_batch():
+def test_order_depends_on_seed_and_epoch_and_never_on_the_micro_batch():
     def order(seed: int, micro: int) -> list[int]:
-        return [row for batch in BatchPlan(12, 2.0, 6, micro, seed) for row in batch]
+        plan = BatchPlan(12, 2.0, 6, micro, seed)
+        return [row for step in range(plan.steps) for part in plan.micro_batches(step) for row in part]
 
     assert order(0, 1) == order(0, 5) == order(0, 6)
     assert order(0, 6) != order(1, 6)
@@ -72,14 +66,11 @@ def test_order_depends_on_seed_and_pass_and_never_on_the_micro_batch():
 
 def test_epoch_counts_rows():
     plan = BatchPlan(6, 2.0, 4, 2, seed=0)
-    assert [plan.epoch_at(step) for step in range(4)] == pytest.approx([0, 4 / 6, 8 / 6, 2.0])
+    assert [plan.epoch_after(step) for step in range(4)] == pytest.approx([0, 4 / 6, 8 / 6, 2.0])
 
 
 def collate(collator, *rows: list[Example]):
-    examples = [example for row in rows for example in row]
-    numbers = iter(range(len(examples)))
-    dataset = as_dataset(examples, [[next(numbers) for _ in row] for row in rows])
-    batch = collator([dataset[i] for i in range(len(dataset))])
+    batch = collator(rows)
     return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.stages.sft.data import Example, as_dataset
+from rlhf_cli.stages.sft.data import Example
 from rlhf_cli.stages.sft.loss import (
     TokenCounts,
     check_packing,
@@ -54,11 +54,9 @@ def load(request: pytest.FixtureRequest, name: str) -> PreTrainedModel:
 
 
 def batches(model: PreTrainedModel, rows: list[list[int]], sizes: list[int], *, packed: bool = False):
-    collate, dataset = collator_for(model, packed=packed), as_dataset(EXAMPLES, rows)
+    collate, laid_out = collator_for(model, packed=packed), [[EXAMPLES[number] for number in row] for row in rows]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        collate([dataset[n] for n in range(start, start + size)]) for start, size in zip(starts, sizes, strict=True)
-    ]
+    return [collate(laid_out[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 
 def by_hand(model: PreTrainedModel, examples: list[Example], lm_coef: float) -> torch.Tensor:
@@ -175,7 +173,7 @@ def test_evaluation_is_a_mean_over_tokens_whatever_the_batch(name: str, request:
 def test_padding_brings_no_token_into_a_row(name: str, request: pytest.FixtureRequest):
     model = load(request, name)
     examples = [Example([11, 12, 13], [21, 22, 23, 24, 5]), Example([14], [25, 5])]
-    batch = collator_for(model, packed=False)(list(as_dataset(examples, [[0], [1]])))
+    batch = collator_for(model, packed=False)([[example] for example in examples])
     counts = TokenCounts.of([batch])
     clean = sft_loss(model, batch, counts, lm_coef=0.0)
     used = {11, 12, 13, 21, 22, 23, 24, 5, 14, 25, model.config.decoder_start_token_id if name == "tiny_t5" else 5}

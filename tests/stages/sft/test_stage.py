@@ -82,7 +82,9 @@ def test_held_out_prompts_are_not_trained_on(tiny_llama: Path, tmp_path: Path, m
 
     seen = {}
 
-    def watched(model, tokenizer, examples, held_out, options, **named):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+
+    def watched(model, examples, held_out, settings, **named):
         seen["train"] = {tokenizer.decode(example.prompt_ids) for example in examples}
         seen["held out"] = {tokenizer.decode(example.prompt_ids) for example in held_out}
         return engine.SFTResult(1, 1, 0.0, None, None, 0)
@@ -172,8 +174,8 @@ def test_the_command_survives_kill_9(tiny_llama: Path, tmp_path: Path, rlhf):
     assert process.wait() == -signal.SIGKILL
     assert not (run_dir / "sft").exists()
     again = rlhf(*arguments)
-    assert "going on from step" in again.stderr
+    assert "fine-tuning: resuming from step" in again.stderr
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (run_dir / "sft" / name).read_bytes() == (tmp_path / "straight" / "out" / name).read_bytes()
-    beginnings = ("sft", "tokenizing", "held-out loss", "fine-tuning", "going on", "attention: ")
+    beginnings = ("sft", "tokenizing", "held-out loss", "fine-tuning", "attention: ")
     assert [line for line in again.stderr.splitlines() if not line.startswith(beginnings)] == []

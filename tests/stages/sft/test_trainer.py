@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -10,20 +9,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from rlhf_cli.errors import DivergedError, Interrupted, ModelError, UsageError
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.stages.sft import hf_trainer as sft_trainer
+from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.sft import trainer as sft_trainer
 from rlhf_cli.stages.sft.data import Example
-from rlhf_cli.stages.sft.trainer import Lora, SFTOptions, SFTResult, train_sft
+from rlhf_cli.stages.sft.settings import SFTSettings
+from rlhf_cli.stages.sft.trainer import SFTResult, train_sft
 
 EXAMPLES = [
     Example([3 + n, 11, 12 + n % 3], [20 + n % 5, 26, 22 + n % 7, *range(30, 30 + n % 4), 1]) for n in range(12)
 ]
-OPTIONS = SFTOptions(
-    learning_rate=1e-2, batch_size=4, epochs=2.0, micro_batch_size=4, checkpoint_steps=2, warmup_share=0
-)
+DEFAULTS = {
+    "data": "demonstrations.jsonl",
+    "learning_rate": 1e-2,
+    "batch_size": 4,
+    "epochs": 2.0,
+    "micro_batch_size": 4,
+    "checkpoint_steps": 2,
+    "warmup_share": 0.0,
+}
+LORA = LoraSettings()
 
 
 class Stop:
@@ -44,17 +52,27 @@ class Stop:
 
 
 def train(
-    folder: Path, work: Path, options: SFTOptions = OPTIONS, *, stop: Stop | None = None, held_out=(), examples=EXAMPLES
+    folder: Path,
+    work: Path,
+    settings: SFTSettings | None = None,
+    *,
+    stop: Stop | None = None,
+    held_out=(),
+    seed=0,
+    **named,
 ) -> tuple[PreTrainedModel, SFTResult]:
     model = load_policy(ModelSource(str(folder)), dtype=torch.float32)
     work.mkdir(exist_ok=True, parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    result = train_sft(model, tokenizer, examples, held_out, options, work=work, stop=stop or Stop(), name="tiny")
+    result = train_sft(
+        model, EXAMPLES, held_out, settings or with_(), seed=seed, work=work, stop=stop or Stop(), name="tiny", **named
+    )
     return model, result
 
 
-def with_(**changes: object) -> SFTOptions:
-    return dataclasses.replace(OPTIONS, **changes)  # type: ignore[arg-type]
+def with_(lora: LoraSettings | None = LORA, **changes: object) -> SFTSettings:
+    """The settings of most tests with some changed; without `lora`, all weights train."""
+    adapter = {"adapter": "none"} if lora is None else {"lora": lora}
+    return SFTSettings(**DEFAULTS | adapter | changes)
 
 
 def weights(model: PreTrainedModel) -> torch.Tensor:
@@ -66,8 +84,10 @@ def log(work: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
-@pytest.mark.parametrize("lora", [Lora(rank=4), None])
-def test_training_lowers_the_loss_and_leaves_an_ordinary_model(name: str, lora: Lora | None, request, tmp_path: Path):
+@pytest.mark.parametrize("lora", [LoraSettings(rank=4), None])
+def test_training_lowers_the_loss_and_leaves_an_ordinary_model(
+    name: str, lora: LoraSettings | None, request, tmp_path: Path
+):
     folder = request.getfixturevalue(name)
     model, result = train(folder, tmp_path, with_(lora=lora, epochs=6.0), held_out=EXAMPLES[:3])
     assert result.steps == 18
@@ -100,8 +120,8 @@ def test_the_micro_batch_changes_nothing(lm_coef: float, tiny_llama: Path, tmp_p
         assert torch.allclose(results[micro][1], results[8][1], atol=2e-5)
 
 
-@pytest.mark.parametrize("lora", [Lora(rank=4, dropout=0.2), None], ids=["lora with dropout", "all weights"])
-def test_resumed_equals_uninterrupted(lora: Lora | None, tiny_llama: Path, tmp_path: Path):
+@pytest.mark.parametrize("lora", [LoraSettings(rank=4, dropout=0.2), None], ids=["lora with dropout", "all weights"])
+def test_resumed_equals_uninterrupted(lora: LoraSettings | None, tiny_llama: Path, tmp_path: Path):
     options = with_(lora=lora, schedule="cosine", warmup_share=0.3, weight_decay=0.1)
     straight, _ = train(tiny_llama, tmp_path / "straight", options)
     with pytest.raises(Interrupted):
@@ -126,34 +146,34 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_llama: Path, tmp_path: Path, c
     straight, _ = train(tiny_llama, tmp_path / "straight")
     with pytest.raises(Interrupted):
         train(tiny_llama, tmp_path / "broken", stop=Stop(after=5))
-    newest = tmp_path / "broken" / "checkpoints" / "step-00000005" / "tensors.safetensors"
+    newest = tmp_path / "broken" / "step-00000005" / "tensors.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     resumed, _ = train(tiny_llama, tmp_path / "broken")
     message = capfd.readouterr().err
     assert "does not match its checksum" in message
-    assert "going on from step 4 of 6" in message
+    assert "resuming from step 4 of 6" in message
     assert torch.equal(weights(resumed), weights(straight))
 
 
 def test_checkpoints_hold_no_pickle_and_only_what_is_trained(tiny_llama: Path, tmp_path: Path):
-    train(tiny_llama, tmp_path, with_(lora=Lora(rank=2)))
+    train(tiny_llama, tmp_path, with_(lora=LoraSettings(rank=2)))
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     names = ("SHA256SUMS", "state.json", "tensors.safetensors")
-    assert files == {"metrics.jsonl"} | {f"checkpoints/step-0000000{n}/{name}" for n in (4, 6) for name in names}
+    assert files == {"metrics.jsonl"} | {f"step-0000000{n}/{name}" for n in (4, 6) for name in names}
     from safetensors.torch import load_file
 
-    stored = load_file(tmp_path / "checkpoints" / "step-00000006" / "tensors.safetensors")
-    assert all(".lora_" in key for key in stored if key.startswith("model/"))
+    stored = load_file(tmp_path / "step-00000006" / "tensors.safetensors")
+    assert all(".lora_" in key for key in stored if not key.startswith("optimizer/"))
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
-        ("cosine", [0.0, 0.5, 1.0, 0.853553, 0.5, 0.146447]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
     ],
 )
 def test_learning_rate_warms_up_and_follows_the_schedule(schedule, expected, tiny_llama: Path, tmp_path: Path):
@@ -170,16 +190,17 @@ def test_each_setting_has_its_effect(tiny_llama: Path, tmp_path: Path):
     assert (weights(bounded) - untrained).norm() < 1e-3 * moved
     decayed, _ = train(tiny_llama, tmp_path / "decayed", with_(lora=None, weight_decay=5.0))
     assert decayed.lm_head.weight.norm() < 0.9 * base.lm_head.weight.norm()
-    for name, change in {"seed": {"seed": 1}, "lm": {"lm_coef": 2.0}}.items():
-        other, _ = train(tiny_llama, tmp_path / name, with_(lora=None, **change))
+    assert decayed.model.norm.weight.norm() > 0.95 * base.model.norm.weight.norm(), "norms and biases do not decay"
+    for name, change, seed in (("seed", {}, 1), ("lm", {"lm_coef": 2.0}, 0)):
+        other, _ = train(tiny_llama, tmp_path / name, with_(lora=None, **change), seed=seed)
         assert not torch.equal(weights(other), weights(base)), name
-    small, _ = train(tiny_llama, tmp_path / "lora", with_(lora=Lora(rank=2, target_modules=["q_proj"])))
+    small, _ = train(tiny_llama, tmp_path / "lora", with_(lora=LoraSettings(rank=2, target_modules=["q_proj"])))
     before = load_policy(ModelSource(str(tiny_llama))).state_dict()
     changed = {key.split(".")[-2] for key, value in small.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"q_proj"}
 
 
-@pytest.mark.parametrize("lora", [Lora(rank=4), None])
+@pytest.mark.parametrize("lora", [LoraSettings(rank=4), None])
 def test_gradient_checkpointing_recomputes_and_changes_nothing(lora, tiny_llama: Path, tmp_path: Path, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -211,7 +232,7 @@ def test_precision_is_that_of_the_products(tiny_llama: Path, tmp_path: Path, mon
         return out
 
     monkeypatch.setattr(LlamaMLP, "forward", watched)
-    model, result = train(tiny_llama, tmp_path / "b", with_(lora=None, precision=torch.bfloat16, dtype=torch.bfloat16))
+    model, result = train(tiny_llama, tmp_path / "b", with_(lora=None), precision=torch.bfloat16, dtype=torch.bfloat16)
     assert seen == {
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
@@ -223,20 +244,16 @@ def test_precision_is_that_of_the_products(tiny_llama: Path, tmp_path: Path, mon
 def test_the_models_own_special_tokens_are_left(tiny_llama: Path, tmp_path: Path):
     model = load_policy(ModelSource(str(tiny_llama)))
     model.generation_config.eos_token_id = [7, 0]  # a model may end its turns in several ways
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.bos_token = tokenizer.pad_token = "!"  # which the model does not know of
-    train_sft(model, tokenizer, EXAMPLES, [], OPTIONS, work=tmp_path, stop=Stop())
+    train_sft(model, EXAMPLES, [], with_(), seed=0, work=tmp_path, stop=Stop())
     assert model.generation_config.eos_token_id == [7, 0]
     assert (model.config.bos_token_id, model.config.pad_token_id) == (None, None)
-    assert tokenizer.eos_token_id == model.config.eos_token_id
 
 
 def test_weights_that_are_not_finite_in_the_final_precision_end_the_run(tiny_llama: Path, tmp_path: Path):
     model = load_policy(ModelSource(str(tiny_llama)))
     model.model.norm.weight.data[0] = 1e6  # beyond float16
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     with pytest.raises(DivergedError, match=r"`model\.norm\.weight` are not finite in float16"):
-        train_sft(model, tokenizer, EXAMPLES, [], with_(dtype=torch.float16), work=tmp_path, stop=Stop())
+        train_sft(model, EXAMPLES, [], with_(), seed=0, dtype=torch.float16, work=tmp_path, stop=Stop())
 
 
 def test_packing_trains_on_every_example(tiny_llama: Path, tmp_path: Path):
@@ -261,14 +278,36 @@ def test_one_bad_step_is_skipped_and_counted(tiny_llama: Path, tmp_path: Path, m
     assert result.skipped_steps == 1
     assert torch.isfinite(weights(model)).all()
     assert [row["loss"] is None for row in log(tmp_path)] == [False, True, False, False, False, False]
-    assert "step 2 is skipped" in capfd.readouterr().err
+    assert "step 2: an optimizer step is skipped" in capfd.readouterr().err
 
 
-def test_a_loss_that_stays_nan_ends_the_run(tiny_llama: Path, tmp_path: Path, monkeypatch):
+def test_a_loss_that_stays_nan_rolls_back_once_and_then_ends_the_run(
+    tiny_llama: Path, tmp_path: Path, monkeypatch, capfd
+):
     loss = sft_trainer.sft_loss
     monkeypatch.setattr(sft_trainer, "sft_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
-    with pytest.raises(DivergedError, match="steps 1 to 3"):
+    with pytest.raises(DivergedError, match="skipped in steps 1 to 3"):
         train(tiny_llama, tmp_path)
+    assert capfd.readouterr().err.count("rolling back to step 0 with half the learning rate") == 1
+
+
+def test_a_divergence_rolls_back_to_the_last_checkpoint_with_half_the_learning_rate(
+    tiny_llama: Path, tmp_path: Path, monkeypatch
+):
+    loss = sft_trainer.sft_loss
+    calls = SimpleNamespace(count=0)
+
+    def nan_for_a_while(*arguments, **settings):
+        calls.count += 1
+        return loss(*arguments, **settings) * (float("nan") if 3 <= calls.count <= 5 else 1.0)
+
+    monkeypatch.setattr(sft_trainer, "sft_loss", nan_for_a_while)
+    model, result = train(tiny_llama, tmp_path, with_(schedule="constant"))
+    assert calls.count == 2 + 3 + 4
+    assert result.skipped_steps == 3
+    assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [row["learning_rate"] for row in log(tmp_path)] == [1e-2] * 2 + [5e-3] * 4
+    assert torch.isfinite(weights(model)).all()
 
 
 def test_what_cannot_be_trained_is_refused_by_name(tiny_t5: Path, tmp_path: Path):

@@ -1,0 +1,60 @@
+"""The files a training run writes as it goes: metrics and samples. Only the main process writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+from rlhf_cli.training.monitoring.samples import SampleLog, ShownAnswer
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class RunLogger:
+    """Metrics and samples of a run.
+
+    Args:
+        work: folder of both files; None, in processes other than the main one, writes nothing.
+        after_step: lines of later steps are dropped, because those steps run again.
+        position: what `position` returned when that step was saved; None where nothing was saved.
+        shows_samples: whether the run shows samples.
+        make: makes the metrics log, from the arguments of `MetricsLog`.
+    """
+
+    def __init__(
+        self,
+        work: Path | None,
+        *,
+        after_step: int,
+        position: Mapping[str, Any] | None = None,
+        shows_samples: bool = False,
+        make: Callable[..., MetricsLog] = MetricsLog,
+    ) -> None:
+        self._log = self._samples = None
+        if work is not None:
+            self._log = make(work / METRICS, after_step=after_step, position=position)
+            self._samples = SampleLog(work / SAMPLES, after_step=after_step) if shows_samples else None
+
+    def write(
+        self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        """Append the metrics of a step."""
+        if self._log is not None:
+            self._log.write(step, metrics, histograms)
+
+    def show(self, step: int, rows: Sequence[ShownAnswer]) -> None:
+        """Append and print completions sampled after `step` steps."""
+        if self._samples is not None:
+            self._samples.show(step, rows)
+
+    def position(self) -> dict[str, Any] | None:
+        """Make what was written durable and return how far it goes, for a checkpoint."""
+        return None if self._log is None else self._log.position()
+
+    def close(self) -> None:
+        """Make what was written durable and close both files; a second call does nothing."""
+        for log in (self._log, self._samples):
+            if log is not None:
+                log.close()

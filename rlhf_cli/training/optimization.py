@@ -1,0 +1,59 @@
+"""One optimizer step as every stage takes it: clipped, at the scheduled rate, and skipped unless it is finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from rlhf_cli.progress import warn
+from rlhf_cli.settings.shared import TrainingSettings
+from rlhf_cli.training.schedules import rate_factor
+
+
+def scheduled_rate(settings: TrainingSettings, step: int, steps: int) -> float:
+    """Return the learning rate of the 0-based optimizer step `step` of `steps`."""
+    warmup = round(settings.warmup_share * steps)
+    return settings.learning_rate * rate_factor(step, steps, schedule=settings.schedule, warmup=warmup)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer,
+    weights: Iterable[nn.Parameter],
+    *,
+    max_grad_norm: float,
+    step: int,
+    loss: float = 0.0,
+) -> tuple[float, bool]:
+    """Clip the gradient, take the optimizer step and clear the gradient.
+
+    The step is skipped, with a warning, where the loss or the gradient is not finite: one bad batch must not poison the
+    weights.
+
+    Args:
+        optimizer: holds the weights; its learning rates are set.
+        weights: trained weights, whose gradients are already summed over the processes.
+        max_grad_norm: the gradient is scaled down to at most this norm.
+        step: 1-based training step, for the warning.
+        loss: of the step.
+
+    Returns:
+        The gradient norm before clipping, and whether the step was taken.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(weights, max_grad_norm))
+    is_finite = math.isfinite(norm) and math.isfinite(loss)
+    if is_finite:
+        optimizer.step()
+    else:
+        what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        warn(f"step {step:,}: an optimizer step is skipped, because {what}")
+    optimizer.zero_grad(set_to_none=True)
+    return norm, is_finite

@@ -1,0 +1,89 @@
+"""What a stage tells the training loop: one step of its training, its weights, and hooks around a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.training.monitoring.run_logger import RunLogger
+
+ProgressCallback = Callable[[str], object]
+"""Takes a few words on what is being done, for the progress bar."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step came to.
+
+    Attributes:
+        metrics: name -> value, for the metrics log.
+        note: the values that matter most, for the progress bar.
+        skipped: optimizer steps that were skipped.
+        of: optimizer steps there were to take.
+        fault: why they were skipped.
+        hint: what to do about `fault`; empty takes the loop's own hint.
+        histograms: name -> values, for the metrics log.
+    """
+
+    metrics: dict[str, float]
+    note: str = ""
+    skipped: int = 0
+    of: int = 1
+    fault: str = "losses or gradients were not finite"
+    hint: str = ""
+    histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+class TrainingTask(ABC):
+    """What a stage trains.
+
+    Attributes:
+        optimizer: its state is saved and restored.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def scale_learning_rates(self, factor: float) -> None:
+        """Put a factor on all learning rates, in place of the one before: 1, or 0.5 after a roll-back."""
+
+    @abstractmethod
+    def step(self, step: int, tell: ProgressCallback = lambda _: None) -> StepReport:
+        """Run the 0-based step `step`. May raise `DivergedError`, on which the loop rolls back."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained weights by name."""
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy saved weights, among other tensors, into the trained ones."""
+        for name, weight in self.weights().items():
+            weight.copy_(tensors[name])
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold beside weights and optimizer, as JSON can express it."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (optional)
+        """Restore what `extra_state` returned; called on resuming and on rolling back."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether training ends before its last step."""
+        return False
+
+    def before_first_step(self, log: RunLogger, tell: ProgressCallback) -> None:  # noqa: B027  (optional)
+        """Called once per run, before anything is trained or saved."""
+
+    def after_step(  # noqa: B027  (optional)
+        self, step: int, report: StepReport, log: RunLogger, tell: ProgressCallback
+    ) -> None:
+        """Called with the number of steps done, before the report is logged and saved. May add metrics to it, and may
+        raise `DivergedError`.
+        """
