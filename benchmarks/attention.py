@@ -468,7 +468,7 @@ def markdown(report: dict[str, Any], findings: list[Finding]) -> str:
 
 def plot(setting: Bench, path: Path) -> None:
     """Speed over length of every kernel: a panel for each head size and pass."""
-    from rlhf_cli.attention.plots import pyplot
+    from rlhf_cli.plotting import pyplot
 
     figures = pyplot()
     panels = sorted({(curve["head_size"], curve["pass"]) for curve in setting.curves}, key=lambda p: (p[1], p[0]))
@@ -514,7 +514,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if is_cuda else torch.float32
     setting = Bench(device, dtype, backend, options.smoke)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": timing.machine(device), "backend": backend, "is_smoke": options.smoke, "failed": {}}
+    report = {"machine": timing.machine_info(device), "backend": backend, "is_smoke": options.smoke, "failed": {}}
     findings: list[Finding] = []
     for section in EVERY if options.smoke else ON_CUDA if is_cuda else ON_CPU:
         name = section.__name__.replace("_", " ")
