@@ -1,18 +1,18 @@
-"""Do labels go further when reward models choose what is labeled? Both strategies of `label.choose` against random.
+"""Active learning of reward models: compare both strategies of `label.choose` with random choice.
 
     rlhf run recipes/quickstart.yaml --to label --run-dir RUN
     python benchmarks/active_labels.py RUN RESULTS.jsonl --plot active-labels.png
 
-The quickstart's task: RUN holds its SFT model and eight answers to each of 320 questions with gold scores, of which a
-label shows the order alone (scores within 1 of one another are a tie). A seed holds out a fifth of the questions, and
-draws 20 of the others with K answers each as a first set. Then, three times, as many again are chosen: at random, by
-the uncertainty of the reward model trained so far, or by the disagreement of three that differ by their seed. All
-strategies begin with the same set and the same models, label as many answers of as many questions, and train anew on
-all labels so far. What is compared is the accuracy of one reward model (the first of the three, trained from the same
-seed) on all pairs of the held-out questions that are no ties.
+The task is the quickstart: RUN holds its SFT model and eight completions per question for 320 questions, with gold
+scores. A label reveals only their order (scores that differ by at most 1 are a tie). Each seed holds out a fifth of
+the questions and draws 20 of the others with K completions each as the first set. Then the number of labels is doubled
+three times, choosing at random, by the uncertainty of the current reward model, or by the disagreement of three reward
+models that differ in their seed. All strategies start from the same labels and models, label equally many completions
+of equally many questions, and train from scratch on all labels so far. The result is the accuracy of one reward model
+(the first of the three, trained with the same seed) on all pairs of the held-out questions that are not ties.
 
-Intervals are Student's, 95 %, over seeds; differences are paired by seed. RESULTS.jsonl keeps what was found; only what
-is new is run. About a minute of one core a seed and K.
+Intervals are Student's t, 95 %, over seeds; differences are paired by seed. Results are kept in RESULTS.jsonl; only
+missing ones are computed. Takes about one minute of one core per seed and K.
 """
 
 from __future__ import annotations
@@ -53,27 +53,27 @@ SETTINGS = RewardModelSettings(
     learning_rate=3e-3, batch_size=4, micro_batch_size=4, epochs=4.0, warmup_share=0.0, checkpoint_steps=10**9
 )
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201}
-"""97.5 % quantile of Student's t for the mean of so many numbers."""
+"""97.5 % quantile of Student's t, by number of values in the mean."""
 
 
 class NoStop:
-    """Nobody stops a benchmark by a signal that is to be obeyed."""
+    """A stop request that is never made."""
 
     requested = False
 
     def check(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its answers and what the gold labeler thinks of each."""
+    """A prompt with its completions and their gold scores."""
 
     ranking: Ranking
     scores: tuple[float, ...]
 
     def label(self, answers: Sequence[int]) -> Ranking:
-        """What the gold labeler says of some of the answers."""
+        """Return the gold ranking of some of the completions."""
         texts = tuple(self.ranking.completions[number] for number in answers)
         tiers = tiers_from_scores([self.scores[number] for number in answers], TIE_MARGIN)
         return Ranking(self.ranking.prompt, texts, tiers)
@@ -81,7 +81,7 @@ class Question:
 
 @dataclass
 class Costs:
-    """CPU seconds, by what they went into."""
+    """CPU seconds by activity."""
 
     training: float = 0.0
     scoring: float = 0.0
@@ -89,12 +89,12 @@ class Costs:
 
 @dataclass
 class Labels:
-    """What has been labeled: question -> answers."""
+    """Labels so far: question -> completions."""
 
     answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def rankings(self, questions: Sequence[Question]) -> list[Ranking]:
-        """The labels, in the order they were given."""
+        """Return the labels in the order they were made."""
         return [questions[number].label(answers) for number, answers in self.answers.items()]
 
     def with_chosen(
@@ -107,7 +107,7 @@ class Labels:
         answers: int,
         seed: int,
     ) -> Labels:
-        """These labels and `count` more, chosen from what is left of the pool."""
+        """Return these labels and `count` more, chosen from the unlabeled questions of the pool."""
         left = [number for number in pool if number not in self.answers]
         items = []
         for number in left:
@@ -119,13 +119,13 @@ class Labels:
 
 
 class Experiment:
-    """One seed with K answers a question.
+    """The experiment for one seed and one K.
 
     Args:
         source: the SFT model.
-        questions: all of them.
-        answers: K, labeled of each question.
-        seed: of everything random.
+        questions: all questions.
+        answers: K, completions labeled per question.
+        seed: random seed of everything.
     """
 
     def __init__(self, source: ModelSource, questions: Sequence[Question], answers: int, seed: int) -> None:
@@ -133,11 +133,11 @@ class Experiment:
         self.costs = Costs()
         is_out = [is_held_out(one.ranking.prompt, HOLDOUT, seed) for one in questions]
         self.held_out = [number for number, out in enumerate(is_out) if out]
-        # A question all of whose answers are equal would be no label, whoever chooses.
+        # A question whose completions are all equal gives no label.
         self.pool = [n for n, out in enumerate(is_out) if not out and len(set(questions[n].ranking.completions)) > 1]
 
     def run(self, budgets: Sequence[int]) -> list[dict]:
-        """Accuracy of each strategy at each number of labeled questions."""
+        """Return the accuracy of each strategy at each number of labeled questions."""
         begin = Labels().with_chosen(self.questions, self.pool, [], "random", budgets[0], self.answers, self.seed)
         first = self._train(begin, MEMBERS)
         start = [self._row(strategy, begin, first[0]) for strategy in STRATEGIES[:1]]
@@ -148,7 +148,7 @@ class Experiment:
                 asked = {"random": 0, "uncertainty": 1, "disagreement": MEMBERS}[strategy]
                 rewards = [self._score(model, self.pool) for model in models[:asked]]
                 more = budget - before
-                # The random draws of another round are others: a draw depends on prompt and seed alone.
+                # A draw depends only on prompt and seed, so every round needs another seed.
                 seed = self.seed * 1_000 + budget
                 labels = labels.with_chosen(self.questions, self.pool, rewards, strategy, more, self.answers, seed)
                 is_last = budget == budgets[-1]
@@ -186,7 +186,7 @@ class Experiment:
         return scorer
 
     def _score(self, model: RewardModel, numbers: Sequence[int]) -> dict[int, list[float]]:
-        """Rewards of all answers to some questions."""
+        """Rewards of all completions of some questions."""
         start = time.process_time()
         rows = [self.questions[number].ranking for number in numbers]
         prompts = [row.prompt for row in rows for _ in row.completions]
@@ -198,13 +198,15 @@ class Experiment:
 
 
 def main() -> None:
-    """Run what is new, print the tables, draw the curves."""
+    """Run missing experiments, print the tables, draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory of the quickstart, up to `label`")
-    parser.add_argument("results", type=Path, help="JSONL file of what was found, made if need be")
+    parser.add_argument("results", type=Path, help="JSONL file of the results, created if missing")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
-    parser.add_argument("--answers", type=int, nargs="+", default=[2, 4], help="labeled of each question")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[20, 40, 80, 160], help="labeled questions")
+    parser.add_argument("--answers", type=int, nargs="+", default=[2, 4], help="labeled completions per question")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[20, 40, 80, 160], help="numbers of labeled questions"
+    )
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -212,7 +214,7 @@ def main() -> None:
     source, questions = ModelSource(str(options.run / "sft")), read_questions(options.run / "label" / "rankings.jsonl")
     found = [json.loads(line) for line in options.results.open(encoding="utf-8")] if options.results.exists() else []
     done = {(row["answers"], row["seed"]) for row in found}
-    # Seed by seed, so that whoever stops early has as many of each.
+    # Seed by seed, so that an interrupted run has equally many of each K.
     for seed, answers in itertools.product(options.seeds, options.answers):
         if (answers, seed) in done:
             continue
@@ -222,7 +224,7 @@ def main() -> None:
         with options.results.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         costs = dataclasses.asdict(experiment.costs)
-        print(f"seed {seed}, {answers} answers: CPU seconds", {what: round(value) for what, value in costs.items()})
+        print(f"seed {seed}, {answers} completions: CPU seconds", {what: round(value) for what, value in costs.items()})
     curves = by_strategy(found)
     for answers in options.answers:
         table(answers, curves)
@@ -231,7 +233,7 @@ def main() -> None:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """What the `label` stage wrote, with the scores, which no label shows."""
+    """Read the rankings of the `label` stage with their gold scores, which labels do not reveal."""
     rankings = read_records(str(path), "ranking", max_skip=1.0, keep_blank=True).records
     scores = [json.loads(line)["scores"] for line in path.open(encoding="utf-8")]
     return [Question(ranking, tuple(row)) for ranking, row in zip(rankings, scores, strict=True)]
@@ -242,7 +244,7 @@ Curves = dict[tuple[int, str], dict[int, dict[int, dict]]]
 
 
 def by_strategy(rows: Sequence[dict]) -> Curves:
-    """The rows of the results, sorted in."""
+    """Group the rows of the results."""
     curves: Curves = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         curves[row["answers"], row["strategy"]][row["questions"]][row["seed"]] = row
@@ -250,18 +252,18 @@ def by_strategy(rows: Sequence[dict]) -> Curves:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its interval."""
+    """Return the mean and half the width of its interval."""
     return fmean(values), STUDENT[len(values)] * stdev(values) / len(values) ** 0.5
 
 
 def table(answers: int, curves: Curves) -> None:
-    """Accuracy by random choice, what the strategies add, and how often their labels are ties."""
+    """Print the accuracy of random choice, the gain of each strategy, and the share of ties in its labels."""
     base = curves[answers, "random"]
     seeds = sorted(next(iter(base.values())))
-    print(f"\n{answers} answers a question, {len(seeds)} seeds\n")
+    print(f"\n{answers} completions per question, {len(seeds)} seeds\n")
     columns = ["questions", "pairs", "random", *STRATEGIES[1:], *(f"ties, {name}" for name in STRATEGIES)]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    first = min(base)  # where all strategies are the same
+    first = min(base)  # where all strategies are equal
     for budget, of_seed in sorted(base.items()):
         mean, half = interval([of_seed[seed]["accuracy"] for seed in seeds])
         cells = [f"{budget}", f"{of_seed[seeds[0]]['pairs']}", f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"]
@@ -277,11 +279,11 @@ def table(answers: int, curves: Curves) -> None:
             cells.append(f"{fmean(curves[answers, name][budget][seed]['ties'] for seed in seeds):.0%}")
         print("| " + " | ".join(cells) + " |")
     for name in STRATEGIES[1:]:
-        print(f"\n{name}: questions to reach random's accuracy at the end: {saved(answers, name, curves, seeds)}")
+        print(f"\n{name}: questions needed for random's final accuracy: {saved(answers, name, curves, seeds)}")
 
 
 def saved(answers: int, name: str, curves: Curves, seeds: Sequence[int], resamples: int = 2_000) -> str:
-    """Labeled questions at which the mean curve of a strategy crosses the end of random's, by bootstrap over seeds."""
+    """Number of questions at which a strategy reaches random's final accuracy, by bootstrap over seeds."""
     budgets = sorted(curves[answers, name])
 
     def needed(drawn: Sequence[int]) -> float:
@@ -291,7 +293,7 @@ def saved(answers: int, name: str, curves: Curves, seeds: Sequence[int], resampl
         goal, means = mean("random", budgets[-1]), [mean(name, budget) for budget in budgets]
         for (low, before), (high, after) in itertools.pairwise(zip(budgets, means, strict=True)):
             if before < goal <= after:
-                return low * (high / low) ** ((goal - before) / (after - before))  # straight over log(budget)
+                return low * (high / low) ** ((goal - before) / (after - before))  # linear in log(budget)
         return float("inf")
 
     draw = random.Random(0)
@@ -302,7 +304,7 @@ def saved(answers: int, name: str, curves: Curves, seeds: Sequence[int], resampl
 
 
 def draw(answers: Sequence[int], curves: Curves, path: Path) -> None:
-    """Accuracy against labeled questions, one picture for each K; bands are the intervals over seeds."""
+    """Plot accuracy over labeled questions, one panel per K; bands are intervals over seeds."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -320,7 +322,7 @@ def draw(answers: Sequence[int], curves: Curves, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
         pairs = count * (count - 1) // 2
-        axis.set_title(f"{count} answers a question: {pairs} pair{'s' if pairs > 1 else ''} each")
+        axis.set_title(f"{count} completions per question: {pairs} pair{'s' if pairs > 1 else ''} each")
         axis.set_xlabel("labeled questions")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("accuracy on held-out pairs")

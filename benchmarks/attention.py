@@ -1,10 +1,10 @@
-"""Measure our attention against its targets, in one command of under eight minutes on an H200.
+"""Benchmark our attention against its targets, in under eight minutes on an H200.
 
     python benchmarks/attention.py [--out DIR] [--smoke] [--backend NAME]
 
-On CUDA it times the `triton` backend, on the CPU what can be measured there; `--smoke` runs every section on shapes of
-a few tokens, on any machine, to keep the script alive. After each section it writes results.json, results.md and
-results.png. See docs/performance.md.
+On CUDA it measures the `triton` backend; on the CPU it runs the sections that are meaningful there. `--smoke` runs
+every section on tiny shapes on any machine, to test the script. After each section it updates results.json, results.md
+and results.png. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from rlhf_cli.attention.layout import Layout, Segment
 from rlhf_cli.attention.registry import attention, built_in
 from rlhf_cli.errors import UsageError
 
-# Leaves a minute of the eight for starting and for what is under way when it is reached.
+# Leaves one of eight minutes for the start and for the section that is running at the limit.
 LIMIT_SECONDS = 420.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure against its target.
+    """One measurement with its target.
 
     Attributes:
         section, name: what was measured.
-        figure: the number.
-        unit: of it; `x` is a multiple of the competitor's speed.
-        target: what it should be; None for figures that are told only.
-        at_most: whether the target is an upper limit.
-        detail: what it was measured against.
+        figure: the value.
+        unit: unit of the value; `x` is a multiple of the speed of the alternative.
+        target: target value; None: reported only.
+        at_most: the target is an upper limit.
+        detail: what it was compared with.
     """
 
     section: str
@@ -55,7 +55,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """`met`, `falls short`, or nothing where there is no target."""
+        """`met`, `falls short`, or an empty string without a target."""
         if self.target is None:
             return ""
         return "met" if (self.figure <= self.target if self.at_most else self.figure >= self.target) else "falls short"
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass
 class Bench:
-    """What all sections share."""
+    """Configuration and state shared by all sections."""
 
     device: torch.device
     dtype: torch.dtype
@@ -74,7 +74,7 @@ class Bench:
 
     @property
     def seconds(self) -> float:
-        """To spend on one comparison."""
+        """Approximate time per comparison."""
         return 0.05 if self.is_smoke else 2.0
 
     @property
@@ -83,43 +83,43 @@ class Bench:
         return self.device.type == "cuda"
 
     def is_late(self) -> bool:
-        """Whether nothing more should be begun."""
+        """Whether the time limit is reached."""
         return time.perf_counter() - self.started > LIMIT_SECONDS
 
     def draw(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers that take a gradient."""
+        """Draw normal numbers that require a gradient."""
         made = torch.randn(*shape, device=self.device, dtype=torch.float32).to(dtype or self.dtype)
         return made.requires_grad_(grad)
 
     def medians(self, runs: dict[Any, timing.Run]) -> dict[Any, float]:
-        """Seconds of each run."""
+        """Median seconds of each run."""
         return timing.medians(runs, self.device, seconds=self.seconds)
 
     def ours(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None) -> timing.Run:
-        """A causal call of our backend; its layout is made here, once, as a model makes it for all layers."""
+        """Prepare a causal call of our backend. The layout is built once, as a model builds it for all layers."""
         layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2]) if layout is None else layout
         return lambda: attention(query, key, value, layout, causal=True, backend=self.backend).output
 
 
 def forward_and_backward(forward: timing.Run, *inputs: Tensor) -> timing.Run:
-    """Both passes in one run."""
+    """Combine forward and backward pass in one run."""
     upstream = torch.randn_like(forward())
     return lambda: torch.autograd.grad(forward(), inputs, upstream)
 
 
 def fastest(times: dict[Any, float], prefix: str) -> tuple[str, float]:
-    """Name and seconds of the fastest run whose name starts so."""
+    """Return name and seconds of the fastest run whose name starts with `prefix`."""
     name = min((name for name in times if name.startswith(prefix)), key=lambda name: times[name])
     return name, times[name]
 
 
 def mean(ratios: list[float]) -> float:
-    """Geometric."""
+    """Return the geometric mean."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def dense(setting: Bench) -> Iterator[Finding]:
-    """Causal self-attention of whole sequences, 16,384 tokens a call, 2,048 numbers a token."""
+    """Causal self-attention of whole sequences, 16,384 tokens per call, hidden size 2,048."""
     lengths = (32, 48) if setting.is_smoke else (512, 1024, 2048, 4096, 8192, 16384)
     for head_size, forward_target in ((64, 0.95), (128, 0.80)):
         ratios: dict[str, list[float]] = {"forward": [], "backward": []}
@@ -138,7 +138,7 @@ def dense(setting: Bench) -> Iterator[Finding]:
                 speeds = {name: factor * flops / seconds / 1e12 for name, seconds in times.items()}
                 setting.curves.append(
                     {"pass": way, "head_size": head_size, "length": length, "tflops": speeds}
-                    | {"sdpa_picks": bench.sdpa_choice(*tensors, causal=True)}
+                    | {"sdpa_choice": bench.sdpa_choice(*tensors, causal=True)}
                 )
                 if rival not in speeds:
                     raise RuntimeError(f"torch has no {rival} kernel for head size {head_size} here")
@@ -150,7 +150,7 @@ def dense(setting: Bench) -> Iterator[Finding]:
 
 
 def ragged(setting: Bench) -> Iterator[Finding]:
-    """Packed sequences of half the longest one's length on average, against a padded batch; both passes."""
+    """Packed sequences with a mean length of half the maximum, compared with a padded batch; both passes."""
     longest, batch, heads, size = (24, 4, 2, 16) if setting.is_smoke else (2048, 16, 16, 64)
     lengths = [max(1, round(longest * (2 * row + 1) / (2 * batch))) for row in range(batch)]
     lengths[-1] = longest
@@ -171,17 +171,17 @@ def ragged(setting: Bench) -> Iterator[Finding]:
     times = setting.medians(runs)
     share = 1 - sum(lengths) / (batch * longest)
     picked = bench.sdpa_choice(*padded, causal=False, mask=mask)
-    detail = f"sdpa over a padded batch ({share:.0%} padding) with the mask transformers gives it ({picked})"
+    detail = f"sdpa over a padded batch ({share:.0%} padding) with the mask made by transformers ({picked})"
     yield Finding(
         "ragged", "forward and backward", times["padded, with its mask"] / times["ours"], "x", 3.0, detail=detail
     )
     picked = bench.sdpa_choice(*padded, causal=True)
-    detail = f"the same without a mask, computing what nobody reads ({picked})"
+    detail = f"the same without a mask, computing unused outputs ({picked})"
     yield Finding("ragged", "against unmasked", times["padded, no mask"] / times["ours"], detail=detail)
 
 
 def prefix(setting: Bench) -> Iterator[Finding]:
-    """Groups of eight answers after a shared prompt, 512 and 128 tokens, against 640 tokens eight times."""
+    """Eight completions of 128 tokens per shared prompt of 512, compared with eight sequences of 640 tokens."""
     prompt, answer, count, groups = (16, 4, 3, 1) if setting.is_smoke else (512, 128, 8, 16)
     heads, size = (2, 16) if setting.is_smoke else (16, 64)
     layout = Layout.tree([(prompt, [answer] * count)] * groups)
@@ -193,7 +193,7 @@ def prefix(setting: Bench) -> Iterator[Finding]:
             "apart": forward_and_backward(lambda: F.scaled_dot_product_attention(*apart, is_causal=True), *apart),
         }
     )
-    detail = f"sdpa over whole sequences ({bench.sdpa_choice(*apart, causal=True)}), attention alone"
+    detail = f"sdpa over whole sequences ({bench.sdpa_choice(*apart, causal=True)}), attention only"
     yield Finding("prefix", f"{prompt}/{answer}/K={count}, attention", times["apart"] / times["ours"], detail=detail)
     mine, theirs, config = _llamas(setting)
     tokens = torch.randint(config.vocab_size, (1, layout.query_length), device=setting.device)
@@ -220,7 +220,7 @@ def prefix(setting: Bench) -> Iterator[Finding]:
 
 
 def _llamas(setting: Bench) -> tuple[Any, Any, Any]:
-    """A model with our attention, one with torch's, and their configuration."""
+    """Build a model with our attention, one with torch's, and return both with their configuration."""
     from transformers import AutoConfig, AutoModel
 
     width, layers, heads = (32, 1, 2) if setting.is_smoke else (1024, 4, 16)
@@ -236,7 +236,7 @@ def _llamas(setting: Bench) -> tuple[Any, Any, Any]:
 
 
 def decode(setting: Bench) -> Iterator[Finding]:
-    """One token for each of eight answers that share a prompt of 2,048, against keys of its own for each."""
+    """One token per completion, eight completions per prompt of 2,048, compared with separate keys per completion."""
     prompt, own, count, groups = (32, 4, 4, 2) if setting.is_smoke else (2048, 64, 8, 16)
     heads, key_heads, size = (4, 2, 16) if setting.is_smoke else (32, 8, 128)
     stride = prompt + count * own
@@ -259,20 +259,20 @@ def decode(setting: Bench) -> Iterator[Finding]:
     times = setting.medians(runs)
     rival, seconds = fastest(times, "sdpa")
     cases = f"{groups} prompts of {prompt}, K={count}"
-    detail = f"{rival}, keys of its own for each answer"
+    detail = f"{rival}, separate keys per completion"
     if not setting.is_cuda:
         yield Finding("decode", cases, seconds / times["ours"], detail=detail)
     else:
-        yield Finding("decode", f"{cases}, started by Python", seconds / times["ours"], detail=detail)
+        yield Finding("decode", f"{cases}, launched by Python", seconds / times["ours"], detail=detail)
         times = setting.medians({name: _graph(runs[name]) for name in ("ours", rival)})
         detail += "; both as CUDA graphs"
         yield Finding("decode", f"{cases}, CUDA graph", times[rival] / times["ours"], "x", 4.0, detail=detail)
     limit = 0.05 if setting.dtype != torch.float32 else 1e-4
-    yield Finding("decode", "largest difference to it", difference, "", limit, True, "a check that both do the same")
+    yield Finding("decode", "largest difference to it", difference, "", limit, True, "check that both compute the same")
 
 
 def _gathered(tensor: Tensor, layout: Layout, segments: list[Segment]) -> Tensor:
-    """Keys of every answer with its own copy of the prompt's: (answers, G, prompt + own, D)."""
+    """Keys of every completion with its own copy of the prompt's keys: (completions, G, prompt + own, D)."""
     rows = []
     for number, segment in enumerate(segments):
         if segment.query_length:
@@ -282,7 +282,7 @@ def _gathered(tensor: Tensor, layout: Layout, segments: list[Segment]) -> Tensor
 
 
 def _graph(run: timing.Run) -> timing.Run:
-    """A run as a CUDA graph, without the time Python takes to start its kernels."""
+    """Capture a run as a CUDA graph, which excludes Python's launch overhead."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -301,7 +301,7 @@ def _graph(run: timing.Run) -> timing.Run:
 
 
 def repeats(setting: Bench) -> Iterator[Finding]:
-    """The same input a thousand times: every bit of output and gradients must be the same."""
+    """The same input a thousand times: outputs and gradients must be bitwise equal."""
     count, length, size = (3, 20, 16) if setting.is_smoke else (1000, 1024, 64)
     layouts = {"dense": Layout.dense(1, length), "tree": Layout.tree([(length // 2, [length // 8] * 4)])}
     for name, layout in layouts.items():
@@ -321,7 +321,7 @@ def repeats(setting: Bench) -> Iterator[Finding]:
 
 
 def error(setting: Bench) -> Iterator[Finding]:
-    """FlashAttention's rule: largest error at most twice (gradients: three times) that of PyTorch at the same dtype."""
+    """FlashAttention's criterion: error at most twice (gradients: three times) that of PyTorch with the same dtype."""
     worst = {"output": 0.0, "gradients": 0.0}
     cases = 0
     for dtype, size, length, features in _error_cases(setting):
@@ -340,7 +340,7 @@ def error(setting: Bench) -> Iterator[Finding]:
 
 
 def _error_cases(setting: Bench) -> Iterator[tuple[torch.dtype, int, int, tuple[str, ...]]]:
-    """Dtype, head size, length and features; whatever is new but the length costs the compilation of six kernels."""
+    """Dtype, head size, length and features. A change of anything but the length compiles six kernels."""
     combined = (("window", "sinks"), ("softcap", "bias"))
     if setting.is_smoke:
         yield from ((torch.float32, 16, length, ()) for length in (5, 33))
@@ -355,7 +355,7 @@ def _error_cases(setting: Bench) -> Iterator[tuple[torch.dtype, int, int, tuple[
 def _error(
     setting: Bench, layout: Layout, dtype: torch.dtype, size: int, features: tuple[str, ...]
 ) -> dict[str, float]:
-    """Our largest error as a multiple of PyTorch's, each with an allowance of one rounding of the largest number."""
+    """Our largest error divided by PyTorch's, plus one rounding error of the largest value."""
     rows = layout.query_length
     shapes: dict[str, tuple[int, ...]] = {"query": (4, rows, size), "key": (2, rows, size), "value": (2, rows, size)}
     tensors = {name: setting.draw(layout.batch, *shape, dtype=dtype) for name, shape in shapes.items()}
@@ -395,7 +395,7 @@ def _plain(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The equation in the dtype of its inputs; every query sees a key."""
+    """The equation in the dtype of its inputs; every query must see at least one key."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -411,7 +411,7 @@ def _plain(
 
 
 def tiled_memory(setting: Bench) -> Iterator[Finding]:
-    """Peak extra memory of `tiled`, eight heads of 64, float32, as a share of the score matrix's."""
+    """Peak memory of `tiled` without inputs, eight heads of size 64, float32, relative to the score matrix."""
     length = 256 if setting.is_smoke else 16384
     tensors = [setting.draw(1, 8, length, 64, dtype=torch.float32) for _ in range(3)]
     layout = Layout.dense(1, length)
@@ -430,7 +430,7 @@ def tiled_memory(setting: Bench) -> Iterator[Finding]:
 
 
 def short(setting: Bench) -> Iterator[Finding]:
-    """The `torch` backend against a bare call of sdpa on short sequences, forward and backward."""
+    """The `torch` backend compared with a direct call of sdpa on short sequences, forward and backward."""
     for dtype in (torch.float32, torch.bfloat16):
         for length in (16,) if setting.is_smoke else (64, 128, 512):
             tensors = [setting.draw(4, 8, length, 64, dtype=dtype) for _ in range(3)]
@@ -453,11 +453,11 @@ EVERY = (dense, ragged, prefix, decode, repeats, error, tiled_memory, short)
 
 
 def markdown(report: dict[str, Any], findings: list[Finding]) -> str:
-    """A table of all figures against their targets."""
+    """Format all measurements and their targets as a table."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "cuda", "cudnn") if machine[name])
     lines = [f"{machine['device']}, {versions}, {machine['date']}; backend `{report['backend']}`", ""]
-    lines += ["| section | what | figure | target | | against |", "|---|---|---|---|---|---|"]
+    lines += ["| section | measurement | result | target | | compared with |", "|---|---|---|---|---|---|"]
     for each in findings:
         target = "" if each.target is None else f"{'<=' if each.at_most else '>='} {each.target:g}{each.unit}"
         cells = [each.section, each.name, f"{each.figure:.3g}{each.unit}", target, each.verdict, each.detail]
@@ -467,17 +467,15 @@ def markdown(report: dict[str, Any], findings: list[Finding]) -> str:
 
 
 def plot(setting: Bench, path: Path) -> None:
-    """Speed over length of every kernel: a panel for each head size and pass."""
-    from rlhf_cli.attention.plots import pyplot
+    """Plot speed over length for every kernel, one panel per head size and pass."""
+    from rlhf_cli.plotting import pyplot
 
-    figures = pyplot()
+    plt = pyplot()
     panels = sorted({(curve["head_size"], curve["pass"]) for curve in setting.curves}, key=lambda p: (p[1], p[0]))
     if not panels:
         return
     panels = sorted(panels, key=lambda panel: (panel[0], panel[1] != "forward"))
-    figure, axes = figures.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
     for axis, (size, way) in zip(axes[0], panels, strict=True):
         curves = [curve for curve in setting.curves if (curve["head_size"], curve["pass"]) == (size, way)]
         for name in dict.fromkeys(name for curve in curves for name in curve["tflops"]):
@@ -488,11 +486,11 @@ def plot(setting: Bench, path: Path) -> None:
         axis.set(title=f"{way}, head size {size}", xlabel="tokens", ylabel="TFLOP/s")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    figures.close(figure)
+    plt.close(figure)
 
 
 def write(setting: Bench, report: dict[str, Any], findings: list[Finding], folder: Path) -> None:
-    """All that is known so far."""
+    """Write all results so far."""
     report["findings"] = [asdict(each) | {"verdict": each.verdict} for each in findings]
     report["curves"] = setting.curves
     report["seconds"] = time.perf_counter() - setting.started
@@ -501,11 +499,11 @@ def write(setting: Bench, report: dict[str, Any], findings: list[Finding], folde
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sections; 1 if any of them failed to run."""
+    """Run the sections. Returns 1 if any of them could not run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("attention-benchmark"), help="folder for the results")
-    parser.add_argument("--smoke", action="store_true", help="every section, on shapes of a few tokens")
-    parser.add_argument("--backend", help="ours to measure; default: triton on CUDA, else tiled")
+    parser.add_argument("--smoke", action="store_true", help="run every section on tiny shapes")
+    parser.add_argument("--backend", help="backend to measure; default: triton on CUDA, else tiled")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_cuda = device.type == "cuda"
@@ -514,7 +512,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if is_cuda else torch.float32
     setting = Bench(device, dtype, backend, options.smoke)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": timing.machine(device), "backend": backend, "is_smoke": options.smoke, "failed": {}}
+    report = {"machine": timing.machine_info(device), "backend": backend, "is_smoke": options.smoke, "failed": {}}
     findings: list[Finding] = []
     for section in EVERY if options.smoke else ON_CUDA if is_cuda else ON_CPU:
         name = section.__name__.replace("_", " ")
@@ -525,10 +523,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for each in section(setting):
                 if options.smoke and each.unit in ("x", "%") and each.section != "error":
-                    each = replace(each, target=None)  # speed and memory of a few tokens mean nothing
+                    each = replace(each, target=None)  # speed and memory on tiny shapes are meaningless
                 findings.append(each)
                 print(f"{each.section}: {each.name}: {each.figure:.3g}{each.unit} {each.verdict}", file=sys.stderr)
-        except Exception as problem:  # the other sections' figures still count
+        except Exception as problem:  # results of other sections are kept
             report["failed"][name] = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
             print(f"{name}: {report['failed'][name]}", file=sys.stderr)
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)

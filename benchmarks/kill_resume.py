@@ -1,15 +1,15 @@
-"""kill -9 at many moments of a small PPO run: does the same command always go on, and to the same bytes?
+"""kill -9 at many moments of a small PPO run: does the same command always resume and produce the same bytes?
 
-    python benchmarks/kill_resume.py [--kills 50] [--seed 0] [--warm] [-- further arguments of `rlhf ppo`]
+    python benchmarks/kill_resume.py [--kills 50] [--seed 0] [--warm] [-- more arguments of `rlhf ppo`]
 
-Half of the kills fall uniformly over the run, from its first step on to its end (publishing the artifact takes about as
-long as a step); the others in turn inside rollout, scoring, update and saving of a random step. After each the command
-is given once more. Compared with a run that nothing disturbed, byte by byte: every file of the artifact (policy,
-critic, metrics) but the manifest, which holds times, and the checkpoint of the last step (weights, critic, optimizer,
-counters, random states), caught before the stage removes it.
+Half of the kills are uniform over the run, from its first step to its end (publishing the artifact takes about as long
+as a step). The others are, in turn, inside rollout, scoring, update and saving of a random step. After each kill the
+command runs again. The result is compared byte by byte with that of an uninterrupted run: every file of the artifact
+(policy, critic, metrics) except the manifest, which contains times, and the checkpoint of the last step (weights,
+critic, optimizer, counters, random states), copied before the stage removes it.
 
-A fresh interpreter each time: about 12 s a kill on an idle core. With `--warm` only the undisturbed run is one, and the
-others are forked from a process that has imported everything: 3 s a kill. Ends with 1 if any did not come back equal.
+Every run starts a new interpreter, about 12 s per kill on an idle core. With `--warm` all but one uninterrupted run are
+forked from a process that has imported everything, 3 s per kill. Exits with 1 if any result differs.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tests.faults.harness import PHASES, STEPS, SmallRun
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one kill.
+    """Result of one kill.
 
     Attributes:
-        aim: where it was to fall.
-        fell: where it fell, as the files it left tell.
-        step: steps done when it fell; None before the first checkpoint.
-        resumed: the same command ended with 0.
-        differing: files that are not what the undisturbed run wrote.
+        aim: intended phase.
+        fell: actual phase, derived from the files left behind.
+        step: completed steps at the kill; None before the first checkpoint.
+        resumed: the same command then exited with 0.
+        differing: files that differ from those of the uninterrupted run.
     """
 
     aim: str
@@ -53,23 +53,24 @@ class Outcome:
 def main() -> int:
     """Kill, resume, compare, print."""
     options = _options()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # as the started processes have it; read on import
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # as in the started processes; read at import
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
         place = Path(folder)
         whole = SmallRun.new(place / "whole", place / "parts", None, *options.arguments)
-        span = _undisturbed(whole, warm=False)
+        span = _uninterrupted(whole, warm=False)
         expected = whole.digests()
         if options.warm:
             _import_all()
             again = SmallRun.new(place / "again", place / "parts", None, *options.arguments)
-            span = _undisturbed(again, warm=True)
+            span = _uninterrupted(again, warm=True)
             if again.digests() != expected:
-                raise SystemExit("a forked process does not come to what a fresh one does")
+                raise SystemExit("a forked process produces other results than a new one")
         print(
-            f"undisturbed: {STEPS} steps in {span:.1f} s behind its start; {len(expected)} files to compare", flush=True
+            f"uninterrupted: {STEPS} steps in {span:.1f} s after its start; {len(expected)} files to compare",
+            flush=True,
         )
-        print(f"{'kill':>4}  {'aimed at':<10} {'fell in':<11} {'behind step':>11}  {'resumed':<8} equal", flush=True)
+        print(f"{'kill':>4}  {'aimed at':<10} {'killed in':<11} {'after step':>11}  {'resumed':<8} equal", flush=True)
         outcomes = []
         for number in range(options.kills):
             run = SmallRun.new(place / f"kill-{number}", place / "parts", None, *options.arguments)
@@ -88,9 +89,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
     parser.add_argument("--warm", action="store_true", help="fork instead of starting interpreters")
-    parser.add_argument("arguments", nargs="*", help="of `rlhf ppo`, such as `-- --set ppo.adapter=none`")
+    parser.add_argument("arguments", nargs="*", help="arguments of `rlhf ppo`, such as `-- --set ppo.adapter=none`")
     return parser.parse_args()
 
 
@@ -100,19 +101,19 @@ def _import_all() -> None:
     from rlhf_cli.cli.environment import prepare
 
     prepare()
-    torch.set_num_threads(1)  # as the others have by OMP_NUM_THREADS; and threads do not survive a fork
-    for name in ("stages.ppo", "stages.rewards", "training.ppo", "models.actors", "models.saving", "models.merging"):
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS sets for the others; threads do not survive a fork
+    for name in ("stages.ppo.run", "stages.ppo.trainer", "models.saving", "models.merging"):
         importlib.import_module(f"rlhf_cli.{name}")
 
 
-def _undisturbed(run: SmallRun, *, warm: bool) -> float:
-    """Run it to its end; returns the seconds from its first checkpoint on."""
+def _uninterrupted(run: SmallRun, *, warm: bool) -> float:
+    """Run to the end. Returns the seconds from the first rollout to the end."""
     process = run.fork() if warm else run.start()
     run.wait_for(process, "rollout", 1)
     began = time.monotonic()
     end = run.finish(process)
     if end.code != 0:
-        raise SystemExit(f"the undisturbed run ended with {end.code}\n{end.stderr}")
+        raise SystemExit(f"the uninterrupted run exited with {end.code}\n{end.stderr}")
     return time.monotonic() - began
 
 
@@ -121,13 +122,13 @@ def _kill_and_resume(
 ) -> Outcome:
     process = run.fork() if warm else run.start()
     if aim == "any moment":
-        # The machine may be busy with other things by now, so most of the way is measured in steps.
+        # The load of the machine may change, so most of the delay is measured in steps.
         steps, rest = divmod(chance.uniform(0, STEPS + 1), 1)
         run.wait_for(process, "rollout", int(steps) + 1)
         _wait(run, rest * span / (STEPS + 1))
     else:
         run.wait_for(process, aim, chance.randint(1, STEPS))
-        if aim != "saving":  # which is over in milliseconds
+        if aim != "saving":  # saving takes only milliseconds
             _wait(run, chance.uniform(0, 0.05))
     fell = run.kill(process)
     run.catch()

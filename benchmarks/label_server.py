@@ -1,13 +1,13 @@
-"""Load the labeling page's server with many people at once, and kill it meanwhile.
+"""Load test of the labeling server with many annotators, while it is killed repeatedly.
 
     python benchmarks/label_server.py --clients 50 --seconds 120 --kills 10
     python benchmarks/label_server.py --clients 200 --seconds 60
 
-Starts the real server in a process of its own. Every client gives a label a second, over a connection of its own, and
-sends an answer again with the same key until it is acknowledged; `--kills` times the server is killed and started anew.
-In the end the store is read: every acknowledged key has to be there exactly once, and no task has two answers. Exits
-with 1 if one is lost or doubled. Prints milliseconds from sending to acknowledgement: of all answers, and of those that
-got through at the first attempt, so were not sent while the server was dead.
+Starts the server in a separate process. Every client submits one label per second over its own connection, and repeats
+a submission with the same key until it is acknowledged. The server is killed and restarted `--kills` times. At the end
+every acknowledged key must be in the store exactly once, and no task may have two labels; otherwise the script exits
+with 1. It prints milliseconds from submission to acknowledgement: of all labels, and of those that succeeded at the
+first attempt, which excludes the times when the server was down.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ serve(Path(sys.argv[1]), port=int(sys.argv[2]), annotators=sys.argv[3:], announc
 
 
 class LabelServer:
-    """The server, in a process that can be killed.
+    """The labeling server in a separate process.
 
     Args:
         store: a prepared store.
-        names: of the annotators.
+        names: names of the annotators.
     """
 
     def __init__(self, store: Path, names: list[str]) -> None:
@@ -58,7 +58,7 @@ class LabelServer:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start it, on the same port as before, and wait until it listens."""
+        """Start the server, on the same port as before, and wait until it listens."""
         command = [sys.executable, "-c", _SERVER, str(self.store), str(self.port), *self.names]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
@@ -70,7 +70,7 @@ class LabelServer:
         self.tokens = {name: link.partition("#")[2] for name, link in links.items()}
 
     def end(self, signum: int) -> None:
-        """Send it a signal and wait until it is gone."""
+        """Send a signal and wait until the process has ended."""
         assert self.process is not None
         self.process.send_signal(signum)
         self.process.wait()
@@ -78,13 +78,13 @@ class LabelServer:
 
 @dataclass
 class Measured:
-    """What the clients saw.
+    """Measurements of the clients.
 
     Attributes:
-        acknowledged: (annotator, key) of every answer that was acknowledged.
-        all_ms: from first sending to acknowledgement.
-        clean_ms: of them, those that got through at once.
-        retries: answers that were sent more than once.
+        acknowledged: (annotator, key) of every acknowledged label.
+        all_ms: milliseconds from first submission to acknowledgement.
+        clean_ms: the same for labels acknowledged at the first attempt.
+        retries: number of labels submitted more than once.
     """
 
     acknowledged: list[tuple[str, str]] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Measured:
 
 
 class Client:
-    """One annotator: one connection, one label a second."""
+    """One annotator: one connection, one label per second."""
 
     def __init__(self, server: LabelServer, name: str, measured: Measured) -> None:
         self._server, self._name, self._measured = server, name, measured
@@ -102,7 +102,7 @@ class Client:
         self._rng = random.Random(name)
 
     async def work(self, until: float, offset: float) -> None:
-        """Label until a moment of the monotonic clock."""
+        """Label until a time of the monotonic clock."""
         await asyncio.sleep(offset)
         task = (await self._ask("GET", "/api/session", None))["task"]
         due = time.monotonic()
@@ -118,7 +118,7 @@ class Client:
                 "active_seconds": 1.0,
             }
             task = (await self._submit(body))["task"]
-            # Each keeps to its own moment of the second, as people do who know nothing of each other.
+            # Each client keeps its own offset within the second, since annotators are independent.
             due += max(1.0, math.ceil(time.monotonic() - due))
             await asyncio.sleep(due - time.monotonic())
         if self._streams is not None:
@@ -154,7 +154,7 @@ class Client:
             return answer
 
     async def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
-        """HTTP/1.1 by hand: the load must not need more of the machine than the server does."""
+        """Minimal HTTP/1.1 client, so that the load uses less CPU than the server."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._server.port)
         reader, writer = self._streams
@@ -171,7 +171,7 @@ class Client:
 
 
 async def _kill(server: LabelServer, kills: int, seconds: float) -> None:
-    """Kill and restart at random moments, spread over the time."""
+    """Kill and restart the server at random moments, spread over the duration."""
     rng = random.Random(kills)
     part = seconds / (kills + 1)
     began = time.monotonic()
@@ -182,7 +182,7 @@ async def _kill(server: LabelServer, kills: int, seconds: float) -> None:
 
 
 def check(store: Path, measured: Measured) -> dict[str, int]:
-    """Read the store: acknowledged answers that are not there, keys and tasks that are there twice."""
+    """Count lost and duplicate labels in the store."""
     connection = sqlite3.connect(store)
     rows = connection.execute(
         "SELECT annotators.name, substr(key, instr(key, ':') + 1), assignment FROM actions "
@@ -200,14 +200,14 @@ def check(store: Path, measured: Measured) -> dict[str, int]:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """Milliseconds at 50, 95, 99 % and the greatest."""
+    """Return the 50th, 95th and 99th percentile and the maximum, in milliseconds."""
     ordered = sorted(values)
     at = {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 95, 99)}
     return {name: round(value, 1) for name, value in (at | {"max": ordered[-1]}).items()}
 
 
 def measure(folder: Path, clients: int, seconds: float, kills: int) -> dict[str, Any]:
-    """Run the load; returns counts and percentiles."""
+    """Run the load test. Returns counts and percentiles."""
     store = folder / "labels.sqlite"
     session = LabelSession(store)
     texts = ["The same answer, over and over. " * 8 + str(number) for number in range(ANSWERS)]
@@ -241,7 +241,7 @@ def measure(folder: Path, clients: int, seconds: float, kills: int) -> dict[str,
 
 
 def main() -> None:
-    """Measure and print one JSON object."""
+    """Run the load test and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=120.0)

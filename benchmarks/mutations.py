@@ -1,10 +1,10 @@
-"""Do the tests of the equations notice a mistake? Five deliberate ones in every function of `rlhf_cli/objectives/`.
+"""Mutation testing of the equations: five deliberate mistakes per function of `rlhf_cli/objectives/`.
 
     python benchmarks/mutations.py
 
-Each mutation changes one piece of source in a copy of the package, in which the tests of `tests/objectives/` then run.
-One that all of them pass is a hole in the tests: it is printed, and the exit code is 1. Two minutes on one core. With
-names of functions as arguments, such as `kl.kl_per_token`, only theirs are tried.
+Each mutation changes one piece of source in a copy of the package and runs `tests/objectives/` there. A mutation that
+passes all tests is a gap in the tests: it is printed, and the exit code is 1. Takes two minutes on one core. Function
+names as arguments, such as `kl.kl_per_token`, restrict the run to these functions.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
 
 
 def passes(folder: Path) -> bool:
-    """Whether all tests pass in a copy of the package; in a child, since modules are loaded once a process."""
+    """Return whether all tests pass in a copy of the package. Forks, since a process imports a module only once."""
     child = os.fork()
     if child == 0:
         import pytest
@@ -153,12 +153,12 @@ def passes(folder: Path) -> bool:
 
 
 def mutated(folder: Path, function: str, old: str, new: str) -> bool:
-    """Whether the tests pass although `old` was replaced by `new`."""
+    """Return whether the tests pass after replacing `old` with `new`."""
     path = folder / "rlhf_cli" / "objectives" / f"{function.split('.')[0]}.py"
     source = path.read_text(encoding="utf-8")
     if source.count(old) < 1:
-        raise SystemExit(f"{function}: its source has no {old!r}: bring this script up to date")
-    # The last place: within a file the functions that others use come first.
+        raise SystemExit(f"{function}: {old!r} is not in its source; update this script")
+    # Replace the last occurrence, since helper functions come first in a file.
     head, tail = source.rsplit(old, 1) if function.split(".")[1] != "policy_loss" else source.split(old, 1)
     path.write_text(head + new + tail, encoding="utf-8")
     try:
@@ -168,7 +168,7 @@ def mutated(folder: Path, function: str, old: str, new: str) -> bool:
 
 
 def main() -> int:
-    """Run all mutations; the exit code says whether all were noticed."""
+    """Run all mutations. Returns 1 if any was not detected."""
     import torch  # noqa: F401  (loaded once, before the children)
 
     survivors = total = 0
@@ -179,19 +179,19 @@ def main() -> int:
         (folder / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n", encoding="utf-8")
         sys.dont_write_bytecode = True
         if not passes(folder):
-            raise SystemExit("the tests fail before anything is changed")
+            raise SystemExit("the tests fail without any mutation")
         chosen = set(sys.argv[1:]) or set(MUTATIONS)
         if unknown := sorted(chosen - set(MUTATIONS)):
-            raise SystemExit(f"no such function: {', '.join(unknown)}; known: {', '.join(MUTATIONS)}")
+            raise SystemExit(f"unknown function: {', '.join(unknown)}; use one of {', '.join(MUTATIONS)}")
         for function, mutations in MUTATIONS.items():
             if function not in chosen:
                 continue
             found = [(old, new) for old, new in mutations if mutated(folder, function, old, new)]
             total, survivors = total + len(mutations), survivors + len(found)
-            print(f"{function}: {len(mutations) - len(found)} of {len(mutations)} noticed", flush=True)
+            print(f"{function}: {len(mutations) - len(found)} of {len(mutations)} detected", flush=True)
             for old, new in found:
-                print(f"    not noticed: {old!r} -> {new!r}", flush=True)
-    print(f"{total - survivors} of {total} mutations noticed")
+                print(f"    not detected: {old!r} -> {new!r}", flush=True)
+    print(f"{total - survivors} of {total} mutations detected")
     return int(survivors > 0)
 
 

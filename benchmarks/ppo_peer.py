@@ -1,17 +1,17 @@
-"""PPO against the last PPO trainer that TRL shipped (1.12.0): same models, prompts, reward and settings.
+"""Compare our PPO with the last PPO trainer of TRL (1.12.0): same models, prompts, reward and settings.
 
-    python benchmarks/ppo_peer.py prepare WORK --seeds 0 1 2 3 4      SFT model, labels, reward model: once a seed
-    python benchmarks/ppo_peer.py ours WORK --seeds 0 1 2 3 4         `rlhf ppo`, once a seed and KL coefficient
+    python benchmarks/ppo_peer.py prepare WORK --seeds 0 1 2 3 4      SFT model, labels, reward model: once per seed
+    python benchmarks/ppo_peer.py ours WORK --seeds 0 1 2 3 4         `rlhf ppo`, once per seed and KL coefficient
     PEER/bin/python benchmarks/ppo_peer_trl.py WORK --seeds 0 1 2 3 4       the same with TRL
-    python benchmarks/ppo_peer_report.py WORK --plot curves.png       one evaluator over the snapshots of both
+    python benchmarks/ppo_peer_report.py WORK --plot curves.png       one evaluator for the snapshots of both
 
-PEER is an environment of its own: `pip install torch==2.13.0 "trl==1.12.0" "transformers==5.18.0" peft datasets`.
+PEER is a separate environment: `pip install torch==2.13.0 "trl==1.12.0" "transformers==5.18.0" peft datasets`.
 
-The task is the quickstart's: a Llama of 0.8 million weights that answers everyday questions, a reward model trained in
-full on the rankings of a gold labeler that is a Python function, and that function as the judge on held-out questions.
-Both trainers read the same folders: `transformer export` writes the SFT model as an ordinary Llama, whose pad token is
-not its end token, and the reward model is an ordinary classifier. `WORK/settings.json` holds the settings of both.
-Every `snapshot_steps` steps each side leaves its policy in `WORK/seedS/SIDE-KL/step-N.safetensors`.
+The task is the quickstart: a Llama with 0.8 million parameters that answers everyday questions, a reward model trained
+without an adapter on rankings by a gold function in Python, and that function as evaluator on held-out questions. Both
+trainers read the same folders: `transformer export` writes the SFT model as a standard Llama whose pad token differs
+from its end token, and the reward model is a standard classifier. `WORK/settings.json` holds the settings of both.
+Every `snapshot_steps` steps each side saves its policy to `WORK/seedS/SIDE-KL/step-N.safetensors`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ SETTINGS: dict[str, float | int | str] = {
     "missing_eos_penalty": 1.0,
     "critic_from": "reward-model",
 }
-"""Under our names; `ppo_peer_trl.py` gives TRL the same under its own. The rate is constant, so that a snapshot does
-not depend on how long its run went on."""
+"""In our names; `ppo_peer_trl.py` maps them to TRL's. The learning rate is constant, so that a snapshot does not depend
+on the length of its run."""
 REWARD_SETTINGS = {"adapter": "none", "learning_rate": 1e-3, "epochs": 2}
 
 
@@ -78,8 +78,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.02, 0.05, 0.15])
     parser.add_argument("--snapshot-steps", type=int, default=5)
-    parser.add_argument("--set", nargs="*", default=[], metavar="A=B", help="change one of the settings of both sides")
-    parser.add_argument("--name", default="ours", help="under which this side's folders and curves go")
+    parser.add_argument("--set", nargs="*", default=[], metavar="A=B", help="change a setting of both sides")
+    parser.add_argument("--name", default="ours", help="name of this side in folders and plots")
     return parser.parse_args()
 
 
@@ -92,7 +92,7 @@ def _overrides(texts: list[str]) -> dict[str, float | int | str]:
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """SFT model as a Llama in `sft/`, reward model in `reward/`, prompts as ids in `prompts.json`."""
+    """Write the SFT model to `sft/`, the reward model to `reward/` and token ids of the prompts to `prompts.json`."""
     from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.data.records import is_held_out
     from rlhf_cli.data.sources import read_records
@@ -119,7 +119,7 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def train(folder: Path, output: Path, seed: int, kl_coef: float, settings: dict[str, float | int | str]) -> None:
-    """One run of `rlhf ppo`; what is there already is not run again."""
+    """Run `rlhf ppo` once; skipped if its results exist."""
     if (output / "seconds.json").is_file():
         return
     shutil.rmtree(output, ignore_errors=True)
@@ -142,18 +142,18 @@ def train(folder: Path, output: Path, seed: int, kl_coef: float, settings: dict[
         _collect(run / ".ppo.work", output)
         time.sleep(0.3)
     if process.returncode:
-        sys.exit(f"rlhf ppo ended with {process.returncode}")
+        sys.exit(f"rlhf ppo exited with {process.returncode}")
     last = output / f"step-{settings['steps']}.safetensors"
-    if not last.is_file():  # the stage removes its checkpoints when it is done; its artifact is the last one
+    if not last.is_file():  # the stage removes its checkpoints at the end; its artifact equals the last one
         shutil.copy(run / "ppo" / "model.safetensors", last)
     shutil.copy(run / "ppo" / "metrics.jsonl", output / "metrics.jsonl")
     shutil.rmtree(run)
-    seconds = {"wall": time.time() - start, "cpu": _children_seconds() - cpu}  # loading and saving included
+    seconds = {"wall": time.time() - start, "cpu": _children_seconds() - cpu}  # including loading and saving
     (output / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
 def _collect(work: Path, output: Path) -> None:
-    """Take the policy out of each new checkpoint; a checkpoint appears whole."""
+    """Extract the policy from each new checkpoint. Checkpoints appear atomically."""
     for checkpoint in work.glob("step-*"):
         target = output / f"step-{int(checkpoint.name.removeprefix('step-'))}.safetensors"
         source = checkpoint / "tensors.safetensors"
@@ -164,7 +164,7 @@ def _collect(work: Path, output: Path) -> None:
 
 
 def _children_seconds() -> float:
-    """CPU seconds of all child processes that have ended."""
+    """Return the CPU seconds of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -1,15 +1,15 @@
-"""Reward against KL and against episodes of the runs that `ppo_peer.py` and `ppo_peer_trl.py` left: one ruler for both.
+"""Evaluate the runs of `ppo_peer.py` and `ppo_peer_trl.py` alike: reward by KL and by episodes.
 
     python benchmarks/ppo_peer_report.py WORK --plot curves.png
 
-Every snapshot answers the held-out questions of its seed with our sampler, the same random numbers for every policy.
-The gold labeler scores the answers as text, and KL is the mean of log pi(y) - log pi_SFT(y) over them, with our
-log-probabilities, so no trainer measures itself. `WORK/evaluations.jsonl` keeps what was found; only what is new is
-run.
+Every snapshot samples completions of the held-out questions of its seed with our sampler and the same random numbers.
+The gold function scores the completions as text, and KL is the mean of log pi(y) - log pi_SFT(y) over them with our
+log-probabilities, so neither trainer measures itself. Results are kept in `WORK/evaluations.jsonl`; only new snapshots
+are evaluated.
 
-Intervals are Student's, 95 %, over seeds; differences are paired by seed. "Equal KL" reads the reward of both sides off
-their curves where they cross a KL; "equal KL and episodes" off the frontier that several KL coefficients make after
-all episodes, between its ends.
+Intervals are Student's t, 95 %, over seeds; differences are paired by seed. "Equal KL" interpolates the reward of both
+sides where their curves cross a KL. "Equal KL and episodes" interpolates on the frontier of several KL coefficients
+after all episodes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 from quickstart_gold import score  # pyright: ignore[reportMissingImports]
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""97.5 % quantile of Student's t for the mean of so many numbers."""
+"""97.5 % quantile of Student's t, by number of values in the mean."""
 
 
 class Run(NamedTuple):
@@ -48,7 +48,7 @@ class Run(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What one policy is like: mean gold score, KL in nats an answer, tokens an answer."""
+    """Evaluation of one policy: mean gold score, KL in nats per completion, tokens per completion."""
 
     gold: float
     kl: float
@@ -56,14 +56,14 @@ class Snapshot(NamedTuple):
 
 
 Curves = dict[Run, dict[int, Snapshot]]
-"""Run -> step -> its policy; step 0 is the SFT model, which is also the run (`sft`, 0, seed)."""
+"""Run -> step -> snapshot; step 0 is the SFT model, which is also the run (`sft`, 0, seed)."""
 
 
 def main() -> None:
-    """Evaluate what is new, print the tables, draw the curves."""
+    """Evaluate new snapshots, print the tables, draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--samples", type=int, default=4, help="answers to each held-out question")
+    parser.add_argument("--samples", type=int, default=4, help="completions per held-out question")
     parser.add_argument("--every", type=int, default=10, help="evaluate snapshots of these steps")
     parser.add_argument("--sides", nargs=2, default=["ours", "trl"])
     parser.add_argument("--levels", type=float, nargs="+", default=[1, 2, 3, 4, 5, 6, 8])
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def evaluate(work: Path, settings: dict, samples: int, every: int) -> list[tuple[Run, int, Snapshot]]:
-    """Every snapshot, from the file of those measured before where it is there."""
+    """Return every snapshot; those evaluated before are read from the file."""
     path = work / "evaluations.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found = [(Run(*row["run"]), row["step"], Snapshot(*row["found"])) for row in map(json.loads, lines)]
@@ -105,7 +105,7 @@ def evaluate(work: Path, settings: dict, samples: int, every: int) -> list[tuple
 
 def _snapshots(folder: Path, seed: int, every: int) -> Iterable[tuple[Run, int, Path | None]]:
     yield Run("sft", 0.0, seed), 0, None
-    for seconds in sorted(folder.glob("*/seconds.json")):  # runs that are whole
+    for seconds in sorted(folder.glob("*/seconds.json")):  # completed runs
         side, _, kl_coef = seconds.parent.name.rpartition("-")
         for path in sorted(seconds.parent.glob("step-*.safetensors")):
             step = int(path.stem.removeprefix("step-"))
@@ -114,7 +114,7 @@ def _snapshots(folder: Path, seed: int, every: int) -> Iterable[tuple[Run, int, 
 
 
 def measurer(folder: Path, settings: dict, samples: int, seed: int) -> Callable[[Path | None], Snapshot]:
-    """Evaluates weights over the SFT model of `folder`; None is that model itself."""
+    """Return a function that evaluates weights of a policy, or the SFT model of `folder` for None."""
     source = ModelSource(str(folder / "sft"))
     form = PromptFormat(load_tokenizer(source), "{prompt}\n", name="the SFT model")
     reference, policy = Policy(load_policy(source), source, form), Policy(load_policy(source), source, form)
@@ -142,12 +142,12 @@ def measurer(folder: Path, settings: dict, samples: int, seed: int) -> Callable[
 
 
 def tables(curves: Curves, sides: Sequence[str], answers: int, levels: Sequence[float]) -> None:
-    """Equal episodes, equal KL, and both, in Markdown."""
+    """Print the comparisons at equal episodes, at equal KL, and at both, in Markdown."""
     first, second = sides
     gold = ("seeds", f"gold, {first}", f"gold, {second}", "difference")
     measures = [f"{name}, {side}" for name in ("KL", "tokens") for side in sides]
     _table("Equal episodes", ("kl_coef", "episodes", *gold, *measures), at_episodes(curves, sides, answers))
-    there = (f"episodes to get there, {first}", second)
+    there = (f"episodes needed, {first}", second)
     _table("Equal KL, along a run", ("kl_coef", "KL", *gold, *there), at_kl(curves, sides, answers, levels))
     last = max(step for curve in curves.values() for step in curve)
     title = f"Equal KL and episodes ({last * answers:,}), on the frontier of the KL coefficients"
@@ -161,7 +161,7 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> No
 
 
 def at_episodes(curves: Curves, sides: Sequence[str], answers: int) -> Iterable[list[str]]:
-    """Rows: a coefficient and a number of episodes."""
+    """One row per KL coefficient and number of episodes."""
     for kl_coef in _coefficients(curves, sides):
         pairs = _pairs(curves, sides, kl_coef)
         for step in sorted({step for mine, _ in pairs for step in mine}):
@@ -175,7 +175,7 @@ def at_episodes(curves: Curves, sides: Sequence[str], answers: int) -> Iterable[
 
 
 def at_kl(curves: Curves, sides: Sequence[str], answers: int, levels: Sequence[float]) -> Iterable[list[str]]:
-    """Rows: a coefficient and a KL."""
+    """One row per KL coefficient and KL."""
     for kl_coef, level in itertools.product(_coefficients(curves, sides), levels):
         read = [[crossing(curve, level) for curve in pair] for pair in _pairs(curves, sides, kl_coef)]
         both = [(mine, theirs) for mine, theirs in read if mine is not None and theirs is not None]
@@ -186,7 +186,7 @@ def at_kl(curves: Curves, sides: Sequence[str], answers: int, levels: Sequence[f
 
 
 def at_both(curves: Curves, sides: Sequence[str], last: int, levels: Sequence[float]) -> Iterable[list[str]]:
-    """Rows: a KL, after `last` steps."""
+    """One row per KL, after `last` steps."""
     for level in levels:
         both = []
         for seed in sorted({run.seed for run in curves}):
@@ -202,13 +202,13 @@ def _coefficients(curves: Curves, sides: Sequence[str]) -> list[float]:
 
 
 def _pairs(curves: Curves, sides: Sequence[str], kl_coef: float) -> list[list[dict[int, Snapshot]]]:
-    """Curves of both sides, of the seeds that both have."""
+    """Curves of both sides, for the seeds that both have."""
     keys = ([Run(side, kl_coef, seed) for side in sides] for seed in sorted({run.seed for run in curves}))
     return [[curves[key] for key in pair] for pair in keys if all(key in curves for key in pair)]
 
 
 def crossing(curve: dict[int, Snapshot], level: float) -> tuple[float, float] | None:
-    """Gold score and step where a curve first crosses a KL, between its snapshots by a straight line."""
+    """Gold score and step where a curve first crosses a KL, interpolated linearly between snapshots."""
     steps = sorted(curve)
     for before, after in itertools.pairwise(steps):
         one, two = curve[before], curve[after]
@@ -219,7 +219,7 @@ def crossing(curve: dict[int, Snapshot], level: float) -> tuple[float, float] | 
 
 
 def frontiers(curves: Curves, sides: Sequence[str], seed: int, step: int) -> list[list[tuple[float, float]]]:
-    """Of each side, KL and gold score after `step` steps, by KL, of all coefficients that both sides have."""
+    """Per side, (KL, gold score) after `step` steps, sorted by KL, for all coefficients that both sides have."""
     runs = [[Run(side, kl_coef, seed) for side in sides] for kl_coef in _coefficients(curves, sides)]
     both = [pair for pair in runs if all(step in curves.get(run, {}) for run in pair)]
     ends = [[curves[pair[side]][step] for pair in both] for side in range(len(sides))]
@@ -227,7 +227,7 @@ def frontiers(curves: Curves, sides: Sequence[str], seed: int, step: int) -> lis
 
 
 def on_frontier(points: Sequence[tuple[float, float]], level: float) -> float | None:
-    """Gold score at a KL, between points by a straight line; None outside."""
+    """Gold score at a KL, interpolated linearly between points; None outside their range."""
     for (low, gold), (high, following) in itertools.pairwise(points):
         if low <= level <= high:
             return gold + (following - gold) * (level - low) / max(high - low, 1e-9)
@@ -242,7 +242,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def _compared(gold: Sequence[Sequence[float]]) -> list[str]:
-    """How many seeds, both means, and the mean difference with its interval."""
+    """Number of seeds, both means, and the mean difference with its interval."""
     differences = [mine - theirs for mine, theirs in zip(*gold, strict=True)]
     middle, half = statistics.fmean(differences), half_width(differences)
     means = [f"{statistics.fmean(values):.2f}" for values in gold]
@@ -250,7 +250,7 @@ def _compared(gold: Sequence[Sequence[float]]) -> list[str]:
 
 
 def draw(curves: Curves, sides: Sequence[str], answers: int, path: Path) -> None:
-    """Gold score against episodes, and against KL: mean over seeds, with the interval of the mean."""
+    """Plot gold score over episodes and over KL: mean over seeds with its interval."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -271,7 +271,7 @@ def draw(curves: Curves, sides: Sequence[str], answers: int, path: Path) -> None
                 panel.plot(x, means, style, color=color, marker="o", markersize=3, label=f"{side}, kl_coef {kl_coef:g}")
                 panel.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
     panels[0].set(xlabel="episodes", ylabel="gold score, held-out questions")
-    panels[1].set(xlabel="KL to the SFT model, nats an answer")
+    panels[1].set(xlabel="KL to the SFT model, nats per completion")
     panels[1].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=90)

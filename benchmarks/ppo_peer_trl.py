@@ -1,10 +1,10 @@
-"""The peer's side of `ppo_peer.py`: TRL 1.12.0's PPO trainer on the same folders; runs in an environment of its own.
+"""TRL's side of `ppo_peer.py`: the PPO trainer of TRL 1.12.0 on the same folders, in a separate environment.
 
     PEER/bin/python benchmarks/ppo_peer_trl.py WORK --seeds 0 1 2 3 4
 
-Given in the form in which the peer works as it should: float32 weights, a pad token that is not the end token, one
-batch without gradient accumulation (which swallows its minibatches). TRL's own metrics go to `metrics.jsonl`.
-The reward model gives the same rewards as on our side: its head is scaled and shifted as `reward.json` says.
+The settings avoid known problems of this trainer: float32 weights, a pad token that differs from the end token, one
+batch without gradient accumulation (which overrides its minibatches). TRL's metrics are written to `metrics.jsonl`. The
+reward model returns the same rewards as on our side: its head is scaled and shifted according to `reward.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[report
 
 
 class Snapshots(TrainerCallback):
-    """Keeps the policy every few steps, and the metrics of all."""
+    """Saves the policy every few steps and the metrics of every step."""
 
     def __init__(self, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
@@ -44,18 +44,18 @@ class Snapshots(TrainerCallback):
             save_file(weights, self.folder / f"step-{state.global_step}.safetensors")
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
-        """One line a step."""
+        """Write one line per step."""
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step} | (logs or {})) + "\n")
 
 
 def main() -> None:
-    """Run every seed with every KL coefficient; what is there already is not run again."""
+    """Run every seed with every KL coefficient; existing results are skipped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.02, 0.05, 0.15])
-    parser.add_argument("--name", default="trl", help="under which this side's folders and curves go")
+    parser.add_argument("--name", default="trl", help="name of this side in folders and plots")
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = json.loads((options.work / "settings.json").read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def train(folder: Path, output: Path, seed: int, kl_coef: float, settings: dict) -> None:
-    """One run."""
+    """Train once."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft", padding_side="left")
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["training"]
@@ -133,14 +133,14 @@ def _config(output: Path, seed: int, kl_coef: float, settings: dict) -> PPOConfi
 
 
 def _scorer(folder: Path, pad_token_id: int) -> LlamaForSequenceClassification:
-    """The reward model in the scale in which our side reads it: (w h - mean) / std."""
+    """Load the reward model with the normalization of our side: (w h - mean) / std."""
     model = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
     card = json.loads((folder / "reward" / "reward.json").read_text(encoding="utf-8"))
     return _with_head(model, model.score.weight.detach() / card["std"], -card["mean"] / card["std"], pad_token_id)
 
 
 def _critic(folder: Path, pad_token_id: int, start: str) -> LlamaForSequenceClassification:
-    """The critic's start: the reward model, or the SFT model under a head that predicts 0."""
+    """Initialize the critic from the reward model, or from the SFT model with a head that predicts 0."""
     if start == "reward-model":
         return _scorer(folder, pad_token_id)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "sft", num_labels=1, dtype=torch.float32)

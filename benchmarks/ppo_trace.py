@@ -1,16 +1,16 @@
-"""The first update of PPO, epoch by epoch, against the trace that reference implementations publish.
+"""Compare the first PPO update, epoch by epoch, with the published values of reference implementations.
 
     python benchmarks/ppo_trace.py MODEL PROMPTS.jsonl
     python benchmarks/ppo_trace.py MODEL PROMPTS.jsonl --answers 64 --precision bfloat16
 
 Published, for Pythia-160M on TL;DR at a learning rate of 1e-5 (Huang et al. 2024, "The N+ Implementation Details of
 RLHF with PPO"): running means over epochs 0 to 3 of approxkl 0, .0029, .0056, .0081; of the clip fraction 0, .025,
-.051, .073; of the ratio 1.0, 1.0001, 1.0011, 1.0022. Before the first optimizer step the ratio is 1 and approxkl 0:
-whatever else they are says how far the log-probabilities of the update are from those called "old".
+.051, .073; of the ratio 1.0, 1.0001, 1.0011, 1.0022. Before the first optimizer step the ratio should be 1 and approxkl
+0; a deviation shows how far the log-probabilities of the update are from the "old" ones.
 
-All weights of MODEL are trained, one minibatch an epoch, constant learning rate. The reward model is MODEL under a
-random head drawn as reward models start, N(0, 1/(d + 1)); the critic starts from it, as in the published setting.
-Advantages are whitened, so a reward that means nothing gives an update as large as one that does.
+All weights of MODEL are trained, with one minibatch per epoch and a constant learning rate. The reward model is MODEL
+with a random head initialized as in reward models, N(0, 1/(d + 1)); the critic starts from it, as in the published
+setting. Advantages are whitened, so a random reward gives an update of the usual size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PUBLISHED = {
 
 
 class RecordingUpdater(Updater):
-    """Keeps what it found."""
+    """Stores the statistics of its update."""
 
     found: UpdateStatistics
 
@@ -61,16 +61,16 @@ class RecordingUpdater(Updater):
 
 
 class NoStop:
-    """Nobody stops a benchmark by a signal that is to be obeyed."""
+    """A stop request that is never made."""
 
     requested = False
 
     def check(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 def main() -> None:
-    """Measure, then print a table, or one JSON object."""
+    """Run the update and print a table or one JSON object."""
     options = _options()
     torch.set_num_threads(options.threads)
     start = time.time()
@@ -81,7 +81,7 @@ def main() -> None:
         print(json.dumps({"epochs": statistics_.epochs, "running": running, "metrics": metrics, "peak_gb": peak}))
         return
     print(f"{options.model.name}, learning rate {options.learning_rate:g}, {options.precision}")
-    print(f"{options.answers} answers, {metrics['length/mean']:.1f} tokens on average")
+    print(f"{options.answers} completions, {metrics['length/mean']:.1f} tokens on average")
     print(f"{time.time() - start:.0f} s, peak {peak:.1f} GB\n")
     print(f"{'running means':>14}" + "".join(f"{f'epoch {epoch}':>12}" for epoch in range(options.epochs)))
     for name, published in PUBLISHED.items():
@@ -95,8 +95,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("prompts", type=Path, help="prompt records, JSONL")
     parser.add_argument("--answers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=53, help="longest answer")
-    parser.add_argument("--prompt-tokens", type=int, default=80, help="longest prompt that is taken")
+    parser.add_argument("--tokens", type=int, default=53, help="maximum length of a completion")
+    parser.add_argument("--prompt-tokens", type=int, default=80, help="maximum length of a prompt")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--micro-batch", type=int, default=4)
@@ -108,7 +108,7 @@ def _options() -> argparse.Namespace:
 
 
 def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[str, float]]:
-    """One step of the trainer: what its update found, an epoch at a time, and its metrics."""
+    """Run one step of the trainer. Returns the statistics of its update, per epoch, and its metrics."""
     settings = PPOSettings(
         steps=1000,
         prompts_per_step=options.answers,
@@ -156,7 +156,7 @@ def _format(source: ModelSource) -> PromptFormat:
 
 
 def _prompts(options: argparse.Namespace, form: PromptFormat, eos_ids: set[int]) -> PromptSet:
-    """The first prompts that are short enough, as many as there are answers."""
+    """The first prompts that are short enough, one per completion."""
     records = read_records(str(options.prompts), "prompt").records
     pairs = ((record.prompt, form.prompt_ids(record.prompt)) for record in records)
     chosen = list(itertools.islice((pair for pair in pairs if len(pair[1]) <= options.prompt_tokens), options.answers))
@@ -165,12 +165,12 @@ def _prompts(options: argparse.Namespace, form: PromptFormat, eos_ids: set[int])
 
 
 class RandomReward:
-    """A reward model without training: a random head on the last hidden state of an answer's last token.
+    """An untrained reward model: a random head on the last hidden state of the last token of a completion.
 
     Args:
-        model: the language model under the head.
-        form: how prompts reach it.
-        seed: of the head.
+        model: the language model.
+        form: its prompt format.
+        seed: random seed of the head.
     """
 
     def __init__(self, model: PreTrainedModel, form: PromptFormat, *, seed: int) -> None:
@@ -181,7 +181,7 @@ class RandomReward:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
-        """The reward of each answer."""
+        """Return the reward of each completion."""
         pairs = [self._form.pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
         hidden = (self._model.get_decoder()(torch.tensor([ids]), use_cache=False).last_hidden_state for ids in pairs)
         scores = [float(states[0, -1] @ self.head[0][0]) for states in hidden]

@@ -1,16 +1,16 @@
-"""Time of forward and backward over K answers to one prompt: one group [P; R1; ...; RK] against padded copies of P.
+"""Forward and backward time for K completions of one prompt: one group [P; R1; ...; RK] or padded copies of P.
 
     python benchmarks/shared_prefix.py
     python benchmarks/shared_prefix.py --cases 2048/64/8 --hidden 512 --layers 8 --threads 2
 
-The loss is the sum of the answers' log-probabilities, the model a Llama with random weights. Both sides project only
-the positions that predict an answer token. Opponents, all with transformers' own `sdpa`:
+The loss is the sum of the completions' log-probabilities; the model is a Llama with random weights. Both sides project
+only the positions that predict a completion token. Baselines, all with transformers' `sdpa`:
 
-    mask       answers of 1/2 to all of the length, padded on the right, with the padding mask that most trainers pass
-    no mask    the same batch without one: right padding needs none, so torch takes its causal kernel
-    equal      answers of one length, the causal kernel, no padding at all: the opponent's best case
+    mask       lengths from half to the full length, padded on the right, with the padding mask that most trainers pass
+    no mask    the same batch without a mask: right padding needs none, so torch uses its causal kernel
+    equal      equal lengths, no padding, causal kernel: the best case of the baseline
 
-Passes of both sides alternate in one process; the ratio is the median of the ratios of neighbors.
+Passes of both sides alternate in one process; the ratio is the median of the ratios of adjacent passes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
         f"{options.hidden // options.heads}, vocabulary {options.vocabulary}, float32; backend `{options.backend}`; "
         f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    print(f"{'prompt/answer/K':>16} {'opponent':>8} {'tokens':>13} {'padded ms':>10} {'group ms':>9} {'ratio':>6}"
+    print(f"{'prompt/compl./K':>16} {'baseline':>8} {'tokens':>13} {'padded ms':>10} {'group ms':>9} {'ratio':>6}"
           f" {'log-probs':>9} {'gradients':>9}")  # fmt: skip
     for case in options.cases:
         prompt, answer, group = map(int, case.split("/"))
@@ -72,17 +72,17 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["512/128/8", "1024/64/8"], help="prompt/answer/K in tokens")
+    parser.add_argument("--cases", nargs="+", default=["512/128/8", "1024/64/8"], help="prompt/completion/K in tokens")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--key-heads", type=int, help="fewer than --heads: grouped queries")
+    parser.add_argument("--key-heads", type=int, help="fewer than --heads: grouped-query attention")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="of torch; default as torch finds it")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: chosen by torch")
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--profile", action="store_true", help="print what the group's pass spends its time on")
+    parser.add_argument("--profile", action="store_true", help="print a profile of the group's pass")
     return parser.parse_args()
 
 
@@ -91,7 +91,7 @@ def _sample(
 ) -> tuple[list[list[int]], list[list[int]]]:
     draw = torch.Generator().manual_seed(prompt + answer + group)
     ids = torch.randint(vocabulary, (prompt,), generator=draw).tolist()
-    # From half of the length to all of it, evenly, the longest among them.
+    # Evenly spaced from half of the length to the full length.
     lengths = [answer - (answer // 2 * row // max(group - 1, 1) if ragged else 0) for row in range(group)]
     return [ids] * group, [torch.randint(vocabulary, (length,), generator=draw).tolist() for length in lengths]
 
@@ -104,7 +104,7 @@ def _padding_mask(prompts: list[list[int]], answers: list[list[int]], padded: Se
 def _side(
     model: LlamaForCausalLM, attention: str, batch: SequenceBatch, mask: Tensor | None
 ) -> Callable[[], tuple[Tensor, list[Tensor]]]:
-    """Forward and backward of one side: log-probabilities of the answer tokens, and all gradients."""
+    """Forward and backward pass of one side: log-probabilities of the completion tokens, and all gradients."""
 
     def run() -> tuple[Tensor, list[Tensor]]:
         model.set_attn_implementation(attention)
@@ -124,8 +124,11 @@ def _side(
 def _compare(
     sides: tuple[Callable[[], tuple[Tensor, list[Tensor]]], ...], repeats: int, device: str
 ) -> tuple[float, float, float, float, float]:
-    """Median seconds of both, median ratio, largest difference of log-probabilities, and of gradients relative to the
-    largest gradient of their tensor.
+    """Compare both sides.
+
+    Returns:
+        Median seconds of both, median ratio, largest difference of log-probabilities, and largest difference of
+        gradients relative to the largest gradient of the same tensor.
     """
     (logprobs, gradients), (other_logprobs, other_gradients) = sides[0](), sides[1]()
     difference = float((logprobs - other_logprobs).abs().max())

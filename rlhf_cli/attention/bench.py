@@ -1,8 +1,8 @@
-"""How fast attention backends are and what memory they take, against the best that torch's own attention offers.
+"""Benchmark attention backends for speed and memory against torch's `scaled_dot_product_attention`.
 
-Operations: 4 Lq Lk D H a forward pass (two products of 2 Lq Lk D each), half of that where causal, and 2.5 times as
-many backward (five products). Softmax is not counted. Decoding is bound by memory instead: bytes are keys and values
-read once, with queries and outputs.
+Operations: 4 Lq Lk D H per forward pass (two matrix products of 2 Lq Lk D per head), half of that if causal, and 2.5
+times as many per backward pass (five products). Softmax is not counted. Decoding is limited by memory bandwidth, so it
+is reported in bytes: keys and values read once, plus queries and outputs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rlhf_cli.attention import registry
 from rlhf_cli.attention.contract import Request
 from rlhf_cli.attention.layout import Layout
-from rlhf_cli.attention.timing import Run, backward_run, machine, medians, peak_bytes
+from rlhf_cli.attention.timing import Run, backward_run, machine_info, medians, peak_bytes
 from rlhf_cli.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Backward passes compute five products of the size of which forward passes compute two.
+# The backward pass computes five matrix products, the forward pass two of the same size.
 BACKWARD_FACTOR = 2.5
 _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -36,11 +36,11 @@ _SDPA = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What to measure: causal self-attention of whole sequences, or one query a sequence over cached keys.
+    """Shape of a benchmark: causal self-attention of whole sequences, or decoding with one query per sequence.
 
     Attributes:
-        batch, heads, key_heads, length, head_size: B, H, G, L (keys; as many queries unless decoding) and D.
-        is_decoding: one query a sequence.
+        batch, heads, key_heads, length, head_size: B, H, G, L (keys, and queries unless decoding) and D.
+        is_decoding: one query per sequence over L cached keys.
     """
 
     batch: int
@@ -52,26 +52,26 @@ class Shape:
 
     @staticmethod
     def parse(text: str) -> Shape:
-        """From `[decode:]BxHxLxD`, H being `H/G` where there are fewer key heads.
+        """Parse `[decode:]BxHxLxD`, where H may be `H/G` for G key heads.
 
         Raises:
-            UsageError: it is written otherwise.
+            UsageError: the text has another format.
         """
-        kind, _, sizes = text.rpartition(":")
+        mode, _, sizes = text.rpartition(":")
         try:
             batch, heads, length, head_size = sizes.split("x")
             queries, _, keys = heads.partition("/")
             numbers = [int(size) for size in (batch, queries, keys or queries, length, head_size)]
-            is_valid = kind in ("", "dense", "decode") and min(numbers) > 0 and numbers[1] % numbers[2] == 0
+            is_valid = mode in ("", "dense", "decode") and min(numbers) > 0 and numbers[1] % numbers[2] == 0
         except ValueError:
             is_valid, numbers = False, []
         if not is_valid:
             raise UsageError(
-                f"`{text}` is no shape",
-                hint="write batch x heads x tokens x head size, as in 4x32x2048x128; 32/8 for eight key heads; "
+                f"invalid shape `{text}`",
+                hint="use batch x heads x tokens x head size: 4x32x2048x128; 4x32/8x2048x128 for eight key heads; "
                 "decode:8x32/8x4096x128 for one query over 4096 keys",
             )
-        return Shape(*numbers, is_decoding=kind == "decode")
+        return Shape(*numbers, is_decoding=mode == "decode")
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
@@ -84,16 +84,16 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Operations of a forward pass."""
+        """Floating-point operations of a forward pass."""
         return forward_flops(self.batch, self.heads, self.queries, self.length, self.head_size, not self.is_decoding)
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """What a forward pass must read and write at least."""
+        """Bytes that a forward pass reads and writes at least."""
         rows = 2 * self.heads * self.queries + 2 * self.key_heads * self.length
         return self.batch * rows * self.head_size * dtype.itemsize
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, drawn with seed 0; they take gradients unless decoding."""
+        """Draw query, key and value with seed 0; they require gradients unless decoding."""
         generator = torch.Generator().manual_seed(0)
         query, key, value = (
             torch.randn(self.batch, heads, length, self.head_size, generator=generator).to(device, dtype)
@@ -119,7 +119,7 @@ SHAPES = {
 
 
 def forward_flops(batch: int, heads: int, queries: int, keys: int, head_size: int, causal: bool) -> float:
-    """4 Lq Lk D H B, half of it where causal."""
+    """Return 4 Lq Lk D H B, half of it if causal."""
     return 4.0 * batch * heads * queries * keys * head_size / (2 if causal else 1)
 
 
@@ -131,17 +131,17 @@ def measure(
     dtype: torch.dtype,
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Time, speed and memory of backends and of all torch offers, for every shape.
+    """Measure time, speed and memory of backends and of all of torch's kernels, for every shape.
 
     Args:
-        shapes: what to measure.
-        backends: names as `model.attention` takes them; empty for all built-in ones that run here.
-        device: where.
+        shapes: the shapes to measure.
+        backends: names as in `model.attention`; empty: all built-in backends available here.
+        device: where to run.
         dtype: of the tensors.
-        seconds: to spend on each shape, about; None is 3.
+        seconds: approximate time per shape; default: 3.
 
     Raises:
-        UsageError: a named backend does not exist or does not run here.
+        UsageError: a backend is unknown or unavailable here.
     """
     if not backends:
         backends = [name for name, backend in registry.built_in().items() if backend.missing() is None]
@@ -149,7 +149,7 @@ def measure(
         raise UsageError(f"attention backend `{absent[0][0]}`: {absent[0][1]}")
     seconds = seconds or 3.0
     found = [_measure_shape(shape, backends, device, dtype, seconds) for shape in shapes]
-    return {**machine(device), "dtype": str(dtype).removeprefix("torch."), "shapes": found}
+    return {**machine_info(device), "dtype": str(dtype).removeprefix("torch."), "shapes": found}
 
 
 def _measure_shape(
@@ -169,9 +169,9 @@ def _measure_shape(
         else:
             forwards[name] = _attend(name, query, key, value, layout, causal)
     for name in [name for name in forwards if name in _HOLDS_ALL_SCORES]:
-        if (needed := _score_bytes(shape)) > (room := _free_bytes(device)) / 2:
+        if (needed := _score_bytes(shape)) > (free := free_bytes(device)) / 2:
             del forwards[name]
-            refused[name] = f"its scores take {needed / 2**30:.1f} GiB of {room / 2**30:.1f} free"
+            refused[name] = f"its scores need {needed / 2**30:.1f} GiB, with {free / 2**30:.1f} GiB free"
     runs = {(name, "forward"): run for name, run in forwards.items()}
     if not shape.is_decoding:
         runs |= {(name, "backward"): backward_run(run, query, key, value) for name, run in forwards.items()}
@@ -183,14 +183,14 @@ def _measure_shape(
     ]
     return {
         "shape": str(shape),
-        "sdpa_picks": sdpa_choice(query, key, value, causal=causal),
+        "sdpa_choice": sdpa_choice(query, key, value, causal=causal),
         "sdpa_available": available,
         "refused": refused,
         "rows": rows,
     }
 
 
-# The equation in float32 keeps scores, weights and their gradients.
+# These keep scores, weights and the gradients of both in float32.
 _HOLDS_ALL_SCORES = ("reference", "sdpa math")
 
 
@@ -198,7 +198,8 @@ def _score_bytes(shape: Shape) -> int:
     return 4 * 4 * shape.batch * shape.heads * shape.queries * shape.length
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -230,10 +231,18 @@ def sdpa_runs(
     mask: Tensor | None = None,
     without: tuple[str, ...] = (),
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Torch's `scaled_dot_product_attention` on every kernel of its that takes these tensors, `without` some.
+    """Prepare a run of `scaled_dot_product_attention` per kernel that supports these tensors.
+
+    Args:
+        query: (B, H, Lq, D).
+        key: (B, G, Lk, D).
+        value: (B, G, Lk, D).
+        causal: as in `scaled_dot_product_attention`.
+        mask: `attn_mask` of `scaled_dot_product_attention`.
+        without: names of kernels to skip.
 
     Returns:
-        One run for each kernel, and of the others why not.
+        A run per supported kernel, and the reason per unsupported kernel.
     """
     runs: dict[str, Run] = {}
     refused: dict[str, str] = {}
@@ -241,13 +250,13 @@ def sdpa_runs(
         if name in without:
             continue
         if query.device.type != "cuda" and name in ("cudnn", "efficient"):
-            refused[f"sdpa {name}"] = "it runs on CUDA devices"
+            refused[f"sdpa {name}"] = "requires a CUDA device"
             continue
         run = _sdpa_run(kernel, query, key, value, causal, mask)
         try:
-            with warnings.catch_warnings(action="ignore"):  # the reasons, of which the error is the sum
+            with warnings.catch_warnings(action="ignore"):  # they repeat the reasons of the error
                 run()
-        except RuntimeError as error:  # what torch raises where a kernel does not take a call
+        except RuntimeError as error:  # raised by torch if a kernel does not support the call
             refused[f"sdpa {name}"] = str(error).splitlines()[0]
         else:
             runs[name] = run
@@ -267,8 +276,8 @@ def _sdpa_run(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, cau
 
 
 def sdpa_choice(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None = None) -> str:
-    """Which of its kernels torch picks when nobody tells it."""
+    """Return the kernel that torch chooses by default."""
     grouped = query.shape[1] != key.shape[1]
-    ask: Any = getattr(torch, "_fused_sdp_choice")  # noqa: B009  (what sdpa itself asks, in no list of exports)
+    ask: Any = getattr(torch, "_fused_sdp_choice")  # noqa: B009  (used by sdpa itself, not exported)
     picked = SDPBackend(ask(query, key, value, mask, 0.0, causal, scale=None, enable_gqa=grouped))
     return next((name for name, kernel in _SDPA.items() if kernel == picked), picked.name.lower())

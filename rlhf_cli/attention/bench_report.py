@@ -1,4 +1,4 @@
-"""What `bench.measure` found, as a table for people and as a plot."""
+"""Format results of `bench.measure` as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_cli.errors import UsageError
 
 
 def as_table(found: dict[str, Any]) -> str:
-    """For people, 80 columns wide."""
+    """Format the results as a table of at most 80 columns."""
     versions = [f"torch {found['torch']}", f"triton {found['triton']}" if found["triton"] else "no triton"]
     versions += [f"CUDA {found['cuda']}"] if found["cuda"] else [f"{found['threads']} thread(s)"]
     lines = [f"{found['device']}, {found['dtype']}", ", ".join(versions)]
@@ -17,9 +17,9 @@ def as_table(found: dict[str, Any]) -> str:
     for shape in found["shapes"]:
         lines += ["", *_shape_lines(shape)]
         reasons |= shape["refused"]
-    lines += ["", "x torch: speed as a multiple of the fastest sdpa kernel's."]
+    lines += ["", "x torch: speed relative to the fastest sdpa kernel."]
     lines += ["TFLOP/s: 4 Lq Lk D H / 2 operations forward (causal), 2.5 times that backward."]
-    lines += ["MiB: most memory beyond the inputs, forward."]
+    lines += ["MiB: peak memory of the forward pass, without inputs."]
     if reasons:
         lines += ["", *(_short(f"not measured: {name}: {reason}") for name, reason in reasons.items())]
     return "\n".join(lines)
@@ -27,9 +27,9 @@ def as_table(found: dict[str, Any]) -> str:
 
 def _shape_lines(shape: dict[str, Any]) -> Iterator[str]:
     is_decoding = "gb_per_s" in shape["rows"][0]
-    what = "one query over cached keys" if is_decoding else "causal"
-    yield f"{shape['shape']}, {what}"
-    yield f"  torch's sdpa picks its kernel {shape['sdpa_picks']} of {', '.join(shape['sdpa_available'])}"
+    mode = "one query over cached keys" if is_decoding else "causal"
+    yield f"{shape['shape']}, {mode}"
+    yield f"  torch's sdpa uses its kernel {shape['sdpa_choice']} of {', '.join(shape['sdpa_available'])}"
     if is_decoding:
         yield f"  {'':<15}{'ms':>9}{'GB/s':>9}{'x torch':>9}{'MiB':>10}"
     else:
@@ -47,7 +47,7 @@ def _shape_lines(shape: dict[str, Any]) -> Iterator[str]:
 
 
 def best_of_torch(shape: dict[str, Any], key: str) -> float | None:
-    """The least time of torch's own kernels; None where there is none."""
+    """Return the shortest time of torch's own kernels; None if none ran."""
     return min((row[key] for row in shape["rows"] if row["backend"].startswith("sdpa") and key in row), default=None)
 
 
@@ -60,14 +60,14 @@ def _short(line: str) -> str:
 
 
 def plot(found: dict[str, Any], path: Any) -> None:
-    """Bars of speed, a group for each shape, to a picture file.
+    """Write a bar chart of speeds, grouped by shape.
 
     Raises:
-        UsageError: matplotlib is not installed, or does not write this kind of file.
+        UsageError: matplotlib is not installed, or the file cannot be written.
     """
-    from rlhf_cli.attention.plots import pyplot
+    from rlhf_cli.plotting import pyplot
 
-    figures = pyplot()
+    plt = pyplot()
     panels = [
         (title, key, shapes)
         for title, key in (
@@ -79,7 +79,7 @@ def plot(found: dict[str, Any], path: Any) -> None:
     ]
     names = list(dict.fromkeys(row["backend"] for shape in found["shapes"] for row in shape["rows"]))
     height = 1.6 + 0.24 * max(sum(len(shape["rows"]) + 1 for shape in shapes) for *_, shapes in panels)
-    figure, axes = figures.subplots(1, len(panels), figsize=(5.2 * len(panels), height), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), height), squeeze=False)
     for axis, (title, key, shapes) in zip(axes[0], panels, strict=True):
         _bars(axis, shapes, key, names)
         axis.set_title(title, loc="left", fontsize=10)
@@ -89,10 +89,11 @@ def plot(found: dict[str, Any], path: Any) -> None:
         figure.savefig(path, dpi=150)
     except (ValueError, OSError) as error:
         raise UsageError(
-            f"cannot write a plot to {path}: {error}", hint="end it in .png, .svg or .pdf, in a folder of yours"
+            f"cannot write a plot to {path}: {error}",
+            hint="use a file name ending in .png, .svg or .pdf, in a writable folder",
         ) from error
     finally:
-        figures.close(figure)
+        plt.close(figure)
 
 
 def _bars(axis: Any, shapes: list[dict[str, Any]], key: str, names: list[str]) -> None:

@@ -1,7 +1,8 @@
-"""What each backend supports here, asked of the backends themselves with one call of every kind."""
+"""Which calls each attention backend supports on this machine; one sample call per feature is put to every backend."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,8 @@ from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import UsageError
 
 
-def _requests(device: torch.device) -> dict[str, Request]:
-    """One call of every kind, by its name."""
+def _sample_requests(device: torch.device) -> dict[str, Request]:
+    """One sample call per feature, by name of the feature."""
     plain = Request(
         layout=Layout.dense(2, 16),
         causal=True,
@@ -52,24 +53,29 @@ def _requests(device: torch.device) -> dict[str, Request]:
     }
 
 
-def abilities(device: torch.device | None = None) -> dict[str, Any]:
-    """Of every backend why it does not run here, or why it does not serve each kind of call; None where it does.
+def list_capabilities(device: torch.device | None = None) -> dict[str, Any]:
+    """Report availability and supported features of every backend.
 
     Args:
-        device: None is CUDA where there is one, else the CPU.
+        device: default: CUDA where available, else the CPU.
+
+    Returns:
+        `device`; `backends`: per name its `summary`, `missing` (why it cannot run here, else None) and `unsupported`
+        (per feature the reason, None where supported); `auto`: per feature the backend that `auto` uses.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    requests = _requests(device)
+    requests = _sample_requests(device)
     backends = {}
     for name, backend in registry.built_in().items():
         missing = backend.missing()
-        serves = {} if missing else {kind: backend.unsupported(request) for kind, request in requests.items()}
-        backends[name] = {"summary": backend.summary, "missing": missing, "unsupported": serves}
-    chosen = {kind: _chosen(request) for kind, request in requests.items()}
-    return {"device": str(device), "backends": backends, "auto": chosen}
+        supported = {} if missing else requests
+        unsupported = {feature: backend.unsupported(request) for feature, request in supported.items()}
+        backends[name] = {"summary": backend.summary, "missing": missing, "unsupported": unsupported}
+    auto = {feature: _auto_choice(request) for feature, request in requests.items()}
+    return {"device": str(device), "backends": backends, "auto": auto}
 
 
-def _chosen(request: Request) -> str | None:
+def _auto_choice(request: Request) -> str | None:
     try:
         return registry.choose(request).backend.name
     except UsageError:
@@ -77,32 +83,28 @@ def _chosen(request: Request) -> str | None:
 
 
 def as_table(found: dict[str, Any]) -> str:
-    """The same for people: backends as columns, kinds of calls as rows."""
-    here = {name: facts for name, facts in found["backends"].items() if facts["missing"] is None}
+    """Format the report as a table: one row per feature, one column per backend."""
+    available = {name: facts for name, facts in found["backends"].items() if facts["missing"] is None}
     lines = [f"attention backends on {found['device']}", ""]
     for name, facts in found["backends"].items():
         lines.append(f"  {name:<11}{facts['summary']}")
         if facts["missing"] is not None:
-            lines.append(f"  {'':<11}not here: {facts['missing']}")
-    lines += [
-        "",
-        "  " + " ".join(f"{cell:<{width}}" for cell, width in zip(("", *here, "auto"), _widths(here), strict=True)),
-    ]
+            lines.append(f"  {'':<11}unavailable: {facts['missing']}")
+    widths = [16, *(max(10, len(name) + 1) for name in available), 10]
+    lines += ["", _table_row(["", *available, "auto"], widths)]
     reasons: list[str] = []
-    for kind in found["auto"]:
-        cells = [kind]
-        for facts in here.values():
-            reason = facts["unsupported"][kind]
+    for feature in found["auto"]:
+        cells = [feature]
+        for facts in available.values():
+            reason = facts["unsupported"][feature]
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
             cells.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
-        cells.append(found["auto"][kind] or "none")
-        lines.append(
-            "  " + " ".join(f"{cell:<{width}}" for cell, width in zip(cells, _widths(here), strict=True)).rstrip()
-        )
+        cells.append(found["auto"][feature] or "none")
+        lines.append(_table_row(cells, widths))
     lines += ["", *(f"  ({number}) {reason}" for number, reason in enumerate(reasons, start=1))]
     return "\n".join(lines).rstrip()
 
 
-def _widths(here: dict[str, Any]) -> list[int]:
-    return [16, *(max(10, len(name) + 1) for name in here), 10]
+def _table_row(cells: Iterable[str], widths: Iterable[int]) -> str:
+    return "  " + " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()

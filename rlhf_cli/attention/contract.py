@@ -1,12 +1,16 @@
-"""The one function every attention backend is.
+"""The function that every attention backend implements.
 
     scores  = softcap(scale * Q K^T) + bias,        softcap(s) = c tanh(s / c)
     weights = exp(scores - L),                      L = log(sum over visible keys of exp(scores) + exp(sink))
     output  = weights V
 
-Vaswani et al. 2017 (arXiv:1706.03762), equation 1, with what came since: masks by layout, fewer key than query heads
-(Ainslie et al. 2023, arXiv:2305.13245), a sliding window (Beltagy et al. 2020, arXiv:2004.05150), a bounded score
-(Gemma 2, arXiv:2408.00118) and sinks, a learned score of each head for looking at nothing (gpt-oss, arXiv:2508.10925).
+Vaswani et al. 2017 (arXiv:1706.03762), equation 1, extended by: visibility by layout, grouped-query attention (Ainslie
+et al. 2023, arXiv:2305.13245), a sliding window (Beltagy et al. 2020, arXiv:2004.05150), a soft cap on scores (Gemma 2,
+arXiv:2408.00118) and attention sinks, a learned score per head that adds to the denominator only (gpt-oss,
+arXiv:2508.10925).
+
+Shapes: B batch rows, H query heads, G key/value heads, Lq query length, Lk key length, D head size of queries and keys,
+Dv head size of values.
 """
 
 from __future__ import annotations
@@ -22,13 +26,13 @@ from rlhf_cli.attention.layout import Layout
 
 
 class AttentionOutput(NamedTuple):
-    """What attention gives back.
+    """Result of attention.
 
     Attributes:
-        output: (B, H, Lq, Dv) in the dtype of the query; 0 on rows that see nothing.
-        logsumexp: (B, H, Lq) float32 (float64 for float64 inputs) nats, L above; -inf on rows that see nothing and
-            have no sink. Differentiable. None where the backend keeps it to itself, which `Backend.unsupported` says
-            of a call that needs it.
+        output: (B, H, Lq, Dv) in the dtype of the query; 0 in rows without visible keys.
+        logsumexp: (B, H, Lq) L above, in nats, float32 (float64 for float64 inputs), differentiable; -inf in rows
+            without visible keys and without a sink. None if the backend does not return it; `Backend.unsupported`
+            then rejects calls that need it.
     """
 
     output: Tensor
@@ -36,7 +40,7 @@ class AttentionOutput(NamedTuple):
 
 
 class AttentionFunction(Protocol):
-    """A backend's function. All arguments are always given."""
+    """The function of a backend. Every call passes all arguments."""
 
     def __call__(
         self,
@@ -52,39 +56,40 @@ class AttentionFunction(Protocol):
         sinks: Tensor | None,
         bias: Tensor | None,
     ) -> AttentionOutput | Tensor:
-        """Attention as the module's equations say, differentiable in every tensor.
+        """Compute the equations of this module, differentiable in every tensor.
 
         Args:
             query: (B, H, Lq, D), any strides.
-            key: (B, G, Lk, D); G divides H, and query head h reads key head h // (H / G).
+            key: (B, G, Lk, D); G divides H, and query head h uses key head h // (H / G).
             value: (B, G, Lk, Dv).
-            layout: which rows form which sequence, and who sees whom (`Layout.visible` is the definition).
+            layout: the sequences of the batch; `Layout.visible` defines which keys a query sees.
             scale: usually 1 / sqrt(D).
-            causal: a query sees no key behind its own position.
-            window: a query sees keys at a distance below this; None for all.
-            softcap: c, the bound of a score; None for none.
-            sinks: (H,) score of looking at nothing; None for none.
-            bias: added to the scores, broadcastable to (B, H, Lq, Lk), by row and not by position; -inf hides.
+            causal: hide keys after the position of the query.
+            window: hide keys at this distance or more, in tokens; None: no window.
+            softcap: c above; None: no cap.
+            sinks: (H,) sink score per head; None: no sinks.
+            bias: added to the scores, broadcastable to (B, H, Lq, Lk), indexed by row of the batch (not by position in
+                the sequence); -inf hides a key. None: no bias.
 
         Returns:
-            Output and log-sum-exp, or the output alone.
+            Output and log-sum-exp, or the output only.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call, without its numbers: what a backend looks at to say whether it can serve it.
+    """Description of one call without its tensors, from which a backend decides whether it supports the call.
 
     Attributes:
-        layout: of the batch.
+        layout: the sequences of the batch.
         causal, window, softcap: as in the call.
-        has_sinks, has_bias: whether the call has them.
+        has_sinks, has_bias: whether the call has sinks and a bias.
         heads, key_heads: H and G.
         head_size, value_size: D and Dv.
         dtype, device: of the query.
-        needs_grad: whether a backward pass may follow.
-        needs_logsumexp: whether the log-sum-exp is wanted too.
+        needs_grad: a backward pass may follow.
+        needs_logsumexp: the log-sum-exp is required too.
     """
 
     layout: Layout
@@ -116,7 +121,7 @@ class Request:
         bias: Tensor | None,
         needs_logsumexp: bool = False,
     ) -> Request:
-        """From the arguments of a call."""
+        """Build the request of a call from its arguments."""
         tensors = [tensor for tensor in (query, key, value, sinks, bias) if tensor is not None]
         return Request(
             layout=layout,
@@ -138,14 +143,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute attention.
+    """An implementation of attention.
 
     Attributes:
-        name: as `model.attention` names it.
-        summary: one line about it.
+        name: its value in `model.attention`.
+        summary: description in one line.
         attend: the function.
-        missing: why it cannot run on this machine at all; None if it can.
-        unsupported: why it cannot serve a call; None if it can.
+        missing: returns why the backend cannot run on this machine; None if it can.
+        unsupported: returns why the backend does not support a call; None if it does.
     """
 
     name: str

@@ -1,9 +1,12 @@
 """Our backends inside Hugging Face models.
 
-A model that honors transformers' `AttentionInterface` calls our function in every layer. Who sees whom comes from the
-first of four places that says so: the layout that the model's caller gave (`attention_layout`, for packed rows and
-prefix trees), the boundaries of TRL's packing (`cu_seq_lens_q` and `cu_seq_lens_k`), the layout that our mask function
-made of a padding mask, a cache or positions that start again, and, where the model made no mask, the shapes.
+A model that supports transformers' `AttentionInterface` calls our function in every layer. The layout comes from the
+first of these sources that is present:
+
+1. `attention_layout`, passed by the caller of the model (packed rows and prefix trees);
+2. `cu_seq_lens_q` and `cu_seq_lens_k`, the sequence boundaries of TRL's packing;
+3. the mask made by our mask function from a padding mask, a cache, or position ids that restart;
+4. the shapes of queries and keys.
 """
 
 from __future__ import annotations
@@ -21,54 +24,54 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from rlhf_cli.attention import registry
 from rlhf_cli.attention.layout import Layout
-from rlhf_cli.attention.masks import MaskFunction, Visibility, padded
+from rlhf_cli.attention.masks import MaskFunction, Visibility, padded_layout
 from rlhf_cli.errors import ModelError
 
-# transformers takes names that hold "flash", "sdpa" or "flex" for its own, and names with a slash for hub kernels.
+# transformers treats names containing "flash", "sdpa" or "flex" as its own, and names with a slash as hub kernels.
 _PREFIX = "rlhf_"
 
-_watchers: list[Callable[[nn.Module, dict[str, Any]], None]] = []
+_hooks: list[Callable[[nn.Module, dict[str, Any]], None]] = []
 
 
 def implementation(name: str) -> str:
     """Register a backend with transformers.
 
     Args:
-        name: a backend's name, `auto`, or `package.module:function`.
+        name: name of a backend, `auto`, or `package.module:function`.
 
     Returns:
-        The name to give as `attn_implementation`.
+        The value for `attn_implementation`.
 
     Raises:
-        UsageError: there is no such backend.
+        UsageError: the backend is unknown.
     """
     if name != registry.AUTO:
         registry.find(name)
     plain = re.sub("flash|sdpa|flex|paged", "x", re.sub(r"\W", "_", name))
-    # Two functions of users may look alike without their punctuation.
-    known = _PREFIX + plain + (f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if ":" in name else "")
+    # Names of two users' functions may differ in punctuation only.
+    registered = _PREFIX + plain + (f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if ":" in name else "")
 
     def attend(module: nn.Module, *tensors: Any, **arguments: Any) -> tuple[Tensor, None]:
         return attention_forward(module, *tensors, backend=name, **arguments)  # pyright: ignore[reportCallIssue]
 
-    AttentionInterface.register(known, attend)
-    AttentionMaskInterface.register(known, attention_mask)  # pyright: ignore[reportArgumentType]
-    return known
+    AttentionInterface.register(registered, attend)
+    AttentionMaskInterface.register(registered, attention_mask)  # pyright: ignore[reportArgumentType]
+    return registered
 
 
 def is_ours(model: nn.Module) -> bool:
-    """Whether a Hugging Face model computes its attention by one of our backends."""
+    """Return whether a Hugging Face model uses one of our backends."""
     return str(getattr(model.config, "_attn_implementation", "")).startswith(_PREFIX)
 
 
 @contextmanager
-def watching(watcher: Callable[[nn.Module, dict[str, Any]], None]) -> Iterator[None]:
-    """Call `watcher` with the module and the arguments of every attention while the context lasts."""
-    _watchers.append(watcher)
+def attention_hook(hook: Callable[[nn.Module, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside the context, call `hook` with the module and the arguments of every attention call."""
+    _hooks.append(hook)
     try:
         yield
     finally:
-        _watchers.remove(watcher)
+        _hooks.remove(hook)
 
 
 @torch.compiler.disable
@@ -92,51 +95,54 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer.
+    """Compute attention for one layer; transformers calls this.
 
     Args:
         module: the model's attention module.
         query: (B, H, Lq, D).
-        key: (B, G, Lk, D), the cache included.
+        key: (B, G, Lk, D), including the cache.
         value: (B, G, Lk, Dv).
-        attention_mask: what `attention_mask` below returned, a mask (B, 1, Lq, Lk) the caller made, or None.
-        backend: name of ours.
+        attention_mask: the result of `attention_mask` below, a mask (B, 1, Lq, Lk) made by the caller, or None.
+        backend: name of our backend.
         scaling, sliding_window, softcap: `scale`, `window` and `softcap` of `contract`.
         dropout: must be 0.
-        is_causal: overrides the module's own.
+        is_causal: overrides the attribute of the module.
         s_aux: (H,) sinks.
-        position_bias: added to the scores (T5).
-        attention_layout: from the caller of the model.
+        position_bias: added to the scores, broadcastable to (B, H, Lq, Lk) (T5).
+        attention_layout: passed by the caller of the model.
         cu_seq_lens_q, cu_seq_lens_k: (S + 1,) boundaries of packed sequences, B = 1.
 
     Returns:
-        Output (B, Lq, H, Dv), and None for the weights.
+        Output (B, Lq, H, Dv), and None instead of the weights.
+
+    Raises:
+        ModelError: dropout is not 0, or the layout or mask does not fit the shapes.
     """
     _refuse_dropout(dropout)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bias = position_bias
     if attention_layout is not None:
-        seen = Visibility(attention_layout, causal, sliding_window)
+        visibility = Visibility(attention_layout, causal, sliding_window)
     elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        layout = _of_boundaries(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2])
-        seen = Visibility(layout, causal, sliding_window)
+        layout = _from_boundaries(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2])
+        visibility = Visibility(layout, causal, sliding_window)
     else:
         layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
-        seen, hidden = _of_mask(attention_mask, Visibility(layout, causal, sliding_window))
-        if hidden is not None:
-            bias = hidden.to(query.dtype) if bias is None else bias + hidden.to(bias.dtype)
-    _check(seen.layout, query, key)
+        visibility, mask_bias = _from_mask(attention_mask, Visibility(layout, causal, sliding_window))
+        if mask_bias is not None:
+            bias = mask_bias.to(query.dtype) if bias is None else bias + mask_bias.to(bias.dtype)
+    _check_shapes(visibility.layout, query, key)
     arguments: dict[str, Any] = {
         "scale": scaling,
-        "causal": seen.causal,
-        "window": seen.window,
+        "causal": visibility.causal,
+        "window": visibility.window,
         "softcap": softcap,
         "sinks": s_aux,
         "bias": bias,
     }
-    for watcher in _watchers:
-        watcher(module, {"query": query, "key": key, "value": value, "layout": seen.layout, **arguments})
-    output = registry.attention(query, key, value, seen.layout, backend=backend, **arguments).output
+    for hook in _hooks:
+        hook(module, {"query": query, "key": key, "value": value, "layout": visibility.layout, **arguments})
+    output = registry.attention(query, key, value, visibility.layout, backend=backend, **arguments).output
     return output.transpose(1, 2), None
 
 
@@ -154,76 +160,76 @@ def attention_mask(
     use_vmap: bool = False,
     **_: Any,
 ) -> Tensor:
-    """What transformers calls once a forward pass, to make the mask that our function then gets.
+    """Make the mask of a forward pass; transformers calls this once per pass and hands the result to every layer.
 
-    The mask is (B, Lk) and True on real keys; what it stands for travels with it as an attribute.
+    The mask is (B, Lk), True on real keys, and carries a `Visibility` as an attribute.
 
     Args:
         batch_size: B.
         q_length: Lq.
-        kv_length: Lk, slots of a static cache that nothing was written to included.
-        q_offset: tokens that came before the first query.
-        kv_offset: tokens that a sliding cache dropped before the first key.
-        mask_function: whether query i of batch row b may see key j: f(b, head, i, j).
-        attention_mask: (B, tokens so far) True on real ones.
+        kv_length: Lk, including slots of a static cache that are still empty.
+        q_offset: tokens before the first query.
+        kv_offset: tokens before the first key, dropped by a sliding-window cache.
+        mask_function: f(b, head, i, j), True where query i of batch row b sees key j.
+        attention_mask: (B, tokens so far), True on real tokens.
         device: of the mask.
-        local_size: window or chunk that `mask_function` has.
-        use_vmap: whether the model put a mask function of its own into `mask_function`.
+        local_size: window or chunk size of `mask_function`.
+        use_vmap: the model has added its own function to `mask_function`.
 
     Raises:
-        ModelError: the model asks for a mask that is no layout.
+        ModelError: the mask is not a layout.
     """
     if attention_mask is not None and hasattr(attention_mask, _ATTRIBUTE):
-        return attention_mask  # `generate` made it already, for a static cache
+        return attention_mask  # `generate` has already made it, for a static cache
     if use_vmap:
-        raise ModelError("the model adds a mask of its own, which our attention layouts cannot describe")
+        raise ModelError("the model adds its own mask, which attention layouts cannot express")
     offset = int(q_offset)
     columns = torch.arange(kv_offset, kv_offset + kv_length, device=device)
-    is_cross = mask_function is bidirectional_mask_function  # or an encoder, whose queries are all real or unread
+    is_cross = mask_function is bidirectional_mask_function  # or an encoder: outputs at padding are never used
     is_written = torch.ones_like(columns, dtype=torch.bool) if is_cross else columns < offset + q_length
     is_real = is_written.expand(batch_size, -1)
     if attention_mask is not None:
-        given = attention_mask.to(device=device, dtype=torch.bool)
-        inside = columns < given.shape[1]
-        is_real = is_real & inside & given[:, columns.clamp(max=given.shape[1] - 1)]
+        is_real_token = attention_mask.to(device=device, dtype=torch.bool)
+        length = is_real_token.shape[1]
+        is_real = is_real & (columns < length) & is_real_token[:, columns.clamp(max=length - 1)]
     mask = is_real.contiguous()
     if is_cross:
-        found = Visibility(Layout.cross(q_length, mask), False, None)
+        visibility = Visibility(Layout.cross(q_length, mask), False, None)
     elif mask_function is causal_mask_function:
-        found = Visibility(padded(mask, q_length, offset - kv_offset), True, None)
+        visibility = Visibility(padded_layout(mask, q_length, offset - kv_offset), True, None)
     else:
-        asked = MaskFunction(
+        function = MaskFunction(
             mask_function, batch_size, offset, q_length, kv_offset, kv_length, local_size, torch.device(device)
         )
-        found = asked.visibility(mask)
-    setattr(mask, _ATTRIBUTE, found)
+        visibility = function.visibility(mask)
+    setattr(mask, _ATTRIBUTE, visibility)
     return mask
 
 
 _ATTRIBUTE = "rlhf_visibility"
 
 
-def _of_mask(mask: Tensor | None, plain: Visibility) -> tuple[Visibility, Tensor | None]:
-    """What a mask stands for, and what it adds to the scores.
+def _from_mask(mask: Tensor | None, default: Visibility) -> tuple[Visibility, Tensor | None]:
+    """Split a mask into its visibility and a bias to add to the scores.
 
     Args:
-        mask: ours, (B, Lk); one the caller made, (B, 1, Lq, Lk); or None.
-        plain: what the shapes and the model's own arguments say.
+        mask: ours, (B, Lk); a caller's, (B, 1, Lq, Lk); or None.
+        default: from the shapes and the arguments of the module.
     """
     if mask is None:
-        return plain, None
-    if mask.dim() == 4:  # it says all there is to say about causality and windows
-        return Visibility(plain.layout, False, None), _hidden(mask)
+        return default, None
+    if mask.dim() == 4:  # it already includes causality and windows
+        return Visibility(default.layout, False, None), _mask_bias(mask)
     found = getattr(mask, _ATTRIBUTE, None)
     if not isinstance(found, Visibility):
         raise ModelError(
-            "the attention mask was copied on its way through the model, and what it stands for got lost",
-            hint="a model on several devices copies it: rerun with `--attention sdpa`",
+            "the model copied its attention mask, which lost the layout attached to it",
+            hint="models spread over several devices copy masks; rerun with `--attention sdpa`",
         )
-    return (found if plain.window is None else found._replace(window=plain.window)), None
+    return (found if default.window is None else found._replace(window=default.window)), None
 
 
-def _of_boundaries(queries: Tensor, keys: Tensor, query_length: int, key_length: int) -> Layout:
+def _from_boundaries(queries: Tensor, keys: Tensor, query_length: int, key_length: int) -> Layout:
     found = getattr(queries, _ATTRIBUTE, None)
     if not isinstance(found, Layout):
         found = Layout.bounded(queries.tolist(), keys.tolist(), query_length, key_length)
@@ -231,8 +237,8 @@ def _of_boundaries(queries: Tensor, keys: Tensor, query_length: int, key_length:
     return found
 
 
-def _hidden(mask: Tensor) -> Tensor:
-    """A mask (B, 1, Lq, Lk), bool or to be added, as what is added; the model's lowest number means hidden."""
+def _mask_bias(mask: Tensor) -> Tensor:
+    """Convert a mask (B, 1, Lq, Lk), bool or additive, to a bias; the lowest number of its dtype becomes -inf."""
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
@@ -242,14 +248,14 @@ def _refuse_dropout(dropout: float) -> None:
     if dropout:
         raise ModelError(
             f"attention dropout of {dropout:g} is not supported by our backends",
-            hint="set it to 0 in the model's configuration; RLHF trains without dropout",
+            hint="set attention dropout to 0 in the model's config.json",
         )
 
 
-def _check(layout: Layout, query: Tensor, key: Tensor) -> None:
+def _check_shapes(layout: Layout, query: Tensor, key: Tensor) -> None:
     expected = (query.shape[0], query.shape[2], key.shape[2])
     if (found := (layout.batch, layout.query_length, layout.key_length)) != expected:
         raise ModelError(
-            f"the attention layout is for (batch, queries, keys) {found}, but the model asks for {expected}",
-            hint="a layout of packed rows or prefix trees serves a forward pass without a cache",
+            f"the attention layout has (batch, queries, keys) {found}, but the model expects {expected}",
+            hint="packed rows and prefix trees require a forward pass without a cache",
         )

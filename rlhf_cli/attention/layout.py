@@ -1,17 +1,18 @@
-"""Which rows of a batch form which sequence, and who may see whom: one type for every way to lay out a batch.
+"""Batch layouts: which rows of a batch form a sequence, and which keys each query sees.
 
-Tensors are (B, H, L, D), as Hugging Face hands them over; a row of tokens is numbered flat, b * L + l. A segment is a
-run of query rows with a run of key rows inside one batch row. Then
+Tensors are (B, H, L, D), as in Hugging Face models. A "row" is one token of the batch, with flat index b * L + l; a
+"batch row" is one of the B rows of tokens. A segment is a contiguous run of query rows with a contiguous run of key
+rows, each within one batch row. Layouts are lists of segments:
 
-    dense         one segment a batch row, as long as the row
-    padded        one segment a batch row, shorter than it, anywhere in it: left, right or both
-    packed        several segments in a batch row
-    cached        fewer query than key rows; the last query belongs to the last key
-    cross         query and key rows of different batches of sequences
-    prefix tree   a segment whose parent is another one sees all keys of the parent, and of its parents, as well: K
-                  answers after one prompt are [P; R1; ...; RK] with P the parent of every R
+    dense         one segment per batch row, filling it
+    padded        one segment per batch row, not filling it: padding on the left, the right or both
+    packed        several segments per batch row
+    cached        fewer query rows than key rows; the last query is at the position of the last key
+    cross         query rows and key rows belong to different tensors of sequences
+    prefix tree   a segment may have a parent; it then sees the keys of all its ancestors too. K completions of one
+                  prompt are [P; R1; ...; RK], where P is the parent of every R
 
-Rows in no segment are padding: nobody sees them, their output is 0 and they get no gradient.
+Rows outside all segments are padding: no query sees them, their output is 0 and they receive no gradient.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ NO_PARENT = -1
 
 
 class Segment(NamedTuple):
-    """A run of query rows and the run of key rows that they see first of all.
+    """A run of query rows with the run of key rows of the same tokens.
 
     Attributes:
-        query_start: flat number of its first query row.
-        query_length: query rows, 0 for keys nobody asks from (the prompt in decoding).
-        key_start: flat number of its first key row.
-        key_length: key rows.
-        parent: number of the segment whose keys stand in front of these; -1 for none.
+        query_start: flat index of the first query row.
+        query_length: number of query rows; 0 for keys without queries (the prompt in decoding).
+        key_start: flat index of the first key row.
+        key_length: number of key rows.
+        parent: index of the segment that comes before this one in its sequence; -1: none.
     """
 
     query_start: int
@@ -48,14 +49,16 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Segments of one batch.
+    """The segments of one batch.
 
     Attributes:
-        batch: B, batch rows.
-        query_length: Lq, query rows in a batch row.
-        key_length: Lk, key rows in a batch row.
-        segments: S of them. A parent stands before its children, and all that descend from a segment follow it
-            directly (depth-first order), so a subtree is a range of numbers.
+        batch: B, number of batch rows.
+        query_length: Lq, query rows per batch row.
+        key_length: Lk, key rows per batch row.
+        segments: in depth-first order, each parent before its children, so that a subtree is a range of indices.
+
+    Raises:
+        ValueError: segments overlap, leave their batch row, or are out of order.
     """
 
     batch: int
@@ -65,20 +68,20 @@ class Layout:
 
     @staticmethod
     def dense(batch: int, query_length: int, key_length: int | None = None) -> Layout:
-        """Every row real; `key_length` differs from `query_length` in cross-attention and in cached generation."""
+        """No padding. `key_length` differs from `query_length` in cross-attention and in generation with a cache."""
         return _dense(batch, query_length, query_length if key_length is None else key_length)
 
     @staticmethod
     def padded(is_real: Tensor, *, query_length: int | None = None, query_offset: int = 0) -> Layout:
-        """From a mask over keys, real tokens of each batch row in one run.
+        """Build a layout from a padding mask.
 
         Args:
-            is_real: (B, Lk) bool, True on real tokens.
-            query_length: Lq; None where queries and keys are the same rows.
-            query_offset: key row that the first query row belongs to, in cached generation.
+            is_real: (B, Lk) bool, True on real tokens; these are contiguous in each batch row.
+            query_length: Lq; None: the same as Lk.
+            query_offset: key row of the first query row, in generation with a cache.
 
         Raises:
-            ValueError: the real tokens of a row are not in one run.
+            ValueError: padding lies between real tokens of a batch row.
         """
         batch, keys = is_real.shape
         queries = keys if query_length is None else query_length
@@ -94,7 +97,9 @@ class Layout:
                 Segment(row * queries + first - query_offset, last - first, row * keys + start, end - start)
             )
         layout = Layout(batch, queries, keys, tuple(segments))
-        if queries == 1 and not is_real.is_cuda:  # decoding asks anew every step: the query sees all real keys so far
+        if (
+            queries == 1 and not is_real.is_cuda
+        ):  # fast path, called at every decoding step: one query sees all real keys
             sees = (is_real & (torch.arange(keys, device=is_real.device) <= query_offset)).unsqueeze(1)
             sees = sees & sees[:, :, query_offset : query_offset + 1]
             layout._masks.update({(causal, None, str(is_real.device)): sees for causal in (True, False)})
@@ -102,7 +107,15 @@ class Layout:
 
     @staticmethod
     def cross(query_length: int, is_real_key: Tensor) -> Layout:
-        """Every query of a batch row sees the real keys of that row: (B, Lk) bool, in one run."""
+        """Build a layout in which every query of a batch row sees the real keys of that row.
+
+        Args:
+            query_length: Lq.
+            is_real_key: (B, Lk) bool; real keys are contiguous in each batch row.
+
+        Raises:
+            ValueError: padding lies between real keys of a batch row.
+        """
         batch, keys = is_real_key.shape
         lengths = Layout.padded(is_real_key).segments
         segments = tuple(
@@ -113,11 +126,11 @@ class Layout:
 
     @staticmethod
     def packed(rows: Sequence[Sequence[int]], width: int | None = None) -> Layout:
-        """Sequences on end.
+        """Build a layout of concatenated sequences.
 
         Args:
-            rows: lengths in tokens of the sequences of each batch row.
-            width: L; None is the longest row. What a row does not fill is padding behind it.
+            rows: per batch row the lengths of its sequences, in tokens.
+            width: L; None: length of the longest row. Shorter rows are padded on the right.
         """
         width = max(map(sum, rows)) if width is None else width
         segments = []
@@ -130,7 +143,14 @@ class Layout:
 
     @staticmethod
     def bounded(queries: Sequence[int], keys: Sequence[int], query_length: int, key_length: int) -> Layout:
-        """Packed sequences of one batch row by their S + 1 boundaries, those of queries and of keys."""
+        """Build a packed layout of one batch row from sequence boundaries (`cu_seq_lens`).
+
+        Args:
+            queries: S + 1 boundaries of the query rows.
+            keys: S + 1 boundaries of the key rows.
+            query_length: Lq.
+            key_length: Lk.
+        """
         segments = tuple(
             Segment(query, next_query - query, key, next_key - key)
             for (query, next_query), (key, next_key) in zip(pairwise(queries), pairwise(keys), strict=True)
@@ -139,48 +159,47 @@ class Layout:
 
     @staticmethod
     def tree(groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
-        """Groups of answers after a shared prompt, on end in one batch row: [P; R1; ...; RK; P'; R'1; ...].
+        """Build a layout of prompts with their completions in one batch row: [P; R1; ...; RK; P'; R'1; ...].
 
         Args:
-            groups: tokens of the prompt, and of each of its answers.
+            groups: per group the length of the prompt and the lengths of its completions, in tokens.
         """
         segments: list[Segment] = []
         at = 0
-        for prompt, answers in groups:
+        for prompt, completions in groups:
             parent = len(segments)
             segments.append(Segment(at, prompt, at, prompt))
             at += prompt
-            for answer in answers:
-                segments.append(Segment(at, answer, at, answer, parent))
-                at += answer
+            for completion in completions:
+                segments.append(Segment(at, completion, at, completion, parent))
+                at += completion
         return Layout(1, at, at, tuple(segments))
 
     def __post_init__(self) -> None:
-        """Raises ValueError for segments that leave their batch row, overlap, or are out of order."""
-        free = [0] * self.batch  # kernels write query rows without looking
+        free = [0] * self.batch  # kernels write query rows without bounds checks
         open_ancestors: list[int] = []
         for number, segment in enumerate(self.segments):
             row, first = divmod(segment.query_start, max(self.query_length, 1))
             key_row, first_key = divmod(segment.key_start, max(self.key_length, 1))
             if segment.query_length and not (0 <= row < self.batch and free[row] <= first):
-                raise ValueError(f"segment {number} overlaps another or is out of the batch: {segment}")
+                raise ValueError(f"segment {number} overlaps another segment or lies outside the batch: {segment}")
             if segment.query_length < 0 or first + segment.query_length > max(self.query_length, first):
-                raise ValueError(f"the queries of segment {number} leave their batch row: {segment}")
+                raise ValueError(f"the queries of segment {number} extend beyond their batch row: {segment}")
             if segment.key_length and not 0 <= key_row < self.batch:
-                raise ValueError(f"the keys of segment {number} are out of the batch: {segment}")
+                raise ValueError(f"the keys of segment {number} lie outside the batch: {segment}")
             if segment.key_length < 0 or first_key + segment.key_length > max(self.key_length, first_key):
-                raise ValueError(f"the keys of segment {number} leave their batch row: {segment}")
+                raise ValueError(f"the keys of segment {number} extend beyond their batch row: {segment}")
             if segment.query_length:
                 free[row] = first + segment.query_length
             while open_ancestors and open_ancestors[-1] != segment.parent:
                 open_ancestors.pop()
             if segment.parent != NO_PARENT and not open_ancestors:
-                raise ValueError(f"segment {number} does not follow its parent depth first: {segment}")
+                raise ValueError(f"segment {number} does not follow its parent in depth-first order: {segment}")
             open_ancestors.append(number)
 
     @cached_property
     def is_dense(self) -> bool:
-        """Whether every batch row is one segment as long as the row."""
+        """Whether one segment fills every batch row."""
         return len(self.segments) == self.batch and all(
             segment == (row * self.query_length, self.query_length, row * self.key_length, self.key_length, NO_PARENT)
             for row, segment in enumerate(self.segments)
@@ -193,7 +212,7 @@ class Layout:
 
     @cached_property
     def ancestors(self) -> tuple[tuple[int, ...], ...]:
-        """Of each segment its parent, that one's parent, and so on, the root first."""
+        """Ancestors of each segment, root first, parent last."""
         found: list[tuple[int, ...]] = []
         for segment in self.segments:
             found.append(() if segment.parent == NO_PARENT else (*found[segment.parent], segment.parent))
@@ -201,7 +220,7 @@ class Layout:
 
     @cached_property
     def subtree_ends(self) -> tuple[int, ...]:
-        """Of each segment the number behind its last descendant: it and its descendants are `range(s, end)`."""
+        """End of the subtree of each segment: segment s and its descendants are `range(s, end)`."""
         ends = [number + 1 for number in range(len(self.segments))]
         for number in reversed(range(len(self.segments))):
             if (parent := self.segments[number].parent) != NO_PARENT:
@@ -210,32 +229,32 @@ class Layout:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Position of each segment's first key: the keys of all its ancestors stand before it."""
+        """Position of the first key of each segment: the number of keys of its ancestors."""
         return tuple(sum(self.segments[number].key_length for number in chain) for chain in self.ancestors)
 
     @cached_property
     def real_tokens(self) -> int:
-        """Query rows in any segment."""
+        """Number of query rows that are not padding."""
         return sum(segment.query_length for segment in self.segments)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each query row in its sequence, 0 on padding: (B, Lq) int64, what a model calls position_ids."""
+        """Position of each query row in its sequence, 0 on padding: (B, Lq) int64, the `position_ids` of a model."""
         return self._query_rows[1].clamp(min=0).to(device)
 
     def is_real(self, device: torch.device | str = "cpu") -> Tensor:
-        """Query rows in any segment: (B, Lq) bool."""
+        """True on query rows that are not padding: (B, Lq) bool."""
         return (self._query_rows[0] >= 0).to(device)
 
     def is_real_key(self, device: torch.device | str = "cpu") -> Tensor:
-        """Key rows in any segment: (B, Lk) bool."""
+        """True on key rows that are not padding: (B, Lk) bool."""
         return (self._key_rows[0] >= 0).to(device)
 
     def visible(self, *, causal: bool, window: int | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """Who sees whom, the definition that every backend is held to: (B, Lq, Lk) bool.
+        """True where a query sees a key: (B, Lq, Lk) bool. This is the definition that every backend implements.
 
-        A query at position i sees a key at position j of its own segment and of that one's ancestors, if causal only
-        where j <= i, and with a window only where i - j < window (and j - i < window where not causal). The last query
-        of a segment belongs to its last key.
+        A query at position i sees the key at position j of its own segment and of the ancestors of its segment;
+        with `causal` only if j <= i, with `window` only if |i - j| < window. The last query of a segment is at the
+        position of its last key.
         """
         key = (causal, window, str(device))
         if key not in self._masks:
@@ -250,7 +269,7 @@ class Layout:
         of_key, key_at = (rows.unsqueeze(1) for rows in self._key_rows)  # (B, 1, Lk)
         count = len(self.segments)
         sees = torch.eye(count + 1, dtype=torch.bool)
-        sees[count, count] = False  # padding, -1 indexes the last row, sees nothing
+        sees[count, count] = False  # padding has index -1, the last row, and sees nothing
         for number, chain in enumerate(self.ancestors):
             sees[number, list(chain)] = True
         mask = sees[of_query, of_key]
@@ -267,7 +286,7 @@ class Layout:
 
     @cached_property
     def _query_rows(self) -> tuple[Tensor, Tensor]:
-        """Segment and position of every query row: (B, Lq) each, -1 on padding."""
+        """Segment index and position of every query row: (B, Lq) each, -1 on padding."""
         rows = [(segment.query_start, segment.query_length) for segment in self.segments]
         first = [
             offset + segment.key_length - segment.query_length
@@ -277,7 +296,7 @@ class Layout:
 
     @cached_property
     def _key_rows(self) -> tuple[Tensor, Tensor]:
-        """Segment and position of every key row: (B, Lk) each, -1 on padding."""
+        """Segment index and position of every key row: (B, Lk) each, -1 on padding."""
         rows = [(segment.key_start, segment.key_length) for segment in self.segments]
         return _numbered(rows, self.offsets, (self.batch, self.key_length))
 
@@ -298,7 +317,7 @@ def _numbered(rows: Sequence[tuple[int, int]], first: Sequence[int], shape: tupl
 
 
 def runs_of(is_real: Tensor) -> list[list[tuple[int, int]]]:
-    """Runs of True in every row, as (start, end)."""
+    """Return the runs of True in every row of a (B, L) mask, as (start, end)."""
     edges = torch.nn.functional.pad(is_real.cpu().int(), (1, 1)).diff(dim=1)
     found: list[list[tuple[int, int]]] = [[] for _ in range(is_real.shape[0])]
     starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()

@@ -1,9 +1,9 @@
-"""What transformers' mask functions stand for.
+"""Convert transformers' mask functions to layouts.
 
-transformers describes who sees whom by a function of indices, f(batch row, head, query, key), put together from parts:
-causal, a window, chunks, packed sequences. Writing such a mask out takes memory with the square of the length. Here the
-function is asked along a few diagonals instead, which is enough for masks that are layouts, and at places drawn at
-random, which finds those that are not.
+transformers describes visibility by a function of indices, f(batch row, head, query, key), composed of parts: causal, a
+window, chunks, packed sequences. Materializing such a mask takes memory quadratic in the length. This module evaluates
+the function along a few diagonals instead, which determines every mask that is a layout, and at random keys, which
+detects masks that are not.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from rlhf_cli.attention.layout import Layout, Segment, runs_of
 from rlhf_cli.errors import ModelError
 
-_PLACES = 8  # keys asked about for every query, beside the diagonals
-_HINT = "rerun with `--attention sdpa`, transformers' own"
+_PROBES = 8  # keys per query at which the layout is checked, besides the diagonals
+_HINT = "rerun with `--attention sdpa`"
 
 
 class Visibility(NamedTuple):
-    """What a mask stands for.
+    """A mask in the terms of `contract`.
 
     Attributes:
-        layout: which rows form which sequence.
-        causal: whether a query sees no key behind it.
-        window: distance from which on a query sees no key; None for all.
+        layout: the sequences of the batch.
+        causal: keys after the query are hidden.
+        window: keys at this distance or more are hidden; None: no window.
     """
 
     layout: Layout
@@ -37,13 +37,16 @@ class Visibility(NamedTuple):
     window: int | None
 
 
-def padded(is_real: Tensor, query_length: int, query_offset: int) -> Layout:
-    """`Layout.padded`, or the dense one it is. Raises `ModelError` where padding lies between tokens.
+def padded_layout(is_real: Tensor, query_length: int, query_offset: int) -> Layout:
+    """Build `Layout.padded`, or `Layout.dense` if nothing is padding.
 
     Args:
         is_real: (B, Lk) True on real keys.
         query_length: Lq.
         query_offset: key row of the first query.
+
+    Raises:
+        ModelError: padding lies between real tokens.
     """
     batch, keys = is_real.shape
     if query_offset + query_length == keys and bool(is_real.all()):
@@ -51,20 +54,20 @@ def padded(is_real: Tensor, query_length: int, query_offset: int) -> Layout:
     try:
         return Layout.padded(is_real, query_length=query_length, query_offset=query_offset)
     except ValueError as error:
-        raise ModelError(str(error), hint="put all padding of a row on one side, or use `--attention sdpa`") from None
+        raise ModelError(str(error), hint="pad each row on one side only, or rerun with `--attention sdpa`") from None
 
 
 @dataclass(frozen=True)
 class MaskFunction:
-    """A mask function with the indices it is about.
+    """A mask function of transformers with the range of its indices.
 
     Attributes:
-        function: whether query i of batch row b sees key j: f(b, head, i, j), on tensors of indices.
+        function: f(b, head, i, j), True where query i of batch row b sees key j; takes tensors of indices.
         batch: B.
         first_query, queries: index of the first query, and Lq.
         first_key, keys: index of the first key, and Lk.
-        local_size: window or chunk that the function has, if any.
-        device: to ask on.
+        local_size: window or chunk size of the function, if it has one.
+        device: of the index tensors.
     """
 
     function: Callable[..., Any]
@@ -77,27 +80,33 @@ class MaskFunction:
     device: torch.device
 
     def visibility(self, is_real: Tensor) -> Visibility:
-        """What the function stands for, together with a padding mask (B, Lk).
+        """Convert the function and a padding mask.
+
+        Args:
+            is_real: (B, Lk) True on real keys.
 
         Raises:
-            ModelError: it stands for no layout.
+            ModelError: the mask is not a layout.
         """
         offset = self.first_query - self.first_key
-        if self.queries == 1:  # one row of the mask says it all
+        if self.queries == 1:  # one row of the mask is the whole mask
             seen = self._sees(self._indices(self.first_query, 1).unsqueeze(1), self._indices(self.first_key, self.keys))
-            return Visibility(padded(is_real & seen, 1, offset), True, None)
+            return Visibility(padded_layout(is_real & seen, 1, offset), True, None)
         later = self._indices(self.first_query + 1, self.queries - 1)
         behind = self._sees(later - 1, later)
         starts = torch.nn.functional.pad(~self._sees(later, later - 1), (1, 0))
         causal, window = not bool(behind.any()), self._window()
         if not causal and not bool(behind.all()):
-            raise ModelError("the model lets only some tokens see the next one, which is no layout", hint=_HINT)
+            raise ModelError(
+                "the model lets only some tokens attend to the next one, which attention layouts cannot express",
+                hint=_HINT,
+            )
         if not bool(starts.any()):
-            layout = padded(is_real, self.queries, offset)
+            layout = padded_layout(is_real, self.queries, offset)
         elif offset == 0:
             layout = self._cut(starts, is_real)
         else:
-            raise ModelError("packed or chunked sequences cannot go on from a cache", hint=_HINT)
+            raise ModelError("packed or chunked sequences cannot be continued from a cache", hint=_HINT)
         self._check(starts.cumsum(1), causal, window)
         return Visibility(layout, causal, window)
 
@@ -105,13 +114,13 @@ class MaskFunction:
         return torch.arange(first, first + count, device=self.device)
 
     def _sees(self, query: Tensor, key: Tensor) -> Tensor:
-        """Ask about pairs of indices that broadcast to (B, n): (B, n) bool."""
+        """Evaluate the function on indices that broadcast to (B, n): (B, n) bool."""
         rows = torch.arange(self.batch, device=self.device).unsqueeze(1)
         found = torch.as_tensor(self.function(rows, 0, query, key), device=self.device)
         return found.expand(self.batch, torch.broadcast_shapes(query.shape, key.shape)[-1])
 
     def _window(self) -> int | None:
-        """The distance at which every key is hidden, which is `local_size`, or one more where that is still seen."""
+        """The window: `local_size`, or `local_size` + 1 if keys at that distance are visible; None if neither."""
         if self.local_size is None:
             return None
         for distance in (self.local_size, self.local_size + 1):
@@ -124,12 +133,12 @@ class MaskFunction:
         return None
 
     def _cut(self, starts: Tensor, is_real: Tensor) -> Layout:
-        """A segment between each two starts, as far as its tokens are real; key rows may go on behind the queries."""
+        """One segment between two consecutive starts, restricted to real tokens; keys may outnumber queries."""
         segments = []
-        for row, (begun, runs) in enumerate(zip(starts.tolist(), runs_of(is_real), strict=True)):
+        for row, (begins, runs) in enumerate(zip(starts.tolist(), runs_of(is_real), strict=True)):
             for first, last in runs:
                 last = min(last, self.queries)
-                edges = [first, *(at for at in range(first + 1, last) if begun[at]), last]
+                edges = [first, *(column for column in range(first + 1, last) if begins[column]), last]
                 for start, end in pairwise(edges):
                     segments.append(
                         Segment(row * self.queries + start, end - start, row * self.keys + start, end - start)
@@ -137,32 +146,35 @@ class MaskFunction:
         return Layout(self.batch, self.queries, self.keys, tuple(segments))
 
     def _check(self, sequence: Tensor, causal: bool, window: int | None) -> None:
-        """Compare what was found with the function, for every query at its sequence's start and at some random keys.
+        """Check the result against the function: per query at the first key of its sequence and at random keys.
 
         Args:
-            sequence: (B, Lq) number of the sequence in its row.
-            causal: as found.
-            window: as found.
+            sequence: (B, Lq) index of the sequence within its batch row.
+            causal: of the result.
+            window: of the result.
+
+        Raises:
+            ModelError: the function and the result disagree.
         """
         query = self._indices(self.first_query, self.queries).expand(self.batch, -1)
         generator = torch.Generator().manual_seed(self.queries)
-        for place in range(_PLACES):
+        for probe in range(_PROBES):
             drawn = torch.rand(self.batch, self.queries, generator=generator).to(self.device)
             last = query if causal else torch.full_like(query, self.first_query + self.queries - 1)
             reach = last - self.first_key + 1
-            key = self.first_key + (drawn * reach).long() if place else self._first_of(sequence)
+            key = self.first_key + (drawn * reach).long() if probe else self._first_of(sequence)
             expected = torch.ones_like(key, dtype=torch.bool)
             if bool(sequence.any()):
                 expected = sequence == sequence.gather(1, key - self.first_query)
             if window is not None:
                 expected = expected & ((query - key).abs() < window)
             if not torch.equal(self._sees(query, key), expected):
-                raise ModelError("the model hides tokens in a way that our layouts cannot describe", hint=_HINT)
+                raise ModelError("the model hides tokens in a way that attention layouts cannot express", hint=_HINT)
 
     def _first_of(self, sequence: Tensor) -> Tensor:
         """Index of the first token of each query's sequence: (B, Lq)."""
         if not bool(sequence.any()):
             return torch.full_like(sequence, self.first_key)
         is_first = torch.nn.functional.pad(sequence.diff(dim=1) > 0, (1, 0), value=True)
-        places = self._indices(0, self.queries).expand(self.batch, -1)
-        return self.first_query + torch.where(is_first, places, 0).cummax(1).values
+        columns = self._indices(0, self.queries).expand(self.batch, -1)
+        return self.first_query + torch.where(is_first, columns, 0).cummax(1).values

@@ -1,7 +1,7 @@
-"""Tiny models of every architecture we vouch for, with random weights: what `rlhf attention verify` tries backends on.
+"""Tiny random models of every supported model family, for `rlhf attention verify`.
 
-Sizes are chosen to be awkward: fewer key than query heads where the family has them, windows shorter than the
-sequences, and weights drawn widely enough that a wrong mask moves the output by far more than rounding does.
+Their sizes make mistakes visible: fewer key heads than query heads where the family has grouped-query attention,
+windows shorter than the sequences, and weights so large that a wrong mask changes the output far more than rounding.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-VOCABULARY = 61
+VOCAB_SIZE = 61
 _WIDTH = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _POSITIONS = {"max_position_embeddings": 64}
 _GROUPED: dict[str, Any] = {**_WIDTH, **_POSITIONS, "num_key_value_heads": 2, "head_dim": 8}
 _WINDOWED = {**_GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
-FAMILIES: dict[str, dict[str, Any]] = {
+SUPPORTED: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "qwen2": _GROUPED,
     "qwen3": _GROUPED,
@@ -52,9 +52,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_POSITIONS,
     },
 }
-"""Settings of a tiny model, by transformers' name of the family."""
+"""Configuration of a tiny model per family, by `model_type` of transformers."""
 
-REFUSED: dict[str, dict[str, Any]] = {
+UNSUPPORTED: dict[str, dict[str, Any]] = {
     "gpt_neo": {
         "hidden_size": 32,
         "num_layers": 2,
@@ -67,17 +67,17 @@ REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "deberta-v2": {**_WIDTH, **_POSITIONS},
 }
-"""Families known not to honor the attention interface."""
+"""Families that ignore transformers' attention interface."""
 
 
 def tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of a family with random weights, in evaluation mode.
+    """Build a tiny model with random weights, in evaluation mode.
 
     Args:
-        family: a key of `FAMILIES` or `REFUSED`.
-        seed: of the weights.
+        family: a key of `SUPPORTED` or `UNSUPPORTED`.
+        seed: random seed of the weights.
     """
-    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **{**_SPECIAL, **(FAMILIES | REFUSED)[family]})
+    config = AutoConfig.for_model(family, vocab_size=VOCAB_SIZE, **{**_SPECIAL, **(SUPPORTED | UNSUPPORTED)[family]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(config)

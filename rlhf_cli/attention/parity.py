@@ -1,6 +1,7 @@
-"""Whether a model computes the same under one of our backends as each sequence alone under transformers' own equation.
+"""Numerical parity of attention backends: a model computes the same under ours as under transformers' `eager`.
 
-Each of the `ways` in which sequences reach a model is one check: what it makes of them must not depend on the way.
+The baseline is every sequence on its own under `eager`. Each layout of `batch_layouts` must reproduce its hidden states
+and gradients.
 """
 
 from __future__ import annotations
@@ -14,121 +15,121 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_cli.attention import batch_layouts as ways
 from rlhf_cli.attention import hugging_face
-from rlhf_cli.attention.batch_layouts import WAYS, Sequences, kind_of
+from rlhf_cli.attention.batch_layouts import BATCH_LAYOUTS, ProbeSequences, architecture_of, unbatched
 from rlhf_cli.errors import ModelError, UsageError
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How far a model was off.
+class Deviation:
+    """Largest differences from the baseline.
 
     Attributes:
-        forward: largest difference of a hidden state, as a share of the largest hidden state.
-        gradient: likewise of a parameter's gradient; None where the check has no backward pass.
+        forward: of hidden states, relative to the largest hidden state.
+        gradient: of parameter gradients, relative to the largest gradient; None without a backward pass.
     """
 
     forward: float
     gradient: float | None
 
 
-def checks(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the checks that suit a model."""
-    return tuple(WAYS[kind_of(model)])
+def batch_layouts_for(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the batch layouts that apply to a model."""
+    return tuple(BATCH_LAYOUTS[architecture_of(model)])
 
 
-class Alone:
-    """What a model makes of each sequence alone, under transformers' `eager` attention.
+class Baseline:
+    """Hidden states and gradients of each sequence on its own under transformers' `eager` attention.
 
     Args:
-        model: any Hugging Face model; its attention is put back afterwards.
-        sequences: what it reads.
-        with_gradients: whether gradients are computed too.
+        model: any Hugging Face model; its attention implementation is restored afterwards.
+        sequences: the inputs.
+        with_gradients: compute gradients too.
+
+    Attributes:
+        hidden: (tokens, d) per sequence.
+        gradients: one per trainable parameter of the backbone; empty without gradients.
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: Sequences, *, with_gradients: bool) -> None:
+    def __init__(self, model: PreTrainedModel, sequences: ProbeSequences, *, with_gradients: bool) -> None:
         self.sequences = sequences
-        with attention_set(model, "eager"), torch.set_grad_enabled(with_gradients):
-            hidden = [ways.alone(model, sequences, number) for number in range(len(sequences.ids))]
+        with use_attention(model, "eager"), torch.set_grad_enabled(with_gradients):
+            hidden = [unbatched(model, sequences, number) for number in range(len(sequences.ids))]
             self.hidden = [rows.detach() for rows in hidden]
             self.gradients = _gradients(model, hidden) if with_gradients else []
 
 
-def parity(model: PreTrainedModel, check: str, alone: Alone, implementation: str) -> Parity:
-    """Compare one check under one of our backends with every sequence alone.
+def compare(model: PreTrainedModel, batch_layout: str, baseline: Baseline, implementation: str) -> Deviation:
+    """Run a model on one batch layout under one of our backends and compare it with the baseline.
 
     Args:
-        model: the model.
-        check: one of `checks(model)`.
-        alone: what is expected.
+        model: the model of the baseline.
+        batch_layout: one of `batch_layouts_for(model)`.
+        baseline: the expected values.
         implementation: from `hugging_face.implementation`.
 
     Raises:
-        UsageError: the backend does not support what the model asks for.
+        UsageError: the backend does not support a feature that the model uses.
     """
-    run, has_backward = WAYS[kind_of(model)][check]
-    with_gradients = has_backward and bool(alone.gradients)
-    with attention_set(model, implementation), torch.set_grad_enabled(with_gradients):
-        hidden = run(model, alone.sequences)
+    run, has_backward = BATCH_LAYOUTS[architecture_of(model)][batch_layout]
+    with_gradients = has_backward and bool(baseline.gradients)
+    with use_attention(model, implementation), torch.set_grad_enabled(with_gradients):
+        hidden = run(model, baseline.sequences)
         gradients = _gradients(model, hidden) if with_gradients else []
-    return Parity(
-        _difference(hidden, alone.hidden), _difference(gradients, alone.gradients) if with_gradients else None
+    return Deviation(
+        relative_error(hidden, baseline.hidden),
+        relative_error(gradients, baseline.gradients) if with_gradients else None,
     )
 
 
 def require(model: PreTrainedModel, name: str, implementation: str) -> None:
-    """Refuse a model that does not honor our attention, by name and before any training.
+    """Refuse a model whose results change under our attention. Runs a few tokens, before any training.
 
     Args:
-        model: just loaded.
-        name: of the model, for the message.
+        model: as loaded.
+        name: name of the model for messages.
         implementation: from `hugging_face.implementation`.
 
     Raises:
-        ModelError: it never calls our function, or the result is not the one of its own attention.
-        UsageError: the backend does not support what the model asks for.
+        ModelError: the model never calls our function, or computes other hidden states with it.
+        UsageError: the backend does not support a feature that the model uses.
     """
-    family = model.config.model_type
-    hint = "rerun with `--attention sdpa`, transformers' own; the model then trains on padded batches"
+    label = f"the {model.config.model_type} model `{name}`"
+    hint = "rerun with `--attention sdpa`; batches are then padded"
     if not type(model)._can_set_attn_implementation():
-        raise ModelError(
-            f"the {family} model `{name}` does not let its attention be exchanged: it ignores transformers' interface",
-            hint=hint,
-        )
-    tried = ("tree", "cached") if kind_of(model) == "decoder" else ("padded right",)
-    sequences = Sequences.random(model.config.get_text_config(decoder=True).vocab_size, shared=3, own=(3, 1))
+        raise ModelError(f"{label} does not support custom attention: it ignores transformers' interface", hint=hint)
+    tested = ("tree", "cached") if architecture_of(model) == "decoder" else ("padded right",)
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    sequences = ProbeSequences.random(vocab_size, prefix_length=3, suffix_lengths=(3, 1))
     calls: list[int] = []
     try:
-        with hugging_face.watching(lambda module, arguments: calls.append(id(module))):
-            alone = Alone(model, sequences, with_gradients=False)
-            found = max(parity(model, way, alone, implementation).forward for way in tried)
+        with hugging_face.attention_hook(lambda module, arguments: calls.append(id(module))):
+            baseline = Baseline(model, sequences, with_gradients=False)
+            error = max(compare(model, layout, baseline, implementation).forward for layout in tested)
     except (torch.OutOfMemoryError, UsageError):
         raise
-    except Exception as error:  # whatever a model's own code does with arguments it does not expect
-        raise ModelError(
-            f"the {family} model `{name}` does not work with our attention: {type(error).__name__}: {error}", hint=hint
-        ) from error
+    except Exception as cause:  # a model's own code may raise anything on arguments it does not expect
+        raise ModelError(f"{label} failed under our attention: {type(cause).__name__}: {cause}", hint=hint) from cause
     if not calls:
-        raise ModelError(f"the {family} model `{name}` never calls the attention it is given", hint=hint)
-    if not found <= tolerance(model.dtype).forward:
+        raise ModelError(f"{label} never calls the attention function it is given", hint=hint)
+    if not error <= tolerance(model.dtype).forward:
         raise ModelError(
-            f"the {family} model `{name}` computes something else under our attention: hidden states are off by "
-            f"{found:.2g} of the largest",
+            f"{label} computes different values under our attention: hidden states differ by {error:.2g} of the "
+            "largest",
             hint=hint,
         )
 
 
-def tolerance(dtype: torch.dtype) -> Parity:
-    """Largest differences that rounding explains; a wrong mask is off by several hundredths."""
+def tolerance(dtype: torch.dtype) -> Deviation:
+    """Return the largest deviation that rounding explains. A wrong mask deviates by several hundredths."""
     if dtype in (torch.float32, torch.float64):
-        return Parity(1e-4, 1e-3)
-    return Parity(3e-2, 1e-1)
+        return Deviation(1e-4, 1e-3)
+    return Deviation(3e-2, 1e-1)
 
 
 @contextmanager
-def attention_set(model: PreTrainedModel, implementation: str):
-    """Let a model use an implementation of attention while the context lasts."""
+def use_attention(model: PreTrainedModel, implementation: str):
+    """Set a model's attention implementation inside the context; restore it afterwards."""
     before = model.config._attn_implementation or "eager"
     model.set_attn_implementation(implementation)
     try:
@@ -137,15 +138,15 @@ def attention_set(model: PreTrainedModel, implementation: str):
         model.set_attn_implementation(before)
 
 
-def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference as a share of the largest number expected; infinite where anything is not finite."""
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference divided by the largest expected value; infinite if any value is not finite."""
     largest = max(float(tensor.detach().abs().max()) for tensor in expected)
-    apart = [float((mine - theirs).detach().abs().max()) for mine, theirs in zip(found, expected, strict=True)]
-    return max(apart) / largest if all(map(math.isfinite, apart)) else math.inf
+    errors = [float((ours - theirs).detach().abs().max()) for ours, theirs in zip(actual, expected, strict=True)]
+    return max(errors) / largest if all(map(math.isfinite, errors)) else math.inf
 
 
 def _gradients(model: PreTrainedModel, hidden: Sequence[Tensor]) -> list[Tensor]:
-    """Of a fixed random weighting of all hidden states, for every parameter that takes part."""
+    """Gradients of a fixed random weighted sum of all hidden states, one per trainable parameter of the backbone."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(rows.shape, generator=generator).to(rows) for rows in hidden]
     total = sum((rows * weight).sum() for rows, weight in zip(hidden, weights, strict=True))

@@ -1,4 +1,4 @@
-"""The backends, what each supports, and which one serves a call."""
+"""Attention backends by name, and the choice of one per call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from rlhf_cli.precision import autocast
 AUTO = "auto"
 
 
-chosen: dict[str, str] = {}
-"""What `auto` has taken in this process, with the first reason for each."""
+auto_choices: dict[str, str] = {}
+"""Backends that `auto` has used in this process, with the reason at the first use."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why it was taken."""
+    """A backend and the reason for choosing it."""
 
     backend: Backend
     reason: str
@@ -47,63 +47,74 @@ def attention(
     backend: str = AUTO,
     needs_logsumexp: bool = False,
 ) -> AttentionOutput:
-    """Attention by any backend; the arguments are those of `contract.AttentionFunction`, with their usual defaults.
+    """Compute attention with a backend.
 
-    Keys and values are taken in the dtype of the query, and under autocast all three, and so the output, in its dtype.
+    Keys and values are cast to the dtype of the query, which is also the dtype of the output. Under autocast it is the
+    autocast dtype.
 
-    `needs_logsumexp` leaves backends out that do not give it.
+    Args:
+        query: (B, H, Lq, D).
+        key: (B, G, Lk, D).
+        value: (B, G, Lk, Dv).
+        layout: default: dense.
+        scale: default: 1 / sqrt(D).
+        causal, window, softcap, sinks: as in `contract.AttentionFunction`.
+        bias: as in `contract.AttentionFunction`; leading dimensions may be missing.
+        backend: name of a backend, `package.module:function`, or `auto`.
+        needs_logsumexp: use only backends that return the log-sum-exp.
 
     Raises:
-        UsageError: the backend is unknown, absent here, or does not support this call.
+        UsageError: the backend is unknown, unavailable on this machine, or does not support this call.
     """
     layout = layout if layout is not None else Layout.dense(query.shape[0], query.shape[2], key.shape[2])
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
-    kind = query.device.type
-    is_mixed = torch.is_autocast_enabled(kind) and query.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(kind) if is_mixed else query.dtype
-    # As autocast does for torch's own attention; inside, every backend computes in the precision it promises.
+    device = query.device.type
+    is_mixed = torch.is_autocast_enabled(device) and query.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if is_mixed else query.dtype
+    # Autocast casts the inputs of torch's own attention likewise. Inside a backend autocast is off: each one controls
+    # its own precision.
     query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     rules: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "bias": bias}
     request = Request.of(query, key, value, layout, **rules, needs_logsumexp=needs_logsumexp)
     attend = choose(request, backend).backend.attend
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    with autocast(kind, torch.float32) if is_mixed else nullcontext():
-        found = attend(query, key, value, layout, scale=factor, **rules)
-    output, logsumexp = (found, None) if isinstance(found, Tensor) else found
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with autocast(device, torch.float32) if is_mixed else nullcontext():
+        result = attend(query, key, value, layout, scale=scale, **rules)
+    output, logsumexp = (result, None) if isinstance(result, Tensor) else result
     if needs_logsumexp and logsumexp is None:
-        raise UsageError(f"attention backend `{backend}` gives no log-sum-exp, which this call needs")
+        raise UsageError(f"attention backend `{backend}` returned no log-sum-exp, which this call requires")
     return AttentionOutput(output, logsumexp)
 
 
 def choose(request: Request, name: str = AUTO) -> Choice:
-    """The backend for a call.
+    """Choose the backend for a call.
 
     Args:
         request: the call.
-        name: a backend's name, `package.module:function`, or `auto`: the first of `_order` that serves the call.
+        name: name of a backend, `package.module:function`, or `auto` for the first of `_order` that supports the call.
 
     Raises:
-        UsageError: the named backend is unknown, absent here, or does not support the call.
+        UsageError: the backend is unknown, unavailable on this machine, or does not support the call.
     """
     if name != AUTO:
         backend = find(name)
         if (reason := backend.missing() or backend.unsupported(request)) is not None:
             raise UsageError(f"attention backend `{name}`: {reason}", hint="rerun with `--attention auto`")
-        return Choice(backend, "asked for")
-    passed_over: list[str] = []
+        return Choice(backend, "requested by name")
+    rejected: list[str] = []
     for candidate in _order(request):
         backend = find(candidate)
         if (reason := backend.missing() or backend.unsupported(request)) is None:
-            reason = "; ".join(passed_over) or "first in order for such calls"
-            chosen.setdefault(candidate, reason)
+            reason = "; ".join(rejected) or "first choice for this call"
+            auto_choices.setdefault(candidate, reason)
             return Choice(backend, reason)
-        passed_over.append(f"not `{candidate}`: {reason}")
-    raise UsageError(f"no attention backend serves this call: {'; '.join(passed_over)}")
+        rejected.append(f"not `{candidate}`: {reason}")
+    raise UsageError(f"no attention backend supports this call: {'; '.join(rejected)}")
 
 
 def _order(request: Request) -> tuple[str, ...]:
-    """What `auto` tries, in order: torch's own kernels where they are made for the call, else ours."""
+    """The order in which `auto` tries backends: torch first for plain dense calls, else our kernels first."""
     is_plain = request.window is None and request.softcap is None and not (request.has_sinks or request.has_bias)
     if request.layout.is_dense and is_plain:
         return ("torch", "triton", "tiled", "reference")
@@ -111,30 +122,30 @@ def _order(request: Request) -> tuple[str, ...]:
 
 
 def find(name: str) -> Backend:
-    """A backend by its name, or a user's own by `package.module:function`.
+    """Look up a backend by name, or import a user's function from `package.module:function`.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no backend has this name, or the function cannot be imported.
     """
     if ":" in name:
         return _custom(name)
     backends = built_in()
     if name not in backends:
         raise UsageError(
-            f"no attention backend is named `{name}`",
-            hint=f"choose one of {', '.join(backends)}, or name a function of your own as package.module:function",
+            f"unknown attention backend `{name}`",
+            hint=f"use {', '.join(backends)}, or your own function as package.module:function",
         )
     return backends[name]
 
 
 @cache
 def built_in() -> dict[str, Backend]:
-    """Our own backends by name."""
-    found: dict[str, Backend] = {}
+    """Return the built-in backends by name."""
+    backends: dict[str, Backend] = {}
     for name in _BUILT_IN:
         backend = importlib.import_module(f"rlhf_cli.attention.backends.{name}").BACKEND
-        found[backend.name] = backend
-    return found
+        backends[backend.name] = backend
+    return backends
 
 
 @cache
@@ -145,13 +156,13 @@ def _custom(name: str) -> Backend:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(
             f"cannot import attention backend `{name}`: {error}",
-            hint="give package.module:function, with the package's folder in PYTHONPATH",
+            hint="use package.module:function, and add the folder that holds the package to PYTHONPATH",
         ) from error
     if not callable(attend):
-        raise UsageError(f"attention backend `{name}` is no function but a {type(attend).__name__}")
+        raise UsageError(f"attention backend `{name}` must be a function, got {type(attend).__name__}")
     return Backend(
         name,
-        "your own",
+        "user-defined function",
         _guarded(name, cast(AttentionFunction, attend)),
         missing=lambda: None,
         unsupported=lambda request: None,
@@ -159,40 +170,40 @@ def _custom(name: str) -> Backend:
 
 
 def _guarded(name: str, attend: AttentionFunction) -> AttentionFunction:
-    """A user's function, whose mistakes are told as theirs."""
+    """Wrap a user's function so that its errors are reported as errors of that function."""
 
     def call(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rules: Any) -> AttentionOutput:
         try:
-            found = attend(query, key, value, layout, **rules)
+            result = attend(query, key, value, layout, **rules)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # a user's code may raise anything
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
                 f"attention backend `{name}` raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})",
-                hint="docs/attention.md says what it is called with",
+                hint="docs/attention.md lists the arguments it is called with",
             ) from error
-        output = found[0] if isinstance(found, tuple) and found else found
+        output = result[0] if isinstance(result, tuple) and result else result
         if not isinstance(output, Tensor):
             raise UsageError(
-                f"attention backend `{name}` returned {type(found).__name__} and no tensor",
-                hint="return the output, or the output and the log-sum-exp",
+                f"attention backend `{name}` must return a tensor, got {type(result).__name__}",
+                hint="return the output, or a tuple of the output and the log-sum-exp",
             )
         expected = (*query.shape[:-1], value.shape[-1])
         if tuple(output.shape) != expected:
             raise UsageError(
-                f"attention backend `{name}` returned a tensor of shape {tuple(output.shape)}, not {expected}",
-                hint="return (batch, query heads, query rows, value size)",
+                f"attention backend `{name}` must return a tensor of shape {expected}, got {tuple(output.shape)}",
+                hint="the output has shape (batch, query heads, query length, value head size)",
             )
-        return AttentionOutput(output, None if found is output else found[1])
+        return AttentionOutput(output, None if result is output else result[1])
 
     return call
 
 
 def names() -> tuple[str, ...]:
-    """What `model.attention` may be, besides a function of one's own and transformers' own names."""
+    """Return our names for `model.attention`: `auto` and the built-in backends."""
     return (AUTO, *built_in())
 
 
-# Modules of `backends/`, each with a BACKEND.
+# Modules of `backends/`; each defines BACKEND.
 _BUILT_IN = ("reference", "tiled", "library", "kernels")

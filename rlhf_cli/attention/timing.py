@@ -1,4 +1,4 @@
-"""How long a piece of work takes and how much memory, on the CPU or a GPU, and what machine that was."""
+"""Measure time and peak memory on the CPU or a GPU, and describe the machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 Run = Callable[[], Any]
 
-# Larger than any GPU's L2 cache, which holds 50 MB on Hopper and 126 MB on Blackwell.
+# Larger than the L2 cache of any GPU: 50 MB on Hopper, 126 MB on Blackwell.
 _FLUSH_BYTES = 256 * 2**20
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+def machine_info(device: torch.device) -> dict[str, Any]:
+    """Return the date, the device and the versions that results depend on."""
     try:
         import triton
     except ImportError:
@@ -45,7 +45,7 @@ def _processor() -> str:
 
 
 def backward_run(forward: Run, *inputs: Tensor) -> Run:
-    """The backward pass alone of a forward pass that runs now, once."""
+    """Run a forward pass once and return a function that runs only its backward pass, any number of times."""
     output = forward()
     upstream = torch.randn_like(output)
 
@@ -56,25 +56,26 @@ def backward_run(forward: Run, *inputs: Tensor) -> Run:
 
 
 def medians(
-    runs: dict[Any, Run], device: torch.device, *, seconds: float, most: int = 100, is_cold: bool = True
+    runs: dict[Any, Run], device: torch.device, *, seconds: float, max_rounds: int = 100, flush_cache: bool = True
 ) -> dict[Any, float]:
-    """Median seconds of each run; runs take turns, so that a change of clock or load meets all of them.
+    """Measure the median time of each run in seconds. Runs alternate, so that changes of clock or load affect all.
 
     Args:
-        runs: what to time, at least once each after two runs to warm up.
+        runs: functions to time; each is timed at least once after two warm-up calls.
         device: where they run.
-        seconds: to spend in all, about.
-        most: rounds at most.
-        is_cold: empty the GPU's L2 cache before every run.
+        seconds: approximate total time.
+        max_rounds: upper limit on calls per run, without warm-up.
+        flush_cache: flush the L2 cache of a GPU before every call.
     """
-    # Cleared by a kernel, not freed: the allocator would give the same memory back anyhow.
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" and is_cold else None
+    flush: Tensor | None = None
+    if flush_cache and device.type == "cuda":
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     for run in runs.values():
         run()
     began = time.perf_counter()
     for run in runs.values():
         _timed(run, device, flush)
-    rounds = min(most, max(1, int(seconds / max(time.perf_counter() - began, 1e-9))))
+    rounds = min(max_rounds, max(1, int(seconds / max(time.perf_counter() - began, 1e-9))))
     times: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -98,7 +99,7 @@ def _timed(run: Run, device: torch.device, flush: Tensor | None) -> float:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Most memory that torch's allocator held at once during a run, beyond what it held before."""
+    """Measure the peak memory that torch's allocator holds during a run, in bytes above the level before the run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -117,9 +118,9 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 @contextmanager
 def _cpu_allocations() -> Iterator[list[int]]:
-    """Bytes that torch's CPU allocator gives (and takes back, as negative numbers), in order of time."""
+    """Record allocations (positive) and frees (negative) of torch's CPU allocator in bytes, in order of time."""
     found: list[int] = []
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes when it starts and stops to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messages on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield found
     results: Any = profile.profiler and profile.profiler.kineto_results

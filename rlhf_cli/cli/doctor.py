@@ -1,4 +1,4 @@
-"""`rlhf doctor`: what this machine offers."""
+"""`rlhf doctor`: report versions and hardware of this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_cli.cli.options import Json
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine offers: versions, devices, precision, memory, disk."""
+    """Report library versions, devices, precision, memory and free disk space of this machine."""
     from rlhf_cli.cli.hardware import examine, print_report
 
     found = examine()

@@ -1,4 +1,4 @@
-"""How an error looks: `error: ...`, a blank line, `hint: ...`, on stderr; a traceback only for a bug of ours."""
+"""Print errors to stderr: `error: ...`, a blank line, `hint: ...`. Only bugs in rlhf print a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_cli.errors import EXIT_USAGE, RecipeError, ReportedError, RLHFError, W
 
 
 def report(error: BaseException) -> int:
-    """Print an error for people; returns the exit code."""
+    """Print an error and return the exit code."""
     if isinstance(error, ReportedError):
         return error.exit_code
     if isinstance(error, WaitingForLabelsError):
@@ -22,19 +22,19 @@ def report(error: BaseException) -> int:
         _print(error.problems if isinstance(error, RecipeError) else [error.message], error.hint)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        _print(["stopped by SIGINT"], "run the same command again to go on from the last checkpoint")
+        _print(["stopped by SIGINT"], "run the same command again to resume from the last checkpoint")
         return 130
-    if isinstance(error, BrokenPipeError):  # the reader of our stdout left; say nothing more
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     message = getattr(error, "format_message", None)
-    if message is not None:  # typer's usage errors
+    if message is not None:  # usage errors of typer
         text = message()
         command = getattr(getattr(error, "ctx", None), "command_path", "rlhf")
-        _print([text[:1].lower() + text[1:].rstrip(".")], f"`{command} --help` shows what it takes")
+        _print([text[:1].lower() + text[1:].rstrip(".")], f"`{command} --help` lists its options")
         return EXIT_USAGE
     traceback.print_exception(error)
-    _print(["this is a bug in rlhf, not in what you did"], "the traceback above says where; please report it")
+    _print(["this is a bug in rlhf"], "please report it with the traceback above")
     return 1
 
 
@@ -46,7 +46,7 @@ def _print(messages: list[str], hint: str | None, label: tuple[str, str] = ("err
 
 
 def _wrapped(line: str) -> str:
-    """On a terminal, broken between words; elsewhere as it is, for whoever reads it by line."""
+    """Wrap at words on a terminal; leave the line whole elsewhere, for programs that read lines."""
     if not sys.stderr.isatty():
         return line
     width = shutil.get_terminal_size().columns
@@ -62,5 +62,5 @@ def _label(text: str, color: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Text without terminal control sequences: it may quote a stranger's file."""
+    """Escape terminal control sequences, since messages may quote untrusted files."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""What a machine offers. Imports torch, since that is the question; only `rlhf doctor` comes here."""
+"""Versions and hardware of this machine. Imports torch; used by `rlhf doctor` only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 _TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2", "accelerate": "1.15.0"}
-"""Of constraints.txt; a test holds the two together."""
+"""Versions in constraints.txt; a test keeps both equal."""
 
 
 def examine() -> dict[str, Any]:
-    """Everything `rlhf doctor` says, as plain data; sizes in bytes."""
+    """Collect everything `rlhf doctor` reports, as plain data; sizes in bytes."""
     from rlhf_cli.pipeline.manifest import versions
 
     found = versions()
@@ -29,8 +29,8 @@ def examine() -> dict[str, Any]:
     if found["torch"] != "not installed":
         try:
             report |= _torch()
-        except (ImportError, OSError) as error:  # a wheel for another CUDA or libc fails here, in many ways
-            problems.append(f"torch does not import: {error}")
+        except (ImportError, OSError) as error:  # wheels for another CUDA or libc version fail here
+            problems.append(f"cannot import torch: {error}")
     return report | {"problems": problems}
 
 
@@ -61,7 +61,7 @@ def _torch() -> dict[str, Any]:
 
 
 def print_report(found: dict[str, Any]) -> None:
-    """The report for people, on stdout: it is what was asked for."""
+    """Print the report as text to stdout."""
     from rlhf_cli.pipeline.disk_space import in_words
 
     rows = [("rlhf", found["versions"]["rlhf"]), ("python", f"{found['versions']['python']} on {found['platform']}")]
@@ -69,12 +69,12 @@ def print_report(found: dict[str, Any]) -> None:
         version = found["versions"][name]
         rows.append((name, version if version.split("+")[0] == tested else f"{version} (tested with {tested})"))
     if "device" in found:
-        bf16 = "multiplies bfloat16 natively" if found["cpu_bfloat16"] else "no native bfloat16"
+        bf16 = "native bfloat16" if found["cpu_bfloat16"] else "no native bfloat16"
         rows.append(("cpu", f"{found['cpus']} cores, {found['threads']} threads, {bf16}"))
         gpus = ", ".join(f"{gpu['name']} with {in_words(gpu['memory_bytes'])}" for gpu in found["gpus"])
         rows.append(("gpu", gpus or ("Apple MPS" if found["mps"] else "none")))
         rows.append(("auto", f"device {found['device']}, precision {found['precision']}"))
     rows.append(("memory", in_words(found["memory_bytes"])))
     rows.append(("disk", f"{in_words(found['disk_free_bytes'])} free here"))
-    print("\n".join(f"{name:<13} {figure}" for name, figure in rows))
+    print("\n".join(f"{name:<13} {value}" for name, value in rows))
     print("\n".join(f"problem: {problem}" for problem in found["problems"]) or "no problems found")

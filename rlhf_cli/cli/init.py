@@ -1,4 +1,4 @@
-"""`rlhf init`: a recipe and sample data to start from."""
+"""`rlhf init`: write starter recipes and sample data."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ _PARTS = ("recipes", "data_samples")
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to fill; made if it is not there.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; created if missing.")],
 ) -> None:
-    """Write starter recipes and sample data into a folder, overwriting nothing."""
+    """Write starter recipes and sample data to a folder; existing files are never overwritten."""
     from rlhf_cli.errors import DiskError, UsageError
     from rlhf_cli.progress import say
 
-    source = _starter()
-    files = [path for part in _PARTS for path in sorted((source / part).rglob("*")) if _wanted(path)]
+    source = _starter_folder()
+    files = [path for part in _PARTS for path in sorted((source / part).rglob("*")) if _is_starter_file(path)]
     targets = {path: folder / path.relative_to(source) for path in files}
     if taken := [str(target) for target in targets.values() if target.exists()]:
         raise UsageError(
-            f"{taken[0]} is there already ({len(taken)} of {len(targets)} files are)",
-            hint="choose a new folder; init overwrites nothing",
+            f"{taken[0]} already exists ({len(taken)} of {len(targets)} files exist)",
+            hint="use a new folder; `rlhf init` never overwrites files",
         )
     try:
         for path, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"{error.filename} is a file, where a folder has to be") from None
+        raise UsageError(f"{error.filename} must be a folder, but is a file") from None
     except OSError as error:
         raise DiskError(f"cannot write {error.filename}: {(error.strerror or str(error)).lower()}") from error
-    say(f"wrote {len(targets)} files; go on with\n\n  cd {folder}\n  rlhf run recipes/quickstart.yaml\n")
+    say(f"wrote {len(targets)} files; next, run\n\n  cd {folder}\n  rlhf run recipes/quickstart.yaml\n")
     typer.echo(folder)
 
 
-def _wanted(path: Path) -> bool:
+def _is_starter_file(path: Path) -> bool:
     return path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
 
 
-def _starter() -> Path:
-    """Where the starter files are: inside the installed package, or the root of a checkout."""
+def _starter_folder() -> Path:
+    """Find the folder of the starter files: inside the installed package, or the root of a checkout."""
     from rlhf_cli.errors import UsageError
 
     package = Path(__file__).resolve().parent.parent
     for candidate in (package / "_starter", package.parent):
         if all((candidate / part).is_dir() for part in _PARTS):
             return candidate
-    raise UsageError("this installation of rlhf holds no starter files", hint="install it again")
+    raise UsageError("this installation of rlhf contains no starter files", hint="reinstall rlhf-cli")

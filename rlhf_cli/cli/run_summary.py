@@ -1,4 +1,4 @@
-"""The last thing people see: what ran, how long, the figures that matter, and where everything is. On stderr."""
+"""Summary at the end of a run, on stderr: status, time and key metrics per stage, and the run directory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _STATUS = {"done": "ran", "cached": "up to date"}
 
 
 def show_plan(result: RunResult) -> None:
-    """What a run would do, one line a stage."""
+    """Print what a run would do, one line per stage."""
     width = max(len(row.name) for row in result.stages)
     for row in result.stages:
         status = "up to date" if row.status == "cached" else row.status
         why = "" if row.status == "cached" else f": {row.reason}"
         say(f"{row.name:<{width}}  {status}{why}")
-    say(f"in {result.run_dir}")
+    say(f"run directory: {result.run_dir}")
 
 
 def show_outcome(result: RunResult) -> None:
-    """The closing table; plain lines where nobody watches."""
+    """Print the summary: a table on a terminal, plain lines elsewhere."""
     if interactive():
         _table(result)
     else:
@@ -40,25 +40,25 @@ def _table(result: RunResult) -> None:
     table.add_column("stage", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("key figures", overflow="fold")
+    table.add_column("metrics", overflow="fold")
     for row in result.stages:
         style = "green" if row.status == "done" else "dim"
-        figures = "\n".join(f"{what}  {figure}" for what, figure in row.summary)
+        metrics = "\n".join(f"{name}  {value}" for name, value in row.summary)
         status = f"[{style}]{_STATUS.get(row.status, row.status)}[/{style}]"
-        table.add_row(row.name, status, _seconds(row), escape(figures))
+        table.add_row(row.name, status, _seconds(row), escape(metrics))
     console.print()
     console.print(table)
-    say(f"in {result.run_dir}/, a folder a stage")
+    say(f"results are in {result.run_dir}/, one folder per stage")
 
 
 def _lines(result: RunResult) -> None:
     for row in result.stages:
-        figures = "; ".join(f"{what} {figure}" for what, figure in row.summary)
-        parts = [f"{row.name}: {_STATUS.get(row.status, row.status)}", _took(row), figures, str(row.path)]
+        metrics = "; ".join(f"{name} {value}" for name, value in row.summary)
+        parts = [f"{row.name}: {_STATUS.get(row.status, row.status)}", _duration(row), metrics, str(row.path)]
         say("  ".join(part for part in parts if part))
 
 
-def _took(row: StageResult) -> str:
+def _duration(row: StageResult) -> str:
     return f"({_seconds(row)})" if row.status == "done" else ""
 
 

@@ -39,7 +39,7 @@ def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
         return
     model.set_attn_implementation(implementation)
     if attention == registry.AUTO:
-        for backend, reason in registry.chosen.items():
+        for backend, reason in registry.auto_choices.items():
             _tell_once(f"attention: `{backend}`, {reason}")
 
 

@@ -60,10 +60,10 @@ def gradients(outputs, inputs):
 
 @pytest.fixture(params=["tiled", "torch, a loop", "torch, a mask"])
 def backend(request, monkeypatch):
-    """Tiles of a few tokens, so that sequences of a few tokens have several; torch both ways over short segments."""
+    """Tiny tiles, so that short sequences span several of them; torch with a loop over segments and with a mask."""
     monkeypatch.setattr("rlhf_cli.attention.backends.tiled.QUERY_TILE", 2)
     monkeypatch.setattr("rlhf_cli.attention.backends.tiled.KEY_TILE", 3)
-    monkeypatch.setattr("rlhf_cli.attention.backends.library._SHORT_SEGMENT", 1000 if "mask" in request.param else 0)
+    monkeypatch.setattr("rlhf_cli.attention.backends.library.SHORT_SEGMENT", 1000 if "mask" in request.param else 0)
     return request.param.split(",")[0]
 
 
@@ -143,7 +143,7 @@ def test_the_output_keeps_the_dtype_of_the_query(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rule", [{}, {"softcap": 2.0}])
-def test_a_row_that_a_bias_hides_wholly_gives_zero_and_no_gradient(backend, rule, dtype):
+def test_a_row_fully_hidden_by_a_bias_gives_zero_and_no_gradient(backend, rule, dtype):
     inputs = tensors(LAYOUTS["dense"], dtype=dtype)
     bias = torch.zeros(1, 1, 9, 9, dtype=dtype)
     bias[..., 2, :] = -torch.inf
@@ -179,7 +179,7 @@ def test_no_queries_or_no_keys(backend, shape):
     assert (found == 0).all()
 
 
-def test_a_bias_may_leave_out_batch_and_heads(backend):
+def test_a_bias_may_omit_batch_and_heads(backend):
     bias = torch.randn(9, 9, dtype=torch.float64)
     inputs = tensors(LAYOUTS["dense"])
     expected = attention(*inputs, LAYOUTS["dense"], causal=True, bias=bias, backend="reference").output
@@ -187,7 +187,7 @@ def test_a_bias_may_leave_out_batch_and_heads(backend):
     torch.testing.assert_close(found, expected)
 
 
-def test_values_may_have_another_size_than_keys(backend):
+def test_values_may_have_another_head_size_than_keys(backend):
     layout = LAYOUTS["tree"]
     query, key, _ = tensors(layout)
     value = torch.randn(1, 2, layout.key_length, 3, dtype=torch.float64)
@@ -195,8 +195,8 @@ def test_values_may_have_another_size_than_keys(backend):
     torch.testing.assert_close(attention(query, key, value, layout, causal=True, backend=backend).output, expected)
 
 
-def test_tiled_makes_nothing_that_grows_with_the_square_of_the_length():
-    """The largest tensor of a forward and backward pass is as large as an input, or a tile of scores."""
+def test_tiled_allocates_nothing_quadratic_in_the_length():
+    """The largest tensor of a forward and backward pass is an input or one tile of scores."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from rlhf_cli.attention.backends import tiled

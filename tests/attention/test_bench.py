@@ -1,4 +1,4 @@
-"""`rlhf attention bench`: shapes, counts of operations and bytes, and the command itself on shapes of a few tokens."""
+"""`rlhf attention bench`: shapes, counts of operations and bytes, and the command on tiny shapes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def run(*arguments: str):
         ("decode:8x32/8x4096x64", bench.Shape(8, 32, 8, 4096, 64, is_decoding=True)),
     ],
 )
-def test_a_shape_is_written_as_it_is_read(text, shape):
+def test_a_shape_prints_as_it_is_parsed(text, shape):
     assert bench.Shape.parse(text) == shape
     assert str(shape) == text
 
 
 @pytest.mark.parametrize("text", ["", "4x32x2048", "4x32/5x8x8", "0x1x1x1", "ragged:1x1x1x1", "1x1x1x1.5", "axbxcxd"])
-def test_what_is_no_shape_is_refused_with_an_example(text):
-    with pytest.raises(UsageError, match="is no shape") as error:
+def test_an_invalid_shape_is_refused_with_an_example(text):
+    with pytest.raises(UsageError, match="invalid shape") as error:
         bench.Shape.parse(text)
     assert "4x32x2048x128" in str(error.value.hint)
 
@@ -47,7 +47,7 @@ def test_operations_and_bytes_are_those_counted_by_hand():
     assert bench.Shape.parse("2x3x100x64").flops == 2 * 3 * (2 * 100 * 100 * 64 + 2 * 100 * 100 * 64) / 2
     decoding = bench.Shape.parse("decode:2x4/2x100x64")
     assert decoding.flops == 2 * 4 * 4 * 1 * 100 * 64
-    # Queries and outputs of four heads; keys and values of 100 tokens and two heads; two bytes a number.
+    # Queries and outputs of four heads; keys and values of 100 tokens and two heads; two bytes per number.
     assert decoding.bytes(torch.bfloat16) == 2 * (2 * 4 * 64 + 2 * 2 * 100 * 64) * 2
 
 
@@ -63,12 +63,12 @@ def test_peak_memory_is_what_is_held_at_once():
     assert timing.peak_bytes(work, CPU) == 1200 * 256 * 4
 
 
-def test_medians_are_of_runs_that_take_turns():
+def test_medians_are_of_alternating_runs():
     order = []
     runs = {"a": lambda: (order.append("a"), time.sleep(0.01)), "b": lambda: order.append("b")}
-    times = timing.medians(runs, CPU, seconds=1.0, most=4)
+    times = timing.medians(runs, CPU, seconds=1.0, max_rounds=4)
     assert times["a"] > 0.009 > times["b"]
-    assert order == ["a", "b"] * 6  # two rounds to warm up, four that count
+    assert order == ["a", "b"] * 6  # two warm-up rounds, four measured
 
 
 def test_the_backward_pass_is_timed_without_the_forward_pass():
@@ -92,18 +92,18 @@ def test_the_backward_pass_is_timed_without_the_forward_pass():
     assert passes == ["forward", "backward", "backward"]
 
 
-def test_it_says_which_kernel_torch_picks():
+def test_it_reports_the_kernel_that_torch_chooses():
     query = torch.randn(1, 2, 4, 8)
     assert bench.sdpa_choice(query, query, query, causal=True) == "flash"
-    wide = torch.randn(1, 2, 4, 8, dtype=torch.float64)[..., ::2]  # torch's CPU kernel wants dense rows
+    wide = torch.randn(1, 2, 4, 8, dtype=torch.float64)[..., ::2]  # torch's CPU kernel requires contiguous rows
     assert bench.sdpa_choice(wide, wide, wide, causal=True) == "math"
     runs, refused = bench.sdpa_runs(query, query, query, causal=True)
     assert set(runs) == {"flash", "math"}
     assert "CUDA" in refused["sdpa cudnn"]
 
 
-def test_a_backend_whose_scores_do_not_fit_is_left_out(monkeypatch):
-    monkeypatch.setattr(bench, "_free_bytes", lambda device: 2**20)
+def test_a_backend_whose_scores_do_not_fit_in_memory_is_skipped(monkeypatch):
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 2**20)
     shape = bench.Shape.parse("1x1x600x8")
     found = bench.measure([shape], backends=["reference"], device=CPU, dtype=torch.float32, seconds=0.01)["shapes"][0]
     assert "reference" in found["refused"]
@@ -139,10 +139,10 @@ def test_the_command_prints_json():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backend", "nonsense"], "no attention backend is named `nonsense`"),
-        (["--dtype", "int8"], "none of float32, bfloat16, float16"),
-        (["--shape", "5"], "`5` is no shape"),
-        (["--plot", "/no/such/folder/plot.png"], "is no folder"),
+        (["--backend", "nonsense"], "unknown attention backend `nonsense`"),
+        (["--dtype", "int8"], "must be one of float32, bfloat16, float16, got `int8`"),
+        (["--shape", "5"], "invalid shape `5`"),
+        (["--plot", "/no/such/folder/plot.png"], "the folder /no/such/folder does not exist"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
@@ -160,7 +160,7 @@ def test_a_plot_without_matplotlib_is_refused_with_a_hint(monkeypatch, tmp_path)
 
 
 def test_the_benchmark_of_all_targets_runs(tmp_path):
-    """Every section on shapes of a few tokens: what needs a GPU to be measured does not need one to be kept alive."""
+    """Runs every section on tiny shapes, so that the script keeps working although its measurements need a GPU."""
     script = Path(__file__).parents[2] / "benchmarks" / "attention.py"
     command = [sys.executable, script, "--smoke", "--out", tmp_path, "--backend", "tiled"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The planner of shared prefixes: every sequence is there once, whole, and no other grouping is cheaper."""
+"""Grouping by shared prefix: every sequence is complete, and no other grouping saves more tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_cli.attention.groups import plan_groups
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6)
 
 
-def test_a_group_is_its_prompt_and_then_its_answers_wherever_they_were_given():
+def test_a_group_is_its_prompt_followed_by_its_completions():
     plan = plan_groups([[7, 8, 9, 1], [4, 4], [7, 8, 9, 2, 2], [7, 8, 9, 3]])
     assert plan.input_ids.tolist() == [[4, 4, 7, 8, 9, 1, 2, 2, 3]]
     assert plan.layout.positions().tolist() == [[0, 1, 0, 1, 2, 3, 3, 4, 3]]
@@ -22,36 +22,36 @@ def test_a_group_is_its_prompt_and_then_its_answers_wherever_they_were_given():
     assert plan.saved_tokens == 6
 
 
-def test_a_sequence_keeps_a_token_of_its_own():
+def test_a_sequence_keeps_one_token_of_its_own():
     plan = plan_groups([[5, 6], [5, 6], [5, 6, 7]])
     assert plan.input_ids.tolist() == [[5, 6, 6, 6, 7]]
     assert len({path.last_row for path in plan.paths}) == 3
     assert plan_groups([[5], [5]]).saved_tokens == 0
 
 
-def test_sequences_without_a_common_beginning_are_packed():
+def test_sequences_without_a_shared_prefix_are_packed():
     plan = plan_groups([[1, 2], [3], [2, 2, 2]])
     assert not plan.layout.is_tree
     assert plan.saved_tokens == 0
     assert plan.layout.positions().tolist() == [[0, 1, 0, 1, 2, 0]]
 
 
-def test_a_short_prefix_of_all_does_not_break_up_long_ones_of_some():
-    """A template opens every prompt; sharing its two tokens among all four would lose the six of each pair."""
+def test_a_short_prefix_of_all_does_not_split_longer_prefixes_of_some():
+    """A template starts every prompt; sharing its two tokens among all four would lose the six of each pair."""
     template = [1, 2]
     first, second = [*template, 3, 4, 5, 6], [*template, 7, 8, 9, 10]
     plan = plan_groups([[*first, 20], [*second, 21], [*first, 22], [*second, 23]])
     assert plan.saved_tokens == 12
 
 
-def test_an_empty_sequence_is_a_mistake():
+def test_an_empty_sequence_is_refused():
     with pytest.raises(AssertionError, match="at least one token"):
         plan_groups([[1], []])
 
 
 @given(SEQUENCES)
 @settings(max_examples=300, deadline=None)
-def test_each_sequence_reads_back_at_its_own_positions(sequences: list[list[int]]):
+def test_each_sequence_has_its_own_rows_and_positions(sequences: list[list[int]]):
     plan = plan_groups(sequences)
     positions = plan.layout.positions()[0]
     visible = plan.layout.visible(causal=True)[0]
@@ -66,7 +66,7 @@ def test_each_sequence_reads_back_at_its_own_positions(sequences: list[list[int]
 
 
 def partitions(items: list[list[int]]) -> Iterator[list[list[list[int]]]]:
-    """All ways to divide a list into groups."""
+    """All partitions of a list into groups."""
     if not items:
         yield []
         return
@@ -91,7 +91,7 @@ def test_no_other_grouping_saves_more(sequences: list[list[int]]):
     assert plan_groups(sequences).saved_tokens == best
 
 
-def test_a_group_may_lie_around_another():
+def test_a_group_may_enclose_another():
     inner = [1, 3, 5, 5, 5, 5]
     plan = plan_groups([[1, 2, 2], [*inner, 4, 4], [*inner, 7, 7], [1, 9, 9]])
     assert sorted((path.shared_start, path.shared_length) for path in plan.paths) == [(0, 1)] * 2 + [(5, 6)] * 2

@@ -1,4 +1,4 @@
-"""Layouts: who sees whom, by hand."""
+"""Layouts: which keys each query sees, by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_not_causal_sees_all():
     assert picture(Layout.dense(1, 2, 3), causal=False) == [["xxx", "xxx"]]
 
 
-def test_padding_sees_nothing_and_is_not_seen():
+def test_padding_neither_sees_nor_is_seen():
     left_right_none_all = torch.tensor([[0, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
     layout = Layout.padded(left_right_none_all)
     assert picture(layout) == [
@@ -44,7 +44,7 @@ def test_padding_between_tokens_is_refused():
         Layout.padded(torch.tensor([[1, 1, 1], [1, 0, 1]], dtype=torch.bool))
 
 
-def test_cached_step_over_a_static_cache_sees_the_past_and_no_empty_slot():
+def test_a_static_cache_shows_past_tokens_but_no_empty_slot():
     # Left padding in row 0; four of six slots are written, the query is the fourth.
     slots = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
     layout = Layout.padded(slots, query_length=1, query_offset=3)
@@ -53,7 +53,7 @@ def test_cached_step_over_a_static_cache_sees_the_past_and_no_empty_slot():
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
-def test_one_query_of_a_cache_is_masked_as_any_other(offset):
+def test_the_fast_path_of_decoding_equals_the_general_mask(offset):
     rows = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
     layout = Layout.padded(rows, query_length=1, query_offset=offset)
     anew = Layout(layout.batch, layout.query_length, layout.key_length, layout.segments)
@@ -76,12 +76,12 @@ def test_empty_segments_are_harmless():
     assert picture(Layout.packed([[0, 2, 0]])) == [["x.", "xx"]]
 
 
-def test_cross_attention_sees_the_other_sides_tokens():
+def test_cross_attention_sees_the_real_keys():
     layout = Layout.cross(2, torch.tensor([[1, 1, 0]], dtype=torch.bool))
     assert picture(layout, causal=False) == [["xx.", "xx."]]
 
 
-def test_answers_see_their_prompt_and_themselves():
+def test_completions_see_their_prompt_and_themselves():
     layout = Layout.tree([(2, [1, 2]), (1, [1])])
     assert picture(layout) == [
         [
@@ -102,26 +102,29 @@ def test_answers_see_their_prompt_and_themselves():
 def test_a_window_counts_positions_and_not_rows():
     assert picture(Layout.dense(1, 4), window=2) == [["x...", "xx..", ".xx.", "..xx"]]
     assert picture(Layout.dense(1, 3), window=1, causal=False) == [["x..", ".x.", "..x"]]
-    # The last answer's first token stands at position 2, right behind the prompt's last, whatever lies between.
+    # The first token of the last completion is at position 2, directly after the prompt, whatever rows lie between.
     assert picture(Layout.tree([(2, [1, 1])]), window=2) == [["x...", "xx..", ".xx.", ".x.x"]]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Layout.packed([[5, 6]], width=4), "the queries of segment 0 leave their batch row"),
-        (lambda: Layout.bounded([0, 5, 9], [0, 5, 9], 8, 8), "the queries of segment 1 leave their batch row"),
+        (lambda: Layout.packed([[5, 6]], width=4), "the queries of segment 0 extend beyond their batch row"),
+        (lambda: Layout.bounded([0, 5, 9], [0, 5, 9], 8, 8), "the queries of segment 1 extend beyond their batch row"),
         (lambda: Layout.bounded([0, 5, 9], [0, 5], 9, 9), "zip"),
         (lambda: Layout(1, 4, 4, (Segment(0, 3, 0, 3), Segment(2, 2, 2, 2))), "segment 1 overlaps another"),
-        (lambda: Layout(1, 4, 4, (Segment(4, 1, 0, 1),)), "segment 0 overlaps another or is out of the batch"),
-        (lambda: Layout(1, 4, 4, (Segment(0, 1, 3, 2),)), "the keys of segment 0 leave their batch row"),
-        (lambda: Layout(1, 4, 4, (Segment(0, 1, 4, 1),)), "the keys of segment 0 are out of the batch"),
+        (
+            lambda: Layout(1, 4, 4, (Segment(4, 1, 0, 1),)),
+            "segment 0 overlaps another segment or lies outside the batch",
+        ),
+        (lambda: Layout(1, 4, 4, (Segment(0, 1, 3, 2),)), "the keys of segment 0 extend beyond their batch row"),
+        (lambda: Layout(1, 4, 4, (Segment(0, 1, 4, 1),)), "the keys of segment 0 lie outside the batch"),
         (
             lambda: Layout(1, 4, 4, (Segment(0, 1, 0, 1), Segment(1, 1, 1, 1), Segment(2, 1, 2, 1, 0))),
-            "segment 2 does not follow its parent depth first",
+            "segment 2 does not follow its parent in depth-first order",
         ),
     ],
 )
-def test_segments_that_kernels_could_not_trust(make, message):
+def test_invalid_segments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Our backends inside Hugging Face models: nothing may change, and models that would change are refused by name."""
+"""Attention backends in Hugging Face models: results do not change, and other models are refused by name."""
 
 from __future__ import annotations
 
@@ -18,59 +18,58 @@ from transformers import (
 )
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
-from rlhf_cli.attention import hugging_face, parity, registry
-from rlhf_cli.attention import model_zoo as families
+from rlhf_cli.attention import hugging_face, model_zoo, parity, registry
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import ModelError, UsageError
 
-SEQUENCES = parity.Sequences.random(families.VOCABULARY)
+SEQUENCES = parity.ProbeSequences.random(model_zoo.VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", model_zoo.SUPPORTED)
 def test_a_family_computes_the_same_under_every_backend(family):
-    model = families.tiny_model(family)
-    alone = parity.Alone(model, SEQUENCES, with_gradients=True)
+    model = model_zoo.tiny_model(family)
+    baseline = parity.Baseline(model, SEQUENCES, with_gradients=True)
     for backend in ("reference", "tiled", "torch"):
         implementation = hugging_face.implementation(backend)
         parity.require(model, family, implementation)
-        for check in parity.checks(model):
-            found = parity.parity(model, check, alone, implementation)
-            assert found.forward < 2e-5, (backend, check)
-            assert found.gradient is None or found.gradient < 5e-5, (backend, check)
+        for layout in parity.batch_layouts_for(model):
+            found = parity.compare(model, layout, baseline, implementation)
+            assert found.forward < 2e-5, (backend, layout)
+            assert found.gradient is None or found.gradient < 5e-5, (backend, layout)
 
 
-@pytest.mark.parametrize("family", families.REFUSED)
+@pytest.mark.parametrize("family", model_zoo.UNSUPPORTED)
 def test_a_family_that_does_not_honor_the_interface_is_refused_by_name(family):
-    with pytest.raises(ModelError, match=f"the {family} model `theirs` does not let its attention be exchanged"):
-        parity.require(families.tiny_model(family), "theirs", hugging_face.implementation("reference"))
+    with pytest.raises(ModelError, match=f"the {family} model `theirs` does not support custom attention"):
+        parity.require(model_zoo.tiny_model(family), "theirs", hugging_face.implementation("reference"))
 
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
-    """The functions of this file as a user's module would be found."""
+    """Makes the functions of this file importable as a user's module."""
     monkeypatch.setitem(sys.modules, "our_own", sys.modules[__name__])
 
 
 def leaky(query, key, value, layout, **rules):
-    """A backend that overlooks who sees whom."""
+    """A backend that ignores the layout."""
     everybody = Layout.dense(layout.batch, layout.query_length, layout.key_length)
     return registry.attention(query, key, value, everybody, **rules, backend="reference")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
-def test_a_backend_that_leaks_is_found_out(family):
+def test_a_backend_that_leaks_is_refused(family):
     implementation = hugging_face.implementation("our_own:leaky")
-    model = families.tiny_model(family)
-    with pytest.raises(ModelError, match="computes something else under our attention"):
+    model = model_zoo.tiny_model(family)
+    with pytest.raises(ModelError, match="computes different values under our attention"):
         parity.require(model, family, implementation)
 
 
 def test_a_model_that_never_calls_its_attention_is_refused(monkeypatch):
-    model = families.tiny_model("llama")
+    model = model_zoo.tiny_model("llama")
     kind = type(model.layers[0].self_attn)
     monkeypatch.setattr(kind, "forward", lambda self, hidden_states, **_: (hidden_states, None))
-    with pytest.raises(ModelError, match="never calls the attention it is given"):
-        parity.require(model, "deaf", hugging_face.implementation("reference"))
+    with pytest.raises(ModelError, match="never calls the attention function it is given"):
+        parity.require(model, "ignoring", hugging_face.implementation("reference"))
 
 
 def test_attention_dropout_is_refused():
@@ -83,7 +82,7 @@ def test_attention_dropout_is_refused():
 
 def test_generation_writes_the_same_tokens_with_either_cache():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(families.tiny_model("mistral").config, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(model_zoo.tiny_model("mistral").config, attn_implementation="eager").eval()
     ids, mask = torch.randint(3, 61, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
     expected = model.generate(ids, **settings)
@@ -94,7 +93,7 @@ def test_generation_writes_the_same_tokens_with_either_cache():
 
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_a_static_cache_hides_what_was_not_written_and_a_copied_mask_is_refused(is_masked):
-    model = families.tiny_model("llama")
+    model = model_zoo.tiny_model("llama")
     ids = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5]) if is_masked else None
 
@@ -111,39 +110,39 @@ def test_a_static_cache_hides_what_was_not_written_and_a_copied_mask_is_refused(
     torch.testing.assert_close(last_token(ours), expected, atol=1e-5, rtol=1e-5)
     copied = lambda **given: hugging_face.attention_mask(**given).clone()  # noqa: E731
     AttentionMaskInterface.register(ours, copied)
-    with pytest.raises(ModelError, match="the attention mask was copied on its way through the model"):
+    with pytest.raises(ModelError, match="the model copied its attention mask"):
         last_token(ours)
     hugging_face.implementation("torch")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_positions_that_start_again_separate_sequences(family):
-    """As transformers finds packed rows that come without boundaries; opt and gpt-oss never look."""
-    model = families.tiny_model(family)
-    alone = parity.Alone(model, SEQUENCES, with_gradients=False)
+    """transformers detects packed rows without boundaries this way, except in opt and gpt-oss."""
+    model = model_zoo.tiny_model(family)
+    baseline = parity.Baseline(model, SEQUENCES, with_gradients=False)
     model.set_attn_implementation(hugging_face.implementation("torch"))
     positions = Layout.packed([SEQUENCES.lengths]).positions()
     hidden = model(torch.cat(SEQUENCES.ids).unsqueeze(0), position_ids=positions, use_cache=False).last_hidden_state
-    for found, expected in zip(hidden[0].split(SEQUENCES.lengths), alone.hidden, strict=True):
+    for found, expected in zip(hidden[0].split(SEQUENCES.lengths), baseline.hidden, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_hole_in_the_padding_mask_is_refused():
-    model = families.tiny_model("llama")
+    model = model_zoo.tiny_model("llama")
     model.set_attn_implementation(hugging_face.implementation("torch"))
     with pytest.raises(ModelError, match="row 0 of the attention mask has padding between real tokens"):
         model(input_ids=torch.tensor([[3, 4, 5]]), attention_mask=torch.tensor([[1, 0, 1]]))
 
 
 def test_a_layout_of_another_batch_is_refused():
-    model = families.tiny_model("llama")
+    model = model_zoo.tiny_model("llama")
     model.set_attn_implementation(hugging_face.implementation("torch"))
-    with pytest.raises(ModelError, match=r"the attention layout is for .* \(1, 4, 4\), but the model asks for \(1, 3"):
+    with pytest.raises(ModelError, match=r"the attention layout has .* \(1, 4, 4\), but the model expects \(1, 3"):
         model(input_ids=torch.tensor([[3, 4, 5]]), attention_layout=Layout.dense(1, 4), use_cache=False)
 
 
-def test_a_mask_of_four_dimensions_is_taken_as_it_is():
-    model = families.tiny_model("llama")
+def test_a_four_dimensional_mask_is_used_as_given():
+    model = model_zoo.tiny_model("llama")
     ids = torch.tensor([[3, 4, 5, 6]])
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
     mask[3, 0] = False
@@ -156,23 +155,23 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is():
     torch.testing.assert_close(found[2], found[0], atol=1e-5, rtol=1e-5)
 
 
-def test_transformers_does_not_take_our_names_for_its_own():
+def test_transformers_does_not_mistake_our_names_for_its_own():
     name = hugging_face.implementation("rlhf_cli.attention.backends.tiled:attend")
     assert name.startswith("rlhf_rlhf_cli_attention_backends_tiled_attend_")
     assert "flash" not in hugging_face.implementation("our_own:flash_sdpa_flex")
 
 
 def flash_sdpa_flex(query, key, value, layout, **rules):
-    """A name that transformers would misread."""
+    """A name that transformers would treat as its own."""
     return registry.attention(query, key, value, layout, **rules, backend="reference")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tild", "no attention backend is named `tild`"),
+        ("tild", "unknown attention backend `tild`"),
         ("nowhere.at_all:attend", "cannot import attention backend `nowhere.at_all:attend`"),
-        ("rlhf_cli.attention.layout:NO_PARENT", "is no function but a int"),
+        ("rlhf_cli.attention.layout:NO_PARENT", "must be a function, got int"),
     ],
 )
 def test_an_unknown_backend_is_named(name, message):
@@ -180,7 +179,7 @@ def test_an_unknown_backend_is_named(name, message):
         hugging_face.implementation(name)
 
 
-def test_auto_says_what_it_passed_over():
+def test_auto_reports_what_it_rejected():
     query = torch.randn(1, 1, 2, 4)
     request = replace(parity_request(query), layout=Layout.packed([[1, 1]]))
     choice = registry.choose(request)
@@ -203,25 +202,25 @@ def test_the_real_model_computes_the_same(real_model):
     from rlhf_cli.models.loading import load_any
 
     model = load_any(str(real_model), torch.device("cpu"))
-    sequences = parity.Sequences.random(model.config.vocab_size, shared=12, own=(9, 1, 5))
-    alone = parity.Alone(model, sequences, with_gradients=False)
+    sequences = parity.ProbeSequences.random(model.config.vocab_size, prefix_length=12, suffix_lengths=(9, 1, 5))
+    baseline = parity.Baseline(model, sequences, with_gradients=False)
     for backend in ("tiled", "torch"):
-        for check in parity.checks(model):
-            found = parity.parity(model, check, alone, hugging_face.implementation(backend))
-            assert found.forward < 1e-5, (backend, check)
+        for layout in parity.batch_layouts_for(model):
+            found = parity.compare(model, layout, baseline, hugging_face.implementation(backend))
+            assert found.forward < 1e-5, (backend, layout)
 
 
-def test_nan_is_not_overlooked():
+def test_nan_is_an_infinite_error():
     ones, spoilt = torch.ones(2), torch.tensor([1.0, torch.nan])
-    assert parity._difference([ones, spoilt], [ones, ones]) == float("inf")
-    assert parity._difference([ones, ones], [ones, ones]) == 0.0
+    assert parity.relative_error([ones, spoilt], [ones, ones]) == float("inf")
+    assert parity.relative_error([ones, ones], [ones, ones]) == 0.0
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["reference", "tiled", "torch"])
 def test_training_under_autocast(backend, precision):
-    """Rotary positions leave queries in float32 beside values in half precision; autocast takes all to one."""
-    model = families.tiny_model("llama")
+    """Rotary embeddings return queries in float32 with values in half precision; autocast casts all to one dtype."""
+    model = model_zoo.tiny_model("llama")
     ids = SEQUENCES.ids[0].unsqueeze(0)
 
     def gradient(implementation: str, dtype: torch.dtype):
@@ -273,42 +272,42 @@ def other_model(family: str, **settings):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("is_padded", [True, False])
-def test_a_window_or_chunks_that_only_the_mask_knows_of(family, settings, is_padded):
-    """These models never tell the attention function; reading and writing must hide what their own attention hides."""
+def test_a_window_or_chunks_defined_only_by_the_mask(family, settings, is_padded):
+    """These models pass no window to the attention function; ours must hide the same keys as their own."""
     model = other_model(family, **settings)
     ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     if is_padded:
         mask[0, :3] = 0
     expected = model(ids, attention_mask=mask, use_cache=False).logits
-    writing = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
-    written = model.generate(ids, **writing)
+    generation = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    expected_ids = model.generate(ids, **generation)
     for backend in ("torch", "tiled"):
         model.set_attn_implementation(hugging_face.implementation(backend))
         found = model(ids, attention_mask=mask, use_cache=False).logits
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-3)
-        assert model.generate(ids, **writing).tolist() == written.tolist()
+        assert model.generate(ids, **generation).tolist() == expected_ids.tolist()
 
 
-def test_a_mask_that_is_no_layout_is_refused():
+def test_a_mask_that_is_not_a_layout_is_refused():
     blocks = torch.tensor([[-1, 0, 0, -1, -1, -1]])
     mask_function = or_masks(causal_mask_function, blockwise_overlay(blocks))
-    with pytest.raises(ModelError, match="lets only some tokens see the next one"):
+    with pytest.raises(ModelError, match="lets only some tokens attend to the next one"):
         hugging_face.attention_mask(1, 6, 6, mask_function=mask_function)
 
     def forgets_one(batch, head, query, key):
         return (key <= query) & ~((key == 2) & (query > 20))
 
-    with pytest.raises(ModelError, match="hides tokens in a way that our layouts cannot describe"):
+    with pytest.raises(ModelError, match="hides tokens in a way that attention layouts cannot express"):
         hugging_face.attention_mask(4, 64, 64, mask_function=forgets_one)
 
 
-def test_auto_does_not_stop_at_what_a_model_raises(monkeypatch):
-    model = families.tiny_model("llama")
+def test_any_exception_of_a_model_becomes_a_model_error(monkeypatch):
+    model = model_zoo.tiny_model("llama")
 
     def fails(*arguments, **named):
         raise IndexError("too many")
 
     monkeypatch.setattr(model, "forward", fails)
-    with pytest.raises(ModelError, match="does not work with our attention: IndexError: too many"):
+    with pytest.raises(ModelError, match="failed under our attention: IndexError: too many"):
         parity.require(model, "odd", hugging_face.implementation("torch"))

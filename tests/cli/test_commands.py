@@ -158,7 +158,7 @@ def test_init_writes_a_starter_and_overwrites_nothing(tmp_path):
                 assert path.relative_to(ROOT) in copied
     again = rlhf("init", "mine", cwd=tmp_path)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_doctor_knows_the_tested_set():

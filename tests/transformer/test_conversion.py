@@ -223,7 +223,7 @@ def test_nothing_is_written_where_logits_differ(
         return explicit
 
     monkeypatch.setattr(checkpoints, "as_explicit", spoiling)
-    with pytest.raises(ModelError, match="computes other logits once it is converted"):
+    with pytest.raises(ModelError, match="computes different logits after conversion"):
         convert(str(tiny_llama), tmp_path / "explicit")
     assert not (tmp_path / "explicit").exists()
 
@@ -254,7 +254,7 @@ def test_convert_and_export_write_folders_that_load(
         for place in ("explicit", "back"):
             found = load_policy(ModelSource(str(tmp_path / place)))(ids).logits
             torch.testing.assert_close(found, theirs(ids).logits, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         convert(str(folder), tmp_path / "explicit")
 
 

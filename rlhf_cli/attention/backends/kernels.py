@@ -1,4 +1,4 @@
-"""Our Triton kernels, as a backend: importable where triton is absent, and then saying so."""
+"""The `triton` backend: our Triton kernels. Importable without triton; `missing` then says so."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlhf_cli.attention.contract import AttentionOutput, Backend, Request
 from rlhf_cli.attention.kernels.tiles import shared_memory
 from rlhf_cli.attention.layout import Layout
 
-LARGEST_HEAD = 256
+MAX_HEAD_SIZE = 256
 # Older GPUs have no bfloat16 and no asynchronous copies.
-LEAST_CAPABILITY = 8
+MIN_COMPUTE_CAPABILITY = 8
 
 
 def attend(
@@ -32,8 +32,8 @@ def attend(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> AttentionOutput:
-    """FlashAttention by our Triton kernels, those for few queries where there are few. Arguments as in `contract`."""
-    from rlhf_cli.attention.kernels import decode, function  # need triton
+    """Compute attention with our Triton kernels, using the decoding kernel if it supports the call; see `contract`."""
+    from rlhf_cli.attention.kernels import decode, function  # these import triton
 
     rules: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
     if decode.serves(Request.of(query, key, value, layout, bias=bias, **rules)):
@@ -53,7 +53,7 @@ def attend(
 
 
 def missing() -> str | None:
-    """Why the kernels cannot run on this machine."""
+    """Return why the kernels cannot run on this machine; None if they can."""
     if not _has_triton():
         return "triton is not installed"
     if not _is_interpreted() and not _has_cuda():
@@ -62,25 +62,25 @@ def missing() -> str | None:
 
 
 def unsupported(request: Request) -> str | None:
-    """Why the kernels cannot serve a call."""
+    """Return why the kernels do not support a call; None if they do."""
     if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it computes in float32 at most, and the query is {_short(request.dtype)}"
-    if (size := max(request.head_size, request.value_size)) > LARGEST_HEAD:
-        return f"its heads are at most {LARGEST_HEAD} wide, and these are {size}"
+        return f"it computes in float32 at most, and the query is {_dtype_name(request.dtype)}"
+    if (size := max(request.head_size, request.value_size)) > MAX_HEAD_SIZE:
+        return f"its heads are at most {MAX_HEAD_SIZE} wide, and these are {size}"
     if request.device.type != "cuda" and not _is_interpreted():
         return f"it runs on CUDA devices, and the query is on {request.device.type}"
     if not _is_interpreted():
-        return _unfit(request)
+        return _unsupported_by_gpu(request)
     return "Triton's interpreter rounds bfloat16 wrongly" if request.dtype == torch.bfloat16 else None
 
 
-def _unfit(request: Request) -> str | None:
-    """Why a GPU cannot serve a call."""
+def _unsupported_by_gpu(request: Request) -> str | None:
+    """Return why the GPU does not support a call; None if it does."""
     if torch.version.hip is not None:
         return "it runs on NVIDIA's GPUs, and this torch is built for ROCm"
-    major, minor, given = _gpu(request.device.index)
-    if major < LEAST_CAPABILITY:
-        return f"it needs a GPU of compute capability {LEAST_CAPABILITY}.0, and this one's is {major}.{minor}"
+    major, minor, available = _gpu(request.device.index)
+    if major < MIN_COMPUTE_CAPABILITY:
+        return f"it needs a GPU of compute capability {MIN_COMPUTE_CAPABILITY}.0, and this one's is {major}.{minor}"
     needed = shared_memory(
         max(request.head_size, request.value_size),
         is_32_bit=request.dtype == torch.float32,
@@ -88,19 +88,19 @@ def _unfit(request: Request) -> str | None:
         needs_grad=request.needs_grad,
         capability=major,
     )
-    if needed > given:
-        return f"it needs {needed} bytes of shared memory for a tile of this call, and the GPU gives {given}"
+    if needed > available:
+        return f"it needs {needed} bytes of shared memory for a tile of this call, and the GPU gives {available}"
     return None
 
 
 @cache
 def _gpu(index: int | None) -> tuple[int, int, int]:
-    """Compute capability, and the bytes of shared memory that a block may ask for."""
+    """Compute capability (major, minor), and the shared memory available to a block in bytes."""
     properties = torch.cuda.get_device_properties(index)
     return properties.major, properties.minor, properties.shared_memory_per_block_optin
 
 
-# Asked at every call of `auto`: looking for a module takes longer than starting a kernel.
+# Cached because `auto` asks on every call, and finding a module takes longer than launching a kernel.
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -115,10 +115,10 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 BACKEND = Backend(
-    "triton", "FlashAttention in Triton, over every layout, prefix trees in place", attend, missing, unsupported
+    "triton", "FlashAttention in Triton for every layout, including prefix trees", attend, missing, unsupported
 )

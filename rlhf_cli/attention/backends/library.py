@@ -1,10 +1,10 @@
-"""What torch itself offers: `scaled_dot_product_attention`, called the way that is fastest and still correct.
+"""The `torch` backend: `scaled_dot_product_attention`, called in the fastest correct way.
 
-one long sequence a row, or none hidden      one call
-packed, padded or prefix tree, on the CPU    one call a segment: what nobody sees is never computed
-short sequences, windows, biases, CUDA       one call with a mask
-half precision on the CPU, short             the equation itself: torch's CPU kernel is up to five times slower there
-soft cap, sinks                              the equation itself: torch's kernels have neither
+one full sequence per row, or no mask         one call
+packed, padded or prefix tree, on the CPU     one call per segment, so hidden scores are never computed
+short sequences, windows, biases, CUDA        one call with a mask
+half precision on the CPU, short sequences    the equation: torch's CPU kernel is up to five times slower there
+soft cap, sinks                               the equation: torch's kernels support neither
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rlhf_cli.attention.contract import AttentionOutput, Backend, Request
 from rlhf_cli.attention.layout import Layout
 
 # Measured on an AVX512-BF16 core, head size 64, forward and backward in bfloat16: torch's CPU kernel takes 2 to 3 times
-# as long as the equation at 128 tokens, as long at 256, 0.35 to 1.7 times from 512 to 768. In float32 it always wins.
-_SHORT_IN_HALF = 256
-# Below this mean length one masked call costs less than the calls of a loop over segments.
-_SHORT_SEGMENT = 48
+# as long as the equation at 128 tokens, the same at 256, 0.35 to 1.7 times at 512 to 768. In float32 it always wins.
+SHORT_IN_HALF = 256
+# Below this mean segment length one masked call is faster than one call per segment.
+SHORT_SEGMENT = 48
 
 
 def attend(
@@ -40,33 +40,33 @@ def attend(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> AttentionOutput:
-    """Attention by torch. Arguments as in `contract`; gives no log-sum-exp."""
+    """Compute attention with torch; see `contract`. Returns no log-sum-exp."""
     if window is not None and window >= _longest(layout):
         window = None
     if softcap is not None or sinks is not None:
         return _with_mask(query, key, value, layout, causal, window, bias, _Equation(scale, softcap, sinks))
     is_plain = bias is None and window is None
-    # `is_causal` of torch puts the first query at the first key, ours the last at the last.
+    # torch's `is_causal` aligns the first query with the first key; ours aligns the last query with the last key.
     if is_plain and layout.is_dense and (not causal or layout.query_length in (1, layout.key_length)):
         return AttentionOutput(_one_call(query, key, value, causal and layout.query_length > 1, scale), None)
-    if is_plain and query.device.type == "cpu" and _is_worth_a_loop(layout, causal):
+    if is_plain and query.device.type == "cpu" and _prefers_loop(layout, causal):
         return AttentionOutput(_by_segment(query, key, value, layout, causal, scale), None)
     return _with_mask(query, key, value, layout, causal, window, bias, _Equation(scale, None, None))
 
 
 def _longest(layout: Layout) -> int:
-    """Tokens of the longest sequence, its ancestors included."""
+    """Length of the longest sequence, including ancestors."""
     lengths = (offset + segment.key_length for offset, segment in zip(layout.offsets, layout.segments, strict=True))
     return max(lengths, default=0)
 
 
-def _is_worth_a_loop(layout: Layout, causal: bool) -> bool:
+def _prefers_loop(layout: Layout, causal: bool) -> bool:
     if causal and any(
         segment.query_length > offset + segment.key_length
         for segment, offset in zip(layout.segments, layout.offsets, strict=True)
     ):
-        return False  # its first queries see nothing, which one call a segment does not look for
-    return layout.is_tree or layout.real_tokens >= _SHORT_SEGMENT * max(1, len(layout.segments))
+        return False  # its first queries see no key, which one call per segment does not handle
+    return layout.is_tree or layout.real_tokens >= SHORT_SEGMENT * max(1, len(layout.segments))
 
 
 def _one_call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
@@ -78,7 +78,7 @@ def _one_call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """`mask` is bool, True where seen, or a bias; it broadcasts to (B, H, Lq, Lk)."""
+    """Attention with a mask, bool (True: visible) or additive, broadcastable to (B, H, Lq, Lk)."""
     if _is_short_in_half(query, key):
         return _equation(query, key, value, mask, scale, None, None)
     grouped = query.shape[1] != key.shape[1]
@@ -87,12 +87,12 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
 
 def _is_short_in_half(query: Tensor, key: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16) and (
-        query.shape[2] <= _SHORT_IN_HALF and key.shape[2] <= 2 * _SHORT_IN_HALF
+        query.shape[2] <= SHORT_IN_HALF and key.shape[2] <= 2 * SHORT_IN_HALF
     )  # fmt: skip
 
 
 def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scale: float) -> Tensor:
-    """One call for each segment, over the keys of its ancestors and its own."""
+    """One call per segment, over the keys of its ancestors and its own."""
     queries = _pieces(query, layout, of_queries=True)
     keys, values = (_pieces(tensor, layout, of_queries=False) for tensor in (key, value))
     found: dict[int, Tensor] = {}
@@ -101,7 +101,7 @@ def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causa
             continue
         chain = [part for part in (*layout.ancestors[number], number) if layout.segments[part].key_length]
         if not chain:
-            continue  # it sees nothing
+            continue  # it sees no keys
         k, v = (
             pieces[chain[0]] if len(chain) == 1 else torch.cat([pieces[part] for part in chain], dim=2)
             for pieces in (keys, values)
@@ -115,7 +115,7 @@ def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causa
 
 
 def _pieces(tensor: Tensor, layout: Layout, *, of_queries: bool) -> dict[int, Tensor]:
-    """Rows of every segment: (1, heads, rows, size) each. Cut by `split`, whose gradient is one concatenation."""
+    """Rows of each segment: (1, heads, rows, size). Uses `split`, whose gradient is a single concatenation."""
     found: dict[int, Tensor] = {}
     for row, cuts in enumerate(_cuts(layout, of_queries)):
         for (number, _), piece in zip(cuts, tensor[row : row + 1].split([n for _, n in cuts], dim=2), strict=True):
@@ -125,7 +125,7 @@ def _pieces(tensor: Tensor, layout: Layout, *, of_queries: bool) -> dict[int, Te
 
 
 def _assembled(found: dict[int, Tensor], query: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    """The segments' outputs in their rows, 0 between them: (B, H, Lq, Dv)."""
+    """Put the outputs of the segments in their rows, 0 elsewhere: (B, H, Lq, Dv)."""
     rows = []
     for cuts in _cuts(layout, True):
         pieces = []
@@ -139,7 +139,7 @@ def _assembled(found: dict[int, Tensor], query: Tensor, value: Tensor, layout: L
 
 
 def _cuts(layout: Layout, of_queries: bool) -> Iterator[list[tuple[int | None, int]]]:
-    """Of each batch row its segments in order with their lengths, and the gaps between them as None."""
+    """Per batch row (segment, length) in order; gaps between segments have None as segment."""
     width = layout.query_length if of_queries else layout.key_length
     rows: list[list[tuple[int, int, int]]] = [[] for _ in range(layout.batch)]
     for number, segment in enumerate(layout.segments):
@@ -163,7 +163,7 @@ def _cuts(layout: Layout, of_queries: bool) -> Iterator[list[tuple[int | None, i
 
 @dataclass(frozen=True)
 class _Equation:
-    """Rules beside the mask; see `contract`."""
+    """Arguments besides the mask; see `contract`."""
 
     scale: float
     softcap: float | None
@@ -180,9 +180,9 @@ def _with_mask(
     bias: Tensor | None,
     rules: _Equation,
 ) -> AttentionOutput:
-    """One call over all rows. A row that sees nothing is made to see all and cleared afterwards.
+    """One call over all rows.
 
-    Torch's kernels disagree about such rows.
+    Torch's kernels disagree on rows without visible keys: such a row sees all keys here, and its output is then zeroed.
     """
     visible = layout.visible(causal=causal, window=window, device=query.device).unsqueeze(1)
     if bias is not None:
@@ -191,8 +191,8 @@ def _with_mask(
     mask = visible | ~sees
     if bias is not None:
         mask = bias.to(query.dtype).masked_fill(torch.isneginf(bias), 0.0).masked_fill(~mask, -torch.inf)
-    # Padding that holds NaN spreads: a weight of 0 does not hide it. Looking at the output costs less than clearing
-    # keys and values that a cache holds; on CUDA looking would have to wait for the result.
+    # NaN in padding spreads, since 0 x NaN is NaN. Checking the output is cheaper than zeroing the padding of a cache
+    # at every call. On CUDA the check would synchronize with the device, so padding is always zeroed.
     output = None if query.is_cuda else _equation_or_kernel(query, key, value, mask, rules)
     if output is None or not bool(torch.isfinite(output).all()):
         query = query.masked_fill(~layout.is_real(query.device)[:, None, :, None], 0.0)
@@ -219,7 +219,7 @@ def _equation(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """softmax(Q K^T scale) V in the precision of the inputs, the softmax in float32."""
+    """softmax(scale Q K^T) V in the precision of the inputs, with the softmax in float32."""
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
@@ -238,19 +238,19 @@ def _equation(
 
 @lru_cache(maxsize=64)
 def _triangle(queries: int, keys: int, device: str) -> Tensor:
-    """(Lq, Lk) True where seen, the last query at the last key."""
+    """Causal mask (Lq, Lk), True where visible; the last query is aligned with the last key."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def _unsupported(request: Request) -> str | None:
     if request.needs_logsumexp:
-        return "scaled_dot_product_attention keeps the log-sum-exp to itself"
+        return "scaled_dot_product_attention does not return the log-sum-exp"
     return None
 
 
 BACKEND = Backend(
     "torch",
-    "scaled_dot_product_attention, called the way that is fastest here",
+    "torch's scaled_dot_product_attention, called in the fastest correct way",
     attend,
     missing=lambda: None,
     unsupported=_unsupported,

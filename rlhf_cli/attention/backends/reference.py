@@ -1,4 +1,4 @@
-"""Attention as the equation says, with every score in memory: the oracle all other backends are measured against."""
+"""The `reference` backend: the equation with all scores in memory. All other backends are compared with it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def attend(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> AttentionOutput:
-    """softmax(Q K^T scale) V in float32, or in float64 for float64 inputs. Arguments as in `contract`."""
+    """Compute attention in float32, or in float64 for float64 inputs; see `contract`."""
     weights, logsumexp = attention_weights(
         query, key, layout, scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks, bias=bias
     )
-    # A weight of 0 does not hide what padding may hold: 0 x NaN is NaN.
+    # Padding may contain NaN, and 0 x NaN is NaN.
     is_padding = ~layout.is_real_key(value.device)[:, None, :, None]
     value = _for_query_heads(value.masked_fill(is_padding, 0.0), query)
     output = weights @ value.to(weights.dtype)
@@ -45,7 +45,7 @@ def attention_weights(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The weights (B, H, Lq, Lk) and the log-sum-exp (B, H, Lq); rows of weights sum to 1, less a sink's share."""
+    """Compute weights (B, H, Lq, Lk), whose rows sum to 1 minus the share of a sink, and log-sum-exp (B, H, Lq)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = scale * query.to(dtype) @ _for_query_heads(key, query).to(dtype).transpose(-1, -2)
     if softcap is not None:
@@ -60,19 +60,19 @@ def attention_weights(
         logsumexp = torch.logaddexp(logsumexp, sinks.to(dtype).view(1, -1, 1))
         is_real = layout.is_real(query.device).unsqueeze(1)
         logsumexp = logsumexp.masked_fill(~is_real, -torch.inf)
-    # A row that sees nothing has no weights: -inf - -inf would be NaN.
+    # In rows without visible keys -inf - -inf would be NaN.
     weights = (scores - logsumexp.masked_fill(torch.isneginf(logsumexp), 0.0).unsqueeze(-1)).exp()
     return weights, logsumexp
 
 
 def _for_query_heads(tensor: Tensor, query: Tensor) -> Tensor:
-    """Repeat each of G key heads for the H / G query heads that read it: (B, H, Lk, D)."""
+    """Repeat each of G key heads for its H / G query heads: (B, H, Lk, D)."""
     return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
 
 BACKEND = Backend(
     "reference",
-    "the equation with every score in memory",
+    "the equation with all scores in memory",
     attend,
     missing=lambda: None,
     unsupported=lambda request: None,

@@ -1,14 +1,13 @@
-"""FlashAttention in plain PyTorch: the online softmax a tile at a time, and a backward pass that recomputes the scores.
+"""The `tiled` backend: FlashAttention in plain PyTorch, with a tiled online softmax and scores recomputed backward.
 
-Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithms 1 and 2; the running maximum is that of Milakov and
+Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithms 1 and 2, with the running maximum of Milakov and
            Gimelshein 2018 (arXiv:1805.02867).
-Memory:    linear in length; what exists of the scores is one tile of QUERY_TILE x KEY_TILE for the heads of one batch
-           row.
-Precision: float32 for narrower inputs, float64 for float64; output as the input.
+Memory:    linear in length; one tile of scores, QUERY_TILE x KEY_TILE for the heads of one batch row, exists at a time.
+Precision: float32, or float64 for float64 inputs; output in the dtype of the inputs.
 Saved:     inputs, output and log-sum-exp of every row.
 Oracle:    backends/reference.py.
 
-This is the kernels' explicit version: each loop below is a loop of the Triton kernels, and it runs anywhere.
+This is a readable version of the Triton kernels: each loop below corresponds to a loop there. It runs on any device.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ def attend(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> AttentionOutput:
-    """Attention with memory linear in length. Arguments as in `contract`."""
+    """Compute attention with memory linear in length; see `contract`."""
     rules = Rules(layout, scale, causal, window, softcap)
     return AttentionOutput(*_Tiled.apply(query, key, value, sinks, bias, rules))
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a call asks for besides its tensors; see `contract.AttentionFunction`."""
+    """Arguments of a call besides its tensors; see `contract.AttentionFunction`."""
 
     layout: Layout
     scale: float
@@ -59,12 +58,12 @@ class Rules:
 
 
 class KeyTile(NamedTuple):
-    """Key rows that a query tile meets at once.
+    """Key rows that a query tile processes at once.
 
     Attributes:
-        start, end: rows of the batch row.
-        position: of the first of them in the sequence.
-        is_whole: whether every query of the tile sees all of them.
+        start, end: range of rows in the batch row.
+        position: position of the first row in its sequence.
+        is_whole: every query of the query tile sees all of these keys.
     """
 
     start: int
@@ -74,13 +73,13 @@ class KeyTile(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """Query rows of one segment, and what they see.
+    """Query rows of one segment with their key tiles.
 
     Attributes:
-        row: batch row.
-        start, end: rows of the batch row.
-        position: of the first of them in the sequence.
-        keys: the tiles of keys at least one of them sees.
+        row: index of the batch row.
+        start, end: range of rows in the batch row.
+        position: position of the first row in its sequence.
+        keys: key tiles visible to at least one of the queries.
     """
 
     row: int
@@ -91,7 +90,7 @@ class QueryTile(NamedTuple):
 
 
 def query_tiles(rules: Rules) -> Iterator[QueryTile]:
-    """Cut every segment into tiles: a query tile meets the keys of all ancestors of its segment, then its own."""
+    """Cut every segment into tiles. A query tile sees the keys of its segment's ancestors and its own."""
     layout = rules.layout
     for number, segment in enumerate(layout.segments):
         chain = (*layout.ancestors[number], number)
@@ -104,7 +103,7 @@ def query_tiles(rules: Rules) -> Iterator[QueryTile]:
 
 
 def _key_tiles(rules: Rules, part: int, low: int, high: int) -> Iterator[KeyTile]:
-    """Tiles of a segment's keys that queries at positions `low` to `high` - 1 see any of."""
+    """Tiles of a segment's keys that are visible to any query at positions `low` to `high` - 1."""
     segment, offset = rules.layout.segments[part], rules.layout.offsets[part]
     first = segment.key_start % max(rules.layout.key_length, 1)
     begin, end = 0, segment.key_length
@@ -142,7 +141,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with autocast(gradients[0].device, torch.float32):  # sums stay in their own precision
+        with autocast(gradients[0].device, torch.float32):  # accumulate in full precision
             return _gradients_of(context, gradients)
 
 
@@ -160,9 +159,9 @@ def _gradients_of(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor |
 
 @dataclass(frozen=True)
 class _Call:
-    """The tensors of a call as its tiles read them. The R = H / G query heads of a key head share its matrix product.
+    """The tensors of a call, read tile by tile. The R = H / G query heads of a key head share one matrix product.
 
-    Shapes: G key heads, R query heads each, Tq and Tk rows of a tile.
+    Shapes: G key heads, R query heads per key head, Tq and Tk rows per tile.
     """
 
     query: Tensor
@@ -182,7 +181,7 @@ class _Call:
         return self.grouped(self.query[tile.row, :, tile.start : tile.end])
 
     def grouped(self, rows: Tensor) -> Tensor:
-        """(H, Tq, X) as (G, R * Tq, X)."""
+        """Reshape (H, Tq, X) to (G, R * Tq, X)."""
         return rows.to(self.dtype).reshape(self.groups[0], -1, rows.shape[-1])
 
     def keys(self, tile: QueryTile, part: KeyTile) -> tuple[Tensor, Tensor]:
@@ -191,7 +190,7 @@ class _Call:
         return self.key[tile.row, :, rows].to(self.dtype), self.value[tile.row, :, rows].to(self.dtype)
 
     def scores(self, tile: QueryTile, part: KeyTile, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores (G, R * Tq, Tk), -inf where hidden, and the derivative of the soft cap, None without one."""
+        """Scores (G, R * Tq, Tk), -inf where hidden, and the derivative of the soft cap (None without a cap)."""
         scores, slope = (q @ k.transpose(-1, -2)).mul_(self.rules.scale), None
         if self.rules.softcap is not None:
             bounded = scores.div_(self.rules.softcap).tanh_()
@@ -206,7 +205,7 @@ class _Call:
         return scores, slope
 
     def _hidden(self, tile: QueryTile, part: KeyTile) -> Tensor:
-        """(Tq, Tk) True where a query does not see a key."""
+        """True where a key is hidden from a query: (Tq, Tk)."""
         device, rules = self.query.device, self.rules
         query_at = torch.arange(tile.end - tile.start, device=device).unsqueeze(1) + tile.position
         key_at = torch.arange(part.end - part.start, device=device) + part.position
@@ -219,7 +218,7 @@ class _Call:
 
 
 def bias_of(bias: Tensor, tile: QueryTile, part: KeyTile) -> Tensor:
-    """The part of a broadcastable bias (B|1, H|1, Lq|1, Lk|1) that belongs to a tile: (H|1, Tq|1, Tk|1), a view."""
+    """Return the part of a bias (B|1, H|1, Lq|1, Lk|1) that belongs to a tile, as a view: (H|1, Tq|1, Tk|1)."""
     row = bias[tile.row if bias.shape[0] > 1 else 0]
     row = row[:, tile.start : tile.end] if bias.shape[2] > 1 else row
     return row[:, :, part.start : part.end] if bias.shape[3] > 1 else row
@@ -256,7 +255,7 @@ def _forward_tile(call: _Call, tile: QueryTile, sinks: Tensor | None) -> tuple[T
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Where the tiles add up their gradients, in the precision of the sums."""
+    """Accumulators of the gradients, in the precision of the sums."""
 
     query: Tensor
     key: Tensor
@@ -272,7 +271,7 @@ class _Gradients:
         return _Gradients(*map(empty, (query, key, value, sinks, bias)))
 
     def cast(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """In the dtypes of the inputs."""
+        """Convert to the dtypes of the inputs; None for inputs that are None."""
         mine = (self.query, self.key, self.value, self.sinks, self.bias)
         return tuple(
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
@@ -292,21 +291,21 @@ def _backward_tile(
     sinks: Tensor | None,
     into: _Gradients,
 ) -> None:
-    """Add the gradients of one query tile: algorithm 2, with that of the log-sum-exp.
+    """Add the gradients of one query tile: algorithm 2, extended by the gradient of the log-sum-exp.
 
-    With P the weights, dP = dO V^T and D = rowsum(dO o O), the scores' gradient is dS = P o (dP - D + dL).
+    With weights P, dP = dO V^T and D = rowsum(dO o O), the gradient of the scores is dS = P o (dP - D + dL).
 
     Args:
-        call: inputs.
-        tile: the queries.
+        call: inputs of the call.
+        tile: the query tile.
         saved: output (H, Tq, Dv) and log-sum-exp (H, Tq) of the forward pass.
         upstream: their gradients dO and dL.
         sinks: (H,) or None.
-        into: where to add.
+        into: accumulators to add to.
     """
     q, d_output = call.queries(tile), call.grouped(upstream[0])
     logsumexp = saved[1].reshape(q.shape[:2])
-    finite = logsumexp.masked_fill(torch.isneginf(logsumexp), torch.inf)  # weights of rows that see nothing are 0
+    finite = logsumexp.masked_fill(torch.isneginf(logsumexp), torch.inf)  # weights are 0 in rows without visible keys
     less = (d_output * call.grouped(saved[0])).sum(-1) - upstream[1].to(call.dtype).reshape(q.shape[:2])
     less = less.masked_fill(torch.isneginf(logsumexp), 0.0)
     d_query = torch.zeros_like(q)
@@ -333,14 +332,10 @@ def _backward_tile(
         into.sinks.sub_((shares * less.view(heads, -1)).sum(-1))
 
 
-def _unsupported(_: object) -> None:
-    """Every call is supported."""
-
-
 BACKEND = Backend(
     "tiled",
-    "FlashAttention in plain PyTorch, memory linear in length",
+    "FlashAttention in plain PyTorch, with memory linear in length",
     attend,
     missing=lambda: None,
-    unsupported=_unsupported,
+    unsupported=lambda request: None,
 )

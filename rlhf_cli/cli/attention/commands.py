@@ -1,4 +1,4 @@
-"""`rlhf attention`: look at attention backends, prove them, time them, and see what heads look at."""
+"""`rlhf attention`: list, verify and benchmark attention backends, and visualize attention weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from rlhf_cli.cli.attention import show as attention_show
 from rlhf_cli.cli.attention import verify as attention_verify
 from rlhf_cli.cli.options import Json
 
-app = typer.Typer(rich_markup_mode=None, help="Compare, prove and see attention.", no_args_is_help=True)
+app = typer.Typer(
+    rich_markup_mode=None,
+    help="List, verify and benchmark attention backends; visualize attention weights.",
+    no_args_is_help=True,
+)
 
 
 @app.command("list")
 def list_backends(as_json: Json = False) -> None:
-    """Say which attention backends there are, which run here, and which calls each one serves."""
-    from rlhf_cli.attention.capabilities import abilities, as_table
+    """List attention backends, whether they are available here, and which features they support."""
+    from rlhf_cli.attention.capabilities import as_table, list_capabilities
 
-    found = abilities()
+    found = list_capabilities()
     typer.echo(json.dumps(found, indent=2) if as_json else as_table(found))
 
 

@@ -1,4 +1,4 @@
-"""`rlhf attention verify`: prove that a backend changes nothing."""
+"""`rlhf attention verify`: check that attention backends do not change results."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ if TYPE_CHECKING:
 
 _Models = Annotated[
     list[str] | None,
-    typer.Option(
-        "--model", metavar="PATH", help="A folder or hub id; repeatable. Default: a tiny model of every family."
-    ),
+    typer.Option("--model", metavar="PATH", help="Folder or hub id; repeatable. Default: a tiny model per family."),
 ]
 _Backends = Annotated[
     list[str] | None,
-    typer.Option("--attention", metavar="NAME", help="A backend; repeatable. Default: all that run here."),
+    typer.Option("--attention", metavar="NAME", help="Backend to verify; repeatable. Default: all that are available."),
 ]
 _Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
 
 
 def verify(models: _Models = None, backends: _Backends = None, device: _Device = "auto", as_json: Json = False) -> None:
-    """Prove that attention backends change nothing: full, padded, packed, tree and cached, with gradients.
+    """Check that attention backends do not change results: hidden states and gradients on every batch layout.
 
-    Each sequence alone under transformers' own eager attention, in float32, is what all are compared with. Exit code 1
-    if anything differs by more than rounding explains.
+    The baseline is each sequence on its own under transformers' eager attention. Exits with 1 if any difference exceeds
+    rounding.
     """
     from rlhf_cli.attention import verify as engine
 
-    verdicts = _verdicts(models, backends or engine.backends_here(), device)
+    verdicts = _verdicts(models, backends or engine.available_backends(), device)
     if as_json:
         typer.echo(json.dumps(engine.as_json(verdicts), indent=2))
     else:
@@ -43,8 +41,7 @@ def verify(models: _Models = None, backends: _Backends = None, device: _Device =
 
 
 def _verdicts(models: list[str] | None, backends: list[str], device: str) -> list[Verdict]:
-    from rlhf_cli.attention import model_zoo as families
-    from rlhf_cli.attention import parity, registry
+    from rlhf_cli.attention import model_zoo, parity, registry
     from rlhf_cli.attention import verify as engine
     from rlhf_cli.models.loading import load_any, quiet_libraries, resolve_device
     from rlhf_cli.progress import task
@@ -55,16 +52,16 @@ def _verdicts(models: list[str] | None, backends: list[str], device: str) -> lis
             registry.find(name)
     where = resolve_device(device)
     if not models:
-        with task("verifying attention", len(families.FAMILIES) * len(backends), "models") as bar:
-            return engine.verify_families(backends, device=where, tell=lambda done: bar.advance(note=done))
+        with task("verifying attention", len(model_zoo.SUPPORTED) * len(backends), "models") as bar:
+            return engine.verify_model_zoo(backends, device=where, on_progress=lambda done: bar.advance(note=done))
     verdicts = []
     for path in models:
         model = load_any(path, where)
-        sequences = parity.Sequences.random(
-            model.config.get_text_config(decoder=True).vocab_size, shared=24, own=(40, 1, 13)
+        sequences = parity.ProbeSequences.random(
+            model.config.get_text_config(decoder=True).vocab_size, prefix_length=24, suffix_lengths=(40, 1, 13)
         )
         with task(f"verifying {path}", len(backends), "backends") as bar:
             verdicts += engine.verify_model(
-                path, model, backends, sequences=sequences, tell=lambda done, bar=bar: bar.advance(note=done)
+                path, model, backends, sequences=sequences, on_progress=lambda done, bar=bar: bar.advance(note=done)
             )
     return verdicts

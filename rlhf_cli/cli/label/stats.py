@@ -50,8 +50,8 @@ def stats(
 
 def _check_plot(plot: Path) -> None:
     """Say now, not after the work, that no plot can be written."""
-    from rlhf_cli.attention.plots import pyplot
     from rlhf_cli.errors import UsageError
+    from rlhf_cli.plotting import pyplot
 
     pyplot()
     if plot.suffix not in _PICTURES:

@@ -1,4 +1,4 @@
-"""Matplotlib, which is an extra: without it everything but pictures works."""
+"""Access to matplotlib, an optional dependency needed only for plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlhf_cli.errors import UsageError
 
 
 def pyplot() -> Any:
-    """`matplotlib.pyplot`, drawing to files.
+    """Import `matplotlib.pyplot` with the `agg` backend, which draws to files only.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -17,9 +17,9 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise UsageError(
-            "matplotlib is not installed, and pictures need it", hint="install it by pip install 'rlhf-cli[plots]'"
+            "matplotlib is not installed; it is required for plots", hint="run `pip install 'rlhf-cli[plots]'`"
         ) from error
     matplotlib.use("agg")
-    from matplotlib import pyplot as found
+    from matplotlib import pyplot
 
-    return found
+    return pyplot

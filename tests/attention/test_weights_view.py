@@ -1,4 +1,4 @@
-"""`rlhf attention show`: whose weights are shown, of every kind of model, and that the page keeps to itself."""
+"""`rlhf attention show`: weights equal those of the model's own attention, and the page is self-contained."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from rlhf_cli.attention import model_zoo as families
-from rlhf_cli.attention import weights_view as show
+from rlhf_cli.attention import model_zoo, weights, weights_view
+from rlhf_cli.attention.weights import AttentionWeights, LayerWeights, collect_weights
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.models.build import build_model
@@ -23,7 +23,7 @@ TEXT = "the cat sat <b>on</b> the mat"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model of two layers with two heads, and a tokenizer whose vocabulary the other tiny models have as well."""
+    """A model with two layers and two heads, and a tokenizer for the vocabulary size of the other tiny models."""
     made = tmp_path_factory.mktemp("show") / "tiny"
     sizes = {"hidden_size": 16, "layers": 2, "heads": 2, "feed_forward_size": 24, "vocab_size": 300}
     build_model(made, [TEXT] * 3, **sizes, context_length=64, seed=0)
@@ -36,9 +36,9 @@ def tokenizer(folder):
 
 
 def tiny(family: str, monkeypatch):
-    """One of the tiny models, with transformers' own attention that returns its weights."""
-    monkeypatch.setattr(families, "VOCABULARY", 300)
-    return families.tiny_model(family)
+    """A tiny model of a family, with the vocabulary of the tokenizer."""
+    monkeypatch.setattr(model_zoo, "VOCAB_SIZE", 300)
+    return model_zoo.tiny_model(family)
 
 
 def page_data(page: str) -> dict:
@@ -50,7 +50,7 @@ def page_data(page: str) -> dict:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "bert", "gemma2"])
 def test_weights_are_those_of_the_models_own_attention(family, tokenizer, monkeypatch):
     model = tiny(family, monkeypatch)
-    seen = show.look(model, tokenizer, TEXT, name="m")
+    seen = collect_weights(model, tokenizer, TEXT, name="m")
     model.set_attn_implementation("eager")
     expected = model(torch.tensor([tokenizer(TEXT)["input_ids"]]), output_attentions=True).attentions
     assert [layer.label for layer in seen.layers] == ["layer 0", "layer 1"]
@@ -59,12 +59,15 @@ def test_weights_are_those_of_the_models_own_attention(family, tokenizer, monkey
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_an_encoder_decoder_shows_its_three_kinds(family, tokenizer, monkeypatch):
+def test_an_encoder_decoder_has_encoder_decoder_and_cross_weights(family, tokenizer, monkeypatch):
     model = tiny(family, monkeypatch)
-    seen = show.look(model, tokenizer, TEXT, name="m", answer="the mat")
+    seen = collect_weights(model, tokenizer, TEXT, name="m", decoder_text="the mat")
     model.set_attn_implementation("eager")
-    answer = [{"t5": 0, "bart": 2}[family], *tokenizer("the mat")["input_ids"]]
-    inputs = {"input_ids": torch.tensor([tokenizer(TEXT)["input_ids"]]), "decoder_input_ids": torch.tensor([answer])}
+    decoder_ids = [{"t5": 0, "bart": 2}[family], *tokenizer("the mat")["input_ids"]]
+    inputs = {
+        "input_ids": torch.tensor([tokenizer(TEXT)["input_ids"]]),
+        "decoder_input_ids": torch.tensor([decoder_ids]),
+    }
     found = model(**inputs, output_attentions=True)
     theirs = {"encoder": found.encoder_attentions, "decoder": found.decoder_attentions, "cross": found.cross_attentions}
     assert {layer.label for layer in seen.layers} == {f"{part} {n}" for part in theirs for n in (0, 1)}
@@ -72,14 +75,14 @@ def test_an_encoder_decoder_shows_its_three_kinds(family, tokenizer, monkeypatch
         torch.testing.assert_close(layer.weights, theirs[layer.part][layer.number][0].detach(), atol=1e-5, rtol=1e-4)
         queries, keys = seen.tokens_of(layer)
         assert layer.weights.shape[1:] == (len(queries), len(keys))
-    assert len(seen.answer_tokens) == len(answer)
+    assert len(seen.decoder_tokens) == len(decoder_ids)
 
 
 def test_a_model_that_ignores_the_interface_is_refused_by_name(tokenizer, monkeypatch):
-    monkeypatch.setattr(families, "VOCABULARY", 300)
-    model = families.tiny_model("bloom")
+    monkeypatch.setattr(model_zoo, "VOCAB_SIZE", 300)
+    model = model_zoo.tiny_model("bloom")
     with pytest.raises(ModelError, match="bloom"):
-        show.look(model, tokenizer, TEXT, name="m")
+        collect_weights(model, tokenizer, TEXT, name="m")
 
 
 def test_the_command_prints_two_paths_and_the_page_holds_the_weights(folder, tokenizer, tmp_path):
@@ -107,45 +110,49 @@ def test_one_head_of_one_layer(folder, tmp_path):
     assert done.exit_code == 0, done.output
     (layer,) = page_data((tmp_path / "attention.html").read_text())["parts"][0]["layers"]
     assert (layer["number"], layer["heads"]) == (1, [1])
-    for wrong, message in ((["--layer", "2"], "no layer 2: they count from 0 to 1"), (["--head", "2"], "no head 2")):
+    for wrong, message in (
+        (["--layer", "2"], "layer 2 does not exist; use 0 to 1"),
+        (["--head", "2"], "head 2 does not exist"),
+    ):
         refused = CliRunner().invoke(app, [*common, "--out", str(tmp_path), *wrong])
         assert isinstance(refused.exception, UsageError)
         assert message in str(refused.exception)
 
 
-def test_text_cannot_break_out_of_the_page():
+def test_text_is_escaped_in_the_page():
     evil = "</script><script>alert(1)</script>@DATA@"
-    seen = show.Seen(f"<i>{evil}", (show.Layer("", 0, torch.ones(1, 1, 1)),), (evil,))
-    page = show.page(seen)
+    seen = AttentionWeights(f"<i>{evil}", (LayerWeights("", 0, torch.ones(1, 1, 1)),), (evil,))
+    page = weights_view.render_html(seen)
     assert "<script>alert" not in page
     assert "<i>" not in page
     assert page_data(page)["parts"][0]["queries"] == [evil]
 
 
-def test_the_page_fetches_nothing():
-    page = show.page(show.Seen("m", (show.Layer("", 0, torch.ones(1, 1, 1)),), ("a",)))
+def test_the_page_loads_nothing():
+    page = weights_view.render_html(AttentionWeights("m", (LayerWeights("", 0, torch.ones(1, 1, 1)),), ("a",)))
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|//[a-z]|src=|@import|url\(|<link", page)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no text"), ("  \n", "no text"), ("the cat " * 200, "a map shows at most 256")]
+    ("text", "message"),
+    [("", "the text is empty"), ("  \n", "the text is empty"), ("the cat " * 200, "the maximum is 256")],
 )
 def test_texts_too_short_or_too_long_are_refused(text, message, tokenizer, monkeypatch):
     with pytest.raises(UsageError, match=message):
-        show.look(tiny("llama", monkeypatch), tokenizer, text, name="m")
+        collect_weights(tiny("llama", monkeypatch), tokenizer, text, name="m")
 
 
 def test_a_page_too_large_to_open_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(show, "MOST_WEIGHTS", 100)
+    monkeypatch.setattr(weights, "MAX_WEIGHTS", 100)
     with pytest.raises(UsageError, match="8 heads over") as error:
-        show.look(tiny("llama", monkeypatch), tokenizer, TEXT, name="m")
-    assert "--layer and --head" in str(error.value.hint)
+        collect_weights(tiny("llama", monkeypatch), tokenizer, TEXT, name="m")
+    assert "`--layer` and `--head`" in str(error.value.hint)
 
 
 @pytest.mark.parametrize(
     ("token", "label"),
     [(" cat", "cat"), ("  ", "␣␣"), ("\n", "⏎"), ("$x$", "$x$"), ("a\x1bb", "a·b"), ("x" * 30, "x" * 13 + "…")],
 )
-def test_labels_show_white_space_and_fit(token, label):
-    assert show._label(token) == label
+def test_labels_show_whitespace_and_are_truncated(token, label):
+    assert weights_view.token_label(token) == label
