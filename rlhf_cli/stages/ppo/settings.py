@@ -230,6 +230,11 @@ class PPOSettings(StageSection):
         """Optimizer steps of the whole run."""
         return self.steps * self.optimizer_steps_per_step
 
+    @property
+    def critic_is_adapter(self) -> bool:
+        """Whether the critic is an adapter on the policy's backbone, not a separate model."""
+        return self.critic == "adapter" or (self.critic == "auto" and self.adapter == "lora")
+
     @model_validator(mode="after")
     def _sizes(self) -> Self:
         if self.completions_per_step < self.minibatches:

@@ -71,13 +71,13 @@ def reward_models(tiny_bert: Path, tiny_gpt2: Path, tmp_path: Path) -> dict[str,
     for name, base in (("bert", tiny_bert), ("gpt2", tiny_gpt2)):
         folders[name] = tmp_path / name
         folders[name].mkdir()
-        scorer = new_reward_model(ModelSource(str(base)), template=None, lora=None)
+        reward_model = new_reward_model(ModelSource(str(base)), template=None, lora=None)
         torch.manual_seed(3)
         with torch.no_grad():  # new weights are too small to tell answers apart
-            for parameter in scorer.parameters():
+            for parameter in reward_model.parameters():
                 if parameter.dim() == 2:
                     parameter.normal_(std=0.5)
-        save_reward_model(scorer, folders[name])
+        save_reward_model(reward_model, folders[name])
     return folders
 
 
