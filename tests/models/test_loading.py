@@ -117,7 +117,7 @@ def test_context_length_is_the_positions():
 
 def test_devices_and_precisions():
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ModelError, match="`model.device` must be auto, cpu or cuda, got `tpu9`"):
+    with pytest.raises(ModelError, match=r"`model\.device` must be auto, cpu or cuda, got `tpu9`"):
         resolve_device("tpu9")
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="no CUDA device"):

@@ -216,7 +216,7 @@ def test_a_device_it_does_not_serve_is_named(tiny_llama, monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(quantize, "_failure", lambda how, device: "NotImplementedError: no kernel")
     with pytest.raises(
-        ModelError, match="`model.quantize: 8bit`: bitsandbytes fails on `cpu`: NotImplementedError: no kernel"
+        ModelError, match=r"`model\.quantize: 8bit`: bitsandbytes fails on `cpu`: NotImplementedError: no kernel"
     ):
         load_policy(ModelSource(str(tiny_llama), quantize="8bit"))
 

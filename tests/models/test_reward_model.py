@@ -163,10 +163,12 @@ def test_transformers_reads_a_fully_trained_decoder(kind, tiny_llama, tmp_path):
     reward_model.bias.fill_(0.25)
     folder = saved(reward_model, tmp_path / "train-rm")
     plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
-    card = json.loads((folder / "reward.json").read_text())
+    config = json.loads((folder / "reward.json").read_text())
     for prompt, answer in zip(PROMPTS, COMPLETIONS, strict=True):
         raw = plain(torch.tensor([reward_model.encode(prompt, answer).ids])).logits.item()
-        assert (raw - card["mean"]) / card["std"] == pytest.approx(reward_model.score([prompt], [answer])[0], abs=1e-5)
+        assert (raw - config["mean"]) / config["std"] == pytest.approx(
+            reward_model.score([prompt], [answer])[0], abs=1e-5
+        )
 
 
 def test_gpt2_is_read_by_transformers_too(tiny_gpt2, tmp_path):
@@ -322,15 +324,15 @@ def test_training_does_not_start_from_an_adapter(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        pytest.param(lambda card: card.pop("mean"), "damaged", id="a field is missing"),
+        pytest.param(lambda config: config.pop("mean"), "damaged", id="a field is missing"),
         pytest.param(lambda config: config.update(format=9), "format must be 1, got 9", id="a later version"),
     ],
 )
-def test_a_damaged_card_is_named(damage, message, tiny_llama, tmp_path):
+def test_a_damaged_config_is_named(damage, message, tiny_llama, tmp_path):
     folder = saved(reward_model_of(tiny_llama, LORA), tmp_path / "train-rm")
-    card = json.loads((folder / "reward.json").read_text())
-    damage(card)
-    (folder / "reward.json").write_text(json.dumps(card))
+    config = json.loads((folder / "reward.json").read_text())
+    damage(config)
+    (folder / "reward.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=message):
         load_reward_model(ModelSource(str(folder)), template=None)
 

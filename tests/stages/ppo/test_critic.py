@@ -101,7 +101,7 @@ def test_a_separate_critic_starts_as_the_reward_model(adapter, policy, tiny_llam
 
 
 def test_a_reward_model_of_another_width_and_family_is_a_critic_where_tokens_agree(tiny_llama, tmp_path):
-    """Anyone's sequence classifier of one label, without a card of ours."""
+    """Anyone's sequence classifier of one label, without a reward.json."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + 8, hidden_size=24, intermediate_size=32, num_hidden_layers=1,

@@ -67,8 +67,8 @@ def test_an_encoder_decoder_trains_through_the_command(name, critic, request, pr
     base, trained = (AutoModelForSeq2SeqLM.from_pretrained(each) for each in (model, tmp_path / "runs/default/ppo"))
     assert any(not torch.equal(*pair) for pair in zip(base.parameters(), trained.parameters(), strict=True))
     assert "the critic starts from the policy and predicts 0" in result.stderr
-    card = json.loads((tmp_path / "runs/default/ppo/critic/critic.json").read_text())
-    assert card["kind"] == ("adapter" if critic == "adapter" else "full")
+    config = json.loads((tmp_path / "runs/default/ppo/critic/critic.json").read_text())
+    assert config["kind"] == ("adapter" if critic == "adapter" else "full")
 
 
 def run(folder: Path, model: Path, prompts: Path, *, inputs: dict | None = None, shared=None, **settings) -> Path:
