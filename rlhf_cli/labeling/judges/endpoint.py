@@ -35,8 +35,8 @@ _GRACE = 10.0
 _POLL = 0.1
 _BYTES, _BYTES_A_TOKEN = 1 << 20, 64
 _HINTS = Hints(
-    unreachable="see that the server runs and is quick enough, then run the same command again: verdicts so far are kept; "
-    "`timeout`, `retries` and `concurrency` of the judge may be changed for that",
+    unreachable="check that the server runs and is fast enough, then run the same command again: verdicts so far are "
+    "kept; you may change the judge's `timeout`, `retries` and `concurrency`",
     rejected="`url` is the base address, such as http://localhost:8000/v1, and `name` what it calls its model; "
     "docs/judges.md says what is sent",
 )
