@@ -193,10 +193,10 @@ def with_lora(model: PreTrainedModel) -> PreTrainedModel:
 def test_weights_that_would_be_lost_are_refused_both_ways(change: Callable[..., Any], weight: str):
     theirs = drawn(LlamaForCausalLM, llama_config())
     ours = as_explicit(theirs)
-    with pytest.raises(ModelError, match=f"weights that a plain Llama has not, such as `.*{weight}") as caught:
+    with pytest.raises(ModelError, match=f"weights that a plain Llama does not have, such as `.*{weight}") as caught:
         as_explicit(change(theirs))
     assert caught.value.hint
-    with pytest.raises(ModelError, match=f"weights that a plain Llama has not, such as `.*{weight}"):
+    with pytest.raises(ModelError, match=f"weights that a plain Llama does not have, such as `.*{weight}"):
         as_transformers(change(ours))
 
 

@@ -266,7 +266,7 @@ def test_encoder_is_no_policy(tiny: Tiny, tmp_path: Path):
     tiny(architecture="encoder").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="writes no text"):
         load_policy(ModelSource(str(tmp_path)))
-    with pytest.raises(ValueError, match="TransformerForCausalLM is for `architecture: decoder`, not encoder"):
+    with pytest.raises(ValueError, match="TransformerForCausalLM needs `architecture: decoder`, got encoder"):
         TransformerForCausalLM(tiny(architecture="encoder").config)
 
 
@@ -339,7 +339,7 @@ def test_without_a_mask_an_encoders_score_is_the_mean_over_what_is_no_padding(ti
 
 def test_what_an_encoder_decoder_lacks_is_named(tiny: Tiny):
     model = tiny(architecture="encoder-decoder")
-    with pytest.raises(ValueError, match="the decoder has nothing to read: give `decoder_input_ids`"):
+    with pytest.raises(ValueError, match="the decoder has no input: give `decoder_input_ids`"):
         model(input_ids=ids(1, 4))
 
 
