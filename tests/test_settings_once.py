@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import rlhf_cli
 from rlhf_cli.settings.base import Section
+from rlhf_cli.stages.inputs import StageInputs
 
 MOST_IN_COMMON = 2
 
@@ -22,7 +23,7 @@ ALLOWED = {
 }
 
 # Mirrors that other changes of the redesign delete; remove a name together with its class.
-PENDING = {"BatchPlan", "PPOOptions", "RewardOptions", "SFTOptions", "Sampling"}
+PENDING = {"Sampling"}
 
 
 def modules() -> Iterator[object]:
@@ -53,7 +54,7 @@ def mirrors(classes: list[type]) -> dict[str, list[str]]:
     """Name of a dataclass -> the sections of which it repeats more than `MOST_IN_COMMON` fields, with the fields."""
     found: dict[str, list[str]] = {}
     for one in classes:
-        if not dataclasses.is_dataclass(one):
+        if not dataclasses.is_dataclass(one) or issubclass(one, StageInputs):  # inputs are what settings name
             continue
         names = {field.name for field in dataclasses.fields(one)}
         for section, fields in sections(classes).items():
