@@ -32,8 +32,8 @@ EQUATIONS = {
     "Block": "blocks",
     "Stack": "model",
     "TransformerModel": "model",
-    "as_explicit": "checkpoints",
-    "as_transformers": "checkpoints",
+    "as_explicit": "conversion",
+    "as_transformers": "conversion",
 }
 
 
