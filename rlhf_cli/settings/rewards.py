@@ -10,30 +10,30 @@ from rlhf_cli.settings.base import Address, Effort, EffortOnly, ModelName, Names
 
 
 class PPORewardSettings(Section):
-    """One reward beside the reward model: exactly one of `function`, `model` and `url`. All are given text."""
+    """One reward beside the reward model, with exactly one of `function`, `model` and `url`. All receive text."""
 
     function: Annotated[str | None, Names("function")] = None
     """`package.module:function` or `file.py:function`; see `label.function`."""
     model: ModelName = None
-    """Another reward model: folder or hub id of ours, or of any transformers classifier with one label."""
+    """Another reward model: folder or hub id of one of ours, or of any transformers classifier with one label."""
     url: Address = None
-    """An HTTP endpoint; docs/rewards.md says what it is sent and what it answers."""
+    """An HTTP endpoint; docs/rewards.md describes request and response."""
     weight: float = 1.0
-    """Factor on this reward, before rewards are combined; not 0."""
+    """Factor on this reward before rewards are combined; not 0."""
     token_env: VariableName = None
     """Environment variable whose value is sent to `url` as a bearer token."""
     timeout: Annotated[Positive, EffortOnly()] = 30.0
-    """Seconds for one whole attempt at `url`, from finding the host to the last byte of the answer."""
+    """Seconds per attempt at `url`, from resolving the host to the last byte of the response."""
     retries: Annotated[int, Field(ge=0), EffortOnly()] = 5
-    """Further attempts at a request to `url` that failed in a way that may pass."""
+    """Retries per request to `url` after a temporary failure."""
     request_size: Effort = 64
-    """Answers in one request to `url`."""
+    """Completions per request to `url`."""
 
     @field_validator("weight")
     @classmethod
     def _has_effect(cls, weight: float) -> float:
         if weight == 0.0:
-            raise ValueError("a reward with the weight 0 has no effect; leave the reward out")
+            raise ValueError("a reward with weight 0 has no effect; remove the reward")
         return weight
 
     @model_validator(mode="after")
