@@ -393,5 +393,5 @@ def test_a_proxy_of_the_environment_does_not_capture_the_loopback(server, reward
 
 def test_a_proxy_that_cannot_be_used_is_named(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
-    with pytest.raises(UsageError, match="the proxy that the environment names"):
+    with pytest.raises(UsageError, match="the proxy set in the environment"):
         HTTPReward(PPORewardSettings(url="http://host.invalid/score")).score(["p"], ["c"])
