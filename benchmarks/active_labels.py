@@ -178,7 +178,7 @@ class Experiment:
         return models
 
     def _train_one(self, labels: Labels, seed: int) -> RewardModel:
-        scorer = new_reward_model(self.source, template=TEMPLATE, lora=LoraSettings().model_dump(), seed=seed)
+        scorer = new_reward_model(self.source, template=TEMPLATE, lora=LoraSettings(), seed=seed)
         groups = [encode_group(scorer, ranking) for ranking in labels.rankings(self.questions)]
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)

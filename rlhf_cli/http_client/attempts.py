@@ -1,25 +1,25 @@
-"""Attempts at a request, for those to whom each of them may cost something."""
+"""Observe the attempts at a request, for callers to whom every attempt may cost something."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 
-class Attempts(Protocol):
-    """Told of each attempt at one request."""
+class AttemptObserver(Protocol):
+    """Is notified of each attempt at one request."""
 
     async def begin(self) -> None:
-        """Before each attempt; what it raises ends the request."""
+        """Called before each attempt; an exception ends the request."""
 
-    def lost(self) -> None:
-        """After an attempt that went out and whose outcome nobody here knows: it may have been carried out."""
+    def outcome_unknown(self) -> None:
+        """Called after an attempt that was sent but got no response: the server may have processed it."""
 
 
-class Uncounted:
-    """Attempts that cost nothing."""
+class NoObserver:
+    """Ignores all attempts."""
 
     async def begin(self) -> None:
-        """Any number may begin."""
+        """Allow the attempt."""
 
-    def lost(self) -> None:
-        """Nothing is lost by it."""
+    def outcome_unknown(self) -> None:
+        """Do nothing."""

@@ -1,7 +1,8 @@
-"""JSON over HTTP with a server that is trusted with texts and with nothing else: rewards and judges ask through it.
+"""Post JSON over HTTP to a server that is trusted with texts only, for rewards and judges.
 
-Its answers are bounded in size and time, redirects are not followed, what it writes is cleaned before a person sees it,
-and the token is in no message. What may pass (no connection, no answer in time, 429, 5xx) is tried again.
+Responses are bounded in size and time, redirects are not followed, control characters are removed from what people
+see, and no message contains the token. This is the only place that retries: after temporary failures (no connection,
+no response in time, 429, 5xx), with exponential backoff.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from rlhf_cli import __version__
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.http_client.addresses import check_endpoint, is_loopback, network_error, retry_after, without_query
-from rlhf_cli.http_client.attempts import Attempts, Uncounted
+from rlhf_cli.http_client.attempts import AttemptObserver, NoObserver
 from rlhf_cli.progress import printable, warn
 
-FIRST_WAIT = 0.5
-"""Seconds before the first further attempt."""
+INITIAL_BACKOFF = 0.5
+"""Seconds before the first retry."""
 
 _LONGEST_BACKOFF = 30.0
 _LONGEST_WAIT = 600.0
 _POLL = 0.2
 _EXCERPT = 200
-_OF_GATEWAYS = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT, *range(520, 528))
-"""What stands between says it of a server behind it, which may be at work on the request all the same."""
+_GATEWAY_ERRORS = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT, *range(520, 528))
+"""Statuses that a gateway sends for the server behind it, which may still be processing the request."""
 
 
 class RefusedError(DataError):
-    """The server does not carry out this request (4xx): asking again would not help.
+    """The server rejected the request (4xx); a retry would not help.
 
     Args:
         message: see `RLHFError`.
@@ -48,11 +49,11 @@ class RefusedError(DataError):
 
 
 class UnusableError(DataError):
-    """The server carried out the request, and what it sent cannot be read."""
+    """The server processed the request, but its response cannot be used."""
 
 
-class _MayPass(Exception):  # noqa: N818  (never leaves this module)
-    """An attempt failed in a way that another may not."""
+class _TemporaryFailure(Exception):  # noqa: N818  (never leaves this module)
+    """An attempt failed in a way that a retry may overcome."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -60,33 +61,33 @@ class _MayPass(Exception):  # noqa: N818  (never leaves this module)
 
 
 @dataclass(frozen=True)
-class Advice:
-    """Hints for people, which differ with what the server is for.
+class Hints:
+    """Hints of error messages; they depend on what the server is for.
 
     Attributes:
-        away: where it stayed away after all attempts.
-        refused: where it refuses a request.
+        unreachable: hint after all attempts failed.
+        rejected: hint after the server rejected a request.
     """
 
-    away: str
-    refused: str
+    unreachable: str
+    rejected: str
 
 
 class JSONClient:
-    """Posts JSON to one address. `connect` gives what `post` needs; it lives for one event loop.
+    """Posts JSON to one URL. `connect` returns the connection pool for `post`; it is bound to one event loop.
 
     Args:
-        url: where to POST.
+        url: URL to POST to.
         token_env: environment variable that holds a bearer token; None sends none.
-        timeout: seconds for one whole attempt: finding the host, connecting, sending and every byte of the answer.
-        retries: further attempts at a request that failed to connect, took too long, or was answered 429 or 5xx.
-        advice: hints.
-        first_wait: seconds before the first further attempt; doubled before each one after it, up to 30, and cut
-            by a random share of up to a half, so that many clients do not come back at once.
-        stop: asks for signals while it waits between attempts; None waits to the end.
+        timeout: seconds per attempt, from resolving the host to the last byte of the response.
+        retries: retries per request after connection errors, timeouts, 429 and 5xx.
+        hints: hints of error messages.
+        initial_backoff: seconds before the first retry. The wait doubles with every retry, up to 30 s, and is reduced
+            by a random share of up to a half, so that many clients do not retry at once.
+        stop: is checked while waiting between attempts; None waits to the end.
 
     Raises:
-        UsageError: no usable URL, or no token in the environment.
+        UsageError: the URL is invalid, or the token is not in the environment.
     """
 
     def __init__(
@@ -96,94 +97,94 @@ class JSONClient:
         token_env: str | None,
         timeout: float,
         retries: int,
-        advice: Advice,
-        first_wait: float = FIRST_WAIT,
+        hints: Hints,
+        initial_backoff: float = INITIAL_BACKOFF,
         stop: StopRequest | None = None,
     ) -> None:
         self._url, self.shown = url, without_query(url)
         self._token = check_endpoint(url, token_env)
-        self._timeout, self._retries, self._first_wait = timeout, retries, first_wait
-        self._advice, self._stop = advice, stop
-        self._random = random.Random()  # of its own: waiting must not move the dice that training throws
-        self._told = False
+        self._timeout, self._retries, self._initial_backoff = timeout, retries, initial_backoff
+        self._hints, self._stop = hints, stop
+        self._random = random.Random()  # its own generator: waiting must not change random numbers of training
+        self._warned = False
         if self._token and url.lower().startswith("http:") and not is_loopback(url):
             warn(f"the token in {token_env} is sent to {self.shown} unencrypted; use https")
 
     @property
     def host(self) -> str:
-        """Host and port."""
+        """Host and port of the URL."""
         return httpx2.URL(self._url).netloc.decode("ascii")
 
     def connect(self) -> httpx2.AsyncClient:
-        """Connections for a while: those that idle long are what servers and firewalls drop."""
-        self._told = False
+        """Open a connection pool. Keep it only for a batch of requests: servers and firewalls drop idle connections."""
+        self._warned = False
         headers = {
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # a compressed answer has no bound
+            "Accept-Encoding": "identity",  # the size of a compressed response has no bound
             "Content-Type": "application/json",
             "User-Agent": f"rlhf-cli/{__version__}",
         }
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            # What a proxy calls localhost is another machine.
+            # To a proxy, localhost is another machine.
             return httpx2.AsyncClient(
                 headers=headers,
-                timeout=None,  # an attempt has one deadline; those of the client begin anew with every byte
+                timeout=None,  # `_exchange` sets one deadline per attempt; those of httpx restart with every byte
                 follow_redirects=False,
                 trust_env=not is_loopback(self._url),
             )
-        except (ImportError, ValueError, httpx2.InvalidURL) as error:  # a proxy of an unknown kind
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:  # an unsupported kind of proxy
             raise UsageError(
-                f"{self.shown} cannot be asked: the proxy that the environment names cannot be used",
-                hint="see HTTP_PROXY, HTTPS_PROXY and ALL_PROXY; NO_PROXY excepts a host",
+                f"cannot connect to {self.shown}: the proxy set in the environment cannot be used",
+                hint="check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY; NO_PROXY excludes a host",
             ) from error
 
     async def post(
-        self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts | None = None
+        self, client: httpx2.AsyncClient, body: bytes, limit: int, observer: AttemptObserver | None = None
     ) -> bytes:
-        """The body of a successful answer, after as many attempts as it takes and is allowed.
+        """Post a request, with retries, and return the body of the successful response.
 
         Args:
             client: from `connect`.
             body: JSON.
-            limit: most bytes of the answer.
-            attempts: told of each one.
+            limit: maximum size of the response in bytes.
+            observer: is notified of each attempt.
 
         Raises:
-            RefusedError: an answer of 4xx, but 429.
-            UnusableError: an answer of more than `limit` bytes, or in an encoding that was not asked for.
-            DataError: the server stayed away, or cannot be asked.
-            Interrupted: a signal came while it was away.
+            RefusedError: the response has a status 4xx other than 429.
+            UnusableError: the response is larger than `limit`, or has an encoding that was not requested.
+            DataError: all attempts failed, or the server cannot be reached at all.
+            Interrupted: a stop was requested between two attempts.
         """
         try:
-            return await self._send(client, body, limit, attempts or Uncounted())
+            return await self._send(client, body, limit, observer or NoObserver())
         except DataError as error:
             error.message = self.clean(error.message)
             error.args = (error.message,)
             raise
 
-    async def _send(self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts) -> bytes:
+    async def _send(self, client: httpx2.AsyncClient, body: bytes, limit: int, observer: AttemptObserver) -> bytes:
         for attempt in range(self._retries + 1):
-            await attempts.begin()
+            await observer.begin()
             try:
-                return await self._attempt(client, body, limit, attempts)
-            except _MayPass as failure:
-                backoff = min(self._first_wait * 2**attempt, _LONGEST_BACKOFF) * self._random.uniform(0.5, 1.0)
+                return await self._attempt(client, body, limit, observer)
+            except _TemporaryFailure as failure:
+                backoff = min(self._initial_backoff * 2**attempt, _LONGEST_BACKOFF) * self._random.uniform(0.5, 1.0)
                 pause = max(backoff, failure.pause or 0.0)
                 if attempt == self._retries or pause > _LONGEST_WAIT:
                     raise self._given_up(failure, attempt + 1, pause) from failure
-                if not self._told:
-                    self._told = True
+                if not self._warned:
+                    self._warned = True
                     warn(
-                        f"{self.shown}: {self.clean(failure.reason)}; trying again in {pause:.1f} s, "
+                        f"{self.shown}: {self.clean(failure.reason)}; retrying in {pause:.1f} s, "
                         f"at most {self._retries} times"
                     )
                 await self._pause(pause)
         raise AssertionError("the last attempt returns or raises")
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, unless a signal came: a scheduler kills what waits for a server longer than for its own patience."""
+        """Wait, but end early on a stop request: a scheduler kills a process that does not stop in time."""
         end = time.monotonic() + seconds
         while True:
             if self._stop is not None:
@@ -192,44 +193,44 @@ class JSONClient:
                 return
             await asyncio.sleep(min(left, _POLL))
 
-    def _given_up(self, failure: _MayPass, attempts: int, pause: float) -> DataError:
-        times = "once" if attempts == 1 else f"{attempts} times"
-        wants = f", and wants {pause:,.0f} s of patience" if pause > _LONGEST_WAIT else ""
-        return DataError(f"{self.shown}: {failure.reason} (asked {times}{wants})", hint=self._advice.away)
+    def _given_up(self, failure: _TemporaryFailure, attempts: int, pause: float) -> DataError:
+        count = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        wait = f"; the server asks to wait {pause:,.0f} s" if pause > _LONGEST_WAIT else ""
+        return DataError(f"{self.shown}: {failure.reason} ({count}{wait})", hint=self._hints.unreachable)
 
-    async def _attempt(self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts) -> bytes:
+    async def _attempt(self, client: httpx2.AsyncClient, body: bytes, limit: int, observer: AttemptObserver) -> bytes:
         try:
-            response, content, is_whole = await self._exchange(client, body, limit, attempts)
+            response, content, is_whole = await self._exchange(client, body, limit, observer)
         except (httpx2.TimeoutException, TimeoutError):
-            raise _MayPass(f"no answer within {self._timeout:g} s") from None
+            raise _TemporaryFailure(f"no response within {self._timeout:g} s") from None
         except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
-            raise DataError(f"{self.shown} cannot be asked: {type(error).__name__}") from error
+            raise DataError(f"cannot send a request to {self.shown}: {type(error).__name__}") from error
         except httpx2.TransportError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise DataError(
                     f"{self.shown}: its certificate cannot be verified: {error}",
-                    hint="name the authority's certificate by the environment variable SSL_CERT_FILE",
+                    hint="set SSL_CERT_FILE to the certificate of your certificate authority",
                 ) from error
-            raise _MayPass(f"{type(error).__name__}: {network_error(error)}") from error
-        if response.status_code in _OF_GATEWAYS:
-            attempts.lost()
+            raise _TemporaryFailure(f"{type(error).__name__}: {network_error(error)}") from error
+        if response.status_code in _GATEWAY_ERRORS:
+            observer.outcome_unknown()
         self._check_status(response, content)
         if not is_whole:
-            raise UnusableError(f"{self.shown} answered with more than {limit:,} bytes")
+            raise UnusableError(f"{self.shown}: the response is larger than {limit:,} bytes")
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
-            raise UnusableError(f"{self.shown} answered in `{encoding}`, which it was not asked for")
+            raise UnusableError(f"{self.shown}: the response has the encoding `{encoding}`, which was not requested")
         return content
 
     async def _exchange(
-        self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts
+        self, client: httpx2.AsyncClient, body: bytes, limit: int, observer: AttemptObserver
     ) -> tuple[httpx2.Response, bytes, bool]:
-        """One request, and what came back, up to `limit` bytes, and whether that is all."""
+        """Send one request; return the response, its body up to `limit` bytes, and whether that is the whole body."""
         is_sent = False
 
         async def watch(event: str, info: dict[str, Any]) -> None:
             nonlocal is_sent
-            # A proxy's CONNECT has an empty body, and what it opens is no request yet.
+            # A proxy's CONNECT has an empty body and is not yet the request.
             is_post = getattr(info.get("request"), "method", None) == b"POST"
             is_sent = is_sent or (is_post and event.endswith("send_request_body.started"))
 
@@ -237,9 +238,9 @@ class JSONClient:
         try:
             async with asyncio.timeout(self._timeout), request as response:
                 return response, *await _read(response, limit)
-        except BaseException:  # being cancelled, too: the server may be at work on it
+        except BaseException:  # cancellation too: the server may be processing the request
             if is_sent:
-                attempts.lost()
+                observer.outcome_unknown()
             raise
 
     def _check_status(self, response: httpx2.Response, content: bytes) -> None:
@@ -248,35 +249,35 @@ class JSONClient:
             return
         try:
             phrase = f" {HTTPStatus(status).phrase.lower()}"
-        except ValueError:  # a number nobody has given a meaning
+        except ValueError:  # a status without a standard phrase
             phrase = ""
-        reason = f"answered {status}{phrase}: {excerpt(content)}"
+        reason = f"status {status}{phrase}: {excerpt(content)}"
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
-            raise _MayPass(reason, retry_after(response.headers.get("Retry-After")))
+            raise _TemporaryFailure(reason, retry_after(response.headers.get("Retry-After")))
         if 300 <= status < 400:
             where = response.headers.get("Location", "nowhere")
             raise DataError(
-                f"{self.shown} answered {status}{phrase}, a redirect to {where}, which is not followed",
-                hint="give the final address as `url`",
+                f"{self.shown}: status {status}{phrase}; the redirect to {where} is not followed",
+                hint="give the final URL as `url`",
             )
-        hint = self._advice.refused
-        if status in (401, 403):
-            hint = (
-                "name the environment variable with the token by `token_env`" if not self._token else "mend the token"
-            )
-        raise RefusedError(f"{self.shown} {reason}", status=status, hint=hint)
+        hint = self._hints.rejected
+        if status in (401, 403) and self._token:
+            hint = "check the token in the environment variable that `token_env` names"
+        elif status in (401, 403):
+            hint = "put the token into an environment variable and name it with `token_env`"
+        raise RefusedError(f"{self.shown}: {reason}", status=status, hint=hint)
 
     def clean(self, text: str) -> str:
-        """Without the token, should the server have sent it back, and without control characters."""
+        """Remove control characters and the token, which a server may send back."""
         return printable(self.without_token(text))
 
     def without_token(self, text: str) -> str:
-        """Without the token alone, for what goes into files."""
+        """Replace the token only, for text that goes into files."""
         return text.replace(self._token, "[token]") if self._token else text
 
 
 async def _read(response: httpx2.Response, limit: int) -> tuple[bytes, bool]:
-    """The body as it came, up to `limit` bytes, and whether that is all."""
+    """Read the raw body up to `limit` bytes; return it with whether it is complete."""
     parts, size = [], 0
     async for part in response.aiter_raw():
         parts.append(part)
@@ -287,6 +288,6 @@ async def _read(response: httpx2.Response, limit: int) -> tuple[bytes, bool]:
 
 
 def excerpt(content: bytes) -> str:
-    """The beginning of a body, for messages."""
+    """Return the beginning of a body, for messages."""
     text = " ".join(content[: 16 * _EXCERPT].decode("utf-8", errors="replace").split())
     return (text if len(text) <= _EXCERPT else text[:_EXCERPT] + "...") or "an empty body"

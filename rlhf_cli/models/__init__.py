@@ -1,6 +1,6 @@
-"""Models: loading and saving, adapters, reward models, and the roles they play in PPO."""
+"""Models: loading, saving, building, quantization, adapters and reward models."""
 
 import logging
 
-# bitsandbytes, which PEFT imports wherever it is installed, logs what kernels it would rather have, and every rounding.
+# PEFT imports bitsandbytes if it is installed, which then logs missing kernels and every cast of its inputs.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

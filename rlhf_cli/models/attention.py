@@ -1,4 +1,4 @@
-"""Which attention a loaded model computes with: transformers' own, or one of our backends once it has shown parity."""
+"""Set the attention of a loaded model: transformers' own, or one of our backends after a parity check."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rlhf_cli.progress import say
 
 
 def is_our_attention(name: str) -> bool:
-    """Whether a name is `auto`, one of our backends or a user's function, and not one that transformers knows."""
+    """Return whether a name is `auto`, one of our backends or a user's function, not a name of transformers."""
     return name in registry.names() or (":" in name and "/" not in name.partition(":")[0])
 
 
 def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
-    """Let a model compute its attention by one of our backends, once it has shown that nothing changes by that.
+    """Switch a model to one of our attention backends, if it computes the same outputs with it.
 
-    Under `auto` a model that cannot keeps transformers' own attention, and a line says so.
+    With `auto`, a model that fails the parity check keeps transformers' own attention, and a message says so.
 
     Args:
-        model: on its device.
+        model: a model on its device.
         attention: as in `ModelSource`.
         name: of the model, for messages.
 
     Raises:
-        ModelError: the model does not honor our attention, and it was asked for by name.
+        ModelError: the model fails the check, and the backend was selected by name.
     """
     implementation = hugging_face.implementation(attention)
     try:
@@ -35,14 +35,14 @@ def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
     except ModelError as error:
         if attention != registry.AUTO:
             raise
-        _tell_once(f"attention: transformers' own `{model.config._attn_implementation}`, since {error.message}")
+        _say_once(f"attention: transformers' own `{model.config._attn_implementation}`, because {error.message}")
         return
     model.set_attn_implementation(implementation)
     if attention == registry.AUTO:
         for backend, reason in registry.auto_choices.items():
-            _tell_once(f"attention: `{backend}`, {reason}")
+            _say_once(f"attention: `{backend}`, {reason}")
 
 
 @cache
-def _tell_once(line: str) -> None:
+def _say_once(line: str) -> None:
     say(line)

@@ -1,8 +1,8 @@
-"""What a causal backbone makes of a batch, whichever way the batch is laid out.
+"""Hidden states of a causal backbone, for grouped and for padded batches.
 
-Where attention is one of our own backends, batches are groups with shared prefixes (`attention.groups`): one row of
-tokens without padding. transformers' own attention knows no such layouts, an encoder's prompt would see the answers
-behind it, and an encoder-decoder has no prompt in front of its answers: those read rows padded on the right.
+A decoder with one of our attention backends reads groups with shared prefixes (`attention.groups`): one row of tokens
+without padding. All other models read rows padded on the right: transformers' own attention does not support groups, in
+an encoder the prompt would attend to the completions after it, and an encoder-decoder reads prompts separately.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from rlhf_cli.attention.layout import Layout
 
 
 def reads_groups(model: PreTrainedModel) -> bool:
-    """Whether a causal or encoder-decoder language model, or a causal backbone, takes groups with shared prefixes.
+    """Return whether a language model or a causal backbone reads groups with shared prefixes.
 
-    A model whose attention is our own was shown to keep a group's sequences apart when it was loaded.
+    The parity check at loading has shown that such a model keeps the sequences of a group apart.
     """
     return is_ours(model) and not model.config.is_encoder_decoder
 
@@ -25,18 +25,18 @@ def reads_groups(model: PreTrainedModel) -> bool:
 def last_hidden(
     backbone: PreTrainedModel, input_ids: Tensor, layout: Layout | None, *, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states of a causal backbone, its batch rows on end: (B * L, d).
+    """Compute the last hidden states of a causal backbone, batch rows concatenated: (B * L, d).
 
     Args:
-        backbone: without its vocabulary head.
+        backbone: a model without its vocabulary projection.
         input_ids: (B, L).
-        layout: of groups; None for rows padded on the right. Causal attention never looks ahead and positions count
-            from the left, so padding needs no mask; a mask of ones would join what `position_ids` keeps apart.
-        position_ids: (B, L), without a layout: they start again where the next sequence of a row does.
+        layout: of groups; None for rows padded on the right. Padding on the right needs no mask under causal attention,
+            and a mask of ones would join the sequences that `position_ids` separates.
+        position_ids: (B, L), only without a layout; they restart at 0 with every packed sequence of a row.
     """
     arguments = {}
     if layout is not None:
-        assert is_ours(backbone), "transformers' own attention would pass a layout over in silence"
+        assert is_ours(backbone), "transformers' own attention would silently ignore a layout"
         arguments = {"position_ids": layout.positions(input_ids.device), "attention_layout": layout}
     elif position_ids is not None:
         arguments = {"position_ids": position_ids}

@@ -1,4 +1,4 @@
-"""Loading policies and tokenizers: safetensors only, no code of strangers by default, quiet when all is well."""
+"""Load language models and tokenizers: safetensors only, no remote code by default, and no noise from libraries."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import rlhf_cli.transformer  # noqa: F401  (its models become loadable)
+import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
-from rlhf_cli.models.quantize import Quantize, as_ordinary, check_quantize, quantization
+from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from and how it is held.
+    """Where a model comes from, with device and precisions resolved for this machine.
 
     Attributes:
         path: folder or hub id.
         revision: commit, tag or branch on the hub.
         trust_remote_code: run Python code that comes with the model.
-        dtype: of frozen weights; trained weights are float32 whatever this says.
+        dtype: of frozen weights; trained weights are always float32.
         precision: of matrix products (autocast).
-        attention: one of our backends, `auto` for the best of them that serves, `package.module:function` for your own,
-            or a name that transformers knows, such as `sdpa` and `eager`.
-        device: where it lives.
-        quantize: bits of the frozen weights under an adapter; see `models.quantize`.
+        attention: one of our backends, `auto` for the fastest suitable one, `package.module:function` for your own, or
+            a name of transformers, such as `sdpa` or `eager`.
+        device: device of the weights.
+        quantize: quantization of frozen weights under an adapter; see `models.quantize`.
     """
 
     path: str
@@ -57,45 +57,48 @@ class ModelSource:
     quantize: Quantize = "none"
 
     def at(self, path: str) -> ModelSource:
-        """The same way of holding a model, from another place; a revision belongs to its own place alone."""
+        """Return this source with another path; revision and remote code apply to the original path only."""
         if path == self.path:
             return self
         return replace(self, path=path, revision=None, trust_remote_code=False)
 
     def in_full(self) -> ModelSource:
-        """The same model with all its weights in float32, as they are trained and as they are merged."""
+        """Return this source with all weights in float32 and not quantized, as needed for training and merging."""
         return replace(self, dtype=torch.float32, quantize="none")
 
     def hub_arguments(self) -> dict[str, object]:
-        """Arguments that every `from_pretrained` takes."""
+        """Return the arguments common to every `from_pretrained`."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Each of several processes has the GPU of its number there.
+    """Resolve `auto` (CUDA if available, else the CPU), `cpu` or `cuda`. Each process of a group gets its own GPU.
 
-    MPS has no float64, which sampling draws in, so it is not chosen.
+    `auto` never selects MPS: sampling uses float64, which MPS does not support.
+
+    Raises:
+        ModelError: the name is unknown, or the GPU is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise ModelError(
-            f"`model.device: {name}` is none of auto, cpu and cuda",
-            hint="choose one of several GPUs by the environment: CUDA_VISIBLE_DEVICES=1 rlhf ...",
+            f"`model.device` must be auto, cpu or cuda, got `{name}`",
+            hint="to choose one of several GPUs, set CUDA_VISIBLE_DEVICES=1",
         )
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ModelError("`model.device: cuda`: torch finds no CUDA device here", hint="use `auto` or `cpu`")
+        raise ModelError("`model.device: cuda`: torch finds no CUDA device", hint="use `auto` or `cpu`")
     return torch.device("cuda") if world_size() == 1 else _own_gpu()
 
 
 def _own_gpu() -> torch.device:
-    """The GPU of one of several processes; they do not share any, which NCCL refuses."""
+    """Return this process's GPU. NCCL does not allow two processes on one GPU."""
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         raise ModelError(
-            f"process {number + 1} of this machine finds {count:,} GPUs: each process has one of its own",
+            f"process {number + 1} on this machine finds {count:,} GPUs, but each process needs one of its own",
             hint=f"use `--processes {count}`, or `--set model.device=cpu`",
         )
     torch.cuda.set_device(number)
@@ -103,7 +106,7 @@ def _own_gpu() -> torch.device:
 
 
 def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies it natively (CUDA since Ampere, AVX512-BF16), else float32."""
+    """Resolve a precision; `auto` is bfloat16 on hardware that supports it (Ampere, AVX512-BF16), else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
@@ -119,21 +122,25 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep the notes libraries print about their own affairs from people who did nothing wrong; errors still show."""
+    """Silence the warnings and progress bars of transformers and tokenizers; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's configuration; raises `ModelError` where there is none."""
+    """Load the configuration of a model.
+
+    Raises:
+        ModelError: there is none, or the folder holds a PEFT adapter.
+    """
     folder = Path(source.path)
     if (folder / "adapter_config.json").is_file():
-        raise _adapted(source.path)
+        raise _is_adapter_error(source.path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
-            f"{source.path} is no model folder: it has no config.json",
-            hint="give the folder that `save_pretrained` wrote, or a hub id",
+            f"{source.path} is not a model folder: it has no config.json",
+            hint="give a folder that `save_pretrained` wrote, or a hub id",
         )
     try:
         return AutoConfig.from_pretrained(source.path, **source.hub_arguments())
@@ -144,16 +151,20 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         ) from error
 
 
-def _adapted(path: str) -> ModelError:
+def _is_adapter_error(path: str) -> ModelError:
     """Transformers would load base and adapter; with adapters off the reference would be the base (trap 15)."""
     return ModelError(
-        f"`{path}` is an adapter of PEFT's, not a whole model",
+        f"`{path}` is a PEFT adapter, not a whole model",
         hint="merge it first: `AutoPeftModelForCausalLM.from_pretrained(IT).merge_and_unload().save_pretrained(NEW)`",
     )
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model. Padding is never read from its ids: lengths say what is real."""
+    """Load the tokenizer of a model. Padding is always known by length, never by the padding id.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.hub_arguments())
     except (OSError, ValueError, KeyError) as error:
@@ -163,25 +174,28 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A language model, decoder-only or encoder-decoder, in evaluation mode on its device.
+    """Load a language model, decoder-only or encoder-decoder, in evaluation mode on its device.
 
     Args:
-        source: where and how.
+        source: where the model comes from.
         dtype: precision of the weights, which are then not quantized; None is that of `source`.
+
+    Raises:
+        ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
     if config.is_encoder_decoder:
         kind = AutoModelForSeq2SeqLM
     else:
         kind = AutoModelForCausalLM
-        # Transformers makes a "language model" of a BERT too, which sees the words it is to predict.
+        # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
         reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
             config, "is_decoder", False
         )
         if type(config) not in kind._model_mapping or reads_both_ways:
             raise ModelError(
-                f"`{source.path}` is a {config.model_type} model, which writes no text",
-                hint="a policy is a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
+                f"`{source.path}` is a {config.model_type} model, which cannot generate text",
+                hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
             )
     return load_weights(kind, source, config, dtype=dtype, complete=True)
 
@@ -194,19 +208,29 @@ def load_weights(
     dtype: torch.dtype | None = None,
     complete: bool = False,
 ) -> PreTrainedModel:
-    """`kind.from_pretrained` with our defaults: safetensors only, dropout off, clear errors.
+    """Call `kind.from_pretrained` with safetensors only, dropout off and clear errors.
 
-    `complete` refuses a folder that lacks weights, which transformers would draw at random. `dtype` is as in
-    `load_policy`.
+    Args:
+        kind: an Auto class or a model class.
+        source: where the model comes from.
+        config: its configuration, whose dropout rates are set to 0.
+        dtype: see `load_policy`.
+        complete: raise for missing weights, which transformers would draw at random.
+
+    Raises:
+        ModelError: the weights cannot be loaded, are incomplete or belong to an adapter.
     """
     quiet_libraries()
     disable_dropout(config)
     is_quantized = dtype is None and source.quantize != "none"
-    held: dict[str, Any] = {}
+    placement: dict[str, Any] = {}
     if is_quantized:
         check_quantize(source.quantize, source.device)
-        # Quantized weights are made where they live; 8-bit ones cannot move.
-        held = {"quantization_config": quantization(source.quantize, source.precision), "device_map": source.device}
+        # Quantized weights are created on their device, because 8-bit weights cannot be moved.
+        placement = {
+            "quantization_config": quantization(source.quantize, source.precision),
+            "device_map": source.device,
+        }
     try:
         model, report = kind.from_pretrained(
             source.path,
@@ -214,36 +238,37 @@ def load_weights(
             config=config,
             dtype=dtype or source.dtype,
             use_safetensors=True,
-            **held,
+            **placement,
             **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
             **source.hub_arguments(),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise _adapted(source.path)
+        raise _is_adapter_error(source.path)
     if complete and (missing := sorted(report["missing_keys"])):
         raise ModelError(
-            f"`{source.path}` lacks {len(missing):,} weights of a {config.model_type} model, such as `{missing[0]}`",
-            hint="give the folder of a whole language model",
+            f"`{source.path}`: {len(missing):,} weights of a {config.model_type} model are missing, such as "
+            f"`{missing[0]}`",
+            hint="give the folder of a complete language model",
         )
-    model = as_ordinary(model).eval() if is_quantized else model.to(source.device).eval()
+    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
 
 
 def load_any(path: str, device: torch.device) -> PreTrainedModel:
-    """A model of any kind in float32, its backbone alone, with transformers' own attention: for looking at it."""
+    """Load the backbone of any model in float32 with transformers' own attention, for inspection."""
     source = ModelSource(path, attention="eager", device=device)
     return load_weights(AutoModel, source, load_config(source))
 
 
 def disable_dropout(config: PretrainedConfig) -> None:
-    """Set every rate of dropout in a configuration to 0, of layers and of a router's jitter too, nested ones as well.
+    """Set all dropout rates and router jitter in a configuration to 0, in nested configurations too.
 
-    Some architectures read the rate from the configuration in `forward`, where `eval()` does not reach it; with dropout
-    in one of two passes the ratio of an update that changed nothing is not 1 (trap 4 of docs/ppo.md).
+    Some architectures read the rate in `forward`, so `eval()` does not disable it. With dropout in either pass, the
+    probability ratio of an unchanged policy is not 1 (trap 4 of docs/ppo.md).
     """
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
@@ -253,19 +278,19 @@ def disable_dropout(config: PretrainedConfig) -> None:
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep no activations inside the layers; the backward pass computes them again.
+    """Recompute the activations of layers in the backward pass in place of storing them.
 
-    Transformers recomputes in training mode only, so the model is put into it; with every dropout rate at 0 nothing
-    else changes.
+    Transformers recomputes in training mode only, so this sets training mode. With all dropout rates at 0, nothing else
+    changes.
     """
-    # Renamed in transformers 5.23; the old name goes with version 6.
+    # Renamed in transformers 5.23; version 6 removes the old name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.train()
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens that the model's positions allow (T5 has no limit of its own)."""
+    """Return the longest sequence in tokens that the model's positions allow; 10**9 if unlimited, as in T5."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(value := getattr(config, name, None), int):
             return value

@@ -1,8 +1,8 @@
 """Low-rank adapters on the backbone of a model (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A.
 
-Adapters are injected into the *backbone* (what lies under the vocabulary projection or the scoring head), so the same
-adapter fits a causal language model, a bare decoder and a sequence classifier of one architecture: its keys are
-relative to the backbone, `layers.0.self_attn.q_proj.lora_A.weight`.
+Adapters are injected into the *backbone*, the model without its vocabulary projection or reward head. So one adapter
+fits a causal language model, a bare decoder and a sequence classifier of the same architecture. Its keys are relative
+to the backbone: `layers.0.self_attn.q_proj.lora_A.weight`.
 """
 
 from __future__ import annotations
@@ -23,75 +23,65 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.quantize import quantized
+from rlhf_cli.settings.shared import LoraSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Linear layers of a backbone that belong to a task's head: adapting them is not adapting the backbone.
+# Names of linear layers that belong to a head even where a model nests them in its backbone; they get no adapter.
 _HEADS = ("lm_head", "score", "classifier", "classification_head", "pooler", "qa_outputs")
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part under the head: `LlamaModel` of a `LlamaForCausalLM`; T5, which nests its head, stands for itself."""
+    """Return the model under the head: `LlamaModel` of a `LlamaForCausalLM`, or T5 itself, which nests its head."""
     return model.base_model if isinstance(model, PreTrainedModel) else model
 
 
-def add_lora(
-    model: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: str | list[str] = "all-linear",
-    name: str = "default",
-) -> list[nn.Parameter]:
-    """Put a new adapter on the backbone's linear layers, in place; it changes nothing until it is trained (B = 0).
+def add_lora(model: nn.Module, lora: LoraSettings, *, name: str = "default") -> list[nn.Parameter]:
+    """Add a new adapter to the backbone's linear layers, in place; with B = 0 it changes no output until it is trained.
 
-    The base weights are frozen, the adapter's are float32 and trainable, and the new adapter is the active one.
-    Adapters that were there before keep their weights and whether they train. A is drawn from torch's generator:
-    processes that are to draw the same seed it first (`models.seeding`).
+    The base weights are frozen. The adapter is float32, trainable and active. Adapters that the model carries already
+    keep their weights and stay trainable or frozen. A is drawn from torch's global generator: for the same weights in
+    every process, use `models.seeding.seeded`.
 
     Args:
         model: a language model, a classifier or a bare backbone.
-        rank: of the update.
-        alpha: the update is scaled by alpha / rank.
-        dropout: on the adapter's input, in training mode only.
-        target_modules: `all-linear`, or names of modules ("q_proj"; a dotted tail is fine).
+        lora: rank, alpha, dropout and target modules.
         name: of the adapter, for several on one backbone.
 
     Returns:
         The adapter's parameters.
 
     Raises:
-        ModelError: no layer has such a name.
+        ModelError: `lora.target_modules` names a layer that the model does not have.
     """
     base = backbone(model)
-    targets = _target_layers(base, target_modules, head=_output_layer(model))
+    targets = _target_layers(base, lora.target_modules, head=_output_layer(model))
     others = {parameter: parameter.requires_grad for parameter in _adapter_parameters(model)}
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  (annotated int, used as a factor)
-        lora_dropout=dropout,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  (annotated int, used as a factor)
+        lora_dropout=lora.dropout,
         target_modules=sorted(targets),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
         bias="none",
     )
-    with warnings.catch_warnings(), _quantization_told(base):
-        # PEFT notes that a second adapter makes several; that is what a second call is for.
+    with warnings.catch_warnings(), _quantization_flags(base):
+        # PEFT warns when a second adapter is added, which is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, base, adapter_name=name)
-    ours = [parameter for _, layer in adapter_layers(model, name) for parameter in _factors(layer, name).values()]
+    added = [parameter for _, layer in adapter_layers(model, name) for parameter in _factors(layer, name).values()]
     for parameter in model.parameters():
         parameter.requires_grad_(others.get(parameter, False))
-    for parameter in ours:
+    for parameter in added:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    return ours
+    return added
 
 
 @contextmanager
-def _quantization_told(base: nn.Module) -> Iterator[None]:
-    """PEFT asks the module it adapts, here the backbone, whether its layers are quantized."""
+def _quantization_flags(base: nn.Module) -> Iterator[None]:
+    """Set the flags by which PEFT sees whether the module it adapts, here the backbone, is quantized."""
     flags = {
         name: quantized(base) == bits for name, bits in (("is_loaded_in_4bit", "4bit"), ("is_loaded_in_8bit", "8bit"))
     }
@@ -109,19 +99,19 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
-def _target_layers(base: nn.Module, wanted: str | list[str], *, head: nn.Module | None) -> dict[str, nn.Module]:
+def _target_layers(base: nn.Module, names: str | list[str], *, head: nn.Module | None) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for key, module in base.named_modules():
         if inside and key.startswith(inside):
             continue
-        if isinstance(module, LoraLayer):  # adapted before: the layer is one layer, its factors are none
+        if isinstance(module, LoraLayer):  # adapted already: count the layer, not the factors inside it
             inside = (*inside, key + ".")
             module = module.get_base_layer()
         is_head = module is head or any(part in _HEADS for part in key.split("."))
         if isinstance(module, nn.Linear | Conv1D) and not is_head:
             layers[key] = module
-    names = [wanted] if isinstance(wanted, str) else wanted
+    names = [names] if isinstance(names, str) else names
     if names == ["all-linear"]:
         return layers
     chosen = {key: layer for key, layer in layers.items() for name in names if f".{key}".endswith(f".{name}")}
@@ -129,14 +119,14 @@ def _target_layers(base: nn.Module, wanted: str | list[str], *, head: nn.Module 
     if missing:
         known = ", ".join(sorted({key.rsplit(".", 1)[-1] for key in layers}))
         raise ModelError(
-            f"`lora.target_modules` names `{missing[0]}`, and {type(base).__name__} has no such linear layer",
-            hint=f"its layers are: {known}",
+            f"`lora.target_modules`: {type(base).__name__} has no linear layer `{missing[0]}`",
+            hint=f"its linear layers are: {known}",
         )
     return chosen
 
 
 def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those of all adapters on the backbone."""
+    """Return the parameters of all adapters on the backbone."""
     return [
         weight
         for _, layer in adapter_layers(model)
@@ -146,12 +136,12 @@ def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _factors(layer: LoraLayer, name: str) -> dict[str, nn.Parameter]:
-    """A (rank, in) and B (out, rank) of one layer."""
+    """Return A (rank, in) and B (out, rank) of one layer."""
     return {"lora_A.weight": layer.lora_A[name].weight, "lora_B.weight": layer.lora_B[name].weight}  # type: ignore[dict-item]
 
 
 def adapter_layers(model: nn.Module, name: str | None = None) -> list[tuple[str, LoraLayer]]:
-    """The adapted layers with their keys relative to the backbone; with `name`, those that carry that adapter."""
+    """Return adapted layers with their keys relative to the backbone; with `name`, only those with that adapter."""
     return [
         (key, module)
         for key, module in backbone(model).named_modules()
@@ -160,7 +150,7 @@ def adapter_layers(model: nn.Module, name: str | None = None) -> list[tuple[str,
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The adapter's weights by keys relative to the backbone; the tensors are the model's own, not copies."""
+    """Return the adapter's weights by keys relative to the backbone. The tensors are the model's own, not copies."""
     return {
         f"{key}.{factor}": weight.detach()
         for key, layer in adapter_layers(model, name)
@@ -169,15 +159,22 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
-    """Copy weights into an adapter that is there already. Raises `ModelError` where layers or shapes differ."""
+    """Copy weights into an adapter that the model carries.
+
+    Raises:
+        ModelError: layers or shapes differ.
+    """
     own = adapter_state(model, name)
-    if odd := sorted(own.keys() ^ state.keys()):
-        side = "lacks" if odd[0] in own else "has"
-        raise ModelError(f"the adapter does not fit the model: it {side} `{odd[0]}` ({len(odd)} such weights)")
+    if differing := sorted(own.keys() ^ state.keys()):
+        problem = "is missing" if differing[0] in own else "is not in the model"
+        raise ModelError(
+            f"the adapter does not fit the model: `{differing[0]}` {problem} ({len(differing)} such weights)"
+        )
     for key, weight in own.items():
         if weight.shape != state[key].shape:
             raise ModelError(
-                f"the adapter does not fit the model: `{key}` is {tuple(state[key].shape)}, not {tuple(weight.shape)}"
+                f"the adapter does not fit the model: `{key}` must have shape {tuple(weight.shape)}, "
+                f"got {tuple(state[key].shape)}"
             )
     with torch.no_grad():
         for key, weight in own.items():
@@ -185,13 +182,13 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str = "
 
 
 def save_adapter(model: nn.Module, folder: Path, name: str = "default", *, base: str | None = None) -> None:
-    """Write an adapter as PEFT reads it: `PeftModel.from_pretrained(model_of_the_same_class, folder)`.
+    """Write an adapter in PEFT's format, for `PeftModel.from_pretrained(model_of_the_same_class, folder)`.
 
     Args:
-        model: carries the adapter.
-        folder: is made if need be.
+        model: a model that carries the adapter.
+        folder: created if it does not exist.
         name: of the adapter.
-        base: what it belongs to, noted in its configuration.
+        base: path or hub id of the base model, recorded in the adapter's configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: LoraConfig = backbone(model).peft_config[name]  # type: ignore[index,assignment]
@@ -213,15 +210,15 @@ def _backbone_prefix(model: nn.Module) -> str:
 
 
 def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> list[nn.Parameter]:
-    """Put a saved adapter on a model's backbone, whatever head the model it was trained under had.
+    """Load a saved adapter onto a model's backbone, whichever head the model had in training.
 
-    Its dropout stays behind: it belonged to that training, and PPO's passes must agree with one another.
+    Dropout is not restored: it applied to that training only, and PPO's forward passes must agree with one another.
 
     Returns:
         The adapter's parameters, trainable.
 
     Raises:
-        ModelError: no adapter in `folder`, or it fits another architecture.
+        ModelError: `folder` holds no adapter, or one for another architecture.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -230,42 +227,47 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> list[
         raise ModelError(f"cannot load an adapter from {folder}: {error}") from error
     base_keys = {key.removesuffix(".base_layer") for key, _ in backbone(model).named_modules()}
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
-    parameters = add_lora(
-        model,
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        target_modules=sorted({key.rsplit(".", 2)[0] for key in state}),
-        name=name,
-    )
+    layers = sorted({key.rsplit(".", 2)[0] for key in state})
+    try:
+        lora = LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=layers)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
+    parameters = add_lora(model, lora, name=name)
     load_adapter_state(model, state, name)
     return parameters
 
 
 def _relative_key(key: str, base_keys: set[str], folder: Path) -> str:
-    """Drop what stands before the backbone: `base_model.model.model.layers.0...` -> `layers.0...`."""
+    """Make a key relative to the backbone: `base_model.model.model.layers.0...` -> `layers.0...`."""
     parts = key.split(".")
     for start in range(len(parts) - 2):
         if ".".join(parts[start:-2]) in base_keys:
             return ".".join(parts[start:])
-    raise ModelError(f"the adapter in {folder} does not fit the model: it has no layer for `{key}`")
+    raise ModelError(f"the adapter in {folder} does not fit the model: the model has no layer for `{key}`")
 
 
 def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | None = None) -> None:
-    """Add an adapter into the weights it adapts and take all adapters off, in place.
+    """Merge an adapter into the weights it adapts and remove all adapters, in place.
 
-    The sum W + (alpha / rank) B A is taken in float32 and rounded once, at the end, to `dtype`.
+    The sum W + (alpha / rank) B A is computed in float32 and rounded once, at the end, to `dtype`.
 
     Args:
-        model: carries the adapter.
-        name: of the adapter to merge; others on the backbone are dropped.
-        dtype: of the whole model afterwards; None leaves the adapted layers in float32, the others as they are.
+        model: a model that carries the adapter.
+        name: of the adapter to merge; other adapters are dropped.
+        dtype: of the whole model afterwards; None leaves adapted layers in float32 and other layers unchanged.
+
+    Raises:
+        ModelError: the model does not carry the adapter, or its weights are quantized.
     """
     base = backbone(model)
     layers = adapter_layers(model)
     if not any(name in layer.lora_A for _, layer in layers):
-        raise ModelError(f"the model carries no adapter `{name}` to merge")
+        raise ModelError(f"cannot merge: the model has no adapter `{name}`")
     if quantized(model) != "none":
-        raise ModelError("an adapter is not merged into quantized weights, which are rounded: see `models.merging`")
+        raise ModelError(
+            "cannot merge into quantized weights, which are rounded",
+            hint="merge into the weights on disk with `rlhf_cli.models.merging.merged_policy`",
+        )
     with torch.no_grad():
         for key, layer in layers:
             plain = layer.get_base_layer()
@@ -280,7 +282,7 @@ def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | 
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating-point parameters in place; tied weights stay tied, buffers (rotary frequencies) are left."""
+    """Cast floating-point parameters in place. Tied weights stay tied; buffers (rotary frequencies) are not cast."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

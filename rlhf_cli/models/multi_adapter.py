@@ -1,4 +1,4 @@
-"""One frozen language model under several adapters, of which one plays at a time, or none: the model as it was."""
+"""One frozen language model that carries several LoRA adapters, at most one of them active at a time."""
 
 from __future__ import annotations
 
@@ -12,73 +12,76 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.lora import adapter_layers, adapter_state, add_lora, load_adapter, load_adapter_state
+from rlhf_cli.settings.shared import LoraSettings
 
 
-class SharedModel:
-    """A language model whose weights are frozen, and its adapters.
+class MultiAdapterModel:
+    """A language model with frozen weights and named adapters.
+
+    With no adapter active it computes exactly what the model computed before (trap 15 of docs/ppo.md).
 
     Args:
-        model: without adapters: with "all adapters off" it would not be what it is now (trap 15 of docs/ppo.md).
+        model: a language model without adapters.
 
     Raises:
-        ModelError: it carries adapters.
+        ModelError: the model carries adapters already.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         if adapter_layers(model):
             raise ModelError(
-                "the policy's model carries an adapter already: without it, it would not be the reference it is to be",
+                "the policy's model already carries an adapter, so disabling adapters would not restore the reference",
                 hint="merge the adapter into the model first (`rlhf_cli.models.lora.merge_lora`)",
             )
         self.model = model.requires_grad_(False)
         self._layers: list[LoraLayer] = []
-        self._trains: dict[str, bool] = {}
-        self._playing: str | None = None
+        self._is_trained: dict[str, bool] = {}
+        self._active: str | None = None
 
-    def add(self, name: str, *, rank: int, alpha: float, target_modules: str | list[str]) -> None:
-        """A new adapter, which trains."""
-        add_lora(self.model, rank=rank, alpha=alpha, target_modules=target_modules, name=name)
-        self._added(name, trains=True)
+    def add(self, name: str, lora: LoraSettings) -> None:
+        """Add a new, trainable adapter; all adapters are inactive afterwards."""
+        add_lora(self.model, lora, name=name)
+        self._register(name, is_trained=True)
 
-    def load(self, name: str, folder: Path, *, trains: bool) -> None:
-        """A saved adapter."""
+    def load(self, name: str, folder: Path, *, is_trained: bool) -> None:
+        """Load an adapter from a folder; all adapters are inactive afterwards."""
         load_adapter(self.model, folder, name=name)
-        self._added(name, trains=trains)
+        self._register(name, is_trained=is_trained)
 
-    def _added(self, name: str, *, trains: bool) -> None:
+    def _register(self, name: str, *, is_trained: bool) -> None:
         self._layers = [layer for _, layer in adapter_layers(self.model)]
-        self._trains[name] = trains
-        self.play(None)
+        self._is_trained[name] = is_trained
+        self.activate(None)
 
-    def play(self, name: str | None) -> None:
-        """Let one adapter be the active one from now on; None is the model without adapters."""
+    def activate(self, name: str | None) -> None:
+        """Make one adapter the active one; None disables all adapters."""
         for layer in self._layers:
             layer.enable_adapters(name is not None)
             if name is not None:
                 layer.set_adapter([name])
-        # PEFT ties "active" to "trainable"; here what trains never changes, whoever is active.
-        for other, trains in self._trains.items():
+        # PEFT makes the active adapter the trainable one. Here what trains does not depend on what is active.
+        for other, is_trained in self._is_trained.items():
             for parameter in self.parameters(other):
-                parameter.requires_grad_(trains)
-        self._playing = name
+                parameter.requires_grad_(is_trained)
+        self._active = name
 
     @contextmanager
-    def playing(self, name: str | None) -> Iterator[PreTrainedModel]:
-        """The model with one adapter, or none, while the context lasts."""
-        before = self._playing
-        self.play(name)
+    def use_adapter(self, name: str | None) -> Iterator[PreTrainedModel]:
+        """Activate one adapter (None: no adapter) inside the context, and the previous one again afterwards."""
+        before = self._active
+        self.activate(name)
         try:
             yield self.model
         finally:
-            self.play(before)
+            self.activate(before)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """A and B of an adapter, in the order of the layers."""
+        """Return A and B of an adapter, in the order of the layers."""
         factors = [factor for layer in self._layers for factor in (layer.lora_A, layer.lora_B) if name in factor]
         return [parameter for factor in factors for parameter in factor[name].parameters()]
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """Weights of an adapter; see `adapter_state`."""
+        """Return the weights of an adapter; see `adapter_state`."""
         return adapter_state(self.model, name)
 
     def load_state(self, name: str, state: dict[str, Tensor]) -> None:

@@ -1,8 +1,7 @@
-"""Frozen weights in 4 or 8 bits under LoRA adapters (QLoRA; Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes.
+"""Quantize frozen weights under LoRA adapters to 4 or 8 bits (QLoRA; Dettmers et al. 2023, arXiv:2305.14314).
 
-What is quantized is the linear layers of the backbone. Embeddings, norms, heads and adapters keep their precision. A
-quantized model trains and samples; what a stage writes is merged into the weights as they are on disk, never into the
-rounded ones.
+bitsandbytes quantizes the linear layers of the backbone. Embeddings, norms, heads and adapters keep their precision. A
+quantized model can train and sample. A stage merges the adapter into the weights on disk, never into quantized ones.
 """
 
 from __future__ import annotations
@@ -24,23 +23,27 @@ _WEIGHTS = {"Params4bit": "4bit", "Int8Params": "8bit"}
 
 
 def check_quantize(how: Quantize, device: torch.device) -> None:
-    """Raise `ModelError` unless bitsandbytes is here and quantizes on `device`."""
+    """Check that bitsandbytes can quantize on a device.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or a small product with quantized weights fails.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"`model.quantize: {how}` needs bitsandbytes, which is not installed",
-            hint="pip install 'rlhf-cli[quantized]', or leave `model.quantize` out",
+            hint="run `pip install 'rlhf-cli[quantized]'`, or use `--set model.quantize=none`",
         )
     if (reason := _failure(how, device.type)) is not None:
         raise ModelError(
-            f"bitsandbytes does not quantize to {how} on `{device.type}` here: {reason}",
-            hint="leave `model.quantize` out, or choose another `model.device`",
+            f"`model.quantize: {how}`: bitsandbytes fails on `{device.type}`: {reason}",
+            hint="use `--set model.quantize=none`, or another `model.device`",
         )
 
 
 @cache
 def _failure(how: Quantize, device: str) -> str | None:
-    """Why a small product with quantized weights fails on a device; None where it works."""
-    # It warns that inputs are rounded, once a product; that is what was asked for.
+    """Return why a small product with quantized weights fails on a device; None if it works."""
+    # bitsandbytes warns at every product that it casts the inputs, which is intended.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
@@ -50,13 +53,13 @@ def _failure(how: Quantize, device: str) -> str | None:
         else:
             layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
         product = layer.to(device)(torch.ones(2, 64, device=device))
-    except Exception as error:  # whatever a compiled library and its search for itself may raise
+    except Exception as error:  # a compiled library can raise anything
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     return None if torch.isfinite(product).all() else "products are not finite"
 
 
 def quantization(how: Quantize, precision: torch.dtype) -> BitsAndBytesConfig:
-    """What transformers is told: NF4 with quantized constants and products in `precision`, or LLM.int8()."""
+    """Return the configuration for transformers: LLM.int8(), or NF4 with double quantization and `precision`."""
     if how == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -67,20 +70,20 @@ def quantization(how: Quantize, precision: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def as_ordinary(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model that was loaded quantized one that trains as any other; its weights stay as they are."""
-    # Trainers read these to refuse adapters outside PEFT's own wrapper, and to round trained weights to bfloat16.
+def make_trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a quantized model train adapters like any other model; its weights do not change."""
+    # Libraries read these flags to refuse adapters outside PEFT's own wrapper and to cast trained weights to bfloat16.
     for flag in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         setattr(model, flag, False)
-    # bitsandbytes packs 4-bit weights for AVX512-BF16 when a layer is used in evaluation mode, where ours are kept, and
-    # the product with packed weights has no gradient: layers below would learn nothing, silently.
+    # On AVX512-BF16, bitsandbytes packs the 4-bit weights of layers in evaluation mode, as ours are. A product with
+    # packed weights has no gradient, so the layers below would silently learn nothing.
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  (an attribute of its own kind alone)
+            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  (only bitsandbytes layers have it)
     return model
 
 
 def quantized(model: nn.Module) -> Quantize:
-    """How the weights of a model, or of a layer, are held."""
+    """Return how the weights of a model or layer are quantized."""
     kinds = {_WEIGHTS.get(type(parameter).__name__) for parameter in model.parameters()}
     return "4bit" if "4bit" in kinds else "8bit" if "8bit" in kinds else "none"

@@ -1,4 +1,4 @@
-"""Writing ordinary model folders: safetensors and tokenizer, nothing pickled, no weight that is not finite."""
+"""Write ordinary model folders: safetensors and tokenizer, nothing pickled, and finite weights only."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from rlhf_cli.models.lora import adapter_layers, cast_weights
 def save_model_folder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
 ) -> None:
-    """Write a folder that `from_pretrained` reads, weights in `dtype`. The model itself is cast, in place.
+    """Write a folder that `from_pretrained` reads, with weights in `dtype`. The model is cast in place.
 
     Raises:
-        DivergedError: a weight is NaN or infinite, in `dtype`; nothing is written.
+        DivergedError: a weight is NaN or infinite in `dtype`; nothing is written.
         DiskError: the disk is full or cannot be written.
-        ModelError: adapters are still on the model; `merge_lora` comes first.
+        ModelError: the model still carries adapters.
     """
     if adapter_layers(model):
-        raise ModelError("a model with adapters is no ordinary model folder: merge them first")
+        raise ModelError("cannot save a model that carries adapters", hint="merge them first with `merge_lora`")
     quiet_libraries()
     cast_weights(model, dtype)
     require_finite(model.state_dict(), what=f"the model for {folder}")
     if model.can_generate():
-        model.generation_config = _sane_generation_config(model, tokenizer)
+        model.generation_config = _valid_generation_config(model, tokenizer)
     with writing("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
@@ -42,7 +42,7 @@ def save_model_folder(
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing into a `DiskError` that names the folder; safetensors has an error of its own."""
+    """Turn write errors, of safetensors too, into a `DiskError` that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -50,20 +50,24 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
 
 def require_finite(weights: dict[str, Tensor] | nn.Module, *, what: str) -> None:
-    """Raise `DivergedError` naming the first weight that is NaN or infinite."""
+    """Check that all weights are finite.
+
+    Raises:
+        DivergedError: names the first weight that is NaN or infinite.
+    """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            odd = int((~torch.isfinite(tensor)).sum())
+            bad = int((~torch.isfinite(tensor)).sum())
             raise DivergedError(
-                f"{what} is not saved: {odd:,} of the {tensor.numel():,} values of `{name}` are not finite"
+                f"{what} is not saved: {bad:,} of the {tensor.numel():,} values of `{name}` are not finite"
                 f" in {str(tensor.dtype).removeprefix('torch.')}",
                 hint="lower the learning rate, or hold the weights in float32 (`--set model.dtype=float32`)",
             )
 
 
-def _sane_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's own, with the end-of-text token that answers were trained to end with, and with a pad token."""
+def _valid_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the model's generation config with the tokenizer's end token, which ends completions, and a pad token."""
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
     own = config.eos_token_id
     ends = [own] if isinstance(own, int) else list(own or [])
@@ -73,8 +77,8 @@ def _sane_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     if config.pad_token_id is None:
         config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # A temperature beside `do_sample: false` makes transformers refuse to write the file.
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    if any(getattr(config, key, None) not in (None, plain) for key, plain in sampling.items()):
+    # Transformers does not write a config that has a temperature together with `do_sample: false`.
+    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    if any(getattr(config, key, None) not in (None, default) for key, default in defaults.items()):
         config.do_sample = True
     return config

@@ -1,4 +1,4 @@
-"""New weights from a seed of their own, whatever was drawn before, so that every process draws the same."""
+"""Draw new weights from a seed of their own, so that every process draws the same ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from a generator seeded with `seed` while the context lasts; torch's own goes on afterwards as it was."""
+    """Seed torch's generators of the CPU and of `device` inside the context, and restore their states afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

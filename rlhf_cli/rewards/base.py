@@ -1,7 +1,6 @@
-"""What a reward is: text in, numbers out, whoever computes them.
+"""The interface of rewards: prompts and completions in, one number per completion out.
 
-Rewards are given prompts and answers as text, never as ids, so each may have a tokenizer of its own (trap 11 of
-docs/ppo.md) or none.
+Rewards receive text, never token ids, so each may use its own tokenizer (trap 11 of docs/ppo.md) or none.
 """
 
 from __future__ import annotations
@@ -14,34 +13,34 @@ from rlhf_cli.data.records import Prompt
 
 
 class Reward(Protocol):
-    """Scores answers. A number that is not finite is handed on: the caller decides what becomes of it."""
+    """Scores completions. It may return numbers that are not finite: the caller decides how to handle them."""
 
     @property
     def name(self) -> str:
-        """Short, for messages and metrics."""
+        """Short name for messages and metrics."""
         ...
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """One float for each answer, higher is better; NaN where there is no telling.
+        """Return one float per completion, higher is better; NaN if the reward is unknown.
 
         Args:
-            prompts: N, as text or conversations, one for each answer.
-            completions: N answers, as text.
+            prompts: N prompts, text or conversations.
+            completions: N completions as text, one per prompt.
 
         Raises:
-            DataError: no usable answer; says whose, and names the sample where one is to blame.
+            DataError: the scores are unusable; names the reward and, if possible, the sample at fault.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What several rewards say of N answers.
+    """Scores of N completions by several rewards.
 
     Attributes:
-        total: (N,) combined; finite in float32, or NaN.
-        parts: name of a reward -> (N,) what it gave, before its weight.
-        faults: for each reward that gave what is not finite in float32: which, how often, and for which sample first.
+        total: (N,) combined scores; finite in float32, or NaN.
+        parts: reward name -> (N,) its scores before weighting.
+        faults: one message per reward with scores that are not finite in float32: how many, and the first such sample.
     """
 
     total: list[float]

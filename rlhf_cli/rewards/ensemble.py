@@ -1,8 +1,8 @@
-"""Several rewards become one.
+"""Combine several rewards into one.
 
-An ensemble of reward models is harder to fool than one of them, since answers that exploit one tend to be where the
-others disagree with it (Coste et al. 2023, arXiv:2310.02743): the least of them, or the mean less their spread, trusts
-only what all of them like.
+An ensemble of reward models is harder to exploit than one of them: on completions that exploit one model, the others
+tend to disagree (Coste et al. 2023, arXiv:2310.02743). The minimum, or the mean minus the spread, is high only where
+all members agree.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ Combination = Literal["sum", "mean", "min", "mean-std"]
 
 
 def combined(weighted: Sequence[float], combination: Combination, *, std_coef: float = 1.0) -> float:
-    """One number of K, with x_k = weight_k r_k (Coste et al. 2023, section 3 has min and the mean less a variance).
+    """Combine K weighted rewards x_k = weight_k r_k (cf. Coste et al. 2023, section 3: min, and mean minus variance).
 
-    sum: sum x_k. mean: sum x_k / K. min: min x_k. mean-std: mean - std_coef std, where std is that of the population,
-    sqrt(sum (x_k - mean)^2 / K): the members are all there are, not a sample of more.
+    sum: sum x_k. mean: sum x_k / K. min: min x_k. mean-std: mean - std_coef std, with the population's standard
+    deviation sqrt(sum (x_k - mean)^2 / K), because the members are the whole population.
 
     Args:
-        weighted: (K,) at least one. NaN or infinity among them makes NaN, whatever the others are; so does a result
-            beyond float32, in which rewards are trained on.
-        combination: which.
+        weighted: (K,) with K >= 1.
+        combination: name of the combination.
         std_coef: lambda of mean-std.
+
+    Returns:
+        The combined reward; NaN if a member or the result is not finite in float32, the precision of training.
     """
     if not all(map(_is_finite, weighted)):
         return math.nan
@@ -48,7 +50,7 @@ def combined(weighted: Sequence[float], combination: Combination, *, std_coef: f
 
 
 def _is_finite(number: float) -> bool:
-    """In float32: 1e39 is a number here and infinity where it is trained on."""
+    """Return whether a number is finite in float32, in which training would read 1e39 as infinity."""
     try:
         return math.isfinite(struct.unpack("<f", struct.pack("<f", number))[0])
     except OverflowError:
@@ -56,11 +58,11 @@ def _is_finite(number: float) -> bool:
 
 
 class CombinedReward:
-    """Several rewards as PPO sees them.
+    """Several weighted rewards, combined into one.
 
     Args:
-        members: (reward, weight), at least one.
-        combination: how the weighted rewards become one, see `combined`.
+        members: (reward, weight) pairs, at least one.
+        combination: see `combined`.
         std_coef: lambda of mean-std.
     """
 
@@ -68,7 +70,7 @@ class CombinedReward:
         self, members: Sequence[tuple[Reward, float]], combination: Combination = "sum", *, std_coef: float = 1.0
     ) -> None:
         if not members:
-            raise ValueError("no reward to combine")
+            raise ValueError("there must be at least one reward to combine")
         if combination not in get_args(Combination):
             raise ValueError(f"unknown combination `{combination}`")
         self._members = list(members)
@@ -77,7 +79,7 @@ class CombinedReward:
         self.names = _unique([reward.name for reward, _ in members])
 
     def described(self) -> str:
-        """The combination for people: `min of reward-model and 2 x gold.py:score`."""
+        """Describe the combination for people, such as `the min of reward-model and 2 x gold.py:score`."""
         weights = [weight for _, weight in self._members]
         named = zip(self.names, weights, strict=True)
         parts = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in named]
@@ -87,14 +89,14 @@ class CombinedReward:
         return f"the {how} of {', '.join(parts[:-1])} and {parts[-1]}"
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
-        """Score N answers; N may be 0.
+        """Score N completions; N may be 0.
 
-        An answer for which a reward is NaN or infinite in float32, as given or with its weight, has the total NaN: PPO
-        leaves that step out and goes on. One warning says which reward gave how many such numbers, and for which
-        sample first; in a run of several processes only the first can print it, so `Scores.faults` says the same.
+        If a reward, before or after weighting, is not finite in float32, the completion's total is NaN, and PPO skips
+        the step. One warning says which rewards were not finite, how often and for which sample first. `Scores.faults`
+        holds the same text, because only the main process prints warnings.
 
         Raises:
-            DataError: a reward gave no usable answer, see `Reward.score`.
+            DataError: the scores of a reward are unusable, see `Reward.score`.
         """
         parts = {
             name: reward.score(prompts, completions) if completions else []
@@ -122,29 +124,29 @@ def _faults(
     prompts: Sequence[Prompt],
     completions: Sequence[str],
 ) -> list[str]:
-    """What is not finite, reward by reward; the combination only where it alone is to blame."""
+    """Describe scores that are not finite, one message per reward, then results that only the combination broke."""
     found = []
-    blamed: set[int] = set()
+    explained: set[int] = set()
     for name, scores in parts.items():
         bad = [place for place, score in enumerate(weighted[name]) if not _is_finite(score)]
         if bad:
             first = scores[bad[0]]
-            size = " (too large for float32, as it is or with its weight)" if math.isfinite(first) else ""
+            size = " (too large for float32, before or after weighting)" if math.isfinite(first) else ""
             found.append(_fault(f"the reward `{name}`", bad, f"{first}{size}", prompts, completions))
-        blamed.update(bad)
-    rest = [place for place, score in enumerate(total) if math.isnan(score) and place not in blamed]
+        explained.update(bad)
+    rest = [place for place, score in enumerate(total) if math.isnan(score) and place not in explained]
     if rest:
         found.append(_fault("the combined reward", rest, "too large for float32", prompts, completions))
     return found
 
 
-def _fault(who: str, bad: list[int], what: str, prompts: Sequence[Prompt], completions: Sequence[str]) -> str:
+def _fault(subject: str, bad: list[int], what: str, prompts: Sequence[Prompt], completions: Sequence[str]) -> str:
     shown = sample(prompts[bad[0]], completions[bad[0]])
-    return f"{who} is not finite for {len(bad):,} of {len(completions):,} answers: {what} for {shown}"
+    return f"{subject} is not finite for {len(bad):,} of {len(completions):,} completions: {what} for {shown}"
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """The same names, with -2, -3 ... behind those that came before."""
+    """Make names unique by appending -2, -3, ... to repeated ones."""
     found: list[str] = []
     for name in names:
         number, candidate = 1, name

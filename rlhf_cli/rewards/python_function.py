@@ -1,7 +1,7 @@
-"""Python functions as rewards: found by dotted path or file, called in batches, and never trusted to answer well.
+"""Python functions as rewards: loaded by dotted path or file, called in batches, with validated results.
 
-A function is the user's code and runs with the user's rights; its path and hash are shown, and it is never taken from a
-downloaded artifact.
+A function is the user's code and runs with the user's rights. Its path and hash are shown, and it is never loaded from
+a downloaded artifact.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FORMS = "`package.module:function` or `file.py:function`"
 
 @dataclass(frozen=True)
 class ScoringFunction:
-    """A function of prompts and completions that returns one number each, higher is better: a `Reward`.
+    """A `Reward` that calls a function of prompts and completions, which returns one number per completion.
 
-    It sees a conversation as the text of its turns.
+    The function receives a conversation as the text of its turns.
 
     Attributes:
-        spec: how it was named.
+        spec: the name by which the user gave it.
         path: its source file.
         digest: SHA-256 of that file.
         function: the function itself.
@@ -48,40 +48,42 @@ class ScoringFunction:
         return self.spec.replace("\\", "/").rpartition("/")[2]
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """See `Reward`; all answers in one call.
+        """Score all completions in one call; see `Reward`.
 
         Raises:
-            DataError: the function raises, or returns too many, too few, or what is no number; names the sample.
+            DataError: the function raises, or does not return one number per completion; names the sample.
         """
         texts = [prompt_text(prompt) for prompt in prompts]
-        who = f"the function `{self.spec}`"
+        origin = f"the function `{self.spec}`"
         try:
             scores = self.function(list(texts), list(completions))
         except (Exception, SystemExit) as error:  # whatever the user's code raises
-            raise self._raised(who, error, texts, completions) from error
+            raise self._raised(origin, error, texts, completions) from error
         if not _is_list(scores):
             raise DataError(
-                f"{who} returned {shown(scores)}, not a list of scores", hint="return one float for each completion"
+                f"{origin} returned {shown(scores)}, not a list of scores", hint="return one float per completion"
             )
         if len(scores) != len(completions):
-            raise self._wrong_length(who, len(scores), texts, completions)
-        return numbers(who, scores, prompts, completions)
+            raise self._wrong_length(origin, len(scores), texts, completions)
+        return numbers(origin, scores, prompts, completions)
 
-    def _raised(self, who: str, error: BaseException, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
-        """Names the first sample that makes the function raise its like when called with it alone, if one does."""
-        blame = f"; called with each of the {len(completions):,} samples alone it does not"
+    def _raised(
+        self, origin: str, error: BaseException, prompts: Sequence[str], completions: Sequence[str]
+    ) -> DataError:
+        """Name the first sample for which the function raises the same error when called with it alone, if any."""
+        blame = f"; it does not raise if called with each of the {len(completions):,} samples alone"
         for prompt, completion in zip(prompts, completions, strict=True):
             alone = error if len(completions) == 1 else self._alone(prompt, completion)
             if type(alone) is type(error):
                 error, blame = alone, f", for {sample(prompt, completion)}"
                 break
         return DataError(
-            f"{who} raised {type(error).__name__}: {error} ({_place(error, self.path)}){blame}",
-            hint="it is called with a list of prompts and a list of completions, both of strings",
+            f"{origin} raised {type(error).__name__}: {error} ({_place(error, self.path)}){blame}",
+            hint="it is called with a list of prompts and a list of completions, both lists of strings",
         )
 
-    def _wrong_length(self, who: str, length: int, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
-        """Names the first sample for which the function, called with it alone, does not return one score."""
+    def _wrong_length(self, origin: str, length: int, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
+        """Name the first sample for which the function does not return one score if called with it alone."""
         blame = ""
         for prompt, completion in zip(prompts, completions, strict=True):
             alone = self._alone(prompt, completion)
@@ -89,12 +91,12 @@ class ScoringFunction:
                 blame = f"; {len(alone)} for {sample(prompt, completion)} alone"
                 break
         return DataError(
-            f"{who} returned {length} scores for {len(completions)} completions{blame}",
-            hint="return one float for each completion, in their order, an empty one too",
+            f"{origin} returned {length} scores for {len(completions)} completions{blame}",
+            hint="return one float per completion, in the same order, even for an empty one",
         )
 
     def _alone(self, prompt: str, completion: str) -> Any:
-        """What the function returns for a single sample, or what it raises."""
+        """Return the function's result for a single sample, or the error that it raises."""
         try:
             return self.function([prompt], [completion])
         except (Exception, SystemExit) as error:  # whatever the user's code raises
@@ -112,11 +114,11 @@ def load_scoring_function(spec: str) -> ScoringFunction:
         spec: `package.module:function` or `file.py:function`.
 
     Raises:
-        UsageError: nothing of that name, or it is not a function.
+        UsageError: there is no such function, or its module cannot be loaded.
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name.isidentifier():
-        raise UsageError(f"`{spec}` names no function", hint=f"write {_FORMS}")
+        raise UsageError(f"`{spec}` does not name a function", hint=f"write {_FORMS}")
     module = _module_from_file(spec, Path(place)) if place.endswith(".py") else _module_by_name(spec, place)
     function = getattr(module, name, None)
     if function is None:
@@ -124,7 +126,7 @@ def load_scoring_function(spec: str) -> ScoringFunction:
         hint = f"it has: {', '.join(known)}" if known else "it has no functions"
         raise UsageError(f"`{place}` has no function `{name}`", hint=hint)
     if not callable(function):
-        raise UsageError(f"`{spec}` is {type(function).__name__}, not a function", hint=f"write {_FORMS}")
+        raise UsageError(f"`{spec}` must be a function, got {type(function).__name__}", hint=f"write {_FORMS}")
     path = Path(module.__file__ or place)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return ScoringFunction(spec, path, digest, cast(Callable[[list[str], list[str]], Sequence[float]], function))
@@ -133,16 +135,16 @@ def load_scoring_function(spec: str) -> ScoringFunction:
 def _module_from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(
-            f"no file {path}, which `{spec}` names", hint=f"write {_FORMS}; paths start here, in {Path.cwd()}"
+            f"`{spec}`: there is no file {path}", hint=f"write {_FORMS}; paths are relative to {Path.cwd()}"
         )
     path = path.resolve()
-    # A name of its own, so that two files called reward.py do not take each other's place, nor a library's.
+    # A unique name, so that two files called reward.py replace neither each other nor a library.
     name = f"rlhf_function_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickles in the file look themselves up here
+    sys.modules[name] = module  # dataclasses and pickles in the file look up their module here
     try:
         found.loader.exec_module(module)
     except Exception as error:  # whatever the user's code raises
@@ -156,14 +158,14 @@ def _module_by_name(spec: str, name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"no module `{error.name}`, which `{spec}` needs", hint=f"write {_FORMS}; a file is named with its `.py`"
+            f"`{spec}`: there is no module `{error.name}`", hint=f"write {_FORMS}; give a file with its `.py`"
         ) from error
     except Exception as error:  # whatever the user's code raises
         raise UsageError(f"`{name}` cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _place(error: BaseException, path: Path) -> str:
-    """Where in the user's file it happened: the innermost line of that file."""
+    """Return the place of an error in the user's file, by the innermost line of that file."""
     line, frame = None, error.__traceback__
     while frame is not None:
         if Path(frame.tb_frame.f_code.co_filename) == path:

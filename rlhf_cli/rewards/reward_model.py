@@ -1,4 +1,4 @@
-"""Reward models as rewards: ours, or any transformers classifier with one label, each with its own tokenizer."""
+"""Reward models as rewards: our own, or any transformers classifier with one label, with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rlhf_cli.models.reward_model.model import load_reward_model
 
 
 class ScoresText(Protocol):
-    """What `RewardModel` and `RewardModelHandle` have in common."""
+    """The common interface of `RewardModel` and `RewardModelHandle`."""
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """Normalized rewards, one an answer."""
+        """Return normalized rewards, one per completion."""
         ...
 
 
@@ -24,12 +24,12 @@ class ScoresText(Protocol):
 class ModelReward:
     """A reward model as a reward.
 
-    Its scores are normalized as its artifact says; a classifier that is not ours gives its logit as it is. The end
-    token is put behind every answer, as in training (trap 10 of docs/ppo.md).
+    Scores of our reward models are normalized as `reward.json` says; other classifiers return their logit. An end token
+    follows every completion, as in training (trap 10 of docs/ppo.md).
 
     Attributes:
-        name: short, for messages and metrics.
-        model: scores text.
+        name: short name for messages and metrics.
+        model: the reward model.
     """
 
     name: str
@@ -41,13 +41,13 @@ class ModelReward:
 
 
 def load_model_reward(source: ModelSource, *, template: str | None) -> ModelReward:
-    """Load a reward model, frozen.
+    """Load a frozen reward model as a reward.
 
     Args:
-        source: folder or hub id, and how to hold it.
-        template: of prompts that are plain text, for a model that does not say; our artifacts say.
+        source: folder or hub id of the reward model.
+        template: template of plain-text prompts, for a model that does not record its own.
 
     Raises:
-        ModelError: no reward model: several labels, no head, damaged files.
+        ModelError: several labels, no head, or damaged files.
     """
     return ModelReward(PurePath(source.path).name or source.path, load_reward_model(source, template=template))

@@ -1,6 +1,6 @@
-"""The explicit transformer: from Vaswani et al. 2017 to today, every part in a file of its own.
+"""The explicit transformer, from Vaswani et al. 2017 to today, with each part in its own file.
 
-Importing this package tells transformers' Auto classes about it.
+Importing this package registers it with transformers' Auto classes.
 """
 
 from transformers import (

@@ -1,4 +1,4 @@
-"""A block: self-attention, cross-attention where there is an encoder, feed-forward, each with its norm."""
+"""A block: self-attention, cross-attention if there is an encoder, and feed-forward, each with its norm."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TensorMap = Callable[[Tensor], Tensor]
 
 
 def residual(x: Tensor, sublayer: TensorMap, norm: TensorMap, placement: str) -> Tensor:
-    """A part of a block with its way around it.
+    """Add a residual connection and a norm to a sublayer.
 
     post    LayerNorm(x + Sublayer(x))    Vaswani et al. 2017, section 3.1
-    pre     x + Sublayer(LayerNorm(x))    GPT-2; why it is easier to train: Xiong et al. 2020, arXiv:2002.04745
+    pre     x + Sublayer(LayerNorm(x))    GPT-2; easier to train (Xiong et al. 2020, arXiv:2002.04745)
 
     Args:
         x: (B, T, d).
-        sublayer: the part.
+        sublayer: attention or feed-forward.
         norm: its norm.
         placement: "post" or "pre".
     """
@@ -36,13 +36,13 @@ def residual(x: Tensor, sublayer: TensorMap, norm: TensorMap, placement: str) ->
 
 
 class Block(GradientCheckpointingLayer):
-    """One of the N layers of figure 1 of Vaswani et al. 2017: the left one, or with `has_cross` the right one.
+    """One of the N layers of Vaswani et al. 2017, figure 1: the left one, or with `has_cross` the right one.
 
     Args:
-        config: of all parts.
-        layer: its number.
-        is_causal: self-attention sees nothing behind a position.
-        has_cross: between the two parts stands a third, which attends to the encoder's output.
+        config: parts and sizes.
+        layer: index of the block.
+        is_causal: self-attention does not see later positions.
+        has_cross: a third sublayer, between the other two, attends to the encoder's output.
     """
 
     def __init__(self, config: TransformerConfig, layer: int, *, is_causal: bool, has_cross: bool) -> None:
@@ -72,12 +72,12 @@ class Block(GradientCheckpointingLayer):
 
         Args:
             x: (B, T, d).
-            memory: (B, S, d), the encoder's output, for blocks that have cross-attention.
-            attention_mask: of self-attention.
-            memory_mask: of cross-attention.
+            memory: (B, S, d), the encoder's output, for blocks with cross-attention.
+            attention_mask: mask of self-attention.
+            memory_mask: mask of cross-attention.
             angles: rotary positions.
             past_key_values: cache.
-            kwargs: for the backend of self-attention.
+            kwargs: arguments for the backend of self-attention.
 
         Returns:
             (B, T, d).

@@ -1,4 +1,4 @@
-"""The transformer with a score a text: what a reward model is."""
+"""The transformer with one score per text, as used by reward models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_cli.transformer.heads import Headed
 
 
 class TransformerForSequenceClassification(Headed):
-    """A linear head on one vector a text: a decoder's last real token, the mean of an encoder's real tokens."""
+    """A linear head on one vector per text: a decoder's last real token, or the mean of an encoder's real tokens."""
 
     architectures = ("decoder", "encoder")
 
@@ -36,19 +36,18 @@ class TransformerForSequenceClassification(Headed):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores of texts.
+        """Compute the scores of texts.
 
         Args:
-            input_ids: (B, T); this and what follows as in `Stack.forward`.
-            attention_mask: (B, T), padding on either side. Without one the score is read from tokens other than
-                `pad_token_id`, where the configuration names one, while attention sees all: as transformers' own
-                classifiers do.
+            input_ids: (B, T); this and the following as in `Stack.forward`.
+            attention_mask: (B, T), padding on either side. Without one, attention sees all tokens, and the score is
+                read from tokens other than `pad_token_id`, if the configuration has one, as in transformers.
             position_ids: (B, T).
             past_key_values: cache.
             inputs_embeds: (B, T, d).
             labels: (B,).
             use_cache: return a cache.
-            kwargs: for the backend and the loss.
+            kwargs: arguments for the backend and the loss.
         """
         output = self.model(
             input_ids=input_ids,
@@ -72,7 +71,7 @@ class TransformerForSequenceClassification(Headed):
         )
 
     def _real(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-        """(B, T) bool, what a score may be read from; None is everything."""
+        """Return (B, T) bool, True on tokens that the score may be read from; None means all tokens."""
         if attention_mask is not None:
             return attention_mask.bool()
         if input_ids is None or self.config.pad_token_id is None:
@@ -80,13 +79,13 @@ class TransformerForSequenceClassification(Headed):
         return input_ids != self.config.pad_token_id
 
     def _pooled(self, hidden: Tensor, is_real: Tensor | None) -> Tensor:
-        """(B, T, d) -> (B, d)."""
+        """Pool hidden states: (B, T, d) -> (B, d)."""
         if is_real is None:
             is_real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         is_real = is_real[:, -hidden.shape[1] :]
         if self.config.architecture == "encoder":
             kept = hidden.masked_fill(~is_real.unsqueeze(-1), 0.0)
             return kept.sum(dim=1) / is_real.sum(dim=1, keepdim=True)
-        places = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (places * is_real).argmax(dim=1)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (positions * is_real).argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]

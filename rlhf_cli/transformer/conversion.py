@@ -1,9 +1,9 @@
-"""GPT-2 and Llama checkpoints as explicit transformers, and back: the same weights under other names.
+"""Convert GPT-2 and Llama models to explicit transformers and back: the same weights under other names.
 
     GPT-2    learned positions, LayerNorm before each part, GELU; linear layers stored input first, Q, K and V in one
     Llama    rotary positions, RMSNorm before each part, SwiGLU, fewer key than query heads
 
-Logits are the same to rounding. What a checkpoint has that the explicit transformer has not is refused by name.
+Logits agree up to rounding. Settings or weights without a counterpart raise an error that names them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _OUTER = "model.decoder"
 
 
 def as_explicit(model: PreTrainedModel, name: str = "the model") -> TransformerForCausalLM:
-    """The same language model as an explicit transformer: its own weights, copied.
+    """Convert a language model to an explicit transformer with a copy of its weights.
 
     Args:
-        model: of transformers' `GPT2LMHeadModel` or `LlamaForCausalLM`.
-        name: of it, for messages.
+        model: a `GPT2LMHeadModel` or `LlamaForCausalLM` of transformers.
+        name: of the model, for messages.
 
     Raises:
-        ModelError: another architecture, or a setting or weight that the explicit transformer has not.
+        ModelError: another architecture, or a setting or weight that the explicit transformer does not have.
     """
     family = _family(model, name)
     config = explicit_config(model.config, name)
@@ -43,22 +43,22 @@ def as_explicit(model: PreTrainedModel, name: str = "the model") -> TransformerF
 
 
 def as_transformers(model: TransformerForCausalLM, name: str = "the model") -> PreTrainedModel:
-    """The inverse of `as_explicit`, for programs that do not know the explicit transformer.
+    """Convert an explicit decoder to the GPT-2 or Llama that computes the same, for other programs.
 
     Raises:
-        ModelError: it is no explicit decoder, or has parts or weights that neither GPT-2 nor Llama has together.
+        ModelError: the model is not an explicit decoder, or its combination of parts is neither GPT-2 nor Llama.
     """
     if type(model) is not TransformerForCausalLM:
         raise ModelError(
-            f"`{name}` is a {type(model).__name__}, and only an explicit decoder can be exported",
-            hint="`rlhf transformer convert` makes one of a GPT-2 or a Llama",
+            f"cannot export `{name}`: it must be an explicit decoder, got {type(model).__name__}",
+            hint="`rlhf transformer convert` converts a GPT-2 or a Llama to one",
         )
     reasons = []
     for family in _FAMILIES:
         try:
             theirs = family.config_of(model.config)
             found, wanted = (_parts(config) for config in (explicit_config(theirs, name), model.config))
-        except (ValueError, StrictDataclassError) as error:  # sizes that this family cannot have
+        except (ValueError, StrictDataclassError) as error:  # the family does not support these sizes
             reasons.append(f"as a {family.name}, {' '.join(str(error).split())}")
             continue
         differing = [key for key in wanted if wanted[key] != found[key]]
@@ -68,22 +68,22 @@ def as_transformers(model: TransformerForCausalLM, name: str = "the model") -> P
         reasons.append(f"{family.name} has no `{differing[0]}: {getattr(model.config, differing[0])}`")
     raise ModelError(
         f"`{name}` is neither a GPT-2 nor a Llama: {'; '.join(reasons)}",
-        hint="use it as it is: after `import rlhf_cli.transformer`, `AutoModelForCausalLM.from_pretrained` loads it",
+        hint="after `import rlhf_cli.transformer`, `AutoModelForCausalLM.from_pretrained` loads the model as it is",
     )
 
 
 @dataclass(frozen=True)
 class _Family:
-    """How an architecture names its modules.
+    """The module names of an architecture.
 
     Attributes:
         name: of the family.
         kind: transformers' class.
-        config_of: its configuration, of one of ours.
-        layers: what stands before a layer's number.
-        outside: modules outside the layers, theirs to ours.
-        inside: modules of a layer, theirs to ours; several of ours where theirs are one.
-        is_input_first: linear layers inside are stored (in, out).
+        config_of: converts one of our configurations to one of the family.
+        layers: prefix of a layer's index.
+        outside: modules outside the layers, their name -> our name.
+        inside: modules of a layer, their name -> our names; several if their module joins them.
+        is_input_first: linear layers inside are stored as (in, out).
     """
 
     name: str
@@ -95,7 +95,7 @@ class _Family:
     is_input_first: bool = False
 
     def modules(self, layers: int) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-        """Every module: theirs, ours, and whether its matrix is stored the other way round."""
+        """Yield for every module its name, our names, and whether its matrix is stored transposed."""
         for theirs, ours in self.outside.items():
             yield theirs, (ours,), False
         for layer in range(layers):
@@ -150,22 +150,22 @@ def _family(model: PreTrainedModel, name: str) -> _Family:
         if type(model) is family.kind:
             return family
     raise ModelError(
-        f"`{name}` is a {type(model).__name__}, which the explicit transformer cannot be",
-        hint="it takes language models of the GPT-2 and Llama families (SmolLM2 and TinyLlama are Llamas)",
+        f"cannot convert `{name}`: {type(model).__name__} is not supported",
+        hint="use a language model of the GPT-2 or Llama family (SmolLM2 and TinyLlama are Llamas)",
     )
 
 
 def _parts(config: TransformerConfig) -> dict[str, Any]:
-    """What the weights mean, without what only says how to train or store them."""
+    """Return the fields that decide what the weights compute, without those for training and storage."""
     own = {key for key in TransformerConfig.__annotations__ if key not in ("initializer_range", "use_cache", *TOKENS)}
     return {key: value for key, value in config.to_dict().items() if key in own}
 
 
 def _renamed(model: PreTrainedModel, family: _Family, layers: int, name: str, *, to_ours: bool) -> dict[str, Tensor]:
-    """Weights under the other names, split or joined, and transposed where the family stores them so.
+    """Rename weights, split, joined or transposed as the family stores them.
 
     Raises:
-        ModelError: a weight that has no other name; dropped, the model would compute something else.
+        ModelError: a weight has no counterpart; without it the model would compute something else.
     """
     state = model.state_dict()
     renamed: dict[str, Tensor] = {}
@@ -176,16 +176,16 @@ def _renamed(model: PreTrainedModel, family: _Family, layers: int, name: str, *,
             if to_ours and source in state:
                 used.add(source)
                 tensor = state[source]
-                turned = tensor.t() if input_first and tensor.dim() == 2 else tensor
-                renamed.update(zip(names, turned.chunk(len(names)), strict=True))
+                matrix = tensor.t() if input_first and tensor.dim() == 2 else tensor
+                renamed.update(zip(names, matrix.chunk(len(names)), strict=True))
             elif not to_ours and all(module in state for module in names):
                 used.update(names)
                 joined = torch.cat([state[module] for module in names])
                 renamed[source] = joined.t() if input_first and joined.dim() == 2 else joined
-    if strange := [weight for weight in state if weight not in used]:
+    if unknown := [weight for weight in state if weight not in used]:
         raise ModelError(
-            f"`{name}` has {len(strange):,} weights that a plain {family.name} has not, such as `{strange[0]}`",
-            hint="merge adapters first; other changes to a model cannot be converted",
+            f"`{name}` has {len(unknown):,} weights that a plain {family.name} does not have, such as `{unknown[0]}`",
+            hint="merge adapters first; other modifications cannot be converted",
         )
     return renamed
 
@@ -193,14 +193,14 @@ def _renamed(model: PreTrainedModel, family: _Family, layers: int, name: str, *,
 def _filled(
     kind: type[Any], config: PretrainedConfig, state: dict[str, Tensor], like: PreTrainedModel, name: str
 ) -> Any:
-    """A model of these weights, copied, in the precision and on the device of another."""
+    """Make a model with a copy of these weights, with dtype, device and mode of another model."""
     model = kind(config).to(device=like.device, dtype=like.dtype)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ModelError(
-            f"the weights of `{name}` are not those of its configuration: {' '.join(str(error).split())}",
-            hint="give the folder of a whole, unchanged language model",
+            f"the weights of `{name}` do not fit its configuration: {' '.join(str(error).split())}",
+            hint="give the folder of a complete, unmodified language model",
         ) from error
     model.generation_config = copy.deepcopy(like.generation_config)
     return model.train(like.training)

@@ -1,4 +1,4 @@
-"""Configurations of GPT-2 and Llama as those of explicit transformers, and back; what has no counterpart is refused."""
+"""Convert configurations of GPT-2 and Llama to those of explicit transformers and back."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def explicit_config(config: PretrainedConfig, name: str = "the model") -> TransformerConfig:
-    """The explicit transformer's configuration of a GPT-2 or a Llama.
+    """Return the explicit transformer's configuration of a GPT-2 or a Llama.
 
     Raises:
-        ModelError: another architecture, or a setting that the explicit transformer has not.
+        ModelError: another architecture, or a setting that the explicit transformer does not support.
     """
     if isinstance(config, GPT2Config):
         parts = _parts_of_gpt2(config, name)
@@ -26,8 +26,8 @@ def explicit_config(config: PretrainedConfig, name: str = "the model") -> Transf
         parts = _parts_of_llama(config, name)
     else:
         raise ModelError(
-            f"`{name}` is a {config.model_type} model, which the explicit transformer cannot be",
-            hint="it takes the GPT-2 and Llama families (SmolLM2 and TinyLlama are Llamas)",
+            f"cannot convert `{name}`: a {config.model_type} model is not supported",
+            hint="use a model of the GPT-2 or Llama family (SmolLM2 and TinyLlama are Llamas)",
         )
     shared = {key: getattr(config, key) for key in (*_PLAIN, *TOKENS)}
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -42,10 +42,10 @@ def _parts_of_gpt2(config: GPT2Config, name: str) -> dict[str, Any]:
         ("add_cross_attention", False),
     ):
         if getattr(config, setting) != known:
-            raise _unknown(name, setting, getattr(config, setting))
+            raise _unsupported(name, setting, getattr(config, setting))
     _require_causal(config, name)
     if config.activation_function not in _ACTIVATIONS:
-        raise _unknown(name, "activation_function", config.activation_function)
+        raise _unsupported(name, "activation_function", config.activation_function)
     return {
         "positions": "learned",
         "norm": "layer",
@@ -64,14 +64,14 @@ def _parts_of_llama(config: LlamaConfig, name: str) -> dict[str, Any]:
     kind = rope.pop("rope_type", "default")
     base = rope.pop("rope_theta", 10_000.0)
     if kind not in ("default", "llama3"):
-        raise _unknown(name, "rope_type", kind)
+        raise _unsupported(name, "rope_type", kind)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unknown(name, "partial_rotary_factor", rope["partial_rotary_factor"])
+        raise _unsupported(name, "partial_rotary_factor", rope["partial_rotary_factor"])
     if config.hidden_act != "silu":
-        raise _unknown(name, "hidden_act", config.hidden_act)
+        raise _unsupported(name, "hidden_act", config.hidden_act)
     if getattr(config, "sliding_window", None) is not None:
-        raise _unknown(name, "sliding_window", getattr(config, "sliding_window", None))
-    stretching = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        raise _unsupported(name, "sliding_window", getattr(config, "sliding_window", None))
+    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return {
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
@@ -80,25 +80,25 @@ def _parts_of_llama(config: LlamaConfig, name: str) -> dict[str, Any]:
         "feed_forward_biases": config.mlp_bias,
         "norm_eps": config.rms_norm_eps,
         "rope_base": base,
-        "llama3_rope": {key: rope[key] for key in stretching} if kind == "llama3" else None,
+        "llama3_rope": {key: rope[key] for key in scaling} if kind == "llama3" else None,
     }
 
 
 def _require_causal(config: PretrainedConfig, name: str) -> None:
-    """transformers builds masks that look both ways where a configuration says so."""
+    """Refuse `is_causal: false`, with which transformers builds bidirectional masks."""
     if (is_causal := getattr(config, "is_causal", True)) is not True:
-        raise _unknown(name, "is_causal", is_causal)
+        raise _unsupported(name, "is_causal", is_causal)
 
 
-def _unknown(name: str, setting: str, value: object) -> ModelError:
+def _unsupported(name: str, setting: str, value: object) -> ModelError:
     return ModelError(
-        f"`{name}` has `{setting}: {value}`, which the explicit transformer does not know",
-        hint="use the model as it is; only models that compute the same can be converted",
+        f"`{name}` has `{setting}: {value}`, which the explicit transformer does not support",
+        hint="use the model as it is",
     )
 
 
 def gpt2_config(config: TransformerConfig) -> GPT2Config:
-    """The GPT-2 of these sizes; parts that GPT-2 has not are left out, so compare `explicit_config` of the result."""
+    """Return the GPT-2 of these sizes. It drops parts that GPT-2 lacks: compare `explicit_config` of the result."""
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
     return GPT2Config(
         n_embd=config.hidden_size,
@@ -115,16 +115,14 @@ def gpt2_config(config: TransformerConfig) -> GPT2Config:
 
 
 def llama_config(config: TransformerConfig) -> LlamaConfig:
-    """The Llama of these sizes; parts that Llama has not are left out, so compare `explicit_config` of the result."""
-    stretching = (
-        {"rope_type": "default"} if config.llama3_rope is None else {"rope_type": "llama3", **config.llama3_rope}
-    )
+    """Return the Llama of these sizes. It drops parts that Llama lacks: compare `explicit_config` of the result."""
+    scaling = {"rope_type": "default"} if config.llama3_rope is None else {"rope_type": "llama3", **config.llama3_rope}
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     return LlamaConfig(
         head_dim=config.head_dim,
         attention_bias=config.attention_biases,
         mlp_bias=config.feed_forward_biases,
         rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_theta": config.rope_base, **stretching},
+        rope_parameters={"rope_theta": config.rope_base, **scaling},
         **{key: getattr(config, key) for key in (*_PLAIN, *TOKENS, *sizes)},
     )

@@ -1,4 +1,4 @@
-"""The position-wise part: two linear layers with a nonlinearity between them, the same at every position."""
+"""The position-wise part: linear layers with a nonlinearity between them, the same at every position."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """FFN(x) = max(0, x W1 + b1) W2 + b2 (Vaswani et al. 2017, equation 2), or with GELU in the place of max(0, .).
+    """FFN(x) = max(0, x W1 + b1) W2 + b2 (Vaswani et al. 2017, equation 2), or with GELU in place of max(0, .).
 
     Args:
-        config: sizes, activation, whether there are biases.
+        config: sizes, activation and biases.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -40,7 +40,7 @@ class GatedFeedForward(nn.Module):
     """SwiGLU(x) = (Swish(x W) * x V) W2, Swish(x) = x sigmoid(x) (Shazeer 2020, arXiv:2002.05202, equation 6).
 
     Args:
-        config: sizes, whether there are biases.
+        config: sizes and biases.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -56,5 +56,5 @@ class GatedFeedForward(nn.Module):
 
 
 def make_feed_forward(config: TransformerConfig) -> nn.Module:
-    """The feed-forward part that a configuration names."""
+    """Make the feed-forward part of a configuration."""
     return GatedFeedForward(config) if config.feed_forward == "swiglu" else FeedForward(config)

@@ -1,4 +1,4 @@
-"""The transformer that predicts tokens: the next ones, hidden ones, or an answer to what the encoder read."""
+"""Transformers that predict tokens: the next token, a masked token, or an output sequence from the encoder's input."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from rlhf_cli.transformer.model import TransformerModel, TransformerPreTrainedMo
 
 
 class Headed(TransformerPreTrainedModel):
-    """A backbone, `model`, of one of the architectures that its head can use."""
+    """A model with a head: its backbone is `model`, of one of the architectures that the head supports."""
 
     architectures: tuple[str, ...] = ()
 
     def __init__(self, config: TransformerConfig) -> None:
         if config.architecture not in self.architectures:
             raise ValueError(
-                f"{type(self).__name__} is for `architecture: {' or '.join(self.architectures)}`, "
-                f"not {config.architecture}"
+                f"{type(self).__name__} needs `architecture: {' or '.join(self.architectures)}`, "
+                f"got {config.architecture}"
             )
         super().__init__(config)
         self.model = TransformerModel(config)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The backbone's."""
+        """Return the input embedding of the backbone."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Inverse of `get_input_embeddings`."""
+        """Set the input embedding of the backbone."""
         self.model.set_input_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers does, in both stacks."""
+        """Resize embeddings as transformers does, in encoder and decoder."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         resize_encoder(self, embeddings)
         return embeddings
@@ -82,18 +82,18 @@ class TransformerForCausalLM(_LanguageModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the token after each.
+        """Compute the logits of each next token.
 
         Args:
-            input_ids: (B, T); this and what follows as in `Stack.forward`.
+            input_ids: (B, T); this and the following as in `Stack.forward`.
             attention_mask: (B, Tk).
             position_ids: (B, T).
             past_key_values: cache.
             inputs_embeds: (B, T, d).
-            labels: (B, T), `input_ids` themselves, -100 where no loss is taken; the shift happens here.
+            labels: (B, T), unshifted `input_ids`, with -100 on positions without a loss.
             use_cache: return a cache.
-            logits_to_keep: how many of the last positions, or which, reach the vocabulary; 0 is all.
-            kwargs: for the backend and the loss.
+            logits_to_keep: number of last positions, or their indices, to compute logits for; 0 is all.
+            kwargs: arguments for the backend and the loss.
         """
         output = self.model(
             input_ids=input_ids,
@@ -118,20 +118,20 @@ class TransformerForCausalLM(_LanguageModel, GenerationMixin):
 
 
 class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
-    """An encoder-decoder that writes an answer to what it read: p(y_t | y_<t, x) (Vaswani et al. 2017)."""
+    """An encoder-decoder that predicts an output sequence from an input: p(y_t | y_<t, x) (Vaswani et al. 2017)."""
 
     architectures = ("encoder-decoder",)
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        self.loss_type = "ForMaskedLM"  # transformers' name of a cross-entropy that shifts nothing
+        self.loss_type = "ForMaskedLM"  # transformers' name of a cross-entropy without a shift
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """[start; y_1 ... y_(T-1)], (B, T): what the decoder reads to predict (B, T) labels, -100 on padding."""
+        """Shift labels (B, T), -100 on padding, to the decoder's input [start; y_1 ... y_(T-1)], (B, T)."""
         start = self.config.decoder_start_token_id
         if start is None:
-            raise ValueError("`decoder_start_token_id` is not set, so the decoder has nothing to start from")
+            raise ValueError("`decoder_start_token_id` must be set, got None")
         shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
         return shifted.masked_fill(
             shifted == -100, start if self.config.pad_token_id is None else self.config.pad_token_id
@@ -153,21 +153,21 @@ class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """Logits of the answer's tokens.
+        """Compute the logits of the output tokens.
 
         Args:
-            input_ids: (B, S) what the encoder reads; this and what follows as in `TransformerModel.forward`.
+            input_ids: (B, S) input of the encoder; this and the following as in `TransformerModel.forward`.
             attention_mask: (B, S).
-            decoder_input_ids: (B, T), the start token first; None takes them from `labels`.
+            decoder_input_ids: (B, T), start token first; None derives them from `labels`.
             decoder_attention_mask: (B, T).
-            encoder_outputs: of an earlier call.
+            encoder_outputs: encoder outputs of an earlier call.
             past_key_values: cache.
             inputs_embeds: (B, S, d).
             decoder_inputs_embeds: (B, T, d).
-            labels: (B, T) answers, -100 on padding.
+            labels: (B, T) output tokens, -100 on padding.
             use_cache: return a cache.
-            logits_to_keep: how many of the last positions, or which, reach the vocabulary; 0 is all.
-            kwargs: for the backend and the loss.
+            logits_to_keep: number of last positions, or their indices, to compute logits for; 0 is all.
+            kwargs: arguments for the backend and the loss.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -192,7 +192,7 @@ class TransformerForSeq2SeqLM(_LanguageModel, GenerationMixin):
 
 
 class TransformerForMaskedLM(_LanguageModel):
-    """An encoder that predicts tokens hidden from it (BERT; Devlin et al. 2018, arXiv:1810.04805, section 3.1)."""
+    """An encoder that predicts masked tokens (BERT; Devlin et al. 2018, arXiv:1810.04805, section 3.1)."""
 
     architectures = ("encoder",)
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}  # noqa: RUF012
@@ -207,15 +207,15 @@ class TransformerForMaskedLM(_LanguageModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Logits of the token at each position.
+        """Compute the logits of the token at each position.
 
         Args:
-            input_ids: (B, T); this and what follows as in `Stack.forward`.
+            input_ids: (B, T); this and the following as in `Stack.forward`.
             attention_mask: (B, T).
             position_ids: (B, T).
             inputs_embeds: (B, T, d).
-            labels: (B, T), -100 where nothing was hidden.
-            kwargs: for the backend and the loss.
+            labels: (B, T), -100 on tokens that were not masked.
+            kwargs: arguments for the backend and the loss.
         """
         output = self.model(
             input_ids=input_ids,

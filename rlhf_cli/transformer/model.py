@@ -1,4 +1,4 @@
-"""Stacks of blocks, and the transformer of one or two of them (Vaswani et al. 2017, figure 1)."""
+"""Stacks of blocks, and the transformer made of one or two stacks (Vaswani et al. 2017, figure 1)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from rlhf_cli.transformer.positions import make_positions, rotation
 
 
 class TransformerPreTrainedModel(PreTrainedModel):
-    """What transformers has to know of all our models. Weights are drawn from N(0, initializer_range^2)."""
+    """The base of all our models for transformers. Weights are drawn from N(0, initializer_range^2)."""
 
     config: TransformerConfig
     config_class = TransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012  (names and types of this class are transformers')
+    _no_split_modules = ["Block"]  # noqa: RUF012  (transformers defines names and types)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -42,12 +42,12 @@ class TransformerPreTrainedModel(PreTrainedModel):
 
 
 class Stack(TransformerPreTrainedModel):
-    """Embedding, positions, N blocks and, with pre-norm, a last norm: an encoder or a decoder.
+    """An encoder or a decoder: embedding, positions, N blocks and, with pre-norm, a final norm.
 
     Args:
-        config: of all parts.
-        is_causal: a position sees none behind itself.
-        has_cross: blocks attend to an encoder's output too.
+        config: parts and sizes.
+        is_causal: a position does not see later ones.
+        has_cross: blocks also attend to an encoder's output.
     """
 
     _can_record_outputs = {  # noqa: RUF012
@@ -67,7 +67,7 @@ class Stack(TransformerPreTrainedModel):
             Block(config, layer, is_causal=is_causal, has_cross=has_cross) for layer in range(config.num_hidden_layers)
         ]
         self.layers = nn.ModuleList(blocks)
-        # Post-norm ends every block with a norm; pre-norm leaves the residual stream as it is, so one comes last.
+        # With post-norm every block ends with a norm; with pre-norm the residual stream needs a final one.
         self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -86,34 +86,33 @@ class Stack(TransformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Hidden states of a batch.
+        """Compute the hidden states of a batch.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, Tk) 1 on real tokens, those of the cache included; or as the backend wants it.
-            position_ids: (B, T); in a decoder, those that start again at 0 begin another sequence of a packed row, if
-                there is neither mask nor cache. None counts the mask's real tokens, those of the cache included, or
-                without a mask (B, Tk) all of them.
-            encoder_hidden_states: (B, S, d), where there is cross-attention.
+            attention_mask: (B, Tk) 1 on real tokens, cached ones included; or in the backend's own form.
+            position_ids: (B, T). In a decoder without mask and cache, a restart at 0 begins a new sequence of a packed
+                row. None counts the real tokens of the mask, cached ones included, or all tokens without a mask.
+            encoder_hidden_states: (B, S, d), for cross-attention.
             encoder_attention_mask: (B, S) 1 on the encoder's real tokens.
             past_key_values: cache.
-            inputs_embeds: (B, T, d) in the place of `input_ids`, before scaling and positions.
+            inputs_embeds: (B, T, d) in place of `input_ids`, before scaling and positions.
             use_cache: return a cache.
-            kwargs: for the backend of self-attention, such as `attention_layout`.
+            kwargs: arguments for the backend of self-attention, such as `attention_layout`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, or no encoder's output where one is read.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or cross-attention without encoder output.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give `input_ids` or `inputs_embeds`, and not both")
+            raise ValueError("give either `input_ids` or `inputs_embeds`")
         if self.has_cross and encoder_hidden_states is None:
-            raise ValueError("a decoder with cross-attention reads `encoder_hidden_states`")
+            raise ValueError("a decoder with cross-attention needs `encoder_hidden_states`")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None and self.is_causal:
             past_key_values = self._new_cache()
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = _counted(x, attention_mask, seen)
+            position_ids = _count_positions(x, attention_mask, seen)
         masks = self._masks(
             x, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, past_key_values
         )
@@ -146,7 +145,7 @@ class Stack(TransformerPreTrainedModel):
         memory_mask: Tensor | None,
         cache: Cache | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Masks of self-attention and cross-attention, in the form that the backend reads; None where it needs none."""
+        """Make the masks of self-attention and cross-attention in the backend's form; None if it needs none."""
         if self.is_causal:
             own_cache = getattr(cache, "self_attention_cache", cache)
             own = create_causal_mask(
@@ -166,8 +165,8 @@ class Stack(TransformerPreTrainedModel):
         return own, across  # pyright: ignore[reportReturnType]
 
 
-def _counted(x: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
-    """Positions of `x` (B, T, d) behind `seen` tokens of a cache, (B, T) or (1, T): padding on the left takes none."""
+def _count_positions(x: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
+    """Count the positions of `x` (B, T, d) after `seen` cached tokens, without padding: (B, T) or (1, T)."""
     end = seen + x.shape[1]
     if attention_mask is not None and attention_mask.shape == (x.shape[0], end):
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
@@ -178,7 +177,7 @@ class TransformerModel(TransformerPreTrainedModel):
     """The transformer without a head: a decoder, an encoder, or both.
 
     Args:
-        config: its `architecture` says which.
+        config: `architecture` selects the stacks.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -192,21 +191,21 @@ class TransformerModel(TransformerPreTrainedModel):
         self.post_init()
 
     @property
-    def writer(self) -> Stack:
-        """The stack whose hidden states come out: the decoder, or the only one."""
+    def output_stack(self) -> Stack:
+        """The stack that computes the output: the decoder, or the only stack."""
         return self.encoder if self.config.architecture == "encoder" else self.decoder
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of `writer`."""
-        return self.writer.embed_tokens
+        """Return the input embedding of `output_stack`."""
+        return self.output_stack.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Inverse of `get_input_embeddings`."""
+        """Set the input embedding of `output_stack`."""
         assert isinstance(value, nn.Embedding)
-        self.writer.embed_tokens = value
+        self.output_stack.embed_tokens = value
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers does, in both stacks."""
+        """Resize embeddings as transformers does, in encoder and decoder."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         resize_encoder(self, embeddings)
         return embeddings
@@ -225,27 +224,27 @@ class TransformerModel(TransformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions | Seq2SeqModelOutput:
-        """Hidden states; the arguments are those of `Stack.forward`.
+        """Compute hidden states; the arguments are those of `Stack.forward`.
 
         Args:
-            input_ids: (B, S) what the encoder reads or, in a decoder alone, (B, T) what that does.
-            attention_mask: 1 on its real tokens.
-            position_ids: of `input_ids`.
-            decoder_input_ids: (B, T), in an encoder-decoder.
-            decoder_attention_mask: 1 on its real tokens.
-            encoder_outputs: what the encoder gave before; it does not run again.
+            input_ids: (B, S) input of the encoder or, in a lone decoder, (B, T) its input.
+            attention_mask: 1 on real tokens of `input_ids`.
+            position_ids: positions of `input_ids`.
+            decoder_input_ids: (B, T), input of the decoder in an encoder-decoder.
+            decoder_attention_mask: 1 on real tokens of `decoder_input_ids`.
+            encoder_outputs: encoder outputs of an earlier call; the encoder does not run again.
             past_key_values: cache of the decoder.
-            inputs_embeds: in the place of `input_ids`.
-            decoder_inputs_embeds: in the place of `decoder_input_ids`.
+            inputs_embeds: in place of `input_ids`.
+            decoder_inputs_embeds: in place of `decoder_input_ids`.
             use_cache: return a cache.
-            kwargs: for the backend: of the decoder's self-attention in an encoder-decoder.
+            kwargs: arguments for the backend of self-attention, in an encoder-decoder that of the decoder.
 
         Raises:
             ValueError: an input is missing; the message names it.
         """
         kwargs.pop("return_dict", None)
         if not self.config.is_encoder_decoder:
-            return self.writer(
+            return self.output_stack(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -255,7 +254,7 @@ class TransformerModel(TransformerPreTrainedModel):
                 **kwargs,
             )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("the decoder has nothing to read: give `decoder_input_ids` or `decoder_inputs_embeds`")
+            raise ValueError("the decoder has no input: give `decoder_input_ids` or `decoder_inputs_embeds`")
         if encoder_outputs is None:
             recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
             encoder_outputs = self.encoder(
@@ -266,7 +265,7 @@ class TransformerModel(TransformerPreTrainedModel):
                 **recorded,
             )
         assert encoder_outputs is not None
-        written = self.decoder(
+        decoded = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs[0],
@@ -276,19 +275,19 @@ class TransformerModel(TransformerPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        return _both(encoder_outputs, written)
+        return _both(encoder_outputs, decoded)
 
 
 def _both(
-    encoded: BaseModelOutput | tuple[Tensor, ...], written: BaseModelOutputWithPastAndCrossAttentions
+    encoded: BaseModelOutput | tuple[Tensor, ...], decoded: BaseModelOutputWithPastAndCrossAttentions
 ) -> Seq2SeqModelOutput:
-    """The outputs of encoder and decoder as one, under transformers' names."""
+    """Join the outputs of encoder and decoder under transformers' names."""
     return Seq2SeqModelOutput(
-        last_hidden_state=written.last_hidden_state,
-        past_key_values=written.past_key_values,  # pyright: ignore[reportArgumentType]
-        decoder_hidden_states=written.hidden_states,
-        decoder_attentions=written.attentions,
-        cross_attentions=written.cross_attentions,
+        last_hidden_state=decoded.last_hidden_state,
+        past_key_values=decoded.past_key_values,  # pyright: ignore[reportArgumentType]
+        decoder_hidden_states=decoded.hidden_states,
+        decoder_attentions=decoded.attentions,
+        cross_attentions=decoded.cross_attentions,
         encoder_last_hidden_state=encoded[0],
         encoder_hidden_states=getattr(encoded, "hidden_states", None),
         encoder_attentions=getattr(encoded, "attentions", None),
@@ -296,7 +295,7 @@ def _both(
 
 
 def resize_encoder(model: PreTrainedModel, embeddings: nn.Embedding) -> None:
-    """Give an encoder whose embedding is its own as many tokens as the decoder's has now."""
+    """Resize the encoder's embedding, if it is not tied, to the size of the decoder's."""
     if not model.config.is_encoder_decoder:
         return
     encoder = model.get_encoder()

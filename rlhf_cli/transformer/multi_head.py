@@ -1,4 +1,4 @@
-"""Multi-head attention: projections and heads. The core, softmax(Q K^T / sqrt(d_k)) V, is any registered backend."""
+"""Multi-head attention: projections and heads. Any registered backend computes softmax(Q K^T / sqrt(d_k)) V."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def scaled_dot_product_attention(
     """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V (Vaswani et al. 2017, equation 1): the `eager` implementation.
 
     Args:
-        module: whose attention it is; unused here, other implementations read it.
+        module: the attention module; read by other implementations, unused here.
         query: (B, H, Tq, D).
         key, value: (B, G, Tk, D); query head h reads head h // (H / G).
-        attention_mask: added to the scores, (B, 1, Tq, Tk), the lowest number where a query must not look; or None.
+        attention_mask: (B, 1, Tq, Tk), added to the scores: the lowest number where a query must not attend; or None.
         scaling: 1 / sqrt(d_k).
-        kwargs: of other implementations.
+        kwargs: arguments of other implementations.
 
     Returns:
         (B, Tq, H, D), and the weights (B, H, Tq, Tk).
@@ -52,9 +52,9 @@ class MultiHeadAttention(nn.Module):
 
     Args:
         config: sizes, heads, biases and, in `_attn_implementation`, the backend.
-        layer: number of the block, its place in a cache.
-        is_causal: a position sees none behind itself.
-        is_cross: keys and values come from another sequence, the encoder's.
+        layer: index of the block, also in a cache.
+        is_causal: a position does not see later ones.
+        is_cross: keys and values come from the encoder's output.
     """
 
     def __init__(self, config: TransformerConfig, layer: int, *, is_causal: bool, is_cross: bool = False) -> None:
@@ -64,7 +64,7 @@ class MultiHeadAttention(nn.Module):
         self.config = config
         self.head_dim = config.head_dim
         self.layer_idx = layer
-        self.is_causal = is_causal  # read by backends, with the names of the two below
+        self.is_causal = is_causal  # backends read this and the next two attributes by name
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_cross = is_cross
@@ -84,23 +84,23 @@ class MultiHeadAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Attend from `x` to itself or to `memory`.
 
         Args:
-            x: (B, Tq, d), what asks.
-            memory: (B, Tk, d), what answers in cross-attention; None is `x` itself.
-            attention_mask: as the backend's mask function made it.
-            angles: rotary positions of `x`; cross-attention takes none, since its two sequences count apart.
-            past_key_values: keys and values of earlier calls, to be read and added to.
-            kwargs: handed to the backend, such as `attention_layout`.
+            x: (B, Tq, d), source of queries.
+            memory: (B, Tk, d), source of keys and values in cross-attention; None is `x`.
+            attention_mask: from the backend's mask function.
+            angles: rotary positions of `x`; none in cross-attention, whose two sequences have separate positions.
+            past_key_values: cached keys and values of earlier calls; this call appends its own.
+            kwargs: arguments for the backend, such as `attention_layout`.
 
         Returns:
-            (B, Tq, d), and the weights (B, H, Tq, Tk) where the backend has them.
+            (B, Tq, d), and the weights (B, H, Tq, Tk) if the backend returns them.
         """
         query = self._heads(self.q_proj(x))
         if self.is_cross:
             assert memory is not None
-            key, value = self._remembered(memory, past_key_values)
+            key, value = self._memory_heads(memory, past_key_values)
         else:
             key, value = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
             if angles is not None:
@@ -114,11 +114,11 @@ class MultiHeadAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
     def _heads(self, projected: Tensor) -> Tensor:
-        """(B, T, heads * D) -> (B, heads, T, D)."""
+        """Split heads: (B, T, heads * D) -> (B, heads, T, D)."""
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _remembered(self, memory: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder's output, which one projection serves for all steps of a generation."""
+    def _memory_heads(self, memory: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Project the encoder's output to keys and values, only once for all steps of a generation."""
         if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]

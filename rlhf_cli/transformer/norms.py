@@ -1,4 +1,4 @@
-"""Normalization of hidden states, each token by itself."""
+"""Normalization of the hidden state of each token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_cli.transformer.config import TransformerConfig
 class LayerNorm(nn.LayerNorm):
     """w * (x - mean(x)) / sqrt(var(x) + eps) + b over the last dimension (Ba et al. 2016, arXiv:1607.06450).
 
-    The arithmetic is torch's fused kernel: written out, its backward pass would keep four copies of x.
+    It uses torch's fused kernel; written out, the backward pass would keep four copies of x.
     """
 
 
@@ -36,6 +36,6 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-    """The norm that a configuration names."""
+    """Make the norm of a configuration."""
     kind = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(config.hidden_size, eps=config.norm_eps)

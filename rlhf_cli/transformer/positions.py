@@ -1,7 +1,7 @@
-"""Where a token stands: sinusoids or a learned table added to its embedding, or a rotation of its queries and keys.
+"""Token positions: sinusoids or a learned table added to the embedding, or a rotation of queries and keys.
 
-Positions are computed from `position_ids` in every forward pass: a table in a buffer would have a longest length, and
-would be lost when weights are loaded.
+Sinusoids and rotations are computed from `position_ids` in every forward pass: a table in a buffer would limit the
+length, and would be lost when weights are loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf_cli.transformer.config import TransformerConfig
 
 
 def frequencies(size: int, base: float, device: torch.device | str | None = None) -> Tensor:
-    """base^(-2i / size) for i < size / 2, in radians a position: (size / 2,) float32."""
+    """Return base^(-2i / size) for i < size / 2, in radians per position: (size / 2,) float32."""
     return 1.0 / base ** (torch.arange(0, size, 2, device=device).float() / size)
 
 
@@ -30,7 +30,7 @@ def sinusoids(position_ids: Tensor, size: int) -> Tensor:
         size: d, even.
 
     Returns:
-        The shape of `position_ids` and d, float32.
+        The shape of `position_ids` with a last dimension d, float32.
     """
     angles = position_ids.unsqueeze(-1).float() * frequencies(size, 10_000.0, position_ids.device)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
@@ -45,10 +45,10 @@ class SinusoidalPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Adds a trained vector a position to embeddings (GPT-2; row PE(pos, :) of a free table instead of sinusoids).
+    """Adds one trained vector per position to embeddings (GPT-2): PE(pos, :) is row pos of a table.
 
     Args:
-        config: its `max_position_embeddings` is the longest sequence.
+        config: `max_position_embeddings` is the length of the table.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -61,7 +61,7 @@ class LearnedPositions(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Leaves embeddings alone: rotary positions act inside attention."""
+    """Does not change embeddings: rotary positions act inside attention."""
 
     def forward(self, embedded: Tensor, position_ids: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
@@ -69,24 +69,24 @@ class NoPositions(nn.Module):
 
 
 def make_positions(config: TransformerConfig) -> nn.Module:
-    """What stands between the embedding and the first block."""
+    """Make the module between the embedding and the first block."""
     if config.positions == "sinusoidal":
         return SinusoidalPositions()
     return LearnedPositions(config) if config.positions == "learned" else NoPositions()
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of m theta_i: (B, 1, T, D) float32 each, each angle twice (i and i + D/2)."""
+    """Cosines and sines of m theta_i: (B, 1, T, D) float32 each; each angle occurs twice, at i and i + D/2."""
 
     cos: Tensor
     sin: Tensor
 
 
 def rotation(config: TransformerConfig, position_ids: Tensor) -> Rotation | None:
-    """Angles m theta_i, theta_i = base^(-2i/D) (Su et al. 2021, section 3.2.2); None where positions are not rotary.
+    """Compute the angles m theta_i, theta_i = base^(-2i/D) (Su et al. 2021, section 3.2.2); None if not rotary.
 
     Args:
-        config: base, head size D and stretching.
+        config: base, head size D and frequency scaling.
         position_ids: m, (B, T) or (1, T).
     """
     if config.positions != "rotary":
@@ -94,34 +94,34 @@ def rotation(config: TransformerConfig, position_ids: Tensor) -> Rotation | None
     assert config.head_dim is not None
     theta = frequencies(config.head_dim, config.rope_base, position_ids.device)
     if config.llama3_rope is not None:
-        theta = stretched(theta, config.llama3_rope)
+        theta = scaled_frequencies(theta, config.llama3_rope)
     angles = position_ids[:, None, :, None].float() * theta
     angles = torch.cat([angles, angles], dim=-1)
     return Rotation(angles.cos(), angles.sin())
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:
-    """Turn the plane of components i and i + D/2 by m theta_i (Su et al. 2021, equation 15; the pairing is Llama's).
+    """Rotate the plane of components i and i + D/2 by m theta_i (Su et al. 2021, equation 15; Llama's pairing).
 
-    The inner product of a query turned by m and a key turned by n depends on m - n alone.
+    The inner product of a query at position m and a key at position n then depends on m - n only.
 
     Args:
         x: (B, H, T, D) queries or keys.
-        angles: of their positions.
+        angles: from `rotation`.
     """
     first, second = x.chunk(2, dim=-1)
-    # In float32 and back, so that queries, keys and values keep one type under autocast.
+    # Compute in float32 and cast back, so that queries, keys and values keep one dtype under autocast.
     return (x * angles.cos + torch.cat([-second, first], dim=-1) * angles.sin).to(x.dtype)
 
 
-def stretched(theta: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's frequencies for contexts longer than those it was trained on first (arXiv:2407.21783, section 3.4).
+def scaled_frequencies(theta: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Scale frequencies for contexts longer than in pre-training, as Llama 3.1 (arXiv:2407.21783, section 3.4).
 
-    Waves shorter than L / high_freq_factor stay, those longer than L / low_freq_factor become `factor` times longer,
-    and between the two one passes smoothly into the other; L is the context of the first training.
+    Wavelengths below L / high_freq_factor stay, those above L / low_freq_factor become `factor` times longer, and those
+    between are interpolated; L is the context length of pre-training.
 
     Args:
-        theta: (D/2,) radians a position.
+        theta: (D/2,) radians per position.
         scaling: see `TransformerConfig.llama3_rope`.
     """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

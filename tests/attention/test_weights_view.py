@@ -17,6 +17,7 @@ from rlhf_cli.attention.weights import AttentionWeights, LayerWeights, collect_w
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.models.build import build_model
+from rlhf_cli.settings.shared import BuildSettings
 
 TEXT = "the cat sat <b>on</b> the mat"
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
     """A model with two layers and two heads, and a tokenizer for the vocabulary size of the other tiny models."""
     made = tmp_path_factory.mktemp("show") / "tiny"
     sizes = {"hidden_size": 16, "layers": 2, "heads": 2, "feed_forward_size": 24, "vocab_size": 300}
-    build_model(made, [TEXT] * 3, **sizes, context_length=64, seed=0)
+    build_model(made, [TEXT] * 3, BuildSettings(**sizes, context_length=64), seed=0)
     return made
 
 

@@ -118,7 +118,7 @@ def two_labels(tiny_bert, folder, labels):
 def test_a_reward_model_with_two_labels(rlhf, tiny_llama, tiny_bert, prompts, tmp_path):
     folder = two_labels(tiny_bert, tmp_path / "classifier", 2)
     stderr = rlhf("ppo", "--model", tiny_llama, "--reward-model", folder, "--prompts", prompts, code=65).stderr
-    assert "classifies into 2 labels" in stderr
+    assert "a reward model must have one label, got 2" in stderr
     assert "hint: " in stderr
     assert "Traceback" not in stderr
 

@@ -351,9 +351,10 @@ class SmallRun:
 
 def _make_parts(parts: Path) -> None:
     from rlhf_cli.models.build import build_model
+    from rlhf_cli.settings.shared import BuildSettings
 
     sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "feed_forward_size": 64}
-    build_model(parts / "model", _TEXTS, **sizes, vocab_size=320, context_length=128, seed=0)
+    build_model(parts / "model", _TEXTS, BuildSettings(**sizes, vocab_size=320, context_length=128), seed=0)
     (parts / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in _TEXTS))
 
 

@@ -25,8 +25,9 @@ from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_policy, recompute_activations
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
-from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.models import SharedBackbone
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.reward_model.data import RankedGroup
@@ -38,7 +39,7 @@ from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.stages.sft.trainer import train_sft
 
 FAMILIES = ("Llama", "GPT2", "Qwen2", "GPTNeoX")
-LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+LORA = LoraSettings(rank=4, alpha=8.0)
 # One prompt three times, not in a row; one that begins like it; one alone; answers that begin alike.
 PROMPTS = [[5, 6, 7, 8, 9], [3], [5, 6, 7, 8, 9], [5, 6, 40], [5, 6, 7, 8, 9]]
 RESPONSES = [[11, 12, 13], [14], [11, 15, 16, 17, 18, 19, 1], [20, 1], [21]]
@@ -144,7 +145,7 @@ def test_in_double_precision_nothing_is_left(family: str, bound: float):
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
 def test_with_adapters_and_recomputed_activations(family: str):
     model = tiny(family).requires_grad_(False)
-    add_lora(model, **LORA)
+    add_lora(model, LORA)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -170,24 +171,24 @@ def test_passes_of_policy_reference_and_critic_and_both_updates(tiny_llama: Path
     for attention in ("sdpa", "torch"):
         torch.manual_seed(0)
         model = load_policy(ModelSource(str(tiny_llama), attention=attention))
-        roles = SharedBackbone(model, rank=4, alpha=8.0, target_modules="all-linear")
+        models = SharedBackbone(model, LoraSettings(rank=4, alpha=8.0))
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-        torch.nn.init.normal_(roles.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(9))
-        engine = ForwardPasses(roles, autocast=nullcontext, micro_batch_size=3, temperature=0.7)
+        torch.nn.init.normal_(models.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(9))
+        engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=3, temperature=0.7)
         answers = answers_of(PROMPTS, RESPONSES)
-        passes = engine.passes(answers)
+        passes = engine.rollout_tensors(answers)
         for rows in engine.micro_batches(answers, range(5)):
             batch = engine.batch(answers, rows)
             assert (batch.layout is None) == (attention == "sdpa")
-            with roles.policy() as policy:
+            with models.policy() as policy:
                 engine.logprobs(policy, batch).logprobs.sum().backward()
-            with roles.critic() as critic:
+            with models.critic() as critic:
                 engine.values(critic, batch).square().sum().backward()
         gradient = {
             str(number): weight.grad
-            for number, weight in enumerate([*roles.policy_parameters(), *roles.critic_parameters()])
+            for number, weight in enumerate([*models.policy_parameters(), *models.critic_parameters()])
         }
         seen.append((passes, gradient))
     (padded, wanted), (ours, got) = seen
@@ -200,8 +201,8 @@ def test_passes_of_policy_reference_and_critic_and_both_updates(tiny_llama: Path
 
 def test_micro_batches_keep_answers_of_a_prompt_together(tiny_llama: Path):
     model = load_policy(ModelSource(str(tiny_llama), attention="torch"))
-    roles = SharedBackbone(model, rank=4, alpha=8.0, target_modules="all-linear")
-    engine = ForwardPasses(roles, autocast=nullcontext, micro_batch_size=2, temperature=1.0)
+    models = SharedBackbone(model, LoraSettings(rank=4, alpha=8.0))
+    engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=2, temperature=1.0)
     answers = answers_of([[7, 8], [3, 4], [7, 8], [3, 4]], [[1], [2, 2, 2], [3, 3, 3], [4]])
     assert [set(rows) for rows in engine.micro_batches(answers, range(4))] == [{1, 3}, {0, 2}]
 
@@ -212,33 +213,32 @@ def test_rewards_and_their_gradients(name: str, lora, request: pytest.FixtureReq
     folder = str(request.getfixturevalue(name))
     prompts = ["Why is the sky blue?", "hi", "Why is the sky blue?", "Why is it so?", "Why is the sky blue?"]
     completions = ["Because.", "hello", "Because air scatters light.", "", "It is not."]
-    scorer = new_reward_model(ModelSource(folder, attention="torch"), template=None, lora=lora)
+    reward_model = new_reward_model(ModelSource(folder, attention="torch"), template=None, lora=lora)
     judge = new_reward_model(ModelSource(folder, attention="eager"), template=None, lora=lora)
-    judge.load_state_dict(scorer.state_dict())
-    encoded = [scorer.encode(*pair) for pair in zip(prompts, completions, strict=True)]
-    batch = scorer.batch(encoded)
+    judge.load_state_dict(reward_model.state_dict())
+    encoded = [reward_model.encode(*pair) for pair in zip(prompts, completions, strict=True)]
+    batch = reward_model.batch(encoded)
     assert batch.layout is not None
     assert batch.layout.is_tree
-    rewards = scorer(batch)
+    rewards = reward_model(batch)
     expected = torch.cat([judge(judge.batch([one])) for one in encoded])
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-6)
     assert len(set(rewards.tolist())) == 5
     scale = torch.arange(1.0, 6.0)
     (rewards * scale).sum().backward()
     (expected * scale).sum().backward()
-    assert_same(gradients(scorer), gradients(judge))
+    assert_same(gradients(reward_model), gradients(judge))
     for size in (1, 2, 32):
-        assert scorer.score(prompts, completions, batch_size=size) == pytest.approx(expected.tolist(), abs=1e-5)
+        assert reward_model.score(prompts, completions, batch_size=size) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_a_reward_model_on_the_policys_backbone_takes_groups_too(tiny_llama: Path, tmp_path: Path):
     save_reward_model(new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=LORA), tmp_path)
     source = ModelSource(str(tiny_llama), attention="torch")
-    options = PPOModelOptions(LoraShape(4, 8.0, "all-linear"))
-    reward = load_ppo_models(source, options, reward_path=str(tmp_path), template=None).reward_model
+    reward = load_ppo_models(source, PPOSettings(lora=LORA), reward_path=str(tmp_path), template=None).reward_model
     assert reward is not None
     assert reward.is_shared
-    assert reward.scorer.reads_groups
+    assert reward.model.reads_groups
     plain = load_reward_model(ModelSource(str(tmp_path), attention="sdpa"), template=None)
     questions, answers = ["Why?"] * 3, ["Because.", "So.", "Because of it."]
     assert reward.score(questions, answers) == pytest.approx(plain.score(questions, answers), abs=1e-5)
@@ -354,11 +354,11 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
     histories = []
     for attention in ("sdpa", "torch"):
         source = ModelSource(str(tiny_llama), attention=attention)
-        scorer = new_reward_model(source, template=None, lora=LORA)
+        reward_model = new_reward_model(source, template=None, lora=LORA)
         groups = []
         for number in range(6):
             completions = ["Because.", "Air scatters blue light.", "x" * (number + 1), "So it is."][: 2 + number % 3]
-            sequences = tuple(scorer.encode(f"Question {number}?", completion) for completion in completions)
+            sequences = tuple(reward_model.encode(f"Question {number}?", completion) for completion in completions)
             groups.append(RankedGroup(sequences, tuple(range(len(completions))), 0.0))
         settings = RewardModelSettings(
             learning_rate=1e-3, batch_size=3, micro_batch_size=2, epochs=2.0, warmup_share=0.0, schedule="constant",
@@ -366,8 +366,8 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
         )  # fmt: skip
         work = tmp_path / attention
         work.mkdir()
-        trainer = RewardTrainer(scorer, groups, settings, seed=0, work=work, stop=Never())
-        scorer.train()
+        trainer = RewardTrainer(reward_model, groups, settings, seed=0, work=work, stop=Never())
+        reward_model.train()
         histories.append([trainer.step(step).metrics for step in range(trainer.batches.steps)])
     metrics_match(histories[1], histories[0])
 
@@ -387,8 +387,8 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
         source = ModelSource(str(tiny_llama), attention=attention)
         tokenizer = load_tokenizer(source)
         torch.manual_seed(0)
-        roles = SharedBackbone(load_policy(source), rank=4, alpha=8.0, target_modules="all-linear")
-        engine = ForwardPasses(roles, autocast=nullcontext, micro_batch_size=4, temperature=1.0)
+        models = SharedBackbone(load_policy(source), LoraSettings(rank=4, alpha=8.0))
+        engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=4, temperature=1.0)
         settings = PPOSettings(
             steps=2, prompts_per_step=8 // samples, samples_per_prompt=samples, epochs=2, micro_batch_size=4,
             rollout_batch_size=8, max_new_tokens=6, learning_rate=1e-3, schedule="constant", ratio_limit=1e6,
@@ -398,7 +398,7 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
         work = tmp_path / attention
         work.mkdir()
         data = PPOData(prompts)
-        trainer = PPOTrainer(roles, engine, data, vowels, settings, seed=0, work=work, stop=Never())
+        trainer = PPOTrainer(models, engine, data, vowels, settings, seed=0, work=work, stop=Never())
         histories.append([trainer.step(step).metrics for step in range(2)])
     metrics_match(histories[1], histories[0])
 
@@ -419,7 +419,7 @@ def test_who_takes_groups(tiny_llama: Path, tiny_t5: Path, tiny_bert: Path):
 
 def test_a_layout_never_reaches_an_attention_that_would_not_read_it():
     plan = plan_groups(SEQUENCES)
-    with pytest.raises(AssertionError, match="pass a layout over"):
+    with pytest.raises(AssertionError, match="silently ignore a layout"):
         last_hidden(tiny("Llama").get_decoder(), plan.input_ids, plan.layout)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.build import build_model
+from rlhf_cli.models.build import build_model, train_tokenizer
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.settings.shared import BuildSettings
 
@@ -23,7 +22,7 @@ TEXTS = ["How often should I water my basil?", "Water basil in the morning, when
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "model"
-    build_model(folder, TEXTS, **SIZES, seed=3)
+    build_model(folder, TEXTS, BuildSettings(**SIZES), seed=3)
     return folder
 
 
@@ -68,13 +67,13 @@ def test_special_tokens_are_distinct_and_agree_with_the_model(folder: Path):
     ids=str,
 )
 def test_every_part_reaches_the_model(tmp_path: Path, setting: dict[str, Any], parts: dict[str, Any]):
-    build_model(tmp_path, TEXTS, **(SIZES | setting), seed=0)
+    build_model(tmp_path, TEXTS, BuildSettings(**SIZES | setting), seed=0)
     config = load_policy(ModelSource(str(tmp_path))).config
     assert {name: getattr(config, name) for name in parts} == parts
 
 
 def test_encoder_decoder_starts_from_padding_and_writes(tmp_path: Path):
-    build_model(tmp_path, TEXTS, **SIZES, seed=0, architecture="encoder-decoder")
+    build_model(tmp_path, TEXTS, BuildSettings(**SIZES, architecture="encoder-decoder"), seed=0)
     model, tokenizer = load_policy(ModelSource(str(tmp_path))), load_tokenizer(ModelSource(str(tmp_path)))
     assert model.config.is_encoder_decoder
     assert model.config.decoder_start_token_id == tokenizer.pad_token_id
@@ -82,18 +81,13 @@ def test_encoder_decoder_starts_from_padding_and_writes(tmp_path: Path):
     assert written.shape == (1, 5)
 
 
-def test_recipe_and_function_agree_on_parts_and_defaults():
-    asked = inspect.signature(build_model).parameters
-    settings = BuildSettings.model_fields
-    assert settings.keys() == asked.keys() - {"folder", "texts", "seed"}
-    defaults = {name: one.default for name, one in asked.items() if one.default is not inspect.Parameter.empty}
-    assert defaults == {name: settings[name].default for name in defaults}
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"hidden_size": 32, "heads": 5}, "`heads` must divide `hidden_size`; got 5 and 32"),
+        ({"hidden_size": 32, "heads": 32}, "rotary positions need heads of even size; got 32 / 32 = 1"),
         ({"key_heads": 3}, "`key_heads` must divide `heads`; got 3 and 4"),
+        ({"vocab_size": 200}, "greater than or equal to 260"),
         ({"hidden_size": 36, "heads": 12}, "rotary positions need heads of even size; got 36 / 12 = 3"),
         ({"head_dim": 7}, "rotary positions need heads of even size; got `head_dim: 7`"),
         ({"positions": "learned", "rope_base": 5.0}, "`rope_base` has no effect with `positions: learned`"),
@@ -126,8 +120,8 @@ def test_tokenizer_learned_from_the_texts(folder: Path):
 
 def test_same_seed_same_bytes_and_another_seed_other_weights(folder: Path, tmp_path: Path):
     before = torch.random.get_rng_state()
-    build_model(tmp_path / "same", iter(TEXTS), **SIZES, seed=3)
-    build_model(tmp_path / "other", TEXTS, **SIZES, seed=4)
+    build_model(tmp_path / "same", iter(TEXTS), BuildSettings(**SIZES), seed=3)
+    build_model(tmp_path / "other", TEXTS, BuildSettings(**SIZES), seed=4)
     assert torch.equal(before, torch.random.get_rng_state())
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in (tmp_path / "same").iterdir())
@@ -144,20 +138,11 @@ def test_first_logits_have_unit_scale(folder: Path):
     assert 0.7 < float(logits.std()) < 1.4
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"heads": 5}, "5 heads"),
-        ({"heads": 32}, "32 heads"),
-        ({"key_heads": 3}, "4 heads cannot share 3 key heads"),
-        ({"vocab_size": 200}, "vocab_size: 200"),
-    ],
-)
-def test_impossible_sizes_are_named(tmp_path: Path, changed: dict[str, int], message: str):
-    with pytest.raises(ModelError, match=message):
-        build_model(tmp_path / "model", TEXTS, **(SIZES | changed), seed=0)
+def test_a_vocabulary_smaller_than_the_bytes_is_an_error():
+    with pytest.raises(ModelError, match=r"must be at least 258 .*, got 200"):
+        train_tokenizer(TEXTS, vocab_size=200, context_length=64)
 
 
 def test_no_text_is_an_error(tmp_path: Path):
     with pytest.raises(ModelError, match="no text"):
-        build_model(tmp_path / "model", [], **SIZES, seed=0)
+        build_model(tmp_path / "model", [], BuildSettings(**SIZES), seed=0)

@@ -15,14 +15,14 @@ from rlhf_cli.generation.logprobs import check_projection, response_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
-from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+from rlhf_cli.stages.ppo.model_loading import load_ppo_models
+from rlhf_cli.stages.ppo.model_saving import save_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
-from rlhf_cli.stages.ppo.run import _save
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "neox", "t5", "bart")
 TEXTS = ["x", "The cat sat", "Please tell me how bread is baked", "Why is the sky blue?", "so"]
-SHAPE = LoraShape(4, 8.0, "all-linear")
+SETTINGS = {"lora": {"adapter": "lora", "lora": {"rank": 4, "alpha": 8.0}}, "none": {"adapter": "none"}}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -31,19 +31,19 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(params=["lora", "none"])
-def roles(request: pytest.FixtureRequest, folder: Path) -> PPOModels:
-    options = PPOModelOptions(SHAPE if request.param == "lora" else None)
-    made = load_ppo_models(ModelSource(str(folder)), options, reward_path=None, template=None).roles
+def models(request: pytest.FixtureRequest, folder: Path) -> PPOModels:
+    settings = PPOSettings.model_validate(SETTINGS[request.param])
+    made = load_ppo_models(ModelSource(str(folder)), settings, reward_path=None, template=None).models
     torch.manual_seed(2)
     torch.nn.init.normal_(made.value_head.weight)
     return made
 
 
-def engine(roles: PPOModels, size: int = 8) -> ForwardPasses:
-    return ForwardPasses(roles, autocast=nullcontext, micro_batch_size=size, temperature=1.0)
+def engine(models: PPOModels, size: int = 8) -> ForwardPasses:
+    return ForwardPasses(models, autocast=nullcontext, micro_batch_size=size, temperature=1.0)
 
 
-def answers(roles: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answers, torch.Tensor]:
+def answers(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answers, torch.Tensor]:
     """Answers to prompts of uneven length, sampled in one batch, with the log-probability each token was drawn at."""
     tokenizer = load_tokenizer(ModelSource(str(folder)))
     prompts = [tokenizer(text).input_ids for text in TEXTS]
@@ -55,7 +55,7 @@ def answers(roles: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answers
         drawn.append(logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1))[:, 0])
         return tokens
 
-    with pytest.MonkeyPatch.context() as patch, roles.policy() as model:
+    with pytest.MonkeyPatch.context() as patch, models.policy() as model:
         patch.setattr(sampling, "draw", watched)
         samples = sampling.sample(
             model, prompts, range(len(prompts)), max_new_tokens=length, temperature=1.0, eos_ids=set()
@@ -67,50 +67,50 @@ def answers(roles: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answers
     return Answers(TEXTS, prompts, ids, TEXTS, [False] * len(TEXTS), torch.zeros(len(TEXTS))), found
 
 
-def test_the_first_step_is_at_kl_0_and_ratio_1(roles: PPOModels, folder: Path):
+def test_the_first_step_is_at_kl_0_and_ratio_1(models: PPOModels, folder: Path):
     """Dropout (4) and positions (6): policy, reference and sampler agree, however answers share a batch."""
-    given, drawn_at = answers(roles, folder)
-    before = engine(roles).passes(given)
+    given, drawn_at = answers(models, folder)
+    before = engine(models).rollout_tensors(given)
     torch.testing.assert_close(before.reference_logprobs, before.logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(drawn_at, before.logprobs, atol=1e-5, rtol=0)
     for rows in ([4, 0], [1, 2, 3]):
-        part = engine(roles, 3)
-        with roles.policy() as model, torch.no_grad():
+        part = engine(models, 3)
+        with models.policy() as model, torch.no_grad():
             model.train()
             now = part.logprobs(model, part.batch(given, rows)).logprobs
             model.eval()
         torch.testing.assert_close(now, before.logprobs[rows], atol=1e-5, rtol=0)
-        with roles.critic() as model, torch.no_grad():
+        with models.critic() as model, torch.no_grad():
             values = part.values(model, part.batch(given, rows))
         torch.testing.assert_close(values, before.values[rows], atol=1e-4, rtol=1e-4)
     assert before.values.std() > 1e-2
 
 
-def test_gradients_reach_what_trains_and_nothing_else(roles: PPOModels, folder: Path):
-    given, _ = answers(roles, folder)
-    passes = engine(roles)
+def test_gradients_reach_what_trains_and_nothing_else(models: PPOModels, folder: Path):
+    given, _ = answers(models, folder)
+    passes = engine(models)
     batch = passes.batch(given, range(len(TEXTS)))
-    perturb(roles)  # while B = 0, A has no gradient
-    with roles.policy() as model:
+    perturb(models)  # while B = 0, A has no gradient
+    with models.policy() as model:
         passes.logprobs(model, batch).logprobs.sum().backward()
     # The bias of keys cancels in the softmax.
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in roles.policy_parameters())
-    assert sum(bool(p.grad.any()) for p in roles.policy_parameters()) >= 0.8 * len(roles.policy_parameters())
-    assert not any(p.grad is not None for p in roles.critic_parameters())
-    with roles.critic() as model:
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in models.policy_parameters())
+    assert sum(bool(p.grad.any()) for p in models.policy_parameters()) >= 0.8 * len(models.policy_parameters())
+    assert not any(p.grad is not None for p in models.critic_parameters())
+    with models.critic() as model:
         passes.values(model, batch).sum().backward()
-    assert sum(p.grad is not None and bool(p.grad.any()) for p in roles.critic_parameters()) >= 0.8 * len(
-        roles.critic_parameters()
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in models.critic_parameters()) >= 0.8 * len(
+        models.critic_parameters()
     )
-    with roles.reference() as reference:
-        trained = {id(parameter) for parameter in [*roles.policy_parameters(), *roles.critic_parameters()]}
+    with models.reference() as reference:
+        trained = {id(parameter) for parameter in [*models.policy_parameters(), *models.critic_parameters()]}
         assert not any(p.grad is not None for p in reference.parameters() if id(p) not in trained)
 
 
-def perturb(roles: PPOModels) -> None:
+def perturb(models: PPOModels) -> None:
     torch.manual_seed(8)
     with torch.no_grad():
-        for parameter in [*roles.policy_parameters(), *roles.critic_parameters()]:
+        for parameter in [*models.policy_parameters(), *models.critic_parameters()]:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
@@ -121,26 +121,26 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=ids, **inputs).logits
 
 
-def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(roles: PPOModels, folder: Path, tmp_path: Path):
+def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(models: PPOModels, folder: Path, tmp_path: Path):
     """Keys that from_pretrained reads, with the value head beside them (22)."""
-    perturb(roles)
-    is_lora = isinstance(roles, SharedBackbone)
-    settings = {"adapter": "lora", "lora": {"rank": 4, "alpha": 8.0}} if is_lora else {"adapter": "none"}
-    _save(tmp_path, roles, ModelSource(str(folder)), PPOSettings.model_validate(settings))
+    perturb(models)
+    is_lora = isinstance(models, SharedBackbone)
+    settings = PPOSettings.model_validate(SETTINGS["lora" if is_lora else "none"])
+    save_ppo_models(models, ModelSource(str(folder)), settings, tmp_path)
     kind = AutoModelForSeq2SeqLM if folder.name in ("tiny-t5", "tiny-bart") else AutoModelForCausalLM
-    with roles.policy() as model:
+    with models.policy() as model:
         expected = logits(model)
         embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = embeddings.weight is output.weight
     read = kind.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(read.eval()), expected, atol=1e-5, rtol=1e-4)
     assert (read.get_input_embeddings().weight is read.get_output_embeddings().weight) == is_tied
-    with roles.reference() as model:
+    with models.reference() as model:
         assert (logits(model) - expected).abs().max() > 1e-3
 
     start = getattr(read.config, "decoder_start_token_id", None)
     batch = SequenceBatch.of([[5, 6], [7]], [[8, 9, 10], [11]], torch.device("cpu"), decoder_start=start)
-    with roles.critic() as model, torch.no_grad():
+    with models.critic() as model, torch.no_grad():
         expected = response_hidden(model, batch)
     if is_lora:
         critic = PeftModel.from_pretrained(kind.from_pretrained(folder), tmp_path / "critic").get_base_model()

@@ -21,6 +21,7 @@ from rlhf_cli.models.loading import (
     resolve_precision,
 )
 from rlhf_cli.models.lora import add_lora, save_adapter
+from rlhf_cli.settings.shared import LoraSettings
 
 
 def test_policies_of_both_architectures_load_in_the_asked_precision(tiny_llama: Path, tiny_t5: Path):
@@ -47,12 +48,12 @@ def test_dropout_is_off_wherever_a_configuration_keeps_it(tiny_gpt2: Path):
 def test_an_adapter_is_no_model_to_start_from(tiny_llama: Path, tmp_path: Path):
     """Trap 15: transformers would load base and adapter, and "adapter off" would then be the base."""
     adapted = load_policy(ModelSource(str(tiny_llama)))
-    add_lora(adapted, rank=2, alpha=4.0)
+    add_lora(adapted, LoraSettings(rank=2, alpha=4.0))
     save_adapter(adapted, tmp_path / "adapter", base=str(tiny_llama))
     shutil.copytree(tiny_llama, tmp_path / "both")
     shutil.copytree(tmp_path / "adapter", tmp_path / "both", dirs_exist_ok=True)
     for name in ("adapter", "both"):
-        with pytest.raises(ModelError, match="is an adapter of PEFT's, not a whole model") as caught:
+        with pytest.raises(ModelError, match="is a PEFT adapter, not a whole model") as caught:
             load_policy(ModelSource(str(tmp_path / name)))
         assert "merge it first" in (caught.value.hint or "")
 
@@ -60,7 +61,7 @@ def test_an_adapter_is_no_model_to_start_from(tiny_llama: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "is not a model folder: it has no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot load weights from"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "cannot load weights from"),
     ],
@@ -85,10 +86,10 @@ def test_pickled_weights_are_not_read(tiny_llama: Path, tmp_path: Path):
 
 
 def test_what_writes_no_text_is_no_policy(tiny_bert: Path, tmp_path: Path):
-    with pytest.raises(ModelError, match="is a bert model, which writes no text"):
+    with pytest.raises(ModelError, match="is a bert model, which cannot generate text"):
         load_policy(ModelSource(str(tiny_bert)))
     ViTConfig().save_pretrained(tmp_path / "vit")
-    with pytest.raises(ModelError, match="is a vit model, which writes no text"):
+    with pytest.raises(ModelError, match="is a vit model, which cannot generate text"):
         load_policy(ModelSource(str(tmp_path / "vit")))
 
 
@@ -98,7 +99,7 @@ def test_a_folder_without_all_weights_is_no_policy(tiny_llama: Path, tmp_path: P
     whole = load_policy(ModelSource(str(tiny_llama)))
     state = {key: weight for key, weight in whole.state_dict().items() if ".layers.1." not in key}
     whole.save_pretrained(tmp_path / "half", state_dict=state)
-    with pytest.raises(ModelError, match=r"lacks 9 weights of a llama model, such as `model\.layers\.1\."):
+    with pytest.raises(ModelError, match=r"9 weights of a llama model are missing, such as `model\.layers\.1\."):
         load_policy(ModelSource(str(tmp_path / "half")))
 
 
@@ -116,7 +117,7 @@ def test_context_length_is_the_positions():
 
 def test_devices_and_precisions():
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ModelError, match=r"`model\.device: tpu9` is none of auto, cpu and cuda"):
+    with pytest.raises(ModelError, match=r"`model\.device` must be auto, cpu or cuda, got `tpu9`"):
         resolve_device("tpu9")
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="no CUDA device"):

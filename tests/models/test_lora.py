@@ -38,6 +38,7 @@ from rlhf_cli.models.lora import (
     merge_lora,
     save_adapter,
 )
+from rlhf_cli.settings.shared import LoraSettings
 
 _SMALL = {
     "vocab_size": 320,
@@ -83,7 +84,7 @@ def randomize(model: PreTrainedModel, name: str = "default") -> None:
 def test_merged_weights_give_the_adapters_logits(model: PreTrainedModel):
     plain = logits(model)
     names = [name for name, _ in model.named_modules()]
-    add_lora(model, rank=4, alpha=8.0)
+    add_lora(model, LoraSettings(rank=4, alpha=8.0))
     assert torch.equal(logits(model), plain)  # B = 0
     randomize(model)
     adapted = logits(model)
@@ -95,7 +96,7 @@ def test_merged_weights_give_the_adapters_logits(model: PreTrainedModel):
 
 
 def test_only_the_adapter_trains_and_heads_are_left_alone(model: PreTrainedModel):
-    parameters = add_lora(model, rank=4, alpha=8.0)
+    parameters = add_lora(model, LoraSettings(rank=4, alpha=8.0))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -111,14 +112,14 @@ def test_only_the_adapter_trains_and_heads_are_left_alone(model: PreTrainedModel
 
 
 def test_nothing_is_warned_about(model: PreTrainedModel, recwarn: pytest.WarningsRecorder):
-    add_lora(model, rank=4, alpha=8.0)
-    add_lora(model, rank=4, alpha=8.0, name="second")
+    add_lora(model, LoraSettings(rank=4, alpha=8.0))
+    add_lora(model, LoraSettings(rank=4, alpha=8.0), name="second")
     assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_rank_and_alpha_scale_the_update(tiny_llama: Path):
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
-    add_lora(model, rank=4, alpha=6.0, target_modules=["q_proj"])
+    add_lora(model, LoraSettings(rank=4, alpha=6.0, target_modules=["q_proj"]))
     randomize(model)
     before = model.model.layers[1].self_attn.q_proj.get_base_layer().weight.detach().clone()
     a, b = (adapter_state(model)[f"layers.1.self_attn.q_proj.lora_{half}.weight"] for half in "AB")
@@ -128,7 +129,7 @@ def test_rank_and_alpha_scale_the_update(tiny_llama: Path):
 
 def test_merging_rounds_once(tiny_llama: Path):
     model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
-    add_lora(model, rank=4, alpha=8.0)
+    add_lora(model, LoraSettings(rank=4, alpha=8.0))
     assert all(weight.dtype == torch.float32 for weight in adapter_state(model).values())
     randomize(model)
     layer = dict(adapter_layers(model))["layers.0.mlp.up_proj"]
@@ -142,7 +143,7 @@ def test_merging_rounds_once(tiny_llama: Path):
 
 def test_one_adapter_fits_every_head(tiny_llama: Path, tmp_path: Path):
     classifier = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
-    add_lora(classifier, rank=4, alpha=8.0, name="reward")
+    add_lora(classifier, LoraSettings(rank=4, alpha=8.0), name="reward")
     randomize(classifier, "reward")
     save_adapter(classifier, tmp_path, "reward")
     assert not list(tmp_path.glob("*.bin"))
@@ -160,7 +161,7 @@ def test_peft_itself_reads_what_is_saved(model: PreTrainedModel, tmp_path: Path)
     import copy
 
     untouched = copy.deepcopy(model)
-    add_lora(model, rank=4, alpha=8.0)
+    add_lora(model, LoraSettings(rank=4, alpha=8.0))
     randomize(model)
     save_adapter(model, tmp_path)
     read = PeftModel.from_pretrained(untouched, tmp_path).eval()
@@ -170,11 +171,11 @@ def test_peft_itself_reads_what_is_saved(model: PreTrainedModel, tmp_path: Path)
 def test_adapters_side_by_side_do_not_touch_each_other(tiny_llama: Path):
     model = LlamaForCausalLM.from_pretrained(tiny_llama).eval()
     plain = logits(model)
-    add_lora(model, rank=4, alpha=8.0, name="policy")
+    add_lora(model, LoraSettings(rank=4, alpha=8.0), name="policy")
     randomize(model, "policy")
     first = {key: weight.clone() for key, weight in adapter_state(model, "policy").items()}
     policy = logits(model)
-    add_lora(model, rank=2, alpha=8.0, name="value")
+    add_lora(model, LoraSettings(rank=2, alpha=8.0), name="value")
     assert torch.equal(logits(model), plain)  # the new one is active, and it is still nothing
     assert all(torch.equal(first[key], weight) for key, weight in adapter_state(model, "policy").items())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -185,15 +186,15 @@ def test_adapters_side_by_side_do_not_touch_each_other(tiny_llama: Path):
 
 def test_state_that_does_not_fit_is_refused(tiny_llama: Path, tiny_gpt2: Path, tmp_path: Path):
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
-    add_lora(model, rank=4, alpha=8.0)
+    add_lora(model, LoraSettings(rank=4, alpha=8.0))
     state = dict(adapter_state(model))
     missing = dict(list(state.items())[1:])
-    with pytest.raises(ModelError, match=r"lacks `layers\.0"):
+    with pytest.raises(ModelError, match=r"`layers\.0\.self_attn\.q_proj\.lora_A\.weight` is missing"):
         load_adapter_state(model, missing)
-    with pytest.raises(ModelError, match=r"is \(3, 32\), not \(4, 32\)"):
+    with pytest.raises(ModelError, match=r"must have shape \(4, 32\), got \(3, 32\)"):
         load_adapter_state(model, state | {next(iter(state)): torch.zeros(3, 32)})
     save_adapter(model, tmp_path)
-    with pytest.raises(ModelError, match="it has no layer for"):
+    with pytest.raises(ModelError, match="the model has no layer for"):
         load_adapter(GPT2LMHeadModel.from_pretrained(tiny_gpt2), tmp_path)
     with pytest.raises(ModelError, match="cannot load an adapter"):
         load_adapter(model, tmp_path / "nowhere")
@@ -201,12 +202,12 @@ def test_state_that_does_not_fit_is_refused(tiny_llama: Path, tiny_gpt2: Path, t
 
 def test_unknown_layer_names_are_refused_with_the_known_ones(tiny_llama: Path):
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
-    with pytest.raises(ModelError, match="names `c_attn`") as caught:
-        add_lora(model, rank=4, alpha=8.0, target_modules=["q_proj", "c_attn"])
+    with pytest.raises(ModelError, match="no linear layer `c_attn`") as caught:
+        add_lora(model, LoraSettings(rank=4, alpha=8.0, target_modules=["q_proj", "c_attn"]))
     assert "q_proj" in (caught.value.hint or "")
-    with pytest.raises(ModelError, match="names `proj`"):  # a tail of a name is not a name
-        add_lora(model, rank=4, alpha=8.0, target_modules="proj")
-    add_lora(model, rank=4, alpha=8.0, target_modules=["self_attn.q_proj", "v_proj"])
+    with pytest.raises(ModelError, match="no linear layer `proj`"):  # a tail of a name is not a name
+        add_lora(model, LoraSettings(rank=4, alpha=8.0, target_modules="proj"))
+    add_lora(model, LoraSettings(rank=4, alpha=8.0, target_modules=["self_attn.q_proj", "v_proj"]))
     assert {key.rsplit(".", 1)[-1] for key, _ in adapter_layers(model)} == {"q_proj", "v_proj"}
 
 

@@ -22,9 +22,10 @@ from rlhf_cli.models.lora import adapter_layers, add_lora, merge_lora
 from rlhf_cli.models.quantize import quantized
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
-from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
-from rlhf_cli.stages.ppo.run import _save
+from rlhf_cli.stages.ppo.model_loading import load_ppo_models
+from rlhf_cli.stages.ppo.model_saving import save_ppo_models
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -35,9 +36,9 @@ IDS = torch.arange(5, 17).reshape(2, 6)
 PROMPTS, ANSWERS = [[5, 6, 7], [5, 6, 7, 8, 9], [10, 11]], [[3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13]]
 
 
-def actors(folder: Path, bits: str, **options):
-    options = PPOModelOptions(LoraShape(4, 8.0, "all-linear"), **options)
-    return load_ppo_models(ModelSource(str(folder), quantize=bits), options, reward_path=None, template=None)
+def load(folder: Path, bits: str, **settings):
+    settings = PPOSettings(lora=LoraSettings(rank=4, alpha=8.0), **settings)
+    return load_ppo_models(ModelSource(str(folder), quantize=bits), settings, reward_path=None, template=None)
 
 
 @needs_bitsandbytes
@@ -64,26 +65,26 @@ def test_the_backbone_is_quantized_and_nothing_else(name, bits, request):
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_adapters_train_on_quantized_weights(name, recompute, bits, request):
     """KL 0 and ratio 1 at first, in whatever batches; then every adapter's weight has a gradient, in float32."""
-    roles = actors(request.getfixturevalue(name), bits, gradient_checkpointing=recompute).roles
+    models = load(request.getfixturevalue(name), bits, gradient_checkpointing=recompute).models
     texts = [""] * 3
     given = Answers(texts, PROMPTS, ANSWERS, texts, [True] * 3, torch.zeros(3))
-    torch.nn.init.ones_(roles.value_head.weight)
+    torch.nn.init.ones_(models.value_head.weight)
     whole, single = (
-        ForwardPasses(roles, autocast=nullcontext, micro_batch_size=size, temperature=1.0) for size in (3, 1)
+        ForwardPasses(models, autocast=nullcontext, micro_batch_size=size, temperature=1.0) for size in (3, 1)
     )
-    before = whole.passes(given)
+    before = whole.rollout_tensors(given)
     torch.testing.assert_close(before.logprobs, before.reference_logprobs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(before.logprobs, single.passes(given).logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(before.logprobs, single.rollout_tensors(given).logprobs, atol=1e-4, rtol=0)
     # PEFT's own layers for such weights, which guard the gradient against bitsandbytes' views.
-    assert {type(layer).__module__ for _, layer in adapter_layers(roles.model)} == {"peft.tuners.lora.bnb"}
-    trained = [*roles.policy_parameters(), *roles.critic_parameters()]
+    assert {type(layer).__module__ for _, layer in adapter_layers(models.model)} == {"peft.tuners.lora.bnb"}
+    trained = [*models.policy_parameters(), *models.critic_parameters()]
     with torch.no_grad():
         for parameter in trained:
             parameter.add_(0.05 * torch.randn_like(parameter))
     batch = whole.batch(given, [0, 1, 2])
-    with roles.policy() as model:
+    with models.policy() as model:
         whole.logprobs(model, batch).logprobs.sum().backward()
-    with roles.critic() as model:
+    with models.critic() as model:
         whole.values(model, batch).sum().backward()
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in trained)
@@ -103,7 +104,7 @@ def test_gradients_are_those_of_the_weights_as_they_are_rounded(tiny_llama):
     gradients = []
     for each in (model, plain):
         torch.manual_seed(0)
-        parameters = add_lora(each, rank=4, alpha=8.0)
+        parameters = add_lora(each, LoraSettings(rank=4, alpha=8.0))
         with torch.no_grad():
             each(input_ids=IDS)  # in evaluation mode and without gradient, as when it samples
             for parameter in parameters:
@@ -119,23 +120,23 @@ def test_gradients_are_those_of_the_weights_as_they_are_rounded(tiny_llama):
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_the_policy_is_merged_into_the_weights_on_disk(name, bits, request, tmp_path):
     folder = request.getfixturevalue(name)
-    roles = actors(folder, bits).roles
+    models = load(folder, bits).models
     with torch.no_grad():
-        for parameter in roles.policy_parameters():
+        for parameter in models.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     settings = PPOSettings.model_validate({"lora": {"rank": 4, "alpha": 8.0}})
-    _save(tmp_path, roles, ModelSource(str(folder), quantize=bits), settings)
+    save_ppo_models(models, ModelSource(str(folder), quantize=bits), settings, tmp_path)
     written = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     exact = load_policy(ModelSource(str(folder)))
-    add_lora(exact, rank=4, alpha=8.0, name="policy")
-    state = {key: value for key, value in roles.state().items() if key.startswith("policy.")}
+    add_lora(exact, LoraSettings(rank=4, alpha=8.0), name="policy")
+    state = {key: value for key, value in models.state().items() if key.startswith("policy.")}
     weights = dict(exact.base_model.named_parameters())
     for key, value in state.items():
         head, factor = key.removeprefix("policy.").rsplit(".lora_", 1)
         weights[f"{head}.lora_{factor[0]}.policy.weight"].data.copy_(value)
     with torch.no_grad():
         torch.testing.assert_close(written(input_ids=IDS).logits, exact(input_ids=IDS).logits, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ModelError, match="is not merged into quantized weights"), roles.policy() as model:
+    with pytest.raises(ModelError, match="cannot merge into quantized weights"), models.policy() as model:
         merge_lora(model, "policy")
 
 
@@ -143,19 +144,21 @@ def test_the_policy_is_merged_into_the_weights_on_disk(name, bits, request, tmp_
 @pytest.mark.parametrize("bits", BITS)
 def test_a_reward_model_is_trained_on_quantized_weights_and_scores_on_either(bits, tiny_llama, tmp_path):
     source = ModelSource(str(tiny_llama), quantize=bits)
-    scorer = new_reward_model(source, template=None, lora={"rank": 4, "alpha": 8.0})
-    assert quantized(scorer.model) == bits
-    assert scorer.head.weight.dtype == torch.float32
-    loss = scorer(scorer.batch([scorer.encode("Why?", "Because."), scorer.encode("x", "so")])).sum()
+    reward_model = new_reward_model(source, template=None, lora=LoraSettings(rank=4, alpha=8.0))
+    assert quantized(reward_model.model) == bits
+    assert reward_model.head.weight.dtype == torch.float32
+    loss = reward_model(
+        reward_model.batch([reward_model.encode("Why?", "Because."), reward_model.encode("x", "so")])
+    ).sum()
     loss.backward()
-    assert all(p.grad is not None for n, p in scorer.named_parameters() if p.requires_grad and "lora_A" not in n)
-    save_reward_model(scorer, tmp_path)
+    assert all(p.grad is not None for n, p in reward_model.named_parameters() if p.requires_grad and "lora_A" not in n)
+    save_reward_model(reward_model, tmp_path)
     texts = ["Why?", "x"], ["Because.", "so"]
-    expected = scorer.requires_grad_(False).score(*texts)
+    expected = reward_model.requires_grad_(False).score(*texts)
     again = load_reward_model(source.at(str(tmp_path)), template=None)
     assert again.score(*texts) == pytest.approx(expected, abs=1e-5)
     made = load_ppo_models(
-        source, PPOModelOptions(LoraShape(4, 8.0, "all-linear")), reward_path=str(tmp_path), template=None
+        source, PPOSettings(lora=LoraSettings(rank=4, alpha=8.0)), reward_path=str(tmp_path), template=None
     )
     assert made.reward_model is not None
     assert made.reward_model.is_shared
@@ -212,7 +215,9 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_llama, monkeypatch):
 def test_a_device_it_does_not_serve_is_named(tiny_llama, monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(quantize, "_failure", lambda how, device: "NotImplementedError: no kernel")
-    with pytest.raises(ModelError, match="does not quantize to 8bit on `cpu` here: NotImplementedError: no kernel"):
+    with pytest.raises(
+        ModelError, match=r"`model\.quantize: 8bit`: bitsandbytes fails on `cpu`: NotImplementedError: no kernel"
+    ):
         load_policy(ModelSource(str(tiny_llama), quantize="8bit"))
 
 
@@ -227,6 +232,6 @@ def test_stages_that_train_all_weights_refuse_it(stage):
 
 def test_nothing_is_quantized_unless_asked(tiny_llama):
     model = load_policy(ModelSource(str(tiny_llama)))
-    add_lora(model, rank=2, alpha=4.0)
+    add_lora(model, LoraSettings(rank=2, alpha=4.0))
     assert quantized(model) == "none"
     assert {type(layer).__name__ for _, layer in adapter_layers(model)} == {"Linear"}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.saving import save_model_folder
+from rlhf_cli.settings.shared import LoraSettings
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
@@ -52,9 +53,10 @@ def test_a_weight_too_large_for_the_saved_dtype_is_refused(tiny_llama: Path, tmp
 
 def test_adapters_are_merged_first(tiny_llama: Path, tmp_path: Path):
     model, tokenizer = LlamaForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
-    add_lora(model, rank=2, alpha=2.0)
-    with pytest.raises(ModelError, match="merge them first"):
+    add_lora(model, LoraSettings(rank=2, alpha=2.0))
+    with pytest.raises(ModelError, match="cannot save a model that carries adapters") as caught:
         save_model_folder(model, tokenizer, tmp_path, dtype=torch.float32)
+    assert "merge_lora" in (caught.value.hint or "")
 
 
 def test_generation_config_knows_how_answers_end(tiny_llama: Path, tmp_path: Path):

@@ -139,7 +139,7 @@ def test_files_that_are_no_recipe(tmp_path):
         ),
         (
             "ppo: {rewards: [{function: f, weight: 0}]}\n",
-            "`ppo.rewards.0.weight`: a reward with the weight 0 has no effect; leave the reward out",
+            "`ppo.rewards.0.weight`: a reward with weight 0 has no effect; remove the reward",
         ),
         (
             'ppo: {rewards: [{url: "https://host/score?key=word"}]}\n',

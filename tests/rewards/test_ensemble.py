@@ -70,7 +70,7 @@ def test_nan_is_let_through_with_one_warning_that_names_reward_and_sample(capsys
     assert [math.isnan(total) for total in scores.total] == [False, True, True]
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("warning:") == 1
-    assert "`bad.py:f` is not finite for 2 of 3 answers" in said
+    assert "`bad.py:f` is not finite for 2 of 3 completions" in said
     assert "nan for the prompt 'why?' and the completion 'because'" in said
     assert "fine" not in said
     assert len(scores.faults) == 1
@@ -97,7 +97,7 @@ def test_what_float32_cannot_hold_is_not_finite(scores, weight, is_finite, capsy
         assert found.faults == []
     else:
         (fault,) = found.faults
-        assert f"the reward `large` is not finite for 1 of 2 answers: {scores[1]}" in fault
+        assert f"the reward `large` is not finite for 1 of 2 completions: {scores[1]}" in fault
         assert "float32" in fault
         assert "the prompt 'why?' and the completion 'because'" in fault
 
@@ -107,9 +107,10 @@ def test_a_sum_that_float32_cannot_hold_is_the_combinations_fault(capsys):
     found = CombinedReward(members).score(["p", "q"], ["x", "y"])
     assert [math.isnan(total) for total in found.total] == [True, True]
     alone, combination = found.faults
-    assert "the reward `a` is not finite for 1 of 2 answers: nan for the prompt 'q'" in alone
+    assert "the reward `a` is not finite for 1 of 2 completions: nan for the prompt 'q'" in alone
     assert (
-        "the combined reward is not finite for 1 of 2 answers: too large for float32 for the prompt 'p'" in combination
+        "the combined reward is not finite for 1 of 2 completions: too large for float32 for the prompt 'p'"
+        in combination
     )
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from rlhf_cli.data.records import Message
+from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DataError, Interrupted, UsageError
 from rlhf_cli.http_client.addresses import check_endpoint, retry_after
 from rlhf_cli.rewards.http_endpoint import HTTPReward
+from rlhf_cli.settings.rewards import PPORewardSettings
 
 TOKEN = "s3cret/token"  # with a character that some JSON writers escape
 TALK = (Message("system", "be kind"), Message("user", "hi"))
@@ -89,8 +91,14 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def reward(server: Server) -> Callable[..., HTTPReward]:
     """An `HTTPReward` that waits hardly at all between attempts."""
-    quick: dict[str, Any] = {"first_wait": 0.001, "timeout": 10.0}
-    return lambda **settings: HTTPReward(server.url, **(quick | settings))
+    quick: dict[str, Any] = {"timeout": 10.0}
+
+    def make(*, initial_backoff: float = 0.001, stop: StopRequest | None = None, **settings: Any) -> HTTPReward:
+        return HTTPReward(
+            PPORewardSettings(url=server.url, **(quick | settings)), initial_backoff=initial_backoff, stop=stop
+        )
+
+    return make
 
 
 def rewards_of(*rewards: object) -> Answer:
@@ -140,7 +148,7 @@ def test_what_may_pass_is_tried_again_and_said_once(server, reward, failure, cap
     assert server.requests[0] == server.requests[1] == server.requests[2]
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("warning:") == 1
-    assert "trying again" in said
+    assert "retrying in" in said
     assert server.url in said
 
 
@@ -151,20 +159,20 @@ def test_attempts_are_counted_and_the_last_failure_told(server, reward):
     assert len(server.requests) == 3
     assert caught.value.exit_code == 65
     assert server.url in caught.value.message
-    assert "answered 503 service unavailable: the queue is full (asked 3 times)" in caught.value.message
+    assert "status 503 service unavailable: the queue is full (3 attempts)" in caught.value.message
 
 
 def test_a_server_that_is_not_there_is_named(reward, server):
-    absent = HTTPReward("http://127.0.0.1:1/score", retries=1, first_wait=0.001)
+    absent = HTTPReward(PPORewardSettings(url="http://127.0.0.1:1/score", retries=1), initial_backoff=0.001)
     with pytest.raises(
-        DataError, match=r"http://127\.0\.0\.1:1/score: ConnectError: .*Connect call failed.* \(asked 2 times\)"
+        DataError, match=r"http://127\.0\.0\.1:1/score: ConnectError: .*Connect call failed.* \(2 attempts\)"
     ):
         absent.score(["p"], ["c"])
 
 
 def test_waits_grow_and_scatter(server, reward):
     server.script = [Answer(503)] * 3
-    reward(first_wait=0.1).score(["p"], ["c"])
+    reward(initial_backoff=0.1).score(["p"], ["c"])
     waits = [after - before for before, after in zip(server.at, server.at[1:], strict=False)]
     for wait, full in zip(waits, (0.1, 0.2, 0.4), strict=True):
         assert full / 2 <= wait < full + 1.0
@@ -178,7 +186,7 @@ def test_retry_after_is_honored(server, reward):
 
 def test_more_patience_than_anyone_has_is_an_error(server, reward):
     server.script = [Answer(503, headers={"Retry-After": "7200"})]
-    with pytest.raises(DataError, match=r"wants 7,200 s of patience"):
+    with pytest.raises(DataError, match=r"asks to wait 7,200 s"):
         reward().score(["p"], ["c"])
     assert len(server.requests) == 1
 
@@ -195,25 +203,25 @@ def test_retry_after_is_seconds_or_a_date():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (Answer(400, b'{"detail": "no field completions"}'), r'answered 400 bad request: {"detail": "no field'),
-        (Answer(404, b""), r"answered 404 not found: an empty body"),
-        (Answer(299 + 300, b"?" * 500), r"answered 599: \?{200}\.\.\. \(asked once"),
+        (Answer(400, b'{"detail": "no field completions"}'), r'status 400 bad request: {"detail": "no field'),
+        (Answer(404, b""), r"status 404 not found: an empty body"),
+        (Answer(299 + 300, b"?" * 500), r"status 599: \?{200}\.\.\. \(1 attempt"),
         (
             Answer(307, b"", {"Location": "http://127.0.0.1:1/else\x1b"}),
-            r"answered 307 .* a redirect to http://127\.0\.0\.1:1/else",
+            r"status 307 .* the redirect to http://127\.0\.0\.1:1/else",
         ),
-        (Answer(body=b"<html>hello</html>"), r"answered what is not JSON: <html>hello</html>"),
-        (Answer(body=b"[" * 100_000), r"answered what is not JSON: \[\[\["),
-        (Answer(body=b"\xff\xfe\xfa"), r"answered what is not JSON"),
-        (Answer(body=b"[1.0, 2.0]"), r"answered without a list `rewards`: \[1\.0, 2\.0\]"),
-        (Answer(body=b'{"rewards": {"0": 1}}'), r"answered without a list `rewards`"),
-        (Answer(body=b'{"scores": [1, 2]}'), r"answered without a list `rewards`"),
-        (rewards_of(1.0), r"returned 1 scores for 2 completions, the first of which answers 'why\?'"),
+        (Answer(body=b"<html>hello</html>"), r"the response is not JSON: <html>hello</html>"),
+        (Answer(body=b"[" * 100_000), r"the response is not JSON: \[\[\["),
+        (Answer(body=b"\xff\xfe\xfa"), r"the response is not JSON"),
+        (Answer(body=b"[1.0, 2.0]"), r"the response has no list `rewards`: \[1\.0, 2\.0\]"),
+        (Answer(body=b'{"rewards": {"0": 1}}'), r"the response has no list `rewards`"),
+        (Answer(body=b'{"scores": [1, 2]}'), r"the response has no list `rewards`"),
+        (rewards_of(1.0), r"returned 1 scores for 2 completions, the first of them for the prompt 'why\?'"),
         (rewards_of(1.0, 2.0, 3.0), r"returned 3 scores for 2 completions"),
         (rewards_of(1.0, "2"), r"returned '2', which is not a number, for the prompt 'hi' and the completion 'beta'"),
         (rewards_of([1.0], 2.0), r"returned \[1\.0\], which is not a number, for the prompt 'why\?'"),
-        (Answer(headers={"Content-Encoding": "gzip"}), r"answered in `gzip`"),
-        (Answer(body=b'{"rewards": [' + b"0" * (2 << 20)), r"answered with more than 1,050,624 bytes"),
+        (Answer(headers={"Content-Encoding": "gzip"}), r"the response has the encoding `gzip`"),
+        (Answer(body=b'{"rewards": [' + b"0" * (2 << 20)), r"the response is larger than 1,050,624 bytes"),
     ],
 )
 def test_what_cannot_pass_is_not_tried_again_and_names_the_cause(server, reward, answer, message):
@@ -250,7 +258,7 @@ def test_a_trickle_is_cut_off_at_the_timeout(server, reward, monkeypatch):
 
     monkeypatch.setattr(Handler, "do_POST", trickle)
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"no answer within 0\.3 s \(asked once\)"):
+    with pytest.raises(DataError, match=r"no response within 0\.3 s \(1 attempt\)"):
         reward(timeout=0.3, retries=0).score(["p"], ["c"])
     assert time.monotonic() - began < 5.0
 
@@ -271,7 +279,7 @@ def test_one_deadline_holds_for_a_whole_attempt_wherever_it_dribbles(server, rew
 
     monkeypatch.setattr(Handler, "do_POST", dribble)
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"no answer within 0\.5 s \(asked once\)"):
+    with pytest.raises(DataError, match=r"no response within 0\.5 s \(1 attempt\)"):
         reward(timeout=0.5, retries=0).score(["p"], ["c"])
     assert time.monotonic() - began < 3.0
 
@@ -296,7 +304,7 @@ def test_a_stop_ends_the_wait_for_a_server_that_is_away(server, reward, capsys, 
     assert caught.value.exit_code == 143
     assert after <= time.monotonic() - began < 10.0
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("goes on from the last checkpoint") == 1
+    assert said.count("resumes from the last checkpoint") == 1
 
 
 def test_a_stop_lets_a_server_that_answers_finish_the_step(server, reward):
@@ -316,14 +324,14 @@ def test_the_first_failure_ends_all_requests(server, reward):
     server.script = [Answer(400, b"no")] + [Answer(503)] * 500
     began = time.monotonic()
     with pytest.raises(DataError, match="400"):
-        reward(request_size=1, retries=50, first_wait=30.0).score(["p"] * 100, ["c"] * 100)
+        reward(request_size=1, retries=50, initial_backoff=30.0).score(["p"] * 100, ["c"] * 100)
     assert time.monotonic() - began < 10.0
     assert len(server.requests) < 20
 
 
 def test_the_token_is_sent_and_shown_to_nobody(server, monkeypatch, capsys):
     monkeypatch.setenv("REWARD_TOKEN", f" {TOKEN}\n")
-    reward = HTTPReward(server.url, token_env="REWARD_TOKEN", retries=1, first_wait=0.001)
+    reward = HTTPReward(PPORewardSettings(url=server.url, token_env="REWARD_TOKEN", retries=1), initial_backoff=0.001)
     echo = f"no {TOKEN} here".encode()
     escaped = json.dumps({"rewards": [TOKEN]}).replace("/", "\\/").encode()
     messages = []
@@ -343,15 +351,15 @@ def test_the_token_is_sent_and_shown_to_nobody(server, monkeypatch, capsys):
     [
         ("https://host/score", None, r"environment variable REWARD_TOKEN, .* is not set"),
         ("https://host/score", " ", r"environment variable REWARD_TOKEN, .* is empty"),
-        ("https://host/score", "Bearer abc", r"REWARD_TOKEN holds what no token is"),
-        ("https://host/score", "abcé", r"REWARD_TOKEN holds what no token is"),
-        ("https://me:word@host/score", "abc", r"https://host/score carries a name or password"),
-        ("https://host/score?key=word", "abc", r"https://host/score carries a query or a fragment"),
-        ("https://host/score#word", "abc", r"https://host/score carries a query or a fragment"),
-        ("https:///score", "abc", r"is no address"),
-        ("http://host:99999/", "abc", r"is no address: Port out of range"),
-        ("ftp://host/", "abc", r"is no address"),
-        ("http://host/a b", "abc", r"is no address"),
+        ("https://host/score", "Bearer abc", r"REWARD_TOKEN must hold a token"),
+        ("https://host/score", "abcé", r"REWARD_TOKEN must hold a token"),
+        ("https://me:word@host/score", "abc", r"https://host/score has a name or password"),
+        ("https://host/score?key=word", "abc", r"https://host/score has a query or a fragment"),
+        ("https://host/score#word", "abc", r"https://host/score has a query or a fragment"),
+        ("https:///score", "abc", r"is not a valid URL"),
+        ("http://host:99999/", "abc", r"is not a valid URL: Port out of range"),
+        ("ftp://host/", "abc", r"is not a valid URL"),
+        ("http://host/a b", "abc", r"is not a valid URL"),
     ],
 )
 def test_addresses_and_tokens_are_checked_before_any_work(url, value, message, monkeypatch):
@@ -371,7 +379,7 @@ def test_addresses_and_tokens_are_checked_before_any_work(url, value, message, m
 def test_a_token_that_travels_unencrypted_is_warned_of(monkeypatch, capsys):
     monkeypatch.setenv("REWARD_TOKEN", "abc")
     for url, is_warned in (("http://host/s", True), ("https://host/s", False), ("http://localhost:8000/s", False)):
-        HTTPReward(url, token_env="REWARD_TOKEN")
+        HTTPReward(PPORewardSettings(url=url, token_env="REWARD_TOKEN"))
         assert ("unencrypted" in capsys.readouterr().err) is is_warned
 
 
@@ -385,5 +393,5 @@ def test_a_proxy_of_the_environment_does_not_capture_the_loopback(server, reward
 
 def test_a_proxy_that_cannot_be_used_is_named(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
-    with pytest.raises(UsageError, match="the proxy that the environment names"):
-        HTTPReward("http://host.invalid/score").score(["p"], ["c"])
+    with pytest.raises(UsageError, match="the proxy set in the environment"):
+        HTTPReward(PPORewardSettings(url="http://host.invalid/score")).score(["p"], ["c"])

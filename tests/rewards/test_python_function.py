@@ -119,7 +119,9 @@ def test_an_exception_names_the_first_sample_that_raises_and_the_line(tmp_path: 
 def test_an_exception_that_no_sample_raises_alone_says_so(tmp_path: Path):
     body = "def score(p, c):\n    if len(c) > 2:\n        raise MemoryError('too many')\n    return [0.0] * len(c)\n"
     function = load_scoring_function(written(tmp_path, body))
-    with pytest.raises(DataError, match=r"MemoryError: too many \(.*:3\); called with each of the 3 samples alone"):
+    with pytest.raises(
+        DataError, match=r"MemoryError: too many \(.*:3\); it does not raise if called with each of the 3 samples alone"
+    ):
         function.score(["a", "b", "c"], ["x", "y", "z"])
 
 
@@ -147,13 +149,13 @@ def test_a_conversation_reaches_a_function_as_text(tmp_path: Path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("reward.py", "names no function"),
-        ("reward.py:", "names no function"),
-        (":score", "names no function"),
-        ("nowhere.py:score", r"no file nowhere\.py"),
+        ("reward.py", "does not name a function"),
+        ("reward.py:", "does not name a function"),
+        (":score", "does not name a function"),
+        ("nowhere.py:score", r"there is no file nowhere\.py"),
         ("no_such_package.module:score", "no module `no_such_package`"),
         ("{file}:missing", "has no function `missing`"),
-        ("{file}:CONSTANT", "is int, not a function"),
+        ("{file}:CONSTANT", "must be a function, got int"),
         ("{broken}:score", r"cannot be loaded: SyntaxError: .*broken\.py:2"),
         ("{raising}:score", r"cannot be loaded: RuntimeError: no \(.*raising\.py:1\)"),
     ],

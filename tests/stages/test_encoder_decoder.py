@@ -13,6 +13,7 @@ from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.settings.shared import BuildSettings
 
 RECIPE = """
 model:
@@ -55,7 +56,7 @@ def test_the_untrained_model_is_the_built_one_in_its_attention_and_precision(
     architecture: str, attention: str, tmp_path: Path
 ):
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 16, "context_length": 32}
-    build_model(tmp_path, ["some text"], vocab_size=260, seed=3, architecture=architecture, **sizes)
+    build_model(tmp_path, ["some text"], BuildSettings(vocab_size=260, architecture=architecture, **sizes), seed=3)
     source = ModelSource(str(tmp_path), attention=attention, dtype=torch.bfloat16)
     form = PromptFormat(load_tokenizer(source))
     built, again = Policy.load(source, form).model, Policy.untrained(source, form, seed=3).model

@@ -18,6 +18,7 @@ from rlhf_cli.errors import Interrupted
 from rlhf_cli.labeling.completions import Answer, AnswerFile
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import new_reward_model
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model.data import encode_group
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
@@ -147,9 +148,9 @@ def test_a_reward_model_of_several_processes_is_that_of_one(lora, tiny_llama, tm
         learning_rate=1e-3, batch_size=3, micro_batch_size=1, weight_decay=0.1, warmup_share=0.0, schedule="constant",
         checkpoint_steps=2,
     )  # fmt: skip
-    shape = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"} if lora else None
+    settings = LoraSettings(rank=4, alpha=8.0) if lora else None
     # Not in the threads, which share torch's generator.
-    scorers = [new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=shape, seed=1) for _ in range(3)]
+    scorers = [new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=settings, seed=1) for _ in range(3)]
 
     def work(processes: ProcessGroup) -> tuple[dict[str, torch.Tensor], list[float]]:
         scorer = scorers[processes.index + processes.count - 1]

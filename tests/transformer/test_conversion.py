@@ -26,6 +26,7 @@ from rlhf_cli.cli.transformer import convert, export
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer import TransformerConfig, TransformerForCausalLM
 from rlhf_cli.transformer import conversion as checkpoints
 from rlhf_cli.transformer.conversion import as_explicit, as_transformers
@@ -192,10 +193,10 @@ def with_lora(model: PreTrainedModel) -> PreTrainedModel:
 def test_weights_that_would_be_lost_are_refused_both_ways(change: Callable[..., Any], weight: str):
     theirs = drawn(LlamaForCausalLM, llama_config())
     ours = as_explicit(theirs)
-    with pytest.raises(ModelError, match=f"weights that a plain Llama has not, such as `.*{weight}") as caught:
+    with pytest.raises(ModelError, match=f"weights that a plain Llama does not have, such as `.*{weight}") as caught:
         as_explicit(change(theirs))
     assert caught.value.hint
-    with pytest.raises(ModelError, match=f"weights that a plain Llama has not, such as `.*{weight}"):
+    with pytest.raises(ModelError, match=f"weights that a plain Llama does not have, such as `.*{weight}"):
         as_transformers(change(ours))
 
 
@@ -231,7 +232,7 @@ def test_nothing_is_written_where_logits_differ(
 def test_a_short_context_is_probed_within_its_positions(tmp_path: Path):
     parts = {"positions": "learned", "norm": "layer", "feed_forward": "gelu-tanh", "biases": "all"}
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 16, "vocab_size": 260}
-    build_model(tmp_path / "short", ["text"], context_length=8, seed=0, **sizes, **parts)
+    build_model(tmp_path / "short", ["text"], BuildSettings(context_length=8, **sizes, **parts), seed=0)
     export(str(tmp_path / "short"), tmp_path / "gpt2")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")) is GPT2LMHeadModel
 

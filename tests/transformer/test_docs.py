@@ -21,7 +21,7 @@ EQUATIONS = {
     "sinusoids": "positions",
     "rotation": "positions",
     "rotate": "positions",
-    "stretched": "positions",
+    "scaled_frequencies": "positions",
     "scaled_dot_product_attention": "multi_head",
     "MultiHeadAttention": "multi_head",
     "FeedForward": "feed_forward",
@@ -32,8 +32,8 @@ EQUATIONS = {
     "Block": "blocks",
     "Stack": "model",
     "TransformerModel": "model",
-    "as_explicit": "checkpoints",
-    "as_transformers": "checkpoints",
+    "as_explicit": "conversion",
+    "as_transformers": "conversion",
 }
 
 
@@ -45,7 +45,7 @@ def test_what_computes_an_equation_is_named_and_there(name: str, module: str):
 
 def test_every_class_and_method_named_exists():
     named = set(re.findall(r"`([A-Z][a-z]+[A-Za-z]*(?:\.\w+)?)`", TEXT)) - {"AutoModelForCausalLM.from_pretrained"}
-    assert {"Stack._masks", "MultiHeadAttention._remembered", "TransformerConfig.vaswani_2017"} <= named
+    assert {"Stack._masks", "MultiHeadAttention._memory_heads", "TransformerConfig.vaswani_2017"} <= named
     for name in named:
         owners = [module for module in MODULES if hasattr(module, name.split(".")[0])]
         assert owners, name

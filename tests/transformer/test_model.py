@@ -18,6 +18,7 @@ from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activati
 from rlhf_cli.models.lora import add_lora, load_adapter, save_adapter
 from rlhf_cli.models.reward_model.batch import Encoded
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.transformer import TransformerForCausalLM, TransformerForSequenceClassification, TransformerModel
 from rlhf_cli.transformer.positions import sinusoids
 
@@ -245,7 +246,7 @@ def test_projection_and_adapters_fit(tiny: Tiny, tmp_path: Path, parts: dict, ar
     model = tiny(architecture=architecture, **parts)
     check_projection(model, "tiny")
     linear = [layer for layer in model.model.modules() if isinstance(layer, torch.nn.Linear)]
-    parameters = add_lora(model, rank=2, alpha=4.0)
+    parameters = add_lora(model, LoraSettings(rank=2, alpha=4.0))
     assert len(parameters) == 2 * len(linear)
     torch.nn.init.normal_(parameters[-1])
     save_adapter(model, tmp_path)
@@ -265,7 +266,7 @@ def test_encoder_is_no_policy(tiny: Tiny, tmp_path: Path):
     tiny(architecture="encoder").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="writes no text"):
         load_policy(ModelSource(str(tmp_path)))
-    with pytest.raises(ValueError, match="TransformerForCausalLM is for `architecture: decoder`, not encoder"):
+    with pytest.raises(ValueError, match="TransformerForCausalLM needs `architecture: decoder`, got encoder"):
         TransformerForCausalLM(tiny(architecture="encoder").config)
 
 
@@ -277,18 +278,18 @@ def test_reward_model_scores_by_real_tokens_and_is_kept(
     model = tiny(architecture=architecture, vocab_size=len(tokenizer), max_position_embeddings=256)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    scorer = new_reward_model(ModelSource(str(tmp_path)), template=None, lora=None)
-    assert isinstance(scorer.model, TransformerForSequenceClassification)
-    assert scorer.is_encoder == (architecture == "encoder")
+    reward_model = new_reward_model(ModelSource(str(tmp_path)), template=None, lora=None)
+    assert isinstance(reward_model.model, TransformerForSequenceClassification)
+    assert reward_model.is_encoder == (architecture == "encoder")
     short = Encoded(ids(1, 5)[0].tolist())
     with torch.no_grad():
-        alone = scorer(scorer.batch([short]))
-        close(scorer(scorer.batch([short, Encoded(ids(1, 8, seed=1)[0].tolist())]))[:1], alone)
+        alone = reward_model(reward_model.batch([short]))
+        close(reward_model(reward_model.batch([short, Encoded(ids(1, 8, seed=1)[0].tolist())]))[:1], alone)
         mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
-        own = scorer.model(torch.cat([ids(1, 5), ids(1, 3)], dim=1), attention_mask=mask).logits[:, 0]
+        own = reward_model.model(torch.cat([ids(1, 5), ids(1, 3)], dim=1), attention_mask=mask).logits[:, 0]
         close(own, alone)
-    scorer.model.save_pretrained(tmp_path / "kept")
-    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "kept")) is type(scorer.model)
+    reward_model.model.save_pretrained(tmp_path / "kept")
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "kept")) is type(reward_model.model)
     tokenizer.save_pretrained(tmp_path / "kept")
     kept = load_reward_model(ModelSource(str(tmp_path / "kept")), template=None)
     with torch.no_grad():
@@ -338,7 +339,7 @@ def test_without_a_mask_an_encoders_score_is_the_mean_over_what_is_no_padding(ti
 
 def test_what_an_encoder_decoder_lacks_is_named(tiny: Tiny):
     model = tiny(architecture="encoder-decoder")
-    with pytest.raises(ValueError, match="the decoder has nothing to read: give `decoder_input_ids`"):
+    with pytest.raises(ValueError, match="the decoder has no input: give `decoder_input_ids`"):
         model(input_ids=ids(1, 4))
 
 

@@ -16,7 +16,7 @@ from rlhf_cli.transformer.blocks import Block, residual
 from rlhf_cli.transformer.feed_forward import make_feed_forward
 from rlhf_cli.transformer.multi_head import MultiHeadAttention, scaled_dot_product_attention
 from rlhf_cli.transformer.norms import RMSNorm, make_norm
-from rlhf_cli.transformer.positions import frequencies, rotate, rotation, sinusoids, stretched
+from rlhf_cli.transformer.positions import frequencies, rotate, rotation, scaled_frequencies, sinusoids
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
@@ -81,7 +81,7 @@ def test_stretched_frequencies_are_llama_3s():
     rope = {"rope_type": "llama3", "rope_theta": 500.0, **scaling}
     llama = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=512, rope_parameters=rope)
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](llama, "cpu")
-    ours = stretched(frequencies(32, 500.0), scaling)
+    ours = scaled_frequencies(frequencies(32, 500.0), scaling)
     close(ours, theirs)
     kinds = (ours / frequencies(32, 500.0)).round(decimals=4)
     assert (kinds == 1).any()
@@ -212,10 +212,10 @@ def test_block_is_its_equation(placement: str):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"positions": "alibi"}, "`positions: alibi` is none of sinusoidal, learned, rotary"),
+        ({"positions": "alibi"}, "`positions` must be one of sinusoidal, learned, rotary, got `alibi`"),
         ({"norm_placement": "sandwich"}, "norm_placement: sandwich"),
-        ({"num_attention_heads": 5}, "5 heads cannot share a hidden size of 12"),
-        ({"num_key_value_heads": 2}, "3 heads cannot share 2 key heads"),
+        ({"num_attention_heads": 5}, "`num_attention_heads` must divide `hidden_size`, got 5 and 12"),
+        ({"num_key_value_heads": 2}, "`num_key_value_heads` must divide `num_attention_heads`, got 2 and 3"),
         ({"num_attention_heads": 4}, "4 heads are of size 3"),
         ({"hidden_size": 9, "positions": "sinusoidal"}, "a hidden size of 9 is odd"),
         ({"num_key_value_heads": 0}, "`num_key_value_heads` must be at least 1, not 0"),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer import TransformerConfig, TransformerForSeq2SeqLM
 
 SETTINGS: list[dict[str, Any]] = [
@@ -184,7 +185,7 @@ def test_built_model_of_other_parts_trains_on_text(tmp_path: Path, parts: dict[s
         "vocab_size": 300,
         "context_length": 64,
     }
-    build_model(tmp_path, texts, **sizes, seed=0, **parts)
+    build_model(tmp_path, texts, BuildSettings(**sizes, **parts), seed=0)
     model, tokenizer = load_policy(ModelSource(str(tmp_path))), load_tokenizer(ModelSource(str(tmp_path)))
     question, answer = (tokenizer(text, return_tensors="pt").input_ids for text in texts)
     if model.config.is_encoder_decoder:

@@ -20,7 +20,7 @@ import httpx2
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import CostLimitError, Interrupted
-from rlhf_cli.http_client.client import FIRST_WAIT, Advice, JSONClient, RefusedError, UnusableError, excerpt
+from rlhf_cli.http_client.client import INITIAL_BACKOFF, Hints, JSONClient, RefusedError, UnusableError, excerpt
 from rlhf_cli.labeling.judges.budget import Budget, Prices, most_tokens
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import REFUSED, UNHEARD, UNUSABLE, Reply
@@ -34,10 +34,10 @@ _GRACE = 10.0
 """Seconds that requests under way get after a signal."""
 _POLL = 0.1
 _BYTES, _BYTES_A_TOKEN = 1 << 20, 64
-_ADVICE = Advice(
-    away="see that the server runs and is quick enough, then run the same command again: verdicts so far are kept; "
-    "`timeout`, `retries` and `concurrency` of the judge may be changed for that",
-    refused="`url` is the base address, such as http://localhost:8000/v1, and `name` what it calls its model; "
+_HINTS = Hints(
+    unreachable="check that the server runs and is fast enough, then run the same command again: verdicts so far are "
+    "kept; you may change the judge's `timeout`, `retries` and `concurrency`",
+    rejected="`url` is the base address, such as http://localhost:8000/v1, and `name` what it calls its model; "
     "docs/judges.md says what is sent",
 )
 
@@ -58,7 +58,7 @@ class EndpointJudge:
         token_env: see `JSONClient`.
         timeout: see `JSONClient`.
         retries: see `JSONClient`.
-        first_wait: see `JSONClient`.
+        initial_backoff: see `JSONClient`.
         stop: asks for signals.
 
     Raises:
@@ -77,7 +77,7 @@ class EndpointJudge:
         token_env: str | None = None,
         timeout: float = 60.0,
         retries: int = 5,
-        first_wait: float = FIRST_WAIT,
+        initial_backoff: float = INITIAL_BACKOFF,
         stop: StopRequest | None = None,
     ) -> None:
         self._http = JSONClient(
@@ -85,8 +85,8 @@ class EndpointJudge:
             token_env=token_env,
             timeout=timeout,
             retries=retries,
-            advice=_ADVICE,
-            first_wait=first_wait,
+            hints=_HINTS,
+            initial_backoff=initial_backoff,
             stop=stop,
         )
         self._name, self._budget, self._prices = name, budget, prices or Prices()
@@ -235,7 +235,7 @@ class EndpointJudge:
             text, is_cut = 0, False
         if text is not None and not isinstance(text, str):
             said = self._http.clean(f"{self._http.shown} answered without a chat completion: {excerpt(content)}")
-            self._unusable.append(UnusableError(said, hint=_ADVICE.refused))
+            self._unusable.append(UnusableError(said, hint=_HINTS.rejected))
             return replace(reply, failure=UNUSABLE, text=said)
         return replace(reply, text=self._http.without_token(text or ""), is_cut=is_cut)
 

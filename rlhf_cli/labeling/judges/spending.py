@@ -13,7 +13,7 @@ class ClosedError(Exception):
 
 
 class Spending:
-    """Reserves the most that an attempt at one question can cost; `rewards.client.Attempts`.
+    """Reserves the most that an attempt at one question can cost; an `AttemptObserver`.
 
     Args:
         budget: that of all judges.
@@ -57,7 +57,7 @@ class Spending:
             self._budget.reserve(self._most)
             self._is_reserved = True
 
-    def lost(self) -> None:
+    def outcome_unknown(self) -> None:
         """Nobody knows whether the attempt was carried out: it counts at the most it can cost, in later runs too."""
         self._is_reserved = False
         self._budget.charge(self._most)

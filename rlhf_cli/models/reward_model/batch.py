@@ -1,4 +1,4 @@
-"""Prompts and answers as a reward model reads them."""
+"""Batches of prompts with completions, as a reward model reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_cli.attention.layout import Layout
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids of a prompt and its answer; `types` tells the two apart for encoders that ask for it, else is None."""
+    """Token ids of a prompt with its completion; `types` are the token types of encoders that use them, else None."""
 
     ids: list[int]
     types: list[int] | None = None
@@ -22,15 +22,15 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class RewardBatch:
-    """N sequences as a scorer reads them: in groups with shared prefixes, or padded on the right.
+    """N sequences, in groups with shared prefixes or padded on the right.
 
     Attributes:
-        input_ids: (B, L); B is 1 in groups, else N. Padding repeats a row's first token: no id, and no weight of an
-            unused embedding, can reach a reward through it.
-        last: (N,) row of each sequence's last token, counted over the B * L of `input_ids`.
-        layout: of groups; None where sequences are padded.
-        mask: (N, L) 1 on real tokens, for encoders; a decoder never looks ahead.
-        types: (N, L), for encoders that ask for them.
+        input_ids: (B, L); B is 1 for groups, else N. Padding repeats a row's first token, so it needs no padding id and
+            reads no unused embedding.
+        last: (N,) index of each sequence's last token among the B * L of `input_ids`.
+        layout: layout of groups; None if sequences are padded.
+        mask: (N, L), 1 on real tokens, for encoders; a decoder never attends to padding on the right.
+        types: (N, L) token types, for encoders that use them.
     """
 
     input_ids: Tensor
@@ -41,14 +41,14 @@ class RewardBatch:
 
     @staticmethod
     def grouped(sequences: Sequence[Encoded], device: torch.device) -> RewardBatch:
-        """What sequences share is read once."""
+        """Build a batch in which a prefix that sequences share appears once."""
         plan = plan_groups([sequence.ids for sequence in sequences])
         last = torch.tensor([path.last_row for path in plan.paths])
         return RewardBatch(plan.input_ids.to(device), last.to(device), plan.layout)
 
     @staticmethod
     def padded(sequences: Sequence[Encoded], device: torch.device) -> RewardBatch:
-        """A row a sequence."""
+        """Build a batch with one row per sequence."""
         lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
         width = int(lengths.max())
         ids = torch.tensor([sequence.ids[0] for sequence in sequences]).unsqueeze(1).repeat(1, width)

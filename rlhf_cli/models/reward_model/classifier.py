@@ -1,7 +1,7 @@
-"""The transformers model around which a scorer is built: its backbone, its reward head, how much text it takes.
+"""The transformers classifier inside a reward model: its backbone, its reward head and its maximum length.
 
-Decoders and encoders both come as a transformers sequence classifier with one label, so that a scorer trained in full
-is an ordinary model folder and anyone's reward model on the hub is a scorer.
+Decoders and encoders are both loaded as a transformers sequence classifier with one label. So a reward model trained in
+full is an ordinary model folder, and any such classifier on the hub can be a reward model.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Classifier:
     """A sequence classifier with one label.
 
     Attributes:
-        model: the classifier.
-        is_encoder: it reads both ways and has a pooled head.
-        has_head: its weights came with a head; otherwise the head is new.
+        model: the transformers model.
+        is_encoder: attention is bidirectional and the head reads a pooled state.
+        has_head: the head was loaded; otherwise it is new.
     """
 
     model: PreTrainedModel
@@ -39,13 +39,13 @@ class Classifier:
 
 
 def load_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) -> Classifier:
-    """The classifier that a folder or hub id gives.
+    """Load a sequence classifier with one label from a folder or hub id.
 
-    Whatever the folder lacks (the head of a language model, the pooler of a masked language model) is drawn from
-    torch's global generator: seed it first. Encoders are always held in float32: they are small, their heads trained.
+    Missing weights (the head of a language model, the pooler of a masked language model) are drawn from torch's global
+    generator: seed it first. Encoders are always float32: they are small, and their heads are trained.
 
     Raises:
-        ModelError: an encoder-decoder, a classifier with several labels, or an architecture that cannot score.
+        ModelError: an encoder-decoder, a classifier with several labels, or an unsupported architecture.
     """
     config = load_config(source)
     is_encoder = check_reward_config(config, source.path)
@@ -57,74 +57,86 @@ def load_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) ->
 
 
 def check_reward_config(config: PretrainedConfig, path: str) -> bool:
-    """Whether a model of this configuration is an encoder; raises `ModelError` where it cannot be a scorer."""
+    """Return whether a model of this configuration is an encoder.
+
+    Raises:
+        ModelError: it cannot be a reward model.
+    """
     if config.is_encoder_decoder:
         raise ModelError(
-            f"`{path}` is a {config.model_type} model, an encoder-decoder, which cannot be a reward model here",
-            hint="give a decoder-only model (Llama, Qwen, GPT-2, ...) or an encoder (BERT, RoBERTa, DeBERTa, ...)",
+            f"`{path}` is a {config.model_type} model; an encoder-decoder cannot be a reward model",
+            hint="use a decoder-only model (Llama, Qwen, GPT-2, ...) or an encoder (BERT, RoBERTa, DeBERTa, ...)",
         )
     if is_classifier(config) and config.num_labels != 1:
         labels = ", ".join(str(label) for label in (config.id2label or {}).values())
         raise ModelError(
-            f"`{path}` classifies into {config.num_labels} labels ({labels}); a reward model has one",
-            hint="give one that was trained with `num_labels=1`, or run `rlhf train-rm` from its language model",
+            f"`{path}`: a reward model must have one label, got {config.num_labels} ({labels})",
+            hint="use a model trained with `num_labels=1`, or run `rlhf train-rm` from its language model",
         )
     reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
     if not reads_both_ways and type(config) not in AutoModelForCausalLM._model_mapping:
-        # Encoders without a masked language model head of their own, such as those that only classify.
+        # Encoders that transformers registers for classification only, without a masked language model.
         return type(config) in AutoModelForSequenceClassification._model_mapping
     return reads_both_ways
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
-    """Whether the weights that belong to a configuration hold a head already."""
+    """Return whether the weights of this configuration include a classification head."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def classifier_class(config: PretrainedConfig, path: str) -> type:
-    """The class that scores for an architecture: transformers' own where there is one, else one made by its recipe."""
+    """Return the classifier class of an architecture: that of transformers, or one derived from its language model.
+
+    Raises:
+        ModelError: the architecture has neither.
+    """
     if type(config) in AutoModelForSequenceClassification._model_mapping:
         return AutoModelForSequenceClassification
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot be a reward model",
-            hint="give a decoder-only language model or an encoder of the BERT family",
+            hint="use a decoder-only language model or an encoder of the BERT family",
         )
-    # Transformers' own recipe for a classifier, for architectures that it has not applied it to (Granite, Cohere).
+    # Transformers' generic classifier, for architectures without a class of their own (Granite, Cohere).
     causal: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportAssignmentType]
     parent = next(base for base in causal.__mro__[1:] if issubclass(base, PreTrainedModel))
     name = causal.__name__.replace("ForCausalLM", "ForSequenceClassification")
     return type(name, (GenericForSequenceClassification, parent), {"base_model_prefix": causal.base_model_prefix})
 
 
-def head_of(shell: PreTrainedModel, path: str) -> nn.Linear:
-    """The last linear layer with one output, outside the backbone: (1, d)."""
-    inside = {id(module) for module in shell.base_model.modules()}
+def head_of(classifier: PreTrainedModel, path: str) -> nn.Linear:
+    """Find the reward head: the last linear layer outside the backbone with one output, weight (1, d).
+
+    Raises:
+        ModelError: there is none.
+    """
+    inside = {id(module) for module in classifier.base_model.modules()}
     heads = [
         module
-        for module in shell.modules()
+        for module in classifier.modules()
         if isinstance(module, nn.Linear) and module.out_features == 1 and id(module) not in inside
     ]
     if not heads:
-        raise ModelError(f"`{path}`: no linear reward head was found in its {type(shell).__name__}")
+        raise ModelError(f"`{path}`: {type(classifier).__name__} has no linear layer with one output as reward head")
     return heads[-1]
 
 
-def head_parameters(shell: PreTrainedModel, *, is_encoder: bool) -> dict[str, nn.Parameter]:
-    """What an adapter does not reach and is trained in full: the head and, in an encoder, its pooler."""
-    prefix = shell.base_model_prefix + "."
+def head_parameters(classifier: PreTrainedModel, *, is_encoder: bool) -> dict[str, nn.Parameter]:
+    """Return the parameters trained in full beside an adapter: the head and, in an encoder, the pooler."""
+    prefix = classifier.base_model_prefix + "."
     return {
         name: parameter
-        for name, parameter in shell.named_parameters()
+        for name, parameter in classifier.named_parameters()
         if not name.startswith(prefix) or (is_encoder and ".pooler." in name)
     }
 
 
-def max_length_of(shell: PreTrainedModel) -> int:
-    """Longest sequence in tokens that the model reads."""
-    room = context_length(shell.config)
-    for name, module in shell.named_modules():
-        # RoBERTa counts positions from padding_idx + 1, so it has fewer than its configuration says.
+def max_length_of(classifier: PreTrainedModel) -> int:
+    """Return the longest sequence in tokens that the classifier reads."""
+    max_length = context_length(classifier.config)
+    for name, module in classifier.named_modules():
+        # RoBERTa counts positions from padding_idx + 1, so it reads fewer tokens than its configuration says.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            room = min(room, module.num_embeddings - module.padding_idx - 1)
-    return room
+            max_length = min(max_length, module.num_embeddings - module.padding_idx - 1)
+    return max_length

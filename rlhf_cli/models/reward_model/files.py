@@ -1,4 +1,4 @@
-"""The files of a reward model: `reward.json`, and either a classifier folder or an adapter with its head."""
+"""Files of a reward model: `reward.json`, and either a classifier folder or an adapter with its head."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _HEAD = "head.safetensors"
 
 @dataclass(frozen=True)
 class RewardModelConfig:
-    """What `reward.json` says.
+    """The content of `reward.json`.
 
     Attributes:
         kind: "decoder" or "encoder".
-        adapter: LoRA on a base, otherwise all weights are in the folder.
-        base: the model it was trained from: a path relative to the folder, or a hub id.
-        base_revision: of a hub id.
-        template: of prompts that are plain text.
-        mean: raw reward that counts as 0.
-        std: raw difference that counts as 1.
-        hidden_size: d of the head.
+        adapter: True for LoRA on a base model, False if the folder holds all weights.
+        base: the model it was trained from, as a path relative to the folder or a hub id.
+        base_revision: hub revision of the base model.
+        template: template of plain-text prompts.
+        mean: raw reward that is normalized to 0.
+        std: raw difference that is normalized to 1.
+        hidden_size: width d of the head.
     """
 
     kind: str
@@ -51,16 +51,16 @@ class RewardModelConfig:
     hidden_size: int
 
     def base_path(self, folder: Path) -> str:
-        """The base as it can be loaded."""
+        """Return the path or hub id from which the base can be loaded."""
         local = folder / self.base
         return str(local.resolve()) if local.is_dir() else self.base
 
 
 def read_reward_config(folder: Path) -> RewardModelConfig | None:
-    """The card of one of our reward models; None for anything else.
+    """Read `reward.json`; return None if the folder has none, as with classifiers of other origin.
 
     Raises:
-        ModelError: a damaged card, or one of a later version.
+        ModelError: the file is damaged or of a later format.
     """
     path = folder / "reward.json"
     if not path.is_file():
@@ -69,49 +69,48 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("format")
         if version != _FORMAT:
-            raise ModelError(f"{path} is of format {version}; this version reads {_FORMAT}", hint="upgrade rlhf-cli")
-        card = RewardModelConfig(**fields)
+            raise ModelError(f"{path}: format must be {_FORMAT}, got {version}", hint="upgrade rlhf-cli")
+        return RewardModelConfig(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} is damaged: {error}", hint="run `rlhf train-rm` again") from error
-    return card
 
 
-def save_artifact(scorer: RewardModel, folder: Path, *, final: Path) -> None:
-    """See `scorer.save_reward_model`."""
-    base = _relative_base(scorer.source.path, final)
-    card = RewardModelConfig(
-        kind="encoder" if scorer.is_encoder else "decoder",
-        adapter=scorer.is_adapter,
+def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> None:
+    """Write `reward.json` and the weights; see `model.save_reward_model`."""
+    base = _relative_base(reward_model.source.path, final)
+    config = RewardModelConfig(
+        kind="encoder" if reward_model.is_encoder else "decoder",
+        adapter=reward_model.is_adapter,
         base=base,
-        base_revision=scorer.source.revision,
-        template=scorer.format.template,
-        # A classifier of transformers has no place for a bias that is not its own, so the mean takes it in.
-        mean=scorer.mean if scorer.is_adapter else scorer.mean - float(scorer.bias),
-        std=scorer.std,
-        hidden_size=scorer.head.in_features,
+        base_revision=reward_model.source.revision,
+        template=reward_model.format.template,
+        # A transformers classifier cannot store our bias, so the mean absorbs it.
+        mean=reward_model.mean if reward_model.is_adapter else reward_model.mean - float(reward_model.bias),
+        std=reward_model.std,
+        hidden_size=reward_model.head.in_features,
     )
-    text = json.dumps({"format": _FORMAT} | asdict(card), indent=2, ensure_ascii=False)
+    text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):
         (folder / "reward.json").write_text(text + "\n", encoding="utf-8")
-        if scorer.is_adapter:
-            _save_adapter(scorer, folder, base)
+        if reward_model.is_adapter:
+            _save_adapter(reward_model, folder, base)
         else:
-            _save_classifier(scorer, folder)
+            _save_classifier(reward_model, folder)
 
 
-def _save_adapter(scorer: RewardModel, folder: Path, base: str) -> None:
-    head = _head_tensors(scorer)
-    require_finite(head | adapter_state(scorer.model), what="the reward model")
-    save_adapter(scorer.model, folder / ADAPTER_FOLDER, base=base)
+def _save_adapter(reward_model: RewardModel, folder: Path, base: str) -> None:
+    head = _head_tensors(reward_model)
+    require_finite(head | adapter_state(reward_model.model), what="the reward model")
+    save_adapter(reward_model.model, folder / ADAPTER_FOLDER, base=base)
     save_file(head, folder / _HEAD)
-    scorer.format.tokenizer.save_pretrained(str(folder))
+    reward_model.format.tokenizer.save_pretrained(str(folder))
 
 
-def _save_classifier(scorer: RewardModel, folder: Path) -> None:
-    model, tokenizer = scorer.model, scorer.format.tokenizer
-    if not scorer.is_encoder:
-        # Transformers finds the last token as the last one that is not padding: where padding is the end token it would
-        # find another one, so it is told of no padding and then refuses batches instead of scoring them wrongly.
+def _save_classifier(reward_model: RewardModel, folder: Path) -> None:
+    model, tokenizer = reward_model.model, reward_model.format.tokenizer
+    if not reward_model.is_encoder:
+        # Transformers takes the last token that is not padding as the last token. If the padding token is the end token
+        # this finds a wrong one. Without a padding token transformers raises for batches in place of scoring wrongly.
         config, pad = model.config.get_text_config(), tokenizer.pad_token_id
         is_usable = isinstance(pad, int) and pad != tokenizer.eos_token_id and pad < config.vocab_size
         config.pad_token_id = pad if is_usable else None
@@ -119,7 +118,7 @@ def _save_classifier(scorer: RewardModel, folder: Path) -> None:
 
 
 def _relative_base(path: str, final: Path) -> str:
-    """A base in the same run directory by a relative path, so that the run can be moved; others as they are."""
+    """Name a base in the same run directory by a relative path, so that the run can be moved; others unchanged."""
     base = Path(path)
     if not base.is_dir():
         return path
@@ -127,38 +126,49 @@ def _relative_base(path: str, final: Path) -> str:
     return os.path.relpath(base, final) if final.parent in base.parents else str(base)
 
 
-def _head_tensors(scorer: RewardModel) -> dict[str, torch.Tensor]:
-    if scorer.is_encoder:
-        trained = head_parameters(scorer.model, is_encoder=True)
+def _head_tensors(reward_model: RewardModel) -> dict[str, torch.Tensor]:
+    if reward_model.is_encoder:
+        trained = head_parameters(reward_model.model, is_encoder=True)
         return {name: parameter.detach().float().cpu().contiguous() for name, parameter in trained.items()}
-    head = scorer.head
-    bias = scorer.bias if head.bias is None else scorer.bias + head.bias
+    head = reward_model.head
+    bias = reward_model.bias if head.bias is None else reward_model.bias + head.bias
     return {"weight": head.weight.detach().float().cpu().contiguous(), "bias": bias.detach().float().cpu().contiguous()}
 
 
-def load_reward_head(folder: Path, card: RewardModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a decoder adapter's head in the scale of rewards: ((w h + b) - mean) / std."""
+def load_reward_head(folder: Path, config: RewardModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load a decoder adapter's head in the scale of normalized rewards, ((w h + b) - mean) / std.
+
+    Returns:
+        Weight (1, d) and bias (1,).
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
     try:
         head = load_file(folder / _HEAD)
-        return head["weight"].float() / card.std, (head["bias"].float() - card.mean) / card.std
+        return head["weight"].float() / config.std, (head["bias"].float() - config.mean) / config.std
     except (OSError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot read {folder / _HEAD}: {error}", hint="run `rlhf train-rm` again") from error
 
 
-def load_head(scorer: RewardModel, folder: Path) -> None:
-    """Put the head of an adapter artifact in place; raises `ModelError` where it does not fit."""
+def load_head(reward_model: RewardModel, folder: Path) -> None:
+    """Load the head of a reward model saved as an adapter, in place.
+
+    Raises:
+        ModelError: the file cannot be read, or does not fit the base model.
+    """
     path = folder / _HEAD
     try:
         tensors = load_file(path)
         with torch.no_grad():
-            if scorer.is_encoder:
-                for name, parameter in head_parameters(scorer.model, is_encoder=True).items():
-                    parameter.data = tensors[name].to(scorer.device)
+            if reward_model.is_encoder:
+                for name, parameter in head_parameters(reward_model.model, is_encoder=True).items():
+                    parameter.data = tensors[name].to(reward_model.device)
                 return
-            head = scorer.head
-            head.weight.data = tensors["weight"].to(scorer.device).view_as(head.weight)
-            scorer.bias.copy_(tensors["bias"])
+            head = reward_model.head
+            head.weight.data = tensors["weight"].to(reward_model.device).view_as(head.weight)
+            reward_model.bias.copy_(tensors["bias"])
             if head.bias is not None:
                 head.bias.zero_()
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path} does not fit its base: {error}", hint="run `rlhf train-rm` again") from error
+        raise ModelError(f"{path} does not fit its base model: {error}", hint="run `rlhf train-rm` again") from error

@@ -1,14 +1,14 @@
-"""Reward models: r(x, y), one number for a prompt and an answer.
+"""Reward models: r(x, y), one number per prompt x and completion y.
 
-A decoder's reward is a linear head on the hidden state of the last real token, r = w h_last + b (Stiennon et al. 2020,
-section 3.4), found by length and never by the padding id, so a tokenizer whose padding is its end token is no trap. An
-encoder's is its own pooled head. Answers to one prompt are read behind one copy of it where the model can do that (see
-`models.backbone`). Rewards reach other stages normalized: (raw - mean) / std.
+A decoder's reward is a linear head on the hidden state of the last token, r = w h_last + b (Stiennon et al. 2020,
+section 3.4). The last token is found by length, never by the padding id, which may be the end token. An encoder's
+reward is its own pooled head. Completions of one prompt share one copy of it if the model supports groups (see
+`models.backbone`). Other stages receive normalized rewards: (raw - mean) / std.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,18 @@ from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
-from rlhf_cli.models.reward_model.classifier import head_of, head_parameters, load_classifier, max_length_of
+from rlhf_cli.models.reward_model.classifier import (
+    Classifier,
+    head_of,
+    head_parameters,
+    load_classifier,
+    max_length_of,
+)
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, load_head, read_reward_config, save_artifact
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import warn
+from rlhf_cli.settings.shared import LoraSettings
 
 
 class RewardModel(nn.Module):
@@ -36,9 +43,9 @@ class RewardModel(nn.Module):
 
     Args:
         model: a transformers sequence classifier with one label; it may carry an adapter.
-        format: how prompts and answers become its ids.
-        source: where its base came from and how it is computed.
-        is_encoder: its pooled head reads the whole text; otherwise the head reads the last real token.
+        format: turns prompts and completions into token ids.
+        source: where the base model comes from, with its precision.
+        is_encoder: the head reads a pooled state of the whole text; otherwise it reads the last token.
     """
 
     bias: Tensor
@@ -50,8 +57,8 @@ class RewardModel(nn.Module):
         self.source = source
         self.is_encoder = is_encoder
         self.mean, self.std = 0.0, 1.0
-        self.room = max_length_of(model)
-        # Ranking losses do not see a shift of all rewards, so training cannot move a bias: it is kept, not trained.
+        self.max_length = max_length_of(model)
+        # Ranking losses are invariant to a shift of all rewards, so the bias gets no gradient: it is not trained.
         self.register_buffer("bias", torch.zeros(1, device=source.device))
         self._warned = False
 
@@ -62,7 +69,7 @@ class RewardModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The linear layer that gives the reward: weight (1, d)."""
+        """The linear layer that computes the reward: weight (1, d)."""
         return head_of(self.model, self.source.path)
 
     @property
@@ -74,16 +81,16 @@ class RewardModel(nn.Module):
 
     @property
     def reads_groups(self) -> bool:
-        """Whether what sequences share is read once."""
+        """Whether a batch contains a shared prefix only once."""
         return not self.is_encoder and reads_groups(self.backbone)
 
     @property
     def device(self) -> torch.device:
-        """Where it lives."""
+        """Device of the weights."""
         return self.bias.device
 
     def forward(self, batch: RewardBatch) -> Tensor:
-        """Raw rewards, before normalization: (N,) float32."""
+        """Compute raw rewards, before normalization: (N,) float32."""
         with autocast(self.device, self.source.precision):
             if self.is_encoder:
                 types = {} if batch.types is None else {"token_type_ids": batch.types}
@@ -95,14 +102,14 @@ class RewardModel(nn.Module):
         return (raw + self.bias)[:, 0]
 
     def encode(self, prompt: Prompt, completion: str, *, ended: bool = True) -> Encoded:
-        """Ids of a prompt with its answer, however long."""
+        """Tokenize a prompt with its completion, without a length limit; `ended` appends the end token."""
         if not self.is_encoder:
             return Encoded(self.format.pair_ids(prompt, completion, ended=ended))
         tokens: Any = self.format.tokenizer(self.format.prompt_string(prompt), completion)
         return Encoded(tokens["input_ids"], tokens.get("token_type_ids"))
 
     def batch(self, sequences: Sequence[Encoded]) -> RewardBatch:
-        """The argument of `forward` for these sequences, none empty."""
+        """Build the argument of `forward` from sequences, none of them empty."""
         arrange = RewardBatch.grouped if self.reads_groups else RewardBatch.padded
         return arrange(sequences, self.device)
 
@@ -116,23 +123,23 @@ class RewardModel(nn.Module):
         batch_size: int = 32,
         progress: Callable[[int], object] | None = None,
     ) -> list[float]:
-        """Normalized rewards of N answers, in their order.
+        """Score N completions; return normalized rewards in the same order.
+
+        A text longer than `max_length` loses the beginning of its prompt, with one warning per model.
 
         Args:
             prompts: N prompts.
-            completions: N answers, as text: the policy's tokenizer may be another one.
-            ended: whether each answer ended of itself; None puts the end token behind all of them, as in training.
-            batch_size: answers scored at once; changes memory and speed only.
-            progress: called with the number of answers that were scored.
-
-        A text longer than the model reads loses the beginning of its prompt, with one warning.
+            completions: N completions as text: the policy may use another tokenizer.
+            ended: N flags, True to append the end token; None appends it to all, as in training.
+            batch_size: completions per batch; affects memory and speed only.
+            progress: called with the number of completions just scored.
         """
-        finished = [True] * len(prompts) if ended is None else ended
+        flags = [True] * len(prompts) if ended is None else ended
         encoded = [
-            self._fit(self.encode(prompt, completion, ended=end))
-            for prompt, completion, end in zip(prompts, completions, finished, strict=True)
+            self._truncate(self.encode(prompt, completion, ended=has_end))
+            for prompt, completion, has_end in zip(prompts, completions, flags, strict=True)
         ]
-        # Alike beginnings together where they are read once, else like lengths, so that little is padding.
+        # Sort so that shared prefixes meet in one batch, or else so that similar lengths keep padding low.
         by_ids, by_length = (lambda row: encoded[row].ids), (lambda row: len(encoded[row].ids))
         order = sorted(range(len(encoded)), key=by_ids if self.reads_groups else by_length)
         rewards = [0.0] * len(encoded)
@@ -146,18 +153,18 @@ class RewardModel(nn.Module):
         return rewards
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """(raw - mean) / std, the scale in which other stages read rewards."""
+        """Return (raw - mean) / std, the scale in which other stages read rewards."""
         return (raw - self.mean) / self.std
 
-    def _fit(self, encoded: Encoded) -> Encoded:
-        if len(encoded.ids) <= self.room:
-            # Nothing at all (no prompt, no answer, no end token) still has to have a last token.
+    def _truncate(self, encoded: Encoded) -> Encoded:
+        if len(encoded.ids) <= self.max_length:
+            # A text without any token (no prompt, completion or end token) still needs a last token.
             return encoded if encoded.ids else Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
         if not self._warned:
-            warn(f"the reward model reads {self.room} tokens; longer texts lose the beginning of their prompt")
+            warn(f"the reward model reads at most {self.max_length} tokens; longer prompts are cut at their beginning")
             self._warned = True
-        # An encoder's first token is the one its pooled head reads.
-        front, surplus = int(self.is_encoder), len(encoded.ids) - self.room
+        # Keep an encoder's first token: its pooled head reads it.
+        front, surplus = int(self.is_encoder), len(encoded.ids) - self.max_length
         types = None if encoded.types is None else encoded.types[:front] + encoded.types[front + surplus :]
         return Encoded(encoded.ids[:front] + encoded.ids[front + surplus :], types)
 
@@ -166,101 +173,99 @@ def new_reward_model(
     source: ModelSource,
     *,
     template: str | None,
-    lora: Mapping[str, Any] | None,
+    lora: LoraSettings | None,
     seed: int = 0,
     gradient_checkpointing: bool = False,
 ) -> RewardModel:
-    """A scorer to train, from a language model, an encoder, or a reward model that keeps its head.
+    """Make a reward model to train from a language model, an encoder or a reward model, whose head is kept.
 
-    A new head is drawn from N(0, 1/(d + 1)) with bias 0 (Ziegler et al. 2019, via PPO's reference details).
+    A new head is drawn from N(0, 1/(d + 1)) with bias 0 (Ziegler et al. 2019).
 
     Args:
         source: the model to start from.
-        template: of prompts that are plain text, see `PromptFormat`.
-        lora: arguments of `add_lora` for the adapter to train; None trains all weights, in float32.
-        seed: of everything that is new.
+        template: template of plain-text prompts, see `PromptFormat`.
+        lora: the adapter to train; None trains all weights in float32.
+        seed: of new weights.
         gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        ModelError: see `load_classifier`; also where `lora` names modules the model lacks, or the start is an adapter.
+        ModelError: see `load_classifier` and `add_lora`; also if the source is a reward model saved as an adapter.
     """
-    if (card := read_reward_config(Path(source.path))) is not None and card.adapter:
+    if (config := read_reward_config(Path(source.path))) is not None and config.adapter:
         raise ModelError(
-            f"`{source.path}` is a reward model kept as an adapter on {card.base}, which is no model to start from",
+            f"cannot train from `{source.path}`: it is a reward model saved as an adapter on {config.base}",
             hint="start from that base, or from a reward model that was trained with `adapter: none`",
         )
     with seeded(seed, source.device):
-        shell = load_classifier(source, dtype=None if lora else torch.float32)
-        head = head_of(shell.model, source.path)
-        if not shell.has_head:
+        classifier = load_classifier(source, dtype=None if lora else torch.float32)
+        head = head_of(classifier.model, source.path)
+        if not classifier.has_head:
             nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
             if head.bias is not None:
                 nn.init.zeros_(head.bias)
         if lora is not None:
-            add_lora(shell.model, **lora)
-            for parameter in head_parameters(shell.model, is_encoder=shell.is_encoder).values():
+            add_lora(classifier.model, lora)
+            for parameter in head_parameters(classifier.model, is_encoder=classifier.is_encoder).values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
     if gradient_checkpointing:
-        recompute_activations(shell.model)
-    return RewardModel(shell.model, _format(source, template, shell.is_encoder), source, is_encoder=shell.is_encoder)
+        recompute_activations(classifier.model)
+    return _reward_model(classifier, source, template)
 
 
 def load_reward_model(source: ModelSource, *, template: str | None) -> RewardModel:
-    """A trained scorer, frozen and in evaluation mode: our artifact, or any transformers classifier with one label.
+    """Load a trained reward model, frozen and in evaluation mode.
 
     Args:
-        source: folder or hub id, and how to hold it.
-        template: of prompts that are plain text, for a model that does not say; our artifacts say.
+        source: folder that `save_reward_model` wrote, or any transformers classifier with one label.
+        template: template of plain-text prompts, for a model that does not record its own.
 
     Raises:
-        ModelError: no reward model: several labels, no head, damaged files.
+        ModelError: several labels, no head, or damaged files.
     """
     folder = Path(source.path)
-    card = read_reward_config(folder)
-    if card is None:
-        shell = load_classifier(replace(source, quantize="none"))
-        if not shell.has_head:
-            raise ModelError(
-                f"`{source.path}` has no reward head",
-                hint="give a reward model, such as what `rlhf train-rm` writes",
-            )
-        scorer = RewardModel(
-            shell.model, _format(source, template, shell.is_encoder), source, is_encoder=shell.is_encoder
-        )
-        return scorer.requires_grad_(False).eval()
-    if card.adapter:
-        base = replace(source.at(card.base_path(folder)), revision=card.base_revision)
+    config = read_reward_config(folder)
+    if config is not None and config.adapter:
+        base = replace(source.at(config.base_path(folder)), revision=config.base_revision)
     else:
-        base = replace(source, quantize="none")  # no adapter, so none of its weights is under one
-    shell = load_classifier(base)
-    scorer = RewardModel(
-        shell.model, _format(source, card.template, shell.is_encoder), base, is_encoder=shell.is_encoder
-    )
-    scorer.mean, scorer.std = card.mean, card.std
-    if card.adapter:
-        load_adapter(shell.model, folder / ADAPTER_FOLDER)
-        load_head(scorer, folder)
-    return scorer.requires_grad_(False).eval()
+        base = replace(source, quantize="none")  # only frozen weights under an adapter are quantized
+    classifier = load_classifier(base)
+    if config is None and not classifier.has_head:
+        raise ModelError(
+            f"`{source.path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
+        )
+    reward_model = _reward_model(classifier, base, template if config is None else config.template)
+    if config is not None:
+        reward_model.mean, reward_model.std = config.mean, config.std
+        if config.adapter:
+            load_adapter(classifier.model, folder / ADAPTER_FOLDER)
+            load_head(reward_model, folder)
+    return reward_model.requires_grad_(False).eval()
 
 
-def save_reward_model(scorer: RewardModel, folder: Path, *, final: Path | None = None) -> None:
-    """Write the artifact of a scorer; `load_reward_model` gives the same rewards.
+def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | None = None) -> None:
+    """Write a reward model; `load_reward_model` restores one with the same rewards.
 
-    Trained in full: a transformers classifier folder, which anyone's `AutoModelForSequenceClassification` reads; if it
-    is an explicit transformer (`model.build`), after `import rlhf_cli.transformer`. An adapter: `adapter/` in PEFT's
-    format and `head.safetensors`. Both with `reward.json` and the tokenizer.
+    Trained in full, it becomes a folder for `AutoModelForSequenceClassification` (for an explicit transformer of
+    `model.build`, after `import rlhf_cli.transformer`). As an adapter, it becomes `adapter/` in PEFT's format and
+    `head.safetensors`. Both get `reward.json` and the tokenizer.
 
     Args:
-        scorer: what to write.
+        reward_model: the reward model to write.
         folder: an existing folder.
-        final: where the folder will be, if it is renamed afterwards; the adapter's base is named relative to it.
+        final: the folder's final path if it is renamed later; the adapter's base is named relative to it.
+
+    Raises:
+        DivergedError: a weight is not finite.
+        DiskError: the disk is full or cannot be written.
     """
-    save_artifact(scorer, folder, final=final or folder)
+    save_artifact(reward_model, folder, final=final or folder)
 
 
-def _format(source: ModelSource, template: str | None, is_encoder: bool) -> PromptFormat:
+def _reward_model(classifier: Classifier, source: ModelSource, template: str | None) -> RewardModel:
     tokenizer = load_tokenizer(source)
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
-        template = None  # the policy's way of being asked is no concern of a scorer that knows no conversations
-    return PromptFormat(tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder)
+        template = None  # `chat` describes the policy's prompts; this model has no chat template
+    is_encoder = classifier.is_encoder
+    format = PromptFormat(tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder)
+    return RewardModel(classifier.model, format, source, is_encoder=is_encoder)

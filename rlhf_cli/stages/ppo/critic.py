@@ -1,8 +1,7 @@
-"""The critic: V(s_t), the reward still to come, read from the hidden state before each token of an answer.
+"""The critic: V(s_t), the expected remaining reward, predicted from the hidden state before each completion token.
 
-It is an adapter on the policy's frozen backbone, or a backbone of its own that is trained in full; either way under a
-linear head. Saved, it is a folder that this module and other people's tools read: PEFT's adapter, or a model folder for
-`AutoModel`, beside `value_head.safetensors` and `critic.json`.
+It is an adapter on the policy's frozen backbone, or a separate backbone that is trained in full, under a linear head.
+A saved critic is a folder with a PEFT adapter or an `AutoModel` folder, `value_head.safetensors` and `critic.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource, quiet_libraries
 from rlhf_cli.models.lora import save_adapter
-from rlhf_cli.models.multi_adapter import SharedModel
+from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.saving import require_finite, writing
 
 Head = tuple[Tensor, Tensor]
@@ -34,112 +33,114 @@ CRITIC = "critic"
 
 @dataclass(frozen=True)
 class AdapterStart:
-    """An adapter on the policy's backbone to start a critic from; None is a new one under a head that predicts 0."""
+    """Where the critic's adapter starts: a saved adapter, or by default a new one under a head that predicts 0."""
 
     folder: Path | None = None
     head: Head | None = None
 
 
-_HEAD, _CARD, _FORMAT = "value_head.safetensors", "critic.json", 1
+_HEAD, _CONFIG, _FORMAT = "value_head.safetensors", "critic.json", 1
 
 
 class Critic(Protocol):
-    """What PPO's roles need of a critic."""
+    """A model and its value head, as `PPOModels` uses them."""
 
     value_head: nn.Linear
 
-    def playing(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model under the head."""
+    def active_model(self) -> AbstractContextManager[PreTrainedModel]:
+        """Yield the model under the head; inside the context its weights are the active ones."""
         ...
 
     def parameters(self) -> list[nn.Parameter]:
-        """Trained weights under the head."""
+        """Return the trained weights under the head."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The same by name, for a checkpoint."""
+        """Return the trained weights under the head by name, for a checkpoint."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
+        """Copy the weights that `state` returned back into the model."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write it, head included, so that it can be loaded again."""
+        """Write the model and its head to a folder from which another critic can start."""
         ...
 
 
 class AdapterCritic:
-    """An adapter on the policy's backbone.
+    """A critic that is an adapter on the policy's backbone.
 
     Args:
-        shared: the backbone; it carries the adapter `CRITIC`.
-        head: to start from; None predicts 0.
-        base: where the backbone is from, for the saved critic to say what it belongs to.
+        backbone: the policy's model; it carries the adapter `CRITIC`.
+        head: value head to start from; None predicts 0.
+        base: where the backbone comes from, recorded in the saved critic.
     """
 
-    def __init__(self, shared: SharedModel, head: Head | None = None, *, base: ModelSource | None = None) -> None:
-        self._shared, self._base = shared, base
-        self.value_head = value_head(shared.model, head)
+    def __init__(
+        self, backbone: MultiAdapterModel, head: Head | None = None, *, base: ModelSource | None = None
+    ) -> None:
+        self._backbone, self._base = backbone, base
+        self.value_head = value_head(backbone.model, head)
 
-    def playing(self) -> AbstractContextManager[PreTrainedModel]:
-        """The backbone with the critic's adapter."""
-        return self._shared.playing(CRITIC)
+    def active_model(self) -> AbstractContextManager[PreTrainedModel]:
+        """Yield the backbone with the critic's adapter."""
+        return self._backbone.use_adapter(CRITIC)
 
     def parameters(self) -> list[nn.Parameter]:
-        """A and B."""
-        return self._shared.parameters(CRITIC)
+        """Return A and B of the adapter."""
+        return self._backbone.parameters(CRITIC)
 
     def state(self) -> dict[str, Tensor]:
-        """A and B by name."""
-        return self._shared.state(CRITIC)
+        """Return A and B of the adapter by name."""
+        return self._backbone.state(CRITIC)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
-        self._shared.load_state(CRITIC, state)
+        """Copy the weights that `state` returned back into the adapter."""
+        self._backbone.load_state(CRITIC, state)
 
     def save(self, folder: Path) -> None:
-        """The adapter in PEFT's format, its head and card."""
+        """Write the adapter in PEFT's format, the head and `critic.json`."""
         base = None if self._base is None else _relative(self._base.path, folder)
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
-            save_adapter(self._shared.model, folder, CRITIC, base=base)
+            save_adapter(self._backbone.model, folder, CRITIC, base=base)
             revision = None if self._base is None else self._base.revision
             _save_head(folder, self.value_head, CriticConfig("adapter", base, revision))
 
 
 class FullCritic:
-    """A backbone of its own, all of whose weights train.
+    """A critic that is a separate backbone, trained in full.
 
     Args:
-        model: a language model's backbone of any width, float32.
-        head: to start from; None predicts 0.
+        model: backbone of a language model of any width, in float32.
+        head: value head to start from; None predicts 0.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head | None = None) -> None:
         self._model = model.requires_grad_(True)
         self.value_head = value_head(model, head)
 
-    def playing(self) -> AbstractContextManager[PreTrainedModel]:
-        """The backbone."""
+    def active_model(self) -> AbstractContextManager[PreTrainedModel]:
+        """Yield the backbone."""
         return nullcontext(self._model)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All weights of the backbone."""
+        """Return all weights of the backbone."""
         return list(self._model.parameters())
 
     def state(self) -> dict[str, Tensor]:
-        """All weights by name."""
+        """Return all weights of the backbone by name."""
         return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
+        """Copy the weights that `state` returned back into the backbone."""
         for name, parameter in self._model.named_parameters():
             parameter.copy_(state[name])
 
     def save(self, folder: Path) -> None:
-        """The backbone as an ordinary model folder, its head and card."""
+        """Write the backbone as an ordinary model folder, the head and `critic.json`."""
         quiet_libraries()
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
@@ -148,17 +149,17 @@ class FullCritic:
 
 
 def value_head(model: PreTrainedModel, start: Head | None = None) -> nn.Linear:
-    """A linear head on a model's hidden states, in float32.
+    """Make a linear head on a model's hidden states, in float32.
 
     Args:
-        model: a language model or its backbone.
-        start: weights; None predicts 0 everywhere (value heads start at zero: Ziegler et al. 2019).
+        model: a language model or its backbone, with hidden states of width d.
+        start: weight (1, d) and bias (1,); None predicts 0 everywhere (Ziegler et al. 2019).
 
     Raises:
-        ModelError: the weights are of another width.
+        ModelError: the weight of `start` has another width than d.
     """
     output = model.get_output_embeddings()
-    # The configuration of some names the width of the embeddings, which is not that of what reaches the head.
+    # In some configurations `hidden_size` is the width of the embeddings, not of the states that reach the head.
     width = model.config.get_text_config(decoder=True).hidden_size if output is None else output.weight.shape[1]  # pyright: ignore[reportIndexIssue]
     head = nn.Linear(int(width), 1, device="meta", dtype=torch.float32).to_empty(device=model.device)
     nn.init.zeros_(head.weight)
@@ -174,12 +175,12 @@ def value_head(model: PreTrainedModel, start: Head | None = None) -> nn.Linear:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """What `critic.json` says.
+    """The content of `critic.json`.
 
     Attributes:
-        kind: an adapter on a base, or all weights.
-        base: of an adapter: a path relative to the folder, or as it was given.
-        base_revision: of a hub id.
+        kind: "adapter" on a base model, or "full" for a whole backbone.
+        base: the adapter's base model, as a path relative to the folder or as it was given; None for "full".
+        base_revision: hub revision of the base model.
     """
 
     kind: Literal["adapter", "full"]
@@ -187,7 +188,7 @@ class CriticConfig:
     base_revision: str | None
 
     def base_path(self, folder: Path) -> str | None:
-        """The base as it can be loaded."""
+        """Return the path or hub id from which the base can be loaded; None for a whole backbone."""
         if self.base is None:
             return None
         local = folder / self.base
@@ -195,20 +196,28 @@ class CriticConfig:
 
 
 def read_critic_config(folder: Path) -> CriticConfig:
-    """The card of a saved critic; raises `ModelError` where there is none, or a damaged one."""
+    """Read `critic.json` of a saved critic.
+
+    Raises:
+        ModelError: the file is missing, damaged or of a later format.
+    """
     try:
-        fields: dict[str, Any] = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         if fields.pop("format") != _FORMAT:
-            raise ModelError(f"{folder / _CARD} is of another format than this version reads", hint="upgrade rlhf-cli")
+            raise ModelError(f"{folder / _CONFIG} has a format that this version cannot read", hint="upgrade rlhf-cli")
         return CriticConfig(**fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"{folder} is no saved critic: {error}", hint="give the critic of an earlier run, runs/NAME/ppo/critic"
+            f"{folder} is not a saved critic: {error}", hint="give the critic of an earlier run, runs/NAME/ppo/critic"
         ) from error
 
 
 def load_value_head(folder: Path) -> Head:
-    """Weight (1, d) and bias (1,) of a saved critic; raises `ModelError` where they cannot be read."""
+    """Load weight (1, d) and bias (1,) of a saved critic's head.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
     try:
         state = load_file(folder / _HEAD)
         return state["weight"], state["bias"]
@@ -216,14 +225,14 @@ def load_value_head(folder: Path) -> Head:
         raise ModelError(f"cannot read {folder / _HEAD}: {error}") from error
 
 
-def _save_head(folder: Path, head: nn.Linear, card: CriticConfig) -> None:
+def _save_head(folder: Path, head: nn.Linear, config: CriticConfig) -> None:
     save_file({name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}, folder / _HEAD)
-    text = json.dumps({"format": _FORMAT} | asdict(card), indent=2, ensure_ascii=False)
-    (folder / _CARD).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
+    (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _relative(base: str, folder: Path) -> str:
-    """A base in the same run directory (`sft` beside `ppo/critic`) by a relative path, so that the run can be moved."""
+    """Name a base in the same run directory (`sft` beside `ppo/critic`) by a relative path: the run can be moved."""
     if not Path(base).is_dir():
         return base
     place, run = Path(base).resolve(), folder.resolve().parent.parent

@@ -74,4 +74,4 @@ class Evaluation:
         rows = range(len(prompts))
         answers = self._rollouts.answers(prompts, rows, [_NUMBER] * len(rows), tell)
         tell("evaluating")
-        return answers, self._engine.passes(answers)
+        return answers, self._engine.rollout_tensors(answers)

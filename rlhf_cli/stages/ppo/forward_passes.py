@@ -1,7 +1,7 @@
-"""One step's experience: answers sampled, scored as text, and passed once through policy, reference and critic.
+"""Forward passes of policy, reference and critic over the completions of one PPO step.
 
-In several processes each samples, scores and passes its share; what comes out is small (ids, text, one number a token),
-so it is exchanged whole, and everything behind it is computed by all of them alike, as a single process would.
+With several processes, each one samples, scores and passes its share. The results are small (ids, text, one number per
+token), so every process receives all of them and computes the rest of the step as a single process would.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_cli.data.records import Prompt
@@ -22,39 +22,22 @@ from rlhf_cli.errors import DivergedError
 from rlhf_cli.generation.logprobs import Projection, TokenLogprobs, response_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import reads_groups
-
-
-class Actors(Protocol):
-    """The models a step needs; see `models.roles`."""
-
-    value_head: nn.Linear
-
-    def policy(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model being trained."""
-        ...
-
-    def reference(self) -> AbstractContextManager[PreTrainedModel]:
-        """The SFT model."""
-        ...
-
-    def critic(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model under the value head."""
-        ...
+from rlhf_cli.stages.ppo.models import PPOModels
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Sampled answers of one step, as ids and as text.
+    """Completions sampled in one step, as ids and as text.
 
     Attributes:
         prompts: N prompts.
-        prompt_ids: their ids.
-        response_ids: the answers' ids, end token included where there is one.
-        texts: the answers as people and rewards read them.
-        ended: whether each ended of itself.
-        scores: (N,) rewards as they were given, all of them combined; not finite where one was broken.
-        parts: name of a reward -> (N,) what it gave, before weights.
-        faults: for each reward that gave what is not finite: which, and for which answer first.
+        prompt_ids: N lists of prompt token ids.
+        response_ids: N lists of completion token ids, with the end token if the completion has one.
+        texts: N completions as text, as people and rewards read them.
+        ended: N flags, True if the completion finished with an end token.
+        scores: (N,) combined rewards before scaling; not finite where a reward was not finite.
+        parts: reward name -> (N,) its scores before weighting.
+        faults: one message per reward with scores that are not finite, naming the first such completion.
     """
 
     prompts: list[Prompt]
@@ -68,7 +51,7 @@ class Answers:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each answer, the end token included: (N,)."""
+        """Tokens per completion, end token included: (N,)."""
         return torch.tensor([len(ids) for ids in self.response_ids])
 
     @property
@@ -82,14 +65,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class RolloutTensors:
-    """What the models say of the answers before the update; all (N, T), 0 on padding, constant.
+    """Outputs of the models on a step's completions before its update; all (N, T), 0 on padding, without gradient.
 
     Attributes:
-        logprobs: nats, policy.
-        reference_logprobs: nats, SFT model.
-        values: reward, critic.
-        entropy: nats, policy.
-        is_response: bool.
+        logprobs: log-probabilities under the policy, in nats.
+        reference_logprobs: log-probabilities under the SFT model, in nats.
+        values: values predicted by the critic, in units of reward.
+        entropy: entropy of the policy's next-token distribution, in nats.
+        is_response: bool, True on completion tokens, False on padding.
     """
 
     logprobs: Tensor
@@ -100,80 +83,82 @@ class RolloutTensors:
 
 
 class TokenPairs(Protocol):
-    """N prompts with their answers, as ids."""
+    """N prompts and completions as token ids; no list is empty."""
 
     @property
     def prompt_ids(self) -> Sequence[list[int]]:
-        """None empty."""
+        """N lists of prompt token ids."""
         ...
 
     @property
     def response_ids(self) -> Sequence[list[int]]:
-        """None empty."""
+        """N lists of completion token ids."""
         ...
 
 
 class ForwardPasses:
-    """Forward passes over answers, in micro-batches of answers that cost least together.
+    """Runs policy, reference and critic over completions, in micro-batches.
 
     Args:
-        actors: the models.
-        autocast: makes the context in which they compute.
-        micro_batch_size: answers in one pass; changes memory and speed only.
+        models: policy, reference and critic.
+        autocast: returns the autocast context for the passes.
+        micro_batch_size: completions per pass; affects memory and speed only.
         temperature: logits are divided by it, as in sampling.
-        processes: that share the passes; by default this one alone.
+        processes: processes that share the passes; by default this process alone.
     """
 
     def __init__(
         self,
-        actors: Actors,
+        models: PPOModels,
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         micro_batch_size: int,
         temperature: float,
         processes: ProcessGroup | None = None,
     ) -> None:
-        self.actors = actors
+        self.models = models
         self.autocast = autocast
         self.temperature = temperature
         self.processes = processes or ProcessGroup()
         self._micro_batch_size = micro_batch_size
-        with actors.policy() as model:
+        with models.policy() as model:
             self.device = model.device
             self._grouped = reads_groups(model)
 
     def batch(self, texts: TokenPairs, rows: Sequence[int]) -> SequenceBatch:
-        """Some of the answers as tensors, as the policy reads them, and with it reference and critic."""
-        with self.actors.policy() as model:
+        """Batch some of the completions in the layout that the policy reads; reference and critic read the same."""
+        with self.models.policy() as model:
             return SequenceBatch.for_model(
                 model, [texts.prompt_ids[row] for row in rows], [texts.response_ids[row] for row in rows]
             )
 
     def micro_batches(self, answers: TokenPairs, rows: Sequence[int]) -> Iterator[list[int]]:
-        """This process's share of `rows`, cut into micro-batches: of answers to the same prompts where a prompt is read
-        once for all of them, else of answers of like length, so that little is padding.
+        """Yield this process's share of `rows` in micro-batches.
+
+        Models that read a shared prompt once get completions of the same prompt together. Other models get completions
+        of similar length together, to keep padding low.
         """
 
-        def place(row: int) -> tuple[object, ...]:
+        def sort_key(row: int) -> tuple[object, ...]:
             prompt, response = answers.prompt_ids[row], answers.response_ids[row]
             if self._grouped:
                 return len(prompt), prompt, len(response), row
             return len(prompt) + len(response), row
 
-        ordered = sorted(rows, key=place)
-        # No more than the share of one process in each, so that all of them have work where there is enough.
+        ordered = sorted(rows, key=sort_key)
+        # At most one process's share per micro-batch, so that every process gets work if there is enough of it.
         size = min(self._micro_batch_size, -(-len(ordered) // self.processes.count))
-        mine = self.processes.shard([ordered[start : start + size] for start in range(0, len(ordered), max(size, 1))])
-        for rows in mine:
+        parts = [ordered[start : start + size] for start in range(0, len(ordered), max(size, 1))]
+        for rows in self.processes.shard(parts):
             yield rows
             beat()
 
     def logprobs(
         self, model: PreTrainedModel, batch: SequenceBatch, *, temperature: float | None = None
     ) -> TokenLogprobs:
-        """Log-probabilities and entropy at each answer token: (N, T) nats. Gradient as the context allows.
+        """Compute log-probability and entropy per completion token: (N, T), in nats.
 
-        `temperature` is the engine's unless another is given.
+        Gradient flows unless the caller disables it. `temperature` defaults to that of the constructor.
         """
         with self.autocast():
             hidden = response_hidden(model, batch)
@@ -181,15 +166,19 @@ class ForwardPasses:
         return Projection.of(model).token_logprobs(hidden, batch, temperature=temperature)
 
     def values(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-        """The critic's prediction before each answer token: (N, T), 0 on padding."""
+        """Predict the value before each completion token: (N, T), 0 on padding."""
         with self.autocast():
             hidden = response_hidden(model, batch)
-        predicted = self.actors.value_head(hidden.float()).squeeze(-1)
+        predicted = self.models.value_head(hidden.float()).squeeze(-1)
         return predicted.masked_fill(~batch.is_response, 0.0)
 
     @torch.no_grad()
-    def passes(self, answers: Answers, progress: Callable[[int], object] | None = None) -> RolloutTensors:
-        """One pass of each model over all answers, each process taking its share.
+    def rollout_tensors(self, answers: Answers, progress: Callable[[int], object] | None = None) -> RolloutTensors:
+        """Run each model once over all completions; each process takes its share and receives every result.
+
+        Args:
+            answers: completions of the step.
+            progress: called with the number of completions just passed.
 
         Raises:
             DivergedError: a log-probability or a value is not finite.
@@ -202,21 +191,21 @@ class ForwardPasses:
         for part in self.micro_batches(answers, range(len(answers))):
             batch = self.batch(answers, part)
             width = batch.response_ids.shape[1]
-            with self.actors.policy() as model:
+            with self.models.policy() as model:
                 policy = self.logprobs(model, batch)
-            with self.actors.reference() as model:
+            with self.models.reference() as model:
                 reference = self.logprobs(model, batch)
-            with self.actors.critic() as model:
+            with self.models.critic() as model:
                 values = self.values(model, batch)
             found = {"policy": policy.logprobs, "ref": reference.logprobs, "value": values, "entropy": policy.entropy}
             for name, tensor in found.items():
                 rows[name][part, :width] = tensor
             if progress is not None:
                 progress(len(part))
-        # Every row was filled by one process and is 0 elsewhere, so the sum is exact.
+        # One process filled each row and it is 0 on the others, so the sum is exact.
         self.processes.all_reduce(list(rows.values()))
         is_response = (torch.arange(longest) < answers.lengths.unsqueeze(1)).to(self.device)
         for name, tensor in rows.items():
             if not torch.isfinite(tensor).all():
-                raise DivergedError(f"the {name} pass over a step's answers gave values that are not finite")
+                raise DivergedError(f"the {name} pass over a step's completions gave values that are not finite")
         return RolloutTensors(rows["policy"], rows["ref"], rows["value"], rows["entropy"], is_response)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.base import Names
+from rlhf_cli.settings.rewards import PPORewardSettings
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
-from rlhf_cli.stages.ppo.settings import PPORewardSettings, PPOSettings
+from rlhf_cli.stages.ppo.settings import PPOSettings
 
 _OTHER_REWARDS = ", or give another reward with `--function` or `--reward-url`"
 

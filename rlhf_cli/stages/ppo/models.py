@@ -1,9 +1,8 @@
-"""The models of PPO: policy, reference and critic, on one shared backbone or apart.
+"""The models of PPO: policy, reference and critic, as adapters on one backbone or as separate models.
 
-Memory is why people with one GPU gave up on PPO. `SharedBackbone` holds the SFT weights once, frozen: the policy and
-the critic are adapters on them, the reference is "all adapters off" (so it is exactly the SFT model), and a reward
-model trained as an adapter joins as a third. `SeparateModels` holds full copies, for full fine-tuning. A critic that is
-trained in full goes with either.
+`SharedBackbone` saves memory: it holds the SFT weights once, frozen. Policy and critic are adapters on them, the
+reference is the backbone with all adapters off (exactly the SFT model), and a reward model trained as an adapter is a
+third one. `SeparateModels` holds full copies, for full fine-tuning. Either takes a critic that is trained in full.
 """
 
 from __future__ import annotations
@@ -17,68 +16,72 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.multi_adapter import SharedModel
+from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.seeding import seeded
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.critic import CRITIC, AdapterCritic, AdapterStart, Critic, FullCritic, Head
 
 POLICY, REWARD = "policy", "reward"
 
 
 class PPOModels(Protocol):
-    """What the PPO trainer needs of its models. Each context yields the language model whose weights play that role."""
+    """Policy, reference and critic, as the PPO trainer uses them.
+
+    Inside `policy()`, `reference()` or `critic()`, the yielded language model computes with the weights of that model.
+    """
 
     value_head: nn.Linear
 
     def policy(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model being trained."""
+        """Yield the model being trained."""
         ...
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
-        """The SFT model, as it was."""
+        """Yield the SFT model with its original weights."""
         ...
 
     def critic(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model under the value head."""
+        """Yield the model under the value head."""
         ...
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """Trained weights of the policy."""
+        """Return the trained weights of the policy."""
         ...
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Trained weights of the critic, its head included."""
+        """Return the trained weights of the critic, value head included."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """All trained weights, by name, for a checkpoint."""
+        """Return all trained weights by name, for a checkpoint."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
+        """Copy the weights that `state` returned back into the models."""
         ...
 
     def save_critic(self, folder: Path) -> None:
-        """Write the critic so that it can be loaded again."""
+        """Write the critic to a folder from which `ppo.critic_from` can start."""
         ...
 
 
 class _WithCritic:
-    """What both kinds of roles do with their critic; the policy's half is theirs."""
+    """The critic's half of `PPOModels`, common to both layouts."""
 
     def __init__(self, critic: Critic) -> None:
         self._critic = critic
         self.value_head = critic.value_head
 
     def critic(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model under the value head."""
-        return self._critic.playing()
+        """Yield the model under the value head."""
+        return self._critic.active_model()
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Trained weights of the critic, its head included."""
+        """Return the trained weights of the critic, value head included."""
         return [*self._critic.parameters(), *self.value_head.parameters()]
 
     def save_critic(self, folder: Path) -> None:
-        """Write the critic so that it can be loaded again."""
+        """Write the critic to a folder from which `ppo.critic_from` can start."""
         self._critic.save(folder)
 
     def _state(self, policy: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,73 +94,68 @@ class _WithCritic:
 
 
 class SharedBackbone(_WithCritic):
-    """Policy, reference and reward on one frozen language model, and the critic unless it is a model of its own.
+    """Policy, reference and reward model on one frozen language model; the critic too, unless it is a separate model.
 
     Args:
         model: the SFT model; its weights are frozen.
-        rank: of the policy's adapter, and of the critic's where it starts from nothing.
-        alpha: scale of the update.
-        target_modules: `all-linear` or names.
-        seed: of the new adapters, whatever was drawn before: every process gets the same.
-        reward_adapter: folder of an adapter trained on this very model, which the `reward` role plays.
-        critic: what the critic's adapter starts from, or a critic that is a model of its own.
-        source: where the model is from, for what is saved to say so.
+        lora: of the policy's adapter, and of the critic's if that is new.
+        seed: of the new adapters, independent of torch's global generator: every process draws the same.
+        reward_adapter: folder of a reward model's adapter trained on this model.
+        critic: where the critic's adapter starts, or a critic that is a separate model.
+        source: where the model comes from, recorded in the saved critic.
 
     Raises:
-        ModelError: the model carries adapters, or one does not fit it.
+        ModelError: the model carries adapters already, or an adapter does not fit it.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        lora: LoraSettings,
         *,
-        rank: int,
-        alpha: float,
-        target_modules: str | list[str],
         seed: int = 0,
         reward_adapter: Path | None = None,
         critic: AdapterStart | FullCritic = AdapterStart(),  # noqa: B008  (frozen)
         source: ModelSource | None = None,
     ) -> None:
         self.model = model
-        self._shared = SharedModel(model)
-        shape = {"rank": rank, "alpha": alpha, "target_modules": target_modules}
+        self._adapters = MultiAdapterModel(model)
         with seeded(seed, model.device):
             if reward_adapter is not None:
-                self._shared.load(REWARD, reward_adapter, trains=False)
+                self._adapters.load(REWARD, reward_adapter, is_trained=False)
             if isinstance(critic, AdapterStart):
                 if critic.folder is None:
-                    self._shared.add(CRITIC, **shape)
+                    self._adapters.add(CRITIC, lora)
                 else:
-                    self._shared.load(CRITIC, critic.folder, trains=True)
-            self._shared.add(POLICY, **shape)
-        is_own = isinstance(critic, FullCritic)
-        super().__init__(critic if is_own else AdapterCritic(self._shared, critic.head, base=source))
-        self._shared.play(POLICY)
+                    self._adapters.load(CRITIC, critic.folder, is_trained=True)
+            self._adapters.add(POLICY, lora)
+        is_separate = isinstance(critic, FullCritic)
+        super().__init__(critic if is_separate else AdapterCritic(self._adapters, critic.head, base=source))
+        self._adapters.activate(POLICY)
 
     def policy(self) -> AbstractContextManager[PreTrainedModel]:
-        """The backbone with the policy's adapter."""
-        return self._shared.playing(POLICY)
+        """Yield the backbone with the policy's adapter."""
+        return self._adapters.use_adapter(POLICY)
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
-        """The backbone with all adapters off."""
-        return self._shared.playing(None)
+        """Yield the backbone with all adapters off."""
+        return self._adapters.use_adapter(None)
 
     def reward(self) -> AbstractContextManager[PreTrainedModel]:
-        """The backbone with the reward model's adapter."""
-        return self._shared.playing(REWARD)
+        """Yield the backbone with the reward model's adapter."""
+        return self._adapters.use_adapter(REWARD)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """A and B of the policy's adapter."""
-        return self._shared.parameters(POLICY)
+        """Return A and B of the policy's adapter."""
+        return self._adapters.parameters(POLICY)
 
     def state(self) -> dict[str, Tensor]:
-        """The policy's adapter, the critic and the value head."""
-        return self._state(self._shared.state(POLICY))
+        """Return the policy's adapter, the critic and the value head by name."""
+        return self._state(self._adapters.state(POLICY))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
-        self._shared.load_state(POLICY, _under("policy.", state))
+        """Copy the weights that `state` returned back into the models."""
+        self._adapters.load_state(POLICY, _under("policy.", state))
         self._load_critic_state(state)
 
 
@@ -165,10 +163,10 @@ class SeparateModels(_WithCritic):
     """Policy, reference and critic as three full models.
 
     Args:
-        policy: a language model, trained, float32.
-        reference: the SFT model, frozen.
-        critic: a language model of any width or its backbone, which is what trains, float32.
-        value_head: a trained head to start from; None predicts 0.
+        policy: a language model in float32; all its weights are trained.
+        reference: the SFT model; its weights are frozen.
+        critic: a language model of any width, in float32; its backbone is trained.
+        value_head: trained head to start from; None starts from a head that predicts 0.
     """
 
     def __init__(
@@ -182,30 +180,30 @@ class SeparateModels(_WithCritic):
         self._policy = policy.requires_grad_(True)
         self._reference = reference.requires_grad_(False)
         if not isinstance(critic, FullCritic):
-            under = critic.base_model  # T5, which nests its head, stands for itself
-            assert isinstance(under, PreTrainedModel)
-            critic = FullCritic(under, value_head)
+            backbone = critic.base_model  # T5 nests its head and is its own backbone
+            assert isinstance(backbone, PreTrainedModel)
+            critic = FullCritic(backbone, value_head)
         super().__init__(critic)
 
     def policy(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model being trained."""
+        """Yield the model being trained."""
         return nullcontext(self._policy)
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
-        """The SFT model."""
+        """Yield the SFT model."""
         return nullcontext(self._reference)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """All weights of the policy."""
+        """Return all weights of the policy."""
         return list(self._policy.parameters())
 
     def state(self) -> dict[str, Tensor]:
-        """The policy, the critic and the value head."""
+        """Return the policy, the critic and the value head by name."""
         return self._state({name: weight.detach() for name, weight in self._policy.named_parameters()})
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
+        """Copy the weights that `state` returned back into the models."""
         for name, parameter in self._policy.named_parameters():
             parameter.copy_(state[f"policy.{name}"])
         self._load_critic_state(state)

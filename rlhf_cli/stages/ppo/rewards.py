@@ -1,4 +1,4 @@
-"""From `ppo.rewards` to one reward: functions, reward models and HTTP endpoints, all given text."""
+"""Build the combined reward of PPO from `ppo.rewards`: functions, reward models and HTTP endpoints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.rewards.base import Reward
     from rlhf_cli.rewards.ensemble import CombinedReward
+    from rlhf_cli.settings.rewards import PPORewardSettings
     from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
-    from rlhf_cli.stages.ppo.settings import PPORewardSettings, PPOSettings
+    from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
 def build_rewards(
@@ -21,17 +22,17 @@ def build_rewards(
     *,
     stop: StopRequest | None = None,
 ) -> CombinedReward:
-    """The rewards of PPO, combined.
+    """Load the rewards of PPO and combine them.
 
     Args:
-        settings: `ppo.rewards` and how they are combined.
-        model: the reward model of `ppo.reward_model` or of `train-rm`, whose weight is 1; it comes first.
-        source: how the policy is held, and so are further reward models.
-        template: of prompts that are plain text, for reward models that do not say.
-        stop: asks for signals, for endpoints that keep one waiting.
+        settings: `ppo.rewards` and their combination.
+        model: reward model of `ppo.reward_model` or of `train-rm`; it comes first, with weight 1.
+        source: of the policy; further reward models use its device and precisions.
+        template: template of plain-text prompts, for reward models that do not record their own.
+        stop: ends the wait for an endpoint that does not respond.
 
     Raises:
-        RLHFError: a reward that cannot be loaded, or an endpoint whose token is not in the environment.
+        RLHFError: a reward cannot be loaded, or the token of an endpoint is not in the environment.
     """
     from rlhf_cli.rewards.ensemble import CombinedReward
     from rlhf_cli.rewards.reward_model import ModelReward
@@ -54,12 +55,4 @@ def _reward(entry: PPORewardSettings, source: ModelSource, template: str | None,
         return load_model_reward(source.at(entry.model), template=template)
     from rlhf_cli.rewards.http_endpoint import HTTPReward
 
-    assert entry.url is not None
-    return HTTPReward(
-        entry.url,
-        token_env=entry.token_env,
-        timeout=entry.timeout,
-        retries=entry.retries,
-        request_size=entry.request_size,
-        stop=stop,
-    )
+    return HTTPReward(entry, stop=stop)

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
@@ -38,21 +37,22 @@ def run(context: PPOContext) -> StageOutcome:
     from rlhf_cli.generation.logprobs import check_projection
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+    from rlhf_cli.stages.ppo.model_saving import save_ppo_models
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.monitoring.metrics_log import read_rows
 
     settings = context.settings
     source = model_source(context.recipe, context.inputs.policy.source)
-    roles, reward_model = _actors(context, settings, source)
+    models, reward_model = _load_models(context, settings, source)
 
     mixed = partial(autocast, source.device, source.precision)
-    with roles.reference() as model, mixed():
+    with models.reference() as model, mixed():
         check_projection(model, source.path)
         data, skips = load_data(context, prompt_format(context.recipe, source), model)
     processes = ProcessGroup(source.device)
-    engine = ForwardPasses(
-        roles,
+    forward_passes = ForwardPasses(
+        models,
         autocast=mixed,
         micro_batch_size=settings.micro_batch_size,
         temperature=settings.temperature,
@@ -62,8 +62,8 @@ def run(context: PPOContext) -> StageOutcome:
     reward = build_rewards(settings, reward_model, source, template, stop=context.stop)
     say(f"ppo: the reward is {reward.described()}")
     trainer = PPOTrainer(
-        roles,
-        engine,
+        models,
+        forward_passes,
         data,
         reward.score,
         settings,
@@ -75,7 +75,7 @@ def run(context: PPOContext) -> StageOutcome:
     trainer.train()
     rows = read_rows(context.work / "metrics.jsonl")
     if processes.is_main:
-        _save(context.output, roles, source, settings)
+        save_ppo_models(models, source, settings, context.output)
         _keep_records(context, rows)
         if settings.kl_budget is not None and data.held_out is not None:
             keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
@@ -85,13 +85,13 @@ def run(context: PPOContext) -> StageOutcome:
     return _outcome(rows, dict(skips.counts))
 
 
-def _actors(
+def _load_models(
     context: PPOContext, settings: PPOSettings, source: ModelSource
 ) -> tuple[PPOModels, RewardModelHandle | None]:
     import dataclasses
 
     from rlhf_cli.models.loading import context_length, load_config
-    from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
+    from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 
     reward_path = source_of(context.inputs.reward_model)
     if reward_path is None and not settings.rewards:
@@ -99,47 +99,21 @@ def _actors(
             "`ppo` has no reward: no reward model and no function",
             hint="name one with `--set ppo.reward_model=PATH`, or give `ppo.rewards`",
         )
-    lora = settings.lora
-    options = PPOModelOptions(
-        lora=LoraShape(lora.rank, lora.alpha, lora.target_modules) if settings.adapter == "lora" else None,
-        critic=settings.critic,
-        critic_from=source_of(context.inputs.critic) or settings.critic_from,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        seed=context.recipe.seed,
-        longest=min(
-            context_length(load_config(source)), context.recipe.data.max_prompt_tokens + settings.max_new_tokens
-        ),
-    )
+    if context.inputs.critic is not None:
+        settings = settings.model_copy(update={"critic_from": context.inputs.critic.source})
+    longest = min(context_length(load_config(source)), context.recipe.data.max_prompt_tokens + settings.max_new_tokens)
     source = dataclasses.replace(source, quantize=context.recipe.model.quantize)
-    template = prompt_template(context.recipe, source.path)
-    actors = load_ppo_models(source, options, reward_path=reward_path, template=template)
-    for note in actors.notes:
+    loaded = load_ppo_models(
+        source,
+        settings,
+        reward_path=reward_path,
+        template=prompt_template(context.recipe, source.path),
+        seed=context.recipe.seed,
+        longest=longest,
+    )
+    for note in loaded.notes:
         say(f"ppo: {note}")
-    return actors.roles, actors.reward_model
-
-
-def _save(output: Path, roles: PPOModels, source: ModelSource, settings: PPOSettings) -> None:
-    """The policy as an ordinary model folder, merged in float32 from the SFT weights as they are on disk."""
-    import torch
-
-    from rlhf_cli.models.loading import load_config, load_policy, load_tokenizer
-    from rlhf_cli.models.merging import merged_policy
-    from rlhf_cli.models.saving import save_model_folder
-
-    roles.save_critic(output / "critic")
-    load_tokenizer(source).save_pretrained(output / "critic")
-    trained = {key.removeprefix("policy."): value for key, value in roles.state().items() if key.startswith("policy.")}
-    if settings.adapter == "lora":
-        lora = settings.lora
-        model = merged_policy(source, trained, rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
-    else:
-        model = load_policy(source.in_full())
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(trained[name])
-    stored = load_config(source).dtype
-    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    save_model_folder(model, load_tokenizer(source), output, dtype=dtype)
+    return loaded.models, loaded.reward_model
 
 
 def _keep_records(context: PPOContext, rows: list[dict[str, Any]]) -> None:

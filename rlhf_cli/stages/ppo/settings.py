@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rlhf_cli.settings.base import (
-    Address,
     Count,
     DataName,
     Effort,
@@ -20,52 +19,11 @@ from rlhf_cli.settings.base import (
     Section,
     Share,
     StageSection,
-    VariableName,
 )
+from rlhf_cli.settings.rewards import PPORewardSettings
 from rlhf_cli.settings.shared import LoraSettings
 
 _KL_HORIZON = 10_000.0
-
-
-class PPORewardSettings(Section):
-    """One reward beside the reward model: exactly one of `function`, `model` and `url`. All are given text."""
-
-    function: Annotated[str | None, Names("function")] = None
-    """`package.module:function` or `file.py:function`; see `label.function`."""
-    model: ModelName = None
-    """Another reward model: folder or hub id of ours, or of any transformers classifier with one label."""
-    url: Address = None
-    """An HTTP endpoint; docs/rewards.md says what it is sent and what it answers."""
-    weight: float = 1.0
-    """Factor on this reward, before rewards are combined; not 0."""
-    token_env: VariableName = None
-    """Environment variable whose value is sent to `url` as a bearer token."""
-    timeout: Annotated[Positive, EffortOnly()] = 30.0
-    """Seconds for one whole attempt at `url`, from finding the host to the last byte of the answer."""
-    retries: Annotated[int, Field(ge=0), EffortOnly()] = 5
-    """Further attempts at a request to `url` that failed in a way that may pass."""
-    request_size: Effort = 64
-    """Answers in one request to `url`."""
-
-    @field_validator("weight")
-    @classmethod
-    def _has_effect(cls, weight: float) -> float:
-        if weight == 0.0:
-            raise ValueError("a reward with the weight 0 has no effect; leave the reward out")
-        return weight
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        given = [name for name in ("function", "model", "url") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"expected exactly one of `function`, `model` and `url`; got {' and '.join(given) or 'none'}"
-            )
-        if self.url is None:
-            for name in ("token_env", "timeout", "retries", "request_size"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"`{name}` has no effect without `url`")
-        return self
 
 
 class PTXSettings(Section):
@@ -229,6 +187,11 @@ class PPOSettings(StageSection):
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps * self.optimizer_steps_per_step
+
+    @property
+    def critic_is_adapter(self) -> bool:
+        """Whether the critic is an adapter on the policy's backbone, not a separate model."""
+        return self.critic == "adapter" or (self.critic == "auto" and self.adapter == "lora")
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -137,7 +137,7 @@ class PPOTrainer(TrainingTask):
         numbers = range(step * len(rows), (step + 1) * len(rows))
         answers = self.rollouts.answers(self.data.prompts, rows, numbers, tell)
         tell("passes")
-        before = self.engine.passes(answers)
+        before = self.engine.rollout_tensors(answers)
         kl = kl_per_token(before.logprobs, before.reference_logprobs, settings.kl_estimator)
         scores = self.rewards(answers).to(kl.device)
         metrics = rollout_metrics(answers, before, scores, kl, kl_coef=beta)

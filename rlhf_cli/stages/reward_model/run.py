@@ -53,7 +53,7 @@ def run(context: RewardModelContext) -> StageOutcome:
     scorer = new_reward_model(
         source,
         template=prompt_template(recipe, context.inputs.policy.source),
-        lora=settings.lora.model_dump() if settings.adapter == "lora" else None,
+        lora=settings.lora if settings.adapter == "lora" else None,
         seed=recipe.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
@@ -119,7 +119,7 @@ def _fitting(
     from rlhf_cli.data.sources import Skip
     from rlhf_cli.stages.reward_model.data import encode_group
 
-    room = min(settings.max_length, scorer.room)
+    room = min(settings.max_length, scorer.max_length)
     source = context.inputs.rankings.source
     kept: list[Ranking] = []
     groups: dict[int, RankedGroup] = {}

@@ -84,7 +84,7 @@ def _base(context: SFTContext, records: list[Demonstration], processes: ProcessG
     if processes.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # what a kill left may be torn; the same bytes are made again
         texts = (text for record in records for text in (prompt_text(record.prompt), record.completion))
-        build_model(folder, texts, **build.model_dump(), seed=context.recipe.seed)
+        build_model(folder, texts, build, seed=context.recipe.seed)
     processes.barrier()
     return str(folder)
 

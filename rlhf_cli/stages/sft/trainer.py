@@ -110,7 +110,7 @@ def train_sft(
     is_adapter = settings.adapter == "lora"
     if is_adapter:
         with seeded(seed, model.device):
-            add_lora(model, **settings.lora.model_dump())
+            add_lora(model, settings.lora)
     else:
         model.requires_grad_(True)
     trainer = SFTTrainer(
@@ -125,7 +125,7 @@ def train_sft(
     after = evaluate("held-out loss after")
     merged = None
     if is_adapter and source is not None and processes.is_main:
-        merged = merged_policy(source, adapter_state(model), **settings.lora.model_dump(exclude={"dropout"}))
+        merged = merged_policy(source, adapter_state(model), settings.lora)
     losses = [row["loss"] for row in read_rows(work / METRICS) if row["loss"] is not None] if processes.is_main else []
     return SFTResult(
         steps=trainer.plan.steps,

@@ -243,11 +243,10 @@ def test_the_base_model_answers_the_prompts_that_are_shown(tiny_llama, lover_of_
 
 def test_a_built_base_is_made_again_from_the_seed(tmp_path):
     from rlhf_cli.models.build import build_model
+    from rlhf_cli.settings.shared import BuildSettings
 
-    build_model(
-        tmp_path / "built", ["some text to learn from"] * 20, hidden_size=32, layers=1, heads=2,
-        feed_forward_size=48, vocab_size=300, context_length=64, seed=11,
-    )  # fmt: skip
+    build = BuildSettings(hidden_size=32, layers=1, heads=2, feed_forward_size=48, vocab_size=300, context_length=64)
+    build_model(tmp_path / "built", ["some text to learn from"] * 20, build, seed=11)
     source = ModelSource(str(tmp_path / "built"))
     form = PromptFormat(load_tokenizer(source))
     built, again = Policy.load(source, form), Policy.untrained(source, form, seed=11)

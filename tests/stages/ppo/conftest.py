@@ -10,6 +10,7 @@ import torch
 from rlhf_cli.errors import Interrupted
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.rewards.base import Scores
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels, SharedBackbone
 from rlhf_cli.stages.ppo.rollout import PromptSet
@@ -73,7 +74,7 @@ def vowels(text):
 def make_roles(source, kind="shared"):
     torch.manual_seed(0)
     if kind == "shared":
-        return SharedBackbone(load_policy(source), rank=4, alpha=8.0, target_modules="all-linear")
+        return SharedBackbone(load_policy(source), LoraSettings(rank=4, alpha=8.0))
     full = [load_policy(source, dtype=torch.float32) for _ in range(3)]
     return SeparateModels(full[0], full[1], full[2])
 

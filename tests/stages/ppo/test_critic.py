@@ -14,84 +14,94 @@ from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import adapter_layers, add_lora
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
-from rlhf_cli.stages.ppo.model_loading import Actors, LoraShape, PPOModelOptions, load_ppo_models
+from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
+from rlhf_cli.stages.ppo.settings import PPOSettings
 
-SHAPE = LoraShape(4, 8.0, "all-linear")
+LORA = LoraSettings(rank=4, alpha=8.0)
 PROMPTS = ["What is bread?", "Why?"]
 ANSWERS = ["Flour and water.", "Because air scatters light."]
 
 
-def actors(folder: Path, reward: Path | None = None, *, lora: LoraShape | None = SHAPE, **options) -> Actors:
-    path = None if reward is None else str(reward)
-    return load_ppo_models(ModelSource(str(folder)), PPOModelOptions(lora, **options), reward_path=path, template=None)
+def load(
+    folder: Path, reward: Path | None = None, *, adapter: str = "lora", seed: int = 0, **settings
+) -> LoadedPPOModels:
+    lora = {"lora": LORA} if adapter == "lora" else {}
+    return load_ppo_models(
+        ModelSource(str(folder)),
+        PPOSettings(adapter=adapter, **lora, **settings),
+        reward_path=None if reward is None else str(reward),
+        template=None,
+        seed=seed,
+    )
 
 
 def reward_model(base: Path, folder: Path, *, adapter: bool = True) -> Path:
     """A reward model with random weights and a scale of its own."""
-    lora = {"rank": 4, "alpha": 8.0} if adapter else None
-    scorer = new_reward_model(ModelSource(str(base)), template=None, lora=lora, seed=3)
+    lora = LoraSettings(rank=4, alpha=8.0) if adapter else None
+    reward_model = new_reward_model(ModelSource(str(base)), template=None, lora=lora, seed=3)
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in scorer.parameters():
+        for parameter in reward_model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        scorer.bias += 0.7
-    scorer.mean, scorer.std = 0.4, 2.0
+        reward_model.bias += 0.7
+    reward_model.mean, reward_model.std = 0.4, 2.0
     folder.mkdir()
-    save_reward_model(scorer, folder)
+    save_reward_model(reward_model, folder)
     return folder
 
 
-def values(roles: PPOModels, folder: Path) -> torch.Tensor:
+def values(models: PPOModels, folder: Path) -> torch.Tensor:
     """What the passes of a step give for two answers: (2, T)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts, answers = ([tokenizer(text).input_ids for text in texts] for texts in (PROMPTS, ANSWERS))
     given = Answers(PROMPTS, prompts, answers, ANSWERS, [True] * 2, torch.zeros(2))
-    engine = ForwardPasses(roles, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
-    return engine.passes(given).values
+    engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
+    return engine.rollout_tensors(given).values
 
 
-def value_at_the_end(made: Actors, folder: Path) -> tuple[float, float]:
+def value_at_the_end(made: LoadedPPOModels, folder: Path) -> tuple[float, float]:
     """The critic's value once a whole answer was read, and the reward of that answer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reward = made.reward_model
     assert reward is not None
-    ids = reward.scorer.format.pair_ids(PROMPTS[0], ANSWERS[0])
+    ids = reward.model.format.pair_ids(PROMPTS[0], ANSWERS[0])
     # One token more than the answer, since a value is read before its token.
     given = Answers(PROMPTS[:1], [ids[:4]], [[*ids[4:], tokenizer.eos_token_id]], [""], [True], torch.zeros(1))
-    engine = ForwardPasses(made.roles, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
-    return float(engine.passes(given).values[0, -1]), reward.score(PROMPTS[:1], ANSWERS[:1])[0]
+    engine = ForwardPasses(made.models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
+    return float(engine.rollout_tensors(given).values[0, -1]), reward.score(PROMPTS[:1], ANSWERS[:1])[0]
 
 
-def move(roles: PPOModels) -> None:
+def move(models: PPOModels) -> None:
     """As if the critic had trained."""
     torch.manual_seed(4)
     with torch.no_grad():
-        for parameter in roles.critic_parameters():
+        for parameter in models.critic_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("lora", [SHAPE, None], ids=["LoRA policy", "full policy"])
+@pytest.mark.parametrize("policy", ["lora", "none"], ids=["LoRA policy", "full policy"])
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "full reward model"])
-def test_a_separate_critic_starts_as_the_reward_model(adapter, lora, tiny_llama, tmp_path):
+def test_a_separate_critic_starts_as_the_reward_model(adapter, policy, tiny_llama, tmp_path):
     reward = reward_model(tiny_llama, tmp_path / "rm", adapter=adapter)
-    made = actors(tiny_llama, reward, lora=lora, critic="separate")
+    made = load(tiny_llama, reward, adapter=policy, critic="separate")
     value, expected = value_at_the_end(made, tiny_llama)
     assert value == pytest.approx(expected, abs=1e-5)
     assert abs(value) > 0.01
     assert made.notes[-1] == "the critic starts from the reward model"
-    with made.roles.critic() as critic, made.roles.policy() as policy:
+    with made.models.critic() as critic, made.models.policy() as policy:
         assert critic is not policy
         assert not adapter_layers(critic)
-        trained = {id(parameter) for parameter in made.roles.critic_parameters()}
+        trained = {id(parameter) for parameter in made.models.critic_parameters()}
         assert all(parameter.requires_grad and id(parameter) in trained for parameter in critic.parameters())
         assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
 
 
 def test_a_reward_model_of_another_width_and_family_is_a_critic_where_tokens_agree(tiny_llama, tmp_path):
-    """Anyone's sequence classifier of one label, without a card of ours."""
+    """Anyone's sequence classifier of one label, without a reward.json."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + 8, hidden_size=24, intermediate_size=32, num_hidden_layers=1,
@@ -100,56 +110,56 @@ def test_a_reward_model_of_another_width_and_family_is_a_critic_where_tokens_agr
     torch.manual_seed(6)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    made = actors(tiny_llama, tmp_path / "rm", critic="separate", critic_from="reward-model")
-    assert made.roles.value_head.in_features == 24
+    made = load(tiny_llama, tmp_path / "rm", critic="separate", critic_from="reward-model")
+    assert made.models.value_head.in_features == 24
     value, expected = value_at_the_end(made, tiny_llama)
     assert value == pytest.approx(expected, abs=1e-5)
 
 
 def test_beside_a_lora_policy_the_critic_is_an_adapter_and_the_reward_model_has_no_gradients(tiny_llama, tmp_path):
     """Trap 24: neither a critic trained in full nor a reward model with gradients."""
-    made = actors(tiny_llama, reward_model(tiny_llama, tmp_path / "rm"))
+    made = load(tiny_llama, reward_model(tiny_llama, tmp_path / "rm"))
     assert made.reward_model is not None
-    trained = {id(parameter) for parameter in [*made.roles.policy_parameters(), *made.roles.critic_parameters()]}
-    with made.roles.policy() as policy, made.roles.critic() as critic:
+    trained = {id(parameter) for parameter in [*made.models.policy_parameters(), *made.models.critic_parameters()]}
+    with made.models.policy() as policy, made.models.critic() as critic:
         assert critic is policy
         grows = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
         assert {name.split(".")[-2] for name in grows} == {"policy", "critic"}
         assert all(id(p) in trained for p in policy.parameters() if p.requires_grad)
-    scorer = made.reward_model.scorer
-    assert not any(p.requires_grad for p in scorer.parameters() if id(p) not in trained)
-    with made.reward_model.playing():
-        reward = scorer(scorer.batch([scorer.encode(PROMPTS[0], ANSWERS[0])]))
+    scores = made.reward_model.model
+    assert not any(p.requires_grad for p in scores.parameters() if id(p) not in trained)
+    with made.reward_model.activate():
+        reward = scores(scores.batch([scores.encode(PROMPTS[0], ANSWERS[0])]))
     assert not reward.requires_grad
 
 
-@pytest.mark.parametrize("lora", [SHAPE, None], ids=["LoRA policy", "full policy"])
-def test_a_reward_model_loaded_apart_has_no_gradients_either(lora, tiny_llama, tiny_gpt2, tmp_path):
-    made = actors(tiny_llama, reward_model(tiny_gpt2, tmp_path / "rm"), lora=lora)
+@pytest.mark.parametrize("policy", ["lora", "none"], ids=["LoRA policy", "full policy"])
+def test_a_reward_model_loaded_apart_has_no_gradients_either(policy, tiny_llama, tiny_gpt2, tmp_path):
+    made = load(tiny_llama, reward_model(tiny_gpt2, tmp_path / "rm"), adapter=policy)
     assert made.reward_model is not None
-    assert not any(parameter.requires_grad for parameter in made.reward_model.scorer.parameters())
+    assert not any(parameter.requires_grad for parameter in made.reward_model.model.parameters())
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_t5", "tiny_bart"])
 @pytest.mark.parametrize("critic", ["adapter", "separate"])
 def test_a_saved_critic_gives_the_same_values_again(critic, name, request, tmp_path):
     base = request.getfixturevalue(name)
-    first = actors(base, critic=critic)
-    move(first.roles)
-    expected = values(first.roles, base)
+    first = load(base, critic=critic)
+    move(first.models)
+    expected = values(first.models, base)
     assert expected.std() > 1e-2
-    first.roles.save_critic(tmp_path / "critic")
+    first.models.save_critic(tmp_path / "critic")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "critic")
-    again = actors(base, critic=critic, critic_from=str(tmp_path / "critic"), seed=9)
-    torch.testing.assert_close(values(again.roles, base), expected, atol=0, rtol=0)
+    again = load(base, critic=critic, critic_from=str(tmp_path / "critic"), seed=9)
+    torch.testing.assert_close(values(again.models, base), expected, atol=0, rtol=0)
     assert again.notes[-1] == f"the critic starts from {tmp_path / 'critic'}"
 
 
 def test_a_critic_that_was_an_adapter_goes_on_in_full(tiny_llama, tmp_path):
     """On the SFT model's backbone, though the policy starts elsewhere: a second run of PPO."""
-    first = actors(tiny_llama)
-    move(first.roles)
-    first.roles.save_critic(tmp_path / "critic")
+    first = load(tiny_llama)
+    move(first.models)
+    first.models.save_critic(tmp_path / "critic")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "critic")
     moved = load_policy(ModelSource(str(tiny_llama)))
     with torch.no_grad():
@@ -157,25 +167,25 @@ def test_a_critic_that_was_an_adapter_goes_on_in_full(tiny_llama, tmp_path):
     moved.save_pretrained(tmp_path / "ppo")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "ppo")
     start = str(tmp_path / "critic")
-    for lora in (SHAPE, None):
-        again = actors(tmp_path / "ppo", lora=lora, critic="separate", critic_from=start)
+    for policy in ("lora", "none"):
+        again = load(tmp_path / "ppo", adapter=policy, critic="separate", critic_from=start)
         torch.testing.assert_close(
-            values(again.roles, tiny_llama), values(first.roles, tiny_llama), atol=1e-5, rtol=1e-4
+            values(again.models, tiny_llama), values(first.models, tiny_llama), atol=1e-5, rtol=1e-4
         )
-    with pytest.raises(ModelError, match=r"is an adapter on .* and the policy starts from") as caught:
-        actors(tmp_path / "ppo", critic_from=start)
+    with pytest.raises(ModelError, match=r"is an adapter on .* but the policy starts from") as caught:
+        load(tmp_path / "ppo", critic_from=start)
     assert "ppo.critic=separate" in (caught.value.hint or "")
 
 
 def test_a_run_directory_can_be_moved_with_its_critic(tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "run/sft")
-    roles = actors(tmp_path / "run/sft").roles
-    move(roles)
-    expected = values(roles, tiny_llama)
-    roles.save_critic(tmp_path / "run/ppo/critic")
+    models = load(tmp_path / "run/sft").models
+    move(models)
+    expected = values(models, tiny_llama)
+    models.save_critic(tmp_path / "run/ppo/critic")
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    again = actors(tmp_path / "elsewhere/sft", critic_from=str(tmp_path / "elsewhere/ppo/critic"))
-    torch.testing.assert_close(values(again.roles, tiny_llama), expected)
+    again = load(tmp_path / "elsewhere/sft", critic_from=str(tmp_path / "elsewhere/ppo/critic"))
+    torch.testing.assert_close(values(again.models, tiny_llama), expected)
 
 
 def bert(request, tmp_path):
@@ -208,10 +218,10 @@ def _classifier(request, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("made_by", "reason"),
     [
-        (bert, "is an encoder, which reads an answer whole"),
-        (other_tokens, "has another tokenizer than"),
-        (fewer_embeddings, "has embeddings for 300 tokens, and the policy may write 320"),
-        (short, "reads 128 tokens, and a prompt with its answer may have 256"),
+        (bert, "is an encoder, which reads a completion as a whole"),
+        (other_tokens, "has a different tokenizer from"),
+        (fewer_embeddings, "has embeddings for 300 tokens, but the policy's vocabulary has 320"),
+        (short, "reads at most 128 tokens, but a prompt with its completion may have 256"),
         (lambda *_: None, "there is no reward model"),
     ],
     ids=["encoder", "other tokenizer", "fewer embeddings", "short", "none given"],
@@ -219,81 +229,81 @@ def _classifier(request, tmp_path, **changes):
 def test_a_reward_model_that_does_not_fit_is_refused_or_passed_over(made_by, reason, request, tiny_llama, tmp_path):
     reward = made_by(request, tmp_path)
     with pytest.raises(ModelError, match=f"the critic cannot start from the reward model: .*{reason}") as caught:
-        actors(tiny_llama, reward, critic="separate", critic_from="reward-model")
+        load(tiny_llama, reward, critic="separate", critic_from="reward-model")
     assert "ppo.critic_from=policy" in (caught.value.hint or "")
-    made = actors(tiny_llama, reward, critic="separate")
-    assert made.notes[-1].startswith("the critic starts from the policy, with values of 0")
+    made = load(tiny_llama, reward, critic="separate")
+    assert made.notes[-1].startswith("the critic starts from the policy and predicts 0")
     assert (reward is None) != (reason in made.notes[-1])
-    assert not values(made.roles, tiny_llama).any()
+    assert not values(made.models, tiny_llama).any()
 
 
 def test_a_reward_model_that_is_no_adapter_on_the_policy_is_no_adapter_for_its_critic(tiny_llama, tmp_path):
     reward = reward_model(tiny_llama, tmp_path / "rm", adapter=False)
-    with pytest.raises(ModelError, match=r"is no adapter on .*tiny-llama") as caught:
-        actors(tiny_llama, reward, critic_from="reward-model")
+    with pytest.raises(ModelError, match=r"is not an adapter on .*tiny-llama") as caught:
+        load(tiny_llama, reward, critic_from="reward-model")
     assert "ppo.critic=separate" in (caught.value.hint or "")
-    assert "is no adapter on" in actors(tiny_llama, reward).notes[-1]
-    assert not values(actors(tiny_llama, reward_model(tiny_llama, tmp_path / "a"), critic_from="policy").roles,
+    assert "is not an adapter on" in load(tiny_llama, reward).notes[-1]
+    assert not values(load(tiny_llama, reward_model(tiny_llama, tmp_path / "a"), critic_from="policy").models,
                       tiny_llama).any()  # fmt: skip
 
 
 def test_no_reward_model_reads_as_the_decoder_of_an_encoder_decoder(tiny_t5, tiny_llama, tmp_path):
     reward = reward_model(tiny_llama, tmp_path / "rm")
     with pytest.raises(ModelError, match="the policy is an encoder-decoder"):
-        actors(tiny_t5, reward, lora=None, critic_from="reward-model")
-    assert "the policy is an encoder-decoder" in actors(tiny_t5, reward, lora=None).notes[-1]
+        load(tiny_t5, reward, adapter="none", critic_from="reward-model")
+    assert "the policy is an encoder-decoder" in load(tiny_t5, reward, adapter="none").notes[-1]
 
 
 def test_what_is_no_saved_critic_is_refused(tiny_llama, tmp_path):
-    with pytest.raises(ModelError, match="is no saved critic"):
-        actors(tiny_llama, critic_from=str(tiny_llama))
-    roles = actors(tiny_llama, critic="separate").roles
-    roles.save_critic(tmp_path / "critic")
-    with pytest.raises(ModelError, match="is a model, no adapter") as caught:
-        actors(tiny_llama, critic_from=str(tmp_path / "critic"))
+    with pytest.raises(ModelError, match="is not a saved critic"):
+        load(tiny_llama, critic_from=str(tiny_llama))
+    models = load(tiny_llama, critic="separate").models
+    models.save_critic(tmp_path / "critic")
+    with pytest.raises(ModelError, match="is a whole model, not an adapter") as caught:
+        load(tiny_llama, critic_from=str(tmp_path / "critic"))
     assert "ppo.critic=separate" in (caught.value.hint or "")
     (tmp_path / "critic/value_head.safetensors").write_bytes(b"torn")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "critic")
     with pytest.raises(ModelError, match=r"cannot read .*value_head\.safetensors"):
-        actors(tiny_llama, critic="separate", critic_from=str(tmp_path / "critic"))
+        load(tiny_llama, critic="separate", critic_from=str(tmp_path / "critic"))
 
 
 def test_a_critic_that_is_not_finite_is_not_saved(tiny_llama, tmp_path):
     for critic in ("adapter", "separate"):
-        roles = actors(tiny_llama, critic=critic).roles
+        models = load(tiny_llama, critic=critic).models
         with torch.no_grad():
-            roles.critic_parameters()[0].view(-1)[0] = torch.nan
+            models.critic_parameters()[0].view(-1)[0] = torch.nan
         with pytest.raises(DivergedError, match="the critic is not saved"):
-            roles.save_critic(tmp_path / critic)
+            models.save_critic(tmp_path / critic)
         assert not (tmp_path / critic).exists()
 
 
 @pytest.mark.parametrize("critic", ["adapter", "separate"])
 def test_state_holds_all_that_trains_and_goes_back(critic, tiny_llama):
-    roles, other = (actors(tiny_llama, critic=critic, seed=seed).roles for seed in (1, 2))
-    trained = [*roles.policy_parameters(), *roles.critic_parameters()]
+    models, other = (load(tiny_llama, critic=critic, seed=seed).models for seed in (1, 2))
+    trained = [*models.policy_parameters(), *models.critic_parameters()]
     with torch.no_grad():
         for parameter in trained:
             parameter.add_(torch.randn_like(parameter))
-    state = {name: tensor.clone() for name, tensor in roles.state().items()}
+    state = {name: tensor.clone() for name, tensor in models.state().items()}
     assert sum(tensor.numel() for tensor in state.values()) == sum(parameter.numel() for parameter in trained)
     other.load_state(state)
     for mine, theirs in zip(trained, [*other.policy_parameters(), *other.critic_parameters()], strict=True):
         assert torch.equal(mine, theirs)
-    with roles.reference() as model:
+    with models.reference() as model:
         assert model.training is False
 
 
 def test_new_adapters_depend_on_the_seed_alone(tiny_llama):
     """Every process gets the same, whatever it drew before."""
     torch.manual_seed(11)
-    first = actors(tiny_llama, seed=3).roles.state()
+    first = load(tiny_llama, seed=3).models.state()
     torch.manual_seed(12)
     state = torch.random.get_rng_state()
-    second = actors(tiny_llama, seed=3).roles.state()
+    second = load(tiny_llama, seed=3).models.state()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = actors(tiny_llama, seed=4).roles.state()
+    other = load(tiny_llama, seed=4).models.state()
     name = "policy.layers.0.mlp.up_proj.lora_A.weight"
     assert not torch.equal(first[name], other[name])
     assert not torch.equal(first[name], first[name.replace("policy", "critic")])
@@ -302,11 +312,11 @@ def test_new_adapters_depend_on_the_seed_alone(tiny_llama):
 def test_a_model_that_carries_an_adapter_is_no_backbone(tiny_llama):
     """Trap 15: with the adapter off it would not be the model that was given."""
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
-    add_lora(model, rank=2, alpha=4.0)
-    with pytest.raises(ModelError, match="carries an adapter already"):
-        SharedBackbone(model, rank=4, alpha=8.0, target_modules="all-linear")
+    add_lora(model, LoraSettings(rank=2, alpha=4.0))
+    with pytest.raises(ModelError, match="already carries an adapter"):
+        SharedBackbone(model, LoraSettings(rank=4, alpha=8.0))
 
 
 def test_an_adapter_critic_needs_an_adapter_policy(tiny_llama):
-    with pytest.raises(ModelError, match="needs a policy that is one"):
-        actors(tiny_llama, lora=None, critic="adapter")
+    with pytest.raises(ValueError, match="`critic: adapter` needs `adapter: lora`"):
+        load(tiny_llama, adapter="none", critic="adapter")

@@ -66,9 +66,9 @@ def test_an_encoder_decoder_trains_through_the_command(name, critic, request, pr
     assert abs(last["objective/kl"]) > 1e-3
     base, trained = (AutoModelForSeq2SeqLM.from_pretrained(each) for each in (model, tmp_path / "runs/default/ppo"))
     assert any(not torch.equal(*pair) for pair in zip(base.parameters(), trained.parameters(), strict=True))
-    assert "the critic starts from the policy, with values of 0" in result.stderr
-    card = json.loads((tmp_path / "runs/default/ppo/critic/critic.json").read_text())
-    assert card["kind"] == ("adapter" if critic == "adapter" else "full")
+    assert "the critic starts from the policy and predicts 0" in result.stderr
+    config = json.loads((tmp_path / "runs/default/ppo/critic/critic.json").read_text())
+    assert config["kind"] == ("adapter" if critic == "adapter" else "full")
 
 
 def run(folder: Path, model: Path, prompts: Path, *, inputs: dict | None = None, shared=None, **settings) -> Path:
@@ -110,7 +110,7 @@ def test_a_lora_policy_beside_a_critic_that_is_the_reward_model_in_full(tiny_lla
         tmp_path / "run", tiny_llama, prompts, inputs={"reward_model": str(reward)}, critic="separate", adapter="lora"
     )
     said = " ".join(capsys.readouterr().err.split())
-    assert "the critic is a model of its own; the reward is a model of its own" in said
+    assert "the critic is a separate model; the reward model is a separate model" in said
     assert "the critic starts from the reward model" in said
     assert {"config.json", "model.safetensors", "value_head.safetensors"} <= {
         path.name for path in (written / "critic").iterdir()

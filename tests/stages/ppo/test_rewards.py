@@ -71,13 +71,13 @@ def reward_models(tiny_bert: Path, tiny_gpt2: Path, tmp_path: Path) -> dict[str,
     for name, base in (("bert", tiny_bert), ("gpt2", tiny_gpt2)):
         folders[name] = tmp_path / name
         folders[name].mkdir()
-        scorer = new_reward_model(ModelSource(str(base)), template=None, lora=None)
+        reward_model = new_reward_model(ModelSource(str(base)), template=None, lora=None)
         torch.manual_seed(3)
         with torch.no_grad():  # new weights are too small to tell answers apart
-            for parameter in scorer.parameters():
+            for parameter in reward_model.parameters():
                 if parameter.dim() == 2:
                     parameter.normal_(std=0.5)
-        save_reward_model(scorer, folders[name])
+        save_reward_model(reward_model, folders[name])
     return folders
 
 
@@ -145,7 +145,7 @@ def test_ppo_with_a_function_and_an_http_endpoint(ppo, endpoint, tmp_path, monke
     assert row["objective/scores/rate.py:score"] == pytest.approx(2 * length, rel=1e-6)
     assert row["objective/scores"] == pytest.approx(0.25 * 2 * length + length, rel=1e-6)
     assert endpoint.tokens == ["Bearer sesame-open"] * 2
-    assert "answered 503 service unavailable" in said
+    assert "status 503 service unavailable" in said
     assert "sesame-open" not in said
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert not [path for path in files if b"sesame-open" in path.read_bytes()]
@@ -198,7 +198,10 @@ def test_a_nan_leaves_its_step_out_and_names_the_sample(ppo, tmp_path, metrics):
     )
     code, said = ppo(rewards=[{"function": function}], steps=2)
     assert code == 0, said
-    assert said.count("warning: the reward `rate.py:score` is not finite for 1 of 4 answers: nan for the prompt '") == 1
+    assert (
+        said.count("warning: the reward `rate.py:score` is not finite for 1 of 4 completions: nan for the prompt '")
+        == 1
+    )
     first, second = metrics()
     assert (first["skipped_steps"], second["skipped_steps"]) == (1.0, 0.0)
     assert math.isfinite(second["objective/scores"])
@@ -226,7 +229,7 @@ def test_a_run_whose_endpoint_went_away_goes_on_from_its_checkpoint(ppo, endpoin
     entry = {"url": endpoint.url, "retries": 0}
     code, said = ppo(rewards=[entry], steps=2)
     assert code == 65
-    assert f"{endpoint.url}: answered 503 service unavailable" in said
+    assert f"{endpoint.url}: status 503 service unavailable" in said
     endpoint.answers = None
     code, said = ppo(rewards=[entry], steps=2)
     assert code == 0, said
@@ -239,7 +242,7 @@ def test_a_signal_while_the_endpoint_is_away_ends_the_run_which_goes_on_from_its
     entry = {"url": endpoint.url, "retries": 1}
     code, said = ppo(rewards=[entry], steps=2)
     assert code == 143, said
-    assert "goes on from the last checkpoint" in said
+    assert "resumes from the last checkpoint" in said
     endpoint.answers, endpoint.ends_us = None, False
     code, said = ppo(rewards=[entry], steps=2)
     assert code == 0, said

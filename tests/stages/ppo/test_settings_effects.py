@@ -206,7 +206,7 @@ def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_
     trainer = make_trainer(
         tiny_llama, tmp_path / "w", micro_batch_size=micro_batch_size, epochs=1, learning_rate=1e-9, ratio_limit=20.0
     )
-    plain, seen = trainer.engine.passes, {}
+    plain, seen = trainer.engine.rollout_tensors, {}
 
     def passes(answers):
         before = plain(answers)
@@ -214,7 +214,7 @@ def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_
         seen["answers"] = answers
         return before
 
-    trainer.engine.passes = passes
+    trainer.engine.rollout_tensors = passes
     metrics = trainer.step(0).metrics
     assert metrics["val/largest_log_ratio"] == pytest.approx(4.0, abs=1e-3)
     told = " ".join(capsys.readouterr().err.split())

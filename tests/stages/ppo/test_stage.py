@@ -8,8 +8,9 @@ import torch
 
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
-from rlhf_cli.stages.ppo.model_loading import LoraShape, PPOModelOptions, load_ppo_models
-from rlhf_cli.stages.ppo.run import _save
+from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.ppo.model_loading import load_ppo_models
+from rlhf_cli.stages.ppo.model_saving import save_ppo_models
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 SHORT = ("--set", "ppo.steps=2", "--set", "ppo.prompts_per_step=4", "--set", "ppo.max_new_tokens=6",
@@ -38,19 +39,18 @@ def metrics_of(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_the_saved_policy_is_the_trained_one(adapter, tiny_gpt2, tmp_path):
     source = ModelSource(str(tiny_gpt2))
-    lora = LoraShape(4, 8.0, "all-linear") if adapter == "lora" else None
-    roles = load_ppo_models(source, PPOModelOptions(lora), reward_path=None, template=None).roles
-    with torch.no_grad():
-        for parameter in roles.policy_parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
     shape = {"lora": {"rank": 4, "alpha": 8.0}} if adapter == "lora" else {}
     settings = PPOSettings.model_validate({"adapter": adapter} | shape)
-    _save(tmp_path, roles, source, settings)
+    models = load_ppo_models(source, settings, reward_path=None, template=None).models
+    with torch.no_grad():
+        for parameter in models.policy_parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_ppo_models(models, source, settings, tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
     saved = load_policy(ModelSource(str(tmp_path)))(input_ids=ids).logits
-    with roles.policy() as model:
+    with models.policy() as model:
         torch.testing.assert_close(saved, model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
-    with roles.reference() as model:
+    with models.reference() as model:
         assert (saved - model(input_ids=ids).logits).abs().max() > 1e-2
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "critic"} <= names
@@ -61,7 +61,7 @@ def test_ppo_with_model_reward_model_and_prompts_needs_no_recipe(tiny_llama, pro
     reward = tmp_path / "rm"
     reward.mkdir()
     save_reward_model(
-        new_reward_model(ModelSource(str(tiny_llama)), template=None, lora={"rank": 4, "alpha": 8.0}), reward
+        new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=LoraSettings(rank=4, alpha=8.0)), reward
     )
     result = rlhf("ppo", "--model", tiny_llama, "--reward-model", reward, "--prompts", prompts, *SHORT)
     folder = Path(result.stdout.strip())
@@ -69,7 +69,7 @@ def test_ppo_with_model_reward_model_and_prompts_needs_no_recipe(tiny_llama, pro
     first, last = metrics_of(tmp_path / "runs/default/ppo")
     assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
     assert last["episode"] == 8.0
-    assert "the reward is an adapter on it too" in result.stderr
+    assert "the reward model is an adapter on it too" in result.stderr
     assert "Warning" not in result.stderr
 
 

@@ -55,7 +55,7 @@ def test_cutting_the_batch_differently_changes_nothing(kind, changes, tiny_llama
     for number, size in enumerate((8, 4, 3, 1)):
         trainer = make_trainer(tiny_llama, tmp_path / str(number), kind=kind, micro_batch_size=size, **changes)
         answers = answers_of(trainer)
-        before = trainer.engine.passes(answers)
+        before = trainer.engine.rollout_tensors(answers)
         torch.manual_seed(1)
         advantages, returns = torch.randn(2, *before.values.shape)
         minibatch = Minibatch(list(range(8)), Experience(answers, before, advantages, returns), kl_coef=0.3)
@@ -100,16 +100,16 @@ def test_values_are_predicted_before_their_token(tiny_llama, tmp_path, make_trai
     torch.nn.init.normal_(trainer.roles.value_head.weight)
     answers = answers_of(trainer)
     row = max(range(8), key=lambda index: len(answers.response_ids[index]))
-    before = trainer.engine.passes(answers).values[row].clone()
+    before = trainer.engine.rollout_tensors(answers).values[row].clone()
     answers.response_ids[row][3] = 17 if answers.response_ids[row][3] != 17 else 18
-    after = trainer.engine.passes(answers).values[row]
+    after = trainer.engine.rollout_tensors(answers).values[row]
     assert torch.equal(before[:4], after[:4])
     assert not torch.allclose(before[4], after[4])
 
 
 def test_old_logprobs_are_constants(tiny_llama, tmp_path, make_trainer):
     trainer = make_trainer(tiny_llama, tmp_path / "w")
-    before = trainer.engine.passes(answers_of(trainer))
+    before = trainer.engine.rollout_tensors(answers_of(trainer))
     for tensor in (before.logprobs, before.reference_logprobs, before.values):
         assert not tensor.requires_grad
 
@@ -152,7 +152,7 @@ def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
     report = trained().step(1).metrics
     trainer = trained()
     answers = answers_of(trainer, 1)
-    before = trainer.engine.passes(answers)
+    before = trainer.engine.rollout_tensors(answers)
     lengths = [len(ids) for ids in answers.response_ids]
     assert len(set(lengths)) > 1
     kl = [(before.logprobs - before.reference_logprobs)[row, :length].sum() for row, length in enumerate(lengths)]

@@ -13,11 +13,12 @@ from rlhf_cli.data.records import Ranking
 from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, encode_group, micro_batches
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
-LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+LORA = LoraSettings(rank=4, alpha=8.0)
 
 
 class Never:
@@ -143,7 +144,9 @@ def test_every_setting_has_an_effect(change, tiny_llama, tmp_path):
     assert not same(weights(plain), weights(changed))
 
 
-@pytest.mark.parametrize("lora", [LORA | {"dropout": 0.2}, None], ids=["adapter with dropout", "full"])
+@pytest.mark.parametrize(
+    "lora", [LoraSettings(rank=4, alpha=8.0, dropout=0.2), None], ids=["adapter with dropout", "full"]
+)
 @pytest.mark.parametrize("killed_in", [1, 3, 4])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(killed_in, lora, tiny_llama, tmp_path):
     whole = trainer_of(tiny_llama, tmp_path / "whole", lora=lora)
