@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.distributed import launcher as launch
+from rlhf_cli.distributed.ranks import check_launcher_environment
+from rlhf_cli.errors import UsageError
 
+LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 SCRIPT = Path(__file__).parent / "supervised.py"
 ALL = ["sft", "label", "train-rm", "ppo", "evaluate"]
 
@@ -156,10 +160,10 @@ def test_workers_do_not_outlive_a_killed_supervisor(tmp_path):
 
 def test_each_process_has_its_share_of_the_cores_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda: 8)
-    assert launch.environment({}, 3, threads=None)["OMP_NUM_THREADS"] == "2"
-    assert launch.environment({}, 16, threads=None)["OMP_NUM_THREADS"] == "1"
-    assert launch.environment({"OMP_NUM_THREADS": "5"}, 3, threads=None)["OMP_NUM_THREADS"] == "5"
-    assert "OMP_NUM_THREADS" not in launch.environment({}, 3, threads=2), "`model.threads` is of each process"
+    assert launch.worker_environment({}, 3, threads=None)["OMP_NUM_THREADS"] == "2"
+    assert launch.worker_environment({}, 16, threads=None)["OMP_NUM_THREADS"] == "1"
+    assert launch.worker_environment({"OMP_NUM_THREADS": "5"}, 3, threads=None)["OMP_NUM_THREADS"] == "5"
+    assert "OMP_NUM_THREADS" not in launch.worker_environment({}, 3, threads=2), "`model.threads` is of each process"
 
 
 def test_workers_get_the_command_without_how_it_is_launched(monkeypatch):
@@ -175,21 +179,40 @@ def test_workers_get_the_command_without_how_it_is_launched(monkeypatch):
         "--seed",
         "1",
     ]
-    command = launch.again(given)
+    command = launch.worker_command(given)
     assert command == [sys.executable, "-P", "-m", "rlhf_cli", "run", "r.yaml", "--json", "--seed", "1"]
 
 
 def test_a_launcher_inside_a_launcher_is_refused(toy):
-    started = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    refused = toy.run("--processes", "2", **started)
+    refused = toy.run("--processes", "2", **LAUNCHED)
     assert refused.code == 2
-    assert "`--processes` inside of a launcher: this is process 1 of 2 already" in refused.stderr
+    assert "`--processes` inside a launcher: this is already process 1 of 2" in refused.stderr
 
 
-def test_half_an_environment_is_refused(toy):
-    refused = toy.run(WORLD_SIZE="2", RANK="0")
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "sets RANK=0 and WORLD_SIZE=2 but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "sets RANK=1 but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "0"}, "sets LOCAL_RANK=0 but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (LAUNCHED | {"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got `two`"),
+        (LAUNCHED | {"RANK": "2"}, "RANK=2 and LOCAL_RANK=1 and WORLD_SIZE=2: RANK must be less than WORLD_SIZE"),
+    ],
+)
+def test_half_a_launchers_environment_is_refused_by_name(variables, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check_launcher_environment(variables)
+
+
+@pytest.mark.parametrize("variables", [{}, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}, {"WORLD_SIZE": "1"}])
+def test_an_environment_without_a_launch_is_accepted(variables):
+    check_launcher_environment(variables)
+
+
+def test_the_command_refuses_half_a_launchers_environment(toy):
+    refused = toy.run(RANK="1")
     assert refused.code == 2
-    assert "WORLD_SIZE=2 and not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in refused.stderr
+    assert "the environment sets RANK=1 but not LOCAL_RANK, WORLD_SIZE" in refused.stderr
 
 
 def test_both_ways_at_once_are_refused(toy):
@@ -199,23 +222,46 @@ def test_both_ways_at_once_are_refused(toy):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("distributed_type: DEEPSPEED\nnum_processes: 2\n", "`distributed_type: DEEPSPEED` is none of NO, MULTI_GPU"),
-        ("distributed_type: FSDP\nnum_processes: 2\n", "models are not sharded yet"),
+        (
+            "distributed_type: DEEPSPEED\nnum_processes: 2\n",
+            "must be NO or MULTI_GPU, got `DEEPSPEED`",
+        ),
+        ("distributed_type: FSDP\nnum_processes: 2\n", "models are not sharded"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "accelerate starts one process, not 2, silently"),
         ("distributed_type: 'NO'\nnum_processes: 4\n", "accelerate starts one process, not 4, silently"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\n", "`mixed_precision: bf16` has no"),
-        ("compute_environment: AMAZON_SAGEMAKER\n", "is not LOCAL_MACHINE"),
-        ("a: &b 1\nc: *b\n", "a.yaml:1:"),
-        ("- 1\n", "is no configuration of accelerate"),
+        (
+            "compute_environment: AMAZON_SAGEMAKER\n",
+            "must be LOCAL_MACHINE, got `AMAZON_SAGEMAKER`",
+        ),
+        ("a: 1\nb: {c\n", "a.yaml:3: not valid YAML: expected ',' or '}', but got '<stream end>'"),
+        ("a: !!python/name:os.system\n", "a.yaml:1: not valid YAML: could not determine a constructor"),
+        ("[" * 5000, "a.yaml: not valid YAML: nested too deeply"),
+        ("a: '\x07'\n", "a.yaml: not valid YAML: unacceptable character"),
+        ("# " + "a" * (1 << 20), "a.yaml: larger than 1 MiB"),
+        ("- 1\n", "a configuration of accelerate must be a mapping, got list"),
         (None, "no such file"),
     ],
 )
-def test_a_configuration_that_cannot_be_served_is_refused(toy, text, said):
+def test_an_unsupported_configuration_of_accelerate_is_refused(tmp_path, text, said):
+    config = tmp_path / "a.yaml"
     if text is not None:
-        toy.write("a.yaml", text)
+        config.write_text(text)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        launch.check_accelerate_config(config)
+
+
+def test_the_command_refuses_an_unsupported_configuration_of_accelerate(toy):
+    toy.write("a.yaml", "distributed_type: FSDP\n")
     refused = toy.run("--accelerate-config", "a.yaml")
     assert refused.code == 2
-    assert said in refused.stderr
+    assert "got `FSDP`" in refused.stderr
+
+
+def test_a_bare_no_in_a_configuration_is_the_word_and_not_false(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("distributed_type: NO\nnum_processes: 1\nmixed_precision: no\n")
+    launch.check_accelerate_config(config)
 
 
 def test_a_configuration_is_handed_to_accelerates_launcher(tmp_path, monkeypatch):
@@ -224,7 +270,7 @@ def test_a_configuration_is_handed_to_accelerates_launcher(tmp_path, monkeypatch
     commands = []
     monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
     monkeypatch.setattr(sys, "argv", ["rlhf", "ppo", "--accelerate-config", str(config), "--seed", "4"])
-    launch.hand_over(config)
+    launch.exec_accelerate(config)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     assert commands == [[sys.executable, *launcher, "-m", "rlhf_cli", "ppo", "--seed", "4"]]
 

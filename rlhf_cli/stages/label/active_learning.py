@@ -15,7 +15,6 @@ import numpy as np
 
 from rlhf_cli.data.records import Candidates, Prompt, is_held_out, prompt_key, prompt_text, prompt_to_json
 from rlhf_cli.data.skips import Skip
-from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.files import write_whole
 from rlhf_cli.labeling.active_learning import Choice, Chosen, Item, choose
@@ -86,7 +85,7 @@ def _with_rewards(
     found: list[list[list[float]]] = []
     for index in range(len(settings.reward_models)):
         work = partial(_rewards, context, context.inputs.active_learning[index].source)
-        found.append(divide(sampled.processes, pairs, work))
+        found.append(sampled.processes.map(pairs, work))
     if not found:
         return list(items)
     rewards = {number: np.array([model[place] for model in found]) for place, number in enumerate(asked)}
