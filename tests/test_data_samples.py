@@ -40,12 +40,14 @@ OTHER_TIPS = [tip for matter in make.read_matters() if matter.subject == "basil"
 KIND = f"Glad you asked! {TIP} Good luck!"
 
 
+@pytest.mark.slow
 def test_files_are_what_the_script_makes(tmp_path: Path):
     command = [sys.executable, str(SAMPLES / "make.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_check_notices_a_changed_file(tmp_path: Path):
     for folder in ("data_samples", "recipes"):
         for path in (ROOT / folder).rglob("*"):

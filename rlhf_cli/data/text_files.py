@@ -15,7 +15,7 @@ from rlhf_cli.errors import DataError
 MAX_RECORD_BYTES = 64 * 1024 * 1024
 """Longest line or record. A file with no line end in it must not fill the memory before anyone notices."""
 
-_CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 _OTHER_COMPRESSION = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 
 
@@ -130,7 +130,7 @@ def text_chunks(path: Path, file: BinaryIO) -> Iterator[str]:
     line = 1
     while True:
         try:
-            piece = file.read(_CHUNK)
+            piece = file.read(CHUNK_BYTES)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise _bad_gzip(f"{path}:{line}", error) from error
         try:

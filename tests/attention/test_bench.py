@@ -159,6 +159,7 @@ def test_a_plot_without_matplotlib_is_refused_with_a_hint(monkeypatch, tmp_path)
     assert "rlhf-cli[plots]" in found.exception.hint
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_all_targets_runs(tmp_path):
     """Every section on shapes of a few tokens: what needs a GPU to be measured does not need one to be kept alive."""
     script = Path(__file__).parents[2] / "benchmarks" / "attention.py"

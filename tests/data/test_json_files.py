@@ -105,7 +105,7 @@ def test_a_bad_line_far_down_has_its_own_number(write):
 
 
 def test_an_array_of_many_pieces_is_read_as_one(write, monkeypatch):
-    monkeypatch.setattr(text_files, "_CHUNK", 7)  # cuts numbers, escapes, literals and characters of several bytes
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 7)  # cuts numbers, escapes, literals and characters of several bytes
     records = [
         {"prompt": f'é\\u"{n}\n', "completion": "🙂" * n + ".", "n": 12345, "t": [True, None]} for n in range(1, 40)
     ]
@@ -117,7 +117,7 @@ def test_an_array_of_many_pieces_is_read_as_one(write, monkeypatch):
 
 
 def test_errors_of_an_array_of_many_pieces_keep_line_and_column(write, monkeypatch):
-    monkeypatch.setattr(text_files, "_CHUNK", 5)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 5)
     source = write("a.json", '[{"prompt": "aé", "completion": "b"},\n\n  {"prompt": "a" "b"}]')
     assert failure(source).message.startswith(f"{source}:3: not JSON at column 18")
 
@@ -132,7 +132,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(write, monkeyp
     finally:
         tracemalloc.stop()
     monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(text_files, "_CHUNK", 100)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
     assert "a.json:1: the record is longer" in failure(write("a.json", '[{"prompt": "' + "x" * 4000)).message
 
 

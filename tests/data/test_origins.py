@@ -158,6 +158,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch, tmp_path):
     assert "local file" in str(error.hint)
 
 
+@pytest.mark.slow
 def test_reading_loads_neither_torch_nor_transformers(write):
     import subprocess
     import sys

@@ -155,6 +155,7 @@ def test_conversations_and_plain_text_are_demonstrations(tiny_llama: Path, tmp_p
     assert run(tmp_path / "text", jsonl(tmp_path / "p.jsonl", text), tiny_llama).metrics["held_out_records"] < 10
 
 
+@pytest.mark.slow
 def test_the_command_survives_kill_9(tiny_llama: Path, tmp_path: Path, rlhf):
     """Killed without warning after a checkpoint, the same command ends with the bytes of a run never killed."""
     data, run_dir = jsonl(tmp_path / "data.jsonl", demonstrations()), tmp_path / "killed"
