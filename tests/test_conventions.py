@@ -1,4 +1,4 @@
-"""What holds for the whole tree: no import cycles, no private names in tests, and the field's own words."""
+"""Rules for the whole tree: no import cycles, no private names in tests, and the words of the field."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ WORDS = [
     Word("of (?:it|them)sel(?:f|ves)", "finished, by itself"),
     Word("(?:go(?:es|ing)?|went) on (?:behind|from)", "resume from"),
     Word("(?:leav(?:es?|ing)|left) out", "skip, omit"),
-    Word("(?:is|are) no(?! (?:longer|more|less|other)\\b)", "is not a, must be"),
+    Word("(?<!there )(?:is|are) no(?! (?:longer|more|less|other)\\b)", "is not a, must be"),
     Word(f"{_COUNTED} an? {_UNITS}", "per"),
 ]
 

@@ -233,7 +233,8 @@ class _Supervisor:
             raise KeyboardInterrupt
         if self._ranks[0].ended is not None and self._ranks[0].process.returncode == 0:
             return  # it does the last work of a run
-        self._restore_terminal()
+        if sys.stderr.isatty():  # a progress bar of rank 0 may have hidden the cursor
+            sys.stderr.write("\033[?25h\n")
         failed = sorted((rank for rank in self._ranks if rank.failed), key=lambda rank: rank.order)
         first = failed[0]
         if self._ended_by_our_signal(first) or (self._signum is not None and first.order[0] == 2):
@@ -265,10 +266,6 @@ class _Supervisor:
             exit_code=128 - code,
             hint=f"{why}run the same command again to resume from the last checkpoint",
         )
-
-    def _restore_terminal(self) -> None:
-        if sys.stderr.isatty():  # a progress bar of rank 0 may have hidden the cursor
-            sys.stderr.write("\033[?25h\n")
 
     @contextlib.contextmanager
     def _handling_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Addresses and tokens of HTTP rewards, and what servers say of when to come back."""
+"""Checks of addresses and tokens, and the Retry-After header."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ADDRESSES = "write http://HOST:PORT/PATH or https://HOST/PATH"
 
 
 def check_endpoint(url: str, token_env: str | None) -> str | None:
-    """The token to send, if one is named; to be called before any work.
+    """Check an address and return the token to send, if one is named; call it before any work.
 
     Raises:
-        UsageError: the URL has no host or carries a password; the variable is missing, empty or no token.
+        UsageError: the URL has no host or contains a password; the variable is missing, empty or not a token.
     """
     _check_url(url)
     if token_env is None:
@@ -27,13 +27,13 @@ def check_endpoint(url: str, token_env: str | None) -> str | None:
     if not token:
         problem = "is empty" if token_env in os.environ else "is not set"
         raise UsageError(
-            f"the environment variable {token_env}, whose token {without_query(url)} needs, {problem}",
+            f"the environment variable {token_env}, which holds the token of {without_query(url)}, {problem}",
             hint=f"set it: export {token_env}=...",
         )
     if not token.isascii() or not token.isprintable() or " " in token:
         raise UsageError(
-            f"the environment variable {token_env} holds what no token is: white space or characters beyond ASCII",
-            hint="give the token alone, without `Bearer` and quotes",
+            f"the environment variable {token_env} is not a token: it holds white space or characters beyond ASCII",
+            hint="set it to the token only, without `Bearer` and quotes",
         )
     return token
 
@@ -43,29 +43,29 @@ def _check_url(url: str) -> None:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # reading the port checks it
     except ValueError as error:
-        raise UsageError(f"`{printable(url)}` is no address: {error}", hint=_ADDRESSES) from error
+        raise UsageError(f"`{printable(url)}` is not an address: {error}", hint=_ADDRESSES) from error
     if parts.scheme.lower() not in ("http", "https") or not host or not url.isprintable() or " " in url:
-        raise UsageError(f"`{printable(url)}` is no address", hint=_ADDRESSES)
+        raise UsageError(f"`{printable(url)}` is not an address", hint=_ADDRESSES)
     if "?" in url or "#" in url:
         raise UsageError(
-            f"the address {without_query(url)} carries a query or a fragment, which would end up in files and logs",
-            hint="put a token into an environment variable and name it by `token_env`; put the rest into the path",
+            f"the address {without_query(url)} has a query or a fragment, which would end up in files and logs",
+            hint="put a token into an environment variable and name it in `token_env`; put the rest into the path",
         )
     if parts.username is not None or parts.password is not None:
         raise UsageError(
-            f"the address {without_query(url)} carries a name or password, which would end up in logs",
-            hint="put a token into an environment variable and name it by `token_env`",
+            f"the address {without_query(url)} has a name or password, which would end up in logs",
+            hint="put a token into an environment variable and name it in `token_env`",
         )
 
 
 def without_query(url: str) -> str:
-    """An address as it may be shown: without name, password, query and fragment, in which secrets are kept."""
+    """An address that can be shown: without name, password, query and fragment, which may hold secrets."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address leads to this machine by its name."""
+    """Whether an address names this machine."""
     host = urlsplit(url).hostname or ""
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -76,7 +76,7 @@ def is_loopback(url: str) -> bool:
 
 
 def network_error(error: Exception) -> BaseException:
-    """What the system said, such as "connection refused", where layers above have put it in words that say less."""
+    """The system's error, such as "connection refused", which libraries wrap in less specific ones."""
     found, at = error, error
     while at := at.exceptions[-1] if isinstance(at, BaseExceptionGroup) else at.__cause__ or at.__context__:
         if isinstance(at, OSError) and at.errno is not None:
@@ -85,7 +85,7 @@ def network_error(error: Exception) -> BaseException:
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date (RFC 9110, section 10.2.3)."""
+    """Seconds in a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
     if header is None:
         return None
     if header.strip().isdecimal():
@@ -93,7 +93,7 @@ def retry_after(header: str | None) -> float | None:
     try:
         moment = email.utils.parsedate_to_datetime(header)
     except ValueError:
-        return None  # neither: as good as none
+        return None  # neither: ignored
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())

@@ -1,4 +1,4 @@
-"""Attempts at a request, for those to whom each of them may cost something."""
+"""Callbacks for the attempts of a request, for callers who pay per attempt."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Protocol
 
 
 class Attempts(Protocol):
-    """Told of each attempt at one request."""
+    """Receives each attempt of one request."""
 
     async def begin(self) -> None:
-        """Before each attempt; what it raises ends the request."""
+        """Called before each attempt; an exception ends the request."""
 
     def lost(self) -> None:
-        """After an attempt that went out and whose outcome nobody here knows: it may have been carried out."""
+        """Called after an attempt that was sent but has an unknown outcome: the server may have handled it."""
 
 
 class Uncounted:
-    """Attempts that cost nothing."""
+    """Attempts that cost nothing: no limit, nothing recorded."""
 
     async def begin(self) -> None:
-        """Any number may begin."""
+        """Allow the attempt."""
 
     def lost(self) -> None:
-        """Nothing is lost by it."""
+        """Record nothing."""

@@ -1,7 +1,7 @@
-"""JSON over HTTP with a server that is trusted with texts and with nothing else: rewards and judges ask through it.
+"""JSON over HTTP for rewards and judges. The server is trusted with texts and nothing else.
 
-Its answers are bounded in size and time, redirects are not followed, what it writes is cleaned before a person sees it,
-and the token is in no message. What may pass (no connection, no answer in time, 429, 5xx) is tried again.
+Responses are limited in size and time, redirects are not followed, text from the server is cleaned before it is shown,
+and no message contains the token. Temporary failures (no connection, timeout, 429, 5xx) are retried.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from rlhf_cli.http_client.attempts import Attempts, Uncounted
 from rlhf_cli.progress import printable, warn
 
 FIRST_WAIT = 0.5
-"""Seconds before the first further attempt."""
+"""Seconds before the first retry."""
 
 _LONGEST_BACKOFF = 30.0
 _LONGEST_WAIT = 600.0
 _POLL = 0.2
 _EXCERPT = 200
-_OF_GATEWAYS = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT, *range(520, 528))
-"""What stands between says it of a server behind it, which may be at work on the request all the same."""
+_GATEWAY_STATUSES = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT, *range(520, 528))
+"""Status codes that a gateway sends about the server behind it, which may still be handling the request."""
 
 
 class RefusedError(DataError):
-    """The server does not carry out this request (4xx): asking again would not help.
+    """The server refused this request (4xx); a retry would not help.
 
     Args:
         message: see `RLHFError`.
@@ -48,11 +48,11 @@ class RefusedError(DataError):
 
 
 class UnusableError(DataError):
-    """The server carried out the request, and what it sent cannot be read."""
+    """The server handled the request, but its response cannot be read."""
 
 
-class _MayPass(Exception):  # noqa: N818  (never leaves this module)
-    """An attempt failed in a way that another may not."""
+class _TemporaryError(Exception):
+    """An attempt failed temporarily."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -61,11 +61,11 @@ class _MayPass(Exception):  # noqa: N818  (never leaves this module)
 
 @dataclass(frozen=True)
 class Advice:
-    """Hints for people, which differ with what the server is for.
+    """Hints of error messages, which depend on what the server is for.
 
     Attributes:
-        away: where it stayed away after all attempts.
-        refused: where it refuses a request.
+        away: if all attempts failed.
+        refused: if the server refuses a request.
     """
 
     away: str
@@ -73,20 +73,20 @@ class Advice:
 
 
 class JSONClient:
-    """Posts JSON to one address. `connect` gives what `post` needs; it lives for one event loop.
+    """Posts JSON to one address. `connect` opens the client that `post` needs; it belongs to one event loop.
 
     Args:
-        url: where to POST.
+        url: address of the POST requests.
         token_env: environment variable that holds a bearer token; None sends none.
-        timeout: seconds for one whole attempt: finding the host, connecting, sending and every byte of the answer.
-        retries: further attempts at a request that failed to connect, took too long, or was answered 429 or 5xx.
+        timeout: seconds for one whole attempt: resolving the host, connecting, sending, and reading the response.
+        retries: most retries of a request that failed to connect, timed out, or got 429 or 5xx.
         advice: hints.
-        first_wait: seconds before the first further attempt; doubled before each one after it, up to 30, and cut
-            by a random share of up to a half, so that many clients do not come back at once.
-        stop: asks for signals while it waits between attempts; None waits to the end.
+        first_wait: seconds before the first retry; doubled before each further one, up to 30, and reduced by a
+            random share of up to a half, so that many clients do not retry at once.
+        stop: checked while it waits between attempts; None never stops early.
 
     Raises:
-        UsageError: no usable URL, or no token in the environment.
+        UsageError: the URL is unusable, or the token is missing from the environment.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class JSONClient:
         self._token = check_endpoint(url, token_env)
         self._timeout, self._retries, self._first_wait = timeout, retries, first_wait
         self._advice, self._stop = advice, stop
-        self._random = random.Random()  # of its own: waiting must not move the dice that training throws
+        self._random = random.Random()  # its own generator: retries must not change the random numbers of training
         self._told = False
         if self._token and url.lower().startswith("http:") and not is_loopback(url):
             warn(f"the token in {token_env} is sent to {self.shown} unencrypted; use https")
@@ -115,46 +115,46 @@ class JSONClient:
         return httpx2.URL(self._url).netloc.decode("ascii")
 
     def connect(self) -> httpx2.AsyncClient:
-        """Connections for a while: those that idle long are what servers and firewalls drop."""
+        """Open a client for one batch of requests: servers and firewalls drop connections that idle long."""
         self._told = False
         headers = {
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # a compressed answer has no bound
+            "Accept-Encoding": "identity",  # the size of a compressed response has no bound
             "Content-Type": "application/json",
             "User-Agent": f"rlhf-cli/{__version__}",
         }
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            # What a proxy calls localhost is another machine.
+            # localhost means another machine to a proxy.
             return httpx2.AsyncClient(
                 headers=headers,
-                timeout=None,  # an attempt has one deadline; those of the client begin anew with every byte
+                timeout=None,  # one deadline per attempt; the client's own timeouts restart with every byte
                 follow_redirects=False,
                 trust_env=not is_loopback(self._url),
             )
         except (ImportError, ValueError, httpx2.InvalidURL) as error:  # a proxy of an unknown kind
             raise UsageError(
-                f"{self.shown} cannot be asked: the proxy that the environment names cannot be used",
-                hint="see HTTP_PROXY, HTTPS_PROXY and ALL_PROXY; NO_PROXY excepts a host",
+                f"{self.shown}: the proxy in the environment cannot be used",
+                hint="check HTTP_PROXY, HTTPS_PROXY and ALL_PROXY; NO_PROXY excludes a host",
             ) from error
 
     async def post(
         self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts | None = None
     ) -> bytes:
-        """The body of a successful answer, after as many attempts as it takes and is allowed.
+        """Return the body of a successful response, after retries if they are needed.
 
         Args:
             client: from `connect`.
             body: JSON.
-            limit: most bytes of the answer.
-            attempts: told of each one.
+            limit: most bytes of the response.
+            attempts: receives each attempt.
 
         Raises:
-            RefusedError: an answer of 4xx, but 429.
-            UnusableError: an answer of more than `limit` bytes, or in an encoding that was not asked for.
-            DataError: the server stayed away, or cannot be asked.
-            Interrupted: a signal came while it was away.
+            RefusedError: a response with 4xx, except 429.
+            UnusableError: a response of more than `limit` bytes, or in an unrequested encoding.
+            DataError: all attempts failed, or the request cannot be sent.
+            Interrupted: a signal came during a wait.
         """
         try:
             return await self._send(client, body, limit, attempts or Uncounted())
@@ -168,7 +168,7 @@ class JSONClient:
             await attempts.begin()
             try:
                 return await self._attempt(client, body, limit, attempts)
-            except _MayPass as failure:
+            except _TemporaryError as failure:
                 backoff = min(self._first_wait * 2**attempt, _LONGEST_BACKOFF) * self._random.uniform(0.5, 1.0)
                 pause = max(backoff, failure.pause or 0.0)
                 if attempt == self._retries or pause > _LONGEST_WAIT:
@@ -176,14 +176,14 @@ class JSONClient:
                 if not self._told:
                     self._told = True
                     warn(
-                        f"{self.shown}: {self.clean(failure.reason)}; trying again in {pause:.1f} s, "
+                        f"{self.shown}: {self.clean(failure.reason)}; retrying in {pause:.1f} s, "
                         f"at most {self._retries} times"
                     )
                 await self._pause(pause)
         raise AssertionError("the last attempt returns or raises")
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, unless a signal came: a scheduler kills what waits for a server longer than for its own patience."""
+        """Wait, but stop on a signal: a scheduler kills a process that does not end in time."""
         end = time.monotonic() + seconds
         while True:
             if self._stop is not None:
@@ -192,44 +192,44 @@ class JSONClient:
                 return
             await asyncio.sleep(min(left, _POLL))
 
-    def _given_up(self, failure: _MayPass, attempts: int, pause: float) -> DataError:
-        times = "once" if attempts == 1 else f"{attempts} times"
-        wants = f", and wants {pause:,.0f} s of patience" if pause > _LONGEST_WAIT else ""
-        return DataError(f"{self.shown}: {failure.reason} (asked {times}{wants})", hint=self._advice.away)
+    def _given_up(self, failure: _TemporaryError, attempts: int, pause: float) -> DataError:
+        times = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        wants = f"; it asks to wait {pause:,.0f} s" if pause > _LONGEST_WAIT else ""
+        return DataError(f"{self.shown}: {failure.reason} ({times}{wants})", hint=self._advice.away)
 
     async def _attempt(self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts) -> bytes:
         try:
             response, content, is_whole = await self._exchange(client, body, limit, attempts)
         except (httpx2.TimeoutException, TimeoutError):
-            raise _MayPass(f"no answer within {self._timeout:g} s") from None
+            raise _TemporaryError(f"no response within {self._timeout:g} s") from None
         except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
-            raise DataError(f"{self.shown} cannot be asked: {type(error).__name__}") from error
+            raise DataError(f"{self.shown}: the request cannot be sent: {type(error).__name__}") from error
         except httpx2.TransportError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise DataError(
                     f"{self.shown}: its certificate cannot be verified: {error}",
-                    hint="name the authority's certificate by the environment variable SSL_CERT_FILE",
+                    hint="set the environment variable SSL_CERT_FILE to the authority's certificate",
                 ) from error
-            raise _MayPass(f"{type(error).__name__}: {network_error(error)}") from error
-        if response.status_code in _OF_GATEWAYS:
+            raise _TemporaryError(f"{type(error).__name__}: {network_error(error)}") from error
+        if response.status_code in _GATEWAY_STATUSES:
             attempts.lost()
         self._check_status(response, content)
         if not is_whole:
-            raise UnusableError(f"{self.shown} answered with more than {limit:,} bytes")
+            raise UnusableError(f"{self.shown} sent more than {limit:,} bytes")
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
-            raise UnusableError(f"{self.shown} answered in `{encoding}`, which it was not asked for")
+            raise UnusableError(f"{self.shown} sent the encoding `{encoding}`, which was not requested")
         return content
 
     async def _exchange(
         self, client: httpx2.AsyncClient, body: bytes, limit: int, attempts: Attempts
     ) -> tuple[httpx2.Response, bytes, bool]:
-        """One request, and what came back, up to `limit` bytes, and whether that is all."""
+        """Send one request; return the response, its body up to `limit` bytes, and whether that is all."""
         is_sent = False
 
         async def watch(event: str, info: dict[str, Any]) -> None:
             nonlocal is_sent
-            # A proxy's CONNECT has an empty body, and what it opens is no request yet.
+            # A proxy's CONNECT has an empty body and is not yet the request.
             is_post = getattr(info.get("request"), "method", None) == b"POST"
             is_sent = is_sent or (is_post and event.endswith("send_request_body.started"))
 
@@ -237,7 +237,7 @@ class JSONClient:
         try:
             async with asyncio.timeout(self._timeout), request as response:
                 return response, *await _read(response, limit)
-        except BaseException:  # being cancelled, too: the server may be at work on it
+        except BaseException:  # also when canceled: the server may be handling the request
             if is_sent:
                 attempts.lost()
             raise
@@ -248,35 +248,35 @@ class JSONClient:
             return
         try:
             phrase = f" {HTTPStatus(status).phrase.lower()}"
-        except ValueError:  # a number nobody has given a meaning
+        except ValueError:  # a status code without a meaning
             phrase = ""
         reason = f"answered {status}{phrase}: {excerpt(content)}"
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
-            raise _MayPass(reason, retry_after(response.headers.get("Retry-After")))
+            raise _TemporaryError(reason, retry_after(response.headers.get("Retry-After")))
         if 300 <= status < 400:
             where = response.headers.get("Location", "nowhere")
             raise DataError(
                 f"{self.shown} answered {status}{phrase}, a redirect to {where}, which is not followed",
-                hint="give the final address as `url`",
+                hint="set `url` to the final address",
             )
         hint = self._advice.refused
         if status in (401, 403):
             hint = (
-                "name the environment variable with the token by `token_env`" if not self._token else "mend the token"
+                "name the environment variable with the token in `token_env`" if not self._token else "check the token"
             )
         raise RefusedError(f"{self.shown} {reason}", status=status, hint=hint)
 
     def clean(self, text: str) -> str:
-        """Without the token, should the server have sent it back, and without control characters."""
+        """The text without control characters, and without the token if the server has sent it back."""
         return printable(self.without_token(text))
 
     def without_token(self, text: str) -> str:
-        """Without the token alone, for what goes into files."""
+        """The text without the token, for files."""
         return text.replace(self._token, "[token]") if self._token else text
 
 
 async def _read(response: httpx2.Response, limit: int) -> tuple[bytes, bool]:
-    """The body as it came, up to `limit` bytes, and whether that is all."""
+    """The raw body up to `limit` bytes, and whether that is all."""
     parts, size = [], 0
     async for part in response.aiter_raw():
         parts.append(part)

@@ -1,4 +1,4 @@
-"""Several processes: what the supervisor does with signals, deaths and failures; how a command comes to have one."""
+"""Several processes: launch options, and how the supervisor handles signals, deaths and failures."""
 
 from __future__ import annotations
 
@@ -81,27 +81,27 @@ def test_a_killed_rank_is_named_and_ends_all(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])
-def test_what_a_failed_rank_had_started_does_not_outlive_the_command(how, tmp_path):
+def test_programs_that_a_failed_rank_started_are_killed(how, tmp_path):
     assert run(tmp_path, f"orphan, {how}").returncode != 0
     pid = int((tmp_path / "orphan.pid").read_text())
     wait_until(lambda: not is_alive(pid), "its end", 5)
 
 
-def test_a_rank_that_ends_without_a_word_gives_its_exit_code(tmp_path):
+def test_a_rank_that_ends_without_an_error_gives_its_exit_code(tmp_path):
     ended = run(tmp_path, "leave")
     assert ended.returncode == 3
     assert "rank 1 of 2 ended with exit code 3" in ended.stderr
     assert "  words of rank 1" in ended.stderr
 
 
-def test_who_only_lost_another_is_not_heard(tmp_path):
+def test_an_error_about_a_lost_peer_is_not_shown(tmp_path):
     ended = run(tmp_path, "lost peer")
     assert ended.returncode == 1
     assert "ValueError: the cause" in ended.stderr
     assert "Connection closed" not in ended.stderr
 
 
-def test_what_all_have_to_say_is_said_once_with_its_exit_code(tmp_path):
+def test_an_error_of_all_ranks_is_shown_once_with_its_exit_code(tmp_path):
     ended = run(tmp_path, "all diverge", 3)
     assert ended.returncode == 70
     assert ended.stderr == "words of rank 0\nerror: loss was nan in 3 steps in a row\n"
@@ -166,7 +166,7 @@ def test_each_process_has_its_share_of_the_cores_unless_the_user_says_otherwise(
     assert "OMP_NUM_THREADS" not in launch.worker_environment({}, 3, threads=2), "`model.threads` is of each process"
 
 
-def test_workers_get_the_command_without_how_it_is_launched(monkeypatch):
+def test_workers_get_the_command_without_launch_options(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/rlhf"])
     given = [
         "run",
@@ -215,7 +215,7 @@ def test_the_command_refuses_half_a_launchers_environment(toy):
     assert "the environment sets RANK=1 but not LOCAL_RANK, WORLD_SIZE" in refused.stderr
 
 
-def test_both_ways_at_once_are_refused(toy):
+def test_processes_and_accelerate_config_exclude_each_other(toy):
     assert "exclude each other" in toy.run("--processes", "2", "--accelerate-config", "a.yaml").stderr
 
 
@@ -264,7 +264,7 @@ def test_a_bare_no_in_a_configuration_is_the_word_and_not_false(tmp_path):
     launch.check_accelerate_config(config)
 
 
-def test_a_configuration_is_handed_to_accelerates_launcher(tmp_path, monkeypatch):
+def test_a_configuration_is_passed_to_accelerates_launcher(tmp_path, monkeypatch):
     config = tmp_path / "a.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 8\n")
     commands = []
@@ -292,7 +292,7 @@ def test_every_rank_does_every_stage_and_a_second_run_nothing(toy):
     assert "nothing to do: everything is up to date" in stderr
 
 
-def test_kill_9_of_a_rank_while_the_other_waits_for_it_then_the_command_goes_on(toy):
+def test_a_run_resumes_after_kill_9_of_a_rank_that_another_waited_for(toy):
     began = time.monotonic()
     first = toy.start("run", "recipe.yaml", "--processes", "2", FAKE_DIE="sft", FAKE_RANK="1")
     _, stderr = first.communicate(timeout=90)

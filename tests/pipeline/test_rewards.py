@@ -34,8 +34,8 @@ def test_functions_models_and_endpoints_are_told_before_the_first_stage(with_cop
     [
         ({"model": "./nowhere"}, 65, "./nowhere: no such model folder (`ppo.rewards.0.model`)"),
         ({"model": "gold.py"}, 65, "gold.py: this is a file, not a model folder"),
-        ({"url": "http://host:99999/"}, 2, "`ppo.rewards.0.url`: `http://host:99999/` is no address"),
-        ({"url": "https://me:word@host/"}, 2, "`ppo.rewards.0.url`: the address https://host/ carries a name or pass"),
+        ({"url": "http://host:99999/"}, 2, "`ppo.rewards.0.url`: `http://host:99999/` is not an address"),
+        ({"url": "https://me:word@host/"}, 2, "`ppo.rewards.0.url`: the address https://host/ has a name or pass"),
         ({"url": "https://host/", "token_env": "NO_SUCH_TOKEN"}, 2, "the environment variable NO_SUCH_TOKEN, whose "),
     ],
 )

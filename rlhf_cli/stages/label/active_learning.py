@@ -59,7 +59,7 @@ def choose_candidates(context: LabelContext, settings: ActiveLearningSettings, s
         chosen = [Chosen(**{**row, "answers": tuple(row["answers"])}) for row in choice]
     alike = [row for row in rows if len(set(row.completions)) < 2]
     for row in alike:
-        sampled.skips.add(Skip(row.place, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
+        sampled.skips.add(Skip(row.location, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
     if not chosen:
         raise DataError(
             f"there is nothing to choose from: the answers to each of {len(rows):,} prompts are equal to one another",

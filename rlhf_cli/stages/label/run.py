@@ -74,7 +74,7 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
         if len(row.completions) > 1:
             candidates.append(row)
         else:
-            sampled.skips.add(Skip(row.place, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
+            sampled.skips.add(Skip(row.location, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
     if not candidates:
         raise DataError(
             "there is nothing to compare: every prompt's answers are equal to one another",

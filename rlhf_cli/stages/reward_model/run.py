@@ -129,7 +129,7 @@ def _fitting(
             if group.longest > room:
                 excerpt = prompt_text(ranking.prompt)[:80]
                 loaded.skips.add(
-                    Skip(ranking.place or source, f"prompt and answer longer than {room:,} tokens", excerpt)
+                    Skip(ranking.location or source, f"prompt and answer longer than {room:,} tokens", excerpt)
                 )
                 continue
             kept.append(ranking)

@@ -116,12 +116,12 @@ def test_what_may_pass_is_tried_again(endpoint, judge, failure, capsys):
     kept = ask(judge(concurrency=1, timeout=patience), questions(2), charge=lambda *_: None)
     assert len(endpoint.requests) == 4
     assert len(kept) == 2
-    assert capsys.readouterr().err.count("trying again") == 1
+    assert capsys.readouterr().err.count("retrying") == 1
 
 
 def test_an_endpoint_that_stays_away_ends_the_run_and_says_what_to_do(endpoint, judge):
     endpoint.then(times=9, status=503, body=b"loading the model")
-    with pytest.raises(DataError, match=r"answered 503 .*loading the model \(asked 3 times\)") as caught:
+    with pytest.raises(DataError, match=r"answered 503 .*loading the model \(3 attempts\)") as caught:
         ask(judge(concurrency=1, retries=2), questions(2))
     assert "verdicts so far are kept" in (caught.value.hint or "")
 
@@ -299,7 +299,7 @@ def test_what_never_went_out_is_not_charged():
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     budget = Budget(None)
     away = EndpointJudge(url, "m", budget=budget, prices=Prices(1.0, 1.0), retries=1, first_wait=0.001)
-    with pytest.raises(DataError, match="asked 2 times"):
+    with pytest.raises(DataError, match="2 attempts"):
         ask(away, questions(2))
     assert budget.spent == 0.0
 

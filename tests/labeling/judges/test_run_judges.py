@@ -258,7 +258,7 @@ def test_attempts_without_an_answer_are_counted_by_the_next_run_too(endpoint, ju
     priced = at(endpoint, prompt_price=1.0, completion_price=1.0, concurrency=1, timeout=0.2, retries=0)
     endpoint.then()
     endpoint.then(delay=1.0)
-    with pytest.raises(DataError, match=r"no answer within 0\.2 s"):
+    with pytest.raises(DataError, match=r"no response within 0\.2 s"):
         judged(PAIRS[:2], panel=[priced])
     with pytest.raises(CostLimitError, match=r"have cost 0\.00\d+ \(0\.00\d+ of it for attempts"):
         judged(PAIRS[:2], panel=[priced], max_cost=0.0012)
