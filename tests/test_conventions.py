@@ -74,8 +74,6 @@ PRIVATE_NAMES_IN_TESTS: set[tuple[str, str]] = {
     ("tests/attention/test_bench.py", "_free_bytes"),
     ("tests/attention/test_parity.py", "_difference"),
     ("tests/attention/test_show.py", "_label"),
-    ("tests/faults/test_checkpoints.py", "_write"),
-    ("tests/invariants/test_shared_prefixes.py", "_options"),
     ("tests/labeling/judges/test_cache.py", "_FORM"),
     ("tests/labeling/judges/test_endpoint.py", "_GRACE"),
     ("tests/labeling/judges/test_local.py", "_ids_of"),

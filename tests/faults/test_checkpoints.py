@@ -271,7 +271,7 @@ def test_too_little_room_is_known_before_anything_is_written(tmp_path, monkeypat
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(checkpoint_files, "_write", lambda *_: pytest.fail("wrote"))
+    monkeypatch.setattr(checkpoint_files, "fsync", lambda *_: pytest.fail("wrote"))
     with pytest.raises(DiskError, match=r"it needs 5,048,\d\d\d bytes, and the disk of .* has 2,000,000 free"):
         save_checkpoint(tmp_path, 2, {"weight": torch.zeros(1_000_000)}, {})
     assert steps(tmp_path) == ["step-00000001"]
@@ -310,7 +310,7 @@ class Rank:
     def __init__(self, index: int, others: list[object]) -> None:
         self.index, self.is_main, self._others, self.said = index, index == 0, list(others), []
 
-    def collect(self, item):
+    def all_gather_object(self, item):
         self.said.append(item)
         other = self._others.pop(0)
         return [item, other] if self.is_main else [other, item]
