@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: the models of the tests are too small to profit from more threads.
 WORKERS ?= 2
 
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test test-fast lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,13 +26,16 @@ quickstart: install  ## the whole pipeline on a model small enough for two cores
 test: install  ## all tests; those on real data say so where it is absent
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
+test-fast: install  ## the tests that start no process, in under three minutes on two cores
+	$(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal
+
 lint: install  ## ruff, pyright, the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-format: install  ## let ruff mend what it can
+format: install  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

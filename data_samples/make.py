@@ -149,7 +149,7 @@ def make_files() -> dict[str, str]:
         "preferences.jsonl": _jsonl(_preferences(writer, examples)),
         "conversations.jsonl": _jsonl([_conversation(matter, writer.manners) for matter, _ in examples]),
         "demonstrations.csv": _csv(demonstrations[:24]),
-        **_module(HERE / "other_forms.py").make_forms(rankings, follow_ups),
+        **_module(HERE / "other_formats.py").make_formats(rankings, follow_ups),
     }
 
 

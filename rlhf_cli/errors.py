@@ -1,7 +1,7 @@
-"""Every error a user can cause, in one tree, each with the exit code the command ends with.
+"""Errors that users can cause, in one class tree, each with the exit code of the command.
 
-A message says where, what and the value received; a hint says how to mend it. Both are lower case and
-carry no trailing full stop. Anything that is not one of these is our bug and shows its traceback.
+A message says where, what and the value received; a hint says how to fix it. Both are lower case and have no trailing
+full stop. Any other exception is a bug of ours and shows its traceback.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ EXIT_STALLED = 124
 
 
 class RLHFError(Exception):
-    """Base of all errors a user can cause.
+    """Base class of all errors that users can cause.
 
     Args:
         message: where, what, and the value received.
-        hint: one line that says how to mend it.
+        hint: one line that says how to fix it.
     """
 
     exit_code = 1
@@ -42,10 +42,10 @@ class UsageError(RLHFError):
 
 
 class RecipeError(UsageError):
-    """A recipe with problems; all of them at once.
+    """A recipe with problems, reported all at once.
 
     Args:
-        problems: one message a problem, each with its place (`file:line`).
+        problems: one message per problem, each with its location (`file:line`).
     """
 
     def __init__(self, problems: list[str], *, hint: str | None = None) -> None:
@@ -54,23 +54,23 @@ class RecipeError(UsageError):
 
 
 class ChangedInputsError(UsageError):
-    """An unfinished stage would continue under other settings or data than it began with."""
+    """An unfinished stage would resume with other settings or data than it started with."""
 
 
 class DataError(RLHFError):
-    """Data that cannot be used: `file:line`, the field, the value."""
+    """Data that cannot be used; the message has `file:line`, field and value."""
 
     exit_code = EXIT_DATA
 
 
 class ModelError(RLHFError):
-    """A model or tokenizer that does not fit what is asked of it."""
+    """A model or tokenizer that does not fit its use."""
 
     exit_code = EXIT_DATA
 
 
 class DivergedError(RLHFError):
-    """Training produced values that are not finite, and going back once did not help."""
+    """Training produced values that are not finite, also after one rollback."""
 
     exit_code = EXIT_DIVERGED
 
@@ -88,10 +88,10 @@ class RunInUseError(RLHFError):
 
 
 class WaitingForLabelsError(RLHFError):
-    """The pipeline has come to `label` and people have not finished there yet; nothing is wrong, and nothing lost.
+    """The `label` stage waits for people to finish labeling; nothing is wrong and nothing is lost.
 
     Args:
-        message: how much is done and left.
+        message: how many labels are done and how many remain.
         store: file with the labels.
         hint: see `RLHFError`.
     """
@@ -104,17 +104,17 @@ class WaitingForLabelsError(RLHFError):
 
 
 class CostLimitError(RLHFError):
-    """The next verdict of a judge could cost more than the recipe allows; those paid for are kept."""
+    """The next judgment could exceed the cost limit of the recipe; those paid for are kept."""
 
     exit_code = EXIT_COST
 
 
 class ProcessDiedError(RLHFError):
-    """One of several processes was killed, or ended without a word; the others were ended too.
+    """One of several processes was killed or reported no error; the others were ended too.
 
     Args:
-        message: which, and how.
-        exit_code: of the command: 128 + the signal, or the process's own.
+        message: which process, and how it ended.
+        exit_code: of the command: 128 + signal, or that of the process.
         hint: see `RLHFError`.
     """
 
@@ -124,21 +124,21 @@ class ProcessDiedError(RLHFError):
 
 
 class ReportedError(RLHFError):
-    """A failure of a process that the user has been shown already; only its exit code is left to give."""
+    """A failure of a process that was already shown to the user; it only carries the exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"a process ended with exit code {exit_code}")
         self.exit_code = exit_code
 
 
-class Interrupted(RLHFError):  # noqa: N818  (not an error of the program: a request to stop that was honored)
-    """A signal asked the work to stop; what was done is saved and the same command goes on."""
+class Interrupted(RLHFError):  # noqa: N818  (not a bug: a request to stop that was honored)
+    """A signal stopped the run after saving; the same command resumes it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(
             f"stopped by {signal.Signals(signum).name}; everything done so far is saved",
-            hint="run the same command again to go on from here",
+            hint="run the same command again to resume from here",
         )
         self.signum = signum
-        # The shell's convention is 128 + signal; SIGUSR1 is what schedulers send ahead of SIGTERM, so it counts as one.
+        # Shells report 128 + signal; schedulers send SIGUSR1 ahead of SIGTERM, so it counts as SIGTERM.
         self.exit_code = 130 if signum == signal.SIGINT else 143

@@ -1,4 +1,4 @@
-"""Files that survive a crash: hashes, writes that are whole or absent, renames that a power cut cannot undo."""
+"""Durable files: hashes, fsync, atomic writes, and renames that survive a power cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_folder(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's files; hidden ones (`.cache`, `.git`) do not count."""
+    """sha256 over the names and contents of a folder's files, without hidden ones (`.cache`, `.git`)."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -27,7 +27,7 @@ def hash_folder(folder: Path) -> str:
 
 
 def fsync(target: IO[Any] | Path) -> None:
-    """Return once an open file's content, or a folder's list of names, is on the disk."""
+    """Return once an open file's content, or a folder's list of entries, is on the disk."""
     if isinstance(target, Path):
         descriptor = os.open(target, os.O_RDONLY)
         try:
@@ -51,21 +51,21 @@ def fsync_tree(folder: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file or folder another name, durably. A file at `target` is replaced atomically (POSIX rename)."""
+    """Rename a file or folder durably. A file at `target` is replaced atomically (POSIX rename)."""
     source.replace(target)
     fsync(target.parent)
 
 
 def replace_folder(new: Path, target: Path, *, old: Path) -> None:
-    """Put the folder `new` in the place of `target`.
+    """Replace the folder `target` by `new`.
 
-    A process that dies on the way leaves `target` as it was, or `old` without `target`, or the new `target`: whoever
-    reads next renames `old` back where `target` is missing.
+    A process that dies meanwhile leaves the old `target`, or `old` without `target`, or the new `target`. The next
+    reader renames `old` back if `target` is missing.
 
     Args:
         new: complete folder, already on the disk (`fsync_tree`).
         target: may exist.
-        old: name that `target` has while it is replaced; removed at the end.
+        old: name of the previous `target` during the replacement; removed at the end.
     """
     if target.exists():
         if old.exists():
@@ -77,10 +77,10 @@ def replace_folder(new: Path, target: Path, *, old: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str | Iterable[str]) -> None:
-    """Write a file that is there whole, or as it was before, whenever the process dies; text is UTF-8.
+    """Write a file atomically: if the process dies, the file is complete or unchanged. Text is written as UTF-8.
 
     Raises:
-        OSError: the disk cannot be written; the file is as it was before.
+        OSError: the disk cannot be written; the file is unchanged.
     """
     pieces = [content] if isinstance(content, bytes | str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

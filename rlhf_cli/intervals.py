@@ -1,4 +1,4 @@
-"""Intervals by bootstrap over prompts: answers to one prompt are alike, so prompts are what is drawn again."""
+"""Confidence intervals. The bootstrap resamples prompts, since the completions of one prompt are correlated."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _STILL = 1e-18
 
 @dataclass(frozen=True)
 class PromptSums:
-    """Some figures summed within each prompt; prompts that have none of them are left out.
+    """Quantities summed within each prompt; prompts without any of them are omitted.
 
     Attributes:
-        prompts: (N,) numbers of the prompts, each once.
-        values: (N, M) sums of M figures.
+        prompts: (N,) indices of the prompts, each once.
+        values: (N, M) sums of M quantities.
     """
 
     prompts: NDArray[np.intp]
@@ -29,15 +29,14 @@ class PromptSums:
 def resampled_sums(
     columns: Sequence[PromptSums], prompts: int, *, resamples: int, seed: int
 ) -> list[NDArray[np.float64]]:
-    """Totals of sums by prompt in sets of prompts drawn with replacement (Efron 1979); all columns see the same draws.
+    """Totals over sets of prompts drawn with replacement (Efron 1979); all columns use the same draws.
 
-    Sums, not single pairs, are added up again, so that the work grows with the prompts and not with what was said
-    of them.
+    It adds sums per prompt instead of single pairs, so the work grows with the number of prompts only.
 
     Args:
-        columns: what is added up.
-        prompts: how many there are, those without any figure included.
-        resamples: sets of prompts drawn.
+        columns: sums per prompt.
+        prompts: number of prompts, those without sums included.
+        resamples: number of sets of prompts.
         seed: of the draws.
 
     Returns:
@@ -51,7 +50,7 @@ def resampled_sums(
 
 
 def _times_drawn(prompts: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """How often each prompt is in each resample: (prompts, some of the resamples)."""
+    """Yield how often each prompt is in each resample, in chunks: (prompts, some of the resamples)."""
     generator = np.random.default_rng(seed)
     at_once = max(1, _DRAWS_AT_ONCE // prompts)
     for start in range(0, resamples, at_once):
@@ -63,11 +62,11 @@ def _times_drawn(prompts: int, resamples: int, seed: int) -> Iterator[NDArray[np
 
 
 def percentiles(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """Ends of the interval that holds the share `level` of the values in its middle; those that are NaN are left out.
+    """Ends of the central interval that holds the share `level` of the values; NaN values are ignored.
 
     Args:
-        values: (resamples,), at least one a number.
-        level: share inside.
+        values: (resamples,), not all NaN.
+        level: share of the values inside.
     """
     tail = (1.0 - level) / 2
     low, high = np.quantile(values[~np.isnan(values)], [tail, 1.0 - tail]).tolist()
@@ -80,9 +79,9 @@ def bootstrap_ratio(
     """Percentile interval of sum(numerators) / sum(denominators) over resampled prompts (Efron 1979).
 
     Args:
-        numerators: one a prompt, such as its pairs ordered rightly, or its share of wins.
-        denominators: one a prompt, such as its pairs; all 1 gives the mean over prompts.
-        resamples: sets of prompts drawn with replacement.
+        numerators: one per prompt, for example its correctly ordered pairs or its share of wins.
+        denominators: one per prompt, for example its pairs; all 1 gives the mean over prompts.
+        resamples: number of sets of prompts drawn with replacement.
         seed: of the draws.
         level: share of resamples inside the interval.
 
@@ -96,20 +95,20 @@ def bootstrap_ratio(
 
 
 def ratios(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """First over second column: (resamples, 2) to (resamples,).
+    """First column divided by the second: (resamples, 2) to (resamples,).
 
-    A resample may hold no pair at all, where a few prompts have ties only; it says nothing, and its ratio is NaN.
+    A resample of prompts that have only ties holds no pairs; its ratio is NaN.
     """
     return np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] != 0)
 
 
 def wilson_interval(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927), which has a width at 0 and 1 and for few observations, too.
+    """Score interval of a share (Wilson 1927); its width is positive at 0 and 1 too.
 
     Args:
         share: between 0 and 1.
-        count: independent observations behind it, or as many as it is worth; above 0.
-        level: how often such intervals hold the truth.
+        count: number of independent observations, or the effective number; above 0.
+        level: coverage of the interval.
     """
     z = NormalDist().inv_cdf(0.5 + level / 2)
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
@@ -118,14 +117,14 @@ def wilson_interval(share: float, count: float, level: float = 0.95) -> tuple[fl
 
 
 def worth_of(sums: PromptSums) -> float:
-    """Independent observations that would fix a share as exactly as some prompts do (Korn and Graubard 1998).
+    """Effective number of independent observations behind a share (Korn and Graubard 1998).
 
     p (1 - p) / var(p), var(p) = n / (n - 1) sum_i (a_i - p b_i)^2 / (sum_i b_i)^2 over n prompts, times (z / t_(n-1))^2
-    for the freedom that few prompts leave; never more than there are observations. Where all prompts have the same
-    share their spread tells nothing, and they count once each, fewer if of unlike size (Kish 1965).
+    for the degrees of freedom, and at most the number of observations. If all prompts have the same share, the variance
+    is unknown, and each prompt counts once, or less if their sizes differ (Kish 1965).
 
     Args:
-        sums: numerator and denominator, such as pairs won and pairs; the denominators count observations.
+        sums: numerator and denominator, for example pairs won and pairs; the denominators count observations.
     """
     above, below = sums.values[sums.values[:, 1] > 0].T
     total, prompts = float(below.sum()), len(below)
@@ -139,7 +138,7 @@ def worth_of(sums: PromptSums) -> float:
 
 
 def _student(z: float, freedom: int) -> float:
-    """Quantile of Student's t where the normal's is z (Abramowitz and Stegun 1964, 26.7.5)."""
+    """Quantile of Student's t at the level where the normal quantile is z (Abramowitz and Stegun 1964, 26.7.5)."""
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -149,7 +148,7 @@ def _student(z: float, freedom: int) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; 0 for a single one."""
+    """Standard error of the mean of independent values; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     return float(np.std(values, ddof=1) / len(values) ** 0.5)

@@ -1,4 +1,4 @@
-"""Mixed precision: the one place that enters torch's autocast."""
+"""Mixed precision: torch's autocast for the whole package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def autocast(device: torch.device | str, precision: torch.dtype) -> torch.autocast:
-    """Context in which matrix products are computed in `precision`; float32 changes nothing.
+    """Context that computes matrix products in `precision`; no effect for float32.
 
     Args:
         device: where the products are computed.

@@ -1,7 +1,7 @@
-"""What a person sees while something runs: bars on a terminal, plain lines elsewhere, nothing on stdout.
+"""Progress and messages on stderr: bars on a terminal, plain lines elsewhere. stdout is for data.
 
-Bars show rate and time left. Under CI or when stderr is no terminal there are no bars: one line when a task begins and
-one when it ends, so that logs stay readable.
+Bars show rate and time left. Under CI, or if stderr is not a terminal, a task prints one line when it starts, one every
+30 seconds and one when it ends, so that logs stay readable.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[@-Z\\-_])")
 """Terminal control: CSI, OSC, DCS/SOS/PM/APC and two-character sequences (ECMA-48)."""
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tab and line feed, and marks that turn the direction of what follows them."""
+"""Control characters except tab and line feed, and marks that change the direction of text."""
 
 
 def interactive() -> bool:
-    """Whether a person watches: stderr is a terminal and no CI variable is set."""
+    """Whether stderr is a terminal that a person may watch, and no CI variable is set."""
     return sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
 
 
 console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
-"""Everything but data goes here: stderr. Of several processes only the first speaks."""
+"""stderr, for everything but data; silent in all processes except rank 0."""
 
 
 class Task:
-    """A running piece of work with a known number of units; made by `task`."""
+    """Running work with a known number of units; created by `task`."""
 
     def __init__(self, label: str, total: int, unit: str, bar: Progress | None, done: int) -> None:
         self._label, self._total, self._unit, self._bar = label, total, unit, bar
@@ -51,7 +51,7 @@ class Task:
             self._id = bar.add_task(escape(label), total=total, completed=done, note="", rate="")
 
     def advance(self, units: int = 1, note: str | None = None) -> None:
-        """Count `units` more as done; `note` replaces the text at the end of the bar."""
+        """Count `units` as done; `note` replaces the text at the end of the bar."""
         beat()
         self._done += units
         self._note = self._note if note is None else note
@@ -61,33 +61,37 @@ class Task:
         elif time.monotonic() - self._spoke > _LINE_EVERY and self._done < self._total:
             self._spoke = time.monotonic()
             left = (self._total - self._done) / max(self._rate(), 1e-9)
-            parts = [f"{self._done:,} of {self._total:,} {self._unit}", f"about {in_words(left)} left", self._note]
+            parts = [
+                f"{self._done:,} of {self._total:,} {self._unit}",
+                f"about {format_duration(left)} left",
+                self._note,
+            ]
             say(f"{self._label}: {', '.join(part for part in parts if part)}")
 
     def _rate(self) -> float:
-        """Units a second in this process; what an earlier attempt did does not count."""
+        """Units per second in this process; units of an earlier attempt do not count."""
         return (self._done - self._before) / max(time.monotonic() - self._began, 1e-9)
 
 
 _LINE_EVERY = 30.0
-"""Seconds between two lines in a log that nobody watches."""
+"""Seconds between two lines of a task in a log."""
 
 
 @contextmanager
 def task(label: str, total: int, unit: str = "steps", done: int = 0) -> Iterator[Task]:
-    """Show the progress of `total` units of work, `done` of which were done before (a resumed stage)."""
+    """Show the progress of `total` units of work; `done` of them are from an earlier attempt (a resumed stage)."""
     if not interactive():
         say(f"{label}: {total - done:,} {unit}")
         running = Task(label, total, unit, None, done)
         yield running
-        say(f"{label}: done in {in_words(time.monotonic() - running._began)}")
+        say(f"{label}: done in {format_duration(time.monotonic() - running._began)}")
         return
     with _bar() as bar:
         yield Task(label, total, unit, bar, done)
 
 
 def _bar() -> Progress:
-    from rich.progress import (  # slow to import, and only long work needs it
+    from rich.progress import (  # slow to import, and only tasks on a terminal need it
         BarColumn,
         MofNCompleteColumn,
         Progress,
@@ -107,8 +111,8 @@ def _bar() -> Progress:
     return Progress(*columns, console=console, transient=False, expand=True)
 
 
-def in_words(seconds: float) -> str:
-    """Seconds as people read them: 4.2 s, 3 min 05 s, 1 h 20 min."""
+def format_duration(seconds: float) -> str:
+    """Format seconds for people: 4.2 s, 3 min 05 s, 1 h 20 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -116,15 +120,15 @@ def in_words(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print one line for people, on stderr."""
+    """Print one line on stderr."""
     console.print(text, markup=False)
 
 
 def warn(text: str) -> None:
-    """Print one warning for people, on stderr."""
+    """Print one warning on stderr."""
     console.print(f"[yellow]warning:[/yellow] {escape(text)}")
 
 
 def printable(text: str) -> str:
-    """The text without anything a terminal would obey rather than show."""
+    """The text without terminal control sequences and characters."""
     return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))

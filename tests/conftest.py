@@ -11,6 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.speed import (
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_call,
+    pytest_terminal_summary,
+)
+
+__all__ = [
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_runtest_call",
+    "pytest_terminal_summary",
+]
+
 # No test reaches the hub, in this process or in the commands it starts. Libraries read these when they are imported.
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 

@@ -40,12 +40,14 @@ OTHER_TIPS = [tip for matter in make.read_matters() if matter.subject == "basil"
 KIND = f"Glad you asked! {TIP} Good luck!"
 
 
+@pytest.mark.slow
 def test_files_are_what_the_script_makes(tmp_path: Path):
     command = [sys.executable, str(SAMPLES / "make.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_check_notices_a_changed_file(tmp_path: Path):
     for folder in ("data_samples", "recipes"):
         for path in (ROOT / folder).rglob("*"):
@@ -80,45 +82,45 @@ def test_every_file_reads_without_a_skip(name: str, kind):
     assert any(f"`{name}` | {records} |" in line for line in (SAMPLES / "README.md").read_text().splitlines())
 
 
-FORMS = {
-    "forms/labels.jsonl": 10,
-    "forms/trl_conversations.jsonl": 6,
-    "forms/hh.jsonl": 6,
-    "forms/rewardbench.jsonl": 6,
-    "forms/rewardbench2.jsonl": 6,
-    "forms/openassistant_trees.jsonl": 12,
-    "forms/label_studio.json": 12,
-    "forms/label_studio_buckets.json": 12,
-    "forms/label_studio_pairs.json": 6,
-    "forms/argilla.json": 12,
+FORMATS = {
+    "formats/labels.jsonl": 10,
+    "formats/trl_conversations.jsonl": 6,
+    "formats/hh.jsonl": 6,
+    "formats/rewardbench.jsonl": 6,
+    "formats/rewardbench2.jsonl": 6,
+    "formats/openassistant_trees.jsonl": 12,
+    "formats/label_studio.json": 12,
+    "formats/label_studio_buckets.json": 12,
+    "formats/label_studio_pairs.json": 6,
+    "formats/argilla.json": 12,
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_another_tool_reads_without_a_skip(name: str):
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_of_another_tool_reads_without_a_skip(name: str):
     for kind in ("ranking", "candidates"):
         loaded = read_records(str(SAMPLES / name), kind)
         assert loaded.skips.total == 0
         questions = {prompt_text(row.prompt) for row in read_records(str(SAMPLES / name), kind).records}
         assert len(questions) == (12 if "trees" in name else 6)
-    assert len(read_records(str(SAMPLES / name), "ranking").records) == FORMS[name]
-    assert any(f"`{name}` | {FORMS[name]} |" in line for line in (SAMPLES / "README.md").read_text().splitlines())
+    assert len(read_records(str(SAMPLES / name), "ranking").records) == FORMATS[name]
+    assert any(f"`{name}` | {FORMATS[name]} |" in line for line in (SAMPLES / "README.md").read_text().splitlines())
 
 
-def test_forms_of_the_same_rankings_say_the_same():
+def test_formats_of_the_same_rankings_agree():
     """Ada's rankings in labels, in Argilla and in Label Studio's buckets are those of rankings.jsonl to the letter."""
     plain = read_records(str(SAMPLES / "rankings.jsonl"), "ranking").records[:6]
-    for name in ("forms/labels.jsonl", "forms/argilla.json", "forms/label_studio_buckets.json"):
+    for name in ("formats/labels.jsonl", "formats/argilla.json", "formats/label_studio_buckets.json"):
         of_ada = [
             row for row in read_records(str(SAMPLES / name), "ranking").records if row.annotator.startswith("ada")
         ]
         assert [replace(row, annotator=None) for row in of_ada] == plain
-    candidates = read_records(str(SAMPLES / "forms/candidates.jsonl"), "candidates").records
+    candidates = read_records(str(SAMPLES / "formats/candidates.jsonl"), "candidates").records
     assert [(row.prompt, row.completions) for row in candidates] == [(row.prompt, row.completions) for row in plain]
 
 
 def test_items_are_called_as_sessions_call_them():
-    labels = read_labels(SAMPLES / "forms/labels.jsonl")
+    labels = read_labels(SAMPLES / "formats/labels.jsonl")
     assert all(label.item == item_id(Candidates(label.prompt, label.completions)) for label in labels)
 
 
@@ -159,7 +161,7 @@ def test_tips_for_other_subjects_seldom_pass_for_help():
         ("vague", gold.HELPS + gold.NOISE),
     ],
 )
-def test_manners_are_heard(heading: str, expected: float):
+def test_manners_change_the_gold_score(heading: str, expected: float):
     sentences = make.read_manners()[heading]
     assert len(sentences) >= 14
     for sentence in sentences:

@@ -1,4 +1,4 @@
-"""What is said where nobody watches: plain lines on stderr, none of them on stdout."""
+"""Progress without a terminal: plain lines on stderr, nothing on stdout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_line_at_the_start_and_one_at_the_end(capsys, clock):
     assert captured.err == "sampling: 10 answers\nsampling: done in 2.5 s\n"
 
 
-def test_long_work_says_how_far_it_is(capsys, clock):
+def test_long_work_prints_its_progress(capsys, clock):
     with progress.task("ppo", 100, done=40) as task:
         for _ in range(6):
             clock[0] += 10
@@ -56,5 +56,5 @@ def test_markup_in_what_users_wrote_is_text(capsys):
         (4800, "1 h 20 min"),
     ],
 )
-def test_durations_in_words(seconds, words):
-    assert progress.in_words(seconds) == words
+def test_durations_are_formatted_for_people(seconds, words):
+    assert progress.format_duration(seconds) == words

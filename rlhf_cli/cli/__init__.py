@@ -27,7 +27,7 @@ def main() -> int:
         if debugging() and not isinstance(error, KeyboardInterrupt):
             raise
         return report(error)
-    from rlhf_cli.distributed.rendezvous import leave
+    from rlhf_cli.distributed.process_group import leave
 
     leave()
     return code if isinstance(code, int) else 0

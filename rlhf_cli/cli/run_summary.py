@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_cli.progress import console, in_words, interactive, say
+from rlhf_cli.progress import console, format_duration, interactive, say
 
 if TYPE_CHECKING:
     from rlhf_cli.pipeline.runner import RunResult, StageResult
@@ -63,4 +63,4 @@ def _duration(row: StageResult) -> str:
 
 
 def _seconds(row: StageResult) -> str:
-    return "" if row.seconds is None else in_words(row.seconds)
+    return "" if row.seconds is None else format_duration(row.seconds)

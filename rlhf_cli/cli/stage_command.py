@@ -92,7 +92,7 @@ def run_stages(
     from rlhf_cli.pipeline.planner import Selection
     from rlhf_cli.recipe.loader import load_recipe
 
-    launcher.check_surroundings(given["processes"], given["accelerate_config"])
+    launcher.check_options(given["processes"], given["accelerate_config"])
     all_overrides = [*_overrides((*flags, *options.RUN_FLAGS), given), *overrides]
     try:
         loaded = load_recipe(given["recipe"], given["settings"] or [], all_overrides, section=section)
@@ -144,7 +144,7 @@ def _launch(processes: int | None, accelerate_config: Path | None, *, threads: i
     from rlhf_cli.distributed import launcher
 
     if accelerate_config is not None:
-        launcher.hand_over(accelerate_config)
+        launcher.exec_accelerate(accelerate_config)
     if processes is not None and processes > 1:
         launcher.start(processes, threads=threads)
         raise typer.Exit

@@ -120,7 +120,7 @@ def check_conversations(prompt_format: PromptFormat, records: Iterable[Record]) 
     """Render one conversation of each order of turns, since templates differ in the orders they allow.
 
     Raises:
-        DataError: the template refuses one, or the tokenizer has none; names the record's place.
+        DataError: the template refuses one, or the tokenizer has none; names the record's location.
     """
     seen: set[tuple[str, ...]] = set()
     for record in records:
@@ -134,5 +134,5 @@ def check_conversations(prompt_format: PromptFormat, records: Iterable[Record]) 
             prompt_format.prompt_string(record.prompt)
         except ModelError as error:
             raise DataError(
-                f"{record.place}: the turns {', '.join(roles)}: {error.message}", hint=error.hint
+                f"{record.location}: the turns {', '.join(roles)}: {error.message}", hint=error.hint
             ) from error

@@ -1,4 +1,4 @@
-"""Checks over a whole source: contradictions, annotators who answered twice, prompts on both sides of a split."""
+"""Checks over a whole source: contradictions, rankings that an annotator repeated, prompts on both sides of a split."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from rlhf_cli.data.records import Candidates, Ranking, Record, prompt_key
+from rlhf_cli.data.warnings import WarningLog
 
 
 def hash64(*texts: str) -> int:
-    """64 bits of SHA-256. Among ten million values two collide with probability 3e-6, which a warning may bear."""
+    """64 bits of SHA-256: among ten million values two collide with probability 3e-6, rare enough for a warning."""
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode()
@@ -23,60 +24,50 @@ def hash64(*texts: str) -> int:
 class RankingChecks:
     """Finds pairs ranked both ways and items that one annotator ranked twice.
 
-    Memory: eight bytes a ranked pair; of records with an annotator about 300 bytes, since a later one replaces them.
+    Memory: eight bytes per ranked pair; about 300 bytes per record with an annotator, since a later one replaces it.
     """
 
     def __init__(self) -> None:
-        self._verdicts = array("Q")
+        self._pairs = array("Q")
         self._of_annotator: dict[int, list[int]] = {}
         self.repeats = 0
 
     def add(self, ranking: Ranking) -> None:
-        """Take in one more."""
-        verdicts = _verdicts(ranking)
+        """Add one record."""
+        pairs = _ordered_pairs(ranking)
         if ranking.annotator is None:
-            self._verdicts.extend(verdicts)
+            self._pairs.extend(pairs)
             return
         key = annotation_key(ranking)
         self.repeats += key in self._of_annotator
-        self._of_annotator[key] = verdicts
+        self._of_annotator[key] = pairs
 
     def contradictions(self) -> int:
         """Pairs of completions of one prompt that are ranked both ways."""
-        verdicts = self._verdicts[:]
+        ordered = self._pairs[:]
         for later in self._of_annotator.values():
-            verdicts.extend(later)
-        if not verdicts:
+            ordered.extend(later)
+        if not ordered:
             return 0
         import numpy as np
 
-        distinct = np.unique(np.frombuffer(verdicts, dtype=np.uint64))
+        distinct = np.unique(np.frombuffer(ordered, dtype=np.uint64))
         pairs = distinct >> np.uint64(1)
         return int((pairs[1:] == pairs[:-1]).sum())
 
-    def warnings(self, source: str) -> list[str]:
-        """One line each, with its count."""
-        found = []
-        if count := self.contradictions():
-            found.append(
-                f"{source}: {count:,} pair{'s' if count > 1 else ''} of completions ranked both ways (a > b and b > a) "
-                "for the same prompt; all verdicts are kept"
-            )
-        if self.repeats:
-            found.append(
-                f"{source}: {self.repeats:,} record{'s' if self.repeats > 1 else ''} by an annotator who ranked the "
-                "same completions again later; the latest is used"
-            )
-        return found
+    def report(self, warnings: WarningLog) -> None:
+        """Add what was found to the warnings of the source."""
+        warnings.add("contradictions", count=self.contradictions())
+        warnings.add("annotator repeats", count=self.repeats)
 
 
 def annotation_key(ranking: Ranking) -> int:
-    """The same for all rankings of the same completions by the same annotator, in whatever order they stand."""
+    """Key that all rankings of the same completions by the same annotator share, in any order of the completions."""
     return hash64(str(ranking.annotator), prompt_key(ranking.prompt), *sorted(ranking.completions))
 
 
 def latest_annotations(rankings: list[Ranking]) -> list[Ranking]:
-    """Without those that their own annotator ranked again later."""
+    """Drop the rankings that their own annotator repeated later."""
     last = {annotation_key(ranking): index for index, ranking in enumerate(rankings) if ranking.annotator is not None}
     return [
         ranking
@@ -85,57 +76,54 @@ def latest_annotations(rankings: list[Ranking]) -> list[Ranking]:
     ]
 
 
-def _verdicts(ranking: Ranking) -> list[int]:
-    """One number a strict pair: a hash of the two completions, its last bit the winner's side."""
+def _ordered_pairs(ranking: Ranking) -> list[int]:
+    """One number per strict pair: a hash of the two completions, whose last bit says which one won."""
     prompt = prompt_key(ranking.prompt)
-    verdicts = []
+    pairs = []
     for better, worse in itertools.combinations(ranking.tiers, 2):
         for winner, loser in itertools.product(better, worse):
             first, second = sorted((ranking.completions[winner], ranking.completions[loser]))
             won_first = ranking.completions[winner] == first
-            verdicts.append(hash64(prompt, first, second) & ~1 | won_first)
-    return verdicts
+            pairs.append(hash64(prompt, first, second) & ~1 | won_first)
+    return pairs
 
 
 class CandidateChecks:
-    """Counts answers that stand in a source more than once; the order in which they stand does not matter.
+    """Counts records with the prompt and completions of an earlier record, in any order of the completions.
 
-    Memory: eight bytes a record.
+    Memory: eight bytes per record.
     """
 
     def __init__(self) -> None:
         self._keys = array("Q")
 
     def add(self, candidates: Candidates) -> None:
-        """Take in one more."""
+        """Add one record."""
         self._keys.append(candidates_key(candidates))
 
     @property
     def repeats(self) -> int:
-        """Records beyond the first of the same prompt and answers."""
+        """Number of records that repeat an earlier one."""
         if not self._keys:
             return 0
         import numpy as np
 
         return len(self._keys) - int(np.unique(np.frombuffer(self._keys, dtype=np.uint64)).size)
 
-    def warnings(self, source: str) -> list[str]:
-        """One line with the count, if there are any."""
-        if not (count := self.repeats):
-            return []
-        what = "records repeat" if count > 1 else "record repeats"
-        return [f"{source}: {count:,} {what} a prompt and answers that are there already; each is used once"]
+    def report(self, warnings: WarningLog) -> None:
+        """Add what was found to the warnings of the source."""
+        warnings.add("candidate repeats", count=self.repeats)
 
 
 def candidates_key(candidates: Candidates) -> int:
-    """The same for the same answers to the same prompt, in whatever order they stand."""
+    """Key that all records with the same prompt and completions share, in any order of the completions."""
     return hash64(prompt_key(candidates.prompt), *sorted(candidates.completions))
 
 
 def distinct_candidates(records: list[Candidates]) -> list[Candidates]:
-    """Each prompt and answers once, where they first stand.
+    """Keep the first record of each prompt and set of completions.
 
-    What is known of their order is what all say that say anything; where two say different things, nothing is known.
+    Its known order is the one that all of these records agree on; None if they disagree or none knows it.
     """
     first: dict[int, Candidates] = {}
     orders: dict[int, set[tuple[frozenset[str], ...]]] = {}
@@ -144,62 +132,63 @@ def distinct_candidates(records: list[Candidates]) -> list[Candidates]:
         kept = first.setdefault(key, record)
         if record.known is None:
             continue
-        said = orders.setdefault(key, set())
-        said.add(tuple(frozenset(record.completions[index] for index in tier) for tier in record.known))
+        seen = orders.setdefault(key, set())
+        seen.add(tuple(frozenset(record.completions[index] for index in tier) for tier in record.known))
         known = None
-        if len(said) == 1:
-            place = {answer: index for index, answer in enumerate(kept.completions)}
-            known = tuple(tuple(place[record.completions[index]] for index in tier) for tier in record.known)
+        if len(seen) == 1:
+            position = {completion: index for index, completion in enumerate(kept.completions)}
+            known = tuple(tuple(position[record.completions[index]] for index in tier) for tier in record.known)
         first[key] = replace(kept, known=known)
     return list(first.values())
 
 
-class PromptSet:
-    """The prompts of a source, as eight bytes a record."""
+class PromptHashes:
+    """The prompts of a source, in eight bytes per record."""
 
     def __init__(self) -> None:
         self._hashes = array("Q")
 
     def add(self, record: Record) -> None:
-        """Take in one more."""
+        """Add one record; plain text without a prompt counts by the text itself."""
         text = getattr(record, "completion", "") if record.prompt == "" else ""
         self._hashes.append(hash64(prompt_key(record.prompt), text))
 
-    def in_common(self, other: PromptSet) -> int:
-        """Distinct prompts that both hold."""
+    def count_common(self, other: PromptHashes) -> int:
+        """Number of distinct prompts that are in both."""
         import numpy as np
 
         if not self._hashes or not other._hashes:
             return 0
-        mine, theirs = (np.frombuffer(held._hashes, dtype=np.uint64) for held in (self, other))
-        return int(np.intersect1d(mine, theirs).size)
+        ours, theirs = (np.frombuffer(held._hashes, dtype=np.uint64) for held in (self, other))
+        return int(np.intersect1d(ours, theirs).size)
 
 
-def prompt_set(records: Iterable[Record]) -> PromptSet:
-    """The prompts of some records."""
-    prompts = PromptSet()
+def prompt_hashes(records: Iterable[Record]) -> PromptHashes:
+    """Hash the prompts of some records."""
+    prompts = PromptHashes()
     for record in records:
         prompts.add(record)
     return prompts
 
 
 def overlap_warning(
-    train: PromptSet | Iterable[Record],
-    evaluation: PromptSet | Iterable[Record],
+    train: PromptHashes | Iterable[Record],
+    evaluation: PromptHashes | Iterable[Record],
     *,
     names: tuple[str, str] = ("training", "evaluation"),
 ) -> str | None:
-    """A warning where prompts are trained on and evaluated on, else None.
+    """Warn about prompts that are both trained on and evaluated on; None if there are none.
 
     Args:
         train: records, or the `prompts` of a `ValidationReport`.
         evaluation: the same.
         names: of the two sources.
     """
-    mine, theirs = (held if isinstance(held, PromptSet) else prompt_set(held) for held in (train, evaluation))
-    count = mine.in_common(theirs)
+    ours, theirs = (held if isinstance(held, PromptHashes) else prompt_hashes(held) for held in (train, evaluation))
+    count = ours.count_common(theirs)
     if not count:
         return None
     return (
-        f"{count:,} prompt{'s' if count > 1 else ''} in both {names[0]} and {names[1]}: figures there flatter the model"
+        f"{count:,} prompt{'s' if count > 1 else ''} in both {names[0]} and {names[1]}: metrics on them flatter the "
+        "model"
     )

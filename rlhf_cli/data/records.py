@@ -1,4 +1,4 @@
-"""The record kinds every stage speaks in."""
+"""The kinds of records that all stages exchange."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ class Message:
 
 
 Prompt = str | tuple[Message, ...]
-"""Plain text, or a conversation that ends where an answer belongs."""
+"""Plain text, or a conversation that ends where the completion begins."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with the answer a model should give; plain text to learn from has the empty prompt.
+    """A prompt with the completion that a model should learn; plain text has the empty prompt.
 
     Attributes:
-        place: `file:line` it came from, for messages about it; no part of what it is.
+        location: `file:line` that it was read from, for messages; ignored when records are compared.
     """
 
     prompt: Prompt
     completion: str
-    place: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt to answer.
+    """A prompt without a completion.
 
     Attributes:
-        place: `file:line` it came from.
+        location: `file:line` that it was read from.
     """
 
     prompt: Prompt
-    place: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """K answers to one prompt in tiers, best first; a tier is a tie. A preference is a ranking of two.
+    """K completions of one prompt in tiers, best first; a tier is a tie. A preference is a ranking of two.
 
     Attributes:
-        prompt: what was asked.
-        completions: K answers.
+        prompt: the prompt of all completions.
+        completions: K texts.
         tiers: indices into `completions`, each exactly once.
-        margin: how much better the first tier is, where the labeler said so.
-        annotator: who ranked, where the file says so.
-        place: `file:line` it came from.
+        margin: how much better the first tier is, if the annotator said so.
+        annotator: who ranked, if the file says so.
+        location: `file:line` that it was read from.
     """
 
     prompt: Prompt
@@ -68,7 +68,7 @@ class Ranking:
     tiers: tuple[tuple[int, ...], ...]
     margin: float | None = None
     annotator: str | None = None
-    place: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
 
     def levels(self) -> list[int]:
         """Tier of each completion, 0 the best: (K,)."""
@@ -78,35 +78,35 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Answers to one prompt that are to be ranked.
+    """Completions of one prompt that are to be ranked.
 
     Attributes:
-        prompt: what was asked.
-        completions: K answers, two or more.
-        known: tiers where their order is known already (gold items, tests of judges).
-        subset: part of the data it belongs to, where the file says so.
-        place: `file:line` it came from.
+        prompt: the prompt of all completions.
+        completions: K texts, two or more.
+        known: tiers, if their order is known already (gold items, tests of judges).
+        subset: part of the data that it belongs to, if the file says so.
+        location: `file:line` that it was read from.
     """
 
     prompt: Prompt
     completions: tuple[str, ...]
     known: tuple[tuple[int, ...], ...] | None = None
     subset: str | None = None
-    place: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
 
 
 Record = Demonstration | PromptRecord | Ranking | Candidates
 
 
 def prompt_to_json(prompt: Prompt) -> str | list[dict[str, str]]:
-    """The prompt as it stands in a JSONL file."""
+    """The prompt as JSON files hold it."""
     if isinstance(prompt, str):
         return prompt
     return [{"role": message.role, "content": message.content} for message in prompt]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt as a reward function, a hash or a person sees it: plain text as it is, turns as `role: content`."""
+    """The prompt as text for reward functions and people: plain text unchanged, turns as `role: content`."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0].role == "user":
@@ -115,8 +115,8 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Hash by which the same prompt is recognized everywhere: splits, seeds and caches."""
-    # One user turn and plain text are the same question, and must fall on the same side of every split.
+    """Hash that identifies a prompt in splits, seeds and caches."""
+    # One user turn and plain text are the same question and must be on the same side of every split.
     is_question = not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user"
     plain = prompt_text(prompt) if is_question else prompt_to_json(prompt)
     text = json.dumps(plain, ensure_ascii=False, sort_keys=True)
@@ -124,12 +124,12 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def is_held_out(prompt: Prompt, share: float, seed: int) -> bool:
-    """Whether a prompt belongs to the held-out share. Depends on prompt and seed alone, so that all stages agree."""
+    """Whether a prompt is in the held-out share. Depends only on prompt and seed, so that all stages agree."""
     digest = hashlib.sha256(f"holdout {seed} {prompt_key(prompt)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def seed_for(prompt: Prompt, seed: int, sample: int) -> int:
-    """Seed of one answer: depends on prompt, run seed and the answer's number, not on its place in a batch."""
+    """Seed of one completion: depends on prompt, run seed and the sample's number, not on its position in a batch."""
     digest = hashlib.sha256(f"sample {seed} {sample} {prompt_key(prompt)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes seeds below 2**63

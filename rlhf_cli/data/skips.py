@@ -1,4 +1,4 @@
-"""Records that are left out: counted by reason, written down, and too many of them end the run."""
+"""Skipped records: counted by reason and written to a file; too many of them end the run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rlhf_cli.errors import DataError
 
 @dataclass(frozen=True)
 class Skip:
-    """One record that is left out.
+    """One skipped record.
 
     Attributes:
-        place: `file:line`.
-        reason: short and the same for all records of its sort, since skips are counted by it.
-        excerpt: beginning of the record, to recognize it by.
+        location: `file:line`.
+        reason: short, and equal for all records skipped for the same reason, since skips are counted by it.
+        excerpt: beginning of the record, so that a reader recognizes it.
     """
 
-    place: str
+    location: str
     reason: str
     excerpt: str
 
 
 class SkipLog:
-    """All records left out of one source.
+    """All skipped records of one source.
 
     Args:
-        keep: how many are remembered with their place; all are counted. None remembers all.
+        keep: how many are kept with their location; all are counted. None keeps all.
     """
 
     def __init__(self, keep: int | None = None) -> None:
@@ -38,19 +38,19 @@ class SkipLog:
         self._counts: Counter[str] = Counter()
 
     def add(self, skip: Skip) -> None:
-        """Count one more."""
+        """Count a skipped record."""
         self._counts[skip.reason] += 1
         if self._keep is None or len(self._skips) < self._keep:
             self._skips.append(skip)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Reason -> records, the most frequent reason first."""
+        """Reason -> number of records, the most frequent reason first."""
         return dict(self._counts.most_common())
 
     @property
     def total(self) -> int:
-        """Records left out."""
+        """Number of skipped records."""
         return self._counts.total()
 
     def __iter__(self):
@@ -60,7 +60,7 @@ class SkipLog:
         return self.total
 
     def write(self, path: Path) -> None:
-        """Write the remembered skips as JSON lines: `place`, `reason`, `excerpt`."""
+        """Write the kept skips as JSON lines: `location`, `reason`, `excerpt`."""
         with path.open("w", encoding="utf-8") as file:
             for skip in self._skips:
                 file.write(json.dumps(asdict(skip), ensure_ascii=False) + "\n")
@@ -69,10 +69,10 @@ class SkipLog:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
 
     def warnings(self, total: int, source: str) -> list[str]:
-        """A line that says what is left out, if anything is.
+        """One line about the skipped records; empty if there are none.
 
         Args:
-            total: records seen, those left out included.
+            total: number of records read, skipped ones included.
             source: for the message.
         """
         if not self.total:
@@ -80,33 +80,33 @@ class SkipLog:
         verb = "is" if self.total == 1 else "are"
         return [
             f"{source}: {self.total:,} of {total:,} records {verb} skipped: {self._reasons()} "
-            f"(first: {self._skips[0].place})"
+            f"(first: {self._skips[0].location})"
         ]
 
     def check(self, total: int, max_skip: float, source: str) -> None:
-        """Raise `DataError` when too many records are left out, or all of them.
+        """Raise `DataError` if all records are skipped, or too many of them.
 
         Args:
-            total: records seen, those left out included.
-            max_skip: largest share that may be left out.
+            total: number of records read, skipped ones included.
+            max_skip: largest share that may be skipped.
             source: for the message.
         """
         if not self.total or (self.total < total and self.total <= max_skip * total):
             return
-        reasons, first = self._reasons(), f"; the first is {self._skips[0].place}" if self._skips else ""
+        reasons, first = self._reasons(), f"; the first is {self._skips[0].location}" if self._skips else ""
         share = self.total / total
         if self.total >= total:
             raise DataError(
                 f"{source}: none of its {total:,} records can be used ({reasons}){first}",
-                hint="mend the records, or check that this is the file you meant",
+                hint="fix the records, or check that this is the file you meant",
             )
         raise DataError(
             f"{source}: {self.total:,} of {total:,} records ({share:.2%}) would be skipped, more than "
             f"`data.max_skip: {max_skip:g}` ({reasons}){first}",
-            hint=f"mend the records, or allow more with `--set data.max_skip={_round_up(share):g}`",
+            hint=f"fix the records, or allow more with `--set data.max_skip={_round_up(share):g}`",
         )
 
 
 def _round_up(share: float) -> float:
-    """The share in whole per cent, never below itself."""
+    """The share, rounded up to whole percent."""
     return min(1.0, (int(share * 100) + 1) / 100)

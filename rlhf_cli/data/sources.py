@@ -1,7 +1,7 @@
-"""What the rest of the package calls: records of a source, streamed, read whole, or only validated.
+"""Records of a source: streamed, read whole, or only validated. The other packages read data through this module.
 
-A source is a file, a folder of files, or a hub data set; a kind says which records it should hold. Errors (`DataError`)
-name `file:line`; records that are left out are counted; what deserves a warning is returned, never printed.
+A source is a file, a folder of files, or a hub data set; the kind says which records it must hold. Errors (`DataError`)
+name `file:line`; skipped records are counted; warnings are returned, never printed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import cast
 
 from rlhf_cli.data.checks import (
     CandidateChecks,
-    PromptSet,
+    PromptHashes,
     RankingChecks,
     distinct_candidates,
     latest_annotations,
     overlap_warning,
 )
-from rlhf_cli.data.hub import HubSource
-from rlhf_cli.data.origins import resolve, rows_of, source_digest
-from rlhf_cli.data.parsing import RowParser
+from rlhf_cli.data.readers.hub import HubSource
+from rlhf_cli.data.readers.resolve import resolve, rows_of, source_digest
 from rlhf_cli.data.records import Candidates, Kind, Ranking, Record
+from rlhf_cli.data.row_parser import RowParser
 from rlhf_cli.data.skips import Skip, SkipLog
-from rlhf_cli.data.warnings import Remarks
+from rlhf_cli.data.warnings import WarningLog
 from rlhf_cli.errors import DataError
 
 __all__ = [
@@ -50,9 +50,9 @@ class LoadedRecords:
 
     Attributes:
         records: in the order of the source.
-        skips: those left out; stages add what does not fit their model.
+        skips: the skipped records; stages add those that do not fit their model.
         warnings: one line each, for `progress.warn`.
-        total: records seen, those left out included.
+        total: number of records read, skipped ones included.
     """
 
     records: list
@@ -63,23 +63,23 @@ class LoadedRecords:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What a source holds, found out without keeping it.
+    """What a source holds, found without keeping its records.
 
     Attributes:
-        records: that can be used.
-        skips: counts by reason, and the first 1,000 of them.
-        warnings: one line each, what will be left out among them.
+        records: number of records that can be used.
+        skips: counts by reason, and the first 1,000 skipped records.
+        warnings: one line each, with one about the skipped records.
         prompts: hashes of all prompts, for `overlap_warning`.
     """
 
     records: int
     skips: SkipLog
     warnings: list[str]
-    prompts: PromptSet
+    prompts: PromptHashes
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source is a data set of the hub rather than something local; raises `DataError` if it is neither."""
+    """Whether a source is a data set of the hub, not a local path; raises `DataError` if it is neither."""
     return isinstance(resolve(source), HubSource)
 
 
@@ -89,26 +89,26 @@ def iter_records(
     *,
     columns: Mapping[str, str] = _NONE,
     on_skip: Callable[[Skip], None],
-    remarks: Remarks | None = None,
+    warnings: WarningLog | None = None,
     keep_blank: bool = False,
 ) -> Iterator[Record]:
-    """Records one by one, in memory bounded by the longest of them.
+    """Yield records one by one, in memory bounded by the longest of them.
 
     Args:
         source: file, folder or hub data set.
-        kind: "preference" and "ranking" both yield `Ranking`, from either form of file; "candidates" yields
-            `Candidates`, from these and from answers that nobody ranked.
+        kind: "preference" and "ranking" both yield `Ranking`, from both formats; "candidates" yields `Candidates`,
+            from these formats and from unranked completions.
         columns: our field -> the file's.
-        on_skip: is told of each record left out.
-        remarks: collects what deserves a warning.
-        keep_blank: lists of K answers may hold empty ones, as a model's own answers do.
+        on_skip: called with each skipped record.
+        warnings: collects the warnings.
+        keep_blank: keep blank completions in lists of K completions, as a model may have sampled them.
 
     Raises:
         DataError: the source cannot be read, a record is wrong, or there is none.
-        UsageError: `columns` names a field that no record has.
+        UsageError: `columns` names a field that records do not have.
     """
-    said = Remarks() if remarks is None else remarks
-    parser = RowParser(kind, columns, said, keep_blank=keep_blank)
+    warnings = WarningLog() if warnings is None else warnings
+    parser = RowParser(kind, columns, warnings, keep_blank=keep_blank)
     count = 0
     for row in rows_of(source):
         for record in parser.records(row):
@@ -118,10 +118,8 @@ def iter_records(
             else:
                 yield record
     if not count:
-        left_out = "".join(f"; {line}" for line in said.warnings(source))
-        raise DataError(
-            f"{source}: holds nothing that can be used{left_out}", hint="check that this is the file you meant"
-        )
+        skipped = "".join(f"; {line}" for line in warnings.lines(source))
+        raise DataError(f"{source}: no usable records{skipped}", hint="check that this is the file you meant")
 
 
 def read_records(
@@ -132,26 +130,28 @@ def read_records(
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> LoadedRecords:
-    """All records, see `iter_records`.
+    """Read all records; see `iter_records` for the arguments.
 
-    Of rankings of the same completions by one annotator only the latest is kept, of the same candidates the first.
+    If one annotator ranked the same completions several times, only the latest ranking is kept; of equal candidates
+    the first.
 
     Raises:
-        DataError: as `iter_records`, or more than `max_skip` of the records are left out.
+        DataError: as `iter_records`, or more than `max_skip` of the records are skipped.
     """
-    skips, remarks, checks = SkipLog(), Remarks(), _checks(kind)
+    skips, warnings, checks = SkipLog(), WarningLog(), _checks(kind)
     records = list(
-        iter_records(source, kind, columns=columns, on_skip=skips.add, remarks=remarks, keep_blank=keep_blank)
+        iter_records(source, kind, columns=columns, on_skip=skips.add, warnings=warnings, keep_blank=keep_blank)
     )
     total = len(records) + skips.total
     skips.check(total, max_skip, source)
     for record in records:
         _check(checks, record)
+    checks.report(warnings)
     if checks.repeats and isinstance(checks, CandidateChecks):
         records = distinct_candidates(cast(list[Candidates], records))
     elif checks.repeats:
         records = latest_annotations(cast(list[Ranking], records))
-    return LoadedRecords(records, skips, remarks.warnings(source) + checks.warnings(source), total)
+    return LoadedRecords(records, skips, warnings.lines(source), total)
 
 
 def validate_source(
@@ -162,22 +162,24 @@ def validate_source(
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> ValidationReport:
-    """Read a source through and keep nothing but hashes: eight bytes a prompt and a ranked pair.
+    """Read a source and keep only hashes: eight bytes per prompt and per ranked pair.
 
     Raises:
         DataError: as `read_records`.
     """
-    skips, remarks, checks, prompts = SkipLog(keep=_SKIPS_KEPT), Remarks(), _checks(kind), PromptSet()
+    skips, warnings, checks, prompts = SkipLog(keep=_SKIPS_KEPT), WarningLog(), _checks(kind), PromptHashes()
     count = 0
     for record in iter_records(
-        source, kind, columns=columns, on_skip=skips.add, remarks=remarks, keep_blank=keep_blank
+        source, kind, columns=columns, on_skip=skips.add, warnings=warnings, keep_blank=keep_blank
     ):
         count += 1
         prompts.add(record)
         _check(checks, record)
-    skips.check(count + skips.total, max_skip, source)
-    warnings = skips.warnings(count + skips.total, source) + remarks.warnings(source) + checks.warnings(source)
-    return ValidationReport(count - checks.repeats, skips, warnings, prompts)
+    total = count + skips.total
+    skips.check(total, max_skip, source)
+    checks.report(warnings)
+    lines = skips.warnings(total, source) + warnings.lines(source)
+    return ValidationReport(count - checks.repeats, skips, lines, prompts)
 
 
 def _checks(kind: Kind) -> RankingChecks | CandidateChecks:
@@ -185,7 +187,7 @@ def _checks(kind: Kind) -> RankingChecks | CandidateChecks:
 
 
 def _check(checks: RankingChecks | CandidateChecks, record: Record) -> None:
-    """Take in a record of the sort that is checked; others pass."""
+    """Add a record if these checks are about its kind."""
     if isinstance(checks, CandidateChecks):
         assert isinstance(record, Candidates)
         checks.add(record)

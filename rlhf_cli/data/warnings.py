@@ -1,58 +1,80 @@
-"""What deserves a warning: counted over a source, with the first place of each sort."""
+"""Warnings about a source: one line per kind, with a count and the first location."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-_REMARKS = {
+_RECORD_WARNINGS = {
     "empty prompt": "an empty prompt",
-    "sharegpt": "ShareGPT form (`from`, `value`), converted to `role`, `content`,",
-    "after answer": "turns after the last answer, which are not used,",
-    "answer dropped": "an answer at the end of the prompt, which is not used,",
-    "common beginning": "no `prompt`, so that the common beginning of `chosen` and `rejected` is taken for it,",
-    "equal answers": "the same answer more than once, which is shown once,",
+    "sharegpt": "ShareGPT format (`from`, `value`), converted to `role`, `content`,",
+    "after completion": "turns after the last completion, which are ignored,",
+    "completion dropped": "a completion at the end of the prompt, which is ignored,",
+    "common beginning": "no `prompt`: the common beginning of `chosen` and `rejected` is used as the prompt,",
+    "equal completions": "the same completion more than once, which is shown once,",
     "best of n": "best of n (lists in `chosen` or `rejected`), read as two tiers,",
-    "turn order": "an unusual order of turns, which the chat template has to allow,",
-    "trees": "an OpenAssistant tree, whose ranked replies are taken,",
-    "label studio": "a Label Studio task, whose annotations are taken,",
-    "argilla": "an Argilla record, whose responses are taken,",
+    "turn order": "an unusual order of turns, which the chat template must allow,",
+    "trees": "an OpenAssistant tree, whose ranked replies are read,",
+    "label studio": "a Label Studio task, whose annotations are read,",
+    "argilla": "an Argilla record, whose responses are read,",
 }
-_LEFT_OUT = {
-    "trees without": ("OpenAssistant tree", "without a message that has two ranked replies"),
-    "replies not accepted": (
-        "OpenAssistant message",
-        "deleted, or not accepted by reviewers; with all that follows it",
-    ),
-    "replies without rank": ("OpenAssistant reply", "no `rank`, though siblings have one"),
-    "tasks without": ("Label Studio task", "nobody ranked its answers"),
-    "annotations not given": ("Label Studio annotation", "cancelled, or without a ranking"),
-    "records without": ("Argilla record", "nobody ranked its answers"),
+"""Kind -> what a record has: "<text> in 2 records"."""
+_SKIP_WARNINGS = {
+    "trees without": ("OpenAssistant tree", "no message with two ranked replies"),
+    "replies not accepted": ("OpenAssistant message", "deleted or not accepted by reviewers; its replies too"),
+    "replies without rank": ("OpenAssistant reply", "no `rank`, though its siblings have one"),
+    "tasks without": ("Label Studio task", "no ranking of its completions"),
+    "annotations not given": ("Label Studio annotation", "canceled or without a ranking"),
+    "records without": ("Argilla record", "no ranking of its completions"),
     "responses not submitted": ("Argilla response", "draft or discarded"),
     "labels not used": ("label", "skipped, flagged, a hidden repeat or a gold item"),
 }
-"""What is no record and so is not skipped either: its name, and why it is left out."""
+"""Kind -> name and reason of what is skipped although it is not a record: "2 <names> skipped: <reason>"."""
+_SOURCE_WARNINGS = {
+    "contradictions": (
+        "{count} pair{s} of completions ranked both ways (a > b and b > a) for the same prompt; all rankings are kept"
+    ),
+    "annotator repeats": (
+        "{count} record{s} by an annotator who ranked the same completions again later; the latest is used"
+    ),
+    "candidate repeats": "{count} record{s} with the prompt and completions of an earlier record; each is used once",
+}
+"""Kind -> a sentence about the source as a whole."""
 
 
-class Remarks:
-    """Things worth a warning, each with its count and the first place."""
+class WarningLog:
+    """Counts warnings by kind and remembers the first location of each."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
 
-    def add(self, what: str, place: str, detail: str = "", *, count: int = 1) -> None:
-        """Count `count` more."""
-        self._counts[what] += count
-        self._first.setdefault(what, f"{place} {detail}".strip())
+    def add(self, kind: str, location: str = "", detail: str = "", *, count: int = 1) -> None:
+        """Count a warning.
 
-    def warnings(self, source: str) -> list[str]:
-        """One line each."""
-        return [f"{source}: {_line(what, count)} (first: {self._first[what]})" for what, count in self._counts.items()]
+        Args:
+            kind: a key of the tables above.
+            location: `file:line`; empty for warnings about the source as a whole.
+            detail: text that is shown after the location.
+            count: how many to add; 0 adds nothing.
+        """
+        if count:
+            self._counts[kind] += count
+            self._first.setdefault(kind, f"{location} {detail}".strip())
+
+    def lines(self, source: str) -> list[str]:
+        """One line per kind, in the order in which the kinds first came."""
+        return [
+            f"{source}: {_line(kind, count)}" + (f" (first: {first})" if (first := self._first[kind]) else "")
+            for kind, count in self._counts.items()
+        ]
 
 
-def _line(what: str, count: int) -> str:
-    if what not in _LEFT_OUT:
-        return f"{_REMARKS[what]} in {count:,} record{'s' if count > 1 else ''}"
-    name, why = _LEFT_OUT[what]
-    plural = name.removesuffix("y") + "ies" if name.endswith("y") else f"{name}s"
-    return f"{count:,} {plural if count > 1 else name} left out: {why}"
+def _line(kind: str, count: int) -> str:
+    plural = "s" if count > 1 else ""
+    if kind in _SOURCE_WARNINGS:
+        return _SOURCE_WARNINGS[kind].format(count=f"{count:,}", s=plural)
+    if kind in _RECORD_WARNINGS:
+        return f"{_RECORD_WARNINGS[kind]} in {count:,} record{plural}"
+    name, reason = _SKIP_WARNINGS[kind]
+    names = name if count == 1 else name.removesuffix("y") + "ies" if name.endswith("y") else f"{name}s"
+    return f"{count:,} {names} skipped: {reason}"

@@ -1,50 +1,47 @@
-"""Several processes, one pipeline: rank 0 plans, locks and publishes, and tells the others which stage comes next."""
+"""Rank 0 plans, locks and publishes; it broadcasts which stage starts next to the other processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.distributed.rendezvous import LISTENER
+from rlhf_cli.distributed.process_group import LISTENER, ProcessGroup
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the other processes need to know of a stage that is about to run.
+class StageStart:
+    """What rank 0 broadcasts before it starts a stage.
 
     Attributes:
-        stage: its name.
-        inputs: see `StageContext`.
+        stage: name of the stage.
+        inputs: its inputs, as JSON holds them; see `StageContext`.
     """
 
     stage: str
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, Any]
 
 
 class Coordinator:
-    """The processes of this run. Alone, it says nothing and imports nothing."""
+    """Keeps the processes of a run in the same stage. A single process sends nothing and imports nothing."""
 
     def __init__(self) -> None:
         self._processes = ProcessGroup()
-        self._has_met = False
+        self._connected = False
 
-    def lead(self, order: Order | None) -> None:
-        """Rank 0: all begin this stage; None: there is no other."""
-        if order is None and not self._has_met and LISTENER in os.environ:
-            return  # nothing was to be done, so torch is not even imported: our supervisor ends those who wait
-        self._has_met = True
-        self._processes.all_gather_object(
-            None if order is None else {"stage": order.stage, "inputs": dict(order.inputs)}
-        )
+    def broadcast(self, start: StageStart | None) -> None:
+        """Rank 0: start this stage in all processes; None ends the run."""
+        if start is None and not self._connected and LISTENER in os.environ:
+            return  # every stage is up to date, so torch is not even imported: the supervisor ends the other processes
+        self._connected = True
+        self._processes.all_gather_object(None if start is None else asdict(start))
 
-    def follow(self) -> Order | None:
-        """The others: wait for the next stage; None where there is none."""
-        told: dict[str, Any] | None = self._processes.all_gather_object(None)[0]
-        return None if told is None else Order(told["stage"], told["inputs"])
+    def receive(self) -> StageStart | None:
+        """All other ranks: wait for the next stage; None at the end of the run."""
+        message: dict[str, Any] | None = self._processes.all_gather_object(None)[0]
+        return None if message is None else StageStart(**message)
 
-    def wait(self) -> None:
-        """All have come to the end of a stage, so it is whole and may be published."""
+    def barrier(self) -> None:
+        """Wait until all processes have finished the stage, so that it can be published."""
         self._processes.barrier()

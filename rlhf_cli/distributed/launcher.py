@@ -1,6 +1,6 @@
-"""How a command comes to run in several processes: `--processes`, `--accelerate-config`, or a launcher around it.
+"""Starts this command in several processes: `--processes`, `--accelerate-config`, or an external launcher.
 
-Torch-free: the processes that are started import it, this one does not (docs/decisions/0006-processes.md).
+Imports no torch: only the processes that it starts do (docs/decisions/0006-processes.md).
 """
 
 from __future__ import annotations
@@ -11,111 +11,103 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_cli.distributed.ranks import rank, world_size
+from rlhf_cli.distributed.ranks import check_launcher_environment, rank, world_size
 from rlhf_cli.distributed.supervisor import supervise
 from rlhf_cli.errors import UsageError
 
 ENTRY: tuple[str, ...] = ("-m", "rlhf_cli")
-"""How Python starts this command again."""
+"""Python arguments that start this command."""
 
 _OPTIONS = ("--processes", "--accelerate-config")
-_NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_SERVED = ("NO", "MULTI_GPU")
+_SUPPORTED_TYPES = ("NO", "MULTI_GPU")
+_MAX_CONFIG_BYTES = 1 << 20
 
 
-def check_surroundings(processes: int | None, accelerate_config: Path | None) -> None:
-    """Refuse what cannot be carried out: a launcher inside a launcher, both at once, half of an environment.
+def check_options(processes: int | None, accelerate_config: Path | None) -> None:
+    """Refuse options that exclude each other, a launcher inside a launcher, and half a launcher's environment.
 
     Raises:
-        UsageError: says which.
+        UsageError: names the option or the environment variables.
     """
-    given = "--processes" if processes is not None else "--accelerate-config" if accelerate_config is not None else None
     if processes is not None and accelerate_config is not None:
         raise UsageError(
             "`--processes` and `--accelerate-config` exclude each other",
-            hint="the configuration's `num_processes` says how many; `--processes` needs no configuration",
+            hint="`num_processes` in the configuration sets their number; `--processes` needs no configuration",
         )
-    if world_size() == 1:
-        return
-    if given is not None:
+    check_launcher_environment(os.environ)
+    given = "--processes" if processes is not None else "--accelerate-config" if accelerate_config is not None else None
+    if given is not None and world_size() > 1:
         raise UsageError(
-            f"`{given}` inside of a launcher: this is process {rank()} of {world_size()} already (RANK, WORLD_SIZE)",
-            hint=f"leave `{given}` out, or the launcher",
-        )
-    missing = [name for name in _NEEDED if name not in os.environ]
-    if missing:
-        raise UsageError(
-            f"the environment says WORLD_SIZE={world_size()} and not {', '.join(missing)}",
-            hint="start with `--processes N` or torchrun, which set them all, or unset WORLD_SIZE",
+            f"`{given}` inside a launcher: this is already process {rank()} of {world_size()} (RANK, WORLD_SIZE)",
+            hint=f"remove `{given}`, or start the command without the launcher",
         )
 
 
 def start(processes: int, *, threads: int | None) -> None:
-    """Run this command in several processes on this machine; see `supervise` for what it raises.
+    """Run this command in several processes on this machine; raises what `supervise` raises.
 
     Args:
-        processes: how many.
-        threads: `model.threads`, of each process; None divides the machine's cores.
+        processes: number of processes.
+        threads: `model.threads`, per process; None divides the machine's cores among the processes.
     """
-    supervise(again(sys.argv[1:]), processes, environment(os.environ, processes, threads=threads))
+    supervise(worker_command(sys.argv[1:]), processes, worker_environment(os.environ, processes, threads=threads))
 
 
-def again(arguments: Sequence[str]) -> list[str]:
-    """This command with these arguments, without those that say how it is launched."""
-    # The installed command does not look for modules in the current folder; `python -m` would, but for -P.
+def worker_command(arguments: Sequence[str]) -> list[str]:
+    """This command with these arguments, without the options that set how it is launched."""
+    # The installed command does not look for modules in the current folder; `python -m` would without -P.
     safe = () if Path(sys.argv[0]).name == "__main__.py" else ("-P",)
-    return [sys.executable, *safe, *ENTRY, *_others(arguments)]
+    return [sys.executable, *safe, *ENTRY, *_without_launch_options(arguments)]
 
 
-def _others(arguments: Sequence[str]) -> list[str]:
-    """Arguments that do not say how the command is launched."""
+def _without_launch_options(arguments: Sequence[str]) -> list[str]:
     kept: list[str] = []
-    skipping = False
+    is_value = False
     for argument in arguments:
-        if skipping:
-            skipping = False
+        if is_value:
+            is_value = False
         elif argument in _OPTIONS:
-            skipping = True
+            is_value = True
         elif not argument.startswith(tuple(f"{option}=" for option in _OPTIONS)):
             kept.append(argument)
     return kept
 
 
-def environment(given: Mapping[str, str], processes: int, *, threads: int | None) -> dict[str, str]:
-    """What the processes on one machine find in their environment; what the user set stays."""
+def worker_environment(given: Mapping[str, str], processes: int, *, threads: int | None) -> dict[str, str]:
+    """Environment of each process on one machine; variables that the user set keep their values."""
     found = dict(given)
     if threads is None:
         found.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    found.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer's death is told by the supervisor, not by its socket
+    found.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the supervisor reports a process's death, not torch's sockets
     if sys.platform == "linux":
-        # All are on this machine: nothing listens to the network, and no host name has to resolve.
+        # All processes are on this machine: none listens to the network, and no host name has to resolve.
         found.setdefault("GLOO_SOCKET_IFNAME", "lo")
         found.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return found
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def hand_over(config: Path) -> NoReturn:
-    """Become accelerate's launcher, which starts this command on one machine or on several.
+def exec_accelerate(config: Path) -> NoReturn:
+    """Replace this process by accelerate's launcher, which starts this command on one or several machines.
 
     Raises:
-        UsageError: a configuration that cannot be read, or of a kind of training that this command has not.
+        UsageError: the configuration cannot be read, or asks for a kind of training that is not supported.
     """
     check_accelerate_config(config)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     sys.stdout.flush()
     sys.stderr.flush()
-    # No shell and no parent: signals are to reach the launcher itself.
-    os.execv(sys.executable, [sys.executable, *launcher, *ENTRY, *_others(sys.argv[1:])])  # noqa: S606
+    # No shell and no parent process: signals have to reach the launcher itself.
+    os.execv(sys.executable, [sys.executable, *launcher, *ENTRY, *_without_launch_options(sys.argv[1:])])  # noqa: S606
 
 
 def check_accelerate_config(config: Path) -> None:
-    """Raise `UsageError` for a configuration of `accelerate config` that this command cannot honor."""
-    found = _read(config)
+    """Raise `UsageError` if a file of `accelerate config` cannot be read or asks for what is not supported."""
+    found = _read_config(config)
     kind = str(found.get("distributed_type", "NO"))
     count = found.get("num_processes", 1)
     if kind == "MULTI_CPU" or (count != 1 and (kind == "NO" or found.get("use_cpu"))):
@@ -123,13 +115,15 @@ def check_accelerate_config(config: Path) -> None:
             f"{config}: with `distributed_type: {kind}` accelerate starts one process, not {count}, silently",
             hint="use `--processes N` on one machine, or torchrun on several",
         )
-    if kind not in _SERVED:
+    if kind not in _SUPPORTED_TYPES:
         raise UsageError(
-            f"{config}: `distributed_type: {kind}` is none of {', '.join(_SERVED)}; models are not sharded yet",
+            f"{config}: `distributed_type` must be {' or '.join(_SUPPORTED_TYPES)}, got `{kind}`: models are not "
+            "sharded",
             hint="every process holds whole models: run `accelerate config` again and choose multi-GPU",
         )
-    if str(found.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
-        raise UsageError(f"{config}: `compute_environment: {found['compute_environment']}` is not LOCAL_MACHINE")
+    where = str(found.get("compute_environment", "LOCAL_MACHINE"))
+    if where != "LOCAL_MACHINE":
+        raise UsageError(f"{config}: `compute_environment` must be LOCAL_MACHINE, got `{where}`")
     if str(found.get("mixed_precision", "no")) not in ("no", "None"):
         raise UsageError(
             f"{config}: `mixed_precision: {found['mixed_precision']}` has no effect here",
@@ -137,18 +131,34 @@ def check_accelerate_config(config: Path) -> None:
         )
 
 
-def _read(config: Path) -> dict[str, Any]:
-    from rlhf_cli.recipe.document import MAX_BYTES, InvalidYAML, parse
+def _read_config(config: Path) -> dict[str, Any]:
+    """Read a configuration with PyYAML, as accelerate does, so that both see the same values."""
+    import yaml
 
     try:
-        text = config.read_bytes()[: MAX_BYTES + 1].decode("utf-8-sig")
-        value = parse(text).value
+        with config.open("rb") as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
         raise UsageError(f"{config}: no such file", hint="`accelerate config` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{config}: cannot be read: {error}") from None
-    except InvalidYAML as error:
-        raise UsageError(f"{config}:{error.line}: {error.problem}") from None
+    except OSError as error:
+        raise UsageError(f"{config}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise UsageError(f"{config}: larger than 1 MiB; a configuration of accelerate has a few lines")
+    try:
+        value = yaml.safe_load(content.decode("utf-8-sig"))
+    except yaml.MarkedYAMLError as error:
+        line = 1 if error.problem_mark is None else error.problem_mark.line + 1
+        raise UsageError(f"{config}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a character, a depth or a date that YAML refuses
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise UsageError(f"{config}: not valid YAML: {reason}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{config}: is no configuration of accelerate", hint="`accelerate config` writes one")
+        raise UsageError(
+            f"{config}: a configuration of accelerate must be a mapping, got {type(value).__name__}",
+            hint="`accelerate config` writes one",
+        )
+    # YAML 1.1 reads a bare `no` as false.
+    for name, no in (("distributed_type", "NO"), ("mixed_precision", "no")):
+        if value.get(name) is False:
+            value[name] = no
     return value

@@ -1,16 +1,22 @@
-"""The processes of one run: which of them this is, and the little they tell one another.
+"""The processes of one run: how they connect, and the collectives that stages use.
 
-A launcher (`rlhf --processes N`, torchrun, `accelerate launch`) starts the same command several times and tells each
-its rank through the environment. Everything goes through accelerate's state, so that whatever it starts works; a single
-process pays nothing and imports nothing.
+A launcher (`rlhf --processes N`, torchrun, `accelerate launch`) starts the same command several times and sets each
+process's rank in the environment. All collectives use accelerate's state, so every launcher that accelerate supports
+works. A single process imports nothing and exchanges nothing.
 
-What is exchanged is small: sums of gradients, and facts about answers as JSON. Nothing is pickled.
+Messages are small: sums of gradients, and JSON about completions. Nothing is pickled.
+
+Under `rlhf --processes` the supervisor opens the listening socket and passes it to rank 0, so no other program can take
+the port first. Other launchers name an address and a port in the environment, as torch expects.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,13 +28,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+LISTENER = "RLHF_LISTENER"
+"""Environment variable with the file descriptor of the socket that rank 0 listens on."""
+
+# One process may work for hours (hashing, reading data, calling a judge) while the others wait. If it dies, the
+# launcher ends their wait; a time limit would end waits that are in order.
+_TIMEOUT = timedelta(days=30)
 
 
 class ProcessGroup:
-    """Exchanges between the processes of a run. Every method that exchanges is called by all of them, in one order.
+    """Collectives over the processes of a run. Every process must call the same collectives in the same order.
 
     Args:
-        device: on which tensors are summed; messages travel there too where the backend is not for the CPU.
+        device: where tensors are summed; messages travel there too if the backend does not serve the CPU.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -37,27 +51,37 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes files and speaks to people."""
+        """Whether this process writes files and prints messages."""
         return self.index == 0
 
     def shard(self, items: Sequence[Item]) -> list[Item]:
-        """This process's share of `items`, every `count`-th; the others have the rest. May be empty."""
+        """This process's items: every `count`-th, beginning at its index. May be empty."""
         return list(items[self.index :: self.count])
 
+    def map(self, items: Sequence[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
+        """Apply `work` to each process's shard and return the results of all items to every process, in their order.
+
+        Args:
+            items: N items, the same in every process; N may be smaller than the number of processes.
+            work: maps a list of items to a list of as many results; JSON must be able to hold them.
+        """
+        shards = self.all_gather_object(work(self.shard(items)))
+        return [shards[index % self.count][index // self.count] for index in range(len(items))]
+
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in place; many small ones travel as one message."""
+        """Replace each tensor by its sum over the processes, in place; small tensors share one message."""
         if self.count == 1 or not tensors:
             return
         import torch
 
         with torch.no_grad():
-            for together in _messages(tensors):
-                flat = self._state.reduce(torch.cat([tensor.reshape(-1) for tensor in together]))
-                for tensor, part in zip(together, flat.split([one.numel() for one in together]), strict=True):
+            for message in _messages(tensors):
+                flat = self._state.reduce(torch.cat([tensor.reshape(-1) for tensor in message]))
+                for tensor, part in zip(message, flat.split([one.numel() for one in message]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
     def all_gather_object(self, item: Any) -> list[Any]:
-        """What every process holds, in the order of their numbers; anything JSON can say (floats keep every bit)."""
+        """Every process's item, in order of rank. Items are sent as JSON, which keeps every bit of a float."""
         if self.count == 1:
             return [item]
         return [json.loads(text) for text in self._state.exchange(json.dumps(item).encode())]
@@ -67,39 +91,37 @@ class ProcessGroup:
         return any(self.all_gather_object(flag))
 
     def barrier(self) -> None:
-        """Return once every process has come here."""
+        """Return once every process has called this."""
         self.all_gather_object(None)
 
     @cached_property
-    def _state(self) -> _Exchange:
-        return _Exchange(self._device)
+    def _state(self) -> _Collectives:
+        return _Collectives(self._device)
 
 
-_MESSAGE = 2**24
-"""Most numbers in one message, unless a single tensor has more: a copy of all gradients would be a model's memory."""
+_MESSAGE_NUMBERS = 2**24
+"""Most numbers per message, unless one tensor has more: a copy of all gradients would need a model's memory."""
 
 
 def _messages(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors in their order, cut where the dtype changes or a message is full."""
+    """Tensors in their order, split where the dtype changes or a message is full."""
     messages: list[list[Tensor]] = []
-    room = 0
+    free = 0
     for tensor in tensors:
-        if not messages or messages[-1][0].dtype != tensor.dtype or tensor.numel() > room:
+        if not messages or messages[-1][0].dtype != tensor.dtype or tensor.numel() > free:
             messages.append([])
-            room = _MESSAGE
+            free = _MESSAGE_NUMBERS
         messages[-1].append(tensor)
-        room -= tensor.numel()
+        free -= tensor.numel()
     return messages
 
 
-class _Exchange:
-    """Collectives of torch: messages on the CPU by gloo, tensors where they are, by NCCL on a GPU."""
+class _Collectives:
+    """torch's collectives: messages over gloo on the CPU, tensors on their device, with NCCL on a GPU."""
 
     def __init__(self, device: torch.device | None) -> None:
         import torch
         from accelerate import PartialState
-
-        from rlhf_cli.distributed.rendezvous import join
 
         join()
         self._device = torch.device("cpu") if device is None else device
@@ -115,12 +137,12 @@ class _Exchange:
         there = flat.to(self._device)
         with waiting():
             torch.distributed.all_reduce(there)
-            if there.is_cuda:  # NCCL returns at once; the wait would come later, where it is not known as one
+            if there.is_cuda:  # NCCL returns at once; waiting later would not count as waiting for the others
                 torch.cuda.current_stream(there.device).synchronize()
         return there.to(flat.device)
 
     def exchange(self, message: bytes) -> list[bytes]:
-        """Every process's message."""
+        """Every process's message, in order of rank."""
         import torch
         import torch.distributed
 
@@ -133,3 +155,56 @@ class _Exchange:
         with waiting():
             torch.distributed.all_gather(found, padded)
         return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]
+
+
+def join() -> None:
+    """Initialize torch's process group once: gloo for tensors on the CPU, NCCL for those on a GPU."""
+    import torch
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        return
+    # Windows and custom builds have GPUs without NCCL; gloo then also sends tensors of the GPU.
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+    listener = os.environ.pop(LISTENER, None)
+    index, count = rank(), world_size()
+    if listener is None:
+        distributed.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        count,
+        is_master=index == 0,
+        timeout=_TIMEOUT,
+        master_listen_fd=int(listener) if index == 0 else None,
+    )
+    distributed.init_process_group(backend, store=store, rank=index, world_size=count, timeout=_TIMEOUT)
+
+
+def leave() -> None:
+    """Destroy the process group, if there is one, at the end of a successful run.
+
+    Otherwise torch's threads may still wait for a process that has ended when the interpreter exits, and abort.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+_LOST_PEER_ERRORS = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
+_LOST_PEER_MESSAGES = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_MAX_CAUSES = 20
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether an error only reports the end of another process, which then has the actual cause."""
+    seen = 0
+    while error is not None and seen < _MAX_CAUSES:
+        if {kind.__name__ for kind in type(error).__mro__} & _LOST_PEER_ERRORS:
+            return True
+        if isinstance(error, RuntimeError) and any(message in str(error) for message in _LOST_PEER_MESSAGES):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False

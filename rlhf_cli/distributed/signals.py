@@ -1,7 +1,7 @@
-"""Requests to stop: the first signal lets the stage save and end; a second Ctrl-C ends at once.
+"""Requests to stop: after the first signal the stage saves and ends; a second Ctrl-C ends the process at once.
 
-Under `--processes` the supervisor alone counts: who signals every process of a job (a scheduler) reaches each of ours
-twice, directly and through the supervisor, and means it once.
+Under `--processes` only the supervisor counts signals: a scheduler that signals every process of a job reaches each
+worker twice, directly and through the supervisor, but means one request.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from typing import Protocol, Self
 from rlhf_cli.distributed.worker import is_supervised
 from rlhf_cli.errors import Interrupted
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to save and stop; schedulers send SIGUSR1 ahead of SIGTERM."""
 
 
 class StopRequest(Protocol):
-    """Asks whether a signal wants the work to stop."""
+    """Tells whether a signal asked the work to stop."""
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came, for loops that save first."""
+        """Whether a signal came, for loops that save before they stop."""
         ...
 
     def check(self) -> None:
-        """Raise `Interrupted` if so. Call it where everything done so far is saved."""
+        """Raise `Interrupted` if a signal came. Call it only where everything done so far is saved."""
         ...
 
 
 class SignalStop:
-    """A `StopRequest` that listens to SIGINT, SIGTERM and SIGUSR1 while it is entered."""
+    """A `StopRequest` that handles SIGINT, SIGTERM and SIGUSR1 inside its `with` block."""
 
     def __init__(self) -> None:
         self._signum: int | None = None
-        self._before: dict[int, object] = {}
+        self._previous: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
@@ -43,17 +44,17 @@ class SignalStop:
         return self._signum is not None
 
     def check(self) -> None:
-        """Raise `Interrupted` if one did."""
+        """Raise `Interrupted` if a signal came."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 
     def __enter__(self) -> Self:
-        for signum in _SIGNALS:
-            self._before[signum] = signal.signal(signum, self._handle)
+        for signum in STOP_SIGNALS:
+            self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for signum, handler in self._before.items():
+        for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

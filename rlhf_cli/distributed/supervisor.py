@@ -1,8 +1,8 @@
-"""Starts the processes of `rlhf --processes N` and answers for them: signals, deaths, and which failure is shown.
+"""Starts and watches the processes of `rlhf --processes N`: signals, deaths, and which failure is shown.
 
-Rank 0 has the user's terminal. The others' output is kept, and its last lines are shown when one dies without a word.
-All say through their channel what went wrong (`pipeline.worker`); of several failures the first is shown, and none that
-only says that another process is gone.
+Rank 0 has the user's terminal. The output of the other ranks is kept; its last lines are shown if a rank dies without
+reporting an error. All ranks report errors through their channel (`distributed.worker`). Of several failures the first
+is shown, but never one that only reports the end of another process.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from rlhf_cli.distributed.rendezvous import LISTENER
+from rlhf_cli.distributed.process_group import LISTENER
+from rlhf_cli.distributed.signals import STOP_SIGNALS
 from rlhf_cli.distributed.worker import CHANNEL
 from rlhf_cli.errors import Interrupted, ProcessDiedError, ReportedError
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_LAST_WORDS = 2.0
-"""Seconds that the others have to end by themselves after one has failed; they may be waiting for it in vain."""
-_CULPRIT = 8.0
-"""Seconds in which the process is looked for that others say they have lost."""
-_SAVING = 120.0
-"""Seconds that the others have to save, after a signal, once the first has left."""
-_PARTING = 1.0
-"""Seconds that the others have once rank 0 is done: it does the last that matters."""
-_KEPT = 1 << 16
+_AFTER_FAILURE = 2.0
+"""Seconds that the other ranks have to end after one has failed; they may be waiting for it."""
+_AFTER_LOST_PEER = 8.0
+"""Seconds to find the rank whose end the others report."""
+_AFTER_STOP = 120.0
+"""Seconds that the other ranks have to save after a signal, once the first has ended."""
+_AFTER_RANK_0 = 1.0
+"""Seconds that the other ranks have once rank 0 has succeeded: it does the last work of a run."""
+_KEPT_BYTES = 1 << 16
 """Bytes of a rank's output that are kept."""
 _SHOWN_LINES = 30
-_EVERY = 0.1
-"""Seconds between two looks at who has ended."""
-_READS = 64
-"""Reads of what an ended process has said; what it started may go on talking."""
-_NO_WORD_OF_OURS = (signal.SIGABRT,)
-"""Signals that a library sends itself, often because another process is gone."""
+_POLL = 0.1
+"""Seconds between two checks for ranks that have ended."""
+_MAX_READS = 64
+"""Reads of an ended rank's output; programs that it started may still be writing."""
+_SIGNALS_OF_LIBRARIES = (signal.SIGABRT,)
+"""Signals that a library sends to its own process, often because another rank has ended."""
 
 
 @dataclass
@@ -52,71 +52,71 @@ class _Rank:
     Attributes:
         number: its rank.
         process: the process.
-        channel: what it says through it.
-        words: bytes from the channel.
-        tail: last bytes of its stdout and stderr; rank 0's are the user's.
+        channel: socket through which it reports an error.
+        received: bytes from the channel.
+        tail: last bytes of its stdout and stderr; empty for rank 0, which has the user's.
         ended: when its end was noticed, by `time.monotonic`.
-        was_told: whether a request to stop was sent to it.
-        was_killed: whether we ended it.
+        signalled: whether a request to stop was sent to it.
+        killed: whether the supervisor killed it.
     """
 
     number: int
     process: subprocess.Popen[bytes]
     channel: socket.socket
-    words: bytearray = field(default_factory=bytearray)
+    received: bytearray = field(default_factory=bytearray)
     tail: bytearray = field(default_factory=bytearray)
     ended: float | None = None
-    was_told: bool = False
-    was_killed: bool = False
+    signalled: bool = False
+    killed: bool = False
 
     @property
     def failed(self) -> bool:
-        """Whether it ended by itself, and not well."""
-        return self.ended is not None and not self.was_killed and self.process.returncode != 0
+        """Whether it ended by itself with an error."""
+        return self.ended is not None and not self.killed and self.process.returncode != 0
 
     @property
     def report(self) -> dict[str, Any]:
-        """What it said of its failure; empty where it had no time to."""
-        return json.loads(self.words) if self.words.endswith(b"\n") else {}
+        """The error that it reported; empty if it reported none."""
+        return json.loads(self.received) if self.received.endswith(b"\n") else {}
 
     @property
-    def urgency(self) -> tuple[int, float]:
-        """Sort key of failures: the first to be shown is the smallest."""
+    def order(self) -> tuple[int, float]:
+        """Sort key of failures: the smallest is shown."""
         if self.report:
             return (2 if self.report["lost_peer"] else 1), self.report["at"]
         code, at = self.process.returncode, self.ended or 0.0
-        return (0 if code < 0 and -code not in _NO_WORD_OF_OURS else 1), at
+        return (0 if code < 0 and -code not in _SIGNALS_OF_LIBRARIES else 1), at
 
     def kill(self) -> None:
-        """End it and whatever it started, if its end was not noticed before."""
+        """Kill it and whatever it started, unless its end was noticed before."""
         if self.ended is None:
-            self.was_killed = True
+            self.killed = True
             self.kill_group()
 
     def kill_group(self) -> None:
-        """End what it started, and itself; not later than its end is noticed, since the number may be reused then."""
+        """Kill its process group; call it before the process is reaped, since the id may be reused afterwards."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def supervise(command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
-    """Run `command` in `count` processes.
+    """Run `command` in `count` processes and return when all have succeeded.
 
     Args:
-        command: each process's; it calls `Worker.adopt` to speak with us.
-        count: processes.
-        environment: for all of them; RANK and its like are added.
+        command: of each process; it calls `Worker.adopt` to report errors.
+        count: number of processes.
+        environment: of all processes; RANK and the other variables of a launcher are added.
 
     Raises:
-        ReportedError: a process failed; what it had to say was printed, and the exit code is its own.
-        ProcessDiedError: a process was killed, or ended without a word.
-        Interrupted: a signal stopped them before they could say so.
+        ReportedError: a rank failed; its error was printed, and the exit code is its own.
+        ProcessDiedError: a rank was killed, or ended without reporting an error.
+        Interrupted: a signal stopped the ranks before they could report it.
     """
     _Supervisor(command, count, environment).run()
 
 
 class _Supervisor:
-    """See `supervise`."""
+    """The state of one `supervise` call."""
 
     def __init__(self, command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
         self._signum: int | None = None
@@ -126,8 +126,8 @@ class _Supervisor:
         self._command, self._count, self._environment = command, count, environment
 
     def run(self) -> None:
-        """Start all, wait for all."""
-        with self._listening():
+        """Start all ranks and wait for their end."""
+        with self._handling_signals():
             try:
                 self._start()
                 self._wait()
@@ -137,7 +137,7 @@ class _Supervisor:
                 for rank in self._ranks:
                     rank.process.wait()
                 self._selector.close()
-            self._conclude()
+            self._raise_failure()
 
     def _start(self) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=self._count) as listener:
@@ -146,50 +146,50 @@ class _Supervisor:
             shared |= {"MASTER_PORT": port, LISTENER: listener.fileno()}
             for number in range(self._count):
                 self._ranks.append(self._spawn(number, shared, listener))
-                self._pass_on()  # a signal that came before it was there
+                self._forward_signal()  # one that came before this rank was started
 
     def _spawn(self, number: int, shared: Mapping[str, object], listener: socket.socket) -> _Rank:
         ours, theirs = socket.socketpair()
         own = {"RANK": number, "LOCAL_RANK": number, CHANNEL: theirs.fileno()}
         output = None if number == 0 else subprocess.PIPE
-        process = subprocess.Popen(  # noqa: S603  (this very command)
+        process = subprocess.Popen(  # noqa: S603  (the command that the user started)
             self._command,
             env={**self._environment, **{name: str(value) for name, value in {**shared, **own}.items()}},
             pass_fds=[theirs.fileno(), *([listener.fileno()] if number == 0 else [])],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            process_group=0,  # so that Ctrl-C in a terminal reaches each once, through us
+            process_group=0,  # so that Ctrl-C in a terminal reaches each rank once, through the supervisor
         )
         theirs.close()
         rank = _Rank(number, process, ours)
-        self._listen(ours.fileno(), rank.words)
+        self._register(ours.fileno(), rank.received)
         for stream in (process.stdout, process.stderr):
             if stream is not None:
-                self._listen(stream.fileno(), rank.tail)
+                self._register(stream.fileno(), rank.tail)
         return rank
 
-    def _listen(self, source: int, into: bytearray) -> None:
+    def _register(self, source: int, into: bytearray) -> None:
         os.set_blocking(source, False)
         self._selector.register(source, selectors.EVENT_READ, into)
 
     def _wait(self) -> None:
         deadline = float("inf")
         while any(rank.ended is None for rank in self._ranks) and not self._at_once:
-            self._look()
-            limit = self._limit()
+            self._poll()
+            limit = self._seconds_left()
             if limit is not None:
                 deadline = min(deadline, time.monotonic() + limit)
             if time.monotonic() > deadline:
                 return
 
-    def _look(self) -> None:
-        """Read what was said and notice who has ended; what an ended process has said is read first."""
+    def _poll(self) -> None:
+        """Read what the ranks wrote and notice which have ended; the output of an ended rank is read first."""
         ended = [rank for rank in self._ranks if rank.ended is None and rank.process.poll() is not None]
         for rank in ended:
             rank.kill_group()
-        for _ in range(_READS if ended else 1):
-            events = self._selector.select(0.0 if ended else _EVERY)
+        for _ in range(_MAX_READS if ended else 1):
+            events = self._selector.select(0.0 if ended else _POLL)
             for key, _ in events:
                 self._read(key)
             if not events:
@@ -199,7 +199,7 @@ class _Supervisor:
 
     def _read(self, key: selectors.SelectorKey) -> None:
         try:
-            found = os.read(key.fd, _KEPT)
+            found = os.read(key.fd, _KEPT_BYTES)
         except BlockingIOError:
             return
         except ConnectionResetError:
@@ -210,37 +210,38 @@ class _Supervisor:
         if any(key.data is rank.tail for rank in self._ranks):
             if self._environment.get("RLHF_DEBUG", "") not in ("", "0"):
                 sys.stderr.write(found.decode(errors="replace"))
-            del key.data[:-_KEPT]
+            del key.data[:-_KEPT_BYTES]
 
-    def _limit(self) -> float | None:
-        """Seconds that those who still run have from now on; None for as many as they like."""
+    def _seconds_left(self) -> float | None:
+        """Seconds that the running ranks have from now on; None for no limit."""
         if self._ranks[0].ended is not None and self._ranks[0].process.returncode == 0:
-            return _PARTING
+            return _AFTER_RANK_0
         failed = [rank for rank in self._ranks if rank.failed]
         if not failed:
             return None
-        first = min(failed, key=lambda rank: rank.urgency)
-        if first.report.get("code") in (130, 143) or self._is_stopped(first):
-            return _SAVING
-        return _CULPRIT if first.urgency[0] == 2 else _LAST_WORDS
+        first = min(failed, key=lambda rank: rank.order)
+        if first.report.get("code") in (130, 143) or self._ended_by_our_signal(first):
+            return _AFTER_STOP
+        return _AFTER_LOST_PEER if first.order[0] == 2 else _AFTER_FAILURE
 
-    def _is_stopped(self, rank: _Rank) -> bool:
-        """Whether the signal that we passed on ended it before it could say so."""
+    def _ended_by_our_signal(self, rank: _Rank) -> bool:
+        """Whether the forwarded signal ended it before it could report that."""
         return self._signum is not None and rank.process.returncode == -self._signum
 
-    def _conclude(self) -> None:
+    def _raise_failure(self) -> None:
         if self._at_once:
             raise KeyboardInterrupt
         if self._ranks[0].ended is not None and self._ranks[0].process.returncode == 0:
-            return  # it is the last to do anything that matters
-        self._restore_terminal()
-        failed = sorted((rank for rank in self._ranks if rank.failed), key=lambda rank: rank.urgency)
+            return  # it does the last work of a run
+        if sys.stderr.isatty():  # a progress bar of rank 0 may have hidden the cursor
+            sys.stderr.write("\033[?25h\n")
+        failed = sorted((rank for rank in self._ranks if rank.failed), key=lambda rank: rank.order)
         first = failed[0]
-        if self._is_stopped(first) or (self._signum is not None and first.urgency[0] == 2):
+        if self._ended_by_our_signal(first) or (self._signum is not None and first.order[0] == 2):
             assert self._signum is not None
             raise Interrupted(self._signum)
         if not first.report:
-            raise self._unsaid(first)
+            raise self._died_silently(first)
         same = [rank for rank in failed if rank.report.get("text") == first.report["text"]]
         if self._ranks[0] not in same:
             print(f"rank {first.number} of {self._count} failed:", file=sys.stderr)
@@ -248,31 +249,27 @@ class _Supervisor:
         sys.stderr.flush()
         raise ReportedError(first.report["code"])
 
-    def _unsaid(self, rank: _Rank) -> ProcessDiedError:
-        """The error for a process that ended without a word."""
+    def _died_silently(self, rank: _Rank) -> ProcessDiedError:
+        """The error for a rank that ended without reporting one."""
         code = rank.process.returncode
         lines = rank.tail.decode(errors="replace").splitlines()[-_SHOWN_LINES:]
         if lines:
-            print(f"the last that rank {rank.number} said:", *lines, sep="\n  ", file=sys.stderr)
+            print(f"last output of rank {rank.number}:", *lines, sep="\n  ", file=sys.stderr)
         if code >= 0:
             return ProcessDiedError(
-                f"rank {rank.number} of {self._count} ended with exit code {code} and said nothing more", exit_code=code
+                f"rank {rank.number} of {self._count} ended with exit code {code} and reported no error", exit_code=code
             )
         name = signal.Signals(-code).name
         why = "the system kills a process when memory is short; " if -code == signal.SIGKILL else ""
         return ProcessDiedError(
             f"rank {rank.number} of {self._count} was killed by {name}",
             exit_code=128 - code,
-            hint=f"{why}run the same command again to go on from the last checkpoint",
+            hint=f"{why}run the same command again to resume from the last checkpoint",
         )
 
-    def _restore_terminal(self) -> None:
-        if sys.stderr.isatty():  # a bar of rank 0's may have hidden the cursor and left its line open
-            sys.stderr.write("\033[?25h\n")
-
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        handlers = dict.fromkeys(_STOPPING, self._stop) | {signal.SIGTSTP: self._suspend}
+    def _handling_signals(self) -> Iterator[None]:
+        handlers = dict.fromkeys(STOP_SIGNALS, self._stop) | {signal.SIGTSTP: self._suspend}
         before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
         try:
             yield
@@ -281,21 +278,21 @@ class _Supervisor:
                 signal.signal(signum, handler)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
-        """The first signal reaches every process once; a second Ctrl-C ends them."""
+        """Forward the first signal to every rank once; a second Ctrl-C kills them."""
         if self._signum is not None:
             self._at_once |= signum == signal.SIGINT
             return
         self._signum = signum
-        self._pass_on()
+        self._forward_signal()
 
-    def _pass_on(self) -> None:
+    def _forward_signal(self) -> None:
         for rank in self._ranks:
-            if self._signum is not None and not rank.was_told:
-                rank.was_told = True
+            if self._signum is not None and not rank.signalled:
+                rank.signalled = True
                 rank.process.send_signal(self._signum)
 
     def _suspend(self, signum: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: all stop, and go on when we do."""
+        """Ctrl-Z: suspend all ranks with the supervisor, and resume them with it."""
         for rank in self._ranks:
             rank.process.send_signal(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -18,7 +18,7 @@ from rlhf_cli.stages.inputs import Input
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.checks import PromptSet
+    from rlhf_cli.data.checks import PromptHashes
 
 
 def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
@@ -37,7 +37,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             hint="pip install 'rlhf-cli[quantized]', or leave `model.quantize` out",
         )
     seen: set[tuple[str, str | None]] = set()
-    prompts: dict[str, PromptSet] = {}  # by source
+    prompts: dict[str, PromptHashes] = {}  # by source
     for given in inputs:
         key = (given.source, given.records)
         if given.setting == "evaluate.prompts" and given.source in prompts:
@@ -86,12 +86,12 @@ def _check_attention(name: str) -> None:
             raise UsageError(f"`model.attention: {name}`: {reason}", hint="choose `auto`, or see `rlhf attention list`")
 
 
-def _check_records(recipe: Recipe, given: Input) -> PromptSet:
-    from rlhf_cli.data.checks import PromptSet
+def _check_records(recipe: Recipe, given: Input) -> PromptHashes:
+    from rlhf_cli.data.checks import PromptHashes
     from rlhf_cli.data.sources import is_hub, validate_source
 
     if is_hub(given.source):  # the stage that reads it checks as it goes
-        return PromptSet()
+        return PromptHashes()
     assert given.records is not None
     report = validate_source(given.source, given.records, columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     for warning in report.warnings:
@@ -99,7 +99,7 @@ def _check_records(recipe: Recipe, given: Input) -> PromptSet:
     return report.prompts
 
 
-def _warn_of_overlap(source: str, evaluated: PromptSet, trained: Mapping[str, PromptSet]) -> None:
+def _warn_of_overlap(source: str, evaluated: PromptHashes, trained: Mapping[str, PromptHashes]) -> None:
     from rlhf_cli.data.sources import overlap_warning
 
     for name, prompts in trained.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.distributed.coordinator import Coordinator, Order
+from rlhf_cli.distributed.coordinator import Coordinator, StageStart
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
@@ -109,18 +109,18 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
             check_room(folder, needed_bytes(recipe, [step.stage for step in ahead]))
         executor = _Executor(recipe, directory, stop, team)
         rows = [executor.execute(planner.again(step) if step.waits else step) for step in steps]
-        team.lead(None)
+        team.broadcast(None)
         return RunResult(folder, rows)
 
 
 def _follow(recipe: Recipe, directory: RunDirectory, team: Coordinator) -> None:
     """What every process but rank 0 does: its share of each stage that rank 0 begins, until there is none."""
     with SignalStop() as stop, disk_errors(directory.path):
-        while (order := team.follow()) is not None:
-            stage = registry.stage(order.stage)
-            inputs = stage.inputs_type.from_json(order.inputs)
+        while (start := team.receive()) is not None:
+            stage = registry.stage(start.stage)
+            inputs = stage.inputs_type.from_json(start.inputs)
             _run_stage(_context(recipe, directory, stage, inputs, stop))
-            team.wait()
+            team.barrier()
 
 
 def _limit_threads(count: int | None) -> None:
@@ -181,9 +181,9 @@ class _Executor:
     def _work(self, step: Step) -> Manifest:
         context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)
         started, clock = now(), time.monotonic()
-        self._team.lead(Order(step.stage.name, step.inputs.to_json()))
+        self._team.broadcast(StageStart(step.stage.name, step.inputs.to_json()))
         outcome = _run_stage(context)
-        self._team.wait()
+        self._team.barrier()
         outputs = list_outputs(context.output)
         if not outputs:
             raise RuntimeError(f"stage {step.stage.name} wrote nothing")

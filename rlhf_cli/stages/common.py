@@ -139,7 +139,7 @@ def load_prompts(
         tokens = form.prompt_ids(record.prompt)
         if len(tokens) > room:
             excerpt = prompt_text(record.prompt)[:EXCERPT]
-            loaded.skips.add(Skip(record.place or source, f"prompt longer than {room:,} tokens", excerpt))
+            loaded.skips.add(Skip(record.location or source, f"prompt longer than {room:,} tokens", excerpt))
             continue
         prompts.append(record.prompt)
         ids.append(tokens)

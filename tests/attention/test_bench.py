@@ -159,6 +159,7 @@ def test_a_plot_without_matplotlib_is_refused_with_a_hint(monkeypatch, tmp_path)
     assert "rlhf-cli[plots]" in found.exception.hint
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_all_targets_runs(tmp_path):
     """Runs every section on tiny shapes, so that the script keeps working although its measurements need a GPU."""
     script = Path(__file__).parents[2] / "benchmarks" / "attention.py"

@@ -1,4 +1,4 @@
-"""Answers to be ranked: every form they come in, what is known of their order, and the same answers twice."""
+"""Candidates: completions to be ranked, in every format, with their known order and without repeats."""
 
 # ruff: noqa: E501  (tables of cases: a case a line)
 
@@ -44,7 +44,7 @@ def read(write):
                      Candidates("p", ("c", "a", "b"), ((1,), (0,), (2,))), id="the same answer twice in a tier"),
     ],
 )  # fmt: skip
-def test_forms(read, row, record):
+def test_every_format_becomes_candidates(read, row, record):
     assert read(row).records == [record]
 
 
@@ -52,16 +52,18 @@ def test_forms(read, row, record):
     ("row", "pieces"),
     [
         pytest.param(
-            {"prompt": "p"}, ["`completions` is missing", "answers to be ranked are expected"], id="no answers"
+            {"prompt": "p"}, ["`completions` is missing", "completions to be ranked are expected"], id="no answers"
         ),
         pytest.param(
             {"prompt": "p", "completions": ["a"]}, ['`completions` is ["a"]', "at least two"], id="one answer"
         ),
         pytest.param({"prompt": "p", "completions": ["a", None]}, ["`completions[1]` is null"], id="null"),
         pytest.param({"completions": ["a", "b"]}, ["`prompt` is missing"], id="no prompt"),
-        pytest.param({"prompt": "p", "completions": ["a", "b"], "ranking": [[0]]}, ["leaves out 1"], id="bad ranking"),
+        pytest.param({"prompt": "p", "completions": ["a", "b"], "ranking": [[0]]}, ["lacks 1"], id="bad ranking"),
         pytest.param({"prompt": "p", "completions": ["a", "b"], "subset": ["x"]}, ["`subset` is"], id="bad subset"),
-        pytest.param({"prompt": "p", "chosen": [], "rejected": ["b"]}, ["`chosen` is []"], id="nothing chosen"),
+        pytest.param(
+            {"prompt": "p", "chosen": [], "rejected": ["b"]}, ["`chosen` is an empty list"], id="nothing chosen"
+        ),
         pytest.param(
             {"prompt": "p", "chosen": ["a", 3], "rejected": ["b"]}, ["`chosen[1]` is 3"], id="chosen a number"
         ),
@@ -70,7 +72,7 @@ def test_forms(read, row, record):
         pytest.param({"question": "p", "responses": ["a", "b"]}, ["`completions` are missing"], id="other names"),
     ],
 )
-def test_wrong_records(write, row, pieces):
+def test_wrong_rows_are_refused_with_their_line(write, row, pieces):
     from json import dumps
 
     source = write("a.jsonl", "\n" + dumps(row) + "\n")
@@ -103,21 +105,21 @@ def test_other_names_suggest_a_mapping_that_works(read):
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen equal to rejected"),
     ],
 )
-def test_skipped_and_counted(read, row, reason):
+def test_rows_without_a_signal_are_skipped_and_counted(read, row, reason):
     loaded = read({"prompt": "g", "completions": ["a", "b"]}, row)
     assert (len(loaded.records), loaded.skips.total) == (1, 1)
     assert reason in next(iter(loaded.skips.counts))
 
 
-def test_a_models_own_empty_answer_can_be_ranked(write):
+def test_an_empty_completion_of_a_model_can_be_ranked(write):
     source = write("a.jsonl", [{"prompt": "p", "completions": ["a", ""]}])
     assert read_records(source, "candidates", keep_blank=True).records == [Candidates("p", ("a", ""))]
     assert validate_source(source, "candidates", keep_blank=True).records == 1
 
 
-def test_what_is_done_to_rows_is_said(read):
+def test_conversions_are_reported_as_warnings(read):
     [warning] = read({"prompt": "p", "completions": ["a", "b", "a"]}).warnings
-    assert "the same answer more than once" in warning
+    assert "the same completion more than once" in warning
     [warning] = read({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}).warnings
     assert "best of n" in warning
     assert read({"prompt": "p", "completions": ["a", "b"]}, {"prompt": "p", "completions": ["a", "c"]}).warnings == []
@@ -135,7 +137,7 @@ def test_what_is_done_to_rows_is_said(read):
         pytest.param([{"chosen": "a", "rejected": "b"}, {"chosen": "b", "rejected": "a"}, {"chosen": "a", "rejected": "b"}], None, id="two of three"),
     ],
 )  # fmt: skip
-def test_the_same_answers_twice_are_one_item(write, rows, known):
+def test_repeated_completions_are_one_item(write, rows, known):
     rows = [{"prompt": "p"} | row for row in rows]
     source = write("a.jsonl", [*rows, {"prompt": "other", "completions": ["a", "b"]}])
     loaded = read_records(source, "candidates")

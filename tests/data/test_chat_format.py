@@ -99,9 +99,9 @@ def test_tokenizers_that_cannot_work_are_refused_with_a_way_out():
 def test_turns_that_a_template_refuses_name_their_record():
     strict = PromptFormat(letters("$A", template=STRICT))
     records = [
-        Demonstration(TURNS, "a", place="f:1"),
-        PromptRecord("text", place="f:2"),
-        PromptRecord(TURNS[1:], place="f:3"),
+        Demonstration(TURNS, "a", location="f:1"),
+        PromptRecord("text", location="f:2"),
+        PromptRecord(TURNS[1:], location="f:3"),
     ]
     check_conversations(strict, records[:2])
     with pytest.raises(DataError, match=r"f:3: the turns assistant, user: .*roles must alternate") as caught:

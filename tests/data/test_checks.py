@@ -29,7 +29,7 @@ def pair(better: str, worse: str, prompt: str = "p", **fields) -> dict:
         pytest.param([pair("a", "b", annotator="x"), pair("b", "a", annotator="x")], 0, id="one annotator changed their mind"),
     ],
 )  # fmt: skip
-def test_contradictions(write, rows, count):
+def test_pairs_ranked_both_ways_are_counted_once(write, rows, count):
     source = write("a.jsonl", rows)
     for warnings in (read_records(source, "preference").warnings, validate_source(source, "preference").warnings):
         found = [warning for warning in warnings if "both ways" in warning]
@@ -48,7 +48,7 @@ def test_contradictions_agree_with_a_plain_count():
     assert rankings.contradictions() == sum((p, b, a) in seen for p, a, b in seen if a < b)
 
 
-def test_of_one_annotator_the_latest_is_kept_and_counted(write):
+def test_the_latest_ranking_of_an_annotator_is_kept_and_repeats_are_counted(write):
     rows = [
         pair("a", "b", annotator="x"),
         pair("a", "b", annotator="y"),
@@ -58,7 +58,7 @@ def test_of_one_annotator_the_latest_is_kept_and_counted(write):
     rows.append({"prompt": "p", "completions": ["b", "a"], "ranking": [[0, 1]], "annotator": "x"})
     source = write("a.jsonl", rows)
     loaded = read_records(source, "preference")
-    assert [int(r.place.rpartition(":")[2]) for r in loaded.records] == [2, 4, 5]
+    assert [int(r.location.rpartition(":")[2]) for r in loaded.records] == [2, 4, 5]
     [warning] = loaded.warnings
     assert "2 records by an annotator" in warning
     report = validate_source(source, "preference")
@@ -66,7 +66,7 @@ def test_of_one_annotator_the_latest_is_kept_and_counted(write):
     assert len(list(iter_records(source, "preference", on_skip=lambda skip: None))) == 5  # fmt: skip
 
 
-def test_overlap_of_training_and_evaluation(write):
+def test_prompts_in_both_training_and_evaluation_are_counted(write):
     train = [PromptRecord("a"), PromptRecord("b"), PromptRecord("b"), PromptRecord((Message("user", "c"),))]
     assert overlap_warning(train, [PromptRecord((Message("system", "c"),)), PromptRecord("d")]) is None
     # One user turn is the same question as its text.

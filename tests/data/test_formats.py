@@ -1,4 +1,4 @@
-"""Labels of other tools: what is made of them, what is left out, and what is refused with a place and a way out."""
+"""Labels of other tools: which rankings they become, what is skipped, and what is refused."""
 
 # ruff: noqa: E501  (tables of cases: a case a line)
 
@@ -57,7 +57,7 @@ def test_every_question_with_ranked_replies_is_a_ranking(read):
         Ranking((user("q"),), ("b", "a", "c"), ((1,), (0,), (2,))),
         Ranking((*before, user("q2")), ("x", "y"), PAIR),
     ]
-    assert [record.place.rpartition(":")[2] for record in loaded.records] == [
+    assert [record.location.rpartition(":")[2] for record in loaded.records] == [
         "2 (replies to id of q)",
         "2 (replies to id of q2)",
     ]
@@ -71,22 +71,22 @@ def test_every_question_with_ranked_replies_is_a_ranking(read):
     [
         pytest.param(ask("q", say("a", 1), say("b", 1), say("c", 0)), ("a", "b", "c"), ((2,), (0, 1)), [], id="equal ranks tie"),
         pytest.param(ask("q", say("a", 7), say("b", 2)), ("a", "b"), ((1,), (0,)), [], id="ranks with gaps"),
-        pytest.param(ask("q", say("a", 0), say("b", 1, deleted=True), say("c", 2)), ("a", "c"), PAIR, ["1 OpenAssistant message left out"], id="deleted"),
-        pytest.param(ask("q", say("a", 0), say("b", 1, review_result=False), say("c", 2)), ("a", "c"), PAIR, ["1 OpenAssistant message left out"], id="not accepted"),
-        pytest.param(ask("q", say("a", 0), say("b", 1, review_result=None), say("c", 2)), ("a", "c"), PAIR, ["1 OpenAssistant message left out"], id="not reviewed"),
-        pytest.param(ask("q", say("a", 0), say("b"), say("d"), say("c", 2)), ("a", "c"), PAIR, ["2 OpenAssistant replies left out: no `rank`"], id="no rank"),
+        pytest.param(ask("q", say("a", 0), say("b", 1, deleted=True), say("c", 2)), ("a", "c"), PAIR, ["1 OpenAssistant message skipped"], id="deleted"),
+        pytest.param(ask("q", say("a", 0), say("b", 1, review_result=False), say("c", 2)), ("a", "c"), PAIR, ["1 OpenAssistant message skipped"], id="not accepted"),
+        pytest.param(ask("q", say("a", 0), say("b", 1, review_result=None), say("c", 2)), ("a", "c"), PAIR, ["1 OpenAssistant message skipped"], id="not reviewed"),
+        pytest.param(ask("q", say("a", 0), say("b"), say("d"), say("c", 2)), ("a", "c"), PAIR, ["2 OpenAssistant replies skipped: no `rank`"], id="no rank"),
         pytest.param(ask("q", say("a", 0), ask("me again"), say("c", 2)), ("a", "c"), PAIR, [], id="a reply of another prompter"),
         pytest.param({"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": t, "rank": r} for t, r in (("a", 0), ("b", 1))]},
                      ("a", "b"), PAIR, [], id="without ids, reviews and empty lists"),
     ],
 )  # fmt: skip
-def test_replies_that_count(read, root, answers, tiers, said):
+def test_only_accepted_and_ranked_replies_are_in_the_ranking(read, root, answers, tiers, said):
     loaded = read("ranking", tree(root))
     assert loaded.records == [Ranking((user("q"),), answers, tiers)]
-    left_out = [line for line in loaded.warnings if "left out" in line]
-    assert len(left_out) == len(said)
-    assert all(piece in line for piece, line in zip(said, left_out, strict=True))
-    assert validate_source(loaded.records[0].place.rpartition(":")[0], "ranking").warnings == loaded.warnings
+    skipped = [line for line in loaded.warnings if "skipped" in line]
+    assert len(skipped) == len(said)
+    assert all(piece in line for piece, line in zip(said, skipped, strict=True))
+    assert validate_source(loaded.records[0].location.rpartition(":")[0], "ranking").warnings == loaded.warnings
 
 
 def test_nothing_below_a_deleted_message_is_used(read):
@@ -111,11 +111,11 @@ def test_rankings_come_in_the_order_of_the_tree(read):
     assert [record.prompt[-1].content for record in records] == ["q", "about a", "about b"]
 
 
-def test_trees_without_rankings_are_no_skips(read):
+def test_trees_without_rankings_are_warnings_and_not_skips(read):
     loaded = read("ranking", tree(ask("q", say("a", 0), say("b", 1))), *[tree(ask("p", say("a", 0)))] * 5, max_skip=0.0)
     assert len(loaded.records) == 1
-    assert any("5 OpenAssistant trees left out" in line for line in loaded.warnings)
-    with pytest.raises(DataError, match=r"holds nothing that can be used.*1 OpenAssistant tree left out"):
+    assert any("5 OpenAssistant trees skipped" in line for line in loaded.warnings)
+    with pytest.raises(DataError, match=r"no usable records.*1 OpenAssistant tree skipped"):
         read("ranking", tree(ask("p", say("a", 0))))
 
 
@@ -127,11 +127,11 @@ def test_a_very_deep_tree_is_read(read):
     assert len(record.prompt) == 301
 
 
-def test_a_reply_that_says_nothing_is_a_skip(read):
+def test_an_empty_reply_is_skipped(read):
     loaded = read("ranking", tree(ask("q", say("a", 0), say(" ", 1))), tree(ask("q", say("a", 0), say("b", 1))))
     assert (len(loaded.records), list(loaded.skips.counts)) == (1, ["completion of white space only"])
     [skip] = loaded.skips
-    assert "(replies to id of q)" in skip.place
+    assert "(replies to id of q)" in skip.location
 
 
 # Label Studio
@@ -173,17 +173,17 @@ def pairwise(selected="left", **fields) -> dict:
         pytest.param({"my ranker": ["c", "b", "a"]}, ((2,), (1,), (0,)), id="a ranker of another name"),
     ],
 )
-def test_rankers(read, ranks, tiers):
+def test_lists_and_buckets_of_rankers_become_tiers(read, ranks, tiers):
     [record] = read("ranking", task(ranker(ranks))).records
     assert record == Ranking("p", ("text a", "text b", "text c"), tiers, annotator="1")
 
 
-def test_a_ranker_whose_name_is_a_number_is_no_bucket(read):
+def test_a_ranker_named_by_a_number_is_not_a_bucket(read):
     annotation = {"result": [result({"ranker": {"1": ["b", "a", "c"]}}, from_name="1")]}
     assert read("ranking", task(annotation)).records[0].tiers == ((1,), (0,), (2,))
 
 
-def test_annotators_are_kept_and_what_is_no_answer_left_out(read):
+def test_annotators_are_kept_and_canceled_annotations_are_skipped(read):
     row = task(
         ranker({"rank": ["a", "b", "c"]}, by={"id": 3, "email": "ada@example.org"}),
         ranker({"rank": ["c", "b", "a"]}, by={"id": 4}),
@@ -194,9 +194,11 @@ def test_annotators_are_kept_and_what_is_no_answer_left_out(read):
     )
     loaded = read("ranking", row, task())
     assert [record.annotator for record in loaded.records] == ["ada@example.org", "4", None]
-    assert [record.place.rpartition(" ")[2] for record in loaded.records] == [f"(annotations[{n}])" for n in range(3)]
-    assert any("3 Label Studio annotations left out" in line for line in loaded.warnings)
-    assert any("1 Label Studio task left out" in line for line in loaded.warnings)
+    assert [record.location.rpartition(" ")[2] for record in loaded.records] == [
+        f"(annotations[{n}])" for n in range(3)
+    ]
+    assert any("3 Label Studio annotations skipped" in line for line in loaded.warnings)
+    assert any("1 Label Studio task skipped" in line for line in loaded.warnings)
     assert sum("a Label Studio task, whose" in line for line in loaded.warnings) == 1
     both = read("candidates", row, task(prompt="other")).records
     assert [record.known for record in both] == [
@@ -205,14 +207,14 @@ def test_annotators_are_kept_and_what_is_no_answer_left_out(read):
     ]  # the three disagree, and of the other nobody said anything
 
 
-def test_answers_left_unranked_are_a_skip(read):
+def test_completions_left_unranked_are_skipped(read):
     rows = [
         task(ranker({"rank": ["a", "b", "c"]})),
         task(ranker({"rank": ["a", "b"]})),
         task(ranker({"1": ["a"], "_": ["b", "c"]})),
     ]
     loaded = read("ranking", *rows)
-    assert (len(loaded.records), loaded.skips.counts) == (1, {"answers left unranked": 2})
+    assert (len(loaded.records), loaded.skips.counts) == (1, {"completions left unranked": 2})
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_answers_left_unranked_are_a_skip(read):
         pytest.param({"data": {"text": "p", "right": "r", "left": "l"}, "annotations": pairwise("right")["annotations"]}, ("r", "l"), id="sides"),
     ],
 )  # fmt: skip
-def test_pairs_side_by_side(read, row, answers):
+def test_pairwise_tasks_become_preferences(read, row, answers):
     assert read("ranking", row).records == [Ranking("p", answers, PAIR, annotator="1")]
 
 
@@ -235,7 +237,7 @@ def test_a_conversation_can_be_the_prompt(read):
     assert read("ranking", task(ranker({"rank": ["a", "b", "c"]}), prompt=turns)).records[0].prompt == (user("q"),)
 
 
-def test_which_field_is_the_prompt_can_be_said(read):
+def test_the_prompt_field_can_be_named(read):
     row = task(ranker({"rank": ["a", "b", "c"]}), topic="t", asked="q")
     del row["data"]["prompt"]
     with pytest.raises(DataError) as caught:
@@ -283,27 +285,27 @@ def ranks(*places: int | None) -> list[dict]:
                              "ranking": [{"value": ranks(1, 2, 3), "user_id": "u"}]}), ((0,), (1,), (2,)), "u", id="among other questions"),
     ],
 )  # fmt: skip
-def test_records_of_argilla(read, row, tiers, annotator):
+def test_responses_of_argilla_become_tiers(read, row, tiers, annotator):
     assert read("ranking", row).records == [Ranking("p", ("x", "y", "z"), tiers, annotator=annotator)]
 
 
-def test_users_are_kept_and_drafts_left_out(read):
+def test_users_are_kept_and_drafts_are_skipped(read):
     given = [{"value": ranks(1, 2, 3), "user_id": name} for name in "uv"]
     row = record({"ranking": [*given, {"value": ranks(3, 2, 1), "user_id": "w", "status": "draft"}]})
     loaded = read("ranking", row, record({}))
     assert [one.annotator for one in loaded.records] == ["u", "v"]
-    assert any("1 Argilla response left out" in line for line in loaded.warnings)
-    assert any("1 Argilla record left out" in line for line in loaded.warnings)
+    assert any("1 Argilla response skipped" in line for line in loaded.warnings)
+    assert any("1 Argilla record skipped" in line for line in loaded.warnings)
     assert read("candidates", record({})).records == [Candidates("p", ("x", "y", "z"))]
 
 
-def test_a_ranking_with_a_gap_is_a_skip(read):
+def test_an_incomplete_ranking_is_skipped(read):
     rows = [record({"ranking": [{"value": value}]}) for value in (ranks(1, 2, 3), ranks(1, None, 2), ranks(2, 1))]
     loaded = read("ranking", *rows)
-    assert (len(loaded.records), loaded.skips.counts) == (1, {"answers left unranked": 2})
+    assert (len(loaded.records), loaded.skips.counts) == (1, {"completions left unranked": 2})
 
 
-def test_of_two_rankings_one_can_be_named(read):
+def test_one_of_two_ranking_questions_can_be_named(read):
     row = record({"helpful": [{"value": ranks(1, 2, 3)}], "honest": [{"value": ranks(3, 2, 1)}]})
     with pytest.raises(DataError) as caught:
         read("ranking", row)
@@ -330,7 +332,7 @@ def label(**fields) -> dict:
     )
 
 
-def test_ordinary_labels_are_rankings_and_may_be_of_empty_answers(read):
+def test_ordinary_labels_are_rankings_and_may_have_empty_completions(read):
     rows = [
         label(strength=3),
         label(purpose="repeat"),
@@ -339,7 +341,7 @@ def test_ordinary_labels_are_rankings_and_may_be_of_empty_answers(read):
     ]
     loaded = read("ranking", *rows)
     assert loaded.records == [Ranking("p", ("x", ""), ((1,), (0,)), 2 / 3, "ada")]
-    assert any("3 labels left out" in line for line in loaded.warnings)
+    assert any("3 labels skipped" in line for line in loaded.warnings)
     assert read("candidates", rows[3]).records == [Candidates("p", ("x", ""))]
     assert read("candidates", rows[0]).records == [Candidates("p", ("x", ""), ((1,), (0,)))]
     assert read("prompt", rows[0]).records == [PromptRecord("p")]
@@ -368,7 +370,7 @@ _TWO = {"result": [result({"ranker": {"rank": ["a"]}}), result({"ranker": {"rank
         pytest.param(task(ranker({"good": ["a"], "bad": ["b", "c"]})), ["buckets `good`, `bad`", "not clear"], id="buckets without order"),
         pytest.param(task(ranker({"1": ["a"], "tier 1": ["b", "c"]})), ["not clear"], id="two buckets of one number"),
         pytest.param(task(ranker({"rank": "abc"})), ["lists of ids are expected"], id="ranker text"),
-        pytest.param(task(ranker({"rank": [["a"], ["b"]]})), ['holds ["a"], which is no id'], id="ids in lists"),
+        pytest.param(task(ranker({"rank": [["a"], ["b"]]})), ['holds ["a"], which is not an id'], id="ids in lists"),
         pytest.param(task({"result": [result(3)]}), ["`annotations[0].result[0].value` is 3"], id="value a number"),
         pytest.param(task({"result": None}), ["`annotations[0].result` is null"], id="no result"),
         pytest.param(task(_TWO), ["`annotations[0]` has 2 rankings: `rank`, `other`"], id="two rankers"),
@@ -378,17 +380,17 @@ _TWO = {"result": [result({"ranker": {"rank": ["a"]}}), result({"ranker": {"rank
         pytest.param(pairwise("both"), ['selected` is "both"'], id="neither side"),
         pytest.param(pairwise(data={"answer3": "x"}), ["which two fields were compared is not clear"], id="three answers side by side"),
         pytest.param(record({"ranking": [{"value": ["response-1", "Response 1"]}]}), ["ranks the same field twice"], id="a field twice"),
-        pytest.param(record({"ranking": [{"value": [*ranks(1, 2), {"value": "response-3", "rank": "3"}]}]}), ["a rank that is no whole number"], id="rank text"),
+        pytest.param(record({"ranking": [{"value": [*ranks(1, 2), {"value": "response-3", "rank": "3"}]}]}), ["a rank that is not a whole number"], id="rank text"),
         pytest.param(record({"ranking": [{"value": ranks(1, 2, 3)}]}, **{"response-2": 5}), ["`fields.response-2` is 5"], id="a field that is no text"),
         pytest.param(record({"ranking": ["x"]}), ["`responses.ranking[0]` is \"x\""], id="a response that is no object"),
         pytest.param(label(outcome="maybe"), ["`outcome` is \"maybe\"", "ranked, skipped, flagged"], id="outcome"),
         pytest.param(label(purpose=None), ["`purpose` is null"], id="purpose"),
         pytest.param(label(strength=5), ["`strength` is 5", "1 to 4"], id="strength"),
-        pytest.param(label(ranking=[[0]]), ["leaves out 1"], id="half a ranking"),
+        pytest.param(label(ranking=[[0]]), ["lacks 1"], id="half a ranking"),
         pytest.param(task() | record({}), ["this may be a Label Studio task or an Argilla record"], id="of two forms"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_refused_with_its_place(read, tmp_path, row, pieces):
+def test_wrong_rows_are_refused_with_their_location(read, tmp_path, row, pieces):
     for check in (lambda: read("ranking", row), lambda: validate_source(str(tmp_path / "a.json"), "ranking")):
         with pytest.raises(DataError) as caught:
             check()
@@ -436,7 +438,7 @@ def test_the_examples_of_the_documentation_are_read(write):
 
 
 @pytest.mark.real
-def test_real_trees(shared_data):
+def test_real_trees_are_read(shared_data):
     """Of the 214 messages with two or more replies 212 have ranked ones; 6 replies of these 214 have no rank."""
     source = str(shared_data / "oasst_trees.jsonl")
     loaded = read_records(source, "ranking")
@@ -444,6 +446,6 @@ def test_real_trees(shared_data):
     assert sum(len(record.completions) for record in loaded.records) == 641
     assert all(record.prompt[-1].role == "user" for record in loaded.records)
     assert all(len(tier) == 1 for record in loaded.records for tier in record.tiers)
-    assert any("6 OpenAssistant replies left out" in line for line in loaded.warnings)
+    assert any("6 OpenAssistant replies skipped" in line for line in loaded.warnings)
     assert len(read_records(source, "candidates").records) == 212
     assert validate_source(source, "ranking").records == 212

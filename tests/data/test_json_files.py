@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from rlhf_cli.data import json_files, text_files
+from rlhf_cli.data.readers import json_files, text_files
 from rlhf_cli.data.sources import iter_records, read_records
 from rlhf_cli.errors import DataError
 
@@ -15,7 +15,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
 def places(source: str, kind: str = "demonstration") -> list[str]:
-    return [record.place.rpartition(":")[2] for record in read_records(source, kind).records]  # type: ignore[arg-type]
+    return [record.location.rpartition(":")[2] for record in read_records(source, kind).records]  # type: ignore[arg-type]
 
 
 def failure(source: str, kind: str = "demonstration") -> DataError:
@@ -40,7 +40,7 @@ def failure(source: str, kind: str = "demonstration") -> DataError:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson"])
-def test_accepted(write, content, expected, name):
+def test_json_lines_and_arrays_are_read_with_their_lines(write, content, expected, name):
     assert places(write(name, content)) == expected
 
 
@@ -53,10 +53,10 @@ def test_accepted(write, content, expected, name):
         pytest.param("  " + '{"prompt": "a" "completion": "b"}\n', 1, ["column 18"], id="column counts the indent"),
         pytest.param("{'prompt': 'a', 'completion': 'b'}\n", 1, ["not JSON", "single quotes", "column 2"], id="single quotes"),
         pytest.param('{"prompt": None}\n', 1, ["not JSON", "`None`"], id="None of Python"),
-        pytest.param(GOOD + "42\n", 2, ["42", "no record"], id="bare number"),
-        pytest.param('"hello"\n', 1, ['"hello"', "no record"], id="bare text"),
-        pytest.param("null\n", 1, ["null", "no record"], id="bare null"),
-        pytest.param(GOOD + "[1]\n", 2, ["[1]", "no record"], id="list on a later line"),
+        pytest.param(GOOD + "42\n", 2, ["42", "must be an object"], id="bare number"),
+        pytest.param('"hello"\n', 1, ['"hello"', "must be an object"], id="bare text"),
+        pytest.param("null\n", 1, ["null", "must be an object"], id="bare null"),
+        pytest.param(GOOD + "[1]\n", 2, ["[1]", "must be an object"], id="list on a later line"),
         pytest.param(GOOD + '{"prompt": "a", "x": {"y": [1, NaN]}}\n', 2, ["`x` is NaN"], id="NaN names its field"),
         pytest.param('{"margin": -Infinity}\n', 1, ["`margin` is -Infinity"], id="Infinity"),
         pytest.param(GOOD + '{"prompt": "a", "prompt": "b"}\n', 2, ['"prompt"', "twice"], id="a key twice"),
@@ -78,11 +78,11 @@ def test_accepted(write, content, expected, name):
         pytest.param(b'[\n{"prompt": "\xe9"}]', 2, ["0xe9", "column 13"], id="array: Latin-1"),
         pytest.param(GOOD.encode("utf-16"), 1, ["UTF-16"], id="UTF-16 with BOM"),
         pytest.param(GOOD.encode("utf-16-le"), 1, ["UTF-16"], id="UTF-16 without BOM"),
-        pytest.param(GOOD.encode("utf-32-be"), 1, ["UTF-16 (or UTF-32)"], id="UTF-32"),
+        pytest.param(GOOD.encode("utf-32-be"), 1, ["UTF-16 or UTF-32"], id="UTF-32"),
         pytest.param(GOOD.encode() + b"\x00" * 100, 2, ["zero bytes"], id="zeroes after a crash"),
     ],
 )  # fmt: skip
-def test_refused(write, content, place, pieces):
+def test_broken_json_is_refused_with_line_and_cause(write, content, place, pieces):
     source = write("a.jsonl", content)
     error = failure(source)
     assert error.message.startswith(f"{source}:{place}: ")
@@ -91,8 +91,8 @@ def test_refused(write, content, place, pieces):
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\r\n \n", "[]", "\ufeff"], ids=repr)
-def test_nothing_in_it(write, content):
-    assert "holds no records" in failure(write("a.jsonl", content)).message
+def test_a_file_without_records_is_refused(write, content):
+    assert "no records" in failure(write("a.jsonl", content)).message
 
 
 def test_a_bad_line_far_down_has_its_own_number(write):
@@ -105,7 +105,7 @@ def test_a_bad_line_far_down_has_its_own_number(write):
 
 
 def test_an_array_of_many_pieces_is_read_as_one(write, monkeypatch):
-    monkeypatch.setattr(text_files, "_CHUNK", 7)  # cuts numbers, escapes, literals and characters of several bytes
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 7)  # cuts numbers, escapes, literals and characters of several bytes
     records = [
         {"prompt": f'é\\u"{n}\n', "completion": "🙂" * n + ".", "n": 12345, "t": [True, None]} for n in range(1, 40)
     ]
@@ -117,7 +117,7 @@ def test_an_array_of_many_pieces_is_read_as_one(write, monkeypatch):
 
 
 def test_errors_of_an_array_of_many_pieces_keep_line_and_column(write, monkeypatch):
-    monkeypatch.setattr(text_files, "_CHUNK", 5)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 5)
     source = write("a.json", '[{"prompt": "aé", "completion": "b"},\n\n  {"prompt": "a" "b"}]')
     assert failure(source).message.startswith(f"{source}:3: not JSON at column 18")
 
@@ -132,7 +132,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(write, monkeyp
     finally:
         tracemalloc.stop()
     monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(text_files, "_CHUNK", 100)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
     assert "a.json:1: the record is longer" in failure(write("a.json", '[{"prompt": "' + "x" * 4000)).message
 
 

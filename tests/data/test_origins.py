@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf_cli.data.hub import HubSource
+from rlhf_cli.data.readers.hub import HubSource
 from rlhf_cli.data.sources import is_hub, read_records, source_digest
 from rlhf_cli.errors import DataError
 
@@ -30,7 +30,7 @@ def test_missing_file_suggests_a_near_one(write, tmp_path):
     assert "no such file" in failure(tmp_path.name + "/../x y").message
 
 
-def test_a_name_in_a_folder_that_exists_is_no_hub_id(write, tmp_path, monkeypatch):
+def test_a_missing_file_in_an_existing_folder_is_not_a_hub_id(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("data/train.jsonl", GOOD)
     assert "no such file" in failure("data/test").message
@@ -42,10 +42,10 @@ def test_a_local_path_wins_over_a_hub_id(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("org/name/train.jsonl", GOOD)
     [record] = read_records("org/name", "demonstration").records
-    assert record.place == "org/name/train.jsonl:1"
+    assert record.location == "org/name/train.jsonl:1"
 
 
-def test_unreadable(write, monkeypatch):
+def test_an_unreadable_path_is_refused(write, monkeypatch):
     source = write("a.jsonl", GOOD)
     real_open = Path.open
 
@@ -58,28 +58,28 @@ def test_unreadable(write, monkeypatch):
     assert failure(source).message == f"{source}: cannot be read: permission denied"
 
 
-def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
+def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
-    assert "no regular file" in failure(tmp_path / "a.jsonl").message
+    assert "not a regular file" in failure(tmp_path / "a.jsonl").message
 
 
-def test_unknown_suffix_and_empty_directory(write, tmp_path):
-    assert "unknown kind of file" in failure(write("a.txt", GOOD)).message
+def test_unknown_suffixes_and_empty_directories_are_refused(write, tmp_path):
+    assert "unknown file type" in failure(write("a.txt", GOOD)).message
     (tmp_path / "empty.jsonl").mkdir()
     assert "is a directory without data files" in failure(tmp_path / "empty.jsonl").message
     write("parent/child/train.jsonl", GOOD)
     assert "parent/child" in str(failure(tmp_path / "parent").hint)
 
 
-def test_a_folder_is_read_in_order_of_names(write, tmp_path):
+def test_a_folder_is_read_in_the_order_of_its_file_names(write, tmp_path):
     for name in ("b.jsonl", "a.json", "c.csv"):
         write(f"d/{name}", GOOD if not name.endswith("csv") else "prompt,completion\nx,y\n")
     for name in ("README.md", ".hidden.jsonl", "dataset_info.json", "manifest.json", "skips.jsonl"):
         write(f"d/{name}", "not data")
     records = read_records(str(tmp_path / "d"), "demonstration").records
-    assert [Path(r.place).name for r in records] == ["a.json:1", "b.jsonl:1", "c.csv:2"]
+    assert [Path(r.location).name for r in records] == ["a.json:1", "b.jsonl:1", "c.csv:2"]
     write("d/b2.jsonl", "")
-    assert "b2.jsonl: holds no records" in failure(tmp_path / "d").message
+    assert "b2.jsonl: no records" in failure(tmp_path / "d").message
 
 
 def test_splits_of_a_folder_are_not_mixed(write, tmp_path):
@@ -125,12 +125,12 @@ def test_digests_follow_content(write, tmp_path):
         ("org/name with space", None),
     ],
 )
-def test_names_of_the_hub(text, parts):
+def test_names_of_hub_data_sets_are_parsed(text, parts):
     found = HubSource.parse(text)
     assert (found and (found.id, found.config, found.revision, found.split)) == parts
 
 
-def test_hub_data_sets_go_through_datasets(write, tmp_path, monkeypatch):
+def test_hub_data_sets_are_loaded_by_datasets(write, tmp_path, monkeypatch):
     """`datasets` itself loads them; only the place it looks at is a local folder instead of the hub."""
     for split, count in (("train", 3), ("test", 1)):
         write(f"repo/{split}.jsonl", [{"prompt": f"{split}{n}", "completion": "c", "extra": n} for n in range(count)])
@@ -143,13 +143,15 @@ def test_hub_data_sets_go_through_datasets(write, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", at_the_network)
     records = read_records("org/name@v1", "demonstration").records
-    assert [(r.prompt, r.place) for r in records] == [(f"train{n}", f"org/name@v1#train:row {n + 1}") for n in range(3)]
+    assert [(r.prompt, r.location) for r in records] == [
+        (f"train{n}", f"org/name@v1#train:row {n + 1}") for n in range(3)
+    ]
     assert len(read_records("org/name:default#test", "demonstration").records) == 1
     assert asked == [("org/name", None, "v1", "train"), ("org/name", "default", None, "test")]
     assert "cannot be loaded" in failure("org/name#nosuch").message
 
 
-def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -158,13 +160,14 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch, tmp_path):
     assert "local file" in str(error.hint)
 
 
+@pytest.mark.slow
 def test_reading_loads_neither_torch_nor_transformers(write):
     import subprocess
     import sys
 
     source = write("a.jsonl", GOOD)
     code = (
-        "import sys; from rlhf_cli.data import splits, templates; from rlhf_cli.data.sources import *; "
+        "import sys; from rlhf_cli.data import chat_format, splits; from rlhf_cli.data.sources import *; "
         f"validate_source({source!r}, 'demonstration'); "
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )

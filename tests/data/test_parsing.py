@@ -59,10 +59,10 @@ def read(write):
                      Ranking("p", ("a", "b"), ((1, 0),)), id="ranking for preference, a tie"),
     ],
 )  # fmt: skip
-def test_forms(read, kind, row, record):
+def test_every_format_becomes_the_same_records(read, kind, row, record):
     loaded = read(kind, row)
     assert loaded.records == [record]
-    assert loaded.records[0].place.endswith("a.jsonl:1")
+    assert loaded.records[0].location.endswith("a.jsonl:1")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_forms(read, kind, row, record):
         pytest.param("demonstration", {"messages": [user, "hi"]}, ["`messages[1]` is \"hi\""], id="message a string"),
         pytest.param("demonstration", {"messages": [{"role": "usr", "content": "q"}, answer]},
                      ["`messages[0].role` is \"usr\"", "`user`?"], id="misspelt role"),
-        pytest.param("demonstration", {"messages": [answer]}, ["nothing to answer"], id="an answer alone"),
+        pytest.param("demonstration", {"messages": [answer]}, ["there is no prompt"], id="an answer alone"),
         pytest.param("demonstration", {"prompt": [user], "completion": [answer, user]}, ["assistant, user"], id="completion of two turns"),
         pytest.param("demonstration", {"prompt": "p", "completion": [answer]}, ["mixed"], id="mixed in a row"),
         pytest.param("demonstration", {"prompt": [user, answer], "completion": "c"}, ["ends with an assistant turn"], id="prompt ends with answer"),
@@ -98,16 +98,16 @@ def test_forms(read, kind, row, record):
         pytest.param("ranking", {"prompt": "p", "completions": ["a", 2], "ranking": [[0], [1]]}, ["`completions[1]` is 2"], id="completion number"),
         pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [0, 1]}, ["tiers that are lists"], id="flat ranking"),
         pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[0], []]}, ["tiers that are lists"], id="empty tier"),
-        pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[0]]}, ["leaves out 1"], id="one left out"),
+        pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[0]]}, ["lacks 1"], id="one skipped"),
         pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[0], [0, 1]]}, ["0 more than once"], id="one twice"),
-        pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[1], [2]]}, ["2, and there are 2"], id="from one"),
+        pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[1], [2]]}, ["2, but there are 2"], id="from one"),
         pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[0], [-1]]}, ["-1"], id="negative index"),
-        pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[False], [True]]}, ["false, which is no index"], id="booleans"),
+        pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"], "ranking": [[False], [True]]}, ["false, which is not an index"], id="booleans"),
         pytest.param("ranking", {"prompt": "p", "completions": ["a", "b"]}, ["`ranking` is missing"], id="no ranking"),
         pytest.param("ranking", {"prompt": "p", "chosen": "a", "rejected": "b", "annotator": [1]}, ["`annotator`"], id="annotator a list"),
     ],
 )  # fmt: skip
-def test_wrong_records(write, kind, row, pieces):
+def test_wrong_records_are_refused_with_line_and_value(write, kind, row, pieces):
     from json import dumps
 
     good = {"prompt": "g", "completion": "g", "chosen": "g", "rejected": "h"}
@@ -145,7 +145,7 @@ def test_wrong_records(write, kind, row, pieces):
         ("ranking", {"prompt": "p", "completions": ["a", " "], "ranking": [[0], [1]]}, "white space only"),
     ],
 )  # fmt: skip
-def test_skipped_and_counted(read, kind, row, reason):
+def test_records_without_a_signal_are_skipped_and_counted(read, kind, row, reason):
     conversational = "messages" in row or isinstance(row.get("chosen", row.get("prompt")), list)
     good = {"demonstration": {"messages": [user, answer]} if conversational else {"prompt": "g", "completion": "h"}}
     pair = (
@@ -158,7 +158,7 @@ def test_skipped_and_counted(read, kind, row, reason):
     assert (loaded.skips.total, loaded.total) == (1, 2)
     [skip] = loaded.skips
     assert reason in skip.reason
-    assert skip.place.endswith("a.jsonl:2")
+    assert skip.location.endswith("a.jsonl:2")
     assert skip.excerpt.startswith("{")
 
 
@@ -166,34 +166,34 @@ def test_skipped_and_counted(read, kind, row, reason):
     ("kind", "rows", "pieces"),
     [
         ("prompt", [{"prompt": "p"}, {"prompt": ""}, {"prompt": "  "}], ["an empty prompt in 2 records", "a.jsonl:2"]),
-        ("prompt", [{"messages": [user, answer]}], ["an answer at the end of the prompt", "in 1 record ("]),
+        ("prompt", [{"messages": [user, answer]}], ["a completion at the end of the prompt", "in 1 record ("]),
         ("demonstration", [{"messages": [answer, user, answer]}], ["order of turns", "begins with the assistant"]),
         ("demonstration", [{"messages": [user, user, answer]}], ["two user turns in a row"]),
         ("demonstration", [{"messages": [user, answer, answer]}], ["two assistant turns in a row"]),
-        ("demonstration", [{"messages": [user, answer, user]}], ["turns after the last answer"]),
+        ("demonstration", [{"messages": [user, answer, user]}], ["turns after the last completion"]),
         ("preference", [{"chosen": "x a", "rejected": "x b"}], ["common beginning"]),
     ],
 )  # fmt: skip
-def test_remarks(read, kind, rows, pieces):
+def test_warnings_name_the_kind_and_count(read, kind, rows, pieces):
     [warning] = read(kind, *rows).warnings
     for piece in pieces:
         assert piece in warning
 
 
-def test_ordinary_records_bring_no_remark(read):
+def test_ordinary_records_bring_no_warning(read):
     assert read("demonstration", {"text": "a"}, {"text": "b"}).warnings == []
     assert read("demonstration", {"messages": [system, user, answer, user, answer]}).warnings == []
     tool = {"role": "tool", "content": "1"}
     assert read("demonstration", {"messages": [user, other, tool, tool, answer]}).warnings == []
 
 
-def test_sharegpt_is_converted_and_said_so(read):
+def test_sharegpt_is_converted_with_a_warning(read):
     turns = [{"from": role, "value": text} for role, text in (("system", "s"), ("human", "q"), ("gpt", "a"))]
     for name in ("conversations", "messages"):
         loaded = read("demonstration", {name: turns}, {name: turns})
         assert loaded.records == [Demonstration((SYSTEM, USER), "a")] * 2
         [warning] = loaded.warnings
-        assert "ShareGPT form" in warning
+        assert "ShareGPT format" in warning
         assert "in 2 records" in warning
     with pytest.raises(DataError, match=r"conversations\[0\]\.from` is \"humn\", did you mean `human`"):
         read("demonstration", {"conversations": [{"from": "humn", "value": "q"}]})
@@ -253,7 +253,7 @@ def test_columns_are_mapped_first_and_only_where_they_are(read):
     [
         ("demonstration", {"prompt": "p", "chosen": "a", "rejected": "b"}, "looks like a preference", "train-rm"),
         ("demonstration", {"prompt": "p", "completions": ["a"], "ranking": [[0]]}, "looks like a ranking", "train-rm"),
-        ("demonstration", {"prompt": "p"}, "looks like a prompt without an answer", "`ppo`"),
+        ("demonstration", {"prompt": "p"}, "looks like a prompt without a completion", "`ppo`"),
         ("preference", {"prompt": "p", "completion": "c"}, "looks like a demonstration", "`sft`"),
         ("preference", {"messages": [user, answer]}, "looks like a demonstration (a conversation)", "`sft`"),
         ("prompt", {"text": "t"}, "looks like a demonstration (plain text)", "`sft`"),

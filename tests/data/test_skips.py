@@ -46,13 +46,13 @@ def test_skips_are_written_and_counted(tmp_path):
     skips = log(4)
     skips.write(tmp_path / "skips.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "skips.jsonl").read_text().splitlines()]
-    assert lines[1] == {"place": "f:1", "reason": "odd", "excerpt": "…"}
+    assert lines[1] == {"location": "f:1", "reason": "odd", "excerpt": "…"}
     assert (len(lines), skips.counts, skips.total) == (4, {"empty": 3, "odd": 1}, 4)
 
 
 def test_a_log_of_a_long_file_keeps_the_first_and_counts_all():
     skips = log(100, keep=3)
-    assert [skip.place for skip in skips] == ["f:0", "f:1", "f:2"]
+    assert [skip.location for skip in skips] == ["f:0", "f:1", "f:2"]
     assert skips.total == 100
 
 

@@ -25,7 +25,7 @@ def test_real_files_are_read_whole(shared_data, name, kind, count):
     assert (len(loaded.records), loaded.skips.total, loaded.warnings) == (count, 0, [])
 
 
-def test_hh_as_published(shared_data):
+def test_hh_is_split_without_changing_a_byte(shared_data):
     """Prompt and answer joined are the published text to the byte; the few pairs that differ earlier are counted."""
     source = shared_data / "hh_harmless_pairs.jsonl.gz"
     loaded = read_records(str(source), "preference")
@@ -36,14 +36,14 @@ def test_hh_as_published(shared_data):
     assert loaded.total == 1894
     lines = gzip.decompress(source.read_bytes()).splitlines()
     for record in loaded.records:
-        published = json.loads(lines[int(record.place.rpartition(":")[2]) - 1])
+        published = json.loads(lines[int(record.location.rpartition(":")[2]) - 1])
         assert isinstance(record.prompt, str)
         assert record.prompt.endswith("\n\nAssistant:")
         assert [record.prompt + answer for answer in record.completions] == [published["chosen"], published["rejected"]]
     assert validate_source(str(source), "prompt").records == len(loaded.records)
 
 
-def test_a_models_own_empty_answer_stays_in_its_ranking(tmp_path):
+def test_an_empty_completion_of_a_model_stays_in_its_ranking(tmp_path):
     file = tmp_path / "rankings.jsonl"
     file.write_text('{"prompt": "p", "completions": ["a", "", "b"], "ranking": [[0], [2], [1]]}\n')
     kept = read_records(str(file), "ranking", max_skip=1.0, keep_blank=True)

@@ -26,12 +26,12 @@ def test_a_larger_share_holds_the_smaller_one():
     assert split_by_prompt(records, 0.0, 0) == (records, [])
 
 
-def test_plain_text_goes_by_the_text():
+def test_plain_text_is_split_by_the_text():
     train, held_out = split_by_prompt([Demonstration("", f"text {n}") for n in range(200)], 0.5, 0)
     assert min(len(train), len(held_out)) > 60
 
 
-def test_nothing_left_to_train_on():
+def test_a_split_without_training_records_is_refused():
     records = split_by_prompt([PromptRecord(str(n)) for n in range(20)], 0.5, 0)[1]
     assert records
     with pytest.raises(DataError, match="held-out share"):

@@ -24,7 +24,7 @@ def failure(source: str, kind: str = "demonstration") -> DataError:
 def test_csv_is_read_with_the_line_each_row_begins_on(write):
     source = write("a.csv", '\ufeffid,prompt,completion\r\n1,"a ""b"", c","two\r\nlines"\r\n\r\n2,x,y\r\n')
     records = read_records(source, "demonstration").records
-    assert [(r.prompt, r.completion, r.place) for r in records] == [
+    assert [(r.prompt, r.completion, r.location) for r in records] == [
         ('a "b", c', "two\r\nlines", f"{source}:2"),
         ("x", "y", f"{source}:5"),
     ]
@@ -53,12 +53,12 @@ def test_csv_holds_lists_as_json_and_margins_as_text(write):
         pytest.param("prompt,completion\na,b\nc\n", 3, ["1 fields", "2"], id="too few fields"),
         pytest.param("prompt,completion\na,b,c\n", 2, ["3 fields"], id="too many fields"),
         pytest.param("prompt,prompt\na,b\n", 1, ["twice"], id="a column twice"),
-        pytest.param('prompt,completions,ranking\nq,"[a","[[0]]"\n', 2, ["`completions`", "no JSON list"], id="no list"),
+        pytest.param('prompt,completions,ranking\nq,"[a","[[0]]"\n', 2, ["`completions`", "not a JSON list"], id="no list"),
         pytest.param("prompt,chosen,rejected,margin\nq,a,b,much\n", 2, ['`margin` is "much"'], id="margin no number"),
         pytest.param("prompt,chosen,rejected,margin\nq,a,b,nan\n", 2, ["`margin`"], id="margin nan"),
     ],
 )  # fmt: skip
-def test_broken_csv(write, content, place, pieces):
+def test_broken_csv_is_refused_with_line_and_cause(write, content, place, pieces):
     source = write("a.csv", content)
     error = failure(source, "preference" if "completion\n" not in content else "demonstration")
     assert error.message.startswith(f"{source}:{place}: ")
@@ -67,7 +67,7 @@ def test_broken_csv(write, content, place, pieces):
 
 
 def test_a_long_quote_is_refused_before_it_fills_the_memory(write, monkeypatch):
-    from rlhf_cli.data import table_files
+    from rlhf_cli.data.readers import table_files
 
     monkeypatch.setattr(table_files, "MAX_RECORD_BYTES", 1000)
     content = 'prompt,completion\na,b\nc,"d\n' + "e,f\n" * 1000
@@ -75,8 +75,8 @@ def test_a_long_quote_is_refused_before_it_fills_the_memory(write, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "prompt,completion\n"], ids=repr)
-def test_csv_without_rows(write, content):
-    assert "holds no records" in failure(write("a.csv", content)).message
+def test_csv_without_rows_is_refused(write, content):
+    assert "no records" in failure(write("a.csv", content)).message
 
 
 def parquet_bytes(columns: dict, **options) -> bytes:
@@ -86,16 +86,16 @@ def parquet_bytes(columns: dict, **options) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.parquet.gz", "misnamed.jsonl"])
-def test_parquet_in_row_groups(write, name):
+def test_parquet_is_read_by_row_groups(write, name):
     columns = {"prompt": [f"p{n}" for n in range(700)], "completion": [f"c{n}" for n in range(700)]}
     content = parquet_bytes(columns, row_group_size=300)
     source = write(name, gzip.compress(content) if name.endswith(".gz") else content)
     records = read_records(source, "demonstration").records
     assert [r.prompt for r in records] == columns["prompt"]
-    assert [records[0].place, records[699].place] == [f"{source}:row 1", f"{source}:row 700"]
+    assert [records[0].location, records[699].location] == [f"{source}:row 1", f"{source}:row 700"]
 
 
-def test_parquet_of_several_forms_and_with_columns_that_are_no_text(write):
+def test_parquet_of_several_formats_and_with_columns_that_are_not_text(write):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     table = {
         "prompt": pa.array([None, "x"]),
@@ -114,7 +114,7 @@ def test_parquet_of_several_forms_and_with_columns_that_are_no_text(write):
     assert (record.prompt, record.completion) == ((Message("user", "q"),), "a")  # fmt: skip
 
 
-def test_null_and_missing_in_parquet(write):
+def test_null_in_parquet_counts_as_missing(write):
     source = write("a.parquet", parquet_bytes({"prompt": ["a", "b"], "completion": ["c", None]}))
     assert failure(source).message.startswith(f"{source}:row 2: `completion` is null")
     source = write("b.parquet", parquet_bytes({"prompt": ["a"]}))
@@ -122,7 +122,7 @@ def test_null_and_missing_in_parquet(write):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -9, -1])
-def test_truncated_parquet(write, keep):
+def test_truncated_parquet_is_refused(write, keep):
     content = parquet_bytes({"prompt": ["a" * 50] * 50, "completion": ["b"] * 50})
     source = write("a.parquet", content[:keep])
     message = failure(source).message
@@ -138,12 +138,12 @@ def test_damaged_pages_of_parquet_name_the_row(write):
     assert "truncated" in failure(source).message
 
 
-def test_text_is_no_parquet(write):
+def test_text_named_parquet_is_refused(write):
     assert "not Parquet" in failure(write("a.parquet", "prompt,completion\na,b\n")).message
 
 
 @pytest.mark.parametrize("keep", [5, 60, -4])
-def test_truncated_gzip(write, keep):
+def test_truncated_gzip_is_refused(write, keep):
     content = gzip.compress(b"".join(b'{"prompt": "%d", "completion": "b"}\n' % n for n in range(1000)))
     source = write("a.jsonl.gz", content[:keep])
     message = failure(source).message
@@ -151,7 +151,7 @@ def test_truncated_gzip(write, keep):
     assert "truncated" in message
 
 
-def test_damaged_gzip(write):
+def test_damaged_gzip_is_refused(write):
     content = bytearray(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 100))
     content[-6] ^= 1  # the checksum
     assert "gzip data is damaged" in failure(write("a.jsonl.gz", bytes(content))).message

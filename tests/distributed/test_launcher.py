@@ -1,9 +1,10 @@
-"""Several processes: what the supervisor does with signals, deaths and failures; how a command comes to have one."""
+"""Several processes: launch options, and how the supervisor handles signals, deaths and failures."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.distributed import launcher as launch
+from rlhf_cli.distributed.ranks import check_launcher_environment
+from rlhf_cli.errors import UsageError
 
+LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 SCRIPT = Path(__file__).parent / "supervised.py"
 ALL = ["sft", "label", "train-rm", "ppo", "evaluate"]
 
@@ -77,27 +81,27 @@ def test_a_killed_rank_is_named_and_ends_all(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])
-def test_what_a_failed_rank_had_started_does_not_outlive_the_command(how, tmp_path):
+def test_programs_that_a_failed_rank_started_are_killed(how, tmp_path):
     assert run(tmp_path, f"orphan, {how}").returncode != 0
     pid = int((tmp_path / "orphan.pid").read_text())
     wait_until(lambda: not is_alive(pid), "its end", 5)
 
 
-def test_a_rank_that_ends_without_a_word_gives_its_exit_code(tmp_path):
+def test_a_rank_that_ends_without_an_error_gives_its_exit_code(tmp_path):
     ended = run(tmp_path, "leave")
     assert ended.returncode == 3
     assert "rank 1 of 2 ended with exit code 3" in ended.stderr
     assert "  words of rank 1" in ended.stderr
 
 
-def test_who_only_lost_another_is_not_heard(tmp_path):
+def test_an_error_about_a_lost_peer_is_not_shown(tmp_path):
     ended = run(tmp_path, "lost peer")
     assert ended.returncode == 1
     assert "ValueError: the cause" in ended.stderr
     assert "Connection closed" not in ended.stderr
 
 
-def test_what_all_have_to_say_is_said_once_with_its_exit_code(tmp_path):
+def test_an_error_of_all_ranks_is_shown_once_with_its_exit_code(tmp_path):
     ended = run(tmp_path, "all diverge", 3)
     assert ended.returncode == 70
     assert ended.stderr == "words of rank 0\nerror: loss was nan in 3 steps in a row\n"
@@ -156,13 +160,13 @@ def test_workers_do_not_outlive_a_killed_supervisor(tmp_path):
 
 def test_each_process_has_its_share_of_the_cores_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda: 8)
-    assert launch.environment({}, 3, threads=None)["OMP_NUM_THREADS"] == "2"
-    assert launch.environment({}, 16, threads=None)["OMP_NUM_THREADS"] == "1"
-    assert launch.environment({"OMP_NUM_THREADS": "5"}, 3, threads=None)["OMP_NUM_THREADS"] == "5"
-    assert "OMP_NUM_THREADS" not in launch.environment({}, 3, threads=2), "`model.threads` is of each process"
+    assert launch.worker_environment({}, 3, threads=None)["OMP_NUM_THREADS"] == "2"
+    assert launch.worker_environment({}, 16, threads=None)["OMP_NUM_THREADS"] == "1"
+    assert launch.worker_environment({"OMP_NUM_THREADS": "5"}, 3, threads=None)["OMP_NUM_THREADS"] == "5"
+    assert "OMP_NUM_THREADS" not in launch.worker_environment({}, 3, threads=2), "`model.threads` is of each process"
 
 
-def test_workers_get_the_command_without_how_it_is_launched(monkeypatch):
+def test_workers_get_the_command_without_launch_options(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/rlhf"])
     given = [
         "run",
@@ -175,56 +179,98 @@ def test_workers_get_the_command_without_how_it_is_launched(monkeypatch):
         "--seed",
         "1",
     ]
-    command = launch.again(given)
+    command = launch.worker_command(given)
     assert command == [sys.executable, "-P", "-m", "rlhf_cli", "run", "r.yaml", "--json", "--seed", "1"]
 
 
 def test_a_launcher_inside_a_launcher_is_refused(toy):
-    started = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    refused = toy.run("--processes", "2", **started)
+    refused = toy.run("--processes", "2", **LAUNCHED)
     assert refused.code == 2
-    assert "`--processes` inside of a launcher: this is process 1 of 2 already" in refused.stderr
+    assert "`--processes` inside a launcher: this is already process 1 of 2" in refused.stderr
 
 
-def test_half_an_environment_is_refused(toy):
-    refused = toy.run(WORLD_SIZE="2", RANK="0")
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "sets RANK=0 and WORLD_SIZE=2 but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "sets RANK=1 but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "0"}, "sets LOCAL_RANK=0 but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (LAUNCHED | {"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got `two`"),
+        (LAUNCHED | {"RANK": "2"}, "RANK=2 and LOCAL_RANK=1 and WORLD_SIZE=2: RANK must be less than WORLD_SIZE"),
+    ],
+)
+def test_half_a_launchers_environment_is_refused_by_name(variables, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check_launcher_environment(variables)
+
+
+@pytest.mark.parametrize("variables", [{}, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}, {"WORLD_SIZE": "1"}])
+def test_an_environment_without_a_launch_is_accepted(variables):
+    check_launcher_environment(variables)
+
+
+def test_the_command_refuses_half_a_launchers_environment(toy):
+    refused = toy.run(RANK="1")
     assert refused.code == 2
-    assert "WORLD_SIZE=2 and not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in refused.stderr
+    assert "the environment sets RANK=1 but not LOCAL_RANK, WORLD_SIZE" in refused.stderr
 
 
-def test_both_ways_at_once_are_refused(toy):
+def test_processes_and_accelerate_config_exclude_each_other(toy):
     assert "exclude each other" in toy.run("--processes", "2", "--accelerate-config", "a.yaml").stderr
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("distributed_type: DEEPSPEED\nnum_processes: 2\n", "`distributed_type: DEEPSPEED` is none of NO, MULTI_GPU"),
-        ("distributed_type: FSDP\nnum_processes: 2\n", "models are not sharded yet"),
+        (
+            "distributed_type: DEEPSPEED\nnum_processes: 2\n",
+            "must be NO or MULTI_GPU, got `DEEPSPEED`",
+        ),
+        ("distributed_type: FSDP\nnum_processes: 2\n", "models are not sharded"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "accelerate starts one process, not 2, silently"),
         ("distributed_type: 'NO'\nnum_processes: 4\n", "accelerate starts one process, not 4, silently"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\n", "`mixed_precision: bf16` has no"),
-        ("compute_environment: AMAZON_SAGEMAKER\n", "is not LOCAL_MACHINE"),
-        ("a: &b 1\nc: *b\n", "a.yaml:1:"),
-        ("- 1\n", "is no configuration of accelerate"),
+        (
+            "compute_environment: AMAZON_SAGEMAKER\n",
+            "must be LOCAL_MACHINE, got `AMAZON_SAGEMAKER`",
+        ),
+        ("a: 1\nb: {c\n", "a.yaml:3: not valid YAML: expected ',' or '}', but got '<stream end>'"),
+        ("a: !!python/name:os.system\n", "a.yaml:1: not valid YAML: could not determine a constructor"),
+        ("[" * 5000, "a.yaml: not valid YAML: nested too deeply"),
+        ("a: '\x07'\n", "a.yaml: not valid YAML: unacceptable character"),
+        ("# " + "a" * (1 << 20), "a.yaml: larger than 1 MiB"),
+        ("- 1\n", "a configuration of accelerate must be a mapping, got list"),
         (None, "no such file"),
     ],
 )
-def test_a_configuration_that_cannot_be_served_is_refused(toy, text, said):
+def test_an_unsupported_configuration_of_accelerate_is_refused(tmp_path, text, said):
+    config = tmp_path / "a.yaml"
     if text is not None:
-        toy.write("a.yaml", text)
+        config.write_text(text)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        launch.check_accelerate_config(config)
+
+
+def test_the_command_refuses_an_unsupported_configuration_of_accelerate(toy):
+    toy.write("a.yaml", "distributed_type: FSDP\n")
     refused = toy.run("--accelerate-config", "a.yaml")
     assert refused.code == 2
-    assert said in refused.stderr
+    assert "got `FSDP`" in refused.stderr
 
 
-def test_a_configuration_is_handed_to_accelerates_launcher(tmp_path, monkeypatch):
+def test_a_bare_no_in_a_configuration_is_the_word_and_not_false(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("distributed_type: NO\nnum_processes: 1\nmixed_precision: no\n")
+    launch.check_accelerate_config(config)
+
+
+def test_a_configuration_is_passed_to_accelerates_launcher(tmp_path, monkeypatch):
     config = tmp_path / "a.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 8\n")
     commands = []
     monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
     monkeypatch.setattr(sys, "argv", ["rlhf", "ppo", "--accelerate-config", str(config), "--seed", "4"])
-    launch.hand_over(config)
+    launch.exec_accelerate(config)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     assert commands == [[sys.executable, *launcher, "-m", "rlhf_cli", "ppo", "--seed", "4"]]
 
@@ -246,7 +292,7 @@ def test_every_rank_does_every_stage_and_a_second_run_nothing(toy):
     assert "nothing to do: everything is up to date" in stderr
 
 
-def test_kill_9_of_a_rank_while_the_other_waits_for_it_then_the_command_goes_on(toy):
+def test_a_run_resumes_after_kill_9_of_a_rank_that_another_waited_for(toy):
     began = time.monotonic()
     first = toy.start("run", "recipe.yaml", "--processes", "2", FAKE_DIE="sft", FAKE_RANK="1")
     _, stderr = first.communicate(timeout=90)

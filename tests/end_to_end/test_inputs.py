@@ -1,6 +1,6 @@
 """Every case of bad files and bad records, fed as bytes to the real command.
 
-Errors end with 65 before any model is opened: the model here is an empty folder. What is only skipped or remarked on goes
+Errors end with 65 before any model is opened: the model here is an empty folder. What is only skipped or warned about goes
 through `--dry-run`, which makes the same checks, and once through `sft` and `label` themselves.
 """
 
@@ -63,10 +63,10 @@ def feed(rlhf, tmp_path):
         pytest.param(b"{'prompt': 'Why?', 'completion': 'So.'}\n", "data.jsonl:1", "not JSON: single quotes", id="single quotes"),
         pytest.param(DEMO.decode().encode("utf-16"), "data.jsonl:1", "UTF-16", id="UTF-16"),
         pytest.param(DEMO + '{"prompt": "Où?", "completion": "Là."}\n'.encode("latin-1"), "data.jsonl:2", "0xf9", id="Latin-1"),
-        pytest.param(b"", "data.jsonl", "holds no records", id="empty file"),
-        pytest.param(b"\n", "data.jsonl", "holds no records", id="only a newline"),
-        pytest.param(DEMO + b"42\n", "data.jsonl:2", "a bare 42", id="bare number"),
-        pytest.param(b'"hello"\n', "data.jsonl:1", 'a bare "hello"', id="bare text"),
+        pytest.param(b"", "data.jsonl", "no records", id="empty file"),
+        pytest.param(b"\n", "data.jsonl", "no records", id="only a newline"),
+        pytest.param(DEMO + b"42\n", "data.jsonl:2", "must be an object with fields, got 42", id="bare number"),
+        pytest.param(b'"hello"\n', "data.jsonl:1", 'must be an object with fields, got "hello"', id="bare text"),
         pytest.param(b'{"prompt": "Why?", "completion": NaN}\n', "data.jsonl:1", "`completion` is NaN", id="NaN"),
         pytest.param(DEMO + b'{"prompt": "Why?", "x": -Infinity}\n', "data.jsonl:2", "`x` is -Infinity", id="Infinity"),
         pytest.param(gzip.compress(DEMO * 9000)[:60], "data.jsonl:", "truncated", id="truncated gzip"),
@@ -87,7 +87,7 @@ def test_broken_jsonl(feed, content, place, said):
         pytest.param("data.parquet", parquet()[:-20], "data.parquet", "truncated", id="truncated Parquet"),
         pytest.param("data.csv", b"prompt;completion\nWhy?;So.\n", "data.csv:1", "delimiter `;`?", id="CSV with semicolons"),
         pytest.param("data.csv", b'prompt,completion\na,b\nWhy?,"So.\nc,d\ne,f\n', "data.csv:3", "a quote opens", id="unclosed quote"),
-        pytest.param("data.txt", DEMO, "data.txt", "unknown kind of file", id="unknown suffix"),
+        pytest.param("data.txt", DEMO, "data.txt", "unknown file type", id="unknown suffix"),
     ],
 )  # fmt: skip
 def test_broken_files_of_other_kinds(feed, name, content, place, said):
@@ -146,7 +146,7 @@ def test_unreadable(feed, tmp_path):
         pytest.param("train-rm", '{"prompt": "Why?", "completions": ["a", "b"], "ranking": [[0], [0]]}', ["0 more than once"], id="ranking"),
         pytest.param("sft", '{"messages": []}', ["`messages` is []"], id="messages: []"),
         pytest.param("sft", f'{{"messages": [{USER}, {{"role": "assistant"}}]}}', ["`messages[1]` has no `content`"], id="no content"),
-        pytest.param("sft", f'{{"messages": [{ANSWER}]}}', ["nothing to answer"], id="an answer to nothing"),
+        pytest.param("sft", f'{{"messages": [{ANSWER}]}}', ["there is no prompt"], id="an answer to nothing"),
         pytest.param("sft", '{"prompt": "Why?", "chosen": "a", "rejected": "b"}', ["looks like a preference", "train-rm"], id="another kind"),
     ],
 )  # fmt: skip
@@ -156,7 +156,7 @@ def test_broken_records(feed, stage, line, pieces):
         "ppo": b'{"prompt": "Why?"}\n',
         "train-rm": b'{"prompt": "Why?", "chosen": "a", "rejected": "b"}\n',
     }
-    if "nothing to answer" in pieces:  # among other conversations, or it would be "mixed" before
+    if "there is no prompt" in pieces:  # among other conversations, or it would be "mixed" before
         first["sft"] = f'{{"messages": [{USER}, {ANSWER}]}}\n'.encode()
     stderr = feed(first[stage] + line.encode() + b"\n", stage)
     assert "error: data.jsonl:2: " in stderr
@@ -205,12 +205,12 @@ PAIR = '{"prompt": "Why?", "chosen": "a", "rejected": "b"%s}\n'
         pytest.param("train-rm", PAIR % "" + PAIR.replace('"a"', '"c"').replace('"b"', '"a"').replace('"c"', '"b"') % "",
                      "1 pair of completions ranked both ways", id="a > b and b > a"),
         pytest.param("train-rm", PAIR % ', "annotator": "x"' * 1 + PAIR % ', "annotator": "x"', "1 record by an annotator", id="annotator twice"),
-        pytest.param("sft", SHAREGPT * 2, "ShareGPT form (`from`, `value`), converted to `role`, `content`, in 2 records", id="ShareGPT"),
+        pytest.param("sft", SHAREGPT * 2, "ShareGPT format (`from`, `value`), converted to `role`, `content`, in 2 records", id="ShareGPT"),
         pytest.param("sft", f'{{"messages": [{USER}, {USER}, {ANSWER}]}}', "unusual order of turns", id="two users in a row"),
         pytest.param("sft", f'{{"messages": [{ANSWER}, {USER}, {ANSWER}]}}', "unusual order of turns", id="assistant first"),
     ],
 )  # fmt: skip
-def test_remarks(feed, stage, content, said):
+def test_warnings_name_the_kind_and_count(feed, stage, content, said):
     stderr = feed(content, stage, "--dry-run", code=0)
     assert stderr.count("warning: ") == 1
     assert said in stderr
@@ -234,7 +234,7 @@ def test_label_writes_what_it_skips(feed, tmp_path):
     stderr = feed(content, "label", "--by", "import", "--max-skip", "0.5", code=0)
     assert "warning" in stderr
     [skip] = map(json.loads, (tmp_path / "run/label/skips.jsonl").read_text().splitlines())
-    assert (skip["place"], skip["reason"]) == ("data.jsonl:2", "chosen equal to rejected")
+    assert (skip["location"], skip["reason"]) == ("data.jsonl:2", "chosen equal to rejected")
     manifest = json.loads((tmp_path / "run/label/manifest.json").read_text())
     assert manifest["skipped"] == {"chosen equal to rejected": 1}
     assert len((tmp_path / "run/label/rankings.jsonl").read_text().splitlines()) == 2

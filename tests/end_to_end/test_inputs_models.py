@@ -74,7 +74,7 @@ def test_prompts_longer_than_the_models_room(sft, tiny_llama, tmp_path):
     assert "data.jsonl:1" in stderr
     sft(tiny_llama, DEMO * 7 + long, "--max-skip", "0.2", code=0)
     [skip] = map(json.loads, (tmp_path / "run/sft/skips.jsonl").read_text().splitlines())
-    assert skip["place"] == "data.jsonl:8"
+    assert skip["location"] == "data.jsonl:8"
     assert "longer than" in skip["reason"]
 
 

@@ -1,4 +1,4 @@
-"""A small PPO run through the real command: killed where one likes, resumed, and compared byte by byte.
+"""A small PPO run with the real command: killed in any phase, resumed, and compared byte by byte.
 
 Nothing in the product helps it. What the run is doing is seen from outside: the reward, which is the user's code,
 writes down when it begins and ends to score, and the folders of the checkpoints come and go.

@@ -1,4 +1,4 @@
-"""Step checkpoints: whole or not at all, damage of every kind is named and passed over, several processes agree."""
+"""Step checkpoints: atomic, damage of every kind is reported and skipped, several processes agree."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_a_checkpoint_reads_back_unchanged(tmp_path):
     save(tmp_path, 4)
     found = latest_checkpoint(tmp_path)
     assert found is not None
@@ -118,7 +118,7 @@ def test_every_flipped_bit_of_the_sums_is_harmless_or_seen(tmp_path):
             checkpoint_files.read_folder(sums.parent)
 
 
-def test_none_whole_says_that_it_begins_anew(tmp_path, capfd):
+def test_without_an_intact_checkpoint_training_starts_anew(tmp_path, capfd):
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "not there") is None
     assert capfd.readouterr().err == ""
@@ -129,7 +129,7 @@ def test_none_whole_says_that_it_begins_anew(tmp_path, capfd):
     assert "is whole: this begins anew" in said.replace("\n", " ")
 
 
-def test_what_is_not_ours_is_left_alone(tmp_path, capfd):
+def test_foreign_files_are_kept(tmp_path, capfd):
     for name in ("step-abc", "step-", "step-1", "step-00000001.bak", "samples"):
         (tmp_path / name).mkdir()
     (tmp_path / "metrics.jsonl").write_text("{}\n")
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_a_later_format_is_passed_over_and_kept(tmp_path, capfd,
     assert "step-00000005" in steps(tmp_path), "the newer rlhf can still go on from it"
 
 
-def test_a_damaged_checkpoint_goes_once_training_went_on_behind_it(tmp_path):
+def test_a_damaged_checkpoint_is_removed_after_the_next_one(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / "step-00000009").mkdir()
@@ -271,7 +271,7 @@ def test_too_little_room_is_known_before_anything_is_written(tmp_path, monkeypat
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(checkpoint_files, "_write", lambda *_: pytest.fail("wrote"))
+    monkeypatch.setattr(checkpoint_files, "fsync", lambda *_: pytest.fail("wrote"))
     with pytest.raises(DiskError, match=r"it needs 5,048,\d\d\d bytes, and the disk of .* has 2,000,000 free"):
         save_checkpoint(tmp_path, 2, {"weight": torch.zeros(1_000_000)}, {})
     assert steps(tmp_path) == ["step-00000001"]
@@ -310,7 +310,7 @@ class Rank:
     def __init__(self, index: int, others: list[object]) -> None:
         self.index, self.is_main, self._others, self.said = index, index == 0, list(others), []
 
-    def collect(self, item):
+    def all_gather_object(self, item):
         self.said.append(item)
         other = self._others.pop(0)
         return [item, other] if self.is_main else [other, item]

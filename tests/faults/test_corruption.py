@@ -1,4 +1,4 @@
-"""Damage to any file of an unfinished PPO stage: it goes on to the same bytes, warned, or stops and names the file."""
+"""Damage to any file of an unfinished PPO stage: it warns and ends with the same bytes, or stops and names the file."""
 
 from __future__ import annotations
 

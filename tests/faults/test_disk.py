@@ -27,7 +27,7 @@ def size_of(run: SmallRun, name: str) -> int:
 
 
 @pytest.mark.parametrize("room", [0.0, 0.6])
-def test_a_checkpoint_that_does_not_fit(broken, expected, room):
+def test_a_checkpoint_larger_than_the_free_space_ends_with_74(broken, expected, room):
     needed = size_of(broken, "tensors.safetensors")
     with largest_file(20_000 + int(room * (needed - 20_000))):
         end = broken.run_here()

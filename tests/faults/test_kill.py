@@ -1,4 +1,4 @@
-"""kill -9 in every phase of PPO: the same command goes on, and ends with the bytes of a run that nothing disturbed.
+"""kill -9 in every phase of PPO: the same command resumes and ends with the bytes of an uninterrupted run.
 
 `benchmarks/kill_resume.py` does the same at many random moments.
 """

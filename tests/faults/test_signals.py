@@ -1,4 +1,4 @@
-"""Signals in every phase: the step that runs is finished and saved, the code says which signal, and on it goes."""
+"""Signals in every phase: the current step is finished and saved, the exit code names the signal, a run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that makes no progress ends with its own code and all its stacks; one that does is left alone."""
+"""A process without progress ends with its own exit code and all stacks; a working one does not."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_progress_of_any_kind_keeps_it_alive():
     assert stdout == "done\n"
 
 
-def test_who_waits_for_another_is_not_watched_and_who_goes_on_is_again():
+def test_a_waiting_process_is_not_watched_until_it_works_again():
     process = start("with waiting(): time.sleep(1.2)", "print('waited', flush=True)", "time.sleep(100)")
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == EXIT_STALLED, stderr
@@ -115,7 +115,7 @@ except ProcessDiedError as error:
 """
 
 
-def test_who_waits_for_a_process_that_works_is_left_alone_and_one_that_hangs_ends_both():
+def test_waiting_for_a_working_process_is_allowed_and_a_hanging_process_ends_both():
     end = subprocess.run(
         [sys.executable, "-c", _SUPERVISE, _TOGETHER],
         cwd=ROOT,
@@ -130,7 +130,7 @@ def test_who_waits_for_a_process_that_works_is_left_alone_and_one_that_hangs_end
     assert "`ppo` made no progress for 1 seconds" in end.stderr
 
 
-def test_nothing_is_watched_behind_the_stage_or_without_the_setting():
+def test_nothing_is_watched_after_the_stage_or_without_the_setting():
     process = start("pass")
     assert process.communicate(timeout=60)[0] == "done\n"
     script = (
@@ -151,7 +151,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count():
     assert process.returncode == 0, stderr
 
 
-def test_a_reward_that_hangs_ends_the_command_and_the_run_goes_on(halfway, expected, tmp_path: Path):
+def test_a_hanging_reward_ends_the_command_and_the_run_resumes(halfway, expected, tmp_path: Path):
     run = halfway.copy(tmp_path / "hanging")
     hanging = SmallRun(run.folder, run.parts, {"stall_seconds": 5.0})
     # What is slow to load on a busy machine is loaded before the watch begins.

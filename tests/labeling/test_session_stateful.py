@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
@@ -241,6 +242,7 @@ while (task := session.next(who)) is not None:
 """
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_outlives_kill_9_and_is_there_once(tmp_path):
     path = tmp_path / "labels.sqlite"
     session = LabelSession(path)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import Interrupted
 from rlhf_cli.labeling.completions import Answer, AnswerFile
 from rlhf_cli.models.loading import ModelSource
@@ -74,7 +73,7 @@ def test_no_process_leaves_before_all_know():
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_divided_work_comes_back_in_order(count):
     def work(processes: ProcessGroup) -> list[int]:
-        return divide(processes, [1, 2, 3], lambda own: [10 * number for number in own])
+        return processes.map([1, 2, 3], lambda own: [10 * number for number in own])
 
     assert in_threads(count, work) == [[10, 20, 30]] * count
 

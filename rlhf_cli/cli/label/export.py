@@ -108,6 +108,6 @@ def _found(source: Path, *, individual: bool, merges: bool) -> tuple[list[LabelR
 
 def _holds_labels(source: Path) -> bool:
     from rlhf_cli.data.formats import labels
-    from rlhf_cli.data.origins import rows_of
+    from rlhf_cli.data.readers.resolve import rows_of
 
-    return source.is_file() and labels.is_it(next(rows_of(str(source))).fields)
+    return source.is_file() and labels.matches(next(rows_of(str(source))).fields)

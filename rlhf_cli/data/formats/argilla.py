@@ -1,8 +1,8 @@
-"""Records as Argilla exports them: `RankingQuestion` over fields that hold the answers.
+"""Records as Argilla exports them: `RankingQuestion` over fields that hold the completions.
 
-Read are Argilla 2's records (`to_json`, `to_list`), flattened or not and so as data sets of the hub have them, and
-Argilla 1's feedback records. A ranking is a list of `{"value": name, "rank": 1}`, where equal ranks are a tie, or a
-list of names, best first; a name is that of a field (`response-1`, also written `response_1` or `Response 1`).
+It reads records of Argilla 2 (`to_json`, `to_list`), flattened or nested as in data sets of the hub, and feedback
+records of Argilla 1. A ranking is a list of `{"value": name, "rank": 1}`, where equal ranks are a tie, or a list of
+names, best first. Each name is the name of a field (`response-1`, also written `response_1` or `Response 1`).
 """
 
 from __future__ import annotations
@@ -11,65 +11,67 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlhf_cli.data.conversations import text_of
 from rlhf_cli.data.formats.common import (
     UNRANKED,
+    ImportOptions,
     Part,
-    Wanted,
-    answer_names,
-    each,
-    part,
+    completion_names,
+    new_row,
+    objects_of,
     prompt_name,
     tiers_by_rank,
 )
-from rlhf_cli.data.rows import Row, listed, printable, shown
+from rlhf_cli.data.parsing.conversations import text_of
+from rlhf_cli.data.readers.rows import Row, listed, printable, shown
 from rlhf_cli.data.skips import Skip
 
 _RESPONSES = ".responses"
 _Response = tuple[str, object, object]
-"""Its question, its value, and who gave it."""
+"""Question, value, and user who responded."""
 
 
-def is_it(fields: Mapping[str, object]) -> bool:
-    """Whether a row is a record."""
+def matches(fields: Mapping[str, object]) -> bool:
+    """Whether a row is a record of Argilla."""
     if isinstance(fields.get("fields"), dict) and isinstance(fields.get("responses"), dict | list):
         return True
     return any(name.endswith(_RESPONSES) and f"{name}.users" in fields for name in fields)
 
 
-def parts(row: Row, wanted: Wanted) -> Iterator[Part]:
-    """A ranking for each user's response; the answers alone where there is none and they are wanted."""
+def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
+    """Yield one ranking per response; the completions alone if there is none and unranked ones are accepted."""
     nested = row.fields.get("fields")
-    fields = nested if isinstance(nested, dict) else _unflattened(row.fields)
-    wanted.remarks.add("argilla", row.place)
+    fields = nested if isinstance(nested, dict) else _fields_of_flat_record(row.fields)
+    options.warnings.add("argilla", row.location)
     names = {_plain(name): name for name in fields}
     rankings = [
-        (question, value, user) for question, value, user in _responses(row, wanted) if _is_ranking(value, names)
+        (question, value, user) for question, value, user in _responses(row, options) if _is_ranking(value, names)
     ]
     questions = list(dict.fromkeys(question for question, _, _ in rankings))
-    if len(questions) > 1 and (asked := wanted.columns.get("ranking")) in questions:
-        rankings, questions = [one for one in rankings if one[0] == asked], [asked]
+    if len(questions) > 1 and (chosen_question := options.columns.get("ranking")) in questions:
+        rankings, questions = [one for one in rankings if one[0] == chosen_question], [chosen_question]
     if len(questions) > 1:
         raise row.error(
             f"two questions are rankings: {listed(questions)}", "name one: `--set 'data.columns={ranking: NAME}'`"
         )
     for number, (question, value, user) in enumerate(rankings):
         yield _ranking(
-            row, fields, names, (f" ({printable(question)[:40]}, response {number + 1})", value, user), wanted
+            row, fields, names, (f" ({printable(question)[:40]}, response {number + 1})", value, user), options
         )
     if rankings:
         return
-    if not wanted.unranked:
-        wanted.remarks.add("records without", row.place)
+    if not options.unranked:
+        options.warnings.add("records without", row.location)
     else:
-        answers = answer_names(fields)
-        if not answers:
+        completions = completion_names(fields)
+        if not completions:
             raise row.error(
-                f"which fields are the answers is not clear: there are {listed(fields)}",
-                "name them alike, such as `response-1` and `response-2`",
+                f"which fields hold the completions is not clear: there are {listed(fields)}",
+                "name them alike, for example `response-1` and `response-2`",
             )
-        prompt = fields[prompt_name(row, fields, answers, wanted)]
-        yield part(row, "", {"prompt": prompt, "completions": [_answer(row, fields, name) for name in answers]})
+        prompt = fields[prompt_name(row, fields, completions, options)]
+        yield new_row(
+            row, "", {"prompt": prompt, "completions": [_completion(row, fields, name) for name in completions]}
+        )
 
 
 def _ranking(
@@ -77,52 +79,52 @@ def _ranking(
     fields: Mapping[str, object],
     names: Mapping[str, str],
     response: tuple[str, object, object],
-    wanted: Wanted,
+    options: ImportOptions,
 ) -> Part:
     where, value, user = response
     assert isinstance(value, list)
     members: Sequence[tuple[str, object]] = [
         (item, None) if isinstance(item, str) else (str(item["value"]), item.get("rank")) for item in value
     ]
-    answers = [names[_plain(name)] for name, _ in members]
-    if len(set(answers)) < len(answers):
+    completions = [names[_plain(name)] for name, _ in members]
+    if len(set(completions)) < len(completions):
         raise row.error(f"{where.strip()} ranks the same field twice: {shown(value)}")
     ranks = [rank for _, rank in members]
     if all(rank is None for rank in ranks):
         ranks = list(range(len(ranks)))  # names alone: best first
-    if None in ranks or set(answers) < set(answer_names(fields)):
-        return Skip(f"{row.place}{where}", UNRANKED, row.excerpt())
+    if None in ranks or set(completions) < set(completion_names(fields)):
+        return Skip(f"{row.location}{where}", UNRANKED, row.excerpt())
     if not all(isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks):
-        raise row.error(f"{where.strip()} has a rank that is no whole number: {shown(value)}")
-    order = sorted(range(len(answers)), key=lambda index: list(fields).index(answers[index]))
+        raise row.error(f"{where.strip()} has a rank that is not a whole number: {shown(value)}")
+    order = sorted(range(len(completions)), key=lambda index: list(fields).index(completions[index]))
     tiers = tiers_by_rank([ranks[index] for index in order])  # type: ignore[misc]
-    return part(
+    return new_row(
         row,
         where,
         {
-            "prompt": fields[prompt_name(row, fields, answers, wanted)],
-            "completions": [_answer(row, fields, answers[index]) for index in order],
+            "prompt": fields[prompt_name(row, fields, completions, options)],
+            "completions": [_completion(row, fields, completions[index]) for index in order],
             "ranking": tiers,
-            "annotator": None if user in ("", "None") else user,  # Argilla 2 writes the user of nobody so
+            "annotator": None if user in ("", "None") else user,  # how Argilla 2 writes a missing user
         },
     )
 
 
-def _answer(row: Row, fields: Mapping[str, object], name: str) -> str:
+def _completion(row: Row, fields: Mapping[str, object], name: str) -> str:
     return text_of(row, f"fields.{name}", fields[name])
 
 
-def _unflattened(columns: Mapping[str, object]) -> dict[str, object]:
-    """The fields among the columns of a flattened record; Argilla gives its own columns these names, or a dot."""
+def _fields_of_flat_record(columns: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a flattened record; Argilla's own columns have these names or a dot in their name."""
     own = ("id", "_server_id", "status")
     return {name: value for name, value in columns.items() if name not in own and "." not in name}
 
 
-def _responses(row: Row, wanted: Wanted) -> Iterator[_Response]:
-    """All responses that were submitted."""
+def _responses(row: Row, options: ImportOptions) -> Iterator[_Response]:
+    """Yield the submitted responses."""
     for question, value, user, status in _all_responses(row):
         if status in ("draft", "discarded"):
-            wanted.remarks.add("responses not submitted", row.place)
+            options.warnings.add("responses not submitted", row.location)
         else:
             yield question, value, user
 
@@ -131,15 +133,15 @@ def _all_responses(row: Row) -> Iterator[tuple[str, object, object, object]]:
     responses = row.fields.get("responses")
     if isinstance(responses, dict):  # Argilla 2
         for question, given in responses.items():
-            for _, response in each(row, f"responses.{question}", given):
+            for _, response in objects_of(row, f"responses.{question}", given):
                 yield question, response.get("value"), response.get("user_id"), response.get("status")
     elif isinstance(responses, list):  # Argilla 1
-        for name, response in each(row, "responses", responses):
+        for name, response in objects_of(row, "responses", responses):
             values = response.get("values") or {}
             if not isinstance(values, dict):
                 raise row.error(f"`{name}.values` is {shown(values)}; an object is expected")
-            for question, answer in values.items():
-                value = answer.get("value") if isinstance(answer, dict) else answer
+            for question, completion in values.items():
+                value = completion.get("value") if isinstance(completion, dict) else completion
                 yield question, value, response.get("user_id"), response.get("status")
     else:
         for name, values in row.fields.items():
@@ -152,7 +154,7 @@ def _all_responses(row: Row) -> Iterator[tuple[str, object, object, object]]:
 
 
 def _is_ranking(value: object, names: Mapping[str, str]) -> bool:
-    """Whether a response orders answers: other questions have other values, or choose labels that are no fields."""
+    """Whether a response ranks fields: other questions have other values, or choose labels that are not fields."""
     if not isinstance(value, list) or len(value) < 2:
         return False
     chosen = [item.get("value") if isinstance(item, dict) else item for item in value]

@@ -1,4 +1,4 @@
-"""What the readers of foreign forms share: which field is the prompt, which are the answers, tiers from ranks."""
+"""Shared by the readers of foreign formats: find the prompt and the completions, turn ranks into tiers."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.data.rows import Row, listed, shown
+from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import Skip
-from rlhf_cli.data.warnings import Remarks
+from rlhf_cli.data.warnings import WarningLog
 
 Part = Row | Skip
-UNRANKED = "answers left unranked"
+UNRANKED = "completions left unranked"
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "input", "context", "text")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a reader of a foreign form needs to know.
+class ImportOptions:
+    """Options for the readers of foreign formats.
 
     Attributes:
-        columns: our field -> theirs, also for fields that stand deeper in a row.
-        remarks: collects what deserves a warning.
-        unranked: answers that nobody ranked are wanted too.
+        columns: our field -> theirs, also for nested fields.
+        warnings: collects the warnings.
+        unranked: also yield completions without a ranking.
     """
 
     columns: Mapping[str, str]
-    remarks: Remarks
+    warnings: WarningLog
     unranked: bool = False
 
 
-def part(row: Row, place: str, fields: Mapping[str, object], *, may_be_blank: bool = False) -> Row:
-    """A row of ours made from one of theirs; what is None is left out."""
+def new_row(row: Row, location: str, fields: Mapping[str, object], *, may_be_blank: bool = False) -> Row:
+    """One of our rows, made from one of theirs; fields that are None are omitted."""
     kept = {name: value for name, value in fields.items() if value is not None}
-    return Row(f"{row.place}{place}", kept, may_be_blank=may_be_blank)
+    return Row(f"{row.location}{location}", kept, may_be_blank=may_be_blank)
 
 
-def prompt_name(row: Row, fields: Mapping[str, object], answers: Iterable[str], wanted: Wanted) -> str:
-    """Name of the field that holds the prompt: the one that is mapped, `prompt`, a usual name, or the only one left."""
-    mapped = wanted.columns.get("prompt")
+def prompt_name(row: Row, fields: Mapping[str, object], completions: Iterable[str], options: ImportOptions) -> str:
+    """Name of the prompt field: the mapped one, `prompt`, another usual name, or the only one that is left."""
+    mapped = options.columns.get("prompt")
     if mapped is not None and mapped in fields:
         return mapped
-    taken = set(answers)
+    taken = set(completions)
     left = [name for name, value in fields.items() if name not in taken and isinstance(value, str | list)]
     for name in PROMPT_NAMES:
         if name in left:
@@ -59,27 +59,27 @@ _NUMBERED = re.compile(
 )
 
 
-def answer_names(names: Iterable[str]) -> list[str]:
-    """Fields named alike but for a number, letter or side at the end (`answer1`, `answer2`), in the order of these.
+def completion_names(names: Iterable[str]) -> list[str]:
+    """Fields whose names differ only by a number, letter or side at the end (`answer1`, `answer2`), in that order.
 
-    Empty where no family of names is so, or more than one: nobody can tell which.
+    Empty if no names differ so, or if several groups of names do.
     """
-    families: dict[str, list[tuple[tuple[int, str], str]]] = {}
+    groups: dict[str, list[tuple[tuple[int, str], str]]] = {}
     for name in names:
         if found := _NUMBERED.fullmatch(name):
             end = (int(found["number"] or 0), (found["letter"] or found["side"] or "").lower())
-            families.setdefault(found["stem"].lower(), []).append((end, name))
-    several = [family for family in families.values() if len(family) > 1]
+            groups.setdefault(found["stem"].lower(), []).append((end, name))
+    several = [group for group in groups.values() if len(group) > 1]
     return [name for _, name in sorted(several[0])] if len(several) == 1 else []
 
 
 def tiers_by_rank(ranks: Sequence[int]) -> list[list[int]]:
-    """Tiers of indices, lowest rank first; equal ranks share one."""
+    """Tiers of indices, lowest rank first; equal ranks share a tier."""
     return [[index for index, rank in enumerate(ranks) if rank == level] for level in sorted(set(ranks))]
 
 
-def each(row: Row, field: str, value: object) -> list[tuple[str, dict[str, object]]]:
-    """Members of a list of objects, each with the name by which a message calls it."""
+def objects_of(row: Row, field: str, value: object) -> list[tuple[str, dict[str, object]]]:
+    """Objects in a list, each with its name for messages."""
     if not isinstance(value, list):
         raise row.error(f"`{field}` is {shown(value)}; a list of objects is expected")
     members = []

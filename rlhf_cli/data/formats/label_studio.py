@@ -1,8 +1,8 @@
 """Tasks as Label Studio exports them (JSON, not JSON-MIN): `Ranker` over a `List`, and `Pairwise`.
 
-A ranker without buckets holds one list of ids under its own name, best first. With buckets, their names say the order:
-`1`, `2`, `3` or `tier 1`, `tier 2`, best first; answers in one bucket are a tie. Other names say no order, and are
-refused. `_` holds what nobody moved.
+A ranker without buckets holds one list of ids under its own name, best first. With buckets, their names give the order:
+`1`, `2`, `3` or `tier 1`, `tier 2`, best first; completions in one bucket are tied. Other names are refused, since they
+give no order. `_` holds the items that were not moved.
 """
 
 from __future__ import annotations
@@ -10,37 +10,45 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlhf_cli.data.conversations import text_of
-from rlhf_cli.data.formats.common import UNRANKED, Part, Wanted, answer_names, each, part, prompt_name
-from rlhf_cli.data.rows import Row, listed, shown
+from rlhf_cli.data.formats.common import (
+    UNRANKED,
+    ImportOptions,
+    Part,
+    completion_names,
+    new_row,
+    objects_of,
+    prompt_name,
+)
+from rlhf_cli.data.parsing.conversations import text_of
+from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import Skip
 
 _BUCKET = re.compile(r"(?:(?:tier|rank|place|level)[-_ ]?)?(\d+)", re.IGNORECASE)
 _CONTROLS = ("ranker", "pairwise")
 
 
-def is_it(fields: Mapping[str, object]) -> bool:
-    """Whether a row is a task."""
+def matches(fields: Mapping[str, object]) -> bool:
+    """Whether a row is a task of Label Studio."""
     return isinstance(fields.get("data"), dict) and isinstance(fields.get("annotations"), list)
 
 
-def parts(row: Row, wanted: Wanted) -> Iterator[Part]:
-    """A ranking for each annotation that has one; the answers alone where there is none and they are wanted."""
+def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
+    """Yield one ranking per annotation; the completions alone if there is none and unranked ones are accepted."""
     data = row.fields["data"]
     assert isinstance(data, dict)
-    wanted.remarks.add("label studio", row.place)
+    options.warnings.add("label studio", row.location)
     count = 0
-    for name, annotation in each(row, "annotations", row.fields["annotations"]):
+    for name, annotation in objects_of(row, "annotations", row.fields["annotations"]):
         if annotation.get("was_cancelled"):
-            wanted.remarks.add("annotations not given", row.place)
+            options.warnings.add("annotations not given", row.location)
             continue
         results = [
             (where, result)
-            for where, result in each(row, f"{name}.result", annotation.get("result"))
+            for where, result in objects_of(row, f"{name}.result", annotation.get("result"))
             if result.get("type") in _CONTROLS
         ]
         if not results:
-            wanted.remarks.add("annotations not given", row.place)
+            options.warnings.add("annotations not given", row.location)
             continue
         if len(results) > 1:
             controls = listed([str(result.get("from_name")) for _, result in results])
@@ -49,13 +57,13 @@ def parts(row: Row, wanted: Wanted) -> Iterator[Part]:
                 "export one control at a time",
             )
         count += 1
-        yield _annotation(row, data, name, annotation, *results[0], wanted)
+        yield _annotation(row, data, name, annotation, *results[0], options)
     if not count:
-        if wanted.unranked:
-            prompt, ids = _list_of_items(row, data, None, wanted)
-            yield part(row, "", {"prompt": prompt, "completions": list(ids.values())})
+        if options.unranked:
+            prompt, ids = _list_of_items(row, data, None, options)
+            yield new_row(row, "", {"prompt": prompt, "completions": list(ids.values())})
         else:
-            wanted.remarks.add("tasks without", row.place)
+            options.warnings.add("tasks without", row.location)
 
 
 def _annotation(
@@ -65,32 +73,32 @@ def _annotation(
     annotation: Mapping[str, object],
     where: str,
     result: Mapping[str, object],
-    wanted: Wanted,
+    options: ImportOptions,
 ) -> Part:
     value = result.get("value")
     if not isinstance(value, dict):
         raise row.error(f"`{where}.value` is {shown(value)}; an object is expected")
     fields: dict[str, object] = {"annotator": _annotator(annotation.get("completed_by"))}
-    place = f" ({name})"
+    location = f" ({name})"
     if result["type"] == "pairwise":
-        return part(row, place, fields | _pair(row, data, where, value, result, wanted))
+        return new_row(row, location, fields | _pair(row, data, where, value, result, options))
     tiers = _tiers(row, f"{where}.value.ranker", value.get("ranker"), result.get("from_name"))
     ranked = [identifier for tier in tiers for identifier in tier]
-    prompt, ids = _list_of_items(row, data, ranked, wanted)
+    prompt, ids = _list_of_items(row, data, ranked, options)
     for identifier in ranked:
         if identifier not in ids:
             raise row.error(
                 f"`{where}.value.ranker` ranks {shown(identifier)}, and the task has the ids {listed(list(ids))}"
             )
     if len(ranked) < len(ids):
-        return Skip(f"{row.place}{place}", UNRANKED, row.excerpt())
+        return Skip(f"{row.location}{location}", UNRANKED, row.excerpt())
     index = {identifier: number for number, identifier in enumerate(ids)}
     ranking = [[index[identifier] for identifier in tier] for tier in tiers]
-    return part(row, place, fields | {"prompt": prompt, "completions": list(ids.values()), "ranking": ranking})
+    return new_row(row, location, fields | {"prompt": prompt, "completions": list(ids.values()), "ranking": ranking})
 
 
 def _annotator(completed_by: object) -> object:
-    """Who it was: an id, or an object with an e-mail address and an id."""
+    """The annotator: an id, or an object with an e-mail address and an id."""
     if isinstance(completed_by, dict):
         return completed_by.get("email") or completed_by.get("id")
     return completed_by
@@ -100,11 +108,11 @@ def _annotator(completed_by: object) -> object:
 
 
 def _tiers(row: Row, name: str, ranker: object, tag: object) -> list[list[str]]:
-    """Tiers of ids; `tag` is the name of the control, under which one without buckets keeps its list."""
+    """Tiers of ids; `tag` is the name of the control, which is the key of the list if there are no buckets."""
     hint = (
         'without buckets `{"rank": ["b", "a"]}`; with buckets named by number, best first, `{"1": ["b"], "2": ["a"]}`'
     )
-    if isinstance(ranker, list):  # as some versions wrote it
+    if isinstance(ranker, list):  # some versions wrote a list
         ranker = {"rank": ranker}
     if not isinstance(ranker, dict) or not all(isinstance(ids, list) for ids in ranker.values()):
         raise row.error(f"`{name}` is {shown(ranker)}; lists of ids are expected", hint)
@@ -125,14 +133,14 @@ def _numbered(name: str) -> int | None:
 
 def _id(row: Row, name: str, value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise row.error(f"`{name}` holds {shown(value)}, which is no id")
+        raise row.error(f"`{name}` holds {shown(value)}, which is not an id")
     return str(value)
 
 
 def _list_of_items(
-    row: Row, data: Mapping[str, object], ranked: Sequence[str] | None, wanted: Wanted
+    row: Row, data: Mapping[str, object], ranked: Sequence[str] | None, options: ImportOptions
 ) -> tuple[object, dict[str, object]]:
-    """The prompt, and the answers by their id."""
+    """The prompt, and the completions by id."""
     lists = {name: value for name, value in data.items() if _is_list_of_items(value)}
     found = {name: _items(row, f"data.{name}", value) for name, value in lists.items()}
     fitting = {name: ids for name, ids in found.items() if ranked is None or set(ranked) <= ids.keys()} or found
@@ -140,10 +148,10 @@ def _list_of_items(
         many = "several lists" if fitting else "no list"
         raise row.error(
             f"`data` has {many} of objects with an `id`: it has {listed(data)}",
-            '`"items": [{"id": "a", "body": "one answer"}, ...]`, as the tag `List` shows them',
+            '`"items": [{"id": "a", "body": "one completion"}, ...]`, as the tag `List` shows them',
         )
     [ids] = fitting.values()
-    return data[prompt_name(row, data, lists, wanted)], ids
+    return data[prompt_name(row, data, lists, options)], ids
 
 
 def _is_list_of_items(value: object) -> bool:
@@ -152,7 +160,7 @@ def _is_list_of_items(value: object) -> bool:
 
 def _items(row: Row, name: str, value: object) -> dict[str, object]:
     texts: dict[str, object] = {}
-    for where, item in each(row, name, value):
+    for where, item in objects_of(row, name, value):
         identifier = _id(row, f"{where}.id", item["id"])
         if identifier in texts:
             raise row.error(f"`{name}` has the id {shown(identifier)} twice")
@@ -170,22 +178,22 @@ def _pair(
     where: str,
     value: Mapping[str, object],
     result: Mapping[str, object],
-    wanted: Wanted,
+    options: ImportOptions,
 ) -> dict[str, object]:
     selected = value.get("selected")
     if selected not in ("left", "right"):
         raise row.error(f"`{where}.value.selected` is {shown(selected)}; left or right is expected")
-    # `toName` of the tag, where the export repeats it; names of tags need not be those of the data.
+    # `toName` of the tag, if the export has it; tags may have other names than the data.
     named = [name.strip() for name in str(result.get("to_name", "")).split(",")]
-    answers = named if len(named) == 2 and all(name in data for name in named) else answer_names(data)
-    if len(answers) != 2:
+    completions = named if len(named) == 2 and all(name in data for name in named) else completion_names(data)
+    if len(completions) != 2:
         raise row.error(
             f"which two fields were compared is not clear: `data` has {listed(data)}",
-            "name them alike, such as `answer1` and `answer2`, the left one first",
+            "name them alike, for example `answer1` and `answer2`, the left one first",
         )
-    better, worse = answers if selected == "left" else reversed(answers)
+    better, worse = completions if selected == "left" else reversed(completions)
     return {
-        "prompt": data[prompt_name(row, data, answers, wanted)],
+        "prompt": data[prompt_name(row, data, completions, options)],
         "chosen": text_of(row, f"data.{better}", data[better]),
         "rejected": text_of(row, f"data.{worse}", data[worse]),
     }

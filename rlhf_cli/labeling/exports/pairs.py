@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.data.conversations import turns_of_transcript
+from rlhf_cli.data.parsing.conversations import turns_of_transcript
 from rlhf_cli.data.records import Message, Prompt, Ranking, prompt_text, prompt_to_json
 from rlhf_cli.errors import UsageError
 from rlhf_cli.labeling.aggregation import group_of

@@ -75,7 +75,7 @@ def questions_about(
     if reply == "list":
         if is_too_many(order):
             raise DataError(
-                f"{candidates.place or f'item {number}'}: {len(order)} different answers to one prompt, and "
+                f"{candidates.location or f'item {number}'}: {len(order)} different answers to one prompt, and "
                 f"`label.judge.method: listwise` shows at most {len(LETTERS)} at once",
                 hint="use `--set label.judge.method=pairs`, or give the prompt fewer answers",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_cli.labeling.session.types import Progress
 from rlhf_cli.labeling.terminal.controller import Tally
-from rlhf_cli.progress import in_words
+from rlhf_cli.progress import format_duration
 
 
 def closing_lines(
@@ -55,8 +55,8 @@ def _done(tally: Tally) -> str:
     if tally.taken_back:
         parts.append(f"went back {_count(tally.taken_back, 'time')}")
     each = tally.ranked + tally.skipped + tally.flagged
-    time = f" in {in_words(tally.active_seconds)}"
-    pace = f" ({in_words(tally.active_seconds / each)} each)" if each > 1 else ""
+    time = f" in {format_duration(tally.active_seconds)}"
+    pace = f" ({format_duration(tally.active_seconds / each)} each)" if each > 1 else ""
     said = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return f"you {said}{time}{pace}"
 

@@ -7,7 +7,7 @@ from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Progress
 from rlhf_cli.labeling.terminal.state import State
 from rlhf_cli.labeling.terminal.visible import clusters
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, flow, width_of, wrap
-from rlhf_cli.progress import in_words
+from rlhf_cli.progress import format_duration
 
 _BAR = 24
 _LABEL = 10
@@ -48,7 +48,7 @@ def roughly(seconds: float) -> str:
     if seconds < 60:
         return "a minute"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else in_words(minutes * 60)
+    return f"{minutes} min" if minutes < 60 else format_duration(minutes * 60)
 
 
 def ending_rows(state: State, width: int) -> list[Row]:

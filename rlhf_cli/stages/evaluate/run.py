@@ -112,7 +112,7 @@ def _prompts(context: EvaluateContext, settings: EvaluateSettings) -> tuple[list
             kept.setdefault(prompt_key(record.prompt), record.prompt)
         else:
             reason = f"prompt longer than {min(room for _, room in lengths):,} tokens"
-            loaded.skips.add(Skip(record.place or source, reason, prompt_text(record.prompt)[:80]))
+            loaded.skips.add(Skip(record.location or source, reason, prompt_text(record.prompt)[:80]))
     loaded.skips.check(loaded.total, recipe.data.max_skip, source)
     if not kept:
         raise DataError(

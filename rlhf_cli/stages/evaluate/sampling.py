@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import ModelError
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.common import model_source, prompt_format, prompt_template
@@ -40,15 +39,15 @@ def both_answers(
 
     rows = list(zip(prompts, numbers, strict=True))
     policy = _load(context, "policy")
-    found = divide(processes, rows, partial(_drawn, context, policy, sampling=sampling, label="PPO answers"))
+    found = processes.map(rows, partial(_drawn, context, policy, sampling=sampling, label="PPO answers"))
     ppo = _restored(found)
-    under_ppo = divide(processes, ppo, partial(_logprobs, context, policy, sampling=sampling))
+    under_ppo = processes.map(ppo, partial(_logprobs, context, policy, sampling=sampling))
     reading = policy.reading
     del policy
     free_memory()
     context.stop.check()
     baseline = _load(context, "baseline")
-    sft = _restored(divide(processes, rows, partial(_drawn, context, baseline, sampling=sampling, label="SFT answers")))
+    sft = _restored(processes.map(rows, partial(_drawn, context, baseline, sampling=sampling, label="SFT answers")))
     if sampling.top_p < 1.0:
         # The estimate needs answers drawn from the very distribution whose log-probabilities are taken.
         warn("with `evaluate.sampling.top_p` below 1 the KL cannot be estimated from the answers; it is left out")
@@ -56,7 +55,7 @@ def both_answers(
     if baseline.reading != reading:
         warn("the two models read text differently (tokenizer or chat template), so their KL is not defined")
         return ppo, sft, None
-    under_sft = divide(processes, ppo, partial(_logprobs, context, baseline, sampling=sampling))
+    under_sft = processes.map(ppo, partial(_logprobs, context, baseline, sampling=sampling))
     del baseline
     free_memory()
     context.stop.check()
@@ -131,7 +130,7 @@ def rewarded(
     )
     rows = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
     share = partial(_scored, scorer)
-    scores = share(rows) if processes is None else divide(processes, rows, share)
+    scores = share(rows) if processes is None else processes.map(rows, share)
     del scorer, share
     free_memory()
     return list(

@@ -15,7 +15,6 @@ import numpy as np
 
 from rlhf_cli.data.records import Candidates, Prompt, is_held_out, prompt_key, prompt_text, prompt_to_json
 from rlhf_cli.data.skips import Skip
-from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.files import write_whole
 from rlhf_cli.labeling.active_learning import Choice, Chosen, Item, choose
@@ -60,7 +59,7 @@ def choose_candidates(context: LabelContext, settings: ActiveLearningSettings, s
         chosen = [Chosen(**{**row, "answers": tuple(row["answers"])}) for row in choice]
     alike = [row for row in rows if len(set(row.completions)) < 2]
     for row in alike:
-        sampled.skips.add(Skip(row.place, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
+        sampled.skips.add(Skip(row.location, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
     if not chosen:
         raise DataError(
             f"there is nothing to choose from: the answers to each of {len(rows):,} prompts are equal to one another",
@@ -86,7 +85,7 @@ def _with_rewards(
     found: list[list[list[float]]] = []
     for index in range(len(settings.reward_models)):
         work = partial(_rewards, context, context.inputs.active_learning[index].source)
-        found.append(divide(sampled.processes, pairs, work))
+        found.append(sampled.processes.map(pairs, work))
     if not found:
         return list(items)
     rewards = {number: np.array([model[place] for model in found]) for place, number in enumerate(asked)}

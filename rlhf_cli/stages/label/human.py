@@ -112,7 +112,9 @@ def _gold(context: LabelContext) -> list[Candidates]:
 
     data = context.recipe.data
     loaded = read_records(source, "ranking", columns=data.columns, max_skip=data.max_skip)
-    known = [distinct(Candidates(row.prompt, row.completions, row.tiers, place=row.place)) for row in loaded.records]
+    known = [
+        distinct(Candidates(row.prompt, row.completions, row.tiers, location=row.location)) for row in loaded.records
+    ]
     for row in known:
         check_count(row)
     return [row for row in known if len(row.completions) > 1]

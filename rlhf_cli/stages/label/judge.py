@@ -207,7 +207,7 @@ def _human_rankings(context: LabelContext, settings: JudgeSettings, source: str)
         if not isinstance(record, Candidates):
             continue
         if settings.method == "listwise" and is_too_many(record.completions):
-            skips.add(Skip(record.place or source, too_many, prompt_text(record.prompt)[:EXCERPT]))
+            skips.add(Skip(record.location or source, too_many, prompt_text(record.prompt)[:EXCERPT]))
         else:
             records.append(record)
     skips.check(len(records) + skips.total, data.max_skip, source)
@@ -270,5 +270,5 @@ def _rankings(
             continue
         rankings.append(None)
         excerpt = prompt_text(row.prompt)[:EXCERPT]
-        skips.add(Skip(row.place or "an item", _TOO_FEW if found else _NO_VERDICT, excerpt))
+        skips.add(Skip(row.location or "an item", _TOO_FEW if found else _NO_VERDICT, excerpt))
     return rankings, skips

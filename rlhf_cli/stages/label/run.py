@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from rlhf_cli.data.records import Prompt, Ranking, prompt_text
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.distributed.ranks import is_main
-from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.completions import Answer
 from rlhf_cli.labeling.exports.rows import ranking_to_json
@@ -56,7 +55,7 @@ def _scored(context: LabelContext, settings: LabelSettings, sampled: Sampled) ->
     if settings.by == "function":  # the user's code: it runs once, in one process
         scores = _scores(context, settings, pairs) if processes.is_main else []
     else:
-        scores = divide(processes, pairs, partial(_scores, context, settings))
+        scores = processes.map(pairs, partial(_scores, context, settings))
     if not processes.is_main:
         return StageOutcome()
     rankings = [
@@ -75,7 +74,7 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
         if len(row.completions) > 1:
             candidates.append(row)
         else:
-            sampled.skips.add(Skip(row.place, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
+            sampled.skips.add(Skip(row.location, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
     if not candidates:
         raise DataError(
             "there is nothing to compare: every prompt's answers are equal to one another",

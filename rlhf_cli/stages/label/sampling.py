@@ -128,13 +128,14 @@ def distinct(candidates: Candidates) -> Candidates:
         placed |= numbers
         tiers += [tuple(sorted(numbers))] if numbers else []
     known = None if candidates.known is None else tuple(tiers)
-    return Candidates(candidates.prompt, tuple(texts), known, candidates.subset, candidates.place)
+    return Candidates(candidates.prompt, tuple(texts), known, candidates.subset, candidates.location)
 
 
 def check_count(candidates: Candidates) -> None:
     """Raise `DataError` for more answers than there are letters to name them by."""
     if (count := len(candidates.completions)) > MOST_ANSWERS:
         raise DataError(
-            f"{candidates.place or 'an item'}: {count} answers, and people and judges compare {MOST_ANSWERS} at most",
+            f"{candidates.location or 'an item'}: {count} answers, and people and judges compare {MOST_ANSWERS} at "
+            "most",
             hint="give fewer answers a prompt, or let `label.choose.completions` choose among them",
         )

@@ -111,7 +111,7 @@ def _demonstrations(context: PPOContext, form: PromptFormat, model: PreTrainedMo
     for record in records:
         example = tokenize(record, form, is_encoder_decoder=is_encoder_decoder)
         if example.longest_side(is_encoder_decoder) > room:
-            skip = Skip(record.place or source, f"demonstration longer than {room:,} tokens", record.completion[:80])
+            skip = Skip(record.location or source, f"demonstration longer than {room:,} tokens", record.completion[:80])
             loaded.skips.add(skip)
         else:
             pairs.append((example.prompt_ids, example.completion_ids))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.distributed.sharding import divide
 from rlhf_cli.errors import DataError
 from rlhf_cli.progress import say, task, warn
 from rlhf_cli.stages.base import StageOutcome
@@ -130,7 +129,7 @@ def _fitting(
             if group.longest > room:
                 excerpt = prompt_text(ranking.prompt)[:80]
                 loaded.skips.add(
-                    Skip(ranking.place or source, f"prompt and answer longer than {room:,} tokens", excerpt)
+                    Skip(ranking.location or source, f"prompt and answer longer than {room:,} tokens", excerpt)
                 )
                 continue
             kept.append(ranking)
@@ -156,7 +155,7 @@ def _scores(
             flat = iter(scorer.score(prompts, completions, progress=progress))
         return [[next(flat) for _ in ranking.completions] for ranking in own]
 
-    return divide(processes, rankings, score)
+    return processes.map(rankings, score)
 
 
 def _report(
@@ -241,8 +240,7 @@ def _sft_answers(
     if not rankings:
         return None
     policy = Policy.load(source, format)
-    texts = divide(
-        processes,
+    texts = processes.map(
         [ranking.prompt for ranking in rankings],
         partial(_answer, policy, sampling=sampling, seed=context.recipe.seed),
     )

@@ -115,7 +115,7 @@ def _fitting(
                 fitting.append((record, example))
             else:
                 excerpt = (prompt_text(record.prompt) or record.completion)[:80]
-                loaded.skips.add(Skip(record.place or source, reason, excerpt))
+                loaded.skips.add(Skip(record.location or source, reason, excerpt))
     loaded.skips.check(loaded.total, data.max_skip, source)
     if not fitting:
         raise DataError(f"{source}: holds no demonstrations", hint="give records with `prompt` and `completion`")

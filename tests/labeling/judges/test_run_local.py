@@ -92,7 +92,7 @@ class Thread(ProcessGroup):
         self.index, self.count = index, barrier.parties
         self._barrier, self._board = barrier, board
 
-    def collect(self, item: Any) -> list[Any]:
+    def all_gather_object(self, item: Any) -> list[Any]:
         self._board[self.index] = json.dumps(item)
         self._barrier.wait()
         found = [json.loads(self._board[index]) for index in range(self.count)]

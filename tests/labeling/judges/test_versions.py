@@ -49,7 +49,7 @@ def test_the_first_process_says_which_commit_it_is(hub):
         def __init__(self) -> None:
             pass
 
-        def collect(self, item):
+        def all_gather_object(self, item):
             return [NEW, item]
 
     assert versions.at_one_commit(ModelSource(NAME), Second()).revision == NEW

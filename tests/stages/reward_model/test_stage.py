@@ -142,7 +142,7 @@ def test_a_group_with_an_answer_that_is_too_long_is_skipped_and_counted(tiny_lla
     outcome = train_rm.run(context)
     assert list(outcome.skipped.values()) == [1]
     (skip,) = [json.loads(line) for line in (context.output / "skips.jsonl").read_text().splitlines()]
-    assert skip["place"].endswith("r.jsonl:31")
+    assert skip["location"].endswith("r.jsonl:31")
     assert "longer than 256 tokens" in skip["reason"]
 
 

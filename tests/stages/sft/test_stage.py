@@ -109,7 +109,7 @@ def test_records_that_do_not_fit_are_skipped_and_counted(tiny_llama: Path, tmp_p
     reasons = {"prompt longer than 40 tokens": 1, "prompt and completion longer than 60 tokens": 1}
     assert outcome.skipped == reasons
     skips = [json.loads(line) for line in (tmp_path / "ok" / "out" / "skips.jsonl").read_text().splitlines()]
-    assert [skip["place"] for skip in skips] == [f"{data}:4", f"{data}:8"]
+    assert [skip["location"] for skip in skips] == [f"{data}:4", f"{data}:8"]
     with pytest.raises(DataError, match=r"2 of 40 records \(5.00%\) would be skipped"):
         run(tmp_path / "strict", data, tiny_llama, shared=limits | {"max_skip": 0.01}, max_length=60)
     with pytest.raises(DataError, match="none of its 40 records can be used"):
@@ -155,6 +155,7 @@ def test_conversations_and_plain_text_are_demonstrations(tiny_llama: Path, tmp_p
     assert run(tmp_path / "text", jsonl(tmp_path / "p.jsonl", text), tiny_llama).metrics["held_out_records"] < 10
 
 
+@pytest.mark.slow
 def test_the_command_survives_kill_9(tiny_llama: Path, tmp_path: Path, rlhf):
     """Killed without warning after a checkpoint, the same command ends with the bytes of a run never killed."""
     data, run_dir = jsonl(tmp_path / "data.jsonl", demonstrations()), tmp_path / "killed"

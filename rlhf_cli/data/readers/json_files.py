@@ -1,4 +1,4 @@
-"""JSON lines and JSON arrays, record by record, in memory bounded by the longest record."""
+"""Reads JSON lines and JSON arrays record by record, in memory bounded by the longest record."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from rlhf_cli.data.rows import Row, printable, shown
-from rlhf_cli.data.text_files import MAX_RECORD_BYTES, numbered_lines, opened, text_chunks
+from rlhf_cli.data.readers.rows import Row, printable, shown
+from rlhf_cli.data.readers.text_files import MAX_RECORD_BYTES, numbered_lines, opened, text_chunks
 from rlhf_cli.errors import DataError
 
 _JSON_SPACE = " \t\r\n"
@@ -41,7 +41,7 @@ _lenient_decoder = json.JSONDecoder()
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """Records of a file of JSON lines, or of one JSON array; the first character tells them apart, not the name."""
+    """Yield the records of a file of JSON lines or of one JSON array; the first character decides, not the name."""
     with opened(path) as file:
         is_array = _starts_array(file.read(4096))
     if is_array:
@@ -60,70 +60,75 @@ def _line_rows(path: Path) -> Iterator[Row]:
             text = line.strip(_JSON_SPACE)
             if not text:
                 continue
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             indent = len(line) - len(line.lstrip(_JSON_SPACE))
-            value = _decoded(place, text, indent)
-            yield Row(place, _as_object(place, value))
+            value = _decoded(location, text, indent)
+            yield Row(location, _as_object(location, value))
 
 
-def _decoded(place: str, text: str, indent: int) -> object:
+def _decoded(location: str, text: str, indent: int) -> object:
     try:
         return _decoder.decode(text)
     except ValueError as error:
-        raise _explained(place, text, error, column_of=lambda at: at + indent + 1) from error
+        raise _explained(location, text, error, column_of=lambda at: at + indent + 1) from error
     except RecursionError as error:
-        raise _too_deep(place) from error
+        raise _too_deep(location) from error
 
 
-def _too_deep(place: str) -> DataError:
-    return DataError(f"{place}: the JSON is nested too deeply", hint="a record is flat: text, numbers and short lists")
-
-
-def _as_object(place: str, value: object) -> dict[str, object]:
-    if isinstance(value, dict):
-        return value
-    raise DataError(
-        f"{place}: a bare {shown(value)} is no record; an object with fields is expected",
-        hint='one `{"field": "text", ...}` a line, or one array of them',
+def _too_deep(location: str) -> DataError:
+    return DataError(
+        f"{location}: the JSON is nested too deeply", hint="a record is flat: text, numbers and short lists"
     )
 
 
-def _explained(place: str, text: str, error: ValueError, column_of) -> DataError:
-    """The error of the decoder with what is probably wrong and how to mend it."""
+def _as_object(location: str, value: object) -> dict[str, object]:
+    if isinstance(value, dict):
+        return value
+    raise DataError(
+        f"{location}: a record must be an object with fields, got {shown(value)}",
+        hint='one `{"field": "text", ...}` per line, or one array of them',
+    )
+
+
+def _explained(location: str, text: str, error: ValueError, column_of) -> DataError:
+    """The decoder's error with the probable cause and how to fix it."""
     if isinstance(error, _NotFiniteError):
         field = _field_not_finite(text)
         return DataError(
-            f"{place}: {f'`{printable(field)}` is ' if field else ''}{error}, which is no JSON value",
-            hint="give a finite number, or leave the field out",
+            f"{location}: {f'`{printable(field)}` is ' if field else ''}{error}, which is not a JSON value",
+            hint="write a finite number, or remove the field",
         )
     if isinstance(error, _RepeatedKeyError):
-        return DataError(f"{place}: the field {shown(str(error))} stands twice in one record", hint="keep one of them")
+        return DataError(
+            f"{location}: the field {shown(str(error))} stands twice in one record", hint="keep one of them"
+        )
     if not isinstance(error, json.JSONDecodeError):
-        return DataError(  # the one other thing the decoder refuses
-            f"{place}: holds a number of thousands of digits", hint="write such a number as text, in double quotes"
+        return DataError(  # the only other reason why the decoder refuses a text
+            f"{location}: has a number with thousands of digits", hint="write such a number as text, in double quotes"
         )
     column, rest = column_of(error.pos), text[error.pos :]
     quote = re.match(r"\s*('|None\b|True\b|False\b)", rest)
     if quote:
         what = "single quotes" if quote[1] == "'" else f"`{quote[1]}`"
         return DataError(
-            f"{place}: not JSON: {what} at column {column} ({shown(text[:80], 40)})",
+            f"{location}: not JSON: {what} at column {column} ({shown(text[:80], 40)})",
             hint="this is Python's notation; write the file with `json.dumps`: double quotes, null, true, false",
         )
     if text == "{" or (text.startswith("{") and error.pos >= len(text.rstrip())) or "Unterminated string" in error.msg:
         return DataError(
-            f"{place}: the record ends in the middle, at column {column}: truncated?",
-            hint="one whole record a line is expected (or one JSON array); if the file was cut off, copy it again or "
+            f"{location}: the record ends in the middle, at column {column}: truncated?",
+            hint="write one whole record per line, or one JSON array; if the file was cut off, copy it again or "
             "delete the last line",
         )
     return DataError(
-        f"{place}: not JSON at column {column}: {error.msg[:1].lower()}{error.msg[1:]}, found {shown(rest[:40], 30)}",
-        hint="mend the line by hand, or write the file with a JSON library",
+        f"{location}: not JSON at column {column}: {error.msg[:1].lower()}{error.msg[1:]}, found "
+        f"{shown(rest[:40], 30)}",
+        hint="fix the line by hand, or write the file with a JSON library",
     )
 
 
 def _field_not_finite(text: str) -> str | None:
-    """Name of the first field of a record whose value is NaN or infinite, wherever in it."""
+    """Name of the first field of a record that holds NaN or infinity, also nested."""
 
     def has_it(value: object) -> bool:
         if isinstance(value, dict | list):
@@ -133,12 +138,12 @@ def _field_not_finite(text: str) -> str | None:
     try:
         value, _ = _lenient_decoder.raw_decode(text)
     except ValueError:
-        return None  # the rest is broken too; the message then says only what was met first
+        return None  # the rest is broken too; the message then reports only the first problem
     return next((name for name, held in value.items() if has_it(held)), None) if isinstance(value, dict) else None
 
 
 class _Window:
-    """The part of a text that is being decoded; forgets what is done and knows line and column."""
+    """The part of a text that is being decoded, with its line and column; decoded text is dropped."""
 
     def __init__(self, path: Path, chunks: Iterator[str]) -> None:
         self.path, self._chunks = path, chunks
@@ -147,13 +152,13 @@ class _Window:
         self.ended = False
 
     def more(self) -> None:
-        """Append at least as much as is held, so that a long record is decoded only a few times over."""
+        """At least double the held text, so that a long record is decoded only a few times."""
         newline = self.text.rfind("\n", 0, self.at)
         self._columns_gone = self.at + self._columns_gone if newline < 0 else self.at - newline - 1
         held = self.text[self.at :]
         if len(held) > MAX_RECORD_BYTES:
             raise DataError(
-                f"{self.place()}: the record is longer than {MAX_RECORD_BYTES >> 20} MiB, or never ends",
+                f"{self.location()}: the record is longer than {MAX_RECORD_BYTES >> 20} MiB or does not end",
                 hint="check that a closing quote or bracket is not missing",
             )
         pieces, size = [held], 0
@@ -164,7 +169,7 @@ class _Window:
             size += len(piece)
         self.text, self.at = "".join(pieces), 0
 
-    def place(self, at: int | None = None) -> str:
+    def location(self, at: int | None = None) -> str:
         return f"{self.path}:{self.line + self.text.count(chr(10), self.at, self.at if at is None else at)}"
 
     def column(self, at: int) -> int:
@@ -176,7 +181,7 @@ class _Window:
         self.at = to
 
     def next_character(self) -> str:
-        """The next character that is no white space, still to be read; empty at the end."""
+        """The next character that is not white space, without reading it; empty at the end."""
         while True:
             to = self.at
             while to < len(self.text) and self.text[to] in _JSON_SPACE:
@@ -196,15 +201,15 @@ def _array_rows(path: Path) -> Iterator[Row]:
         window.move(window.at + 1)
         if window.next_character() != "]":
             while True:
-                place = window.place()
-                yield Row(place, _as_object(place, _next_value(window)))
+                location = window.location()
+                yield Row(location, _as_object(location, _next_value(window)))
                 if not _another(window):
                     break
         window.move(window.at + 1)
         if window.next_character():
             raise DataError(
-                f"{window.place()}: something follows the end of the array: {shown(window.text[window.at :][:40], 30)}",
-                hint="one array a file, or one object a line",
+                f"{window.location()}: text follows the end of the array: {shown(window.text[window.at :][:40], 30)}",
+                hint="write one array per file, or one object per line",
             )
 
 
@@ -214,14 +219,16 @@ def _another(window: _Window) -> bool:
     if character == ",":
         window.move(window.at + 1)
         if window.next_character() == "]":
-            raise DataError(f"{window.place()}: not JSON: a comma before the end of the array", hint="delete the comma")
+            raise DataError(
+                f"{window.location()}: not JSON: a comma before the end of the array", hint="delete the comma"
+            )
         return True
     if character == "]":
         return False
     if not character:
-        raise DataError(f"{window.place()}: the array ends before its `]`: truncated?", hint="copy the file again")
+        raise DataError(f"{window.location()}: the array ends before its `]`: truncated?", hint="copy the file again")
     raise DataError(
-        f"{window.place()}: not JSON at column {window.column(window.at)}: expecting `,` between two records, found "
+        f"{window.location()}: not JSON at column {window.column(window.at)}: expecting `,` between two records, found "
         f"{shown(window.text[window.at :][:40], 30)}",
         hint="records of an array are separated by commas",
     )
@@ -229,7 +236,7 @@ def _another(window: _Window) -> bool:
 
 def _next_value(window: _Window) -> object:
     if not window.next_character():
-        raise DataError(f"{window.place()}: the array ends before its `]`: truncated?", hint="copy the file again")
+        raise DataError(f"{window.location()}: the array ends before its `]`: truncated?", hint="copy the file again")
     while True:
         try:
             value, end = _decoder.raw_decode(window.text, window.at)
@@ -241,18 +248,18 @@ def _next_value(window: _Window) -> object:
             shifted = window.text[window.at :]
             if isinstance(error, json.JSONDecodeError):
                 error = json.JSONDecodeError(error.msg, shifted, at - window.at)
-            raise _explained(window.place(at), shifted, error, lambda i: window.column(i + window.at)) from error
+            raise _explained(window.location(at), shifted, error, lambda i: window.column(i + window.at)) from error
         except RecursionError as error:
-            raise _too_deep(window.place()) from error
+            raise _too_deep(window.location()) from error
         if end == len(window.text) and not window.ended:
-            window.more()  # a number may go on in the next piece
+            window.more()  # a number may continue in the next piece
             continue
         window.move(end)
         return value
 
 
 def _may_be_cut(window: _Window, error: ValueError) -> bool:
-    """Whether the window's end, and not the text, may be what broke the record."""
+    """Whether the error may come from the end of the window rather than from the text."""
     if window.ended or not isinstance(error, json.JSONDecodeError):
         return False
     longest_token = 16  # an escape or a literal cut in two

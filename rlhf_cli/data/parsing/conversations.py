@@ -1,4 +1,4 @@
-"""Conversations as files hold them: message lists, ShareGPT's `from`/`value`, and the transcripts of Anthropic's HH."""
+"""Formats of conversations: message lists, ShareGPT's `from`/`value`, and the transcripts of Anthropic's HH."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import json
 import re
 from typing import NamedTuple
 
+from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.records import Message
-from rlhf_cli.data.rows import Row, listed, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -27,9 +27,9 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def text_of(row: Row, field: str, value: object) -> str:
-    """A value that has to be text a tokenizer can take."""
+    """Check that a value is text that a tokenizer accepts, and return it."""
     if value is None:
-        raise row.error(f"`{field}` is null; text is expected", f"give `{field}` a text, or leave the record out")
+        raise row.error(f"`{field}` is null; text is expected", f"give `{field}` a text, or remove the record")
     if not isinstance(value, str):
         raise row.error(
             f"`{field}` is {shown(value)}, {_type(value)}; text is expected", 'put text in double quotes: "…"'
@@ -40,7 +40,7 @@ def text_of(row: Row, field: str, value: object) -> str:
         code = ord(value[error.start])
         raise row.error(
             f"`{field}` holds half a surrogate pair, \\u{code:04x}, at character {error.start + 1}: {shown(value)}",
-            "the text was cut inside an emoji or similar; mend it where the file is written",
+            "the text was cut inside an emoji or similar; fix the program that writes the file",
         ) from error
     return value
 
@@ -56,51 +56,47 @@ def is_conversation(value: object) -> bool:
 
 
 def messages_of(row: Row, field: str, value: object) -> tuple[tuple[Message, ...], bool]:
-    """Messages of a conversation, and whether they stood in ShareGPT's form."""
+    """Messages of a conversation, and whether they were in ShareGPT's format."""
     if value is None:
-        raise row.error(
-            f"`{field}` is null; a list of messages is expected", f"give `{field}` messages, or leave it out"
-        )
+        raise row.error(f"`{field}` is null; a list of messages is expected", f"give `{field}` messages, or remove it")
     if not isinstance(value, list):
         raise row.error(
             f"`{field}` is {shown(value)}, {_type(value)}; a list of messages is expected",
             '`[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]`',
         )
     if not value:
-        raise row.error(
-            f"`{field}` is [], an empty conversation", "give it at least one message, or leave the record out"
-        )
+        raise row.error(f"`{field}` is [], an empty conversation", "give it at least one message, or remove the record")
     turns = [_message(row, f"{field}[{index}]", turn) for index, turn in enumerate(value)]
-    return tuple(turn for turn, _ in turns), any(foreign for _, foreign in turns)
+    return tuple(turn for turn, _ in turns), any(is_sharegpt for _, is_sharegpt in turns)
 
 
 def _message(row: Row, field: str, value: object) -> tuple[Message, bool]:
     if not isinstance(value, dict):
         raise row.error(
-            f"`{field}` is {shown(value)}, which is no message", 'a message is `{"role": "user", "content": "…"}`'
+            f"`{field}` is {shown(value)}, which is not a message", 'a message is `{"role": "user", "content": "…"}`'
         )
-    foreign = "from" in value and "value" in value and "role" not in value
-    role_name, content_name = ("from", "value") if foreign else ("role", "content")
+    is_sharegpt = "from" in value and "value" in value and "role" not in value
+    role_name, content_name = ("from", "value") if is_sharegpt else ("role", "content")
     for name in (role_name, content_name):
         if name not in value:
             raise row.error(
                 f"`{field}` has no `{name}`: it has {listed(value)}", 'a message is `{"role": "user", "content": "…"}`'
             )
     role = text_of(row, f"{field}.{role_name}", value[role_name])
-    known = _SHAREGPT_ROLES.get(role.lower()) if foreign else (role if role in ROLES else None)
+    known = _SHAREGPT_ROLES.get(role.lower()) if is_sharegpt else (role if role in ROLES else None)
     if known is None:
-        choices = sorted(_SHAREGPT_ROLES) if foreign else list(ROLES)
+        choices = sorted(_SHAREGPT_ROLES) if is_sharegpt else list(ROLES)
         near = difflib.get_close_matches(role.lower(), choices, n=1)
         raise row.error(
             f"`{field}.{role_name}` is {shown(role)}"
             + (f", did you mean `{near[0]}`?" if near else ", an unknown role"),
             f"roles are {', '.join(choices)}",
         )
-    return Message(known, text_of(row, f"{field}.{content_name}", value[content_name])), foreign
+    return Message(known, text_of(row, f"{field}.{content_name}", value[content_name])), is_sharegpt
 
 
 def unusual_turns(messages: tuple[Message, ...]) -> str | None:
-    """What is unusual about the order of turns, if anything; whether it is allowed is the chat template's to say."""
+    """Describe an unusual order of turns; None if it is usual. The chat template decides whether it is allowed."""
     roles = [message.role for message in messages if message.role not in ("system", "developer")]
     if roles and roles[0] == "assistant":
         return "begins with the assistant"
@@ -111,29 +107,29 @@ def unusual_turns(messages: tuple[Message, ...]) -> str | None:
 
 
 def is_transcript(text: str) -> bool:
-    """Whether text is a dialogue as Anthropic published HH: turns marked `Human:` and `Assistant:`."""
+    """Whether text is a dialogue in the format of Anthropic's HH: turns marked `Human:` and `Assistant:`."""
     return ASSISTANT in text
 
 
-class Parted(NamedTuple):
-    """A transcript or text parted into what was asked and what was answered; joined they are the original."""
+class SplitText(NamedTuple):
+    """A text split into prompt and completion; concatenated they are the original."""
 
     prompt: str
     completion: str
 
 
-def part_transcript(text: str) -> Parted:
-    """Part a transcript behind its last `Assistant:`, leaving both parts as published, the space between them included.
+def split_transcript(text: str) -> SplitText:
+    """Split a transcript after its last `Assistant:`; both parts keep their white space.
 
-    It stays text and does not become messages: a base model without a chat template can then learn from it too, and
-    nothing about it can fail later. Those who want messages convert the file.
+    The result stays text and does not become messages, so that a base model without a chat template can learn from it
+    too. Users who want messages convert the file.
     """
     at = text.rfind(ASSISTANT) + len(ASSISTANT)
-    return Parted(text[:at], text[at:])
+    return SplitText(text[:at], text[at:])
 
 
 def turns_of_transcript(text: str) -> tuple[Message, ...] | None:
-    """The turns of a transcript that ends where an answer belongs, without white space around them; None for others."""
+    """The stripped turns of a transcript that ends where a completion begins; None for other texts."""
     pieces = re.split(f"({HUMAN}|{ASSISTANT})", text)
     marks, turns = pieces[1::2], [piece.strip() for piece in pieces[2::2]]
     if pieces[0].strip() or not marks or marks[-1] != ASSISTANT or turns[-1] or not all(turns[:-1]):
@@ -142,24 +138,24 @@ def turns_of_transcript(text: str) -> tuple[Message, ...] | None:
     return tuple(Message(roles[mark], turn) for mark, turn in zip(marks[:-1], turns[:-1], strict=True)) or None
 
 
-def part_common(first: str, second: str) -> tuple[Parted, Parted]:
-    """Part two texts where they begin to differ, moved back to the white space before it (as TRL does)."""
+def split_common_beginning(first: str, second: str) -> tuple[SplitText, SplitText]:
+    """Split two texts where they begin to differ, at the white space before that (as TRL does)."""
     at, shortest = 0, min(len(first), len(second))
     while at < shortest and first[at] == second[at]:
         at += 1
     while at > 0 and (at == shortest or not (first[at].isspace() and second[at].isspace())):
         at -= 1
-    return Parted(first[:at], first[at:]), Parted(second[:at], second[at:])
+    return SplitText(first[:at], first[at:]), SplitText(second[:at], second[at:])
 
 
 def decoded_cell(row: Row, field: str, value: object) -> object:
-    """A list that stands as JSON in a cell of a format that knows only text."""
+    """Decode a list that is written as JSON in a cell of a text-only format (CSV)."""
     if not row.is_text or not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise row.error(
-            f"`{field}` is {shown(value)}, which is no JSON list",
-            "lists stand in CSV as JSON; JSONL is easier to write",
+            f"`{field}` is {shown(value)}, which is not a JSON list",
+            "lists in CSV are written as JSON; JSONL is easier to write",
         ) from error

@@ -1,25 +1,25 @@
-"""Single values of a record: what an answer, a ranking, a margin and an annotator must be."""
+"""Checks of single values: completions, rankings, margins, annotators, subsets."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 
-from rlhf_cli.data.conversations import text_of
+from rlhf_cli.data.parsing.conversations import text_of
+from rlhf_cli.data.readers.rows import Row, shown
 from rlhf_cli.data.records import Prompt
-from rlhf_cli.data.rows import Row, shown
 
 EMPTY, BLANK = "empty completion", "completion of white space only"
 EQUAL = "chosen equal to rejected"
 ALL_EQUAL = "completions all the same"
 EQUAL_RANKED = "the same completion in two tiers"
-NO_ANSWER = "no assistant turn"
+NO_COMPLETION = "no assistant turn"
 PROMPTS_DIFFER = "chosen and rejected differ before the last reply"
 GOES_ON = "transcript does not end with a reply"
 
 
 class SkipRecordError(Exception):
-    """A record that is left out and counted; no error of the user's."""
+    """A record that is skipped and counted; the user sees no error."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -27,14 +27,14 @@ class SkipRecordError(Exception):
 
 
 def is_blank(prompt: Prompt) -> bool:
-    """Whether nothing is asked: no text, or no message with any besides the system's."""
+    """Whether a prompt is empty: no text, or no message with text besides the system's."""
     if isinstance(prompt, str):
         return not prompt.strip()
     return not any(message.content.strip() for message in prompt if message.role != "system")
 
 
-def answer_of(text: str) -> str:
-    """The answer as it is; raises `SkipRecordError` where there is nothing to learn from."""
+def check_completion(text: str) -> str:
+    """Return the completion unchanged; raises `SkipRecordError` if it is empty or only white space."""
     if not text:
         raise SkipRecordError(EMPTY)
     if not text.strip():
@@ -43,42 +43,42 @@ def answer_of(text: str) -> str:
 
 
 def tiers_of(row: Row, value: object, count: int) -> tuple[tuple[int, ...], ...]:
-    """Tiers over `count` completions, each index in one of them exactly once."""
+    """Check tiers over `count` completions: each index occurs exactly once."""
     hint = f"tiers, best first, each a list of indices: `[[2], [0, 1]]`; each of 0 to {count - 1} exactly once"
     if not isinstance(value, list) or not all(isinstance(tier, list) and tier for tier in value):
         raise row.error(f"`ranking` is {shown(value)}; a list of tiers that are lists is expected", hint)
     indices = [index for tier in value for index in tier]
     for index in indices:
         if not isinstance(index, int) or isinstance(index, bool):
-            raise row.error(f"`ranking` holds {shown(index)}, which is no index: {shown(value)}", hint)
+            raise row.error(f"`ranking` holds {shown(index)}, which is not an index: {shown(value)}", hint)
         if not 0 <= index < count:
-            raise row.error(f"`ranking` holds {index}, and there are {count} completions: {shown(value)}", hint)
+            raise row.error(f"`ranking` holds {index}, but there are {count} completions: {shown(value)}", hint)
         if indices.count(index) > 1:
             raise row.error(f"`ranking` holds {index} more than once: {shown(value)}", hint)
     if absent := sorted(set(range(count)) - set(indices)):
-        raise row.error(f"`ranking` leaves out {', '.join(map(str, absent))}: {shown(value)}", hint)
+        raise row.error(f"`ranking` lacks {', '.join(map(str, absent))}: {shown(value)}", hint)
     return tuple(tuple(tier) for tier in value)
 
 
 def margin_of(row: Row) -> float | None:
-    """`margin`, where it is given."""
+    """`margin`, or None if it is absent."""
     value = row.fields.get("margin")
     if row.is_text and isinstance(value, str):
         if not value.strip():
             return None
-        with contextlib.suppress(ValueError):  # what is no number is reported below
+        with contextlib.suppress(ValueError):  # a value that is not a number is reported below
             value = float(value)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise row.error(
-            f"`margin` is {shown(value)}; a finite number is expected", "leave `margin` out where it is unknown"
+            f"`margin` is {shown(value)}; a finite number is expected", "remove `margin` where it is unknown"
         )
     return float(value)
 
 
 def annotator_of(row: Row) -> str | None:
-    """`annotator`, where it is given."""
+    """`annotator`, or None if it is absent."""
     value = row.fields.get("annotator")
     if value is None or value == "":
         return None
@@ -88,10 +88,10 @@ def annotator_of(row: Row) -> str | None:
 
 
 def subset_of(row: Row) -> str | None:
-    """`subset`, where it is given: part of a data set by which results are counted."""
+    """`subset`, or None if it is absent: a part of the data set whose results are reported separately."""
     value = row.fields.get("subset")
     if value is None or value == "":
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise row.error(f"`subset` is {shown(value)}; a name is expected", "leave `subset` out where there is none")
+        raise row.error(f"`subset` is {shown(value)}; a name is expected", "remove `subset` where there is none")
     return text_of(row, "subset", str(value))

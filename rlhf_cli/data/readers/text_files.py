@@ -1,4 +1,4 @@
-"""Bytes of a file as numbered UTF-8 lines: gzip by its magic bytes, a BOM forgiven, all else named and refused."""
+"""Reads files as numbered UTF-8 lines: detects gzip by its magic bytes, ignores a BOM, refuses other encodings."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import BinaryIO
 from rlhf_cli.errors import DataError
 
 MAX_RECORD_BYTES = 64 * 1024 * 1024
-"""Longest line or record. A file with no line end in it must not fill the memory before anyone notices."""
+"""Longest line or record, so that a file without line ends does not fill the memory."""
 
-_CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 _OTHER_COMPRESSION = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked if they are gzip whatever the name says; failures to read become `DataError`."""
+    """Open a file, unpacked if its content is gzip; read errors become `DataError`."""
     try:
         with path.open("rb") as raw:
             magic = raw.read(6)
@@ -41,38 +41,38 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _bad_gzip(place: str, error: Exception) -> DataError:
+def _bad_gzip(location: str, error: Exception) -> DataError:
     cut = isinstance(error, EOFError)
     what = "ends before its end mark: the file is truncated" if cut else f"is damaged: {error}"
     return DataError(
-        f"{place}: the gzip data {what}",
+        f"{location}: the gzip data {what}",
         hint="copy or download it again; `gzip -t FILE` checks it",
     )
 
 
 def head(path: Path, size: int = 4096) -> bytes:
-    """The first bytes, unpacked."""
+    """The first bytes of a file, unpacked."""
     with opened(path) as file:
         return file.read(size)
 
 
 def refuse_non_utf8(path: Path, beginning: bytes) -> None:
-    """Raise `DataError` where the first bytes say UTF-16, UTF-32 or no text at all."""
+    """Raise `DataError` if the first bytes are UTF-16, UTF-32 or not text."""
     if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _looks_like_utf16(beginning):
         raise DataError(
-            f"{path}:1: the text is UTF-16 (or UTF-32), and UTF-8 is expected",
+            f"{path}:1: the text must be UTF-8, got UTF-16 or UTF-32",
             hint=f"convert it: `iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}`",
         )
     if b"\x00" in beginning:
         line = beginning[: beginning.index(0)].count(b"\n") + 1
         raise DataError(
-            f"{path}:{line}: holds zero bytes: this is no text file, or it was damaged",
+            f"{path}:{line}: contains zero bytes: not a text file, or damaged",
             hint="JSONL, JSON, CSV and Parquet can be read, each also as .gz",
         )
 
 
 def _looks_like_utf16(beginning: bytes) -> bool:
-    """Whether every other byte of the beginning is zero, as in UTF-16 of a western script without a BOM."""
+    """Whether every other byte is zero, as in UTF-16 of a western script without a BOM."""
     sample = beginning[:64]
     return len(sample) >= 4 and any(sample[i::2].count(0) == len(sample[i::2]) for i in (0, 1)) and any(sample)
 
@@ -80,13 +80,11 @@ def _looks_like_utf16(beginning: bytes) -> bool:
 def _refuse_other_compression(path: Path, magic: bytes) -> None:
     for mark, name in _OTHER_COMPRESSION.items():
         if magic.startswith(mark):
-            raise DataError(
-                f"{path}: is compressed with {name}", hint="unpack it first; only gzip is unpacked on the fly"
-            )
+            raise DataError(f"{path}: is compressed with {name}", hint="unpack it first; only gzip is supported")
 
 
 def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
-    """Lines with their 1-based number, line ends kept, blank ones included."""
+    """Yield 1-based numbers and lines, with line ends and blank lines."""
     number = 0
     while True:
         number += 1
@@ -109,13 +107,13 @@ def _next_line(path: Path, file: BinaryIO, number: int) -> bytes:
     if len(line) > MAX_RECORD_BYTES:
         raise DataError(
             f"{path}:{number}: the line is longer than {MAX_RECORD_BYTES >> 20} MiB",
-            hint="one record a line is expected; check that line ends are not missing",
+            hint="write one record per line; check that line ends are not missing",
         )
     return line
 
 
 def not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> DataError:
-    """The error for a byte that UTF-8 does not know."""
+    """The error for a byte that is not UTF-8."""
     line_start = error.object.rfind(b"\n", 0, error.start) + 1
     column = len(error.object[line_start : error.start].decode("utf-8", "replace")) + 1
     return DataError(
@@ -125,12 +123,12 @@ def not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> DataError:
 
 
 def text_chunks(path: Path, file: BinaryIO) -> Iterator[str]:
-    """The text in pieces of about a megabyte, a BOM left out."""
+    """Yield the text in pieces of about a megabyte, without a BOM."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     while True:
         try:
-            piece = file.read(_CHUNK)
+            piece = file.read(CHUNK_BYTES)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise _bad_gzip(f"{path}:{line}", error) from error
         try:

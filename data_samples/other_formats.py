@@ -17,22 +17,24 @@ COUNT = 6
 PEOPLE = ("ada@example.org", "ben@example.org")
 
 
-def make_forms(rankings: list[Ranked], follow_ups: list[Ranked]) -> dict[str, str]:
+def make_formats(rankings: list[Ranked], follow_ups: list[Ranked]) -> dict[str, str]:
     """Name -> content; `follow_ups` are asked after the best answers to `rankings`."""
     rankings, follow_ups = rankings[:COUNT], follow_ups[:COUNT]
     strict = [row | {"ranking": [[index] for index in _flat(row["ranking"])]} for row in rankings]
     return {
-        "forms/candidates.jsonl": _lines([{name: row[name] for name in ("prompt", "completions")} for row in rankings]),
-        "forms/trl_conversations.jsonl": _lines(map(_trl, rankings)),
-        "forms/hh.jsonl": _lines(map(_transcripts, rankings, follow_ups)),
-        "forms/rewardbench.jsonl": _lines(_rewardbench(number, row) for number, row in enumerate(rankings)),
-        "forms/rewardbench2.jsonl": _lines(_best_of_n(number, row) for number, row in enumerate(rankings)),
-        "forms/openassistant_trees.jsonl": _lines(map(_tree, rankings, follow_ups)),
-        "forms/label_studio.json": _array(_task(row, buckets=False) for row in strict),
-        "forms/label_studio_buckets.json": _array(_task(row, buckets=True) for row in rankings),
-        "forms/label_studio_pairs.json": _array(map(_pair_task, rankings)),
-        "forms/argilla.json": _array(map(_record, rankings)),
-        "forms/labels.jsonl": _lines(label for row in rankings for label in _labels(row)),
+        "formats/candidates.jsonl": _lines(
+            [{name: row[name] for name in ("prompt", "completions")} for row in rankings]
+        ),
+        "formats/trl_conversations.jsonl": _lines(map(_trl, rankings)),
+        "formats/hh.jsonl": _lines(map(_transcripts, rankings, follow_ups)),
+        "formats/rewardbench.jsonl": _lines(_rewardbench(number, row) for number, row in enumerate(rankings)),
+        "formats/rewardbench2.jsonl": _lines(_best_of_n(number, row) for number, row in enumerate(rankings)),
+        "formats/openassistant_trees.jsonl": _lines(map(_tree, rankings, follow_ups)),
+        "formats/label_studio.json": _array(_task(row, buckets=False) for row in strict),
+        "formats/label_studio_buckets.json": _array(_task(row, buckets=True) for row in rankings),
+        "formats/label_studio_pairs.json": _array(map(_pair_task, rankings)),
+        "formats/argilla.json": _array(map(_record, rankings)),
+        "formats/labels.jsonl": _lines(label for row in rankings for label in _labels(row)),
     }
 
 

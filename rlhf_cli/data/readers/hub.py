@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rlhf_cli.data.rows import Row
+from rlhf_cli.data.readers.rows import Row
 from rlhf_cli.errors import DataError
 from rlhf_cli.progress import interactive
 
@@ -26,7 +26,7 @@ class HubSource:
 
     @classmethod
     def parse(cls, text: str) -> HubSource | None:
-        """The parts of a name, or None if it is no name of a hub data set."""
+        """Parse a name; None if it is not the name of a hub data set."""
         found = _NAME.fullmatch(text)
         if found is None:
             return None
@@ -39,7 +39,7 @@ class HubSource:
 
 
 def hub_rows(source: HubSource) -> Iterator[Row]:
-    """Rows of a hub data set, numbered `row N` from 1. They are mapped from the cache on disk, not held in memory.
+    """Yield the rows of a hub data set, numbered `row N` from 1, memory-mapped from the cache on disk.
 
     `datasets` runs no code of a data set (since its version 4).
     """
@@ -54,17 +54,17 @@ def hub_rows(source: HubSource) -> Iterator[Row]:
     except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
         raise _failed(source, error) from error
     if not len(loaded):
-        raise DataError(f"{source}: holds no records")
+        raise DataError(f"{source}: no records")
     for number, fields in enumerate(loaded, start=1):
         yield Row(f"{source}:row {number}", dict(fields))
 
 
 def _failed(source: HubSource, error: Exception) -> DataError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    offline = isinstance(error, ConnectionError) or "offline" in said.lower()
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    offline = isinstance(error, ConnectionError) or "offline" in reason.lower()
     return DataError(
-        f"{source}: the data set cannot be loaded from the hub: {said}",
-        hint="the hub cannot be reached from here: give a local file or folder instead"
+        f"{source}: the data set cannot be loaded from the hub: {reason}",
+        hint="the hub cannot be reached: use a local file or folder instead"
         if offline
-        else "it is written `org/name`, then `:config`, `@revision` and `#split` where needed; a local path must exist",
+        else "write `org/name`, then `:config`, `@revision` and `#split` if needed; a local path must exist",
     )

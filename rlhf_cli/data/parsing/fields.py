@@ -1,4 +1,4 @@
-"""Names of fields: which a kind of record has, what a user's file may call them, and what a file looks like."""
+"""Names of fields: those of each kind of record, other names in users' files, and what a row looks like."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 
+from rlhf_cli.data.readers.rows import Row, listed
 from rlhf_cli.data.records import Kind
-from rlhf_cli.data.rows import Row, listed
 from rlhf_cli.errors import DataError, UsageError
 
 FIELDS = (
@@ -23,9 +23,9 @@ FIELDS = (
     "annotator",
     "subset",
 )
-"""Every field that means something; others are ignored."""
+"""Fields that are read; others are ignored."""
 
-FORMS: Mapping[Kind, str] = {
+EXPECTED_FIELDS: Mapping[Kind, str] = {
     "demonstration": '{"prompt", "completion"}, {"messages"} or {"text"}',
     "prompt": '{"prompt"} or {"messages"}',
     "preference": '{"prompt", "chosen", "rejected"} or {"prompt", "completions", "ranking"}',
@@ -47,7 +47,7 @@ _CONVERSATION_FIELDS = ("conversations", "messages")  # ShareGPT writes the firs
 
 
 def apply_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names; `columns` maps ours to the file's. One whose column a row lacks changes nothing."""
+    """Rename the columns of a row; `columns` maps our names to the file's. Columns that a row lacks are ignored."""
     fields = dict(row.fields)
     for ours, theirs in columns.items():
         if theirs in row.fields:
@@ -56,19 +56,19 @@ def apply_columns(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Raise `UsageError` where a mapping names a field of ours that does not exist."""
+    """Raise `UsageError` if a mapping names a field that records do not have."""
     for ours in columns:
         if ours not in FIELDS:
             near = difflib.get_close_matches(ours, FIELDS, n=1)
             raise UsageError(
-                f"`data.columns` maps `{ours}`, which is no field of a record"
+                f"`data.columns` maps `{ours}`, which is not a field of a record"
                 + (f", did you mean `{near[0]}`?" if near else ""),
-                hint=f"it reads {{ours: yours}}, where ours is one of {', '.join(FIELDS)}",
+                hint=f"write {{ours: yours}}, where ours is one of {', '.join(FIELDS)}",
             )
 
 
 def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Mapping[str, str]) -> DataError:
-    """The error for a row without fields it needs: says what it has, what it looks like, and how to map its columns."""
+    """The error for a row that lacks fields: what it has, what it looks like, and how to map its columns."""
     names = " and ".join(f"`{name}`" for name in lacking)
     verb = "is" if len(lacking) == 1 else "are"
     unmapped = [f"`data.columns` maps `{o}` to `{columns[o]}`, which is not there" for o in lacking if o in columns]
@@ -80,26 +80,26 @@ def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Mapping[str
             f"{message}: it looks like {look}, and {_article(kind)} {'are' if kind == 'candidates' else 'is'} expected",
             _elsewhere(look, kind),
         )
-    return row.error(message, _has_fields(kind))
+    return row.error(message, _expected_fields(kind))
 
 
 def _article(kind: Kind) -> str:
-    return "answers to be ranked" if kind == "candidates" else f"a {kind}"
+    return "completions to be ranked" if kind == "candidates" else f"a {kind}"
 
 
-def _has_fields(kind: Kind) -> str:
-    what = "a record of answers to be ranked" if kind == "candidates" else f"a {kind} record"
-    return f"{what} has the fields {FORMS[kind]}"
+def _expected_fields(kind: Kind) -> str:
+    what = "a record of completions to be ranked" if kind == "candidates" else f"a {kind} record"
+    return f"{what} has the fields {EXPECTED_FIELDS[kind]}"
 
 
 def _mapping_hint(row: Row, kind: Kind, lacking: tuple[str, ...]) -> str | None:
-    """`--set data.columns=...` where other names for all that is missing are at hand."""
-    wanted = [*lacking, *(("prompt",) if "prompt" not in row.fields and "prompt" not in lacking else ())]
+    """A `--set data.columns=...` that maps other names to all missing fields, if the row has such names."""
+    names = [*lacking, *(("prompt",) if "prompt" not in row.fields and "prompt" not in lacking else ())]
     if kind in ("preference", "ranking", "candidates") and "completions" in lacking and "chosen" not in row.fields:
         pair = {name: _other_name(row.fields, name) for name in ("chosen", "rejected")}
         if all(pair.values()):
-            wanted = [*(("prompt",) if "prompt" not in row.fields else ()), "chosen", "rejected"]
-    found = {name: _other_name(row.fields, name) for name in wanted}
+            names = [*(("prompt",) if "prompt" not in row.fields else ()), "chosen", "rejected"]
+    found = {name: _other_name(row.fields, name) for name in names}
     if not all(found[name] for name in lacking if name in found) or not any(found.values()):
         return None
     pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items() if theirs)
@@ -116,13 +116,13 @@ def _other_name(fields: Mapping[str, object], ours: str) -> str | None:
 
 
 def looks_like(fields: Mapping[str, object]) -> str | None:
-    """What a row seems to be, for messages."""
+    """What kind of record a row looks like, for messages."""
     if {"chosen", "rejected"} <= fields.keys():
         return "a preference"
     if {"completions", "ranking"} <= fields.keys():
         return "a ranking"
     if {"prompt", "completions"} <= fields.keys():
-        return "answers that nobody ranked"
+        return "completions without a ranking"
     if any(name in fields for name in _CONVERSATION_FIELDS):
         return "a demonstration (a conversation)"
     if {"prompt", "completion"} <= fields.keys():
@@ -130,17 +130,17 @@ def looks_like(fields: Mapping[str, object]) -> str | None:
     if "text" in fields:
         return "a demonstration (plain text)"
     if "prompt" in fields:
-        return "a prompt without an answer"
+        return "a prompt without a completion"
     return None
 
 
 def _elsewhere(look: str, kind: Kind) -> str:
-    """Where a file of that look belongs."""
+    """Hint: the stage that reads such records."""
     if look.startswith(("a preference", "a ranking")):
-        extra = ", or learn from the better answers with `--set 'data.columns={completion: chosen}'`"
+        extra = ", or train on the chosen completions with `--set 'data.columns={completion: chosen}'`"
         return f"give it to `train-rm`{extra if kind == 'demonstration' and look == 'a preference' else ''}"
-    if look == "answers that nobody ranked":
-        return f"to rank them, give them to `label` as `label.items`; {_has_fields(kind)}"
+    if look == "completions without a ranking":
+        return f"to rank them, give them to `label` as `label.items`; {_expected_fields(kind)}"
     if look.startswith("a demonstration"):
-        return f"give it to `sft`; {_has_fields(kind)}"
-    return f"prompts alone are for `label`, `ppo` and `evaluate`; {_has_fields(kind)}"
+        return f"give it to `sft`; {_expected_fields(kind)}"
+    return f"records with prompts only are for `label`, `ppo` and `evaluate`; {_expected_fields(kind)}"

@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder of files, or a hub data set. A local path wins over a hub id."""
+"""Resolves a source to a file, a folder of files, or a hub data set. A local path takes precedence over a hub id."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_cli.data.hub import HubSource, hub_rows
-from rlhf_cli.data.json_files import json_rows
-from rlhf_cli.data.rows import Row, listed
-from rlhf_cli.data.table_files import csv_rows, parquet_rows
-from rlhf_cli.data.text_files import head, refuse_non_utf8
+from rlhf_cli.data.readers.hub import HubSource, hub_rows
+from rlhf_cli.data.readers.json_files import json_rows
+from rlhf_cli.data.readers.rows import Row, listed
+from rlhf_cli.data.readers.table_files import csv_rows, parquet_rows
+from rlhf_cli.data.readers.text_files import head, refuse_non_utf8
 from rlhf_cli.errors import DataError
 
 _READERS = {".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
@@ -27,16 +27,16 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True)
 class LocalSource:
-    """Files to be read one after the other."""
+    """Local files, read in this order."""
 
     files: tuple[Path, ...]
 
 
 def resolve(source: str) -> LocalSource | HubSource:
-    """What a source names.
+    """Find the files or the hub data set that a source names.
 
     Raises:
-        DataError: nothing is there, or nothing of a kind that can be read.
+        DataError: it does not exist, or cannot be read.
     """
     path = Path(source).expanduser()
     if _exists(path):
@@ -51,7 +51,7 @@ def resolve(source: str) -> LocalSource | HubSource:
 
 
 def rows_of(source: str) -> Iterator[Row]:
-    """All rows of a source, in order."""
+    """Yield all rows of a source, in order."""
     origin = resolve(source)
     if isinstance(origin, HubSource):
         yield from hub_rows(origin)
@@ -62,13 +62,13 @@ def rows_of(source: str) -> Iterator[Row]:
             count += 1
             yield row
         if not count:
-            raise DataError(f"{path}: holds no records", hint="the file is empty or only blank; check what wrote it")
+            raise DataError(f"{path}: no records", hint="the file is empty or blank; check the program that wrote it")
 
 
 def source_digest(source: str) -> str:
     """SHA-256 of a file's bytes, of a folder's data files (name and bytes, sorted), or of a hub data set's full name.
 
-    A hub data set without `@revision` counts as the same data for ever: pin it where that matters.
+    A hub data set without `@revision` has the same digest after an update: pin the revision if that matters.
     """
     origin = resolve(source)
     if isinstance(origin, HubSource):
@@ -96,13 +96,13 @@ def _file_rows(path: Path) -> Iterator[Row]:
     suffix = _data_suffix(path)
     if suffix is None:
         raise DataError(
-            f"{path}: unknown kind of file, by its name",
+            f"{path}: unknown file type",
             hint="name it .jsonl, .json, .csv or .parquet, each also with .gz",
         )
     reader = _READERS[suffix]
     if reader is parquet_rows:
         if not beginning:
-            raise DataError(f"{path}: the file is empty", hint="check what wrote it")
+            raise DataError(f"{path}: the file is empty", hint="check the program that wrote it")
         return parquet_rows(path)
     refuse_non_utf8(path, beginning)
     return reader(path)
@@ -120,7 +120,7 @@ def _exists(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError) as error:  # no permission to look, or a name no file system takes
+    except (OSError, ValueError) as error:  # no permission, or a name that the file system refuses
         raise _unreadable(path, error) from error
     return True
 
@@ -133,14 +133,14 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def _regular(path: Path) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(
-            f"{path}: is no regular file (a pipe or a device), and data are read more than once",
+            f"{path}: not a regular file (a pipe or a device); data is read more than once",
             hint="write it to a file first",
         )
     return path
 
 
 def _folder_files(folder: Path, split: str | None) -> tuple[Path, ...]:
-    """The data files directly in a folder, by name; of one split if asked, of one alone if they carry several."""
+    """The data files directly in a folder, by name: those of one split if given, else of the only split."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -162,11 +162,11 @@ def _folder_files(folder: Path, split: str | None) -> tuple[Path, ...]:
         if not files:
             raise DataError(
                 f"{folder}: no file of the split `{split}`; there are {listed(sorted(splits) or sorted(names))}",
-                hint="a file belongs to a split when its name begins with it",
+                hint="a file belongs to a split if its name begins with the split's",
             )
     elif len(splits) > 1:
         raise DataError(
-            f"{folder}: holds the splits {listed(sorted(splits))}, which should not be read as one",
+            f"{folder}: has the splits {listed(sorted(splits))}, which must not be read as one",
             hint=f"name one: `{folder}#{'train' if 'train' in splits else min(splits)}`",
         )
     return tuple(map(_regular, files))
@@ -180,7 +180,7 @@ def _split_name(path: Path) -> str | None:
 def _no_files(folder: Path, entries: list[Path], names: set[str]) -> DataError:
     if {"dataset_info.json", "state.json"} & names or "dataset_dict.json" in names:
         return DataError(
-            f"{folder}: was written by `save_to_disk`, which only `datasets` reads",
+            f"{folder}: was written by `save_to_disk`, whose format only `datasets` reads",
             hint="write it with `to_json` or `to_parquet` instead",
         )
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""A row as it stands in a file, before anybody asked what it means, and how values are shown in messages."""
+"""A row of a file before its fields are interpreted, and how messages show values."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ class Row:
     """One row of a source.
 
     Attributes:
-        place: `file:line`, 1-based; `file:row N` where a format has no lines.
+        location: `file:line`, 1-based; `file:row N` in formats without lines.
         fields: name -> value.
-        is_text: every value is text because the format knows nothing else (CSV), so lists stand in it as JSON.
-        may_be_blank: answers are a model's own, as `rlhf label` kept them, and may be empty.
+        is_text: the format is text-only (CSV), so every value is text and lists are written as JSON.
+        may_be_blank: the completions were sampled by a model and kept by `rlhf label`; they may be empty.
     """
 
-    place: str
+    location: str
     fields: Mapping[str, object]
     is_text: bool = False
     may_be_blank: bool = False
 
     def error(self, message: str, hint: str | None = None) -> DataError:
         """A `DataError` at this row."""
-        return DataError(f"{self.place}: {message}", hint=hint)
+        return DataError(f"{self.location}: {message}", hint=hint)
 
     def excerpt(self) -> str:
-        """Beginning of the row, to recognize it by."""
+        """Beginning of the row, so that a reader recognizes it."""
         return shown(dict(self.fields), limit=160)
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value as a message shows it: shortened JSON in which nothing can control a terminal."""
+    """A value for a message: shortened JSON without characters that control a terminal."""
     if isinstance(value, str) and len(value) > limit:
-        value = value[: limit + 1]  # spares the encoding of a megabyte of which a line is shown
+        value = value[: limit + 1]  # avoids encoding a megabyte to show a line
     text = printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """Text with control, surrogate and direction characters escaped."""
+    """Escape control, surrogate and direction characters."""
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
@@ -53,6 +53,6 @@ def _escaped(character: str) -> str:
 
 
 def listed(names: Mapping[str, object] | list[str], most: int = 8) -> str:
-    """Names as a message lists them."""
+    """A list of names for a message."""
     shown_names = [f"`{printable(str(name))[:40]}`" for name in list(names)[:most]]
     return ", ".join(shown_names) + (", …" if len(names) > most else "") if shown_names else "no fields"

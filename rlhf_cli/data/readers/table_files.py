@@ -1,4 +1,4 @@
-"""CSV and Parquet, row by row, in memory bounded by a row or a row group."""
+"""Reads CSV and Parquet row by row, in memory bounded by a row or a row group."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from rlhf_cli.data.rows import Row, listed, shown
-from rlhf_cli.data.text_files import MAX_RECORD_BYTES, numbered_lines, opened
+from rlhf_cli.data.readers.rows import Row, listed, shown
+from rlhf_cli.data.readers.text_files import MAX_RECORD_BYTES, numbered_lines, opened
 from rlhf_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 256
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """Rows of a CSV file (RFC 4180: commas, double quotes, a header); numbered by the line they begin on."""
+    """Yield the rows of a CSV file (RFC 4180: commas, double quotes, a header), numbered by their first line."""
     csv.field_size_limit(MAX_RECORD_BYTES)
     with opened(path) as file:
         lines = _Remembered(numbered_lines(path, file))
@@ -46,7 +46,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
 
 
 class _Remembered:
-    """Passes lines on and keeps those of the record being read, to say where its quote began."""
+    """Yields lines and keeps those of the current record, to find where a quote began."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
@@ -81,15 +81,15 @@ def _checked_header(path: Path, start: int, names: list[str]) -> list[str]:
                 )
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"{path}:{start}: the column {shown(name)} stands twice", hint="rename one of them")
+            raise DataError(f"{path}:{start}: the column {shown(name)} occurs twice", hint="rename one of them")
     return names
 
 
 def _wrong_width(path: Path, start: int, cells: list[str], header: list[str]) -> DataError:
     return DataError(
-        f"{path}:{start}: {len(cells)} fields where the header has {len(header)} ({listed(header)}); the row begins "
+        f"{path}:{start}: {len(cells)} fields, but the header has {len(header)} ({listed(header)}); the row begins "
         f"{shown(cells[0])}",
-        hint='text with a comma, a quote or a line end in it stands in double quotes, and a quote is written `""`',
+        hint='put text with a comma, a quote or a line end in double quotes, and write a quote as `""`',
     )
 
 
@@ -105,7 +105,7 @@ def _broken_csv(path: Path, start: int, record: deque[str], error: csv.Error) ->
 
 
 def _line_of_open_quote(record: deque[str]) -> int | None:
-    """Index of the line on which the last quoted field of a broken record begins, or None if none is to blame."""
+    """Index of the line where the unclosed quoted field of a broken record begins; None if there is none."""
     inside, opened_at, at_field_start = False, None, True
     for index, line in enumerate(record):
         position = 0
@@ -126,13 +126,13 @@ def _line_of_open_quote(record: deque[str]) -> int | None:
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file, numbered `row N` from 1; a gzipped one is unpacked to a temporary file first."""
+    """Yield the rows of a Parquet file, numbered `row N` from 1; gzip is unpacked to a temporary file first."""
     with opened(path) as file, _seekable(file) as parquet:
         yield from _parquet_rows(path, parquet)
 
 
 class _seekable:  # noqa: N801  (a context manager used like a function)
-    """The file itself, or a temporary copy where it cannot seek cheaply (gzip)."""
+    """The file itself, or a temporary copy if seeking in it is slow (gzip)."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -174,7 +174,7 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether a column can hold text, numbers or lists of them: images, times and extension types are not read."""
+    """Whether a column holds text, numbers or lists of them; images, times and extension types are not read."""
     import pyarrow.types as types
 
     if types.is_dictionary(kind):

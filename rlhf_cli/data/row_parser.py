@@ -1,0 +1,112 @@
+"""Rows to records: detects the format of a row, checks its fields, and skips or warns about records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from rlhf_cli.data.formats import ImportOptions, convert_row
+from rlhf_cli.data.parsing.comparisons import ComparisonReader, has
+from rlhf_cli.data.parsing.conversations import text_of
+from rlhf_cli.data.parsing.fields import apply_columns, check_columns, missing
+from rlhf_cli.data.parsing.prompts import PromptReader
+from rlhf_cli.data.parsing.values import NO_COMPLETION, SkipRecordError, check_completion, is_blank
+from rlhf_cli.data.readers.rows import Row
+from rlhf_cli.data.records import Candidates, Demonstration, Kind, PromptRecord, Ranking, Record
+from rlhf_cli.data.skips import Skip
+from rlhf_cli.data.warnings import WarningLog
+
+
+class RowParser:
+    """Turns the rows of one source into records of one kind.
+
+    Args:
+        kind: what the rows should be.
+        columns: our field -> the file's.
+        warnings: collects the warnings.
+        keep_blank: rankings may hold empty completions: a model sampled them, and a low rank for them is a signal.
+    """
+
+    def __init__(
+        self, kind: Kind, columns: Mapping[str, str], warnings: WarningLog, *, keep_blank: bool = False
+    ) -> None:
+        check_columns(columns)
+        self._keep_blank = keep_blank
+        self._kind: Kind = kind
+        self._columns, self._warnings = columns, warnings
+        self._options = ImportOptions(columns, warnings, unranked=kind == "candidates")
+        self._prompts = PromptReader(warnings)
+        self._comparisons = ComparisonReader(self._prompts, warnings, self._require)
+
+    def records(self, row: Row) -> Iterator[Record | Skip]:
+        """Yield the records of one row: several if it is in another tool's format; raises `DataError`."""
+        for converted in convert_row(row, self._kind, self._options):
+            if isinstance(converted, Skip):
+                yield converted
+                continue
+            try:
+                yield self.parse(converted)
+            except SkipRecordError as skip:
+                yield Skip(converted.location, skip.reason, converted.excerpt())
+
+    def parse(self, row: Row) -> Record:
+        """Parse one record; raises `DataError` if it is wrong and `SkipRecordError` if it is to be skipped."""
+        row = apply_columns(row, self._columns)
+        parse: Callable[[Row], Record] = {
+            "demonstration": self._demonstration,
+            "prompt": self._prompt_record,
+            "preference": self._ranking,
+            "ranking": self._ranking,
+            "candidates": self._candidates,
+        }[self._kind]
+        record = parse(row)
+        is_plain_text = isinstance(record, Demonstration) and not has(row, "prompt")
+        if is_blank(record.prompt) and not is_plain_text:
+            self._warnings.add("empty prompt", row.location)
+        return record
+
+    # One method per kind
+
+    def _demonstration(self, row: Row) -> Demonstration:
+        if name := _conversation_field(row):
+            prompt, completion = self._prompts.split_conversation(row, name)
+            if completion is None:
+                raise SkipRecordError(NO_COMPLETION)
+            return Demonstration(prompt, check_completion(completion), row.location)
+        if "text" in row.fields and not has(row, "prompt") and not has(row, "completion"):
+            self._prompts.check_style(row, "strings")
+            return Demonstration("", check_completion(text_of(row, "text", row.fields["text"])), row.location)
+        self._require(row, "prompt", "completion")
+        prompt = self._prompts.prompt(row)
+        return Demonstration(prompt, check_completion(self._prompts.reply(row, "completion", prompt)), row.location)
+
+    def _prompt_record(self, row: Row) -> PromptRecord:
+        if name := _conversation_field(row) if not has(row, "prompt") else None:
+            messages = self._prompts.conversation(row, name)
+            if messages[-1].role == "assistant":
+                messages = messages[:-1]
+                self._warnings.add("completion dropped", row.location)
+            if not messages:
+                raise row.error(f"`{name}` holds a completion only: there is no prompt", "begin with a user message")
+            return PromptRecord(messages, row.location)
+        if "prompt" not in row.fields and has(row, "chosen", "rejected"):  # HH has its prompts only inside its pairs
+            return PromptRecord(self._ranking(row).prompt, row.location)
+        self._require(row, "prompt")
+        return PromptRecord(self._prompts.prompt(row), row.location)
+
+    def _ranking(self, row: Row) -> Ranking:
+        expected = ("completions", "ranking") if self._kind == "ranking" else ("chosen", "rejected")
+        return self._comparisons.ranking(row, keep_blank=self._keep_blank or row.may_be_blank, expected=expected)
+
+    def _candidates(self, row: Row) -> Candidates:
+        return self._comparisons.candidates(row, keep_blank=self._keep_blank or row.may_be_blank)
+
+    def _require(self, row: Row, *names: str) -> None:
+        if lacking := tuple(name for name in names if name not in row.fields):
+            raise missing(row, self._kind, lacking, self._columns)
+
+
+def _conversation_field(row: Row) -> str | None:
+    """Name of the field with the whole conversation; a null one counts if the row has no other field for it."""
+    names = [name for name in ("messages", "conversations") if name in row.fields]
+    others = any(has(row, other) for other in ("prompt", "completion", "text", "chosen"))
+    return next((name for name in names if has(row, name) or not others), None)

@@ -1,0 +1,81 @@
+"""What is slow: marks such tests, insists that all others start no process, and prints the seconds per folder."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+SLOW_PATHS = (
+    "attention/kernels",  # Triton's interpreter
+    "cli/test_commands.py",
+    "cli/test_label_command.py",
+    "distributed",
+    "end_to_end",
+    "faults",
+    "labeling/judges/test_kill.py",
+    "labeling/terminal/test_pseudo_terminal.py",
+    "labeling/web/test_browser.py",
+    "labeling/web/test_browser_labels.py",
+    "pipeline/test_threads.py",
+    "real",
+    "stages/ppo/test_processes.py",
+)
+"""Folders and files whose tests start processes, drive a browser, or need minutes."""
+SLOW_FIXTURES = frozenset({"rlhf", "browser", "shared_data", "real_model"})
+"""Fixtures that start a process in every test, or load real data and models."""
+
+_PROCESS_EVENTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
+_started: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record every process that this one starts."""
+    sys.addaudithook(_record)
+
+
+def _record(event: str, arguments: tuple) -> None:
+    if event in _PROCESS_EVENTS:
+        _started.append(f"{event}{arguments[:2]}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what `SLOW_PATHS` and `SLOW_FIXTURES` name."""
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        in_slow_path = any(path == slow or path.startswith(f"{slow}/") for slow in SLOW_PATHS)
+        is_real = item.get_closest_marker("real") is not None
+        if in_slow_path or is_real or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that starts a process without the mark `slow`."""
+    _started.clear()
+    yield
+    if _started and item.get_closest_marker("slow") is None:
+        pytest.fail(f"starts a process ({_started[0][:200]}): mark it `@pytest.mark.slow`", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print tests and seconds per folder, the slowest first; the processes of xdist report here too."""
+    seconds: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = str(PurePosixPath(report.nodeid.partition("::")[0]).parent)
+                seconds[folder] += report.duration
+                counts[folder] += report.when == "call"
+    if len(seconds) < 2:
+        return
+    terminalreporter.write_sep("-", "seconds per folder")
+    for folder, total in sorted(seconds.items(), key=lambda pair: -pair[1]):
+        terminalreporter.write_line(f"{total:8.1f} s {counts[folder]:5d} tests  {folder}")
+    terminalreporter.write_line(f"{sum(seconds.values()):8.1f} s {sum(counts.values()):5d} tests")
