@@ -78,9 +78,9 @@ def attention(
     rules: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "bias": bias}
     request = Request.of(query, key, value, layout, **rules, needs_logsumexp=needs_logsumexp)
     attend = choose(request, backend).backend.attend
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     with autocast(device, torch.float32) if is_mixed else nullcontext():
-        result = attend(query, key, value, layout, scale=scale, **rules)
+        result = attend(query, key, value, layout, scale=factor, **rules)
     output, logsumexp = (result, None) if isinstance(result, Tensor) else result
     if needs_logsumexp and logsumexp is None:
         raise UsageError(f"attention backend `{backend}` returned no log-sum-exp, which this call requires")

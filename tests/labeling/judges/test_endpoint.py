@@ -163,7 +163,7 @@ def test_what_is_no_completion_is_a_failure_after_good_replies_and_an_error_befo
     assert [reply.failure for reply in ask(judge(concurrency=1), questions(3)).values()] == ["", UNUSABLE, ""]
     endpoint.requests.clear()
     endpoint.then(times=99, body=body)
-    with pytest.raises(DataError, match="answered without a chat completion|the response is larger") as caught:
+    with pytest.raises(DataError, match=r"answered without a chat completion|the response is larger") as caught:
         ask(judge(concurrency=1), questions(20))
     assert len(endpoint.requests) == 5
     assert len(caught.value.message) < 400
@@ -325,7 +325,7 @@ def test_what_is_no_completion_costs_what_it_says_or_its_bound(endpoint, judge, 
     prices, budget = Prices(1.0, 2.0), Budget(None)
     endpoint.then(times=9, body=body)
     kept: Kept = {}
-    with pytest.raises(DataError, match="answered without a chat completion|the response is larger"):
+    with pytest.raises(DataError, match=r"answered without a chat completion|the response is larger"):
         judge(budget=budget, prices=prices, concurrency=1).ask(asked, kept.__setitem__, no_charge)
     each = prices.cost(30, 4) if is_counted else prices.cost(most_tokens(asked[0].text), 512)
     assert [reply.cost for reply in kept.values()] == pytest.approx([each] * 5)
