@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.precision import autocast
-from rlhf_cli.stages.sft.data import Batch, CausalCollator, Example, GroupCollator, Row, Seq2SeqCollator
+from rlhf_cli.stages.sft.data import Batch, CausalCollator, GroupCollator, Row, Seq2SeqCollator
 
 Collator = GroupCollator | CausalCollator | Seq2SeqCollator
 _VOCABULARY_TILE = 16_384
