@@ -156,6 +156,16 @@ def test_two_bad_steps_are_counted_and_three_roll_back_to_the_last_regular_check
     assert "step 7: optimizer steps were skipped in steps 5 to 7: a bad step; rolling back to step 4 with half" in said
 
 
+def test_a_signal_among_bad_steps_does_not_change_where_a_run_rolls_back_to(tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        loop(Walk({2: 1, 3: 1}), tmp_path, stop=Stop(4)).run()
+    assert saved(tmp_path) == [2, 4]
+    task = Walk({4: 1})
+    assert loop(task, tmp_path).run().rolled_back
+    assert task.ran == [4, 2, 3, 4, 5, 6, 7]
+    assert "rolling back to step 2" in capsys.readouterr().err
+
+
 def test_half_the_learning_rate_outlives_a_kill(tmp_path):
     task = Walk({4: 1, 5: 1, 6: 1})
     task.kill_in = 7

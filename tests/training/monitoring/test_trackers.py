@@ -252,7 +252,7 @@ def test_absent_packages_are_named_before_any_stage_starts(monkeypatch, found):
     with pytest.raises(UsageError) as caught:
         preflight(recipe, [])
     assert caught.value.message == "`tracking.trackers` names wandb, tensorboard, which are not installed"
-    assert caught.value.hint == "`pip install wandb 'rlhf-cli[tensorboard]'`, or leave them out"
+    assert caught.value.hint == "`pip install wandb 'rlhf-cli[tensorboard]'`, or remove them from the recipe"
 
 
 def test_a_stage_without_trackers_asks_for_no_package(monkeypatch):
