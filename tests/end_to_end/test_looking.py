@@ -32,7 +32,7 @@ def test_a_ppo_run_can_be_looked_at(tiny_llama, tmp_path, rlhf):
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert sum(rows[1]["histograms"]["reward"]["counts"]) == 4
     assert [row["step"] for row in read_rows(run / "ppo" / "samples.jsonl")] == [0, 2]
-    assert "answers after step 2" in result.stderr
+    assert "completions after step 2" in result.stderr
     assert json.loads((run / "ppo" / "health.json").read_text())["verdict"] in ("fine", "look", "bad")
     assert "is the curve normal?" in result.stderr
     assert (run / "ppo" / "curves.png").read_bytes().startswith(b"\x89PNG")

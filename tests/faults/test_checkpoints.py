@@ -99,11 +99,11 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_taken(tmp_path, capfd
     assert found is not None
     assert found.step == 1
     said = capfd.readouterr().err.replace("\n", "")
-    assert "passing over the checkpoint" in said
+    assert "skipping the damaged checkpoint" in said
     assert "step-00000002: " in said
     if name != "SHA256SUMS" or kind != "one bit flipped":  # that changes a sum or a name, which tells of another file
         assert name in said.rpartition("step-00000002")[2]
-    assert "begins anew" not in said
+    assert "starting from the beginning" not in said
 
 
 def test_every_flipped_bit_of_the_sums_is_harmless_or_seen(tmp_path):
@@ -126,7 +126,7 @@ def test_without_an_intact_checkpoint_training_starts_anew(tmp_path, capfd):
     assert latest_checkpoint(tmp_path) is None
     said = capfd.readouterr().err
     assert "SHA256SUMS cannot be read (no such file or directory)" in said.replace("\n", " ")
-    assert "is whole: this begins anew" in said.replace("\n", " ")
+    assert "is whole: starting from the beginning" in said.replace("\n", " ")
 
 
 def test_foreign_files_are_kept(tmp_path, capfd):
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_a_later_format_is_passed_over_and_kept(tmp_path, capfd,
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert "state.json has format 2; this rlhf knows 1" in capfd.readouterr().err.replace("\n", " ")
+    assert "state.json has format 2; this version of rlhf reads 1" in capfd.readouterr().err.replace("\n", " ")
     save(tmp_path, 2)
     assert "step-00000005" in steps(tmp_path), "the newer rlhf can still go on from it"
 
@@ -212,7 +212,7 @@ def test_a_death_while_the_best_is_replaced_leaves_one_of_them_whole(tmp_path, m
     save_best(tmp_path, 2, tensors(2), {"score": 0.5})
     with monkeypatch.context() as patch:
         patch.setattr(
-            *{"mkdir": (Path, "mkdir"), "rename": (Path, "rename"), "rmtree": (shutil, "rmtree")}[moment], die
+            *{"mkdir": (Path, "mkdir"), "rename": (Path, "replace"), "rmtree": (shutil, "rmtree")}[moment], die
         )
         with pytest.raises(Death):
             save_best(tmp_path, 6, tensors(6), {"score": 0.6})
@@ -235,16 +235,16 @@ def test_a_death_before_a_step_written_again_has_its_name_leaves_what_was_there(
     class Death(BaseException):
         pass
 
-    rename = Path.rename
+    replace = Path.replace
 
     def die_at_the_second(path: Path, target: Path) -> Path:
         if path.suffix == ".partial":
             raise Death
-        return rename(path, target)
+        return replace(path, target)
 
     save(tmp_path, 2, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", die_at_the_second)
+        patch.setattr(Path, "replace", die_at_the_second)
         with pytest.raises(Death):
             save(tmp_path, 2, keep=1)
     found = latest_checkpoint(tmp_path)

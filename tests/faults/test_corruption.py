@@ -38,7 +38,7 @@ def test_damage_to_the_newest_checkpoint_costs_a_step_and_changes_nothing(broken
     DAMAGE[kind](broken.work / "step-00000002" / name)
     end = go_on(broken)
     assert end.code == 143, end.stderr
-    assert "warning: passing over the checkpoint run/.ppo.work/step-00000002: " in end.stderr
+    assert "warning: skipping the damaged checkpoint run/.ppo.work/step-00000002: " in end.stderr
     assert scored_steps(broken) == 3, "it went back to step 1"
     assert broken.stopped() == expected
 
@@ -48,7 +48,7 @@ def test_with_no_whole_checkpoint_it_begins_anew_and_says_so(broken, expected):
         DAMAGE["one bit flipped"](folder / "state.json")
     end = go_on(broken)
     assert end.stderr.count("state.json does not match its checksum") == 2
-    assert "no checkpoint in run/.ppo.work is whole: this begins anew" in end.stderr
+    assert "no checkpoint in run/.ppo.work is whole: starting from the beginning" in end.stderr
     assert scored_steps(broken) == 4
     assert broken.stopped() == expected
 
@@ -85,5 +85,5 @@ def test_strangers_and_half_files_among_the_checkpoints_change_nothing(broken, e
     (broken.run_dir / ".lock").write_bytes(b"\xff\xfe 99999999")
     end = go_on(broken)
     assert end.code == 143, end.stderr
-    assert "passing over" not in end.stderr
+    assert "damaged" not in end.stderr
     assert broken.stopped() == expected

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.attention.hugging_face import implementation
+from rlhf_cli.data.examples import Example
 from rlhf_cli.generation.logprobs import Projection, check_projection, response_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import last_hidden, reads_groups
@@ -33,7 +34,6 @@ from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.reward_model.data import RankedGroup
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
-from rlhf_cli.stages.sft.data import Example
 from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.stages.sft.trainer import train_sft

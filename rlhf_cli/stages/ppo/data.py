@@ -94,12 +94,12 @@ def _stop_token(form: PromptFormat, text: str) -> int:
 
 def _demonstrations(context: PPOContext, form: PromptFormat, model: PreTrainedModel, skips: SkipLog) -> Demonstrations:
     """Demonstrations whose prompts are not held out and that fit the model; the others are counted."""
+    from rlhf_cli.data.examples import tokenize
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.models.loading import context_length
     from rlhf_cli.stages.ppo.ptx import Demonstrations
-    from rlhf_cli.stages.sft.data import tokenize
 
     recipe, settings, source = context.recipe, context.settings, present(context.inputs.demonstrations)
     assert settings.ptx is not None

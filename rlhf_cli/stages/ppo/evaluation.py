@@ -9,7 +9,7 @@ from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTe
 from rlhf_cli.stages.ppo.metrics import answer_kl, rollout_metrics
 from rlhf_cli.stages.ppo.rollout import PromptSet, Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.training.monitoring.samples import ShownAnswer
+from rlhf_cli.training.monitoring.samples import ShownCompletion
 from rlhf_cli.training.task import ProgressCallback
 
 _NUMBER = -1
@@ -54,14 +54,14 @@ class Evaluation:
         found["objective/reward"] = float(rewards.mean())
         return {f"eval/{name}": value for name, value in found.items()}
 
-    def fixed(self, tell: ProgressCallback) -> list[ShownAnswer]:
+    def fixed(self, tell: ProgressCallback) -> list[ShownCompletion]:
         """Return completions of the fixed prompts."""
         answers, before = self._sample(self._fixed, tell)
         kl = answer_kl(before).tolist()
         return [
-            ShownAnswer(
+            ShownCompletion(
                 prompt=prompt_text(answers.prompts[row]),
-                answer=answers.texts[row],
+                completion=answers.texts[row],
                 score=float(answers.scores[row]),
                 kl=kl[row],
                 tokens=len(answers.response_ids[row]),

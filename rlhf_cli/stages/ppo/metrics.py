@@ -1,4 +1,4 @@
-"""What a PPO step reports, under TRL's names, over real tokens only."""
+"""The metrics of a PPO step, under TRL's names, over real tokens only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rlhf_cli.stages.ppo.update import UpdateStatistics
 def rollout_metrics(
     answers: Answers, before: RolloutTensors, rewards: Tensor, kl: Tensor, *, kl_coef: float
 ) -> dict[str, float]:
-    """Metrics of a step's answers, or of an evaluation's.
+    """Return the metrics of the completions of a step or of an evaluation.
 
     Args:
-        answers: N answers with their scores as given.
-        before: the passes over them.
-        rewards: (N,) scores as trained on.
+        answers: N completions with their raw scores.
+        before: log-probabilities and values of their tokens.
+        rewards: (N,) scores that are trained on.
         kl: (N, T) nats, the estimate that is penalized.
         kl_coef: beta of this step.
 
@@ -49,17 +49,17 @@ def rollout_metrics(
 
 
 def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatistics) -> dict[str, float]:
-    """Metrics of a step's update.
+    """Return the metrics of the update of a step.
 
     Args:
-        before: the passes before it.
+        before: log-probabilities and values before it.
         returns: (N, T).
         update: its sums.
     """
     is_response = before.is_response
     per = "policy_tokens"
     ratio = update.mean("ratio", per)
-    # 1 - var(R - V) / var(R): how much of the returns the critic foresees.
+    # 1 - var(R - V) / var(R): the fraction of the returns that the critic predicts.
     unexplained = masked_variance(returns - before.values, is_response)
     explained = 1.0 - unexplained / masked_variance(returns, is_response).clamp(min=1e-8)
     first_kl, _, first_ratio = update.epochs[0]
@@ -88,22 +88,22 @@ def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatis
 
 
 def histograms(answers: Answers) -> dict[str, list[float]]:
-    """What is worth seeing as a distribution: the answers' lengths in tokens and their scores as given."""
+    """Return what is logged as a histogram: lengths of the completions in tokens, and their raw scores."""
     return {"length": answers.lengths.tolist(), "reward": answers.scores.tolist()}
 
 
 def answer_kl(before: RolloutTensors) -> Tensor:
-    """Summed k1 estimate of each answer: (N,) nats."""
+    """Return the summed k1 estimate of each completion: (N,) nats."""
     return (before.logprobs - before.reference_logprobs).masked_fill(~before.is_response, 0.0).sum(dim=1)
 
 
 def all_finite(scores: Tensor) -> bool:
-    """Whether every reward is a number that can be trained on."""
+    """Whether every reward is finite."""
     return bool(torch.isfinite(scores).all())
 
 
 def note(metrics: dict[str, float]) -> str:
-    """The metrics that matter while it runs, in the width that is left beside a bar."""
+    """Return the metrics that matter most, short enough for the progress bar."""
     return (
         f"reward {metrics['objective/scores']:.2f}  kl {metrics['objective/kl']:z.1f}  "
         f"len {metrics['length/mean']:.0f}  clip {metrics.get('policy/clipfrac_avg', math.nan):.2f}"

@@ -1,7 +1,7 @@
-"""PPO-ptx: demonstrations mixed into every update, so that what PPO learns costs less of what the model knew.
+"""PPO-ptx: demonstrations mixed into every update, so that the policy forgets less of what it was trained on before.
 
-Ouyang et al. 2022 (arXiv:2203.02155), equation 2: gamma E[log pi(x)] over the pretraining data; ours is the supervised
-loss, a mean over completion tokens, on the demonstrations the user names.
+Ouyang et al. 2022 (arXiv:2203.02155), equation 2: gamma E[log pi(x)] over the pretraining data. Here it is the
+supervised loss, a mean over completion tokens, on demonstrations that the recipe names.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from rlhf_cli.training.shuffle import EndlessShuffle
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """N demonstrations in ids.
+    """N demonstrations in token ids.
 
     Attributes:
-        prompt_ids: none empty.
+        prompt_ids: prompts, none empty.
         response_ids: completions, the end token included; none empty.
     """
 
@@ -28,9 +28,9 @@ class Demonstrations:
 
     @staticmethod
     def of(pairs: Sequence[tuple[list[int], list[int]]]) -> Demonstrations:
-        """From (prompt, completion) ids; text without a prompt is predicted from its own first token on.
+        """Make them from (prompt, completion) ids; text without a prompt is predicted from its own first token on.
 
-        A completion of nothing but one token behind no prompt predicts nothing, and is left out.
+        A completion of one token without a prompt predicts nothing, and is skipped.
         """
         whole = [
             (prompt, completion) if prompt else (completion[:1], completion[1:])
@@ -47,11 +47,11 @@ class SupervisedLoss:
     """Adds the gradient of the supervised loss to an update.
 
     Args:
-        roles: whose policy learns.
+        roles: the models, of which the policy learns.
         engine: forward passes, and the processes that share them.
-        demonstrations: to take batches from.
-        coef: weight of the mean loss of a completion token.
-        batch_size: demonstrations of one optimizer step, all processes together.
+        demonstrations: source of the batches.
+        coef: weight of the mean loss per completion token.
+        batch_size: demonstrations per optimizer step, all processes together.
         seed: of their order.
     """
 
@@ -70,7 +70,7 @@ class SupervisedLoss:
         self._order = EndlessShuffle(len(demonstrations), seed=seed, name="demonstrations")
 
     def accumulate(self, optimizer_step: int) -> tuple[float, int]:
-        """Add the gradient of this process's share; returns the summed loss of that share and its tokens.
+        """Accumulate the gradient of this process's share; returns its summed loss and its tokens.
 
         Args:
             optimizer_step: 0-based, over the whole run; the batch is a function of it.
@@ -82,7 +82,7 @@ class SupervisedLoss:
         for part in self._engine.micro_batches(demonstrations, rows):
             batch = self._engine.batch(demonstrations, part)
             with self._roles.policy() as model:
-                # At temperature 1: demonstrations are not samples of a cooled policy.
+                # At temperature 1: demonstrations are not samples from the policy.
                 found = self._engine.logprobs(model, batch, temperature=1.0)
                 (-self._coef * found.logprobs.sum() / tokens).backward()
             loss -= float(found.logprobs.detach().sum())

@@ -199,7 +199,7 @@ class PPOTrainer(TrainingTask):
             name_spike(
                 step=step + 1,
                 prompt=answers.prompts[worst.answer],
-                answer=answers.texts[worst.answer],
+                completion=answers.texts[worst.answer],
                 token=self.data.prompts.tokenizer.decode([answers.response_ids[worst.answer][worst.place]]),
                 log_ratio=worst.log_ratio,
             )

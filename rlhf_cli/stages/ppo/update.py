@@ -1,7 +1,7 @@
-"""The update of one PPO step: epochs of minibatches of clipped policy and value losses.
+"""The update of one PPO step: clipped policy and value losses over epochs of minibatches.
 
 Every loss is a sum over real tokens divided by the tokens of its whole minibatch, across micro-batches and processes,
-so cutting the work differently changes nothing (trap 2 of docs/ppo.md).
+so neither of them changes the gradient (trap 2 of docs/ppo.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_cli.training.schedules import rate_factor
 from rlhf_cli.training.shuffle import shuffled
 
 Sums = defaultdict[str, float]
-"""Name -> sum, 0 for a name that was not added to."""
+"""Name -> sum, 0 for a name without one."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Experience:
     """What a step learns from; the same in every process.
 
     Attributes:
-        answers: N answers.
-        before: passes before the update.
+        answers: N completions.
+        before: log-probabilities and values before the update.
         advantages: (N, T).
         returns: (N, T).
     """
@@ -50,12 +50,12 @@ class Experience:
 
 @dataclass(frozen=True)
 class WorstRatio:
-    """The token whose probability moved the most.
+    """The token whose probability changed the most.
 
     Attributes:
         log_ratio: |log pi_new / pi_old|, nats.
-        answer: its number among the step's answers.
-        place: of the token in that answer.
+        answer: number of its completion in the step.
+        place: number of the token in that completion.
     """
 
     log_ratio: float = 0.0
@@ -65,16 +65,16 @@ class WorstRatio:
 
 @dataclass
 class UpdateStatistics:
-    """Sums over the real tokens an update saw, and what came of its optimizer steps.
+    """Sums over the real tokens of an update, and the outcome of its optimizer steps.
 
     Attributes:
         sums: name -> sum over tokens (and epochs); `tokens`, `policy_tokens` and `ptx_tokens` count them.
         epochs: per epoch, mean approx_kl, clip fraction and ratio, in that order.
-        grad_norms: norm before clipping, an optimizer step.
-        worst: the largest ratio seen.
-        skipped_steps: optimizer steps left out because a gradient was not finite.
-        ratio_skips: optimizer steps left out because the mean ratio was over the limit.
-        stopped: the update ended early, by its KL.
+        grad_norms: norm before clipping, per optimizer step.
+        worst: the largest ratio.
+        skipped_steps: optimizer steps skipped because a gradient was not finite.
+        ratio_skips: optimizer steps skipped because the mean ratio exceeded its limit.
+        stopped: whether the update ended early because of its KL.
     """
 
     sums: Sums = field(default_factory=lambda: defaultdict(float))
@@ -86,11 +86,11 @@ class UpdateStatistics:
     stopped: bool = False
 
     def mean(self, name: str, per: str = "tokens") -> float:
-        """Mean a token of those that `per` counts; NaN where there were none."""
+        """Return the mean per token of those that `per` counts; NaN without any."""
         return self.sums[name] / self.sums[per] if self.sums[per] else math.nan
 
     def close_epoch(self, before: Sums) -> None:
-        """Note the means of an epoch, given the sums before it."""
+        """Add the means of an epoch, given the sums before it."""
         tokens = self.sums["policy_tokens"] - before["policy_tokens"]
         names = ("approx_kl", "clipped", "ratio")
         kl, clipped, ratio = ((self.sums[name] - before[name]) / tokens if tokens else math.nan for name in names)
@@ -99,11 +99,11 @@ class UpdateStatistics:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Some of a step's answers.
+    """Some completions of a step.
 
     Attributes:
         rows: their numbers.
-        experience: of the whole step.
+        experience: experience of the whole step.
         kl_coef: beta, for a penalty in the loss.
     """
 
@@ -113,7 +113,7 @@ class Minibatch:
 
     @property
     def tokens(self) -> int:
-        """Real tokens of its answers, whoever reads them."""
+        """Real tokens of its completions, over all processes."""
         return sum(len(self.experience.answers.response_ids[row]) for row in self.rows)
 
 
@@ -125,7 +125,10 @@ class Updater:
         engine: forward passes, and the processes that share them.
         settings: section `ppo` of the recipe.
         seed: of the shuffles.
-        supervised: PPO-ptx; None is plain PPO.
+        supervised: the loss of PPO-ptx; None is plain PPO.
+
+    Attributes:
+        rate_scale: factor on all learning rates; 0.5 after a roll-back.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class Updater:
     ) -> None:
         self._roles, self._engine, self._settings, self._seed = roles, engine, settings, seed
         self.supervised = supervised
-        self.rate_scale = 1.0  # halved once training had to go back to a checkpoint
+        self.rate_scale = 1.0
         policy, critic = roles.policy_parameters(), roles.critic_parameters()
         self.parameters: list[nn.Parameter] = [*policy, *critic]
         self._critic_parameters = critic
@@ -151,7 +154,7 @@ class Updater:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-5, weight_decay=0.0)
 
     def learning_rate(self, optimizer_step: int) -> float:
-        """Learning rate of the policy at an optimizer step."""
+        """Return the learning rate of the policy at a 0-based optimizer step."""
         return self._settings.learning_rate * self._rate_factor(optimizer_step, self._policy_begins)
 
     @property
@@ -160,7 +163,7 @@ class Updater:
         return self._settings.critic_warmup_steps * self._settings.optimizer_steps_per_step
 
     def _rate_factor(self, optimizer_step: int, begins: int) -> float:
-        """Factor on the peak rate of weights that learn from the optimizer step `begins` on; 0 before it."""
+        """Return the factor on the peak rate of weights that learn from optimizer step `begins` on; 0 before."""
         if optimizer_step < begins:
             return 0.0
         total = self._settings.optimizer_steps - begins
@@ -169,11 +172,11 @@ class Updater:
         return factor * self.rate_scale
 
     def update(self, step: int, experience: Experience, *, kl_coef: float) -> UpdateStatistics:
-        """Train on one step's answers.
+        """Train on the completions of one step.
 
         Args:
             step: 0-based, for the schedule and the shuffles.
-            experience: of the step.
+            experience: experience of the step.
             kl_coef: beta of the step, for a penalty in the loss.
         """
         settings, statistics = self._settings, UpdateStatistics()
@@ -195,7 +198,7 @@ class Updater:
     def _learn(
         self, minibatch: Minibatch, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics
     ) -> None:
-        """One minibatch: its gradient, and a step along it unless something speaks against that."""
+        """Compute the gradient of one minibatch, and take an optimizer step unless KL, ratio or gradient forbid it."""
         settings = self._settings
         sums = self.accumulate(minibatch, statistics, trains_policy=trains_policy)
         tokens = sums["policy_tokens"]
@@ -212,16 +215,16 @@ class Updater:
             self._step(optimizer_step, trains_policy, statistics)
 
     def accumulate(self, minibatch: Minibatch, statistics: UpdateStatistics, *, trains_policy: bool = True) -> Sums:
-        """Add the gradient of this process's share of a minibatch's mean loss, a micro-batch at a time.
+        """Accumulate the gradient of this process's share of a minibatch's mean loss, one micro-batch at a time.
 
-        Returns the minibatch's sums over all processes, which are added to `statistics` too.
+        Returns the sums of the minibatch over all processes, and adds them to `statistics`.
         """
         experience, tokens = minibatch.experience, minibatch.tokens
         sums: Sums = defaultdict(float)
         worst = WorstRatio()
         for rows in self._engine.micro_batches(experience.answers, minibatch.rows):
             batch = self._engine.batch(experience.answers, rows)
-            # Backward while the role is still playing: checkpointed activations are recomputed under the same adapter.
+            # Backward while the adapter is still active, since checkpointed activations are recomputed under it.
             if trains_policy:
                 worst = max(worst, self._policy(minibatch, rows, batch, tokens, sums), key=lambda one: one.log_ratio)
             self._critic(minibatch, rows, batch, tokens, sums)
@@ -239,7 +242,7 @@ class Updater:
     def _policy(
         self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums
     ) -> WorstRatio:
-        """Forward and backward of the policy's loss; returns the largest ratio in these rows."""
+        """Run forward and backward of the policy loss; returns the largest ratio in these rows."""
         settings, experience = self._settings, minibatch.experience
         width, is_response = batch.response_ids.shape[1], batch.is_response
         with self._roles.policy() as model:
@@ -266,7 +269,7 @@ class Updater:
         return WorstRatio(float(largest), rows[int(answer)], int(policy.largest_place[answer]))
 
     def _critic(self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums) -> None:
-        """Forward and backward of the critic's loss."""
+        """Run forward and backward of the critic's loss."""
         settings, experience = self._settings, minibatch.experience
         width = batch.response_ids.shape[1]
         with self._roles.critic() as model:

@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning, summed over tokens so that no way of cutting a batch changes it."""
+"""The loss of supervised fine-tuning, a sum over tokens, so that micro-batches and packing do not change it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.precision import autocast
-from rlhf_cli.stages.sft.data import Batch, CausalCollator, Example, GroupCollator, Row, Seq2SeqCollator
+from rlhf_cli.stages.sft.data import Batch, CausalCollator, GroupCollator, Row, Seq2SeqCollator
 
 Collator = GroupCollator | CausalCollator | Seq2SeqCollator
 _VOCABULARY_TILE = 16_384
 
 
 def collator_for(model: PreTrainedModel, *, packed: bool) -> Collator:
-    """The collator that fits a model's architecture and attention."""
+    """Return the collator for a model's architecture and attention."""
     if model.config.is_encoder_decoder:
         return Seq2SeqCollator(model.config.decoder_start_token_id)
     return GroupCollator() if reads_groups(model) else CausalCollator(packed)
 
 
 def token_logprobs(model: PreTrainedModel, batch: Batch, is_scored: Tensor) -> Tensor:
-    """Log-probability, in nats, of the targets of a batch that `is_scored` (N,) marks, in their order; float32.
+    """Return the log-probabilities, in nats and float32, of the targets of a batch that `is_scored` (N,) marks.
 
-    Only those positions meet the vocabulary, in tiles: nothing of shape batch x length x vocabulary exists.
+    Logits are computed for these positions only, in tiles, so no tensor of batch x length x vocabulary exists.
     """
     if "encoder_ids" in batch:
         encoded = model.get_encoder()(batch["encoder_ids"], attention_mask=batch["encoder_mask"]).last_hidden_state
@@ -64,11 +65,11 @@ def token_logprobs(model: PreTrainedModel, batch: Batch, is_scored: Tensor) -> T
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens that a sum runs over.
+    """Numbers of tokens that the loss is a mean over.
 
     Attributes:
-        completion: of completions, end tokens included.
-        text: of whole examples, prompts included, but for each example's first.
+        completion: tokens of completions, end tokens included.
+        text: tokens of whole examples, prompts included, except the first of each example.
     """
 
     completion: int
@@ -76,7 +77,7 @@ class TokenCounts:
 
     @staticmethod
     def of(batches: Sequence[Batch], processes: ProcessGroup | None = None) -> TokenCounts:
-        """Count over all micro-batches of a step, those of the other processes too."""
+        """Count over all micro-batches of a step, including those of other processes."""
         sums = torch.tensor([sum(int(batch[name].sum()) for batch in batches) for name in ("completions", "texts")])
         if processes is not None:
             processes.all_reduce([sums])
@@ -85,15 +86,15 @@ class TokenCounts:
 
 
 def sft_loss(model: PreTrainedModel, batch: Batch, counts: TokenCounts, *, lm_coef: float) -> Tensor:
-    """One micro-batch's part of L3 = L2 + lambda L1 (Radford et al. 2018, section 3.2), in nats a token.
+    """Return one micro-batch's part of L3 = L2 + lambda L1 (Radford et al. 2018, section 3.2), in nats per token.
 
     L2 is the mean negative log-likelihood of completion tokens, L1 that of all tokens, prompts included. Both means are
     over the *whole step*, so the parts of a step's micro-batches add up to its loss.
 
     Args:
         model: decoder-only or encoder-decoder.
-        batch: from a collator of `sft_data`.
-        counts: of the whole step.
+        batch: from the collator that `collator_for` returns.
+        counts: tokens of the whole step.
         lm_coef: lambda.
     """
     times, is_completion = batch["completions"], batch["completions"] > 0
@@ -113,15 +114,15 @@ def mean_completion_nll(
     before_batch: Callable[[int], object] = lambda done: None,
     processes: ProcessGroup | None = None,
 ) -> float:
-    """Mean negative log-likelihood of completion tokens, in nats: its exponential is the perplexity.
+    """Return the mean negative log-likelihood of completion tokens, in nats; its exponential is the perplexity.
 
     Args:
-        model: as it is; put into evaluation mode and back.
+        model: put into evaluation mode and back.
         examples: at least one.
-        batch_size: examples in one forward pass.
+        batch_size: examples per forward pass.
         precision: of matrix products.
         before_batch: called with the number of examples done.
-        processes: those of the run, all of which call this with the same examples and pass their shares; None is one.
+        processes: the processes of the run, which share the examples and all call this; None is one process.
     """
     own = list(examples) if processes is None else processes.shard(examples)
     was_training = model.training
@@ -149,28 +150,28 @@ def mean_completion_nll(
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors on a device; a layout is no tensor and stays as it is."""
+    """Move the tensors of a batch to a device; a layout is not a tensor and stays."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def perplexity(nll: float) -> float:
-    """exp of the mean negative log-likelihood; infinite where that is beyond a float."""
+    """Return exp of the mean negative log-likelihood; infinite where a float overflows."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose packed examples see each other, by comparing two packed rows with the same examples apart.
+    """Refuse a model whose packed examples attend to each other, by comparing packed rows with single examples.
 
     A model that takes groups was compared when it was loaded.
 
     Raises:
-        ModelError: its attention does not keep them apart.
+        ModelError: the attention does not keep packed examples apart, or the model is an encoder-decoder.
     """
     if model.config.is_encoder_decoder:
         raise ModelError(
             f"`sft.packing` packs decoder-only models, and `{name}` is an encoder-decoder",
-            hint="leave `packing` out, or set it to false",
+            hint="remove `sft.packing`, or set it to false",
         )
     if reads_groups(model):
         return
@@ -189,12 +190,12 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     first, second, third = examples
-    together, apart = score(True, [[first, second], [third]]), score(False, [[first], [second], [third]])
+    packed, apart = score(True, [[first, second], [third]]), score(False, [[first], [second], [third]])
     model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if not torch.allclose(together, apart, atol=tolerance, rtol=tolerance):
+    if not torch.allclose(packed, apart, atol=tolerance, rtol=tolerance):
         raise ModelError(
-            f"`sft.packing` would let examples see each other: `{name}` with attention `{attention}` does not keep"
-            f" packed examples apart (log-probabilities differ by {float((together - apart).abs().max()):.3g})",
+            f"`sft.packing` would let examples attend to each other: `{name}` with attention `{attention}` does not "
+            f"keep packed examples apart (log-probabilities differ by {float((packed - apart).abs().max()):.3g})",
             hint="set `sft.packing` to false, or try `--set model.attention=sdpa`",
         )

@@ -13,9 +13,9 @@ from rlhf_cli.stages.sft.stage import SFTContext
 
 if TYPE_CHECKING:
     from rlhf_cli.data.chat_format import PromptFormat
+    from rlhf_cli.data.examples import Example
     from rlhf_cli.data.records import Demonstration
     from rlhf_cli.data.sources import LoadedRecords
-    from rlhf_cli.stages.sft.data import Example
     from rlhf_cli.stages.sft.settings import SFTSettings
     from rlhf_cli.stages.sft.trainer import SFTResult
 
@@ -93,11 +93,11 @@ def _fitting(
     context: SFTContext, settings: SFTSettings, loaded: LoadedRecords, form: PromptFormat, config
 ) -> list[tuple[Demonstration, Example]]:
     """Records that fit the model, with their ids; the others are skipped and counted."""
+    from rlhf_cli.data.examples import tokenize
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.models.loading import context_length
     from rlhf_cli.progress import task
-    from rlhf_cli.stages.sft.data import tokenize
 
     data, source = context.recipe.data, context.inputs.demonstrations.source
     room = min(settings.max_length, context_length(config))

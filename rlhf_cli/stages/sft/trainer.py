@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import beat
@@ -28,7 +29,7 @@ from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say, task
-from rlhf_cli.stages.sft.data import BatchPlan, Example, Row, pack, pack_groups
+from rlhf_cli.stages.sft.data import BatchPlan, Row, pack, pack_groups
 from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, on_device, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.training.distributed import all_reduce_gradients

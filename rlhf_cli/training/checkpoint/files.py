@@ -1,7 +1,7 @@
-"""A checkpoint's folder: `tensors.safetensors`, `state.json` and `SHA256SUMS`, written whole or not at all.
+"""The folder of one checkpoint: `tensors.safetensors`, `state.json` and `SHA256SUMS`, written whole or not at all.
 
-safetensors carries no checksum of its own, so a flipped bit would otherwise pass unseen. Tensors are written one after
-another and hashed on their way, so that saving needs no second copy of them in memory and no second look at the disk.
+safetensors files have no checksum, so a flipped bit would go unnoticed. Tensors are written one after another and
+hashed while they are written, so that saving needs neither a second copy in memory nor a second read of the disk.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rlhf_cli.errors import DiskError
 from rlhf_cli.files import fsync, hash_file, replace_folder
 
 FORMAT = 1
-"""Of the folder and of the envelope in `state.json`; raised when an older rlhf could misread a new one."""
+"""Version of the folder's format, in `state.json`; raised when an older rlhf could misread a new checkpoint."""
 
 _SUMS, _TENSORS, _STATE = "SHA256SUMS", "tensors.safetensors", "state.json"
 _SUMS_FORM = rf"([0-9a-f]{{64}})  {re.escape(_STATE)}\n([0-9a-f]{{64}})  {re.escape(_TENSORS)}\n"
 _PIECE = 4 << 20
-"""Bytes written and hashed at once: small enough to be in the processor's cache for both."""
-_BESIDE = 1 << 20
-"""Bytes that file names, sums and the file system's own tables take, at most."""
+"""Bytes written and hashed at once: few enough to stay in the processor's cache for both."""
+_OVERHEAD = 1 << 20
+"""Upper bound on the bytes that names, checksums and the file system's own tables take."""
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,30 +47,31 @@ _NAMES = {
 }
 
 
-class DamagedCheckpoint(Exception):  # noqa: N818  (internal: whoever reads turns it into a warning)
-    """A checkpoint that is not what was written; the message names the file and says what is wrong with it."""
+class DamagedCheckpoint(Exception):  # noqa: N818  (internal: the reader turns it into a warning)
+    """A checkpoint differs from what was written; the message names the file and the damage."""
 
 
 def write_folder(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a checkpoint beside `target`, make it durable, and give it that name.
+    """Write a checkpoint beside `target`, make it durable, and rename it to `target`.
 
-    A process that dies on the way leaves the folder that had the name before, or the new one.
+    A process that dies on the way leaves either the previous folder of that name or the new one.
 
     Args:
-        target: the folder to be.
+        target: folder to create or replace.
         step: steps done.
-        tensors: name -> tensor on any device. Tensors that share memory (tied weights) are written each for itself.
-        state: what JSON can hold.
+        tensors: name -> tensor on any device. Tensors that share memory (tied weights) are written separately.
+        state: anything JSON can express.
 
     Raises:
-        DiskError: there is no room, or the disk cannot be written; says the bytes needed, and leaves no half folder.
+        DiskError: there is not enough space, or the disk cannot be written; states the bytes needed, and leaves no
+            partial folder.
     """
     plain = json.dumps({"format": FORMAT, "step": step, "state": state}, sort_keys=True).encode()
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + len(plain)
     temporary = partial_folder(target)
     try:
         temporary.mkdir(parents=True)
-        _check_room(target, step, needed)
+        _check_space(target, step, needed)
         sums = {
             _TENSORS: _write(temporary / _TENSORS, _serialized(tensors)),
             _STATE: _write(temporary / _STATE, [plain]),
@@ -85,27 +86,27 @@ def write_folder(target: Path, step: int, tensors: dict[str, Tensor], state: dic
             hint="free some space and run the same command again; the checkpoint before is intact",
         ) from error
     finally:
-        # What is left of a failed attempt would take the room that the next one needs.
+        # The rest of a failed attempt would take the space that the next attempt needs.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_folder(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    """Step, tensors (on the CPU) and state of a checkpoint whose every byte is as it was written.
+    """Return step, tensors (on the CPU) and state of a checkpoint, after checking every byte against its checksums.
 
     Raises:
-        DamagedCheckpoint: it is not, or a newer rlhf wrote it.
+        DamagedCheckpoint: a byte differs, or another version of rlhf wrote the checkpoint.
     """
     _check_sums(path)
     envelope = json.loads((path / _STATE).read_bytes())
     if envelope.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{_STATE} has format {envelope.get('format')}; this rlhf knows {FORMAT}")
+        raise DamagedCheckpoint(f"{_STATE} has format {envelope.get('format')}; this version of rlhf reads {FORMAT}")
     if int(path.name.rpartition("-")[2]) != envelope["step"]:
         raise DamagedCheckpoint(f"{_STATE} is of step {envelope['step']}")
     return envelope["step"], load_file(path / _TENSORS), envelope["state"]
 
 
 def is_of_another_format(path: Path) -> bool:
-    """Whether a checkpoint says that it was written by an rlhf with another format than this one."""
+    """Whether a checkpoint states a newer format than this version of rlhf reads."""
     try:
         found = json.loads((path / _STATE).read_bytes())
         return isinstance(found["format"], int) and found["format"] > FORMAT
@@ -114,28 +115,28 @@ def is_of_another_format(path: Path) -> bool:
 
 
 def partial_folder(target: Path) -> Path:
-    """Where a checkpoint is while it is written."""
+    """Return the folder of a checkpoint while it is written."""
     return target.with_name(f".{target.name}.partial")
 
 
 def replaced_folder(target: Path) -> Path:
-    """Where a checkpoint is between the moment it loses its name and the moment its successor has it."""
+    """Return the folder of a replaced checkpoint until its successor has its name."""
     return target.with_name(f".{target.name}.old")
 
 
-def _check_room(target: Path, step: int, needed: int) -> None:
+def _check_space(target: Path, step: int, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
-    if free < needed + _BESIDE:
+    if free < needed + _OVERHEAD:
         raise DiskError(
-            f"no room for the checkpoint of step {step}: it needs {needed + _BESIDE:,} bytes, and the disk of "
-            f"{target.parent} has {free:,} free",
+            f"not enough space for the checkpoint of step {step}: it needs {needed + _OVERHEAD:,} bytes, and the disk "
+            f"of {target.parent} has {free:,} free",
             hint="free some space and run the same command again; the checkpoint before is intact",
         )
 
 
 def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The pieces of a safetensors file: header length, header, and each tensor's bytes."""
-    # Wide types first, as safetensors does it, so that every tensor lies on a multiple of its own element size.
+    """Yield the pieces of a safetensors file: header length, header, and each tensor's bytes."""
+    # Wide types first, as safetensors does, so that every tensor is aligned to its own element size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}
     offset = 0

@@ -1,9 +1,9 @@
-"""Step checkpoints inside a stage: atomic, checked by SHA-256, and passed over, loudly, when damaged.
+"""Step checkpoints of a stage: atomic, checked by SHA-256, and skipped with a warning when damaged.
 
-    step-00000010/    the newest few, for going on after a kill
-    best-00000008/    besides, and never rotated away: what a stage writes if later steps were worse
+    step-00000010/    the newest few, to resume from
+    best-00000008/    never rotated away: what a stage writes if later steps were worse
 
-With several processes, number 0 writes and decides which checkpoint is read, and the others read that one.
+With several processes, process 0 writes, and decides which checkpoint all of them read.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _STEP, _BEST = "step", "best"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose sums are right.
+    """A checkpoint whose checksums are right.
 
     Attributes:
-        step: steps that were done when it was written.
+        step: steps done when it was written.
         tensors: name -> tensor on the CPU.
-        state: what JSON can hold.
+        state: anything JSON can express.
     """
 
     step: int
@@ -65,16 +65,16 @@ def save_checkpoint(
     """Write the checkpoint of `step` and remove all but the newest `keep`.
 
     Args:
-        folder: of the stage's checkpoints.
+        folder: folder of the stage's checkpoints.
         step: steps done.
-        tensors: name -> tensor on any device; no copy is made of those on the CPU.
-        state: what JSON can hold.
-        keep: how many stay.
-        protected: a step whose checkpoint stays besides, however old.
-        processes: those of the run, all of which call this; number 0's tensors and state are written.
+        tensors: name -> tensor on any device; those on the CPU are not copied.
+        state: anything JSON can express.
+        keep: number of checkpoints that stay.
+        protected: step whose checkpoint stays too, however old.
+        processes: the processes of the run, all of which call this; process 0's tensors and state are written.
 
     Raises:
-        DiskError: no room, or the disk cannot be written; the checkpoint before is untouched.
+        DiskError: there is not enough space, or the disk cannot be written; the previous checkpoint is intact.
         DivergedError: a value is NaN or infinite; nothing is written.
     """
 
@@ -88,9 +88,9 @@ def save_checkpoint(
 def save_best(
     folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, processes: ProcessGroup | None = None
 ) -> None:
-    """Keep this as the best so far, in place of the one before; see `save_checkpoint`.
+    """Write the best checkpoint so far, in place of the previous best one; see `save_checkpoint`.
 
-    A run that is killed and goes on from before `step` finds it again: `Checkpoint.state` says how good it was.
+    A run that is killed and resumes from before `step` finds it again: `Checkpoint.state` says how good it was.
     """
 
     def write() -> None:
@@ -105,28 +105,28 @@ def save_best(
 def latest_checkpoint(
     folder: Path, *, up_to: int | None = None, processes: ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None; damaged ones are named in a warning and passed over.
+    """Return the newest whole checkpoint, or None; damaged ones are skipped with a warning.
 
     Args:
-        folder: of the stage's checkpoints.
-        up_to: only those of so many steps or fewer.
-        processes: those of the run, all of which call this and get the same one.
+        folder: folder of the stage's checkpoints.
+        up_to: largest step to consider; None considers all.
+        processes: the processes of the run, all of which call this and get the same checkpoint.
 
     Raises:
-        UsageError: a process cannot read what number 0 can.
+        UsageError: a process cannot read what process 0 can.
     """
     return _newest(folder, _STEP, processes, up_to)
 
 
 def best_checkpoint(folder: Path, *, processes: ProcessGroup | None = None) -> Checkpoint | None:
-    """What `save_best` kept, or None; see `latest_checkpoint`."""
+    """Return what `save_best` wrote, or None; see `latest_checkpoint`."""
     return _newest(folder, _BEST, processes)
 
 
 def _save(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     _tidy(target.parent)
     for name, tensor in tensors.items():
-        # A sum is finite only if every value is, and takes no memory; one that overflows is looked at closely.
+        # A sum is finite only if every value is, and takes no memory; where it overflows, every value is checked.
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):
             require_finite({name: tensor.detach()}, what=f"the checkpoint of step {step}")
     write_folder(target, step, tensors, state)
@@ -149,8 +149,8 @@ def _newest(folder: Path, kind: str, processes: ProcessGroup | None, up_to: int 
     for number, told in enumerate(processes.all_gather_object(problem)):
         if told is not None:
             raise UsageError(
-                f"process {number} cannot read the checkpoint of step {step} in {folder} that process 0 reads: {told}",
-                hint="the run directory has to be on a file system that all machines of the run share",
+                f"process {number} cannot read the checkpoint of step {step} in {folder}, which process 0 can: {told}",
+                hint="put the run directory on a file system that all machines of the run share",
             )
     return found
 
@@ -161,14 +161,14 @@ def _newest_whole(folder: Path, kind: str, up_to: int | None) -> Checkpoint | No
         try:
             return Checkpoint(*read_folder(path))
         except DamagedCheckpoint as damage:
-            warn(f"passing over the checkpoint {path}: {damage}")
+            warn(f"skipping the damaged checkpoint {path}: {damage}")
     if folders and kind == _STEP:
-        warn(f"no checkpoint in {folder} is whole: this begins anew")
+        warn(f"no checkpoint in {folder} is whole: starting from the beginning")
     return None
 
 
 def _by_main(write: Callable[[], None], processes: ProcessGroup | None) -> None:
-    """Let process 0 write; what goes wrong there is raised in all, so that none waits for a process that has ended."""
+    """Let process 0 write; an error there is raised in all processes, so that none waits for one that has ended."""
     failure: DiskError | DivergedError | None = None
     if processes is None or processes.is_main:
         try:
@@ -185,7 +185,7 @@ def _by_main(write: Callable[[], None], processes: ProcessGroup | None) -> None:
 
 
 def _rotate(folder: Path, step: int, keep: int, protected: int | None) -> None:
-    """Remove what is older than the newest `keep`, and what is newer than `step`: it was damaged and passed over."""
+    """Remove all but the newest `keep`, and those newer than `step`, which were damaged and skipped."""
     folders = _folders(folder, _STEP)
     for path in [path for path in folders if _number(path) > step]:
         if not is_of_another_format(path):
@@ -203,7 +203,7 @@ def _remove(path: Path) -> None:
 
 
 def _folders(folder: Path, kind: str) -> list[Path]:
-    """Checkpoints of a kind, newest first; whatever else lies there is not ours."""
+    """Return the checkpoints of a kind, newest first; other files in the folder are not ours."""
     found = [path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d{{8,}}", path.name)]
     return sorted(found, key=_number, reverse=True)
 
@@ -213,7 +213,7 @@ def _number(path: Path) -> int:
 
 
 def _tidy(folder: Path) -> None:
-    """Finish or undo what a killed process left: half a checkpoint, or one whose successor has no name yet."""
+    """Finish or undo what a killed process left: a partial checkpoint, or a replaced one without its successor."""
     for path in [path for kind in (_STEP, _BEST) for path in folder.glob(f".{kind}-*")]:
         target = path.with_name(path.stem.removeprefix("."))
         if path == replaced_folder(target) and not target.exists():
@@ -223,7 +223,7 @@ def _tidy(folder: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """Per-parameter state of an optimizer (AdamW's moments and step counts), by parameter number."""
+    """Return the per-parameter state of an optimizer (AdamW's moments and step counts), by parameter number."""
     return {
         f"{prefix}/{number}/{name}": value
         for number, entries in optimizer.state_dict()["state"].items()
@@ -232,11 +232,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Inverse of `optimizer_tensors`; the groups' settings stay those the optimizer was made with."""
+    """Restore what `optimizer_tensors` returned; the parameter groups keep the settings the optimizer was made with."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix + "/"):
             number, name = key.removeprefix(prefix + "/").split("/")
-            # A copy, since the tensors of a file just read are the file itself, which rotation will remove.
+            # A copy, since the tensors of a file just read are memory-mapped, and rotation will remove that file.
             state.setdefault(int(number), {})[name] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

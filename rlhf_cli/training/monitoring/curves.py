@@ -1,4 +1,4 @@
-"""Curves of a run and what can be said of them against their noise."""
+"""Curves of a run, their trends, and the noise around them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Trend:
     """A straight line through a curve, by least squares.
 
     Attributes:
-        slope: a step.
-        error: standard error of the slope, from what the line leaves unexplained.
+        slope: change per step.
+        error: standard error of the slope, from the residuals.
     """
 
     slope: float
@@ -23,7 +23,7 @@ class Trend:
 
     @property
     def certainty(self) -> float:
-        """The slope in standard errors; its sign is the slope's."""
+        """The slope in standard errors, with the sign of the slope."""
         if self.error == 0.0:
             return math.copysign(math.inf, self.slope) if self.slope else 0.0
         return self.slope / self.error
@@ -35,7 +35,7 @@ class Curve:
 
     Attributes:
         steps: rising.
-        values: finite, one a step.
+        values: finite, one per step.
     """
 
     steps: tuple[int, ...]
@@ -43,7 +43,7 @@ class Curve:
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
-        """A metric of the rows of a `metrics.jsonl`; rows in which it is missing, null or not finite have no part."""
+        """Return a metric of the rows of a `metrics.jsonl`, without those where it is missing, null or not finite."""
         found = [(row["step"], row.get(name)) for row in rows]
         kept = [(step, float(value)) for step, value in found if _is_figure(value)]
         return Curve(tuple(step for step, _ in kept), tuple(value for _, value in kept))
@@ -55,44 +55,44 @@ class Curve:
         return iter(zip(self.steps, self.values, strict=True))
 
     def first(self, share: float = 0.2, *, least: int = 3) -> Curve:
-        """Its beginning: a share of its points, at least so many."""
+        """Return the first points: a fraction of all, but at least `least`."""
         count = max(least, round(share * len(self)))
         return Curve(self.steps[:count], self.values[:count])
 
     def last(self, share: float = 0.2, *, least: int = 3) -> Curve:
-        """Its end: a share of its points, at least so many."""
+        """Return the last points: a fraction of all, but at least `least`."""
         count = min(len(self), max(least, round(share * len(self))))
         return Curve(self.steps[len(self) - count :], self.values[len(self) - count :])
 
     def blocks(self, size: int) -> Iterator[Curve]:
-        """Whole blocks of `size` points, one behind the other."""
+        """Yield consecutive whole blocks of `size` points."""
         for start in range(0, len(self) - size + 1, size):
             yield Curve(self.steps[start : start + size], self.values[start : start + size])
 
     @property
     def mean(self) -> float:
-        """Of its values; NaN without any."""
+        """Of the values; NaN without any."""
         return statistics.fmean(self.values) if self.values else math.nan
 
     @property
     def median(self) -> float:
-        """Of its values; NaN without any."""
+        """Of the values; NaN without any."""
         return statistics.median(self.values) if self.values else math.nan
 
     @property
     def error(self) -> float:
-        """Standard error of the mean, as if steps were independent: each step samples anew, so its noise is its own."""
+        """Standard error of the mean, assuming independent steps: each step draws new samples."""
         return statistics.stdev(self.values) / math.sqrt(len(self)) if len(self) > 1 else math.inf
 
     @property
     def noise(self) -> float:
-        """Standard deviation of a single step around its neighbors, so that a trend does not count as noise."""
+        """Standard deviation of a single step around its neighbors, which excludes trends."""
         changes = [(after - before) ** 2 for before, after in zip(self.values, self.values[1:], strict=False)]
         return math.sqrt(statistics.fmean(changes) / 2) if changes else math.inf
 
     @property
     def trend(self) -> Trend:
-        """Line through the curve; without slope, and uncertain, where there are fewer than three points."""
+        """Line through the curve; slope 0 with an infinite error where there are fewer than three points."""
         if len(self) < 3:
             return Trend(0.0, math.inf)
         middle, mean = statistics.fmean(self.steps), self.mean

@@ -1,4 +1,4 @@
-"""Metrics as they are made: one JSON object a line, under TRL's names where TRL has one, and to trackers by name.
+"""The metrics file of a run: one JSON object per step, under TRL's names where TRL has one; trackers get the same.
 
 {"step": 3, "objective/kl": 1.2, ..., "histograms": {"length": {"edges": [...], "counts": [...]}}}
 """
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["BINS", "Histogram", "MetricsLog", "histogram_of", "read_rows"]
 
 BINS = 16
-"""Most bins of a histogram."""
+"""Largest number of bins of a histogram."""
 
 
 class MetricsLog:
-    """Appends to a `metrics.jsonl`; a resumed run goes on behind the step it resumes from.
+    """Appends to a `metrics.jsonl`; a resumed run continues after the step it resumes from.
+
+    As a context manager, it closes itself on leaving.
 
     Args:
         path: the file.
-        after_step: lines of later steps are dropped, since those steps will be done again.
-        position: `position()` as a checkpoint kept it; see `StepLines`.
-        trackers: also get everything.
-
-    A context manager: leaving it closes the log.
+        after_step: lines of later steps are dropped, because those steps run again.
+        position: what `position` returned when a checkpoint was saved; see `StepLines`.
+        trackers: get all metrics too.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class MetricsLog:
     def write(
         self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Sequence[float]] | None = None
     ) -> None:
-        """Append one line; figures that are not finite are written as null, since JSON has no NaN.
+        """Append one line; values that are not finite are written as null, since JSON has no NaN.
 
         Args:
-            step: 1 is the first.
-            metrics: name -> figure.
-            histograms: name -> values, of which bins and counts are kept; see `histogram_of`.
+            step: 1-based.
+            metrics: name -> value.
+            histograms: name -> values, of which bins and counts are written; see `histogram_of`.
         """
         row: dict[str, Any] = {"step": step}
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -71,7 +71,7 @@ class MetricsLog:
             self._trackers.write(step, finite, binned)
 
     def position(self) -> dict[str, Any]:
-        """Make what was written durable and say how far it goes, for a checkpoint: `bytes` and their `sha256`."""
+        """Make what was written durable and return how far it goes, for a checkpoint: `bytes` and their `sha256`."""
         self.sync()
         return self._lines.position()
 
@@ -82,7 +82,7 @@ class MetricsLog:
             self._trackers.flush()
 
     def close(self) -> None:
-        """Make what was written durable, and close the file; a second time does nothing."""
+        """Make what was written durable and close the file; a second call does nothing."""
         self._lines.close()
         if self._trackers is not None:
             self._trackers.finish()
@@ -101,10 +101,10 @@ class Histogram:
     """Counts of values between edges.
 
     Attributes:
-        edges: of the bins, rising, one more than there are counts; empty without values. A bin holds its lower edge
-            and not its upper, but for the last, which holds both.
-        counts: values in each bin.
-        non_finite: values that were NaN or infinite; they are in no bin.
+        edges: bin edges, rising, one more than there are counts; empty without values. A bin includes its lower edge
+            and excludes its upper edge; the last bin includes both.
+        counts: number of values per bin.
+        non_finite: number of values that were NaN or infinite; no bin has them.
         total: sum of the values in bins.
         squares: sum of their squares.
     """
@@ -116,16 +116,16 @@ class Histogram:
     squares: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in `metrics.jsonl`: `edges`, `counts`, and `non_finite` where there are any."""
+        """Return the form in `metrics.jsonl`: `edges`, `counts`, and `non_finite` where there are any."""
         plain: dict[str, Any] = {"edges": list(self.edges), "counts": list(self.counts)}
         return plain | ({"non_finite": self.non_finite} if self.non_finite else {})
 
 
 def histogram_of(values: Sequence[float]) -> Histogram:
-    """At most `BINS` bins of one width, from the least value to the largest.
+    """Return at most `BINS` bins of equal width, from the smallest value to the largest.
 
-    Whole numbers get bins that hold the same number of whole numbers each, with edges between them (x.5): else every
-    few bins would hold one more, and the histogram would look like a comb. Values that are all alike get one bin of
+    For whole numbers, edges lie between them (x.5) and every bin spans as many whole numbers as any other. Otherwise
+    some bins would span one more, and the histogram would look like a comb. Values that are all equal get one bin of
     width 1 around them. Edges are rounded to a ten-thousandth of the range.
     """
     finite = [float(value) for value in values if math.isfinite(value)]
@@ -145,7 +145,7 @@ def _edges(values: Sequence[float]) -> list[float]:
     low, high = min(values), max(values)
     span = high - low
     if span == 0.0:
-        half = max(0.5, abs(low) * 1e-6)  # where 1 is less than the spacing of floats
+        half = max(0.5, abs(low) * 1e-6)  # the spacing of large floats may exceed 1
         return [low - half, low + half]
     if all(value.is_integer() for value in values) and span < 2**31:
         width = math.ceil((span + 1) / BINS)

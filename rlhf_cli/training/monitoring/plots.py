@@ -1,4 +1,4 @@
-"""The curves of a PPO run as one picture, where matplotlib is installed."""
+"""A picture of the curves of a PPO run, where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _RAW, _SMOOTH, _EVALUATED, _BOUND = "#9bbcd8", "#1f5a8c", "#d1622b", "#8a8a8a"
 
 @dataclass(frozen=True)
 class _Panel:
-    """One metric's place in the picture.
+    """One plot of the picture.
 
     Attributes:
-        title: what it is.
-        unit: of its axis.
-        metric: its name in `metrics.jsonl`.
-        evaluated: the metric of held-out prompts drawn beside it.
-        bound: height of a dashed line, and what it says.
+        title: of the plot.
+        unit: of the vertical axis.
+        metric: name in `metrics.jsonl`.
+        evaluated: metric of held-out prompts in the same plot.
+        bound: height of a dashed line, and its label.
         spread: name of the metric's standard deviation, drawn as a band.
-        span: least range of the axis, so that noise does not look like news.
+        span: smallest range of the axis, so that noise does not fill it.
     """
 
     title: str
@@ -41,12 +41,12 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("reward", "mean of the answers", "objective/scores", "eval/objective/scores", spread="objective/scores_std"),
-    _Panel("KL to the SFT model", "nats an answer", "objective/kl", "eval/objective/kl", span=(0.0, 1.0)),
+    _Panel("reward", "mean of completions", "objective/scores", "eval/objective/scores", spread="objective/scores_std"),
+    _Panel("KL to the SFT model", "nats per completion", "objective/kl", "eval/objective/kl", span=(0.0, 1.0)),
     _Panel("length", "tokens", "length/mean", "eval/length/mean", span=(0.0, 1.0)),
-    _Panel("entropy", "nats a token", "policy/entropy_avg", span=(0.0, 0.1)),
-    _Panel("clipped", "share of tokens", "policy/clipfrac_avg", bound=(0.2, "steps too large"), span=(0.0, 0.05)),
-    _Panel("explained variance", "share", "val/explained_variance", bound=(0.0, "no better than a constant")),
+    _Panel("entropy", "nats per token", "policy/entropy_avg", span=(0.0, 0.1)),
+    _Panel("clipped", "fraction of tokens", "policy/clipfrac_avg", bound=(0.2, "steps too large"), span=(0.0, 0.05)),
+    _Panel("explained variance", "fraction", "val/explained_variance", bound=(0.0, "as good as a constant")),
 )
 
 
@@ -54,12 +54,12 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     """Draw reward, KL, length, entropy, clip fraction and explained variance over the steps.
 
     Args:
-        rows: of a `metrics.jsonl`.
-        path: of the PNG.
-        title: above it.
+        rows: rows of a `metrics.jsonl`.
+        path: of the PNG file.
+        title: title of the picture.
 
     Returns:
-        Whether it was drawn: not without matplotlib, which is said, nor for a run without steps.
+        Whether the picture was drawn: not without matplotlib, which a message says, nor for a run without steps.
     """
     if find_spec("matplotlib") is None:
         say(f"no {path.name}: matplotlib is not installed (`pip install 'rlhf-cli[plots]'`)")
@@ -101,13 +101,13 @@ def _draw(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.set_yticks([])
         return
     width = max(1, len(curve) // 15)
-    # A short run needs no smoothing; a long one is a cloud without it.
+    # A short run needs no smoothing.
     marker = "." if len(curve) < 3 else ""
     if panel.spread is not None:
         _band(axes, curve, {row["step"]: row.get(panel.spread) for row in rows})
     if width > 1:
-        axes.plot(curve.steps, curve.values, color=_RAW, linewidth=0.9, label="a step")
-    name = "a step" if width == 1 else f"mean of {2 * (width // 2) + 1} steps"
+        axes.plot(curve.steps, curve.values, color=_RAW, linewidth=0.9, label="one step")
+    name = "one step" if width == 1 else f"mean of {2 * (width // 2) + 1} steps"
     axes.plot(curve.steps, _running_mean(curve.values, width), color=_SMOOTH, linewidth=1.8, marker=marker, label=name)
     if len(evaluated):
         axes.plot(evaluated.steps, evaluated.values, color=_EVALUATED, linewidth=1.2, marker="o", markersize=4,
@@ -121,16 +121,16 @@ def _draw(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _band(axes: Axes, curve: Curve, spread: Mapping[int, float | None]) -> None:
-    """One standard deviation of a step's answers to either side."""
+    """Draw one standard deviation of a step's completions to either side."""
     points = [(step, value, spread.get(step)) for step, value in curve]
     known = [(step, value - width, value + width) for step, value, width in points if width is not None]
     if known:
         steps, low, high = zip(*known, strict=True)
-        axes.fill_between(steps, low, high, color=_RAW, alpha=0.25, linewidth=0, label="spread of a step's answers")
+        axes.fill_between(steps, low, high, color=_RAW, alpha=0.25, linewidth=0, label="spread within a step")
 
 
 def _bound(axes: Axes, panel: _Panel) -> None:
-    """A dashed line where it is in sight."""
+    """Draw the dashed line where it is within the axis."""
     low, high = axes.get_ylim()
     if panel.bound is not None and low < panel.bound[0] < high:
         height, word = panel.bound
@@ -140,7 +140,7 @@ def _bound(axes: Axes, panel: _Panel) -> None:
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the `width` values around each, fewer at the ends."""
+    """Return the mean of the `width` values around each value, of fewer at the ends."""
     half = width // 2
     windows = (values[max(0, place - half) : place + half + 1] for place in range(len(values)))
     return [sum(window) / len(window) for window in windows]

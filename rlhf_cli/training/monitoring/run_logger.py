@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
-from rlhf_cli.training.monitoring.samples import SampleLog, ShownAnswer
+from rlhf_cli.training.monitoring.samples import SampleLog, ShownCompletion
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -44,7 +44,7 @@ class RunLogger:
         if self._log is not None:
             self._log.write(step, metrics, histograms)
 
-    def show(self, step: int, rows: Sequence[ShownAnswer]) -> None:
+    def show(self, step: int, rows: Sequence[ShownCompletion]) -> None:
         """Append and print completions sampled after `step` steps."""
         if self._samples is not None:
             self._samples.show(step, rows)

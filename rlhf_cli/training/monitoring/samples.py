@@ -1,4 +1,4 @@
-"""Answers for people to look at: to a few fixed prompts as training goes on, and the one behind a ratio spike."""
+"""Completions to look at: of a few fixed prompts during training, and the one behind a ratio spike."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from rlhf_cli.progress import console, printable, warn
 from rlhf_cli.training.monitoring.step_lines import StepLines
 
 _LINES_SHOWN = 12
-"""Lines of an answer that are printed; the file has all of it."""
-_PROMPT_EXCERPT, _ANSWER_EXCERPT = 60, 120
+"""Lines of a completion that are printed; the file has all of it."""
+_PROMPT_EXCERPT, _COMPLETION_EXCERPT = 60, 120
 
 
 @dataclass(frozen=True)
-class ShownAnswer:
-    """An answer, with what is worth knowing of it.
+class ShownCompletion:
+    """A completion and the values that describe it.
 
     Attributes:
         prompt: as text.
-        answer: as rewards see it.
+        completion: as rewards see it.
         score: its reward.
-        kl: nats, the answer's log-ratio of policy to SFT model.
-        tokens: of the answer, its end included.
-        ended: whether it ended of itself.
+        kl: its log-ratio of policy to SFT model, in nats.
+        tokens: its number of tokens, the end token included.
+        ended: whether it finished.
     """
 
     prompt: str
-    answer: str
+    completion: str
     score: float
     kl: float
     tokens: int
@@ -42,18 +42,18 @@ class ShownAnswer:
 
 
 class SampleLog:
-    """Prints answers and appends them to a `samples.jsonl`.
+    """Prints completions and appends them to a `samples.jsonl`.
 
     Args:
         path: the file.
-        after_step: lines of later steps are dropped, since those steps will be done again.
+        after_step: lines of later steps are dropped, because those steps run again.
     """
 
     def __init__(self, path: Path, *, after_step: int = 0) -> None:
         self._lines = StepLines(path, after_step=after_step, sparse=True)
 
-    def show(self, step: int, rows: Sequence[ShownAnswer]) -> None:
-        """Keep and print the answers given after `step` steps."""
+    def show(self, step: int, rows: Sequence[ShownCompletion]) -> None:
+        """Append and print the completions sampled after `step` steps."""
         for row in rows:
             figures = {
                 name: value if not isinstance(value, float) or math.isfinite(value) else None
@@ -68,38 +68,38 @@ class SampleLog:
         self._lines.close()
 
 
-def view(step: int, rows: Sequence[ShownAnswer]) -> RenderableType:
-    """The answers as they are printed: the prompt on one line, the answer wrapped under it, and its figures."""
-    parts: list[RenderableType] = [Text(f"answers after step {step:,}", style="bold")]
+def view(step: int, rows: Sequence[ShownCompletion]) -> RenderableType:
+    """Return the completions as they are printed: the prompt on one line, the completion under it, and its values."""
+    parts: list[RenderableType] = [Text(f"completions after step {step:,}", style="bold")]
     for row in rows:
         prompt = Text(_one_line(row.prompt) or "(an empty prompt)", style="cyan", no_wrap=True, overflow="ellipsis")
-        lines = [line for line in printable(row.answer).strip().expandtabs(4).splitlines() if line.strip()]
+        lines = [line for line in printable(row.completion).strip().expandtabs(4).splitlines() if line.strip()]
         shown = [line.rstrip() for line in lines[:_LINES_SHOWN]]
         if len(lines) > _LINES_SHOWN:
             shown.append(f"... {len(lines) - _LINES_SHOWN:,} more lines")
-        answer = Text("\n".join(shown)) if shown else Text("(an empty answer)", style="dim")
-        end = "" if row.ended else ", did not end"
+        completion = Text("\n".join(shown)) if shown else Text("(an empty completion)", style="dim")
+        end = "" if row.ended else ", did not finish"
         tokens = f"{row.tokens:,} token{'' if row.tokens == 1 else 's'}{end}"
         figures = Text(f"reward {row.score:+.2f}, KL {row.kl:z.1f} nats, {tokens}", style="dim")
-        parts += [_indented(prompt, 2, above=1), _indented(answer, 4), _indented(figures, 4)]
+        parts += [_indented(prompt, 2, above=1), _indented(completion, 4), _indented(figures, 4)]
     return Group(*parts, Text())
 
 
-def name_spike(*, step: int, prompt: Prompt, answer: str, token: str, log_ratio: float) -> None:
-    """Warn of the answer whose token's probability moved the most in a step's update.
+def name_spike(*, step: int, prompt: Prompt, completion: str, token: str, log_ratio: float) -> None:
+    """Warn of the completion with the token whose probability changed the most in the update of a step.
 
     Args:
-        step: 1 is the first.
+        step: 1-based.
         prompt: text or turns.
-        answer: as text.
-        token: the one that moved, as text.
+        completion: as text.
+        token: the token, as text.
         log_ratio: log pi_new / pi_old of that token, or its magnitude, in nats.
     """
     factor = math.exp(min(abs(log_ratio), 700.0))
     much = f"{factor:,.0f}" if factor < 1e6 else f"{factor:.1e}"
     warn(
         f"step {step:,}: the probability of a token changed {much}-fold in one update (log ratio {log_ratio:.1f}): "
-        f"{_quoted(token, 30)} in {_quoted(answer, _ANSWER_EXCERPT)}, the answer to "
+        f"{_quoted(token, 30)} in {_quoted(completion, _COMPLETION_EXCERPT)}, the completion of "
         f"{_quoted(prompt_text(prompt), _PROMPT_EXCERPT)}"
     )
 
@@ -113,7 +113,7 @@ def _one_line(text: str) -> str:
 
 
 def _quoted(text: str, length: int) -> str:
-    """On one line, cut to `length` characters; white space alone is spelt out."""
+    """Quote text on one line, cut to `length` characters; white space alone is escaped."""
     plain = _one_line(text)
     if not plain:
         return f'"{text.encode("unicode_escape").decode()[:length]}"'

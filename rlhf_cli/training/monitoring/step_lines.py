@@ -1,8 +1,8 @@
-"""A file of one JSON object a step, that a killed run goes on writing where its checkpoint left off.
+"""A file of one JSON object per step, which a resumed run continues where its checkpoint left off.
 
-A checkpoint keeps a position: how many bytes were durable when it was written, and their SHA-256. With it a resumed
-run finds exactly the lines it had. A file that was damaged meanwhile costs the lines that cannot be read, and never the
-run: what is in it steers nothing.
+A checkpoint holds a position: the number of bytes that were durable when it was written, and their SHA-256. With it, a
+resumed run keeps exactly the lines it had. If the file was damaged meanwhile, unreadable lines are lost and the run
+continues: nothing in the file affects training.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from rlhf_cli.files import fsync, write_whole
 from rlhf_cli.progress import warn
 
 _LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
-"""Characters that some readers end a line at, as JSON escapes them."""
+"""JSON escapes of characters that some readers treat as line ends."""
 
 
 class StepLines:
     """Appends JSON lines, each with a `step`.
 
     Args:
-        path: the file; made where it is missing.
-        after_step: lines of later steps are dropped, since those steps are done again.
-        position: what `position` gave when the step that training goes on behind was saved; all that was written
-            later is dropped. None where nothing was kept: then `after_step` alone decides.
-        sparse: whether only some steps have lines, maybe several.
+        path: the file; created if it is missing.
+        after_step: lines of later steps are dropped, because those steps run again.
+        position: what `position` returned when the step to resume from was saved; everything written later is dropped.
+            None where nothing was saved; then `after_step` alone decides.
+        sparse: whether only some steps have lines, and a step may have several.
 
     Attributes:
-        last_step: the last step that the file had a line of before any was dropped; -1 if it had none.
-        kept_step: the same of the lines that stay.
+        last_step: last step with a line in the file, before any line was dropped; -1 without lines.
+        kept_step: last step with a line that stays; -1 without lines.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StepLines:
         self._file = path.open("ab")
 
     def _readable(self, found: bytes, after_step: int, position: Mapping[str, Any] | None) -> bytes:
-        """Lines of steps up to `after_step` that can be read, in the order of their steps."""
+        """Return the readable lines of steps up to `after_step`, in the order of their steps."""
         kept: list[bytes] = []
         last, lost = -1, 0
         for line, step in _numbered(found):
@@ -61,19 +61,19 @@ class StepLines:
             elif step <= after_step:
                 kept.append(line)
                 last = step
-        stays = f"{len(kept):,} line{'' if len(kept) == 1 else 's'} of steps up to {after_step:,} can be read and stay"
+        stays = f"{len(kept):,} readable line{'' if len(kept) == 1 else 's'} of steps up to {after_step:,} are kept"
         if not self._path.exists():
             if position is not None or (after_step > 0 and not self._sparse):
-                warn(f"{self._path} is missing: what it said of steps up to {after_step:,} is lost")
+                warn(f"{self._path} is missing: its lines of steps up to {after_step:,} are lost")
         elif position is not None:
-            what = "is shorter than" if len(found) < position["bytes"] else "is not as"
+            what = "is shorter than" if len(found) < position["bytes"] else "differs from what it was"
             warn(f"{self._path} {what} when step {after_step:,} was saved: {stays}")
         elif lost:
             warn(f"{self._path}: {lost:,} line{'' if lost == 1 else 's'} cannot be read: {stays}")
         return b"".join(kept)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line. Raises `OSError` where the disk does not take it."""
+        """Write one line; raises `OSError` where the disk cannot be written."""
         text = json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS)
         line = text.encode("utf-8", "replace") + b"\n"
         self._file.write(line)
@@ -82,7 +82,7 @@ class StepLines:
         self._bytes += len(line)
 
     def position(self) -> dict[str, Any]:
-        """Make what was written durable and say how far it goes, for a checkpoint: `bytes` and their `sha256`."""
+        """Make what was written durable and return how far it goes, for a checkpoint: `bytes` and their `sha256`."""
         self.sync()
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
@@ -91,20 +91,20 @@ class StepLines:
         fsync(self._file)
 
     def close(self) -> None:
-        """Make what was written durable, and close the file; a second time does nothing."""
+        """Make what was written durable and close the file; a second call does nothing."""
         if not self._file.closed:
             self.sync()
             self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of such a file; lines that cannot be read are left out, and a missing file has none."""
+    """Return the rows of such a file; unreadable lines are skipped, and a missing file has no rows."""
     found = path.read_bytes() if path.exists() else b""
     return [json.loads(line) for line, step in _numbered(found) if step is not None]
 
 
 def _numbered(data: bytes) -> Iterable[tuple[bytes, int | None]]:
-    """Lines with their steps, None for one that cannot be read. What follows the last line end was torn by a kill."""
+    """Yield lines with their steps, None for an unreadable line. What follows the last line end was torn by a kill."""
     for line in data.split(b"\n")[:-1]:
         if line:
             yield line + b"\n", _step_of(line)
@@ -124,6 +124,6 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _is_whole(found: bytes, position: Mapping[str, Any]) -> bool:
-    """Whether the file still begins with the bytes a checkpoint knew."""
+    """Whether the file still begins with the bytes that a checkpoint knows."""
     beginning = found[: position["bytes"]]
     return len(beginning) == position["bytes"] and hashlib.sha256(beginning).hexdigest() == position["sha256"]

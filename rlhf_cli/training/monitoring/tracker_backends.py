@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and trackio, each behind three methods and loaded only where it is used."""
+"""TensorBoard, Weights & Biases and trackio behind one interface; each is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What trackers know a stage's run by.
+    """How trackers identify the run of a stage.
 
     Attributes:
-        project: that the run is in.
-        group: the recipe's name, which the runs of its stages share.
-        stage: its name; the run is called GROUP-STAGE.
-        folder: for TensorBoard's files.
-        state: file that keeps the run's id for as long as the stage is unfinished.
-        settings: dotted name -> value, shown beside the run.
+        project: project of the run.
+        group: name of the recipe, shared by the runs of its stages.
+        stage: name of the stage; the run is called GROUP-STAGE.
+        folder: folder of TensorBoard's files.
+        state: file that holds the id of the run until the stage is finished.
+        settings: dotted name -> value, shown with the run.
     """
 
     project: str
@@ -37,19 +37,19 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         return f"{self.group}-{self.stage}"
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a run begins or goes on.
+    """Where a run starts or resumes.
 
     Attributes:
         run_id: the same for every attempt at a stage.
-        is_resumed: an attempt came before.
-        done: last step that stays, -1 for none.
-        told: last step that trackers were told of, -1 for none.
+        is_resumed: whether there was an earlier attempt.
+        done: last step that does not run again, -1 for none.
+        told: last step that trackers already have, -1 for none.
     """
 
     run_id: str
@@ -59,13 +59,13 @@ class Beginning:
 
 
 class Tracker(Protocol):
-    """One tracker's run; made from a `TrackedRun` and a `Beginning`."""
+    """The run of one tracker; made from a `TrackedRun` and a `Beginning`."""
 
     def write(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
-        """Finite figures of one step."""
+        """Send the finite metrics of one step."""
 
     def flush(self) -> None:
-        """Make what was written safe from a kill, as far as that is quickly done."""
+        """Protect what was written against a kill, as far as that is fast."""
 
     def finish(self) -> None:
         """End the run."""
@@ -77,7 +77,7 @@ class TensorBoard:
     def __init__(self, run: TrackedRun, beginning: Beginning) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # Readers drop what earlier files say of this step and later ones.
+        # Readers drop what earlier files hold of this step and later ones.
         self._writer = SummaryWriter(str(run.folder), purge_step=beginning.done + 1)
         if not beginning.is_resumed:
             rows = "\n".join(f"| {name} | {value} |" for name, value in run.settings.items())
@@ -85,7 +85,7 @@ class TensorBoard:
             say(f"tensorboard: `tensorboard --logdir {run.folder.parent}` shows this run")
 
     def write(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
-        """Finite figures of one step."""
+        """Send the finite metrics of one step."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         for name, histogram in histograms.items():
@@ -115,11 +115,11 @@ class WandB:
     """Weights & Biases. WANDB_MODE=offline and the like work as everywhere."""
 
     def __init__(self, run: TrackedRun, beginning: Beginning) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import
         import wandb  # pyright: ignore[reportMissingImports]
 
         wanted = {
-            "console": "off",  # or it would send what the terminal shows
+            "console": "off",  # otherwise it sends what the terminal shows
             "quiet": True,
             "disable_code": True,
             "disable_git": True,
@@ -129,7 +129,7 @@ class WandB:
             "x_disable_stats": True,
             "x_save_requirements": False,
         }
-        known = getattr(wandb.Settings, "model_fields", wanted)  # names with x_ come and go
+        known = getattr(wandb.Settings, "model_fields", wanted)  # names with x_ change between versions
         self._wandb = wandb
         self._run = wandb.init(
             project=run.project,
@@ -143,16 +143,16 @@ class WandB:
         )
         if not getattr(self._run, "offline", True):
             say(f"wandb: {self._run.url} shows this run")
-        # W&B knows what reached it; offline it cannot, and what was told is on the disk.
+        # Online, W&B knows the steps it has; offline, those sent are on the disk.
         self._next = self._run.step or beginning.told + 1
 
     def write(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
-        """Finite figures of a step that W&B has not seen."""
+        """Send the finite metrics of a step that W&B does not have."""
         if step >= self._next:
             self._run.log(dict(metrics) | _binned(self._wandb.Histogram, histograms), step=step)
 
     def flush(self) -> None:
-        """A process of W&B's own has it already."""
+        """Do nothing: a process of W&B's own already has the metrics."""
 
     def finish(self) -> None:
         """End the run."""
@@ -173,20 +173,20 @@ class Trackio:
             "auto_log_gpu": False,
             "auto_log_cpu": False,
         }
-        known = inspect.signature(trackio.init).parameters  # early versions know fewer, and collect nothing
+        known = inspect.signature(trackio.init).parameters  # early versions have fewer, and collect nothing
         known_wanted = {name: value for name, value in wanted.items() if name in known}
         self._run = trackio.init(project=run.project, name=run.name, **known_wanted)
         self._histogram = getattr(trackio, "Histogram", None)
         self._told = beginning.told
 
     def write(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
-        """Finite figures of a step it was not told of before."""
+        """Send the finite metrics of a step that trackio does not have."""
         if step > self._told:
             shown = {} if self._histogram is None else _binned(self._histogram, histograms)
             self._run.log(dict(metrics) | shown, step=step)
 
     def flush(self) -> None:
-        """Its threads send as they go."""
+        """Do nothing: threads of trackio send continuously."""
 
     def finish(self) -> None:
         """End the run."""
@@ -198,11 +198,11 @@ KINDS: dict[str, Callable[[TrackedRun, Beginning], Tracker]] = {
     "wandb": WandB,
     "trackio": Trackio,
 }
-"""Name in a recipe -> what makes it."""
+"""Name in a recipe -> class."""
 
 
 def _binned(kind: Callable[..., Any], histograms: Mapping[str, Histogram]) -> dict[str, Any]:
-    """Histograms as W&B and trackio take them."""
+    """Return histograms as W&B and trackio take them."""
     return {
         f"histograms/{name}": kind(np_histogram=(list(histogram.counts), list(histogram.edges)))
         for name, histogram in histograms.items()

@@ -1,11 +1,11 @@
-"""Trackers that get every metric beside the `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
+"""Trackers that get every metric of the `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
 
-Each is its own library, loaded only where a recipe names it (`tracker_kinds`). Trackers steer nothing: one that
-fails, for want of a network say, is named once in a warning, left out from then on, and training goes on. They are told
-the run's settings and figures, and nothing of the machine: what W&B and trackio would collect by themselves is off.
+Each is a library of its own, imported only where a recipe names it. Trackers do not affect training: one that fails,
+for lack of a network for example, is named once in a warning and dropped, and training continues. They get the run's
+settings and metrics, and nothing about the machine: what W&B and trackio would collect by themselves is off.
 
-A resumed stage goes on in the run it had. TensorBoard is told to forget the steps that are done again; the others only
-append, so steps they were told of before are not sent a second time.
+A resumed stage continues its tracker runs. TensorBoard drops the steps that run again; the others only append, so steps
+they already have are not sent a second time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["TrackedRun", "Trackers", "check_trackers"]
 
 _PACKAGES = {"tensorboard": "'rlhf-cli[tensorboard]'", "wandb": "wandb", "trackio": "trackio"}
-"""Module -> what pip installs it by."""
+"""Module -> the name that pip installs it by."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -39,22 +39,22 @@ def check_trackers(names: Sequence[str]) -> None:
         packages = " ".join(_PACKAGES[name] for name in missing)
         raise UsageError(
             f"`tracking.trackers` names {listed}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            hint=f"`pip install {packages}`, or leave {'it' if len(missing) == 1 else 'them'} out",
+            hint=f"`pip install {packages}`, or remove {'it' if len(missing) == 1 else 'them'} from the recipe",
         )
 
 
 def _is_installed(module: str) -> bool:
-    """Whether it is a package that can be imported; the folder `wandb` that W&B makes for its files is none."""
+    """Whether the module can be imported; the folder `wandb` that W&B makes for its files cannot."""
     found = find_spec(module)
     return found is not None and found.origin is not None
 
 
 class Trackers:
-    """Several trackers as one, whose failures are theirs alone.
+    """Several trackers as one. A tracker that fails is dropped, with a warning.
 
     Args:
-        names: of the trackers.
-        run: what they know the run by.
+        names: names of the trackers.
+        run: how they identify the run.
     """
 
     def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
@@ -66,9 +66,9 @@ class Trackers:
         """Open every tracker that has not failed.
 
         Args:
-            after_step: the step that training goes on behind, 0 at the start.
-            kept_step: last step whose metrics are on the disk, -1 for none.
-            last_step: last step whose metrics were, before those of later steps were dropped.
+            after_step: the step that training resumes from, 0 at the start.
+            kept_step: last step whose metrics are in the file, -1 for none.
+            last_step: last step whose metrics were in the file before lines were dropped.
         """
         done = max(kept_step, after_step or -1)
         run_id, is_resumed = self._identity()
@@ -77,15 +77,15 @@ class Trackers:
             self._attempt(name, lambda name=name: self._open.update({name: KINDS[name](self._run, beginning)}))
 
     def write(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
-        """Finite figures of one step."""
+        """Send the finite metrics of one step."""
         self._each(lambda tracker: tracker.write(step, metrics, histograms))
 
     def flush(self) -> None:
-        """Before a checkpoint: what is told of steps up to it must not be lost, for they are not done again."""
+        """Flush before a checkpoint: the steps up to it do not run again, so their metrics must not be lost."""
         self._each(lambda tracker: tracker.flush())
 
     def finish(self) -> None:
-        """End the runs; `begin` goes on in them."""
+        """End the runs; `begin` continues them."""
         self._each(lambda tracker: tracker.finish())
         self._open.clear()
 
@@ -96,23 +96,23 @@ class Trackers:
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a third party's library raises must not end hours of training
+        except Exception as error:  # nothing that a library raises may end hours of training
             self._open.pop(name, None)
             self._wanted.remove(name)
-            warn(f"{name} is left out from here on, and training goes on without it: {_reason(error)}")
+            warn(f"{name} failed and is dropped, and training continues without it: {_reason(error)}")
 
     def _identity(self) -> tuple[str, bool]:
-        """The run's id, and whether an earlier attempt at the stage had it."""
+        """Return the id of the run, and whether an earlier attempt at the stage used it."""
         path = self._run.state
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["id"]
             if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{12}", found):
                 return found, True
-            warn(f"{path} is damaged: trackers begin a new run")
+            warn(f"{path} is damaged: trackers start a new run")
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError):
-            warn(f"{path} cannot be read: trackers begin a new run")
+            warn(f"{path} cannot be read: trackers start a new run")
         made = uuid.uuid4().hex[:12]
         path.write_text(json.dumps({"id": made}), encoding="utf-8")
         return made, False
@@ -123,7 +123,7 @@ _SECRET_PARAMETERS = re.compile(r"((?:token|key|secret|password)=)[^&\s]+", re.I
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says of its failure, without any secret of the environment."""
+    """Return the first line of an exception, without secrets from the environment."""
     said = printable(str(error)).strip()
     text = f"{type(error).__name__}: {said.splitlines()[0]}" if said else type(error).__name__
     for name, value in os.environ.items():

@@ -13,16 +13,15 @@ from transformers import AutoTokenizer
 
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.data.chat_format import PromptFormat
+from rlhf_cli.data.examples import Example, tokenize
 from rlhf_cli.data.records import Demonstration, Message
 from rlhf_cli.stages.sft.data import (
     BatchPlan,
     CausalCollator,
-    Example,
     GroupCollator,
     Seq2SeqCollator,
     pack,
     pack_groups,
-    tokenize,
 )
 
 

@@ -19,8 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import ModelError
-from rlhf_cli.stages.sft.data import Example
 from rlhf_cli.stages.sft.loss import (
     TokenCounts,
     check_packing,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import DivergedError, Interrupted, ModelError, UsageError
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.sft import trainer as sft_trainer
-from rlhf_cli.stages.sft.data import Example
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.stages.sft.trainer import SFTResult, train_sft
 

@@ -221,7 +221,7 @@ def test_a_tracker_that_fails_is_named_once_and_training_goes_on(run, tmp_path, 
     write(tmp_path / "metrics.jsonl", Trackers(["wandb", "tensorboard"], run), range(1, 5))
     said = capsys.readouterr().err
     assert said.count("warning:") == 1
-    assert "wandb is left out from here on" in said
+    assert "wandb failed and is dropped" in said
     assert "https://u:***@host/?token=***&x=1" in said
     assert [step for step, _ in wandb.runs[0].logged] == [1]
     assert [event.step for event in read_tensorboard(run.folder).Scalars("loss")] == [1, 2, 3, 4]
@@ -252,7 +252,7 @@ def test_absent_packages_are_named_before_any_stage_starts(monkeypatch, found):
     with pytest.raises(UsageError) as caught:
         preflight(recipe, [])
     assert caught.value.message == "`tracking.trackers` names wandb, tensorboard, which are not installed"
-    assert caught.value.hint == "`pip install wandb 'rlhf-cli[tensorboard]'`, or leave them out"
+    assert caught.value.hint == "`pip install wandb 'rlhf-cli[tensorboard]'`, or remove them from the recipe"
 
 
 def test_a_stage_without_trackers_asks_for_no_package(monkeypatch):

@@ -1,4 +1,4 @@
-"""What health rules take and give."""
+"""The input and output of health rules."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, Literal
 from rlhf_cli.training.monitoring.curves import Curve
 
 Severity = Literal["fine", "look", "bad"]
-"""`look`: worth a look, may be as wanted. `bad`: this run is not to be trusted as it is."""
+"""`look`: worth a look, may be intended. `bad`: do not trust this run as it is."""
 
 MIN_STEPS = 10
-"""Steps from which trends are judged: with fewer, a line through the points says little."""
+"""Fewest steps for which trends are judged: with fewer, a fitted line says little."""
 
 STEP_LARGE = 0.05
-"""Approximate KL of an update in nats a token above which it is too large."""
+"""Approximate KL of an update, in nats per token, above which it is too large."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing seen in a run.
+    """One observation about a run.
 
     Attributes:
-        subject: what it is about, in a word or two.
-        severity: how bad that is.
-        seen: figures and steps.
+        subject: its topic, in a word or two.
+        severity: how bad it is.
+        seen: values and steps.
         means: what it usually means; empty where all is well.
-        change: what to change, settings by name.
-        steps: first and last step it was seen in.
+        change: what to change, with the names of settings.
+        steps: first and last step in which it was seen.
     """
 
     subject: str
@@ -39,7 +39,7 @@ class Finding:
     steps: tuple[int, int] = (0, 0)
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in `health.json`."""
+        """Return the form in `health.json`."""
         return asdict(self)
 
 
@@ -48,8 +48,8 @@ class Run:
     """The steps of a run.
 
     Attributes:
-        rows: of its `metrics.jsonl`, those of steps after the start.
-        start: the row of the evaluation before training, if there is one.
+        rows: rows of `metrics.jsonl`, without the evaluation before training.
+        start: row of the evaluation before training, if there is one.
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -57,7 +57,7 @@ class Run:
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]]) -> Run:
-        """From all rows."""
+        """Make a run from all its rows."""
         return Run(tuple(row for row in rows if row["step"] > 0), next((row for row in rows if row["step"] == 0), None))
 
     def __len__(self) -> int:
@@ -69,22 +69,22 @@ class Run:
         return (self.rows[0]["step"], self.rows[-1]["step"]) if self.rows else (0, 0)
 
     def curve(self, name: str) -> Curve:
-        """A metric over the steps."""
+        """Return a metric over the steps."""
         return Curve.of(self.rows, name)
 
     def evaluated(self, name: str) -> Curve:
-        """A metric of evaluations, the one before training included."""
+        """Return a metric of the evaluations, including the one before training."""
         return Curve.of([*([] if self.start is None else [self.start]), *self.rows], name)
 
     @property
-    def answers_per_step(self) -> float | None:
-        """Answers sampled in a step, from the count of episodes."""
+    def completions_per_step(self) -> float | None:
+        """Completions sampled per step, from the count of episodes."""
         episodes = self.curve("episode")
         return episodes.values[-1] / episodes.steps[-1] if len(episodes) else None
 
     @property
-    def reuses_answers(self) -> bool:
-        """Whether a step's answers are passed more than once: only then does the ratio move away from 1."""
+    def reuses_completions(self) -> bool:
+        """Whether an update has several epochs: only then does the ratio move away from 1."""
         epochs = self.curve("policy/epochs")
         if len(epochs):
             return max(epochs.values) > 1

@@ -1,6 +1,6 @@
-"""Is this curve normal? What the metrics of a PPO run say, what that usually means, and which setting to change.
+"""Is this curve normal? Findings about the metrics of a PPO run: what they usually mean, and which setting to change.
 
-The rules are in `health_rules` and `health_update_rules`, their thresholds and the reasons for them in docs/health.md.
+docs/health.md explains the rules and their thresholds.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from rich.text import Text
 
 from rlhf_cli.progress import console
 from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, Finding, Run, Severity
-from rlhf_cli.training.monitoring.health.rules import ANSWER_RULES
+from rlhf_cli.training.monitoring.health.rules import COMPLETION_RULES
 from rlhf_cli.training.monitoring.health.update_rules import UPDATE_RULES
 
 _ORDER: tuple[Severity, ...] = ("bad", "look", "fine")
 SHORT = "length of the run"
-"""Subject of the finding that trends cannot be judged yet."""
+"""Subject of the finding that there are too few steps to judge trends."""
 _COLORS: Mapping[Severity, str] = {"bad": "bold red", "look": "yellow", "fine": "green"}
 
-RULES: tuple[Callable[[Run], Iterable[Finding]], ...] = (*ANSWER_RULES, *UPDATE_RULES)
+RULES: tuple[Callable[[Run], Iterable[Finding]], ...] = (*COMPLETION_RULES, *UPDATE_RULES)
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Findings about a run, the worst first.
+    """Return findings about a run, the worst first.
 
     Args:
-        rows: of its `metrics.jsonl`, in the order of their steps. A metric that no row has is not judged.
+        rows: rows of `metrics.jsonl`, in the order of their steps. A metric that no row has is not judged.
     """
     run = Run.of(rows)
     findings = [finding for rule in RULES for finding in rule(run)]
     if len(run) < MIN_STEPS:
         seen = f"{len(run):,} step{'' if len(run) == 1 else 's'}"
-        findings.append(Finding(SHORT, "fine", f"{seen}: trends are judged from {MIN_STEPS} on", steps=run.span))
+        findings.append(Finding(SHORT, "fine", f"{seen}: judging trends takes {MIN_STEPS}", steps=run.span))
     return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
 
 
 def verdict(findings: Iterable[Finding]) -> Severity:
-    """The worst of their severities; `fine` without any."""
+    """Return the worst severity; `fine` without findings."""
     found: set[Severity] = {finding.severity for finding in findings}
     return min(found, key=_ORDER.index) if found else "fine"
 
 
 def write(path: Path, findings: Sequence[Finding]) -> None:
-    """A `health.json`: the verdict and every finding."""
+    """Write a `health.json` with the verdict and every finding."""
     plain = {"verdict": verdict(findings), "findings": [finding.as_json() for finding in findings]}
     path.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """Print the findings for people."""
+    """Print the findings."""
     console.print(view(findings), soft_wrap=False)  # wrapped in logs too
 
 
 def view(findings: Sequence[Finding]) -> RenderableType:
-    """The findings as they are printed: severity, subject, and what was seen, what it means, what to change."""
+    """Return the findings as they are printed: severity, subject, what was seen, what it means, and what to change."""
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _ORDER}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)

@@ -7,67 +7,67 @@ from collections.abc import Callable, Iterator
 from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, STEP_LARGE, Finding, Run, Severity
 
 RATIO_OFF, RATIO_BROKEN = 0.01, 0.05
-"""Distances of the first epoch's mean ratio from 1."""
+"""Distances of the mean ratio of the first epoch from 1."""
 NOISE_KL, NOISE_SHARE = 1e-3, 0.5
-"""A first epoch's approximate KL in nats a token, and its share of all epochs', that only noise explains."""
+"""Approximate KL of the first epoch in nats per token, and its fraction of that of all epochs: above both, noise."""
 STEP_TOO_LARGE, STEP_NONE = 0.2, 1e-7
-"""Nats a token, approximate KL of an update."""
+"""Approximate KL of an update, in nats per token."""
 CLIPPED_OFTEN, CLIPPED_MOSTLY = 0.2, 0.4
-"""Shares of tokens."""
+"""Fractions of tokens."""
 SPIKE_RATIO, SPIKE_VARIANCE = 0.1, 1.0
 """Distance of a step's mean ratio from 1, and variance of its ratios."""
 VALUE_LOSS_UP, VALUE_LOSS_EXPLODES = 3.0, 10.0
 """Factors on the value loss at the start."""
 OFTEN = 0.1
-"""Share of the steps."""
+"""Fraction of the steps."""
 
 _FLOAT32 = "compute in float32: `--set model.precision=float32 --set model.dtype=float32`"
 
 
 def first_ratio(run: Run) -> Iterator[Finding]:
-    """Whether training starts each update from the policy that sampled."""
+    """Check whether each update starts from the policy that sampled."""
     off = [abs(value - 1.0) for value in run.curve("val/first_epoch_ratio").values]
     first, whole = run.curve("val/first_epoch_approxkl"), run.curve("policy/approxkl_avg")
     typical = sorted(off)[len(off) // 2] if off else 0.0
-    is_noisy = run.reuses_answers and first.median > NOISE_KL and first.median > NOISE_SHARE * whole.median
+    is_noisy = run.reuses_completions and first.median > NOISE_KL and first.median > NOISE_SHARE * whole.median
     if typical <= RATIO_OFF and not is_noisy:
         return
     yield Finding(
         "first ratio",
         "bad" if typical > RATIO_BROKEN else "look",
-        f"in the first epoch of an update the mean ratio is {typical:.3f} away from 1, its approximate KL "
-        f"{first.median:.1e} nats a token (medians)",
-        "before its first step the policy should agree with itself: two passes over the same tokens differ by "
-        "rounding, or the first minibatches move it far already",
+        f"in the first epoch of an update the mean ratio is {typical:.3f} away from 1, and its approximate KL is "
+        f"{first.median:.1e} nats per token (medians)",
+        "before its first optimizer step the policy should agree with itself: two passes over the same tokens differ "
+        "by rounding, or the first minibatches already move it far",
         (_FLOAT32, "lower `ppo.learning_rate` or `ppo.minibatches`"),
         run.span,
     )
 
 
 def step_size(run: Run) -> Iterator[Finding]:
-    """Whether an update moves the policy by a sensible amount."""
+    """Check whether an update moves the policy by a sensible amount."""
     moved, clipped = run.curve("policy/approxkl_avg"), run.curve("policy/clipfrac_avg")
-    if not len(moved) or not run.reuses_answers:
+    if not len(moved) or not run.reuses_completions:
         return
     share = clipped.mean if len(clipped) else 0.0
-    seen = f"approximate KL {moved.mean:.2g} nats a token, {share:.0%} of tokens clipped (means over {moved.when})"
+    seen = f"approximate KL {moved.mean:.2g} nats per token, {share:.0%} of tokens clipped (means over {moved.when})"
     if moved.mean > STEP_LARGE or share > CLIPPED_OFTEN:
         severity: Severity = "bad" if moved.mean > STEP_TOO_LARGE or share > CLIPPED_MOSTLY else "look"
-        means = "updates go further than the answers they learn from can vouch for"
+        means = "updates move the policy further than its completions justify"
         change = (
             "lower `ppo.learning_rate`, `ppo.epochs` or `ppo.minibatches`",
             "bound an update with `ppo.update_kl_limit` (0.02)",
         )
         yield Finding("update", severity, f"too large: {seen}", means, change, moved.span)
     elif moved.median < STEP_NONE and max(clipped.values, default=0.0) == 0.0:
-        means = "the policy hardly moves: nothing is learned at this rate"
-        yield Finding("update", "look", f"next to nothing: {seen}", means, ("raise `ppo.learning_rate`",), moved.span)
+        means = "the policy hardly moves: it learns nothing at this learning rate"
+        yield Finding("update", "look", f"almost zero: {seen}", means, ("raise `ppo.learning_rate`",), moved.span)
     else:
         yield Finding("update", "fine", seen, steps=moved.span)
 
 
 def spikes(run: Run) -> Iterator[Finding]:
-    """Whether single steps throw the policy about."""
+    """Check whether single steps change the policy abruptly."""
     ratio, variance = run.curve("val/ratio"), run.curve("val/ratio_var")
     steps = {step for step, value in ratio if abs(value - 1.0) > SPIKE_RATIO}
     steps |= {step for step, value in variance if value > SPIKE_VARIANCE}
@@ -80,33 +80,33 @@ def spikes(run: Run) -> Iterator[Finding]:
         "ratio",
         "bad" if len(steps) > max(1, OFTEN * len(run)) else "look",
         f"spikes in {len(steps):,} of {len(run):,} steps ({listed}){worst}",
-        "a few tokens' probabilities change many-fold in one update; the warning at that step names the answer",
+        "the probabilities of a few tokens change many-fold in one update; the warning at that step quotes one",
         (
             "lower `ppo.learning_rate` or `ppo.epochs`, or bound an update with `ppo.update_kl_limit` (0.02)",
-            "raise `ppo.temperature` if it is far below 1: rare tokens then are less rare",
-            "`ppo.ratio_limit` leaves such minibatches out",
+            "raise `ppo.temperature` if it is far below 1, which makes rare tokens less rare",
+            "skip such minibatches with `ppo.ratio_limit`",
         ),
         (min(steps), max(steps)),
     )
 
 
 def skipped(run: Run) -> Iterator[Finding]:
-    """Whether optimizer steps were left out."""
+    """Check whether optimizer steps were skipped."""
     steps = [step for step, value in run.curve("skipped_steps") if value > 0]
     if not steps:
         return
     yield Finding(
         "skipped steps",
         "bad" if len(steps) > max(1, OFTEN * len(run)) else "look",
-        f"optimizer steps were left out in {len(steps):,} of {len(run):,} steps, first in step {steps[0]:,}",
-        "a reward or a gradient was not finite, or a ratio was over its limit",
-        (_FLOAT32, "lower `ppo.learning_rate`; check what the reward gives to odd answers"),
+        f"optimizer steps were skipped in {len(steps):,} of {len(run):,} steps, first in step {steps[0]:,}",
+        "a reward or a gradient was not finite, or a ratio exceeded its limit",
+        (_FLOAT32, "lower `ppo.learning_rate`; check the rewards of unusual completions"),
         (steps[0], steps[-1]),
     )
 
 
 def critic(run: Run) -> Iterator[Finding]:
-    """Whether the critic foresees more than a constant would."""
+    """Check whether the critic predicts returns better than a constant."""
     explained = run.curve("val/explained_variance")
     if len(explained) < MIN_STEPS:
         return
@@ -115,11 +115,11 @@ def critic(run: Run) -> Iterator[Finding]:
         yield Finding(
             "critic",
             "look",
-            f"foresees less than a constant would: explained variance {late.mean:.2f} ({late.when})",
-            "it learns too slowly or too wildly for returns that move; advantages are then mostly noise",
+            f"predicts returns worse than a constant: explained variance {late.mean:.2f} ({late.when})",
+            "it learns too slowly or too unsteadily for returns that change; advantages are then mostly noise",
             (
-                "raise `ppo.critic_learning_rate` or `ppo.value_coef`; lower them if `loss/value_avg` jumps about",
-                "give it a lead with `ppo.critic_warmup_steps`, or another start with `ppo.critic_from`",
+                "raise `ppo.critic_learning_rate` or `ppo.value_coef`; lower them if `loss/value_avg` is erratic",
+                "train it first with `ppo.critic_warmup_steps`, or initialize it differently with `ppo.critic_from`",
                 "widen or drop `ppo.value_clip_range` if `val/clipfrac_avg` is high",
             ),
             late.span,
@@ -129,7 +129,7 @@ def critic(run: Run) -> Iterator[Finding]:
 
 
 def value_loss(run: Run) -> Iterator[Finding]:
-    """Whether the critic's error grows instead of shrinking."""
+    """Check whether the error of the critic grows."""
     curve = run.curve("loss/value_avg")
     if len(curve) < MIN_STEPS or curve.first().mean <= 0:
         return
@@ -140,10 +140,10 @@ def value_loss(run: Run) -> Iterator[Finding]:
             "value loss",
             "bad" if factor > VALUE_LOSS_EXPLODES else "look",
             f"grows {factor:.0f}-fold: {first.mean:.2g} ({first.when}) to {last.mean:.2g} ({last.when})",
-            "returns grow faster than the critic learns, or its rate is too high",
+            "returns grow faster than the critic learns, or its learning rate is too high",
             (
-                "lower `ppo.critic_learning_rate`, or keep rewards in bounds with `ppo.reward_scale: running`",
-                "`ppo.reward_clip` cuts single large rewards",
+                "lower `ppo.critic_learning_rate`, or bound rewards with `ppo.reward_scale: running`",
+                "cut single large rewards with `ppo.reward_clip`",
             ),
             last.span,
         )

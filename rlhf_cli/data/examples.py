@@ -1,0 +1,44 @@
+"""Demonstrations as token ids, as every stage that trains on them reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_cli.data.chat_format import PromptFormat
+from rlhf_cli.data.records import Demonstration
+
+
+@dataclass(frozen=True)
+class Example:
+    """A demonstration in token ids; the completion ends with the end token."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and completion concatenated."""
+        return self.prompt_ids + self.completion_ids
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    def longest_side(self, is_encoder_decoder: bool) -> int:
+        """Tokens of the longest sequence a model reads: both concatenated, or the longer one in an encoder-decoder."""
+        return max(len(self.prompt_ids), len(self.completion_ids)) if is_encoder_decoder else len(self)
+
+
+def tokenize(record: Demonstration, prompt_format: PromptFormat, *, is_encoder_decoder: bool) -> Example:
+    """Tokenize a demonstration into the ids that later stages see too: prompt and completion apart, then the end token.
+
+    Text without a prompt gets no template. Tokens that a tokenizer puts before every text (BOS) count as the prompt.
+    """
+    if record.prompt:
+        prompt = prompt_format.prompt_ids(record.prompt)
+    else:
+        bare = PromptFormat(prompt_format.tokenizer, None, prompt_format.name)
+        prompt = bare.prompt_ids("")
+    completion = prompt_format.completion_ids(record.completion)
+    if is_encoder_decoder and not prompt:  # an encoder reads at least an end token
+        prompt = [completion[-1]]
+    return Example(prompt, completion)
