@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: the models of the tests are too small to profit from more threads.
 WORKERS ?= 2
 
-.PHONY: help install quickstart test test-fast lint format clean
+.PHONY: help install quickstart test test-fast lint check-install format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ lint: install  ## ruff, pyright, the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+check-install: install  ## the pinned set resolves as published, and the built wheel runs in a fresh environment
+	$(BIN)/python .ci/check_install.py
 
 format: install  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .

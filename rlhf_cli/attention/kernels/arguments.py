@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -73,6 +74,15 @@ def strides(name: str, tensor: Tensor | None) -> dict[str, int]:
 def padded(size: int) -> int:
     """The next power of two that a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+@cache  # asked at every call
+def capability_of(device: torch.device) -> int:
+    """Compute capability of a GPU, as 89 for 8.9, and 0 for what is none."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.attention.kernels import schedule
-from rlhf_cli.attention.kernels.arguments import padded, score_rules, strides
+from rlhf_cli.attention.kernels.arguments import capability_of, padded, score_rules, strides
 from rlhf_cli.attention.kernels.backward import dkdv_kernel, dq_kernel, row_sums_kernel
 from rlhf_cli.attention.kernels.device import INTERPRETED
 from rlhf_cli.attention.kernels.forward import forward_kernel
@@ -31,6 +31,8 @@ class Call:
     causal: bool
     window: int | None
     softcap: float | None
+    capability: int | None = None
+    """Compute capability of the GPU to run on, as 89 for 8.9; None: that of the tensors' device."""
 
     @property
     def heads(self) -> int:
@@ -44,9 +46,16 @@ class Call:
 
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel."""
-        is_32_bit = self.query.dtype == torch.float32
-        is_tree = self.layout.is_tree
-        return tile(kernel, max(self.blocks), is_32_bit=is_32_bit, is_tree=is_tree, interpreted=bool(INTERPRETED))
+        return tile(
+            kernel,
+            max(self.blocks),
+            is_32_bit=self.query.dtype == torch.float32,
+            is_tree=self.layout.is_tree,
+            has_softcap=self.softcap is not None,
+            has_bias=self.bias is not None,
+            capability=self.capability or capability_of(self.query.device),
+            interpreted=bool(INTERPRETED),
+        )
 
     def tiles(self, kernel: str) -> Tensor:
         """The blocks a kernel works on."""

@@ -15,7 +15,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(kernel: str, head_size: int, *, is_32_bit: bool, is_tree: bool, interpreted: bool) -> Tile:
+def tile(
+    kernel: str,
+    head_size: int,
+    *,
+    is_32_bit: bool,
+    is_tree: bool,
+    has_softcap: bool,
+    has_bias: bool,
+    capability: int,
+    interpreted: bool,
+) -> Tile:
     """The tile of a kernel.
 
     Args:
@@ -23,6 +33,9 @@ def tile(kernel: str, head_size: int, *, is_32_bit: bool, is_tree: bool, interpr
         head_size: the larger of D and Dv, padded to a power of two: 16 to 256.
         is_32_bit: whether the inputs are float32.
         is_tree: whether the layout is a prefix tree, whose loop over ancestors takes registers.
+        has_softcap: whether scores get a softcap, whose slope the backward kernels keep.
+        has_bias: whether scores get a bias, whose tile is loaded beside those of keys and values.
+        capability: compute capability of the GPU, as 89 for 8.9.
         interpreted: small tiles, unequal sides, so that short inputs have several and a swap of sides shows.
     """
     if interpreted:
@@ -30,17 +43,44 @@ def tile(kernel: str, head_size: int, *, is_32_bit: bool, is_tree: bool, interpr
     size = max(head_size, 64)
     if is_32_bit:
         return _TILES_32_BIT[kernel][size]
-    return _TILES_OF_TREES.get((kernel, size), _TILES[kernel][size]) if is_tree else _TILES[kernel][size]
+    table = _tiles(capability)
+    for case, applies in (("bias", has_bias), ("softcap", has_softcap), ("tree", is_tree)):
+        if applies and size in (special := table.get((kernel, case), {})):
+            return special[size]
+    return table[kernel, ""][size]
 
 
-# Chosen by compiling for sm_90, not by measuring: no GPU was at hand. None of them spills a register at head sizes 64
-# and 128 with 16 bits; at 128, forward with 128 keys does over trees, and dkdv with 64 queries does everywhere.
-_TILES = {
-    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
-    "dkdv": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
-    "dq": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+def _tiles(capability: int) -> dict[tuple[str, str], dict[int, Tile]]:
+    """The table of 16-bit tiles for a GPU; 10 has shared memory and matrix units as 9 has, and 12 as 8.9 has."""
+    if 90 <= capability < 120:
+        return _TILES_HOPPER
+    return _TILES_AMPERE if capability < 89 else _TILES_ADA
+
+
+# By kernel and case ("" is any other) and head size. Chosen by compiling for sm_80, sm_89 and sm_90 with Triton 3.7.1,
+# not by measuring: no GPU was at hand. Where a tile is smaller than the one beside it, the larger spilled registers.
+_TILES_HOPPER = {
+    ("forward", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    ("forward", "bias"): {128: Tile(128, 32, 8, 3)},
+    ("dkdv", ""): {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("dkdv", "softcap"): {64: Tile(64, 64, 8, 2)},
+    ("dkdv", "bias"): {64: Tile(64, 64, 8, 1), 128: Tile(16, 64, 8, 1)},
+    ("dq", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    ("dq", "tree"): {128: Tile(128, 32, 8, 3)},
+    ("dq", "bias"): {128: Tile(128, 32, 8, 3)},
 }
-_TILES_OF_TREES = {("dq", 128): Tile(128, 32, 8, 3)}
+_TILES_AMPERE = {
+    ("forward", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    ("forward", "bias"): {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2)},
+    ("dkdv", ""): {64: Tile(64, 32, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("dkdv", "bias"): {64: Tile(32, 64, 8, 1), 128: Tile(64, 64, 8, 1)},
+    ("dq", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    ("dq", "tree"): {128: Tile(64, 64, 8, 2)},
+    ("dq", "bias"): {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2)},
+}
+_TILES_ADA = _TILES_AMPERE | {
+    ("dkdv", ""): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+}
 _TILES_32_BIT = {
     "forward": {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 1)},
     "dkdv": {64: Tile(32, 32, 8, 2), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},

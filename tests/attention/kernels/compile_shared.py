@@ -23,8 +23,8 @@ from rlhf_cli.attention.kernels.decode import launches
 from rlhf_cli.attention.kernels.launch import Launch
 from rlhf_cli.attention.layout import Layout, Segment
 
-# 8.6, 8.9 and 12.0 get the code of 8.0.
-CAPABILITIES = (80, 90, 100)
+# 8.6 gets the tiles of 8.0, and 12.0 those of 8.9.
+CAPABILITIES = (80, 89, 90, 100)
 FEATURES = ("", "window,softcap,sinks", "window,softcap,sinks,bias")
 DTYPES = ("bfloat16", "float32")
 
@@ -47,7 +47,7 @@ def shared_memory(kernel: str, head_size: int, layout: str, dtype: str, features
     if kernel == "decode":
         found = decode_launch(head_size, dtype, features)
     else:
-        found = launch_of(Options(kernel, head_size, layout, dtype, features))
+        found = launch_of(Options(kernel, head_size, layout, dtype, features, capability))
     return compile_launch(found, capability).metadata.shared
 
 

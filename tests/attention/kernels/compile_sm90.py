@@ -1,4 +1,4 @@
-"""Compile kernels for Hopper on a machine without a GPU and say what the machine code holds, as JSON.
+"""Compile kernels for Hopper and other GPUs on a machine without one and say what the machine code holds, as JSON.
 
 Run as a program, since Triton must not be the interpreter: test_compilation.py does. What is compiled is what
 `launch` would start, its tile, constants and strides included.
@@ -32,13 +32,21 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What to compile: `kernel:head size:layout[:dtype][:feature,feature...]`."""
+    """What to compile: `kernel:head size:layout[:dtype[:feature,feature...[:capability]]]`."""
 
     kernel: str
     head_size: int
     layout: str
     dtype: str = "bfloat16"
     features: str = ""
+    capability: int = 90
+
+    @classmethod
+    def of(cls, text: str) -> Options:
+        """The options that a line names."""
+        kernel, head_size, layout, *rest = text.split(":")
+        capability = int(rest.pop()) if len(rest) == 3 else 90
+        return cls(kernel, int(head_size), layout, *rest, capability=capability)
 
 
 def launch_of(options: Options) -> launch.Launch:
@@ -62,6 +70,7 @@ def launch_of(options: Options) -> launch.Launch:
         causal="full" not in features,
         window=256 if "window" in features else None,
         softcap=50.0 if "softcap" in features else None,
+        capability=options.capability,
     )
     if options.kernel == "forward":
         return launch.forward(call, tensor(8), rows)
@@ -118,9 +127,9 @@ def main() -> None:
     assert not os.environ.get("TRITON_INTERPRET"), "the interpreter compiles nothing"
     for line in sys.stdin:
         text = line.strip()
-        kernel, head_size, *rest = text.split(":")
-        found = launch_of(Options(kernel, int(head_size), *rest))
-        compiled = compile_launch(found)
+        options = Options.of(text)
+        found = launch_of(options)
+        compiled = compile_launch(found, options.capability)
         facts = {"name": text, "tile": found.tile, "shared": compiled.metadata.shared, **inspect(compiled.asm["cubin"])}
         print(json.dumps(facts), flush=True)
 

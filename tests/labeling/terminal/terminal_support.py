@@ -27,6 +27,9 @@ NASTY = st.sampled_from(
 )  # fmt: skip
 TEXTS = st.lists(NASTY | st.text(st.characters(), max_size=6), max_size=12).map("".join)
 
+_DISPOSITIONS = (
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
+)  # fmt: skip
 _SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 PROGRAM = """
 import sys
@@ -97,9 +100,16 @@ class Screen:
 
 
 class Terminal:
-    """A program in a pseudo-terminal of its own session."""
+    """A program in a pseudo-terminal of its own session; `ignored` signals are ignored when it starts."""
 
-    def __init__(self, store: Path, columns: int = 80, rows: int = 24, program: str = PROGRAM) -> None:
+    def __init__(
+        self,
+        store: Path,
+        columns: int = 80,
+        rows: int = 24,
+        program: str = PROGRAM,
+        ignored: tuple[signal.Signals, ...] = (),
+    ) -> None:
         self.master, self.slave = pty.openpty()
         self.open_files: tuple[int, ...] = (self.master, self.slave)
         self.resize(columns, rows, tell=False)
@@ -109,6 +119,9 @@ class Terminal:
         environment = os.environ | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 
         def take_terminal() -> None:
+            # What is ignored here is ignored there: SIGHUP under nohup, SIGINT and SIGQUIT behind a shell script's `&`.
+            for signum in _DISPOSITIONS:
+                signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
             os.setsid()
             fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
 

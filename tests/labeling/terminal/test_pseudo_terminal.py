@@ -114,6 +114,16 @@ def test_a_signal_keeps_the_draft_and_restores_the_terminal(store, started, sign
     assert LabelSession(store, create=False).task(1, 1).draft == Entry(((0, 1),))
 
 
+def test_under_nohup_a_hangup_is_not_obeyed(store, started):
+    terminal = started(ignored=(signal.SIGHUP,))
+    terminal.wait_for("Question 0?")
+    terminal.type("b=a", then="b = a")
+    terminal.process.send_signal(signal.SIGHUP)
+    terminal.type("c", then="b = a > c")
+    terminal.type("q")
+    assert terminal.ended() == "outcome quit None\n"
+
+
 def test_a_closed_window_keeps_the_draft(store, started):
     terminal = started()
     terminal.wait_for("Question 0?")
