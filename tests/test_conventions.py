@@ -84,7 +84,6 @@ PRIVATE_NAMES_IN_TESTS: set[tuple[str, str]] = {
     ("tests/pipeline/test_threads.py", "_limit_threads"),
     ("tests/stages/label/test_active_learning.py", "_rewards"),
     ("tests/stages/ppo/test_stage.py", "_save"),
-    ("tests/training/monitoring/test_plots.py", "_running_mean"),
 }
 
 

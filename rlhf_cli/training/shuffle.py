@@ -36,7 +36,7 @@ class EndlessShuffle:
 
     def slice(self, start: int, stop: int) -> list[int]:
         """Return the items at the positions `start` to `stop` - 1; position p lies in epoch p // count."""
-        return [self._order_of(place // self._count)[place % self._count] for place in range(start, stop)]
+        return [self._order_of(position // self._count)[position % self._count] for position in range(start, stop)]
 
     def _order_of(self, epoch: int) -> list[int]:
         """Return the order of an epoch; the last one is cached, since most slices lie within one epoch."""

@@ -147,9 +147,9 @@ def test_a_reward_model_of_several_processes_is_that_of_one(lora, tiny_llama, tm
         learning_rate=1e-3, batch_size=3, micro_batch_size=1, weight_decay=0.1, warmup_share=0.0, schedule="constant",
         checkpoint_steps=2,
     )  # fmt: skip
-    settings = LoraSettings(rank=4, alpha=8.0) if lora else None
+    adapter = LoraSettings(rank=4, alpha=8.0) if lora else None
     # Not in the threads, which share torch's generator.
-    scorers = [new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=settings, seed=1) for _ in range(3)]
+    scorers = [new_reward_model(ModelSource(str(tiny_llama)), template=None, lora=adapter, seed=1) for _ in range(3)]
 
     def work(processes: ProcessGroup) -> tuple[dict[str, torch.Tensor], list[float]]:
         scorer = scorers[processes.index + processes.count - 1]

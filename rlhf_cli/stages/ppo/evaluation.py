@@ -6,7 +6,7 @@ from rlhf_cli.data.records import prompt_text
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.shaping import RewardShape
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTensors
-from rlhf_cli.stages.ppo.metrics import answer_kl, rollout_metrics
+from rlhf_cli.stages.ppo.metrics import completion_kl, rollout_metrics
 from rlhf_cli.stages.ppo.rollout import PromptSet, Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.monitoring.samples import ShownCompletion
@@ -57,7 +57,7 @@ class Evaluation:
     def fixed(self, tell: ProgressCallback) -> list[ShownCompletion]:
         """Return completions of the fixed prompts."""
         answers, before = self._sample(self._fixed, tell)
-        kl = answer_kl(before).tolist()
+        kl = completion_kl(before).tolist()
         return [
             ShownCompletion(
                 prompt=prompt_text(answers.prompts[row]),

@@ -92,7 +92,7 @@ def histograms(answers: Answers) -> dict[str, list[float]]:
     return {"length": answers.lengths.tolist(), "reward": answers.scores.tolist()}
 
 
-def answer_kl(before: RolloutTensors) -> Tensor:
+def completion_kl(before: RolloutTensors) -> Tensor:
     """Return the summed k1 estimate of each completion: (N,) nats."""
     return (before.logprobs - before.reference_logprobs).masked_fill(~before.is_response, 0.0).sum(dim=1)
 

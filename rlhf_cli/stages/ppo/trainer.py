@@ -198,9 +198,9 @@ class PPOTrainer(TrainingTask):
         if update.ratio_skips or worst.log_ratio > usual:
             name_spike(
                 step=step + 1,
-                prompt=answers.prompts[worst.answer],
-                completion=answers.texts[worst.answer],
-                token=self.data.prompts.tokenizer.decode([answers.response_ids[worst.answer][worst.place]]),
+                prompt=answers.prompts[worst.completion],
+                completion=answers.texts[worst.completion],
+                token=self.data.prompts.tokenizer.decode([answers.response_ids[worst.completion][worst.token]]),
                 log_ratio=worst.log_ratio,
             )
         self._largest_log_ratio = max(self._largest_log_ratio, worst.log_ratio)

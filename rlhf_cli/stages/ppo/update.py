@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,13 @@ class WorstRatio:
 
     Attributes:
         log_ratio: |log pi_new / pi_old|, nats.
-        answer: number of its completion in the step.
-        place: number of the token in that completion.
+        completion: number of its completion in the step.
+        token: number of the token in that completion.
     """
 
     log_ratio: float = 0.0
-    answer: int = 0
-    place: int = 0
+    completion: int = 0
+    token: int = 0
 
 
 @dataclass
@@ -229,9 +229,9 @@ class Updater:
                 worst = max(worst, self._policy(minibatch, rows, batch, tokens, sums), key=lambda one: one.log_ratio)
             self._critic(minibatch, rows, batch, tokens, sums)
             sums["tokens"] += int(batch.is_response.sum())
-        together = self._engine.processes.all_gather_object([dict(sums), [worst.log_ratio, worst.answer, worst.place]])
+        gathered = self._engine.processes.all_gather_object([dict(sums), astuple(worst)])
         found: Sums = defaultdict(float)
-        for theirs, their_worst in together:
+        for theirs, their_worst in gathered:
             for name, value in theirs.items():
                 found[name] += value
             statistics.worst = max(statistics.worst, WorstRatio(*their_worst), key=lambda one: one.log_ratio)
@@ -265,8 +265,8 @@ class Updater:
         sums["ratio"] += float(policy.ratio)
         sums["squared_ratio"] += float(policy.squared_ratio)
         sums["entropy"] += float(now.entropy.detach().sum())
-        largest, answer = policy.largest_log_ratio.max(dim=0)
-        return WorstRatio(float(largest), rows[int(answer)], int(policy.largest_place[answer]))
+        largest, row = policy.largest_log_ratio.max(dim=0)
+        return WorstRatio(float(largest), rows[int(row)], int(policy.largest_place[row]))
 
     def _critic(self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums) -> None:
         """Run forward and backward of the critic's loss."""

@@ -55,8 +55,8 @@ class Batches:
 
     def groups(self, step: int) -> list[int]:
         """Return the numbers of the groups of the 0-based step."""
-        epoch, place = divmod(step, self._steps_per_epoch)
-        start, stop = place * self._batch_size, min((place + 1) * self._batch_size, self._count)
+        epoch, number = divmod(step, self._steps_per_epoch)
+        start, stop = number * self._batch_size, min((number + 1) * self._batch_size, self._count)
         return self._order.slice(epoch * self._count + start, epoch * self._count + stop)
 
 

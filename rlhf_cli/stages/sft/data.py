@@ -26,20 +26,20 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         Rows of example numbers; each example is in exactly one row.
     """
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
+    by_space: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
     for example in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
         need = lengths[example]
-        room = min((free for free in with_room if free >= need), default=None)
-        if room is None:
+        space = min((free for free in by_space if free >= need), default=None)
+        if space is None:
             row, left = len(rows), capacity - need
             rows.append([example])
         else:
-            row, left = with_room[room].pop(0), room - need
+            row, left = by_space[space].pop(0), space - need
             rows[row].append(example)
-            if not with_room[room]:
-                del with_room[room]
+            if not by_space[space]:
+                del by_space[space]
         if left > 0:
-            with_room.setdefault(left, []).append(row)
+            by_space.setdefault(left, []).append(row)
     return rows
 
 
@@ -65,8 +65,8 @@ def pack_groups(examples: Sequence[Example], capacity: int) -> list[list[int]]:
         prompt = len(examples[members[0]].prompt_ids)
         completions = [len(examples[number].completion_ids) for number in members]
         for part in pack(completions, capacity - prompt):
-            units.append([members[place] for place in part])
-            lengths.append(prompt + sum(completions[place] for place in part))
+            units.append([members[one] for one in part])
+            lengths.append(prompt + sum(completions[one] for one in part))
     return [[number for unit in row for number in units[unit]] for row in pack(lengths, capacity)]
 
 
@@ -202,13 +202,13 @@ def _predictions(examples: Sequence[Example], positions: Sequence[Tensor]) -> di
     target = torch.cat([torch.tensor(example.ids[1:], dtype=torch.long) for example in examples])
     is_completion = torch.cat([torch.arange(1, len(one)) >= len(one.prompt_ids) for one in examples])
     vocabulary = int(target.max()) + 1 if len(target) else 1
-    kept, place = (row * vocabulary + target).unique(return_inverse=True)
+    kept, index = (row * vocabulary + target).unique(return_inverse=True)
     none = torch.zeros(len(kept), dtype=torch.long)
     return {
         "predicting": kept // vocabulary,
         "targets": kept % vocabulary,
-        "completions": none.index_add(0, place, is_completion.long()),
-        "texts": none.index_add(0, place, torch.ones_like(place)),
+        "completions": none.index_add(0, index, is_completion.long()),
+        "texts": none.index_add(0, index, torch.ones_like(index)),
     }
 
 

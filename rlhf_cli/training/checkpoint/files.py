@@ -26,7 +26,7 @@ FORMAT = 1
 """Version of the folder's format, in `state.json`; raised when an older rlhf could misread a new checkpoint."""
 
 _SUMS, _TENSORS, _STATE = "SHA256SUMS", "tensors.safetensors", "state.json"
-_SUMS_FORM = rf"([0-9a-f]{{64}})  {re.escape(_STATE)}\n([0-9a-f]{{64}})  {re.escape(_TENSORS)}\n"
+_SUMS_PATTERN = rf"([0-9a-f]{{64}})  {re.escape(_STATE)}\n([0-9a-f]{{64}})  {re.escape(_TENSORS)}\n"
 _PIECE = 4 << 20
 """Bytes written and hashed at once: few enough to stay in the processor's cache for both."""
 _OVERHEAD = 1 << 20
@@ -171,7 +171,7 @@ def _check_sums(path: Path) -> None:
         text = (path / _SUMS).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(f"{_SUMS} cannot be read ({_reason(error)})") from error
-    found = re.fullmatch(_SUMS_FORM, text)
+    found = re.fullmatch(_SUMS_PATTERN, text)
     if found is None:
         raise DamagedCheckpoint(f"{_SUMS} is damaged")
     for name, expected in zip((_STATE, _TENSORS), found.groups(), strict=True):

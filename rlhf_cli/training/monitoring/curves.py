@@ -45,7 +45,7 @@ class Curve:
     def of(rows: Sequence[Mapping[str, Any]], name: str) -> Curve:
         """Return a metric of the rows of a `metrics.jsonl`, without those where it is missing, null or not finite."""
         found = [(row["step"], row.get(name)) for row in rows]
-        kept = [(step, float(value)) for step, value in found if _is_figure(value)]
+        kept = [(step, float(value)) for step, value in found if _is_finite(value)]
         return Curve(tuple(step for step, _ in kept), tuple(value for _, value in kept))
 
     def __len__(self) -> int:
@@ -68,6 +68,12 @@ class Curve:
         """Yield consecutive whole blocks of `size` points."""
         for start in range(0, len(self) - size + 1, size):
             yield Curve(self.steps[start : start + size], self.values[start : start + size])
+
+    def running_mean(self, width: int) -> list[float]:
+        """Return the mean of the `width` values around each value, of fewer at the ends."""
+        half = width // 2
+        windows = (self.values[max(0, index - half) : index + half + 1] for index in range(len(self)))
+        return [statistics.fmean(window) for window in windows]
 
     @property
     def mean(self) -> float:
@@ -113,5 +119,5 @@ class Curve:
         return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
-def _is_figure(value: Any) -> TypeGuard[float]:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -70,18 +70,18 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     from matplotlib.figure import Figure
 
     # A figure of its own, without pyplot: no window system, and nothing to close.
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    for place, panel in enumerate(_PANELS):
-        _draw(figure.add_subplot(2, 3, place + 1), panel, rows)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    legends = (axes.get_legend_handles_labels() for axes in figure.axes)
+    picture = Figure(figsize=(12, 6.4), layout="constrained")
+    for number, panel in enumerate(_PANELS):
+        _draw(picture.add_subplot(2, 3, number + 1), panel, rows)
+    picture.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+    legends = (axes.get_legend_handles_labels() for axes in picture.axes)
     named = {name: handle for handles, names in legends for handle, name in zip(handles, names, strict=True)}
-    figure.legend(
+    picture.legend(
         list(named.values()), list(named), loc="upper right", bbox_to_anchor=(0.995, 1.0), ncols=4, fontsize=8,
         frameon=False,
     )  # fmt: skip
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    FigureCanvasAgg(picture)
+    picture.savefig(path, dpi=110, metadata={"Software": None})
     return True
 
 
@@ -108,7 +108,7 @@ def _draw(axes: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
     if width > 1:
         axes.plot(curve.steps, curve.values, color=_RAW, linewidth=0.9, label="one step")
     name = "one step" if width == 1 else f"mean of {2 * (width // 2) + 1} steps"
-    axes.plot(curve.steps, _running_mean(curve.values, width), color=_SMOOTH, linewidth=1.8, marker=marker, label=name)
+    axes.plot(curve.steps, curve.running_mean(width), color=_SMOOTH, linewidth=1.8, marker=marker, label=name)
     if len(evaluated):
         axes.plot(evaluated.steps, evaluated.values, color=_EVALUATED, linewidth=1.2, marker="o", markersize=4,
                   label="held-out prompts")  # fmt: skip
@@ -137,10 +137,3 @@ def _bound(axes: Axes, panel: _Panel) -> None:
         axes.axhline(height, color=_BOUND, linewidth=0.9, linestyle="--")
         axes.text(0.99, height, word, transform=axes.get_yaxis_transform(), ha="right", va="bottom",
                   color=_BOUND, fontsize=8)  # fmt: skip
-
-
-def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Return the mean of the `width` values around each value, of fewer at the ends."""
-    half = width // 2
-    windows = (values[max(0, place - half) : place + half + 1] for place in range(len(values)))
-    return [sum(window) / len(window) for window in windows]

@@ -55,11 +55,11 @@ class SampleLog:
     def show(self, step: int, rows: Sequence[ShownCompletion]) -> None:
         """Append and print the completions sampled after `step` steps."""
         for row in rows:
-            figures = {
+            values = {
                 name: value if not isinstance(value, float) or math.isfinite(value) else None
                 for name, value in asdict(row).items()
             }
-            self._lines.append({"step": step} | figures)
+            self._lines.append({"step": step} | values)
         self._lines.sync()
         console.print(view(step, rows), soft_wrap=False)  # wrapped in logs too
 
@@ -80,8 +80,8 @@ def view(step: int, rows: Sequence[ShownCompletion]) -> RenderableType:
         completion = Text("\n".join(shown)) if shown else Text("(an empty completion)", style="dim")
         end = "" if row.ended else ", did not finish"
         tokens = f"{row.tokens:,} token{'' if row.tokens == 1 else 's'}{end}"
-        figures = Text(f"reward {row.score:+.2f}, KL {row.kl:z.1f} nats, {tokens}", style="dim")
-        parts += [_indented(prompt, 2, above=1), _indented(completion, 4), _indented(figures, 4)]
+        values = Text(f"reward {row.score:+.2f}, KL {row.kl:z.1f} nats, {tokens}", style="dim")
+        parts += [_indented(prompt, 2, above=1), _indented(completion, 4), _indented(values, 4)]
     return Group(*parts, Text())
 
 

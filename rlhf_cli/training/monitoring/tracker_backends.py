@@ -118,7 +118,7 @@ class WandB:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import
         import wandb  # pyright: ignore[reportMissingImports]
 
-        wanted = {
+        options = {
             "console": "off",  # otherwise it sends what the terminal shows
             "quiet": True,
             "disable_code": True,
@@ -129,7 +129,7 @@ class WandB:
             "x_disable_stats": True,
             "x_save_requirements": False,
         }
-        known = getattr(wandb.Settings, "model_fields", wanted)  # names with x_ change between versions
+        known = getattr(wandb.Settings, "model_fields", options)  # names with x_ change between versions
         self._wandb = wandb
         self._run = wandb.init(
             project=run.project,
@@ -139,7 +139,7 @@ class WandB:
             id=beginning.run_id,
             resume="allow",
             config=dict(run.settings),
-            settings=wandb.Settings(**{name: value for name, value in wanted.items() if name in known}),
+            settings=wandb.Settings(**{name: value for name, value in options.items() if name in known}),
         )
         if not getattr(self._run, "offline", True):
             say(f"wandb: {self._run.url} shows this run")
@@ -165,7 +165,7 @@ class Trackio:
     def __init__(self, run: TrackedRun, beginning: Beginning) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
-        wanted = {
+        options = {
             "group": run.group,
             "config": dict(run.settings),
             "resume": "allow" if beginning.is_resumed else "never",
@@ -174,8 +174,8 @@ class Trackio:
             "auto_log_cpu": False,
         }
         known = inspect.signature(trackio.init).parameters  # early versions have fewer, and collect nothing
-        known_wanted = {name: value for name, value in wanted.items() if name in known}
-        self._run = trackio.init(project=run.project, name=run.name, **known_wanted)
+        supported = {name: value for name, value in options.items() if name in known}
+        self._run = trackio.init(project=run.project, name=run.name, **supported)
         self._histogram = getattr(trackio, "Histogram", None)
         self._told = beginning.told
 

@@ -59,7 +59,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
         self._run = run
-        self._wanted = list(dict.fromkeys(names))
+        self._working = list(dict.fromkeys(names))
         self._open: dict[str, Tracker] = {}
 
     def begin(self, *, after_step: int, kept_step: int, last_step: int) -> None:
@@ -73,7 +73,7 @@ class Trackers:
         done = max(kept_step, after_step or -1)
         run_id, is_resumed = self._identity()
         beginning = Beginning(run_id, is_resumed, done, max(done, last_step))
-        for name in list(self._wanted):
+        for name in list(self._working):
             self._attempt(name, lambda name=name: self._open.update({name: KINDS[name](self._run, beginning)}))
 
     def write(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
@@ -98,7 +98,7 @@ class Trackers:
             action()
         except Exception as error:  # nothing that a library raises may end hours of training
             self._open.pop(name, None)
-            self._wanted.remove(name)
+            self._working.remove(name)
             warn(f"{name} failed and is dropped, and training continues without it: {_reason(error)}")
 
     def _identity(self) -> tuple[str, bool]:

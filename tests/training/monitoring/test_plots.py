@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_cli.training.monitoring import plots
+from rlhf_cli.training.monitoring.curves import Curve
 from rlhf_cli.training.monitoring.metrics_log import read_rows
 
 ROWS = read_rows(Path(__file__).with_name("quickstart_metrics.jsonl"))
@@ -38,5 +39,5 @@ def test_without_matplotlib_it_is_said_and_nothing_is_drawn(tmp_path, monkeypatc
 
 
 def test_the_running_mean_is_over_the_values_around():
-    assert plots._running_mean([1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5]
-    assert plots._running_mean([1.0, 2.0], 1) == [1.0, 2.0]
+    assert Curve((1, 2, 3, 4), (1.0, 2.0, 6.0, 3.0)).running_mean(3) == [1.5, 3.0, 11 / 3, 4.5]
+    assert Curve((1, 2), (1.0, 2.0)).running_mean(1) == [1.0, 2.0]
