@@ -212,7 +212,7 @@ def test_a_death_while_the_best_is_replaced_leaves_one_of_them_whole(tmp_path, m
     save_best(tmp_path, 2, tensors(2), {"score": 0.5})
     with monkeypatch.context() as patch:
         patch.setattr(
-            *{"mkdir": (Path, "mkdir"), "rename": (Path, "rename"), "rmtree": (shutil, "rmtree")}[moment], die
+            *{"mkdir": (Path, "mkdir"), "rename": (Path, "replace"), "rmtree": (shutil, "rmtree")}[moment], die
         )
         with pytest.raises(Death):
             save_best(tmp_path, 6, tensors(6), {"score": 0.6})
@@ -235,16 +235,16 @@ def test_a_death_before_a_step_written_again_has_its_name_leaves_what_was_there(
     class Death(BaseException):
         pass
 
-    rename = Path.rename
+    replace = Path.replace
 
     def die_at_the_second(path: Path, target: Path) -> Path:
         if path.suffix == ".partial":
             raise Death
-        return rename(path, target)
+        return replace(path, target)
 
     save(tmp_path, 2, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", die_at_the_second)
+        patch.setattr(Path, "replace", die_at_the_second)
         with pytest.raises(Death):
             save(tmp_path, 2, keep=1)
     found = latest_checkpoint(tmp_path)
