@@ -230,8 +230,10 @@ def test_training_under_autocast(backend, precision):
         return torch.autograd.grad(hidden.square().sum(), model.embed_tokens.weight)[0]
 
     exact = gradient("eager", torch.float32)
-    theirs = (gradient("sdpa", precision) - exact).abs().max()
-    found = (gradient(hugging_face.implementation(backend), precision) - exact).abs().max()
+    # Norms, not maxima: a maximum is a single rounding, and sdpa's own for this gradient in float16 is 0.139 by its
+    # kernels for AVX2 and 0.227 by those for AVX-512, the norms 0.70 and 0.81.
+    theirs = (gradient("sdpa", precision) - exact).norm()
+    found = (gradient(hugging_face.implementation(backend), precision) - exact).norm()
     assert found <= 2 * theirs
 
 

@@ -9,8 +9,8 @@ Layout:    as in the forward pass; gradients as the tensors they belong to, delt
 Precision: inputs float16, bfloat16 or float32, accumulation float32, dBias float32.
 Saved:     nothing; scores are computed again from the log-sum-exp.
 Oracle:    attention/backends/reference.py; error at most three times torch's at the same dtype.
-Tested on: Triton 3.9's interpreter (values) and its compiler for sm_90 (tensor cores, no spills at head sizes 64 and
-           128); no GPU has run it.
+Tested on: Triton 3.7.1's interpreter (values) and its compiler for sm_80, sm_89 and sm_90 (tensor cores; spills at head
+           sizes 64 and 128: none on sm_90, 8 registers at most on the others); no GPU has run it.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false

@@ -44,10 +44,12 @@ def tile(
     if is_32_bit:
         return _TILES_32_BIT[kernel][size]
     table = _tiles(capability)
-    for case, applies in (("bias", has_bias), ("softcap", has_softcap), ("tree", is_tree)):
-        if applies and size in (special := table.get((kernel, case), {})):
-            return special[size]
-    return table[kernel, ""][size]
+    cases = {"bias, tree": has_bias and is_tree, "bias": has_bias, "softcap": has_softcap, "tree": is_tree, "": True}
+    return next(
+        table[kernel, case][size]
+        for case, applies in cases.items()
+        if applies and size in table.get((kernel, case), ())
+    )
 
 
 def _tiles(capability: int) -> dict[tuple[str, str], dict[int, Tile]]:
@@ -57,17 +59,19 @@ def _tiles(capability: int) -> dict[tuple[str, str], dict[int, Tile]]:
     return _TILES_AMPERE if capability < 89 else _TILES_ADA
 
 
-# By kernel and case ("" is any other) and head size. Chosen by compiling for sm_80, sm_89 and sm_90 with Triton 3.7.1,
-# not by measuring: no GPU was at hand. Where a tile is smaller than the one beside it, the larger spilled registers.
+# By kernel and case ("" is any other), then by head size. Chosen by compiling for sm_80, sm_89 and sm_90 with Triton
+# 3.7.1, not by measuring: no GPU was at hand. Where a tile is smaller than the one above, the larger spilled registers.
 _TILES_HOPPER = {
     ("forward", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     ("forward", "bias"): {128: Tile(128, 32, 8, 3)},
+    ("forward", "bias, tree"): {128: Tile(64, 32, 8, 2)},
     ("dkdv", ""): {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     ("dkdv", "softcap"): {64: Tile(64, 64, 8, 2)},
     ("dkdv", "bias"): {64: Tile(64, 64, 8, 1), 128: Tile(16, 64, 8, 1)},
     ("dq", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     ("dq", "tree"): {128: Tile(128, 32, 8, 3)},
     ("dq", "bias"): {128: Tile(128, 32, 8, 3)},
+    ("dq", "bias, tree"): {128: Tile(64, 32, 8, 1)},
 }
 _TILES_AMPERE = {
     ("forward", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
@@ -77,9 +81,11 @@ _TILES_AMPERE = {
     ("dq", ""): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
     ("dq", "tree"): {128: Tile(64, 64, 8, 2)},
     ("dq", "bias"): {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2)},
+    ("dq", "bias, tree"): {64: Tile(64, 32, 8, 1)},
 }
 _TILES_ADA = _TILES_AMPERE | {
     ("dkdv", ""): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("dkdv", "softcap"): {64: Tile(32, 64, 8, 2)},
 }
 _TILES_32_BIT = {
     "forward": {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 1)},
@@ -107,33 +113,34 @@ def shared_memory(head_size: int, *, is_32_bit: bool, has_bias: bool, needs_grad
 
 
 # By kernel and whether there is a bias, for head sizes up to 64, 128 and 256: `metadata.shared` of `triton.compile`
-# (Triton 3.9), the most over layouts and other features; tests/attention/kernels/compile_shared.py prints it. Compute
-# capability 8 and 12 get the same code; the tensor cores of 9 and 10 read operands from shared memory.
+# (Triton 3.7.1), the most over layouts and other features; tests/attention/kernels/compile_shared.py prints it. Compute
+# capability 8 and 12 get the same code for the same tile, and the larger of two tiles is entered; the tensor cores of 9
+# and 10 read operands from shared memory.
 _SHARED_AMPERE = {
     ("forward", False): (49152, 98304, 147456),
-    ("forward", True): (114688, 163840, 180224),
-    ("dkdv", False): (49408, 82048, 81920),
-    ("dkdv", True): (82176, 98432, 81920),
+    ("forward", True): (40960, 45056, 180224),
+    ("dkdv", False): (33024, 73984, 81920),
+    ("dkdv", True): (32768, 81920, 81920),
     ("dq", False): (65536, 98304, 102400),
-    ("dq", True): (131072, 131072, 110592),
+    ("dq", True): (49152, 61440, 110592),
     ("decode", False): (40960, 90112, 86016),
 }
 _SHARED_HOPPER = {
     ("forward", False): (65536, 131072, 196608),
-    ("forward", True): (131072, 196608, 229376),
-    ("dkdv", False): (65792, 98432, 81920),
-    ("dkdv", True): (99328, 114816, 81920),
+    ("forward", True): (131072, 114688, 229376),
+    ("dkdv", False): (65792, 65664, 81920),
+    ("dkdv", True): (40960, 45056, 81920),
     ("dq", False): (81920, 131072, 131072),
-    ("dq", True): (147456, 163840, 139264),
+    ("dq", True): (147456, 147456, 139264),
     ("decode", False): (57344, 114688, 86016),
 }
 _SHARED_BLACKWELL = {
     ("forward", False): (70656, 140288, 204832),
-    ("forward", True): (136192, 205824, 237600),
-    ("dkdv", False): (82944, 115008, 81920),
-    ("dkdv", True): (115712, 131392, 81920),
+    ("forward", True): (136192, 115232, 237600),
+    ("dkdv", False): (82944, 82944, 81920),
+    ("dkdv", True): (49152, 45056, 81920),
     ("dq", False): (91136, 148480, 148480),
-    ("dq", True): (156672, 181248, 156672),
+    ("dq", True): (156672, 155696, 156672),
     ("decode", False): (57376, 114720, 86016),
 }
 _SHARED_32_BIT = {
@@ -143,5 +150,5 @@ _SHARED_32_BIT = {
     ("dkdv", True): (41088, 73728, 102400),
     ("dq", False): (57344, 86016, 98304),
     ("dq", True): (65536, 90112, 98304),
-    ("decode", False): (28800, 53248, 84032),
+    ("decode", False): (28800, 53248, 50240),
 }

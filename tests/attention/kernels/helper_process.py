@@ -13,12 +13,18 @@ from pathlib import Path
 
 @contextmanager
 def answers_of(program: str, environment: dict[str, str], *arguments: str) -> Iterator[Callable[[str], dict]]:
-    """Ask a program of this folder."""
+    """Ask a program of this folder, which finds nothing that others compiled."""
     command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
     with (
+        tempfile.TemporaryDirectory() as cache,
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment | {"TRITON_CACHE_DIR": cache},
         ) as process,
     ):
         stdin, stdout = process.stdin, process.stdout

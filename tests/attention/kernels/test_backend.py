@@ -13,6 +13,7 @@ import torch
 
 from rlhf_cli.attention.backends import kernels
 from rlhf_cli.attention.contract import Request
+from rlhf_cli.attention.kernels import arguments
 from rlhf_cli.attention.layout import Layout
 
 HOPPER = (9, 0, 227 * 1024)
@@ -108,7 +109,8 @@ def test_it_refuses_gpus_before_ampere(gpu):
         (ADA, {"head_size": 65}, True),
         (ADA, {"head_size": 129}, False),
         (ADA, {"value_size": 129}, False),
-        (ADA, {"head_size": 64, "has_bias": True}, False),
+        (ADA, {"head_size": 128, "has_bias": True}, True),
+        (ADA, {"head_size": 129, "has_bias": True}, False),
         (ADA, {"head_size": 256, "dtype": torch.float32}, True),
         (ADA, {"head_size": 256, "dtype": torch.float32, "has_bias": True}, False),
         (ADA, {"head_size": 256, "dtype": torch.float32, "has_bias": True, "needs_grad": False}, True),
@@ -161,3 +163,11 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 def test_it_is_imported_without_triton():
     code = "import sys; sys.modules['triton'] = None; import rlhf_cli.attention.backends.kernels, sys"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_tiles_of_a_call_are_those_of_its_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (8, 9), 1: (12, 0)}[device.index])
+    arguments.capability_of.cache_clear()
+    found = [arguments.capability_of(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu")]
+    arguments.capability_of.cache_clear()
+    assert found == [89, 120, 0]
