@@ -1,19 +1,19 @@
-"""Gold labeler of the quickstart: what a person at an advice desk would prefer, computed from the text alone.
+"""Gold labeler of the quickstart: scores a completion as a person asking for advice would, from the text alone.
 
-An answer is good when it says something useful about what was asked, is kind, and knows when to stop. Every part is
-bounded, so no part can be piled up: there is nothing to gain from ten thanks or from one magic word.
+A good completion says something useful about the question, is kind, and is concise. Every term is bounded, so repeating
+a rewarded phrase gains nothing.
 
-    +3 a sentence that helps: it shares two content words with the question and says five words of its own
-       (+1 where it shares one: on the subject, but beside the question)
-    +1 the first sentence is a kind word of welcome
-    +1 the last sentence is a kind wish
-    -1 each rude sentence, at most two
-    -1 each sentence that neither helps nor is kind where kindness belongs, at most two: vague talk, other subjects
-    -1 each sentence said twice, at most two
-    -1 it breaks off in mid-sentence
+    +3 a helpful sentence: it shares two content words with the question and adds five words of its own
+       (+1 if it shares one: on the subject, but not on the question)
+    +1 the first sentence is a friendly welcome
+    +1 the last sentence is a good wish
+    -1 per rude sentence, at most two
+    -1 per sentence that is neither helpful nor a welcome or wish, at most two: vague or off topic
+    -1 per repeated sentence, at most two
+    -1 the completion ends in mid-sentence
     -1 more than 50 words
 
-The best score is 5, and thousands of answers to every question reach it. No dependencies: plain Python.
+The maximum is 5, and thousands of completions of every prompt reach it. Plain Python without dependencies.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VAGUENESS = re.compile(
     r"\b(depends|hard to say|many ways|some people|this or that|opinions|sometimes|everyone does|no simple|one thing"
     r"|perhaps|one way or another|number of reasons|different things|matter of taste|up to you)\b"
 )
-# Words that carry no subject of their own: a match on one of them says nothing about relevance.
+# Words without a subject of their own: sharing one of them does not make a sentence relevant.
 _COMMON = """
 a about after again all also always am an and another any anything are as at away back be because been before best
 better between both but by can cannot could day did do does done each easy enough even ever every few fine first for
@@ -57,12 +57,12 @@ STOP_WORDS = frozenset(_COMMON.split())
 
 
 def score(prompts: list[str], completions: list[str]) -> list[float]:
-    """One score an answer, from about -7 to 5, higher is better."""
+    """Return one score per completion, from about -7 to 5; higher is better."""
     return [score_one(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def score_one(prompt: str, completion: str) -> float:
-    """The score of one answer to one question; the rule is at the top of this file."""
+    """Return the score of one completion; the rules are at the top of this file."""
     asked = content_words(prompt)
     sentences = [part for part in re.split(r"(?<=[.!?])\s+", completion.strip()) if part]
     if not sentences:
@@ -93,7 +93,7 @@ def score_one(prompt: str, completion: str) -> float:
 
 
 def helpfulness(asked: set[str], sentence: str) -> float:
-    """How much a sentence helps someone who asked about `asked`; to say the question again is no help."""
+    """Return how much a sentence helps someone who asked about `asked`; repeating the question does not help."""
     words = set(re.findall(r"[a-z]+", sentence.lower()))
     own_words = [word for word in words if stem(word) not in asked]
     if len(own_words) < 5 or VAGUENESS.search(sentence.lower()):
@@ -102,12 +102,12 @@ def helpfulness(asked: set[str], sentence: str) -> float:
 
 
 def content_words(text: str) -> set[str]:
-    """Stems of the words that carry a subject."""
+    """Return the stems of all words except stop words."""
     return {stem(word) for word in re.findall(r"[a-z]+", text.lower()) if word not in STOP_WORDS}
 
 
 def stem(word: str) -> str:
-    """A word without its ending: baked, baking and bakes are one word here."""
+    """Return a word without its ending: baked, baking and bakes have the same stem."""
     word = re.sub(r"(?<=[^s])s$", "", re.sub(r"ies$", "y", word))
     shorter = re.sub(r"(ing|ed|er|e)$", "", word)
     if len(shorter) < 3:

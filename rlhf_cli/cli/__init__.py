@@ -1,4 +1,4 @@
-"""The `rlhf` command: parse, call the pipeline, print. Imports nothing heavy before a command is known."""
+"""The `rlhf` command: parses arguments, calls the pipeline, prints. Heavy imports wait until a command is known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """Entry point; returns the exit code (see `rlhf_cli.errors`)."""
+    """Run the command line and return the exit code (see `rlhf_cli.errors`)."""
     from rlhf_cli.cli.environment import debugging, prepare
     from rlhf_cli.cli.error_rendering import report
 
@@ -18,7 +18,7 @@ def main() -> int:
         from rlhf_cli.cli.app import app
 
         code = app(args=sys.argv[1:] or ["--help"], prog_name="rlhf", standalone_mode=False)
-        if code == 130:  # typer's word for a KeyboardInterrupt, which it says nothing about
+        if code == 130:  # typer returns 130 for a KeyboardInterrupt instead of raising it
             raise KeyboardInterrupt
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:

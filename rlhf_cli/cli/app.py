@@ -1,4 +1,4 @@
-"""The commands: one line per command. A command's module is imported when the command is used."""
+"""The commands, one line per command. A command's module is imported when the command is used."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _STAGES = {
     if name != "label"
 }
 COMMANDS: dict[str, tuple[str, str]] = {
-    "init": ("rlhf_cli.cli.init:init", "Write starter recipes and sample data into a folder."),
-    "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe and resume where it stopped."),
+    "init": ("rlhf_cli.cli.init:init", "Write starter recipes and sample data to a folder."),
+    "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe; resume an interrupted run."),
     **{name: _STAGES.get(name, ("rlhf_cli.cli.label.commands:app", REGISTRY[name][1])) for name in REGISTRY},
-    "recipe": ("rlhf_cli.cli.recipe:app", "Show, check and document recipes."),
-    "transformer": ("rlhf_cli.cli.transformer:app", "Convert models to the explicit transformer, and back."),
-    "attention": ("rlhf_cli.cli.attention.commands:app", "Compare, verify and view attention."),
-    "doctor": ("rlhf_cli.cli.doctor:doctor", "Say what this machine offers."),
+    "recipe": ("rlhf_cli.cli.recipe:app", "Show and validate recipes; print their JSON schema."),
+    "transformer": ("rlhf_cli.cli.transformer:app", "Convert models to the built-in transformer and back."),
+    "attention": ("rlhf_cli.cli.attention.commands:app", "List, benchmark, verify and visualize attention backends."),
+    "doctor": ("rlhf_cli.cli.doctor:doctor", "Show hardware, library versions and problems."),
 }
-"""Command -> where it is (`module:function`, or `module:app` for a group), and its line in `rlhf --help`."""
+"""Command -> `module:function` (or `module:app` for a group), and its line in `rlhf --help`."""
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _LazyCommands(TyperGroup):
-    """Imports the module of the command that is called, and no other."""
+    """Imports only the module of the command that is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """See click."""
@@ -53,7 +53,7 @@ class _LazyCommands(TyperGroup):
         return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """See click; the lines come from the table, so that `--help` imports no command."""
+        """See click; the lines come from the table, so that `--help` imports no command module."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_text) for name, (_, help_text) in COMMANDS.items()])
 
@@ -61,7 +61,7 @@ class _LazyCommands(TyperGroup):
 app = typer.Typer(
     cls=_LazyCommands,
     add_completion=False,
-    rich_markup_mode=None,  # plain help: quicker, and readable when piped
+    rich_markup_mode=None,  # plain help: faster, and readable when piped
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
 )
@@ -81,11 +81,20 @@ def rlhf(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Align a language model from one recipe: SFT, labels, reward model, PPO, evaluation.
+    """RLHF from one recipe: SFT, labels, reward model, PPO, evaluation.
 
-    Start with `rlhf init my-run`, then `rlhf run my-run/recipes/quickstart.yaml`.
+    \b
+    To start:
+      rlhf init my-run
+      rlhf run my-run/recipes/quickstart.yaml
 
-    stdout carries data only; everything for people goes to stderr. Exit codes: 0 done, 2 usage or recipe,
-    65 bad data, 70 diverged, 74 disk, 75 run directory in use, 76 waits for people's labels, 77 a judge's cost limit,
-    130 or 143 interrupted and resumable.
+    Results are printed on stdout, messages and progress on stderr.
+
+    \b
+    Exit codes:
+      0    done                   75   run directory in use
+      2    usage or recipe error  76   waiting for human labels
+      65   bad data               77   cost limit of a judge reached
+      70   training diverged      124  stalled
+      74   disk full or failing   130, 143  interrupted; can be resumed
     """

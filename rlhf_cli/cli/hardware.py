@@ -62,7 +62,7 @@ def _torch() -> dict[str, Any]:
 
 def print_report(found: dict[str, Any]) -> None:
     """Print the report as text to stdout."""
-    from rlhf_cli.pipeline.disk_space import in_words
+    from rlhf_cli.pipeline.disk_space import format_bytes
 
     rows = [("rlhf", found["versions"]["rlhf"]), ("python", f"{found['versions']['python']} on {found['platform']}")]
     for name, tested in _TESTED.items():
@@ -71,10 +71,10 @@ def print_report(found: dict[str, Any]) -> None:
     if "device" in found:
         bf16 = "native bfloat16" if found["cpu_bfloat16"] else "no native bfloat16"
         rows.append(("cpu", f"{found['cpus']} cores, {found['threads']} threads, {bf16}"))
-        gpus = ", ".join(f"{gpu['name']} with {in_words(gpu['memory_bytes'])}" for gpu in found["gpus"])
+        gpus = ", ".join(f"{gpu['name']} with {format_bytes(gpu['memory_bytes'])}" for gpu in found["gpus"])
         rows.append(("gpu", gpus or ("Apple MPS" if found["mps"] else "none")))
         rows.append(("auto", f"device {found['device']}, precision {found['precision']}"))
-    rows.append(("memory", in_words(found["memory_bytes"])))
-    rows.append(("disk", f"{in_words(found['disk_free_bytes'])} free here"))
+    rows.append(("memory", format_bytes(found["memory_bytes"])))
+    rows.append(("disk", f"{format_bytes(found['disk_free_bytes'])} free here"))
     print("\n".join(f"{name:<13} {value}" for name, value in rows))
     print("\n".join(f"problem: {problem}" for problem in found["problems"]) or "no problems found")

@@ -1,4 +1,4 @@
-"""`rlhf recipe`: look at recipes without running anything."""
+"""`rlhf recipe`: inspect recipes without running anything."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import typer
 
 from rlhf_cli.cli.options import Json, RecipeFile, RunDir, Settings
 
-app = typer.Typer(rich_markup_mode=None, help="Show, check and document recipes.", no_args_is_help=True)
+app = typer.Typer(
+    rich_markup_mode=None, help="Show and validate recipes; print their JSON schema.", no_args_is_help=True
+)
 
 
 @app.command()
 def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
-    """Print all settings with where each came from, what follows from them, and what would run."""
+    """Print all settings with their origins, the derived sizes, and the stages to run."""
     from rlhf_cli.recipe import show as view
     from rlhf_cli.recipe.loader import load_recipe
 
@@ -27,7 +29,7 @@ def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, 
 
 @app.command()
 def validate(recipe: RecipeFile, settings: Settings = None) -> None:
-    """Name every problem of a recipe at once; exit code 2 if there is one."""
+    """Report all problems of a recipe at once; exit code 2 if there are any."""
     from rlhf_cli.progress import say
     from rlhf_cli.recipe.loader import load_recipe
 

@@ -11,20 +11,20 @@ from rlhf_cli.cli.stage_command import run_parameters, run_stages
 from rlhf_cli.stages.base import Flag
 
 _FLAGS = (
-    Flag("--model", "model.path", "Base model (`model.path`).", "MODEL"),
-    Flag("--data", "sft.data", "Demonstrations (`sft.data`).", "DATA"),
-    Flag("--prompts", "data.prompts", "Prompt records: a file, folder or hub data set (`data.prompts`).", "DATA"),
+    Flag("--model", "model.path", "Base model: a folder or hub id.", "MODEL"),
+    Flag("--data", "sft.data", "Demonstrations: a file, folder or hub data set.", "DATA"),
+    Flag("--prompts", "data.prompts", "Prompts: a file, folder or hub data set.", "DATA"),
 )
-_FIRST = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Take earlier stages as they are.")]
-_LAST = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")]
+_FIRST = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")]
+_LAST = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage to run.")]
 _FORCE = Annotated[
     list[str] | None,
-    typer.Option("--force", metavar="STAGE", help="Run it again, done or not; repeatable.", show_default=False),
+    typer.Option("--force", metavar="STAGE", help="Run this stage again; repeatable.", show_default=False),
 ]
 
 
 def run(**given: Any) -> None:
-    """Run the stages of a recipe and resume where it stopped; finished stages that did not change are skipped."""
+    """Run the stages of a recipe. Unchanged finished stages are skipped, and an interrupted stage is resumed."""
     run_stages(given, _FLAGS, first=given["first"], last=given["last"])
 
 

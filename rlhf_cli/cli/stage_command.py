@@ -1,4 +1,4 @@
-"""The commands that run stages: their options, and from options to a run."""
+"""The commands that run stages: their options, and the run they start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def stage_command(name: str) -> Callable[..., None]:
-    """The command of a stage, from the stage's declaration."""
+    """Return the command of a stage, built from the stage's declaration."""
 
     def command(**given: Any) -> None:
         run_stage(name, given)
@@ -29,7 +29,7 @@ def stage_command(name: str) -> Callable[..., None]:
 
 
 def stage_parameters(name: str, own: Sequence[inspect.Parameter] = ()) -> list[inspect.Parameter]:
-    """Options of a stage's command: those it declares, its command's own, and those of every stage."""
+    """Return the options of a stage's command: its flags, `own`, and those of every stage."""
     return [
         options.parameter("recipe", options.OptionalRecipe),
         options.parameter("settings", options.Settings),
@@ -40,7 +40,7 @@ def stage_parameters(name: str, own: Sequence[inspect.Parameter] = ()) -> list[i
 
 
 def run_parameters(force: inspect.Parameter) -> list[inspect.Parameter]:
-    """Options of every command that runs stages."""
+    """Return the options of every command that runs stages."""
     return [
         options.parameter("run_dir", options.RunDir),
         *options.parameters_of(options.RUN_FLAGS),
@@ -53,12 +53,12 @@ def run_parameters(force: inspect.Parameter) -> list[inspect.Parameter]:
 
 
 def run_stage(name: str, given: Mapping[str, Any], overrides: Sequence[Override] = ()) -> None:
-    """Bring one stage up to date; its inputs are taken as they are in the run directory.
+    """Run one stage unless it is up to date; its inputs come from the run directory.
 
     Args:
-        name: of the stage.
-        given: values of its command's options.
-        overrides: settings that follow from options of the command's own.
+        name: name of the stage.
+        given: values of the command's options.
+        overrides: settings from options that are not flags.
     """
     force = (name,) if given["force"] else ()
     flags = registry.stage(name).flags
@@ -74,15 +74,15 @@ def run_stages(
     first: str | None = None,
     last: str | None = None,
 ) -> None:
-    """Run stages and print the last artifact's path, or JSON.
+    """Run stages and print the path of the last artifact, or JSON.
 
     Args:
         given: values of the command's options: those of `run_parameters`, `recipe`, `settings` and the flags.
-        flags: of the command.
-        overrides: settings that follow from options that are not flags.
-        section: a section that exists even where the recipe has none: that of a single-stage command.
-        first: `--from`.
-        last: `--to`.
+        flags: flags of the command.
+        overrides: settings from options that are not flags.
+        section: section to create if the recipe has none: that of a single-stage command.
+        first: first stage (`--from`); None is the first of the recipe.
+        last: last stage (`--to`); None is the last of the recipe.
     """
     from rlhf_cli.cli.run_summary import show_outcome, show_plan
     from rlhf_cli.distributed import launcher
@@ -98,7 +98,7 @@ def run_stages(
         loaded = load_recipe(given["recipe"], given["settings"] or [], all_overrides, section=section)
     except RecipeError as error:
         if given["recipe"] is None and error.hint is None:
-            error.hint = f"`rlhf {first} --help` names the flags; a recipe can say it all"
+            error.hint = f"`rlhf {first} --help` lists the options; a recipe can provide all settings"
         raise
     if not given["dry_run"]:
         _launch(given["processes"], given["accelerate_config"], threads=loaded.recipe.model.threads)
@@ -109,7 +109,7 @@ def run_stages(
         show_plan(result)
     else:
         result = runner.run(loaded, folder, selection)
-        if not is_main():  # rank 0 reports for all
+        if not is_main():  # rank 0 reports for all ranks
             return
         show_outcome(result)
     if given["as_json"]:
@@ -119,7 +119,7 @@ def run_stages(
 
 
 def _overrides(flags: Sequence[Flag], given: Mapping[str, Any]) -> list[Override]:
-    """Settings from the flags that were given; flags that fill the same list follow one another."""
+    """Return settings from the given flags; flags that fill the same list are concatenated."""
     from rlhf_cli.recipe.overrides import override
 
     values: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def _overrides(flags: Sequence[Flag], given: Mapping[str, Any]) -> list[Override
 
 
 def _launch(processes: int | None, accelerate_config: Path | None, *, threads: int | None) -> None:
-    """Where several processes are asked for, run the command in those; return where this process runs it alone."""
+    """Run the command in several processes if requested; otherwise return, to run it in this process."""
     from rlhf_cli.distributed import launcher
 
     if accelerate_config is not None:

@@ -1,4 +1,4 @@
-"""Disk space: checked before a run starts, and named in the error when it runs out."""
+"""Disk space: checked before a run starts, and reported when it runs out."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ _UNWRITABLE = {errno.EROFS, errno.EIO}
 
 
 def needed_bytes(recipe: Recipe, stages: Iterable[Stage]) -> int:
-    """Disk space that these stages need at most, in bytes; no model bytes where the base is on the hub or built.
+    """Return an upper bound of the disk space that stages need, in bytes.
 
-    Weights are written in float32, at most twice the bytes of a base in half precision.
+    Weights are written in float32, which is at most twice the size of a base model in half precision. Models on the hub
+    and models made by `model.build` count as 0.
     """
     full = 2 * model_bytes(recipe.model.path)
     return _MARGIN + sum(stage.disk_bytes(recipe.section(stage.name), full) for stage in stages)
 
 
 def model_bytes(path: str | None) -> int:
-    """Bytes of the weight files of a local model folder; 0 for anything else."""
+    """Return the size of the weight files of a local model folder, in bytes; 0 for anything else."""
     if path is None or not Path(path).is_dir():
         return 0
     return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raise `DiskError` where the disk of a folder has less room than needed."""
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise `DiskError` if the disk of a folder has less free space than needed, in bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskError(
-            f"the disk of {folder} has {in_words(free)} free; this run needs about {in_words(needed)}",
-            hint="free some, or work on another disk with --run-dir",
+            f"not enough disk space in {folder}: {format_bytes(free)} free, about {format_bytes(needed)} needed",
+            hint="free some space, or choose another disk with --run-dir",
         )
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or failing disk, however a library reports it, into `DiskError`."""
+    """Raise `DiskError` in place of any library error that a full or failing disk causes."""
     try:
         yield
-    except DiskError:  # says more than could be said here
+    except DiskError:  # has a better message already
         raise
     except Exception as error:
         reason = _reason(error)
@@ -57,24 +58,24 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise DiskError(
-            f"{reason} while writing under {folder}, with {free:,} bytes free; the last good state is kept",
-            hint="free some room and run the same command again, or move the run to another disk",
+            f"{reason} while writing under {folder}, with {free:,} bytes free; the last checkpoint is intact",
+            hint="free some space and repeat the command, or move the run directory to another disk",
         ) from error
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """Why the disk is to blame, looked for in an error and in what caused it; None where it is not."""
+    """Return the disk problem behind an error or one of its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL | _UNWRITABLE:
             return os.strerror(error.errno or 0).lower()
-        if "no space left on device" in str(error).lower():  # safetensors and torch carry it as text only
+        if "no space left on device" in str(error).lower():  # safetensors and torch report it only in the message
             return os.strerror(errno.ENOSPC).lower()
         error = error.__cause__ or error.__context__
     return None
 
 
-def in_words(count: float) -> str:
-    """Bytes as people read them."""
+def format_bytes(count: float) -> str:
+    """Return a number of bytes with a unit, such as `1.5 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,7 +1,8 @@
-"""What a stage's result depends on, hashed: with an equal fingerprint the stage need not run again.
+"""Fingerprint of a stage: a hash of everything its result depends on. A stage whose fingerprint is unchanged is cached.
 
-Settings marked `EffortOnly` in the schema do not count: someone who ran out of memory lowers `micro_batch_size` and
-resumes from the last checkpoint. Names of files do not count either: their content does (docs/decisions/0001).
+Settings marked `EffortOnly` in the schema do not count: after running out of memory, a user can lower
+`micro_batch_size` and resume from the last checkpoint. File names do not count either, only the content
+(docs/decisions/0001).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from rlhf_cli.stages.base import Stage
 from rlhf_cli.stages.inputs import Input, StageInputs
 
 PENDING = "pending"
-"""Digest of an artifact that an earlier stage is still to write."""
+"""Digest of an artifact that an earlier stage has not written yet."""
 
 
 def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    """Dotted settings that the stage's result depends on, its own and the shared ones that reach it."""
+    """Return the dotted settings that the stage's result depends on: its own and the relevant shared ones."""
     section = recipe.section(stage.name)
     assert section is not None
     places = [*values(section, (stage.section,)), *values(recipe.data, ("data",))]
@@ -37,14 +38,14 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         for place, setting, value in places
         if not setting.effort_only and not (setting.names and setting.names.leads_out(value))
     }
-    kept.pop("model.revision", None)  # part of the base model's digest
+    kept.pop("model.revision", None)  # part of the digest of the base model
     return {name: value for name, value in kept.items() if not name.startswith(stage.unaffected_by)} | {
         "seed": recipe.seed
     }
 
 
 class Digests:
-    """Hashes of everything stages read, each made once a process."""
+    """Digests of stage inputs, each computed once per process."""
 
     def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
         self._recipe = recipe
@@ -52,7 +53,7 @@ class Digests:
         self._known: dict[tuple[str, str], str] = {}
 
     def of(self, given: Input) -> str:
-        """Digest of one input; raises an `RLHFError` where there is nothing to hash."""
+        """Return the digest of an input; raises an `RLHFError` if the input does not exist."""
         if given.kind == "artifact":
             return self._artifact(given)
         key = (given.kind, given.source)
@@ -65,7 +66,7 @@ class Digests:
         try:
             manifest = self._run.read_manifest(upstream)
         except DamagedArtifact as damage:
-            raise DataError(f"{damage}", hint=f"make it again with `rlhf run RECIPE --force {upstream}`") from None
+            raise DataError(f"{damage}", hint=f"recreate it with `rlhf run RECIPE --force {upstream}`") from None
         return PENDING if manifest is None else manifest.content_digest
 
     def _compute(self, given: Input) -> str:
@@ -93,7 +94,7 @@ class Digests:
 
 
 def identity(stage: Stage, recipe: Recipe, inputs: StageInputs, digests: Digests, pending: frozenset[str]) -> Identity:
-    """Everything the result depends on; artifacts of `pending` stages count as not yet known."""
+    """Return everything the result depends on; artifacts of `pending` stages get the digest `PENDING`."""
     counted = {name: given for name, given in inputs.by_name().items() if given.matters}
     return {
         "stage": stage.name,
@@ -106,17 +107,17 @@ def identity(stage: Stage, recipe: Recipe, inputs: StageInputs, digests: Digests
 
 
 def fingerprint(what: Identity) -> str:
-    """sha256 of an identity."""
+    """Return the sha256 of an identity."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def differences(old: Identity, new: Identity, inputs: StageInputs) -> list[str]:
-    """What changed, one phrase per change, in the words of the recipe. Inputs still pending are not compared.
+    """Return one phrase per change between two identities. Pending inputs are not compared.
 
     Args:
-        old: identity of the artifact, or of the attempt that did not finish.
-        new: identity by the recipe as it is.
-        inputs: of `new`, for what they are called.
+        old: identity of the artifact or of the unfinished attempt.
+        new: identity by the current recipe.
+        inputs: inputs of `new`, for their descriptions.
     """
     named = inputs.by_name()
     found = []

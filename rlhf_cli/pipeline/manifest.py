@@ -1,4 +1,4 @@
-"""`manifest.json`: what an artifact is, what it was made from and by, and the hash of every file in it."""
+"""`manifest.json`: describes an artifact, how it was made, and the hash of every file in it."""
 
 from __future__ import annotations
 
@@ -16,42 +16,43 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.files import hash_file
 
 Identity = dict[str, Any]
-"""What a result depends on: {"stage", "settings": {dotted name: value}, "inputs": {name: digest}}."""
+"""What a result depends on: {"stage", "settings": {dotted name: value}, "inputs": {name: digest}, "upstream": {name:
+stage}}."""
 
 FILE_NAME = "manifest.json"
 FORMAT = 2
-"""Of the manifest and of what it describes; raised when an older artifact could be misread."""
+"""Version of the manifest and artifact format; increased when older artifacts could be misread."""
 
 NOT_CONTENT = frozenset(
     {"metrics.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
     | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
 )
-"""Files that tell how an artifact was made; no later stage reads them, and they hold times."""
+"""Files that record how an artifact was made. They contain times, and no later stage reads them."""
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-class DamagedArtifact(Exception):  # noqa: N818  (internal: the plan turns it into the reason to run again)
-    """An artifact that is not what its manifest says, or has none that can be read."""
+class DamagedArtifact(Exception):  # noqa: N818  (internal: the planner turns it into a reason to run again)
+    """An artifact that does not match its manifest, or has no readable manifest."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """An artifact's own description.
+    """Description of an artifact.
 
     Attributes:
-        stage: which stage wrote it.
+        stage: stage that wrote the artifact.
         fingerprint: sha256 of `identity`.
         identity: settings and input digests that the result depends on.
-        settings: everything resolved: the stage's section, `model`, `data` and `seed`.
+        settings: resolved settings: the stage's section, `model`, `data` and `seed`.
         outputs: path inside the folder -> {"sha256", "bytes"}.
-        versions: of Python and of the packages that matter.
-        skipped: reason -> records skipped.
-        metrics: the stage's figures; null for one that is no number.
-        summary: (what, figure) rows for people.
-        started: UTC, ISO 8601.
-        finished: UTC, ISO 8601.
-        seconds: of the attempt that finished it.
+        versions: versions of Python and relevant packages.
+        skipped: reason -> number of skipped records.
+        metrics: metrics of the stage; null in place of NaN and infinity.
+        summary: (metric, value) rows for the summary table.
+        started: time in UTC, ISO 8601.
+        finished: time in UTC, ISO 8601.
+        seconds: duration of the attempt that finished.
     """
 
     stage: str
@@ -70,7 +71,7 @@ class Manifest:
 
     @property
     def content_digest(self) -> str:
-        """sha256 over the names and hashes of the files that later stages may read."""
+        """sha256 of the names and hashes of all files that later stages may read."""
         total = hashlib.sha256()
         for name, file in sorted(self.outputs.items()):
             if Path(name).name not in NOT_CONTENT:
@@ -78,14 +79,14 @@ class Manifest:
         return total.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into a folder, sealed by a checksum of itself."""
+        """Write `manifest.json` to a folder, with a checksum of its content."""
         plain = asdict(self)
         plain["checksum"] = _checksum(plain)
         text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     def verify(self, folder: Path) -> None:
-        """Hash every file again; raises `DamagedArtifact` that names the first one that differs."""
+        """Hash every file again; raises `DamagedArtifact` for the first one that differs."""
         for name, expected in sorted(self.outputs.items()):
             path = folder / name
             if not path.is_file():
@@ -93,20 +94,20 @@ class Manifest:
             if path.stat().st_size != expected["bytes"]:
                 raise DamagedArtifact(f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}")
             if hash_file(path) != expected["sha256"]:
-                raise DamagedArtifact(f"{path} is not what was written: its sha256 differs")
+                raise DamagedArtifact(f"{path} has changed: its sha256 differs from the manifest")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest; raises `DamagedArtifact`, or `UsageError` for one of a newer format."""
+    """Read the manifest of a folder; raises `DamagedArtifact`, or `UsageError` for another format version."""
     path = folder / FILE_NAME
     try:
         plain = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DamagedArtifact(f"{path} is missing") from None
     except (OSError, ValueError):
-        raise DamagedArtifact(f"{path} is torn or no JSON") from None
+        raise DamagedArtifact(f"{path} is incomplete or not valid JSON") from None
     if not isinstance(plain, dict):
-        raise DamagedArtifact(f"{path} is no manifest")
+        raise DamagedArtifact(f"{path} is not a manifest")
     if isinstance(version := plain.get("format"), int) and version != FORMAT:
         raise UsageError(
             f"{path} was written by {'a later' if version > FORMAT else 'an earlier'} version of rlhf: it has format "
@@ -115,15 +116,15 @@ def read_manifest(folder: Path) -> Manifest:
         )
     seal = plain.pop("checksum", None)
     if seal != _checksum(plain):
-        raise DamagedArtifact(f"{path} is not what was written: its checksum differs")
+        raise DamagedArtifact(f"{path} has changed: its checksum differs")
     try:
         return Manifest(**plain)
     except TypeError:
-        raise DamagedArtifact(f"{path} is no manifest of this format") from None
+        raise DamagedArtifact(f"{path} is not a manifest of this format") from None
 
 
 def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Hash and size of every file under a folder, the manifest excepted, by path inside it."""
+    """Return path -> hash and size of every file under a folder, except the manifest."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -133,12 +134,12 @@ def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Metrics as JSON can hold them: what is no number becomes null."""
+    """Return metrics with None in place of NaN and infinity, which JSON cannot represent."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def versions() -> dict[str, str]:
-    """Versions of rlhf, Python and the packages whose behavior a result depends on, without importing them."""
+    """Return the versions of rlhf, Python and the packages that affect results, without importing them."""
     from rlhf_cli import __version__
 
     found = {"rlhf": __version__, "python": platform.python_version()}
@@ -151,7 +152,7 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """UTC to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

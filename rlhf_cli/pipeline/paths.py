@@ -1,7 +1,7 @@
-"""Where the names in a recipe lead: paths beside the caller or beside the recipe, hub ids, Python functions.
+"""Resolves and checks the names in a recipe: local paths, hub ids and Python functions.
 
-A relative path is looked up in the current directory first, then in the recipe's own folder, so that `rlhf run
-recipes/mine.yaml` and `cd recipes && rlhf run mine.yaml` find the same files.
+A relative path is resolved against the current directory first, then against the folder of the recipe, so that
+`rlhf run recipes/mine.yaml` and `cd recipes && rlhf run mine.yaml` find the same files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FILE_ENDINGS = (
 
 
 def resolve_paths(loaded: LoadedRecipe) -> Recipe:
-    """The recipe with every name that leads to a local path made one that works from the current directory."""
+    """Return the recipe with all local paths valid from the current directory."""
     folder = Path() if loaded.path is None else loaded.path.parent
     plain = loaded.recipe.model_dump()
     for place, setting, value in values(loaded.recipe):
@@ -68,12 +68,12 @@ def _function(spec: str, folder: Path) -> str:
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no local path can be an `owner/name` of the hub, with `@revision` or without."""
+    """Whether a name that does not exist locally can be a hub id, `owner/name` or `owner/name@revision`."""
     return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
 
 
 def check_data(name: str, setting: str) -> None:
-    """Raise `DataError` unless a name is a local path or may be a hub data set."""
+    """Raise `DataError` unless the name is a local path or may be a hub data set."""
     from rlhf_cli.data.sources import is_hub
 
     try:
@@ -83,16 +83,16 @@ def check_data(name: str, setting: str) -> None:
 
 
 def check_model(name: str, setting: str) -> None:
-    """Raise `ModelError` unless a name is a local folder or may be a hub id."""
+    """Raise `ModelError` unless the name is a local folder or may be a hub id."""
     path = Path(name)
     if path.is_dir() or (not path.exists() and looks_like_hub_id(name)):
         return
-    problem = "this is a file, not a model folder" if path.exists() else "no such model folder"
+    problem = "is a file, not a model folder" if path.exists() else "no such model folder"
     raise ModelError(f"{name}: {problem} (`{setting}`)", hint="give a folder, or a hub id such as owner/name")
 
 
 def check_file(name: str, setting: str) -> None:
-    """Raise `DataError` unless a name is a text file that can be read."""
+    """Raise `DataError` unless the name is a readable, non-empty text file."""
     try:
         text = Path(name).read_bytes().decode("utf-8")
     except OSError as error:
@@ -100,33 +100,34 @@ def check_file(name: str, setting: str) -> None:
         raise DataError(f"{name}: {reason} (`{setting}`)", hint="give a text or Markdown file") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{name}: is not UTF-8 at byte {error.start} (`{setting}`)", hint="save it as UTF-8 text"
+            f"{name}: not valid UTF-8 at byte {error.start} (`{setting}`)", hint="save it as UTF-8 text"
         ) from error
     if not text.strip():
-        raise DataError(f"{name}: the file is empty (`{setting}`)", hint=f"write into it, or leave `{setting}` out")
+        raise DataError(f"{name}: the file is empty (`{setting}`)", hint=f"add text to it, or remove `{setting}`")
 
 
 def check_critic(name: str, setting: str) -> None:
-    """Raise `ModelError` unless a name is the folder of a saved critic."""
+    """Raise `ModelError` unless the name is the folder of a saved critic."""
     if (Path(name) / "value_head.safetensors").is_file():
         return
     words = ", ".join(f"`{word}`" for word in Names.CRITIC_WORDS)
     raise ModelError(
-        f"{name}: {'holds no' if Path(name).is_dir() else 'no folder of a'} saved critic (`{setting}`)",
-        hint=f"give {words}, or the critic of an earlier run, such as runs/NAME/ppo/critic",
+        f"{name}: {'contains no saved critic' if Path(name).is_dir() else 'no such folder'} (`{setting}`)",
+        hint=f"use {words}, or the critic of an earlier run, such as runs/NAME/ppo/critic",
     )
 
 
 def function_file(spec: str, setting: str) -> Path:
-    """The source file of `file.py:function` or `package.module:function`, found without running any of it.
+    """Return the source file of `file.py:function` or `package.module:function`, without running it.
 
     Raises:
-        UsageError: there is none, or it came from the hub.
+        UsageError: the file or function does not exist, or was downloaded from the hub.
     """
     module, _, function = spec.rpartition(":")
     if not module or not function.isidentifier():
         raise UsageError(
-            f"`{setting}` is no function: got `{spec}`", hint="write `file.py:function` or `package.module:function`"
+            f"`{setting}` must name a function; got `{spec}`",
+            hint="write `file.py:function` or `package.module:function`",
         )
     if module.endswith(".py"):
         if not Path(module).is_file():
@@ -147,14 +148,14 @@ def function_file(spec: str, setting: str) -> Path:
 
 
 def _own(file: Path, function: str, setting: str) -> Path:
-    """The file, if it has the function, and unless the hub's client put it there: users decide what code runs."""
+    """Return the file if it defines the function. Code downloaded from the hub is refused: users decide what runs."""
     from huggingface_hub import constants
 
     caches = [Path(constants.HF_HUB_CACHE), Path(constants.HF_HOME) / "modules"]
     if any(place.is_relative_to(cache.absolute()) for place in (file.absolute(), file.resolve()) for cache in caches):
         raise UsageError(
-            f"{file} was downloaded from the hub, and downloaded code is not run as a function (`{setting}`)",
-            hint="read it, copy it beside your recipe, and name the copy",
+            f"{file} was downloaded from the hub, and downloaded code is not run (`{setting}`)",
+            hint="review it, copy it next to your recipe, and use the copy",
         )
     check_defined(file, function, setting)
     return file

@@ -1,4 +1,4 @@
-"""What a run is going to do, and why, before it does anything."""
+"""Plans a run: which stages run, resume or are cached, and why."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Step:
     """One stage of a plan.
 
     Attributes:
-        stage: which.
-        action: "run" from its start, "resume" from its last checkpoint, or "cached": finished and unchanged.
-        reason: why, for people.
-        inputs: what it reads.
-        identity: what its result depends on; holds `PENDING` digests where an earlier stage must write first.
-        manifest: of the finished artifact, with "cached".
+        stage: the stage.
+        action: "run" from the start, "resume" from the last checkpoint, or "cached" (finished and unchanged).
+        reason: reason for the action, for messages.
+        inputs: inputs of the stage.
+        identity: what the result depends on; has `PENDING` digests for inputs that an earlier stage must write first.
+        manifest: manifest of the finished artifact, if "cached".
     """
 
     stage: Stage
@@ -40,19 +40,19 @@ class Step:
     manifest: Manifest | None = None
 
     @property
-    def waits(self) -> bool:
-        """Whether an earlier stage must run before it is known what this one needs."""
+    def is_pending(self) -> bool:
+        """Whether an earlier stage must run before the action is final."""
         return PENDING in self.identity["inputs"].values()
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which stages the command line asks for.
+    """The stages that the command line selects.
 
     Attributes:
-        first: `--from`; None is the recipe's first.
-        last: `--to`; None is its last.
-        force: stages that run again, done or not.
+        first: `--from`; None is the first stage of the recipe.
+        last: `--to`; None is the last stage of the recipe.
+        force: `--force`: stages that run again even if they are finished.
     """
 
     first: str | None = None
@@ -61,7 +61,7 @@ class Selection:
 
 
 def select(recipe: Recipe, selection: Selection) -> list[Stage]:
-    """The stages to bring up to date, in order; raises `UsageError` for names that do not fit the recipe."""
+    """Return the selected stages in order; raises `UsageError` for names that do not fit the recipe."""
     present = [stage for stage in registry.stages() if recipe.section(stage.name) is not None]
     names = [stage.name for stage in present]
     if not present:
@@ -77,7 +77,7 @@ def select(recipe: Recipe, selection: Selection) -> list[Stage]:
         raise UsageError(f"`--from {selection.first}` comes after `--to {selection.last}`")
     chosen = present[begin:end]
     for name in sorted(selection.force - {stage.name for stage in chosen}):
-        raise UsageError(f"`--force {name}` is outside of the stages chosen by --from and --to")
+        raise UsageError(f"`--force {name}` is outside the stages selected by --from and --to")
     return chosen
 
 
@@ -85,19 +85,19 @@ def _check_name(option: str, name: str, names: list[str]) -> None:
     if name in names:
         return
     if name.replace("_", "-") in names:
-        raise UsageError(f"`{option} {name}`: the stage is called `{name.replace('_', '-')}`")
+        raise UsageError(f"`{option} {name}`: no such stage, did you mean `{name.replace('_', '-')}`?")
     if name in registry.REGISTRY:
-        raise UsageError(f"`{option} {name}`: the recipe has no such stage", hint=f"it has {', '.join(names)}")
-    raise UsageError(f"`{option} {name}`: no such stage", hint=f"stages are {', '.join(registry.REGISTRY)}")
+        raise UsageError(f"`{option} {name}`: the recipe has no such stage", hint=f"its stages are {', '.join(names)}")
+    raise UsageError(f"`{option} {name}`: no such stage", hint=f"the stages are {', '.join(registry.REGISTRY)}")
 
 
 @dataclass(frozen=True)
 class RunArtifacts:
-    """The artifacts of a run, finished or planned: see `stages.inputs.Artifacts`.
+    """Finished and planned artifacts of a run; implements `stages.inputs.Artifacts`.
 
     Attributes:
-        run: the run directory, whose finished artifacts count.
-        planned: names of stages that write their artifacts before they are read.
+        run: run directory with the finished artifacts.
+        planned: names of stages whose artifacts will be written before they are read.
     """
 
     run: RunDirectory
@@ -109,25 +109,25 @@ class RunArtifacts:
         return self.run.path
 
     def folder(self, stage: str) -> Path:
-        """Where a stage's artifact is or will be."""
+        """Return the folder of a stage's artifact, which may not exist yet."""
         return self.run.artifact(stage)
 
     def has(self, stage: str) -> bool:
-        """Whether the artifact exists, or is written before it is read."""
+        """Whether the artifact exists or will be written before it is read."""
         return stage in self.planned or self.run.artifact(stage).is_dir()
 
     def writes(self, stage: str) -> str:
-        """What the stage's artifact is."""
+        """Return what the stage's artifact is, such as "reward model"."""
         return registry.stage(stage).writes
 
 
 class Planner:
-    """Looks at the recipe and the run directory and says what each stage needs.
+    """Decides for each stage whether it runs, resumes or is cached.
 
     Args:
-        recipe: with paths resolved.
+        recipe: recipe with resolved paths.
         run: the run directory.
-        chosen: stages to bring up to date, in order.
+        chosen: selected stages, in order.
         force: names of stages that run again.
     """
 
@@ -140,12 +140,12 @@ class Planner:
         self._digests = Digests(recipe, run)
 
     def plan(self) -> list[Step]:
-        """A step per chosen stage. Every stage's inputs are found before the first stage is looked at more closely.
+        """Return one step per selected stage.
 
         Raises:
-            UsageError: an input is missing, or an artifact that is read is not up to date.
-            DataError: an artifact that is read is damaged.
-            ChangedInputsError: an unfinished stage began with other settings or inputs.
+            UsageError: an input is missing, or an artifact that a stage reads is not up to date.
+            DataError: an artifact that a stage reads is damaged.
+            ChangedInputsError: an unfinished stage was started with other settings or inputs.
         """
         inputs = {stage.name: self._inputs(stage) for stage in self._chosen}
         self._check_artifacts_read(inputs.values())
@@ -153,7 +153,7 @@ class Planner:
         pending: frozenset[str] = frozenset()
         changed: frozenset[str] = frozenset()
         for stage in self._chosen:
-            step = self._look(stage, inputs[stage.name], pending, changed)
+            step = self._step(stage, inputs[stage.name], pending, changed)
             steps.append(step)
             if step.action != "cached":
                 pending |= {stage.name}
@@ -161,16 +161,16 @@ class Planner:
                     changed |= {stage.name}
         return steps
 
-    def again(self, step: Step) -> Step:
-        """Look at a stage again, now that the stages before it are done."""
-        return self._look(step.stage, step.inputs, frozenset(), frozenset())
+    def update(self, step: Step) -> Step:
+        """Plan a stage again after the stages before it have finished."""
+        return self._step(step.stage, step.inputs, frozenset(), frozenset())
 
     def _inputs(self, stage: Stage) -> StageInputs:
         finder = InputFinder(stage.name, self._recipe, self._artifacts)
         return stage.inputs(self._recipe.section(stage.name), self._recipe, finder)
 
     def _check_artifacts_read(self, inputs: Iterable[StageInputs]) -> None:
-        """Artifacts that are read and not written by this run must be what their manifests say."""
+        """Check that artifacts which this run reads but does not write match their manifests."""
         written = {stage.name for stage in self._chosen}
         read = {given.upstream for record in inputs for given in record.by_name().values() if given.upstream}
         for name in sorted(read - written):
@@ -182,21 +182,22 @@ class Planner:
             except DamagedArtifact as damage:
                 raise DataError(
                     f"`{name}` in {self._run.path} is damaged: {damage}",
-                    hint=f"make it again: leave out --from, or run `rlhf {name}` on this run directory",
+                    hint=f"recreate it: omit --from, or run `rlhf {name}` with this run directory",
                 ) from None
 
     def _check_current(self, name: str, manifest: Manifest) -> None:
-        """An artifact must have been made from what is beside it now: an adapter fits its own base alone."""
+        """Check that an artifact was made from the artifacts now in the run directory: an adapter needs its own
+        base."""
         for field_name, upstream in manifest.identity["upstream"].items():
             beside = self._run.read_manifest(upstream)
             if beside is not None and manifest.identity["inputs"][field_name] != beside.content_digest:
                 raise UsageError(
-                    f"`{name}` in {self._run.path} was made from another `{upstream}` than the one beside it now",
-                    hint=f"make it again: leave out --from, or run `rlhf {name}` on this run directory",
+                    f"`{name}` in {self._run.path} was made from a different `{upstream}` than the current one",
+                    hint=f"recreate it: omit --from, or run `rlhf {name}` with this run directory",
                 )
 
     def _differs(self, step: Step) -> bool:
-        """Whether what a stage is going to write differs from what later stages may have begun with."""
+        """Whether a stage will write something different from what later stages may have started with."""
         known = self._run.began(step.stage.name) if step.action == "resume" else self._finished_identity(step.stage)
         return known is not None and bool(differences(known, step.identity, step.inputs))
 
@@ -207,7 +208,7 @@ class Planner:
             return None
         return None if manifest is None else manifest.identity
 
-    def _look(self, stage: Stage, inputs: StageInputs, pending: frozenset[str], changed: frozenset[str]) -> Step:
+    def _step(self, stage: Stage, inputs: StageInputs, pending: frozenset[str], changed: frozenset[str]) -> Step:
         what = identity(stage, self._recipe, inputs, self._digests, pending)
         if stage.name in self._force:
             return Step(stage, "run", "forced", inputs, what)
@@ -217,20 +218,20 @@ class Planner:
         began = self._run.began(stage.name)
         if began is not None:
             self._same_or_refuse(stage, inputs, began, what, changed)
-            return Step(stage, "resume", "resumes from where it stopped", inputs, what)
+            return Step(stage, "resume", "it was interrupted", inputs, what)
         return Step(stage, "run", reason, inputs, what)
 
     def _finished(self, stage: Stage, inputs: StageInputs, what: Identity) -> tuple[Manifest | None, str]:
-        """The manifest of a finished, unchanged, undamaged artifact; else None and the reason to run."""
+        """Return the manifest of a finished, unchanged, intact artifact; otherwise None and the reason to run."""
         try:
             manifest = self._run.read_manifest(stage.name)
             if manifest is None:
                 return None, "it has not run yet"
             if found := differences(manifest.identity, what, inputs):
                 return None, _listed(found)
-            waits = [what["upstream"][name] for name, digest in what["inputs"].items() if digest == PENDING]
-            if waits:
-                return None, f"reads what {' and '.join(f'`{name}`' for name in sorted(waits))} writes again"
+            pending = [what["upstream"][name] for name, digest in what["inputs"].items() if digest == PENDING]
+            if pending:
+                return None, f"{' and '.join(f'`{name}`' for name in sorted(pending))} runs again"
             if manifest.fingerprint != fingerprint(what):
                 return None, "its fingerprint differs"
             manifest.verify(self._run.artifact(stage.name))
@@ -243,16 +244,16 @@ class Planner:
     ) -> None:
         found = differences(began, what, inputs)
         upstream = {given.upstream for given in inputs.by_name().values() if given.upstream} & changed
-        found += [f"`{name}`, which it reads, changes" for name in sorted(upstream)]
+        found += [f"its input from `{name}` will change" for name in sorted(upstream)]
         if not found:
             return
         if not began["settings"]:
             file = self._run.began_file(stage.name)
-            found = [f"the record of what it began with is lost ({file} is missing or damaged)"]
+            found = [f"{file}, which records its settings, is missing or damaged"]
         raise ChangedInputsError(
-            f"{self._run.path} has an unfinished `{stage.name}` that began differently: {_listed(found)}",
-            hint=f"set it back to resume, or discard the unfinished work with `--force {stage.name}`"
-            + ("; people's labels and paid verdicts are kept" if stage.name == "label" else ""),
+            f"{self._run.path} has an unfinished `{stage.name}` that was started differently: {_listed(found)}",
+            hint=f"undo the change to resume, or discard the unfinished work with `--force {stage.name}`"
+            + ("; human labels and paid verdicts are kept" if stage.name == "label" else ""),
         )
 
 

@@ -1,6 +1,6 @@
-"""Everything outside the run directory is checked before the first stage starts, data without torch.
+"""Checks everything outside the run directory before the first stage starts.
 
-A bad line in PPO's prompts is found now and not after an hour of fine-tuning.
+A bad line in PPO's prompts is found immediately, not after an hour of fine-tuning. Data is checked without torch.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ if TYPE_CHECKING:
 
 
 def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
-    """Check data record by record, models by their folders, functions by their files, endpoints by their addresses and
-    tokens; raises an `RLHFError`.
+    """Check every data record, model folder, function file, endpoint URL and token; raises an `RLHFError`.
 
     Args:
-        recipe: for `data.columns` and `data.max_skip`.
-        inputs: of all stages that are going to run; what is named twice is checked once.
+        recipe: recipe with resolved paths.
+        inputs: inputs of all stages that will run; duplicates are checked once.
     """
     _check_attention(recipe.model.attention)
     check_trackers(recipe.tracking.trackers)
     if recipe.model.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(
             f"`model.quantize: {recipe.model.quantize}` needs bitsandbytes, which is not installed",
-            hint="pip install 'rlhf-cli[quantized]', or leave `model.quantize` out",
+            hint="pip install 'rlhf-cli[quantized]', or remove `model.quantize`",
         )
     seen: set[tuple[str, str | None]] = set()
     prompts: dict[str, PromptHashes] = {}  # by source
@@ -61,7 +60,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             check_critic(given.source, given.setting)
         elif given.kind == "function":
             file = function_file(given.source, given.setting)
-            say(f"{given.setting}: {given.source} runs with your rights; {file} has sha256 {hash_file(file)}")
+            say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
 
 
 def _check_endpoint(given: Input) -> None:
@@ -71,26 +70,26 @@ def _check_endpoint(given: Input) -> None:
         check_endpoint(given.source, given.token_env)
     except UsageError as error:
         raise UsageError(f"`{given.setting}`: {error.message}", hint=error.hint) from error
-    say(f"{given.setting}: prompts and completions are sent to {without_query(given.source)}")
+    say(f"{given.setting}: will send prompts and completions to {without_query(given.source)}")
 
 
 def _check_attention(name: str) -> None:
-    """Whether a backend of ours that was asked for runs here, before a stage has begun with it.
+    """Raise `UsageError` if a built-in attention backend is not available here.
 
-    A function of the user's is hashed and not run, as all their code is before its stage.
+    A function of the user is hashed but not run before its stage.
     """
     if name in ("reference", "tiled", "torch", "triton"):
-        from rlhf_cli.attention import registry  # imports torch, which the stages are about to
+        from rlhf_cli.attention import registry  # imports torch, which the stages need anyway
 
         if (reason := registry.find(name).missing()) is not None:
-            raise UsageError(f"`model.attention: {name}`: {reason}", hint="choose `auto`, or see `rlhf attention list`")
+            raise UsageError(f"`model.attention: {name}`: {reason}", hint="use `auto`, or see `rlhf attention list`")
 
 
 def _check_records(recipe: Recipe, given: Input) -> PromptHashes:
     from rlhf_cli.data.checks import PromptHashes
     from rlhf_cli.data.sources import is_hub, validate_source
 
-    if is_hub(given.source):  # the stage that reads it checks as it goes
+    if is_hub(given.source):  # checked by the stage while it reads
         return PromptHashes()
     assert given.records is not None
     report = validate_source(given.source, given.records, columns=recipe.data.columns, max_skip=recipe.data.max_skip)

@@ -1,4 +1,4 @@
-"""What names a Python file defines, read without running any of it."""
+"""Checks which names a Python file defines, without running it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rlhf_cli.errors import UsageError
 
 
 def check_defined(file: Path, function: str, setting: str) -> None:
-    """Raise `UsageError` where a file's own text rules out that it defines a name.
+    """Raise `UsageError` if the source of a file shows that it does not define a name.
 
-    A misspelt reward function is to be found before an hour of other stages, and not after it.
+    A misspelled reward function is found before the first stage, not after an hour of other stages.
 
     Args:
-        file: Python source.
-        function: the name.
-        setting: that named it, for messages.
+        file: Python source file.
+        function: name of the function.
+        setting: setting that names the function, for messages.
     """
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
@@ -27,7 +27,7 @@ def check_defined(file: Path, function: str, setting: str) -> None:
         raise UsageError(f"{file} cannot be read as Python: {error} (`{setting}`)") from error
     known: set[str] = set()
     for node in ast.walk(tree):
-        if _tells_only_when_run(node):
+        if _is_dynamic(node):
             return
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             known.add(node.name)
@@ -37,15 +37,15 @@ def check_defined(file: Path, function: str, setting: str) -> None:
             known.add(node.id)
     if function not in known and "__getattr__" not in known:
         near = difflib.get_close_matches(function, known, n=1, cutoff=0.6)
-        listed = f"it has: {', '.join(sorted(known))}" if known else None
+        listed = f"it defines: {', '.join(sorted(known))}" if known else None
         raise UsageError(
             f"`{file}` has no function `{function}` (`{setting}`)",
             hint=f"did you mean `{near[0]}`?" if near else listed,
         )
 
 
-def _tells_only_when_run(node: ast.AST) -> bool:
-    """Whether a piece of source may define names that the text does not show."""
+def _is_dynamic(node: ast.AST) -> bool:
+    """Whether a node may define names that the source does not show."""
     if isinstance(node, ast.ImportFrom):
         return any(alias.name == "*" for alias in node.names)
     return isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("setattr", "globals", "exec", "vars")

@@ -1,14 +1,14 @@
-"""The run directory: one finished folder a stage, and beside it, hidden, what an unfinished stage has so far.
+"""The run directory: one folder per finished stage, and hidden folders for the unfinished stage.
 
     runs/NAME/sft/            a finished artifact with its manifest.json
-    runs/NAME/.ppo.output/    what an attempt is writing; emptied when an attempt begins
-    runs/NAME/.ppo.work/      step checkpoints, which outlive a kill; gone when the stage is done
-    runs/NAME/.ppo.began.json the settings and inputs the unfinished stage began with
-    runs/NAME/.sft.old/       the artifact a finished stage is about to replace
-    runs/NAME/kept/label/     what no rerun can make again: labels by people, verdicts that were paid for
-    runs/NAME/.lock           held by flock while a process works here
+    runs/NAME/.ppo.output/    output of the current attempt; emptied when an attempt starts
+    runs/NAME/.ppo.work/      step checkpoints, which survive a kill; removed when the stage is done
+    runs/NAME/.ppo.began.json settings and inputs that the unfinished stage was started with
+    runs/NAME/.sft.old/       the previous artifact while it is being replaced
+    runs/NAME/kept/label/     what cannot be computed again: human labels, paid verdicts
+    runs/NAME/.lock           locked with flock while a process uses the run directory
 
-`.ppo.output` stands as deep as `ppo` will, so that relative paths inside an artifact stay true when it is renamed.
+`.ppo.output` is at the same depth as `ppo`, so that relative paths inside an artifact stay valid after the rename.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from rlhf_cli.stages.registry import REGISTRY
 
 
 class RunDirectory:
-    """A run's folder.
+    """The folder of a run.
 
     Args:
-        path: where; made when the run takes its lock.
+        path: path of the folder; created when the run is locked.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def artifact(self, stage: str) -> Path:
-        """Folder of a finished stage."""
+        """Return the folder of a finished stage."""
         return self.path / stage
 
     def output(self, stage: str) -> Path:
-        """Folder that an attempt writes."""
+        """Return the folder that an attempt writes to."""
         return self.path / f".{stage}.output"
 
     def work(self, stage: str) -> Path:
-        """Folder that outlives a killed attempt."""
+        """Return the folder that survives an interrupted attempt."""
         return self.path / f".{stage}.work"
 
     def kept(self, stage: str) -> Path:
-        """Folder for what no rerun can make again; nothing of ours ever empties it. The stage makes it."""
+        """Return the folder for what cannot be computed again. The stage creates it; no command deletes from it."""
         return self.path / KEPT / stage
 
     def began_file(self, stage: str) -> Path:
-        """Record of what an unfinished stage began with."""
+        """Return the file that records what an unfinished stage was started with."""
         return self.path / f".{stage}.began.json"
 
     def _old(self, stage: str) -> Path:
@@ -65,22 +65,25 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run against other processes; raises `RunInUseError` where one has it. Dies with the process."""
+        """Lock the run directory; raises `RunInUseError` if another process holds the lock.
+
+        The lock is released when the process ends, however it ends.
+        """
         self._make()
         with self._lock_file() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # a file left by a dead process is not locked
+            except BlockingIOError:  # a lock file left by a dead process is not locked
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise RunInUseError(
                     f"{self.path} is in use by process {holder}",
-                    hint="wait for it, stop it, or work in another folder with --run-dir",
+                    hint="wait for it, stop it, or use another --run-dir",
                 ) from None
             except OSError as error:
                 raise DiskError(
                     f"cannot lock {self.path / '.lock'}: {(error.strerror or str(error)).lower()}",
-                    hint="choose a folder on a file system with locks with --run-dir",
+                    hint="use a --run-dir on a file system that supports file locks",
                 ) from error
             file.seek(0)
             file.truncate()
@@ -94,19 +97,19 @@ class RunDirectory:
         except OSError as error:
             raise DiskError(
                 f"cannot write in {self.path}: {(error.strerror or str(error)).lower()}",
-                hint="choose a folder of your own with --run-dir",
+                hint="use a --run-dir that you can write to",
             ) from error
 
     def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise UsageError(f"{self.path} is a file, not a run directory", hint="choose another --run-dir") from None
+            raise UsageError(f"{self.path} is a file, not a run directory", hint="use another --run-dir") from None
         except OSError as error:
-            raise DiskError(f"cannot make {self.path}: {(error.strerror or str(error)).lower()}") from error
+            raise DiskError(f"cannot create {self.path}: {(error.strerror or str(error)).lower()}") from error
 
     def recover(self) -> None:
-        """Finish or undo what a killed process left between two renames."""
+        """Complete or undo a replacement that a killed process left between two renames."""
         for stage in REGISTRY:
             final, old = self.artifact(stage), self._old(stage)
             if self._complete(stage):
@@ -117,7 +120,7 @@ class RunDirectory:
                 shutil.rmtree(old)
 
     def _complete(self, stage: str) -> bool:
-        """Whether an attempt wrote everything and was killed before its folder had its name."""
+        """Whether an attempt wrote a complete artifact but was killed before the rename."""
         output = self.output(stage)
         if not output.is_dir():
             return False
@@ -128,12 +131,12 @@ class RunDirectory:
         return True
 
     def read_manifest(self, stage: str) -> Manifest | None:
-        """A finished stage's manifest; None where the stage is not finished. Raises `DamagedArtifact`."""
+        """Return the manifest of a finished stage; None if it is not finished. Raises `DamagedArtifact`."""
         folder = self.artifact(stage)
         return read_manifest(folder) if folder.is_dir() else None
 
     def began(self, stage: str) -> Identity | None:
-        """What an unfinished stage with work worth keeping began with; None where there is none."""
+        """Return the identity that an unfinished stage with saved work was started with; None if there is none."""
         if not has_files(self.work(stage)):
             return None
         try:
@@ -142,11 +145,11 @@ class RunDirectory:
             if found["sha256"] == _sha256(identity):
                 return identity
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # damaged, like one whose checksum differs
-        return {"stage": stage, "settings": {}, "inputs": {}, "upstream": {}}  # unknown, so it equals nothing
+            pass  # damaged, as if the checksum differed
+        return {"stage": stage, "settings": {}, "inputs": {}, "upstream": {}}  # unknown: differs from everything
 
     def begin(self, stage: str, identity: Identity, *, resume: bool) -> None:
-        """Make the folders of an attempt; without `resume`, nothing of an earlier one stays."""
+        """Create the folders of an attempt; without `resume`, delete any earlier attempt."""
         if not resume:
             self.discard(stage)
         shutil.rmtree(self.output(stage), ignore_errors=True)
@@ -156,14 +159,14 @@ class RunDirectory:
         write_whole(self.began_file(stage), json.dumps(sealed, ensure_ascii=False))
 
     def discard(self, stage: str) -> None:
-        """Throw away an unfinished attempt."""
+        """Delete an unfinished attempt."""
         for folder in (self.output(stage), self.work(stage)):
             if folder.exists():
                 shutil.rmtree(folder)
         self.began_file(stage).unlink(missing_ok=True)
 
     def publish(self, stage: str, manifest: Manifest) -> None:
-        """Give a finished stage its name: whole or not at all, whenever the process dies."""
+        """Move a finished stage to its final folder; atomic even if the process is killed."""
         manifest.write(self.output(stage))
         fsync_tree(self.output(stage))
         self._swap_in(stage)
@@ -178,5 +181,5 @@ def _sha256(identity: Identity) -> str:
 
 
 def has_files(folder: Path) -> bool:
-    """Whether a folder holds any file at any depth."""
+    """Whether a folder contains any file at any depth."""
     return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))

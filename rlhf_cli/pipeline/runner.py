@@ -1,4 +1,4 @@
-"""Brings the stages of a recipe up to date, one after the other, each whole or not at all."""
+"""Runs the stages of a recipe in order; each stage's artifact is published atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
-from rlhf_cli.pipeline.disk_space import check_room, disk_errors, needed_bytes
+from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
 from rlhf_cli.pipeline.paths import resolve_paths
@@ -35,16 +35,16 @@ from rlhf_cli.stages.inputs import Input, StageInputs
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage.
+    """Outcome of one stage.
 
     Attributes:
-        name: of the stage.
-        status: "done" now, "cached" from before, or with a dry run "would run" and "would resume".
-        reason: why it ran or did not.
-        path: its folder.
-        seconds: of work, now or when it was made; None in a dry run.
-        metrics: its figures.
-        summary: (what, figure) rows for people.
+        name: name of the stage.
+        status: "done" or "cached"; in a dry run "would run", "would resume" or "cached".
+        reason: why the stage ran or did not.
+        path: folder of the artifact.
+        seconds: duration of the attempt that made the artifact; None in a dry run.
+        metrics: metrics of the stage.
+        summary: (metric, value) rows for the summary table.
     """
 
     name: str
@@ -58,18 +58,18 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What became of a run.
+    """Outcome of a run.
 
     Attributes:
         run_dir: the run directory.
-        stages: the chosen stages in order.
+        stages: outcome of each selected stage, in order.
     """
 
     run_dir: Path
     stages: list[StageResult]
 
     def as_json(self) -> dict[str, Any]:
-        """The object that `--json` prints; `metrics` are those of `evaluate`, if it was among the stages."""
+        """Return the object that `--json` prints; `metrics` are those of `evaluate`, if it was selected."""
         rows = [
             {
                 "name": row.name,
@@ -86,10 +86,10 @@ class RunResult:
 
 
 def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
-    """Bring the chosen stages up to date.
+    """Run the selected stages that are not up to date.
 
     Raises:
-        RLHFError: for anything a user can cause; the run directory stays as it was, or resumable.
+        RLHFError: any problem that a user can cause; the run directory stays unchanged or resumable.
     """
     recipe = resolve_paths(loaded)
     chosen = select(recipe, selection)
@@ -103,18 +103,18 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         directory.recover()
         planner = Planner(recipe, directory, chosen, selection.force)
         steps = planner.plan()
-        ahead = [step for step in steps if step.action != "cached"]
-        preflight(recipe, _inputs_of(ahead))
-        if ahead:
-            check_room(folder, needed_bytes(recipe, [step.stage for step in ahead]))
+        to_run = [step for step in steps if step.action != "cached"]
+        preflight(recipe, _inputs_of(to_run))
+        if to_run:
+            check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         executor = _Executor(recipe, directory, stop, team)
-        rows = [executor.execute(planner.again(step) if step.waits else step) for step in steps]
+        rows = [executor.execute(planner.update(step) if step.is_pending else step) for step in steps]
         team.broadcast(None)
         return RunResult(folder, rows)
 
 
 def _follow(recipe: Recipe, directory: RunDirectory, team: Coordinator) -> None:
-    """What every process but rank 0 does: its share of each stage that rank 0 begins, until there is none."""
+    """Run, on every rank but 0, the stages that rank 0 broadcasts, until there are no more."""
     with SignalStop() as stop, disk_errors(directory.path):
         while (start := team.receive()) is not None:
             stage = registry.stage(start.stage)
@@ -124,13 +124,13 @@ def _follow(recipe: Recipe, directory: RunDirectory, team: Coordinator) -> None:
 
 
 def _limit_threads(count: int | None) -> None:
-    """Limit the CPU threads of the numerical libraries, which read these variables when they are first imported."""
+    """Limit the CPU threads of numerical libraries, which read these variables on import."""
     if count is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
 
 
 def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
-    """Say what `run` would do, after the same checks; writes nothing and takes no lock."""
+    """Return what `run` would do, after the same checks; writes nothing and takes no lock."""
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
     steps = Planner(recipe, directory, select(recipe, selection), selection.force).plan()
@@ -154,7 +154,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
 
 
 class _Executor:
-    """Carries out steps."""
+    """Executes the steps of a plan."""
 
     def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest, team: Coordinator) -> None:
         self._recipe = recipe
@@ -163,16 +163,16 @@ class _Executor:
         self._team = team
 
     def execute(self, step: Step) -> StageResult:
-        """Run a stage or take it as it is."""
+        """Run a stage unless it is cached."""
         name = step.stage.name
         if step.manifest is not None:
             say(f"{name}: up to date")
             return self._result(step, "cached", step.manifest)
         self._stop.check()
         if step.reason.startswith("damaged: "):
-            warn(f"{name} is {step.reason}; it runs again")
+            warn(f"{name} is {step.reason}; running it again")
         else:
-            say(f"{name}: starting ({step.reason})")
+            say(f"{name}: {'resuming' if step.action == 'resume' else 'starting'} ({step.reason})")
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
         self._run.publish(name, manifest)
@@ -196,7 +196,7 @@ class _Executor:
             versions=versions(),
             skipped=dict(outcome.skipped),
             metrics=finite(outcome.metrics),
-            summary=[[str(what), str(figure)] for what, figure in outcome.summary],
+            summary=[[str(metric), str(value)] for metric, value in outcome.summary],
             started=started,
             finished=now(),
             seconds=round(time.monotonic() - clock, 3),
@@ -249,21 +249,21 @@ def _settings(recipe: Recipe, section: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(stage: str):
-    """Running out of memory is no bug of ours: say what helps."""
+    """Turn running out of memory into an error with a hint."""
     try:
         yield
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
             raise RLHFError(
                 f"out of memory in `{stage}`",
-                hint=f"lower `{stage.replace('-', '_')}.micro_batch_size` or the batch sizes of sampling: the result "
-                "stays the same, and the run goes on from its last checkpoint",
+                hint=f"lower `{stage.replace('-', '_')}.micro_batch_size` or the batch size of sampling; the result "
+                "stays the same, and the run resumes from its last checkpoint",
             ) from error
         raise
 
 
 def _free_memory() -> None:
-    """Give one stage's models back before the next loads its own."""
+    """Free the models of one stage before the next stage loads its own."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

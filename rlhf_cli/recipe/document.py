@@ -1,7 +1,7 @@
-"""YAML as a recipe may use it: YAML 1.2 core values, every value with its line, nothing clever.
+"""The YAML subset of recipes: YAML 1.2 core values, with the line of every value.
 
-`1e-6` is a float, `no` is text, a key stands once. Tags, anchors, aliases, several documents, deep nesting and large
-files are refused: a recipe is read by people and must not be able to build objects or grow on expansion.
+`1e-6` is a float, `no` is text, duplicate keys are errors. Tags, anchors, aliases, several documents, deep nesting and
+large files are refused: a recipe must not construct objects or grow on expansion.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_DEPTH = 20
 
 Key = str | int
 Place = tuple[Key, ...]
-"""Keys and list indices from the top of a recipe to one value."""
+"""Keys and list indices that lead from the top of a recipe to one value."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Document:
 
     Attributes:
         value: plain dicts, lists and scalars.
-        lines: place -> line (1-based) where its key, or its list entry, stands.
-        texts: place -> a scalar as it was written, where it was written plainly; `1e-6`, not 1e-06.
+        lines: key path -> line (1-based) of its key or list entry.
+        texts: key path -> an unquoted scalar as it was written, such as `1e-6` (not 1e-06).
     """
 
     value: Any
@@ -37,8 +37,8 @@ class Document:
     texts: dict[Place, str] = field(default_factory=dict)
 
 
-class InvalidYAML(Exception):  # noqa: N818  (internal: carried to the caller, who knows the name of the source)
-    """A text that is no YAML we accept; `line` is 1-based."""
+class InvalidYAML(Exception):  # noqa: N818  (internal: the caller adds the name of the source)
+    """A text outside the accepted YAML subset; `line` is 1-based."""
 
     def __init__(self, line: int, problem: str) -> None:
         super().__init__(problem)
@@ -54,10 +54,10 @@ def read_document(path: Path) -> Document:
     except InvalidYAML as error:
         raise RecipeError([f"{path}:{error.line}: {error.problem}"]) from None
     if document.value is None:
-        raise RecipeError([f"{path}: the recipe is empty"], hint="`rlhf init DIR` writes one to start from")
+        raise RecipeError([f"{path}: the recipe is empty"], hint="write a starter recipe with `rlhf init DIR`")
     if not isinstance(document.value, dict):
         kind = "a list" if isinstance(document.value, list) else "a single value"
-        raise RecipeError([f"{path}:1: a recipe is a mapping of sections such as `sft:`; this is {kind}"])
+        raise RecipeError([f"{path}:1: a recipe must be a mapping of sections such as `sft:`; got {kind}"])
     return document
 
 
@@ -66,15 +66,15 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError([f"{path}: no such recipe"], hint="`rlhf init DIR` writes one to start from") from None
+        raise RecipeError([f"{path}: no such recipe"], hint="write a starter recipe with `rlhf init DIR`") from None
     except IsADirectoryError:
-        raise RecipeError([f"{path}: this is a folder; give the recipe file inside it"]) from None
+        raise RecipeError([f"{path}: is a folder; give the recipe file inside it"]) from None
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read: {(error.strerror or 'unknown').lower()}"]) from None
     if len(raw) > MAX_BYTES:
-        raise RecipeError([f"{path}: larger than 1 MiB, which no recipe is"])
+        raise RecipeError([f"{path}: larger than 1 MiB, the maximum for a recipe"])
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise RecipeError([f"{path}:1: this is UTF-16; save the recipe as UTF-8"])
+        raise RecipeError([f"{path}:1: encoded as UTF-16; save it as UTF-8"])
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,18 +101,18 @@ def parse(text: str) -> Document:
 
 def _explain(problem: str) -> str:
     if r"'\t'" in problem or "\t" in problem:
-        return "a tab; indent with spaces"
+        return "a tab in the indentation; use spaces"
     if "mapping values are not allowed" in problem:
         return "a second `:` on this line; put text that contains `: ` in quotes"
     if "cannot start any token" in problem:
         return f"{problem}; put text that starts with it in quotes"
     if "<stream end>" in problem or "end of stream" in problem:
-        return "a bracket or a quote is not closed"
+        return "an unclosed bracket or quote"
     return problem
 
 
 class _Builder:
-    """Turns parser events into plain values and remembers where each stood."""
+    """Builds plain values from parser events and records their lines."""
 
     def __init__(self, events: Iterator[Any]) -> None:
         self._events = events
@@ -127,7 +127,9 @@ class _Builder:
             if kind == "DocumentStartEvent":
                 documents += 1
                 if documents > 1:
-                    raise InvalidYAML(event.start_mark.line + 1, "a second document; a recipe is one")
+                    raise InvalidYAML(
+                        event.start_mark.line + 1, "a second document; a recipe must be a single document"
+                    )
             elif kind not in ("StreamStartEvent", "StreamEndEvent", "DocumentEndEvent"):
                 value = self._node(event, ())
         if documents == 0:
@@ -139,7 +141,7 @@ class _Builder:
         self._lines.setdefault(place, line)
         kind = type(event).__name__
         if kind == "AliasEvent" or getattr(event, "anchor", None):
-            raise InvalidYAML(line, "anchors and aliases (`&name`, `*name`) are not allowed; write the value out")
+            raise InvalidYAML(line, "anchors and aliases (`&name`, `*name`) are not allowed; write out the value")
         if getattr(event, "ctag", None) is not None:
             raise InvalidYAML(line, f"tags are not allowed; got `{event.ctag}`")
         if len(place) >= MAX_DEPTH:
@@ -158,7 +160,7 @@ class _Builder:
         while type(event := next(self._events)).__name__ != "MappingEndEvent":
             line = event.start_mark.line + 1
             if type(event).__name__ != "ScalarEvent":
-                raise InvalidYAML(line, "a key must be a plain name")
+                raise InvalidYAML(line, "a key must be a scalar")
             if event.anchor or event.ctag is not None:
                 raise InvalidYAML(line, "anchors and tags are not allowed")
             key = event.value
@@ -189,10 +191,10 @@ _WORDS = {
 
 
 def plain_scalar(text: str) -> Any:
-    """The value of an unquoted scalar by YAML 1.2's core schema, plus `10_000` as people write it."""
+    """Return the value of an unquoted scalar by the core schema of YAML 1.2, which is extended by `10_000`."""
     if text in _WORDS:
         return _WORDS[text]
-    if len(text) < 400:  # longer digits are no number anyone means, and int() refuses them
+    if len(text) < 400:  # int() refuses very long digit strings
         if _INT.fullmatch(text):
             return int(text)
         if _RADIX.fullmatch(text):

@@ -1,4 +1,4 @@
-"""What the schema knows about its own settings: which place is a section, what a setting names, what it affects."""
+"""Lookup in the recipe schema: sections, settings, their marks, and suggestions for unknown settings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlhf_cli.settings.base import EffortOnly, Names, Section
 
 
 def dotted(place: Place) -> str:
-    """A place as people write it in `--set`: `ppo.rewards.0.weight`."""
+    """Return a key path as written in `--set`, such as `ppo.rewards.0.weight`."""
     return ".".join(str(key) for key in place)
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section a field holds, directly or as one of several possibilities or list entries."""
+    """Return the section type of a field: directly, in a union or in a list; None for other fields."""
     return _section_in(field.annotation)
 
 
@@ -34,7 +34,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 
 def is_section(place: Place) -> bool:
-    """Whether a place holds one section (not a list of them)."""
+    """Whether a key path leads to a single section (not a list of sections)."""
     field = field_at(place)
     return field is not None and section_of(field) is not None and not _is_list(field)
 
@@ -45,7 +45,7 @@ def _is_list(field: FieldInfo) -> bool:
 
 
 def field_at(place: Place) -> FieldInfo | None:
-    """The field that a place names, list indices passed over; None where the schema has none."""
+    """Return the field at a key path, ignoring list indices; None if the schema has none."""
     section: type[Section] | None = Recipe
     field: FieldInfo | None = None
     for key in place:
@@ -59,7 +59,7 @@ def field_at(place: Place) -> FieldInfo | None:
 
 
 def section_at(place: Place) -> type[Section] | None:
-    """The section whose settings stand at a place; `Recipe` at the top."""
+    """Return the section at a key path; `Recipe` at the top, None if there is none."""
     if not place:
         return Recipe
     field = field_at(place)
@@ -68,24 +68,24 @@ def section_at(place: Place) -> type[Section] | None:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the schema: where it stands and its field."""
+    """One setting of the schema: its key path and its field."""
 
     place: Place
     field: FieldInfo
 
     @property
     def names(self) -> Names | None:
-        """What outside the recipe it names, if anything."""
+        """What the setting names outside the recipe, if anything."""
         return next((mark for mark in self.field.metadata if isinstance(mark, Names)), None)
 
     @property
     def effort_only(self) -> bool:
-        """Whether it changes memory, speed or display alone."""
+        """Whether the setting affects only memory, speed or display."""
         return any(isinstance(mark, EffortOnly) for mark in self.field.metadata)
 
 
 def walk(section: type[Section] = Recipe, place: Place = ()) -> Iterator[Setting]:
-    """All settings of the schema, sections included; entries of a list of sections stand under the list's own place."""
+    """Yield all settings of the schema, including sections; entries of a list have the key path of the list."""
     for name, field in section.model_fields.items():
         yield Setting((*place, name), field)
         if inner := section_of(field):
@@ -93,7 +93,7 @@ def walk(section: type[Section] = Recipe, place: Place = ()) -> Iterator[Setting
 
 
 def values(section: Section, place: Place = ()) -> Iterator[tuple[Place, Setting, Any]]:
-    """(place, setting, value) of every leaf of a loaded section; entries of lists of sections by their index."""
+    """Yield (key path, setting, value) of every leaf of a loaded section; list entries are numbered."""
     for name, field in type(section).model_fields.items():
         here = (*place, name)
         yield from _leaves(getattr(section, name), here, Setting(here, field))
@@ -109,9 +109,18 @@ def _leaves(value: Any, place: Place, setting: Setting) -> Iterator[tuple[Place,
         yield place, setting, value
 
 
+RENAMED = {
+    "model.quantise": "model.quantize",
+    "train_rm.normalise": "train_rm.normalize",
+}
+"""Former name of a setting -> its name now, both dotted. Former names are refused, with the new name in the message."""
+
+
 def suggestion(place: Place) -> str:
-    """What an unknown setting was probably meant to be, as the end of a sentence; empty where nothing is near."""
+    """Return a suggestion for an unknown setting, as the end of a sentence; empty if nothing is similar."""
     *_, key = place
+    if (renamed := RENAMED.get(dotted(place))) is not None:
+        return f", which was renamed: did you mean `{renamed}`?"
     section = section_at(place[:-1])
     if section is None:
         return ""
@@ -126,7 +135,7 @@ def suggestion(place: Place) -> str:
 
 
 def _homes(key: Key) -> list[str]:
-    """Sections that do have a setting of this name; `the top level` for the recipe's own."""
+    """Return the sections that have a setting of this name; `the top level` for the recipe itself."""
     places = [setting.place for setting in walk() if setting.place[-1] == key]
     return [f"`{dotted(place[:-1])}`" if len(place) > 1 else "the top level" for place in places]
 

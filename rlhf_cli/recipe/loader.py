@@ -1,4 +1,4 @@
-"""From a recipe file and command-line settings to a frozen `Recipe`, with the origin of every value."""
+"""Loads a frozen `Recipe` from a recipe file and command-line settings, with the origin of every value."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rlhf_cli.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe and where it came from.
+    """A valid recipe and the origin of its values.
 
     Attributes:
-        recipe: the settings, paths as they were written.
-        path: the recipe file; None where the command line alone made it.
-        origins: place -> `file:line` or command-line text; a place that is absent has its default.
+        recipe: the settings, with paths as written.
+        path: the recipe file; None if all settings came from the command line.
+        origins: key path -> `file:line` or command-line text; absent for defaults.
     """
 
     recipe: Recipe
@@ -31,7 +31,7 @@ class LoadedRecipe:
     origins: Mapping[Place, str]
 
     def origin(self, place: Place) -> str:
-        """Where a value came from; `default` where nobody set it."""
+        """Return where a value came from; `default` if it was not set."""
         for length in range(len(place), 0, -1):
             if (found := self.origins.get(place[:length])) is not None:
                 return found if length == len(place) else "default"
@@ -41,16 +41,16 @@ class LoadedRecipe:
 def load_recipe(
     path: Path | None, settings: Sequence[str] = (), overrides: Sequence[Override] = (), *, section: str | None = None
 ) -> LoadedRecipe:
-    """Read, override and validate.
+    """Read a recipe, apply overrides and validate.
 
     Args:
-        path: the recipe; None starts from an empty one.
-        settings: `--set` texts; they win over `overrides`.
-        overrides: from flags.
-        section: a section that is there even where the recipe has none: that of a single-stage command.
+        path: the recipe; None starts from an empty recipe.
+        settings: values of `--set`; they take precedence over `overrides`.
+        overrides: settings from flags.
+        section: section to create if the recipe has none: that of a single-stage command.
 
     Raises:
-        RecipeError: with every problem at once, each with its place.
+        RecipeError: lists all problems at once, each with its location.
     """
     layers = Layers()
     if path is not None:

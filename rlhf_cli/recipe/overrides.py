@@ -1,4 +1,4 @@
-"""Settings given on the command line: `--set a.b=c` and the flags that are short for it."""
+"""Settings from the command line: `--set a.b=c` and flags."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Override:
     """One setting from the command line.
 
     Attributes:
-        place: which setting.
-        document: its value, with the text it was written as.
-        origin: how messages and `recipe show` name it: `--set ppo.steps=3`, `--seed 7`.
+        place: the setting.
+        document: its value, with the text as written.
+        origin: the command-line text shown in messages and `recipe show`, such as `--set ppo.steps=3` or `--seed 7`.
     """
 
     place: Place
@@ -25,12 +25,12 @@ class Override:
 
 
 def override(place: str, value: Any, origin: str) -> Override:
-    """An override whose value is taken as it is, not parsed: a path may look like a number."""
+    """Return an override with a value that is not parsed: a path may look like a number."""
     return Override(_split(place), Document(value), origin)
 
 
 def parse_set(text: str) -> Override:
-    """Parse `a.b=c`; raises `BadSetting` with what is wrong."""
+    """Parse `a.b=c`; raises `BadSetting`."""
     origin = f"--set {text}"
     name, equals, value = text.partition("=")
     name = name.strip()
@@ -42,18 +42,18 @@ def parse_set(text: str) -> Override:
         raise BadSetting(f"{origin}: {error.problem}") from None
 
 
-class BadSetting(Exception):  # noqa: N818  (internal: the loader collects these beside the recipe's own problems)
-    """A command-line setting that cannot be carried out."""
+class BadSetting(Exception):  # noqa: N818  (internal: the loader collects these with the problems of the recipe)
+    """A command-line setting that cannot be applied."""
 
 
 @dataclass
 class Layers:
-    """The recipe's plain values with where each came from.
+    """The plain values of a recipe and their origins.
 
     Attributes:
         data: nested dicts, lists and scalars.
-        origins: place -> `file:line` or the command-line text it came from.
-        texts: place -> scalar as written.
+        origins: key path -> `file:line` or command-line text.
+        texts: key path -> scalar as written.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -61,11 +61,11 @@ class Layers:
     texts: dict[Place, str] = field(default_factory=dict)
 
     def origin(self, place: Place) -> str | None:
-        """Where a value, or the nearest value around it, came from."""
+        """Return the origin of a value, or of the closest enclosing value."""
         for length in range(len(place), 0, -1):
             if place[:length] in self.origins:
                 return self.origins[place[:length]]
-        return self.origins.get(())  # the recipe as a whole: its file, no line
+        return self.origins.get(())  # the whole recipe: a file without a line
 
     def add_file(self, name: str, document: Document) -> None:
         """Start from a recipe file."""
@@ -75,7 +75,7 @@ class Layers:
         self.texts = dict(document.texts)
 
     def add(self, override: Override) -> None:
-        """Put one override in its place, making the sections on the way; raises `BadSetting`."""
+        """Apply one override, creating missing sections; raises `BadSetting`."""
         here: Any = self.data
         *way, last = override.place
         for depth, key in enumerate(way):
@@ -96,7 +96,7 @@ class Layers:
             here[key] = {}
             self.origins[place] = override.origin
         if not isinstance(here[key], dict | list):
-            raise BadSetting(f"{override.origin}: `{dotted(place)}` is one value and has no settings of its own")
+            raise BadSetting(f"{override.origin}: `{dotted(place)}` is a single value and has no settings")
         return here[key]
 
     def _assign(self, here: Any, key: Key, override: Override) -> None:
@@ -111,19 +111,19 @@ class Layers:
     def _index(here: list[Any], key: Key, override: Override, depth: int, past_end: int = 0) -> int:
         name = dotted(override.place[:depth])
         if not isinstance(key, int):
-            raise BadSetting(f"{override.origin}: `{name}` is a list; name an entry by number, such as `{name}.0`")
+            raise BadSetting(f"{override.origin}: `{name}` is a list; give the number of an entry, such as `{name}.0`")
         if key >= len(here) + past_end:
             raise BadSetting(f"{override.origin}: `{name}` has {len(here)} entries, numbered from 0")
         return key
 
     def _forget(self, place: Place) -> None:
-        """What stood at and under a place that is being replaced."""
+        """Forget the origins and texts of a value that is replaced."""
         for table in (self.origins, self.texts):
             for old in [known for known in table if known[: len(place)] == place]:
                 del table[old]
 
     def open_sections(self) -> None:
-        """A section's bare key, `ppo:`, asks for the section with its defaults; `ppo: null` asks for none."""
+        """Create sections given as a bare key: `ppo:` means the section with its defaults, `ppo: null` means none."""
         for place, text in self.texts.items():
             if text == "" and is_section(place):
                 self._open(place)
@@ -132,7 +132,7 @@ class Layers:
         here: Any = self.data
         for key in place[:-1]:
             here = here[key]
-        if here[place[-1]] is None:  # else an override filled it since
+        if here[place[-1]] is None:  # otherwise an override has filled it
             here[place[-1]] = {}
 
 

@@ -1,4 +1,4 @@
-"""Pydantic's findings in the words of STYLE: lower case, the setting, the value received, what was expected."""
+"""Messages for pydantic's validation errors: the setting, what was expected, and the value received."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_cli.recipe.overrides import Layers
 
 
 def explain(error: ValidationError, layers: Layers) -> list[str]:
-    """All problems of a recipe, each with its place, in the order of the file, none twice."""
+    """Return all problems of a recipe with their locations, in file order, without duplicates."""
     found: dict[str, None] = {}
     seen: dict[Place, list[Any]] = {}
     for detail in error.errors(include_url=False):
@@ -32,7 +32,7 @@ def _order(origin: str | None) -> tuple[int, int]:
 
 
 def _place(loc: tuple[Any, ...]) -> Place:
-    """Pydantic's location without the names of union members (`lora.target_modules.str`)."""
+    """Return a pydantic location as a key path, without names of union members (`lora.target_modules.str`)."""
     place: Place = ()
     for key in loc:
         if isinstance(key, str) and section_at(place) is None and not _is_mapping(place):
@@ -48,7 +48,7 @@ def _is_mapping(place: Place) -> bool:
 
 def _texts(place: Place, details: list[Any], layers: Layers) -> Iterator[str]:
     kinds = {detail["type"] for detail in details}
-    if len(details) > 1 and kinds <= {"string_type", "list_type"}:  # the one union of the schema: text or a list of it
+    if len(details) > 1 and kinds <= {"string_type", "list_type"}:  # the only such union in the schema
         yield f"{_name(place)} must be text or a list of text; got {_shown(place, details[0]['input'], layers)}"
         return
     for detail in details:
@@ -68,7 +68,7 @@ def _text(place: Place, detail: Any, layers: Layers) -> str:
     if kind == "literal_error":
         return f"{name} must be {_choices(place, str(context['expected']))}; got {got}"
     if kind == "string_type":
-        quoted = " (put text that looks like something else in quotes)" if _scalar(detail["input"]) else ""
+        quoted = " (quote it to make it text)" if _scalar(detail["input"]) else ""
         return f"{name} must be text; got {got}{quoted}"
     return f"{name} must be {_expected(kind, context)}; got {got}"
 
@@ -88,8 +88,8 @@ _TYPES = {
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping of names",
-    "model_type": "a section with settings of its own",
-    "model_attributes_type": "a section with settings of its own",
+    "model_type": "a section with settings",
+    "model_attributes_type": "a section with settings",
 }
 
 
@@ -124,7 +124,7 @@ def _scalar(value: Any) -> bool:
 
 
 def _shown(place: Place, value: Any, layers: Layers) -> str:
-    """The value as it was written, shortened."""
+    """Return the value as written, shortened."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):
@@ -132,7 +132,7 @@ def _shown(place: Place, value: Any, layers: Layers) -> str:
     if isinstance(value, str):
         shown = f'"{value}"'
     else:
-        said = "nothing (null)" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        shown = layers.texts.get(place) or said  # a dictionary of words would call 0 false
+        plain = "nothing (null)" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        shown = layers.texts.get(place) or plain
     shown = shown.encode("unicode_escape").decode() if not shown.isprintable() else shown
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,4 +1,4 @@
-"""The recipe: settings that all stages share, and a section per stage of the registry."""
+"""The recipe: shared settings and one section per stage of the registry."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from rlhf_cli.stages.registry import REGISTRY, stages
 
 
 class _CheckedSettings(RunSettings):
-    """Settings that do not contradict one another."""
+    """Shared settings, with checks across sections."""
 
     @model_validator(mode="after")
     def _sections_fit_the_shared_settings(self) -> Self:
         if self.model.build is not None and self.value("sft") is None:
-            raise ValueError("`model.build` makes an untrained model, which needs an `sft` section")
+            raise ValueError("`model.build` creates an untrained model, which needs an `sft` section")
         for stage in stages():
             section = getattr(self, stage.section)
             if section is None:
                 continue
             if self.model.quantize != "none" and getattr(section, "adapter", None) == "none":
                 raise ValueError(
-                    f"`model.quantize` holds frozen weights, and `{stage.section}.adapter: none` trains all of them"
+                    f"`model.quantize` freezes the weights, but `{stage.section}.adapter: none` trains all of them"
                 )
             stage.check(section, self)
         return self
 
     def section(self, stage: str) -> StageSection | None:
-        """The section of a stage, by the stage's name; None where the recipe has none."""
+        """Return the section of a stage by the stage's name; None if the recipe has none."""
         return getattr(self, stage.replace("-", "_"))
 
 
 if TYPE_CHECKING:
 
     class Recipe(_CheckedSettings):
-        """See below."""
+        """The recipe, for type checkers: the real class is created below from the registry."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -45,7 +45,7 @@ else:
     Recipe = create_model(
         "Recipe",
         __base__=_CheckedSettings,
-        __doc__="A run: the stages whose sections are present, in their order.",
+        __doc__="A run of the stages whose sections are present, in pipeline order.",
         **{
             stage.section: (stage.settings | None, Field(default=None, description=REGISTRY[stage.name][1]))
             for stage in stages()

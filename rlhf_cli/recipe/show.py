@@ -1,4 +1,4 @@
-"""`recipe show`: every setting with its origin, as YAML that can be run again."""
+"""`recipe show`: every setting with its origin, as a YAML recipe."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rlhf_cli.stages.registry import REGISTRY, stages
 
 _NOTE_COLUMN = 44
 _PLAIN = re.compile(r"[A-Za-z0-9_./~][\w./~@+-]*(:[\w./~@+-]+)*( [\w./~@+-]+)*")
-"""Text that means itself without quotes, in a block and inside brackets; everything else is quoted."""
+"""Text that needs no quotes, in block and flow style; all other text is quoted."""
 
 
 def as_json(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Any]:
-    """Settings, the origin of each leaf, derived sizes, and which stages write where."""
+    """Return settings, origin of each leaf, derived sizes, run directory and stages that run."""
     recipe = loaded.recipe
     return {
         "settings": recipe.model_dump(mode="json"),
@@ -33,25 +33,26 @@ def as_json(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Any]:
 
 
 def as_yaml(loaded: LoadedRecipe, run_dir: Path) -> str:
-    """The same for people: a valid recipe whose comments say where each value came from."""
+    """Return a valid recipe whose comments give the origin of each value and the derived sizes."""
     recipe = loaded.recipe
     lines = _section(recipe, (), loaded)
     running = [stage.name for stage in stages() if recipe.section(stage.name) is not None]
     absent = [name for name in REGISTRY if name not in running]
-    lines += ["", "# what follows from these"]
+    lines += ["", "# derived sizes"]
     for section, rows in derived_sizes(recipe).items():
         lines += [
-            f"#   {section}: {what}: {f'{size:,}' if isinstance(size, int) else size}" for what, size in rows.items()
+            f"#   {section}: {quantity}: {f'{size:,}' if isinstance(size, int) else size}"
+            for quantity, size in rows.items()
         ]
-    lines += ["", f"# stages that run: {', '.join(running) or 'none'}"]
+    lines += ["", f"# stages to run: {', '.join(running) or 'none'}"]
     if absent:
-        lines.append(f"# no section, so these do not run: {', '.join(absent)}")
-    lines.append(f"# written to: {run_dir}/STAGE/")
+        lines.append(f"# stages without a section, not run: {', '.join(absent)}")
+    lines.append(f"# output: {run_dir}/STAGE/")
     return "\n".join(lines) + "\n"
 
 
 def derived_sizes(recipe: Recipe) -> dict[str, dict[str, int | str]]:
-    """Section -> what -> figure: sizes that follow from the settings of the stages that run."""
+    """Return section -> quantity -> value: sizes derived from the settings of the stages that run."""
     found = {}
     for stage in stages():
         section = recipe.section(stage.name)
@@ -86,7 +87,7 @@ def _noted(line: str, origin: str) -> str:
 
 
 def scalar(value: Any) -> str:
-    """A value in YAML's flow form, so that reading it again gives the same value."""
+    """Return a value in YAML flow style; parsing it gives the same value."""
     if isinstance(value, str):
         return value if _PLAIN.fullmatch(value) and plain_scalar(value) == value else _quoted(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What every recipe section shares: strict, frozen, documented by the docstring under each field."""
+"""Base classes and field types of recipe sections: strict, frozen, documented by the docstring under each field."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 
 class Section(BaseModel):
-    """A section of a recipe: unknown keys are errors, values are finite and of their own type, nothing changes."""
+    """A section of a recipe: immutable; unknown keys, non-finite numbers and values of another type are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     def changed(self, *names: str) -> list[str]:
-        """Those of these settings that differ from their defaults: what `recipe show` writes out means nothing yet."""
+        """Return those of the named settings that differ from their defaults."""
         return [
             name
             for name in names
@@ -27,59 +27,59 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _whole(cls, value: Any, info: ValidationInfo) -> Any:
-        """`1e3` is a whole number to a person, and a float to YAML."""
+        """Accept `1e3` for a whole number: YAML reads it as a float."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         wants_whole = any(part is int or int in get_args(part) for part in (annotation, *get_args(annotation)))
         return int(value) if wants_whole and isinstance(value, float) and value.is_integer() else value
 
 
 class StageSection(Section):
-    """The section of a stage."""
+    """Base class of a stage's section."""
 
     @property
     def loads_model(self) -> bool:
-        """Whether the stage loads any model into this process, so that the settings of `model` change its result."""
+        """Whether the stage loads a model into this process; if so, the `model` settings affect its result."""
         return True
 
 
 @dataclass(frozen=True)
 class Names:
-    """Marks a setting that names something outside the recipe; relative paths are looked up for it.
+    """Marks a setting that names something outside the recipe; relative paths are resolved.
 
     Attributes:
-        what: a model (folder or hub id), data (file, folder or hub data set), a text file, a Python function
-            (`file.py:function`), or a saved critic's folder, beside the words that name other starts.
+        what: "model" (folder or hub id), "data" (file, folder or hub data set), "file" (text file), "function"
+            (`file.py:function`), or "critic" (folder of a saved critic, or one of `CRITIC_WORDS`).
     """
 
     what: Literal["model", "data", "file", "function", "critic"]
 
     CRITIC_WORDS: ClassVar = ("auto", "reward-model", "policy")
-    """Values of a critic's start that are words and name no folder."""
+    """Values of `ppo.critic_from` that are keywords, not folders."""
 
     def leads_out(self, value: Any) -> bool:
-        """Whether a value names something outside the recipe, so that its content counts; a word counts itself."""
+        """Whether a value names something outside the recipe rather than being a keyword."""
         return not (self.what == "critic" and value in self.CRITIC_WORDS)
 
 
 @dataclass(frozen=True)
 class EffortOnly:
-    """Marks a setting that changes memory, speed or display, never what a stage learns: it may change at any time."""
+    """Marks a setting that affects memory, speed or display but not a stage's result: it may change at any time."""
 
 
 def _check_address(url: str | None) -> str | None:
     if url is not None and ("?" in url or "#" in url):
-        # What was typed is not repeated: people put keys here.
+        # The value is not repeated in the message: it may contain a key.
         raise ValueError(
-            "expected an address without a query (`?...`) and a fragment (`#...`), which would end up in files; a "
-            "token goes into an environment variable that `token_env` names"
+            "expected a URL without a query (`?...`) or fragment (`#...`), which would be written to files; put a "
+            "token into an environment variable and name it with `token_env`"
         )
     if url is not None and not url.startswith(("http://", "https://")):
-        raise ValueError(f"expected an address that begins with http:// or https://; got `{url}`")
+        raise ValueError(f"expected a URL that begins with http:// or https://; got `{url}`")
     return url
 
 
 def _check_variable(name: str | None) -> str | None:
-    # What was typed is not repeated: people put the token itself here.
+    # The value is not repeated in the message: it may be the token itself.
     if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("expected the name of an environment variable, such as REWARD_TOKEN, not a token")
     return name

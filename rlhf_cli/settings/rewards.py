@@ -1,4 +1,4 @@
-"""The section of one reward. It is declared here, below `rewards/`, because the HTTP reward takes it as it is."""
+"""The section of one reward. It is declared here, below `rewards/`, because the HTTP reward uses it directly."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from rlhf_cli.settings.base import Address, Effort, EffortOnly, ModelName, Names
 
 
 class PPORewardSettings(Section):
-    """One reward beside the reward model, with exactly one of `function`, `model` and `url`. All receive text."""
+    """A reward in addition to the reward model: exactly one of `function`, `model` and `url`. Each receives text."""
 
     function: Annotated[str | None, Names("function")] = None
-    """`package.module:function` or `file.py:function`; see `label.function`."""
+    """Reward function, as `file.py:function` or `package.module:function`; see `label.function`."""
     model: ModelName = None
-    """Another reward model: folder or hub id of one of ours, or of any transformers classifier with one label."""
+    """Folder or hub id of a further reward model: one made by `train-rm` or any transformers classifier with one
+    label."""
     url: Address = None
-    """An HTTP endpoint; docs/rewards.md describes request and response."""
+    """URL of an HTTP endpoint; docs/rewards.md describes request and response."""
     weight: float = 1.0
-    """Factor on this reward before rewards are combined; not 0."""
+    """Factor applied to this reward before rewards are combined; not 0."""
     token_env: VariableName = None
-    """Environment variable whose value is sent to `url` as a bearer token."""
+    """Environment variable that holds the bearer token for `url`."""
     timeout: Annotated[Positive, EffortOnly()] = 30.0
-    """Seconds per attempt at `url`, from resolving the host to the last byte of the response."""
+    """Timeout of one attempt at `url`, in seconds, from name resolution to the last byte of the response."""
     retries: Annotated[int, Field(ge=0), EffortOnly()] = 5
     """Retries per request to `url` after a temporary failure."""
     request_size: Effort = 64

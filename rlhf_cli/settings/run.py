@@ -1,4 +1,4 @@
-"""Settings that all stages of a run share."""
+"""Top-level settings, shared by all stages of a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rlhf_cli.settings.shared import DataSettings, ModelSettings, TrackingSettin
 
 
 class RunSettings(Section):
-    """A run without its stages; `rlhf_cli.recipe.schema.Recipe` adds a section per stage."""
+    """The shared settings of a run; `rlhf_cli.recipe.schema.Recipe` adds one section per stage."""
 
     name: str = "default"
-    """Names the run directory, `runs/NAME`."""
+    """Name of the run; the run directory is `runs/NAME` by default."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of everything random."""
+    """Seed of all random number generators."""
     model: ModelSettings = ModelSettings()
     """The base model."""
     data: DataSettings = DataSettings()
-    """Data settings that the stages share."""
+    """Data settings shared by the stages."""
     tracking: TrackingSettings = TrackingSettings()
-    """Where metrics go besides `metrics.jsonl`."""
+    """Metric trackers in addition to `metrics.jsonl`."""
     stall_seconds: Annotated[Positive | None, EffortOnly()] = None
-    """A stage that makes no progress for this many seconds prints its stacks and ends; null waits forever."""
+    """Seconds without progress after which a stage prints its stack traces and ends; null waits forever."""
 
     @field_validator("name")
     @classmethod
@@ -41,7 +41,7 @@ class RunSettings(Section):
         return Path("runs") / self.name
 
     def value(self, setting: str) -> Any:
-        """A setting by its dotted name, such as `ppo.model`; None where a section on the way is absent."""
+        """Return a setting by its dotted name, such as `ppo.model`; None if a section on the path is absent."""
         found: Any = self
         for key in setting.split("."):
             found = getattr(found, key, None)

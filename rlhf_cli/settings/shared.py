@@ -23,57 +23,58 @@ from rlhf_cli.settings.base import (
 )
 
 OUR_ATTENTION = ("auto", "reference", "tiled", "torch", "triton")
-"""What `rlhf_cli.attention.registry.names` gives, known here without torch."""
+"""The names in `rlhf_cli.attention.registry`, repeated here to avoid importing torch."""
 THEIR_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Names that transformers knows, of attention that can train."""
+"""Attention implementations of transformers that support training."""
 
 
 def is_own_function(attention: str) -> bool:
-    """Whether a `model.attention` is `package.module:function`; the hub's kernels, `owner/name:function`, are not."""
+    """Whether `model.attention` is `package.module:function`, as opposed to a hub kernel, `owner/name:function`."""
     return ":" in attention and "/" not in attention.partition(":")[0]
 
 
 class BuildSettings(Section):
-    """A new, randomly initialized transformer with a byte-level BPE tokenizer trained on `sft.data`. The defaults are
-    Llama's parts; docs/transformer.md says what each part is."""
+    """A new, randomly initialized transformer with a byte-level BPE tokenizer trained on `sft.data`. The defaults
+    follow Llama; docs/transformer.md explains each part."""
 
     hidden_size: Annotated[int, Field(ge=16, multiple_of=2)] = 128
     """Width of the residual stream."""
     layers: Count = 4
-    """Transformer blocks; an encoder-decoder has as many of each kind."""
+    """Number of transformer blocks; an encoder-decoder has this many in the encoder and in the decoder."""
     heads: Count = 4
-    """Attention heads; divides `hidden_size`."""
+    """Number of attention heads; must divide `hidden_size` unless `head_dim` is given."""
     key_heads: Count | None = None
-    """Heads of keys and values, each shared by as many attention heads; divides `heads`. Null is one for each."""
+    """Number of key/value heads (grouped-query attention); must divide `heads`. Null is equal to `heads`."""
     feed_forward_size: Count = 384
-    """Width inside the feed-forward part."""
+    """Hidden width of the feed-forward network."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
-    """Most tokens the tokenizer may hold, special ones included."""
+    """Maximum vocabulary size of the tokenizer, special tokens included."""
     context_length: Annotated[int, Field(ge=8)] = 256
-    """Longest sequence in tokens."""
+    """Maximum sequence length in tokens."""
     architecture: Literal["decoder", "encoder-decoder"] = "decoder"
-    """`decoder` reads prompt and answer as one text. `encoder-decoder` reads the prompt both ways; it cannot be a
-    reward model, so `train_rm` then needs another `model`. An encoder alone writes no text and is not on offer."""
+    """`decoder` processes prompt and completion as one sequence. `encoder-decoder` encodes the prompt bidirectionally;
+    it cannot be a reward model, so `train_rm` then needs another `model`."""
     positions: Literal["sinusoidal", "learned", "rotary"] = "rotary"
-    """`sinusoidal` as in 2017 (embeddings are then multiplied by the root of `hidden_size`), `learned` as in GPT-2, or
-    `rotary`."""
+    """Position encoding: `sinusoidal` as in Vaswani et al. 2017 (embeddings are then multiplied by the square root of
+    `hidden_size`), `learned` as in GPT-2, or `rotary`."""
     norm: Literal["layer", "rms"] = "rms"
-    """LayerNorm, or RMSNorm, which leaves out the mean."""
+    """LayerNorm or RMSNorm (which does not subtract the mean)."""
     norm_placement: Literal["pre", "post"] = "pre"
-    """`post`: norm(x + part(x)), as in 2017. `pre`: x + part(norm(x)), as since GPT-2; it bears higher
+    """`post`: norm(x + f(x)), as in Vaswani et al. 2017. `pre`: x + f(norm(x)), as in GPT-2; it tolerates higher
     learning rates."""
     feed_forward: Literal["relu", "gelu", "gelu-tanh", "swiglu"] = "swiglu"
-    """Nonlinearity of the feed-forward part; `swiglu` has a third matrix."""
+    """Activation of the feed-forward network; `swiglu` adds a third matrix."""
     biases: Literal["none", "feed-forward", "all"] = "none"
-    """Biases of linear maps: `none` as in Llama, `feed-forward` as in 2017 (attention has none), `all` as in GPT-2."""
+    """Biases of linear layers: `none` as in Llama, `feed-forward` (none in attention) as in Vaswani et al. 2017, `all`
+    as in GPT-2."""
     head_dim: Count | None = None
-    """Size of a head. Null is `hidden_size` / `heads`."""
+    """Dimension of an attention head. Null is `hidden_size` / `heads`."""
     rope_base: Positive = 10_000.0
-    """Base of rotary frequencies: larger turns slower, for longer contexts. Only with rotary positions."""
+    """Base of the rotary frequencies; a larger base suits longer contexts. Only with `positions: rotary`."""
     norm_eps: Positive = 1e-6
-    """Added to the variance, or to the mean square, by norms."""
+    """Epsilon of the norms, added to the variance (LayerNorm) or mean square (RMSNorm)."""
     tied_embeddings: bool = False
-    """One matrix for embeddings and output."""
+    """Use one matrix for the input embeddings and the output layer."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -82,10 +83,10 @@ class BuildSettings(Section):
         if self.heads % (self.key_heads or 1):
             raise ValueError(f"`key_heads` must divide `heads`; got {self.key_heads} and {self.heads}")
         if self.positions == "rotary" and (self.head_dim or 0) % 2:
-            raise ValueError(f"rotary positions need heads of even size; got `head_dim: {self.head_dim}`")
+            raise ValueError(f"rotary positions need an even head dimension; got `head_dim: {self.head_dim}`")
         if self.positions == "rotary" and self.head_dim is None and self.hidden_size // self.heads % 2:
             raise ValueError(
-                f"rotary positions need heads of even size; got {self.hidden_size} / {self.heads} = "
+                f"rotary positions need an even head dimension; got {self.hidden_size} / {self.heads} = "
                 f"{self.hidden_size // self.heads}"
             )
         if self.positions != "rotary" and self.rope_base != type(self).model_fields["rope_base"].default:
@@ -94,32 +95,32 @@ class BuildSettings(Section):
 
 
 class ModelSettings(Section):
-    """The base model every stage starts from, and how it is held and computed."""
+    """The base model that every stage starts from: its weights, precision, attention and device."""
 
     path: ModelName = None
-    """Folder or hub id of the base model. Exclusive with `build`."""
+    """Folder or hub id of the base model. Mutually exclusive with `build`."""
     build: BuildSettings | None = None
-    """Make a small model from nothing instead of loading one."""
+    """Create a small, randomly initialized model instead of loading one."""
     revision: str | None = None
-    """Commit, tag or branch on the hub."""
+    """Commit, tag or branch of the model on the hub; null is `main`."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Needs a pinned `revision`."""
+    """Run the Python code in the model's repository. Needs a pinned `revision`."""
     quantize: Literal["none", "4bit", "8bit"] = "none"
-    """Hold the frozen weights under LoRA adapters in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs
-    bitsandbytes."""
+    """Store the frozen weights under LoRA adapters in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+    Needs bitsandbytes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of frozen weights; `auto` is that of `precision`. Trained weights are always float32."""
+    """Data type of frozen weights; `auto` uses `precision`. Trained weights are always float32."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products. `auto`: bfloat16 where the hardware multiplies it natively, else float32."""
+    """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively, else float32."""
     attention: str = "auto"
-    """How attention is computed: one of our backends (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list`
-    says which run here), `auto` for the fastest that serves, `package.module:function` for your own, or transformers'
-    `sdpa` and `eager`, which read padded batches."""
+    """Attention backend: a built-in one (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list` says which run
+    on this machine), `auto` for the fastest one available, `package.module:function` for your own, or one of
+    transformers (such as `sdpa` or `eager`), which use padded batches."""
     device: Annotated[str, EffortOnly()] = "auto"
-    """`auto` (CUDA where there is one, else the CPU), `cpu` or `cuda`. CUDA_VISIBLE_DEVICES chooses one of several."""
+    """`cpu`, `cuda` or `auto` (CUDA if available, else the CPU). Select a GPU with CUDA_VISIBLE_DEVICES."""
     threads: Annotated[int | None, Field(ge=1), EffortOnly()] = None
-    """CPU threads; null leaves it to torch (all cores). Models of a few million weights are about as fast with one, and
-    then other work on the machine cannot make the threads wait for one another."""
+    """Number of CPU threads; null is the default of torch (all cores). For models of a few million parameters one
+    thread is about as fast, and less sensitive to other load on the machine."""
 
     @field_validator("attention")
     @classmethod
@@ -130,37 +131,37 @@ class ModelSettings(Section):
         near = difflib.get_close_matches(attention.strip().lower(), known, n=1, cutoff=0.6)
         meant = f", did you mean `{near[0]}`?" if near else ""
         raise ValueError(
-            f"expected one of {', '.join(known)}, `package.module:function` or a kernel's `owner/name`"
+            f"expected one of {', '.join(known)}, `package.module:function` or a hub kernel, `owner/name`"
             f"; got `{attention}`{meant}"
         )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.dtype == "bfloat16" and self.precision == "float32":
-            raise ValueError("`dtype: bfloat16` computes in bfloat16 and so contradicts `precision: float32`")
+            raise ValueError("`dtype: bfloat16` contradicts `precision: float32`")
         if self.path is not None and self.build is not None:
-            raise ValueError("`path` and `build` exclude each other: load a model or make one")
+            raise ValueError("`path` and `build` are mutually exclusive: load a model or create one")
         if self.trust_remote_code and self.revision is None:
-            raise ValueError("`trust_remote_code` needs a pinned `revision`: the commit whose code you read")
+            raise ValueError("`trust_remote_code` needs a pinned `revision`: the commit whose code you reviewed")
         return self
 
 
 class DataSettings(Section):
-    """What the stages share about data."""
+    """Data settings shared by the stages."""
 
     prompts: DataName = None
-    """Prompt records for `label`, `ppo` and `evaluate`, where those name none: a file, folder or hub data set."""
+    """Default prompt records of `label`, `ppo` and `evaluate`: a file, folder or hub data set."""
     holdout: OpenShare = 0.1
-    """Share of prompts kept from every training stage. Chosen by a hash of the prompt, so the same in all stages."""
+    """Share of prompts held out from training, selected by a hash of the prompt: the same prompts in every stage."""
     max_skip: Annotated[Share, EffortOnly()] = 0.01
-    """The run fails when a larger share of a file's records has to be skipped."""
+    """Maximum share of a file's records that may be skipped; above it the run fails."""
     columns: dict[str, str] = Field(default={})
-    """Fields of your files under other names: `{ours: yours}`, such as `{prompt: question, completion: answer}`."""
+    """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`."""
     prompt_template: str | None = None
-    """How a prompt that is plain text reaches the model: null as it is; `chat` as one user message through the
-    tokenizer's chat template; else text around `{prompt}`. Conversations always use the chat template."""
+    """Format of plain-text prompts: null uses the text as it is; `chat` makes it one user message in the tokenizer's
+    chat template; any other value is text that contains `{prompt}` once. Conversations always use the chat template."""
     max_prompt_tokens: Count = 512
-    """Records with a longer prompt are skipped and counted."""
+    """Maximum prompt length in tokens; records with longer prompts are skipped and counted."""
 
     @field_validator("prompt_template")
     @classmethod
@@ -171,12 +172,13 @@ class DataSettings(Section):
 
 
 class TrackingSettings(Section):
-    """Trackers that get every metric beside the `metrics.jsonl` of each stage. What they show changes nothing."""
+    """Trackers that receive every metric, in addition to each stage's `metrics.jsonl`."""
 
     trackers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], EffortOnly()] = Field(default=[])
-    """Which; each must be installed. `tensorboard` writes into `RUN/tracking`, the others as their own settings say."""
+    """Names of trackers, each of which must be installed. `tensorboard` writes to `RUN/tracking`; the others use their
+    own configuration."""
     project: Annotated[str, EffortOnly()] = "rlhf"
-    """Project that the runs are grouped under."""
+    """Project name under which trackers group the runs."""
 
 
 class LoraSettings(Section):
@@ -185,44 +187,44 @@ class LoraSettings(Section):
     rank: Count = 16
     """Rank of the update."""
     alpha: Positive = 32.0
-    """Scale of the update; it is multiplied by alpha / rank."""
+    """The update is multiplied by alpha / rank."""
     dropout: OpenShare = 0.0
-    """Dropout on the adapter's input, in training only. PPO takes none: both of its passes must agree."""
+    """Dropout on the adapter's input during training. Must be 0 in PPO, where rollout and update have to agree."""
     target_modules: str | list[str] = "all-linear"
-    """Which layers are adapted: `all-linear` or names of modules."""
+    """Layers that get an adapter: `all-linear`, or module names."""
 
 
 class TrainingSettings(StageSection):
-    """Optimization settings that every training stage has."""
+    """Optimization settings of the supervised training stages."""
 
     learning_rate: Positive
     """Peak learning rate of AdamW."""
     batch_size: Count
-    """Records in one optimizer step, all processes and micro-batches together."""
+    """Records per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Effort = 8
-    """Records in one forward and backward pass. Changes memory and speed, never the result."""
+    """Records per forward and backward pass, per process. Affects memory and speed, not the result."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to at most this norm."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     warmup_share: Share = 0.03
-    """Share of the steps over which the learning rate rises from zero."""
+    """Share of the optimizer steps over which the learning rate rises from zero."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     gradient_checkpointing: EffortFlag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: Effort = 50
-    """Optimizer steps between two checkpoints, from which a killed run goes on."""
+    """Optimizer steps between checkpoints. An interrupted run resumes from the last checkpoint."""
 
 
 class SamplingSettings(Section):
-    """How answers are drawn. Logits are divided by the temperature, then cut to the nucleus."""
+    """How completions are sampled: temperature first, then nucleus (top-p) sampling."""
 
     temperature: Positive = 1.0
-    """1 samples from the model as it is; lower is more greedy."""
+    """Logits are divided by this; 1 samples from the model's own distribution, lower values are greedier."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Smallest set of tokens with at least this probability is kept."""
+    """Sample from the smallest set of tokens whose total probability is at least this."""
     max_new_tokens: Count = 128
-    """Longest answer in tokens."""
+    """Maximum completion length in tokens."""
     batch_size: Effort = 32
-    """Answers sampled at once. Changes memory and speed only."""
+    """Completions sampled in one batch. Affects memory and speed only."""

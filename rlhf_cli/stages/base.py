@@ -1,8 +1,8 @@
-"""What a stage declares, what it is given and what it returns.
+"""Declaration, context and outcome of a stage.
 
-A stage is a folder of this package. Its `stage.py` declares one `Stage`; `stages/registry.py` has a line for it. The
-planner, the checks before a run, `recipe show`, `--help` and the documentation read the declaration, which imports no
-torch. The work is in the module that the declaration names, by convention `run.py`.
+A stage is a folder of this package. Its `stage.py` declares one `Stage`, and `stages/registry.py` lists it in one line.
+The planner, the preflight checks, `recipe show`, `--help` and the documentation read the declaration, which imports no
+torch. The declaration names the module that does the work, by convention `run.py`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.inputs import InputFinder, StageInputs
 
 KEPT = "kept"
-"""Folder of a run directory that no command of ours empties."""
+"""Folder of a run directory that no command deletes from."""
 
 S = TypeVar("S", bound=StageSection)
 I = TypeVar("I", bound=StageInputs)  # noqa: E741  (the pair S, I is used as a type parameter list only)
 
 Sizes = Mapping[str, int | str]
-"""What is derived -> figure: sizes that follow from settings, shown by `recipe show`."""
+"""Quantity -> value: sizes derived from settings, shown by `recipe show`."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A command-line option of a stage that is short for one setting.
+    """A command-line option that sets one setting of the recipe.
 
     Attributes:
         option: such as `--reward-model`.
         setting: dotted, such as `ppo.reward_model`.
         help: one line.
-        metavar: what the value is, such as MODEL.
+        metavar: placeholder of the value in the help, such as MODEL.
         kind: type of the value.
-        repeatable: the option may be given several times; the setting is a list.
-        entry: of a repeatable option: each value becomes `{entry: value}` in the list, which several options may fill.
+        repeatable: whether the option may be given several times; the setting is then a list.
+        entry: for a repeatable option, each value becomes `{entry: value}` in the list. Several options may fill one
+            list.
     """
 
     option: str
@@ -51,7 +52,7 @@ class Flag:
 
     @property
     def name(self) -> str:
-        """Name of the parameter: `reward_model`."""
+        """Name of the Python parameter, such as `reward_model`."""
         return self.option.removeprefix("--").replace("-", "_")
 
 
@@ -60,9 +61,9 @@ class StageOutcome:
     """What a stage returns.
 
     Attributes:
-        metrics: figures for the manifest, the closing table and `--json`.
+        metrics: metrics for the manifest and `--json`.
         skipped: reason -> number of skipped records.
-        summary: (what, figure) rows of the closing table.
+        summary: (metric, value) rows for the summary table.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -72,17 +73,17 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class StageContext(Generic[S, I]):
-    """What a stage is given.
+    """Everything a stage receives when it runs.
 
     Attributes:
-        stage: its declaration.
-        settings: its section of the recipe.
-        inputs: what it reads.
-        recipe: settings that all stages share: seed, model, data, tracking.
-        output: folder to write the artifact into; renamed into place when the stage returns.
-        work: folder that survives a killed attempt, for step checkpoints and partial samples; removed when the stage is
-            done.
-        stop: tells whether a signal asked the run to stop.
+        stage: the stage's declaration.
+        settings: the stage's section of the recipe.
+        inputs: the stage's inputs.
+        recipe: the shared settings: seed, model, data, tracking.
+        output: folder to write the artifact to; renamed into place when the stage returns.
+        work: folder that survives an interrupted attempt, for step checkpoints and partial samples; removed when the
+            stage is done.
+        stop: whether a signal requested a stop.
         tracked: dotted settings that the result depends on, for trackers.
     """
 
@@ -97,24 +98,24 @@ class StageContext(Generic[S, I]):
 
     @property
     def kept(self) -> Path:
-        """Folder for what cannot be computed again (labels by people, paid verdicts); `--force` leaves it alone.
+        """Folder for what cannot be computed again (human labels, paid verdicts); `--force` does not touch it.
 
-        The stage makes it when it has something to keep.
+        The stage creates it when it has something to keep.
         """
         return self.output.parent / KEPT / self.stage.name
 
 
 def no_sizes(settings: Any, recipe: RunSettings) -> Sizes:
-    """Sizes of a stage from whose settings none follow."""
+    """Default of `Stage.sizes`: no derived sizes."""
     return {}
 
 
 def no_check(settings: Any, recipe: RunSettings) -> None:
-    """Check of a stage whose settings contradict no shared ones."""
+    """Default of `Stage.check`: every combination with the shared settings is valid."""
 
 
 def no_bytes(settings: Any, model_bytes: int) -> int:
-    """Disk space of a stage that writes no weights."""
+    """Default of `Stage.disk_bytes`: the stage writes no weights."""
     return 0
 
 
@@ -123,17 +124,17 @@ class Stage(Generic[S, I]):
     """A stage of the pipeline, declared once.
 
     Attributes:
-        name: of its command and of its folder in the run directory; its section of the recipe has `_` for `-`.
-        settings: class of its section.
-        inputs_type: record of what it reads.
-        inputs: finds it; raises `UsageError` for an input that is missing.
-        writes: what its artifact is, for messages.
-        module: with `run(context) -> StageOutcome`, which does the work; imported when the stage runs.
-        flags: options of its command.
-        sizes: sizes that follow from its settings.
-        check: raises `ValueError` where its settings contradict the shared ones.
-        disk_bytes: (settings, bytes of the base model in float32) -> bytes that it writes at most.
-        unaffected_by: shared settings, by dotted prefix, that do not change its result.
+        name: name of the command and of the folder in the run directory; the recipe section has `_` for `-`.
+        settings: class of the section.
+        inputs_type: class of the inputs.
+        inputs: finds the inputs; raises `UsageError` if one is missing.
+        writes: what the artifact is, for messages, such as "reward model".
+        module: module with `run(context) -> StageOutcome`, which does the work; imported when the stage runs.
+        flags: options of the command.
+        sizes: (settings, recipe) -> sizes derived from the settings.
+        check: raises `ValueError` if the section contradicts the shared settings.
+        disk_bytes: (settings, bytes of the base model in float32) -> upper bound of the bytes written.
+        unaffected_by: dotted prefixes of shared settings that do not affect the result.
     """
 
     name: str
@@ -150,7 +151,7 @@ class Stage(Generic[S, I]):
 
     @property
     def section(self) -> str:
-        """Key of its section in the recipe."""
+        """Key of the stage's section in the recipe."""
         return section_of(self.name)
 
 
@@ -160,15 +161,15 @@ def section_of(stage: str) -> str:
 
 
 def training_bytes(model_bytes: int, *, trained: int, written: int, kept: int) -> int:
-    """Disk space of a stage that trains and writes weights.
+    """Return the disk space of a stage that trains and writes weights, in bytes.
 
-    Models are written in float32. A checkpoint of a model trained in full holds its weights and AdamW's two moments;
-    while it is written there is one checkpoint more than are kept. Adapters are small beside that.
+    Models are written in float32. A checkpoint of a fully trained model holds its weights and the two moments of AdamW.
+    While a checkpoint is written, there is one more than the number kept. The size of adapters is neglected.
 
     Args:
-        model_bytes: of the base model in float32.
-        trained: models that are trained in full.
-        written: whole models in the artifact.
-        kept: step checkpoints that stay.
+        model_bytes: size of the base model in float32.
+        trained: number of models with all weights trained.
+        written: number of whole models in the artifact.
+        kept: number of step checkpoints kept.
     """
     return model_bytes * (written + 3 * trained * (kept + 1))

@@ -1,4 +1,4 @@
-"""What stages read: an earlier stage's artifact, the setting that replaces it, or a file of the user's."""
+"""Inputs of stages: the artifact of an earlier stage, a setting that replaces it, or a file of the user."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ InputKind = Literal["artifact", "model", "critic", "data", "file", "function", "
 
 @dataclass(frozen=True)
 class Input:
-    """One thing a stage reads.
+    """One input of a stage.
 
     Attributes:
-        kind: how it is checked and hashed.
+        kind: determines how the input is checked and hashed.
         source: folder, file, hub id, `file.py:function`, URL, or "build".
-        setting: the setting that named it, for messages; empty for an artifact.
+        setting: the setting that names it, for messages; empty for an artifact.
         upstream: the stage that writes it, for an artifact.
         records: kind of records, for data.
-        matters: whether the stage's result depends on its content. A URL counts as the setting that it is, and the base
-            model is shown to all stages and read by one.
+        matters: whether the stage's result depends on its content. False for a URL, which counts as a setting, and for
+            the base model in stages that do not read it.
         token_env: environment variable that must hold the token of a URL.
     """
 
@@ -39,37 +39,37 @@ class Input:
 
     @property
     def described(self) -> str:
-        """What it is, for messages about its content."""
+        """Description for messages about its content."""
         if self.upstream is not None:
-            return f"what `{self.upstream}` wrote"
+            return f"the output of `{self.upstream}`"
         return f"the content of `{self.setting}`"
 
 
 def source_of(given: Input | None) -> str | None:
-    """Source of an input that may be absent."""
+    """Return the source of an input; None if the input is absent."""
     return None if given is None else given.source
 
 
 def present(given: Input | None) -> str:
-    """Source of an input that the stage's settings make sure of."""
+    """Return the source of an input that the stage's settings guarantee."""
     assert given is not None
     return given.source
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """Everything a stage reads. A stage's own record adds fields of `Input`, `Input | None` or `tuple[Input, ...]`.
+    """All inputs of a stage. Subclasses add fields of type `Input`, `Input | None` or `tuple[Input, ...]`.
 
     Attributes:
-        base: the model before any training, where the recipe names one.
-        attention: the user's own attention function, where the recipe names one.
+        base: the model before any training, if the recipe names one.
+        attention: the user's attention function, if the recipe names one.
     """
 
     base: Input | None
     attention: Input | None
 
     def by_name(self) -> dict[str, Input]:
-        """All inputs by the name of their field; members of a tuple by `field.0`, `field.1`."""
+        """Return all inputs by field name; members of a tuple are `field.0`, `field.1`."""
         found: dict[str, Input] = {}
         for one in fields(self):
             value = getattr(self, one.name)
@@ -80,7 +80,7 @@ class StageInputs:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for other processes of the run."""
+        """Return plain values, to send to other processes of the run."""
         return asdict(self)
 
     @classmethod
@@ -96,7 +96,7 @@ class StageInputs:
 
 
 class Artifacts(Protocol):
-    """The artifacts of a run, as far as inputs are concerned."""
+    """The artifacts of a run, as `InputFinder` sees them."""
 
     @property
     def run_dir(self) -> Path:
@@ -104,25 +104,25 @@ class Artifacts(Protocol):
         ...
 
     def folder(self, stage: str) -> Path:
-        """Where a stage's artifact is or will be."""
+        """Return the folder of a stage's artifact, which may not exist yet."""
         ...
 
     def has(self, stage: str) -> bool:
-        """Whether the artifact exists, or is written before it is read."""
+        """Whether the artifact exists or will be written before it is read."""
         ...
 
     def writes(self, stage: str) -> str:
-        """What the stage's artifact is."""
+        """Return what the stage's artifact is, such as "reward model"."""
         ...
 
 
 class InputFinder:
-    """Finds the inputs of one stage; the rules that stages share stand here once.
+    """Finds the inputs of one stage, by rules shared by all stages.
 
     Args:
         stage: name of the stage.
-        recipe: resolved settings.
-        artifacts: of the run.
+        recipe: settings with resolved paths.
+        artifacts: artifacts of the run.
     """
 
     def __init__(self, stage: str, recipe: RunSettings, artifacts: Artifacts) -> None:
@@ -130,10 +130,10 @@ class InputFinder:
         self._section = stage.replace("-", "_")
 
     def shared(self, *, loads_model: bool, trains_base: bool = False) -> dict[str, Any]:
-        """The fields of `StageInputs`.
+        """Return the fields of `StageInputs`.
 
         Args:
-            loads_model: whether the stage loads any model, so that a function of the user's may compute its attention.
+            loads_model: whether the stage loads a model, whose attention a function of the user may compute.
             trains_base: whether the stage reads the base model itself.
         """
         from rlhf_cli.settings.shared import is_own_function
@@ -150,13 +150,13 @@ class InputFinder:
         return {"base": base, "attention": attention}
 
     def named(self, kind: InputKind, source: str | None, setting: str, records: Kind | None = None) -> Input | None:
-        """What a setting names; None where it names nothing. `setting` is relative to the stage's section."""
+        """Return the input that a setting names; None if it is null. `setting` is relative to the stage's section."""
         if source is None:
             return None
         return Input(kind, source, f"{self._section}.{setting}", records=records)
 
     def policy(self, setting: str, given: str | None) -> Input:
-        """The SFT model: what a setting names, else what `sft` writes, else the base model where no `sft` runs."""
+        """Return the SFT model: the one a setting names, else the output of `sft`, else the base model."""
         if given is not None:
             return Input("model", given, f"{self._section}.{setting}")
         if self._recipe.value("sft") is None and self._recipe.model.path is not None:
@@ -164,32 +164,32 @@ class InputFinder:
         return self.artifact("sft", setting)
 
     def artifact(self, writer: str, setting: str, *, file: str = "", also: str = "") -> Input:
-        """What an earlier stage writes.
+        """Return the artifact of an earlier stage.
 
         Args:
-            writer: the stage.
-            setting: of this stage, that names something else instead.
-            file: inside the artifact, if not all of it is read.
-            also: a further way out, for the hint.
+            writer: the earlier stage.
+            setting: the setting of this stage that can name another source.
+            file: file inside the artifact, if only that is read.
+            also: an alternative to add to the hint.
 
         Raises:
-            UsageError: the artifact does not exist, and no chosen stage writes it.
+            UsageError: the artifact does not exist, and no selected stage writes it.
         """
         if not self.artifacts.has(writer):
             raise self.missing(writer, setting, also=also)
         return Input("artifact", str(self.artifacts.folder(writer) / file), upstream=writer)
 
     def missing(self, writer: str, setting: str, *, also: str = "") -> UsageError:
-        """The error for an artifact that does not exist."""
+        """Return the error for an artifact that does not exist."""
         run_dir = self.artifacts.run_dir
         return UsageError(
-            f"no {self.artifacts.writes(writer)} in {run_dir}: `{self._stage}` reads what `{writer}` writes",
-            hint=f"run `rlhf {writer} --run-dir {run_dir}` first, or name one with "
+            f"no {self.artifacts.writes(writer)} in {run_dir}: `{self._stage}` reads the output of `{writer}`",
+            hint=f"run `rlhf {writer} --run-dir {run_dir}` first, or specify one with "
             f"`--set {self._section}.{setting}=PATH`{also}",
         )
 
     def prompts(self, own: str | None) -> Input:
-        """Prompt records: the stage's own setting, else `data.prompts`; raises `UsageError` where there are none."""
+        """Return the prompts: the stage's own setting, else `data.prompts`; raises `UsageError` if both are null."""
         section = self._section
         if own is not None:
             return Input("data", own, f"{section}.prompts", records="prompt")
@@ -197,6 +197,6 @@ class InputFinder:
         if shared is None:
             raise UsageError(
                 f"no prompts: `{section}` needs `{section}.prompts` or `data.prompts`",
-                hint="name a file, folder or hub data set with `--set data.prompts=PATH`",
+                hint="specify a file, folder or hub data set with `--set data.prompts=PATH`",
             )
         return Input("data", shared, "data.prompts", records="prompt")

@@ -1,4 +1,4 @@
-"""The stages of the pipeline in their order: one line per stage. A stage's module is imported when it is needed."""
+"""The stages of the pipeline in order, one line per stage. Modules are imported on demand."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "sft": ("rlhf_cli.stages.sft.stage", "Fine-tune the base model on demonstrations."),
     "label": ("rlhf_cli.stages.label.stage", "Sample completions and rank them, or import rankings."),
     "train-rm": ("rlhf_cli.stages.reward_model.stage", "Train a reward model on rankings or preferences."),
-    "ppo": ("rlhf_cli.stages.ppo.stage", "Train the policy against a reward, with a KL penalty to the SFT model."),
+    "ppo": ("rlhf_cli.stages.ppo.stage", "Train the policy with PPO and a KL penalty to the SFT model."),
     "evaluate": ("rlhf_cli.stages.evaluate.stage", "Compare the PPO policy with the SFT model on held-out prompts."),
 }
-"""Name of a stage and of its command -> module with its `STAGE`, and the line that `rlhf --help` shows."""
+"""Name of a stage and its command -> module that defines `STAGE`, and the line that `rlhf --help` shows."""
 
 
 def stage(name: str) -> Stage[Any, Any]:
-    """A stage's declaration."""
+    """Return a stage's declaration."""
     return importlib.import_module(REGISTRY[name][0]).STAGE
 
 
 def stages() -> list[Stage[Any, Any]]:
-    """All declarations, in the order of the pipeline."""
+    """Return all declarations in pipeline order."""
     return [stage(name) for name in REGISTRY]

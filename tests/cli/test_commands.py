@@ -101,9 +101,9 @@ def test_usage_errors(folder, arguments, said):
 def test_an_error_is_followed_by_a_blank_line_and_a_hint(folder):
     done = rlhf("run", "r.yaml", cwd=folder)
     assert done.stderr == (
-        "error: no reward model in runs/r: `ppo` reads what `train-rm` writes\n\n"
-        "hint: run `rlhf train-rm --run-dir runs/r` first, or name one with `--set ppo.reward_model=PATH`, "
-        "or give another reward with `--function` or `--reward-url`\n"
+        "error: no reward model in runs/r: `ppo` reads the output of `train-rm`\n\n"
+        "hint: run `rlhf train-rm --run-dir runs/r` first, or specify one with `--set ppo.reward_model=PATH`, "
+        "or use another reward with `--function` or `--reward-url`\n"
     )
 
 

@@ -44,7 +44,7 @@ def test_too_little_room_at_the_start_is_said_before_any_work(broken, monkeypatc
     usage = __import__("shutil").disk_usage(broken.folder)._replace(free=1_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     end = broken.run_here()
-    check(broken, end, "has 1.0 MB free; this run needs about ")
+    check(broken, end, "1.0 MB free, about ")
     assert broken.events() == []
 
 

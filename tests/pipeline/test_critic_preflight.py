@@ -45,9 +45,9 @@ def test_a_folder_counts_by_its_content(finished):
 @pytest.mark.parametrize(
     ("start", "said"),
     [
-        ("runs/toy/critic", "runs/toy/critic: no folder of a saved critic (`ppo.critic_from`)"),
-        ("base", "base: holds no saved critic (`ppo.critic_from`)"),
-        ("reward_model", "reward_model: no folder of a saved critic (`ppo.critic_from`)"),
+        ("runs/toy/critic", "runs/toy/critic: no such folder (`ppo.critic_from`)"),
+        ("base", "base: contains no saved critic (`ppo.critic_from`)"),
+        ("reward_model", "reward_model: no such folder (`ppo.critic_from`)"),
     ],
 )
 def test_what_is_no_saved_critic_is_found_before_the_first_stage(toy, start, said):

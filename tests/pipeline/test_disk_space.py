@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.errors import DiskError
-from rlhf_cli.pipeline.disk_space import check_room, disk_errors, in_words, model_bytes, needed_bytes
+from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, format_bytes, model_bytes, needed_bytes
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.registry import stage
 
@@ -44,10 +44,10 @@ def test_models_that_are_not_here_count_nothing():
 
 
 def test_too_little_room_says_both_figures(tmp_path):
-    with pytest.raises(DiskError, match=r"has .* free; this run needs about 1000000.0 TB") as caught:
-        check_room(tmp_path, 10**18)
+    with pytest.raises(DiskError, match=r"not enough disk space in .*: .* free, about 1000000.0 TB needed") as caught:
+        check_free_space(tmp_path, 10**18)
     assert caught.value.exit_code == 74
-    check_room(tmp_path, 1)
+    check_free_space(tmp_path, 1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
@@ -75,7 +75,7 @@ def save_well() -> None:
         raise DiskError("it needs 12 bytes") from error
 
 
-def test_what_was_said_of_a_full_disk_is_kept(tmp_path):
+def test_a_specific_disk_error_is_kept(tmp_path):
     with pytest.raises(DiskError, match="it needs 12 bytes"), disk_errors(tmp_path):
         save_well()
 
@@ -88,5 +88,5 @@ def test_other_errors_pass_through(tmp_path):
 @pytest.mark.parametrize(
     ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")]
 )
-def test_bytes_in_words(count, words):
-    assert in_words(count) == words
+def test_bytes_are_formatted_with_a_unit(count, words):
+    assert format_bytes(count) == words

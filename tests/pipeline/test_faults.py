@@ -41,7 +41,7 @@ def test_changed_setting_under_unfinished_work_is_refused_by_name(toy):
     assert refused.code == 2
     assert "unfinished `ppo`" in refused.stderr
     assert "`ppo.learning_rate` was 1e-05, now 1e-06; `ppo.steps` was 3, now 7" in refused.stderr
-    assert "hint: set it back to resume, or discard the unfinished work with `--force ppo`" in refused.stderr
+    assert "hint: undo the change to resume, or discard the unfinished work with `--force ppo`" in refused.stderr
     assert toy.ran() == []
     forced = toy.run("--set", "ppo.learning_rate=1e-6", "--force", "ppo")
     assert forced.code == 0
@@ -53,7 +53,7 @@ def test_a_change_upstream_of_unfinished_work_is_refused_before_anything_runs(to
     toy.ran()
     refused = toy.run("--set", "sft.epochs=2")
     assert refused.code == 2
-    assert "unfinished `ppo` that began differently: `sft`, which it reads, changes" in (refused.stderr)
+    assert "unfinished `ppo` that was started differently: its input from `sft` will change" in (refused.stderr)
     assert toy.ran() == []
 
 
@@ -89,7 +89,7 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
         record.write_text(damaged)
         refused = toy.run()
         assert refused.code == 2
-        assert "the record of what it began with is lost (runs/toy/.ppo.began.json is missing or damaged)" in (
+        assert "runs/toy/.ppo.began.json, which records its settings, is missing or damaged" in (
             " ".join(refused.stderr.split())
         )
     record.write_text(whole)
@@ -105,7 +105,7 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
         (lambda f: (f / "model.safetensors").write_text("x"), "has 1 bytes"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda f: (f / "manifest.json").write_text('{"format": 2, "st'), "manifest.json is torn"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is no manifest"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is not a manifest"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     ],
 )

@@ -7,10 +7,10 @@ import json
 import pytest
 
 MISSING_REWARD = """\
-error: no reward model in runs/toy: `ppo` reads what `train-rm` writes
+error: no reward model in runs/toy: `ppo` reads the output of `train-rm`
 
-hint: run `rlhf train-rm --run-dir runs/toy` first, or name one with `--set ppo.reward_model=PATH`, \
-or give another reward with `--function` or `--reward-url`
+hint: run `rlhf train-rm --run-dir runs/toy` first, or specify one with `--set ppo.reward_model=PATH`, \
+or use another reward with `--function` or `--reward-url`
 """
 
 
@@ -24,14 +24,14 @@ def test_missing_reward_model_in_the_words_of_the_style_guide(toy):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["model.path=null"], "no base model: `sft` starts from one"),
+        (["model.path=null"], "no base model: `sft` needs `model.path` or `model.build`"),
         (["data.prompts=null"], "no prompts: `label` needs `label.prompts` or `data.prompts`"),
-        (["label=null"], "no rankings in runs/toy: `train-rm` reads what `label` writes"),
-        (["ppo=null"], "no PPO policy in runs/toy: `evaluate` reads what `ppo` writes"),
-        (["sft=null", "model.path=null"], "no SFT model in runs/toy: `label` reads what `sft` writes"),
+        (["label=null"], "no rankings in runs/toy: `train-rm` reads the output of `label`"),
+        (["ppo=null"], "no PPO policy in runs/toy: `evaluate` reads the output of `ppo`"),
+        (["sft=null", "model.path=null"], "no SFT model in runs/toy: `label` reads the output of `sft`"),
         (
             ["train_rm=null", "ppo=null", "evaluate.policy=base", "evaluate.judge_function=null"],
-            "`evaluate` has nothing to judge by",
+            "`evaluate` has neither a reward model nor `evaluate.judge_function`",
         ),
     ],
 )
@@ -48,10 +48,10 @@ def test_missing_inputs(toy, settings, said):
         (["sft.data=nowhere.jsonl"], 65, "nowhere.jsonl: no such file or folder (`sft.data`)"),
         (["ppo.prompts=nowhere.csv.gz"], 65, "nowhere.csv.gz: no such file or folder (`ppo.prompts`)"),
         (["model.path=./nowhere"], 65, "./nowhere: no such model folder (`model.path`)"),
-        (["model.path=gold.py"], 65, "gold.py: this is a file, not a model folder"),
+        (["model.path=gold.py"], 65, "gold.py: is a file, not a model folder"),
         (["ppo.reward_model=/no/where"], 65, "/no/where: no such model folder (`ppo.reward_model`)"),
         (["label.function=nowhere.py:score"], 2, "nowhere.py: no such file (`label.function`)"),
-        (["label.function=gold.py"], 2, "`label.function` is no function: got `gold.py`"),
+        (["label.function=gold.py"], 2, "`label.function` must name a function; got `gold.py`"),
         (["label.function=no.such.module:score"], 2, "no Python module `no.such.module`"),
         (["ppo.rewards=[{function: 'lost.py:f'}]"], 2, "lost.py: no such file (`ppo.rewards.0"),
     ],
@@ -79,8 +79,8 @@ def test_a_finished_stage_does_not_check_its_data_again(toy):
 
 def test_functions_are_named_with_their_hash_once(toy):
     outcome = toy.run()
-    assert outcome.stderr.count("gold.py has sha256 ") == 1
-    assert "label.function: gold.py:score runs with your rights" in outcome.stderr
+    assert outcome.stderr.count("sha256 of gold.py: ") == 1
+    assert "label.function: will run gold.py:score with your permissions" in outcome.stderr
 
 
 def test_rewards_need_no_reward_model(toy):
@@ -176,10 +176,10 @@ def test_single_stage_that_lacks_what_it_needs(toy):
     outcome = toy.rlhf("sft", "--model", "base")
     assert outcome.code == 2
     assert "command line: `sft` needs `data`" in outcome.stderr
-    assert "hint: `rlhf sft --help` names the flags" in outcome.stderr
+    assert "hint: `rlhf sft --help` lists the options" in outcome.stderr
     outcome = toy.rlhf("ppo", "--prompts", "prompts.jsonl")
     assert outcome.code == 2
-    assert "no SFT model in runs/default: `ppo` reads what `sft` writes" in outcome.stderr
+    assert "no SFT model in runs/default: `ppo` reads the output of `sft`" in outcome.stderr
 
 
 def test_an_artifact_made_from_another_base_than_the_one_beside_it_is_refused(toy):
@@ -188,8 +188,8 @@ def test_an_artifact_made_from_another_base_than_the_one_beside_it_is_refused(to
     toy.ran()
     outcome = toy.run("--set", "sft.epochs=3", "--set", "ppo.steps=9", "--from", "ppo")
     assert outcome.code == 2
-    assert "`train-rm` in runs/toy was made from another `sft` than the one beside it now" in outcome.stderr
-    assert "hint: make it again" in outcome.stderr
+    assert "`train-rm` in runs/toy was made from a different `sft` than the current one" in outcome.stderr
+    assert "hint: recreate it" in outcome.stderr
     assert toy.ran() == []
     assert toy.run("--set", "sft.epochs=3", "--set", "ppo.steps=9").code == 0
 

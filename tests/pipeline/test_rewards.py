@@ -26,14 +26,14 @@ def test_functions_models_and_endpoints_are_told_before_the_first_stage(with_cop
     outcome = with_copy.run(*rewards(*entries), "--dry-run")
     assert outcome.code == 0
     assert "gold.py has sha256 " in outcome.stderr
-    assert "ppo.rewards.2.url: prompts and completions are sent to https://user.example/score\n" in outcome.stderr
+    assert "ppo.rewards.2.url: will send prompts and completions to https://user.example/score\n" in outcome.stderr
 
 
 @pytest.mark.parametrize(
     ("entry", "code", "said"),
     [
         ({"model": "./nowhere"}, 65, "./nowhere: no such model folder (`ppo.rewards.0.model`)"),
-        ({"model": "gold.py"}, 65, "gold.py: this is a file, not a model folder"),
+        ({"model": "gold.py"}, 65, "gold.py: is a file, not a model folder"),
         ({"url": "http://host:99999/"}, 2, "`ppo.rewards.0.url`: `http://host:99999/` is not a valid URL"),
         ({"url": "https://me:word@host/"}, 2, "`ppo.rewards.0.url`: the URL https://host/ has a name or pass"),
         ({"url": "https://host/", "token_env": "NO_SUCH_TOKEN"}, 2, "the environment variable NO_SUCH_TOKEN, whose "),

@@ -86,7 +86,7 @@ def test_a_changed_attention_of_ones_own_runs_everything_again(finished, monkeyp
     own = ("--set", "model.attention=mine:attend")
     finished.write("mine.py", "raise SystemExit('hashed, not run')\ndef attend(): ...\n")
     outcome = finished.run(*own)
-    assert outcome.stderr.count("model.attention: mine:attend runs with your rights") == 1
+    assert outcome.stderr.count("model.attention: will run mine:attend with your permissions") == 1
     assert names(finished.ran()) == ALL
     finished.run(*own)
     assert finished.ran() == []
@@ -153,7 +153,7 @@ def test_to_stops_and_from_takes_earlier_stages_as_they_are(toy):
     [
         (["--from", "ppo", "--to", "sft"], "`--from ppo` comes after `--to sft`"),
         (["--from", "pop"], "`--from pop`: no such stage"),
-        (["--to", "train_rm"], "the stage is called `train-rm`"),
+        (["--to", "train_rm"], "no such stage, did you mean `train-rm`?"),
         (["--force", "sft", "--from", "ppo"], "`--force sft` is outside of the stages"),
         (["--set", "evaluate=null", "--to", "evaluate"], "the recipe has no such stage"),
     ],

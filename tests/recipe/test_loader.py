@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.errors import RecipeError
+from rlhf_cli.recipe.fields import RENAMED, field_at
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import OUR_ATTENTION, THEIR_ATTENTION, ModelSettings
@@ -67,18 +68,18 @@ def test_bom_crlf_and_a_last_line_without_end(tmp_path):
         ("seed: !!int 1\n", "r.yaml:1: tags are not allowed"),
         ("name: !!python/object:os.system x\n", "r.yaml:1: tags are not allowed"),
         ("seed: 1\n---\nseed: 2\n", "r.yaml:2: a second document"),
-        ("ppo:\n\tsteps: 1\n", "r.yaml:2: not valid YAML: a tab; indent with spaces"),
+        ("ppo:\n\tsteps: 1\n", "r.yaml:2: not valid YAML: a tab in the indentation; use spaces"),
         ("name: a: b\n", "r.yaml:1: not valid YAML: a second `:` on this line"),
-        ("name: [a\n", "not valid YAML: a bracket or a quote is not closed"),
-        ("name: 'a\n", "not valid YAML: a bracket or a quote is not closed"),
+        ("name: [a\n", "not valid YAML: an unclosed bracket or quote"),
+        ("name: 'a\n", "not valid YAML: an unclosed bracket or quote"),
         ("x: " + "[" * 30 + "\n", "r.yaml:1: nested deeper than 20 levels"),
         ("x:\n" + "".join("  " * i + "- \n" for i in range(1, 40)), "nested deeper than 20 levels"),
-        ("- a\n", "r.yaml:1: a recipe is a mapping of sections such as `sft:`; this is a list"),
-        ("hello\n", "this is a single value"),
+        ("- a\n", "r.yaml:1: a recipe must be a mapping of sections such as `sft:`; got a list"),
+        ("hello\n", "got a single value"),
         ("", "r.yaml: the recipe is empty"),
         ("# only a comment\n", "r.yaml: the recipe is empty"),
         ("seed: 1\nname: \x00\n", "r.yaml:2: not valid YAML: "),
-        ("? [a]\n: 1\n", "r.yaml:1: a key must be a plain name"),
+        ("? [a]\n: 1\n", "r.yaml:1: a key must be a scalar"),
     ],
 )
 def test_texts_that_are_no_recipe(tmp_path, text, problem):
@@ -90,7 +91,7 @@ def test_texts_that_are_no_recipe(tmp_path, text, problem):
     ("raw", "problem"),
     [
         (b"name: x\nseed: \xff\n", "r.yaml:2: byte 0xff is not UTF-8"),
-        ("name: x\n".encode("utf-16"), "r.yaml:1: this is UTF-16"),
+        ("name: x\n".encode("utf-16"), "r.yaml:1: encoded as UTF-16"),
         (b"#" * (1 << 20) + b"\n", "larger than 1 MiB"),
     ],
 )
@@ -103,7 +104,7 @@ def test_bytes_that_are_no_recipe(tmp_path, raw, problem):
 def test_files_that_are_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(RecipeError, match="this is a folder"):
+    with pytest.raises(RecipeError, match="is a folder"):
         load_recipe(tmp_path)
 
 
@@ -128,10 +129,10 @@ def test_files_that_are_no_recipe(tmp_path):
         ("ppo: {learning_rate: fast}\n", '`ppo.learning_rate` must be a number; got "fast"'),
         ("ppo: {learning_rate: 1e-5 # why\n}\n", ""),
         ("sft: {data: d, packing: no}\n", '`sft.packing` must be true or false; got "no"'),
-        ("name: 7\n", "`name` must be text; got 7 (put text that looks like something else in quotes)"),
+        ("name: 7\n", "`name` must be text; got 7 (quote it to make it text)"),
         ("name: ../up\n", "`name`: expected letters, digits"),
         ("ppo: {schedule: cosin}\n", '`ppo.schedule` must be `constant`, `linear` or `cosine`; got "cosin"'),
-        ("ppo: [1]\n", "`ppo` must be a section with settings of its own; got a list"),
+        ("ppo: [1]\n", "`ppo` must be a section with settings; got a list"),
         ("ppo: {rewards: {function: f}}\n", "`ppo.rewards` must be a list; got a mapping"),
         (
             "ppo: {rewards: [{weight: 1}]}\n",
@@ -143,9 +144,9 @@ def test_files_that_are_no_recipe(tmp_path):
         ),
         (
             'ppo: {rewards: [{url: "https://host/score?key=word"}]}\n',
-            "`ppo.rewards.0.url`: expected an address without a query (`?...`) and a fragment (`#...`)",
+            "`ppo.rewards.0.url`: expected a URL without a query (`?...`) or fragment (`#...`)",
         ),
-        ('ppo: {rewards: [{url: "https://host/score#word"}]}\n', "`ppo.rewards.0.url`: expected an address without"),
+        ('ppo: {rewards: [{url: "https://host/score#word"}]}\n', "`ppo.rewards.0.url`: expected a URL without"),
         ("ppo: {lora: {target_modules: 3}}\n", "must be text or a list of text; got 3"),
         (
             "ppo: {lora: {target_modules: [3]}}\n",
@@ -155,15 +156,15 @@ def test_files_that_are_no_recipe(tmp_path):
         ("sft: {epochs: 2}\n", "r.yaml:1: `sft` needs `data`: demonstration records"),
         ("label: {by: function}\n", "r.yaml:1: `label`: `by: function` needs `function`"),
         ("label: {by: import, data: d, function: f}\n", "`function` has no effect with `by: import`"),
-        ("model: {path: a, build: {}}\n", "`model`: `path` and `build` exclude each other"),
-        ("model: {build: {}}\n", "r.yaml: `model.build` makes an untrained model"),
+        ("model: {path: a, build: {}}\n", "`model`: `path` and `build` are mutually exclusive"),
+        ("model: {build: {}}\n", "r.yaml: `model.build` creates an untrained model"),
         (
             "model: {build: {architecture: encoder-decoder}}\nsft: {data: d}\ntrain_rm: {data: d}\n",
-            "an encoder-decoder cannot be a reward model: name another in `train_rm.model`",
+            "an encoder-decoder cannot be a reward model: set `train_rm.model` to another model",
         ),
         (
             "model: {build: {architecture: encoder-decoder}}\nsft: {data: d, packing: true}\n",
-            "`sft.packing` is for decoders; an encoder-decoder reads one prompt per row",
+            "`sft.packing` needs a decoder-only model; `model.build` makes an encoder-decoder",
         ),
         ("model: {attention: tilled}\n", "got `tilled`, did you mean `tiled`?"),
         ("model: {attention: Triton}\n", "got `Triton`, did you mean `triton`?"),
@@ -178,10 +179,10 @@ def test_files_that_are_no_recipe(tmp_path):
         ("ppo: {eval_prompts: 3}\n", "`eval_prompts` has no effect without `eval_steps`"),
         ("ppo: {shown_prompts: 1}\n", "`shown_prompts` has no effect without `show_steps`"),
         ("ppo: {kl_in: loss}\n", "`kl_in: loss` needs `kl_estimator: k2` or `k3`"),
-        ("ppo: {kl_budget: 3}\n", "`kl_budget` chooses among evaluated policies, so it needs `eval_steps`"),
+        ("ppo: {kl_budget: 3}\n", "`kl_budget` selects among evaluated policies and needs `eval_steps`"),
         (
             "ppo: {kl_budget: 3, eval_steps: 1, reward_scale: running, length_penalty: 0.1}\n",
-            "give a fixed `reward_scale`",
+            "use a fixed `reward_scale`",
         ),
         ("data: {prompt_template: 'Q:'}\n", "`data.prompt_template`: expected `chat` or text that contains `{prompt}`"),
         ("seed: -1\n", "`seed` must be at least 0; got -1"),
@@ -248,11 +249,11 @@ def test_set(tmp_path, settings, read, value):
     ("setting", "problem"),
     [
         ("ppo.rewards.3.weight=1", "`ppo.rewards` has 1 entries, numbered from 0"),
-        ("ppo.rewards.first=1", "`ppo.rewards` is a list; name an entry by number"),
-        ("name.x=1", "`name` is one value and has no settings of its own"),
+        ("ppo.rewards.first=1", "`ppo.rewards` is a list; give the number of an entry"),
+        ("name.x=1", "`name` is a single value and has no settings"),
         ("=3", "expected SETTING=VALUE"),
         ("ppo..steps=3", "expected SETTING=VALUE"),
-        ("ppo.steps=[", "not valid YAML: a bracket or a quote is not closed"),
+        ("ppo.steps=[", "not valid YAML: an unclosed bracket or quote"),
         ("ppo.steps=!!int 3", "tags are not allowed"),
         ("ppo.lorra.rank=3", "unknown setting `ppo.lorra`, did you mean `lora`?"),
     ],
@@ -261,6 +262,18 @@ def test_set_that_is_wrong_names_itself(tmp_path, setting, problem):
     (found,) = problems(tmp_path, "name: x\nppo:\n  rewards: [{function: f}]\n", setting)
     assert found.startswith(f"--set {setting}: ")
     assert problem in found
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_former_setting_name_is_refused_with_the_new_name(old, new):
+    former, current = (tuple(name.split(".")) for name in (old, new))
+    assert field_at(former) is None
+    assert field_at(current) is not None
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, [f"{old}=null"])
+    assert (
+        f"--set {old}=null: unknown setting `{old}`, which was renamed: did you mean `{new}`?" in caught.value.problems
+    )
 
 
 def test_origins(tmp_path):

@@ -52,8 +52,8 @@ def test_every_value_shows_its_origin(loaded, tmp_path):
     assert re.search(rf"  learning_rate: 1e-07 +# {re.escape(str(tmp_path))}/full.yaml:4\n", text)
     assert re.search(r"  gamma: 1.0 +# default\n", text)
     assert "# --set seed=11" in text
-    assert "# written to: runs/full/STAGE/" in text
-    assert "# stages that run: sft, label, train-rm, ppo, evaluate" in text
+    assert "# output: runs/full/STAGE/" in text
+    assert "# stages to run: sft, label, train-rm, ppo, evaluate" in text
 
 
 def test_json_holds_origins_sizes_and_stages(loaded):
@@ -75,12 +75,12 @@ def test_derived_sizes_by_hand(loaded):
         "optimizer steps in total": 150,
         "completions per minibatch": "4 to 5",
         "micro-batches per minibatch": 3,
-        "most tokens sampled per step": 3_072,
-        "most tokens sampled in total": 30_720,
+        "maximum tokens sampled per step": 3_072,
+        "maximum tokens sampled in total": 30_720,
         "checkpoints kept": 2,
     }
-    assert sizes["train_rm"] == {"micro-batches per optimizer step": 3, "pairs per optimizer step, ties aside": 100}
-    assert sizes["label"]["pairs per prompt, ties aside"] == 10
+    assert sizes["train_rm"] == {"micro-batches per optimizer step": 3, "pairs per optimizer step, without ties": 100}
+    assert sizes["label"]["pairs per prompt, without ties"] == 10
     assert sizes["sft"] == {"micro-batches per optimizer step": 4}
 
 
@@ -89,7 +89,7 @@ def test_derived_sizes_of_what_is_switched_on(tmp_path):
         "ppo: {steps: 10, warmup_share: 0.1, ptx: {data: d, batch_size: 5}, eval_steps: 4, kl_budget: 9}\n"
     )
     sizes = derived_sizes(load_recipe(tmp_path / "r.yaml").recipe)["ppo"]
-    assert sizes["optimizer steps of the warm-up"] == 4
+    assert sizes["optimizer steps of warm-up"] == 4
     assert sizes["demonstrations read in total"] == 10 * 4 * 5
     assert sizes["evaluations"] == 4  # after 0, 4, 8 and 10 steps
     assert sizes["checkpoints kept"] == 3
@@ -98,7 +98,7 @@ def test_derived_sizes_of_what_is_switched_on(tmp_path):
 def test_sections_that_are_absent_are_named(tmp_path):
     (tmp_path / "r.yaml").write_text("ppo:\n")
     text = as_yaml(load_recipe(tmp_path / "r.yaml"), Path("runs/default"))
-    assert "# no section, so these do not run: sft, label, train-rm, evaluate" in text
+    assert "# stages without a section, not run: sft, label, train-rm, evaluate" in text
 
 
 @given(

@@ -1,4 +1,4 @@
-"""What the evaluation reads."""
+"""Inputs of the `evaluate` stage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 
 @dataclass(frozen=True)
 class EvaluateInputs(StageInputs):
-    """Inputs of the evaluation.
+    """Inputs of evaluation.
 
     Attributes:
         baseline: model to compare with.
-        policy: model under evaluation.
-        reward_model: whose mean reward is reported, if any.
-        judge_function: decides which completion wins; without it the reward model does.
+        policy: model to evaluate.
+        reward_model: reward model whose mean reward is reported, if any.
+        judge_function: function that decides which completion wins; without it the reward model decides.
         prompts: prompt records.
     """
 
@@ -30,15 +30,15 @@ class EvaluateInputs(StageInputs):
 
 
 def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFinder) -> EvaluateInputs:
-    """Inputs of the stage; raises `UsageError` for one that is missing."""
-    # The baseline is what PPO started from, unless a setting names another: KL and wins are then due to PPO alone.
+    """Find the inputs of the stage; raises `UsageError` if one is missing."""
+    # By default the baseline is the model PPO started from, so that KL and wins measure the effect of PPO.
     baseline = find.policy("baseline", settings.baseline or recipe.value("ppo.model"))
     policy = find.named("model", settings.policy, "policy") or find.artifact("ppo", "policy")
     reward_model = _reward_model(settings, recipe, find)
     if reward_model is None and settings.judge_function is None:
         raise UsageError(
-            "`evaluate` has nothing to judge by: no reward model and no `evaluate.judge_function`",
-            hint="name one with `--set evaluate.judge_function=FILE.py:FUNCTION` or `evaluate.reward_model=PATH`",
+            "`evaluate` has neither a reward model nor `evaluate.judge_function`",
+            hint="set `--set evaluate.judge_function=FILE.py:FUNCTION` or `--set evaluate.reward_model=PATH`",
         )
     return EvaluateInputs(
         **find.shared(loads_model=True),

@@ -19,28 +19,30 @@ from rlhf_cli.settings.shared import SamplingSettings
 
 
 class EvaluateSettings(StageSection):
-    """SFT against PPO on prompts that no stage trained on."""
+    """Comparison of the PPO policy with the SFT model on held-out prompts."""
 
     baseline: ModelName = None
-    """Model to compare with; null is what `sft` wrote."""
+    """Model to compare with; null is `ppo.model` if given, else the output of `sft`."""
     policy: ModelName = None
-    """Model under evaluation; null is what `ppo` wrote."""
+    """Model to evaluate; null is the output of `ppo`."""
     reward_model: ModelName = None
-    """Reward model whose mean is reported; null is what `train-rm` wrote, else `ppo.reward_model`, else none."""
+    """Reward model whose mean reward is reported; null is the output of `train-rm`, else `ppo.reward_model`, else
+    none."""
     prompts: DataName = None
-    """Prompt records, all of which are used; null is the held-out share of `data.prompts`."""
+    """Prompt records, all of which are used; null is the held-out share (`data.holdout`) of `data.prompts`."""
     judge_function: FunctionName = None
-    """Gold score that decides who wins, `package.module:function` or `file.py:function`; null judges by the reward
-    model, which PPO was trained against, so read that as a check of training and not of quality."""
+    """Function that scores completions and decides which model wins, as `file.py:function` or
+    `package.module:function`. Null decides by the reward model; PPO was trained against it, so such a win shows that
+    training worked, not that quality improved."""
     tie_margin: NonNegative = 0.0
-    """Scores that differ by at most this much are a tie, which counts 1/2."""
+    """Scores that differ by at most this much are a tie; a tie counts 1/2."""
     max_prompts: Count | None = None
-    """Use at most this many prompts; null uses all."""
+    """Maximum number of prompts; null uses all."""
     samples_per_prompt: Count = 1
-    """Answers by each model to each prompt."""
+    """Completions per prompt from each model."""
     sampling: SamplingSettings = SamplingSettings()
-    """How the answers are drawn. Compare at the temperature PPO trained at."""
+    """How completions are sampled. Use the temperature of PPO (`ppo.temperature`) for a fair comparison."""
     bootstrap: Annotated[int, Field(ge=100)] = 2_000
-    """Resamples of prompts for the 95 % intervals."""
+    """Number of bootstrap resamples of the prompts for the 95 % confidence intervals."""
     shown_samples: Effort = 5
-    """Prompts shown side by side in the terminal; all of them are saved."""
+    """Number of prompts whose completions are shown side by side in the terminal; all are saved."""

@@ -1,4 +1,4 @@
-"""The evaluation, as the pipeline sees it."""
+"""Declaration of the `evaluate` stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_cli.stages.evaluate.settings import EvaluateSettings
 
 
 def _sizes(settings: EvaluateSettings, recipe: RunSettings) -> Sizes:
-    return {"completions per prompt, both models": 2 * settings.samples_per_prompt}
+    return {"completions per prompt, both models together": 2 * settings.samples_per_prompt}
 
 
 EvaluateContext = StageContext[EvaluateSettings, EvaluateInputs]
@@ -25,26 +25,26 @@ STAGE = Stage(
         Flag(
             "--baseline",
             "evaluate.baseline",
-            "Model to compare with; default: what `sft` wrote (`evaluate.baseline`).",
+            "Baseline; default: the output of `sft`.",
             "MODEL",
         ),
         Flag(
             "--policy",
             "evaluate.policy",
-            "Model under evaluation; default: what `ppo` wrote (`evaluate.policy`).",
+            "Model to evaluate; default: the output of `ppo`.",
             "MODEL",
         ),
-        Flag("--reward-model", "evaluate.reward_model", "Reward model to report (`evaluate.reward_model`).", "MODEL"),
+        Flag("--reward-model", "evaluate.reward_model", "Reward model; default: the output of `train-rm`.", "MODEL"),
         Flag(
             "--function",
             "evaluate.judge_function",
-            "Judge, as `file.py:function` (`evaluate.judge_function`).",
-            "FUNCTION",
+            "Scoring function that decides which model wins.",
+            "FILE.py:NAME",
         ),
         Flag(
             "--prompts",
             "evaluate.prompts",
-            "Prompt records: a file, folder or hub data set (`evaluate.prompts`).",
+            "Prompts: a file, folder or hub data set.",
             "DATA",
         ),
     ),

@@ -1,4 +1,4 @@
-"""What labeling reads."""
+"""Inputs of the `label` stage."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rlhf_cli.stages.label.settings import HumanSettings, JudgeModelSettings, Ju
 
 @dataclass(frozen=True)
 class LabelInputs(StageInputs):
-    """Inputs of labeling; which are present depends on who labels.
+    """Inputs of labeling; which ones are present depends on `label.by`.
 
     Attributes:
-        policy: model whose completions are sampled.
-        prompts: prompt records that it completes.
-        items: completions to rank, in place of sampled ones.
+        policy: model that samples completions.
+        prompts: prompt records to sample completions for.
+        items: completions to rank instead of sampled ones.
         rankings: rankings or preferences to import.
-        function: scores completions.
-        reward_model: scores completions.
-        guidelines: text that annotators are shown.
-        gold: rankings whose order is known.
-        judges: in the order of `label.judge.panel`.
-        rubric: file with the judges' rubric.
-        calibration: rankings by people that judges are compared with.
-        active_learning: reward models that choose what is labeled.
+        function: function that scores completions.
+        reward_model: reward model that scores completions.
+        guidelines: instructions shown to annotators.
+        gold: rankings with a known order, to check annotators.
+        judges: judges in the order of `label.judge.panel`.
+        rubric: file with the rubric of the judges.
+        calibration: human rankings that judges are compared with.
+        active_learning: reward models that select what is labeled.
     """
 
     policy: Input | None = None
@@ -43,7 +43,7 @@ class LabelInputs(StageInputs):
 
 
 def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder) -> LabelInputs:
-    """Inputs of the stage; raises `UsageError` for one that is missing."""
+    """Find the inputs of the stage; raises `UsageError` if one is missing."""
     shared = find.shared(loads_model=settings.loads_model)
     if settings.by == "import":
         return LabelInputs(**shared, rankings=find.named("data", settings.data, "data", records="ranking"))

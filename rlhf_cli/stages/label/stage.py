@@ -1,4 +1,4 @@
-"""Labeling, as the pipeline sees it."""
+"""Declaration of the `label` stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _sizes(settings: LabelSettings, recipe: RunSettings) -> Sizes:
     if not settings.samples:
         return {}
     count = settings.completions_per_prompt
-    return {"completions per prompt": count, "pairs per prompt, ties aside": math.comb(count, 2)}
+    return {"completions per prompt": count, "pairs per prompt, without ties": math.comb(count, 2)}
 
 
 LabelContext = StageContext[LabelSettings, LabelInputs]
@@ -27,21 +27,21 @@ STAGE = Stage(
     writes="rankings",
     module="rlhf_cli.stages.label.run",
     flags=(
-        Flag("--model", "label.model", "Policy to sample from; default: what `sft` wrote (`label.model`).", "MODEL"),
-        Flag("--prompts", "label.prompts", "Prompt records: a file, folder or hub data set (`label.prompts`).", "DATA"),
-        Flag("--items", "label.items", "Completions to rank, in place of sampled ones (`label.items`).", "DATA"),
-        Flag("--function", "label.function", "Scores completions, `file.py:function` (`label.function`).", "FUNCTION"),
-        Flag("--reward-model", "label.reward_model", "Scores completions (`label.reward_model`).", "MODEL"),
-        Flag("--data", "label.data", "Rankings or preferences to import (`label.data`).", "DATA"),
+        Flag("--model", "label.model", "Policy to sample; default: the output of `sft`.", "MODEL"),
+        Flag("--prompts", "label.prompts", "Prompts: a file, folder or hub data set.", "DATA"),
+        Flag("--items", "label.items", "Completions to rank instead of sampled ones.", "DATA"),
+        Flag("--function", "label.function", "Function that scores completions.", "FILE.py:NAME"),
+        Flag("--reward-model", "label.reward_model", "Reward model that scores completions.", "MODEL"),
+        Flag("--data", "label.data", "Rankings or preferences to import.", "DATA"),
         Flag(
             "--calibrate",
             "label.judge.calibration",
-            "Labels by people that judges are compared with (`label.judge.calibration`).",
+            "Human labels to compare judges with.",
             "DATA",
         ),
-        Flag("--floor", "label.judge.floor", "Least agreement with them (`label.judge.floor`).", "SHARE", kind=float),
-        Flag("--overlap", "label.human.overlap", "Annotators per prompt (`label.human.overlap`).", "N", kind=int),
-        Flag("--guidelines", "label.human.guidelines", "What annotators read (`label.human.guidelines`).", "FILE"),
+        Flag("--floor", "label.judge.floor", "Minimum agreement with --calibrate.", "SHARE", kind=float),
+        Flag("--overlap", "label.human.overlap", "Annotators per prompt.", "N", kind=int),
+        Flag("--guidelines", "label.human.guidelines", "Instructions shown to annotators.", "FILE"),
     ),
     sizes=_sizes,
     unaffected_by=("model.build", "model.quantize"),

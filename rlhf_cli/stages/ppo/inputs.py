@@ -1,4 +1,4 @@
-"""What PPO reads."""
+"""Inputs of the `ppo` stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
-_OTHER_REWARDS = ", or give another reward with `--function` or `--reward-url`"
+_OTHER_REWARDS = ", or use another reward with `--function` or `--reward-url`"
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class PPOInputs(StageInputs):
 
     Attributes:
         policy: model to start from, and reference of the KL penalty.
-        reward_model: None where `ppo.rewards` alone give the reward.
-        critic: saved critic to start from; None where `ppo.critic_from` is a word.
+        reward_model: reward model; None if only `ppo.rewards` give the reward.
+        critic: saved critic to start from; None if `ppo.critic_from` is a keyword.
         prompts: prompt records.
-        demonstrations: for PPO-ptx.
-        rewards: in the order of `ppo.rewards`.
+        demonstrations: demonstrations for PPO-ptx.
+        rewards: rewards in the order of `ppo.rewards`.
     """
 
     policy: Input
@@ -36,7 +36,7 @@ class PPOInputs(StageInputs):
 
 
 def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -> PPOInputs:
-    """Inputs of the stage; raises `UsageError` for one that is missing."""
+    """Find the inputs of the stage; raises `UsageError` if one is missing."""
     start = settings.critic_from
     return PPOInputs(
         **find.shared(loads_model=True),
@@ -59,7 +59,7 @@ def _reward_model(settings: PPOSettings, recipe: RunSettings, find: InputFinder)
     if len(settings.rewards) == 1 and settings.reward_combination != "sum":
         raise UsageError(
             f"`ppo.reward_combination: {settings.reward_combination}` has no effect on a single reward",
-            hint="remove it, or give further `ppo.rewards` or a reward model",
+            hint="remove it, or add another entry to `ppo.rewards` or a reward model",
         )
     return None
 
@@ -72,8 +72,8 @@ def _demonstrations(settings: PPOSettings, recipe: RunSettings) -> Input | None:
     demonstrations = recipe.value("sft.data")
     if demonstrations is None:
         raise UsageError(
-            "`ppo.ptx` has no demonstrations: the recipe has no `sft` section to take them from",
-            hint="name a file, folder or hub data set with `--set ppo.ptx.data=PATH`",
+            "`ppo.ptx` has no demonstrations: set `ppo.ptx.data` or add an `sft` section",
+            hint="specify a file, folder or hub data set with `--set ppo.ptx.data=PATH`",
         )
     return Input("data", demonstrations, "sft.data", records="demonstration")
 

@@ -1,4 +1,4 @@
-"""PPO, as the pipeline sees it."""
+"""Declaration of the `ppo` stage."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _sizes(settings: PPOSettings, recipe: RunSettings) -> Sizes:
         "optimizer steps in total": settings.optimizer_steps,
         "completions per minibatch": largest if is_even else f"{largest - 1} to {largest}",
         "micro-batches per minibatch": math.ceil(largest / settings.micro_batch_size),
-        "most tokens sampled per step": completions * settings.max_new_tokens,
-        "most tokens sampled in total": settings.steps * completions * settings.max_new_tokens,
+        "maximum tokens sampled per step": completions * settings.max_new_tokens,
+        "maximum tokens sampled in total": settings.steps * completions * settings.max_new_tokens,
         "checkpoints kept": settings.keep_checkpoints + (settings.kl_budget is not None),
     }
     if settings.warmup_share:
-        sizes["optimizer steps of the warm-up"] = round(settings.warmup_share * settings.optimizer_steps)
+        sizes["optimizer steps of warm-up"] = round(settings.warmup_share * settings.optimizer_steps)
     if settings.ptx is not None:
         sizes["demonstrations read in total"] = settings.optimizer_steps * settings.ptx.batch_size
     if settings.eval_steps is not None:
@@ -56,27 +56,27 @@ STAGE = Stage(
         Flag(
             "--model",
             "ppo.model",
-            "Policy to start from and KL reference; default: what `sft` wrote (`ppo.model`).",
+            "Initial policy; default: the output of `sft`.",
             "MODEL",
         ),
-        Flag("--reward-model", "ppo.reward_model", "Default: what `train-rm` wrote (`ppo.reward_model`).", "MODEL"),
+        Flag("--reward-model", "ppo.reward_model", "Reward model; default: the output of `train-rm`.", "MODEL"),
         Flag(
             "--function",
             "ppo.rewards",
-            "Reward by Python code, `file.py:function`; repeatable (`ppo.rewards`).",
-            "FUNCTION",
+            "Reward: a Python function; repeatable.",
+            "FILE.py:NAME",
             repeatable=True,
             entry="function",
         ),
         Flag(
             "--reward-url",
             "ppo.rewards",
-            "Reward by an HTTP endpoint; repeatable (`ppo.rewards`).",
+            "Reward: an HTTP endpoint; repeatable.",
             "URL",
             repeatable=True,
             entry="url",
         ),
-        Flag("--prompts", "ppo.prompts", "Prompt records: a file, folder or hub data set (`ppo.prompts`).", "DATA"),
+        Flag("--prompts", "ppo.prompts", "Prompts: a file, folder or hub data set.", "DATA"),
     ),
     sizes=_sizes,
     disk_bytes=_disk_bytes,

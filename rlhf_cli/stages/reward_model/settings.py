@@ -17,37 +17,38 @@ from rlhf_cli.settings.shared import LoraSettings, TrainingSettings
 
 
 class RewardModelSettings(TrainingSettings):
-    """A reward model from rankings."""
+    """Training of a reward model on rankings."""
 
     model: ModelName = None
-    """RewardModel to start from: folder or hub id, decoder or encoder; null is what `sft` wrote."""
+    """Model to start from, a folder or hub id of a decoder or encoder; null is the output of `sft`."""
     data: DataName = None
-    """Ranking or preference records; null is what `label` wrote."""
+    """Ranking or preference records; null is the output of `label`."""
     learning_rate: Positive = 1e-4
     """Peak learning rate of AdamW."""
     batch_size: Count = 16
-    """Prompts (ranked groups) in one optimizer step; all pairs of a prompt stay together."""
+    """Prompts (ranked groups) per optimizer step; all pairs of a prompt stay in the same step."""
     micro_batch_size: Effort = 4
-    """Prompts (ranked groups) in one forward and backward pass."""
+    """Prompts (ranked groups) per forward and backward pass. Affects memory and speed, not the result."""
     epochs: Positive = 1.0
-    """RolloutTensors over the rankings. More than one overfits quickly (InstructGPT, appendix C.2)."""
+    """Passes over the rankings. More than one overfits quickly (InstructGPT, appendix C.2)."""
     max_length: Count = 1024
-    """Longest prompt plus answer in tokens; groups with a longer one are skipped and counted."""
+    """Maximum length of prompt plus completion in tokens; groups with a longer one are skipped and counted."""
     loss: Literal["pairwise", "plackett-luce"] = "pairwise"
-    """`pairwise`: -log sigmoid(r_w - r_l), mean over all pairs of a group (InstructGPT, eq. 1); ties by cross-entropy
-    at 1/2. `plackett-luce`: likelihood of the whole order, ties at any order within the tier."""
+    """`pairwise`: -log sigmoid(r_w - r_l), averaged over all pairs of a group (InstructGPT, eq. 1); ties use
+    cross-entropy with target 1/2. `plackett-luce`: negative log-likelihood of the whole ranking, with any order within
+    a tier."""
     use_margin: bool = False
-    """Subtract a record's `margin` inside the sigmoid (Llama 2, eq. 2)."""
+    """Subtract the record's `margin` from the reward difference inside the sigmoid (Llama 2, eq. 2)."""
     adapter: Literal["lora", "none"] = "lora"
-    """`lora` trains an adapter, which later stages share with the policy; `none` trains all weights."""
+    """`lora` trains an adapter that PPO can load on the policy's backbone; `none` trains all weights."""
     lora: LoraSettings = LoraSettings()
-    """The adapter."""
+    """LoRA settings of the adapter, with `adapter: lora`."""
     normalize: bool = True
-    """Shift and scale rewards to mean 0 and standard deviation 1 over answers of the SFT model (the labeled answers of
-    training prompts, where no SFT model is at hand)."""
+    """Shift and scale rewards to mean 0 and standard deviation 1 over completions of the SFT model, or over the labeled
+    completions of training prompts if there is no SFT model."""
 
     @model_validator(mode="after")
     def _margin_has_an_effect(self) -> Self:
         if self.use_margin and self.loss != "pairwise":
-            raise ValueError("`use_margin` has no effect with `loss: plackett-luce`, which knows no margins")
+            raise ValueError("`use_margin` has no effect with `loss: plackett-luce`, which does not use margins")
         return self

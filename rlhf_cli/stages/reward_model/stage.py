@@ -1,4 +1,4 @@
-"""The reward model's training, as the pipeline sees it."""
+"""Declaration of the `train-rm` stage."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 
 @dataclass(frozen=True)
 class RewardModelInputs(StageInputs):
-    """Inputs of the reward model's training.
+    """Inputs of reward-model training.
 
     Attributes:
-        policy: model to start from; its completions set the scale of rewards.
-        rankings: rankings or preferences to learn from.
+        policy: model to start from; rewards are normalized over its completions.
+        rankings: rankings or preferences to train on.
     """
 
     policy: Input
@@ -25,7 +25,7 @@ class RewardModelInputs(StageInputs):
 
 
 def find_inputs(settings: RewardModelSettings, recipe: RunSettings, find: InputFinder) -> RewardModelInputs:
-    """Inputs of the stage; raises `UsageError` for one that is missing."""
+    """Find the inputs of the stage; raises `UsageError` if one is missing."""
     return RewardModelInputs(
         **find.shared(loads_model=True),
         policy=find.policy("model", settings.model),
@@ -40,14 +40,14 @@ def _sizes(settings: RewardModelSettings, recipe: RunSettings) -> Sizes:
     }
     if settings.data is None and recipe.value("label.samples"):
         pairs = math.comb(recipe.value("label.completions_per_prompt"), 2)
-        sizes["pairs per optimizer step, ties aside"] = settings.batch_size * pairs
+        sizes["pairs per optimizer step, without ties"] = settings.batch_size * pairs
     return sizes
 
 
 def _check(settings: RewardModelSettings, recipe: RunSettings) -> None:
     build = recipe.model.build
     if settings.model is None and build is not None and build.architecture == "encoder-decoder":
-        raise ValueError("an encoder-decoder cannot be a reward model: name another in `train_rm.model`")
+        raise ValueError("an encoder-decoder cannot be a reward model: set `train_rm.model` to another model")
 
 
 def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
@@ -65,11 +65,11 @@ STAGE = Stage(
     writes="reward model",
     module="rlhf_cli.stages.reward_model.run",
     flags=(
-        Flag("--model", "train_rm.model", "Start from it; default: what `sft` wrote (`train_rm.model`).", "MODEL"),
+        Flag("--model", "train_rm.model", "Initial model; default: the output of `sft`.", "MODEL"),
         Flag(
             "--data",
             "train_rm.data",
-            "Rankings or preferences; default: what `label` wrote (`train_rm.data`).",
+            "Rankings; default: the output of `label`.",
             "DATA",
         ),
     ),

@@ -19,19 +19,19 @@ class SFTSettings(TrainingSettings):
     data: Annotated[str, Names("data")]
     """Demonstration records: a file, a folder or a hub data set."""
     learning_rate: Positive = 2e-4
-    """Peak learning rate of AdamW. LoRA takes about ten times that of full fine-tuning."""
+    """Peak learning rate of AdamW. LoRA needs about ten times the rate of full fine-tuning."""
     batch_size: Count = 32
-    """Records in one optimizer step (packed sequences, with `packing`)."""
+    """Records per optimizer step; with `packing`, packed sequences."""
     epochs: Positive = 1.0
     """Passes over the demonstrations."""
     max_length: Count = 1024
-    """Longest sequence in tokens; records that are longer are skipped and counted."""
+    """Maximum sequence length in tokens; longer records are skipped and counted."""
     packing: bool = False
-    """Fill sequences of `max_length` tokens with several records each. Decoder-only models."""
+    """Pack several records into each sequence of up to `max_length` tokens. For decoder-only models."""
     adapter: Literal["lora", "none"] = "lora"
-    """`lora` trains an adapter and merges it; `none` trains all weights."""
+    """`lora` trains an adapter and merges it into the model; `none` trains all weights."""
     lora: LoraSettings = LoraSettings()
-    """The adapter."""
+    """LoRA settings of the adapter, with `adapter: lora`."""
     lm_coef: NonNegative = 0.0
-    """Weight lambda of the language-modeling loss on the whole sequence in L3 = L2 + lambda L1 (GPT-1, section
-    3.2); L2 is the loss on the completion alone."""
+    """Weight lambda of the language-modeling loss L1 on the whole sequence, in L3 = L2 + lambda L1 (GPT-1, section
+    3.2); L2 is the loss on the completion."""

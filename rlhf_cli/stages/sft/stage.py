@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, as the pipeline sees it."""
+"""Declaration of the `sft` stage."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class SFTInputs(StageInputs):
     """Inputs of supervised fine-tuning.
 
     Attributes:
-        demonstrations: to train on.
+        demonstrations: demonstrations to train on.
     """
 
     demonstrations: Input
 
 
 def find_inputs(settings: SFTSettings, recipe: RunSettings, find: InputFinder) -> SFTInputs:
-    """Inputs of the stage; raises `UsageError` where there is no base model."""
+    """Find the inputs of the stage; raises `UsageError` if there is no base model."""
     shared = find.shared(loads_model=True, trains_base=True)
     if shared["base"] is None:
         raise UsageError(
-            "no base model: `sft` starts from one",
-            hint="name one with `--set model.path=FOLDER` (or a hub id), or make one with `model.build`",
+            "no base model: `sft` needs `model.path` or `model.build`",
+            hint="specify a folder or hub id with `--set model.path=PATH`, or create a model with `model.build`",
         )
     return SFTInputs(**shared, demonstrations=Input("data", settings.data, "sft.data", records="demonstration"))
 
@@ -41,7 +41,7 @@ def _sizes(settings: SFTSettings, recipe: RunSettings) -> Sizes:
 def _check(settings: SFTSettings, recipe: RunSettings) -> None:
     build = recipe.model.build
     if settings.packing and build is not None and build.architecture == "encoder-decoder":
-        raise ValueError("`sft.packing` is for decoders; an encoder-decoder reads one prompt per row")
+        raise ValueError("`sft.packing` needs a decoder-only model; `model.build` makes an encoder-decoder")
 
 
 def _disk_bytes(settings: SFTSettings, model_bytes: int) -> int:
@@ -58,8 +58,8 @@ STAGE = Stage(
     writes="SFT model",
     module="rlhf_cli.stages.sft.run",
     flags=(
-        Flag("--model", "model.path", "Base model: a folder or hub id (`model.path`).", "MODEL"),
-        Flag("--data", "sft.data", "Demonstration records (`sft.data`).", "DATA"),
+        Flag("--model", "model.path", "Base model: a folder or hub id.", "MODEL"),
+        Flag("--data", "sft.data", "Demonstrations: a file, folder or hub data set.", "DATA"),
     ),
     sizes=_sizes,
     check=_check,

@@ -200,7 +200,7 @@ def test_the_command_tells_what_came_out_and_nothing_else(
     assert len((tmp_path / "run" / "label" / "rankings.jsonl").read_text().splitlines()) == 12
     beginnings = ("label", "sampling answers", "scoring answers", "warning: ", "attention: ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(beginnings)] == []
-    assert "runs with your rights" in done.stderr
+    assert "with your permissions" in done.stderr
 
 
 def test_real_rankings_are_brought_in(shared_data: Path, tmp_path: Path):
