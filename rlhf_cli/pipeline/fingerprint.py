@@ -30,12 +30,12 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Return the dotted settings that the stage's result depends on: its own and the relevant shared ones."""
     section = recipe.section(stage.name)
     assert section is not None
-    places = [*values(section, (stage.section,)), *values(recipe.data, ("data",))]
+    found = [*values(section, (stage.section,)), *values(recipe.data, ("data",))]
     if section.loads_model:
-        places += values(recipe.model, ("model",))
+        found += values(recipe.model, ("model",))
     kept = {
-        dotted(place): value
-        for place, setting, value in places
+        dotted(key_path): value
+        for key_path, setting, value in found
         if not setting.effort_only and not (setting.names and setting.names.leads_out(value))
     }
     kept.pop("model.revision", None)  # part of the digest of the base model

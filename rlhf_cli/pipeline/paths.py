@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_cli.errors import DataError, ModelError, UsageError
 from rlhf_cli.pipeline.python_source import check_defined
-from rlhf_cli.recipe.document import Place
+from rlhf_cli.recipe.document import KeyPath
 from rlhf_cli.recipe.fields import values
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
@@ -39,19 +39,19 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
     """Return the recipe with all local paths valid from the current directory."""
     folder = Path() if loaded.path is None else loaded.path.parent
     plain = loaded.recipe.model_dump()
-    for place, setting, value in values(loaded.recipe):
+    for key_path, setting, value in values(loaded.recipe):
         if setting.names is None or value is None or not setting.names.leads_out(value):
             continue
         find = _function if setting.names.what == "function" else _path
         found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
-        _put(plain, place, found)
+        _put(plain, key_path, found)
     return Recipe.model_validate(plain)
 
 
-def _put(plain: Any, place: Place, value: str | list[str]) -> None:
-    for key in place[:-1]:
+def _put(plain: Any, key_path: KeyPath, value: str | list[str]) -> None:
+    for key in key_path[:-1]:
         plain = plain[key]
-    plain[place[-1]] = value
+    plain[key_path[-1]] = value
 
 
 def _path(name: str, folder: Path) -> str:
@@ -152,7 +152,7 @@ def _own(file: Path, function: str, setting: str) -> Path:
     from huggingface_hub import constants
 
     caches = [Path(constants.HF_HUB_CACHE), Path(constants.HF_HOME) / "modules"]
-    if any(place.is_relative_to(cache.absolute()) for place in (file.absolute(), file.resolve()) for cache in caches):
+    if any(path.is_relative_to(cache.absolute()) for path in (file.absolute(), file.resolve()) for cache in caches):
         raise UsageError(
             f"{file} was downloaded from the hub, and downloaded code is not run (`{setting}`)",
             hint="review it, copy it next to your recipe, and use the copy",

@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 
 Key = str | int
-Place = tuple[Key, ...]
+KeyPath = tuple[Key, ...]
 """Keys and list indices that lead from the top of a recipe to one value."""
 
 
@@ -33,8 +33,8 @@ class Document:
     """
 
     value: Any
-    lines: dict[Place, int] = field(default_factory=dict)
-    texts: dict[Place, str] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    texts: dict[KeyPath, str] = field(default_factory=dict)
 
 
 class InvalidYAML(Exception):  # noqa: N818  (internal: the caller adds the name of the source)
@@ -116,8 +116,8 @@ class _Builder:
 
     def __init__(self, events: Iterator[Any]) -> None:
         self._events = events
-        self._lines: dict[Place, int] = {}
-        self._texts: dict[Place, str] = {}
+        self._lines: dict[KeyPath, int] = {}
+        self._texts: dict[KeyPath, str] = {}
 
     def document(self) -> Document:
         value: Any = None
@@ -136,26 +136,26 @@ class _Builder:
             self._texts[()] = ""
         return Document(value, self._lines, self._texts)
 
-    def _node(self, event: Any, place: Place) -> Any:
+    def _node(self, event: Any, key_path: KeyPath) -> Any:
         line = event.start_mark.line + 1
-        self._lines.setdefault(place, line)
+        self._lines.setdefault(key_path, line)
         kind = type(event).__name__
         if kind == "AliasEvent" or getattr(event, "anchor", None):
             raise InvalidYAML(line, "anchors and aliases (`&name`, `*name`) are not allowed; write out the value")
         if getattr(event, "ctag", None) is not None:
             raise InvalidYAML(line, f"tags are not allowed; got `{event.ctag}`")
-        if len(place) >= MAX_DEPTH:
+        if len(key_path) >= MAX_DEPTH:
             raise InvalidYAML(line, f"nested deeper than {MAX_DEPTH} levels")
         if kind == "MappingStartEvent":
-            return self._mapping(place)
+            return self._mapping(key_path)
         if kind == "SequenceStartEvent":
-            return self._sequence(place)
+            return self._sequence(key_path)
         if event.style is None:  # plain; quoted and block scalars are always text
-            self._texts[place] = event.value
+            self._texts[key_path] = event.value
             return plain_scalar(event.value)
         return event.value
 
-    def _mapping(self, place: Place) -> dict[str, Any]:
+    def _mapping(self, key_path: KeyPath) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         while type(event := next(self._events)).__name__ != "MappingEndEvent":
             line = event.start_mark.line + 1
@@ -165,16 +165,16 @@ class _Builder:
                 raise InvalidYAML(line, "anchors and tags are not allowed")
             key = event.value
             if key in mapping:
-                first = self._lines[(*place, key)]
+                first = self._lines[(*key_path, key)]
                 raise InvalidYAML(line, f"`{key}` is given twice; the first is on line {first}")
-            self._lines[(*place, key)] = line
-            mapping[key] = self._node(next(self._events), (*place, key))
+            self._lines[(*key_path, key)] = line
+            mapping[key] = self._node(next(self._events), (*key_path, key))
         return mapping
 
-    def _sequence(self, place: Place) -> list[Any]:
+    def _sequence(self, key_path: KeyPath) -> list[Any]:
         items: list[Any] = []
         while type(event := next(self._events)).__name__ != "SequenceEndEvent":
-            items.append(self._node(event, (*place, len(items))))
+            items.append(self._node(event, (*key_path, len(items))))
         return items
 
 

@@ -10,14 +10,14 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf_cli.recipe.document import Key, Place
+from rlhf_cli.recipe.document import Key, KeyPath
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.base import EffortOnly, Names, Section
 
 
-def dotted(place: Place) -> str:
+def dotted(key_path: KeyPath) -> str:
     """Return a key path as written in `--set`, such as `ppo.rewards.0.weight`."""
-    return ".".join(str(key) for key in place)
+    return ".".join(str(key) for key in key_path)
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -33,9 +33,9 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return None
 
 
-def is_section(place: Place) -> bool:
+def is_section(key_path: KeyPath) -> bool:
     """Whether a key path leads to a single section (not a list of sections)."""
-    field = field_at(place)
+    field = field_at(key_path)
     return field is not None and section_of(field) is not None and not _is_list(field)
 
 
@@ -44,11 +44,11 @@ def _is_list(field: FieldInfo) -> bool:
     return any(get_origin(part) is list for part in parts)
 
 
-def field_at(place: Place) -> FieldInfo | None:
+def field_at(key_path: KeyPath) -> FieldInfo | None:
     """Return the field at a key path, ignoring list indices; None if the schema has none."""
     section: type[Section] | None = Recipe
     field: FieldInfo | None = None
-    for key in place:
+    for key in key_path:
         if isinstance(key, int):
             continue
         field = section.model_fields.get(key) if section is not None else None
@@ -58,11 +58,11 @@ def field_at(place: Place) -> FieldInfo | None:
     return field
 
 
-def section_at(place: Place) -> type[Section] | None:
+def section_at(key_path: KeyPath) -> type[Section] | None:
     """Return the section at a key path; `Recipe` at the top, None if there is none."""
-    if not place:
+    if not key_path:
         return Recipe
-    field = field_at(place)
+    field = field_at(key_path)
     return None if field is None else section_of(field)
 
 
@@ -70,7 +70,7 @@ def section_at(place: Place) -> type[Section] | None:
 class Setting:
     """One setting of the schema: its key path and its field."""
 
-    place: Place
+    key_path: KeyPath
     field: FieldInfo
 
     @property
@@ -84,29 +84,29 @@ class Setting:
         return any(isinstance(mark, EffortOnly) for mark in self.field.metadata)
 
 
-def walk(section: type[Section] = Recipe, place: Place = ()) -> Iterator[Setting]:
+def walk(section: type[Section] = Recipe, key_path: KeyPath = ()) -> Iterator[Setting]:
     """Yield all settings of the schema, including sections; entries of a list have the key path of the list."""
     for name, field in section.model_fields.items():
-        yield Setting((*place, name), field)
+        yield Setting((*key_path, name), field)
         if inner := section_of(field):
-            yield from walk(inner, (*place, name))
+            yield from walk(inner, (*key_path, name))
 
 
-def values(section: Section, place: Place = ()) -> Iterator[tuple[Place, Setting, Any]]:
+def values(section: Section, key_path: KeyPath = ()) -> Iterator[tuple[KeyPath, Setting, Any]]:
     """Yield (key path, setting, value) of every leaf of a loaded section; list entries are numbered."""
     for name, field in type(section).model_fields.items():
-        here = (*place, name)
+        here = (*key_path, name)
         yield from _leaves(getattr(section, name), here, Setting(here, field))
 
 
-def _leaves(value: Any, place: Place, setting: Setting) -> Iterator[tuple[Place, Setting, Any]]:
+def _leaves(value: Any, key_path: KeyPath, setting: Setting) -> Iterator[tuple[KeyPath, Setting, Any]]:
     if isinstance(value, Section):
-        yield from values(value, place)
+        yield from values(value, key_path)
     elif isinstance(value, list) and value and isinstance(value[0], Section):
         for index, entry in enumerate(value):
-            yield from values(entry, (*place, index))
+            yield from values(entry, (*key_path, index))
     else:
-        yield place, setting, value
+        yield key_path, setting, value
 
 
 RENAMED = {
@@ -116,12 +116,12 @@ RENAMED = {
 """Former name of a setting -> its name now, both dotted. Former names are refused, with the new name in the message."""
 
 
-def suggestion(place: Place) -> str:
+def suggestion(key_path: KeyPath) -> str:
     """Return a suggestion for an unknown setting, as the end of a sentence; empty if nothing is similar."""
-    *_, key = place
-    if (renamed := RENAMED.get(dotted(place))) is not None:
+    *_, key = key_path
+    if (renamed := RENAMED.get(dotted(key_path))) is not None:
         return f", which was renamed: did you mean `{renamed}`?"
-    section = section_at(place[:-1])
+    section = section_at(key_path[:-1])
     if section is None:
         return ""
     known = list(section.model_fields)
@@ -136,8 +136,8 @@ def suggestion(place: Place) -> str:
 
 def _homes(key: Key) -> list[str]:
     """Return the sections that have a setting of this name; `the top level` for the recipe itself."""
-    places = [setting.place for setting in walk() if setting.place[-1] == key]
-    return [f"`{dotted(place[:-1])}`" if len(place) > 1 else "the top level" for place in places]
+    key_paths = [setting.key_path for setting in walk() if setting.key_path[-1] == key]
+    return [f"`{dotted(key_path[:-1])}`" if len(key_path) > 1 else "the top level" for key_path in key_paths]
 
 
 def _either(homes: list[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rlhf_cli.errors import RecipeError
-from rlhf_cli.recipe.document import Place, read_document
+from rlhf_cli.recipe.document import KeyPath, read_document
 from rlhf_cli.recipe.overrides import BadSetting, Layers, Override, override, parse_set
 from rlhf_cli.recipe.problems import explain
 from rlhf_cli.recipe.schema import Recipe
@@ -28,13 +28,13 @@ class LoadedRecipe:
 
     recipe: Recipe
     path: Path | None
-    origins: Mapping[Place, str]
+    origins: Mapping[KeyPath, str]
 
-    def origin(self, place: Place) -> str:
+    def origin(self, key_path: KeyPath) -> str:
         """Return where a value came from; `default` if it was not set."""
-        for length in range(len(place), 0, -1):
-            if (found := self.origins.get(place[:length])) is not None:
-                return found if length == len(place) else "default"
+        for length in range(len(key_path), 0, -1):
+            if (found := self.origins.get(key_path[:length])) is not None:
+                return found if length == len(key_path) else "default"
         return "default"
 
 

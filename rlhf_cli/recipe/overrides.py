@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_cli.recipe.document import Document, InvalidYAML, Key, Place, parse
+from rlhf_cli.recipe.document import Document, InvalidYAML, Key, KeyPath, parse
 from rlhf_cli.recipe.fields import dotted, is_section
 
 
@@ -14,19 +14,19 @@ class Override:
     """One setting from the command line.
 
     Attributes:
-        place: the setting.
+        key_path: keys that lead to the setting.
         document: its value, with the text as written.
         origin: the command-line text shown in messages and `recipe show`, such as `--set ppo.steps=3` or `--seed 7`.
     """
 
-    place: Place
+    key_path: KeyPath
     document: Document
     origin: str
 
 
-def override(place: str, value: Any, origin: str) -> Override:
+def override(setting: str, value: Any, origin: str) -> Override:
     """Return an override with a value that is not parsed: a path may look like a number."""
-    return Override(_split(place), Document(value), origin)
+    return Override(_split(setting), Document(value), origin)
 
 
 def parse_set(text: str) -> Override:
@@ -57,50 +57,50 @@ class Layers:
     """
 
     data: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Place, str] = field(default_factory=dict)
-    texts: dict[Place, str] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    texts: dict[KeyPath, str] = field(default_factory=dict)
 
-    def origin(self, place: Place) -> str | None:
+    def origin(self, key_path: KeyPath) -> str | None:
         """Return the origin of a value, or of the closest enclosing value."""
-        for length in range(len(place), 0, -1):
-            if place[:length] in self.origins:
-                return self.origins[place[:length]]
+        for length in range(len(key_path), 0, -1):
+            if key_path[:length] in self.origins:
+                return self.origins[key_path[:length]]
         return self.origins.get(())  # the whole recipe: a file without a line
 
     def add_file(self, name: str, document: Document) -> None:
         """Start from a recipe file."""
         self.data = document.value
-        self.origins = {place: f"{name}:{line}" for place, line in document.lines.items()}
+        self.origins = {key_path: f"{name}:{line}" for key_path, line in document.lines.items()}
         self.origins[()] = name
         self.texts = dict(document.texts)
 
     def add(self, override: Override) -> None:
         """Apply one override, creating missing sections; raises `BadSetting`."""
         here: Any = self.data
-        *way, last = override.place
+        *way, last = override.key_path
         for depth, key in enumerate(way):
             here = self._enter(here, key, override, depth)
         self._assign(here, last, override)
-        self._forget(override.place)
-        self.origins[override.place] = override.origin
-        for place in override.document.lines:
-            self.origins[override.place + place] = override.origin
-        for place, text in override.document.texts.items():
-            self.texts[override.place + place] = text
+        self._forget(override.key_path)
+        self.origins[override.key_path] = override.origin
+        for key_path in override.document.lines:
+            self.origins[override.key_path + key_path] = override.origin
+        for key_path, text in override.document.texts.items():
+            self.texts[override.key_path + key_path] = text
 
     def _enter(self, here: Any, key: Key, override: Override, depth: int) -> Any:
-        place = override.place[: depth + 1]
+        key_path = override.key_path[: depth + 1]
         if isinstance(here, list):
             return here[self._index(here, key, override, depth)]
         if key not in here or here[key] is None:
             here[key] = {}
-            self.origins[place] = override.origin
+            self.origins[key_path] = override.origin
         if not isinstance(here[key], dict | list):
-            raise BadSetting(f"{override.origin}: `{dotted(place)}` is a single value and has no settings")
+            raise BadSetting(f"{override.origin}: `{dotted(key_path)}` is a single value and has no settings")
         return here[key]
 
     def _assign(self, here: Any, key: Key, override: Override) -> None:
-        depth = len(override.place) - 1
+        depth = len(override.key_path) - 1
         if isinstance(here, dict):
             here[key] = override.document.value
             return
@@ -109,32 +109,32 @@ class Layers:
 
     @staticmethod
     def _index(here: list[Any], key: Key, override: Override, depth: int, past_end: int = 0) -> int:
-        name = dotted(override.place[:depth])
+        name = dotted(override.key_path[:depth])
         if not isinstance(key, int):
             raise BadSetting(f"{override.origin}: `{name}` is a list; give the number of an entry, such as `{name}.0`")
         if key >= len(here) + past_end:
             raise BadSetting(f"{override.origin}: `{name}` has {len(here)} entries, numbered from 0")
         return key
 
-    def _forget(self, place: Place) -> None:
+    def _forget(self, key_path: KeyPath) -> None:
         """Forget the origins and texts of a value that is replaced."""
         for table in (self.origins, self.texts):
-            for old in [known for known in table if known[: len(place)] == place]:
+            for old in [known for known in table if known[: len(key_path)] == key_path]:
                 del table[old]
 
     def open_sections(self) -> None:
         """Create sections given as a bare key: `ppo:` means the section with its defaults, `ppo: null` means none."""
-        for place, text in self.texts.items():
-            if text == "" and is_section(place):
-                self._open(place)
+        for key_path, text in self.texts.items():
+            if text == "" and is_section(key_path):
+                self._open(key_path)
 
-    def _open(self, place: Place) -> None:
+    def _open(self, key_path: KeyPath) -> None:
         here: Any = self.data
-        for key in place[:-1]:
+        for key in key_path[:-1]:
             here = here[key]
-        if here[place[-1]] is None:  # otherwise an override has filled it
-            here[place[-1]] = {}
+        if here[key_path[-1]] is None:  # otherwise an override has filled it
+            here[key_path[-1]] = {}
 
 
-def _split(name: str) -> Place:
+def _split(name: str) -> KeyPath:
     return tuple(int(part) if part.isdecimal() else part for part in name.split("."))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf_cli.recipe.document import Place
+from rlhf_cli.recipe.document import KeyPath
 from rlhf_cli.recipe.fields import dotted, field_at, section_at, suggestion
 from rlhf_cli.recipe.overrides import Layers
 
@@ -16,12 +16,12 @@ from rlhf_cli.recipe.overrides import Layers
 def explain(error: ValidationError, layers: Layers) -> list[str]:
     """Return all problems of a recipe with their locations, in file order, without duplicates."""
     found: dict[str, None] = {}
-    seen: dict[Place, list[Any]] = {}
+    seen: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
-        seen.setdefault(_place(detail["loc"]), []).append(detail)
-    for place, details in sorted(seen.items(), key=lambda item: _order(layers.origin(item[0]))):
-        for text in _texts(place, details, layers):
-            origin = layers.origin(place)
+        seen.setdefault(_key_path(detail["loc"]), []).append(detail)
+    for key_path, details in sorted(seen.items(), key=lambda item: _order(layers.origin(item[0]))):
+        for text in _texts(key_path, details, layers):
+            origin = layers.origin(key_path)
             found[text if origin is None else f"{origin}: {text}"] = None
     return list(found)
 
@@ -31,42 +31,43 @@ def _order(origin: str | None) -> tuple[int, int]:
     return (0, int(match[1])) if match and not (origin or "").startswith("--") else (1, 0)
 
 
-def _place(loc: tuple[Any, ...]) -> Place:
+def _key_path(loc: tuple[Any, ...]) -> KeyPath:
     """Return a pydantic location as a key path, without names of union members (`lora.target_modules.str`)."""
-    place: Place = ()
+    key_path: KeyPath = ()
     for key in loc:
-        if isinstance(key, str) and section_at(place) is None and not _is_mapping(place):
+        if isinstance(key, str) and section_at(key_path) is None and not _is_mapping(key_path):
             break
-        place = (*place, key)
-    return place
+        key_path = (*key_path, key)
+    return key_path
 
 
-def _is_mapping(place: Place) -> bool:
-    field = field_at(place)
+def _is_mapping(key_path: KeyPath) -> bool:
+    field = field_at(key_path)
     return field is not None and "dict" in str(field.annotation)
 
 
-def _texts(place: Place, details: list[Any], layers: Layers) -> Iterator[str]:
+def _texts(key_path: KeyPath, details: list[Any], layers: Layers) -> Iterator[str]:
     kinds = {detail["type"] for detail in details}
     if len(details) > 1 and kinds <= {"string_type", "list_type"}:  # the only such union in the schema
-        yield f"{_name(place)} must be text or a list of text; got {_shown(place, details[0]['input'], layers)}"
+        yield f"{_name(key_path)} must be text or a list of text; got {_shown(key_path, details[0]['input'], layers)}"
         return
     for detail in details:
-        yield _text(place, detail, layers)
+        yield _text(key_path, detail, layers)
 
 
-def _text(place: Place, detail: Any, layers: Layers) -> str:
-    kind, context, name = detail["type"], detail.get("ctx", {}), _name(place)
+def _text(key_path: KeyPath, detail: Any, layers: Layers) -> str:
+    kind, context, name = detail["type"], detail.get("ctx", {}), _name(key_path)
     if kind == "extra_forbidden":
-        return f"unknown setting {name}{suggestion(place)}"
+        return f"unknown setting {name}{suggestion(key_path)}"
     if kind == "missing":
-        return f"{_name(place[:-1])} needs `{place[-1]}`{_meaning(place)}"
+        return f"{_name(key_path[:-1])} needs `{key_path[-1]}`{_meaning(key_path)}"
     if kind == "value_error":
         reason = str(context.get("error", detail["msg"]))
-        return reason if not place else f"{name}: {reason}"
-    got = _shown(place, detail["input"], layers)
+        return reason if not key_path else f"{name}: {reason}"
+    got = _shown(key_path, detail["input"], layers)
     if kind == "literal_error":
-        return f"{name} must be {_choices(place, str(context['expected']))}; got {got}"
+        choices = str(context["expected"]).replace("'", "`")
+        return f"{name} must be {choices}; got {got}"
     if kind == "string_type":
         quoted = " (quote it to make it text)" if _scalar(detail["input"]) else ""
         return f"{name} must be text; got {got}{quoted}"
@@ -103,16 +104,12 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _choices(place: Place, expected: str) -> str:
-    return expected.replace("'", "`")
+def _name(key_path: KeyPath) -> str:
+    return f"`{dotted(key_path)}`" if key_path else "the recipe"
 
 
-def _name(place: Place) -> str:
-    return f"`{dotted(place)}`" if place else "the recipe"
-
-
-def _meaning(place: Place) -> str:
-    field = field_at(place)
+def _meaning(key_path: KeyPath) -> str:
+    field = field_at(key_path)
     if field is None or not field.description:
         return ""
     first = re.split(r"(?<=[a-z`])\. |\n", field.description.strip())[0].rstrip(".")
@@ -123,7 +120,7 @@ def _scalar(value: Any) -> bool:
     return not isinstance(value, dict | list) and value is not None
 
 
-def _shown(place: Place, value: Any, layers: Layers) -> str:
+def _shown(key_path: KeyPath, value: Any, layers: Layers) -> str:
     """Return the value as written, shortened."""
     if isinstance(value, dict):
         return "a mapping"
@@ -133,6 +130,6 @@ def _shown(place: Place, value: Any, layers: Layers) -> str:
         shown = f'"{value}"'
     else:
         plain = "nothing (null)" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        shown = layers.texts.get(place) or plain
+        shown = layers.texts.get(key_path) or plain
     shown = shown.encode("unicode_escape").decode() if not shown.isprintable() else shown
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

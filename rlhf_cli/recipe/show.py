@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.recipe.document import Place, plain_scalar
+from rlhf_cli.recipe.document import KeyPath, plain_scalar
 from rlhf_cli.recipe.fields import dotted, values
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
@@ -25,7 +25,7 @@ def as_json(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Any]:
     recipe = loaded.recipe
     return {
         "settings": recipe.model_dump(mode="json"),
-        "origins": {dotted(place): loaded.origin(place) for place, _, _ in values(recipe)},
+        "origins": {dotted(key_path): loaded.origin(key_path) for key_path, _, _ in values(recipe)},
         "derived": derived_sizes(recipe),
         "run_dir": str(run_dir),
         "stages": [stage.name for stage in stages() if recipe.section(stage.name) is not None],
@@ -61,13 +61,13 @@ def derived_sizes(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     return found
 
 
-def _section(section: Section, place: Place, loaded: LoadedRecipe) -> list[str]:
+def _section(section: Section, key_path: KeyPath, loaded: LoadedRecipe) -> list[str]:
     lines: list[str] = []
-    indent = "  " * len(place)
+    indent = "  " * len(key_path)
     for name in type(section).model_fields:
-        value, here = getattr(section, name), (*place, name)
+        value, here = getattr(section, name), (*key_path, name)
         if isinstance(value, Section):
-            lines += ["", f"{name}:"] if not place else [f"{indent}{name}:"]
+            lines += ["", f"{name}:"] if not key_path else [f"{indent}{name}:"]
             lines += _section(value, here, loaded)
         elif isinstance(value, list) and value and isinstance(value[0], Section):
             lines.append(f"{indent}{name}:")
@@ -77,7 +77,7 @@ def _section(section: Section, place: Place, loaded: LoadedRecipe) -> list[str]:
                 lines += [
                     f"{dash}- {line.strip()}" if n == 0 else f"{dash}  {line.strip()}" for n, line in enumerate(inner)
                 ]
-        elif place or name not in map(section_of, REGISTRY):
+        elif key_path or name not in map(section_of, REGISTRY):
             lines.append(_noted(f"{indent}{name}: {scalar(value)}", loaded.origin(here)))
     return lines
 

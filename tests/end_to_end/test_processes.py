@@ -100,7 +100,7 @@ def test_both_finish_and_only_rank_0_speaks(alone: Ended, together: Ended):
     assert alone.code == 0, alone.stderr
     assert together.code == 0, together.stderr
     assert [row["status"] for row in json.loads(together.stdout)["stages"]] == ["done"] * 5, "one JSON object"
-    for line in ("sft: starting (it has not run yet)", "reward model: done", "run directory: runs/two"):
+    for line in ("sft: starting (it has not run yet)", "reward model: done", "results are in runs/two"):
         assert together.stderr.count(line) <= 1, together.stderr
     assert together.stderr.count("fine-tuning: done") == 1
 

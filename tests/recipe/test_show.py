@@ -117,7 +117,7 @@ def test_scalars_survive_writing_and_reading(value):
 
 
 def test_every_setting_is_documented_and_in_the_schema():
-    undocumented = [setting.place for setting in walk() if not (setting.field.description or "").strip()]
+    undocumented = [setting.key_path for setting in walk() if not (setting.field.description or "").strip()]
     assert undocumented == []
     schema = json_schema()
     ppo = schema["$defs"]["PPOSettings"]
@@ -136,4 +136,4 @@ def test_the_committed_reference_is_up_to_date():
 def test_the_reference_holds_every_setting():
     text = markdown()
     for setting in walk():
-        assert f"| `{setting.place[-1]}` |" in text
+        assert f"| `{setting.key_path[-1]}` |" in text
