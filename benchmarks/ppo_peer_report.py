@@ -28,9 +28,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from rlhf_cli.data.chat_format import PromptFormat
-from rlhf_cli.generation.policy import Policy, Sampling
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.data.records import seed_for
+from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.settings.shared import SamplingSettings
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 from quickstart_gold import score  # pyright: ignore[reportMissingImports]
@@ -116,26 +119,29 @@ def _snapshots(folder: Path, seed: int, every: int) -> Iterable[tuple[Run, int, 
 def measurer(folder: Path, settings: dict, samples: int, seed: int) -> Callable[[Path | None], Snapshot]:
     """Return a function that evaluates weights of a policy, or the SFT model of `folder` for None."""
     source = ModelSource(str(folder / "sft"))
-    form = PromptFormat(load_tokenizer(source), "{prompt}\n", name="the SFT model")
-    reference, policy = Policy(load_policy(source), source, form), Policy(load_policy(source), source, form)
+    sampling = SamplingSettings(
+        temperature=settings["temperature"], max_new_tokens=settings["max_new_tokens"], batch_size=128
+    )
+    reference, policy = (Policy.load(source, sampling, template="{prompt}\n") for _ in range(2))
     rows = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["held_out"]
     prompts = [row["text"] for row in rows for _ in range(samples)]
     numbers = list(range(samples)) * len(rows)
-    temperature = settings["temperature"]
-    sampling = Sampling(temperature, 1.0, settings["max_new_tokens"], batch_size=128)
+    ids = [policy.prompt_ids(prompt) for prompt in prompts]
+    seeds = [seed_for(prompt, seed, number) for prompt, number in zip(prompts, numbers, strict=True)]
+    requests = [Request(*row) for row in zip(ids, seeds, strict=True)]
 
     def measure(weights: Path | None) -> Snapshot:
         if weights is not None:
             tensors = load_file(weights)
-            with torch.no_grad():
-                for name, parameter in policy.model.named_parameters():
+            with torch.no_grad(), policy.model() as model:
+                for name, parameter in model.named_parameters():
                     parameter.copy_(tensors[name])
-        answers = policy.answer(prompts, numbers, sampling, seed=seed, label="answers")
-        mine, theirs = (one.logprobs(answers, temperature=temperature, batch_size=64) for one in (policy, reference))
+        completions = TorchGenerator().generate(policy, requests)
+        mine, theirs = (one.logprobs(ids, completions) for one in (policy, reference))
         return Snapshot(
-            gold=statistics.fmean(score(prompts, [answer.text for answer in answers])),
+            gold=statistics.fmean(score(prompts, [completion.text for completion in completions])),
             kl=statistics.fmean(a - b for a, b in zip(mine, theirs, strict=True)),
-            length=statistics.fmean(len(answer.ids) for answer in answers),
+            length=statistics.fmean(len(completion.ids) for completion in completions),
         )
 
     return measure

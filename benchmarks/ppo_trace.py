@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -31,13 +32,14 @@ from transformers import PreTrainedModel
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.sources import read_records
-from rlhf_cli.generation.torch_generator import stop_ids
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels
-from rlhf_cli.stages.ppo.rollout import PromptSet
+from rlhf_cli.stages.ppo.rollout import rollout_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
@@ -123,10 +125,11 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
         adapter="none",
     )
     source = ModelSource(str(options.model), precision=getattr(torch, options.precision))
-    form = _format(source)
-    policy, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
-    reward = RandomReward(reference, form, seed=options.seed)
-    roles = SeparateModels(policy, reference, critic, value_head=reward.head)
+    trained, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
+    template = "chat" if load_tokenizer(source).chat_template else None
+    policy = Policy.load(source, rollout_sampling(settings), template=template, weights=lambda: nullcontext(trained))
+    reward = RandomReward(reference, policy.format, seed=options.seed)
+    roles = SeparateModels(trained, reference, critic, value_head=reward.head)
     engine = ForwardPasses(
         roles,
         autocast=lambda: autocast("cpu", source.precision),
@@ -137,9 +140,10 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
         trainer = PPOTrainer(
             roles,
             engine,
-            PPOData(_prompts(options, form, stop_ids(policy, form.tokenizer))),
+            PPOData(_prompts(options, policy)),
             reward.score,
             settings,
+            policy=policy,
             seed=options.seed,
             work=Path(work),
             stop=NoStop(),
@@ -150,18 +154,13 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
     return updater.found, report.metrics
 
 
-def _format(source: ModelSource) -> PromptFormat:
-    tokenizer = load_tokenizer(source)
-    return PromptFormat(tokenizer, "chat" if tokenizer.chat_template else None, name=source.path)
-
-
-def _prompts(options: argparse.Namespace, form: PromptFormat, eos_ids: set[int]) -> PromptSet:
+def _prompts(options: argparse.Namespace, policy: Policy) -> TokenizedPrompts:
     """The first prompts that are short enough, one per completion."""
     records = read_records(str(options.prompts), "prompt").records
-    pairs = ((record.prompt, form.prompt_ids(record.prompt)) for record in records)
+    pairs = ((record.prompt, policy.prompt_ids(record.prompt)) for record in records)
     chosen = list(itertools.islice((pair for pair in pairs if len(pair[1]) <= options.prompt_tokens), options.answers))
     prompts, ids = zip(*chosen, strict=True)
-    return PromptSet(prompts, ids, form.tokenizer, eos_ids)
+    return TokenizedPrompts(prompts, ids)
 
 
 class RandomReward:

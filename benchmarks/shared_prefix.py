@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.attention.hugging_face import implementation
-from rlhf_cli.generation.logprobs import Projection, response_hidden
+from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 
 
@@ -110,7 +110,7 @@ def _side(
         model.set_attn_implementation(attention)
         model.zero_grad(set_to_none=True)
         if mask is None:
-            hidden = response_hidden(model, batch)
+            hidden = completion_hidden(model, batch)
         else:
             output = model.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[batch.predicting]

@@ -1,7 +1,8 @@
-"""Log-probabilities of answers: hidden states first, and only those that predict an answer token reach the vocabulary.
+"""Log-probabilities of completions, without logits of the whole sequence.
 
-Nothing of shape batch x length x vocabulary exists, forward or backward: TRL's chunked kernel folds tiles of the
-projection into log-sum-exp statistics and recomputes them for the gradient.
+Only hidden states that predict a completion token are projected to the vocabulary, and no tensor of shape
+batch x length x vocabulary exists, forward or backward: TRL's chunked kernel folds tiles of the projection into
+log-sum-exp statistics and recomputes them for the gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _VOCABULARY_TILE = 16_384
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """What the policy thinks of answer tokens.
+    """Log-probability and entropy at each completion token.
 
     Attributes:
         logprobs: (N, T) nats; 0 on padding.
@@ -33,12 +34,12 @@ class TokenLogprobs:
     entropy: Tensor
 
 
-def response_hidden(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-    """Last hidden states at the positions that predict answer tokens: (N, T, d); what stands on padding means nothing.
+def completion_hidden(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """Return the last hidden states that predict completion tokens: (N, T, d), arbitrary on padding.
 
     Args:
         model: language model, causal or encoder-decoder.
-        batch: prompts and answers, arranged as the model reads them.
+        batch: prompts and completions, arranged as the model reads them.
     """
     if batch.encoder_ids is not None:
         encoded = model.get_encoder()(batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
@@ -72,7 +73,7 @@ class Projection:
 
     @staticmethod
     def of(model: PreTrainedModel) -> Projection:
-        """Read it from a language model."""
+        """Read the projection from a language model."""
         head = model.get_output_embeddings()
         assert head is not None
         assert isinstance(head.weight, Tensor)
@@ -86,42 +87,42 @@ class Projection:
         return Projection(head.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
     def token_logprobs(self, hidden: Tensor, batch: SequenceBatch, *, temperature: float) -> TokenLogprobs:
-        """Log-probability of each answer token, and the entropy at it.
+        """Return the log-probability of each completion token, and the entropy of its distribution.
 
         Args:
-            hidden: (N, T, d) from `response_hidden`.
-            batch: the answers.
+            hidden: (N, T, d) from `completion_hidden`.
+            batch: the completions.
             temperature: logits are divided by it, as in sampling.
         """
-        rows = hidden[batch.is_response]
-        targets = batch.response_ids[batch.is_response]
+        rows = hidden[batch.is_completion]
+        targets = batch.completion_ids[batch.is_completion]
         logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
             rows, self.weight, self.bias, targets, temperature, _VOCABULARY_TILE, self.softcap, self.scale, ("entropy",)
         )
-        return TokenLogprobs(_unpacked(logprobs, batch.is_response), _unpacked(entropy, batch.is_response))
+        return TokenLogprobs(_unpacked(logprobs, batch.is_completion), _unpacked(entropy, batch.is_completion))
 
 
-def _unpacked(flat: Tensor, is_response: Tensor) -> Tensor:
-    """Values of the real tokens alone back into (N, T), 0 elsewhere; keeps the gradient."""
-    return torch.zeros(is_response.shape, dtype=flat.dtype, device=flat.device).masked_scatter(is_response, flat)
+def _unpacked(flat: Tensor, is_completion: Tensor) -> Tensor:
+    """Put the values of real tokens back into (N, T), 0 elsewhere; keeps the gradient."""
+    return torch.zeros(is_completion.shape, dtype=flat.dtype, device=flat.device).masked_scatter(is_completion, flat)
 
 
 @torch.no_grad()
 def check_projection(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not what `Projection` computes, by comparing the two on a few tokens.
+    """Check on a few tokens that the model computes its logits as `Projection` does.
 
     Raises:
-        ModelError: an architecture with a final step of its own that we do not know.
+        ModelError: it does not, so its log-probabilities would be wrong.
     """
     projection = Projection.of(model)
     probe = [token % len(projection.weight) for token in (3, 5, 7, 11)]
     batch = SequenceBatch.for_model(model, [probe[:2]], [probe[2:]])
-    ours = projection.token_logprobs(response_hidden(model, batch), batch, temperature=1.0).logprobs
+    ours = projection.token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs
     if batch.encoder_ids is not None:
         logits = model(input_ids=batch.encoder_ids, decoder_input_ids=batch.input_ids, use_cache=False).logits
     else:
         logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, 1:3]
-    theirs = logits.float().log_softmax(-1).gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    theirs = logits.float().log_softmax(-1).gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
     tolerance = 1e-3 if model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type) else 0.1
     if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
         raise ModelError(

@@ -1,198 +1,257 @@
-"""Answers of a policy to prompts, one model at a time in memory."""
+"""`Policy`: a language model that completes prompts, with everything that decides how it does so."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
-from rlhf_cli import progress
 from rlhf_cli.data.chat_format import PromptFormat
-from rlhf_cli.data.records import Prompt, seed_for
+from rlhf_cli.data.records import Prompt
 from rlhf_cli.distributed.watchdog import beat
-from rlhf_cli.generation.logprobs import Projection, check_projection, response_hidden
+from rlhf_cli.errors import UsageError
+from rlhf_cli.generation.generator import Completion
+from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
+from rlhf_cli.generation.prompts import longest_prompt, prompt_format
 from rlhf_cli.generation.sequence_batch import SequenceBatch
-from rlhf_cli.generation.torch_generator import decode, sample, stop_ids
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy
 from rlhf_cli.precision import autocast
+from rlhf_cli.settings.shared import SamplingSettings
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """See `recipe.schema.SamplingSettings`, whose names and units these are."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer.
-
-    Attributes:
-        prompt_ids: what the policy read.
-        ids: what it wrote, the end token included where there is one.
-        text: the same, as people read it.
-        ended: whether it ended of itself.
-    """
-
-    prompt_ids: list[int]
-    ids: list[int]
-    text: str
-    ended: bool
+Weights = Callable[[], AbstractContextManager[PreTrainedModel]]
+"""Makes the context in which a policy's weights are the active ones of the model it yields."""
 
 
 class Policy:
-    """A language model in memory, with its way of reading prompts.
+    """A language model that completes prompts.
 
-    Args:
-        model: in evaluation mode on its device.
-        source: where it came from and how it is computed.
-        format: how prompts reach it.
+    Every stage that samples goes through one: it alone decides how prompts become token ids, how long they may be,
+    which tokens end a completion and how tokens are drawn. A `Generator` does the drawing.
+
+    Make one with `Policy.load` or `Policy.untrained`. Configuration and tokenizer are read at once; weights are loaded
+    when they are first used and kept until `release`.
+
+    Attributes:
+        source: where the model comes from, its device and its precision.
+        config: of the model.
+        format: how prompts become token ids; holds the tokenizer.
+        sampling: how tokens are drawn.
     """
 
-    def __init__(self, model: PreTrainedModel, source: ModelSource, format: PromptFormat) -> None:
-        self.model = model
-        self.format = format
-        self._source = source
+    def __init__(
+        self,
+        source: ModelSource,
+        config: PretrainedConfig,
+        format: PromptFormat,
+        sampling: SamplingSettings,
+        *,
+        load: Callable[[], PreTrainedModel],
+        weights: Weights | None = None,
+        stop_tokens: Sequence[str] = (),
+    ) -> None:
+        self.source, self.config, self.format, self.sampling = source, config, format, sampling
+        self._load, self._weights = load, weights
+        self._model: PreTrainedModel | None = None
+        self._extra_stop_ids = {_token_id(format, text) for text in stop_tokens}
 
     @classmethod
-    def load(cls, source: ModelSource, format: PromptFormat) -> Policy:
-        """The model at `source`."""
-        return cls(load_policy(source), source, format)
+    def load(
+        cls,
+        source: ModelSource,
+        sampling: SamplingSettings,
+        *,
+        template: str | None = None,
+        stop_tokens: Sequence[str] = (),
+        weights: Weights | None = None,
+    ) -> Policy:
+        """Return the policy at `source`.
 
-    @classmethod
-    def untrained(cls, source: ModelSource, format: PromptFormat, *, seed: int) -> Policy:
-        """A model of the same shape as the one at `source` with the random weights that `seed` gives.
+        Args:
+            source: where the model is.
+            sampling: how tokens are drawn.
+            template: `data.prompt_template` of the recipe; None uses the one that the model was trained with.
+            stop_tokens: tokens that end a completion, besides those of the model.
+            weights: of a model that is in memory already and may train, such as an adapter; None loads `source`.
 
-        What `models.build` made with that seed is made again this way, so nobody has to keep it.
+        Raises:
+            ModelError: the model has no configuration, no tokenizer or no chat template that is asked for.
+            UsageError: a stop token is not one token.
         """
-        config = load_config(source)
-        disable_dropout(config)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        is_ours = is_our_attention(source.attention)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            # Drawn in float32, as `models.build` draws: in another precision the same seed gives other numbers.
-            model = kind.from_config(
-                config, dtype=torch.float32, **({} if is_ours else {"attn_implementation": source.attention})
-            )
-        model = model.to(device=source.device, dtype=source.dtype).eval()
-        if is_ours:
-            set_attention(model, source.attention, source.path)
-        return cls(model, source, format)
+        return cls(
+            source,
+            load_config(source),
+            prompt_format(source, template),
+            sampling,
+            load=partial(load_policy, source),
+            weights=weights,
+            stop_tokens=stop_tokens,
+        )
+
+    @classmethod
+    def untrained(
+        cls, source: ModelSource, sampling: SamplingSettings, *, seed: int, template: str | None = None
+    ) -> Policy:
+        """Return a policy of the same shape as the one at `source`, with the random weights that `seed` gives.
+
+        `models.build` draws the same weights from the same seed, so no one has to store them.
+        """
+        return cls(
+            source,
+            load_config(source),
+            prompt_format(source, template),
+            sampling,
+            load=partial(_random_model, source, seed),
+        )
+
+    def model(self) -> AbstractContextManager[PreTrainedModel]:
+        """Context that yields the language model with this policy's weights active; loads them if necessary."""
+        if self._weights is not None:
+            return self._weights()
+        if self._model is None:
+            self._model = self._load()
+        return nullcontext(self._model)
+
+    def release(self) -> None:
+        """Free the memory of weights that `load` loaded; they are loaded again when they are next used."""
+        self._model = None
+        free_memory()
+
+    def autocast(self) -> torch.autocast:
+        """Context in which the model computes in its precision."""
+        return autocast(self.source.device, self.source.precision)
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """What decides how text becomes ids: two policies that agree in it give probabilities to the same sequences."""
+        """What decides how text becomes token ids: policies with equal `reading` can score each other's completions."""
         tokenizer = self.format.tokenizer
-        return tokenizer.get_vocab(), tokenizer.chat_template, self.model.config.is_encoder_decoder
+        return tokenizer.get_vocab(), tokenizer.chat_template, self.config.is_encoder_decoder
 
-    def answer(
-        self,
-        prompts: Sequence[Prompt],
-        numbers: Sequence[int],
-        sampling: Sampling,
-        *,
-        seed: int,
-        label: str,
-        stop: Callable[[], object] = lambda: None,
-    ) -> list[Answer]:
-        """Sample one answer to each prompt.
+    @cached_property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end a completion: the tokenizer's end token, those of the model's generation config, and those
+        that `load` was given."""
+        with self.model() as model:
+            configured = getattr(model.generation_config, "eos_token_id", None)
+        listed = configured if isinstance(configured, list) else [configured]
+        own = {token for token in (self.format.tokenizer.eos_token_id, *listed) if isinstance(token, int)}
+        return own | self._extra_stop_ids
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, ending where the completion begins."""
+        return self.format.prompt_ids(prompt)
+
+    def longest_prompt(self, setting: str) -> int:
+        """Return the longest prompt, in tokens, that leaves room for `sampling.max_new_tokens`.
 
         Args:
-            prompts: N prompts.
-            numbers: N; which answer to its prompt it is, so that several answers to one prompt differ.
-            sampling: how.
-            seed: of the run; with it, prompt and number fix the random numbers, whatever the model.
-            label: of the progress bar.
-            stop: called between batches; may raise.
+            setting: the setting that `sampling.max_new_tokens` comes from, for messages.
+
+        Raises:
+            UsageError: not even one prompt token fits.
         """
+        return longest_prompt(self.config, self.sampling.max_new_tokens, name=self.format.name, setting=setting)
 
-        def drawn_more(count: int) -> None:
-            bar.advance(count)
-            stop()
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return a completion as text, without special tokens.
 
-        ids = [self.format.prompt_ids(prompt) for prompt in prompts]
-        seeds = [seed_for(prompt, seed, number) for prompt, number in zip(prompts, numbers, strict=True)]
-        with progress.task(label, len(prompts), "answers") as bar, self._autocast():
-            drawn = sample(
-                self.model,
-                ids,
-                seeds,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                eos_ids=stop_ids(self.model, self.format.tokenizer),
-                batch_size=sampling.batch_size,
-                progress=drawn_more,
-            )
-        tokenizer = self.format.tokenizer
-        return [
-            Answer(prompt, given.ids, decode(tokenizer, given.ids), given.ended)
-            for prompt, given in zip(ids, drawn, strict=True)
-        ]
+        White space at both ends stays: a reward model that was trained on completions with a leading space scores
+        completions with a leading space.
+        """
+        text = self.format.tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     @torch.no_grad()
     def logprobs(
         self,
-        answers: Sequence[Answer],
+        prompts: Sequence[list[int]],
+        completions: Sequence[Completion],
         *,
-        temperature: float,
-        batch_size: int,
         stop: Callable[[], object] = lambda: None,
     ) -> list[float]:
-        """log pi(answer | prompt) in nats, summed over the answer's tokens, its end token included.
+        """Return log pi(completion | prompt) of each completion, in nats: the sum over its tokens, stop token included.
 
         Args:
-            answers: anyone's answers, in ids of this model's tokenizer.
-            temperature: logits are divided by it, as in sampling.
-            batch_size: answers in one pass; changes memory and speed only.
-            stop: called between passes; may raise.
+            prompts: token ids of N prompts.
+            completions: N completions, of any policy with equal `reading`.
+            stop: called between batches; may raise.
+
+        Raises:
+            ModelError: the architecture computes its logits in an unknown way.
         """
-        with self._autocast():
-            check_projection(self.model, self._source.path)
-        projection = Projection.of(self.model)
-        order = sorted(range(len(answers)), key=self._neighbors(answers))
-        sums = [0.0] * len(answers)
-        for first in range(0, len(order), batch_size):
-            stop()
-            beat()
-            rows = order[first : first + batch_size]
-            batch = SequenceBatch.for_model(
-                self.model, [answers[row].prompt_ids for row in rows], [answers[row].ids for row in rows]
-            )
-            with self._autocast():
-                hidden = response_hidden(self.model, batch)
-            found = projection.token_logprobs(hidden, batch, temperature=temperature).logprobs
-            for row, value in zip(rows, found.double().sum(dim=1).tolist(), strict=True):
-                sums[row] = value
+        with self.model() as model:
+            with self.autocast():
+                check_projection(model, self.source.path)
+            projection = Projection.of(model)
+            order = sorted(range(len(completions)), key=_batch_order(model, prompts, completions))
+            sums = [0.0] * len(completions)
+            for first in range(0, len(order), self.sampling.batch_size):
+                stop()
+                beat()
+                rows = order[first : first + self.sampling.batch_size]
+                batch = SequenceBatch.for_model(
+                    model, [prompts[row] for row in rows], [completions[row].ids for row in rows]
+                )
+                with self.autocast():
+                    hidden = completion_hidden(model, batch)
+                found = projection.token_logprobs(hidden, batch, temperature=self.sampling.temperature).logprobs
+                for row, value in zip(rows, found.double().sum(dim=1).tolist(), strict=True):
+                    sums[row] = value
         return sums
 
-    def _neighbors(self, answers: Sequence[Answer]) -> Callable[[int], tuple[list[int], int]]:
-        """Sort key of answers that are best read together: those of one prompt where it is read once, else equals."""
 
-        is_grouped = reads_groups(self.model)
+def _batch_order(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[Completion]
+) -> Callable[[int], tuple[list[int], int]]:
+    """Sort key that puts rows which are cheap together into one batch: those that share a prompt where the model reads
+    a shared prompt once, else those of similar length."""
+    is_grouped = reads_groups(model)
 
-        def key(row: int) -> tuple[list[int], int]:
-            answer = answers[row]
-            return (answer.prompt_ids if is_grouped else []), len(answer.prompt_ids) + len(answer.ids)
+    def key(row: int) -> tuple[list[int], int]:
+        return (prompts[row] if is_grouped else []), len(prompts[row]) + len(completions[row].ids)
 
-        return key
+    return key
 
-    def _autocast(self) -> torch.autocast:
-        return autocast(self._source.device, self._source.precision)
+
+def _token_id(format: PromptFormat, text: str) -> int:
+    """Return the id of a stop token; raises `UsageError` unless the text is exactly one token."""
+    found = format.tokenizer.convert_tokens_to_ids(text)
+    if isinstance(found, int) and found != format.tokenizer.unk_token_id and text in format.tokenizer.get_vocab():
+        return found
+    ids = format.completion_ids(text, ended=False)
+    if len(ids) == 1:
+        return ids[0]
+    raise UsageError(
+        f"stop tokens: {text!r} is {len(ids)} tokens of {format.name}, expected one",
+        hint="name a token of the policy's vocabulary, such as <|im_end|>",
+    )
+
+
+def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:
+    config = load_config(source)
+    disable_dropout(config)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    is_ours = is_our_attention(source.attention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Drawn in float32, as `models.build` draws: in another precision the same seed gives other numbers.
+        model = kind.from_config(
+            config, dtype=torch.float32, **({} if is_ours else {"attn_implementation": source.attention})
+        )
+    model = model.to(device=source.device, dtype=source.dtype).eval()
+    if is_ours:
+        set_attention(model, source.attention, source.path)
+    return model
 
 
 def free_memory() -> None:
-    """Give the memory of models that nothing refers to any more back, before the next is loaded."""
+    """Free the memory of models without references, so that the next one can be loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Prompts and answers as tensors for the training forward pass."""
+"""Prompts and completions as tensors, for forward passes over whole sequences."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from transformers import PreTrainedModel
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.models.backbone import reads_groups
+from rlhf_cli.models.padding import pad
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceBatch:
-    """N prompts with their answers, in one of three arrangements.
+    """N prompts with their completions, in one of three arrangements.
 
-    Grouped, for causal models whose attention is our own: all in one row of tokens without padding, answers that share
-    a prompt behind one copy of it. Padded, for other causal models: `[prompt; answer]`, padded on the right. Apart, for
-    encoder-decoders: the prompt is what the encoder reads, and `[start; answer[:-1]]` what the decoder reads.
+    Grouped, for causal models with an attention backend of ours: one row of tokens without padding, in which
+    completions of the same prompt follow one copy of it. Padded, for other causal models: `[prompt; completion]`,
+    padded on the right. Separate, for encoder-decoders: the encoder reads the prompt and the decoder reads
+    `[start; completion[:-1]]`.
 
     Attributes:
-        input_ids: (B, L) what the model, or its decoder, reads; B is 1 where it is grouped, else N.
-        response_ids: (N, T) the answers' tokens.
-        is_response: (N, T) bool, True on real answer tokens, the end token included.
-        predicting: (N, T) row of `input_ids`, counted over its B * L, that predicts each answer token; one and the same
-            for the first tokens of answers that share their prompt.
-        layout: who sees whom, where it is grouped.
+        input_ids: (B, L) what the model, or its decoder, reads; B is 1 if grouped, else N.
+        completion_ids: (N, T) tokens of the completions.
+        is_completion: (N, T) bool, True on real completion tokens, including the stop token.
+        predicting: (N, T) row of `input_ids`, counted over its B * L, that predicts each completion token; equal for
+            the first tokens of completions that share their prompt.
+        layout: which tokens see which, if grouped.
         encoder_ids: (N, S) prompts, for encoder-decoders.
         encoder_mask: (N, S) 1 on real prompt tokens.
     """
 
     input_ids: Tensor
-    response_ids: Tensor
-    is_response: Tensor
+    completion_ids: Tensor
+    is_completion: Tensor
     predicting: Tensor
     layout: Layout | None = None
     encoder_ids: Tensor | None = None
@@ -43,53 +45,52 @@ class SequenceBatch:
 
     @staticmethod
     def for_model(
-        model: PreTrainedModel, prompts: Sequence[list[int]], responses: Sequence[list[int]]
+        model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
     ) -> SequenceBatch:
-        """Answers behind their prompts, arranged as the model reads them, on its device; see `of`."""
+        """Arrange completions behind their prompts as the model reads them, on its device; see `of`."""
         start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
-        return SequenceBatch.of(prompts, responses, model.device, decoder_start=start, grouped=reads_groups(model))
+        return SequenceBatch.of(prompts, completions, model.device, decoder_start=start, grouped=reads_groups(model))
 
     @staticmethod
     def of(
         prompts: Sequence[list[int]],
-        responses: Sequence[list[int]],
+        completions: Sequence[list[int]],
         device: torch.device,
         *,
         decoder_start: int | None = None,
         grouped: bool = False,
     ) -> SequenceBatch:
-        """Answers behind their prompts.
+        """Arrange completions behind their prompts.
 
         Args:
             prompts: N lists of ids, none empty.
-            responses: N lists of ids, none empty, end token included where there is one.
+            completions: N lists of ids, none empty, including the stop token if there is one.
             device: where the tensors go.
-            decoder_start: the token an encoder-decoder's decoder starts with; None for a causal model.
-            grouped: what prompts share is read once; for a causal model whose attention is our own.
+            decoder_start: first token that an encoder-decoder's decoder reads; None for a causal model.
+            grouped: read what prompts share once; for causal models with an attention backend of ours.
         """
-        response_ids, lengths = _padded(responses)
-        is_response = torch.arange(response_ids.shape[1]) < lengths.unsqueeze(1)
+        completion_ids, is_completion = pad(completions)
         layout = encoder_ids = encoder_mask = None
         if decoder_start is not None:
-            encoder_ids, prompt_lengths = _padded(prompts)
-            encoder_mask = (torch.arange(encoder_ids.shape[1]) < prompt_lengths.unsqueeze(1)).long()
-            input_ids, rows = _rows_padded([[decoder_start, *response[:-1]] for response in responses])
+            encoder_ids, is_prompt = pad(prompts)
+            encoder_mask = is_prompt.long()
+            input_ids, rows = _padded([[decoder_start, *completion[:-1]] for completion in completions])
         else:
-            sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+            sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
             if grouped:
                 plan = plan_groups(sequences)
                 input_ids, layout, rows = plan.input_ids, plan.layout, [path.rows() for path in plan.paths]
             else:
-                input_ids, rows = _rows_padded(sequences)
+                input_ids, rows = _padded(sequences)
             # A token is predicted by the row before it.
             rows = [row[len(prompt) - 1 : -1] for row, prompt in zip(rows, prompts, strict=True)]
-        # Where there is no answer token stands row 0; what is read there is masked later.
-        predicting = torch.zeros_like(response_ids)
-        predicting[is_response] = torch.cat(rows)
+        # Padding points at row 0; what is read there is masked later.
+        predicting = torch.zeros_like(completion_ids)
+        predicting[is_completion] = torch.cat(rows)
         return SequenceBatch(
             input_ids.to(device),
-            response_ids.to(device),
-            is_response.to(device),
+            completion_ids.to(device),
+            is_completion.to(device),
             predicting.to(device),
             layout,
             None if encoder_ids is None else encoder_ids.to(device),
@@ -97,16 +98,7 @@ class SequenceBatch:
         )
 
 
-def _rows_padded(sequences: Sequence[list[int]]) -> tuple[Tensor, list[Tensor]]:
-    """Padded sequences (N, L), and of each the rows of its tokens, counted over N * L."""
-    ids, _ = _padded(sequences)
+def _padded(sequences: Sequence[list[int]]) -> tuple[Tensor, list[Tensor]]:
+    """Padded sequences (N, L), and for each the rows of its tokens, counted over N * L."""
+    ids, _ = pad(sequences)
     return ids, [torch.arange(len(sequence)) + number * ids.shape[1] for number, sequence in enumerate(sequences)]
-
-
-def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right with 0, and their lengths: (N, L) and (N,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for row, ids in enumerate(rows):
-        padded[row, : len(ids)] = torch.tensor(ids)
-    return padded, lengths

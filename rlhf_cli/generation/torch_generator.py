@@ -1,138 +1,109 @@
-"""Sampling answers: seeded per answer, free of a model's own generation settings, on any Hugging Face language model.
+"""`TorchGenerator`: draws completions with the policy's own forward pass, on any Hugging Face language model.
 
-A loop of our own because `generate` reads top-k, top-p, penalties and minimum lengths from the model's generation
-configuration, which moves the sampling distribution away from the one whose log-probabilities PPO takes (trap 5 of
-docs/ppo.md), and because it draws one random stream for a whole batch: here row i depends on its prompt and its
-seed alone, so a resumed or differently batched run samples the same answers.
+We do not call `generate`: it reads top-k, top-p, penalties and minimum lengths from the model's generation config,
+which moves the sampling distribution away from the one whose log-probabilities PPO takes (trap 5 of docs/ppo.md), and
+it draws one random stream for a whole batch. Here each completion has its own seed, so a run that is resumed or batched
+differently draws the same completions.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError, ModelError
+from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.models.padding import pad
+from rlhf_cli.settings.shared import SamplingSettings
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sampled answer.
+class TorchGenerator:
+    """Prefill, then one token per step and row, with a key-value cache; implements `Generator`.
 
-    Attributes:
-        ids: token ids, the end token included where there is one.
-        ended: the model ended the answer; otherwise it ran into the length limit.
+    Requests with prompts of similar length share a batch of `sampling.batch_size`.
     """
 
-    ids: list[int]
-    ended: bool
+    @torch.no_grad()
+    def generate(
+        self,
+        policy: Policy,
+        requests: Sequence[Request],
+        *,
+        progress: Callable[[int], object] = lambda count: None,
+        stop: Callable[[], object] = lambda: None,
+    ) -> list[Completion]:
+        """Draw one completion per request; see `Generator.generate`.
+
+        Raises:
+            ModelError: a prompt is empty.
+            DivergedError: the model's logits are not finite.
+        """
+        for index, request in enumerate(requests):
+            if not request.prompt_ids:
+                raise ModelError(
+                    f"prompt {index} has no tokens, and this tokenizer puts none in front",
+                    hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
+                )
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
+        drawn: dict[int, Completion] = {}
+        size, stop_ids = policy.sampling.batch_size, policy.stop_ids
+        with policy.model() as model, policy.autocast():
+            # In training mode a model that recomputes activations drops its cache, without a word.
+            was_training = model.training
+            model.eval()
+            try:
+                for start in range(0, len(order), size):
+                    rows = order[start : start + size]
+                    batch = _generate_batch(model, policy, [requests[row] for row in rows], stop_ids)
+                    drawn.update(zip(rows, batch, strict=True))
+                    progress(len(rows))
+                    stop()
+            finally:
+                model.train(was_training)
+        return [drawn[index] for index in range(len(requests))]
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: the tokenizer's end token and those the model was released with."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return {token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)}
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """An answer as text, without special tokens.
-
-    White space at its ends stays: a reward model trained on answers that begin with a space scores such answers.
-    """
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
-
-
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    seeds: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    eos_ids: set[int],
-    top_p: float = 1.0,
-    batch_size: int = 64,
-    progress: Callable[[int], object] | None = None,
-) -> list[Sample]:
-    """Draw one answer to each prompt.
-
-    Args:
-        model: decoder-only or encoder-decoder.
-        prompts: N lists of token ids; encoder-decoder models read them with the encoder.
-        seeds: N seeds; answer i is a function of `prompts[i]` and `seeds[i]`.
-        max_new_tokens: most tokens of an answer, its end token included.
-        temperature: logits are divided by it.
-        eos_ids: tokens that end an answer.
-        top_p: keep the smallest set of tokens with at least this probability (Holtzman et al. 2019, section 3.1).
-        batch_size: answers drawn at once; prompts of like length share a batch.
-        progress: called with the number of answers that were finished.
-
-    Returns:
-        N samples, in the order of `prompts`.
-
-    Raises:
-        ModelError: a prompt is empty.
-        DivergedError: the model's logits are not finite.
-    """
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ModelError(
-                f"prompt {index} has no tokens, and this tokenizer puts none in front",
-                hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
-            )
-    # A model that recomputes activations drops its cache in training mode, silently.
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    samples: dict[int, Sample] = {}
-    try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            drawn = _sample_batch(
-                _Decoding(model, [prompts[row] for row in rows]),
-                _uniforms([seeds[row] for row in rows], max_new_tokens).to(model.device),
-                temperature,
-                top_p,
-                eos_ids,
-            )
-            samples.update(zip(rows, drawn, strict=True))
-            if progress is not None:
-                progress(len(rows))
-    finally:
-        model.train(was_training)
-    return [samples[index] for index in range(len(prompts))]
+def _generate_batch(
+    model: PreTrainedModel, policy: Policy, requests: Sequence[Request], stop_ids: set[int]
+) -> list[Completion]:
+    uniforms = _uniforms([request.seed for request in requests], policy.sampling.max_new_tokens)
+    decoding = _Decoding(model, [request.prompt_ids for request in requests])
+    rows = _decode(decoding, uniforms.to(model.device), policy.sampling, stop_ids)
+    return [Completion(ids, policy.decode(ids), ids[-1] in stop_ids) for ids in rows]
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """Random numbers in [0, 1), one row of `count` a seed: (B, count) float64 on the CPU, so equal on every device."""
+    """Return random numbers in [0, 1), `count` per seed: (B, count) float64, drawn on the CPU: equal on all devices."""
     rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows)
 
 
-def _sample_batch(
-    decoding: _Decoding, uniforms: Tensor, temperature: float, top_p: float, eos_ids: set[int]
-) -> list[Sample]:
+def _decode(decoding: _Decoding, uniforms: Tensor, sampling: SamplingSettings, stop_ids: set[int]) -> list[list[int]]:
+    """Draw tokens until every row has a stop token or the limit is reached.
+
+    Args:
+        decoding: B prompts.
+        uniforms: (B, max_new_tokens) random numbers, one per token.
+        sampling: temperature and nucleus.
+        stop_ids: tokens that end a row; kept at its end.
+    """
     count, limit = uniforms.shape
-    answers: list[list[int]] = [[] for _ in range(count)]
-    ended = [False] * count
-    active = list(range(count))  # which answer each row of the running batch belongs to
+    completions: list[list[int]] = [[] for _ in range(count)]
+    active = list(range(count))  # row of `completions` that each row of the running batch belongs to
     logits = decoding.prefill()
     for step in range(limit):
-        tokens = draw(logits, uniforms[active, step], temperature=temperature, top_p=top_p)
-        for row, token in zip(active, tokens.tolist(), strict=True):
-            answers[row].append(token)
-            ended[row] = token in eos_ids
-        staying = [index for index, row in enumerate(active) if not ended[row]]
+        tokens = draw(logits, uniforms[active, step], temperature=sampling.temperature, top_p=sampling.top_p)
+        drawn = tokens.tolist()
+        for row, token in zip(active, drawn, strict=True):
+            completions[row].append(token)
+        staying = [index for index, token in enumerate(drawn) if token not in stop_ids]
         if not staying or step + 1 == limit:
             break
         if len(staying) < len(active):
@@ -142,20 +113,23 @@ def _sample_batch(
             active = [active[index] for index in staying]
         logits = decoding.step(tokens)
         beat()
-    return [Sample(ids, end) for ids, end in zip(answers, ended, strict=True)]
+    return completions
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
-    """Sample a token a row by inverting the cumulative distribution: the first token whose cumulative mass exceeds u.
+    """Draw one token per row by inverting the cumulative distribution: the first whose cumulative mass exceeds u.
 
     Args:
         logits: (B, V).
         uniforms: (B,) in [0, 1), float64.
-        temperature: divides the logits.
-        top_p: nucleus.
+        temperature: logits are divided by it.
+        top_p: keep the smallest set of tokens with at least this probability (Holtzman et al. 2019, section 3.1).
 
     Returns:
         (B,) token ids.
+
+    Raises:
+        DivergedError: the logits are not finite.
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     # NaN compares as not finite in the sum of a row, and one reduction is cheaper than a scan of every entry.
@@ -184,20 +158,14 @@ class _Decoding:
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
         self._model = model
         self._accepts = inspect.signature(model.forward).parameters
-        longest = max(len(prompt) for prompt in prompts)
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            place = slice(0, len(prompt)) if self._is_encoder_decoder else slice(longest - len(prompt), longest)
-            ids[row, place] = torch.tensor(prompt)
-            mask[row, place] = 1
-        self._ids, self._mask = ids.to(model.device), mask.to(model.device)
+        ids, is_real = pad(prompts, side="right" if self._is_encoder_decoder else "left")
+        self._ids, self._mask = ids.to(model.device), is_real.long().to(model.device)
         self._encoded: Tensor | None = None
         self._cache = None
 
     def prefill(self) -> Tensor:
-        """Read the prompts; logits of the first answer token: (B, V)."""
+        """Read the prompts; return the logits of the first new token: (B, V)."""
         if self._is_encoder_decoder:
             self._encoded = self._model.get_encoder()(self._ids, attention_mask=self._mask).last_hidden_state
             start = self._model.config.decoder_start_token_id
@@ -205,7 +173,7 @@ class _Decoding:
         return self._forward(self._ids)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token (B,) to every row; logits of the next: (B, V)."""
+        """Append one token (B,) to every row; return the logits of the next: (B, V)."""
         if not self._is_encoder_decoder:
             self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         return self._forward(tokens.unsqueeze(-1))
@@ -229,7 +197,7 @@ class _Decoding:
                 positions = (self._mask.cumsum(dim=-1) - 1).clamp_(min=0)
                 arguments["position_ids"] = positions[:, -ids.shape[1] :]
         if "logits_to_keep" in self._accepts:
-            arguments["logits_to_keep"] = 1  # the prompt's own predictions are of no use: B x L x V is never built
+            arguments["logits_to_keep"] = 1  # the last position is enough: B x L x V is never built
         output = self._model(**arguments)
         self._cache = output.past_key_values
         return output.logits[:, -1]

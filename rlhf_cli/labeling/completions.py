@@ -1,52 +1,29 @@
-"""Sampled answers on disk: appended in chunks, so that a kill loses one and the next run writes the same bytes."""
+"""Sampled completions on disk, appended in chunks: a kill loses one chunk, and the next run writes the same bytes."""
 
 from __future__ import annotations
 
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, DiskError
 from rlhf_cli.files import append
+from rlhf_cli.generation.generator import Completion
 from rlhf_cli.progress import warn
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One sampled answer.
-
-    Attributes:
-        prompt: number of its prompt.
-        text: what the model said, possibly nothing.
-        tokens: how many were sampled, the end token included.
-        ended: the model ended it; otherwise it ran into the length limit.
-    """
-
-    prompt: int
-    text: str
-    tokens: int
-    ended: bool
-
-
-class Progress(Protocol):
-    """Counts work done."""
-
-    def advance(self, units: int = 1) -> None:
-        """Count `units` more."""
-
-
-class AnswerFile:
-    """A growing `samples.jsonl`, one line an answer; of several processes each has its own (`samples-1.jsonl`, ...).
+class CompletionFile:
+    """A growing `samples.jsonl`, one line per completion. Each process has its own file (`samples-1.jsonl`, ...).
 
     Args:
-        path: rank 0's file; what killed runs left, of any number of processes, is kept up to the last whole chunk.
-        chunks: the numbers of the prompts in each chunk, in the order they are sampled; a prompt is in one of them.
-        per_prompt: answers to each prompt (K).
-        processes: those of the run, which share the chunks that are missing.
+        path: file of rank 0. Whole chunks that killed runs wrote are kept, whatever their number of processes.
+        chunks: numbers of the prompts in each chunk, in the order they are sampled; each prompt is in one chunk.
+        per_prompt: completions per prompt (K).
+        processes: of the run, which share the missing chunks.
     """
 
     def __init__(
@@ -56,11 +33,11 @@ class AnswerFile:
         self._processes = processes or ProcessGroup()
         self._chunks = {chunk[0]: chunk for chunk in chunks}
         done: list[int] | None = None
-        if self._processes.is_main:  # it alone cuts files off, before any process writes on
+        if self._processes.is_main:  # it alone truncates files, before any process appends
             found = {file: self._scan(file) for file in self._files()}
             for file, (_, size) in found.items():
                 if (torn := file.stat().st_size - size) > 0:
-                    warn(f"the last {torn:,} bytes of {file} are torn or damaged: those answers are sampled again")
+                    warn(f"the last {torn:,} bytes of {file} are torn or damaged: those completions are sampled again")
                 with file.open("ab") as opened:
                     opened.truncate(size)
             done = [first for firsts, _ in found.values() for first in firsts]
@@ -70,53 +47,55 @@ class AnswerFile:
 
     @property
     def done(self) -> int:
-        """Answers that are there already."""
+        """Number of completions on disk."""
         return self._per_prompt * sum(len(self._chunks[first]) for first in self._done)
 
     @property
     def left(self) -> int:
-        """Answers that this process is to add."""
+        """Number of completions that this process has to add."""
         return self._per_prompt * sum(len(chunk) for chunk in self._mine if chunk[0] not in self._done)
 
-    def fill(self, sample: Callable[[Sequence[int]], list[Answer]], before_chunk: Callable[[], object]) -> None:
-        """Sample the chunks that are missing; each is on disk before the next begins. Returns when all processes have.
+    def fill(self, sample: Callable[[Sequence[int]], list[Completion]], before_chunk: Callable[[], object]) -> None:
+        """Sample the missing chunks; each is on disk before the next begins. Returns when all processes are done.
 
         Args:
-            sample: K answers to each of the prompts of these numbers.
-            before_chunk: called when all so far is safe; may raise to stop.
+            sample: takes numbers of prompts; returns K completions per prompt, in the order of the prompts.
+            before_chunk: called when everything so far is on disk; may raise to stop.
 
         Raises:
-            DiskError: the disk is full; the chunks before are kept.
+            DiskError: the disk is full; earlier chunks are kept.
         """
         own = self._path(self._processes.index)
         own.touch()
         for chunk in self._mine:
             before_chunk()
-            answers = sample(chunk)
-            lines = b"".join(_line(answer) for answer in answers)
+            numbers = [number for number in chunk for _ in range(self._per_prompt)]
+            pairs = zip(numbers, sample(chunk), strict=True)
+            lines = b"".join(_line(number, completion) for number, completion in pairs)
             try:
                 append(own, lines)
             except OSError as error:
                 raise DiskError(
                     f"cannot write {len(lines):,} bytes to {own}: {error.strerror or error}",
-                    hint="free some space and run the same command again; answers sampled before are kept",
+                    hint="free some space and run the same command again; completions sampled before are kept",
                 ) from error
         self._processes.barrier()
         self._done = set(self._chunks)
 
-    def read(self) -> list[list[Answer]]:
-        """All answers: one list of K a prompt, in the order of the prompts."""
-        answers: dict[int, list[Answer]] = {}
+    def read(self) -> list[list[Completion]]:
+        """Return K completions per prompt, in the order of the prompts."""
+        completions: dict[int, list[Completion]] = {}
         for path in self._files():
             with path.open("rb") as file:
                 for line in file:
-                    answer = _answer(line)
-                    if answer is None:
+                    found = _parse(line)
+                    if found is None:
                         raise DataError(
-                            f"{path} was damaged while it was in use", hint="run the same command again to mend it"
+                            f"{path} was damaged while it was in use", hint="run the same command again to repair it"
                         )
-                    answers.setdefault(answer.prompt, []).append(answer)
-        return [answers[number] for number in sorted(answers)]
+                    number, completion = found
+                    completions.setdefault(number, []).append(completion)
+        return [completions[number] for number in sorted(completions)]
 
     def _path(self, process: int) -> Path:
         return self._folder / (f"{self._name}-{process}.jsonl" if process else f"{self._name}.jsonl")
@@ -125,9 +104,12 @@ class AnswerFile:
         return [*self._folder.glob(f"{self._name}.jsonl"), *sorted(self._folder.glob(f"{self._name}-*.jsonl"))]
 
     def _scan(self, path: Path) -> tuple[list[int], int]:
-        """Whole chunks of a file, by their first prompt, and the bytes they take. A kill can leave half a line."""
+        """Return the first prompt of each whole chunk in a file, and the bytes of these chunks.
+
+        A kill can leave half a line or half a chunk.
+        """
         lines = path.read_bytes().split(b"\n")[:-1]
-        prompts = [None if (answer := _answer(line)) is None else answer.prompt for line in lines]
+        prompts = [None if (found := _parse(line)) is None else found[0] for line in lines]
         done: list[int] = []
         size = place = 0
         while place < len(lines):
@@ -142,17 +124,19 @@ class AnswerFile:
         return done, size
 
 
-def _line(answer: Answer) -> bytes:
-    """An answer as a line that carries its own checksum: a flipped bit in a text would still be JSON."""
-    plain = asdict(answer)
+def _line(prompt: int, completion: Completion) -> bytes:
+    """Return a line with a checksum: after a flipped bit in a text, the line would still be JSON."""
+    plain = {"prompt": prompt, **asdict(completion)}
     return json.dumps(plain | {"crc32": _crc32(plain)}, ensure_ascii=False).encode() + b"\n"
 
 
-def _answer(line: bytes) -> Answer | None:
-    """The answer in a line that is as it was written; None for a torn or damaged one."""
+def _parse(line: bytes) -> tuple[int, Completion] | None:
+    """Return the number of the prompt and the completion in a line; None if the line is torn or damaged."""
     try:
         plain = json.loads(line)
-        return Answer(**plain) if plain.pop("crc32") == _crc32(plain) else None
+        if plain.pop("crc32") != _crc32(plain):
+            return None
+        return plain.pop("prompt"), Completion(**plain)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,3 +47,12 @@ class RunSettings(Section):
         for key in setting.split("."):
             found = getattr(found, key, None)
         return found
+
+
+def artifact_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings in the manifest of an artifact that a stage wrote; empty for any other folder."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return dict(manifest["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -1,39 +1,37 @@
-"""What every stage does first: turn the recipe's settings into the engine's plain arguments. Imports no torch."""
+"""What several stages do first: resolve the recipe's settings into models, prompts and logs. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.distributed.ranks import is_main
-from rlhf_cli.errors import UsageError
-from rlhf_cli.progress import warn
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import StageContext
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from rlhf_cli.data.chat_format import PromptFormat
+    from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.settings.shared import SamplingSettings
     from rlhf_cli.training.monitoring.metrics_log import MetricsLog
     from rlhf_cli.training.monitoring.trackers import Trackers
 
 EXCERPT = 80
-"""Characters of a prompt by which a record that is left out is recognized."""
+"""Characters of a prompt that identify a skipped record."""
+
+CHOSEN_ON = "chosen_on.json"
+"""File beside a PPO policy with the keys of the held-out prompts that chose it, which `evaluate` skips."""
 
 
 def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> ModelSource:
-    """How the model at `path` is held, with device and precisions resolved for this machine.
+    """Return how the model at `path` is loaded, with device and precisions resolved for this machine.
 
-    `model.revision` and `model.trust_remote_code` are about `model.path` and reach no other model. `model.quantize` is
-    about frozen weights under an adapter that trains: a stage that trains one says `quantized`.
+    `model.revision` and `model.trust_remote_code` apply to `model.path` only. `model.quantize` applies to the frozen
+    weights under an adapter: a stage that trains one passes `quantized`.
     """
     from rlhf_cli.models.loading import ModelSource, resolve_device, resolve_precision
 
@@ -53,82 +51,45 @@ def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> 
     )
 
 
-def prompt_format(
-    recipe: RunSettings, source: ModelSource, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PromptFormat:
-    """How prompts reach the model at `source`; its tokenizer is loaded if none is given."""
-    from rlhf_cli.data.chat_format import PromptFormat
-    from rlhf_cli.models.loading import load_config, load_tokenizer
-
-    return PromptFormat(
-        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(source),
-        template=prompt_template(recipe, source.path),
-        name=f"`{source.path}`",
-        is_encoder_decoder=load_config(source).is_encoder_decoder,
-    )
-
-
-def prompt_template(recipe: RunSettings, model: str) -> str | None:
-    """How plain prompts reach a model: as the recipe says, else as the model was asked when we trained it.
-
-    A stage alone, without the recipe of the run its model is from, would otherwise ask in a way the model never saw.
-    """
-    trained = artifact_settings(Path(model)).get("data", {}).get("prompt_template")
-    if recipe.data.prompt_template is None:
-        return trained
-    if trained not in (None, recipe.data.prompt_template):
-        warn(f"{model} was trained with `data.prompt_template: {trained!r}`, not {recipe.data.prompt_template!r}")
-    return recipe.data.prompt_template
-
-
-def artifact_settings(folder: Path) -> dict[str, Any]:
-    """The settings in the manifest of one of our own artifacts; empty for any other folder."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return dict(manifest["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts that fit the model.
-
-    Attributes:
-        prompts: each once.
-        ids: their tokens.
-        skips: those left out.
-    """
-
-    prompts: list[Prompt]
-    ids: list[list[int]]
-    skips: SkipLog
-
-
-def load_prompts(
-    context: StageContext[Any, Any], form: PromptFormat, config: PretrainedConfig, *, max_new_tokens: int
-) -> Prompts:
-    """All prompts of the stage's "prompts" input, held-out ones too, each once, that leave room for an answer.
+def load_policy(
+    context: StageContext[Any, Any], path: str, sampling: SamplingSettings, *, quantized: bool = False
+) -> Policy:
+    """Return the policy at `path`, prompted as the recipe says; its weights are loaded when they are first used.
 
     Args:
         context: of the stage.
-        form: of the model that will answer.
-        config: of that model.
-        max_new_tokens: room an answer may take.
+        path: folder or hub id.
+        sampling: how it draws tokens.
+        quantized: hold its weights as `model.quantize` says.
+    """
+    from rlhf_cli.generation.policy import Policy
+
+    recipe = context.recipe
+    source = model_source(recipe, path, quantized=quantized)
+    return Policy.load(source, sampling, template=recipe.data.prompt_template)
+
+
+def load_prompts(context: StageContext[Any, Any], policy: Policy) -> tuple[TokenizedPrompts, SkipLog]:
+    """Read the prompts of the stage's "prompts" input, held-out ones too, each once, and skip those that are too long.
+
+    Args:
+        context: of the stage.
+        policy: that will complete them.
 
     Raises:
         DataError: the source cannot be read, or too many prompts are too long.
-        UsageError: the model could read no prompt at all beside such an answer.
+        UsageError: completions are so long that no prompt fits.
     """
     from rlhf_cli.data.chat_format import check_conversations
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.generation.prompts import TokenizedPrompts
 
     data, source = context.recipe.data, context.inputs.prompts.source
     section = context.stage.section
     setting = f"{section}.max_new_tokens" if section == "ppo" else f"{section}.sampling.max_new_tokens"
-    room = min(data.max_prompt_tokens, prompt_room(config, max_new_tokens, form.name, setting))
+    longest = min(data.max_prompt_tokens, policy.longest_prompt(setting))
     loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
-    check_conversations(form, loaded.records)
+    check_conversations(policy.format, loaded.records)
     prompts: list[Prompt] = []
     ids: list[list[int]] = []
     seen: set[str] = set()
@@ -136,45 +97,21 @@ def load_prompts(
         if (key := prompt_key(record.prompt)) in seen:
             continue
         seen.add(key)
-        tokens = form.prompt_ids(record.prompt)
-        if len(tokens) > room:
+        tokens = policy.prompt_ids(record.prompt)
+        if len(tokens) > longest:
             excerpt = prompt_text(record.prompt)[:EXCERPT]
-            loaded.skips.add(Skip(record.location or source, f"prompt longer than {room:,} tokens", excerpt))
+            loaded.skips.add(Skip(record.location or source, f"prompt longer than {longest:,} tokens", excerpt))
             continue
         prompts.append(record.prompt)
         ids.append(tokens)
     loaded.skips.check(loaded.total, data.max_skip, source)
-    return Prompts(prompts, ids, loaded.skips)
-
-
-def prompt_room(config: PretrainedConfig, max_new_tokens: int, name: str, setting: str) -> int:
-    """Longest prompt, in tokens, beside an answer of `max_new_tokens`; an encoder-decoder reads prompts on their own.
-
-    Raises:
-        UsageError: there is no room for a single token.
-    """
-    from rlhf_cli.models.loading import context_length
-
-    longest = context_length(config)
-    learned = getattr(config, "max_position_embeddings", None) if config.is_encoder_decoder else None
-    if isinstance(learned, int) and max_new_tokens > learned:
-        raise UsageError(
-            f"answers of {max_new_tokens:,} tokens are too long: the decoder of {name} writes {learned:,} at most",
-            hint=f"lower it, such as `--set {setting}=64`",
-        )
-    room = longest if config.is_encoder_decoder else longest - max_new_tokens
-    if room < 1:
-        raise UsageError(
-            f"answers of {max_new_tokens:,} tokens leave no room for a prompt: {name} reads {longest:,} tokens in all",
-            hint=f"lower it, such as `--set {setting}=64`",
-        )
-    return room
+    return TokenizedPrompts(prompts, ids), loaded.skips
 
 
 def trackers(context: StageContext[Any, Any]) -> Trackers | None:
-    """The recipe's trackers, for a trainer's metrics log in the process that writes it; None without any.
+    """Return the recipe's trackers, in the process that writes metrics; None if there are none.
 
-    They are told the settings that the stage's result depends on, and no paths or addresses.
+    They receive the settings that the stage's result depends on, without paths and addresses.
     """
     tracking = context.recipe.tracking
     if not tracking.trackers or not is_main():
@@ -193,7 +130,7 @@ def trackers(context: StageContext[Any, Any]) -> Trackers | None:
 
 
 def metrics_log(context: StageContext[Any, Any]) -> Callable[..., MetricsLog]:
-    """Makes the stage's metrics log, trackers included, from the other arguments of `MetricsLog`."""
+    """Return what makes the stage's metrics log, with its trackers, from the other arguments of `MetricsLog`."""
     from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 
     return partial(MetricsLog, trackers=trackers(context))

@@ -73,7 +73,7 @@ def test_killed_in_every_stage_it_completes_and_redoes_nothing(tmp_path: Path):
     outcome = json.loads(last.stdout)
     assert [row["status"] for row in outcome["stages"]] == ["cached"] * 4 + ["done"]
     metrics = outcome["stages"][-1]["metrics"]
-    wanted = {"gold/sft_mean", "gold/ppo_mean", "win_rate", "win_rate_low", "win_rate_high", "kl_nats"}
+    wanted = {"gold/baseline_mean", "gold/policy_mean", "win_rate", "win_rate_low", "win_rate_high", "kl_nats"}
     assert wanted <= metrics.keys()
     assert metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
 

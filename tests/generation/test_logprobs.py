@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.generation.logprobs import Projection, check_projection, response_hidden
+from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy
 
@@ -30,7 +30,7 @@ def test_logprobs_and_entropy_are_those_of_each_sequence_alone(name, request):
     model = load_policy(ModelSource(str(request.getfixturevalue(name))))
     batch = SequenceBatch.of(PROMPTS, RESPONSES, model.device, decoder_start=start_token(model))
     with torch.no_grad():
-        got = Projection.of(model).token_logprobs(response_hidden(model, batch), batch, temperature=0.7)
+        got = Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=0.7)
         for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
             expected = (logits_of(model, prompt, response) / 0.7).log_softmax(-1)
             chosen = expected.gather(-1, torch.tensor(response).unsqueeze(-1)).squeeze(-1)
@@ -47,7 +47,9 @@ def test_gradient_is_that_of_the_plain_definition(tiny_llama):
     model.requires_grad_(False)
     weight.requires_grad_(True)
     batch = SequenceBatch.of(PROMPTS, RESPONSES, model.device)
-    Projection.of(model).token_logprobs(response_hidden(model, batch), batch, temperature=0.7).logprobs.sum().backward()
+    Projection.of(model).token_logprobs(
+        completion_hidden(model, batch), batch, temperature=0.7
+    ).logprobs.sum().backward()
     got, weight.grad = weight.grad, None
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         expected = (logits_of(model, prompt, response) / 0.7).log_softmax(-1)
@@ -63,10 +65,10 @@ def test_what_stands_on_padding_changes_nothing(tiny_llama):
         lengths = torch.tensor([len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True)])
         is_pad = torch.arange(batch.input_ids.shape[1]) >= lengths.unsqueeze(1)
         batch.input_ids[is_pad] = filler
-        batch.response_ids[~batch.is_response] = filler
+        batch.completion_ids[~batch.is_completion] = filler
         with torch.no_grad():
             results.append(
-                Projection.of(model).token_logprobs(response_hidden(model, batch), batch, temperature=1.0).logprobs
+                Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs
             )
     assert torch.equal(*results)
 

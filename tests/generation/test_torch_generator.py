@@ -1,17 +1,32 @@
 """Sampling: the right distribution, the right end, and a function of prompt and seed alone."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import pytest
 import torch
 
 from rlhf_cli.errors import DivergedError, ModelError
-from rlhf_cli.generation.torch_generator import Sample, draw, sample, stop_ids
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer, recompute_activations
+from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.torch_generator import TorchGenerator, draw
+from rlhf_cli.models.loading import ModelSource, recompute_activations
+from rlhf_cli.settings.shared import SamplingSettings
 
 PROMPTS = [[5, 6, 7, 8], [9], [3, 4, 5, 6, 7, 8, 9], [10, 11]]
 
 
-def settings(**changes):
-    return {"max_new_tokens": 12, "temperature": 1.0, "eos_ids": {0}} | changes
+def policy_at(folder: Path, stop_ids: set[int] | None = None, **sampling) -> Policy:
+    policy = Policy.load(ModelSource(str(folder)), SamplingSettings(**{"max_new_tokens": 12} | sampling))
+    if stop_ids is not None:
+        policy.stop_ids = stop_ids
+    return policy
+
+
+def generate(policy: Policy, seeds: list[int], prompts: list[list[int]] | None = None) -> list[Completion]:
+    requests = [Request(ids, seed) for ids, seed in zip(prompts or PROMPTS, seeds, strict=True)]
+    return TorchGenerator().generate(policy, requests)
 
 
 def test_draw_inverts_the_cumulative_distribution():
@@ -48,65 +63,89 @@ def test_logits_that_are_not_finite_are_refused():
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
-def test_an_answer_depends_on_prompt_and_seed_alone(name, request):
-    model = load_policy(ModelSource(str(request.getfixturevalue(name))))
-    together = sample(model, PROMPTS, [1, 2, 3, 4], **settings())
-    alone = [sample(model, [p], [s], **settings())[0] for p, s in zip(PROMPTS, [1, 2, 3, 4], strict=True)]
+def test_a_completion_depends_on_prompt_and_seed_alone(name, request):
+    folder = request.getfixturevalue(name)
+    policy = policy_at(folder)
+    together = generate(policy, [1, 2, 3, 4])
+    alone = [generate(policy, [seed], [ids])[0] for ids, seed in zip(PROMPTS, [1, 2, 3, 4], strict=True)]
     assert together == alone
-    assert sample(model, PROMPTS, [1, 2, 3, 4], **settings(batch_size=2)) == together
-    assert sample(model, PROMPTS, [5, 6, 7, 8], **settings()) != together
+    assert generate(policy_at(folder, batch_size=2), [1, 2, 3, 4]) == together
+    assert generate(policy, [5, 6, 7, 8]) != together
+
+
+PINNED = {
+    "tiny_llama": [
+        [19, 72, 71, 60, 179, 35, 141, 219, 182, 157, 162, 116],
+        [9, 93, 246, 58, 248, 194, 64, 134, 131, 250, 60, 187],
+    ],
+    "tiny_gpt2": [
+        [17, 68, 71, 60, 172, 34, 153, 223, 184, 156, 158, 108],
+        [11, 88, 246, 57, 240, 200, 64, 138, 130, 249, 60, 191],
+    ],
+    "tiny_t5": [[0, 11, 17, 17, 42, 21, 32, 58, 58, 52, 52, 32], [0, 17, 61, 22, 56, 56, 23, 30, 30, 65, 27, 48]],
+}
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
+def test_tokens_do_not_change_between_versions(name, request):
+    """A change here changes the completions of every run: seeds, the order of draws or the arithmetic moved."""
+    drawn = generate(policy_at(request.getfixturevalue(name), top_p=0.9), [1, 2, 3, 4])
+    assert [drawn[0].ids, drawn[2].ids] == PINNED[name]
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_t5"])
 def test_tokens_follow_the_model_s_distribution_step_by_step(name, request):
-    """Replays an answer by full forward passes without a cache: each token is where its uniform number points."""
-    model = load_policy(ModelSource(str(request.getfixturevalue(name))))
-    (answer,) = sample(model, [PROMPTS[0]], [7], **settings(temperature=0.8, eos_ids=set()))
+    """Replays a completion by full forward passes without a cache: each token is where its uniform number points."""
+    policy = policy_at(request.getfixturevalue(name), set(), temperature=0.8)
+    (completion,) = generate(policy, [7], PROMPTS[:1])
     uniforms = torch.rand(12, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    for step in range(12):
-        with torch.no_grad():
+    with policy.model() as model, torch.no_grad():
+        for step in range(12):
+            before = completion.ids[:step]
             if model.config.is_encoder_decoder:
-                decoded = torch.tensor([[model.config.decoder_start_token_id, *answer.ids[:step]]])
+                decoded = torch.tensor([[model.config.decoder_start_token_id, *before]])
                 logits = model(input_ids=torch.tensor([PROMPTS[0]]), decoder_input_ids=decoded).logits[:, -1]
             else:
-                logits = model(input_ids=torch.tensor([PROMPTS[0] + answer.ids[:step]])).logits[:, -1]
-        assert draw(logits, uniforms[step : step + 1], temperature=0.8).item() == answer.ids[step]
+                logits = model(input_ids=torch.tensor([PROMPTS[0] + before])).logits[:, -1]
+            assert draw(logits, uniforms[step : step + 1], temperature=0.8).item() == completion.ids[step]
 
 
-def test_an_answer_ends_with_any_stop_token_and_keeps_it(tiny_llama):
-    model = load_policy(ModelSource(str(tiny_llama)))
-    (free,) = sample(model, [PROMPTS[0]], [3], **settings(eos_ids=set()))
-    assert not free.ended
+def test_a_completion_ends_with_any_stop_token_and_keeps_it(tiny_llama):
+    (free,) = generate(policy_at(tiny_llama, set()), [3], PROMPTS[:1])
+    assert not free.finished
     assert len(free.ids) == 12
     stop = free.ids[4]
-    first = free.ids.index(stop)
-    (ended,) = sample(model, [PROMPTS[0]], [3], **settings(eos_ids={stop, 319}))
-    assert ended == Sample(free.ids[: first + 1], ended=True)
+    ids = free.ids[: free.ids.index(stop) + 1]
+    policy = policy_at(tiny_llama, {stop, 319})
+    assert generate(policy, [3], PROMPTS[:1]) == [Completion(ids, policy.decode(ids), finished=True)]
 
 
 def test_the_models_own_generation_settings_are_not_obeyed(tiny_llama):
-    model = load_policy(ModelSource(str(tiny_llama)))
-    plain = sample(model, PROMPTS, [1, 2, 3, 4], **settings())
-    model.generation_config.update(top_k=1, repetition_penalty=9.0, min_new_tokens=11, do_sample=False)
-    assert sample(model, PROMPTS, [1, 2, 3, 4], **settings()) == plain
+    policy = policy_at(tiny_llama)
+    plain = generate(policy, [1, 2, 3, 4])
+    with policy.model() as model:
+        model.generation_config.update(top_k=1, repetition_penalty=9.0, min_new_tokens=11, do_sample=False)
+    assert generate(policy, [1, 2, 3, 4]) == plain
 
 
-def test_stop_tokens_are_the_tokenizer_s_and_the_model_s(tiny_llama):
-    source = ModelSource(str(tiny_llama))
-    model, tokenizer = load_policy(source), load_tokenizer(source)
-    model.generation_config.eos_token_id = [7, 8]
-    assert stop_ids(model, tokenizer) == {tokenizer.eos_token_id, 7, 8}
+def test_progress_and_stop_are_called_after_every_batch(tiny_llama):
+    calls: list[object] = []
+    requests = [Request(ids, 1) for ids in PROMPTS[:3]]
+    TorchGenerator().generate(
+        policy_at(tiny_llama, batch_size=2), requests, progress=calls.append, stop=lambda: calls.append("stop")
+    )
+    assert calls == [2, "stop", 1, "stop"]
 
 
 def test_an_empty_prompt_is_refused(tiny_llama):
-    model = load_policy(ModelSource(str(tiny_llama)))
     with pytest.raises(ModelError, match="prompt 1 has no tokens"):
-        sample(model, [[1], []], [1, 2], **settings())
+        generate(policy_at(tiny_llama), [1, 2], [[1], []])
 
 
 def test_a_model_that_recomputes_activations_samples_the_same(tiny_llama):
-    model = load_policy(ModelSource(str(tiny_llama)))
-    plain = sample(model, PROMPTS, [1, 2, 3, 4], **settings())
-    recompute_activations(model)
-    assert sample(model, PROMPTS, [1, 2, 3, 4], **settings()) == plain
-    assert model.training
+    policy = policy_at(tiny_llama)
+    plain = generate(policy, [1, 2, 3, 4])
+    with policy.model() as model:
+        recompute_activations(model)
+        assert generate(policy, [1, 2, 3, 4]) == plain
+        assert model.training

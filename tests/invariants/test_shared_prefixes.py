@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.attention.hugging_face import implementation
 from rlhf_cli.data.examples import Example
-from rlhf_cli.generation.logprobs import Projection, check_projection, response_hidden
+from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_policy, recompute_activations
@@ -99,10 +99,10 @@ def together(model: PreTrainedModel) -> list[Tensor]:
     assert batch.layout is not None
     assert batch.layout.is_tree
     assert batch.input_ids.numel() < sum(map(len, SEQUENCES))
-    hidden = response_hidden(model, batch)
+    hidden = completion_hidden(model, batch)
     if model.dtype == torch.float64:  # the projection's kernel computes in float32
         logits = hidden @ model.get_output_embeddings().weight.T
-        found = logits.log_softmax(-1).gather(2, batch.response_ids.unsqueeze(2)).squeeze(2)
+        found = logits.log_softmax(-1).gather(2, batch.completion_ids.unsqueeze(2)).squeeze(2)
     else:
         found = Projection.of(model).token_logprobs(hidden, batch, temperature=1.0).logprobs
     return [row[: len(response)] for row, response in zip(found, RESPONSES, strict=True)]
@@ -374,9 +374,10 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llama: Path, tmp_path: Path):
-    from rlhf_cli.models.loading import load_tokenizer
+    from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.rewards.base import Scores
-    from rlhf_cli.stages.ppo.rollout import PromptSet
+    from rlhf_cli.stages.ppo.rollout import rollout_sampling
     from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
     def vowels(prompts, texts):
@@ -385,7 +386,6 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
     histories = []
     for attention in ("sdpa", "torch"):
         source = ModelSource(str(tiny_llama), attention=attention)
-        tokenizer = load_tokenizer(source)
         torch.manual_seed(0)
         models = SharedBackbone(load_policy(source), LoraSettings(rank=4, alpha=8.0))
         engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=4, temperature=1.0)
@@ -394,11 +394,12 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
             rollout_batch_size=8, max_new_tokens=6, learning_rate=1e-3, schedule="constant", ratio_limit=1e6,
         )  # fmt: skip
         texts = ["The cat sat", "Why is the sky blue?", "Bread", "A short answer"]
-        prompts = PromptSet(texts, [tokenizer(text).input_ids for text in texts], tokenizer, {tokenizer.eos_token_id})
+        policy = Policy.load(source, rollout_sampling(settings), weights=models.policy)
+        prompts = TokenizedPrompts(texts, [policy.prompt_ids(text) for text in texts])
         work = tmp_path / attention
         work.mkdir()
         data = PPOData(prompts)
-        trainer = PPOTrainer(models, engine, data, vowels, settings, seed=0, work=work, stop=Never())
+        trainer = PPOTrainer(models, engine, data, vowels, settings, policy=policy, seed=0, work=work, stop=Never())
         histories.append([trainer.step(step).metrics for step in range(2)])
     metrics_match(histories[1], histories[0])
 
@@ -433,5 +434,5 @@ def test_a_model_that_mixes_tokens_by_convolution_keeps_its_padding(tmp_path: Pa
     assert not reads_groups(model)
     batch = SequenceBatch.for_model(model, PROMPTS, RESPONSES)
     assert batch.layout is None
-    found = Projection.of(model).token_logprobs(response_hidden(model, batch), batch, temperature=1.0).logprobs
-    torch.testing.assert_close(found[batch.is_response], torch.cat(alone(model)), atol=1e-5, rtol=1e-5)
+    found = Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs
+    torch.testing.assert_close(found[batch.is_completion], torch.cat(alone(model)), atol=1e-5, rtol=1e-5)

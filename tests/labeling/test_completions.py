@@ -1,4 +1,4 @@
-"""Sampled answers on disk: a kill at any byte loses at most a chunk, and the file ends the same."""
+"""Sampled completions on disk: a kill at any byte loses at most a chunk, and the file ends the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.errors import DiskError
-from rlhf_cli.labeling.completions import Answer, AnswerFile
+from rlhf_cli.generation.generator import Completion
+from rlhf_cli.labeling.completions import CompletionFile
 
 CHUNKS = [[2, 0], [1, 4], [3]]
 
@@ -16,24 +17,24 @@ CHUNKS = [[2, 0], [1, 4], [3]]
 def sampler(log: list[int]):
     def sample(chunk):
         log.extend(chunk)
-        return [Answer(number, f"à{number}\n{k}", number + k, k == 0) for number in chunk for k in range(2)]
+        return [Completion([number, k], f"à{number}\n{k}", k == 0) for number in chunk for k in range(2)]
 
     return sample
 
 
 def whole(folder: Path) -> bytes:
-    file = AnswerFile(folder / "whole.jsonl", CHUNKS, 2)
+    file = CompletionFile(folder / "whole.jsonl", CHUNKS, 2)
     file.fill(sampler([]), lambda: None)
     return (folder / "whole.jsonl").read_bytes()
 
 
-def test_answers_come_back_in_the_order_of_the_prompts(tmp_path: Path):
-    file = AnswerFile(tmp_path / "samples.jsonl", CHUNKS, 2)
+def test_completions_come_back_in_the_order_of_the_prompts(tmp_path: Path):
+    file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2)
     assert file.done == 0
     file.fill(sampler([]), lambda: None)
     assert file.done == 10
-    assert [[answer.prompt for answer in group] for group in file.read()] == [[n, n] for n in range(5)]
-    assert file.read()[3][1] == Answer(3, "à3\n1", 4, False)
+    assert [[completion.ids[0] for completion in group] for group in file.read()] == [[n, n] for n in range(5)]
+    assert file.read()[3][1] == Completion([3, 1], "à3\n1", finished=False)
 
 
 def test_a_file_torn_at_any_byte_is_completed_to_the_same_bytes(tmp_path: Path):
@@ -44,7 +45,7 @@ def test_a_file_torn_at_any_byte_is_completed_to_the_same_bytes(tmp_path: Path):
     for cut in range(0, len(content) + 1, 7):
         path.write_bytes(content[:cut])
         log: list[int] = []
-        file = AnswerFile(path, CHUNKS, 2)
+        file = CompletionFile(path, CHUNKS, 2)
         kept = sum(end <= cut for end in ends)
         assert file.done == 2 * sum(len(chunk) for chunk in CHUNKS[:kept])
         file.fill(sampler(log), lambda: None)
@@ -53,27 +54,27 @@ def test_a_file_torn_at_any_byte_is_completed_to_the_same_bytes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"garbage\n", b'{"prompt": 9, "text": "", "tokens": 0, "ended": true}\n', b"\x00\xff\n"]
+    "damage", [b"garbage\n", b'{"prompt": 9, "ids": [], "text": "", "finished": true}\n', b"\x00\xff\n"]
 )
 def test_damage_is_cut_off_with_what_follows(damage: bytes, tmp_path: Path):
     content = whole(tmp_path)
     lines = content.splitlines(keepends=True)
     path = tmp_path / "damaged.jsonl"
     path.write_bytes(b"".join([*lines[:4], damage, *lines[5:]]))
-    file = AnswerFile(path, CHUNKS, 2)
+    file = CompletionFile(path, CHUNKS, 2)
     assert file.done == 4
     file.fill(sampler([]), lambda: None)
     assert path.read_bytes() == content
 
 
-def test_every_flipped_bit_is_seen_and_mended(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_every_flipped_bit_is_seen_and_repaired(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     content = whole(tmp_path)
     path = tmp_path / "flipped.jsonl"
     for bit in range(0, 8 * len(content), 5):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        file = AnswerFile(path, CHUNKS, 2)
+        file = CompletionFile(path, CHUNKS, 2)
         file.fill(sampler([]), lambda: None)
         assert path.read_bytes() == content
     assert f"bytes of {path} are torn or damaged" in capfd.readouterr().err.replace("\n", " ")
@@ -83,7 +84,7 @@ def test_what_follows_the_last_chunk_is_cut_off(tmp_path: Path):
     content = whole(tmp_path)
     path = tmp_path / "long.jsonl"
     path.write_bytes(content + b'{"prompt"')
-    assert AnswerFile(path, CHUNKS, 2).done == 10
+    assert CompletionFile(path, CHUNKS, 2).done == 10
     assert path.read_bytes() == content
 
 
@@ -97,15 +98,15 @@ def test_a_stop_between_chunks_keeps_what_is_done(tmp_path: Path):
 
     path = tmp_path / "samples.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        AnswerFile(path, CHUNKS, 2).fill(sampler([]), stop)
-    assert AnswerFile(path, CHUNKS, 2).done == 8
+        CompletionFile(path, CHUNKS, 2).fill(sampler([]), stop)
+    assert CompletionFile(path, CHUNKS, 2).done == 8
 
 
 def test_a_full_disk_says_how_many_bytes_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    file = AnswerFile(tmp_path / "samples.jsonl", CHUNKS, 2)
+    file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2)
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DiskError, match=r"cannot write \d+ bytes to .*samples\.jsonl: No space left"):
         file.fill(sampler([]), lambda: None)

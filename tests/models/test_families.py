@@ -10,10 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from rlhf_cli.generation import torch_generator as sampling
-from rlhf_cli.generation.logprobs import check_projection, response_hidden
+from rlhf_cli.generation import torch_generator
+from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.logprobs import check_projection, completion_hidden
+from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.model_saving import save_ppo_models
@@ -48,18 +51,19 @@ def answers(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answer
     tokenizer = load_tokenizer(ModelSource(str(folder)))
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     drawn: list[torch.Tensor] = []
-    plain = sampling.draw
+    plain = torch_generator.draw
+    policy = Policy.load(ModelSource(str(folder)), SamplingSettings(max_new_tokens=length), weights=models.policy)
+    policy.stop_ids = set()  # all completions have the same length
 
     def watched(logits: torch.Tensor, uniforms: torch.Tensor, **arguments: float) -> torch.Tensor:
         tokens = plain(logits, uniforms, **arguments)
         drawn.append(logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1))[:, 0])
         return tokens
 
-    with pytest.MonkeyPatch.context() as patch, models.policy() as model:
-        patch.setattr(sampling, "draw", watched)
-        samples = sampling.sample(
-            model, prompts, range(len(prompts)), max_new_tokens=length, temperature=1.0, eos_ids=set()
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_generator, "draw", watched)
+        requests = [Request(ids, seed) for seed, ids in enumerate(prompts)]
+        samples = torch_generator.TorchGenerator().generate(policy, requests)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found = torch.zeros(len(prompts), length)
     found[order] = torch.stack(drawn, dim=1)
@@ -141,13 +145,13 @@ def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(models: PPOMode
     start = getattr(read.config, "decoder_start_token_id", None)
     batch = SequenceBatch.of([[5, 6], [7]], [[8, 9, 10], [11]], torch.device("cpu"), decoder_start=start)
     with models.critic() as model, torch.no_grad():
-        expected = response_hidden(model, batch)
+        expected = completion_hidden(model, batch)
     if is_lora:
         critic = PeftModel.from_pretrained(kind.from_pretrained(folder), tmp_path / "critic").get_base_model()
     else:
         critic = AutoModel.from_pretrained(tmp_path / "critic")
     with torch.no_grad():
-        torch.testing.assert_close(response_hidden(critic.eval(), batch), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(completion_hidden(critic.eval(), batch), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_its_logits_are_the_ones_we_compute(folder: Path):

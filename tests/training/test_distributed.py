@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import random
 import signal
@@ -14,7 +13,8 @@ import torch
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import Interrupted
-from rlhf_cli.labeling.completions import Answer, AnswerFile
+from rlhf_cli.generation.generator import Completion
+from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
@@ -186,10 +186,10 @@ def test_partial_answers_of_two_processes_are_completed_by_one(tmp_path):
 
     def sample(chunk):
         sampled.extend(chunk)
-        return [Answer(number, f"{number}", 1, True) for number in chunk for _ in range(2)]
+        return [Completion([number], f"{number}", True) for number in chunk for _ in range(2)]
 
     def work(processes: ProcessGroup) -> None:
-        file = AnswerFile(tmp_path / "samples.jsonl", CHUNKS, 2, processes)
+        file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2, processes)
         calls: list[int] = []
 
         def stop() -> None:
@@ -206,12 +206,12 @@ def test_partial_answers_of_two_processes_are_completed_by_one(tmp_path):
     assert sorted(sampled) == [0, 1, 2, 4]
     with (tmp_path / "samples-1.jsonl").open("ab") as torn:
         torn.write(b'{"prompt": 3, "te')
-    file = AnswerFile(tmp_path / "samples.jsonl", CHUNKS, 2)
+    file = CompletionFile(tmp_path / "samples.jsonl", CHUNKS, 2)
     assert (file.done, file.left) == (8, 2)
     sampled.clear()
     file.fill(sample, lambda: None)
     assert sampled == [3]
-    assert [dataclasses.astuple(answer)[0] for group in file.read() for answer in group] == [
+    assert [completion.ids[0] for group in file.read() for completion in group] == [
         0,
         0,
         1,

@@ -382,7 +382,7 @@ def test_bfloat16_weights_and_autocast_run(tiny: Tiny):
 
 
 def test_batch_of_rollout_is_read(tiny: Tiny):
-    from rlhf_cli.generation.logprobs import response_hidden
+    from rlhf_cli.generation.logprobs import completion_hidden
 
     batch = SequenceBatch.of([[3, 4], [5]], [[6, 7], [8, 9]], torch.device("cpu"), decoder_start=0)
-    assert response_hidden(tiny(architecture="encoder-decoder"), batch).shape == (2, 2, 16)
+    assert completion_hidden(tiny(architecture="encoder-decoder"), batch).shape == (2, 2, 16)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.attention.layout import Layout
+from rlhf_cli.models.padding import pad
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,9 @@ class RewardBatch:
     @staticmethod
     def padded(sequences: Sequence[Encoded], device: torch.device) -> RewardBatch:
         """Build a batch with one row per sequence."""
-        lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
-        width = int(lengths.max())
-        ids = torch.tensor([sequence.ids[0] for sequence in sequences]).unsqueeze(1).repeat(1, width)
-        types = None if sequences[0].types is None else torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-            if types is not None and sequence.types is not None:
-                types[row, : len(sequence.types)] = torch.tensor(sequence.types)
-        mask = (torch.arange(width) < lengths.unsqueeze(1)).long().to(device)
-        last = (torch.arange(len(sequences)) * width + lengths - 1).to(device)
-        return RewardBatch(ids.to(device), last, mask=mask, types=None if types is None else types.to(device))
+        ids, is_real = pad([sequence.ids for sequence in sequences])
+        last = torch.arange(len(sequences)) * ids.shape[1] + is_real.sum(dim=1) - 1
+        types = None
+        if sequences[0].types is not None:
+            types = pad([sequence.types or [] for sequence in sequences])[0].masked_fill(~is_real, 0).to(device)
+        return RewardBatch(ids.to(device), last.to(device), mask=is_real.long().to(device), types=types)

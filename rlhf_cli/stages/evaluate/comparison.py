@@ -1,4 +1,4 @@
-"""Two policies on the same prompts: who wins, by how much, at what distance, and whether the text is still sound."""
+"""A policy compared with a baseline on the same prompts: win rate, scores, KL and statistics of the text."""
 
 from __future__ import annotations
 
@@ -8,57 +8,59 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_to_json
-from rlhf_cli.generation.policy import Answer
+from rlhf_cli.generation.generator import Completion
 from rlhf_cli.intervals import bootstrap_ratio, standard_error
 from rlhf_cli.stages.evaluate.text_statistics import distinct, most_common_share, repeated_share
 
-Winner = Literal["ppo", "sft", "tie"]
+Winner = Literal["policy", "baseline", "tie"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models' answers to one prompt, with what was said of them.
+    """Both models' completions of one prompt, with their scores.
 
     Attributes:
-        prompt: what was asked.
-        sft: the baseline's answer.
-        ppo: the answer of the policy under evaluation.
-        kl: log pi_ppo - log pi_sft of the PPO answer, summed over its tokens, in nats; None where the two models do not
-            share their ids.
-        gold: scores by the judge function (SFT's, PPO's), or None.
-        reward: normalized rewards (SFT's, PPO's), or None.
-        base: the answer of the model before any training, for the few prompts that are shown.
-        base_score: what the judge says of that.
+        prompt: what both completed.
+        baseline: completion of the baseline.
+        policy: completion of the policy under evaluation.
+        kl: log pi_policy - log pi_baseline of the policy's completion, summed over its tokens, in nats; None if it is
+            not defined.
+        gold: scores of the judge function (baseline, policy), or None.
+        reward: normalized rewards (baseline, policy), or None.
+        base: completion of the model before any training, for the few prompts that are shown.
+        base_score: its gold score, or its reward if there is no gold score.
     """
 
     prompt: Prompt
-    sft: Answer
-    ppo: Answer
+    baseline: Completion
+    policy: Completion
     kl: float | None
     gold: tuple[float, float] | None
     reward: tuple[float, float] | None
-    base: Answer | None = None
+    base: Completion | None = None
     base_score: float | None = None
 
     def winner(self, tie_margin: float) -> Winner:
-        """Who has the higher gold score, or reward where there is no gold; a tie within `tie_margin`."""
+        """Return which has the higher gold score, or reward if there is no gold score; a tie within `tie_margin`."""
         judged = self.gold if self.gold is not None else self.reward
         assert judged is not None
-        sft, ppo = judged
-        if abs(ppo - sft) <= tie_margin:
+        baseline, policy = judged
+        if abs(policy - baseline) <= tie_margin:
             return "tie"
-        return "ppo" if ppo > sft else "sft"
+        return "policy" if policy > baseline else "baseline"
 
     def to_json(self, tie_margin: float) -> dict[str, object]:
-        """A line of samples.jsonl."""
-        row: dict[str, object] = {"prompt": prompt_to_json(self.prompt), "sft": self.sft.text, "ppo": self.ppo.text}
+        """Return a line of samples.jsonl."""
+        sides = {"baseline": self.baseline, "policy": self.policy}
+        row: dict[str, object] = {"prompt": prompt_to_json(self.prompt)}
+        row |= {side: completion.text for side, completion in sides.items()}
         if self.base is not None:
             row |= {"base": self.base.text, "base_score": self.base_score}
         for name, scores in (("gold", self.gold), ("reward", self.reward)):
             if scores is not None:
-                row |= {f"{name}_sft": scores[0], f"{name}_ppo": scores[1]}
-        row |= {"tokens_sft": len(self.sft.ids), "tokens_ppo": len(self.ppo.ids)}
-        row |= {"ended_sft": self.sft.ended, "ended_ppo": self.ppo.ended}
+                row |= {f"{name}_{side}": score for side, score in zip(sides, scores, strict=True)}
+        row |= {f"tokens_{side}": len(completion.ids) for side, completion in sides.items()}
+        row |= {f"finished_{side}": completion.finished for side, completion in sides.items()}
         if self.kl is not None:
             row["kl_nats"] = self.kl
         return row | {"winner": self.winner(tie_margin)}
@@ -67,17 +69,17 @@ class Comparison:
 def comparison_metrics(
     comparisons: Sequence[Comparison], *, tie_margin: float, resamples: int, seed: int
 ) -> dict[str, float]:
-    """All figures of an evaluation.
+    """Return all metrics of an evaluation.
 
-    Several answers to one prompt count as one prompt: its mean is what is drawn again in the intervals.
+    Several completions of one prompt count as one prompt: the bootstrap resamples means over prompts.
 
     Args:
-        comparisons: one an answer.
+        comparisons: one per completion.
         tie_margin: scores that differ by at most this much are a tie, which counts 1/2.
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
-    points = {"ppo": 1.0, "tie": 0.5, "sft": 0.0}
+    points = {"policy": 1.0, "tie": 0.5, "baseline": 0.0}
     wins = [points[comparison.winner(tie_margin)] for comparison in comparisons]
     by_prompt = _by_prompt(comparisons, wins)
     low, high = bootstrap_ratio(by_prompt, [1.0] * len(by_prompt), resamples=resamples, seed=seed)
@@ -87,7 +89,7 @@ def comparison_metrics(
         "win_rate_high": high,
         "tie_rate": _mean([float(points_ == 0.5) for points_ in wins]),
         "prompts": float(len(by_prompt)),
-        "answers": float(len(comparisons)),
+        "completions": float(len(comparisons)),
     }
     distances = [comparison.kl for comparison in comparisons if comparison.kl is not None]
     if distances:
@@ -100,14 +102,14 @@ def comparison_metrics(
 def _scores(
     name: str, comparisons: Sequence[Comparison], scores: Sequence[tuple[float, float] | None]
 ) -> dict[str, float]:
-    """Means of both models, and the mean difference with its standard error, paired by prompt."""
+    """Return the means of both models and of their difference, which is paired by prompt, with its standard error."""
     known = [pair for pair in scores if pair is not None]
     if not known:
         return {}
-    differences = _by_prompt(comparisons, [ppo - sft for sft, ppo in known])
+    differences = _by_prompt(comparisons, [policy - baseline for baseline, policy in known])
     return {
-        f"{name}/sft_mean": _mean([sft for sft, _ in known]),
-        f"{name}/ppo_mean": _mean([ppo for _, ppo in known]),
+        f"{name}/baseline_mean": _mean([baseline for baseline, _ in known]),
+        f"{name}/policy_mean": _mean([policy for _, policy in known]),
         f"{name}/difference": _mean(differences),
         f"{name}/difference_se": standard_error(differences),
     }
@@ -115,27 +117,27 @@ def _scores(
 
 def _text_metrics(comparisons: Sequence[Comparison]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    answers = {
-        "sft": [comparison.sft for comparison in comparisons],
-        "ppo": [comparison.ppo for comparison in comparisons],
+    sides = {
+        "baseline": [comparison.baseline for comparison in comparisons],
+        "policy": [comparison.policy for comparison in comparisons],
     }
-    for name, own in answers.items():
-        texts = [answer.text for answer in own]
+    for name, own in sides.items():
+        texts = [completion.text for completion in own]
         metrics |= {
-            f"length/{name}_mean": _mean([len(answer.ids) for answer in own]),
-            f"ended/{name}": _mean([float(answer.ended) for answer in own]),
+            f"length/{name}_mean": _mean([len(completion.ids) for completion in own]),
+            f"finished/{name}": _mean([float(completion.finished) for completion in own]),
             f"diversity/{name}_most_common_share": most_common_share(texts),
             f"diversity/{name}_distinct_2": distinct(texts, 2),
             f"diversity/{name}_repeated_4": repeated_share(texts, 4),
         }
-    # The policy's is the one a limit is set on: a policy that gives one answer to everything has collapsed.
-    metrics["diversity/most_common_share"] = metrics["diversity/ppo_most_common_share"]
-    metrics["length/ratio"] = metrics["length/ppo_mean"] / metrics["length/sft_mean"]
+    # The short name is for limits: a policy that completes every prompt the same way has collapsed.
+    metrics["diversity/most_common_share"] = metrics["diversity/policy_most_common_share"]
+    metrics["length/ratio"] = metrics["length/policy_mean"] / metrics["length/baseline_mean"]
     return metrics
 
 
 def _by_prompt(comparisons: Sequence[Comparison], values: Sequence[float]) -> list[float]:
-    """Mean of the values of each prompt."""
+    """Return the mean of the values of each prompt."""
     grouped: dict[str, list[float]] = defaultdict(list)
     for comparison, value in zip(comparisons, values, strict=True):
         grouped[prompt_key(comparison.prompt)].append(value)

@@ -1,4 +1,4 @@
-"""The `evaluate` stage: the PPO policy against the SFT model on prompts that neither was trained on."""
+"""The `evaluate` stage: a policy against a baseline, on prompts that neither was trained on."""
 
 from __future__ import annotations
 
@@ -13,50 +13,78 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import model_source, prompt_format, prompt_room
-from rlhf_cli.stages.evaluate.sampling import base_answers, both_answers, rewarded
+from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, load_policy
+from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, rewarded
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import present
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.data.records import Prompt, PromptRecord
     from rlhf_cli.data.sources import LoadedRecords
-    from rlhf_cli.generation.policy import Answer
+    from rlhf_cli.generation.generator import Completion, Generator
+    from rlhf_cli.generation.policy import Policy
     from rlhf_cli.stages.evaluate.comparison import Comparison
     from rlhf_cli.stages.evaluate.settings import EvaluateSettings
 
-_LONGEST = "evaluate.sampling.max_new_tokens"
+_MAX_NEW_TOKENS = "evaluate.sampling.max_new_tokens"
 _WIDEST = 100
 """Columns of what is printed: longer lines are tiring to read."""
 
 
-def run(context: EvaluateContext) -> StageOutcome:
-    """Sample both models' answers, judge them, print and save what was found. One model is in memory at a time."""
-    from rlhf_cli.generation.policy import Sampling
-    from rlhf_cli.stages.evaluate.comparison import comparison_metrics
+def run(context: EvaluateContext, generator: Generator | None = None) -> StageOutcome:
+    """Sample completions of both models, score them, print and save the results.
 
-    recipe, settings = context.recipe, context.settings
-    sampling = Sampling(**settings.sampling.model_dump())
-    prompts, loaded = _prompts(context, settings)
+    Args:
+        context: of the stage.
+        generator: draws completions; None is `TorchGenerator`.
+    """
+    from rlhf_cli.generation.torch_generator import TorchGenerator
+
+    settings = context.settings
+    baseline = load_policy(context, context.inputs.baseline.source, settings.sampling)
+    policy = load_policy(context, context.inputs.policy.source, settings.sampling)
+    prompts, loaded = _prompts(context, settings, (baseline, policy))
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
-    processes = ProcessGroup(model_source(recipe, context.inputs.baseline.source).device)
-    ppo, sft, distances = both_answers(context, repeated, numbers, sampling, processes)
-    reward = rewarded(context, repeated, sft, ppo, processes=processes)
+    processes = ProcessGroup(policy.source.device)
+    sampler = Sampler(context, generator or TorchGenerator(), repeated, numbers, processes)
+    of_policy, of_baseline, kl = compare(sampler, policy, baseline)
+    reward = rewarded(context, repeated, of_baseline, of_policy, processes=processes)
     if not processes.is_main:
         return StageOutcome()
+    gold = _judged(context, settings, repeated, of_baseline, of_policy)
+    comparisons = _comparisons(repeated, of_baseline, of_policy, kl, gold, reward)
     shown = _shown_rows(len(repeated), settings)
-    base = base_answers(context, [repeated[row] for row in shown], [numbers[row] for row in shown], sampling)
-    gold = _judged(context, settings, repeated, sft, ppo)
-    comparisons = _comparisons(repeated, sft, ppo, distances, gold, reward)
-    if base is not None:
-        own = [repeated[row] for row in shown]
-        scores = _base_scores(context, settings, own, base)
-        for row, answer, score in zip(shown, base, scores, strict=True):
-            comparisons[row] = dataclasses.replace(comparisons[row], base=answer, base_score=score)
+    _add_base(sampler, settings, comparisons, shown)
+    return _outcome(context, settings, comparisons, shown, loaded)
+
+
+def _add_base(
+    sampler: Sampler, settings: EvaluateSettings, comparisons: list[Comparison], shown: Sequence[int]
+) -> None:
+    """Add completions of the model before any training, with their scores, to the rows that are shown."""
+    prompts = [sampler.prompts[row] for row in shown]
+    alone = Sampler(sampler.context, sampler.generator, prompts, [sampler.numbers[row] for row in shown])
+    completions = base_completions(alone, settings.sampling)
+    if completions is None:
+        return
+    scores = _base_scores(sampler.context, settings, prompts, completions)
+    for row, completion, score in zip(shown, completions, scores, strict=True):
+        comparisons[row] = dataclasses.replace(comparisons[row], base=completion, base_score=score)
+
+
+def _outcome(
+    context: EvaluateContext,
+    settings: EvaluateSettings,
+    comparisons: Sequence[Comparison],
+    shown: Sequence[int],
+    loaded: LoadedRecords,
+) -> StageOutcome:
+    """Compute the metrics, save and print them with the samples."""
+    from rlhf_cli.stages.evaluate.comparison import comparison_metrics
+
     metrics = comparison_metrics(
-        comparisons, tie_margin=settings.tie_margin, resamples=settings.bootstrap, seed=recipe.seed
+        comparisons, tie_margin=settings.tie_margin, resamples=settings.bootstrap, seed=context.recipe.seed
     )
     _save(context.output, comparisons, metrics, settings)
     if loaded.skips.total:
@@ -66,21 +94,22 @@ def run(context: EvaluateContext) -> StageOutcome:
 
 
 def not_chosen_on(records: list[PromptRecord], policy: Path) -> list[PromptRecord]:
-    """Records but for those whose prompts decided which policy PPO wrote: it would look better on them than it is."""
+    """Return the records without those whose prompts decided which policy PPO wrote: on these it looks too good."""
     from rlhf_cli.data.records import prompt_key
-    from rlhf_cli.stages.ppo.run import CHOSEN_ON
 
     if not (policy / CHOSEN_ON).is_file():
         return records
     chosen_on = set(json.loads((policy / CHOSEN_ON).read_text(encoding="utf-8")))
     left = [record for record in records if prompt_key(record.prompt) not in chosen_on]
     if len(left) < len(records):
-        say(f"evaluate: {len(records) - len(left):,} prompts chose the policy (`ppo.kl_budget`) and are left out")
+        say(f"evaluate: {len(records) - len(left):,} prompts chose the policy (`ppo.kl_budget`) and are skipped")
     return left
 
 
-def _prompts(context: EvaluateContext, settings: EvaluateSettings) -> tuple[list[Prompt], LoadedRecords]:
-    """Held-out prompts, each once, that leave both models room for an answer."""
+def _prompts(
+    context: EvaluateContext, settings: EvaluateSettings, policies: Sequence[Policy]
+) -> tuple[list[Prompt], LoadedRecords]:
+    """Read the held-out prompts, each once, that leave room for a completion in both models."""
     from rlhf_cli.data.records import prompt_key, prompt_text
     from rlhf_cli.data.sources import Skip, read_records
     from rlhf_cli.data.splits import split_by_prompt
@@ -96,7 +125,7 @@ def _prompts(context: EvaluateContext, settings: EvaluateSettings) -> tuple[list
     if held_out and not records:
         raise DataError(
             f"{source}: all of its {len(held_out):,} held-out prompts decided which policy PPO wrote (`ppo.kl_budget`)",
-            hint="name prompts that had no part in it with `--set evaluate.prompts=PATH`, or hold out more",
+            hint="name other prompts with `--set evaluate.prompts=PATH`, or hold out more",
         )
     if not records:
         raise DataError(
@@ -104,15 +133,16 @@ def _prompts(context: EvaluateContext, settings: EvaluateSettings) -> tuple[list
             f"(`data.holdout: {recipe.data.holdout:g}`)",
             hint="name prompts that no stage trained on with `--set evaluate.prompts=PATH`, or hold out more",
         )
-    fits = [_room(context, settings, name) for name in ("baseline", "policy")]
+    limit = recipe.data.max_prompt_tokens
+    longest = [min(limit, policy.longest_prompt(_MAX_NEW_TOKENS)) for policy in policies]
     kept: dict[str, Prompt] = {}
     for record in records:
-        lengths = [(len(format.prompt_ids(record.prompt)), room) for format, room in fits]
-        if all(length <= room for length, room in lengths):
+        lengths = [len(policy.prompt_ids(record.prompt)) for policy in policies]
+        if all(length <= most for length, most in zip(lengths, longest, strict=True)):
             kept.setdefault(prompt_key(record.prompt), record.prompt)
         else:
-            reason = f"prompt longer than {min(room for _, room in lengths):,} tokens"
-            loaded.skips.add(Skip(record.location or source, reason, prompt_text(record.prompt)[:80]))
+            reason = f"prompt longer than {min(longest):,} tokens"
+            loaded.skips.add(Skip(record.location or source, reason, prompt_text(record.prompt)[:EXCERPT]))
     loaded.skips.check(loaded.total, recipe.data.max_skip, source)
     if not kept:
         raise DataError(
@@ -125,48 +155,39 @@ def _prompts(context: EvaluateContext, settings: EvaluateSettings) -> tuple[list
     return prompts, loaded
 
 
-def _room(context: EvaluateContext, settings: EvaluateSettings, name: str) -> tuple[PromptFormat, int]:
-    """How prompts reach one of the models, and the longest it takes."""
-    from rlhf_cli.models.loading import load_config
-
-    source = model_source(context.recipe, getattr(context.inputs, name).source)
-    free = prompt_room(load_config(source), settings.sampling.max_new_tokens, f"`{source.path}`", _LONGEST)
-    return prompt_format(context.recipe, source), min(context.recipe.data.max_prompt_tokens, free)
-
-
 def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
-    """Rows spread evenly over all answers, so that neither the best nor the worst are picked."""
+    """Return rows spread evenly over all completions, so that neither the best nor the worst are picked."""
     wanted = min(settings.shown_samples, count)
     return [place * count // wanted for place in range(wanted)]
 
 
 def _judged(
-    context: EvaluateContext, settings: EvaluateSettings, prompts: Sequence[Prompt], *sides: Sequence[Answer]
+    context: EvaluateContext, settings: EvaluateSettings, prompts: Sequence[Prompt], *sides: Sequence[Completion]
 ) -> list[tuple[float, ...]] | None:
-    """Gold scores of each prompt's answers, by the judge function; None where there is none."""
+    """Return the gold scores of each prompt's completions by the judge function; None if there is none."""
     from rlhf_cli.rewards.python_function import load_scoring_function
     from rlhf_cli.rewards.validation import finite_scores
 
     if settings.judge_function is None:
         return None
     function = load_scoring_function(present(context.inputs.judge_function))
-    scores = (finite_scores(function, prompts, [answer.text for answer in side]) for side in sides)
+    scores = (finite_scores(function, prompts, [completion.text for completion in side]) for side in sides)
     return list(zip(*scores, strict=True))
 
 
 def _base_scores(
-    context: EvaluateContext, settings: EvaluateSettings, prompts: Sequence[Prompt], answers: Sequence[Answer]
+    context: EvaluateContext, settings: EvaluateSettings, prompts: Sequence[Prompt], completions: Sequence[Completion]
 ) -> list[float]:
-    scores = _judged(context, settings, prompts, answers) or rewarded(context, prompts, answers)
+    scores = _judged(context, settings, prompts, completions) or rewarded(context, prompts, completions)
     assert scores is not None
     return [score for (score,) in scores]
 
 
 def _comparisons(
     prompts: Sequence[Prompt],
-    sft: Sequence[Answer],
-    ppo: Sequence[Answer],
-    distances: Sequence[float] | None,
+    baseline: Sequence[Completion],
+    policy: Sequence[Completion],
+    kl: Sequence[float] | None,
     gold: Sequence[tuple[float, ...]] | None,
     reward: Sequence[tuple[float, ...]] | None,
 ) -> list[Comparison]:
@@ -175,9 +196,9 @@ def _comparisons(
     return [
         Comparison(
             prompt=prompt,
-            sft=sft[row],
-            ppo=ppo[row],
-            kl=None if distances is None else distances[row],
+            baseline=baseline[row],
+            policy=policy[row],
+            kl=None if kl is None else kl[row],
             gold=None if gold is None else (gold[row][0], gold[row][1]),
             reward=None if reward is None else (reward[row][0], reward[row][1]),
         )
@@ -208,13 +229,15 @@ def _print(metrics: dict[str, float], shown: Sequence[Comparison], settings: Eva
 def _summary(metrics: dict[str, float], settings: EvaluateSettings) -> list[tuple[str, str]]:
     judge = "judge" if settings.judge_function is not None else "reward model"
     win = f"{metrics['win_rate']:.1%} ({metrics['win_rate_low']:.1%} to {metrics['win_rate_high']:.1%}) by the {judge}"
-    rows = [("PPO preferred to SFT", win)]
-    if "gold/ppo_mean" in metrics:
-        rows.append(("gold score", f"{metrics['gold/sft_mean']:.2f} -> {metrics['gold/ppo_mean']:.2f}"))
-    if "reward/ppo_mean" in metrics:
+    rows = [("policy preferred to baseline", win)]
+    if "gold/policy_mean" in metrics:
+        rows.append(("gold score", f"{metrics['gold/baseline_mean']:.2f} -> {metrics['gold/policy_mean']:.2f}"))
+    if "reward/policy_mean" in metrics:
         difference = f"{metrics['reward/difference']:+.2f} +- {metrics['reward/difference_se']:.2f}"
-        rows.append(("reward", f"{metrics['reward/sft_mean']:.2f} -> {metrics['reward/ppo_mean']:.2f} ({difference})"))
+        rows.append(
+            ("reward", f"{metrics['reward/baseline_mean']:.2f} -> {metrics['reward/policy_mean']:.2f} ({difference})")
+        )
     if "kl_nats" in metrics:
-        rows.append(("KL", f"{metrics['kl_nats']:.1f} nats an answer"))
-    rows.append(("length", f"{metrics['length/ratio']:.2f} of SFT's"))
+        rows.append(("KL", f"{metrics['kl_nats']:.1f} nats per completion"))
+    rows.append(("length", f"{metrics['length/ratio']:.2f} of the baseline's"))
     return rows

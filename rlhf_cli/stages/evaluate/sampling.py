@@ -1,143 +1,170 @@
-"""What `evaluate` asks of the models: answers, log-probabilities, rewards; shared among the processes of a run."""
+"""What `evaluate` asks of its models: completions, log-probabilities and rewards, divided among processes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
+from rlhf_cli.generation.generator import Completion, Generator, Request
+from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.progress import task, warn
-from rlhf_cli.stages.common import model_source, prompt_format, prompt_template
+from rlhf_cli.stages.common import load_policy, model_source
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt
-    from rlhf_cli.generation.policy import Answer, Policy, Sampling
+    from rlhf_cli.generation.policy import Policy
     from rlhf_cli.models.reward_model.model import RewardModel
+    from rlhf_cli.settings.shared import SamplingSettings
 
 
-def _load(context: EvaluateContext, name: str) -> Policy:
+@dataclass(frozen=True)
+class Sampler:
+    """Draws completions of the same prompts from one policy after another.
+
+    The same prompt and number give every policy the same random numbers.
+
+    Attributes:
+        context: of the stage.
+        generator: draws completions.
+        prompts: N prompts; a prompt that is completed several times stands there several times.
+        numbers: N; they tell completions of one prompt apart.
+        processes: of the run, which share the prompts and all get all results; None is this process alone.
+    """
+
+    context: EvaluateContext
+    generator: Generator
+    prompts: Sequence[Prompt]
+    numbers: Sequence[int]
+    processes: ProcessGroup | None = None
+
+    def complete(self, policy: Policy, label: str) -> list[Completion]:
+        """Return one completion per prompt; `label` is that of the progress bar."""
+        rows = list(zip(self.prompts, self.numbers, strict=True))
+        found = _map(self.processes, rows, partial(self._draw, policy, label))
+        return [Completion(**row) for row in found]
+
+    def _draw(self, policy: Policy, label: str, rows: Sequence[tuple[Prompt, int]]) -> list[dict[str, Any]]:
+        """Return one process's share, as JSON values."""
+        from rlhf_cli.data.records import seed_for
+
+        seed, stop = self.context.recipe.seed, self.context.stop.check
+        requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, seed, number)) for prompt, number in rows]
+        with task(label, len(requests), "completions") as bar:
+            drawn = self.generator.generate(policy, requests, progress=bar.advance, stop=stop)
+        return [dataclasses.asdict(completion) for completion in drawn]
+
+    def logprobs(self, policy: Policy, prompt_ids: Sequence[list[int]], given: Sequence[Completion]) -> list[float]:
+        """Return log pi(completion | prompt) of each completion in nats."""
+        rows = list(zip(prompt_ids, given, strict=True))
+
+        def score(own: Sequence[tuple[list[int], Completion]]) -> list[float]:
+            prompts, completions = [ids for ids, _ in own], [completion for _, completion in own]
+            return policy.logprobs(prompts, completions, stop=self.context.stop.check)
+
+        return _map(self.processes, rows, score)
+
+
+def _map(processes: ProcessGroup | None, items: Sequence[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """Do `work` in this process alone, or see `ProcessGroup.map`."""
+    return work(list(items)) if processes is None else processes.map(items, work)
+
+
+def compare(
+    sampler: Sampler, policy: Policy, baseline: Policy
+) -> tuple[list[Completion], list[Completion], list[float] | None]:
+    """Complete the prompts with both models, one in memory at a time.
+
+    Returns:
+        Completions of the policy, completions of the baseline, and log pi_policy - log pi_baseline of each completion
+        of the policy in nats; None if the KL cannot be estimated.
+    """
+    of_policy = sampler.complete(policy, "policy completions")
+    prompt_ids = [policy.prompt_ids(prompt) for prompt in sampler.prompts]
+    refusal = _no_kl(policy, baseline)
+    under_policy = [] if refusal else sampler.logprobs(policy, prompt_ids, of_policy)
+    policy.release()
+    sampler.context.stop.check()
+    of_baseline = sampler.complete(baseline, "baseline completions")
+    if refusal:
+        warn(refusal)
+        return of_policy, of_baseline, None
+    under_baseline = sampler.logprobs(baseline, prompt_ids, of_policy)
+    baseline.release()
+    sampler.context.stop.check()
+    return of_policy, of_baseline, [own - other for own, other in zip(under_policy, under_baseline, strict=True)]
+
+
+def _no_kl(policy: Policy, baseline: Policy) -> str | None:
+    """Return why the KL cannot be estimated from completions of the policy; None if it can."""
+    if policy.sampling.top_p < 1.0:
+        # The estimate needs completions drawn from the very distribution whose log-probabilities are taken.
+        return "the KL cannot be estimated with `evaluate.sampling.top_p` below 1: it is not reported"
+    if policy.reading != baseline.reading:
+        return "the two models read text differently (tokenizer or chat template), so their KL is not defined"
+    return None
+
+
+def base_policy(context: EvaluateContext, sampling: SamplingSettings) -> Policy | None:
+    """Return the model before any training; None if there is none besides the baseline."""
     from rlhf_cli.generation.policy import Policy
 
-    source = model_source(context.recipe, getattr(context.inputs, name).source)
-    return Policy.load(source, prompt_format(context.recipe, source))
-
-
-def both_answers(
-    context: EvaluateContext,
-    prompts: Sequence[Prompt],
-    numbers: Sequence[int],
-    sampling: Sampling,
-    processes: ProcessGroup,
-) -> tuple[list[Answer], list[Answer], list[float] | None]:
-    """Answers of PPO and of SFT, drawn with the same random numbers, and log pi_ppo - log pi_sft of each PPO answer."""
-    from rlhf_cli.generation.policy import free_memory
-
-    rows = list(zip(prompts, numbers, strict=True))
-    policy = _load(context, "policy")
-    found = processes.map(rows, partial(_drawn, context, policy, sampling=sampling, label="PPO answers"))
-    ppo = _restored(found)
-    under_ppo = processes.map(ppo, partial(_logprobs, context, policy, sampling=sampling))
-    reading = policy.reading
-    del policy
-    free_memory()
-    context.stop.check()
-    baseline = _load(context, "baseline")
-    sft = _restored(processes.map(rows, partial(_drawn, context, baseline, sampling=sampling, label="SFT answers")))
-    if sampling.top_p < 1.0:
-        # The estimate needs answers drawn from the very distribution whose log-probabilities are taken.
-        warn("with `evaluate.sampling.top_p` below 1 the KL cannot be estimated from the answers; it is left out")
-        return ppo, sft, None
-    if baseline.reading != reading:
-        warn("the two models read text differently (tokenizer or chat template), so their KL is not defined")
-        return ppo, sft, None
-    under_sft = processes.map(ppo, partial(_logprobs, context, baseline, sampling=sampling))
-    del baseline
-    free_memory()
-    context.stop.check()
-    return ppo, sft, [own - other for own, other in zip(under_ppo, under_sft, strict=True)]
-
-
-def _drawn(
-    context: EvaluateContext, policy: Policy, rows: Sequence[tuple[Prompt, int]], *, sampling: Sampling, label: str
-) -> list[dict[str, Any]]:
-    """One process's share of the answers, as JSON can say them."""
-    answers = policy.answer(
-        [prompt for prompt, _ in rows],
-        [number for _, number in rows],
-        sampling,
-        seed=context.recipe.seed,
-        label=label,
-        stop=context.stop.check,
-    )
-    return [dataclasses.asdict(answer) for answer in answers]
-
-
-def _restored(found: Sequence[dict[str, Any]]) -> list[Answer]:
-    from rlhf_cli.generation.policy import Answer
-
-    return [Answer(**row) for row in found]
-
-
-def _logprobs(context: EvaluateContext, policy: Policy, answers: list[Answer], *, sampling: Sampling) -> list[float]:
-    return policy.logprobs(
-        answers, temperature=sampling.temperature, batch_size=sampling.batch_size, stop=context.stop.check
-    )
-
-
-def base_answers(
-    context: EvaluateContext, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling
-) -> list[Answer] | None:
-    """Answers of the model before any training, to the prompts that are shown; None where there is none to ask."""
-    from rlhf_cli.generation.policy import Policy, free_memory
-
-    path = source_of(context.inputs.base)
-    if path is None or path == context.inputs.baseline.source:
+    recipe, path, baseline = context.recipe, source_of(context.inputs.base), context.inputs.baseline.source
+    if path is None or path == baseline:
         return None
     if path == "build":
-        source = model_source(context.recipe, context.inputs.baseline.source)
-        policy = Policy.untrained(source, prompt_format(context.recipe, source), seed=context.recipe.seed)
-    else:
-        try:
-            policy = _load(context, "base")
-        except ModelError as error:
-            warn(f"the base model's answers are not shown: {error.message}")
+        source, template = model_source(recipe, baseline), recipe.data.prompt_template
+        return Policy.untrained(source, sampling, seed=recipe.seed, template=template)
+    return load_policy(context, path, sampling)
+
+
+def base_completions(sampler: Sampler, sampling: SamplingSettings) -> list[Completion] | None:
+    """Return completions of the model before any training; None if there is none, or if it cannot be loaded."""
+    try:
+        policy = base_policy(sampler.context, sampling)
+        if policy is None:
             return None
-    answers = policy.answer(prompts, numbers, sampling, seed=context.recipe.seed, label="base answers")
-    del policy
-    free_memory()
-    return answers
+        completions = sampler.complete(policy, "base completions")
+    except ModelError as error:
+        warn(f"completions of the base model are not shown: {error.message}")
+        return None
+    policy.release()
+    return completions
 
 
 def rewarded(
-    context: EvaluateContext, prompts: Sequence[Prompt], *sides: Sequence[Answer], processes: ProcessGroup | None = None
+    context: EvaluateContext,
+    prompts: Sequence[Prompt],
+    *sides: Sequence[Completion],
+    processes: ProcessGroup | None = None,
 ) -> list[tuple[float, ...]] | None:
-    """Normalized rewards of each prompt's answers, as PPO saw them; None where there is no reward model.
+    """Return the normalized rewards of each prompt's completions, as PPO saw them; None if there is no reward model.
 
-    Given the processes, all of them call this, and each scores its share.
+    If `processes` is given, all of them call this and each scores its share.
     """
     from rlhf_cli.generation.policy import free_memory
     from rlhf_cli.models.reward_model.model import load_reward_model
 
     if (path := source_of(context.inputs.reward_model)) is None:
         return None
-    scorer = load_reward_model(
-        model_source(context.recipe, path), template=prompt_template(context.recipe, context.inputs.baseline.source)
-    )
+    template = prompt_template(context.recipe.data.prompt_template, context.inputs.baseline.source)
+    reward_model = load_reward_model(model_source(context.recipe, path), template=template)
     rows = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
-    share = partial(_scored, scorer)
-    scores = share(rows) if processes is None else processes.map(rows, share)
-    del scorer, share
+    share = partial(_score, reward_model)
+    scores = _map(processes, rows, share)
+    del reward_model, share
     free_memory()
     return list(
         zip(*(scores[start : start + len(prompts)] for start in range(0, len(rows), len(prompts))), strict=True)
     )
 
 
-def _scored(scorer: RewardModel, rows: list[tuple[Prompt, str]]) -> list[float]:
-    with task("rewards", len(rows), "answers") as bar:
-        return scorer.score([prompt for prompt, _ in rows], [text for _, text in rows], progress=bar.advance)
+def _score(reward_model: RewardModel, rows: list[tuple[Prompt, str]]) -> list[float]:
+    with task("rewards", len(rows), "completions") as bar:
+        return reward_model.score([prompt for prompt, _ in rows], [text for _, text in rows], progress=bar.advance)

@@ -1,4 +1,4 @@
-"""An evaluation for people: a table of both models, and their answers to the same prompts side by side."""
+"""An evaluation in the terminal: a table of both models, and their completions of the same prompts side by side."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _ROWS = (
     ("gold score", "gold/{}_mean", "{:.2f}"),
     ("reward", "reward/{}_mean", "{:.2f}"),
     ("length in tokens", "length/{}_mean", "{:.1f}"),
-    ("ended of itself", "ended/{}", "{:.0%}"),
-    ("most common answer", "diversity/{}_most_common_share", "{:.1%}"),
+    ("finished", "finished/{}", "{:.0%}"),
+    ("most common completion", "diversity/{}_most_common_share", "{:.1%}"),
     ("distinct word pairs", "diversity/{}_distinct_2", "{:.2f}"),
     ("repeated 4-grams", "diversity/{}_repeated_4", "{:.1%}"),
 )
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
-    """Both models' figures next to each other; fits 80 columns."""
+    """Return a table with the metrics of both models; fits 80 columns."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column(f"{metrics['prompts']:,.0f} prompts")
-    table.add_column("SFT", justify="right")
-    table.add_column("PPO", justify="right")
+    table.add_column("baseline", justify="right")
+    table.add_column("policy", justify="right")
     for label, key, pattern in _ROWS:
-        names = key.format("sft"), key.format("ppo")
+        names = key.format("baseline"), key.format("policy")
         if names[0] in metrics:
             table.add_row(label, *(pattern.format(metrics[name]) for name in names))
     table.add_section()
     interval = f"{metrics['win_rate_low']:.1%} to {metrics['win_rate_high']:.1%}"
-    table.add_row("PPO preferred (ties 1/2)", "", f"{metrics['win_rate']:.1%}")
+    table.add_row("policy preferred (ties 1/2)", "", f"{metrics['win_rate']:.1%}")
     table.add_row("  95 % interval", "", interval)
     if "kl_nats" in metrics:
-        table.add_row("KL to SFT, nats an answer", "", f"{metrics['kl_nats']:.1f}")
+        table.add_row("KL to baseline, nats per completion", "", f"{metrics['kl_nats']:.1f}")
     return table
 
 
 def side_by_side(comparison: Comparison, tie_margin: float, *, number: int, longest: int = 600) -> RenderableType:
-    """A prompt with every model's answer under the other's name, each with its score.
+    """Return a prompt with the completion of every model below it, each with its score.
 
     Args:
         comparison: what to show.
@@ -62,9 +62,10 @@ def side_by_side(comparison: Comparison, tie_margin: float, *, number: int, long
     if comparison.base is not None:
         label = "base" if comparison.base_score is None else f"base {comparison.base_score:.2f}"
         grid.add_row(Text(label, style="dim"), Text(_cut(comparison.base.text, longest // 3), style="dim"))
-    for name, answer, score in (("SFT", comparison.sft, scores[0]), ("PPO", comparison.ppo, scores[1])):
-        style = "green" if winner == name.lower() else ""
-        grid.add_row(Text(f"{name} {score:.2f}", style=style), Text(_cut(answer.text, longest)))
+    sides = (("baseline", comparison.baseline, scores[0]), ("policy", comparison.policy, scores[1]))
+    for name, completion, score in sides:
+        style = "green" if winner == name else ""
+        grid.add_row(Text(f"{name} {score:.2f}", style=style), Text(_cut(completion.text, longest)))
     return Group(grid, Text(""))
 
 

@@ -1,4 +1,4 @@
-"""Figures of a set of answers that betray a collapsed or padded policy, and answers made safe to print."""
+"""Statistics of a set of completions that reveal a policy that collapsed or repeats itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["distinct", "most_common_share", "printable", "repeated_share"]
 
 
 def most_common_share(texts: Sequence[str]) -> float:
-    """Share of the most frequent answer, case and white space apart: 1/N where all differ."""
+    """Return the share of the most frequent text, ignoring case and white space: 1/N if all differ."""
     if not texts:
         return 0.0
     counts = Counter(" ".join(text.lower().split()) for text in texts)
@@ -19,13 +19,13 @@ def most_common_share(texts: Sequence[str]) -> float:
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Distinct n-grams of words over all n-grams of the set (Li et al. 2016, section 5); 0 where there is none."""
+    """Return distinct n-grams of words over all n-grams of the set (Li et al. 2016, section 5); 0 if there are none."""
     grams = [gram for text in texts for gram in _ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repeated_share(texts: Sequence[str], n: int = 4) -> float:
-    """Mean over answers of the share of their n-grams of words that occurred before in the same answer."""
+    """Return the mean over texts of the share of their n-grams of words that occurred before in the same text."""
     shares = []
     for text in texts:
         grams = _ngrams(text, n)

@@ -17,10 +17,11 @@ from rlhf_cli.data.records import Candidates, Prompt, is_held_out, prompt_key, p
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.files import write_whole
+from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.labeling.active_learning import Choice, Chosen, Item, choose
 from rlhf_cli.labeling.labelers import RewardModelLabeler, score_answers
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import EXCERPT, model_source, prompt_template
+from rlhf_cli.stages.common import EXCERPT, model_source
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled
 from rlhf_cli.stages.label.stage import LabelContext
@@ -70,8 +71,8 @@ def choose_candidates(context: LabelContext, settings: ActiveLearningSettings, s
     return dataclasses.replace(
         sampled,
         candidates=[_only(rows[one.item], one.answers) for one in chosen],
-        answers=[[sampled.answers[one.item][number] for number in one.answers] for one in chosen]
-        if sampled.answers
+        completions=[[sampled.completions[one.item][number] for number in one.answers] for one in chosen]
+        if sampled.completions
         else [],
     )
 
@@ -99,7 +100,7 @@ def _rewards(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[st
 
     scorer = load_reward_model(
         model_source(context.recipe, path),
-        template=prompt_template(context.recipe, source_of(context.inputs.policy) or path),
+        template=prompt_template(context.recipe.data.prompt_template, source_of(context.inputs.policy) or path),
     )
     # Stages read normalized rewards. A difference of those is no log-odds of a preference: the ranking loss was
     # computed on raw ones.

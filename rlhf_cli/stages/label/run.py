@@ -12,7 +12,8 @@ from rlhf_cli.data.records import Prompt, Ranking, prompt_text
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import DataError
-from rlhf_cli.labeling.completions import Answer
+from rlhf_cli.generation.generator import Completion
+from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.labeling.exports.rows import ranking_to_json
 from rlhf_cli.labeling.labelers import (
     FunctionLabeler,
@@ -24,21 +25,37 @@ from rlhf_cli.labeling.labelers import (
 )
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import EXCERPT, model_source, prompt_template
+from rlhf_cli.stages.common import EXCERPT, model_source
 from rlhf_cli.stages.inputs import present, source_of
-from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled, check_count, distinct, given_answers, sample_answers
+from rlhf_cli.stages.label.sampling import (
+    ALL_EQUAL,
+    Sampled,
+    check_count,
+    distinct,
+    given_completions,
+    sample_completions,
+)
 from rlhf_cli.stages.label.stage import LabelContext
 
 if TYPE_CHECKING:
+    from rlhf_cli.generation.generator import Generator
     from rlhf_cli.stages.label.settings import LabelSettings
 
 
-def run(context: LabelContext) -> StageOutcome:
-    """Write `rankings.jsonl`."""
+def run(context: LabelContext, generator: Generator | None = None) -> StageOutcome:
+    """Write `rankings.jsonl`.
+
+    Args:
+        context: of the stage.
+        generator: draws completions; None is `TorchGenerator`.
+    """
     settings = context.settings
     if settings.by == "import":
         return _import(context) if is_main() else StageOutcome()
-    sampled = sample_answers(context, settings) if settings.samples else given_answers(context, settings)
+    if settings.samples:
+        sampled = sample_completions(context, settings, generator)
+    else:
+        sampled = given_completions(context, settings)
     if settings.choose is not None:
         from rlhf_cli.stages.label.active_learning import choose_candidates
 
@@ -136,9 +153,8 @@ def _labeler(context: LabelContext, settings: LabelSettings) -> Labeler:
     from rlhf_cli.models.reward_model.model import load_reward_model
 
     source = model_source(context.recipe, present(context.inputs.reward_model))
-    scorer = load_reward_model(
-        source, template=prompt_template(context.recipe, source_of(context.inputs.policy) or source.path)
-    )
+    policy = source_of(context.inputs.policy) or source.path
+    scorer = load_reward_model(source, template=prompt_template(context.recipe.data.prompt_template, policy))
     return RewardModelLabeler(scorer, settings.sampling.batch_size)
 
 
@@ -161,8 +177,8 @@ def _outcome(
     metrics, summary = _figures(LabelStatistics.of(rankings))
     if scores:
         metrics["mean_score"] = sum(scores) / len(scores)
-    if sampled.answers:
-        metrics |= _of_answers([answer for group in sampled.answers for answer in group], summary)
+    if sampled.completions:
+        metrics |= _of_completions([completion for group in sampled.completions for completion in group], summary)
     return StageOutcome(metrics, sampled.skips.counts, summary)
 
 
@@ -184,16 +200,14 @@ def _figures(statistics: LabelStatistics) -> tuple[dict[str, float], list[tuple[
     return metrics, summary
 
 
-def _of_answers(answers: Sequence[Answer], summary: list[tuple[str, str]]) -> dict[str, float]:
-    empty = sum(not answer.text for answer in answers)
+def _of_completions(completions: Sequence[Completion], summary: list[tuple[str, str]]) -> dict[str, float]:
+    empty = sum(not completion.text for completion in completions)
     metrics = {
-        "mean_tokens": sum(answer.tokens for answer in answers) / len(answers),
-        "ended_share": sum(answer.ended for answer in answers) / len(answers),
-        "empty_share": empty / len(answers),
+        "mean_tokens": sum(len(completion.ids) for completion in completions) / len(completions),
+        "finished_share": sum(completion.finished for completion in completions) / len(completions),
+        "empty_share": empty / len(completions),
     }
-    summary.append(
-        ("answers", f"{metrics['mean_tokens']:.1f} tokens, {metrics['ended_share']:.0%} ended by themselves")
-    )
+    summary.append(("completions", f"{metrics['mean_tokens']:.1f} tokens, {metrics['finished_share']:.0%} finished"))
     if empty:
-        warn(f"{empty:,} of {len(answers):,} sampled answers are empty")
+        warn(f"{empty:,} of {len(completions):,} sampled completions are empty")
     return metrics

@@ -1,4 +1,4 @@
-"""K answers to every prompt, drawn from the policy: what the `label` stage ranks unless it is given answers."""
+"""What the `label` stage ranks: K completions per prompt, sampled from the policy or given by the user."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from rlhf_cli.data.records import Candidates, seed_for
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.labeling.completions import Answer, AnswerFile
+from rlhf_cli.generation.generator import Completion, Generator, Request
+from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.labeling.session.types import ANSWER_LETTERS
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import load_prompts, model_source, prompt_format
+from rlhf_cli.stages.common import load_policy, load_prompts
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
 
@@ -21,30 +22,30 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.label.settings import LabelSettings
 
 
-MOST_ANSWERS = len(ANSWER_LETTERS)
-ALL_EQUAL = "all answers are equal"
-"""Why a prompt is left out."""
+MOST_COMPLETIONS = len(ANSWER_LETTERS)
+ALL_EQUAL = "all completions are equal"
+"""Why a prompt is skipped."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Answers to rank.
+    """Completions to rank.
 
     Attributes:
-        candidates: one a prompt.
-        answers: how each was drawn, in the same order; empty where they were given and not drawn.
-        skips: records left out.
-        processes: those of the run.
+        candidates: one per prompt.
+        completions: what was sampled for each, in the same order; empty if the user gave the completions.
+        skips: skipped records.
+        processes: of the run.
     """
 
     candidates: list[Candidates]
-    answers: list[list[Answer]]
+    completions: list[list[Completion]]
     skips: SkipLog
     processes: ProcessGroup
 
 
-def given_answers(context: LabelContext, settings: LabelSettings) -> Sampled:
-    """The answers of `label.items`; imports no torch unless a model is to judge them."""
+def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled:
+    """Read the completions of `label.items`; imports no torch unless a model is to judge them."""
     from rlhf_cli.data.sources import read_records
 
     device = None
@@ -61,63 +62,54 @@ def given_answers(context: LabelContext, settings: LabelSettings) -> Sampled:
     return Sampled(loaded.records, [], loaded.skips, ProcessGroup(device))
 
 
-def sample_answers(context: LabelContext, settings: LabelSettings) -> Sampled:
-    """K answers to every prompt, held-out ones too: train-rm measures its accuracy on their rankings."""
-    from rlhf_cli.generation.torch_generator import decode, sample, stop_ids
-    from rlhf_cli.models.loading import load_policy, load_tokenizer
-    from rlhf_cli.precision import autocast
+def sample_completions(context: LabelContext, settings: LabelSettings, generator: Generator | None = None) -> Sampled:
+    """Sample K completions per prompt, held-out prompts too: `train-rm` measures its accuracy on their rankings.
 
-    recipe, sampling, per_prompt = context.recipe, settings.sampling, settings.completions_per_prompt
-    source = model_source(recipe, present(context.inputs.policy))
-    tokenizer = load_tokenizer(source)
-    model = load_policy(source)
-    form = prompt_format(recipe, source, tokenizer)
-    prompts = load_prompts(context, form, model.config, max_new_tokens=sampling.max_new_tokens)
-    eos_ids = stop_ids(model, tokenizer)
-    processes = ProcessGroup(source.device)
-    # Prompts of like length are sampled together; which ones is settled before anything is sampled.
-    order = sorted(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
+    Args:
+        context: of the stage.
+        settings: its section.
+        generator: draws them; None is `TorchGenerator`.
+    """
+    from rlhf_cli.generation.torch_generator import TorchGenerator
+
+    draws = generator or TorchGenerator()
+    sampling, per_prompt = settings.sampling, settings.completions_per_prompt
+    policy = load_policy(context, present(context.inputs.policy), sampling)
+    prompts, skips = load_prompts(context, policy)
+    processes = ProcessGroup(policy.source.device)
+    # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts.ids[number]))
     size = max(1, sampling.batch_size // per_prompt)
-    file = AnswerFile(
+    file = CompletionFile(
         context.work / "samples.jsonl",
         [order[start : start + size] for start in range(0, len(order), size)],
         per_prompt,
         processes,
     )
     if file.done:
-        say(f"{file.done:,} answers were sampled before")
-    with task("sampling answers", file.done + file.left, "answers", done=file.done) as bar:
+        say(f"{file.done:,} completions were sampled before")
+    with task("sampling completions", file.done + file.left, "completions", done=file.done) as bar:
 
-        def draw(chunk: Sequence[int]) -> list[Answer]:
-            rows = [(number, k) for number in chunk for k in range(per_prompt)]
-            with autocast(source.device, source.precision):
-                drawn = sample(
-                    model,
-                    [prompts.ids[number] for number, _ in rows],
-                    [seed_for(prompts.prompts[number], recipe.seed, k) for number, k in rows],
-                    max_new_tokens=sampling.max_new_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    eos_ids=eos_ids,
-                    batch_size=sampling.batch_size,
-                    progress=bar.advance,
-                )
-            return [
-                Answer(number, decode(tokenizer, one.ids), len(one.ids), one.ended)
-                for (number, _), one in zip(rows, drawn, strict=True)
+        def draw(chunk: Sequence[int]) -> list[Completion]:
+            requests = [
+                Request(prompts.ids[number], seed_for(prompts.prompts[number], context.recipe.seed, k))
+                for number in chunk
+                for k in range(per_prompt)
             ]
+            return draws.generate(policy, requests, progress=bar.advance)
 
         file.fill(draw, context.stop.check)
-    answers = file.read()
+    policy.release()
+    completions = file.read()
     candidates = [
-        Candidates(prompt, tuple(answer.text for answer in group))
-        for prompt, group in zip(prompts.prompts, answers, strict=True)
+        Candidates(prompt, tuple(completion.text for completion in group))
+        for prompt, group in zip(prompts.prompts, completions, strict=True)
     ]
-    return Sampled(candidates, answers, prompts.skips, processes)
+    return Sampled(candidates, completions, skips, processes)
 
 
 def distinct(candidates: Candidates) -> Candidates:
-    """The same with each text once; an order that is known is kept, by each text's best place."""
+    """Return the candidates with each text once; a known order keeps each text's best place."""
     texts = list(dict.fromkeys(candidates.completions))
     if len(texts) == len(candidates.completions):
         return candidates
@@ -132,10 +124,10 @@ def distinct(candidates: Candidates) -> Candidates:
 
 
 def check_count(candidates: Candidates) -> None:
-    """Raise `DataError` for more answers than there are letters to name them by."""
-    if (count := len(candidates.completions)) > MOST_ANSWERS:
+    """Raise `DataError` if there are more completions than letters to name them."""
+    if (count := len(candidates.completions)) > MOST_COMPLETIONS:
         raise DataError(
-            f"{candidates.location or 'an item'}: {count} answers, and people and judges compare {MOST_ANSWERS} at "
-            "most",
-            hint="give fewer answers a prompt, or let `label.choose.completions` choose among them",
+            f"{candidates.location or 'an item'}: {count} completions; annotators and judges compare at most "
+            f"{MOST_COMPLETIONS}",
+            hint="give fewer completions per prompt, or let `label.choose.completions` choose among them",
         )

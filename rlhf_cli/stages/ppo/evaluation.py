@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from rlhf_cli.data.records import prompt_text
+from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.shaping import RewardShape
 from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTensors
 from rlhf_cli.stages.ppo.metrics import completion_kl, rollout_metrics
-from rlhf_cli.stages.ppo.rollout import PromptSet, Rollouts
+from rlhf_cli.stages.ppo.rollout import Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.monitoring.samples import ShownCompletion
 from rlhf_cli.training.task import ProgressCallback
@@ -33,7 +34,9 @@ class Evaluation:
         settings: section `ppo` of the recipe.
     """
 
-    def __init__(self, rollouts: Rollouts, engine: ForwardPasses, held_out: PromptSet, settings: PPOSettings) -> None:
+    def __init__(
+        self, rollouts: Rollouts, engine: ForwardPasses, held_out: TokenizedPrompts, settings: PPOSettings
+    ) -> None:
         self._rollouts, self._engine, self._settings = rollouts, engine, settings
         self._prompts = held_out.first(settings.eval_prompts)
         self._fixed = held_out.first(settings.shown_prompts)
@@ -70,7 +73,7 @@ class Evaluation:
             for row in range(len(answers))
         ]
 
-    def _sample(self, prompts: PromptSet, tell: ProgressCallback) -> tuple[Answers, RolloutTensors]:
+    def _sample(self, prompts: TokenizedPrompts, tell: ProgressCallback) -> tuple[Answers, RolloutTensors]:
         rows = range(len(prompts))
         answers = self._rollouts.answers(prompts, rows, [_NUMBER] * len(rows), tell)
         tell("evaluating")

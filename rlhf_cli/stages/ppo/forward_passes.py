@@ -19,7 +19,7 @@ from rlhf_cli.data.records import Prompt
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError
-from rlhf_cli.generation.logprobs import Projection, TokenLogprobs, response_hidden
+from rlhf_cli.generation.logprobs import Projection, TokenLogprobs, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.stages.ppo.models import PPOModels
@@ -161,16 +161,16 @@ class ForwardPasses:
         Gradient flows unless the caller disables it. `temperature` defaults to that of the constructor.
         """
         with self.autocast():
-            hidden = response_hidden(model, batch)
+            hidden = completion_hidden(model, batch)
         temperature = self.temperature if temperature is None else temperature
         return Projection.of(model).token_logprobs(hidden, batch, temperature=temperature)
 
     def values(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         """Predict the value before each completion token: (N, T), 0 on padding."""
         with self.autocast():
-            hidden = response_hidden(model, batch)
+            hidden = completion_hidden(model, batch)
         predicted = self.models.value_head(hidden.float()).squeeze(-1)
-        return predicted.masked_fill(~batch.is_response, 0.0)
+        return predicted.masked_fill(~batch.is_completion, 0.0)
 
     @torch.no_grad()
     def rollout_tensors(self, answers: Answers, progress: Callable[[int], object] | None = None) -> RolloutTensors:
@@ -190,7 +190,7 @@ class ForwardPasses:
         }
         for part in self.micro_batches(answers, range(len(answers))):
             batch = self.batch(answers, part)
-            width = batch.response_ids.shape[1]
+            width = batch.completion_ids.shape[1]
             with self.models.policy() as model:
                 policy = self.logprobs(model, batch)
             with self.models.reference() as model:

@@ -86,5 +86,5 @@ class SupervisedLoss:
                 found = self._engine.logprobs(model, batch, temperature=1.0)
                 (-self._coef * found.logprobs.sum() / tokens).backward()
             loss -= float(found.logprobs.detach().sum())
-            counted += int(batch.is_response.sum())
+            counted += int(batch.is_completion.sum())
         return loss, counted

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import UsageError
+from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.progress import say
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import metrics_log, model_source, prompt_format, prompt_template
+from rlhf_cli.stages.common import CHOSEN_ON, metrics_log, model_source
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
 
 if TYPE_CHECKING:
+    from rlhf_cli.generation.generator import Generator
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
     from rlhf_cli.stages.ppo.models import PPOModels
@@ -27,18 +29,22 @@ if TYPE_CHECKING:
 _FEWEST_ROWS = 2
 """Two points are no curve."""
 
-CHOSEN_ON = "chosen_on.json"
-"""Keys of the held-out prompts that decided which policy was written, for `evaluate` to leave out."""
 
+def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome:
+    """Train the policy against the reward; write it merged, with its critic, its metrics and a health report.
 
-def run(context: PPOContext) -> StageOutcome:
-    """Train the policy against the reward; write it merged, with its critic, its metrics and what they say."""
+    Args:
+        context: of the stage.
+        generator: draws completions from the policy; None is `TorchGenerator`.
+    """
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.logprobs import check_projection
+    from rlhf_cli.generation.policy import Policy
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
     from rlhf_cli.stages.ppo.model_saving import save_ppo_models
     from rlhf_cli.stages.ppo.rewards import build_rewards
+    from rlhf_cli.stages.ppo.rollout import rollout_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.monitoring.metrics_log import read_rows
 
@@ -49,7 +55,14 @@ def run(context: PPOContext) -> StageOutcome:
     mixed = partial(autocast, source.device, source.precision)
     with models.reference() as model, mixed():
         check_projection(model, source.path)
-        data, skips = load_data(context, prompt_format(context.recipe, source), model)
+    policy = Policy.load(
+        source,
+        rollout_sampling(settings),
+        template=context.recipe.data.prompt_template,
+        stop_tokens=settings.stop_tokens,
+        weights=models.policy,
+    )
+    data, skips = load_data(context, policy)
     processes = ProcessGroup(source.device)
     forward_passes = ForwardPasses(
         models,
@@ -58,8 +71,7 @@ def run(context: PPOContext) -> StageOutcome:
         temperature=settings.temperature,
         processes=processes,
     )
-    template = prompt_template(context.recipe, source.path)
-    reward = build_rewards(settings, reward_model, source, template, stop=context.stop)
+    reward = build_rewards(settings, reward_model, source, policy.format.template, stop=context.stop)
     say(f"ppo: the reward is {reward.described()}")
     trainer = PPOTrainer(
         models,
@@ -67,6 +79,8 @@ def run(context: PPOContext) -> StageOutcome:
         data,
         reward.score,
         settings,
+        policy=policy,
+        generator=generator,
         seed=context.recipe.seed,
         work=context.work,
         stop=context.stop,
@@ -107,7 +121,7 @@ def _load_models(
         source,
         settings,
         reward_path=reward_path,
-        template=prompt_template(context.recipe, source.path),
+        template=prompt_template(context.recipe.data.prompt_template, source.path),
         seed=context.recipe.seed,
         longest=longest,
     )

@@ -29,6 +29,10 @@ from torch import Tensor
 from rlhf_cli import progress
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DataError
+from rlhf_cli.generation.generator import Generator
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import TokenizedPrompts
+from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.objectives.advantages import generalized_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import whiten
@@ -37,7 +41,7 @@ from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
 from rlhf_cli.stages.ppo.metrics import all_finite, histograms, note, rollout_metrics, update_metrics
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.ptx import Demonstrations, SupervisedLoss
-from rlhf_cli.stages.ppo.rollout import PromptSet, RewardFunction, Rollouts
+from rlhf_cli.stages.ppo.rollout import RewardFunction, Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.state import Best, RunState
 from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
@@ -59,8 +63,8 @@ class PPOData:
         demonstrations: for PPO-ptx, or None.
     """
 
-    prompts: PromptSet
-    held_out: PromptSet | None = None
+    prompts: TokenizedPrompts
+    held_out: TokenizedPrompts | None = None
     demonstrations: Demonstrations | None = None
 
 
@@ -73,6 +77,8 @@ class PPOTrainer(TrainingTask):
         data: what to train and evaluate on.
         reward: scores completions, as text.
         settings: section `ppo` of the recipe.
+        policy: samples; its weights are the policy's of `roles`.
+        generator: draws completions from it; None is `TorchGenerator`.
         seed: of prompt order, sampling and shuffles.
         work: folder of checkpoints, metrics and samples.
         stop: asked after every step.
@@ -87,6 +93,8 @@ class PPOTrainer(TrainingTask):
         reward: RewardFunction,
         settings: PPOSettings,
         *,
+        policy: Policy,
+        generator: Generator | None = None,
         seed: int,
         work: Path,
         stop: StopRequest,
@@ -94,7 +102,10 @@ class PPOTrainer(TrainingTask):
     ) -> None:
         self.roles, self.engine, self.settings, self.data = roles, engine, settings, data
         self.state = RunState(settings.kl_coef)
-        self.rollouts = Rollouts(roles, engine, reward, settings, seed=seed)
+        self.policy = policy
+        self.rollouts = Rollouts(
+            policy, generator or TorchGenerator(), reward, settings, seed=seed, processes=engine.processes
+        )
         self.updater = Updater(roles, engine, settings, seed=seed, supervised=self._supervised(seed))
         self.optimizer = self.updater.optimizer
         held_out = data.held_out
@@ -200,7 +211,7 @@ class PPOTrainer(TrainingTask):
                 step=step + 1,
                 prompt=answers.prompts[worst.completion],
                 completion=answers.texts[worst.completion],
-                token=self.data.prompts.tokenizer.decode([answers.response_ids[worst.completion][worst.token]]),
+                token=str(self.policy.format.tokenizer.decode([answers.response_ids[worst.completion][worst.token]])),
                 log_ratio=worst.log_ratio,
             )
         self._largest_log_ratio = max(self._largest_log_ratio, worst.log_ratio)

@@ -228,7 +228,7 @@ class Updater:
             if trains_policy:
                 worst = max(worst, self._policy(minibatch, rows, batch, tokens, sums), key=lambda one: one.log_ratio)
             self._critic(minibatch, rows, batch, tokens, sums)
-            sums["tokens"] += int(batch.is_response.sum())
+            sums["tokens"] += int(batch.is_completion.sum())
         gathered = self._engine.processes.all_gather_object([dict(sums), astuple(worst)])
         found: Sums = defaultdict(float)
         for theirs, their_worst in gathered:
@@ -244,7 +244,7 @@ class Updater:
     ) -> WorstRatio:
         """Run forward and backward of the policy loss; returns the largest ratio in these rows."""
         settings, experience = self._settings, minibatch.experience
-        width, is_response = batch.response_ids.shape[1], batch.is_response
+        width, is_response = batch.completion_ids.shape[1], batch.is_completion
         with self._roles.policy() as model:
             now = self._engine.logprobs(model, batch)
             old, advantages = experience.before.logprobs[rows, :width], experience.advantages[rows, :width]
@@ -271,13 +271,13 @@ class Updater:
     def _critic(self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums) -> None:
         """Run forward and backward of the critic's loss."""
         settings, experience = self._settings, minibatch.experience
-        width = batch.response_ids.shape[1]
+        width = batch.completion_ids.shape[1]
         with self._roles.critic() as model:
             critic = value_loss(
                 self._engine.values(model, batch),
                 experience.before.values[rows, :width],
                 experience.returns[rows, :width],
-                batch.is_response,
+                batch.is_completion,
                 clip_range=settings.value_clip_range,
             )
             (settings.value_coef * critic.loss / tokens).backward()

@@ -1,4 +1,4 @@
-"""How well rewards agree with rankings that were not trained on, beside judges that only look at length."""
+"""Agreement of rewards with held-out rankings, compared with judges that look at length only."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_cli.data.records import Ranking, prompt_key
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.intervals import bootstrap_ratio
+from rlhf_cli.models.reward_model.model import RewardModel
+from rlhf_cli.progress import task
+from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
 _CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers of one ranking, one of which was preferred.
+    """Two completions of one ranking, one of which was preferred.
 
     Attributes:
         prompt: key of the prompt.
         distance: tiers between them, at least 1.
-        difference: reward of the preferred answer less that of the other.
-        longer: characters of the preferred answer less those of the other.
+        difference: reward of the preferred completion minus that of the other.
+        longer: characters of the preferred completion minus those of the other.
     """
 
     prompt: str
@@ -34,21 +38,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class RankingReport:
-    """Agreement of rewards with rankings, over all pairs but ties.
+    """Agreement of rewards with rankings, over all pairs except ties.
 
     Attributes:
-        accuracy: share of pairs whose preferred answer has the higher reward; equal rewards count 1/2.
+        accuracy: share of pairs whose preferred completion has the higher reward; equal rewards count 1/2.
         low: lower end of its 95 % interval, by bootstrap over prompts.
         high: upper end.
-        always_longer: what preferring the longer answer (in characters) would reach on the same pairs.
-        always_shorter: what preferring the shorter would.
+        always_longer: accuracy of always preferring the longer completion (in characters), on the same pairs.
+        always_shorter: accuracy of always preferring the shorter one.
         by_distance: tiers between the two -> (accuracy, pairs).
         calibration_error: expected calibration error of sigmoid(difference), in 10 bins of equal width.
-        mean_best: mean reward of answers in the first tier.
-        mean_worst: mean reward of answers in the last tier.
-        prompts: with at least one pair.
-        pairs: that are no ties.
-        ties: left out.
+        mean_best: mean reward of completions in the first tier.
+        mean_worst: mean reward of completions in the last tier.
+        prompts: prompts with at least one pair.
+        pairs: pairs that are not ties.
+        ties: pairs that were skipped as ties.
     """
 
     accuracy: float
@@ -71,8 +75,8 @@ def ranking_report(
     """Compare raw rewards with rankings.
 
     Args:
-        rankings: held-out groups.
-        rewards: one a completion of each ranking, in the scale the ranking loss was trained in.
+        rankings: held-out rankings.
+        rewards: per ranking one reward per completion, in the scale of the ranking loss.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
@@ -82,7 +86,7 @@ def ranking_report(
     pairs, ties = preferred_pairs(rankings, rewards)
     if not pairs:
         raise DataError(
-            f"the {len(rankings):,} held-out rankings hold no preference: every pair is a tie",
+            f"the {len(rankings):,} held-out rankings have no preference: every pair is a tie",
             hint="hold out more prompts with `--set data.holdout=...`, or label with a smaller `tie_margin`",
         )
     by_prompt: dict[str, list[Pair]] = defaultdict(list)
@@ -114,7 +118,7 @@ def ranking_report(
 
 
 def preferred_pairs(rankings: Sequence[Ranking], rewards: Sequence[Sequence[float]]) -> tuple[list[Pair], int]:
-    """All pairs with a preference, and the number of ties left out."""
+    """Return all pairs with a preference, and the number of ties."""
     pairs: list[Pair] = []
     ties = 0
     for ranking, given in zip(rankings, rewards, strict=True):
@@ -131,8 +135,43 @@ def preferred_pairs(rankings: Sequence[Ranking], rewards: Sequence[Sequence[floa
     return pairs, ties
 
 
+def ranking_rewards(
+    context: RewardModelContext,
+    reward_model: RewardModel,
+    rankings: Sequence[Ranking],
+    label: str,
+    processes: ProcessGroup,
+) -> list[list[float]]:
+    """Score the completions of each ranking; processes share the rankings, and all of them get all rewards.
+
+    Args:
+        context: of the stage; asked to stop between batches.
+        reward_model: scores.
+        rankings: N rankings.
+        label: of the progress bar.
+        processes: of the run.
+
+    Returns:
+        Per ranking one reward per completion.
+    """
+
+    def score(own: list[Ranking]) -> list[list[float]]:
+        prompts = [ranking.prompt for ranking in own for _ in ranking.completions]
+        completions = [completion for ranking in own for completion in ranking.completions]
+        with task(label, len(prompts), "completions") as bar:
+
+            def progress(done: int) -> None:
+                bar.advance(done)
+                context.stop.check()
+
+            flat = iter(reward_model.score(prompts, completions, progress=progress))
+        return [[next(flat) for _ in ranking.completions] for ranking in own]
+
+    return processes.map(rankings, score)
+
+
 def accuracy(rankings: Sequence[Ranking], rewards: Sequence[Sequence[float]]) -> float:
-    """Share of pairs with a preference that the rewards order rightly; NaN where there is none."""
+    """Return the share of pairs with a preference that the rewards order correctly; NaN if there are none."""
     pairs, _ = preferred_pairs(rankings, rewards)
     return _share(pairs, lambda pair: pair.difference) if pairs else float("nan")
 

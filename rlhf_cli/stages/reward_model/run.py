@@ -4,46 +4,39 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.progress import say, task, warn
+from rlhf_cli.generation.prompts import prompt_template
+from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import (
-    artifact_settings,
-    metrics_log,
-    model_source,
-    prompt_format,
-    prompt_room,
-    prompt_template,
-)
+from rlhf_cli.stages.common import metrics_log, model_source
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.records import Prompt, Ranking
+    from rlhf_cli.data.records import Ranking
     from rlhf_cli.data.sources import LoadedRecords
-    from rlhf_cli.generation.policy import Policy, Sampling
-    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.generation.generator import Generator
     from rlhf_cli.models.reward_model.model import RewardModel
     from rlhf_cli.stages.reward_model.data import RankedGroup
     from rlhf_cli.stages.reward_model.evaluation import RankingReport
     from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 
 _PROMPTS_CHECKED = 64
-"""Training prompts whose accuracy is shown beside the held-out one, or whose labeled answers fix the scale."""
-_PROMPTS_SAMPLED = 64
-_TOKENS_SAMPLED = 64
-"""Answers drawn to normalize rewards: enough for a mean and a deviation, at a minute's cost on a CPU."""
+"""Training prompts whose accuracy is reported beside the held-out accuracy."""
 
 
-def run(context: RewardModelContext) -> StageOutcome:
-    """Train the reward model, measure it on held-out prompts, fix the scale of its rewards, write it."""
+def run(context: RewardModelContext, generator: Generator | None = None) -> StageOutcome:
+    """Train the reward model, measure it on held-out prompts, normalize its rewards and write it.
+
+    Args:
+        context: of the stage.
+        generator: draws the completions that rewards are normalized over; None is `TorchGenerator`.
+    """
     from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+    from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
     recipe, settings = context.recipe, context.settings
@@ -51,7 +44,7 @@ def run(context: RewardModelContext) -> StageOutcome:
     source = model_source(recipe, context.inputs.policy.source, quantized=True)
     scorer = new_reward_model(
         source,
-        template=prompt_template(recipe, context.inputs.policy.source),
+        template=prompt_template(recipe.data.prompt_template, context.inputs.policy.source),
         lora=settings.lora if settings.adapter == "lora" else None,
         seed=recipe.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -79,7 +72,7 @@ def run(context: RewardModelContext) -> StageOutcome:
     del trainer
     report, train_accuracy = _report(context, scorer, train, held_out, processes)
     if settings.normalize:
-        _normalize(context, scorer, source, train, processes)
+        normalize(context, scorer, train, processes, generator)
     if not processes.is_main:
         return StageOutcome()
     save_reward_model(scorer, context.output)
@@ -138,26 +131,6 @@ def _fitting(
     return kept, groups
 
 
-def _scores(
-    context: RewardModelContext, scorer: RewardModel, rankings: Sequence[Ranking], label: str, processes: ProcessGroup
-) -> list[list[float]]:
-    """Rewards of all answers, one list a ranking."""
-
-    def score(own: list[Ranking]) -> list[list[float]]:
-        prompts = [ranking.prompt for ranking in own for _ in ranking.completions]
-        completions = [completion for ranking in own for completion in ranking.completions]
-        with task(label, len(prompts), "answers") as bar:
-
-            def progress(done: int) -> None:
-                bar.advance(done)
-                context.stop.check()
-
-            flat = iter(scorer.score(prompts, completions, progress=progress))
-        return [[next(flat) for _ in ranking.completions] for ranking in own]
-
-    return processes.map(rankings, score)
-
-
 def _report(
     context: RewardModelContext,
     scorer: RewardModel,
@@ -166,92 +139,13 @@ def _report(
     processes: ProcessGroup,
 ) -> tuple[RankingReport, float]:
     """Agreement with the held-out rankings, and accuracy on some that were trained on."""
-    from rlhf_cli.stages.reward_model.evaluation import accuracy, ranking_report
+    from rlhf_cli.stages.reward_model.evaluation import accuracy, ranking_report, ranking_rewards
 
     seed = context.recipe.seed
     checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
-    scores = _scores(context, scorer, held_out, "scoring held-out rankings", processes)
+    scores = ranking_rewards(context, scorer, held_out, "scoring held-out rankings", processes)
     report = ranking_report(held_out, scores, seed=seed)
-    return report, accuracy(checked, _scores(context, scorer, checked, "scoring training rankings", processes))
-
-
-def _normalize(
-    context: RewardModelContext,
-    scorer: RewardModel,
-    source: ModelSource,
-    train: Sequence[Ranking],
-    processes: ProcessGroup,
-) -> None:
-    """Fix mean and deviation of rewards over answers of the SFT model to training prompts.
-
-    Labeled answers are the SFT model's own where `label` sampled them. Imported ones are not: then the model that the
-    reward model started from answers some training prompts anew, if it can write; an encoder or a classifier cannot,
-    and the labeled answers serve.
-    """
-    from statistics import fmean, pstdev
-
-    chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS_CHECKED))
-    sampled = None if _labels_are_sampled(context) else _sft_answers(context, scorer, source, chosen, processes)
-    if sampled is None:
-        raw = [
-            reward
-            for rewards in _scores(context, scorer, chosen, "normalizing rewards", processes)
-            for reward in rewards
-        ]
-    else:
-        raw = scorer.score([ranking.prompt for ranking in chosen[: len(sampled)]], sampled)
-    # Answers that are all alike have no spread to scale by.
-    scorer.mean, scorer.std = fmean(raw), pstdev(raw) or 1.0
-    kind = "labeled answers" if sampled is None else "new answers of the SFT model"
-    say(f"rewards are normalized over {len(raw):,} {kind}: mean {scorer.mean:.3f}, deviation {scorer.std:.3f}")
-
-
-def _labels_are_sampled(context: RewardModelContext) -> bool:
-    """Whether the rankings are of completions that `label` sampled from the SFT model."""
-    rankings = context.inputs.rankings
-    if rankings.upstream is None:
-        return False
-    label = artifact_settings(Path(rankings.source).parent).get("label", {})
-    return label.get("by") != "import" and label.get("items") is None
-
-
-def _sft_answers(
-    context: RewardModelContext,
-    scorer: RewardModel,
-    source: ModelSource,
-    rankings: list[Ranking],
-    processes: ProcessGroup,
-) -> list[str] | None:
-    """Answers to the first prompts of `rankings`, which is put in a usable order; None if the base cannot write."""
-    from rlhf_cli.generation.policy import Policy, Sampling, free_memory
-    from rlhf_cli.models.loading import load_config
-    from rlhf_cli.models.reward_model.classifier import is_classifier
-
-    config = load_config(source)
-    if scorer.is_encoder or is_classifier(config):
-        return None
-    tokenizer = scorer.format.tokenizer
-    longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
-    sampling = Sampling(1.0, 1.0, max(1, min(_TOKENS_SAMPLED, longest)), 32)
-    format = prompt_format(context.recipe, source)
-    room = prompt_room(config, sampling.max_new_tokens, format.name, "label.sampling.max_new_tokens")
-    fitting = (ranking for ranking in rankings if len(format.prompt_ids(ranking.prompt)) <= room)
-    rankings[:] = list(islice(fitting, _PROMPTS_SAMPLED))
-    if not rankings:
-        return None
-    policy = Policy.load(source, format)
-    texts = processes.map(
-        [ranking.prompt for ranking in rankings],
-        partial(_answer, policy, sampling=sampling, seed=context.recipe.seed),
-    )
-    del policy
-    free_memory()
-    return texts
-
-
-def _answer(policy: Policy, prompts: list[Prompt], *, sampling: Sampling, seed: int) -> list[str]:
-    label = "answers to normalize rewards"
-    return [answer.text for answer in policy.answer(prompts, [0] * len(prompts), sampling, seed=seed, label=label)]
+    return report, accuracy(checked, ranking_rewards(context, scorer, checked, "scoring training rankings", processes))
 
 
 def _metrics(report: RankingReport, train_accuracy: float, scorer: RewardModel) -> dict[str, float]:

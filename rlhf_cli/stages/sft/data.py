@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.data.examples import Example
+from rlhf_cli.models.padding import pad
 from rlhf_cli.training.shuffle import EndlessShuffle
 
 
@@ -147,7 +148,7 @@ class CausalCollator:
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Collate rows into a batch."""
-        input_ids, _ = _padded([[token for example in row for token in example.ids] for row in rows])
+        input_ids, _ = pad([[token for example in row for token in example.ids] for row in rows])
         positions = torch.zeros_like(input_ids)
         examples, where = [], []
         for number, row in enumerate(rows):
@@ -174,8 +175,8 @@ class Seq2SeqCollator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Collate rows into a batch."""
         completions = [example.completion_ids for (example,) in rows]
-        encoder_ids, encoder_mask = _padded([example.prompt_ids for (example,) in rows])
-        decoder_ids, is_real = _padded([[self.decoder_start, *completion[:-1]] for completion in completions])
+        encoder_ids, encoder_mask = pad([example.prompt_ids for (example,) in rows])
+        decoder_ids, is_real = pad([[self.decoder_start, *completion[:-1]] for completion in completions])
         once = torch.ones(int(is_real.sum()), dtype=torch.long)
         return {
             "encoder_ids": encoder_ids,
@@ -210,13 +211,3 @@ def _predictions(examples: Sequence[Example], positions: Sequence[Tensor]) -> di
         "completions": none.index_add(0, index, is_completion.long()),
         "texts": none.index_add(0, index, torch.ones_like(index)),
     }
-
-
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Return ids padded on the right with a row's first id, and where they are real: both (B, T)."""
-    ids = torch.tensor([row[0] for row in rows]).unsqueeze(1).repeat(1, max(map(len, rows)))
-    is_real = torch.zeros_like(ids, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        is_real[number, : len(row)] = True
-    return ids, is_real

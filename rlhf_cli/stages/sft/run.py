@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
+from rlhf_cli.generation.prompts import prompt_format
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import metrics_log, model_source, prompt_format
+from rlhf_cli.stages.common import metrics_log, model_source
 from rlhf_cli.stages.sft.stage import SFTContext
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def run(context: SFTContext) -> StageOutcome:
     processes = ProcessGroup(resolve_device(recipe.model.device))
     source = model_source(recipe, _base(context, loaded.records, processes), quantized=True)
     tokenizer = load_tokenizer(source)
-    form = prompt_format(recipe, source, tokenizer)
+    form = prompt_format(source, recipe.data.prompt_template, tokenizer)
     check_conversations(form, loaded.records)
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
     fitting = _fitting(context, settings, loaded, form, model.config)

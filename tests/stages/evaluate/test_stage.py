@@ -13,19 +13,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_cli.data.chat_format import PromptFormat
-from rlhf_cli.data.records import is_held_out
+from rlhf_cli.data.records import is_held_out, seed_for
 from rlhf_cli.errors import DataError, Interrupted
-from rlhf_cli.generation.logprobs import response_hidden
-from rlhf_cli.generation.policy import Answer, Policy, Sampling
-from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.logprobs import completion_hidden
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.shared import BuildSettings, SamplingSettings
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.evaluate import run as evaluate
 from rlhf_cli.stages.inputs import Input
 from tests.stages.context import stage_context
-
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=4)
 
 
 class Never:
@@ -99,18 +99,20 @@ def test_held_out_prompts_alone_and_every_figure_from_the_samples(
     rows = lines(context)
     assert {row["prompt"] for row in rows} == {p for n in range(40) if is_held_out(p := f"Question {n}?", 0.3, 0)}
     assert metrics["prompts"] == len(rows)
-    for name in ("sft", "ppo"):
+    for name in ("baseline", "policy"):
         assert [row[f"gold_{name}"] for row in rows] == [row[name].count("a") for row in rows]
         assert metrics[f"gold/{name}_mean"] == pytest.approx(sum(row[f"gold_{name}"] for row in rows) / len(rows))
         assert metrics[f"length/{name}_mean"] == pytest.approx(sum(row[f"tokens_{name}"] for row in rows) / len(rows))
-    points = [(row["gold_ppo"] > row["gold_sft"]) + 0.5 * (row["gold_ppo"] == row["gold_sft"]) for row in rows]
+    points = [
+        (row["gold_policy"] > row["gold_baseline"]) + 0.5 * (row["gold_policy"] == row["gold_baseline"]) for row in rows
+    ]
     assert metrics["win_rate"] == pytest.approx(sum(points) / len(rows))
     assert metrics["win_rate"] > 0.6
     assert metrics["kl_nats"] == pytest.approx(sum(row["kl_nats"] for row in rows) / len(rows))
     assert metrics["kl_nats"] > 0
     assert json.loads((context.output / "metrics.json").read_text()) == metrics
     shown = capsys.readouterr().err
-    assert "PPO preferred" in shown
+    assert "policy preferred" in shown
     assert all(len(line) <= 100 for line in shown.splitlines())
 
 
@@ -120,7 +122,7 @@ def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp
     assert metrics["win_rate"] == 0.5
     assert metrics["tie_rate"] == 1.0, "the same seeds for both"
     assert metrics["kl_nats"] == pytest.approx(0.0, abs=1e-6)
-    assert all(row["sft"] == row["ppo"] for row in lines(context))
+    assert all(row["baseline"] == row["policy"] for row in lines(context))
 
 
 @pytest.mark.parametrize("checks", [2, 9])
@@ -141,64 +143,68 @@ def test_a_signal_ends_sampling_and_reading_within_a_batch(tiny_llama, prompts, 
     assert context.stop.count == checks
 
 
-def test_the_seed_decides_the_answers(tiny_llama, prompts, judge, tmp_path):
-    answers = []
+def test_the_seed_decides_the_completions(tiny_llama, prompts, judge, tmp_path):
+    completions = []
     for number, seed in enumerate((1, 1, 2)):
         (tmp_path / str(number)).mkdir()
         context = judged(
             tmp_path / str(number), tiny_llama, tiny_llama, prompts, judge, seed=seed, prompts=str(prompts)
         )
         evaluate.run(context)
-        answers.append([row["sft"] for row in lines(context)])
-    assert answers[0] == answers[1]
-    assert answers[0] != answers[2]
+        completions.append([row["baseline"] for row in lines(context)])
+    assert completions[0] == completions[1]
+    assert completions[0] != completions[2]
 
 
-def test_log_probabilities_are_those_of_the_whole_answer_with_its_end(tiny_llama):
-    source = ModelSource(str(tiny_llama))
-    policy = Policy.load(source, PromptFormat(load_tokenizer(source)))
+def policy_at(folder: Path, attention: str = "auto", **sampling) -> Policy:
+    return Policy.load(ModelSource(str(folder), attention=attention), SamplingSettings(**sampling))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_log_probabilities_are_those_of_the_whole_completion_with_its_end(tiny_llama, batch_size):
+    policy = policy_at(tiny_llama, temperature=0.7, batch_size=batch_size)
     end = policy.format.tokenizer.eos_token_id
-    answers = [Answer([5, 6, 7], [8, 9, end], "", True), Answer([5], [10], "", False)]
+    prompts = [[5, 6, 7], [5]]
+    completions = [Completion([8, 9, end], "", True), Completion([10], "", False)]
     expected = []
-    for answer in answers:
-        logits = policy.model(torch.tensor([answer.prompt_ids + answer.ids])).logits[0] / 0.7
-        rows = logits.log_softmax(-1)[len(answer.prompt_ids) - 1 : -1]
-        expected.append(sum(row[token].item() for row, token in zip(rows, answer.ids, strict=True)))
-    assert policy.logprobs(answers, temperature=0.7, batch_size=2) == pytest.approx(expected, abs=1e-4)
-    assert policy.logprobs(answers, temperature=0.7, batch_size=1) == pytest.approx(expected, abs=1e-4)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with policy.model() as model:
+            logits = model(torch.tensor([prompt + completion.ids])).logits[0] / 0.7
+        rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected.append(sum(row[token].item() for row, token in zip(rows, completion.ids, strict=True)))
+    assert policy.logprobs(prompts, completions) == pytest.approx(expected, abs=1e-4)
 
 
-def test_answers_to_one_prompt_are_read_together(tiny_llama, monkeypatch):
-    source = ModelSource(str(tiny_llama), attention="torch")
-    policy = Policy.load(source, PromptFormat(load_tokenizer(source)))
-    prompts = [[5, 6, 7], [40, 41, 42], [60, 61]]
-    answers = [Answer(prompt, [8 + length] * length, "", True) for length in (1, 4, 9) for prompt in prompts]
+def test_completions_of_one_prompt_are_read_together(tiny_llama, monkeypatch):
+    policy = policy_at(tiny_llama, "torch", batch_size=3)
+    prompts = [[5, 6, 7], [40, 41, 42], [60, 61]] * 3
+    completions = [Completion([8 + length] * length, "", True) for length in (1, 4, 9) for _ in range(3)]
     batches = []
 
     def watched(model, batch):
         batches.append(batch)
-        return response_hidden(model, batch)
+        return completion_hidden(model, batch)
 
-    monkeypatch.setattr("rlhf_cli.generation.policy.response_hidden", watched)
-    found = policy.logprobs(answers, temperature=1.0, batch_size=3)
+    monkeypatch.setattr("rlhf_cli.generation.policy.completion_hidden", watched)
+    found = policy.logprobs(prompts, completions)
     assert [batch.layout.is_tree for batch in batches] == [True] * 3
     assert sum(batch.input_ids.numel() for batch in batches) == 3 + 3 + 2 + 3 * (1 + 4 + 9)
-    padded = Policy.load(ModelSource(str(tiny_llama), attention="sdpa"), policy.format)
-    assert found == pytest.approx(padded.logprobs(answers, temperature=1.0, batch_size=3), abs=1e-4)
+    padded = policy_at(tiny_llama, "sdpa", batch_size=3)
+    assert found == pytest.approx(padded.logprobs(prompts, completions), abs=1e-4)
 
 
 def test_kl_is_an_unbiased_estimate(tiny_llama, lover_of_a):
-    """One-token answers: the mean of log pi_ppo - log pi_sft over samples nears the exact sum over the vocabulary."""
-    policies = {}
-    for name, folder in (("sft", tiny_llama), ("ppo", lover_of_a)):
-        source = ModelSource(str(folder))
-        policies[name] = Policy.load(source, PromptFormat(load_tokenizer(source)))
-    sampling = Sampling(1.0, 1.0, 1, 500)
-    answers = policies["ppo"].answer(["Question?"] * 3000, range(3000), sampling, seed=0, label="answers")
-    own = policies["ppo"].logprobs(answers, temperature=1.0, batch_size=500)
-    other = policies["sft"].logprobs(answers, temperature=1.0, batch_size=500)
-    ids = torch.tensor([answers[0].prompt_ids])
-    p, q = (policies[name].model(ids).logits[0, -1].detach().log_softmax(-1) for name in ("ppo", "sft"))
+    """One-token completions: the mean of log pi - log pi_baseline nears the exact sum over the vocabulary."""
+    baseline, policy = (policy_at(folder, max_new_tokens=1, batch_size=500) for folder in (tiny_llama, lover_of_a))
+    ids = policy.prompt_ids("Question?")
+    requests = [Request(ids, seed_for("Question?", 0, number)) for number in range(3000)]
+    completions = TorchGenerator().generate(policy, requests)
+    own, other = (one.logprobs([ids] * 3000, completions) for one in (policy, baseline))
+    logprobs = []
+    for one in (policy, baseline):
+        with one.model() as model:
+            logprobs.append(model(torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1))
+    p, q = logprobs
     exact = float((p.exp() * (p - q)).sum())
     assert exact > 0.03
     estimate = sum(one - two for one, two in zip(own, other, strict=True)) / 3000
@@ -218,17 +224,19 @@ def test_a_reward_model_judges_where_there_is_no_function(tiny_llama, lover_of_a
     }
     context = context_of(tmp_path, inputs)
     metrics = evaluate.run(context).metrics
-    assert "gold/ppo_mean" not in metrics
-    assert metrics["reward/difference"] == pytest.approx(metrics["reward/ppo_mean"] - metrics["reward/sft_mean"])
+    assert "gold/policy_mean" not in metrics
+    assert metrics["reward/difference"] == pytest.approx(
+        metrics["reward/policy_mean"] - metrics["reward/baseline_mean"]
+    )
     assert metrics["reward/difference_se"] > 0
     for row in lines(context):
-        gap = row["reward_ppo"] - row["reward_sft"]
-        assert row["winner"] == ("tie" if gap == 0 else "ppo" if gap > 0 else "sft")
+        gap = row["reward_policy"] - row["reward_baseline"]
+        assert row["winner"] == ("tie" if gap == 0 else "policy" if gap > 0 else "baseline")
     assert any(row["winner"] != "tie" for row in lines(context))
     assert "a check of training" in capsys.readouterr().err
 
 
-def test_the_base_model_answers_the_prompts_that_are_shown(tiny_llama, lover_of_a, prompts, judge, tmp_path, capsys):
+def test_the_base_model_completes_the_prompts_that_are_shown(tiny_llama, lover_of_a, prompts, judge, tmp_path, capsys):
     shutil.copytree(tiny_llama, tmp_path / "base")
     context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge, shown_samples=3)
     base = Input("model", str(tmp_path / "base"))
@@ -236,24 +244,29 @@ def test_the_base_model_answers_the_prompts_that_are_shown(tiny_llama, lover_of_
     evaluate.run(context)
     with_base = [row for row in lines(context) if "base" in row]
     assert len(with_base) == 3
-    assert all(row["base"] == row["sft"] for row in with_base), "here the base is the SFT model, with the same seeds"
+    assert all(row["base"] == row["baseline"] for row in with_base), (
+        "here the base is the baseline, with the same seeds"
+    )
     assert all(row["base_score"] == row["base"].count("a") for row in with_base)
     assert capsys.readouterr().err.count("base ") >= 3
 
 
 def test_a_built_base_is_made_again_from_the_seed(tmp_path):
     from rlhf_cli.models.build import build_model
-    from rlhf_cli.settings.shared import BuildSettings
 
     build = BuildSettings(hidden_size=32, layers=1, heads=2, feed_forward_size=48, vocab_size=300, context_length=64)
     build_model(tmp_path / "built", ["some text to learn from"] * 20, build, seed=11)
-    source = ModelSource(str(tmp_path / "built"))
-    form = PromptFormat(load_tokenizer(source))
-    built, again = Policy.load(source, form), Policy.untrained(source, form, seed=11)
-    other = Policy.untrained(source, form, seed=12)
-    ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(built.model(ids).logits, again.model(ids).logits)
-    assert not torch.equal(built.model(ids).logits, other.model(ids).logits)
+    source, sampling = ModelSource(str(tmp_path / "built")), SamplingSettings()
+    logits = []
+    for policy in (
+        Policy.load(source, sampling),
+        Policy.untrained(source, sampling, seed=11),
+        Policy.untrained(source, sampling, seed=12),
+    ):
+        with policy.model() as model:
+            logits.append(model(torch.tensor([[5, 6, 7]])).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
 
 
 def test_models_that_read_text_differently_have_no_kl(tiny_llama, tiny_gpt2, tiny_t5, prompts, judge, tmp_path, capsys):
@@ -271,9 +284,9 @@ def test_an_encoder_decoder_is_evaluated_too(tiny_t5, prompts, judge, tmp_path):
 def test_several_samples_and_few_prompts(tiny_llama, lover_of_a, prompts, judge, tmp_path):
     context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge, samples_per_prompt=3, max_prompts=4)
     metrics = evaluate.run(context).metrics
-    assert (metrics["prompts"], metrics["answers"]) == (4, 12)
-    answers = [row["sft"] for row in lines(context)]
-    assert len(set(answers[:3])) == 3, "answers to one prompt differ"
+    assert (metrics["prompts"], metrics["completions"]) == (4, 12)
+    completions = [row["baseline"] for row in lines(context)]
+    assert len(set(completions[:3])) == 3, "completions of one prompt differ"
 
 
 def test_nothing_held_out_is_an_error(tiny_llama, prompts, judge, tmp_path):
@@ -281,19 +294,19 @@ def test_nothing_held_out_is_an_error(tiny_llama, prompts, judge, tmp_path):
         evaluate.run(judged(tmp_path, tiny_llama, tiny_llama, prompts, judge, holdout=0.0))
 
 
-def test_escape_sequences_in_answers_do_not_reach_the_terminal():
+def test_escape_sequences_in_completions_do_not_reach_the_terminal():
     from rich.console import Console
 
     from rlhf_cli.stages.evaluate.comparison import Comparison
     from rlhf_cli.stages.evaluate.tables import side_by_side
 
-    bad = Answer([1], [2], "\x1b[2Jgone \x1b]0;owned\x07[bold]kept[/bold]", True)
+    bad = Completion([2], "\x1b[2Jgone \x1b]0;owned\x07[bold]kept[/bold]", True)
     console = Console(width=80, record=True, file=io.StringIO(), force_terminal=False)
     console.print(side_by_side(Comparison("p\x1b[31m", bad, bad, None, (0.0, 1.0), None), 0.0, number=1))
     text = console.export_text()
     assert "\x1b" not in text
     assert "owned" not in text
-    assert "[bold]kept[/bold]" in text, "answers are no markup"
+    assert "[bold]kept[/bold]" in text, "completions are not markup"
 
 
 def test_the_real_command_needs_no_recipe(rlhf, tiny_llama, lover_of_a, prompts, judge):
@@ -302,7 +315,7 @@ def test_the_real_command_needs_no_recipe(rlhf, tiny_llama, lover_of_a, prompts,
         "--run-dir", "run", "--set", "evaluate.sampling.max_new_tokens=12", "--json",
     )  # fmt: skip
     metrics = json.loads(result.stdout)["metrics"]
-    for name in ("gold/sft_mean", "gold/ppo_mean", "win_rate", "win_rate_low", "win_rate_high", "kl_nats"):
+    for name in ("gold/baseline_mean", "gold/policy_mean", "win_rate", "win_rate_low", "win_rate_high", "kl_nats"):
         assert name in metrics
     assert metrics["prompts"] == 40, "prompts that are named are all used"
     assert "Traceback" not in result.stderr

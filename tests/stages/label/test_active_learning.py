@@ -14,7 +14,7 @@ from rlhf_cli.data.records import Candidates, Prompt, is_held_out
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, ModelError
-from rlhf_cli.labeling.completions import Answer
+from rlhf_cli.generation.generator import Completion
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
@@ -51,8 +51,8 @@ def models(tiny_llama: Path, tmp_path: Path) -> list[str]:
 def sampled(prompts: list[Prompt] | None = None, *, drawn: bool = True) -> Sampled:
     texts = [tuple(f"{'so ' * k}{number}" for k in range(4)) for number in range(20)]
     rows = [Candidates(prompt, own) for prompt, own in zip(prompts or PROMPTS, texts, strict=True)]
-    answers = [[Answer(n, text, len(text), True) for text in row.completions] for n, row in enumerate(rows)]
-    return Sampled(rows, answers if drawn else [], SkipLog(), ProcessGroup())
+    completions = [[Completion([n], text, True) for text in row.completions] for n, row in enumerate(rows)]
+    return Sampled(rows, completions if drawn else [], SkipLog(), ProcessGroup())
 
 
 def context(folder: Path, models: list[str], **choose: object) -> StageContext:
@@ -80,10 +80,10 @@ def test_what_is_chosen_is_what_is_written_and_returned(by: str, models: list[st
     chosen = choose(context(tmp_path, asked, by=by, completions=2), sampled())
     rows = written(tmp_path)
     assert [row["prompt"] for row in rows] == [row.prompt for row in chosen.candidates]
-    for row, candidates, answers in zip(rows, chosen.candidates, chosen.answers, strict=True):
+    for row, candidates, completions in zip(rows, chosen.candidates, chosen.completions, strict=True):
         number = PROMPTS.index(row["prompt"])
         assert candidates.completions == tuple(f"{'so ' * k}{number}" for k in row["answers"])
-        assert [answer.text for answer in answers] == list(candidates.completions)
+        assert [completion.text for completion in completions] == list(candidates.completions)
         assert row["held_out"] == is_held_out(row["prompt"], 0.3, 0)
         assert (row["score"] is None) == (by == "random" or row["held_out"])
     held_out = sum(is_held_out(prompt, 0.3, 0) for prompt in PROMPTS)
@@ -121,7 +121,7 @@ def test_a_second_attempt_asks_no_reward_model_again(models: list[str], tmp_path
     scored = []
     monkeypatch.setattr(label_choose, "_rewards", lambda *_: scored.append(1) or pytest.fail("asked again"))
     again = choose(given, sampled())
-    assert (again.candidates, again.answers, written(tmp_path)) == (first.candidates, first.answers, rows)
+    assert (again.candidates, again.completions, written(tmp_path)) == (first.candidates, first.completions, rows)
     monkeypatch.undo()
     kept = tmp_path / "work" / "chosen.jsonl"
     whole = kept.read_text()
@@ -138,7 +138,7 @@ def test_a_known_order_of_given_answers_stays_known(models: list[str], tmp_path:
     known = ((2,), (0,), (1, 3))
     rows.candidates[:] = [dataclasses.replace(row, known=known) for row in rows.candidates]
     chosen = choose(context(tmp_path, models[:1], by="uncertainty", completions=3, prompts=20), rows)
-    assert chosen.answers == []
+    assert chosen.completions == []
     for row, file in zip(chosen.candidates, written(tmp_path), strict=True):
         assert row.known is not None
         told = [{row.completions[index] for index in tier} for tier in row.known]
@@ -152,7 +152,7 @@ def test_prompts_with_nothing_to_compare_are_skipped_and_counted(tmp_path: Path,
     rows.candidates[:3] = [dataclasses.replace(row, completions=("yes",) * 4) for row in rows.candidates[:3]]
     chosen = choose(context(tmp_path, [], by="random", prompts=99), rows)
     assert [row.prompt for row in chosen.candidates] == PROMPTS[3:]
-    assert chosen.skips.counts == {"all answers are equal": 3}
+    assert chosen.skips.counts == {"all completions are equal": 3}
     said = " ".join(capsys.readouterr().err.split())
     assert "3 of 20 prompts have answers that are all equal" in said
     assert "`label.choose.prompts: 99` is more than there are: all 17 prompts are taken" in said

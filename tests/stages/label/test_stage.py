@@ -88,7 +88,7 @@ def test_every_prompt_gets_k_ranked_answers(gold: str, prompts: Path, tiny_llama
     assert (outcome.metrics["prompts"], outcome.metrics["completions"]) == (12, 48)
     assert outcome.metrics["mean_score"] == pytest.approx(sum(sum(row["scores"]) for row in written) / 48)
     assert 1 <= outcome.metrics["mean_tokens"] <= 12
-    assert 0 <= outcome.metrics["ended_share"] <= 1
+    assert 0 <= outcome.metrics["finished_share"] <= 1
     assert not outcome.skipped
     read = read_records(str(tmp_path / "out" / "rankings.jsonl"), "ranking", max_skip=1.0)
     assert len(read.records) + read.skips.total == 12
@@ -134,7 +134,7 @@ def test_prompts_without_room_are_skipped(gold: str, tiny_llama: Path, tmp_path:
     assert f"{data}:2" in (tmp_path / "a" / "out" / "skips.jsonl").read_text()
     with pytest.raises(DataError, match="none of its 3 records"):
         run(tmp_path / "b", inputs, shared={"max_skip": 1.0, "max_prompt_tokens": 1}, **settings)
-    with pytest.raises(UsageError, match=r"answers of 256 tokens leave no room .* reads 256 tokens in all"):
+    with pytest.raises(UsageError, match=r"completions of 256 tokens leave no room .* reads 256 tokens in all"):
         run(tmp_path / "c", inputs, sampling={"max_new_tokens": 256}, **settings)
 
 
@@ -198,7 +198,7 @@ def test_the_command_tells_what_came_out_and_nothing_else(
     arguments = ["label", "--model", tiny_llama, "--prompts", prompts, "--function", gold, "--run-dir", "run"]
     done = rlhf(*arguments, "--set", "label.sampling.max_new_tokens=5")
     assert len((tmp_path / "run" / "label" / "rankings.jsonl").read_text().splitlines()) == 12
-    beginnings = ("label", "sampling answers", "scoring answers", "warning: ", "attention: ")
+    beginnings = ("label", "sampling completions", "scoring answers", "warning: ", "attention: ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(beginnings)] == []
     assert "with your permissions" in done.stderr
 

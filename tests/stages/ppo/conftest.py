@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from rlhf_cli.errors import Interrupted
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import TokenizedPrompts
+from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels, SharedBackbone
-from rlhf_cli.stages.ppo.rollout import PromptSet
+from rlhf_cli.stages.ppo.rollout import rollout_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
@@ -80,10 +82,20 @@ def make_roles(source, kind="shared"):
 
 
 def make_trainer(
-    folder, work, *, kind="shared", reward=vowels, stop=None, seed=0, demonstrations=None, processes=None, **changes
+    folder,
+    work,
+    *,
+    kind="shared",
+    reward=vowels,
+    generator=None,
+    stop_tokens=(),
+    stop=None,
+    seed=0,
+    demonstrations=None,
+    processes=None,
+    **changes,
 ):
     source = ModelSource(str(folder))
-    tokenizer = load_tokenizer(source)
     roles = make_roles(source, kind)
     settings = PPOSettings(**SETTINGS | changes)
     engine = ForwardPasses(
@@ -94,12 +106,25 @@ def make_trainer(
         processes=processes,
     )
 
+    policy = Policy.load(source, rollout_sampling(settings), weights=roles.policy, stop_tokens=stop_tokens)
+
     def prompts(texts):
-        return PromptSet(texts, [tokenizer(text).input_ids for text in texts], tokenizer, {tokenizer.eos_token_id})
+        return TokenizedPrompts(texts, [policy.prompt_ids(text) for text in texts])
 
     work.mkdir(exist_ok=True)
     data = PPOData(prompts(TEXTS), prompts(HELD_OUT), demonstrations)
-    return PPOTrainer(roles, engine, data, reward, settings, seed=seed, work=work, stop=stop or StopAfter())
+    return PPOTrainer(
+        roles,
+        engine,
+        data,
+        reward,
+        settings,
+        policy=policy,
+        generator=generator,
+        seed=seed,
+        work=work,
+        stop=stop or StopAfter(),
+    )
 
 
 @pytest.fixture(name="make_trainer")

@@ -1,4 +1,4 @@
-"""What the `ppo` stage reads: prompts apart from held-out ones, stop tokens, demonstrations for PPO-ptx."""
+"""What the `ppo` stage reads: prompts to train on, held-out prompts, demonstrations for PPO-ptx."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import is_held_out
 from rlhf_cli.data.splits import validation_prompts
-from rlhf_cli.errors import DataError, UsageError
-from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.errors import DataError
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.models.loading import ModelSource, load_tokenizer
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.ppo.data import load_data
+from rlhf_cli.stages.ppo.rollout import rollout_sampling
 from tests.stages.context import stage_context
 
 TEXTS = [f"Question number {number}?" for number in range(40)]
@@ -26,25 +27,25 @@ def load(tiny_llama: Path, tmp_path: Path):
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     rows = [{"prompt": text, "completion": " yes" * (1 + number % 3)} for number, text in enumerate(TEXTS)]
     demonstrations.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = ModelSource(str(tiny_llama))
-    model, form = load_policy(source), PromptFormat(load_tokenizer(source))
 
     def run(holdout=0.25, **settings):
         recipe = Recipe.model_validate({"data": {"holdout": holdout, "max_skip": 0.9}, "ppo": settings})
         inputs = {"prompts": prompts, "demonstrations": demonstrations}
         context = stage_context("ppo", recipe, output=tmp_path, work=tmp_path, **inputs)
-        return load_data(context, form, model)
+        assert recipe.ppo is not None
+        return load_data(context, Policy.load(ModelSource(str(tiny_llama)), rollout_sampling(recipe.ppo)))
 
     return run
 
 
-def test_nothing_held_out_is_trained_on(load):
+def test_nothing_held_out_is_trained_on(load, tiny_llama):
     data, _ = load(eval_steps=5, eval_prompts=3)
     assert len(data.prompts) + sum(is_held_out(text, 0.25, 0) for text in TEXTS) == 40
     assert not any(is_held_out(text, 0.25, 0) for text in data.prompts.prompts)
     assert len(data.held_out) == 3
     assert all(is_held_out(text, 0.25, 0) for text in data.held_out.prompts)
-    assert data.held_out.ids[0] == data.held_out.tokenizer(data.held_out.prompts[0]).input_ids
+    tokenizer = load_tokenizer(ModelSource(str(tiny_llama)))
+    assert data.held_out.ids[0] == tokenizer(data.held_out.prompts[0]).input_ids
 
 
 def test_no_more_than_half_of_what_is_held_out_is_looked_at():
@@ -63,14 +64,6 @@ def test_evaluating_without_held_out_prompts_is_an_error(load):
     data, _ = load(holdout=0.0, show_steps=5, shown_prompts=2)
     assert data.held_out.prompts == TEXTS[:2]
     assert load(holdout=0.25)[0].held_out is None
-
-
-def test_stop_tokens_end_answers_and_count_as_ends(load):
-    data, _ = load(stop_tokens=["?", "<|end|>"])
-    tokenizer = data.prompts.tokenizer
-    assert data.prompts.eos_ids == {tokenizer.eos_token_id, tokenizer("?").input_ids[0]}
-    with pytest.raises(UsageError, match=r"'no such token' is \d+ tokens of"):
-        load(stop_tokens=["no such token"])
 
 
 def test_demonstrations_for_ptx_are_not_held_out_and_fit(load):

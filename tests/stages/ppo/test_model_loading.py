@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_cli.generation.logprobs import response_hidden
+from rlhf_cli.generation.logprobs import completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import adapter_state
@@ -65,7 +65,7 @@ def test_the_critic_starts_as_the_reward_model(tiny_llama, tmp_path):
     # One token more than the answer, so that the last value is read at the answer's own last token.
     batch = SequenceBatch.of([ids[:4]], [[*ids[4:], 1]], models.model.device)
     with torch.no_grad(), models.critic() as model:
-        value = models.value_head(response_hidden(model, batch))[0, -1]
+        value = models.value_head(completion_hidden(model, batch))[0, -1]
     assert float(value) == pytest.approx(reward.score(PROMPTS[:1], ANSWERS[:1])[0], abs=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(policy, tiny_llam
             with role() as model:
                 layer = model.get_decoder().layers[0].mlp
                 hook = layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-                response_hidden(model, batch).float().pow(2).sum().backward()
+                completion_hidden(model, batch).float().pow(2).sum().backward()
             assert len(calls) == (2 if recompute else 1)
             hook.remove()
         gradients.append([p.grad for p in [*models.policy_parameters(), *models.critic_parameters()]])
@@ -131,7 +131,7 @@ def test_a_full_reference_is_the_policy_to_the_bit_in_bfloat16_too(tiny_llama):
     seen = []
     for role in (models.policy, models.reference):
         with role() as model, torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-            seen.append(response_hidden(model, batch))
+            seen.append(completion_hidden(model, batch))
     assert torch.equal(*seen)
 
 

@@ -219,7 +219,7 @@ def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_
     assert metrics["val/largest_log_ratio"] == pytest.approx(4.0, abs=1e-3)
     told = " ".join(capsys.readouterr().err.split())
     answers = seen["answers"]
-    token = trainer.data.prompts.tokenizer.decode([answers.response_ids[5][3]])
+    token = trainer.policy.format.tokenizer.decode([answers.response_ids[5][3]])
     assert f'"{answers.prompts[5]}"' in told
     assert repr(token)[1:-1] in told or token.strip() in told
 

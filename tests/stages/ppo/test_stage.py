@@ -118,11 +118,10 @@ def test_a_run_that_could_learn_nothing_is_no_success(tiny_llama, prompts, tmp_p
 
 
 def test_a_stage_alone_asks_a_model_as_it_was_trained_to_be_asked(tmp_path, capsys):
-    from rlhf_cli.recipe.schema import Recipe
-    from rlhf_cli.stages.common import prompt_template
+    from rlhf_cli.generation.prompts import prompt_template
 
     (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"data": {"prompt_template": "{prompt}\n"}}}))
-    plain, other = Recipe(), Recipe.model_validate({"data": {"prompt_template": "Q: {prompt}"}})
+    plain, other = None, "Q: {prompt}"
     assert prompt_template(plain, str(tmp_path)) == "{prompt}\n"
     assert capsys.readouterr().err == ""
     assert prompt_template(other, str(tmp_path)) == "Q: {prompt}"

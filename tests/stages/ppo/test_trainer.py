@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.stages.ppo.update import Experience, Minibatch, UpdateStatistics
 
 
@@ -143,9 +143,11 @@ def test_answers_of_one_prompt_differ(tiny_llama, tmp_path, make_trainer):
 def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
     """Means over padding would deflate all of them: they are those of each answer alone, averaged."""
 
+    # So that completions end, some sooner than others.
+    stop_tokens = load_tokenizer(ModelSource(str(tiny_llama))).convert_ids_to_tokens(range(60))
+
     def trained():
-        trainer = make_trainer(tiny_llama, tmp_path / "w")
-        trainer.data.prompts.eos_ids.update(range(60))  # so that answers end, some sooner than others
+        trainer = make_trainer(tiny_llama, tmp_path / "w", stop_tokens=stop_tokens)
         trainer.step(0)
         return trainer
 

@@ -95,15 +95,15 @@ def test_rewards_of_sampled_labels_have_mean_0_and_deviation_1(tiny_llama, tmp_p
     assert sum((reward - mean) ** 2 for reward in rewards) / len(rewards) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_imported_labels_are_normalized_over_new_answers_of_the_base(tiny_llama, tmp_path, capsys):
+def test_imported_labels_are_normalized_over_new_completions_of_the_base(tiny_llama, tmp_path, capsys):
     outcome = train_rm.run(context_of(tmp_path, tiny_llama, write_rankings(tmp_path / "r.jsonl"), epochs=1.0))
-    assert "new answers of the SFT model" in capsys.readouterr().err
+    assert "new completions of the SFT model" in capsys.readouterr().err
     assert outcome.metrics["rm/std"] > 0
 
 
-def test_an_encoder_cannot_answer_so_the_labeled_answers_serve(tiny_bert, tmp_path, capsys):
+def test_an_encoder_cannot_write_so_the_labeled_completions_serve(tiny_bert, tmp_path, capsys):
     train_rm.run(context_of(tmp_path, tiny_bert, write_rankings(tmp_path / "r.jsonl"), epochs=1.0))
-    assert "labeled answers" in capsys.readouterr().err
+    assert "labeled completions" in capsys.readouterr().err
 
 
 def test_without_normalization_rewards_stay_raw(tiny_llama, tmp_path):

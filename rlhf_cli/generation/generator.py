@@ -1,0 +1,66 @@
+"""The `Generator` protocol: what draws completions from a policy. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rlhf_cli.generation.policy import Policy
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to draw.
+
+    Attributes:
+        prompt_ids: token ids of the prompt, at least one.
+        seed: of the random numbers of this completion.
+    """
+
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a policy wrote after a prompt.
+
+    Attributes:
+        ids: token ids, including the stop token if there is one.
+        text: the same as text, without special tokens.
+        finished: True if the policy ended it with a stop token, False if it reached `max_new_tokens`.
+    """
+
+    ids: list[int]
+    text: str
+    finished: bool
+
+
+class Generator(Protocol):
+    """Draws completions. Stages take any object with this method; `TorchGenerator` is the default."""
+
+    def generate(
+        self,
+        policy: Policy,
+        requests: Sequence[Request],
+        *,
+        progress: Callable[[int], object] = lambda count: None,
+        stop: Callable[[], object] = lambda: None,
+    ) -> list[Completion]:
+        """Draw one completion per request.
+
+        A completion depends on the policy, its prompt and its seed alone: not on the other requests, on the batch size
+        or on how requests are divided among processes.
+
+        Args:
+            policy: the model that writes, with its stop tokens and sampling settings.
+            requests: N requests, in any order.
+            progress: called with the number of completions drawn since the last call.
+            stop: called between batches; may raise.
+
+        Returns:
+            N completions, in the order of `requests`.
+        """
+        ...

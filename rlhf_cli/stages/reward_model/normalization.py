@@ -1,0 +1,105 @@
+"""Normalization of a reward model: mean and deviation of its rewards over completions like those it will score."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from rlhf_cli.data.records import Prompt, Ranking, seed_for
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.generation.generator import Generator, Request
+from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.models.loading import load_config
+from rlhf_cli.models.reward_model.classifier import is_classifier
+from rlhf_cli.models.reward_model.model import RewardModel
+from rlhf_cli.progress import say, task
+from rlhf_cli.settings.run import artifact_settings
+from rlhf_cli.settings.shared import SamplingSettings
+from rlhf_cli.stages.common import load_policy, model_source
+from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
+from rlhf_cli.stages.reward_model.stage import RewardModelContext
+
+_PROMPTS = 64
+"""Training prompts that rewards are normalized over: enough for a mean and a deviation, in about a minute on a CPU."""
+_MAX_NEW_TOKENS = 64
+_BATCH_SIZE = 32
+
+
+def normalize(
+    context: RewardModelContext,
+    reward_model: RewardModel,
+    train: Sequence[Ranking],
+    processes: ProcessGroup,
+    generator: Generator | None = None,
+) -> None:
+    """Set `mean` and `std` of the reward model over completions of the SFT model to training prompts.
+
+    If `label` sampled the ranked completions, they are the SFT model's own and serve as they are. If they were
+    imported, the SFT model completes some training prompts anew. An encoder or a classifier cannot write: then the
+    imported completions serve.
+
+    Args:
+        context: of the stage.
+        reward_model: trained; its `mean` and `std` are set.
+        train: rankings it was trained on.
+        processes: of the run, which share the work.
+        generator: draws new completions; None is `TorchGenerator`.
+    """
+    chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS))
+    sampled = None if _labels_are_sampled(context) else _sample(context, reward_model, chosen, processes, generator)
+    if sampled is not None:
+        raw = reward_model.score([prompt for prompt, _ in sampled], [text for _, text in sampled])
+    else:
+        groups = ranking_rewards(context, reward_model, chosen, "normalizing rewards", processes)
+        raw = [reward for rewards in groups for reward in rewards]
+    # Equal rewards have no deviation to divide by.
+    reward_model.mean, reward_model.std = fmean(raw), pstdev(raw) or 1.0
+    kind = "labeled completions" if sampled is None else "new completions of the SFT model"
+    say(
+        f"rewards are normalized over {len(raw):,} {kind}: mean {reward_model.mean:.3f}, "
+        f"deviation {reward_model.std:.3f}"
+    )
+
+
+def _labels_are_sampled(context: RewardModelContext) -> bool:
+    """Return whether `label` sampled the ranked completions from the SFT model."""
+    rankings = context.inputs.rankings
+    if rankings.upstream is None:
+        return False
+    label = artifact_settings(Path(rankings.source).parent).get("label", {})
+    return label.get("by") != "import" and label.get("items") is None
+
+
+def _sample(
+    context: RewardModelContext,
+    reward_model: RewardModel,
+    rankings: Sequence[Ranking],
+    processes: ProcessGroup,
+    generator: Generator | None,
+) -> list[tuple[Prompt, str]] | None:
+    """Complete the prompts of `rankings` that fit the SFT model; None if it cannot write or none fits."""
+    path = context.inputs.policy.source
+    if reward_model.is_encoder or is_classifier(load_config(model_source(context.recipe, path))):
+        return None
+    tokenizer = reward_model.format.tokenizer
+    longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
+    sampling = SamplingSettings(max_new_tokens=max(1, min(_MAX_NEW_TOKENS, longest)), batch_size=_BATCH_SIZE)
+    policy = load_policy(context, path, sampling, quantized=True)
+    room = policy.longest_prompt("label.sampling.max_new_tokens")
+    prompts = [ranking.prompt for ranking in rankings]
+    fitting = list(islice((prompt for prompt in prompts if len(policy.prompt_ids(prompt)) <= room), _PROMPTS))
+    if not fitting:
+        return None
+
+    def complete(own: list[Prompt]) -> list[str]:
+        requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, context.recipe.seed, 0)) for prompt in own]
+        with task("completions to normalize rewards", len(own), "completions") as bar:
+            drawn = (generator or TorchGenerator()).generate(policy, requests, progress=bar.advance)
+        return [completion.text for completion in drawn]
+
+    texts = processes.map(fitting, complete)
+    policy.release()
+    return list(zip(fitting, texts, strict=True))

@@ -1,0 +1,79 @@
+"""`Policy`: what ends a completion, how long a prompt may be, when weights are in memory."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.settings.shared import SamplingSettings
+
+
+def load(folder: Path, **options) -> Policy:
+    return Policy.load(ModelSource(str(folder)), options.pop("sampling", SamplingSettings()), **options)
+
+
+def test_stop_tokens_are_the_tokenizer_s_the_model_s_and_those_that_are_given(tiny_llama):
+    model = load_policy(ModelSource(str(tiny_llama)))
+    model.generation_config.eos_token_id = [7, 8]
+    policy = load(tiny_llama, weights=lambda: nullcontext(model), stop_tokens=["?"])
+    tokenizer = policy.format.tokenizer
+    assert policy.stop_ids == {tokenizer.eos_token_id, 7, 8, tokenizer("?").input_ids[0]}
+
+
+def test_a_stop_token_that_is_none_is_refused_before_weights_are_read(tiny_llama):
+    with pytest.raises(UsageError, match=r"'no such token' is \d+ tokens of") as caught:
+        load(tiny_llama, stop_tokens=["no such token"])
+    assert caught.value.hint
+
+
+def test_longest_prompt_leaves_room_for_the_completion(tiny_llama, tiny_t5, tiny_bart):
+    def longest(folder: Path, tokens: int) -> int:
+        return load(folder, sampling=SamplingSettings(max_new_tokens=tokens)).longest_prompt("ppo.max_new_tokens")
+
+    assert longest(tiny_llama, 56) == 200
+    assert longest(tiny_bart, 56) == 256, "an encoder reads prompts apart"
+    assert longest(tiny_t5, 10_000) == 10**9, "relative positions have no limit"
+    with pytest.raises(
+        UsageError, match=r"completions of 256 tokens leave no room .* reads 256 tokens in all"
+    ) as caught:
+        longest(tiny_llama, 256)
+    assert "ppo.max_new_tokens=64" in str(caught.value.hint)
+    with pytest.raises(UsageError, match=r"completions of 300 tokens are too long: .* writes at most 256"):
+        longest(tiny_bart, 300)
+
+
+def test_weights_are_loaded_once_when_they_are_used_and_again_after_release(tiny_llama, monkeypatch):
+    loads = []
+
+    def watched(source, **options):
+        loads.append(source.path)
+        return load_policy(source, **options)
+
+    monkeypatch.setattr("rlhf_cli.generation.policy.load_policy", watched)
+    policy = load(tiny_llama, sampling=SamplingSettings(max_new_tokens=2))
+    assert policy.prompt_ids("hi")
+    assert policy.reading
+    assert loads == []
+    first = TorchGenerator().generate(policy, [Request([5], 1)])
+    assert TorchGenerator().generate(policy, [Request([5], 1)]) == first
+    assert len(loads) == 1
+    policy.release()
+    assert TorchGenerator().generate(policy, [Request([5], 1)]) == first
+    assert len(loads) == 2
+
+
+def test_a_template_of_the_recipe_reaches_the_prompt(tiny_llama):
+    policy = load(tiny_llama, template="Q: {prompt}")
+    assert policy.prompt_ids("hi") == policy.format.tokenizer("Q: hi").input_ids
+
+
+def test_what_is_not_a_language_model_is_refused(tiny_bert, tmp_path):
+    with pytest.raises(ModelError, match="is no model folder"):
+        load(tmp_path)
