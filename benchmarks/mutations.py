@@ -21,9 +21,12 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "advantages.token_rewards": [
         ("(-kl_coef * kl)", "(kl_coef * kl)"),
         ("(-kl_coef * kl)", "(-kl)"),
-        ("is_response.sum(dim=1, keepdim=True) - 1", "is_response.sum(dim=1, keepdim=True).clamp(max=kl.shape[1] - 1)"),
+        (
+            "is_completion.sum(dim=1, keepdim=True) - 1",
+            "is_completion.sum(dim=1, keepdim=True).clamp(max=kl.shape[1] - 1)",
+        ),
         ("rewards.scatter_add(1, last", "rewards.scatter(1, last"),
-        (".masked_fill(~is_response, 0.0)\n    last", "\n    last"),
+        (".masked_fill(~is_completion, 0.0)\n    last", "\n    last"),
     ],
     "advantages.generalized_advantages": [
         ("gamma * following_value - values[:, t]", "following_value - values[:, t]"),
@@ -82,7 +85,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("torch.minimum(unclipped, clipped)", "torch.maximum(unclipped, clipped)"),
         ("loss = -masked_sum", "loss = masked_sum"),
         ("0.5 * log_ratio**2", "log_ratio**2"),
-        ("(logprobs - old_logprobs.detach()).masked_fill(~is_response, 0.0)", "(logprobs - old_logprobs.detach())"),
+        ("(logprobs - old_logprobs.detach()).masked_fill(~is_completion, 0.0)", "(logprobs - old_logprobs.detach())"),
     ],
     "policy.value_loss": [
         ("torch.maximum(error, clipped_error)", "error"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def token_rewards(scores: Tensor, kl: Tensor, is_response: Tensor, *, kl_coef: float) -> Tensor:
+def token_rewards(scores: Tensor, kl: Tensor, is_completion: Tensor, *, kl_coef: float) -> Tensor:
     """Per-token reward r_t = -beta kl_t, plus the answer's score on its last real token.
 
     The last token is the end token where there is one, else the last one sampled: never the place behind it (trap 7 of
@@ -15,19 +15,19 @@ def token_rewards(scores: Tensor, kl: Tensor, is_response: Tensor, *, kl_coef: f
     Args:
         scores: (B,) reward of each answer.
         kl: (B, T) nats.
-        is_response: (B, T) bool, True on the first n tokens of a row that has n >= 1.
+        is_completion: (B, T) bool, True on the first n tokens of a row that has n >= 1.
         kl_coef: beta, reward per nat.
 
     Returns:
         (B, T), 0 where not real.
     """
-    rewards = (-kl_coef * kl).masked_fill(~is_response, 0.0)
-    last = is_response.sum(dim=1, keepdim=True) - 1
+    rewards = (-kl_coef * kl).masked_fill(~is_completion, 0.0)
+    last = is_completion.sum(dim=1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores.unsqueeze(1).to(rewards.dtype))
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, is_response: Tensor, *, gamma: float, gae_lambda: float
+    rewards: Tensor, values: Tensor, is_completion: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2015, eq. 16) over answers that end with their last token.
 
@@ -36,20 +36,20 @@ def generalized_advantages(
     Args:
         rewards: (B, T).
         values: (B, T), V_t predicted before token t is seen.
-        is_response: (B, T) bool.
+        is_completion: (B, T) bool.
         gamma: discount a token.
         gae_lambda: 0 trusts the critic one token ahead, 1 uses the whole return.
 
     Returns:
         Advantages and returns (A + V), each (B, T), 0 where not real.
     """
-    values = values.masked_fill(~is_response, 0.0)
-    rewards = rewards.masked_fill(~is_response, 0.0)
+    values = values.masked_fill(~is_completion, 0.0)
+    rewards = rewards.masked_fill(~is_completion, 0.0)
     advantages = torch.zeros_like(values)
     following_value = following_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * following_value - values[:, t]
-        following_advantage = (delta + gamma * gae_lambda * following_advantage).masked_fill(~is_response[:, t], 0.0)
+        following_advantage = (delta + gamma * gae_lambda * following_advantage).masked_fill(~is_completion[:, t], 0.0)
         following_value = values[:, t]
         advantages[:, t] = following_advantage
     return advantages, advantages + values

@@ -38,7 +38,7 @@ class PolicyLoss:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_response: Tensor, *, clip_range: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_completion: Tensor, *, clip_range: float
 ) -> PolicyLoss:
     """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated, summed over response tokens.
 
@@ -46,24 +46,24 @@ def policy_loss(
         logprobs: (B, T) nats, under the policy being trained; carries gradient.
         old_logprobs: (B, T) nats, under the policy that sampled; constant.
         advantages: (B, T); constant.
-        is_response: (B, T) bool, True on sampled tokens up to and including the end token.
+        is_completion: (B, T) bool, True on sampled tokens up to and including the end token.
         clip_range: epsilon of eq. 7.
     """
     # Padding may hold anything; zero before the exponential keeps its gradient and value out.
-    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~is_response, 0.0)
-    advantages = advantages.detach().masked_fill(~is_response, 0.0)
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~is_completion, 0.0)
+    advantages = advantages.detach().masked_fill(~is_completion, 0.0)
     ratio = log_ratio.exp()
     unclipped = advantages * ratio
     clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = -masked_sum(torch.minimum(unclipped, clipped), is_response)
+    loss = -masked_sum(torch.minimum(unclipped, clipped), is_completion)
     with torch.no_grad():
         largest, place = log_ratio.abs().max(dim=1)
         return PolicyLoss(
             loss=loss,
-            approx_kl=masked_sum(0.5 * log_ratio**2, is_response),
-            clipped=((clipped < unclipped) & is_response).sum(),
-            ratio=masked_sum(ratio, is_response),
-            squared_ratio=masked_sum(ratio**2, is_response),
+            approx_kl=masked_sum(0.5 * log_ratio**2, is_completion),
+            clipped=((clipped < unclipped) & is_completion).sum(),
+            ratio=masked_sum(ratio, is_completion),
+            squared_ratio=masked_sum(ratio**2, is_completion),
             largest_log_ratio=largest,
             largest_place=place,
         )
@@ -83,7 +83,7 @@ class ValueLoss:
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, is_response: Tensor, *, clip_range: float | None
+    values: Tensor, old_values: Tensor, returns: Tensor, is_completion: Tensor, *, clip_range: float | None
 ) -> ValueLoss:
     """Clipped squared error of the critic, max((V - R)^2, (clip(V, V_old +- epsilon) - R)^2) / 2, summed.
 
@@ -93,16 +93,16 @@ def value_loss(
         values: (B, T), being trained; carries gradient.
         old_values: (B, T), at the time of the rollout; constant.
         returns: (B, T) advantages plus old values; constant.
-        is_response: (B, T) bool.
+        is_completion: (B, T) bool.
         clip_range: epsilon, how far a value may move from its old one before its loss is clipped, in reward; None is
             the plain squared error.
     """
-    values = values.masked_fill(~is_response, 0.0)
-    old_values = old_values.detach().masked_fill(~is_response, 0.0)
-    returns = returns.detach().masked_fill(~is_response, 0.0)
+    values = values.masked_fill(~is_completion, 0.0)
+    old_values = old_values.detach().masked_fill(~is_completion, 0.0)
+    returns = returns.detach().masked_fill(~is_completion, 0.0)
     if clip_range is None:
-        return ValueLoss(0.5 * masked_sum((values - returns) ** 2, is_response), torch.zeros_like(returns[0, 0]))
+        return ValueLoss(0.5 * masked_sum((values - returns) ** 2, is_completion), torch.zeros_like(returns[0, 0]))
     near_old = torch.maximum(torch.minimum(values, old_values + clip_range), old_values - clip_range)
     error, clipped_error = (values - returns) ** 2, (near_old - returns) ** 2
-    loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), is_response)
-    return ValueLoss(loss, ((clipped_error > error) & is_response).sum())
+    loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), is_completion)
+    return ValueLoss(loss, ((clipped_error > error) & is_completion).sum())

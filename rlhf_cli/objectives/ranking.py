@@ -1,7 +1,7 @@
 """Losses of a reward model on ranked answers: all pairs of a group, or the likelihood of the whole order.
 
-Answers lie flat, N of them, each with the number of its group (its prompt), so groups may differ in size and nothing is
-padded. Every function gives one loss a group: the mean over the groups of an optimizer step is then the same however
+Completions lie flat, N of them, each with the number of its group (its prompt), so groups may differ in size and
+nothing is padded. Every function gives one loss a group: the mean over the groups of an optimizer step is then the same however
 the step was split into micro-batches.
 """
 

@@ -27,7 +27,7 @@ from rlhf_cli.models.loading import ModelSource, disable_dropout, load_policy, r
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.settings.shared import LoraSettings
-from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
+from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.models import SharedBackbone
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -160,9 +160,9 @@ def test_with_adapters_and_recomputed_activations(family: str):
     assert_same(gradients(model), wanted)
 
 
-def answers_of(prompts: list[list[int]], responses: list[list[int]]) -> Answers:
+def completions_of(prompts: list[list[int]], responses: list[list[int]]) -> Completions:
     count = len(prompts)
-    return Answers(["q"] * count, prompts, responses, ["a"] * count, [True] * count, torch.zeros(count))
+    return Completions(["q"] * count, prompts, responses, ["a"] * count, [True] * count, torch.zeros(count))
 
 
 def test_passes_of_policy_reference_and_critic_and_both_updates(tiny_llama: Path):
@@ -177,7 +177,7 @@ def test_passes_of_policy_reference_and_critic_and_both_updates(tiny_llama: Path
                 torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(len(name)))
         torch.nn.init.normal_(models.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(9))
         engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=3, temperature=0.7)
-        answers = answers_of(PROMPTS, RESPONSES)
+        answers = completions_of(PROMPTS, RESPONSES)
         passes = engine.rollout_tensors(answers)
         for rows in engine.micro_batches(answers, range(5)):
             batch = engine.batch(answers, rows)
@@ -203,7 +203,7 @@ def test_micro_batches_keep_answers_of_a_prompt_together(tiny_llama: Path):
     model = load_policy(ModelSource(str(tiny_llama), attention="torch"))
     models = SharedBackbone(model, LoraSettings(rank=4, alpha=8.0))
     engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=2, temperature=1.0)
-    answers = answers_of([[7, 8], [3, 4], [7, 8], [3, 4]], [[1], [2, 2, 2], [3, 3, 3], [4]])
+    answers = completions_of([[7, 8], [3, 4], [7, 8], [3, 4]], [[1], [2, 2, 2], [3, 3, 3], [4]])
     assert [set(rows) for rows in engine.micro_batches(answers, range(4))] == [{1, 3}, {0, 2}]
 
 

@@ -17,7 +17,7 @@ from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.settings.shared import SamplingSettings
-from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
+from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.model_saving import save_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
@@ -46,8 +46,8 @@ def engine(models: PPOModels, size: int = 8) -> ForwardPasses:
     return ForwardPasses(models, autocast=nullcontext, micro_batch_size=size, temperature=1.0)
 
 
-def answers(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answers, torch.Tensor]:
-    """Answers to prompts of uneven length, sampled in one batch, with the log-probability each token was drawn at."""
+def completions(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Completions, torch.Tensor]:
+    """Completions to prompts of uneven length, sampled in one batch, with the log-probability of each token when drawn."""
     tokenizer = load_tokenizer(ModelSource(str(folder)))
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     drawn: list[torch.Tensor] = []
@@ -68,12 +68,12 @@ def answers(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Answer
     found = torch.zeros(len(prompts), length)
     found[order] = torch.stack(drawn, dim=1)
     ids = [sample.ids for sample in samples]
-    return Answers(TEXTS, prompts, ids, TEXTS, [False] * len(TEXTS), torch.zeros(len(TEXTS))), found
+    return Completions(TEXTS, prompts, ids, TEXTS, [False] * len(TEXTS), torch.zeros(len(TEXTS))), found
 
 
 def test_the_first_step_is_at_kl_0_and_ratio_1(models: PPOModels, folder: Path):
-    """Dropout (4) and positions (6): policy, reference and sampler agree, however answers share a batch."""
-    given, drawn_at = answers(models, folder)
+    """Dropout (4) and positions (6): policy, reference and sampler agree, however completions share a batch."""
+    given, drawn_at = completions(models, folder)
     before = engine(models).rollout_tensors(given)
     torch.testing.assert_close(before.reference_logprobs, before.logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(drawn_at, before.logprobs, atol=1e-5, rtol=0)
@@ -91,7 +91,7 @@ def test_the_first_step_is_at_kl_0_and_ratio_1(models: PPOModels, folder: Path):
 
 
 def test_gradients_reach_what_trains_and_nothing_else(models: PPOModels, folder: Path):
-    given, _ = answers(models, folder)
+    given, _ = completions(models, folder)
     passes = engine(models)
     batch = passes.batch(given, range(len(TEXTS)))
     perturb(models)  # while B = 0, A has no gradient

@@ -46,11 +46,11 @@ def test_gradient_stops_where_the_surrogate_is_clipped(ratio, advantage, expecte
 
 
 def test_sums_and_metrics_over_a_ragged_batch():
-    is_response = torch.tensor([[True, True], [True, False]])
+    is_completion = torch.tensor([[True, True], [True, False]])
     old = torch.zeros(2, 2)
     logprobs = torch.log(torch.tensor([[1.0, 1.5], [0.7, 99.0]]))
     advantages = torch.tensor([[1.0, 2.0], [-1.0, 50.0]])
-    result = policy_loss(logprobs, old, advantages, is_response, clip_range=0.2)
+    result = policy_loss(logprobs, old, advantages, is_completion, clip_range=0.2)
     assert float(result.loss) == pytest.approx(-(1.0 + 2.4 - 0.8), abs=1e-6)
     assert int(result.clipped) == 2
     assert float(result.ratio) == pytest.approx(3.2, abs=1e-6)
@@ -60,14 +60,14 @@ def test_sums_and_metrics_over_a_ragged_batch():
 
 
 def test_padding_filled_with_nan_changes_neither_loss_nor_gradient():
-    is_response = torch.tensor([[True, False]])
+    is_completion = torch.tensor([[True, False]])
     results = []
     for filler in (0.0, math.nan, math.inf):
         logprobs = torch.tensor([[0.1, filler]], requires_grad=True)
         values = torch.tensor([[0.3, filler]], requires_grad=True)
         padded = torch.tensor([[0.2, filler]])
-        loss = policy_loss(logprobs, padded, padded, is_response, clip_range=0.2).loss
-        loss = loss + value_loss(values, padded, padded + 1, is_response, clip_range=0.2).loss
+        loss = policy_loss(logprobs, padded, padded, is_completion, clip_range=0.2).loss
+        loss = loss + value_loss(values, padded, padded + 1, is_completion, clip_range=0.2).loss
         loss.backward()
         results.append((float(loss.detach()), logprobs.grad.tolist(), values.grad.tolist()))
     assert results[0] == results[1] == results[2]

@@ -6,7 +6,7 @@ from rlhf_cli.data.records import prompt_text
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.shaping import RewardShape
-from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTensors
+from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses, RolloutTensors
 from rlhf_cli.stages.ppo.metrics import completion_kl, rollout_metrics
 from rlhf_cli.stages.ppo.rollout import Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -47,34 +47,36 @@ class Evaluation:
         `eval/objective/reward` is the mean of what is trained for: scores with the rules for missing ends and length,
         on the scale they are given in.
         """
-        answers, before = self._sample(self._prompts, tell)
+        completions, before = self._sample(self._prompts, tell)
         kl = kl_per_token(before.logprobs, before.reference_logprobs, self._settings.kl_estimator)
         # Policies cannot be compared on a running scale; penalties and clip are in units of the scaled reward.
         scale = 1.0 if self._settings.reward_scale == "running" else self._settings.reward_scale
         shape = reward_shape(self._settings)
-        rewards = shape.apply(answers.scores, answers.ended_flags, answers.lengths, scale=scale).to(kl.device)
-        found = rollout_metrics(answers, before, rewards, kl, kl_coef=kl_coef)
+        rewards = shape.apply(completions.scores, completions.finished_flags, completions.lengths, scale=scale).to(
+            kl.device
+        )
+        found = rollout_metrics(completions, before, rewards, kl, kl_coef=kl_coef)
         found["objective/reward"] = float(rewards.mean())
         return {f"eval/{name}": value for name, value in found.items()}
 
     def fixed(self, tell: ProgressCallback) -> list[ShownCompletion]:
         """Return completions of the fixed prompts."""
-        answers, before = self._sample(self._fixed, tell)
+        completions, before = self._sample(self._fixed, tell)
         kl = completion_kl(before).tolist()
         return [
             ShownCompletion(
-                prompt=prompt_text(answers.prompts[row]),
-                completion=answers.texts[row],
-                score=float(answers.scores[row]),
+                prompt=prompt_text(completions.prompts[row]),
+                completion=completions.texts[row],
+                score=float(completions.scores[row]),
                 kl=kl[row],
-                tokens=len(answers.response_ids[row]),
-                ended=answers.ended[row],
+                tokens=len(completions.completion_ids[row]),
+                ended=completions.finished[row],
             )
-            for row in range(len(answers))
+            for row in range(len(completions))
         ]
 
-    def _sample(self, prompts: TokenizedPrompts, tell: ProgressCallback) -> tuple[Answers, RolloutTensors]:
+    def _sample(self, prompts: TokenizedPrompts, tell: ProgressCallback) -> tuple[Completions, RolloutTensors]:
         rows = range(len(prompts))
-        answers = self._rollouts.answers(prompts, rows, [_NUMBER] * len(rows), tell)
+        completions = self._rollouts.completions(prompts, rows, [_NUMBER] * len(rows), tell)
         tell("evaluating")
-        return answers, self._engine.rollout_tensors(answers)
+        return completions, self._engine.rollout_tensors(completions)

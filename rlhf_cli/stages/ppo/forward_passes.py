@@ -26,15 +26,15 @@ from rlhf_cli.stages.ppo.models import PPOModels
 
 
 @dataclass(frozen=True)
-class Answers:
+class Completions:
     """Completions sampled in one step, as ids and as text.
 
     Attributes:
         prompts: N prompts.
         prompt_ids: N lists of prompt token ids.
-        response_ids: N lists of completion token ids, with the end token if the completion has one.
+        completion_ids: N lists of completion token ids, with the end token if the completion has one.
         texts: N completions as text, as people and rewards read them.
-        ended: N flags, True if the completion finished with an end token.
+        finished: N flags, True if the completion finished with an end token.
         scores: (N,) combined rewards before scaling; not finite where a reward was not finite.
         parts: reward name -> (N,) its scores before weighting.
         faults: one message per reward with scores that are not finite, naming the first such completion.
@@ -42,9 +42,9 @@ class Answers:
 
     prompts: list[Prompt]
     prompt_ids: list[list[int]]
-    response_ids: list[list[int]]
+    completion_ids: list[list[int]]
     texts: list[str]
-    ended: list[bool]
+    finished: list[bool]
     scores: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     faults: Sequence[str] = ()
@@ -52,12 +52,12 @@ class Answers:
     @property
     def lengths(self) -> Tensor:
         """Tokens per completion, end token included: (N,)."""
-        return torch.tensor([len(ids) for ids in self.response_ids])
+        return torch.tensor([len(ids) for ids in self.completion_ids])
 
     @property
-    def ended_flags(self) -> Tensor:
-        """`ended` as a tensor: (N,) bool."""
-        return torch.tensor(self.ended)
+    def finished_flags(self) -> Tensor:
+        """`finished` as a tensor: (N,) bool."""
+        return torch.tensor(self.finished)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -72,14 +72,14 @@ class RolloutTensors:
         reference_logprobs: log-probabilities under the SFT model, in nats.
         values: values predicted by the critic, in units of reward.
         entropy: entropy of the policy's next-token distribution, in nats.
-        is_response: bool, True on completion tokens, False on padding.
+        is_completion: bool, True on completion tokens, False on padding.
     """
 
     logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor
     entropy: Tensor
-    is_response: Tensor
+    is_completion: Tensor
 
 
 class TokenPairs(Protocol):
@@ -91,7 +91,7 @@ class TokenPairs(Protocol):
         ...
 
     @property
-    def response_ids(self) -> Sequence[list[int]]:
+    def completion_ids(self) -> Sequence[list[int]]:
         """N lists of completion token ids."""
         ...
 
@@ -129,10 +129,10 @@ class ForwardPasses:
         """Batch some of the completions in the layout that the policy reads; reference and critic read the same."""
         with self.models.policy() as model:
             return SequenceBatch.for_model(
-                model, [texts.prompt_ids[row] for row in rows], [texts.response_ids[row] for row in rows]
+                model, [texts.prompt_ids[row] for row in rows], [texts.completion_ids[row] for row in rows]
             )
 
-    def micro_batches(self, answers: TokenPairs, rows: Sequence[int]) -> Iterator[list[int]]:
+    def micro_batches(self, completions: TokenPairs, rows: Sequence[int]) -> Iterator[list[int]]:
         """Yield this process's share of `rows` in micro-batches.
 
         Models that read a shared prompt once get completions of the same prompt together. Other models get completions
@@ -140,7 +140,7 @@ class ForwardPasses:
         """
 
         def sort_key(row: int) -> tuple[object, ...]:
-            prompt, response = answers.prompt_ids[row], answers.response_ids[row]
+            prompt, response = completions.prompt_ids[row], completions.completion_ids[row]
             if self._grouped:
                 return len(prompt), prompt, len(response), row
             return len(prompt) + len(response), row
@@ -173,23 +173,25 @@ class ForwardPasses:
         return predicted.masked_fill(~batch.is_completion, 0.0)
 
     @torch.no_grad()
-    def rollout_tensors(self, answers: Answers, progress: Callable[[int], object] | None = None) -> RolloutTensors:
+    def rollout_tensors(
+        self, completions: Completions, progress: Callable[[int], object] | None = None
+    ) -> RolloutTensors:
         """Run each model once over all completions; each process takes its share and receives every result.
 
         Args:
-            answers: completions of the step.
+            completions: completions of the step.
             progress: called with the number of completions just passed.
 
         Raises:
             DivergedError: a log-probability or a value is not finite.
         """
-        longest = max(len(ids) for ids in answers.response_ids)
+        longest = max(len(ids) for ids in completions.completion_ids)
         rows = {
-            name: torch.zeros(len(answers), longest, device=self.device)
+            name: torch.zeros(len(completions), longest, device=self.device)
             for name in ("policy", "ref", "value", "entropy")
         }
-        for part in self.micro_batches(answers, range(len(answers))):
-            batch = self.batch(answers, part)
+        for part in self.micro_batches(completions, range(len(completions))):
+            batch = self.batch(completions, part)
             width = batch.completion_ids.shape[1]
             with self.models.policy() as model:
                 policy = self.logprobs(model, batch)
@@ -204,8 +206,8 @@ class ForwardPasses:
                 progress(len(part))
         # One process filled each row and it is 0 on the others, so the sum is exact.
         self.processes.all_reduce(list(rows.values()))
-        is_response = (torch.arange(longest) < answers.lengths.unsqueeze(1)).to(self.device)
+        is_completion = (torch.arange(longest) < completions.lengths.unsqueeze(1)).to(self.device)
         for name, tensor in rows.items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"the {name} pass over a step's completions gave values that are not finite")
-        return RolloutTensors(rows["policy"], rows["ref"], rows["value"], rows["entropy"], is_response)
+        return RolloutTensors(rows["policy"], rows["ref"], rows["value"], rows["entropy"], is_completion)

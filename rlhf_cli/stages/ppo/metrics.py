@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.objectives.masking import masked_mean, masked_variance
-from rlhf_cli.stages.ppo.forward_passes import Answers, RolloutTensors
+from rlhf_cli.stages.ppo.forward_passes import Completions, RolloutTensors
 from rlhf_cli.stages.ppo.update import UpdateStatistics
 
 
 def rollout_metrics(
-    answers: Answers, before: RolloutTensors, rewards: Tensor, kl: Tensor, *, kl_coef: float
+    completions: Completions, before: RolloutTensors, rewards: Tensor, kl: Tensor, *, kl_coef: float
 ) -> dict[str, float]:
     """Return the metrics of the completions of a step or of an evaluation.
 
     Args:
-        answers: N completions with their raw scores.
+        completions: N completions with their raw scores.
         before: log-probabilities and values of their tokens.
         rewards: (N,) scores that are trained on.
         kl: (N, T) nats, the estimate that is penalized.
@@ -27,22 +27,22 @@ def rollout_metrics(
     `objective/kl` is the mean over completions of the summed k1 estimate, in nats per completion, whatever estimator
     the penalty uses: it is the one with the smallest bias of the sequence's KL.
     """
-    is_response = before.is_response
-    log_ratio = (before.logprobs - before.reference_logprobs).masked_fill(~is_response, 0.0)
-    entropy = before.entropy.masked_fill(~is_response, 0.0).sum(dim=1)
-    lengths = is_response.sum(dim=1).float()
-    penalty = -kl_coef * kl.masked_fill(~is_response, 0.0).sum(dim=1).mean()
-    parts = {f"objective/scores/{name}": float(scores.mean()) for name, scores in answers.parts.items()}
+    is_completion = before.is_completion
+    log_ratio = (before.logprobs - before.reference_logprobs).masked_fill(~is_completion, 0.0)
+    entropy = before.entropy.masked_fill(~is_completion, 0.0).sum(dim=1)
+    lengths = is_completion.sum(dim=1).float()
+    penalty = -kl_coef * kl.masked_fill(~is_completion, 0.0).sum(dim=1).mean()
+    parts = {f"objective/scores/{name}": float(scores.mean()) for name, scores in completions.parts.items()}
     return {
-        "objective/scores": float(answers.scores.mean()),
-        "objective/scores_std": float(answers.scores.std(correction=0)),
+        "objective/scores": float(completions.scores.mean()),
+        "objective/scores_std": float(completions.scores.std(correction=0)),
         **(parts if len(parts) > 1 else {}),
         "objective/kl": float(log_ratio.sum(dim=1).mean()),
-        "objective/kl_per_token": float(masked_mean(log_ratio, is_response)),
+        "objective/kl_per_token": float(masked_mean(log_ratio, is_completion)),
         "objective/entropy": float(entropy.mean()),
         "objective/non_score_reward": float(penalty),
         "objective/rlhf_reward": float(rewards.mean() + penalty),
-        "val/num_eos_tokens": float(sum(answers.ended)),
+        "val/num_eos_tokens": float(sum(completions.finished)),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
     }
@@ -56,12 +56,12 @@ def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatis
         returns: (N, T).
         update: its sums.
     """
-    is_response = before.is_response
+    is_completion = before.is_completion
     per = "policy_tokens"
     ratio = update.mean("ratio", per)
     # 1 - var(R - V) / var(R): the fraction of the returns that the critic predicts.
-    unexplained = masked_variance(returns - before.values, is_response)
-    explained = 1.0 - unexplained / masked_variance(returns, is_response).clamp(min=1e-8)
+    unexplained = masked_variance(returns - before.values, is_completion)
+    explained = 1.0 - unexplained / masked_variance(returns, is_completion).clamp(min=1e-8)
     first_kl, _, first_ratio = update.epochs[0]
     metrics = {
         "policy/approxkl_avg": update.mean("approx_kl", per),
@@ -87,14 +87,14 @@ def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatis
     return metrics
 
 
-def histograms(answers: Answers) -> dict[str, list[float]]:
+def histograms(completions: Completions) -> dict[str, list[float]]:
     """Return what is logged as a histogram: lengths of the completions in tokens, and their raw scores."""
-    return {"length": answers.lengths.tolist(), "reward": answers.scores.tolist()}
+    return {"length": completions.lengths.tolist(), "reward": completions.scores.tolist()}
 
 
 def completion_kl(before: RolloutTensors) -> Tensor:
     """Return the summed k1 estimate of each completion: (N,) nats."""
-    return (before.logprobs - before.reference_logprobs).masked_fill(~before.is_response, 0.0).sum(dim=1)
+    return (before.logprobs - before.reference_logprobs).masked_fill(~before.is_completion, 0.0).sum(dim=1)
 
 
 def all_finite(scores: Tensor) -> bool:

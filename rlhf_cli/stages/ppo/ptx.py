@@ -20,11 +20,11 @@ class Demonstrations:
 
     Attributes:
         prompt_ids: prompts, none empty.
-        response_ids: completions, the end token included; none empty.
+        completion_ids: completions, the end token included; none empty.
     """
 
     prompt_ids: Sequence[list[int]]
-    response_ids: Sequence[list[int]]
+    completion_ids: Sequence[list[int]]
 
     @staticmethod
     def of(pairs: Sequence[tuple[list[int], list[int]]]) -> Demonstrations:
@@ -77,7 +77,7 @@ class SupervisedLoss:
         """
         demonstrations = self._demonstrations
         rows = self._order.slice(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
-        tokens = sum(len(demonstrations.response_ids[row]) for row in rows)
+        tokens = sum(len(demonstrations.completion_ids[row]) for row in rows)
         loss, counted = 0.0, 0
         for part in self._engine.micro_batches(demonstrations, rows):
             batch = self._engine.batch(demonstrations, part)

@@ -20,7 +20,7 @@ from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import SamplingSettings
-from rlhf_cli.stages.ppo.forward_passes import Answers
+from rlhf_cli.stages.ppo.forward_passes import Completions
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.shuffle import EndlessShuffle
 from rlhf_cli.training.task import ProgressCallback
@@ -74,9 +74,9 @@ class Rollouts:
         chosen = EndlessShuffle(count, seed=self._seed, name="prompts").slice(step * wanted, (step + 1) * wanted)
         return [row for row in chosen for _ in range(self._settings.samples_per_prompt)]
 
-    def answers(
+    def completions(
         self, source: TokenizedPrompts, rows: Sequence[int], numbers: Sequence[int], tell: ProgressCallback
-    ) -> Answers:
+    ) -> Completions:
         """Draw one completion per row and score it. Processes share the rows, and all of them get all completions.
 
         Args:
@@ -132,7 +132,7 @@ def _plain(drawn: Sequence[Completion], scores: Scores) -> dict[str, Any]:
     }
 
 
-def _together(source: TokenizedPrompts, rows: Sequence[int], shares: Sequence[dict[str, Any]]) -> Answers:
+def _together(source: TokenizedPrompts, rows: Sequence[int], shares: Sequence[dict[str, Any]]) -> Completions:
     """Return all processes' completions in the order of `rows`: process p of P had rows p, p + P, p + 2P, ..."""
     count = len(shares)
 
@@ -141,12 +141,12 @@ def _together(source: TokenizedPrompts, rows: Sequence[int], shares: Sequence[di
 
     # A process without rows called no reward, so it does not know their names.
     names = max((list(share["parts"]) for share in shares), key=len)
-    return Answers(
+    return Completions(
         prompts=[source.prompts[row] for row in rows],
         prompt_ids=[source.ids[row] for row in rows],
-        response_ids=whole(lambda share: share["ids"]),
+        completion_ids=whole(lambda share: share["ids"]),
         texts=whole(lambda share: share["texts"]),
-        ended=whole(lambda share: share["finished"]),
+        finished=whole(lambda share: share["finished"]),
         scores=torch.tensor(whole(lambda share: share["scores"]), dtype=torch.float32),
         parts={
             name: torch.tensor(whole(lambda share, name=name: share["parts"][name]), dtype=torch.float32)

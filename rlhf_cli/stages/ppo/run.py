@@ -165,8 +165,8 @@ def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcom
     }
     summary = [
         ("reward", f"{metrics['objective/scores_first']:.2f} -> {metrics['objective/scores']:.2f}"),
-        ("KL", f"{metrics['objective/kl']:z.1f} nats an answer"),
-        ("answers", f"{metrics['episode']:,.0f}"),
+        ("KL", f"{metrics['objective/kl']:z.1f} nats per completion"),
+        ("completions", f"{metrics['episode']:,.0f}"),
     ]
     evaluated = [row for row in rows if row.get("eval/objective/scores") is not None]
     if evaluated:

@@ -37,7 +37,7 @@ from rlhf_cli.objectives.advantages import generalized_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import whiten
 from rlhf_cli.stages.ppo.evaluation import Evaluation, reward_shape
-from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
+from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.metrics import all_finite, histograms, note, rollout_metrics, update_metrics
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.ptx import Demonstrations, SupervisedLoss
@@ -146,40 +146,40 @@ class PPOTrainer(TrainingTask):
         settings, beta = self.settings, self.state.kl_coef
         rows = self.rollouts.rows_of(step, len(self.data.prompts))
         numbers = range(step * len(rows), (step + 1) * len(rows))
-        answers = self.rollouts.answers(self.data.prompts, rows, numbers, tell)
+        completions = self.rollouts.completions(self.data.prompts, rows, numbers, tell)
         tell("passes")
-        before = self.engine.rollout_tensors(answers)
+        before = self.engine.rollout_tensors(completions)
         kl = kl_per_token(before.logprobs, before.reference_logprobs, settings.kl_estimator)
-        scores = self.rewards(answers).to(kl.device)
-        metrics = rollout_metrics(answers, before, scores, kl, kl_coef=beta)
+        scores = self.rewards(completions).to(kl.device)
+        metrics = rollout_metrics(completions, before, scores, kl, kl_coef=beta)
         metrics |= {"objective/kl_coef": beta, "episode": float((step + 1) * settings.completions_per_step)}
         if not all_finite(scores):
-            return self._broken(answers, metrics)
-        rewards = token_rewards(scores, kl, before.is_response, kl_coef=beta if settings.kl_in == "reward" else 0.0)
+            return self._broken(completions, metrics)
+        rewards = token_rewards(scores, kl, before.is_completion, kl_coef=beta if settings.kl_in == "reward" else 0.0)
         if settings.whiten_rewards:
-            rewards = whiten(rewards, before.is_response, keep_mean=True)
+            rewards = whiten(rewards, before.is_completion, keep_mean=True)
         advantages, returns = generalized_advantages(
-            rewards, before.values, before.is_response, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+            rewards, before.values, before.is_completion, gamma=settings.gamma, gae_lambda=settings.gae_lambda
         )
         if settings.whiten_advantages:
-            advantages = whiten(advantages, before.is_response)
+            advantages = whiten(advantages, before.is_completion)
         tell("updating")
-        update = self.updater.update(step, Experience(answers, before, advantages, returns), kl_coef=beta)
+        update = self.updater.update(step, Experience(completions, before, advantages, returns), kl_coef=beta)
         metrics |= update_metrics(before, returns, update)
         metrics["lr"] = self.updater.learning_rate((step + 1) * settings.optimizer_steps_per_step - 1)
-        self._name_spike(step, answers, update)
+        self._name_spike(step, completions, update)
         if step >= settings.critic_warmup_steps:  # before, the policy cannot move, and its KL says nothing about beta
-            self._adapt(metrics["objective/kl"], len(answers))
+            self._adapt(metrics["objective/kl"], len(completions))
         return StepReport(
             metrics,
             note(metrics),
             skipped=update.skipped_steps + update.ratio_skips,
             of=settings.optimizer_steps_per_step,
             fault="gradients were not finite, or ratios exceeded `ppo.ratio_limit`",
-            histograms=histograms(answers),
+            histograms=histograms(completions),
         )
 
-    def _broken(self, answers: Answers, metrics: dict[str, float]) -> StepReport:
+    def _broken(self, completions: Completions, metrics: dict[str, float]) -> StepReport:
         """Report a step with a reward that is not finite: it must not reach the weights. The reward named the text."""
         count = self.settings.optimizer_steps_per_step
         metrics["skipped_steps"] = float(count)
@@ -188,30 +188,32 @@ class PPOTrainer(TrainingTask):
             note(metrics),
             skipped=count,
             of=count,
-            fault="; ".join(answers.faults) or "a reward is not finite",
+            fault="; ".join(completions.faults) or "a reward is not finite",
             hint="a reward must be a finite number for every completion; no bad weight was saved",
-            histograms=histograms(answers),
+            histograms=histograms(completions),
         )
 
-    def rewards(self, answers: Answers) -> Tensor:
+    def rewards(self, completions: Completions) -> Tensor:
         """Return the rewards to train on, (N,): scores after scale, clip and penalties."""
         scale = self.settings.reward_scale
         if scale == "running":
-            if all_finite(answers.scores):
-                self.state.moments = self.state.moments.including(answers.scores.tolist())
+            if all_finite(completions.scores):
+                self.state.moments = self.state.moments.including(completions.scores.tolist())
             scale = 1.0 / self.state.moments.std
-        return self._shape.apply(answers.scores, answers.ended_flags, answers.lengths, scale=scale)
+        return self._shape.apply(completions.scores, completions.finished_flags, completions.lengths, scale=scale)
 
-    def _name_spike(self, step: int, answers: Answers, update: UpdateStatistics) -> None:
+    def _name_spike(self, step: int, completions: Completions, update: UpdateStatistics) -> None:
         """Warn of the completion with the largest ratio where a minibatch was skipped or the ratio is a spike."""
         worst = update.worst
         usual = max(math.log(self.settings.ratio_limit), 2 * self._largest_log_ratio)
         if update.ratio_skips or worst.log_ratio > usual:
             name_spike(
                 step=step + 1,
-                prompt=answers.prompts[worst.completion],
-                completion=answers.texts[worst.completion],
-                token=str(self.policy.format.tokenizer.decode([answers.response_ids[worst.completion][worst.token]])),
+                prompt=completions.prompts[worst.completion],
+                completion=completions.texts[worst.completion],
+                token=str(
+                    self.policy.format.tokenizer.decode([completions.completion_ids[worst.completion][worst.token]])
+                ),
                 log_ratio=worst.log_ratio,
             )
         self._largest_log_ratio = max(self._largest_log_ratio, worst.log_ratio)

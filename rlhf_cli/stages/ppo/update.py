@@ -18,7 +18,7 @@ from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.masking import masked_sum
 from rlhf_cli.objectives.policy import policy_loss, value_loss
-from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses, RolloutTensors
+from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses, RolloutTensors
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.ptx import SupervisedLoss
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -36,13 +36,13 @@ class Experience:
     """What a step learns from; the same in every process.
 
     Attributes:
-        answers: N completions.
+        completions: N completions.
         before: log-probabilities and values before the update.
         advantages: (N, T).
         returns: (N, T).
     """
 
-    answers: Answers
+    completions: Completions
     before: RolloutTensors
     advantages: Tensor
     returns: Tensor
@@ -114,7 +114,7 @@ class Minibatch:
     @property
     def tokens(self) -> int:
         """Real tokens of its completions, over all processes."""
-        return sum(len(self.experience.answers.response_ids[row]) for row in self.rows)
+        return sum(len(self.experience.completions.completion_ids[row]) for row in self.rows)
 
 
 class Updater:
@@ -182,7 +182,7 @@ class Updater:
         settings, statistics = self._settings, UpdateStatistics()
         for epoch in range(settings.epochs):
             number_of_epoch = step * settings.epochs + epoch
-            order = shuffled(len(experience.answers), seed=self._seed, epoch=number_of_epoch, name="minibatches")
+            order = shuffled(len(experience.completions), seed=self._seed, epoch=number_of_epoch, name="minibatches")
             before = statistics.sums.copy()
             for number in range(settings.minibatches):
                 optimizer_step = (step * settings.epochs + epoch) * settings.minibatches + number
@@ -222,8 +222,8 @@ class Updater:
         experience, tokens = minibatch.experience, minibatch.tokens
         sums: Sums = defaultdict(float)
         worst = WorstRatio()
-        for rows in self._engine.micro_batches(experience.answers, minibatch.rows):
-            batch = self._engine.batch(experience.answers, rows)
+        for rows in self._engine.micro_batches(experience.completions, minibatch.rows):
+            batch = self._engine.batch(experience.completions, rows)
             # Backward while the adapter is still active, since checkpointed activations are recomputed under it.
             if trains_policy:
                 worst = max(worst, self._policy(minibatch, rows, batch, tokens, sums), key=lambda one: one.log_ratio)
@@ -244,21 +244,21 @@ class Updater:
     ) -> WorstRatio:
         """Run forward and backward of the policy loss; returns the largest ratio in these rows."""
         settings, experience = self._settings, minibatch.experience
-        width, is_response = batch.completion_ids.shape[1], batch.is_completion
+        width, is_completion = batch.completion_ids.shape[1], batch.is_completion
         with self._roles.policy() as model:
             now = self._engine.logprobs(model, batch)
             old, advantages = experience.before.logprobs[rows, :width], experience.advantages[rows, :width]
-            policy = policy_loss(now.logprobs, old, advantages, is_response, clip_range=settings.clip_range)
+            policy = policy_loss(now.logprobs, old, advantages, is_completion, clip_range=settings.clip_range)
             loss = policy.loss
             if settings.kl_in == "loss":
                 reference = experience.before.reference_logprobs[rows, :width]
-                kl = masked_sum(kl_per_token(now.logprobs, reference, settings.kl_estimator), is_response)
+                kl = masked_sum(kl_per_token(now.logprobs, reference, settings.kl_estimator), is_completion)
                 loss = loss + minibatch.kl_coef * kl
                 sums["kl_loss"] += float(kl.detach())
             if settings.entropy_coef:
                 loss = loss - settings.entropy_coef * now.entropy.sum()
             (loss / tokens).backward()
-        sums["policy_tokens"] += int(is_response.sum())
+        sums["policy_tokens"] += int(is_completion.sum())
         sums["policy_loss"] += float(policy.loss.detach())
         sums["approx_kl"] += float(policy.approx_kl)
         sums["clipped"] += float(policy.clipped)

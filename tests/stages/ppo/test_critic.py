@@ -15,7 +15,7 @@ from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import adapter_layers, add_lora
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
 from rlhf_cli.settings.shared import LoraSettings
-from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
+from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -58,7 +58,7 @@ def values(models: PPOModels, folder: Path) -> torch.Tensor:
     """What the passes of a step give for two answers: (2, T)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts, answers = ([tokenizer(text).input_ids for text in texts] for texts in (PROMPTS, ANSWERS))
-    given = Answers(PROMPTS, prompts, answers, ANSWERS, [True] * 2, torch.zeros(2))
+    given = Completions(PROMPTS, prompts, answers, ANSWERS, [True] * 2, torch.zeros(2))
     engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
     return engine.rollout_tensors(given).values
 
@@ -70,7 +70,7 @@ def value_at_the_end(made: LoadedPPOModels, folder: Path) -> tuple[float, float]
     assert reward is not None
     ids = reward.model.format.pair_ids(PROMPTS[0], ANSWERS[0])
     # One token more than the answer, since a value is read before its token.
-    given = Answers(PROMPTS[:1], [ids[:4]], [[*ids[4:], tokenizer.eos_token_id]], [""], [True], torch.zeros(1))
+    given = Completions(PROMPTS[:1], [ids[:4]], [[*ids[4:], tokenizer.eos_token_id]], [""], [True], torch.zeros(1))
     engine = ForwardPasses(made.models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
     return float(engine.rollout_tensors(given).values[0, -1]), reward.score(PROMPTS[:1], ANSWERS[:1])[0]
 

@@ -71,7 +71,8 @@ def test_demonstrations_for_ptx_are_not_held_out_and_fit(load):
     kept = sum(not is_held_out(text, 0.25, 0) for text in TEXTS)
     assert (len(whole.demonstrations), none.total) == (kept, 0)
     sizes = [
-        len(p) + len(c) for p, c in zip(whole.demonstrations.prompt_ids, whole.demonstrations.response_ids, strict=True)
+        len(p) + len(c)
+        for p, c in zip(whole.demonstrations.prompt_ids, whole.demonstrations.completion_ids, strict=True)
     ]
     room = sorted(sizes)[kept // 2]
     data, skips = load(ptx={"max_length": room})

@@ -208,19 +208,19 @@ def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_
     )
     plain, seen = trainer.engine.rollout_tensors, {}
 
-    def passes(answers):
-        before = plain(answers)
+    def passes(completions):
+        before = plain(completions)
         before.logprobs[5, 3] -= 4.0
-        seen["answers"] = answers
+        seen["completions"] = completions
         return before
 
     trainer.engine.rollout_tensors = passes
     metrics = trainer.step(0).metrics
     assert metrics["val/largest_log_ratio"] == pytest.approx(4.0, abs=1e-3)
     told = " ".join(capsys.readouterr().err.split())
-    answers = seen["answers"]
-    token = trainer.policy.format.tokenizer.decode([answers.response_ids[5][3]])
-    assert f'"{answers.prompts[5]}"' in told
+    completions = seen["completions"]
+    token = trainer.policy.format.tokenizer.decode([completions.completion_ids[5][3]])
+    assert f'"{completions.prompts[5]}"' in told
     assert repr(token)[1:-1] in told or token.strip() in told
 
 
@@ -275,7 +275,7 @@ def test_the_run_ends_when_it_is_too_far(tiny_llama, tmp_path, make_trainer, row
 
 def test_the_coefficient_adapts_to_its_target(tiny_llama, tmp_path, make_trainer, rows_of):
     rows = run(make_trainer, rows_of, tiny_llama, tmp_path / "w", kl_target=5.0, kl_horizon=16)
-    # KL 0 in the first step is 100 % below its target, cut to 20 %, of 8 answers in a horizon of 16.
+    # KL 0 in the first step is 100 % below its target, cut to 20 %, of 8 completions in a horizon of 16.
     assert rows[0]["objective/kl_coef"] == 0.05
     assert rows[1]["objective/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 8 / 16))
 
@@ -345,13 +345,13 @@ def test_the_running_scale_divides_by_the_spread_so_far(tiny_llama, tmp_path, ma
     )
     seen = []
     for step in range(2):
-        plain = trainer.rollouts.answers
-        trainer.rollouts.answers = lambda *a, plain=plain: (seen.append(plain(*a)), seen[-1])[1]
+        plain = trainer.rollouts.completions
+        trainer.rollouts.completions = lambda *a, plain=plain: (seen.append(plain(*a)), seen[-1])[1]
         trainer.step(step)
     everything = (
-        torch.cat([answers.scores for answers in seen[-1:]])
+        torch.cat([completions.scores for completions in seen[-1:]])
         if len(seen) == 1
-        else torch.cat([answers.scores for answers in (seen[0], seen[-1])])
+        else torch.cat([completions.scores for completions in (seen[0], seen[-1])])
     )
     assert trainer.state.moments.count == 16
     assert trainer.state.moments.std == pytest.approx(float(everything.double().std(correction=0)), rel=1e-6)

@@ -11,10 +11,10 @@ def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.roles.state().items()}
 
 
-def answers_of(trainer, step=0):
+def completions_of(trainer, step=0):
     rows = trainer.rollouts.rows_of(step, len(trainer.data.prompts))
     numbers = range(step * len(rows), (step + 1) * len(rows))
-    return trainer.rollouts.answers(trainer.data.prompts, rows, numbers, lambda _: None)
+    return trainer.rollouts.completions(trainer.data.prompts, rows, numbers, lambda _: None)
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
@@ -54,11 +54,11 @@ def test_cutting_the_batch_differently_changes_nothing(kind, changes, tiny_llama
     results = []
     for number, size in enumerate((8, 4, 3, 1)):
         trainer = make_trainer(tiny_llama, tmp_path / str(number), kind=kind, micro_batch_size=size, **changes)
-        answers = answers_of(trainer)
-        before = trainer.engine.rollout_tensors(answers)
+        completions = completions_of(trainer)
+        before = trainer.engine.rollout_tensors(completions)
         torch.manual_seed(1)
         advantages, returns = torch.randn(2, *before.values.shape)
-        minibatch = Minibatch(list(range(8)), Experience(answers, before, advantages, returns), kl_coef=0.3)
+        minibatch = Minibatch(list(range(8)), Experience(completions, before, advantages, returns), kl_coef=0.3)
         trainer.updater.accumulate(minibatch, UpdateStatistics())
         results.append([one.grad.clone() for one in trainer.updater.parameters if one.grad is not None])
     for other in results[1:]:
@@ -98,18 +98,18 @@ def test_values_are_predicted_before_their_token(tiny_llama, tmp_path, make_trai
     """Changing a token changes no value up to and including its own: V_t has not seen token t."""
     trainer = make_trainer(tiny_llama, tmp_path / "w")
     torch.nn.init.normal_(trainer.roles.value_head.weight)
-    answers = answers_of(trainer)
-    row = max(range(8), key=lambda index: len(answers.response_ids[index]))
-    before = trainer.engine.rollout_tensors(answers).values[row].clone()
-    answers.response_ids[row][3] = 17 if answers.response_ids[row][3] != 17 else 18
-    after = trainer.engine.rollout_tensors(answers).values[row]
+    completions = completions_of(trainer)
+    row = max(range(8), key=lambda index: len(completions.completion_ids[index]))
+    before = trainer.engine.rollout_tensors(completions).values[row].clone()
+    completions.completion_ids[row][3] = 17 if completions.completion_ids[row][3] != 17 else 18
+    after = trainer.engine.rollout_tensors(completions).values[row]
     assert torch.equal(before[:4], after[:4])
     assert not torch.allclose(before[4], after[4])
 
 
 def test_old_logprobs_are_constants(tiny_llama, tmp_path, make_trainer):
     trainer = make_trainer(tiny_llama, tmp_path / "w")
-    before = trainer.engine.rollout_tensors(answers_of(trainer))
+    before = trainer.engine.rollout_tensors(completions_of(trainer))
     for tensor in (before.logprobs, before.reference_logprobs, before.values):
         assert not tensor.requires_grad
 
@@ -136,8 +136,8 @@ def test_every_prompt_is_used_once_per_epoch(tiny_llama, tmp_path, make_trainer)
 
 def test_answers_of_one_prompt_differ(tiny_llama, tmp_path, make_trainer):
     trainer = make_trainer(tiny_llama, tmp_path / "w", prompts_per_step=2, samples_per_prompt=4)
-    answers = answers_of(trainer)
-    assert len({tuple(ids) for ids in answers.response_ids[:4]}) > 1
+    completions = completions_of(trainer)
+    assert len({tuple(ids) for ids in completions.completion_ids[:4]}) > 1
 
 
 def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
@@ -153,9 +153,9 @@ def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
 
     report = trained().step(1).metrics
     trainer = trained()
-    answers = answers_of(trainer, 1)
-    before = trainer.engine.rollout_tensors(answers)
-    lengths = [len(ids) for ids in answers.response_ids]
+    completions = completions_of(trainer, 1)
+    before = trainer.engine.rollout_tensors(completions)
+    lengths = [len(ids) for ids in completions.completion_ids]
     assert len(set(lengths)) > 1
     kl = [(before.logprobs - before.reference_logprobs)[row, :length].sum() for row, length in enumerate(lengths)]
     entropy = [before.entropy[row, :length].sum() for row, length in enumerate(lengths)]
