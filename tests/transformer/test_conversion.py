@@ -143,7 +143,7 @@ def test_other_classes_are_refused():
     mistral = MistralForCausalLM(MistralConfig(**small, num_key_value_heads=1, vocab_size=20))
     with pytest.raises(ModelError, match="cannot convert `acme/odd`: MistralForCausalLM is not supported"):
         as_explicit(mistral, "acme/odd")
-    with pytest.raises(ModelError, match="is a LlamaForSequenceClassification"):
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification is not supported"):
         as_explicit(LlamaForSequenceClassification(llama_config()))
 
 
