@@ -36,7 +36,11 @@ def test_functions_models_and_endpoints_are_told_before_the_first_stage(with_cop
         ({"model": "gold.py"}, 65, "gold.py: is a file, not a model folder"),
         ({"url": "http://host:99999/"}, 2, "`ppo.rewards.0.url`: `http://host:99999/` is not a valid URL"),
         ({"url": "https://me:word@host/"}, 2, "`ppo.rewards.0.url`: the URL https://host/ has a name or pass"),
-        ({"url": "https://host/", "token_env": "NO_SUCH_TOKEN"}, 2, "the environment variable NO_SUCH_TOKEN, whose "),
+        (
+            {"url": "https://host/", "token_env": "NO_SUCH_TOKEN"},
+            2,
+            "the environment variable NO_SUCH_TOKEN, which holds the token ",
+        ),
     ],
 )
 def test_rewards_that_cannot_serve_are_found_before_the_first_stage(toy, entry, code, said):

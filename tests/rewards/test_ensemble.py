@@ -142,7 +142,7 @@ def test_a_process_without_a_share_asks_nobody():
 
 
 def test_nothing_to_combine_is_a_mistake_of_ours():
-    with pytest.raises(ValueError, match="no reward"):
+    with pytest.raises(ValueError, match="at least one reward"):
         CombinedReward([])
     with pytest.raises(ValueError, match="median"):
         CombinedReward(MEMBERS, "median")  # pyright: ignore[reportArgumentType]

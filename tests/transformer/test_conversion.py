@@ -130,7 +130,7 @@ def test_weights_are_copies():
         (gpt2_config(add_cross_attention=True), "add_cross_attention: True"),
         (llama_config(is_causal=False), "is_causal: False"),
         (gpt2_config(is_causal=False), "is_causal: False"),
-        (MistralConfig(), "is a mistral model"),
+        (MistralConfig(), "a mistral model is not supported"),
     ],
 )
 def test_what_we_have_not_is_refused_by_name(config: Any, named: str):
@@ -141,9 +141,9 @@ def test_what_we_have_not_is_refused_by_name(config: Any, named: str):
 def test_other_classes_are_refused():
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     mistral = MistralForCausalLM(MistralConfig(**small, num_key_value_heads=1, vocab_size=20))
-    with pytest.raises(ModelError, match="`acme/odd` is a MistralForCausalLM"):
+    with pytest.raises(ModelError, match="cannot convert `acme/odd`: MistralForCausalLM is not supported"):
         as_explicit(mistral, "acme/odd")
-    with pytest.raises(ModelError, match="is a LlamaForSequenceClassification"):
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification is not supported"):
         as_explicit(LlamaForSequenceClassification(llama_config()))
 
 
@@ -174,7 +174,9 @@ def test_sizes_that_a_family_cannot_have_are_a_reason_and_no_traceback(changes: 
 
 def test_only_explicit_decoders_are_exported(tiny: Callable[..., PreTrainedModel]):
     for model in (drawn(LlamaForCausalLM, llama_config()), tiny(architecture="encoder-decoder")):
-        with pytest.raises(ModelError, match=f"`mine` is a {type(model).__name__}, and only an explicit decoder"):
+        with pytest.raises(
+            ModelError, match=f"cannot export `mine`: it must be an explicit decoder, got {type(model).__name__}"
+        ):
             as_transformers(model, "mine")  # pyright: ignore[reportArgumentType]
 
 
@@ -203,7 +205,7 @@ def test_weights_that_would_be_lost_are_refused_both_ways(change: Callable[..., 
 def test_weights_that_are_not_there_are_no_traceback():
     theirs = drawn(LlamaForCausalLM, llama_config())
     del theirs.model.layers[1].mlp.up_proj
-    with pytest.raises(ModelError, match=r"not those of its configuration.*layers\.1\.feed_forward\.up_proj"):
+    with pytest.raises(ModelError, match=r"do not fit its configuration.*layers\.1\.feed_forward\.up_proj"):
         as_explicit(theirs)
 
 

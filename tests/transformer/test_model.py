@@ -264,7 +264,7 @@ def test_projection_and_adapters_fit(tiny: Tiny, tmp_path: Path, parts: dict, ar
 
 def test_encoder_is_no_policy(tiny: Tiny, tmp_path: Path):
     tiny(architecture="encoder").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="writes no text"):
+    with pytest.raises(ModelError, match="cannot generate text"):
         load_policy(ModelSource(str(tmp_path)))
     with pytest.raises(ValueError, match="TransformerForCausalLM needs `architecture: decoder`, got encoder"):
         TransformerForCausalLM(tiny(architecture="encoder").config)

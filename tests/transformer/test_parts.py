@@ -213,15 +213,15 @@ def test_block_is_its_equation(placement: str):
     ("parts", "message"),
     [
         ({"positions": "alibi"}, "`positions` must be one of sinusoidal, learned, rotary, got `alibi`"),
-        ({"norm_placement": "sandwich"}, "norm_placement: sandwich"),
+        ({"norm_placement": "sandwich"}, "`norm_placement` must be one of pre, post, got `sandwich`"),
         ({"num_attention_heads": 5}, "`num_attention_heads` must divide `hidden_size`, got 5 and 12"),
         ({"num_key_value_heads": 2}, "`num_key_value_heads` must divide `num_attention_heads`, got 2 and 3"),
-        ({"num_attention_heads": 4}, "4 heads are of size 3"),
-        ({"hidden_size": 9, "positions": "sinusoidal"}, "a hidden size of 9 is odd"),
-        ({"num_key_value_heads": 0}, "`num_key_value_heads` must be at least 1, not 0"),
-        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, not 0"),
-        ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 1, not -1"),
-        ({"llama3_rope": {"factor": 2.0}}, "`llama3_rope` has factor, high_freq_factor, low_freq_factor, original"),
+        ({"num_attention_heads": 4}, "rotary positions need an even `head_dim`, got 3"),
+        ({"hidden_size": 9, "positions": "sinusoidal"}, "sinusoidal positions need an even `hidden_size`, got 9"),
+        ({"num_key_value_heads": 0}, "`num_key_value_heads` must be at least 1, got 0"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, got 0"),
+        ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 1, got -1"),
+        ({"llama3_rope": {"factor": 2.0}}, "`llama3_rope` must have factor, high_freq_factor, low_freq_factor, "),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts: dict, message: str):
