@@ -13,8 +13,8 @@ Tested on: Triton 3.7.1's interpreter (values) and its compiler for sm_80, sm_89
            sizes 64 and 128: none on sm_90, 8 registers at most on the others); no GPU has run it.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-# Triton compiles what stands below: its literals are not Python's.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# Triton compiles what stands below: its literals are not Python's, and a call of one of its functions returns.
 import triton
 import triton.language as tl
 
