@@ -60,7 +60,7 @@ def test_a_changed_setting_runs_its_stage_and_what_follows(finished):
     outcome = finished.run("--set", "train_rm.epochs=2")
     assert names(finished.ran()) == ["train-rm", "ppo", "evaluate"]
     assert "`train_rm.epochs` was 1.0, now 2.0" in outcome.stderr
-    assert outcome.json["stages"][3]["reason"] == "what `train-rm` wrote changed"
+    assert outcome.json["stages"][3]["reason"] == "the output of `train-rm` changed"
 
 
 def test_a_changed_seed_runs_everything(finished):
@@ -154,7 +154,7 @@ def test_to_stops_and_from_takes_earlier_stages_as_they_are(toy):
         (["--from", "ppo", "--to", "sft"], "`--from ppo` comes after `--to sft`"),
         (["--from", "pop"], "`--from pop`: no such stage"),
         (["--to", "train_rm"], "no such stage, did you mean `train-rm`?"),
-        (["--force", "sft", "--from", "ppo"], "`--force sft` is outside of the stages"),
+        (["--force", "sft", "--from", "ppo"], "`--force sft` is outside the stages"),
         (["--set", "evaluate=null", "--to", "evaluate"], "the recipe has no such stage"),
     ],
 )
