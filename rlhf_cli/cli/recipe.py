@@ -15,7 +15,7 @@ app = typer.Typer(
 
 @app.command()
 def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
-    """Print all settings with their origins, the derived sizes, and the stages to run."""
+    """Print all settings, their origins and the derived sizes."""
     from rlhf_cli.recipe import show as view
     from rlhf_cli.recipe.loader import load_recipe
 
@@ -29,7 +29,10 @@ def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, 
 
 @app.command()
 def validate(recipe: RecipeFile, settings: Settings = None) -> None:
-    """Report all problems of a recipe at once; exit code 2 if there are any."""
+    """Report all problems of a recipe at once.
+
+    The exit code is 2 if there are any.
+    """
     from rlhf_cli.progress import say
     from rlhf_cli.recipe.loader import load_recipe
 

@@ -36,7 +36,7 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     kept = {
         dotted(key_path): value
         for key_path, setting, value in found
-        if not setting.effort_only and not (setting.names and setting.names.leads_out(value))
+        if not setting.effort_only and not (setting.external and setting.external.applies_to(value))
     }
     kept.pop("model.revision", None)  # part of the digest of the base model
     return {name: value for name, value in kept.items() if not name.startswith(stage.unaffected_by)} | {

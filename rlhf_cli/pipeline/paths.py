@@ -17,7 +17,7 @@ from rlhf_cli.recipe.document import KeyPath
 from rlhf_cli.recipe.fields import values
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.settings.base import Names
+from rlhf_cli.settings.base import External
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _FILE_ENDINGS = (
@@ -40,9 +40,9 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
     folder = Path() if loaded.path is None else loaded.path.parent
     plain = loaded.recipe.model_dump()
     for key_path, setting, value in values(loaded.recipe):
-        if setting.names is None or value is None or not setting.names.leads_out(value):
+        if setting.external is None or value is None or not setting.external.applies_to(value):
             continue
-        find = _function if setting.names.what == "function" else _path
+        find = _function if setting.external.what == "function" else _path
         found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
         _put(plain, key_path, found)
     return Recipe.model_validate(plain)
@@ -110,7 +110,7 @@ def check_critic(name: str, setting: str) -> None:
     """Raise `ModelError` unless the name is the folder of a saved critic."""
     if (Path(name) / "value_head.safetensors").is_file():
         return
-    words = ", ".join(f"`{word}`" for word in Names.CRITIC_WORDS)
+    words = ", ".join(f"`{word}`" for word in External.CRITIC_WORDS)
     raise ModelError(
         f"{name}: {'contains no saved critic' if Path(name).is_dir() else 'no such folder'} (`{setting}`)",
         hint=f"use {words}, or the critic of an earlier run, such as runs/NAME/ppo/critic",

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from rlhf_cli.recipe.document import Key, KeyPath
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.settings.base import EffortOnly, Names, Section
+from rlhf_cli.settings.base import EffortOnly, External, Section
 
 
 def dotted(key_path: KeyPath) -> str:
@@ -74,9 +74,9 @@ class Setting:
     field: FieldInfo
 
     @property
-    def names(self) -> Names | None:
+    def external(self) -> External | None:
         """What the setting names outside the recipe, if anything."""
-        return next((mark for mark in self.field.metadata if isinstance(mark, Names)), None)
+        return next((mark for mark in self.field.metadata if isinstance(mark, External)), None)
 
     @property
     def effort_only(self) -> bool:

@@ -43,7 +43,7 @@ class StageSection(Section):
 
 
 @dataclass(frozen=True)
-class Names:
+class External:
     """Marks a setting that names something outside the recipe; relative paths are resolved.
 
     Attributes:
@@ -56,7 +56,7 @@ class Names:
     CRITIC_WORDS: ClassVar = ("auto", "reward-model", "policy")
     """Values of `ppo.critic_from` that are keywords, not folders."""
 
-    def leads_out(self, value: Any) -> bool:
+    def applies_to(self, value: Any) -> bool:
         """Whether a value names something outside the recipe rather than being a keyword."""
         return not (self.what == "critic" and value in self.CRITIC_WORDS)
 
@@ -92,9 +92,9 @@ OpenShare = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Effort = Annotated[Count, EffortOnly()]
 EffortFlag = Annotated[bool, EffortOnly()]
-ModelName = Annotated[str | None, Names("model")]
-DataName = Annotated[str | None, Names("data")]
-FileName = Annotated[str | None, Names("file")]
-FunctionName = Annotated[str | None, Names("function")]
+ModelName = Annotated[str | None, External("model")]
+DataName = Annotated[str | None, External("data")]
+FileName = Annotated[str | None, External("file")]
+FunctionName = Annotated[str | None, External("function")]
 Address = Annotated[str | None, AfterValidator(_check_address)]
 VariableName = Annotated[str | None, AfterValidator(_check_variable)]

@@ -6,13 +6,13 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_cli.settings.base import Address, Effort, EffortOnly, ModelName, Names, Positive, Section, VariableName
+from rlhf_cli.settings.base import Address, Effort, EffortOnly, External, ModelName, Positive, Section, VariableName
 
 
 class PPORewardSettings(Section):
     """A reward in addition to the reward model: exactly one of `function`, `model` and `url`. Each receives text."""
 
-    function: Annotated[str | None, Names("function")] = None
+    function: Annotated[str | None, External("function")] = None
     """Reward function, as `file.py:function` or `package.module:function`; see `label.function`."""
     model: ModelName = None
     """Folder or hub id of a further reward model: one made by `train-rm` or any transformers classifier with one

@@ -1,4 +1,4 @@
-"""The command as people meet it: help, errors, speed, the small commands."""
+"""The command line: help, errors, imports, and the small commands."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_an_error_is_followed_by_a_blank_line_and_a_hint(folder):
     )
 
 
-def test_every_problem_stands_on_its_own_line(folder):
+def test_every_problem_is_on_its_own_line(folder):
     (folder / "r.yaml").write_text("nme: x\nppo:\n  learning_rat: 1\n  steps: -1\n")
     done = rlhf("recipe", "validate", "r.yaml", cwd=folder)
     assert done.returncode == 2
@@ -125,7 +125,7 @@ def test_escape_sequences_of_a_recipe_do_not_reach_the_terminal(folder):
     assert "\\x1b[31mred" in done.stderr
 
 
-def test_validate_says_so_and_keeps_stdout_empty(folder):
+def test_validate_prints_only_to_stderr(folder):
     done = rlhf("recipe", "validate", "r.yaml", cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "r.yaml: no problems\n")
 
@@ -139,7 +139,7 @@ def test_schema_is_json(folder):
     assert json.loads(rlhf("recipe", "schema").stdout)["properties"]["ppo"]
 
 
-def test_a_reader_that_leaves_early_is_no_error(folder):
+def test_a_closed_pipe_is_not_an_error(folder):
     program = (
         f"{sys.executable} -c 'import sys; from rlhf_cli.cli import main; sys.exit(main())' recipe schema | head -1"
     )
@@ -161,7 +161,7 @@ def test_init_writes_a_starter_and_overwrites_nothing(tmp_path):
     assert "already exists" in again.stderr
 
 
-def test_doctor_knows_the_tested_set():
+def test_doctor_lists_the_tested_versions():
     done = rlhf("doctor", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

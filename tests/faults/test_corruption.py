@@ -58,8 +58,7 @@ def test_damage_to_the_record_of_what_it_began_with_stops_it(broken, kind):
     DAMAGE[kind](broken.run_dir / ".ppo.began.json")
     end = go_on(broken)
     assert end.code == 2, end.stderr
-    assert "the record of what it began with is lost" in end.stderr
-    assert ".ppo.began.json is missing or damaged" in end.stderr
+    assert ".ppo.began.json, which records its settings, is missing or damaged" in end.stderr
     assert "hint: " in end.stderr
     assert broken.events() == []
 

@@ -1,11 +1,11 @@
-"""The real `rlhf` command with stages that write small files instead of training; run as a script.
+"""The real `rlhf` command with fake stages that write small files instead of training; run as a script.
 
-What each stage writes depends on its settings and on what it read, so that a change upstream reaches what follows.
+The output of each stage depends on its settings and inputs, so that an upstream change propagates.
 
-FAKE_LOG: file that gets a line for each stage that ran, with what it found in its work folder.
-FAKE_DIE=stage[:signal]: that stage kills its own process after a checkpoint; FAKE_HANG=stage: it waits for a signal.
-FAKE_RAISE=stage:kind: it raises.
-FAKE_RANK=n|all: of several processes, which one does that; the first by default. The others do nothing in a stage.
+FAKE_LOG: file with one line per stage that ran and the content of its work folder.
+FAKE_DIE=stage[:signal]: the stage kills its own process after a checkpoint. FAKE_HANG=stage: it waits for a signal.
+FAKE_RAISE=stage:kind: the stage raises an exception.
+FAKE_RANK=n|all: the rank that does this; 0 by default. Other ranks do nothing in a stage.
 """
 
 from __future__ import annotations

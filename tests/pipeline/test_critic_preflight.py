@@ -1,4 +1,4 @@
-"""`ppo.critic_from` is a word, which is a setting, or a folder, whose content counts and whose name does not."""
+"""`ppo.critic_from`: a keyword counts as a setting; a folder counts by its content, not its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def identity(toy) -> dict:
     return json.loads((toy.folder / "runs/toy/ppo/manifest.json").read_text())["identity"]
 
 
-def test_a_word_is_a_setting_even_where_a_folder_has_its_name(finished):
+def test_a_keyword_is_a_setting_even_if_a_folder_has_its_name(finished):
     finished.write("policy/config.json", "{}")
     assert finished.run("--set", "ppo.critic_from=policy").code == 0
     assert finished.ran() == ["ppo nothing", "evaluate nothing"]
@@ -50,7 +50,7 @@ def test_a_folder_counts_by_its_content(finished):
         ("reward_model", "reward_model: no such folder (`ppo.critic_from`)"),
     ],
 )
-def test_what_is_no_saved_critic_is_found_before_the_first_stage(toy, start, said):
+def test_an_invalid_saved_critic_is_found_before_the_first_stage(toy, start, said):
     outcome = toy.run("--set", f"ppo.critic_from={start}")
     assert outcome.code == 65
     assert said in outcome.stderr
@@ -58,7 +58,7 @@ def test_what_is_no_saved_critic_is_found_before_the_first_stage(toy, start, sai
     assert toy.ran() == []
 
 
-def test_quantized_weights_concern_the_stages_that_train_adapters_on_them():
+def test_quantize_affects_only_stages_that_train_adapters():
     sections: dict[str, dict] = {
         "sft": {"data": "d.jsonl"},
         "label": {"by": "function", "function": "f.py:f"},

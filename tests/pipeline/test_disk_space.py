@@ -1,4 +1,4 @@
-"""Room on the disk, and the words for having none."""
+"""Disk space: the check before a run, and errors of a full disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recipe(tmp_path: Path, **sections: dict) -> Recipe:
     return Recipe.model_validate({"model": {"path": str(tmp_path)}, "evaluate": {}} | sft | sections)
 
 
-def test_needs_by_hand(tmp_path):
+def test_needed_bytes_by_hand(tmp_path):
     margin, full = 64 << 20, 2 * 1000
     both = recipe(tmp_path, ppo={})
     assert needed_bytes(both, [stage("sft"), stage("ppo"), stage("evaluate")]) == margin + full + full
@@ -30,7 +30,7 @@ def test_needs_by_hand(tmp_path):
     assert needed_bytes(alone, [stage("evaluate")]) == margin
 
 
-def test_needs_of_ppo_count_the_critic_and_what_is_kept(tmp_path):
+def test_needed_bytes_of_ppo_include_the_critic_and_kept_checkpoints(tmp_path):
     margin, full = 64 << 20, 2 * 1000
     two = recipe(tmp_path, ppo={"adapter": "none", "keep_checkpoints": 3})
     assert needed_bytes(two, [stage("ppo")]) == margin + full * (2 + 2 * 3 * 4)
@@ -38,12 +38,12 @@ def test_needs_of_ppo_count_the_critic_and_what_is_kept(tmp_path):
     assert needed_bytes(recipe(tmp_path, ppo=critic), [stage("ppo")]) == margin + full * (2 + 3 * 2 + 1)
 
 
-def test_models_that_are_not_here_count_nothing():
+def test_models_that_are_not_local_count_as_zero():
     assert model_bytes("owner/name") == 0
     assert model_bytes(None) == 0
 
 
-def test_too_little_room_says_both_figures(tmp_path):
+def test_too_little_space_reports_free_and_needed(tmp_path):
     with pytest.raises(DiskError, match=r"not enough disk space in .*: .* free, about 1000000.0 TB needed") as caught:
         check_free_space(tmp_path, 10**18)
     assert caught.value.exit_code == 74
@@ -51,7 +51,7 @@ def test_too_little_room_says_both_figures(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_disk_errors_are_told_apart(tmp_path, number):
+def test_disk_errors_are_distinguished(tmp_path, number):
     with pytest.raises(DiskError), disk_errors(tmp_path):
         raise OSError(number, "whatever")
 

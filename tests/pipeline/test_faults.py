@@ -1,4 +1,4 @@
-"""Kills, damage, changed settings under unfinished work, full disks, signals, two runs at once."""
+"""Faults: kills, damage, settings changed during unfinished work, full disks, signals, concurrent runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ALL)
-def test_kill_9_in_a_stage_then_the_same_command_goes_on(toy, stage):
+def test_kill_9_in_a_stage_then_the_same_command_resumes(toy, stage):
     killed = toy.run(FAKE_DIE=stage)
     assert killed.code == -signal.SIGKILL
     done = ALL[: ALL.index(stage)]
@@ -66,14 +66,14 @@ def test_changed_data_under_unfinished_work_is_refused(toy):
     assert "the content of `data.prompts` changed" in refused.stderr
 
 
-def test_effort_may_change_under_unfinished_work(toy):
+def test_effort_settings_may_change_under_unfinished_work(toy):
     toy.run(FAKE_DIE="ppo")
     toy.ran()
     assert toy.run("--set", "ppo.micro_batch_size=1").code == 0
     assert toy.ran() == ["ppo step 3", "evaluate nothing"]
 
 
-def test_a_stage_that_failed_before_any_checkpoint_starts_anew_under_other_settings(toy):
+def test_a_stage_that_failed_before_any_checkpoint_restarts_with_other_settings(toy):
     toy.run(FAKE_DIE="ppo")
     (toy.run_dir / ".ppo.work" / "checkpoint.txt").unlink()
     toy.ran()
@@ -109,7 +109,7 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     ],
 )
-def test_a_damaged_artifact_is_named_and_made_again(finished, damage, said):
+def test_a_damaged_artifact_is_reported_and_recreated(finished, damage, said):
     damage(finished.run_dir / "sft")
     outcome = finished.run()
     assert outcome.code == 0, outcome.stderr
@@ -117,7 +117,7 @@ def test_a_damaged_artifact_is_named_and_made_again(finished, damage, said):
     assert finished.ran() == ["sft nothing"], "what follows reads the same again"
 
 
-def test_a_forged_manifest_is_found_out(finished):
+def test_a_forged_manifest_is_detected(finished):
     path = finished.run_dir / "evaluate" / "manifest.json"
     plain = json.loads(path.read_text())
     plain["metrics"]["score"] = 0.9

@@ -1,4 +1,4 @@
-"""Where stages find what they read, and what is said when there is nothing: before anything runs."""
+"""Inputs of stages and the errors for missing ones, before any stage runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ or use another reward with `--function` or `--reward-url`
 """
 
 
-def test_missing_reward_model_in_the_words_of_the_style_guide(toy):
+def test_missing_reward_model_message(toy):
     outcome = toy.run("--set", "train_rm=null")
     assert outcome.code == 2
     assert outcome.stderr == MISSING_REWARD
@@ -56,7 +56,7 @@ def test_missing_inputs(toy, settings, said):
         (["ppo.rewards=[{function: 'lost.py:f'}]"], 2, "lost.py: no such file (`ppo.rewards.0"),
     ],
 )
-def test_names_that_lead_nowhere_are_found_before_the_first_stage(toy, settings, code, said):
+def test_missing_files_and_models_are_found_before_the_first_stage(toy, settings, code, said):
     outcome = toy.run(*(part for setting in settings for part in ("--set", setting)))
     assert outcome.code == code
     assert said in outcome.stderr
@@ -153,7 +153,7 @@ def test_single_stages_without_a_recipe(toy, arguments, artifact):
     assert toy.ran() == [f"{artifact} nothing"]
 
 
-def test_single_stages_one_after_the_other_are_the_whole_run(toy):
+def test_single_stages_in_order_equal_a_whole_run(toy):
     for stage in ("sft", "label", "train-rm", "ppo", "evaluate"):
         outcome = toy.rlhf(stage, "recipe.yaml")
         assert outcome.code == 0, outcome.stderr
@@ -172,7 +172,7 @@ def test_single_stage_reads_the_artifacts_of_its_run_directory(toy):
     assert toy.ran() == ["train-rm nothing"]
 
 
-def test_single_stage_that_lacks_what_it_needs(toy):
+def test_single_stage_with_missing_inputs(toy):
     outcome = toy.rlhf("sft", "--model", "base")
     assert outcome.code == 2
     assert "command line: `sft` needs `data`" in outcome.stderr
@@ -182,7 +182,7 @@ def test_single_stage_that_lacks_what_it_needs(toy):
     assert "no SFT model in runs/default: `ppo` reads the output of `sft`" in outcome.stderr
 
 
-def test_an_artifact_made_from_another_base_than_the_one_beside_it_is_refused(toy):
+def test_an_artifact_made_from_another_base_model_is_refused(toy):
     toy.run("--set", "sft.epochs=1")
     assert toy.run("--set", "sft.epochs=3", "--to", "sft").code == 0
     toy.ran()

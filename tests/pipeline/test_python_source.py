@@ -1,4 +1,4 @@
-"""Names that a Python file defines, found without running it."""
+"""The check of which names a Python file defines, without running it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf_cli.pipeline.python_source import check_defined
         "raise SystemExit('never run')\ndef score(): ...",
     ],
 )
-def test_a_name_that_may_be_there_passes(source, tmp_path):
+def test_a_name_that_may_be_defined_passes(source, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(source)
     check_defined(file, "score", "ppo.rewards.0.function")
@@ -38,7 +38,7 @@ def test_a_name_that_may_be_there_passes(source, tmp_path):
         ("def score(:", "mine.py:1: ", None),
     ],
 )
-def test_a_name_that_cannot_be_there_is_refused(source, message, hint, tmp_path):
+def test_a_name_that_cannot_be_defined_is_refused(source, message, hint, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(source)
     with pytest.raises(UsageError) as caught:

@@ -1,4 +1,4 @@
-"""Rewards in a pipeline: what of them counts as an input, and what is checked before any stage begins."""
+"""Rewards in a pipeline: which parts count as inputs, and what is checked before the first stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def with_copy(toy):
     return toy
 
 
-def test_functions_models_and_endpoints_are_told_before_the_first_stage(with_copy):
+def test_functions_and_endpoints_are_reported_before_the_first_stage(with_copy):
     entries = {"function": "gold.py:score"}, {"model": "copy"}, {"url": "https://user.example/score"}
     outcome = with_copy.run(*rewards(*entries), "--dry-run")
     assert outcome.code == 0
@@ -43,7 +43,7 @@ def test_functions_models_and_endpoints_are_told_before_the_first_stage(with_cop
         ),
     ],
 )
-def test_rewards_that_cannot_serve_are_found_before_the_first_stage(toy, entry, code, said):
+def test_invalid_rewards_are_found_before_the_first_stage(toy, entry, code, said):
     outcome = toy.run(*rewards(entry))
     assert outcome.code == code
     assert said in outcome.stderr
@@ -87,7 +87,7 @@ def test_a_combination_of_one_reward_has_no_effect_and_is_refused(toy):
     assert beside_a_reward_model.code == 0
 
 
-def test_a_function_out_of_a_downloaded_repository_is_refused(toy, monkeypatch):
+def test_a_function_from_a_downloaded_repository_is_refused(toy, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(toy.folder / "hub"))
     snapshot = "hub/models--acme--reward/snapshots/0123"
     toy.write(f"{snapshot}/config.json", "{}")

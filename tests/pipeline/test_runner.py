@@ -1,4 +1,4 @@
-"""Runs from their start to their end: what runs, what is left alone, and what is said."""
+"""Complete runs: which stages run, which are cached, and the messages."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def test_a_run_writes_every_stage_and_a_second_does_nothing(toy):
     assert "nothing to do" in second.stderr
 
 
-def test_nothing_hidden_stays_behind(finished):
+def test_no_hidden_folders_remain(finished):
     assert sorted(path.name for path in finished.run_dir.iterdir()) == sorted([".lock", *ALL])
 
 
-def test_stdout_is_the_last_artifact_alone(toy):
+def test_stdout_is_only_the_last_artifact(toy):
     outcome = toy.rlhf("run", "recipe.yaml")
     assert outcome.stdout == "runs/toy/evaluate\n"
     assert "sft prints to stdout" in outcome.stderr
 
 
-def test_manifest_says_what_was_made_from_what(finished):
+def test_manifest_records_settings_and_inputs(finished):
     manifest = json.loads((finished.run_dir / "ppo" / "manifest.json").read_text())
     assert manifest["format"] == 2
     assert manifest["stage"] == "ppo"
@@ -56,11 +56,11 @@ def test_manifest_says_what_was_made_from_what(finished):
     assert str(finished.folder) not in json.dumps(manifest), "a manifest holds nothing of the machine it was made on"
 
 
-def test_a_changed_setting_runs_its_stage_and_what_follows(finished):
+def test_a_changed_setting_reruns_its_stage_and_later_ones(finished):
     outcome = finished.run("--set", "train_rm.epochs=2")
     assert names(finished.ran()) == ["train-rm", "ppo", "evaluate"]
     assert "`train_rm.epochs` was 1.0, now 2.0" in outcome.stderr
-    assert outcome.json["stages"][3]["reason"] == "what `train-rm` wrote changed"
+    assert outcome.json["stages"][3]["reason"] == "the output of `train-rm` changed"
 
 
 def test_a_changed_seed_runs_everything(finished):
@@ -81,7 +81,7 @@ def test_a_changed_function_runs_the_stages_that_call_it(finished):
     assert names(finished.ran()) == ["label", "evaluate"], "the labels came out the same"
 
 
-def test_a_changed_attention_of_ones_own_runs_everything_again(finished, monkeypatch):
+def test_a_changed_attention_function_reruns_everything(finished, monkeypatch):
     monkeypatch.syspath_prepend(finished.folder)
     own = ("--set", "model.attention=mine:attend")
     finished.write("mine.py", "raise SystemExit('hashed, not run')\ndef attend(): ...\n")
@@ -118,18 +118,18 @@ def test_a_changed_base_model_runs_everything(finished):
         "data.max_skip=0.5",
     ],
 )
-def test_settings_of_effort_change_nothing(finished, setting):
+def test_effort_settings_rerun_nothing(finished, setting):
     assert finished.run("--set", setting).code == 0
     assert finished.ran() == []
 
 
-def test_a_renamed_data_file_changes_nothing(finished):
+def test_a_renamed_data_file_reruns_nothing(finished):
     (finished.folder / "prompts.jsonl").rename(finished.folder / "other.jsonl")
     assert finished.run("--prompts", "other.jsonl").code == 0
     assert finished.ran() == []
 
 
-def test_a_stage_that_writes_the_same_again_spares_what_follows(finished):
+def test_a_rerun_with_the_same_output_does_not_rerun_later_stages(finished):
     outcome = finished.run("--force", "sft")
     assert names(finished.ran()) == ["sft"]
     assert outcome.statuses == {"sft": "done", **dict.fromkeys(ALL[1:], "cached")}
@@ -140,7 +140,7 @@ def test_force_may_be_repeated(finished):
     assert names(finished.ran()) == ["sft", "ppo"]
 
 
-def test_to_stops_and_from_takes_earlier_stages_as_they_are(toy):
+def test_to_is_the_last_stage_and_from_reuses_earlier_artifacts(toy):
     assert toy.run("--to", "label").statuses == {"sft": "done", "label": "done"}
     toy.ran()
     outcome = toy.run("--from", "train-rm", "--to", "ppo", "--set", "sft.epochs=9")
@@ -154,11 +154,11 @@ def test_to_stops_and_from_takes_earlier_stages_as_they_are(toy):
         (["--from", "ppo", "--to", "sft"], "`--from ppo` comes after `--to sft`"),
         (["--from", "pop"], "`--from pop`: no such stage"),
         (["--to", "train_rm"], "no such stage, did you mean `train-rm`?"),
-        (["--force", "sft", "--from", "ppo"], "`--force sft` is outside of the stages"),
+        (["--force", "sft", "--from", "ppo"], "`--force sft` is outside the stages"),
         (["--set", "evaluate=null", "--to", "evaluate"], "the recipe has no such stage"),
     ],
 )
-def test_stages_that_do_not_fit(toy, arguments, said):
+def test_invalid_stage_selections(toy, arguments, said):
     outcome = toy.run(*arguments)
     assert outcome.code == 2
     assert said in outcome.stderr
@@ -180,13 +180,13 @@ def test_dry_run_says_what_and_why_and_writes_nothing(toy):
     assert toy.ran() == []
 
 
-def test_run_dir_is_where_it_is_told(toy):
+def test_run_dir_option_sets_the_folder(toy):
     outcome = toy.run("--run-dir", "elsewhere/here")
     assert outcome.json["run_dir"] == "elsewhere/here"
     assert (toy.folder / "elsewhere" / "here" / "ppo" / "manifest.json").is_file()
 
 
-def test_paths_are_found_beside_the_recipe_too(toy):
+def test_paths_are_also_resolved_against_the_recipe(toy):
     (toy.folder / "elsewhere").mkdir()
     outcome = toy.rlhf("run", "recipe.yaml")
     toy.ran()

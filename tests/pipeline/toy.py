@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass
 class Toy:
-    """A folder with a recipe, a base model's folder, data and a gold function."""
+    """A folder with a recipe, a base model, data and a gold function."""
 
     folder: Path
 
@@ -73,7 +73,7 @@ class Toy:
         return self.folder / "runs" / "toy"
 
     def ran(self) -> list[str]:
-        """Stages that ran since the last question, each with what it found in its work folder."""
+        """Return the stages that ran since the last call, each with the content of its work folder."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return lines
@@ -89,7 +89,7 @@ class Toy:
         )
 
     def rlhf(self, *arguments: str, **environment: str) -> Outcome:
-        """The real command, in this process; in one of its own where a stage is going to kill it."""
+        """Run the real command in this process, or in a new one if a stage will kill it."""
         if "FAKE_DIE" not in environment:
             return self._inside(arguments, {"FAKE_LOG": str(self.log), **environment})
         process = self.start(*arguments, **environment)
@@ -130,7 +130,7 @@ def fake_stages() -> types.ModuleType:
 
 @contextlib.contextmanager
 def installed_stages() -> Iterator[None]:
-    """The fake stages, and afterwards whatever was there before; nothing else of sys.modules is touched."""
+    """Replace the stage modules in `sys.modules` by fakes, and restore them afterwards."""
     names = [stage.module for stage in stages()]
     before = {name: sys.modules.pop(name, None) for name in names}
     fake_stages().install()

@@ -1,4 +1,4 @@
-"""What a recipe may hold, what is said about one that is wrong, and where its values came from."""
+"""Recipes: valid content, error messages, and origins of values."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_bom_crlf_and_a_last_line_without_end(tmp_path):
         ("? [a]\n: 1\n", "r.yaml:1: a key must be a scalar"),
     ],
 )
-def test_texts_that_are_no_recipe(tmp_path, text, problem):
+def test_invalid_yaml(tmp_path, text, problem):
     (found,) = problems(tmp_path, text)
     assert problem in found
 
@@ -95,13 +95,13 @@ def test_texts_that_are_no_recipe(tmp_path, text, problem):
         (b"#" * (1 << 20) + b"\n", "larger than 1 MiB"),
     ],
 )
-def test_bytes_that_are_no_recipe(tmp_path, raw, problem):
+def test_invalid_encodings(tmp_path, raw, problem):
     (tmp_path / "r.yaml").write_bytes(raw)
     with pytest.raises(RecipeError, match=problem):
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_files_that_are_no_recipe(tmp_path):
+def test_invalid_recipe_files(tmp_path):
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(RecipeError, match="is a folder"):
@@ -189,7 +189,7 @@ def test_files_that_are_no_recipe(tmp_path):
         ("seed: 99999999999\n", "`seed` must be less than 4294967296"),
     ],
 )
-def test_settings_that_are_wrong(tmp_path, text, problem):
+def test_invalid_settings(tmp_path, text, problem):
     if not problem:
         assert load(tmp_path, text).recipe.ppo is not None
         return
@@ -197,7 +197,7 @@ def test_settings_that_are_wrong(tmp_path, text, problem):
     assert problem in found
 
 
-def test_names_of_attention_are_those_there_are():
+def test_attention_names_match_the_registry():
     from rlhf_cli.attention import registry
 
     assert set(OUR_ATTENTION) == set(registry.names())
@@ -258,7 +258,7 @@ def test_set(tmp_path, settings, read, value):
         ("ppo.lorra.rank=3", "unknown setting `ppo.lorra`, did you mean `lora`?"),
     ],
 )
-def test_set_that_is_wrong_names_itself(tmp_path, setting, problem):
+def test_an_invalid_set_is_quoted(tmp_path, setting, problem):
     (found,) = problems(tmp_path, "name: x\nppo:\n  rewards: [{function: f}]\n", setting)
     assert found.startswith(f"--set {setting}: ")
     assert problem in found
@@ -286,6 +286,6 @@ def test_origins(tmp_path):
     assert loaded.origin(("sft", "epochs")) == "default"
 
 
-def test_without_a_file_the_command_line_says_everything():
+def test_a_recipe_from_the_command_line_alone():
     loaded = load_recipe(None, ["sft.data=d", "model.path=m"])
     assert loaded.recipe == Recipe.model_validate({"sft": {"data": "d"}, "model": {"path": "m"}})

@@ -84,7 +84,7 @@ def test_derived_sizes_by_hand(loaded):
     assert sizes["sft"] == {"micro-batches per optimizer step": 4}
 
 
-def test_derived_sizes_of_what_is_switched_on(tmp_path):
+def test_derived_sizes_of_optional_features(tmp_path):
     (tmp_path / "r.yaml").write_text(
         "ppo: {steps: 10, warmup_share: 0.1, ptx: {data: d, batch_size: 5}, eval_steps: 4, kl_budget: 9}\n"
     )
@@ -95,7 +95,7 @@ def test_derived_sizes_of_what_is_switched_on(tmp_path):
     assert sizes["checkpoints kept"] == 3
 
 
-def test_sections_that_are_absent_are_named(tmp_path):
+def test_absent_sections_are_listed(tmp_path):
     (tmp_path / "r.yaml").write_text("ppo:\n")
     text = as_yaml(load_recipe(tmp_path / "r.yaml"), Path("runs/default"))
     assert "# stages without a section, not run: sft, label, train-rm, evaluate" in text
@@ -112,7 +112,7 @@ def test_sections_that_are_absent_are_named(tmp_path):
         max_leaves=6,
     )
 )
-def test_scalars_survive_writing_and_reading(value):
+def test_scalars_round_trip(value):
     assert parse(f"x: {scalar(value)}\n").value == {"x": value}
 
 

@@ -13,10 +13,10 @@ from rlhf_cli.settings.base import (
     DataName,
     Effort,
     EffortOnly,
+    External,
     FileName,
     FunctionName,
     ModelName,
-    Names,
     NonNegative,
     OpenShare,
     Positive,
@@ -41,7 +41,7 @@ class ActiveLearningSettings(Section):
     """How many prompts are labeled, of all."""
     completions: Annotated[int, Field(ge=2, le=16)] | None = None
     """How many of a prompt's answers are labeled, those that the choice is about; null is all of them."""
-    reward_models: Annotated[list[str], Names("model")] = Field(default_factory=list)
+    reward_models: Annotated[list[str], External("model")] = Field(default_factory=list)
     """Folders or hub ids of the reward models to ask: one for `uncertainty`, two or more for `disagreement`."""
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.settings.base import Names
+from rlhf_cli.settings.base import External
 from rlhf_cli.settings.rewards import PPORewardSettings
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
@@ -42,7 +42,7 @@ def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -
         **find.shared(loads_model=True),
         policy=find.policy("model", settings.model),
         reward_model=_reward_model(settings, recipe, find),
-        critic=None if start in Names.CRITIC_WORDS else find.named("critic", start, "critic_from"),
+        critic=None if start in External.CRITIC_WORDS else find.named("critic", start, "critic_from"),
         prompts=find.prompts(settings.prompts),
         demonstrations=_demonstrations(settings, recipe),
         rewards=tuple(_reward(f"ppo.rewards.{number}", one) for number, one in enumerate(settings.rewards)),

@@ -12,8 +12,8 @@ from rlhf_cli.settings.base import (
     Effort,
     EffortFlag,
     EffortOnly,
+    External,
     ModelName,
-    Names,
     NonNegative,
     Positive,
     Section,
@@ -169,7 +169,7 @@ class PPOSettings(StageSection):
     critic: Literal["auto", "adapter", "separate"] = "auto"
     """`adapter`: an adapter on the policy's backbone. `separate`: its own model, with all weights trained. `auto` is
     `adapter` with `adapter: lora` and `separate` with `adapter: none`."""
-    critic_from: Annotated[str, Names("critic")] = "auto"
+    critic_from: Annotated[str, External("critic")] = "auto"
     """Initial weights of the critic: `reward-model`, `policy` (with a value head that predicts 0), or the folder of a
     saved critic (`runs/NAME/ppo/critic`). `auto` is the reward model if it is compatible, else the policy."""
     gradient_checkpointing: EffortFlag = False

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from rlhf_cli.settings.base import (
     Count,
-    Names,
+    External,
     NonNegative,
     Positive,
 )
@@ -16,7 +16,7 @@ from rlhf_cli.settings.shared import LoraSettings, TrainingSettings
 class SFTSettings(TrainingSettings):
     """Supervised fine-tuning on demonstrations."""
 
-    data: Annotated[str, Names("data")]
+    data: Annotated[str, External("data")]
     """Demonstration records: a file, a folder or a hub data set."""
     learning_rate: Positive = 2e-4
     """Peak learning rate of AdamW. LoRA needs about ten times the rate of full fine-tuning."""

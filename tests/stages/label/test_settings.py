@@ -53,7 +53,7 @@ REMOTE = 'judge: {panel: [{url: "http://h/v1", name: n'
         ("by: judge, judge: {panel: [{model: m, timeout: 3}]}", "`timeout` has no effect without `url`"),
         ("by: judge, judge: {panel: [{model: m, prompt_price: 3}]}", "a local model has no price"),
         (f"by: judge, {REMOTE}, token_env: sk-secret}}]}}", "expected the name of an environment variable"),
-        ('by: judge, judge: {panel: [{url: "http://h?k=1", name: n}]}', "expected an address without a query"),
+        ('by: judge, judge: {panel: [{url: "http://h?k=1", name: n}]}', "expected a URL without a query"),
         ("by: judge, judge: {panel: [{model: m}], method: listwise}", "`method: listwise` needs judges that write"),
         ("by: judge, judge: {panel: [{model: m}], floor: 0.6}", "`floor` has no effect without `calibration`"),
         ("by: judge, judge: {panel: [{model: m}], rubric: r, rubric_file: f}", "`rubric` has no effect beside"),
