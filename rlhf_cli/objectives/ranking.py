@@ -1,8 +1,8 @@
 """Losses of a reward model on ranked answers: all pairs of a group, or the likelihood of the whole order.
 
 Completions lie flat, N of them, each with the number of its group (its prompt), so groups may differ in size and
-nothing is padded. Every function gives one loss a group: the mean over the groups of an optimizer step is then the same however
-the step was split into micro-batches.
+nothing is padded. Every function gives one loss per group: the mean over the groups of an optimizer step is then the
+same however the step was split into micro-batches.
 """
 
 from __future__ import annotations

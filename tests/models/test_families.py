@@ -47,7 +47,7 @@ def engine(models: PPOModels, size: int = 8) -> ForwardPasses:
 
 
 def completions(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Completions, torch.Tensor]:
-    """Completions to prompts of uneven length, sampled in one batch, with the log-probability of each token when drawn."""
+    """Completions to prompts of uneven length, sampled in one batch, with the log-probability of each drawn token."""
     tokenizer = load_tokenizer(ModelSource(str(folder)))
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     drawn: list[torch.Tensor] = []
