@@ -11,7 +11,7 @@ from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.completions import Answer, AnswerFile
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import say, task, warn
 from rlhf_cli.stages.common import load_prompts, model_source, prompt_format
 from rlhf_cli.stages.inputs import present
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.label.settings import LabelSettings
 
 
-MOST_ANSWERS = len(ANSWER_LETTERS)
+MAX_COMPLETIONS = len(COMPLETION_LETTERS)
 ALL_EQUAL = "all answers are equal"
 """Why a prompt is left out."""
 
@@ -32,13 +32,13 @@ class Sampled:
 
     Attributes:
         candidates: one a prompt.
-        answers: how each was drawn, in the same order; empty where they were given and not drawn.
+        completions: how each was drawn, in the same order; empty where they were given and not drawn.
         skips: records left out.
         processes: those of the run.
     """
 
     candidates: list[Candidates]
-    answers: list[list[Answer]]
+    completions: list[list[Answer]]
     skips: SkipLog
     processes: ProcessGroup
 
@@ -133,9 +133,8 @@ def distinct(candidates: Candidates) -> Candidates:
 
 def check_count(candidates: Candidates) -> None:
     """Raise `DataError` for more answers than there are letters to name them by."""
-    if (count := len(candidates.completions)) > MOST_ANSWERS:
+    if (count := len(candidates.completions)) > MAX_COMPLETIONS:
         raise DataError(
-            f"{candidates.location or 'an item'}: {count} answers, and people and judges compare {MOST_ANSWERS} at "
-            "most",
-            hint="give fewer answers a prompt, or let `label.choose.completions` choose among them",
+            f"{candidates.location or 'an item'} has {count} completions; at most {MAX_COMPLETIONS} can be ranked",
+            hint="reduce them, or set `label.active_learning.completions`",
         )

@@ -72,7 +72,7 @@ def test_the_files_hold_plain_json(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot keep verdicts in"):
+    with pytest.raises(DiskError, match="cannot write verdicts to"):
         ReplyCache(tmp_path / "file" / "label")
 
 
