@@ -41,7 +41,7 @@ def test_a_torn_last_line_is_asked_again_and_spoils_nothing_behind_it(tmp_path: 
         torn.add([("c", LOCAL)])
         again = ReplyCache(tmp_path)
         assert (again.get("a"), again.get("c")) == (PAID, LOCAL)
-    assert "1 line is torn or damaged and passed over" in " ".join(capsys.readouterr().err.split())
+    assert "1 line is torn or damaged; these questions are asked again" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_flipped_bit_does_not_become_a_verdict(tmp_path: Path):

@@ -226,7 +226,7 @@ def test_at_the_floor_labels_are_made_and_calibration_is_asked_once(endpoint, ju
     assert (said["panel"]["accuracy"]["value"], said["panel"]["accuracy"]["count"]) == (1.0, 8)
     assert sorted(said["subsets"]) == ["s0", "s1"]
     assert found.metrics["judge/calibration"] == 1.0
-    assert "agrees with people" in dict(found.summary)
+    assert "agreement with people" in dict(found.summary)
     judged(PAIRS, panel=[at(endpoint)], calibration=people, floor=1.0)
     assert len(endpoint.requests) == 4 * 6 + 48
 

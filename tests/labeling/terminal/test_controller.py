@@ -114,7 +114,7 @@ def test_going_back_opens_the_answer_and_going_back_again_the_one_before(session
 def test_at_the_first_there_is_nothing_to_go_back_to(session, clock):
     controller = sit(session, clock)
     press(controller, "bu")
-    assert "nothing to go back to" in controller.state.hint
+    assert "nothing to undo" in controller.state.hint
     assert controller.state.tiers == ((1,),)
 
 
@@ -321,10 +321,10 @@ def test_without_a_terminal_that_places_text_the_browser_is_named(monkeypatch, k
 def test_without_any_terminal_too(monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with pytest.raises(UsageError, match="stdin and stderr are none"):
+    with pytest.raises(UsageError, match="needs an interactive terminal"):
         check_terminal()
     monkeypatch.setattr("rlhf_cli.labeling.terminal.tty.termios", None)
-    with pytest.raises(UsageError, match="key by key"):
+    with pytest.raises(UsageError, match="no terminal that supports raw input"):
         check_terminal()
 
 

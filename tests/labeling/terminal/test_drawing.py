@@ -143,7 +143,7 @@ def test_the_screen_says_how_far_one_is_what_is_asked_and_what_to_press():
     assert "  a   Add water." in screen
     assert "  b   Wait an hour." in screen
     assert " ranking  none yet" in screen
-    assert "a-b rank  = tie  Enter submit  u back  s skip  f flag  n note  ? help  q quit" in screen
+    assert "a-b rank  = tie  Enter submit  u undo  s skip  f flag  n note  ? help  q quit" in screen
 
 
 def test_the_ranking_is_shown_as_it_would_be_written_with_what_lacks():
@@ -237,8 +237,8 @@ def test_the_end_says_whether_others_are_still_at_it():
     def end(**progress):
         return shown(replace(with_task(at_task("x", "y"), None), progress=replace(PROGRESS, **progress)))
 
-    assert "others are at what is left (29)" in end()
-    assert "Others are still at theirs" in end(left_for_me=0)
+    assert "others are working on the rest (29)" in end()
+    assert "Others are still working" in end(left_for_me=0)
     assert "Labeling is complete" in end(left_for_me=0, labels_left=0)
 
 
