@@ -1,4 +1,4 @@
-"""Active learning of reward models: compare both strategies of `label.choose` with random choice.
+"""Active learning of reward models: compare both strategies of `label.active_learning` with random choice.
 
     rlhf run recipes/quickstart.yaml --to label --run-dir RUN
     python benchmarks/active_labels.py RUN RESULTS.jsonl --plot active-labels.png
@@ -36,8 +36,8 @@ import torch
 from rlhf_cli import progress
 from rlhf_cli.data.records import Ranking, is_held_out, prompt_key
 from rlhf_cli.data.sources import read_records
-from rlhf_cli.labeling.active_learning import Item, Strategy, choose
-from rlhf_cli.labeling.labelers import tiers_from_scores
+from rlhf_cli.labeling.active_learning import Item, Strategy, select
+from rlhf_cli.labeling.scoring import tiers_from_scores
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
@@ -114,8 +114,8 @@ class Labels:
             row = questions[number].ranking
             given = np.array([model[number] for model in rewards]) if strategy != "random" else None
             items.append(Item(prompt_key(row.prompt), row.completions, False, given))
-        found = choose(items, by=strategy, prompts=count, completions=answers, seed=seed)
-        return Labels(self.answers | {left[one.item]: one.answers for one in found.chosen})
+        found = select(items, by=strategy, prompts=count, completions=answers, seed=seed)
+        return Labels(self.answers | {left[one.item]: one.completions for one in found.selected})
 
 
 class Experiment:

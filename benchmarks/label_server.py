@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.data.records import Candidates
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import LabelPlan
 
 ANSWERS = 4
 _SERVER = """
@@ -108,7 +108,7 @@ class Client:
         due = time.monotonic()
         count = 0
         while task is not None and time.monotonic() < until:
-            order = list(range(len(task["answers"])))
+            order = list(range(len(task["completions"])))
             self._rng.shuffle(order)
             count += 1
             body = {

@@ -1,7 +1,7 @@
-"""One ranking an item out of several people's or judges': majority of pairs, Bradley-Terry, Plackett-Luce.
+"""Combines the rankings of several annotators or judges: majority of pairs, Bradley-Terry, Plackett-Luce.
 
-Every way looks at an item alone and treats annotators alike: their order, and that of the answers, changes nothing.
-Answers that come out equal share a tier. Hidden repeats, gold items and labels without a ranking do not count.
+Each item is aggregated on its own. The result does not depend on the order of annotators or of completions.
+Completions that come out equal share a tier. Hidden repeats, gold items and labels without a ranking do not count.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.progress import task
 
-How = Literal["individual", "majority", "bradley-terry", "plackett-luce"]
-WAYS: tuple[How, ...] = get_args(How)
+Method = Literal["individual", "majority", "bradley-terry", "plackett-luce"]
+METHODS: tuple[Method, ...] = get_args(Method)
 Tiers = tuple[tuple[int, ...], ...]
 Levels = Sequence[int]
-"""(K,) tier of each answer, 0 the best."""
+"""(K,) tier of each completion, 0 is best."""
 
 PRIOR = 0.1
-"""Weight of the sum of squared strengths that is added to the negative log-likelihood: strengths stay finite where an
-answer won every comparison."""
+"""Weight of the sum of squared strengths added to the negative log-likelihood. It keeps the strength of a completion
+finite that wins every comparison."""
 TOLERANCE = 0.01
-"""Strengths (log-odds) that follow each other this closely or closer share a tier; it is a win rate of 50.25 %."""
+"""Consecutive strengths (log-odds) that differ by at most this much share a tier; it is a win rate of 50.25 %."""
 
 
 @dataclass(frozen=True)
@@ -40,69 +40,70 @@ class _Vote:
 
 
 def group_of(ranking: Ranking) -> str:
-    """The same for all rankings of the same answers to the same prompt, whoever gave them and in whatever order."""
+    """Hash of a prompt and its completions, independent of the annotator and of the order of completions."""
     texts = [prompt_key(ranking.prompt), *sorted(ranking.completions)]
     lengths = "".join(f"{len(text)}:{text}" for text in texts)
     return hashlib.sha256(lengths.encode("utf-8", "surrogatepass")).hexdigest()[:20]
 
 
-def merge(labels: Sequence[LabelRecord], how: How) -> list[Ranking]:
-    """Rankings to learn from: everyone's, or one an item, in the order in which items first appear.
+def aggregate(labels: Sequence[LabelRecord], method: Method) -> list[Ranking]:
+    """Return the rankings to train on: all of them, or one per item, in the order in which items first appear.
 
-    Of two labels of an item by one annotator the latest counts. A merged ranking has no annotator; of two answers it
-    has the mean of the margins, with a minus where the other answer won, and never below 0, if all gave one.
+    If an annotator labeled an item twice, the later label counts. An aggregated ranking has no annotator. For two
+    completions it has the mean margin, negated where an annotator preferred the other completion, and at least 0,
+    provided that all labels have a margin.
 
     Args:
-        labels: all labels; those that are no rankings, and repeats and gold items, are passed over.
-        how: "individual" keeps all; the others are `majority`, `bradley_terry` and `plackett_luce`.
+        labels: all labels; labels without a ranking, hidden repeats and gold items are ignored.
+        method: "individual" keeps all rankings; see `majority`, `bradley_terry` and `plackett_luce` for the others.
 
     Raises:
-        UsageError: `how` needs a package that is not installed.
-        DataError: labels of one item are of different answers.
+        UsageError: the method needs a package that is not installed.
+        DataError: labels of one item have different completions.
     """
     usable = [label for label in labels if label.outcome == "ranked" and label.purpose == "label"]
-    if how == "individual":
+    if method == "individual":
         return [label.ranking() for label in usable]
-    return _merged([_Vote(label.item, label.annotator, label.at, label.ranking()) for label in usable], how)
+    return _aggregated([_Vote(label.item, label.annotator, label.at, label.ranking()) for label in usable], method)
 
 
-def merge_rankings(rankings: Sequence[Ranking], how: How) -> list[Ranking]:
-    """As `merge`, of rankings as a file has them: those of the same answers are of one item.
+def aggregate_rankings(rankings: Sequence[Ranking], method: Method) -> list[Ranking]:
+    """Like `aggregate`, for rankings from a file: rankings of the same completions belong to one item.
 
-    Rankings without an annotator count as one of somebody else each.
+    Each ranking without an annotator counts as one of its own annotator.
     """
-    if how == "individual":
+    if method == "individual":
         return list(rankings)
-    return _merged([_Vote(group_of(ranking), ranking.annotator, "", ranking) for ranking in rankings], how)
+    return _aggregated([_Vote(group_of(ranking), ranking.annotator, "", ranking) for ranking in rankings], method)
 
 
-def require(how: How) -> None:
-    """Raise `UsageError` now, not after the labeling, where merging so needs a package that is not installed."""
-    if how in ("bradley-terry", "plackett-luce"):
-        _choix(how)
+def check_installed(method: Method) -> None:
+    """Raise `UsageError` if the method needs a package that is not installed. Call this before labeling begins."""
+    if method in ("bradley-terry", "plackett-luce"):
+        _choix(method)
 
 
-def _merged(votes: Sequence[_Vote], how: How) -> list[Ranking]:
-    require(how)
-    ways: dict[str, Callable[[Sequence[Levels]], Tiers]] = {
+def _aggregated(votes: Sequence[_Vote], method: Method) -> list[Ranking]:
+    check_installed(method)
+    methods: dict[str, Callable[[Sequence[Levels]], Tiers]] = {
         "bradley-terry": bradley_terry,
         "plackett-luce": plackett_luce,
     }
     items: dict[str, list[_Vote]] = {}
     for vote in votes:
         items.setdefault(vote.item, []).append(vote)
-    if how == "majority":
+    if method == "majority":
         return [_one(_latest(group), majority) for group in items.values()]
-    merged = []
-    with task("merging labels", len(items), "items") as bar:  # a hundred a second
+    aggregated = []
+    with task("aggregating labels", len(items), "items") as bar:  # about 100 items per second
         for group in items.values():
-            merged.append(_one(_latest(group), ways[how]))
+            aggregated.append(_one(_latest(group), methods[method]))
             bar.advance()
-    return merged
+    return aggregated
 
 
 def _latest(votes: Sequence[_Vote]) -> list[_Vote]:
-    """Without those that their own annotator replaced."""
+    """Without labels that their own annotator replaced."""
     last: dict[object, tuple[str, int]] = {}
     for number, vote in enumerate(votes):
         who = number if vote.annotator is None else vote.annotator
@@ -110,10 +111,10 @@ def _latest(votes: Sequence[_Vote]) -> list[_Vote]:
     return [votes[number] for number in sorted(number for _, number in last.values())]
 
 
-def _one(votes: Sequence[_Vote], way: Callable[[Sequence[Levels]], Tiers]) -> Ranking:
+def _one(votes: Sequence[_Vote], combine: Callable[[Sequence[Levels]], Tiers]) -> Ranking:
     first = votes[0].ranking
     levels = [in_order_of(first, vote.ranking).levels() for vote in votes]
-    tiers = way(levels)
+    tiers = combine(levels)
     margin = None
     if len(first.completions) == 2 and len(tiers) == 2:
         margin = _mean_margin(tiers, levels, [vote.ranking.margin for vote in votes])
@@ -121,14 +122,14 @@ def _one(votes: Sequence[_Vote], way: Callable[[Sequence[Levels]], Tiers]) -> Ra
 
 
 def in_order_of(first: Ranking, other: Ranking) -> Ranking:
-    """A ranking of the same answers with these in the order of `first`; raises `DataError` where they are others."""
+    """Reorder a ranking's completions as in `first`; raises `DataError` if they are different ones."""
     if other.completions == first.completions:
         return other
     if Counter(first.completions) != Counter(other.completions):
         raise DataError(
-            f"two labels of the same item are of different answers: {first.completions[0][:60]!r} and others, "
+            f"two labels of the same item have different completions: {first.completions[0][:60]!r} and others, "
             f"{other.completions[0][:60]!r} and others",
-            hint="the file was changed by hand, or labels of two runs were joined; export them once more",
+            hint="the file was edited, or labels of two runs were concatenated; export them again",
         )
     places: dict[str, list[int]] = {}
     for index, completion in enumerate(first.completions):
@@ -150,14 +151,14 @@ def _mean_margin(tiers: Tiers, levels: Sequence[Levels], margins: Sequence[float
     return max(0.0, total / len(levels))
 
 
-# The three ways
+# Methods
 
 
 def majority(levels: Sequence[Levels]) -> Tiers:
-    """Order by Copeland's score: pairs that an answer wins by majority, an even one counting 1/2.
+    """Rank by Copeland's score: the pairs a completion wins by majority, a draw counting 1/2.
 
-    A tie is half a vote for either answer. Where the majorities form an order, this is that order. Where they go round
-    in a circle (a > b > c > a), answers of equal score share a tier.
+    A tie is half a vote for either completion. If the majorities form an order, the result is that order. In a cycle
+    (a > b > c > a), completions with equal scores share a tier.
 
     Args:
         levels: (A, K), of A annotators.
@@ -172,14 +173,14 @@ def majority(levels: Sequence[Levels]) -> Tiers:
 
 
 def bradley_terry(levels: Sequence[Levels]) -> Tiers:
-    """Order by `bradley_terry_strengths` of (A, K) levels of A annotators; within `TOLERANCE` they share a tier."""
+    """Rank by `bradley_terry_strengths` of (A, K) levels of A annotators; see `TOLERANCE` for ties."""
     return _tiers(bradley_terry_strengths(levels), TOLERANCE)
 
 
 def bradley_terry_strengths(levels: Sequence[Levels]) -> list[float]:
-    """(K,) strengths s that best explain all pairs: P(i better than j) = 1 / (1 + exp(s_j - s_i)).
+    """(K,) strengths s that fit all pairs best: P(i better than j) = 1 / (1 + exp(s_j - s_i)).
 
-    A tie is half a win for either (Bradley and Terry 1952; the fit is `choix.opt_pairwise`, with `PRIOR`).
+    A tie is half a win for each (Bradley and Terry 1952; fitted by `choix.opt_pairwise`, with `PRIOR`).
 
     Args:
         levels: (A, K), of A annotators.
@@ -190,20 +191,20 @@ def bradley_terry_strengths(levels: Sequence[Levels]) -> list[float]:
         for one, other in itertools.permutations(range(len(level)), 2):
             wins[one, other] += 2 * (level[one] < level[other]) + (level[one] == level[other])
     halves = [pair for pair in sorted(wins) for _ in range(wins[pair])]
-    # Each comparison is there twice, so the prior is too: the optimum is that of whole comparisons.
+    # Each comparison is counted twice, so the prior is doubled too: the optimum is unchanged.
     return choix.opt_pairwise(len(levels[0]), halves, alpha=2 * PRIOR, tol=1e-9).tolist()
 
 
 def plackett_luce(levels: Sequence[Levels]) -> Tiers:
-    """Order by `plackett_luce_strengths` of (A, K) levels of A annotators; within `TOLERANCE` they share a tier."""
+    """Rank by `plackett_luce_strengths` of (A, K) levels of A annotators; see `TOLERANCE` for ties."""
     return _tiers(plackett_luce_strengths(levels), TOLERANCE)
 
 
 def plackett_luce_strengths(levels: Sequence[Levels]) -> list[float]:
-    """(K,) strengths s that best explain choices: the best of all, then the best of the rest, and so on.
+    """(K,) strengths s that fit the rankings best: choose the best of all, then the best of the rest, and so on.
 
-    P(i chosen from S) = exp(s_i) / sum over S of exp(s_j) (Plackett 1975; the fit is `choix.opt_top1`, with `PRIOR`).
-    Of a tie every answer is chosen once, from the tie and all below it (Breslow's way, exact where there are none).
+    P(i chosen from S) = exp(s_i) / sum over S of exp(s_j) (Plackett 1975; fitted by `choix.opt_top1`, with `PRIOR`).
+    In a tie every completion is chosen once, from the tie and everything below it (Breslow's method).
 
     Args:
         levels: (A, K), of A annotators.
@@ -230,12 +231,12 @@ def _tiers(scores: Sequence[float], tolerance: float) -> Tiers:
     return tuple(tuple(sorted(tier)) for tier in tiers)
 
 
-def _choix(how: str):
+def _choix(method: str):
     try:
         import choix
     except ImportError as error:
         raise UsageError(
-            f"merging labels by `{how}` needs the package `choix`, which is not installed",
-            hint="`pip install 'rlhf-cli[merge]'`, or merge by `majority`",
+            f"aggregation by `{method}` needs the package `choix`, which is not installed",
+            hint="`pip install 'rlhf-cli[merge]'`, or use `majority`",
         ) from error
     return choix

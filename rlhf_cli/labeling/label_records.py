@@ -1,7 +1,7 @@
-"""One label: what one person or judge said about one prompt's answers, as it is exported and counted.
+"""One label, as exported and counted: what one annotator or judge said about the completions of one prompt.
 
-`labels.jsonl` has one line a label, in a fixed order and with fixed keys, so that equal labels are equal bytes and git
-shows what changed.
+`labels.jsonl` has one label per line, with fixed keys and in a fixed order: equal labels are equal bytes, and `git
+diff` shows what changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf_cli.errors import DataError
 Outcome = Literal["ranked", "skipped", "flagged"]
 Purpose = Literal["label", "repeat", "gold"]
 STRENGTHS = ("negligibly better or unsure", "slightly better", "better", "significantly better")
-"""The four degrees of Llama 2 (section 3.2.1), 1 to 4."""
+"""The four levels of Llama 2 (section 3.2.1), 1 to 4."""
 
 
 _NO_MARKS: Mapping[str, tuple[int | None, ...]] = MappingProxyType({})
@@ -32,22 +32,22 @@ class LabelRecord:
     """What one annotator said about one item.
 
     Attributes:
-        item: its id, a hash of prompt and answers.
-        prompt: what was asked.
-        completions: K answers, in the order of the item.
-        annotator: name of the person or judge.
+        item: id, a hash of prompt and completions.
+        prompt: text or messages.
+        completions: K completions, in the order of the item.
+        annotator: name of the annotator or judge.
         outcome: whether there is a ranking.
         tiers: indices into `completions`, best first; empty unless ranked.
-        shown: (K,) indices into `completions` in the order they were shown, first (or top, or left) to last.
-        purpose: an ordinary label, a hidden repeat of one's own earlier item, or an item whose order is known.
-        known: that order, for `gold`.
-        strength: 1 to 4, see `STRENGTHS`; of two answers, where it was asked.
-        marks: criterion -> (K,) marks from 1 to 5, None where one was left out.
+        shown: (K,) indices into `completions` in the order shown, from top to bottom or left to right.
+        purpose: an ordinary label, a hidden repeat of an earlier item, or an item with a known order.
+        known: the known order, for `gold`.
+        strength: 1 to 4, see `STRENGTHS`; for two completions, if asked for.
+        marks: criterion -> (K,) marks from 1 to 5, None where one is missing.
         note: free text.
-        reason: why it was skipped or flagged.
-        active_seconds: time somebody was at it, without breaks; None where nobody measured.
-        at: when it was given, UTC, ISO 8601 with milliseconds.
-        guidelines: SHA-256 of the guidelines shown, None without any.
+        reason: why the item was skipped or flagged.
+        active_seconds: time spent on it, without breaks; None if not measured.
+        at: time of the label, UTC, ISO 8601 with milliseconds.
+        guidelines: SHA-256 of the guidelines shown; None if there were none.
     """
 
     item: str
@@ -68,13 +68,13 @@ class LabelRecord:
     guidelines: str | None = None
 
     def ranking(self) -> Ranking:
-        """The ranking alone, as `train-rm` reads it; only of one whose outcome is `ranked`."""
+        """The ranking alone, as `train-rm` reads it; only for the outcome `ranked`."""
         margin = None if self.strength is None else MARGINS[self.strength - 1]
         return Ranking(self.prompt, self.completions, self.tiers, margin, self.annotator)
 
 
 def to_json(label: LabelRecord) -> dict[str, Any]:
-    """A label as one object of `labels.jsonl`; every key is always there."""
+    """Convert to one object of `labels.jsonl`; every key is present."""
     return {
         "item": label.item,
         "prompt": prompt_to_json(label.prompt),
@@ -103,7 +103,7 @@ def write_labels(path: Path, labels: Iterable[LabelRecord]) -> None:
 
 
 def read_labels(path: Path) -> Iterator[LabelRecord]:
-    """Read what `write_labels` wrote; raises `DataError` with `file:line` for anything else."""
+    """Read `labels.jsonl`; raises `DataError` with `file:line` for an invalid line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -112,13 +112,14 @@ def read_labels(path: Path) -> Iterator[LabelRecord]:
                 yield _from_json(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"{path}:{number}: no label as `rlhf label export` writes it: {error}",
-                    hint="for rankings of another form, name them as rankings: they have `completions` and `ranking`",
+                    f"{path}:{number}: invalid label: {error}",
+                    hint="expected the output of `rlhf label export --format labels`; a file that has only "
+                    "`completions` and `ranking` holds rankings",
                 ) from error
 
 
 def _from_json(plain: dict[str, Any]) -> LabelRecord:
-    """The label in one line; raises ValueError, KeyError or TypeError where it is none or contradicts itself."""
+    """Parse one line; raises ValueError, KeyError or TypeError if it is invalid."""
     prompt = plain["prompt"]
     label = LabelRecord(
         item=plain["item"],
@@ -148,14 +149,14 @@ _TEXTS = ("item", "annotator", "outcome", "purpose", "note", "reason", "at")
 def _check(label: LabelRecord) -> None:
     for name in _TEXTS:
         if not isinstance(value := getattr(label, name), str):
-            raise ValueError(f"`{name}` is {value!r}, not text")
+            raise ValueError(f"`{name}` must be a string, got {value!r}")
     if not all(isinstance(text, str) for text in (*label.completions, label.guidelines or "")):
-        raise ValueError("`completions` or `guidelines` hold something that is not text")
+        raise ValueError("`completions` and `guidelines` must hold strings")
     if label.at:
         datetime.fromisoformat(label.at)
     seconds = label.active_seconds
     if seconds is not None and not (type(seconds) in (int, float) and 0.0 <= seconds < math.inf):
-        raise ValueError(f"`active_seconds` is {seconds!r}")
+        raise ValueError(f"`active_seconds` must be a number of at least 0, got {seconds!r}")
     whole = [
         label.strength,
         *label.shown,
@@ -163,7 +164,7 @@ def _check(label: LabelRecord) -> None:
     ]
     whole += [mark for marks in label.marks.values() for mark in marks]
     if not all(number is None or type(number) is int for number in whole):
-        raise ValueError("a position, a strength or a mark is no whole number")
+        raise ValueError("positions, strengths and marks must be whole numbers")
     _check_sense(label, len(label.completions))
 
 
@@ -172,16 +173,16 @@ def _check_sense(label: LabelRecord, count: int) -> None:
         raise ValueError(f"`outcome` is {label.outcome!r} and `purpose` {label.purpose!r}")
     placed = sorted(index for tier in label.tiers for index in tier)
     if placed != (list(range(count)) if label.outcome == "ranked" else []):
-        raise ValueError(f"`ranking` does not hold each of the {count} answers once")
+        raise ValueError(f"`ranking` must hold each of the {count} completions once")
     if label.shown and sorted(label.shown) != list(range(count)):
-        raise ValueError(f"`shown` does not hold each of the {count} answers once")
+        raise ValueError(f"`shown` must hold each of the {count} completions once")
     if label.known is not None and sorted(index for tier in label.known for index in tier) != list(range(count)):
-        raise ValueError(f"`known` does not hold each of the {count} answers once")
+        raise ValueError(f"`known` must hold each of the {count} completions once")
     if label.strength not in (None, *range(1, len(STRENGTHS) + 1)):
-        raise ValueError(f"`strength` is {label.strength!r}, not 1 to {len(STRENGTHS)}")
+        raise ValueError(f"`strength` must be 1 to {len(STRENGTHS)}, got {label.strength!r}")
     for criterion, marks in label.marks.items():
         if len(marks) != count or not all(mark in (None, 1, 2, 3, 4, 5) for mark in marks):
-            raise ValueError(f"`marks` of {criterion!r} are not {count} numbers from 1 to 5")
+            raise ValueError(f"`marks` of {criterion!r} must be {count} numbers from 1 to 5")
 
 
 def _tiers(plain: list[list[int]]) -> tuple[tuple[int, ...], ...]:

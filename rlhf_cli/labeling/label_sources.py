@@ -1,4 +1,4 @@
-"""Where labels are: with the finished stage of a run, in the store that people work on, or in an exported file."""
+"""Finds labels: in a finished stage of a run, in the store of a labeling session, or in an exported file."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.progress import warn
 
 STORE = Path("kept") / "label" / "labels.sqlite"
-"""Inside a run directory."""
+"""Path of the label store, relative to the run directory."""
 _BEGAN = ".label.began.json"
 
 
 def store_of(where: Path) -> Path | None:
-    """The store that labels are to be read from: a file of that kind, or that of a run that waits for people."""
+    """The store to read labels from: the file itself, or the store of a run that waits for labels; None otherwise."""
     if where.is_dir():
         return where / STORE if waits_for_people(where) else None
     return where if where.suffix == ".sqlite" and where.is_file() else None
 
 
 def waits_for_people(run_dir: Path) -> bool:
-    """Whether the `label` stage of a run has begun, is by people, and is not finished."""
+    """Whether the `label` stage of a run has begun, uses human annotators, and is not finished."""
     if not (run_dir / STORE).is_file():
         return False
     if not (run_dir / "label").is_dir():
         return True
-    try:  # a finished stage that was begun anew, with another overlap say
+    try:  # a finished stage that has begun again, for example with another overlap
         began = json.loads((run_dir / _BEGAN).read_bytes())
         return began["identity"]["settings"]["label.by"] == "human"
     except (OSError, ValueError, KeyError, TypeError):
@@ -39,8 +39,7 @@ def waits_for_people(run_dir: Path) -> bool:
 def labels_of(where: Path) -> list[LabelRecord]:
     """All individual labels of a run directory, a store (`*.sqlite`) or a `labels.jsonl`.
 
-    Of a run whose stage is finished these are the labels that it was finished with; labels that came in later are
-    warned of.
+    For a finished stage these are the labels it finished with; a warning reports later ones.
 
     Raises:
         DataError: there are none.
@@ -50,12 +49,12 @@ def labels_of(where: Path) -> list[LabelRecord]:
     file = where / "label" / "labels.jsonl" if where.is_dir() else where
     if not file.is_file():
         raise DataError(
-            f"{where}: no labels are there",
-            hint="name a run directory whose `label` is by people, its labels.sqlite, or a labels.jsonl",
+            f"{where}: no labels found",
+            hint="name a run directory with `label.by: human`, its labels.sqlite, or a labels.jsonl",
         )
     labels = list(read_labels(file))
     if not labels:
-        raise DataError(f"{file}: holds no labels", hint="the file is empty; check what wrote it")
+        raise DataError(f"{file} is empty", hint="check the command that wrote it")
     if where.is_dir() and (where / STORE).is_file():
         _warn_of_later(where, labels)
     return labels
@@ -73,6 +72,6 @@ def _warn_of_later(run_dir: Path, finished: list[LabelRecord]) -> None:
     }
     if now - known and {label.item for label in finished} & {item for item, *_ in now}:
         warn(
-            f"{len(now - known):,} labels in {run_dir / STORE} differ from those that `label` was finished with; "
-            "`rlhf run RECIPE --force label` takes them as they are now"
+            f"{len(now - known):,} labels in {run_dir / STORE} are newer than the finished `label` stage; "
+            "`rlhf run RECIPE --force label` uses them"
         )

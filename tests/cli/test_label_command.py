@@ -41,8 +41,8 @@ def test_a_finished_stage_that_needs_more_labels_can_be_labeled_again(rlhf, answ
     rlhf(*command)
     assert "`label` is done" in rlhf("label", "--run-dir", run).stderr
     again = rlhf(*command, "--overlap", "2", code=76)
-    assert "3 labels are still needed" in " ".join(again.stderr.split())
-    assert "this is no terminal" in rlhf("label", "--run-dir", run, code=2).stderr
+    assert "3 labels are missing" in " ".join(again.stderr.split())
+    assert "needs an interactive terminal" in rlhf("label", "--run-dir", run, code=2).stderr
     rank_all(run, "Bo")
     rlhf(*command, "--overlap", "2")
     labels = [json.loads(line) for line in (run / "label" / "labels.jsonl").read_text().splitlines()]
@@ -54,7 +54,7 @@ def test_more_answers_than_letters_are_refused_by_their_line(rlhf, tmp_path):
     rows = [{"prompt": "q", "completions": [f"{n}" for n in range(count)]} for count in (16, 17)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused = rlhf("label", "--by", "human", "--items", path, "--run-dir", tmp_path / "run", code=65)
-    assert f"{path}:2: 17 answers" in refused.stderr
+    assert f"{path}:2 has 17 completions" in refused.stderr
 
 
 def test_who_has_no_name_is_asked_for_one_and_others_never(rlhf, answers, tmp_path):
@@ -81,7 +81,7 @@ def test_who_has_no_name_is_asked_for_one_and_others_never(rlhf, answers, tmp_pa
 def test_a_run_that_does_not_wait_is_named(rlhf, tmp_path):
     assert "nowhere: no such run directory" in rlhf("label", "--run-dir", "nowhere", code=2).stderr
     (tmp_path / "idle").mkdir()
-    assert "idle: nothing waits for labels there" in rlhf("label", "--run-dir", "idle", "--serve", code=2).stderr
+    assert "idle: no stage waits for labels there" in rlhf("label", "--run-dir", "idle", "--serve", code=2).stderr
 
 
 def test_an_address_without_its_scheme_is_no_model(rlhf, answers):
@@ -91,7 +91,7 @@ def test_an_address_without_its_scheme_is_no_model(rlhf, answers):
 
 def test_several_people_do_not_share_a_keyboard(rlhf, answers, tmp_path):
     refused = rlhf("label", "--by", "human", "--items", answers, "--annotator", "a", "--annotator", "b", code=2)
-    assert "one person labels at a keyboard" in refused.stderr
+    assert "only one annotator can label in a terminal" in refused.stderr
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 76)])
@@ -100,7 +100,7 @@ def test_a_page_that_is_stopped_says_how(answers, tmp_path, signum, code):
     command += ["--run-dir", str(tmp_path / "run"), "--serve", "--port", "0", "--annotator", "Ann"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     said = ""
-    while "stop with Ctrl-C" not in said:
+    while "stop the server with Ctrl-C" not in said:
         line = process.stderr.readline()
         assert line, f"the page ended early: {said}"
         said += line

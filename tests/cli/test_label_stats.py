@@ -38,8 +38,8 @@ def test_tables_fit_80_columns_without_frames_colors_or_what_strangers_wrote_for
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2500-\u257f\u202e]", result.stdout)
     assert "bed line" in result.stdout
     assert "private (1)" in result.stdout
-    assert "120 labels by 3 people: 60 items of 60 prompts, 60 by two or more" in lines[0]
-    for words in ("same winner, ties left out", "InstructGPT 72.6%", "linear kappa", "earlier shown wins"):
+    assert "120 labels by 3 annotators: 60 items of 60 prompts, 60 by two or more" in lines[0]
+    for words in ("same winner, ties excluded", "InstructGPT 72.6%", "linear kappa", "earlier shown wins"):
         assert words in result.stdout
     assert result.stderr == ""
 
@@ -54,7 +54,7 @@ def test_json_is_one_object_with_everything(rlhf, labels_file):
     assert found["references"][1] == {
         "project": "InstructGPT",
         "agreement": 0.726,
-        "of": "labelers with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)",
+        "of": "annotators with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)",
     }
 
 
@@ -65,8 +65,8 @@ def test_a_plot_is_drawn(rlhf, labels_file, tmp_path):
     assert "labels.png" in result.stderr
     json.loads(result.stdout)
     wrong = rlhf("label", "stats", labels_file, "--plot", tmp_path / "none" / "labels.png", code=2)
-    assert "is no folder" in wrong.stderr
-    assert "ends in .png" in rlhf("label", "stats", labels_file, "--plot", "labels.txt", code=2).stderr
+    assert "is not a folder" in wrong.stderr
+    assert "must end in .png" in rlhf("label", "stats", labels_file, "--plot", "labels.txt", code=2).stderr
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(rlhf, labels_file, tmp_path):
@@ -83,7 +83,7 @@ def test_reports_of_little_or_nothing_are_drawn_too(tmp_path):
     from rlhf_cli.labeling.statistics.plot import draw_report
 
     before = set(sys.modules)
-    plain = replace(crowd([Person("$a_1$")], items=1, overlap=1, answers=2)[0], shown=(), active_seconds=None)
+    plain = replace(crowd([Person("$a_1$")], items=1, overlap=1, completions=2)[0], shown=(), active_seconds=None)
     for number, labels in enumerate(([], [plain], crowd([Person(f"p{n:02}") for n in range(24)], items=48))):
         path = tmp_path / f"{number}.svg"
         draw_report(statistics(labels, seed=0), path, title="labels of $x_1$")
@@ -95,7 +95,7 @@ def test_rankings_with_annotators_are_labels_without_order_and_time(rlhf, tmp_pa
     texts = ["good", "middling", "bad"]
     rows = []
     for number in range(12):
-        for name, listed in (("ana", (0, 1, 2)), ("ben", (2, 0, 1))):  # files list answers as they please
+        for name, listed in (("ana", (0, 1, 2)), ("ben", (2, 0, 1))):  # files list completions as they please
             best_first = sorted(range(3), key=lambda place: listed[place])
             rows.append(
                 {
@@ -115,16 +115,16 @@ def test_rankings_with_annotators_are_labels_without_order_and_time(rlhf, tmp_pa
     assert found["longer"]["value"] == pytest.approx(2 / 3)
     assert found["first_shown"]["value"] is None
     assert found["pace"] is None
-    assert any("in which order the answers were shown" in sentence for sentence in found["unknown"])
+    assert any("have no order of presentation" in sentence for sentence in found["unknown"])
     assert "1 of 25 rankings have no `annotator`" in result.stderr
 
 
 def test_where_there_are_no_labels_it_says_so(rlhf, tmp_path, labels_file):
-    assert "no labels are there" in rlhf("label", "stats", "nowhere", code=65).stderr
+    assert "no labels found" in rlhf("label", "stats", "nowhere", code=65).stderr
     (tmp_path / "rankings.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"], "ranking": [[0], [1]]}\n')
-    assert "says whose it is" in rlhf("label", "stats", "rankings.jsonl", code=65).stderr
+    assert "has an annotator" in rlhf("label", "stats", "rankings.jsonl", code=65).stderr
     (tmp_path / "labels.jsonl").write_text("")
-    assert "holds no labels" in rlhf("label", "stats", "labels.jsonl", code=65).stderr
+    assert "is empty" in rlhf("label", "stats", "labels.jsonl", code=65).stderr
 
 
 def test_a_run_directory_is_read_by_its_labels_and_else_by_its_rankings(tmp_path, labels_file):
@@ -136,5 +136,5 @@ def test_a_run_directory_is_read_by_its_labels_and_else_by_its_rankings(tmp_path
     assert (label.annotator, label.completions, label.tiers) == ("ana", ("b", "c"), ((0,), (1,)))
     (stage / "labels.jsonl").write_bytes(labels_file.read_bytes())
     assert len(labels_to_count(tmp_path / "run")[0]) > 120
-    with pytest.raises(DataError, match="no labels are there"):
+    with pytest.raises(DataError, match="no labels found"):
         labels_to_count(tmp_path)

@@ -19,7 +19,7 @@ SMALL = {
     "model.build.layers": 1,
     "model.build.hidden_size": 32,
     "model.build.feed_forward_size": 64,
-    "label.choose.prompts": 12,
+    "label.active_learning.prompts": 12,
     "label.sampling.max_new_tokens": 12,
     "train_rm.epochs": 1,
     "ppo.steps": 1,
@@ -34,11 +34,11 @@ SMALL = {
 
 
 def label(run_dir: Path, *, most: int, name: str = "Ann") -> int:
-    """Rank by length, the shorter the better, as a person at a face would; returns how many are ranked."""
+    """Rank by length, the shorter the better, as a person at an interface would; returns how many are ranked."""
     session = LabelSession(run_dir / STORE, create=False)
     annotator, count = session.annotator(name).id, 0
     while count < most and (task := session.next(annotator)) is not None:
-        order = sorted(range(len(task.answers)), key=lambda position: (len(task.answers[position]), position))
+        order = sorted(range(len(task.completions)), key=lambda position: (len(task.completions[position]), position))
         entry = Entry(tuple((position,) for position in order))
         session.submit(annotator, task.id, entry, key=f"key {task.id}", active_seconds=0)
         count += 1
@@ -64,9 +64,8 @@ def test_the_pipeline_waits_for_people_and_the_same_command_goes_on(command, rlh
     first = command(code=EXIT_WAITING)
     assert EXIT_WAITING == 76
     assert first.stdout == ""
-    assert (
-        "waiting: the pipeline waits for people: 0 of 12 prompts are labeled, 12 labels are still needed"
-        in " ".join(first.stderr.split())
+    assert "waiting: the pipeline waits for labels: 0 of 12 prompts are labeled, 12 labels are missing" in " ".join(
+        first.stderr.split()
     )
     assert f"rlhf label --run-dir {run_dir}" in " ".join(first.stderr.split())
     assert (run_dir / "sft").is_dir()
@@ -74,7 +73,7 @@ def test_the_pipeline_waits_for_people_and_the_same_command_goes_on(command, rlh
 
     assert label(run_dir, most=5) == 5
     joined = rlhf("label", "--run-dir", run_dir, code=2)  # no terminal here, and nobody asked for a browser
-    assert "this is no terminal" in joined.stderr
+    assert "needs an interactive terminal" in joined.stderr
     second = command("--force", "label", code=EXIT_WAITING)  # samples are thrown away and drawn again, no label is
     assert "5 of 12 prompts are labeled" in " ".join(second.stderr.split())
 

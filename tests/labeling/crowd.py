@@ -1,4 +1,4 @@
-"""Made-up labelers with known habits, for tests of what statistics say of them."""
+"""Simulated annotators with known habits, for tests of the statistics."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Person:
 
     Attributes:
         name: theirs.
-        noise: spread of their mistakes; the answers' merits have spread 1.
-        first: added to the merit of an answer for each place it is shown earlier.
+        noise: spread of their mistakes; the completions' merits have spread 1.
+        first: added to the merit of a completion for each place it is shown earlier.
         longer: added for each hundred characters.
         tie: merits nearer than this are a tie.
         seconds: median time of a label.
@@ -35,10 +35,10 @@ class Person:
 
 
 def label(item: str, annotator: str, *tiers: int | tuple[int, ...], **more) -> LabelRecord:
-    """A ranking of as many answers as `tiers` hold, each of ten characters for every place in the item."""
+    """A ranking of as many completions as `tiers` hold, each of ten characters for every place in the item."""
     as_tuples = tuple(tier if isinstance(tier, tuple) else (tier,) for tier in tiers)
-    answers = sum(map(len, as_tuples))
-    texts = tuple(f"{index}" * 10 * (index + 1) for index in range(answers))
+    completions = sum(map(len, as_tuples))
+    texts = tuple(f"{index}" * 10 * (index + 1) for index in range(completions))
     return LabelRecord(item, f"prompt {item}", texts, annotator, tiers=as_tuples, **more)
 
 
@@ -47,7 +47,7 @@ def crowd(
     *,
     items: int,
     overlap: int = 2,
-    answers: int = 4,
+    completions: int = 4,
     repeats: float = 0.05,
     gold: int = 0,
     seed: int = 0,
@@ -58,9 +58,9 @@ def crowd(
     clock = dict.fromkeys((person.name for person in people), BEGIN)
 
     def give(person: Person, name: str, merit: np.ndarray, lengths: np.ndarray, **more) -> None:
-        shown = draw.permutation(answers)
+        shown = draw.permutation(completions)
         place = np.argsort(shown)
-        seen = merit + draw.normal(0, person.noise, answers) - person.first * place + person.longer * lengths / 100
+        seen = merit + draw.normal(0, person.noise, completions) - person.first * place + person.longer * lengths / 100
         order = np.argsort(-seen)
         tiers: list[list[int]] = [[int(order[0])]]
         for index in order[1:].tolist():
@@ -85,15 +85,15 @@ def crowd(
         )
 
     for number in range(items):
-        merit, lengths = draw.normal(size=answers), draw.integers(100, 400, size=answers)
+        merit, lengths = draw.normal(size=completions), draw.integers(100, 400, size=completions)
         for turn in range(overlap):
             person = people[(number + turn) % len(people)]
             give(person, f"i{number}", merit, lengths)
             if draw.random() < repeats:
                 give(person, f"i{number}", merit, lengths, purpose="repeat")
     for number in range(gold):
-        merit, lengths = np.linspace(4, -4, answers), draw.integers(100, 400, size=answers)
-        known = tuple((index,) for index in range(answers))
+        merit, lengths = np.linspace(4, -4, completions), draw.integers(100, 400, size=completions)
+        known = tuple((index,) for index in range(completions))
         for person in people:
             give(person, f"g{number}", merit, lengths, purpose="gold", known=known)
     return labels

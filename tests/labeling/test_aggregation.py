@@ -16,22 +16,22 @@ from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.labeling import aggregation as merging
 from rlhf_cli.labeling.aggregation import (
     PRIOR,
+    aggregate,
+    aggregate_rankings,
     bradley_terry,
     bradley_terry_strengths,
     group_of,
     majority,
-    merge,
-    merge_rankings,
     plackett_luce,
     plackett_luce_strengths,
 )
 from rlhf_cli.labeling.label_records import LabelRecord
 
-WAYS = {"majority": majority, "bradley-terry": bradley_terry, "plackett-luce": plackett_luce}
+METHODS = {"majority": majority, "bradley-terry": bradley_terry, "plackett-luce": plackett_luce}
 
 
-def label(tiers, annotator="a", item="i", answers=("x", "y", "z"), **fields) -> LabelRecord:
-    return LabelRecord(item, "p", tuple(answers[: sum(map(len, tiers))]), annotator, tiers=tiers, **fields)
+def label(tiers, annotator="a", item="i", completions=("x", "y", "z"), **fields) -> LabelRecord:
+    return LabelRecord(item, "p", tuple(completions[: sum(map(len, tiers))]), annotator, tiers=tiers, **fields)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_majority_follows_pairs_where_counting_places_would_not():
     ],
 )
 def test_fits_by_hand(way, levels, tiers):
-    assert WAYS[way](levels) == tiers
+    assert METHODS[way](levels) == tiers
 
 
 def test_plackett_luce_weighs_who_is_chosen_first():
@@ -87,7 +87,7 @@ def test_plackett_luce_weighs_who_is_chosen_first():
 
 
 @pytest.mark.parametrize(("wins", "losses", "ties"), [(1, 0, 0), (3, 1, 0), (2, 0, 5), (0, 1, 1)])
-def test_strengths_of_two_answers_solve_the_equation(wins, losses, ties):
+def test_strengths_of_two_completions_solve_the_equation(wins, losses, ties):
     """The optimum has s_x = -s_y = d/2 and PRIOR d = (wins + ties/2) sigmoid(-d) - (losses + ties/2) sigmoid(d)."""
     levels = [[0, 1]] * wins + [[1, 0]] * losses + [[0, 0]] * ties
     x, y = bradley_terry_strengths(levels)
@@ -104,7 +104,7 @@ def test_strengths_of_choices_solve_the_equation():
     assert 2 * PRIOR * math.log(x) + x / (x + y + z) - 1 == pytest.approx(0, abs=1e-6)
 
 
-def test_a_tie_is_chosen_answer_by_answer_from_itself_and_all_below():
+def test_a_tie_is_chosen_completion_by_completion_from_itself_and_all_below():
     """Of x ~ y > z: x is chosen from x, y and z, and so is y."""
     x, y, z = map(math.exp, plackett_luce_strengths([[0, 0, 1]]))
     assert x == pytest.approx(y, abs=1e-6)
@@ -118,21 +118,21 @@ levels_of_three_to_five = st.integers(2, 5).flatmap(
 
 @settings(max_examples=40, deadline=None)
 @given(levels_of_three_to_five, st.randoms(use_true_random=False))
-@pytest.mark.parametrize("way", list(WAYS))
-def test_the_order_of_annotators_and_of_answers_changes_nothing(way, levels, random):
-    tiers = WAYS[way](levels)
-    assert WAYS[way](random.sample(levels, len(levels))) == tiers
-    names = random.sample(range(len(levels[0])), len(levels[0]))  # answer i is now called names[i]
+@pytest.mark.parametrize("way", list(METHODS))
+def test_the_order_of_annotators_and_of_completions_changes_nothing(way, levels, random):
+    tiers = METHODS[way](levels)
+    assert METHODS[way](random.sample(levels, len(levels))) == tiers
+    names = random.sample(range(len(levels[0])), len(levels[0]))  # completion i is now called names[i]
     renamed = [[level[names.index(index)] for index in range(len(level))] for level in levels]
-    assert WAYS[way](renamed) == tuple(tuple(sorted(names[index] for index in tier)) for tier in tiers)
+    assert METHODS[way](renamed) == tuple(tuple(sorted(names[index] for index in tier)) for tier in tiers)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=5), st.integers(1, 4))
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("way", list(METHODS))
 def test_annotators_who_agree_are_repeated(way, level, count):
     tiers = tuple(tuple(i for i, own in enumerate(level) if own == tier) for tier in sorted(set(level)))
-    assert WAYS[way]([level] * count) == tiers
+    assert METHODS[way]([level] * count) == tiers
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,8 +151,8 @@ def test_where_majorities_form_an_order_it_is_that_order(levels):
 # Labels
 
 
-@pytest.mark.parametrize("how", ["individual", *WAYS])
-def test_only_ordinary_rankings_count(how):
+@pytest.mark.parametrize("method", ["individual", *METHODS])
+def test_only_ordinary_rankings_count(method):
     tiers = ((1,), (0,), (2,))
     labels = [
         label(((0,), (1,), (2,)), "b", purpose="gold"),
@@ -161,28 +161,28 @@ def test_only_ordinary_rankings_count(how):
         LabelRecord("j", "p", ("x", "y"), "c", outcome="flagged", reason="rude"),
         label(tiers, "a"),
     ]
-    [ranking] = merge(labels, how)
+    [ranking] = aggregate(labels, method)
     assert ranking.tiers == tiers
-    assert ranking.annotator == ("a" if how == "individual" else None)
+    assert ranking.annotator == ("a" if method == "individual" else None)
 
 
 def test_individual_labels_are_kept_as_they_are():
     labels = [label(((0,), (1,)), "a", strength=4), label(((1,), (0,)), "b"), label(((0, 1),), "a", item="j")]
-    assert merge(labels, "individual") == [one.ranking() for one in labels]
-    assert merge(labels, "individual")[0].margin == 1.0
+    assert aggregate(labels, "individual") == [one.ranking() for one in labels]
+    assert aggregate(labels, "individual")[0].margin == 1.0
 
 
 def test_items_come_in_the_order_of_their_first_label():
     labels = [label(((0,), (1,)), who, item=item) for item, who in (("z", "a"), ("a", "a"), ("z", "b"), ("m", "a"))]
     labels = [replace(one, prompt=one.item) for one in labels]
-    assert [ranking.prompt for ranking in merge(labels, "majority")] == ["z", "a", "m"]
+    assert [ranking.prompt for ranking in aggregate(labels, "majority")] == ["z", "a", "m"]
 
 
 def test_of_one_annotator_the_latest_counts():
     old, new = label(((0,), (1,)), at="2026-01-01T00:00:00.000Z"), label(((1,), (0,)), at="2026-01-02T00:00:00.000Z")
     for labels in ([old, new], [new, old]):
-        assert merge(labels, "majority")[0].tiers == ((1,), (0,))
-    assert merge([old, new, label(((0,), (1,)), "b")], "majority")[0].tiers == ((0, 1),)
+        assert aggregate(labels, "majority")[0].tiers == ((1,), (0,))
+    assert aggregate([old, new, label(((0,), (1,)), "b")], "majority")[0].tiers == ((0, 1),)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_of_one_annotator_the_latest_counts():
 def test_margins_are_averaged(strengths, margin):
     tiers = {"better": ((0,), (1,)), "worse": ((1,), (0,)), "tie": ((0, 1),)}
     labels = [label(tiers[side], str(n), strength=strength) for n, (side, strength) in enumerate(strengths)]
-    [ranking] = merge(labels, "majority")
+    [ranking] = aggregate(labels, "majority")
     assert ranking.tiers == ((0,), (1,))
     assert ranking.margin == (None if margin is None else pytest.approx(margin))
 
@@ -212,15 +212,15 @@ def test_rankings_of_a_file_are_grouped_by_what_they_rank():
         Ranking("p", ("x", "y"), ((1,), (0,))),
         Ranking("p", ("x", "y"), ((0, 1),)),
     ]
-    assert merge_rankings(rows, "individual") == rows
-    merged = merge_rankings(rows, "majority")
-    assert merged == [Ranking("p", ("x", "y"), ((0,), (1,))), Ranking("q", ("x", "y"), ((0,), (1,)))]
+    assert aggregate_rankings(rows, "individual") == rows
+    aggregated = aggregate_rankings(rows, "majority")
+    assert aggregated == [Ranking("p", ("x", "y"), ((0,), (1,))), Ranking("q", ("x", "y"), ((0,), (1,)))]
 
 
-def test_equal_answers_are_told_apart_by_their_place():
+def test_equal_completions_are_told_apart_by_their_place():
     first = Ranking("p", ("x", "x", "y"), ((0, 1), (2,)), annotator="a")
     other = Ranking("p", ("y", "x", "x"), ((1, 2), (0,)), annotator="b")
-    assert merge_rankings([first, other], "majority")[0].tiers == ((0, 1), (2,))
+    assert aggregate_rankings([first, other], "majority")[0].tiers == ((0, 1), (2,))
 
 
 def test_groups_do_not_run_into_each_other():
@@ -228,18 +228,18 @@ def test_groups_do_not_run_into_each_other():
     assert len(ids) == 3
 
 
-def test_labels_of_one_item_with_different_answers_are_refused():
-    with pytest.raises(DataError, match="different answers"):
-        merge([label(((0,), (1,)), "a"), label(((0,), (1,)), "b", answers=("x", "other"))], "majority")
+def test_labels_of_one_item_with_different_completions_are_refused():
+    with pytest.raises(DataError, match="different completions"):
+        aggregate([label(((0,), (1,)), "a"), label(((0,), (1,)), "b", completions=("x", "other"))], "majority")
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "choix", None)
     labels = [label(((0,), (1,)))]
-    assert len(merge(labels, "majority")) == len(merge(labels, "individual")) == 1
-    for how in ("bradley-terry", "plackett-luce"):
+    assert len(aggregate(labels, "majority")) == len(aggregate(labels, "individual")) == 1
+    for method in ("bradley-terry", "plackett-luce"):
         with pytest.raises(UsageError) as caught:
-            merge(labels, how)
+            aggregate(labels, method)
         assert "pip install 'rlhf-cli[merge]'" in str(caught.value.hint)
         with pytest.raises(UsageError):
-            merging.require(how)
+            merging.check_installed(method)

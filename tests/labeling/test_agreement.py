@@ -197,11 +197,11 @@ def test_weights_by_hand():
 
 
 def test_verdicts_of_a_ranking_with_a_tie():
-    # Answers 0 and 2 share the first tier, 1 is worse: (0, 1) a, (0, 2) tie, (1, 2) b.
+    # Completions 0 and 2 share the first tier, 1 is worse: (0, 1) a, (0, 2) tie, (1, 2) b.
     assert verdicts(np.array([[0, 1, 0]])).tolist() == [[0, 1, 2]]
 
 
-def test_mirrored_verdicts_do_not_depend_on_which_answer_is_called_a():
+def test_mirrored_verdicts_do_not_depend_on_which_completion_is_called_a():
     # Both say "a" of everything, once a slip: plain kappa would call that chance.
     counts = np.array([[2, 0, 0]] * 9 + [[1, 0, 1]])
     turned = counts.copy()

@@ -18,8 +18,8 @@ from rlhf_cli.cli.label import import_labels as label_import
 from rlhf_cli.data.records import Message, Ranking
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError, DiskError, UsageError
-from rlhf_cli.labeling.aggregation import group_of, merge
-from rlhf_cli.labeling.exports.formats import FORMS, export_labels, export_rankings
+from rlhf_cli.labeling.aggregation import aggregate, group_of
+from rlhf_cli.labeling.exports.formats import FORMATS, export_labels, export_rankings
 from rlhf_cli.labeling.exports.pairs import pairs_of
 from rlhf_cli.labeling.label_records import LabelRecord, read_labels, write_labels
 
@@ -168,7 +168,7 @@ def test_plain_forms_take_one_question_and_refuse_conversations():
         assert export_rankings([question], form).rows[0]["prompt"] == "q"
         with pytest.raises(UsageError) as caught:
             export_rankings([replace(question, prompt=TALK)], form)
-        assert "--form conversations" in str(caught.value.hint)
+        assert "--format conversations" in str(caught.value.hint)
 
 
 def test_margins_are_of_all_pairs_or_of_none():
@@ -192,7 +192,7 @@ def test_what_a_form_has_no_room_for_is_said():
 
 
 def test_answers_that_read_the_same_are_no_pair():
-    """A model gave the same answer twice, and a labeler told them apart by their place."""
+    """A model gave the same answer twice, and an annotator told them apart by their position."""
     ranking = Ranking("p", ("a", "b", "a"), ((0,), (1,), (2,)))
     assert [(pair.chosen, pair.rejected) for pair in pairs_of(ranking)] == [("a", "b"), ("b", "a")]
 
@@ -227,7 +227,7 @@ def test_argilla_by_hand():
 
 
 def test_no_rankings_are_an_empty_file():
-    for form in FORMS:
+    for form in FORMATS:
         if form != "labels":
             text = "".join(export_rankings([], form).text())
             assert text == ("[]\n" if form in ("label-studio", "argilla") else "")
@@ -244,7 +244,7 @@ def test_labels_go_out_whole():
     ]
     text = "".join(export_labels(labels).text())
     assert len(text.split("\n")) == 4
-    rankings = merge(labels, "individual")
+    rankings = aggregate(labels, "individual")
     assert rankings == [Ranking("p", ("a", "b"), ((1,), (0,)), 1 / 3, "ada")]
 
 
@@ -307,16 +307,16 @@ def test_export_prints_data_and_nothing_else(command, labels):
     result = command("export", labels)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["annotator"] for row in rows] == ["ada", "ben", "cy"]
-    [merged] = [json.loads(line) for line in command("export", labels, "--merge", "majority").stdout.splitlines()]
+    [merged] = [json.loads(line) for line in command("export", labels, "--aggregation", "majority").stdout.splitlines()]
     assert merged == {"prompt": "p", "completions": ["a", ""], "ranking": [[0], [1]]}
 
 
 def test_export_writes_the_whole_file_or_none(command, labels, tmp_path):
     out = tmp_path / "out.json"
-    result = command("export", labels, "--form", "argilla", "--out", out, "--json")
+    result = command("export", labels, "--format", "argilla", "--out", out, "--json")
     assert json.loads(result.stdout) == {"path": str(out), "form": "argilla", "labels": 3, "records": 1}
     before = out.read_bytes()
-    assert command("export", labels, "--form", "argilla", "--out", out).stdout == f"{out}\n"
+    assert command("export", labels, "--format", "argilla", "--out", out).stdout == f"{out}\n"
     assert out.read_bytes() == before
     command("export", labels, "--out", tmp_path / "nowhere" / "x", error=DiskError)
     (tmp_path / "folder").mkdir()
@@ -326,7 +326,7 @@ def test_export_writes_the_whole_file_or_none(command, labels, tmp_path):
 
 def test_individual_labels_come_back(command, labels, tmp_path):
     out = tmp_path / "again.jsonl"
-    command("export", labels, "--form", "labels", "--out", out)
+    command("export", labels, "--format", "labels", "--out", out)
     assert out.read_bytes() == labels.read_bytes()
     assert list(read_labels(out)) == list(read_labels(labels))
 
@@ -336,12 +336,12 @@ def test_export_takes_a_run_directory_with_labels_or_with_rankings(command, labe
     folder.mkdir(parents=True)
     (folder / "rankings.jsonl").write_text('{"prompt": "p", "completions": ["x", ""], "ranking": [[0], [1]]}\n')
     assert json.loads(command("export", tmp_path / "run").stdout)["completions"] == ["x", ""]
-    command("export", tmp_path / "run", "--form", "labels", error=UsageError)
+    command("export", tmp_path / "run", "--format", "labels", error=UsageError)
     (folder / "labels.jsonl").write_bytes(labels.read_bytes())
     # What the reward model learns from, unless individual labels are asked for or merged anew.
     assert json.loads(command("export", tmp_path / "run").stdout)["completions"] == ["x", ""]
-    assert command("export", tmp_path / "run", "--form", "labels").stdout == labels.read_text()
-    merged = command("export", tmp_path / "run", "--merge", "majority").stdout.splitlines()
+    assert command("export", tmp_path / "run", "--format", "labels").stdout == labels.read_text()
+    merged = command("export", tmp_path / "run", "--aggregation", "majority").stdout.splitlines()
     assert len(merged) == len({json.loads(line)["prompt"] for line in merged})
     assert json.loads(merged[0])["completions"] != ["x", ""]
 
@@ -349,9 +349,9 @@ def test_export_takes_a_run_directory_with_labels_or_with_rankings(command, labe
 @pytest.mark.parametrize(
     ("arguments", "piece"),
     [
-        (["--form", "ranking"], "did you mean `rankings`"),
-        (["--merge", "mean"], "`--merge mean` is not known"),
-        (["--form", "labels", "--merge", "majority"], "`--merge` has no effect"),
+        (["--format", "ranking"], "did you mean `rankings`"),
+        (["--aggregation", "mean"], "`--aggregation mean` is not known"),
+        (["--format", "labels", "--aggregation", "majority"], "`--aggregation` has no effect"),
         (["--json"], "stdout is the data"),
     ],
 )
@@ -385,7 +385,7 @@ def test_import_counts_what_it_skips(command, tmp_path):
 
 def test_the_real_commands(rlhf, labels, tmp_path):
     merged = rlhf(
-        "label", "export", labels, "--merge", "bradley-terry", "--form", "label-studio", "--out", "tasks.json"
+        "label", "export", labels, "--aggregation", "bradley-terry", "--format", "label-studio", "--out", "tasks.json"
     )
     assert merged.stdout == "tasks.json\n"
     back = rlhf("label", "import", "tasks.json", code=65)

@@ -10,8 +10,9 @@ from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.label_records import write_labels
 from rlhf_cli.labeling.label_sources import STORE, labels_of, store_of, waits_for_people
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry, LabelPlan
+from rlhf_cli.labeling.session.types import Entry
 
 BEGAN = {"identity": {"settings": {"label.by": "human"}}}
 

@@ -14,16 +14,16 @@ from rlhf_cli.errors import DataError, DiskError, UsageError
 from rlhf_cli.labeling.label_records import read_labels, write_labels
 from rlhf_cli.labeling.label_sources import labels_of
 from rlhf_cli.labeling.session.assignment import LEASE_MS, shown_order
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.store import LabelStore
+from rlhf_cli.labeling.session.store import FORMAT, LabelStore
 from rlhf_cli.labeling.session.types import (
-    ANSWER_LETTERS,
+    COMPLETION_LETTERS,
     Entry,
     InvalidLabelError,
     LabelConflictError,
-    LabelPlan,
+    LabelTask,
     PlanChangedError,
-    Task,
     UnknownTaskError,
 )
 
@@ -58,13 +58,13 @@ def opened(store: Path, clock: Clock, count: int = 6, gold: tuple[Candidates, ..
     return session
 
 
-def best_first(task: Task) -> Entry:
+def best_first(task: LabelTask) -> Entry:
     """Ranks answers by their text, so that what comes out is known whatever order they were shown in."""
-    order = sorted(range(len(task.answers)), key=lambda position: task.answers[position])
+    order = sorted(range(len(task.completions)), key=lambda position: task.completions[position])
     return Entry(tuple((position,) for position in order))
 
 
-def label_all(session: LabelSession, annotator: int, *, most: int = 10_000) -> list[Task]:
+def label_all(session: LabelSession, annotator: int, *, most: int = 10_000) -> list[LabelTask]:
     done = []
     while len(done) < most and (task := session.next(annotator)) is not None:
         session.submit(annotator, task.id, best_first(task), key=f"{annotator}-{task.id}-{len(done)}", active_seconds=0)
@@ -89,7 +89,7 @@ def test_what_comes_out_is_in_the_items_own_order_whatever_was_shown(store, cloc
     labels = session.labels()
     assert [label.prompt for label in labels] == [f"question {n}" for n in range(8)]
     assert all(label.tiers == ((0,), (1,), (2,)) for label in labels)
-    shown = {task.prompt: task.answers for task in tasks}
+    shown = {task.prompt: task.completions for task in tasks}
     assert all(tuple(label.completions[index] for index in label.shown) == shown[label.prompt] for label in labels)
     assert len({label.shown for label in labels}) > 1, "the orders shown never differ"
 
@@ -123,7 +123,7 @@ def test_another_answer_to_the_same_task_is_refused_and_the_first_stays(store, c
     task = session.next(ann)
     session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
     other = Entry(tuple(reversed(best_first(task).tiers)))
-    with pytest.raises(LabelConflictError, match="another answer already"):
+    with pytest.raises(LabelConflictError, match="another label already"):
         session.submit(ann, task.id, other, key="k2", active_seconds=0)
     with pytest.raises(LabelConflictError):
         session.skip(ann, task.id, key="k3", active_seconds=0)
@@ -150,14 +150,12 @@ def test_nobody_answers_for_another(store, clock):
         pytest.param(Entry(((0,), (1,))), "answer c has no place yet", id="one lacks"),
         pytest.param(Entry(), "answers a, b, c have no place yet", id="all lack"),
         pytest.param(Entry(((0,), (1,), (2,), (0,))), "answer a has two places", id="twice"),
-        pytest.param(Entry(((0,), (1,), (2,), (3,))), "there is no answer number 3", id="too many"),
-        pytest.param(Entry(((0, 1, 2), ())), "a place without any answer", id="empty tier"),
-        pytest.param(Entry(((0,), (1,), (2,)), strength=2), "a strength was given", id="strength not asked"),
-        pytest.param(
-            Entry(((0,), (1,), (2,)), marks={"fun": (1, 1, 1)}), "no criterion is called `fun`", id="criterion"
-        ),
+        pytest.param(Entry(((0,), (1,), (2,), (3,))), "answer number 3 does not exist", id="too many"),
+        pytest.param(Entry(((0, 1, 2), ())), "a tier is empty", id="empty tier"),
+        pytest.param(Entry(((0,), (1,), (2,)), strength=2), "unexpected strength", id="strength not asked"),
+        pytest.param(Entry(((0,), (1,), (2,)), marks={"fun": (1, 1, 1)}), "unknown criterion `fun`", id="criterion"),
         pytest.param(Entry(((0,), (1,), (2,)), note="x" * 10_001), "the note has 10,001 characters", id="long note"),
-        pytest.param(Entry(((0,), (1,), (2,)), note="\ud800"), "the note holds half a character", id="surrogate"),
+        pytest.param(Entry(((0,), (1,), (2,)), note="\ud800"), "the note has an invalid character", id="surrogate"),
     ],
 )
 def test_a_label_that_is_not_whole_is_refused_and_changes_nothing(store, clock, entry, says):
@@ -178,11 +176,11 @@ def test_marks_and_strengths_are_asked_for_and_kept_by_answer(store, clock):
     ranked = best_first(task).tiers
     with pytest.raises(InvalidLabelError, match="how much better"):
         session.submit(ann, task.id, Entry(ranked, marks={"honest": (1, 2)}), key="a", active_seconds=0)
-    with pytest.raises(InvalidLabelError, match="mark `honest` of answer b"):
+    with pytest.raises(InvalidLabelError, match="answer b needs a mark for `honest`"):
         session.submit(ann, task.id, Entry(ranked, 3, {"honest": (1, None)}), key="b", active_seconds=0)
-    with pytest.raises(InvalidLabelError, match="mark `honest` of answer a"):
+    with pytest.raises(InvalidLabelError, match="answer a needs a mark for `honest`"):
         session.submit(ann, task.id, Entry(ranked, 3, {"honest": (6, 1)}), key="c", active_seconds=0)
-    marks = tuple(5 if answer == "answer 0.0" else 1 for answer in task.answers)
+    marks = tuple(5 if answer == "answer 0.0" else 1 for answer in task.completions)
     session.submit(ann, task.id, Entry(ranked, 3, {"honest": marks}), key="d", active_seconds=0)
     (label,) = session.labels()
     assert (label.strength, dict(label.marks)) == (3, {"honest": (5, 1)})
@@ -194,7 +192,7 @@ def test_a_tie_of_two_has_no_strength(store, clock):
     session.prepare(LabelPlan(strengths=True), items(1, answers=2))
     ann = session.annotator("Ann").id
     task = session.next(ann)
-    with pytest.raises(InvalidLabelError, match="a strength was given"):
+    with pytest.raises(InvalidLabelError, match="unexpected strength"):
         session.submit(ann, task.id, Entry(((0, 1),), 1), key="k", active_seconds=0)
     assert session.submit(ann, task.id, Entry(((0, 1),)), key="k", active_seconds=0).is_new
 
@@ -243,7 +241,7 @@ def test_a_skipped_item_goes_to_others_until_it_is_set_aside(store, clock):
 def test_a_flag_needs_a_reason(store, clock):
     session = opened(store, clock)
     ann = session.annotator("Ann").id
-    with pytest.raises(InvalidLabelError, match="what is wrong"):
+    with pytest.raises(InvalidLabelError, match="needs a reason"):
         session.flag(ann, session.next(ann).id, key="k", active_seconds=0, reason="  ")
 
 
@@ -383,7 +381,7 @@ def test_a_transaction_that_fails_leaves_nothing_in_memory_either(store, clock):
     task = session.next(ann)
 
     def fail_after_writing() -> None:
-        with session.together():
+        with session.transaction():
             session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
             raise ZeroDivisionError
 
@@ -396,7 +394,7 @@ def test_a_transaction_that_fails_leaves_nothing_in_memory_either(store, clock):
 def test_a_refused_label_does_not_harm_others_of_the_same_transaction(store, clock):
     session = opened(store, clock)
     ann = session.annotator("Ann").id
-    with session.together():
+    with session.transaction():
         task = session.next(ann)
         with pytest.raises(InvalidLabelError):
             session.submit(ann, task.id, Entry(), key="x", active_seconds=0)
@@ -418,7 +416,7 @@ def test_the_file_itself_refuses_to_change_or_delete_a_row_or_to_answer_twice(st
         for statement in (f"DELETE FROM {table}", f"UPDATE {table} SET rowid = rowid + 1000"):
             with pytest.raises(sqlite3.IntegrityError, match="only added"):
                 raw.execute(statement)
-    with pytest.raises(sqlite3.IntegrityError, match="has an answer"):
+    with pytest.raises(sqlite3.IntegrityError, match="has a label"):
         raw.execute("INSERT INTO actions VALUES (99, 1, 'skipped', 'z', '{}', NULL, 1, 0, 0)")
 
 
@@ -439,28 +437,29 @@ def test_conversations_and_strange_texts_come_out_as_they_went_in(store, clock, 
 def test_what_is_no_store_is_named_and_left_alone(tmp_path, clock):
     text = tmp_path / "text.sqlite"
     text.write_text("I am no database at all, and somebody needs me. " * 50)
-    with pytest.raises(DataError, match="no label store"):
+    with pytest.raises(DataError, match="not a label store"):
         LabelSession(text)
     assert text.read_text().startswith("I am no database")
     foreign = tmp_path / "foreign.sqlite"
     sqlite3.connect(foreign).execute("CREATE TABLE mine (x)")
-    with pytest.raises(DataError, match="but no label store"):
+    with pytest.raises(DataError, match="but not a label store"):
         LabelSession(foreign)
-    with pytest.raises(DataError, match="no labels are kept there"):
+    with pytest.raises(DataError, match="no such label store"):
         LabelSession(tmp_path / "absent.sqlite", create=False)
-    with pytest.raises(DataError, match="no labels are there"):
+    with pytest.raises(DataError, match="no labels found"):
         labels_of(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError):
         LabelSession(tmp_path / "file" / "labels.sqlite")
 
 
-def test_a_store_of_a_newer_format_is_refused(store, clock):
+@pytest.mark.parametrize("other", [FORMAT - 1, FORMAT + 1])
+def test_a_store_of_another_format_is_refused(store, clock, other):
     opened(store, clock).close()
     raw = sqlite3.connect(store)
-    raw.executescript("DROP TRIGGER meta_no_update; UPDATE meta SET value = '2' WHERE name = 'format';")
+    raw.executescript(f"DROP TRIGGER meta_no_update; UPDATE meta SET value = '{other}' WHERE name = 'format';")
     raw.close()
-    with pytest.raises(UsageError, match="format 2; this rlhf knows up to 1"):
+    with pytest.raises(UsageError, match=f"has format {other}, but this rlhf reads format {FORMAT}"):
         LabelSession(store)
 
 
@@ -473,14 +472,14 @@ def test_entries_of_strangers_are_checked_by_type():
 
 
 def test_letters_of_answers_are_no_commands():
-    assert len(ANSWER_LETTERS) == len(set(ANSWER_LETTERS)) == 16
-    assert not set(ANSWER_LETTERS) & set("fnqsu")
+    assert len(COMPLETION_LETTERS) == len(set(COMPLETION_LETTERS)) == 16
+    assert not set(COMPLETION_LETTERS) & set("fnqsu")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("ranking", [[0], [1]], "`ranking` does not hold each of the 3 answers once"),
+        ("ranking", [[0], [1]], "`ranking` does not hold each of the 3 completions once"),
         ("ranking", [[0], [1], [1, 2]], "`ranking` does not hold"),
         ("shown", [0, 1, 3], "`shown` does not hold"),
         ("known", [[0]], "`known` does not hold"),
@@ -510,7 +509,7 @@ def test_a_label_that_contradicts_itself_is_named_by_its_line(store, clock, tmp_
     lines = (tmp_path / "labels.jsonl").read_text().splitlines()
     lines[1] = json.dumps(json.loads(lines[1]) | {field: value})
     (tmp_path / "labels.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"labels\.jsonl:2: no label") as raised:
+    with pytest.raises(DataError, match=r"labels\.jsonl:2: invalid label") as raised:
         list(read_labels(tmp_path / "labels.jsonl"))
     assert says in str(raised.value)
 
@@ -542,7 +541,7 @@ def test_a_label_under_other_guidelines_than_those_shown_is_refused_and_goes_in_
         session.submit(ann, task.id, best_first(task), key="k", active_seconds=0, plan=task.plan)
     assert session.labels() == []
     again = session.next(ann)
-    assert (again.id, again.plan) == (task.id, LabelPlan(guidelines="be strict").shown)
+    assert (again.id, again.plan) == (task.id, LabelPlan(guidelines="be strict").display_hash)
     session.submit(ann, task.id, best_first(task), key="k", active_seconds=0, plan=again.plan)
     (label,) = session.labels()
     assert label.guidelines == LabelPlan(guidelines="be strict").guidelines_hash
@@ -563,7 +562,7 @@ def test_a_late_copy_of_an_answer_that_was_taken_back_is_not_acknowledged(store,
     task = session.next(ann)
     session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
     session.undo(ann, key="u")
-    with pytest.raises(LabelConflictError, match="was taken back"):
+    with pytest.raises(LabelConflictError, match="was undone"):
         session.submit(ann, task.id, best_first(task), key="k", active_seconds=0)
     assert session.labels() == []
 
@@ -688,7 +687,7 @@ def test_a_database_of_somebody_else_is_no_label_store(tmp_path, table):
     path = tmp_path / "theirs.sqlite"
     sqlite3.connect(path).execute(f"CREATE TABLE {table}")
     for read_only in (True, False):
-        with pytest.raises(DataError, match="but no label store"):
+        with pytest.raises(DataError, match="but not a label store"):
             LabelSession(path, read_only=read_only)
 
 

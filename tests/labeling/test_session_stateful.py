@@ -23,8 +23,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.labeling.session.assignment import LEASE_MS
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry, LabelConflictError, LabelPlan, Task, UnknownTaskError
+from rlhf_cli.labeling.session.types import Entry, LabelConflictError, LabelTask, UnknownTaskError
 
 ITEMS = [Candidates(f"q{n}", tuple(f"a{n}.{k}" for k in range(2 + n % 3))) for n in range(7)]
 PLAN = LabelPlan(overlap=2, set_aside_after=2, repeat_share=0.3, seed=3)
@@ -51,7 +52,7 @@ class Labeling(RuleBasedStateMachine):
         self.order: dict[int, list[int]] = {who: [] for who in self.people}
         self.owner: dict[int, int] = {}
         self.drafts: dict[int, Entry | None] = {}
-        self.tasks_seen: dict[int, Task] = {}
+        self.tasks_seen: dict[int, LabelTask] = {}
         self.keys = 0
 
     def reopen(self) -> None:
@@ -64,8 +65,8 @@ class Labeling(RuleBasedStateMachine):
         self.keys += 1
         return f"key {self.keys}"
 
-    def entry(self, task: Task, data) -> Entry:
-        count = len(task.answers)
+    def entry(self, task: LabelTask, data) -> Entry:
+        count = len(task.completions)
         order = data.draw(st.permutations(range(count)))
         cuts = data.draw(st.sets(st.integers(1, count - 1)))
         bounds = [0, *sorted(cuts), count]
@@ -159,7 +160,7 @@ class Labeling(RuleBasedStateMachine):
         number = next(number for number in self.tasks_seen if number not in self.answers)
         session, person = self.sessions[via], self.owner[number]
         try:
-            with session.together():
+            with session.transaction():
                 session.skip(person, number, key=self.key(), active_seconds=0)
                 session.annotator("nobody")
                 raise CrashError
@@ -186,7 +187,7 @@ class Labeling(RuleBasedStateMachine):
         for number, (kind, what) in self.answers.items():
             task = self.tasks_seen[number]
             ranked = kind == "ranked"
-            tiers = tuple(frozenset(task.answers[i] for i in tier) for tier in what.tiers) if ranked else what
+            tiers = tuple(frozenset(task.completions[i] for i in tier) for tier in what.tiers) if ranked else what
             expected[(names[self.owner[number]], task.prompt, kind, tiers)] += 1
         found = Counter(
             (
@@ -233,7 +234,7 @@ _WORKER = """
 import sys
 from pathlib import Path
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry
+from rlhf_cli.labeling.session.types import (Entry)
 session = LabelSession(Path(sys.argv[1]), create=False)
 who = session.annotator("Ann").id
 while (task := session.next(who)) is not None:

@@ -1,4 +1,4 @@
-"""Statistics of labels: by hand on small ones, by what is known of made-up labelers, and what must not matter."""
+"""Statistics of labels: by hand on small ones, by what is known of simulated annotators, and what must not matter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlhf_cli.errors import DataError
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.statistics.agreement import krippendorff_alpha
-from rlhf_cli.labeling.statistics.report import Figure
+from rlhf_cli.labeling.statistics.report import Estimate
 from rlhf_cli.labeling.statistics.summary import statistics
 from tests.labeling.crowd import Person, crowd, label
 
@@ -85,7 +85,7 @@ def test_kappa_of_two_annotators_by_hand():
 
 
 def test_first_shown_and_longer_wins_by_hand():
-    # The item's third answer is the longest, its first the shortest; 2 and 0 are shown first.
+    # The item's third completion is the longest, its first the shortest; 2 and 0 are shown first.
     labels = [
         label("x", "ana", 0, 1, 2, shown=(2, 1, 0)),  # every earlier-shown loses; every longer loses
         label("y", "ana", 2, (0, 1), shown=(0, 1, 2)),  # 2 beats both earlier ones; the longer wins twice
@@ -102,7 +102,7 @@ def test_first_shown_and_longer_wins_by_hand():
     assert report.distribution.tiers == {2: 1, 3: 2}
     tied = [label("t", "ana", (0, 2), 1, shown=(2, 1, 0)), label("u", "ana", 0, 1, 2, shown=(0, 1, 2))]
     assert statistics(tied, seed=0).distribution.winners == {3: pytest.approx((0.75, 0.0, 0.25))}
-    assert any("1 of 3 labels do not say in which order" in sentence for sentence in report.unknown)
+    assert any("1 of 3 labels have no order of presentation" in sentence for sentence in report.unknown)
 
 
 def test_repeats_count_for_self_consistency_and_not_for_agreement():
@@ -117,7 +117,7 @@ def test_repeats_count_for_self_consistency_and_not_for_agreement():
     assert report.agreement.with_ties.count == 3
     assert report.counts.repeats == 1
     ben = next(person for person in report.annotators if person.name == "ben")
-    assert ben.self_consistency == Figure(missing="no hidden repeat was ranked")
+    assert ben.self_consistency == Estimate(missing="no hidden repeat was ranked")
 
 
 def test_gold_counts_a_tie_as_half_right_and_no_pair_whose_order_is_unknown():
@@ -227,9 +227,11 @@ def _figures(plain):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        pytest.param([replace(label("x", "ana", 0, 1), tiers=((0,),))], "each of the 2 answers", id="one missing"),
-        pytest.param([label("x", "ana", 0, 1, shown=(0, 0))], "each of the 2 answers", id="shown twice"),
-        pytest.param([label("x", "ana", 0, 1), label("x", "ben", 0, 1, 2)], "other answers", id="one id, two items"),
+        pytest.param([replace(label("x", "ana", 0, 1), tiers=((0,),))], "each of the 2 completions", id="one missing"),
+        pytest.param([label("x", "ana", 0, 1, shown=(0, 0))], "each of the 2 completions", id="shown twice"),
+        pytest.param(
+            [label("x", "ana", 0, 1), label("x", "ben", 0, 1, 2)], "other completions", id="one id, two items"
+        ),
         pytest.param([label("x", "ana", 0, 1, marks={"helpful": (6, 1)})], "1 to 5", id="a mark of 6"),
         pytest.param([label("x", "ana", 0, 1, strength=0)], "1 to 4", id="a strength of 0"),
     ],
@@ -244,8 +246,8 @@ PEOPLE = [Person("ana", tie=0.2), Person("ben", noise=1.0, tie=0.1), Person("cid
 
 @given(st.randoms(use_true_random=False), st.integers(0, 5))
 @settings(max_examples=15, deadline=None)
-def test_names_order_and_the_numbering_of_answers_do_not_matter(random, seed):
-    labels = crowd(PEOPLE, items=12, overlap=3, answers=3, gold=2, seed=seed)
+def test_names_order_and_the_numbering_of_completions_do_not_matter(random, seed):
+    labels = crowd(PEOPLE, items=12, overlap=3, completions=3, gold=2, seed=seed)
     order = {}
 
     def renumbered(one: LabelRecord) -> LabelRecord:

@@ -18,7 +18,7 @@ def kinds(report: LabelReport, about: str | None = None) -> set[str]:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    # The first-shown rate of labelers without a habit is 1/2: 95 % of intervals hold it, few prompts or many.
+    # The first-shown rate of annotators without a habit is 1/2: 95 % of intervals hold it, few prompts or many.
     for items in (12, 60):
         held = 0
         for seed in range(60):
@@ -42,7 +42,7 @@ def test_the_interval_draws_prompts_and_not_pairs():
     assert 0.05 < widths[1] < 0.1, "40 prompts without a fault are no proof that there is none"
 
 
-def test_a_labeler_who_clicks_the_first_answer_is_found():
+def test_a_labeler_who_clicks_the_first_completion_is_found():
     people = [*(Person(f"p{number}") for number in range(4)), Person("hasty", noise=0, first=100, seconds=1.5)]
     report = statistics(crowd(people, items=250, overlap=2, gold=10, repeats=0.1), seed=0)
     assert kinds(report, "hasty") == {"agreement", "gold", "self-consistency", "order", "speed", "habit"}

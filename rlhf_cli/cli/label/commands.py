@@ -1,4 +1,4 @@
-"""`rlhf label`: one stage, the two faces that people label in, and what can be done with labels."""
+"""`rlhf label`: the stage, the two annotation interfaces, and commands that process labels."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.stages import registry
 
 _STAGE = "stage"
-"""Inner name of the command that `rlhf label` is without a word behind it."""
+"""Internal name of the command that runs for `rlhf label` without a subcommand."""
 
 
 class _OneStageOrMore(TyperGroup):
-    """`rlhf label stats ...` is a command of its own; anything else behind `rlhf label` belongs to the stage."""
+    """Runs `stats`, `export` and `import` as subcommands; any other arguments go to the stage."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        """See click; the stage's name is never typed."""
+        """See click; inserts the internal name of the stage, which is never typed."""
         if not args or args[0] not in self.commands or args[0] == _STAGE:
             args = [_STAGE, *args]
         return super().parse_args(ctx, args)
 
 
 class _Stage(TyperCommand):
-    """The stage, which is called as its group is, in usage lines too."""
+    """The stage, shown in usage lines under the name of its group."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """See click."""
         return super().make_context(parent.info_name, args, parent=parent.parent, **extra)
 
 
-app = typer.Typer(cls=_OneStageOrMore, rich_markup_mode=None, help="Rank answers: sample, label, count, export.")
+app = typer.Typer(cls=_OneStageOrMore, rich_markup_mode=None, help="Rank completions: sample, label, measure, export.")
 
 
 def label(**given: Any) -> None:
-    """Sample completions and rank them: by people, judges, a function or a reward model; or import rankings.
+    """Sample completions and rank them: by annotators, judges, a function or a reward model; or import rankings.
 
-    People label at the keyboard, or in a browser with --serve. A run directory that waits for people needs no recipe:
-    `rlhf label --run-dir runs/mine`. Exit code 76 says that labels are still needed.
+    Annotators label in the terminal, or in a browser with --serve. A run directory that waits for labels needs no
+    recipe: `rlhf label --run-dir runs/mine`. Exit code 76 means that labels are still missing.
     """
-    from rlhf_cli.cli.label.people import Face, label_by_people
+    from rlhf_cli.cli.label.human import AnnotationInterface, label_by_annotators
     from rlhf_cli.recipe.overrides import override
 
     judge = given["judge"]
@@ -59,16 +59,16 @@ def label(**given: Any) -> None:
     says_nothing_else &= all(given[flag.name] is None for flag in registry.stage("label").flags)
     joins = says_nothing_else and (by is None or by[0] == "human")
     is_waiting_run = joins and given["run_dir"] is not None and not (given["force"] or given["dry_run"])
-    label_by_people(
+    label_by_annotators(
         lambda force: run_stage("label", {**given, "force": force}, own),
-        Face(given["serve"], given["host"], given["port"], tuple(given["annotator"] or ())),
+        AnnotationInterface(given["serve"], given["host"], given["port"], tuple(given["annotator"] or ())),
         waits_in=given["run_dir"] if is_waiting_run else None,
         force=given["force"],
     )
 
 
 def _implied_by(given: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Who labels, as the flags imply it where there is no recipe, and the flag that does."""
+    """Who labels, as implied by the options if there is no recipe, and the option that implies it."""
     if given["recipe"] is not None:
         return None
     implied = [
@@ -90,7 +90,7 @@ _OWN = (
         None,
         typer.Option(
             metavar="MODEL",
-            help="Judge: a model folder or hub id, or NAME@URL of an OpenAI-compatible endpoint; repeatable.",
+            help="Judge: model folder, hub id, or NAME@URL of an OpenAI-compatible endpoint; repeatable.",
             show_default=False,
         ),
     ),
@@ -99,24 +99,24 @@ _OWN = (
         str | None,
         None,
         typer.Option(
-            metavar="WHO", help="human, judge, function, reward-model or import; default: as the other flags imply."
+            metavar="WHO", help="human, judge, function, reward-model or import; default: implied by the other options."
         ),
     ),
-    ("serve", bool, False, typer.Option("--serve", help="Label in a browser: serve a page and print its links.")),
-    ("host", str, "127.0.0.1", typer.Option(metavar="ADDRESS", help="Where --serve listens.")),
-    ("port", int, 8100, typer.Option(metavar="N", min=0, max=65535, help="Of --serve; 0 takes a free one.")),
+    ("serve", bool, False, typer.Option("--serve", help="Label in a browser: start a web server and print the links.")),
+    ("host", str, "127.0.0.1", typer.Option(metavar="ADDRESS", help="Address for --serve.")),
+    ("port", int, 8100, typer.Option(metavar="N", min=0, max=65535, help="Port for --serve; 0 picks a free port.")),
     (
         "annotator",
         list[str] | None,
         None,
-        typer.Option(metavar="NAME", help="Who labels; repeatable with --serve. Default: you.", show_default=False),
+        typer.Option(metavar="NAME", help="Annotator; repeatable with --serve. Default: you.", show_default=False),
     ),
 )
 """Options of this command that are not short for one setting: name, type, default, option."""
 
 
 def _panel(judges: list[str] | None) -> list[dict[str, str]] | None:
-    """Judges as the recipe has them; `NAME@http://...` is an endpoint."""
+    """The panel as the recipe holds it; `NAME@http://...` is an endpoint."""
     if not judges:
         return None
     panel = []
@@ -124,7 +124,9 @@ def _panel(judges: list[str] | None) -> list[dict[str, str]] | None:
         name, _, url = judge.partition("@")
         is_endpoint = url.startswith(("http://", "https://"))
         if url and not is_endpoint and (":" in url or url.split("/")[0].count(".")):
-            raise UsageError(f"`--judge {judge}`: the address has no http://", hint=f"write {name}@http://{url}")
+            raise UsageError(
+                f"`--judge {judge}`: the URL needs `http://` or `https://`", hint=f"write {name}@http://{url}"
+            )
         panel.append({"url": url, "name": name} if is_endpoint else {"model": judge})
     return panel
 

@@ -1,4 +1,4 @@
-"""`rlhf label export`: labels as rankings, preferences, or what other tools read."""
+"""`rlhf label export`: write labels as rankings, preferences, or the format of another tool."""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ import typer
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Ranking
-    from rlhf_cli.labeling.aggregation import How
-    from rlhf_cli.labeling.exports.formats import Form
+    from rlhf_cli.labeling.aggregation import Method
+    from rlhf_cli.labeling.exports.formats import ExportFormat
     from rlhf_cli.labeling.label_records import LabelRecord
 
-_FORMS = "rankings, labels, preferences, conversations, rewardbench, label-studio or argilla"
-_WAYS = "individual, majority, bradley-terry or plackett-luce"
+_FORMATS = "rankings, labels, preferences, conversations, rewardbench, label-studio or argilla"
+_METHODS = "individual, majority, bradley-terry or plackett-luce"
 
 
 def export(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="WHERE", help="A run directory, a label store (*.sqlite), labels.jsonl or any rankings."
-        ),
+        typer.Argument(metavar="WHERE", help="Run directory, label store (*.sqlite), labels.jsonl or rankings file."),
     ],
-    form: Annotated[str, typer.Option(metavar="FORM", help=f"{_FORMS}; docs/label-formats.md.")] = "rankings",
-    merge: Annotated[
-        str, typer.Option(metavar="HOW", help=f"Several people's labels of an item: {_WAYS}.")
+    format_: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help=f"{_FORMATS}; see docs/label-formats.md.")
+    ] = "rankings",
+    aggregation: Annotated[
+        str, typer.Option(metavar="METHOD", help=f"How to combine several annotators' labels of an item: {_METHODS}.")
     ] = "individual",
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: stdout.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Output file. Default: stdout.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --out: print counts as one JSON object.")] = False,
 ) -> None:
-    """Write labels as rankings, as preferences for TRL, or in the form of another tool; same labels, same bytes."""
+    """Export labels as rankings, TRL preferences, or the format of another tool. The output is deterministic."""
     from rlhf_cli.cli.label.output import write_text
     from rlhf_cli.errors import UsageError
-    from rlhf_cli.labeling import aggregation as merging
-    from rlhf_cli.labeling.exports import formats as exports
+    from rlhf_cli.labeling.aggregation import METHODS, aggregate, aggregate_rankings, check_installed
+    from rlhf_cli.labeling.exports.formats import FORMATS, export_labels, export_rankings
     from rlhf_cli.progress import printable, say, warn
 
-    form_ = cast("Form", _one_of("--form", form, exports.FORMS))
-    how = cast("How", _one_of("--merge", merge, merging.WAYS))
+    name = cast("ExportFormat", _one_of("--format", format_, FORMATS))
+    method = cast("Method", _one_of("--aggregation", aggregation, METHODS))
     if as_json and out is None:
-        raise UsageError("`--json` tells of a file, and stdout is the data here", hint="name one with `--out`")
-    if form_ == "labels" and how != "individual":
-        raise UsageError("`--merge` has no effect with `--form labels`, which holds individual labels")
-    merging.require(how)
-    labels, rankings = _found(source, individual=form_ == "labels", merges=how != "individual")
-    if form_ == "labels":
-        exported, count = exports.export_labels(labels or ()), len(labels or ())
+        raise UsageError("`--json` needs an output file, because the data goes to stdout", hint="add `--out FILE`")
+    if name == "labels" and method != "individual":
+        raise UsageError("`--aggregation` has no effect with `--format labels`, which holds individual labels")
+    check_installed(method)
+    labels, rankings = _load(source, individual=name == "labels", aggregates=method != "individual")
+    if name == "labels":
+        exported, count = export_labels(labels or ()), len(labels or ())
     else:
-        merged = merging.merge_rankings(rankings, how) if labels is None else merging.merge(labels, how)
-        if not merged:
-            warn(f"{source}: nothing is ranked there yet; the file holds nothing")
-        exported, count = exports.export_rankings(merged, form_), len(merged)
+        aggregated = aggregate_rankings(rankings, method) if labels is None else aggregate(labels, method)
+        if not aggregated:
+            warn(f"{source} has no rankings yet; the exported file is empty")
+        exported, count = export_rankings(aggregated, name), len(aggregated)
     for sentence in exported.lost:
-        warn(f"lost in this form: {printable(sentence)}")
+        warn(f"this format cannot hold everything: {printable(sentence)}")
     write_text(exported.text(), out)
-    say(f"{form_}: {count:,} {'labels' if form_ == 'labels' else 'rankings'} in {len(exported.rows):,} records")
+    say(f"{name}: {count:,} {'labels' if name == 'labels' else 'rankings'} in {len(exported.rows):,} records")
     if as_json:
-        typer.echo(json.dumps({"path": str(out), "form": form_, "labels": count, "records": len(exported.rows)}))
+        typer.echo(json.dumps({"path": str(out), "format": name, "labels": count, "records": len(exported.rows)}))
     elif out is not None:
         typer.echo(out)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
-    """The value; raises `UsageError` with the nearest one where it is none of those known."""
+    """Return the value; raise `UsageError` with the closest known value if it is unknown."""
     import difflib
 
     from rlhf_cli.errors import UsageError
@@ -74,15 +74,15 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
         return value
     near = difflib.get_close_matches(value, known, n=1)
     raise UsageError(
-        f"`{option} {value}` is not known" + (f", did you mean `{near[0]}`?" if near else ""),
-        hint=f"it takes {', '.join(known)}",
+        f"unknown value `{option} {value}`" + (f", did you mean `{near[0]}`?" if near else ""),
+        hint=f"valid values: {', '.join(known)}",
     )
 
 
-def _found(source: Path, *, individual: bool, merges: bool) -> tuple[list[LabelRecord] | None, list[Ranking]]:
-    """Labels of a run, a store or a labels.jsonl; or else the rankings that a run or a file has.
+def _load(source: Path, *, individual: bool, aggregates: bool) -> tuple[list[LabelRecord] | None, list[Ranking]]:
+    """Labels of a run, a store or a labels.jsonl; otherwise the rankings of a run or a file.
 
-    Of a finished run, rankings are those that its reward model learns from, unless they are to be merged anew.
+    For a finished run these are the rankings its reward model is trained on, unless they are aggregated again.
     """
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.errors import UsageError
@@ -90,16 +90,16 @@ def _found(source: Path, *, individual: bool, merges: bool) -> tuple[list[LabelR
     from rlhf_cli.progress import warn
 
     rankings = source / "label" / "rankings.jsonl"
-    has_labels = (source / "label" / "labels.jsonl").is_file() and (individual or merges)
+    has_labels = (source / "label" / "labels.jsonl").is_file() and (individual or aggregates)
     if store_of(source) is not None or has_labels or _holds_labels(source):
         return labels_of(source), []
     file = rankings if rankings.is_file() else source
     if individual:
         raise UsageError(
-            f"{file} holds rankings, and `--form labels` is the record of individual labels",
-            hint="export it as rankings, or name a run directory whose `label` is by people or judges",
+            f"{file} holds rankings, but `--format labels` exports individual labels",
+            hint="use `--format rankings`, or name a run directory with labels by annotators or judges",
         )
-    # What is skipped is said; how much of it may be is for those to decide who train on it.
+    # Skipped records are reported, not limited: `data.max_skip` matters to whoever trains on them.
     loaded = read_records(str(file), "ranking", keep_blank=True, max_skip=1.0)
     for line in [*loaded.warnings, *loaded.skips.warnings(loaded.total, str(file))]:
         warn(line)

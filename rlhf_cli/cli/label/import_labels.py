@@ -1,4 +1,4 @@
-"""`rlhf label import`: labels of other tools as rankings of ours."""
+"""`rlhf label import`: convert labels of other tools into rankings."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Rankings, preferences, HH transcripts, labels.jsonl; what RewardBench, Label Studio, Argilla and "
-            "OpenAssistant write: a file, folder or hub data set.",
+            help="File, folder or hub data set: rankings, preferences, HH transcripts, labels.jsonl, or exports of "
+            "RewardBench, Label Studio, Argilla or OpenAssistant.",
         ),
     ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: stdout.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Output file. Default: stdout.")] = None,
     settings: Settings = None,
     max_skip: MaxSkip = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --out: print counts as one JSON object.")] = False,
 ) -> None:
-    """Turn labels of any form that we read into rankings, and say what is left out.
+    """Convert labels in any supported format into rankings, and report what is skipped.
 
-    `--set` takes `data.columns` and `data.max_skip`.
+    `--set` accepts `data.columns` and `data.max_skip`.
     """
     from rlhf_cli.cli.label.output import write_text
     from rlhf_cli.data.sources import read_records
@@ -38,20 +38,22 @@ def import_(
     from rlhf_cli.recipe.overrides import override
 
     if as_json and out is None:
-        raise UsageError("`--json` tells of a file, and stdout is the data here", hint="name one with `--out`")
+        raise UsageError("`--json` needs an output file, because the data goes to stdout", hint="add `--out FILE`")
     for text in settings or ():
         if not text.startswith(("data.columns", "data.max_skip")):
-            raise UsageError(f"`--set {text}` has no effect here", hint="it takes `data.columns` and `data.max_skip`")
+            raise UsageError(
+                f"`--set {text}` has no effect here", hint="`label import` accepts `data.columns` and `data.max_skip`"
+            )
     given = [] if max_skip is None else [override("data.max_skip", max_skip, f"--max-skip {max_skip}")]
     data = load_recipe(None, settings or (), given).recipe.data
     loaded = read_records(source, "ranking", columns=data.columns, max_skip=data.max_skip)
     for line in [*loaded.warnings, *loaded.skips.warnings(loaded.total, source)]:
         warn(line)
     write_text(export_rankings(loaded.records, "rankings").text(), out)
-    answers = sum(len(ranking.completions) for ranking in loaded.records)
-    say(f"{len(loaded.records):,} rankings of {answers:,} answers")
+    completions = sum(len(ranking.completions) for ranking in loaded.records)
+    say(f"{len(loaded.records):,} rankings of {completions:,} completions")
     if as_json:
-        counts = {"rankings": len(loaded.records), "completions": answers, "skipped": loaded.skips.counts}
+        counts = {"rankings": len(loaded.records), "completions": completions, "skipped": loaded.skips.counts}
         typer.echo(json.dumps({"path": str(out), **counts}))
     elif out is not None:
         typer.echo(out)

@@ -1,4 +1,4 @@
-"""Where data that a command makes goes: to stdout, or whole into a file."""
+"""Writes exported data to stdout or to a file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlhf_cli.files import write_whole
 
 
 def write_text(pieces: Iterable[str], out: Path | None) -> None:
-    """Write to a file, which is there whole or as it was before, or to stdout where none is named.
+    """Write to a file, atomically, or to stdout if no file is named.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
     if out is None:
         for piece in pieces:

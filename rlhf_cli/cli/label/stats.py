@@ -1,4 +1,4 @@
-"""`rlhf label stats`: how far labels can be trusted, and what to do about it."""
+"""`rlhf label stats`: measure the quality of labels and say what to do about it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def stats(
         Path,
         typer.Argument(
             metavar="WHERE",
-            help="A run directory, a label store (*.sqlite), labels.jsonl, or rankings with `annotator`.",
+            help="Run directory, label store (*.sqlite), labels.jsonl, or rankings with `annotator`.",
         ),
     ],
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot too: .png, .svg or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a plot: .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say how far labelers agree, with others and themselves, what sways them, and what to act on."""
+    """Measure the agreement of annotators, with one another and with themselves, their biases, and what to fix."""
     from rlhf_cli.labeling.statistics.source import labels_to_count
     from rlhf_cli.labeling.statistics.summary import statistics
     from rlhf_cli.progress import warn
@@ -49,15 +49,15 @@ def stats(
 
 
 def _check_plot(plot: Path) -> None:
-    """Say now, not after the work, that no plot can be written."""
+    """Raise before the work begins if no plot can be written."""
     from rlhf_cli.errors import UsageError
     from rlhf_cli.plotting import pyplot
 
     pyplot()
     if plot.suffix not in _PICTURES:
-        raise UsageError(f"`--plot {plot}`: a name that ends in {', '.join(_PICTURES)} is expected")
+        raise UsageError(f"`--plot {plot}`: the file name must end in {', '.join(_PICTURES)}")
     if not plot.parent.is_dir():
-        raise UsageError(f"cannot write a plot to {plot}: {plot.parent} is no folder")
+        raise UsageError(f"cannot write a plot to {plot}: {plot.parent} is not a folder")
 
 
 def _show(report: LabelReport) -> None:
@@ -71,7 +71,7 @@ def _show(report: LabelReport) -> None:
         return
     with console.capture() as capture:
         console.print(report_text(report))
-    # Tables fill their lines with blanks, which only get in the way of whoever reads a file.
+    # Tables pad their lines with spaces, which are useless in a file.
     typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 

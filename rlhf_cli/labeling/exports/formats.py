@@ -1,7 +1,6 @@
-"""Labels as files of ours and of other tools: same labels, same bytes.
+"""Exports labels to our formats and to those of other tools. The output is deterministic.
 
-Rankings go out; hidden repeats, gold items and labels without a ranking do not, but for the form `labels`, which is the
-whole record.
+Hidden repeats, gold items and labels without a ranking are exported in the format `labels` only.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ from rlhf_cli.labeling.exports.rows import Exported, ranking_to_json
 from rlhf_cli.labeling.exports.tools import argilla, label_studio
 from rlhf_cli.labeling.label_records import LabelRecord, to_json
 
-Form = Literal["rankings", "labels", "preferences", "conversations", "rewardbench", "label-studio", "argilla"]
-FORMS: tuple[Form, ...] = get_args(Form)
+ExportFormat = Literal["rankings", "labels", "preferences", "conversations", "rewardbench", "label-studio", "argilla"]
+FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 
 
 def export_labels(labels: Iterable[LabelRecord]) -> Exported:
-    """Individual labels as they are, those that are no rankings, repeats and gold among them."""
+    """Individual labels, including skips, flags, hidden repeats and gold."""
     return Exported([to_json(label) for label in labels], is_array=False, lost=[])
 
 
-def export_rankings(rankings: Sequence[Ranking], form: Form) -> Exported:
-    """Rankings in any form but `labels`.
+def export_rankings(rankings: Sequence[Ranking], format_: ExportFormat) -> Exported:
+    """Rankings in any format except `labels`.
 
     Args:
-        rankings: individual or merged ones.
-        form: see `FORMS`.
+        rankings: individual or aggregated.
+        format_: see `FORMATS`.
 
     Raises:
-        UsageError: the form has no room for conversations, and there are some.
+        UsageError: the format cannot hold conversations, and a prompt is one.
     """
-    ways: Mapping[str, Callable[[Sequence[Ranking]], Exported]] = {
+    exporters: Mapping[str, Callable[[Sequence[Ranking]], Exported]] = {
         "rankings": lambda given: Exported([ranking_to_json(ranking) for ranking in given], is_array=False, lost=[]),
         "preferences": preferences,
         "conversations": conversations,
@@ -42,4 +41,4 @@ def export_rankings(rankings: Sequence[Ranking], form: Form) -> Exported:
         "label-studio": label_studio,
         "argilla": argilla,
     }
-    return ways[form](rankings)
+    return exporters[format_](rankings)

@@ -1,7 +1,7 @@
-"""Rankings as pairs of a better and a worse answer: TRL's preferences, plain and conversational; RewardBench's rows.
+"""Exports rankings as pairs of completions: TRL preferences (plain and conversational) and RewardBench rows.
 
-A ranking of K answers gives C(K, 2) pairs without its ties. The `group` they have in common is the same for all
-rankings of these answers to this prompt, whoever gave them.
+A ranking of K completions without ties gives C(K, 2) pairs. Their `group` is the same for all rankings of these
+completions of this prompt, by any annotator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf_cli.labeling.exports.rows import Exported, Row, known
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers of a ranking, one in a better tier than the other."""
+    """Two completions of a ranking in different tiers."""
 
     ranking: Ranking
     chosen: str
@@ -27,7 +27,7 @@ class Pair:
 
 
 def pairs_of(ranking: Ranking) -> Iterator[Pair]:
-    """All pairs of answers in different tiers, the better tiers first; not those that read the same."""
+    """All pairs of completions in different tiers, better tiers first; pairs with equal text are skipped."""
     for better, worse in itertools.combinations(ranking.tiers, 2):
         for chosen, rejected in itertools.product(better, worse):
             pair = Pair(ranking, ranking.completions[chosen], ranking.completions[rejected])
@@ -36,7 +36,7 @@ def pairs_of(ranking: Ranking) -> Iterator[Pair]:
 
 
 def preferences(rankings: Sequence[Ranking]) -> Exported:
-    """TRL's plain preferences: text."""
+    """TRL's plain preferences: strings."""
     return _paired(
         rankings,
         lambda pair: {
@@ -53,8 +53,7 @@ def conversations(rankings: Sequence[Ranking]) -> Exported:
     transcripts = sum(_turns(ranking.prompt) is not None for ranking in rankings)
     if transcripts:
         exported.lost.append(
-            f"{transcripts:,} prompts are transcripts (`Human:`, `Assistant:`); as messages they have no white space "
-            "around their turns"
+            f"{transcripts:,} prompts are transcripts (`Human:`, `Assistant:`); white space around turns is removed"
         )
     return exported
 
@@ -75,7 +74,7 @@ def _turns(prompt: Prompt) -> tuple[Message, ...] | None:
 
 
 def rewardbench(rankings: Sequence[Ranking]) -> Exported:
-    """Rows as RewardBench's own; which models answered is not known here."""
+    """Rows in RewardBench's format; the names of the models are unknown."""
     numbers = itertools.count()
     return _paired(
         rankings,
@@ -93,7 +92,7 @@ def rewardbench(rankings: Sequence[Ranking]) -> Exported:
 
 def _paired(rankings: Sequence[Ranking], row_of: Callable[[Pair], Row]) -> Exported:
     pairs = [pair for ranking in rankings for pair in pairs_of(ranking)]
-    # A column that only some rows have reads as null, at which TRL's trainer stops: all have a margin, or none.
+    # TRL's trainer fails on a column with nulls: either all pairs have a margin, or none.
     margins = [_margin(pair) for pair in pairs]
     keeps_margin = None not in margins
     rows = [
@@ -105,7 +104,7 @@ def _paired(rankings: Sequence[Ranking], row_of: Callable[[Pair], Row]) -> Expor
 
 
 def _margin(pair: Pair) -> float | None:
-    """The margin of a ranking of two; of more it says nothing about any one pair."""
+    """The margin of a ranking of two completions; with more it says nothing about a single pair."""
     return pair.ranking.margin if len(pair.ranking.completions) == 2 else None
 
 
@@ -114,13 +113,13 @@ def _lost_in_pairs(rankings: Sequence[Ranking], pairs: int, margins: Sequence[fl
     possible = sum(len(ranking.completions) * (len(ranking.completions) - 1) // 2 for ranking in rankings)
     if possible > pairs:
         lost.append(
-            f"{possible - pairs:,} of {possible:,} pairs are ties or read the same, and a preference has no tie"
+            f"{possible - pairs:,} of {possible:,} pairs are ties or have equal text, which preferences cannot express"
         )
     if empty := sum(next(pairs_of(ranking), None) is None for ranking in rankings):
-        lost.append(f"{empty:,} of {len(rankings):,} rankings are one tie and give no pair")
+        lost.append(f"{empty:,} of {len(rankings):,} rankings consist of one tie and give no pair")
     if (known := sum(margin is not None for margin in margins)) and known < len(margins):
         lost.append(
-            f"{known:,} of {len(margins):,} pairs have a margin; TRL takes it of all or of none, so none has it"
+            f"{known:,} of {len(margins):,} pairs have a margin; TRL needs it in all rows or in none, so it is dropped"
         )
     return lost
 
@@ -129,6 +128,6 @@ def _plain(prompt: Prompt, form: str) -> str:
     if isinstance(prompt, str) or (len(prompt) == 1 and prompt[0].role == "user"):
         return prompt_text(prompt)
     raise UsageError(
-        f"`--form {form}` holds prompts as text, and there is a conversation: {prompt_text(prompt)[:60]!r}",
-        hint="use `--form conversations`, or `rankings`",
+        f"`--format {form}` holds prompts as text, but one is a conversation: {prompt_text(prompt)[:60]!r}",
+        hint="use `--format conversations` or `--format rankings`",
     )

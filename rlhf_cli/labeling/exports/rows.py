@@ -1,4 +1,4 @@
-"""Rows of an exported file, and how they become text: same rows, same bytes."""
+"""Rows of an exported file, and their serialization."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Exported:
     """Rows of a file.
 
     Attributes:
-        rows: one an object.
-        is_array: the file is one JSON array; otherwise an object a line.
-        lost: what the form has no room for, a sentence each.
+        rows: JSON objects.
+        is_array: write one JSON array; otherwise one object per line.
+        lost: sentences that say what the format cannot hold.
     """
 
     rows: list[Row]
@@ -27,7 +27,7 @@ class Exported:
     lost: list[str]
 
     def text(self) -> Iterator[str]:
-        """The file, in pieces."""
+        """The content of the file, in pieces."""
         if not self.is_array:
             yield from (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
             return
@@ -37,7 +37,7 @@ class Exported:
 
 
 def ranking_to_json(ranking: Ranking) -> Row:
-    """A ranking as one object of `rankings.jsonl`; what is not known has no key."""
+    """Convert to one object of `rankings.jsonl`; unknown values have no key."""
     row: Row = {
         "prompt": prompt_to_json(ranking.prompt),
         "completions": list(ranking.completions),

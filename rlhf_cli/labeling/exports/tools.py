@@ -1,4 +1,4 @@
-"""Rankings as the labeling tools Label Studio and Argilla take and give them: an item with everyone's answers."""
+"""Exports rankings for the labeling tools Label Studio and Argilla: one record per item, with all its rankings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rlhf_cli.labeling.exports.rows import Exported
 def label_studio(rankings: Sequence[Ranking]) -> Exported:
     """Tasks with their annotations, for a `Ranker` named `rank` over a `List` named `answers`.
 
-    A project is configured once, so all rankings of a file are in one form: lists of ids, or, where any has a tie,
-    buckets named `1`, `2`, ..., best first.
+    A project has one configuration, so all rankings of a file have the same form: lists of ids or, if any ranking has
+    a tie, buckets named `1`, `2`, ..., best first.
     """
     has_ties = any(len(tier) > 1 for ranking in rankings for tier in ranking.tiers)
     rows = []
@@ -85,7 +85,7 @@ def argilla(rankings: Sequence[Ranking]) -> Exported:
 
 
 def _items(rankings: Iterable[Ranking]) -> list[tuple[str, list[Ranking]]]:
-    """Rankings of the same answers to the same prompt, with the answers in the order of the first."""
+    """Group rankings by prompt and completions; completions are in the order of the first ranking."""
     groups: dict[str, list[Ranking]] = {}
     for ranking in rankings:
         group = groups.setdefault(group_of(ranking), [])
@@ -95,4 +95,4 @@ def _items(rankings: Iterable[Ranking]) -> list[tuple[str, list[Ranking]]]:
 
 def _no_margins(rankings: Iterable[Ranking], what: str) -> list[str]:
     count = sum(ranking.margin is not None for ranking in rankings)
-    return [f"{count:,} margins: {what} have none"] if count else []
+    return [f"{count:,} margins: {what} cannot hold them"] if count else []

@@ -1,8 +1,8 @@
-"""Replies that judges gave, on disk before they count: no verdict is asked for, or paid for, twice.
+"""Cache of judges' replies on disk: no verdict is requested, or paid for, twice.
 
-One JSON line a reply, with its own checksum. A line that a kill tore or a disk damaged is passed over, and what it
-answered is asked again; all others stay. Files only ever grow. Of several processes each has its own, and the first
-reads all. What was paid for and gave nothing stands there too, so that a run that goes on knows what was spent.
+One JSON line per reply, with a checksum. A torn or damaged line is ignored, and its question is asked again. Files only
+grow. Each process writes its own file, and the first process reads all of them. Paid attempts without a usable reply
+are stored too, so that a resumed run knows what was spent.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from rlhf_cli.progress import warn
 
 _NAME = "verdicts"
 _FORM = 1
-"""How a judge is asked and read beside the words of the question, which are in the key themselves: how the parts of a
-request or of a local judge's text are put together, the words that begin its turn, which tokens say a letter and how
-their probabilities are summed. Raise it with any change to these, in `local.py` or `endpoint.py`: verdicts that were
-given another way are then asked for again. How a kept text is read for its mark is no part of it."""
+"""Version of how judges are asked and read, apart from the text of the question, which is part of the key: the
+structure of a request, the beginning of a local judge's turn, and which tokens count as a letter. Raise it with any
+change to these in `local.py` or `endpoint.py`: older verdicts are then requested again. Parsing of a stored text is not
+part of it."""
 _TIMES = 3
-"""Unusable replies to one question that are paid for before it counts as answered, by a failure. Not one, since what
-sent them may be a gateway that somebody mends; not any number, since each is billed."""
+"""After this many paid but unusable replies a question counts as failed. More than one, since the cause may be a
+temporary fault of a gateway; limited, since each is billed."""
 
 
 def key_of(identity: str, question: Question) -> str:
-    """What a reply is known by.
+    """Key of a reply.
 
     Args:
-        identity: of the judge, everything its replies depend on beside the question.
-        question: what it is asked.
+        identity: of the judge: everything its replies depend on apart from the question.
+        question: asked of it.
     """
     text = f"{_FORM}\0{identity}\0{question.instructions}\0{question.material}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -48,13 +48,13 @@ class ReplyCache:
     """Replies by key.
 
     Args:
-        folder: of the files, made if need be; it outlives the run directory's stages.
-        process: number of this process, whose file is written; only the first one reads what is there, of all.
+        folder: of the files; created if needed, and kept across runs of the stage.
+        process: number of this process, which writes its own file; only process 0 reads the files.
 
     Attributes:
-        spent: what all that is in the files cost, replies included that nobody asks for any more.
-        unheard: how much of that went to attempts whose outcome nobody knows.
-        attempts_unheard: how many those were.
+        spent: cost of everything in the files, including replies that are no longer needed.
+        unheard: part of `spent` that went to attempts without a reply.
+        attempts_unheard: number of these attempts.
     """
 
     def __init__(self, folder: Path, process: int = 0) -> None:
@@ -80,7 +80,7 @@ class ReplyCache:
                 self._remember(*found)
         if damaged:
             lines = "1 line is" if damaged == 1 else f"{damaged:,} lines are"
-            warn(f"{path}: {lines} torn or damaged and passed over: those questions are asked again")
+            warn(f"{path}: {lines} torn or damaged; these questions are asked again")
 
     def _remember(self, key: str, reply: Reply) -> None:
         self.spent += reply.cost
@@ -92,20 +92,20 @@ class ReplyCache:
             self._replies[key] = reply
 
     def get(self, key: str) -> Reply | None:
-        """The reply that stands, if there is one."""
+        """The stored reply, if there is one."""
         return self._replies.get(key)
 
     def add(self, replies: Iterable[tuple[str, Reply]]) -> None:
-        """Keep replies; they are on the disk when this returns.
+        """Store replies; they are on disk when this returns.
 
         Raises:
-            DiskError: they cannot be written; those before are kept.
+            DiskError: they cannot be written; earlier replies are kept.
         """
         given = list(replies)
         lines = b"".join(_line(key, reply) for key, reply in given)
         try:
             with self._file.open("ab+") as file:
-                if file.tell() and _last_byte(file) != b"\n":  # a kill tore the last line: it stays alone
+                if file.tell() and _last_byte(file) != b"\n":  # a kill tore the last line: end it
                     lines = b"\n" + lines
                 file.write(lines)
                 fsync(file)
@@ -126,7 +126,7 @@ def _line(key: str, reply: Reply) -> bytes:
 
 
 def _parsed(line: bytes) -> tuple[str, Reply] | None:
-    """What a line says, if it is as it was written."""
+    """Parse a line; None if it is damaged."""
     try:
         plain = json.loads(line)
         if plain.pop("crc32") != _crc32(plain):
@@ -142,6 +142,6 @@ def _crc32(plain: dict[str, Any]) -> int:
 
 def _failed(path: Path, error: OSError) -> DiskError:
     return DiskError(
-        f"cannot keep verdicts in {path}: {(error.strerror or str(error)).lower()}",
-        hint="free some space and run the same command again; verdicts before are kept",
+        f"cannot write verdicts to {path}: {(error.strerror or str(error)).lower()}",
+        hint="free disk space and run the same command again; earlier verdicts are kept",
     )

@@ -1,4 +1,4 @@
-"""A judge is measured against people before it is trusted: below the floor nothing is labeled."""
+"""Compares judges with human rankings before they label anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import DataError
-from rlhf_cli.labeling.judges.measures import Agreement, agreement, by_subset
+from rlhf_cli.labeling.judges.measures import KnownOrderAgreement, agreement, by_subset
 from rlhf_cli.labeling.judges.panel import Ballot
 from rlhf_cli.labeling.judges.verdicts import Verdicts
 
@@ -19,58 +19,58 @@ class Calibration:
 
     Attributes:
         source: where the rankings came from.
-        panel: of the verdict that labels are made of.
-        subsets: the same within each subset that the data names.
-        judges: of each judge alone, by name.
+        panel: agreement of the panel's verdict.
+        subsets: the same per subset named in the data.
+        judges: the same per judge, by name.
     """
 
     source: str
-    panel: Agreement
-    subsets: dict[str, Agreement]
-    judges: dict[str, Agreement]
+    panel: KnownOrderAgreement
+    subsets: dict[str, KnownOrderAgreement]
+    judges: dict[str, KnownOrderAgreement]
 
     @staticmethod
     def of(
         source: str, candidates: Sequence[Candidates], ballots: Sequence[Ballot], verdicts: Sequence[Verdicts]
     ) -> Calibration:
-        """Measure.
+        """Measure the agreement.
 
         Args:
             source: where the rankings came from.
-            candidates: prompts with answers whose order people gave.
+            candidates: prompts and completions with a known order.
             ballots: of each judge.
             verdicts: of the panel.
 
         Raises:
-            DataError: people tied everything, so that there is nothing to agree with.
+            DataError: the human rankings consist of ties only.
         """
         found = agreement(candidates, verdicts)
         if found is None:
             raise DataError(
-                f"{source}: people ranked no answer above another there, so no judge can be measured by it",
-                hint="name rankings with more than one tier as `label.judge.calibration`",
+                f"{source}: all human rankings are ties, so judges cannot be compared with them",
+                hint="set `label.judge.calibration` to rankings with more than one tier",
             )
         judges = {ballot.judge.name: agreement(candidates, ballot.verdicts) for ballot in ballots}
         known = {name: each for name, each in judges.items() if each is not None}
         return Calibration(source, found, by_subset(candidates, verdicts), known)
 
     def check(self, floor: float | None) -> None:
-        """Raise `DataError` where the panel agrees with people less than `floor`."""
+        """Raise `DataError` if the panel's agreement with the human rankings is below `floor`."""
         rate = self.panel.rate
         assert rate.value is not None
         if floor is None or rate.value >= floor:
             return
         each = "; ".join(f"{name} {one.rate.value or 0.0:.1%}" for name, one in self.judges.items())
         raise DataError(
-            f"{self.source}: the judges agree with people on {rate.value:.1%} of {rate.count:,} untied pairs (95% "
-            f"interval {rate.low:.1%} to {rate.high:.1%}), less than `label.judge.floor: {floor:g}`; nothing was "
-            f"labeled ({each})",
-            hint="try another judge or rubric, or lower the floor if so much is enough; verdicts are kept, and asking "
-            "again costs nothing",
+            f"{self.source}: the judges agree with the human rankings on {rate.value:.1%} of {rate.count:,} untied "
+            f"pairs (95% interval {rate.low:.1%} to {rate.high:.1%}), below `label.judge.floor: {floor:g}`; nothing "
+            f"was labeled ({each})",
+            hint="try another judge or rubric, or lower the floor if this is enough; the verdicts are kept, so a rerun "
+            "costs nothing",
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the report."""
+        """Convert for the report."""
         return {
             "source": self.source,
             "panel": self.panel.to_json(),

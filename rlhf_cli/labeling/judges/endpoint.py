@@ -1,8 +1,7 @@
-"""A judge behind an OpenAI-compatible endpoint: POST `/chat/completions`, temperature 0, several requests in flight.
+"""Judges behind an OpenAI-compatible endpoint: POST `/chat/completions`, temperature 0, several requests in flight.
 
-Each reply is on the disk before the next request takes its place, and so is what an attempt may have cost that nobody
-heard the end of. A signal, an error or the cost limit lets what is under way finish, since it is paid for, and starts
-nothing new.
+Each reply is on disk before the next request is sent, and so is the possible cost of an attempt without a reply. After
+a signal, an error or the cost limit, requests in flight may finish, since they are paid for; no new ones are sent.
 """
 
 from __future__ import annotations
@@ -21,48 +20,47 @@ from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import CostLimitError, Interrupted
 from rlhf_cli.http_client.client import INITIAL_BACKOFF, Hints, JSONClient, RefusedError, UnusableError, excerpt
-from rlhf_cli.labeling.judges.budget import Budget, Prices, most_tokens
+from rlhf_cli.labeling.judges.budget import Budget, ClosedError, CostReservation, Prices, most_tokens
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import REFUSED, UNHEARD, UNUSABLE, Reply
-from rlhf_cli.labeling.judges.spending import ClosedError, Spending
 
 _ABOUT_THE_TEXT = (400, 413, 422)
-"""What servers answer to a text that is too long or that they do not like; other refusals are about the whole run."""
+"""Status codes for texts that a server refuses, for example because they are too long; others concern the whole run."""
 _PATIENCE = 5
-"""Replies that cannot be used, before any that can, after which something is wrong with the endpoint itself."""
+"""After this many unusable replies, and no usable one, the endpoint itself is considered broken."""
 _GRACE = 10.0
-"""Seconds that requests under way get after a signal."""
+"""Seconds for requests in flight to finish after a signal."""
 _POLL = 0.1
 _BYTES, _BYTES_A_TOKEN = 1 << 20, 64
 _HINTS = Hints(
-    unreachable="check that the server runs and is fast enough, then run the same command again: verdicts so far are "
-    "kept; you may change the judge's `timeout`, `retries` and `concurrency`",
-    rejected="`url` is the base address, such as http://localhost:8000/v1, and `name` what it calls its model; "
-    "docs/judges.md says what is sent",
+    unreachable="check that the server runs and is fast enough, then run the same command again: earlier verdicts are "
+    "kept; `timeout`, `retries` and `concurrency` of the judge may be changed",
+    rejected="`url` is the base URL, such as http://localhost:8000/v1, and `name` the name of the model there; see "
+    "docs/judges.md for the request",
 )
 
 Keep = Callable[[int, Reply], object]
-"""Called with the number of a question and its reply, which is safe when this returns."""
+"""Called with the index of a question and its reply; the reply is on disk when it returns."""
 
 
 class EndpointJudge:
     """Asks an endpoint.
 
     Args:
-        url: base address.
-        name: of the model, to the endpoint.
-        budget: what may be spent.
-        prices: of its tokens.
-        max_new_tokens: longest reply.
-        concurrency: requests in flight at once.
+        url: base URL.
+        name: of the model at the endpoint.
+        budget: shared by all judges.
+        prices: per token.
+        max_new_tokens: maximum length of a reply.
+        concurrency: maximum number of requests in flight.
         token_env: see `JSONClient`.
         timeout: see `JSONClient`.
         retries: see `JSONClient`.
         initial_backoff: see `JSONClient`.
-        stop: asks for signals.
+        stop: reports signals.
 
     Raises:
-        UsageError: no usable URL, or no token in the environment.
+        UsageError: the URL is invalid, or the environment has no token.
     """
 
     def __init__(
@@ -97,19 +95,19 @@ class EndpointJudge:
         self._closing = False
 
     def ask(self, questions: Sequence[Question], keep: Keep, charge: Keep, *, usable: int = 0) -> None:
-        """Ask all questions.
+        """Ask all questions concurrently.
 
         Args:
             questions: any number.
-            keep: see `Keep`; called in the order in which replies come.
-            charge: the same for attempts without an answer that may be billed; each is counted at its bound, and its
-                question is still open.
-            usable: replies that it gave before.
+            keep: see `Keep`; called in the order in which replies arrive.
+            charge: called for attempts without a reply that may be billed; they count at their maximum cost, and their
+                questions stay open.
+            usable: number of usable replies in the cache.
 
         Raises:
-            DataError: the endpoint stays away, refuses, or gives nothing that can be used.
+            DataError: the endpoint is unreachable, refuses requests, or returns nothing usable.
             CostLimitError: the next request could exceed the budget.
-            Interrupted: a signal came. In all three cases, replies to what was under way are kept.
+            Interrupted: a signal arrived. In all three cases replies to requests in flight are kept.
         """
         self._usable, self._unusable, self._closing = usable, [], False
         asyncio.run(self._ask_all(questions, keep, charge))
@@ -132,7 +130,7 @@ class EndpointJudge:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     async def _watch(self, workers: set[asyncio.Task[None]]) -> None:
-        """Wait for all; after a failure or a signal, only for what is under way, and raise it then."""
+        """Wait for all workers; after a failure or a signal, wait for requests in flight only, then raise."""
         pending, error, deadline = workers, None, 0.0
         while pending:
             done, pending = await asyncio.wait(pending, timeout=_POLL, return_when=asyncio.FIRST_EXCEPTION)
@@ -164,7 +162,7 @@ class EndpointJudge:
     ) -> None:
         for place, question in waiting:
             most = self._at_most(question)
-            spending = Spending(
+            spending = CostReservation(
                 self._budget,
                 most.cost,
                 settled,
@@ -184,7 +182,7 @@ class EndpointJudge:
                 await spending.settle(cost)
 
     def _at_most(self, question: Question) -> Reply:
-        """What a reply to it costs where nobody says: an upper bound."""
+        """Upper bound on the cost of a reply, used if the endpoint reports no usage."""
         prompt_tokens = most_tokens(question.text)
         return Reply(
             prompt_tokens=prompt_tokens,
@@ -193,7 +191,9 @@ class EndpointJudge:
             is_estimated=True,
         )
 
-    async def _reply(self, client: httpx2.AsyncClient, question: Question, most: Reply, spending: Spending) -> Reply:
+    async def _reply(
+        self, client: httpx2.AsyncClient, question: Question, most: Reply, spending: CostReservation
+    ) -> Reply:
         request = {
             "model": self._name,
             "messages": [
@@ -221,7 +221,7 @@ class EndpointJudge:
         return reply
 
     def _read(self, content: bytes, most: Reply) -> Reply:
-        """What a response says; one without a completion has cost what its `usage` says all the same."""
+        """Parse a response; one without a completion still costs what its `usage` says."""
         try:
             response: Any = json.loads(content)
         except (ValueError, RecursionError):
@@ -253,7 +253,7 @@ class EndpointJudge:
 
 
 def _usage(usage: Any) -> tuple[int, int] | None:
-    """Tokens of prompt and reply, if the endpoint says so in numbers that can be."""
+    """Tokens of prompt and reply, if the endpoint reports plausible numbers."""
     if not isinstance(usage, dict):
         return None
     found = (usage.get("prompt_tokens"), usage.get("completion_tokens"))

@@ -1,48 +1,53 @@
-"""A judge that is a local language model: P(A) against P(B), from its next-token logits where the verdict belongs.
+"""Judges that are local language models: P(A) against P(B), from the next-token logits at the position of the verdict.
 
-Nothing is sampled. The text of prompt and answers is read with all special tokens spelled out, so that an answer that
-holds the marks of a chat cannot end its own turn. A question longer than the model reads is a failure, not shortened:
-a verdict on half an answer is none.
+Nothing is sampled. Special tokens in the prompt and the completions are encoded as plain text, so a completion that
+contains chat markup cannot end its turn. A question that exceeds the context length is a failure and is not truncated:
+a verdict on half a completion would be meaningless.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import TOO_LONG, Reply
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
+from rlhf_cli.progress import warn
 
 _BEFORE_THE_VERDICT = "The better answer is answer"
-"""Begins the judge's turn, so that the next token is a letter and not the beginning of a sentence."""
+"""Beginning of the judge's turn, so that the next token is a letter rather than the beginning of a sentence."""
 _PLACEHOLDER = "THE QUESTION STANDS HERE"
 _QUESTIONS_AT_ONCE = 16
 _TOKENS_AT_ONCE = 16_384
+_CONFIG_FILE = "config.json"
 
 
 class LocalJudge:
-    """A decoder-only language model that says which of two answers is better.
+    """A decoder-only language model that compares two completions.
 
     Args:
-        source: where it is and how it is held.
+        source: path or hub id, and how to load it.
 
     Raises:
-        ModelError: it is no such model, or its tokenizer or chat template cannot ask for a letter.
+        ModelError: the model is not decoder-only, or its tokenizer or chat template cannot ask for a letter.
     """
 
     def __init__(self, source: ModelSource) -> None:
         config = load_config(source)
         if config.is_encoder_decoder:
             raise ModelError(
-                f"`{source.path}` is an encoder-decoder model, which is no judge here",
-                hint="give a decoder-only language model, such as SmolLM2, Llama or Qwen",
+                f"`{source.path}` is an encoder-decoder model, which cannot be a judge",
+                hint="use a decoder-only language model, such as SmolLM2, Llama or Qwen",
             )
         self._source = source
         self._tokenizer = load_tokenizer(source)
@@ -51,8 +56,8 @@ class LocalJudge:
         self._room = context_length(config)
         self._model: PreTrainedModel | None = None
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[list[tuple[int, Reply]]]:
-        """Replies, some at a time, each with the number of its question; questions of like length share a batch."""
+    def replies(self, questions: Sequence[Question]) -> Iterator[list[tuple[int, Reply]]]:
+        """Yield batches of replies, each with the index of its question; a batch holds questions of similar length."""
         ids = [self._ids(question) for question in questions]
         too_long = [place for place, found in enumerate(ids) if len(found) > self._room]
         if too_long:
@@ -81,15 +86,15 @@ class LocalJudge:
         probabilities = torch.softmax(logits.float(), dim=-1)
         if not torch.isfinite(probabilities.sum()):
             raise DivergedError(
-                f"the logits of the judge `{self._source.path}` are not finite",
-                hint="use another model, or try `--set model.precision=float32`",
+                f"the judge `{self._source.path}` produced logits that are not finite",
+                hint="use another model, or `--set model.precision=float32`",
             )
-        # A letter has several tokens, with a blank in front and without; all of them say it.
+        # A letter may have several tokens, with and without a leading space; their probabilities are summed.
         return list(zip(*(probabilities[:, ids].sum(dim=-1).tolist() for ids in self._letters), strict=True))
 
 
 def _next_logits(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tensor:
-    """Logits of the token after each sequence: (B, V). Rows are padded on the left, and positions count real tokens."""
+    """Logits of the token after each sequence: (B, V). Left-padded; positions count real tokens."""
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -102,27 +107,27 @@ def _next_logits(model: PreTrainedModel, sequences: Sequence[list[int]]) -> Tens
     if "position_ids" in accepts:
         arguments["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp_(min=0)
     if "logits_to_keep" in accepts:
-        arguments["logits_to_keep"] = 1  # B x L x V is never built
+        arguments["logits_to_keep"] = 1  # avoids B x L x V logits
     return model(input_ids=ids.to(model.device), **arguments).logits[:, -1]
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[list[int], list[int]]:
-    """Ids in front of a question and behind it, up to where the verdict belongs."""
+    """Token ids before and after a question, up to the position of the verdict."""
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": _PLACEHOLDER}]
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja raises what the template's author chose
-            raise ModelError(f"the chat template of `{path}` refuses a question: {error}") from error
+            raise ModelError(f"the chat template of `{path}` fails on a question: {error}") from error
         before, found, after = str(text).partition(_PLACEHOLDER)
         if not found or _PLACEHOLDER in after:
             raise ModelError(
-                f"the chat template of `{path}` does not show a message once and as it is",
-                hint="remove it from a copy of the model: a judge without one is asked in plain text",
+                f"the chat template of `{path}` must contain the message exactly once and unchanged",
+                hint="remove the template from a copy of the model: without one, the judge is asked in plain text",
             )
         behind = after + _BEFORE_THE_VERDICT
         return _marked_ids(tokenizer, before), _marked_ids(tokenizer, behind)
-    # Special tokens that belong in front of any text of this model (BOS); what closes one is left out.
+    # Special tokens at the beginning of any text of this model (BOS); those at the end are dropped.
     plain = _plain_ids(tokenizer, "a")
     whole: list[int] = list(tokenizer("a")["input_ids"])  # type: ignore[arg-type]
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
@@ -130,22 +135,59 @@ def _frame(tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[list[int], li
 
 
 def _marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a template's own text, whose special tokens are what they say."""
+    """Ids of the template's own text, with special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a stranger's text: what looks like a special token is spelled out."""
+    """Ids of untrusted text, with special tokens encoded as plain text."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
 
 
 def _ids_of(tokenizer: PreTrainedTokenizerBase, letter: str, path: str) -> list[int]:
-    """All tokens that are this letter, white space aside."""
+    """All tokens that decode to this letter, ignoring white space."""
     near = [id_ for token, id_ in tokenizer.get_vocab().items() if token.endswith(letter) and len(token) <= 3]
     found = sorted(id_ for id_ in near if str(tokenizer.decode([id_])).strip() == letter)
     if not found:
         raise ModelError(
-            f"the tokenizer of `{path}` has no token for the letter {letter}, so it gives no verdict",
-            hint="use a model whose tokenizer tells capital letters apart",
+            f"the tokenizer of `{path}` has no token for the letter {letter}, so the model cannot be a judge",
+            hint="use a model whose tokenizer distinguishes capital letters",
         )
     return found
+
+
+def pin_to_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
+    """Pin a hub model to a commit, since a branch or tag may move.
+
+    The commit in the local hub cache is used, so a rerun asks the same judge; without one, the configuration is
+    downloaded to find it. Process 0 decides for all. If the commit is still unknown, a warning says so and the source
+    is returned unchanged.
+
+    Args:
+        source: a hub id.
+        processes: of the run.
+
+    Raises:
+        ModelError: the model is neither cached nor downloadable.
+    """
+    commit: str | None = None
+    if processes.is_main:
+        commit = _cached_commit(source)
+        if commit is None:
+            load_config(source)
+            commit = _cached_commit(source)
+        if commit is None:
+            warn(
+                f"judge {source.path}: the commit of `{source.revision or 'main'}` is unknown, so verdicts are cached "
+                "under that name; if it moves, verdicts of the old weights are used for the new ones"
+            )
+    commit = processes.all_gather_object(commit)[0]
+    return source if commit is None else replace(source, revision=commit)
+
+
+def _cached_commit(source: ModelSource) -> str | None:
+    """Commit that the revision points to in the local hub cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.path, _CONFIG_FILE, revision=source.revision)
+    return Path(found).parent.name if isinstance(found, str) else None

@@ -1,6 +1,6 @@
-"""How a judge behaves, and how far it agrees with an order that is known.
+"""Measures the behavior of judges, and their agreement with a known order.
 
-A tie counts 1/2 against an order that is known, and so does a pair without a verdict.
+Against a known order, a tie and a pair without a verdict count 1/2.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rlhf_cli.labeling.judges.verdicts import Verdicts, contradicted, tiers_of, 
 
 
 @dataclass(frozen=True)
-class Agreement:
+class KnownOrderAgreement:
     """Agreement with known orders, over their untied pairs.
 
     Attributes:
-        rate: share of pairs on whose order both agree; a tie, and a pair without a verdict, counts 1/2.
-        decided: the same among pairs with a verdict that is no tie.
-        longer: `rate` where the longer answer is the better one.
-        shorter: `rate` where the shorter one is.
-        missing: pairs without a verdict.
+        rate: share of pairs with the same order; a tie, and a pair without a verdict, counts 1/2.
+        decided: the same over pairs with an untied verdict.
+        longer: `rate` over pairs whose longer completion is better.
+        shorter: `rate` over pairs whose shorter completion is better.
+        missing: number of pairs without a verdict.
     """
 
     rate: Rate
@@ -38,13 +38,13 @@ class Agreement:
 
     @property
     def balanced(self) -> float | None:
-        """Mean of `longer` and `shorter`: what is left to one who goes by length alone is 1/2."""
+        """Mean of `longer` and `shorter`; a judge that considers length alone gets 1/2."""
         if self.longer.value is None or self.shorter.value is None:
             return None
         return (self.longer.value + self.shorter.value) / 2
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the report."""
+        """Convert for the report."""
         return {
             "accuracy": self.rate.to_json(),
             "accuracy_of_decided": self.decided.to_json(),
@@ -57,7 +57,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class _Known:
-    """One untied pair whose order is known: its prompt, whether it was found, and which answer is longer."""
+    """One untied pair with a known order; `longer` is 1 if the longer completion is better, -1 if it is worse."""
 
     prompt: str
     credit: float
@@ -66,8 +66,8 @@ class _Known:
     longer: int
 
 
-def agreement(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> Agreement | None:
-    """How far verdicts agree with what is known of the same prompts' answers; None where nothing is."""
+def agreement(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> KnownOrderAgreement | None:
+    """Agreement of verdicts with the known orders; None if no order is known."""
     rows = list(_known_pairs(candidates, verdicts))
     if not rows:
         return None
@@ -75,7 +75,7 @@ def agreement(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) ->
     def rate(counts: Callable[[_Known], bool]) -> Rate:
         return Rate.of((row.prompt, row.credit, 1) for row in rows if counts(row))
 
-    return Agreement(
+    return KnownOrderAgreement(
         rate=rate(lambda row: True),
         decided=rate(lambda row: row.is_decided),
         longer=rate(lambda row: row.longer > 0),
@@ -99,8 +99,8 @@ def _known_pairs(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts])
                 )
 
 
-def by_subset(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> dict[str, Agreement]:
-    """Agreement within each subset that the data names."""
+def by_subset(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> dict[str, KnownOrderAgreement]:
+    """Agreement per subset named in the data."""
     found = {}
     for name in sorted({row.subset for row in candidates if row.subset is not None}):
         rows = [(row, said) for row, said in zip(candidates, verdicts, strict=True) if row.subset == name]
@@ -110,13 +110,13 @@ def by_subset(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) ->
 
 
 @dataclass(frozen=True)
-class Behavior:
-    """What is counted of one judge, or of the panel, without knowing what is right.
+class VerdictStatistics:
+    """Statistics of verdicts that need no known order, for one judge or the panel.
 
     Attributes:
-        ties: share of pairs with a verdict that are ties, inconsistent ones among them.
-        longer_wins: share of untied pairs of unlike length whose longer answer wins.
-        contradicted: untied verdicts of pairs that the ranking does not follow, of all of them.
+        ties: share of pairs with a verdict that are ties, including inconsistent ones.
+        longer_wins: share of untied pairs of different length whose longer completion wins.
+        contradicted: share of untied verdicts that the ranking contradicts.
     """
 
     ties: Rate
@@ -124,8 +124,8 @@ class Behavior:
     contradicted: Rate
 
     @staticmethod
-    def of(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> Behavior:
-        """Count."""
+    def of(candidates: Sequence[Candidates], verdicts: Sequence[Verdicts]) -> VerdictStatistics:
+        """Compute the statistics."""
         ties, longer, against = [], [], []
         for row, found in zip(candidates, verdicts, strict=True):
             prompt, lengths = prompt_key(row.prompt), [len(text) for text in row.completions]
@@ -137,10 +137,10 @@ class Behavior:
             ties.append((prompt, len(unequal) - len(untied), len(unequal)))
             longer.append((prompt, sum(product > 0 for product in unlike), len(unlike)))
             against.append((prompt, contradicted(found, tiers_of(found, len(lengths))), len(untied)))
-        return Behavior(Rate.of(ties), Rate.of(longer), Rate.of(against))
+        return VerdictStatistics(Rate.of(ties), Rate.of(longer), Rate.of(against))
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the report."""
+        """Convert for the report."""
         return {
             "ties": self.ties.to_json(),
             "longer_wins": self.longer_wins.to_json(),
@@ -149,20 +149,20 @@ class Behavior:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is counted of one judge's single replies.
+class ReplyStatistics:
+    """Statistics of one judge's single replies.
 
     Attributes:
-        questions: how many.
+        questions: total.
         failures: reason -> replies without a verdict.
-        consistent: share of pairs asked both ways whose two verdicts are the same.
-        first_shown_wins: share of untied verdicts for the answer shown first.
-        says_a_letter: mean probability that a local model's next token is a letter at all; None for an endpoint.
+        consistent: share of pairs asked in both orders whose two verdicts agree.
+        first_shown_wins: share of untied verdicts for the completion shown first.
+        says_a_letter: mean probability that a local model's next token is A or B; None for an endpoint.
         prompt_tokens: of all questions.
         completion_tokens: of all replies.
-        cost: of all, whenever they were paid for.
-        estimated: replies whose endpoint did not say what they used.
-        fresh: replies that this run asked for; the others were there.
+        cost: of all replies, in any run.
+        estimated: replies whose endpoint reported no usage.
+        fresh: replies requested in this run; the others were cached.
     """
 
     questions: int
@@ -177,12 +177,12 @@ class Asked:
     fresh: int
 
     @staticmethod
-    def of(candidates: Sequence[Candidates], ballot: Ballot) -> Asked:
-        """Count."""
+    def of(candidates: Sequence[Candidates], ballot: Ballot) -> ReplyStatistics:
+        """Compute the statistics."""
         votes = [vote for group in ballot.votes for vote in group]
         prompts = [prompt_key(row.prompt) for row in candidates]
         chances = [vote.reply.chances for vote in votes if vote.reply.chances is not None]
-        return Asked(
+        return ReplyStatistics(
             questions=len(votes),
             failures=dict(Counter(vote.failure for vote in votes if vote.failure).most_common()),
             consistent=Rate.of(_consistent(prompts[number], group) for number, group in enumerate(ballot.votes)),
@@ -197,11 +197,11 @@ class Asked:
 
     @property
     def parse_failures(self) -> int:
-        """Replies that came and hold no verdict, as opposed to questions that were too long to be asked."""
+        """Replies without a verdict; questions that were too long to be asked do not count."""
         return sum(count for reason, count in self.failures.items() if reason != TOO_LONG)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the report."""
+        """Convert for the report."""
         return {
             "questions": self.questions,
             "failures": self.failures,
@@ -219,7 +219,7 @@ class Asked:
 def _consistent(prompt: str, votes: Sequence[Vote]) -> tuple[str, int, int]:
     same = total = 0
     for a, b in itertools.combinations(votes, 2):
-        shared = a.verdicts.keys() & b.verdicts.keys()  # none, unless one is the other's reverse
+        shared = a.verdicts.keys() & b.verdicts.keys()  # empty unless one question is the reverse of the other
         total += len(shared)
         same += sum(a.verdicts[pair] == b.verdicts[pair] for pair in shared)
     return prompt, same, total
@@ -231,9 +231,9 @@ def _first_wins(vote: Vote) -> tuple[int, int]:
 
 
 def averaged(ballot: Ballot) -> list[Verdicts] | None:
-    """What a local judge says by its mean probability over both orders, which no preference for a place can move.
+    """Verdicts of a local judge by its mean probability over both orders, which removes position bias.
 
-    Not what labels are made of: it shows what an inconsistent judge knows beneath its bias. None for endpoints.
+    Labels do not use them: they show what an inconsistent judge knows apart from its bias. None for endpoints.
     """
     found: list[Verdicts] = []
     for group in ballot.votes:
@@ -251,7 +251,7 @@ def averaged(ballot: Ballot) -> list[Verdicts] | None:
 
 
 def between(first: Sequence[Verdicts], second: Sequence[Verdicts], prompts: Sequence[str]) -> Rate:
-    """How often two judges prefer the same answer, of the pairs that neither ties."""
+    """Share of pairs on which two judges prefer the same completion, over pairs that neither ties."""
     counts = []
     for prompt, one, other in zip(prompts, first, second, strict=True):
         both = [pair for pair in one.keys() & other.keys() if one[pair] and other[pair]]

@@ -1,4 +1,4 @@
-"""Asks the judges of a panel what they have not been asked before, and gathers what each said about each prompt."""
+"""Asks the judges of a panel the questions that are not cached yet, and collects their verdicts per prompt."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Judge:
     """One member of a panel.
 
     Attributes:
-        name: short, for people; unlike the others'.
-        identity: everything its replies depend on beside the question.
-        reply: what is asked of it.
-        local: loads it, where it is a local model.
-        endpoint: asks it, where it is an endpoint.
-        priced: whether its tokens cost anything.
+        name: short and unique, for display.
+        identity: everything its replies depend on apart from the question.
+        reply: format of the reply.
+        local: loads a local model; None for an endpoint.
+        endpoint: None for a local model.
+        priced: whether its tokens have a price.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Judge:
 
 @dataclass(frozen=True)
 class Vote:
-    """One reply to one question.
+    """One question and its reply.
 
     Attributes:
-        question: what was asked.
-        reply: what came.
-        levels: tier of each answer shown; None where there is no verdict.
-        failure: why there is none.
-        is_cached: it was there before this run.
+        question: that was asked.
+        reply: as received.
+        levels: tier of each completion shown; None without a verdict.
+        failure: reason why there is no verdict.
+        is_cached: it was stored before this run.
     """
 
     question: Question
@@ -63,18 +63,18 @@ class Vote:
 
     @property
     def verdicts(self) -> Verdicts:
-        """What it says of each pair; nothing where it failed."""
+        """The verdict for each pair; empty after a failure."""
         return {} if self.levels is None else verdicts_in(self.question.shown, self.levels)
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """All that one judge said.
+    """All replies and verdicts of one judge.
 
     Attributes:
-        judge: who.
-        votes: by prompt, one for each question.
-        verdicts: by prompt, of all orders together.
+        judge: that gave them.
+        votes: per prompt, one per question.
+        verdicts: per prompt, with both orders combined.
     """
 
     judge: Judge
@@ -83,16 +83,16 @@ class Ballot:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What judges are asked with.
+class PanelRunner:
+    """Asks judges, with a shared cache and budget.
 
     Attributes:
-        cache: replies so far.
-        budget: for the notes of progress.
-        processes: those of the run, which share the questions to local models; endpoints are asked by rank 0 alone.
-        stop: asked between replies.
-        rubric: what to look for.
-        both_orders: ask twice.
+        cache: stored replies.
+        budget: for progress messages.
+        processes: of the run; they share the questions to local models, and rank 0 asks the endpoints.
+        stop: checked between replies.
+        rubric: instructions for the judges.
+        both_orders: ask each question in both orders.
     """
 
     cache: ReplyCache
@@ -103,12 +103,12 @@ class Bench:
     both_orders: bool
 
     def ballot(self, judge: Judge, candidates: Sequence[Candidates], what: str) -> Ballot:
-        """Ask one judge about all prompts' answers. Every process calls this; all but rank 0 get an empty ballot.
+        """Ask one judge about all prompts. Every process calls this; all except rank 0 get an empty ballot.
 
         Args:
-            judge: whom.
-            candidates: prompts with their answers.
-            what: for progress: "judging" or "calibrating".
+            judge: to ask.
+            candidates: prompts with their completions.
+            what: label for progress: "judging" or "calibrating".
         """
         groups = [
             asking.questions_about(number, row, rubric=self.rubric, reply=judge.reply, both_orders=self.both_orders)
@@ -126,11 +126,11 @@ class Bench:
         return Ballot(judge, votes, found)
 
     def _ask(self, judge: Judge, questions: Sequence[Question], label: str) -> list[tuple[Reply, bool]]:
-        """A reply to each question, and whether it was there before."""
+        """Reply to each question, and whether it was cached."""
         keys = [key_of(judge.identity, question) for question in questions]
         by_key = dict(zip(keys, questions, strict=True))
         known = {key for key in by_key if self.cache.get(key) is not None}
-        # Rank 0 alone says what is missing: others may see files that are being written.
+        # Rank 0 alone determines what is missing: other ranks may see files that are being written.
         missing: list[str] = self.processes.all_gather_object([key for key in by_key if key not in known])[0]
         fresh: dict[str, Reply] = {}
         if missing:
@@ -153,14 +153,14 @@ class Bench:
     def _ask_model(
         self, load: Callable[[], LocalJudge], missing: dict[str, Question], fresh: dict[str, Reply], label: str
     ) -> None:
-        """Fill `fresh` with this process's share."""
-        # Long and short ones go round, so that no process has all the long ones.
+        """Fill `fresh` with this process's share of the questions."""
+        # Sorted by length, so that every process gets long and short questions.
         mine = self.processes.shard(sorted(missing, key=lambda key: (len(missing[key].material), key)))
         if not mine:
             return
         self.stop.check()
         with task(label, len(mine), "questions") as bar:
-            for batch in load().answers([missing[key] for key in mine]):
+            for batch in load().replies([missing[key] for key in mine]):
                 given = [(mine[place], reply) for place, reply in batch]
                 self.cache.add(given)
                 fresh.update(given)

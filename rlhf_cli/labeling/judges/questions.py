@@ -1,7 +1,7 @@
-"""What a judge is asked: two answers or a whole list, told apart by letters, fenced so that nothing in them commands.
+"""Builds the questions to judges: two completions or a whole list, named by letters, and fenced against injection.
 
-Everything here is a function of the texts alone. Which answer is shown first does not depend on where it stands in a
-record, so permuting the answers of a record asks the same questions.
+Questions are a function of the texts alone. The order of presentation does not depend on the order of the completions
+in a record.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from rlhf_cli.data.records import Candidates, prompt_key, prompt_text
 from rlhf_cli.errors import DataError
 
 Reply = Literal["letter", "mark", "list"]
-"""What is asked for: a letter alone, whose probability is read; reasons and a mark, [[A]]; an order, [[B > A = C]]."""
+"""Requested format: a letter alone, whose probability is read; reasons and a mark, [[A]]; an order, [[B > A = C]]."""
 
 LETTERS = "ABCDEFGHIJKLMNOP"
-"""Names of answers. One question shows at most 16."""
+"""Letters of the completions. One question shows at most 16."""
 
 
 def is_too_many(completions: Sequence[str]) -> bool:
-    """Whether one question cannot show all these answers; equal ones are shown once."""
+    """Whether one question cannot show all these completions; equal ones are shown once."""
     return len(set(completions)) > len(LETTERS)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask a judge.
+    """One question to a judge.
 
     Attributes:
-        item: number of the candidates it is about.
-        shown: indices into their completions, in the order they are shown: two, or all distinct ones.
-        instructions: the rubric and what to make of the rest.
-        material: the prompt and the answers, fenced, and behind them what to reply: so the last word is ours.
+        item: index of the candidates it is about.
+        shown: indices into their completions, in the order shown: two, or all distinct ones.
+        instructions: the rubric and how to read the material.
+        material: the prompt and the completions, fenced, followed by the requested format.
     """
 
     item: int
@@ -45,26 +45,27 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The whole, as one message."""
+        """Instructions and material as one message."""
         return f"{self.instructions}\n\n{self.material}"
 
 
 def questions_about(
     number: int, candidates: Candidates, *, rubric: str, reply: Reply, both_orders: bool
 ) -> list[Question]:
-    """All questions about one prompt's answers; none where they are all the same text.
+    """All questions about the completions of one prompt; none if they are all equal.
 
-    Equal answers are asked about once: no ranking should say that a text is better than itself.
+    Equal completions are shown once: a ranking must not prefer a text to itself.
+
 
     Args:
         number: becomes `Question.item`.
-        candidates: the prompt and its answers.
-        rubric: what to look for.
-        reply: "list" puts all answers into one question, the others ask about every pair.
-        both_orders: ask again in reverse order.
+        candidates: the prompt and its completions.
+        rubric: instructions for the judge.
+        reply: "list" puts all completions into one question; the others ask about every pair.
+        both_orders: ask each question again in reverse order.
 
     Raises:
-        DataError: a list of more answers than there are letters.
+        DataError: a list has more completions than there are letters.
     """
     first_of: dict[str, int] = {}
     for index, text in enumerate(candidates.completions):
@@ -75,9 +76,9 @@ def questions_about(
     if reply == "list":
         if is_too_many(order):
             raise DataError(
-                f"{candidates.location or f'item {number}'}: {len(order)} different answers to one prompt, and "
-                f"`label.judge.method: listwise` shows at most {len(LETTERS)} at once",
-                hint="use `--set label.judge.method=pairs`, or give the prompt fewer answers",
+                f"{candidates.location or f'item {number}'}: {len(order)} different completions of one prompt, but "
+                f"`label.judge.method: listwise` shows at most {len(LETTERS)}",
+                hint="use `--set label.judge.method=pairs`, or fewer completions per prompt",
             )
         groups = [tuple(first_of[text] for text in order)]
     else:
@@ -96,7 +97,7 @@ def _rank(candidates: Candidates, text: str) -> bytes:
 
 
 def _first_to_show(candidates: Candidates, pair: tuple[str, str], first_of: dict[str, int]) -> tuple[int, ...]:
-    # A coin for each pair: were the smaller hash always first, one answer could be first in all its pairs.
+    # A random bit per pair: if the smaller hash always came first, one completion could be first in all its pairs.
     coin = hashlib.sha256(_rank(candidates, pair[0]) + _rank(candidates, pair[1])).digest()[0] & 1
     return tuple(first_of[text] for text in (pair[::-1] if coin else pair))
 
@@ -143,10 +144,10 @@ def _material(candidates: Candidates, shown: Sequence[int], reply: Reply) -> str
 
 
 def _fence(texts: Sequence[str]) -> str:
-    """A word that stands in none of the texts, so that no answer can close its own fence; the same in either order."""
+    """A word that occurs in none of the texts, so no completion can close its fence; the same in both orders."""
     joined = "\0".join(sorted(texts)).encode("utf-8", "surrogatepass")
     for attempt in itertools.count():
         word = hashlib.sha256(b"%d " % attempt + joined).hexdigest()[:8]
         if not any(word in text for text in texts):
             return word
-    raise AssertionError("one of infinitely many words is free")
+    raise AssertionError("unreachable: one of infinitely many words is unused")

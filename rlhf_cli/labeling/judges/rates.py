@@ -1,6 +1,6 @@
-"""Shares with their 95 % intervals, from resampling prompts: answers to one prompt are alike.
+"""Shares with 95 % intervals from a bootstrap over prompts, since completions of one prompt are similar.
 
-What was always or never so has Wilson's interval for as many prompts.
+A share of 0 or 1 gets Wilson's interval for as many observations as there are prompts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Rate:
     """A share.
 
     Attributes:
-        value: None where nothing was counted.
-        low: end of its interval.
-        high: the other end.
-        count: out of how many.
+        value: None if nothing was counted.
+        low: lower end of its interval.
+        high: upper end.
+        count: denominator.
     """
 
     value: float | None
@@ -33,7 +33,7 @@ class Rate:
 
     @staticmethod
     def of(counts: Iterable[tuple[str, float, int]]) -> Rate:
-        """From (prompt, counted, out of) of every prompt; those of one prompt are resampled together."""
+        """Compute from (prompt, numerator, denominator) rows; rows of one prompt are resampled together."""
         above: dict[str, float] = {}
         below: dict[str, int] = {}
         for prompt, counted, total in counts:
@@ -44,14 +44,14 @@ class Rate:
             return Rate(None, None, None, 0)
         numerators = [above[prompt] for prompt in below]
         value = sum(numerators) / total
-        if value in (0.0, 1.0):  # resampling gives no width to what was always the same
+        if value in (0.0, 1.0):  # a bootstrap interval would have no width
             low, high = wilson_interval(value, sum(count > 0 for count in below.values()))
         else:
             low, high = bootstrap_ratio(numerators, list(below.values()), resamples=_RESAMPLES, seed=_SEED)
         return Rate(value, low, high, total)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the report."""
+        """Convert for the report."""
         interval = None if self.low is None else [round(self.low, 4), round(self.high or 0.0, 4)]
         return {"value": rounded(self.value), "interval": interval, "count": self.count}
 
@@ -62,5 +62,5 @@ class Rate:
 
 
 def rounded(value: float | None) -> float | None:
-    """To four digits, for reports."""
+    """Round to four digits, for reports."""
     return None if value is None else round(value, 4)

@@ -1,4 +1,4 @@
-"""What came back for a question, and the verdict in it: read strictly, so that what is unclear counts as a failure."""
+"""Parses judges' replies. Parsing is strict: an ambiguous reply counts as a failure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ UNCLEAR = "more than one verdict in the reply"
 TOO_LONG = "longer than the judge reads"
 REFUSED = "refused by the endpoint"
 UNUSABLE = "no chat completion in the response"
-UNHEARD = "no answer to an attempt that may be billed"
-"""Never a vote: it stands in the cache for what the attempt may have cost."""
+UNHEARD = "no reply to an attempt that may be billed"
+"""Never a vote; stored for the cost the attempt may have caused."""
 
 _MARK = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _LIST = re.compile(r"\[\[\s*([A-P](?:\s*[>=]\s*[A-P])+)\s*\]\]")
@@ -23,17 +23,17 @@ _LIST = re.compile(r"\[\[\s*([A-P](?:\s*[>=]\s*[A-P])+)\s*\]\]")
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge gave for one question.
+    """Reply of a judge to one question.
 
     Attributes:
-        text: what an endpoint wrote.
-        chances: a local model's probabilities of the letters A and B as the next token.
-        failure: why there is nothing to read; empty where there is.
-        prompt_tokens: tokens of the question, as the endpoint counted or the tokenizer made.
-        completion_tokens: tokens of the reply.
-        cost: what it cost when it was asked.
-        is_estimated: the endpoint did not say what it used; tokens and cost are upper bounds.
-        is_cut: the reply ran into `max_new_tokens`.
+        text: text of an endpoint's reply.
+        chances: probabilities of the letters A and B as the next token of a local model.
+        failure: reason why there is nothing to parse; empty otherwise.
+        prompt_tokens: of the question, as reported by the endpoint or counted by the tokenizer.
+        completion_tokens: of the reply.
+        cost: at the time of the request.
+        is_estimated: the endpoint reported no usage; tokens and cost are upper bounds.
+        is_cut: the reply was cut off at `max_new_tokens`.
     """
 
     text: str = ""
@@ -47,29 +47,29 @@ class Reply:
 
     @property
     def is_final(self) -> bool:
-        """Whether asking again would give the same, so that it is worth keeping."""
+        """Whether another attempt would give the same result, so that the reply is worth storing."""
         return self.failure not in (REFUSED, UNUSABLE, UNHEARD)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in files."""
+        """Convert for files."""
         return asdict(self)
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> Reply:
-        """What `to_json` gave; raises `TypeError` or `KeyError` for anything else."""
+        """Parse the output of `to_json`; raises `TypeError` or `KeyError` for anything else."""
         chances = plain.pop("chances")
         return Reply(**plain, chances=None if chances is None else (float(chances[0]), float(chances[1])))
 
 
 Levels = tuple[int, ...]
-"""Tier of each answer in the order they were shown, 0 the best."""
+"""Tier of each completion in the order shown, 0 is best."""
 
 
 def verdict(question: Question, reply: Reply) -> tuple[Levels | None, str]:
-    """The tier of each answer shown, or None and why there is none.
+    """Return the tier of each completion shown, or None and the reason.
 
-    Of a text, the last line that is not blank decides, if it holds one mark or order; where it holds none, all marks of
-    the text have to agree. What stands before `</think>` is passed over.
+    The last non-blank line of a text decides if it holds exactly one mark or order; otherwise all marks of the text
+    must agree. Everything before `</think>` is ignored.
     """
     if reply.failure:
         return None, reply.failure
@@ -78,7 +78,7 @@ def verdict(question: Question, reply: Reply) -> tuple[Levels | None, str]:
         return (int(first < second), int(second < first)), ""
     count = len(question.shown)
     text = reply.text.rpartition("</think>")[2]
-    if "<think>" in text:  # thoughts that were cut off may weigh either
+    if "<think>" in text:  # truncated reasoning is not a verdict
         return None, CUT_OFF if reply.is_cut else NO_VERDICT
     lines = [line for line in text.splitlines() if line.strip()]
     found = (_all(lines[-1], count) or _all(text, count)) if lines else set()
@@ -90,7 +90,7 @@ def verdict(question: Question, reply: Reply) -> tuple[Levels | None, str]:
 
 
 def _all(text: str, count: int) -> set[Levels]:
-    """Every distinct verdict in a text about `count` answers; a pair's may also be written as an order."""
+    """All distinct verdicts in a text about `count` completions; a pair's may also be written as an order."""
     found = {_order(match, count) for match in _LIST.findall(text)}
     if count == 2:
         found |= {{"A": (0, 1), "B": (1, 0), "C": (0, 0)}[mark] for mark in _MARK.findall(text)}
@@ -98,7 +98,7 @@ def _all(text: str, count: int) -> set[Levels]:
 
 
 def _order(text: str, count: int) -> Levels | None:
-    """Tiers of an order such as `B > A = C`; None unless every letter stands there once."""
+    """Tiers of an order such as `B > A = C`; None unless it holds every letter once."""
     levels: dict[str, int] = {}
     for level, tier in enumerate(text.split(">")):
         for letter in tier.split("="):

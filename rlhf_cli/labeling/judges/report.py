@@ -1,23 +1,32 @@
-"""What judging leaves behind: every vote, every judge's own rankings, and the report about them."""
+"""Writes the results of judging: all votes, each judge's rankings, and a report."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.data.records import Candidates, prompt_key
-from rlhf_cli.labeling.judges import findings
 from rlhf_cli.labeling.judges.calibration import Calibration
-from rlhf_cli.labeling.judges.measures import Agreement, Asked, Behavior, agreement, averaged, between, by_subset
+from rlhf_cli.labeling.judges.measures import (
+    KnownOrderAgreement,
+    ReplyStatistics,
+    VerdictStatistics,
+    agreement,
+    averaged,
+    between,
+    by_subset,
+)
 from rlhf_cli.labeling.judges.panel import Ballot, Vote
 from rlhf_cli.labeling.judges.rates import Rate
 from rlhf_cli.labeling.judges.verdicts import Tiers, Verdicts, tiers_of
+from rlhf_cli.labeling.judges.warnings import warnings_of_judge, warnings_of_panel
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.session.types import item_id
+from rlhf_cli.labeling.warnings import LabelWarning
 
 _EXCERPT = 500
 
@@ -26,43 +35,43 @@ VOTES, REPORT, LABELS = "votes.jsonl", "judge.json", "labels.jsonl"
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """About one judge.
+    """Report about one judge.
 
     Attributes:
         name: of the judge.
-        asked: about its single replies.
-        behavior: about its verdicts, both orders together.
-        known: agreement with what is known.
-        subsets: the same within each subset.
-        averaged: the same for mean probabilities over both orders, of a local judge.
+        reply_statistics: of its replies.
+        verdict_statistics: of its verdicts, with both orders combined.
+        known: agreement with known orders.
+        subsets: the same per subset.
+        averaged: the same for mean probabilities over both orders, for a local judge.
     """
 
     name: str
-    asked: Asked
-    behavior: Behavior
-    known: Agreement | None
-    subsets: dict[str, Agreement]
-    averaged: Agreement | None
+    reply_statistics: ReplyStatistics
+    verdict_statistics: VerdictStatistics
+    known: KnownOrderAgreement | None
+    subsets: dict[str, KnownOrderAgreement]
+    averaged: KnownOrderAgreement | None
 
     @staticmethod
     def of(candidates: Sequence[Candidates], ballot: Ballot) -> JudgeReport:
-        """Count and measure."""
+        """Compute the report."""
         means = averaged(ballot)
         return JudgeReport(
             name=ballot.judge.name,
-            asked=Asked.of(candidates, ballot),
-            behavior=Behavior.of(candidates, ballot.verdicts),
+            reply_statistics=ReplyStatistics.of(candidates, ballot),
+            verdict_statistics=VerdictStatistics.of(candidates, ballot.verdicts),
             known=agreement(candidates, ballot.verdicts),
             subsets=by_subset(candidates, ballot.verdicts),
             averaged=None if means is None else agreement(candidates, means),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the report."""
+        """Convert to JSON."""
         return {
             "name": self.name,
-            **self.asked.to_json(),
-            **self.behavior.to_json(),
+            **self.reply_statistics.to_json(),
+            **self.verdict_statistics.to_json(),
             **_known_json(self.known, self.subsets),
             "known_by_mean_probability": None if self.averaged is None else self.averaged.to_json(),
         }
@@ -70,21 +79,21 @@ class JudgeReport:
 
 @dataclass(frozen=True)
 class PanelReport:
-    """About all of them.
+    """Report about the whole panel.
 
     Attributes:
-        judges: one each.
-        behavior: of the panel's verdicts.
-        known: agreement of the panel with what is known.
-        subsets: the same within each subset.
-        between: how far each two judges agree.
-        calibration: against people, if it was asked for.
+        judges: one report each.
+        verdict_statistics: of the panel's verdicts.
+        known: agreement of the panel with known orders.
+        subsets: the same per subset.
+        between: agreement of each two judges.
+        calibration: agreement with human rankings, if given.
     """
 
     judges: list[JudgeReport]
-    behavior: Behavior
-    known: Agreement | None
-    subsets: dict[str, Agreement]
+    verdict_statistics: VerdictStatistics
+    known: KnownOrderAgreement | None
+    subsets: dict[str, KnownOrderAgreement]
     between: dict[tuple[str, str], Rate]
     calibration: Calibration | None
 
@@ -95,11 +104,11 @@ class PanelReport:
         verdicts: Sequence[Verdicts],
         calibration: Calibration | None,
     ) -> PanelReport:
-        """Count and measure."""
+        """Compute the report."""
         prompts = [prompt_key(row.prompt) for row in candidates]
         return PanelReport(
             judges=[JudgeReport.of(candidates, ballot) for ballot in ballots],
-            behavior=Behavior.of(candidates, verdicts),
+            verdict_statistics=VerdictStatistics.of(candidates, verdicts),
             known=agreement(candidates, verdicts),
             subsets=by_subset(candidates, verdicts),
             between={
@@ -109,31 +118,33 @@ class PanelReport:
             calibration=calibration,
         )
 
-    def warnings(self) -> list[str]:
-        """What somebody should be told."""
-        found = [
-            line for one in self.judges for line in findings.of_judge(one.name, one.asked, one.behavior, one.known)
-        ]
-        return found + (findings.of_panel(self.behavior, self.known, self.between) if len(self.judges) > 1 else [])
+    def warnings(self) -> list[LabelWarning]:
+        """Warnings about each judge, and about the panel if there are several judges."""
+        found: list[LabelWarning] = []
+        for one in self.judges:
+            found += warnings_of_judge(one.name, one.reply_statistics, one.verdict_statistics, one.known)
+        if len(self.judges) > 1:
+            found += warnings_of_panel(self.verdict_statistics, self.known, self.between)
+        return found
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the report."""
+        """Convert to JSON."""
         return {
             "judges": [one.to_json() for one in self.judges],
             "panel": {
-                **self.behavior.to_json(),
+                **self.verdict_statistics.to_json(),
                 **_known_json(self.known, self.subsets),
                 "between_judges": [
                     {"judges": list(pair), "same_preference": rate.to_json()} for pair, rate in self.between.items()
                 ],
             },
             "calibration": None if self.calibration is None else self.calibration.to_json(),
-            "warnings": self.warnings(),
+            "warnings": [asdict(warning) for warning in self.warnings()],
         }
 
     def metrics(self) -> dict[str, float]:
-        """Figures for the manifest."""
-        asked = [one.asked for one in self.judges]
+        """Bootstrap for the manifest."""
+        asked = [one.reply_statistics for one in self.judges]
         worst = [one.consistent.value for one in asked if one.consistent.value is not None]
         found: dict[str, float | None] = {
             "judge/questions": float(sum(one.questions for one in asked)),
@@ -141,33 +152,33 @@ class PanelReport:
             "judge/tokens": float(sum(one.prompt_tokens + one.completion_tokens for one in asked)),
             "judge/cost": sum(one.cost for one in asked),
             "judge/swap_consistency": min(worst) if worst else None,
-            "judge/longer_wins": self.behavior.longer_wins.value,
+            "judge/longer_wins": self.verdict_statistics.longer_wins.value,
             "judge/accuracy": None if self.known is None else self.known.rate.value,
             "judge/calibration": None if self.calibration is None else self.calibration.panel.rate.value,
         }
         return {name: value for name, value in found.items() if value is not None}
 
     def summary(self) -> list[tuple[str, str]]:
-        """Rows for people."""
+        """Rows for the console."""
         rows = []
         for one in self.judges:
-            consistent = one.asked.consistent
-            figures = [f"{one.asked.questions:,} questions"]
+            consistent = one.reply_statistics.consistent
+            figures = [f"{one.reply_statistics.questions:,} questions"]
             if consistent.value is not None:
-                figures.append(f"the same both ways on {consistent.value:.0%}")
-            if failures := sum(one.asked.failures.values()):
+                figures.append(f"consistent in both orders on {consistent.value:.0%}")
+            if failures := sum(one.reply_statistics.failures.values()):
                 figures.append(f"{failures:,} without a verdict")
-            if one.asked.cost:
-                figures.append(f"cost {one.asked.cost:.4g}")
+            if one.reply_statistics.cost:
+                figures.append(f"cost {one.reply_statistics.cost:.4g}")
             rows.append((f"judge {one.name}", ", ".join(figures)))
         if self.calibration is not None:
-            rows.append(("agrees with people", str(self.calibration.panel.rate)))
+            rows.append(("agreement with people", str(self.calibration.panel.rate)))
         if self.known is not None:
-            rows.append(("agrees with known order", str(self.known.rate)))
+            rows.append(("agreement with known order", str(self.known.rate)))
         return rows
 
 
-def _known_json(known: Agreement | None, subsets: Mapping[str, Agreement]) -> dict[str, Any]:
+def _known_json(known: KnownOrderAgreement | None, subsets: Mapping[str, KnownOrderAgreement]) -> dict[str, Any]:
     return {
         "known": None if known is None else known.to_json(),
         "known_by_subset": {name: one.to_json() for name, one in subsets.items()},
@@ -175,7 +186,7 @@ def _known_json(known: Agreement | None, subsets: Mapping[str, Agreement]) -> di
 
 
 def votes_json(candidates: Sequence[Candidates], ballots: Sequence[Ballot]) -> Iterator[dict[str, Any]]:
-    """Every vote as one object, prompt by prompt and judge by judge."""
+    """Convert every vote to an object, by prompt and judge."""
     for number, row in enumerate(candidates):
         for ballot in ballots:
             for vote in ballot.votes[number]:
@@ -207,7 +218,7 @@ def _ranking(shown: Sequence[int], levels: Sequence[int]) -> list[list[int]]:
 
 
 def labels(candidates: Sequence[Candidates], ballots: Sequence[Ballot]) -> Iterator[LabelRecord]:
-    """Each judge's own ranking of each prompt's answers, as the labels of a person would be."""
+    """Each judge's ranking of each prompt's completions, in the format of annotators' labels."""
     for number, row in enumerate(candidates):
         for ballot in ballots:
             verdicts = ballot.verdicts[number]
@@ -226,12 +237,12 @@ def labels(candidates: Sequence[Candidates], ballots: Sequence[Ballot]) -> Itera
 
 
 def _shown(votes: Sequence[Vote], count: int) -> tuple[int, ...]:
-    """The order in which all answers were shown, where there was one and not two, or one a pair."""
+    """The order in which all completions were shown; empty if there were several orders, or pairs."""
     return votes[0].question.shown if len(votes) == 1 and len(votes[0].question.shown) == count else ()
 
 
 def is_enough(verdicts: Verdicts, count: int) -> bool:
-    """Whether at least half of the pairs have a verdict: a ranking made of ties for want of verdicts would be none."""
+    """Whether at least half of the pairs have a verdict; otherwise the ranking would be mostly missing values."""
     return 2 * len(verdicts) >= count * (count - 1) // 2 and bool(verdicts)
 
 

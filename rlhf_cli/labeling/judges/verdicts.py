@@ -1,11 +1,11 @@
-"""From verdicts to rankings: both orders to one verdict a pair, pairs to tiers, judges to a panel.
+"""Combines verdicts: both orders into one verdict per pair, pairs into tiers, judges into a panel.
 
-A verdict about a pair (i, j) of answers, i < j, is +1 where i is better, -1 where j is, 0 for a tie; a pair that is
-missing has no verdict.
+A verdict about a pair (i, j) of completions, i < j, is +1 if i is better, -1 if j is better, 0 for a tie. A pair that
+is missing has no verdict.
 
 Tiers come from points: a win is 1, a tie or a missing verdict 1/2 (Copeland 1951; Rubinstein 1980, "Ranking the
-participants in a tournament"). Where the verdicts are an order with ties, that order comes out. Answers in a cycle that
-nothing else tells apart (a beats b beats c beats a) have equal points and share a tier; where points and a single
+participants in a tournament"). If the verdicts form an order with ties, the result is that order. Completions in a
+cycle (a > b > c > a) that nothing else distinguishes get equal points and share a tier. Where points and a single
 verdict disagree, points decide.
 """
 
@@ -23,16 +23,16 @@ Tiers = tuple[tuple[int, ...], ...]
 
 
 def pairs_of(count: int) -> list[Pair]:
-    """All pairs of `count` answers."""
+    """All pairs of `count` completions."""
     return list(itertools.combinations(range(count), 2))
 
 
 def verdicts_in(shown: Sequence[int], levels: Levels) -> Verdicts:
-    """The verdicts of one reply.
+    """Verdicts of one reply.
 
     Args:
-        shown: (N,) answers as they were shown.
-        levels: (N,) tier of each, 0 the best.
+        shown: (N,) completions in the order shown.
+        levels: (N,) tier of each, 0 is best.
     """
     found: Verdicts = {}
     for (first, a), (second, b) in itertools.combinations(zip(shown, levels, strict=True), 2):
@@ -42,10 +42,10 @@ def verdicts_in(shown: Sequence[int], levels: Levels) -> Verdicts:
 
 
 def both_ways(replies: Sequence[tuple[Sequence[int], Verdicts]]) -> Verdicts:
-    """One verdict a pair from those of all questions about it: theirs if they agree, else a tie; none if one lacks.
+    """One verdict per pair from all questions about it: a tie if they differ; none if one is missing.
 
     Args:
-        replies: which answers a question showed, and the verdicts in its reply; nothing where it failed.
+        replies: completions that a question showed, and the verdicts of its reply; none after a failure.
     """
     asked: dict[Pair, list[int | None]] = {}
     for shown, verdicts in replies:
@@ -60,7 +60,7 @@ def both_ways(replies: Sequence[tuple[Sequence[int], Verdicts]]) -> Verdicts:
 
 
 def majority(judges: Sequence[Verdicts]) -> Verdicts:
-    """What most judges say of each pair; a draw between two outcomes is a tie. Judges without a verdict do not vote."""
+    """Majority verdict per pair; a draw between two outcomes is a tie. Judges without a verdict do not vote."""
     found: Verdicts = {}
     for pair in set().union(*judges):
         votes = Counter(judge[pair] for judge in judges if pair in judge)
@@ -69,15 +69,15 @@ def majority(judges: Sequence[Verdicts]) -> Verdicts:
     return found
 
 
-def equal_answers(completions: Sequence[str]) -> Verdicts:
-    """Ties of answers that are the same text, which nobody is asked about."""
+def equal_completions(completions: Sequence[str]) -> Verdicts:
+    """Ties between completions with the same text, which are never compared."""
     return {(i, j): 0 for i, j in pairs_of(len(completions)) if completions[i] == completions[j]}
 
 
 def spread(verdicts: Mapping[Pair, int], completions: Sequence[str]) -> Verdicts:
-    """Verdicts on distinct texts, said of all answers that are these texts; equal answers tie."""
+    """Extend verdicts on distinct texts to all completions with these texts; equal completions tie."""
     first = {text: index for index, text in reversed(list(enumerate(completions)))}
-    found = equal_answers(completions)
+    found = equal_completions(completions)
     for i, j in pairs_of(len(completions)):
         a, b = first[completions[i]], first[completions[j]]
         if a < b and (a, b) in verdicts:
@@ -88,7 +88,7 @@ def spread(verdicts: Mapping[Pair, int], completions: Sequence[str]) -> Verdicts
 
 
 def points(verdicts: Mapping[Pair, int], count: int) -> list[float]:
-    """Points of each answer: (K,) multiples of 1/2."""
+    """Points of each completion: (K,) multiples of 1/2."""
     found = [0.0] * count
     for i, j in pairs_of(count):
         outcome = verdicts.get((i, j), 0)
@@ -98,7 +98,7 @@ def points(verdicts: Mapping[Pair, int], count: int) -> list[float]:
 
 
 def tiers_of(verdicts: Mapping[Pair, int], count: int) -> Tiers:
-    """Answers by points, best first; equal points share a tier."""
+    """Rank completions by points, best first; equal points share a tier."""
     found = points(verdicts, count)
     return tuple(
         tuple(index for index in range(count) if found[index] == value) for value in sorted(set(found), reverse=True)
@@ -106,12 +106,12 @@ def tiers_of(verdicts: Mapping[Pair, int], count: int) -> Tiers:
 
 
 def contradicted(verdicts: Mapping[Pair, int], tiers: Tiers) -> int:
-    """Untied verdicts that the tiers do not follow, since they are part of a cycle or stand against the points."""
+    """Number of untied verdicts that the tiers contradict: they are part of a cycle, or overruled by points."""
     level = {index: tier for tier, members in enumerate(tiers) for index in members}
     return sum(outcome * (level[j] - level[i]) <= 0 for (i, j), outcome in verdicts.items() if outcome)
 
 
 def verdicts_of(tiers: Tiers) -> Verdicts:
-    """The verdicts that a ranking holds."""
+    """Verdicts that a ranking implies."""
     level = {index: tier for tier, members in enumerate(tiers) for index in members}
     return {(i, j): (level[j] > level[i]) - (level[j] < level[i]) for i, j in pairs_of(len(level))}

@@ -1,4 +1,4 @@
-"""Who gets which item next, and in which order its answers are shown: drawn from hashes, so that it can be repeated."""
+"""Assigns items to annotators and draws the order of completions. All draws are hashes, so they can be repeated."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ import hashlib
 import random
 
 from rlhf_cli.labeling.label_records import Purpose
-from rlhf_cli.labeling.session.state import Assignment, LabelState
-from rlhf_cli.labeling.session.types import LabelPlan
+from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.session.rows import Assignment
+from rlhf_cli.labeling.session.state import LabelState
 
 LEASE_MS = 30 * 60 * 1000
-"""An item that somebody has in hand is kept for them so long after they were last seen; then others may have it too."""
+"""An open task is reserved for this long after its annotator was last active; then others may get the item too."""
 REPEAT_AFTER = 5
-"""A hidden repeat comes at least so many tasks after its first showing, when people have forgotten it."""
+"""A hidden repeat comes at least this many tasks after the item was first shown, so that it is forgotten."""
 
 
 def shown_order(seed: int, item: str, annotator: str, count: int) -> tuple[int, ...]:
-    """Order in which one person sees an item's answers: (count,) indices, each order as likely as any other."""
+    """Order in which one annotator sees an item's completions: (count,) indices, uniformly random."""
     order = list(range(count))
     _drawn(seed, "order", item, annotator.casefold()).shuffle(order)
     return tuple(order)
 
 
 def repeated_order(first: tuple[int, ...]) -> tuple[int, ...]:
-    """Another order for a hidden repeat: the reverse, so that a habit of choosing by place shows itself."""
+    """Order for a hidden repeat: reversed, so that a position bias shows."""
     return tuple(reversed(first))
 
 
 def open_assignment(state: LabelState, annotator: int) -> int | None:
-    """The task this person has in hand: what was reopened last, else the oldest that is still of use."""
+    """The annotator's open task: the one reopened last, otherwise the oldest that is still needed; None if none is."""
     mine = [number for number in state.of_annotator[annotator] if number not in state.standing]
-    reopened = [number for number in mine if number in state.reopened and is_asked(state, number)]
+    reopened = [number for number in mine if number in state.reopened and is_in_plan(state, number)]
     if reopened:
         return max(reopened, key=lambda number: state.reopened[number].id)
-    return next((number for number in mine if _is_of_use(state, state.assignments[number])), None)
+    return next((number for number in mine if _is_needed(state, state.assignments[number])), None)
 
 
-def is_asked(state: LabelState, number: int) -> bool:
-    """Whether the plan still has an assignment's item, for what it was given out for."""
+def is_in_plan(state: LabelState, number: int) -> bool:
+    """Whether the plan still contains an assignment's item, for the same purpose."""
     given = state.assignments[number]
     return given.item in (state.known if given.purpose == "gold" else state.listed)
 
 
-def _is_of_use(state: LabelState, given: Assignment) -> bool:
+def _is_needed(state: LabelState, given: Assignment) -> bool:
     if given.purpose != "label":
-        return is_asked(state, given.id)
+        return is_in_plan(state, given.id)
     has_work = given.id in state.drafts
     return given.item in state.listed and (has_work or given.item in state.unresolved)
 
 
-def choose(state: LabelState, annotator: int, now_ms: int) -> tuple[str, Purpose] | None:
-    """The next item for a person who has none in hand, and what for; None if nothing is left for them."""
+def next_item(state: LabelState, annotator: int, now_ms: int) -> tuple[str, Purpose] | None:
+    """The next item for an annotator without an open task, and its purpose; None if nothing is left for them."""
     ordinary = _ordinary(state, annotator, now_ms)
     if ordinary is None:
         return None
@@ -63,16 +64,22 @@ def choose(state: LabelState, annotator: int, now_ms: int) -> tuple[str, Purpose
     return (_drawn(state.plan.seed, "which", name, count).choice(others), purpose) if others else (ordinary, "label")
 
 
-def left_with_hidden(state: LabelState, annotator: int, ordinary: int) -> int:
-    """Tasks left for a person who has so many ordinary ones left, with the repeats and gold items to come.
+def remaining_tasks(state: LabelState, annotator: int, ordinary: int) -> int:
+    """Tasks left for an annotator, including the hidden repeats and gold items to come.
 
-    Faces show this figure. One that stood still after a repeat would give away which tasks are repeats.
+    The interfaces show this number. If it did not count hidden tasks, it would stand still after a repeat and give it
+    away.
+
+    Args:
+        state: of the store.
+        annotator: id.
+        ordinary: ordinary items left for this annotator.
     """
     plan, name = state.plan, state.annotators[annotator].name.casefold()
     if not (plan.repeat_share or plan.gold_share):
         return ordinary
     mine = (state.assignments[number] for number in state.of_annotator[annotator] if number not in state.standing)
-    in_hand = [given.purpose for given in mine if _is_of_use(state, given)]
+    in_hand = [given.purpose for given in mine if _is_needed(state, given)]
     ordinary -= in_hand.count("label")
     drawn = state.hidden[annotator]
     at = len(state.of_annotator[annotator])
@@ -93,7 +100,7 @@ def left_with_hidden(state: LabelState, annotator: int, ordinary: int) -> int:
 
 
 def _purpose(plan: LabelPlan, name: str, count: int) -> Purpose:
-    """What a person's task number `count` (from 0) is for."""
+    """Purpose of an annotator's task number `count` (from 0)."""
     if count >= REPEAT_AFTER and _share(plan.seed, "repeat", name, count) < plan.repeat_share:
         return "repeat"
     return "gold" if _share(plan.seed, "gold", name, count) < plan.gold_share else "label"
@@ -109,7 +116,7 @@ def _ordinary(state: LabelState, annotator: int, now_ms: int) -> str | None:
         if item in had:
             continue
         count = state.counts[item]
-        # A time in the future says that the clock was set back; nobody is kept waiting for it to come.
+        # A time in the future means that the clock was set back: such a task reserves nothing.
         held = sum(0 <= now_ms - state.latest_at(number) < LEASE_MS for number in count.held.values())
         if len(count.ranked) + held < state.plan.overlap:
             return item
@@ -132,7 +139,7 @@ def _drawn(seed: int, *what: object) -> random.Random:
 
 
 def _share(seed: int, *what: object) -> float:
-    """A number from 0 to 1, each as likely."""
+    """A uniformly distributed number in [0, 1)."""
     return int.from_bytes(_digest(seed, *what)[:7], "big") / 2**56
 
 

@@ -1,15 +1,16 @@
-"""From a store's sums to `LabelRecord`s: positions as shown become indices into the item's own answers."""
+"""Converts the state of a store to `LabelRecord`s: shown positions become indices into the item's completions."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
 from rlhf_cli.labeling.label_records import LabelRecord
-from rlhf_cli.labeling.session.state import Action, Assignment, LabelState, outcome_of
+from rlhf_cli.labeling.session.rows import Action, Assignment, outcome_of
+from rlhf_cli.labeling.session.state import LabelState
 
 
 def labels_of_state(state: LabelState) -> list[LabelRecord]:
-    """Answers that stand, to items of the plan and gold: by item, annotator's name and round."""
+    """Valid labels of the plan's items and gold: by item, annotator's name and round."""
     place = dict(state.listed) | {item: len(state.listed) + number for number, item in enumerate(state.gold)}
     given = [
         (state.assignments[number], action)

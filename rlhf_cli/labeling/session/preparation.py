@@ -1,4 +1,4 @@
-"""What is to be labeled, as rows of a store: items by the hash of their text, and the plan that lists them."""
+"""Writes items, identified by the hash of their text, and plans to a store."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_cli.data.records import Candidates, prompt_to_json
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.store import LabelStore
-from rlhf_cli.labeling.session.types import LabelPlan, item_id
+from rlhf_cli.labeling.session.types import item_id
 
 Tiers = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Listed:
+class PlanItem:
     """One item of a plan.
 
     Attributes:
-        item: its id.
-        is_gold: shown to see who pays attention, not for its label.
-        known: its order where that is known, by the answers as the store has them.
+        item: id.
+        is_gold: shown to check annotators, not to be labeled.
+        known: the known order, as indices into the completions as stored; None if unknown.
     """
 
     item: str
@@ -28,20 +29,20 @@ class Listed:
     known: Tiers | None
 
 
-def list_items(store: LabelStore, items: Sequence[Candidates], gold: Sequence[Candidates]) -> list[Listed]:
-    """Find or add the rows of these items; gold that is an item too is left out, and so is the same item again."""
-    listed: dict[str, Listed] = {}
+def list_items(store: LabelStore, items: Sequence[Candidates], gold: Sequence[Candidates]) -> list[PlanItem]:
+    """Find or add the rows of these items. Duplicates are skipped, and so is gold that is also an item."""
+    listed: dict[str, PlanItem] = {}
     for is_gold, group in ((False, items), (True, gold)):
         for item in group:
             number = item_id(item)
             if number not in listed:
                 completions = _stored(store, number, item)
-                listed[number] = Listed(number, is_gold, _by_stored(item, completions) if is_gold else None)
+                listed[number] = PlanItem(number, is_gold, _by_stored(item, completions) if is_gold else None)
     return list(listed.values())
 
 
 def _stored(store: LabelStore, number: str, item: Candidates) -> Sequence[str]:
-    """The item's answers in the order of its row: the same answers may have come in another order before."""
+    """The item's completions in stored order, which may differ from the order given here."""
     row = store.connection.execute("SELECT completions FROM items WHERE id = ?", (number,)).fetchone()
     if row is not None:
         return json.loads(row[0])
@@ -57,8 +58,8 @@ def _by_stored(item: Candidates, completions: Sequence[str]) -> Tiers | None:
     return tuple(tuple(sorted(place[item.completions[index]] for index in tier)) for tier in item.known)
 
 
-def write_plan(store: LabelStore, plan: LabelPlan, listed: Sequence[Listed], now_ms: int) -> None:
-    """Add a plan; the newest one holds."""
+def write_plan(store: LabelStore, plan: LabelPlan, listed: Sequence[PlanItem], now_ms: int) -> None:
+    """Add a plan. The newest plan is the valid one."""
     if plan.guidelines is not None:
         store.connection.execute(
             "INSERT INTO guidelines VALUES (?, ?) ON CONFLICT DO NOTHING", (plan.guidelines_hash, plan.guidelines)

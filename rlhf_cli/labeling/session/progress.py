@@ -1,25 +1,26 @@
-"""Progress of a session, and of the people in it, from the sums of its store."""
+"""Computes the progress of a session and of its annotators."""
 
 from __future__ import annotations
 
 import statistics
 
-from rlhf_cli.labeling.session.assignment import left_with_hidden
-from rlhf_cli.labeling.session.state import Action, LabelState
-from rlhf_cli.labeling.session.types import AnnotatorOverview, Progress
+from rlhf_cli.labeling.session.assignment import remaining_tasks
+from rlhf_cli.labeling.session.rows import Action
+from rlhf_cli.labeling.session.state import LabelState
+from rlhf_cli.labeling.session.types import AnnotatorOverview, SessionProgress
 
 _PACE_OVER = 20
 _ROUNDING = 1e-9
 
 
-def progress_of(state: LabelState, annotator: int | None) -> Progress:
-    """How far all is, and one person if one is named."""
+def progress_of(state: LabelState, annotator: int | None) -> SessionProgress:
+    """Progress of the session, and of one annotator if given."""
     items, unresolved = len(state.listed), len(state.unresolved)
     done, left, mine = items - unresolved, 0, []
     if annotator is not None:
         mine = state.stack[annotator]
-        left = left_with_hidden(state, annotator, unresolved - state.open_answered[annotator])
-    return Progress(
+        left = remaining_tasks(state, annotator, unresolved - state.open_answered[annotator])
+    return SessionProgress(
         items=items,
         done=done,
         set_aside=state.set_aside,
@@ -33,7 +34,7 @@ def progress_of(state: LabelState, annotator: int | None) -> Progress:
 
 
 def overview_of(state: LabelState) -> list[AnnotatorOverview]:
-    """Everybody's work so far, in order of their coming."""
+    """Work of each annotator so far, in the order in which they were created."""
     rows = []
     for number, annotator in state.annotators.items():
         given = state.stack[number]

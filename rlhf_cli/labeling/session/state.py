@@ -1,153 +1,72 @@
-"""What the rows of a label store add up to, kept in memory: who has which item, what was said, what is still needed.
+"""In-memory state of a label store: assignments, labels, and what is still needed.
 
-Every row is applied once, in the order of the file, whoever wrote it; nothing here is written anywhere.
+Every row is applied once, in the order of the file, no matter which process wrote it. Nothing here is written.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import cast
 
-from rlhf_cli.data.records import Candidates, Message
-from rlhf_cli.labeling.label_records import Outcome, Purpose
-from rlhf_cli.labeling.session.preparation import Listed, Tiers
+from rlhf_cli.data.records import Candidates
+from rlhf_cli.labeling.label_records import Purpose
+from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.session.preparation import PlanItem, Tiers
+from rlhf_cli.labeling.session.rows import Action, Assignment, DraftRow, ItemCount, action_of, candidates_of
 from rlhf_cli.labeling.session.store import LabelStore
-from rlhf_cli.labeling.session.types import Annotator, Entry, LabelPlan
-
-Kind = Literal["ranked", "skipped", "flagged", "undone"]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """An item given to a person.
-
-    Attributes:
-        shown: (K,) indices into the item's completions, in the order this person sees them.
-        round: 0, or 1 for a hidden repeat.
-        at: when, milliseconds since 1970.
-    """
-
-    id: int
-    item: str
-    annotator: int
-    round: int
-    purpose: Purpose
-    shown: tuple[int, ...]
-    at: int
-
-
-@dataclass(frozen=True)
-class Action:
-    """One answer, or the taking back of one.
-
-    Attributes:
-        entry: what was entered, for `ranked`.
-        reason: for `skipped` and `flagged`.
-        undoes: the action that is taken back, for `undone`.
-        plan: the plan that held.
-    """
-
-    id: int
-    assignment: int
-    kind: Kind
-    key: str
-    entry: Entry | None
-    reason: str
-    undoes: int | None
-    plan: int
-    active_ms: int
-    at: int
-
-
-@dataclass(frozen=True)
-class DraftRow:
-    """The latest draft of a task.
-
-    Attributes:
-        undo: number of the undo that had opened the task again when it was written; None before any.
-    """
-
-    entry: Entry
-    undo: int | None
-    active_ms: int
-    at: int
-
-
-@dataclass
-class ItemCount:
-    """Where an item stands: annotators by what they did with it, repeats left out.
-
-    Attributes:
-        ranked: annotators whose ranking stands.
-        refused: annotators who skipped or flagged it.
-        held: annotator -> assignment that has no answer yet.
-    """
-
-    ranked: set[int] = field(default_factory=set)
-    refused: set[int] = field(default_factory=set)
-    held: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def answered(self) -> set[int]:
-        """Annotators who are done with it."""
-        return self.ranked | self.refused
-
-    def is_resolved(self, plan: LabelPlan) -> bool:
-        """Whether nobody else is needed."""
-        return len(self.ranked) >= plan.overlap or len(self.refused) >= plan.set_aside_after
+from rlhf_cli.labeling.session.types import Annotator, Entry
 
 
 class LabelState:
-    """The sum of a store's rows. `catch_up` reads what is new; all attributes are for reading."""
+    """State derived from a store's rows. `catch_up` reads new rows; all attributes are read-only for callers."""
 
     def __init__(self, store: LabelStore) -> None:
         self._store = store
         self.plan = LabelPlan()
         self.plan_id = 0
         self.guidelines: dict[int, str | None] = {}
-        """Plan -> hash of what labelers were told."""
+        """Plan -> hash of its guidelines."""
         self.items: dict[str, Candidates] = {}
         self.listed: dict[str, int] = {}
-        """Item -> position, of the plan that holds."""
+        """Item -> position in the valid plan."""
         self.gold: list[str] = []
-        self.listing: list[Listed] = []
-        """The plan's rows, in order."""
+        self.listing: list[PlanItem] = []
+        """Rows of the valid plan, in order."""
         self.known: dict[str, Tiers] = {}
-        """Gold item -> its order."""
+        """Gold item -> its known order."""
         self.annotators: dict[int, Annotator] = {}
         self.assignments: dict[int, Assignment] = {}
         self.of_annotator: dict[int, list[int]] = defaultdict(list)
         """Annotator -> their assignments, in order."""
         self.had: dict[int, dict[str, int]] = defaultdict(dict)
-        """Annotator -> item -> rounds they were given it."""
+        """Annotator -> item -> number of times it was assigned to them."""
         self.standing: dict[int, Action] = {}
-        """Assignment -> its answer that was not taken back."""
+        """Assignment -> its valid label (one that was not undone)."""
         self.by_key: dict[str, Action] = {}
         self.stack: dict[int, list[Action]] = defaultdict(list)
-        """Annotator -> their answers that stand, in order."""
+        """Annotator -> their valid labels, in order."""
         self.reopened: dict[int, Action] = {}
-        """Assignment -> the undo that opened it again."""
+        """Assignment -> the undo that reopened it."""
         self.taken_back: dict[int, Action] = {}
-        """Assignment -> the answer that was taken back last."""
+        """Assignment -> the label that was undone last."""
         self.taken_ranking: dict[int, tuple[Entry, int]] = {}
-        """Assignment -> the ranking that was taken back last, and the number of the undo that did it."""
+        """Assignment -> the ranking that was undone last, and the id of that undo."""
         self.hidden: dict[int, list[Purpose]] = defaultdict(list)
-        """Annotator -> what their tasks are for, as far as that was looked up."""
+        """Annotator -> purposes of their tasks, as far as they have been drawn."""
         self.drafts: dict[int, DraftRow] = {}
         self.counts: dict[str, ItemCount] = defaultdict(ItemCount)
         self.unresolved: dict[str, None] = {}
-        """Items of the plan that still need somebody, roughly in order."""
+        """Items of the plan that need more labels, roughly in order."""
         self.labels = self.labels_left = self.set_aside = 0
         self.open_answered: dict[int, int] = defaultdict(int)
-        """Annotator -> unresolved items that they are done with."""
+        """Annotator -> number of unresolved items that they are done with."""
         self._last = dict.fromkeys(("annotators", "assignments", "actions", "drafts"), 0)
 
     # Reading
 
     def catch_up(self) -> None:
-        """Apply rows that were added since the last time, by whomever."""
+        """Apply rows added since the last call, by any process."""
         rows = self._store.connection.execute
         newest = rows("SELECT max(id) FROM plans").fetchone()[0]
         if newest is not None and newest != self.plan_id:
@@ -180,9 +99,9 @@ class LabelState:
         )
         self.listed, self.gold, self.listing, self.known = {}, [], [], {}
         for item, prompt, completions, known, position, is_gold in listed:
-            self.items[item] = _candidates(prompt, completions)
+            self.items[item] = candidates_of(prompt, completions)
             tiers = None if known is None else tuple(tuple(tier) for tier in json.loads(known))
-            self.listing.append(Listed(item, bool(is_gold), tiers))
+            self.listing.append(PlanItem(item, bool(is_gold), tiers))
             if not is_gold:
                 self.listed[item] = position
             else:
@@ -204,7 +123,7 @@ class LabelState:
     def add_assignment(self, row: Assignment) -> None:
         """Apply an assignment."""
         self._last["assignments"] = row.id
-        if row.item not in self.items:  # of an earlier plan: its answers are still there to be read
+        if row.item not in self.items:  # of an earlier plan: its labels can still be read
             self._read_item(row.item)
         self.assignments[row.id] = row
         self.of_annotator[row.annotator].append(row.id)
@@ -214,10 +133,10 @@ class LabelState:
 
     def _read_item(self, item: str) -> None:
         row = self._store.connection.execute("SELECT prompt, completions FROM items WHERE id = ?", (item,)).fetchone()
-        self.items[item] = _candidates(*row)
+        self.items[item] = candidates_of(*row)
 
     def add_action(self, action: Action) -> None:
-        """Apply an answer or the taking back of one."""
+        """Apply a label or an undo."""
         self._last["actions"] = action.id
         self.by_key[action.key] = action
         given = self.assignments[action.assignment]
@@ -256,7 +175,7 @@ class LabelState:
         self.annotators[row.id] = row
 
     def _add(self, item: str, sign: int) -> None:
-        """Add what one item contributes to the sums, or take it away before the item changes."""
+        """Add what one item contributes to the sums, or subtract it before the item changes."""
         if item not in self.listed:
             return
         count = self.counts[item]
@@ -267,45 +186,22 @@ class LabelState:
                 self.unresolved[item] = None
             else:
                 self.unresolved.pop(item, None)
-            for annotator in count.answered:
+            for annotator in count.done:
                 self.open_answered[annotator] += sign
         elif len(count.ranked) < self.plan.overlap:
             self.set_aside += sign
 
     def latest_at(self, assignment: int) -> int:
-        """When somebody was last seen at an assignment, milliseconds since 1970."""
+        """When the annotator was last active on an assignment, milliseconds since 1970."""
         draft, undo = self.drafts.get(assignment), self.reopened.get(assignment)
         return max(self.assignments[assignment].at, draft.at if draft else 0, undo.at if undo else 0)
 
     def draft(self, assignment: int) -> tuple[Entry | None, int]:
-        """What was entered so far for a task that has no answer, and the active milliseconds spent on it."""
+        """Entry of a task without a label, and the active milliseconds spent on it."""
         draft, undo = self.drafts.get(assignment), self.reopened.get(assignment)
         if undo is None or (draft is not None and draft.undo == undo.id):
             return (None, 0) if draft is None else (draft.entry, draft.active_ms)
         entry, taken_by = self.taken_ranking.get(assignment, (None, 0))
-        if draft is not None and (draft.undo or 0) >= taken_by:  # written after that ranking, before a skip, say
+        if draft is not None and (draft.undo or 0) >= taken_by:  # written after that ranking, for example before a skip
             entry = draft.entry
         return entry, self.taken_back[assignment].active_ms
-
-
-def action_of(
-    number: int, assignment: int, kind: str, key: str, body: str, undoes: int | None, plan: int, active: int, at: int
-) -> Action:
-    """An action from its row."""
-    plain: dict[str, Any] = json.loads(body)
-    entry = Entry.of(plain["entry"]) if "entry" in plain else None
-    return Action(number, assignment, cast(Kind, kind), key, entry, plain.get("reason", ""), undoes, plan, active, at)
-
-
-def outcome_of(action: Action) -> Outcome:
-    """What an answer that stands came to."""
-    assert action.kind != "undone"
-    return action.kind
-
-
-def _candidates(prompt: str, completions: str) -> Candidates:
-    asked = json.loads(prompt)
-    return Candidates(
-        prompt=asked if isinstance(asked, str) else tuple(Message(turn["role"], turn["content"]) for turn in asked),
-        completions=tuple(json.loads(completions)),
-    )

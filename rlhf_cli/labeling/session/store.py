@@ -1,7 +1,7 @@
-"""Labels on disk: one SQLite file whose rows are only ever added (the file itself refuses to change or delete one).
+"""Labels on disk: an append-only SQLite file. Triggers in the file reject updates and deletions.
 
-Written through a write-ahead log with `synchronous=FULL`: what a transaction committed outlives `kill -9` and a power
-cut. Several processes may use one file; every write transaction first reads what others have added.
+The file uses a write-ahead log with `synchronous=FULL`: a committed transaction survives `kill -9` and a power
+failure. Several processes may share a file; every write transaction first reads what others have added.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 from rlhf_cli.errors import DataError, DiskError, RunInUseError, UsageError
 
-FORMAT = 1
+FORMAT = 2
+"""Raised when the tables or their meaning change; stores of any other format are refused."""
 _BUSY_SECONDS = 20.0
 _TABLES = ("meta", "guidelines", "items", "plans", "listed", "annotators", "assignments", "actions", "drafts")
 _SCHEMA = """
@@ -52,10 +53,10 @@ CREATE TABLE drafts (
     id INTEGER PRIMARY KEY, assignment INTEGER NOT NULL REFERENCES assignments (id),
     body TEXT NOT NULL, undo INTEGER REFERENCES actions (id), active_ms INTEGER NOT NULL, at INTEGER NOT NULL
 ) STRICT;
-CREATE TRIGGER one_answer BEFORE INSERT ON actions WHEN NEW.kind <> 'undone' AND EXISTS (
+CREATE TRIGGER one_label BEFORE INSERT ON actions WHEN NEW.kind <> 'undone' AND EXISTS (
     SELECT 1 FROM actions AS given WHERE given.assignment = NEW.assignment AND given.kind <> 'undone'
     AND NOT EXISTS (SELECT 1 FROM actions AS undo WHERE undo.undoes = given.id)
-) BEGIN SELECT RAISE (ABORT, 'this assignment has an answer'); END;
+) BEGIN SELECT RAISE (ABORT, 'this assignment has a label'); END;
 """
 
 
@@ -63,17 +64,17 @@ class LabelStore:
     """A connection to a store.
 
     Args:
-        path: the file; made with its folder where there is none and `create` says so.
-        create: make it.
-        read_only: only look at it.
+        path: the file; created with its folder if it does not exist and `create` is true.
+        create: create the file.
+        read_only: open for reading only.
 
     Attributes:
         is_writing: a transaction is open.
-        has_written: the one that is open, or was last, added a row.
+        has_written: the open transaction, or the last one, added a row.
 
     Raises:
-        DataError: it is there and no label store, or damaged; or it is not there.
-        UsageError: a newer rlhf wrote it.
+        DataError: the file is missing, damaged, or not a label store.
+        UsageError: another version of rlhf wrote it.
         DiskError: it cannot be written.
     """
 
@@ -84,7 +85,7 @@ class LabelStore:
             with self.explained():
                 path.parent.mkdir(parents=True, exist_ok=True)
         elif not path.is_file():
-            raise DataError(f"{path}: no labels are kept there", hint="name a run directory whose `label` is by people")
+            raise DataError(f"{path}: no such label store", hint="name a run directory with `label.by: human`")
         with self.explained():
             self.connection = self._to_read() if read_only else self._connect(str(path))
             if not read_only:
@@ -104,7 +105,7 @@ class LabelStore:
         connection = self._connect(f"{address}?mode=ro")
         try:
             connection.execute("SELECT 1 FROM sqlite_master").fetchone()
-        except sqlite3.OperationalError:  # a log needs its folder to be written, which an archive is not
+        except sqlite3.OperationalError:  # the log needs a writable folder, which an archive is not
             connection.close()
             return self._connect(f"{address}?immutable=1")
         return connection
@@ -115,13 +116,14 @@ class LabelStore:
             self._create()
             return
         if not tables.issuperset(_TABLES):
-            raise DataError(f"{self.path}: a SQLite file, but no label store", hint="name another file")
+            raise DataError(f"{self.path}: a SQLite file, but not a label store", hint="name another file")
         version = self.connection.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
         if version is None:
-            raise DataError(f"{self.path}: a SQLite file, but no label store", hint="name another file")
-        if int(version[0]) > FORMAT:
+            raise DataError(f"{self.path}: a SQLite file, but not a label store", hint="name another file")
+        if int(version[0]) != FORMAT:
             raise UsageError(
-                f"{self.path} has format {version[0]}; this rlhf knows up to {FORMAT}", hint="use the newer rlhf"
+                f"{self.path} has format {version[0]}, but this rlhf reads format {FORMAT}",
+                hint="use the rlhf version that wrote it, or start a new run directory",
             )
 
     def _create(self) -> None:
@@ -141,7 +143,7 @@ class LabelStore:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """One transaction, on disk when the block ends; inside of another it joins that one."""
+        """One transaction, on disk when the block ends; a nested block joins it."""
         if self.is_writing:
             yield
             return
@@ -152,7 +154,7 @@ class LabelStore:
                 yield
                 self.connection.execute("COMMIT")
             except BaseException:
-                if self.connection.in_transaction:  # a full disk can have ended it already
+                if self.connection.in_transaction:  # a full disk may have ended it already
                     self.connection.execute("ROLLBACK")
                 raise
             finally:
@@ -160,7 +162,7 @@ class LabelStore:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """All that is read inside is of one moment; nobody is waited for."""
+        """One consistent snapshot of all tables; waits for nobody."""
         with self.explained():
             self.connection.execute("BEGIN")
             try:
@@ -174,7 +176,7 @@ class LabelStore:
             return self.connection.execute("PRAGMA data_version").fetchone()[0]
 
     def insert(self, table: str, **values: object) -> int:
-        """Add a row; returns its number."""
+        """Add a row; returns its id."""
         self.has_written = True
         names = ", ".join(values)
         marks = ", ".join("?" * len(values))
@@ -187,7 +189,7 @@ class LabelStore:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn what SQLite and the file system say into errors that people can act on."""
+        """Convert errors of SQLite and the file system into errors with a hint."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -196,7 +198,8 @@ class LabelStore:
             raise
         except sqlite3.DatabaseError as error:
             raise DataError(
-                f"{self.path} is damaged or no label store: {error}", hint="restore it from a backup; do not delete it"
+                f"{self.path} is damaged or not a label store: {error}",
+                hint="restore it from a backup; do not delete it",
             ) from error
         except OSError as error:
             raise DiskError(f"cannot write {self.path}: {(error.strerror or str(error)).lower()}") from error
@@ -206,8 +209,8 @@ class LabelStore:
         if "locked" in reason or "busy" in reason:
             return RunInUseError(
                 f"{self.path} has been locked by another process for {_BUSY_SECONDS:.0f} seconds",
-                hint="wait for it or stop it; nothing was lost",
+                hint="wait for that process or stop it; nothing was lost",
             )
         return DiskError(
-            f"cannot write {self.path}: {reason}", hint="free some space or mend its permissions; labels are kept"
+            f"cannot write {self.path}: {reason}", hint="free disk space or fix the permissions; labels are kept"
         )

@@ -1,10 +1,11 @@
-"""Coefficients of agreement between annotators: counts in, one number out, or the reason why there is none.
+"""Coefficients of agreement between annotators: counts in, one number out, or the reason why it is undefined.
 
-Two forms of input. A confusion table (Q, Q) of two annotators: how often the first said one category and the second
-another. Counts (N, Q) of any number of annotators: how many of them put unit N into category Q; units may have been
-seen by different annotators and by different numbers of them, and a unit that nobody saw is a row of zeros.
+There are two kinds of input. A confusion table (Q, Q) of two annotators: how often the first chose one category and the
+second another. Counts (N, Q) of any number of annotators: how many of them put unit N into category Q. Units may have
+different annotators and different numbers of them; a unit without labels is a row of zeros.
 
-For rankings a unit is a pair of answers, in the categories of `verdicts`; see `mirrored` for what makes those special.
+For rankings a unit is a pair of completions, with the categories of `verdicts`; see `mirrored` for why they are
+special.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ Level = Literal["nominal", "ordinal"]
 Counts = NDArray[np.int64]
 
 A_WINS, TIE, B_WINS = 0, 1, 2
-"""Categories of a pair of answers (a, b)."""
+"""Categories of a pair of completions (a, b)."""
 VERDICTS = 3
 
 NO_OVERLAP = "nothing was labeled by two annotators"
-ONE_CATEGORY = "everything is in one category, so agreement by chance would be complete, too"
+ONE_CATEGORY = "everything is in one category, so chance agreement would be complete too"
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """A coefficient of agreement: 1 is complete, 0 what chance would give (for raw agreement: none).
+    """A coefficient of agreement: 1 is complete agreement, 0 chance agreement (for raw agreement: none).
 
     Attributes:
-        value: None where it is not defined.
-        missing: why it is not.
+        value: None if undefined.
+        missing: reason why it is undefined.
     """
 
     value: float | None
@@ -55,10 +56,10 @@ def weight_matrix(categories: int, weights: Weights) -> NDArray[np.float64]:
 
 
 def confusion_table(first: Sequence[int | None], second: Sequence[int | None], categories: int) -> Counts:
-    """How often `first` said one category where `second` said another, over what both labeled: (Q, Q).
+    """How often `first` chose one category and `second` another, over units labeled by both: (Q, Q).
 
     Args:
-        first: category of each unit, None where this annotator has none.
+        first: category of each unit; None without a label.
         second: of the same units.
         categories: Q.
     """
@@ -70,10 +71,10 @@ def confusion_table(first: Sequence[int | None], second: Sequence[int | None], c
 
 
 def category_counts(ratings: Sequence[Sequence[int | None]], categories: int) -> Counts:
-    """How many annotators put each unit into each category: (N, Q).
+    """How many annotators chose each category for each unit: (N, Q).
 
     Args:
-        ratings: one sequence an annotator, with the category of each of N units, None where there is none.
+        ratings: per annotator, the category of each of N units; None without a label.
         categories: Q.
     """
     counts = np.zeros((len(ratings[0]) if ratings else 0, categories), dtype=np.int64)
@@ -85,9 +86,9 @@ def category_counts(ratings: Sequence[Sequence[int | None]], categories: int) ->
 
 
 def pairwise_agreement(counts: ArrayLike) -> Coefficient:
-    """Share of pairs of annotators, over all units, that chose the same category; no correction for chance.
+    """Share of pairs of annotators, over all units, that chose the same category; not corrected for chance.
 
-    A unit with n annotators has n (n - 1) / 2 pairs, so it weighs more than one with fewer.
+    A unit with n annotators has n (n - 1) / 2 pairs, so units with more annotators have more weight.
     """
     each = _counts(counts)
     seen = each.sum(axis=1)
@@ -102,7 +103,7 @@ def cohen_kappa(confusion: ArrayLike, weights: Weights = "none") -> Coefficient:
 
     Args:
         confusion: (Q, Q) counts, see `confusion_table`.
-        weights: credit for categories that are near each other, see `weight_matrix`.
+        weights: credit for similar categories, see `weight_matrix`.
     """
     table = np.asarray(confusion, dtype=np.float64)
     if not table.sum():
@@ -114,11 +115,11 @@ def cohen_kappa(confusion: ArrayLike, weights: Weights = "none") -> Coefficient:
 
 
 def fleiss_kappa(counts: ArrayLike) -> Coefficient:
-    """Agreement of several annotators beyond chance, where everyone uses the categories alike.
+    """Agreement of several annotators beyond chance, assuming that all use the categories equally often.
 
-    P_i = sum_j n_ij (n_ij - 1) / (n_i (n_i - 1)), P_e = sum_j p_j^2 (Fleiss 1971). Where units have
-    different numbers of annotators, P_i is averaged over those with two or more, and p_j is the mean over units of
-    n_ij / n_i (Gwet 2014), which is Fleiss' own wherever the numbers are equal.
+    P_i = sum_j n_ij (n_ij - 1) / (n_i (n_i - 1)), P_e = sum_j p_j^2 (Fleiss 1971). If units have different numbers of
+    annotators, P_i is averaged over units with two or more, and p_j is the mean over units of n_ij / n_i (Gwet 2014);
+    for equal numbers this is Fleiss' definition.
     """
     each = _counts(counts)
     observed = _mean_agreement(each, np.eye(each.shape[1]))
@@ -126,16 +127,16 @@ def fleiss_kappa(counts: ArrayLike) -> Coefficient:
 
 
 def gwet_ac1(counts: ArrayLike) -> Coefficient:
-    """Agreement beyond chance, where chance means guessing at what is hard to tell; stable where one category rules.
+    """Agreement beyond chance, where chance means guessing on hard units; robust if one category dominates.
 
-    P_e = sum_q p_q (1 - p_q) / (Q - 1) (Gwet 2008; several annotators and missing labels: Gwet 2014). Q counts the
-    categories there are, not those that were used.
+    P_e = sum_q p_q (1 - p_q) / (Q - 1) (Gwet 2008; several annotators and missing labels: Gwet 2014). Q counts all
+    categories, used or not.
     """
     return gwet_ac2(counts, "none")
 
 
 def gwet_ac2(counts: ArrayLike, weights: Weights = "quadratic") -> Coefficient:
-    """`gwet_ac1` with credit for categories that are near each other.
+    """`gwet_ac1` with credit for similar categories.
 
     P_e = T_w / (Q (Q - 1)) sum_q p_q (1 - p_q), T_w the sum of all weights (Gwet 2014).
     """
@@ -153,11 +154,11 @@ def gwet_ac2(counts: ArrayLike, weights: Weights = "quadratic") -> Coefficient:
 
 
 def krippendorff_alpha(counts: ArrayLike, level: Level = "nominal") -> Coefficient:
-    """1 - D_o / D_e: disagreement seen over disagreement among labels paired at random (Krippendorff 2011).
+    """1 - D_o / D_e: observed disagreement over the disagreement of randomly paired labels (Krippendorff 2011).
 
     Args:
-        counts: (N, Q); units with one annotator do not count.
-        level: `nominal`, or `ordinal` for categories in rising order.
+        counts: (N, Q); units with one annotator are ignored.
+        level: `nominal`, or `ordinal` for ordered categories.
     """
     from krippendorff import alpha
 
@@ -168,51 +169,51 @@ def krippendorff_alpha(counts: ArrayLike, level: Level = "nominal") -> Coefficie
     used = each.any(axis=0)
     if used.sum() < 2:
         return Coefficient(None, ONE_CATEGORY)
-    # An unused category stands between no two that are used, so that dropping it changes neither distance.
+    # Unused categories are never between two used ones, so dropping them changes no distance.
     return Coefficient(float(alpha(value_counts=each[:, used], level_of_measurement=level)))
 
 
 def verdicts(levels: NDArray[np.integer]) -> NDArray[np.int8]:
-    """Category of each pair of answers, pairs in the order of `pair_indices`: (N, K) to (N, K (K - 1) / 2).
+    """Category of each pair of completions, pairs in the order of `pair_indices`: (N, K) to (N, K (K - 1) / 2).
 
     Args:
-        levels: tier of each answer, 0 the best.
+        levels: (N, K) tier of each completion, 0 is best.
     """
     first, second = pair_indices(levels.shape[1])
     return (1 + np.sign(levels[:, first] - levels[:, second])).astype(np.int8)
 
 
-def pair_indices(answers: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Both answers a < b of every pair, in lexicographic order."""
-    first, second = np.triu_indices(answers, k=1)
+def pair_indices(completions: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices a < b of every pair of completions, in lexicographic order."""
+    first, second = np.triu_indices(completions, k=1)
     return first, second
 
 
 def mirrored(counts: ArrayLike) -> Counts:
-    """Counts of pairs of answers as seen from both answers of each pair: (N, Q) to (2 N, Q).
+    """Counts of pairs of completions as seen from both completions of each pair: (N, Q) to (2 N, Q).
 
-    Which answer of a pair is called a, is an accident of the file. Chance agreement must not depend on it: if the
-    better answer always stood first, everybody would seem to favor one category. So each pair counts as (a, b) and as
-    (b, a), which leaves agreement as it is and makes both wins equally likely by chance.
+    Which completion of a pair is called a is arbitrary, and chance agreement must not depend on it: if the better
+    completion always came first, everyone would seem to favor one category. So each pair counts as (a, b) and as (b,
+    a). This keeps agreement as it is, and makes both wins equally likely by chance.
     """
     each = _counts(counts)
     return np.concatenate([each, each[:, ::-1]])
 
 
 def mirrored_table(confusion: ArrayLike) -> Counts:
-    """A confusion table of pairs of answers as seen from both answers of each pair, see `mirrored`."""
+    """A confusion table of pairs of completions, counted from both sides, see `mirrored`."""
     each = _counts(confusion)
     return each + each[::-1, ::-1]
 
 
 def mirrored_alpha(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Nominal `krippendorff_alpha` of `mirrored` verdicts from sums over pairs of answers, NaN where it is not defined.
+    """Nominal `krippendorff_alpha` of `mirrored` verdicts from sums over pairs of completions; NaN if undefined.
 
     With n labels of which t are ties, and S_o = sum n_ic n_ik / (n_i - 1) over c != k, it is
-    1 - 2 (2n - 1) S_o / (4 n^2 - 4 t^2 - 2 (n - t)^2): the same figure as through counts, but sums can be resampled.
+    1 - 2 (2n - 1) S_o / (4 n^2 - 4 t^2 - 2 (n - t)^2): equal to the value from counts, but sums can be resampled.
 
     Args:
-        sums: (..., 3) S_o, n and t, over pairs of answers with two labels or more.
+        sums: (..., 3) S_o, n and t, over pairs of completions with two or more labels.
     """
     disagreed, labels, ties = sums[..., 0], sums[..., 1], sums[..., 2]
     by_chance = 4 * labels**2 - 4 * ties**2 - 2 * (labels - ties) ** 2
@@ -221,10 +222,9 @@ def mirrored_alpha(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def kendall_tau_b(first: NDArray[np.integer], second: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Rank correlation with ties (Kendall 1945): (N, P) verdicts of two annotators to (N,), NaN where one tied all.
+    """Rank correlation with ties (Kendall 1945): (N, P) verdicts of two annotators to (N,); NaN if one tied everything.
 
-    tau_b = (C - D) / sqrt((P - T_1) (P - T_2)) with C pairs ordered alike, D ordered against each other, T the ties
-    of each.
+    tau_b = (C - D) / sqrt((P - T_1) (P - T_2)) with C concordant pairs, D discordant pairs, T_1 and T_2 ties of each.
     """
     one, other = first.astype(np.int64) - TIE, second.astype(np.int64) - TIE
     untied = np.sqrt((one != 0).sum(axis=-1) * (other != 0).sum(axis=-1))
@@ -240,7 +240,7 @@ def _counts(counts: ArrayLike) -> Counts:
 
 
 def _mean_agreement(counts: Counts, credit: NDArray[np.float64]) -> float | None:
-    """Mean over units with two annotators or more of the credit that a random pair of them earns."""
+    """Mean credit of a random pair of labels of a unit, over units with two or more."""
     each = counts[counts.sum(axis=1) >= 2]
     if not len(each):
         return None
@@ -249,7 +249,7 @@ def _mean_agreement(counts: Counts, credit: NDArray[np.float64]) -> float | None
 
 
 def _prevalence(counts: Counts) -> NDArray[np.float64]:
-    """Mean over units of the share of annotators in each category."""
+    """Mean share of each category over units."""
     each = counts[counts.sum(axis=1) >= 1]
     return (each / each.sum(axis=1, keepdims=True)).mean(axis=0)
 

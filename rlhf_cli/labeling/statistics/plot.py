@@ -1,4 +1,4 @@
-"""A label report as one picture of small multiples, where matplotlib is installed."""
+"""Plots a label report as small multiples; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.labeling.statistics.report import (
     ALWAYS_LONGER,
-    SECONDS_A_LABEL,
+    SECONDS_PER_LABEL,
     USUAL_AGREEMENT,
     AnnotatorReport,
-    Figure,
+    Estimate,
     LabelReport,
 )
-from rlhf_cli.labeling.statistics.text_report import plain
+from rlhf_cli.labeling.warnings import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,50 +24,49 @@ _BLUE, _ORANGE, _GREEN, _GRAY, _BAND = "#1f5a8c", "#d1622b", "#3b8a5a", "#8a8a8a
 _LINES = ("#1f5a8c", "#d1622b", "#3b8a5a", "#8f5aa5", "#b3902d", "#4aa3b5", "#a8485a", "#6b6b6b")
 _MOST_PEOPLE = 20
 _LONGEST_NAME = 16
-_EVERYBODY = "everybody"
+_EVERYBODY = "all annotators"
 _ROOM_FOR_LEGEND = 36.0
-"""Points between axes and title: two rows of names."""
+"""Space between axes and title for two rows of names, in points."""
 
-_Row = tuple[str, Figure]
+_Row = tuple[str, Estimate]
 
 
 def draw_report(report: LabelReport, path: Path, *, title: str) -> None:
-    """Draw agreement, habits, pace and distribution.
+    """Plot agreement, biases, pace and distributions.
 
     Args:
-        report: what to draw.
-        path: of the picture; its suffix says the format.
+        report: to plot.
+        path: of the picture; its suffix determines the format.
         title: above it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Picture
 
     people = sorted(report.annotators, key=lambda person: (-person.labels, person.name))[:_MOST_PEOPLE]
     people.sort(key=lambda person: person.name)
-    # A figure of its own, without pyplot: no window system, and nothing to close.
+    # A figure without pyplot: needs no display, and nothing has to be closed.
     picture = Picture(figsize=(13.5, 6.2 + 0.24 * max(0, len(people) - 4)), layout="constrained")
     picture.get_layout_engine().set(w_pad=0.12, h_pad=0.10)  # type: ignore[union-attr]
-    (agreement, steadiness, sway), (pace, places, tiers) = picture.subplots(
+    (agreement, consistency, biases), (pace, places, tiers) = picture.subplots(
         2, 3, height_ratios=[1 + 0.09 * max(0, len(people) - 4), 1]
     )
     _agreement(agreement, report, people)
-    _steadiness(steadiness, report, people, with_names=not agreement.get_yticks().size)
-    _sway(sway, report, people, with_names=not (agreement.get_yticks().size or steadiness.get_yticks().size))
+    _consistency(consistency, report, people, with_names=not agreement.get_yticks().size)
+    _biases(biases, report, people, with_names=not (agreement.get_yticks().size or consistency.get_yticks().size))
     _pace(pace, people)
     _places(places, report)
     _tiers(tiers, report)
     counts = report.counts
-    shown = "" if len(people) == len(report.annotators) else f"; the {len(people)} people with most labels"
-    heading = (
-        f"{plain(title)}: {counts.ordinary:,} labels, {counts.items:,} items, {len(report.annotators)} people{shown}"
-    )
+    shown = "" if len(people) == len(report.annotators) else f"; the {len(people)} annotators with most labels"
+    count = len(report.annotators)
+    heading = f"{one_line(title)}: {counts.ordinary:,} labels, {counts.items:,} items, {count} annotators{shown}"
     picture.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     FigureCanvasAgg(picture)
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; that is no news for a terminal.
+        # A name in a script that the font lacks is drawn as boxes; do not warn about it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         picture.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
 
@@ -75,27 +74,27 @@ def draw_report(report: LabelReport, path: Path, *, title: str) -> None:
 def _agreement(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport]) -> None:
     untied = _rows(report.agreement.without_ties, people, lambda person: person.agreement_untied)
     tied = _rows(report.agreement.with_ties, people, lambda person: person.agreement)
-    if _frame(axes, "agreement with others", "share of pairs of answers", untied + tied, with_names=True):
-        axes.axvspan(*USUAL_AGREEMENT, color=_BAND, linewidth=0, zorder=0, label="elsewhere, 63-77%")
-        _dots(axes, untied, _BLUE, "o", "ties left out", shift=-0.13)
-        _dots(axes, tied, _ORANGE, "s", "ties counted", shift=0.13)
+    if _frame(axes, "agreement with others", "share of pairs of completions", untied + tied, with_names=True):
+        axes.axvspan(*USUAL_AGREEMENT, color=_BAND, linewidth=0, zorder=0, label="published, 63-77%")
+        _dots(axes, untied, _BLUE, "o", "ties excluded", shift=-0.13)
+        _dots(axes, tied, _ORANGE, "s", "ties included", shift=0.13)
         _legend(axes, columns=3)
 
 
-def _steadiness(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport], *, with_names: bool) -> None:
+def _consistency(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport], *, with_names: bool) -> None:
     own = _rows(report.self_consistency, people, lambda person: person.self_consistency)
     gold = _rows(report.gold, people, lambda person: person.gold)
-    if _frame(axes, "own repeats and gold", "share of pairs of answers", own + gold, with_names=with_names):
-        _dots(axes, own, _BLUE, "o", "own repeats agree", shift=-0.13)
-        _dots(axes, gold, _GREEN, "D", "gold in the known order", shift=0.13)
+    if _frame(axes, "self-consistency and gold", "share of pairs of completions", own + gold, with_names=with_names):
+        _dots(axes, own, _BLUE, "o", "self-consistency", shift=-0.13)
+        _dots(axes, gold, _GREEN, "D", "gold accuracy", shift=0.13)
         _legend(axes)
 
 
-def _sway(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport], *, with_names: bool) -> None:
+def _biases(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport], *, with_names: bool) -> None:
     first = _rows(report.first_shown, people, lambda person: person.first_shown)
     longer = _rows(report.longer, people, lambda person: person.longer)
-    if _frame(axes, "what sways them", "share of untied pairs", first + longer, with_names=with_names):
-        axes.axvline(0.5, color=_GRAY, linewidth=1.0, label="no bias of order")
+    if _frame(axes, "biases", "share of untied pairs", first + longer, with_names=with_names):
+        axes.axvline(0.5, color=_GRAY, linewidth=1.0, label="no position bias")
         axes.axvline(ALWAYS_LONGER, color=_ORANGE, linewidth=1.0, linestyle=":", label="longer wins at AlpacaEval")
         _dots(axes, first, _BLUE, "o", "earlier shown wins", shift=-0.13)
         _dots(axes, longer, _ORANGE, "s", "longer wins", shift=0.13)
@@ -103,7 +102,7 @@ def _sway(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport], *,
 
 
 def _rows(
-    everybody: Figure, people: Sequence[AnnotatorReport], figure: Callable[[AnnotatorReport], Figure]
+    everybody: Estimate, people: Sequence[AnnotatorReport], figure: Callable[[AnnotatorReport], Estimate]
 ) -> list[_Row]:
     return [(_EVERYBODY, everybody), *((_name(person), figure(person)) for person in people)]
 
@@ -159,7 +158,7 @@ def _pace(axes: Axes, people: Sequence[AnnotatorReport]) -> None:
         color = _LINES[place] if few else _GRAY
         axes.plot(labels, seconds, color=color, linewidth=1.5, alpha=0.9 if few else 0.35, marker=".", markersize=4,
                   label=_name(person) if few else None)  # fmt: skip
-    axes.axhline(SECONDS_A_LABEL, color=_GRAY, linewidth=0.9, linestyle="--", label="AlpacaEval")
+    axes.axhline(SECONDS_PER_LABEL, color=_GRAY, linewidth=0.9, linestyle="--", label="AlpacaEval")
     low, high = axes.get_ylim()
     if high > 8 * max(low, 0.1) and min(second for _, pace in timed for _, second in pace.course) > 0:
         axes.set_yscale("log")
@@ -167,33 +166,33 @@ def _pace(axes: Axes, people: Sequence[AnnotatorReport]) -> None:
     else:
         axes.set_ylim(0, high)
     axes.set_xlabel("labels given", fontsize=9)
-    axes.set_ylabel("seconds a label (median)", fontsize=9)
+    axes.set_ylabel("seconds per label (median)", fontsize=9)
     axes.grid(alpha=0.25, linewidth=0.6)
     _legend(axes, columns=5 if len(timed) > 5 else 3)
 
 
 def _places(axes: Axes, report: LabelReport) -> None:
-    _style(axes, "place of the best answer")
+    _style(axes, "position of the best completion")
     if not report.distribution.winners:
         _nothing(axes)
         return
     from matplotlib.ticker import PercentFormatter
 
-    size = max(report.distribution.winners, key=lambda size: report.distribution.answers.get(size, 0))
+    size = max(report.distribution.winners, key=lambda size: report.distribution.completions.get(size, 0))
     shares = report.distribution.winners[size]
     bars = axes.bar(range(size), shares, color=_BLUE, width=0.62)
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=8, padding=3, bbox=behind, zorder=4)
-    axes.axhline(1 / size, color=_ORANGE, linewidth=1.2, linestyle="--", label="expected of a blind order", zorder=3)
+    axes.axhline(1 / size, color=_ORANGE, linewidth=1.2, linestyle="--", label="expected in random order", zorder=3)
     axes.set_ylim(0, max(*shares, 1 / size) * 1.3)
     axes.set_xticks(range(size), [str(place + 1) for place in range(size)])
-    axes.set_xlabel(f"place shown, of {size} answers", fontsize=9)
+    axes.set_xlabel(f"position shown, of {size} completions", fontsize=9)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _legend(axes)
 
 
 def _tiers(axes: Axes, report: LabelReport) -> None:
-    _style(axes, "tiers a label")
+    _style(axes, "tiers per label")
     found = report.distribution.tiers
     if not found:
         _nothing(axes)
@@ -235,5 +234,5 @@ def _legend(axes: Axes, columns: int = 2) -> None:
 
 
 def _name(person: AnnotatorReport) -> str:
-    name = plain(person.name)
+    name = one_line(person.name)
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"

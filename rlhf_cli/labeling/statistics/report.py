@@ -1,41 +1,44 @@
-"""What `rlhf label stats` found, as plain data: for the terminal, the admin page, JSON and plots alike."""
+"""Results of `rlhf label stats` as plain data, for the terminal, the admin page, JSON and plots."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlhf_cli.labeling.warnings import LabelWarning
+
 REFERENCES = (
     ("Anthropic HH", 0.63, "researchers and crowd workers, pairs (Bai et al. 2022)"),
-    ("InstructGPT", 0.726, "labelers with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)"),
-    ("Summarize from feedback", 0.77, "labelers with researchers, pairs (Stiennon et al. 2020)"),
-    ("MT-Bench, ties left out", 0.81, "people with one another, pairs (Zheng et al. 2023)"),
-    ("MT-Bench, ties counted", 0.63, "the same, ties a third verdict (Zheng et al. 2023)"),
+    ("InstructGPT", 0.726, "annotators with one another, K = 4 to 9, +- 0.015 (Ouyang et al. 2022)"),
+    ("Summarize from feedback", 0.77, "annotators with researchers, pairs (Stiennon et al. 2020)"),
+    ("MT-Bench, ties excluded", 0.81, "people with one another, pairs (Zheng et al. 2023)"),
+    ("MT-Bench, ties included", 0.63, "the same, ties a third verdict (Zheng et al. 2023)"),
 )
-"""Agreement of people on which of two answers is better: project, share, who with whom."""
+"""Human agreement on which of two completions is better: project, share, between whom."""
 USUAL_AGREEMENT = (0.63, 0.77)
-"""Range of what trained labelers of well-known projects reach."""
+"""Range reached by trained annotators of well-known projects."""
 ALWAYS_LONGER = 0.622
-"""How often picking the longer answer agrees with AlpacaEval's people (Dubois et al. 2023)."""
-SECONDS_A_LABEL = 36.8
-"""What a pair took AlpacaEval's people."""
+"""Agreement of always picking the longer completion with AlpacaEval's annotators (Dubois et al. 2023)."""
+SECONDS_PER_LABEL = 36.8
+"""Time AlpacaEval's annotators needed per pair."""
 LEAST_SECONDS_PER_100_CHARACTERS = 1.0
-"""Below this nobody has read the answers: 1,000 words a minute at six characters a word with its blank, four times what
-silent reading of English reaches (238, 4.2 s for 100 characters; Brysbaert 2019, a meta-analysis of 190 studies)."""
+"""Anything faster is not reading: 1,000 words per minute at six characters per word including the space, four times
+the speed of silent reading of English (238, or 4.2 s per 100 characters; Brysbaert 2019, a meta-analysis of 190
+studies)."""
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A share or a coefficient.
+class Estimate:
+    """A share or a coefficient, with interval.
 
     Attributes:
-        value: None where there is none.
-        low: lower end of its 95 % interval, None without one.
+        value: None if undefined.
+        low: lower end of the 95 % interval; None without one.
         high: upper end.
-        count: what it is a share of: pairs of answers, or labels.
-        prompts: they come from; prompts are what the interval draws.
-        worth: independent observations that would be as exact, for intervals of other levels.
-        missing: why there is no value.
+        count: denominator: pairs of completions, or labels.
+        prompts: number of prompts; they are the units that are resampled.
+        worth: effective number of independent observations, for intervals at other levels.
+        missing: reason why it is undefined.
     """
 
     value: float | None = None
@@ -49,16 +52,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long labels took.
+    """Time per label.
 
     Attributes:
-        labels: whose time is known.
-        median: active seconds a label.
+        labels: number of labels with a known time.
+        median: active seconds per label.
         lower: first quartile.
         upper: third quartile.
-        per_hour: rankings in an hour of active time, that of skips included; None where no time passed.
-        fast: labels given faster than anybody can read, see `LEAST_SECONDS_PER_100_CHARACTERS`.
-        course: (labels so far, median seconds of a stretch) in the order of labeling.
+        per_hour: rankings per hour of active time, including the time for skips; None if no time passed.
+        fast: labels given faster than reading speed, see `LEAST_SECONDS_PER_100_CHARACTERS`.
+        course: (labels so far, median seconds of a segment) in order of labeling.
     """
 
     labels: int
@@ -71,18 +74,18 @@ class Pace:
 
     @property
     def fast_share(self) -> float:
-        """Share of labels given faster than anybody can read."""
+        """Share of labels given faster than reading speed."""
         return self.fast / self.labels
 
 
 @dataclass(frozen=True)
 class Habit:
-    """The ranking, by places shown, that an annotator gives most often.
+    """The ranking by shown position that an annotator gives most often.
 
     Attributes:
-        pattern: such as `A>B=C`, A the answer shown first.
-        times: how often.
-        of: rankings of as many answers, with a known order of showing.
+        pattern: such as `A>B=C`, where A was shown first.
+        times: number of occurrences.
+        of: rankings of as many completions, with a known order of presentation.
     """
 
     pattern: str
@@ -92,36 +95,36 @@ class Habit:
 
 @dataclass(frozen=True)
 class AnnotatorReport:
-    """One annotator's figures.
+    """Results of one annotator.
 
     Attributes:
-        name: as in the labels, a stranger's text.
+        name: as in the labels; untrusted text.
         labels: ordinary labels that count.
-        skipped: items left without a ranking.
-        flagged: items reported.
-        agreement: with the others, ties counted.
-        agreement_untied: pairs that neither tied.
-        others: agreement of the others with one another, ties counted.
-        self_consistency: hidden repeats against their own earlier label, ties counted.
-        gold: pairs of gold items put in the known order; a tie of theirs is half right.
-        first_shown: untied pairs whose earlier-shown answer wins.
-        longer: untied pairs of unlike length whose longer answer wins.
-        tie_share: pairs tied.
-        pace: None where no time is known.
-        habit: None where no order of showing is known.
+        skipped: items skipped.
+        flagged: items flagged.
+        agreement: with the others, ties included.
+        agreement_untied: the same, over pairs that neither tied.
+        others: agreement of the others with one another, ties included.
+        self_consistency: agreement of hidden repeats with the earlier label, ties included.
+        gold: share of gold pairs ranked in the known order; a tie counts 1/2.
+        first_shown: share of untied pairs whose earlier-shown completion wins.
+        longer: share of untied pairs of different length whose longer completion wins.
+        tie_share: share of tied pairs.
+        pace: None if no time is known.
+        habit: None if no order of presentation is known.
     """
 
     name: str
     labels: int
     skipped: int
     flagged: int
-    agreement: Figure
-    agreement_untied: Figure
-    others: Figure
-    self_consistency: Figure
-    gold: Figure
-    first_shown: Figure
-    longer: Figure
+    agreement: Estimate
+    agreement_untied: Estimate
+    others: Estimate
+    self_consistency: Estimate
+    gold: Estimate
+    first_shown: Estimate
+    longer: Estimate
     tie_share: float | None
     pace: Pace | None
     habit: Habit | None
@@ -129,15 +132,15 @@ class AnnotatorReport:
 
 @dataclass(frozen=True)
 class PairReport:
-    """Two annotators and what both labeled.
+    """Agreement of two annotators on what both labeled.
 
     Attributes:
         first: name.
         second: name.
-        items: labeled by both.
-        pairs: of answers in them.
-        agreement: ties counted.
-        kappa: Cohen's, of pairs of answers seen from both sides; None where it is not defined.
+        items: number labeled by both.
+        pairs: number of pairs of completions in them.
+        agreement: ties included.
+        kappa: Cohen's, with pairs of completions counted from both sides; None if undefined.
         kappa_linear: the same with half credit for a tie against a win.
     """
 
@@ -156,28 +159,28 @@ class CriterionReport:
 
     Attributes:
         marks: how often each of 1 to 5 was given.
-        agreement: pairs of annotators that gave an answer the same mark.
+        agreement: share of pairs of annotators that gave a completion the same mark.
         alpha: Krippendorff's, ordinal.
     """
 
     marks: tuple[int, int, int, int, int]
-    agreement: Figure
-    alpha: Figure
+    agreement: Estimate
+    alpha: Estimate
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What labels look like; ordinary labels only.
+    """Distributions of ordinary labels.
 
     Attributes:
-        answers: K -> labels.
+        completions: K -> labels.
         tiers: tiers -> labels.
-        winners: K -> share of labels won by the answer shown first, second, ...; those that tie for it share it.
+        winners: K -> share of labels won by the completion shown first, second, ...; tied winners share it.
         strengths: 1 to 4 -> labels.
-        criteria: by name.
+        criteria: per criterion.
     """
 
-    answers: dict[int, int]
+    completions: dict[int, int]
     tiers: dict[int, int]
     winners: dict[int, tuple[float, ...]]
     strengths: dict[int, int]
@@ -185,39 +188,22 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class LabelWarning:
-    """Something that whoever runs the labeling should act on.
+class LabelCounts:
+    """Numbers of labels, items and prompts.
 
     Attributes:
-        kind: a short name that stays the same.
-        about: the annotator, the prompt, or "all labels".
-        text: what was found, with its figure.
-        advice: what to do.
-    """
-
-    kind: str
-    about: str
-    text: str
-    advice: str
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How much there is.
-
-    Attributes:
-        labels: everything that was given, skips and flags included.
-        ranked: with a ranking.
-        ordinary: that count: neither repeat nor gold nor replaced.
-        repeats: rankings of an item that its annotator had ranked before.
-        gold: rankings of items whose order is known.
-        skipped: without a ranking.
-        flagged: reported.
-        replaced: ordinary rankings that their annotator gave again later.
-        reasons: why items were skipped or flagged -> how often.
+        labels: all labels, including skips and flags.
+        ranked: labels with a ranking.
+        ordinary: rankings that count: not a repeat, not gold, not replaced.
+        repeats: rankings of hidden repeats.
+        gold: rankings of gold items.
+        skipped: skips.
+        flagged: flags.
+        replaced: ordinary rankings that the same annotator gave again later.
+        reasons: reason of a skip or flag -> occurrences.
         items: with a ranking that counts.
         prompts: of those items.
-        shared_items: that two or more annotators ranked.
+        shared_items: items ranked by two or more annotators.
         shared_prompts: of those.
     """
 
@@ -237,53 +223,53 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How far annotators say the same of pairs of answers, over all who labeled them.
+class AnnotatorAgreement:
+    """Agreement on pairs of completions, over all annotators.
 
     Attributes:
         with_ties: same verdict of three (a, tie, b).
         without_ties: same winner, over pairs that neither annotator tied.
         tau_b: Kendall's, mean over items.
         alpha: Krippendorff's, nominal.
-        alpha_ordinal: with a tie half-way.
+        alpha_ordinal: the same, with a tie between the wins.
         fleiss: Fleiss' kappa.
         ac1: Gwet's.
         ac2: Gwet's with quadratic weights.
-        strengths: Gwet's AC2 of the winner with its strength, where strengths were asked.
-        pairs: of annotators who have enough in common.
+        strengths: Gwet's AC2 of the winner with its strength, if strengths were asked for.
+        pairs: per pair of annotators with enough common items.
     """
 
-    with_ties: Figure
-    without_ties: Figure
-    tau_b: Figure
-    alpha: Figure
-    alpha_ordinal: Figure
-    fleiss: Figure
-    ac1: Figure
-    ac2: Figure
-    strengths: Figure
+    with_ties: Estimate
+    without_ties: Estimate
+    tau_b: Estimate
+    alpha: Estimate
+    alpha_ordinal: Estimate
+    fleiss: Estimate
+    ac1: Estimate
+    ac2: Estimate
+    strengths: Estimate
     pairs: tuple[PairReport, ...]
 
 
 @dataclass(frozen=True)
 class LabelReport:
-    """Everything; see its parts.
+    """The complete report; see its parts.
 
     Attributes:
-        first_shown: untied pairs whose earlier-shown answer wins; 1/2 is no bias.
-        longer: untied pairs of unlike length whose longer answer wins.
-        tie_share: pairs tied, over ordinary labels.
+        first_shown: share of untied pairs whose earlier-shown completion wins; 1/2 means no bias.
+        longer: share of untied pairs of different length whose longer completion wins.
+        tie_share: share of tied pairs in ordinary labels.
         guidelines: hash, or `none` -> rankings.
-        unknown: what the labels do not tell, one sentence each.
-        more_prompts: further prompts that two people should label for an agreement within 5 points either way.
+        unknown: sentences that say what cannot be measured.
+        more_prompts: further prompts that two annotators should label for an agreement within +- 5 points.
     """
 
-    counts: Counts
-    agreement: Agreement
-    self_consistency: Figure
-    gold: Figure
-    first_shown: Figure
-    longer: Figure
+    counts: LabelCounts
+    agreement: AnnotatorAgreement
+    self_consistency: Estimate
+    gold: Estimate
+    first_shown: Estimate
+    longer: Estimate
     tie_share: float | None
     pace: Pace | None
     distribution: Distribution
@@ -294,6 +280,6 @@ class LabelReport:
     warnings: tuple[LabelWarning, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """One object that `json.dumps` takes, the field's reference points beside."""
+        """Convert to JSON, with reference values of the field."""
         references = [{"project": name, "agreement": share, "of": what} for name, share, what in REFERENCES]
         return asdict(self) | {"references": references}

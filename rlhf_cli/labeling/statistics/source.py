@@ -1,4 +1,4 @@
-"""Labels to count, from wherever they are: a run, a store, `labels.jsonl`, or anybody's rankings with annotators."""
+"""Loads labels to measure: from a run, a store, `labels.jsonl`, or any rankings with annotators."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _KEYS_OF_A_LABEL = {"item", "outcome", "shown", "purpose"}
 
 
 def labels_to_count(where: Path) -> tuple[list[LabelRecord], list[str]]:
-    """All labels, and what deserves a warning.
+    """All labels, and warnings about them.
 
     Args:
         where: run directory, store (`*.sqlite`), `labels.jsonl`, or a file of rankings or preferences with `annotator`.
 
     Raises:
-        DataError: there are none, or none says who gave it.
+        DataError: there are none, or none has an annotator.
     """
     if where.is_dir() and store_of(where) is None and not (where / "label" / "labels.jsonl").is_file():
         rankings = where / "label" / "rankings.jsonl"
@@ -34,7 +34,7 @@ def labels_to_count(where: Path) -> tuple[list[LabelRecord], list[str]]:
 
 
 def _holds_labels(file: Path) -> bool:
-    """Whether the first line is a label; of an empty file, too, whose error should speak of labels."""
+    """Whether the first line is a label. True for an empty file, whose error should mention labels."""
     with file.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"")
     if not first:
@@ -51,20 +51,20 @@ def _from_rankings(file: Path) -> tuple[list[LabelRecord], list[str]]:
     labels = [_label(ranking) for ranking in loaded.records if ranking.annotator is not None]
     if not labels:
         raise DataError(
-            f"{file}: none of its {len(loaded.records):,} rankings says whose it is",
-            hint="give each record an `annotator`; agreement is between people",
+            f"{file}: none of its {len(loaded.records):,} rankings has an annotator",
+            hint="add `annotator` to each record; agreement is measured between annotators",
         )
     warnings = list(loaded.warnings)
     if len(labels) < len(loaded.records):
         warnings.append(
             f"{file}: {len(loaded.records) - len(labels):,} of {len(loaded.records):,} rankings have no `annotator` "
-            "and do not count"
+            "and are ignored"
         )
     return labels, warnings
 
 
 def _label(ranking: Ranking) -> LabelRecord:
-    """A ranking as a label; answers in the order of their text, since people's files list them as they please."""
+    """Convert a ranking to a label, with completions in the order of their text, since files list them in any order."""
     order = sorted(range(len(ranking.completions)), key=lambda index: (ranking.completions[index], index))
     place = {index: position for position, index in enumerate(order)}
     completions = tuple(ranking.completions[index] for index in order)

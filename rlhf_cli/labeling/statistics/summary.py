@@ -1,7 +1,7 @@
-"""What labels say about themselves: how far people agree, with others and with themselves, and what sways them.
+"""Computes the label report: agreement of annotators, with one another and with themselves, and their biases.
 
-Ordinary labels count for agreement and for what labels look like; hidden repeats for self-consistency, gold items for
-accuracy, all three for pace and for what the order of showing does. docs/label-statistics.md says how to read it all.
+Agreement and distributions use ordinary labels, self-consistency uses hidden repeats, accuracy uses gold items. Pace
+and position bias use all three. See docs/label-statistics.md for how to read the results.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from rlhf_cli.labeling.statistics.agreement import (
     mirrored_table,
     verdicts,
 )
-from rlhf_cli.labeling.statistics.numbers import Figures
-from rlhf_cli.labeling.statistics.parts import (
+from rlhf_cli.labeling.statistics.bootstrap import Bootstrap
+from rlhf_cli.labeling.statistics.descriptive import (
     count_labels,
     distribution_of,
     guidelines_of,
@@ -40,34 +40,34 @@ from rlhf_cli.labeling.statistics.parts import (
     strength_agreement,
     unknown_of,
 )
-from rlhf_cli.labeling.statistics.report import Agreement, AnnotatorReport, Figure, LabelReport, PairReport
+from rlhf_cli.labeling.statistics.report import AnnotatorAgreement, AnnotatorReport, Estimate, LabelReport, PairReport
 from rlhf_cli.labeling.statistics.table import Ints, LabelTable, levels_of, table_of
 from rlhf_cli.labeling.statistics.warnings import warnings_of
 
 ENOUGH_IN_COMMON = 10
-"""Items that two annotators must share for a kappa of their own."""
-_NO_OVERLAP = "no item was ranked by two people"
+"""Items that two annotators must have in common for a kappa of their own."""
+_NO_OVERLAP = "no item was ranked by two annotators"
 _WHY_NONE = {
-    "untied": "no pair of answers was untied by two people",
+    "untied": "no pair of completions was untied by two annotators",
     "self": "no hidden repeat was ranked",
     "gold": "no gold item was ranked",
-    "first": "no untied pair whose order of showing is known",
-    "longer": "no untied pair of unlike length",
+    "first": "no untied pair with a known order of presentation",
+    "longer": "no untied pair of different length",
 }
 
 
 def statistics(labels: Sequence[LabelRecord], seed: int) -> LabelReport:
-    """All figures of some labels.
+    """Compute the report.
 
     Args:
-        labels: what stands, skips and flags included; an annotator's later label of an item replaces the earlier.
+        labels: valid labels, including skips and flags; an annotator's later label of an item replaces the earlier one.
         seed: of the bootstrap.
 
     Raises:
-        DataError: a label contradicts itself, see `table_of`.
+        DataError: a label is invalid, see `table_of`.
     """
     table = table_of(labels)
-    figures = Figures(table.prompts, seed)
+    figures = Bootstrap(table.prompts, seed)
     shared = table.shared()
     _add_agreement(figures, table, shared)
     _add_self_consistency(figures, table)
@@ -98,7 +98,7 @@ def statistics(labels: Sequence[LabelRecord], seed: int) -> LabelReport:
     return replace(report, warnings=warnings_of(report, labels))
 
 
-def _add_agreement(figures: Figures, table: LabelTable, shared: tuple[Ints, Ints]) -> None:
+def _add_agreement(figures: Bootstrap, table: LabelTable, shared: tuple[Ints, Ints]) -> None:
     first, second = shared
     owner, one = table.pairs(first)
     _, other = table.pairs(second)
@@ -114,7 +114,7 @@ def _add_agreement(figures: Figures, table: LabelTable, shared: tuple[Ints, Ints
         _add_each(figures, name, table, rows, np.concatenate([values, values]))
     tau = _correlations(table, first, second)
     known = ~np.isnan(tau)
-    # Everybody's correlations are averaged within an item, and items within all.
+    # Correlations are averaged within items, then over items.
     of_item = np.bincount(table.item[first[known]], minlength=int(table.item.max(initial=-1)) + 1)
     weight = 1.0 / of_item[table.item[first[known]]]
     figures.add("tau", table.by_prompt(first[known], np.column_stack([(tau[known] + 1) / 2 * weight, weight])))
@@ -130,7 +130,7 @@ def _correlations(table: LabelTable, first: Ints, second: Ints) -> NDArray[np.fl
     return tau
 
 
-def _add_self_consistency(figures: Figures, table: LabelTable) -> None:
+def _add_self_consistency(figures: Bootstrap, table: LabelTable) -> None:
     again, before = table.repeats()
     owner, now = table.pairs(again)
     _, then = table.pairs(before)
@@ -138,7 +138,7 @@ def _add_self_consistency(figures: Figures, table: LabelTable) -> None:
     _add_both(figures, "self", table, again[owner], np.column_stack([same, np.ones_like(same)]))
 
 
-def _add_gold(figures: Figures, table: LabelTable) -> None:
+def _add_gold(figures: Bootstrap, table: LabelTable) -> None:
     rows = [row for row, label in enumerate(table.labels) if label.purpose == "gold" and label.known]
     known = [verdicts(np.array([levels_of(table.labels[row], table.labels[row].known or ())]))[0] for row in rows]
     labels = np.array(rows, dtype=np.intp)
@@ -150,7 +150,7 @@ def _add_gold(figures: Figures, table: LabelTable) -> None:
     _add_both(figures, "gold", table, labels[owner], np.column_stack([right * decided, decided]))
 
 
-def _add_order_and_length(figures: Figures, table: LabelTable) -> None:
+def _add_order_and_length(figures: Bootstrap, table: LabelTable) -> None:
     everyone = np.arange(len(table.labels))
     owner, pairs = table.pairs(everyone)
     won = np.where(table.verdict == A_WINS, 1, -1) * (table.verdict != TIE)
@@ -159,20 +159,20 @@ def _add_order_and_length(figures: Figures, table: LabelTable) -> None:
         _add_both(figures, name, table, owner, np.column_stack([(sign[pairs] == won[pairs]) & known, known]))
 
 
-def _add_both(figures: Figures, name: str, table: LabelTable, rows: Ints, values: NDArray) -> None:
-    """Sums of everybody under `name`, and of each annotator under `(name, number)`."""
+def _add_both(figures: Bootstrap, name: str, table: LabelTable, rows: Ints, values: NDArray) -> None:
+    """Add sums over all annotators under `name`, and per annotator under `(name, number)`."""
     values = values.astype(np.float64)
     figures.add(name, table.by_prompt(rows, values))
     _add_each(figures, name, table, rows, values)
 
 
-def _add_each(figures: Figures, name: str, table: LabelTable, rows: Ints, values: NDArray[np.float64]) -> None:
+def _add_each(figures: Bootstrap, name: str, table: LabelTable, rows: Ints, values: NDArray[np.float64]) -> None:
     for number, sums in enumerate(table.by_annotator(rows, table.annotator[rows], values)):
         figures.add((name, number), sums)
 
 
 def _verdict_counts(table: LabelTable) -> tuple[NDArray[np.int64], Ints]:
-    """How many annotators gave each verdict of each pair of answers: (N, 3); and a label of each: (N,)."""
+    """Number of annotators per verdict of each pair of completions: (N, 3); and one label of each pair: (N,)."""
     rows = np.flatnonzero(table.counted)
     owner, pairs = table.pairs(rows)
     items = table.item[rows]
@@ -187,7 +187,7 @@ def _verdict_counts(table: LabelTable) -> tuple[NDArray[np.int64], Ints]:
     return flat.reshape(total, VERDICTS), label
 
 
-def _add_alpha(figures: Figures, table: LabelTable, counts: NDArray[np.int64], label: Ints) -> None:
+def _add_alpha(figures: Bootstrap, table: LabelTable, counts: NDArray[np.int64], label: Ints) -> None:
     shared = counts.sum(axis=1) >= 2
     each = counts[shared]
     seen = each.sum(axis=1)
@@ -196,15 +196,17 @@ def _add_alpha(figures: Figures, table: LabelTable, counts: NDArray[np.int64], l
     figures.add("alpha", table.by_prompt(label[shared], sums))
 
 
-def _agreement(figures: Figures, table: LabelTable, shared: tuple[Ints, Ints], counts: NDArray[np.int64]) -> Agreement:
+def _agreement(
+    figures: Bootstrap, table: LabelTable, shared: tuple[Ints, Ints], counts: NDArray[np.int64]
+) -> AnnotatorAgreement:
     both_ways = mirrored(counts)
     units, items = int((counts.sum(axis=1) >= 2).sum()), np.unique(table.item[shared[0]])
 
-    def plain(found: Coefficient) -> Figure:
-        return Figure(found.value, count=units, prompts=len(items), missing=found.missing)
+    def plain(found: Coefficient) -> Estimate:
+        return Estimate(found.value, count=units, prompts=len(items), missing=found.missing)
 
     tau = figures.share("tau", _NO_OVERLAP)
-    return Agreement(
+    return AnnotatorAgreement(
         with_ties=figures.share("ties", _NO_OVERLAP),
         without_ties=figures.share("untied", _WHY_NONE["untied"]),
         tau_b=replace(tau, **{end: _from_half(getattr(tau, end)) for end in ("value", "low", "high")}),
@@ -253,10 +255,10 @@ def _pairs_of_annotators(table: LabelTable, shared: tuple[Ints, Ints]) -> tuple[
     return tuple(found)
 
 
-def _annotator(figures: Figures, table: LabelTable, number: int, own: Sequence[LabelRecord]) -> AnnotatorReport:
+def _annotator(figures: Bootstrap, table: LabelTable, number: int, own: Sequence[LabelRecord]) -> AnnotatorReport:
     mine = table.annotator == number
 
-    def share(key: str) -> Figure:
+    def share(key: str) -> Estimate:
         return figures.share((key, number), _WHY_NONE.get(key, _NO_OVERLAP))
 
     return AnnotatorReport(

@@ -1,4 +1,4 @@
-"""Labels as arrays: every pair of answers that somebody compared, so that thousands are counted at once."""
+"""Labels as arrays of compared pairs of completions, for fast counting."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from rlhf_cli.labeling.statistics.agreement import pair_indices, verdicts
 
 Ints = NDArray[np.intp]
 MARKS = 5
-"""Marks go from 1 to this."""
+"""Highest mark; the lowest is 1."""
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """L labels with a ranking, in the order they were given, and their V pairs of answers.
+    """L labels with a ranking, in order of time, and their V pairs of completions.
 
-    A pair (a, b) has a < b in the order of the item; a label's pairs stand together, in the order of `pair_indices`, so
-    that two labels of one item have their pairs in the same order.
+    A pair (a, b) has a < b in the order of the item. The pairs of a label are contiguous, in the order of
+    `pair_indices`, so two labels of one item have their pairs in the same order.
 
     Attributes:
-        labels: L, all of them ranked.
+        labels: L labels, all ranked.
         names: annotators, sorted.
-        annotator: (L,) numbers in `names`.
-        item: (L,) numbers of items.
-        prompt: (L,) numbers of prompts; items may share one.
-        prompts: how many there are.
+        annotator: (L,) indices into `names`.
+        item: (L,) item numbers.
+        prompt: (L,) prompt numbers; items may share one.
+        prompts: number of prompts.
         start: (L,) first pair of each label.
-        size: (L,) its pairs.
+        size: (L,) number of pairs of each label.
         verdict: (V,) `A_WINS`, `TIE` or `B_WINS`.
-        earlier: (V,) 1 where a was shown before b, -1 after, 0 where nobody knows.
-        longer: (V,) 1 where a has more characters than b, -1 fewer, 0 equally many.
-        counted: (L,) whether it is an annotator's one ordinary label of its item: no repeat, no gold.
-        replaced: ordinary labels that their annotator gave again later.
+        earlier: (V,) 1 if a was shown before b, -1 if after, 0 if unknown.
+        longer: (V,) 1 if a has more characters than b, -1 if fewer, 0 if equally many.
+        counted: (L,) whether it is an annotator's one ordinary label of its item (not a repeat, not gold).
+        replaced: number of ordinary labels that their annotator gave again later.
     """
 
     labels: list[LabelRecord]
@@ -58,27 +58,27 @@ class LabelTable:
     replaced: int
 
     def pairs(self, labels: Ints) -> tuple[Ints, Ints]:
-        """All pairs of some labels: for each pair its place in `labels`, and its number in the table."""
+        """All pairs of some labels: for each pair its index in `labels`, and its number in the table."""
         size = self.size[labels]
         owner = np.repeat(np.arange(len(labels)), size)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(size) - size, size)
         return owner, self.start[labels][owner] + within
 
     def by_prompt(self, labels: Ints, values: NDArray[np.float64]) -> PromptSums:
-        """Sums within prompts of (N, M) values that belong to N labels."""
+        """Sums per prompt of (N, M) values that belong to N labels."""
         (column,) = self.by_annotator(labels, np.zeros(len(labels), dtype=np.intp), values, 1)
         return column
 
     def by_annotator(
         self, labels: Ints, annotators: Ints, values: NDArray[np.float64], count: int | None = None
     ) -> list[PromptSums]:
-        """Sums within prompts for each annotator.
+        """Sums per prompt, for each annotator.
 
         Args:
-            labels: (N,) the label that each value belongs to.
-            annotators: (N,) who it is of.
+            labels: (N,) label of each value.
+            annotators: (N,) annotator of each value.
             values: (N, M).
-            count: how many there are; default: all names.
+            count: number of annotators; default: all names.
         """
         key, place = np.unique(annotators * self.prompts + self.prompt[labels], return_inverse=True)
         sums = np.zeros((len(key), values.shape[1]))
@@ -88,7 +88,7 @@ class LabelTable:
         return [PromptSums(key[low:high] % self.prompts, sums[low:high]) for low, high in pairwise(ends)]
 
     def shared(self) -> tuple[Ints, Ints]:
-        """Ordinary labels of one item by two annotators: all such pairs of labels."""
+        """All pairs of ordinary labels of one item by two annotators."""
         rows = np.flatnonzero(self.counted)
         rows = rows[np.argsort(self.item[rows], kind="stable")]
         items, begin, count = np.unique(self.item[rows], return_index=True, return_counts=True)
@@ -101,7 +101,7 @@ class LabelTable:
         return np.concatenate(first), np.concatenate(second)
 
     def repeats(self) -> tuple[Ints, Ints]:
-        """Hidden repeats, and the label that their annotator gave to the same item before."""
+        """Hidden repeats, and the earlier label of the same item by the same annotator."""
         own: dict[tuple[int, int], int] = {}
         found = []
         for row, label in enumerate(self.labels):
@@ -115,27 +115,29 @@ class LabelTable:
 
 
 def table_of(labels: Sequence[LabelRecord]) -> LabelTable:
-    """The labels that have a ranking, as arrays.
+    """Convert the labels that have a ranking.
 
     Raises:
-        DataError: a ranking or an order of showing does not hold each answer once, a degree is off its scale, or
-            one item has different answers.
+        DataError: a ranking or an order of presentation does not hold each completion once, a mark or strength is out
+            of range, or the labels of one item have different completions.
     """
     ranked = sorted((label for label in labels if label.outcome == "ranked"), key=lambda label: label.at)
     names = sorted({label.annotator for label in labels})
     number_of = {name: number for number, name in enumerate(names)}
     items: dict[str, tuple[int, int]] = {}
     prompts: dict[str, int] = {}
-    answers: dict[str, tuple[str, ...]] = {}
+    completions: dict[str, tuple[str, ...]] = {}
     item_rows: list[int] = []
     prompt_rows: list[int] = []
     for label in ranked:
         _check_degrees(label)
         if label.item not in items:
-            answers[label.item] = label.completions
+            completions[label.item] = label.completions
             items[label.item] = len(items), prompts.setdefault(prompt_key(label.prompt), len(prompts))
-        elif answers[label.item] != label.completions:
-            raise DataError(f"item {label.item!r} has other answers in the label by {label.annotator!r} than before")
+        elif completions[label.item] != label.completions:
+            raise DataError(
+                f"item {label.item!r} has other completions in the label by {label.annotator!r} than before"
+            )
         item, prompt = items[label.item]
         item_rows.append(item)
         prompt_rows.append(prompt)
@@ -159,7 +161,7 @@ def table_of(labels: Sequence[LabelRecord]) -> LabelTable:
 
 
 def _check_degrees(label: LabelRecord) -> None:
-    """Refuse a strength or a mark that is no degree of its scale."""
+    """Raise `DataError` for a strength or a mark that is out of range."""
     if label.strength is not None and not 1 <= label.strength <= len(STRENGTHS):
         raise DataError(
             f"the label of item {label.item!r} by {label.annotator!r}: `strength` is {label.strength}; 1 to "
@@ -174,18 +176,18 @@ def _check_degrees(label: LabelRecord) -> None:
 
 
 def levels_of(label: LabelRecord, tiers: Sequence[Sequence[int]]) -> list[int]:
-    """Tier of each answer, 0 the best: (K,).
+    """Tier of each completion, 0 is best: (K,).
 
     Raises:
-        DataError: `tiers` do not hold each answer once.
+        DataError: `tiers` does not hold each completion once.
     """
-    answers = len(label.completions)
-    if sorted(chain.from_iterable(tiers)) != list(range(answers)):
+    completions = len(label.completions)
+    if sorted(chain.from_iterable(tiers)) != list(range(completions)):
         raise DataError(
-            f"the label of item {label.item!r} by {label.annotator!r}: each of the {answers} answers is expected once; "
-            f"got {[list(tier) for tier in tiers]}"
+            f"the label of item {label.item!r} by {label.annotator!r}: each of the {completions} completions is "
+            f"expected once; got {[list(tier) for tier in tiers]}"
         )
-    levels = [0] * answers
+    levels = [0] * completions
     for level, tier in enumerate(tiers):
         for index in tier:
             levels[index] = level
@@ -193,13 +195,13 @@ def levels_of(label: LabelRecord, tiers: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _pairs(labels: Sequence[LabelRecord]) -> dict[str, NDArray]:
-    """The columns of `LabelTable` that are pairs, and where each label's begin."""
-    answers = np.array([len(label.completions) for label in labels], dtype=np.intp)
-    size = answers * (answers - 1) // 2
+    """The pair columns of `LabelTable`, and where each label's pairs begin."""
+    completions = np.array([len(label.completions) for label in labels], dtype=np.intp)
+    size = completions * (completions - 1) // 2
     start = np.cumsum(size) - size
     columns = {name: np.zeros(int(size.sum()), dtype=np.int8) for name in ("verdict", "earlier", "longer")}
-    for count in np.unique(answers):
-        rows = np.flatnonzero(answers == count)
+    for count in np.unique(completions):
+        rows = np.flatnonzero(completions == count)
         chosen = [labels[row] for row in rows.tolist()]
         first, second = pair_indices(int(count))
         places = (start[rows][:, np.newaxis] + np.arange(len(first))).ravel()
@@ -213,5 +215,5 @@ def _pairs(labels: Sequence[LabelRecord]) -> dict[str, NDArray]:
 
 
 def _places_shown(label: LabelRecord) -> list[int]:
-    """Place at which each answer was shown: (K,); all 0 where nobody knows."""
+    """Position at which each completion was shown: (K,); all 0 if unknown."""
     return levels_of(label, [(index,) for index in label.shown]) if label.shown else [0] * len(label.completions)

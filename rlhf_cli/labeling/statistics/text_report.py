@@ -1,29 +1,28 @@
-"""A label report for people: tables without frames, which read alike on a terminal, in a pipe and in a mail."""
+"""Formats a label report for the terminal: tables without frames, readable in a pipe or an e-mail too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.labeling.label_records import STRENGTHS
-from rlhf_cli.labeling.statistics.parts import NO_GUIDELINES
+from rlhf_cli.labeling.statistics.descriptive import NO_GUIDELINES
 from rlhf_cli.labeling.statistics.report import (
     ALWAYS_LONGER,
     REFERENCES,
-    SECONDS_A_LABEL,
-    Agreement,
+    SECONDS_PER_LABEL,
+    AnnotatorAgreement,
     AnnotatorReport,
-    Counts,
     Distribution,
-    Figure,
+    Estimate,
+    LabelCounts,
     LabelReport,
     Pace,
 )
-from rlhf_cli.progress import printable
+from rlhf_cli.labeling.warnings import one_line, rendered
 
 _MOST_PAIRS = 10
 _LONGEST_NAME = 18
@@ -31,52 +30,47 @@ _NOTHING = "-"
 
 
 def report_text(report: LabelReport) -> RenderableType:
-    """Everything but what only `--json` has; fits 80 columns."""
+    """The report, at most 80 columns wide; `--json` has the rest."""
     if not report.counts.ranked:
         return Group(
-            *_counts(report), Text("nothing is ranked yet, so there is nothing to measure"), *_warnings(report)
+            *_counts(report), Text("no labels with a ranking yet, so there is nothing to measure"), *_warnings(report)
         )
     parts: list[RenderableType] = [*_counts(report), "", _agreement(report), _references()]
-    if any(person.labels for person in report.annotators):
-        parts += ["", _people(report.annotators), "", _habits(report.annotators)]
+    if any(one.labels for one in report.annotators):
+        parts += ["", _annotators(report.annotators), "", _habits(report.annotators)]
     if report.agreement.pairs:
         parts += ["", *_pairs(report)]
     parts += ["", _distribution(report)]
     if report.unknown:
-        parts += ["", *(Text(f"not known: {sentence}", style="dim") for sentence in report.unknown)]
+        parts += ["", *(Text(f"unknown: {sentence}", style="dim") for sentence in report.unknown)]
     return Group(*parts, "", *_warnings(report))
-
-
-def plain(text: str) -> str:
-    """A stranger's text on one line, without anything that a terminal would obey."""
-    return " ".join(printable(text).split())
 
 
 def _counts(report: LabelReport) -> Iterator[Text]:
     counts, people = report.counts, len(report.annotators)
     yield Text(
-        f"{_many(counts.ordinary, 'label')} by {people} {'person' if people == 1 else 'people'}: "
+        f"{_many(counts.ordinary, 'label')} by {people} {'annotator' if people == 1 else 'annotators'}: "
         f"{_many(counts.items, 'item')} of {_many(counts.prompts, 'prompt')}, {counts.shared_items:,} by two or more",
         style="bold",
     )
     rest = _rest(counts)
     if rest:
-        yield Text("besides: " + ", ".join(rest))
+        yield Text("also: " + ", ".join(rest))
     if counts.reasons:
         most = sorted(counts.reasons.items(), key=lambda reason: (-reason[1], reason[0]))[:5]
-        yield Text("reasons: " + ", ".join(f"{plain(reason)} ({times:,})" for reason, times in most))
+        yield Text("reasons: " + ", ".join(f"{one_line(reason)} ({times:,})" for reason, times in most))
     told = {name: times for name, times in report.guidelines.items() if name != NO_GUIDELINES}
     if told:
         yield Text("guidelines: " + ", ".join(f"{name[:12]} ({times:,} labels)" for name, times in told.items()))
 
 
-def _rest(counts: Counts) -> list[str]:
+def _rest(counts: LabelCounts) -> list[str]:
     each = (
         (counts.repeats, "hidden repeats"),
         (counts.gold, "gold"),
         (counts.skipped, "skipped"),
         (counts.flagged, "flagged"),
-        (counts.replaced, "replaced by a later label of the same person"),
+        (counts.replaced, "replaced by a later label of the same annotator"),
     )
     return [f"{count:,} {what}" for count, what in each if count]
 
@@ -90,34 +84,36 @@ def _agreement(report: LabelReport) -> Table:
         _add(table, name, figure, show, "items" if figure is found.tau_b else "pairs")
     if found.strengths.value is not None:
         _add(table, "Gwet's AC2 of strengths", found.strengths, _two, "items")
-    _add(table, "own repeats agree", report.self_consistency, _percent, "pairs")
-    _add(table, "gold pairs in the known order", report.gold, _percent, "pairs")
-    _add(table, "earlier shown wins (blind: 50%)", report.first_shown, _percent, "untied pairs")
+    _add(table, "self-consistency", report.self_consistency, _percent, "pairs")
+    _add(table, "gold accuracy", report.gold, _percent, "pairs")
+    _add(table, "earlier shown wins (unbiased: 50%)", report.first_shown, _percent, "untied pairs")
     _add(table, f"longer wins (AlpacaEval: {ALWAYS_LONGER:.1%})", report.longer, _percent, "untied pairs")
     if report.tie_share is not None:
         table.add_row("ties", f"{report.tie_share:.1%}", "", "pairs")
     if report.pace is not None:
         pace = report.pace
-        hour = "" if pace.per_hour is None else f", {pace.per_hour:,.0f} an hour"
+        hour = "" if pace.per_hour is None else f", {pace.per_hour:,.0f} per hour"
         quartiles = f"{pace.lower:,.0f} to {pace.upper:,.0f}"
-        table.add_row(f"seconds (AlpacaEval: {SECONDS_A_LABEL})", f"{pace.median:,.1f}", quartiles, f"quartiles{hour}")
+        table.add_row(
+            f"seconds (AlpacaEval: {SECONDS_PER_LABEL})", f"{pace.median:,.1f}", quartiles, f"quartiles{hour}"
+        )
     return table
 
 
-def _agreement_rows(found: Agreement) -> tuple[tuple[str, Figure, Callable[[float], str]], ...]:
+def _agreement_rows(found: AnnotatorAgreement) -> tuple[tuple[str, Estimate, Callable[[float], str]], ...]:
     return (
-        ("same winner, ties left out", found.without_ties, _percent),
-        ("same verdict, ties counted", found.with_ties, _percent),
+        ("same winner, ties excluded", found.without_ties, _percent),
+        ("same verdict, ties included", found.with_ties, _percent),
         ("Kendall's tau-b", found.tau_b, _two),
         ("Krippendorff's alpha", found.alpha, _two),
-        ("  with ties half-way (ordinal)", found.alpha_ordinal, _two),
+        ("  ordinal, tie in the middle", found.alpha_ordinal, _two),
         ("Fleiss' kappa", found.fleiss, _two),
         ("Gwet's AC1", found.ac1, _two),
         ("Gwet's AC2", found.ac2, _two),
     )
 
 
-def _add(table: Table, name: str, figure: Figure, show: Callable[[float], str], unit: str) -> None:
+def _add(table: Table, name: str, figure: Estimate, show: Callable[[float], str], unit: str) -> None:
     if figure.value is None:
         table.add_row(name, _NOTHING, "", figure.missing)
         return
@@ -127,32 +123,30 @@ def _add(table: Table, name: str, figure: Figure, show: Callable[[float], str], 
 
 def _references() -> Text:
     return Text(
-        "elsewhere people agree: " + ", ".join(f"{name} {share:.1%}" for name, share, _ in REFERENCES), style="dim"
+        "published agreement: " + ", ".join(f"{name} {share:.1%}" for name, share, _ in REFERENCES), style="dim"
     )
 
 
-def _people(people: Sequence[AnnotatorReport]) -> Table:
-    table = _table("person", "labels", "left out", "with others", "the others", "own repeats", "gold")
-    for person in people:
+def _annotators(people: Sequence[AnnotatorReport]) -> Table:
+    table = _table("annotator", "labels", "skipped", "with others", "other pairs", "repeats", "gold")
+    for one in people:
         table.add_row(
-            Text(plain(person.name)),
-            f"{person.labels:,}",
-            f"{person.skipped + person.flagged:,}",
-            _short(person.agreement),
-            _short(person.others),
-            _short(person.self_consistency),
-            _short(person.gold),
+            Text(one_line(one.name)),
+            f"{one.labels:,}",
+            f"{one.skipped + one.flagged:,}",
+            _short(one.agreement),
+            _short(one.others),
+            _short(one.self_consistency),
+            _short(one.gold),
         )
     return table
 
 
 def _habits(people: Sequence[AnnotatorReport]) -> Table:
-    table = _table("person", "earlier wins", "longer wins", "ties", "seconds", "an hour", "too fast")
-    for person in people:
-        ties = _NOTHING if person.tie_share is None else f"{person.tie_share:.0%}"
-        table.add_row(
-            Text(plain(person.name)), _short(person.first_shown), _short(person.longer), ties, *_pace(person.pace)
-        )
+    table = _table("annotator", "earlier wins", "longer wins", "ties", "seconds", "per hour", "too fast")
+    for one in people:
+        ties = _NOTHING if one.tie_share is None else f"{one.tie_share:.0%}"
+        table.add_row(Text(one_line(one.name)), _short(one.first_shown), _short(one.longer), ties, *_pace(one.pace))
     return table
 
 
@@ -165,15 +159,15 @@ def _pace(pace: Pace | None) -> tuple[str, str, str]:
 
 def _pairs(report: LabelReport) -> Iterator[RenderableType]:
     pairs = sorted(report.agreement.pairs, key=lambda pair: (pair.agreement, pair.first, pair.second))
-    table = _table("two people", "", "items", "agree", "kappa", "linear kappa", left=(0, 1))
+    table = _table("two annotators", "", "items", "agree", "kappa", "linear kappa", left=(0, 1))
     for pair in pairs[:_MOST_PAIRS]:
         kappas = (_NOTHING if kappa is None else _two(kappa) for kappa in (pair.kappa, pair.kappa_linear))
         table.add_row(
-            Text(plain(pair.first)), Text(plain(pair.second)), f"{pair.items:,}", f"{pair.agreement:.0%}", *kappas
+            Text(one_line(pair.first)), Text(one_line(pair.second)), f"{pair.items:,}", f"{pair.agreement:.0%}", *kappas
         )
     yield table
     if len(pairs) > _MOST_PAIRS:
-        yield Text(f"the {_MOST_PAIRS} of {len(pairs):,} that agree least; `--json` has all", style="dim")
+        yield Text(f"the {_MOST_PAIRS} of {len(pairs):,} with the lowest agreement; `--json` has all", style="dim")
 
 
 def _distribution(report: LabelReport) -> Table:
@@ -181,12 +175,12 @@ def _distribution(report: LabelReport) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    if len(found.answers) > 1:
-        table.add_row("answers an item", _shares(found.answers))
-    table.add_row("tiers a label", _shares(found.tiers) or _NOTHING)
+    if len(found.completions) > 1:
+        table.add_row("completions per item", _shares(found.completions))
+    table.add_row("tiers per label", _shares(found.tiers) or _NOTHING)
     for size, shares in found.winners.items():
         places = "  ".join(f"{_place(place)} {share:.0%}" for place, share in enumerate(shares))
-        table.add_row(f"place of the best of {size}", f"{places}  ({1 / size:.0%} expected)")
+        table.add_row(f"position of the best of {size}", f"{places}  ({1 / size:.0%} expected)")
     if found.strengths:
         total = sum(found.strengths.values())
         named = zip(STRENGTHS, found.strengths.values(), strict=True)
@@ -196,19 +190,14 @@ def _distribution(report: LabelReport) -> Table:
         marks = "  ".join(f"{mark}: {times / total:.0%}" for mark, times in enumerate(criterion.marks, start=1))
         agree = "" if criterion.agreement.value is None else f"; same mark {criterion.agreement.value:.0%}"
         alpha = "" if criterion.alpha.value is None else f", ordinal alpha {criterion.alpha.value:.2f}"
-        table.add_row(Text(f"marks, {plain(name)}"), f"{marks}{agree}{alpha}")
+        table.add_row(Text(f"marks, {one_line(name)}"), f"{marks}{agree}{alpha}")
     return table
 
 
 def _warnings(report: LabelReport) -> Iterator[RenderableType]:
-    if not report.warnings:
-        if report.counts.ranked:
-            yield Text("nothing to act on")
-        return
-    yield Text(f"{_many(len(report.warnings), 'warning')}", style="bold yellow")
-    for warning in report.warnings:
-        yield Text.assemble((f"{plain(warning.about)}: ", "bold"), plain(warning.text))
-        yield Padding(Text(warning.advice, style="dim"), (0, 0, 0, 3))
+    if report.counts.ranked and not report.warnings:
+        yield Text("no warnings")
+    yield from rendered(report.warnings)
 
 
 def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
@@ -220,18 +209,18 @@ def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
             justify="left" if is_name else "right",
             no_wrap=is_name and name != "of",
             overflow="ellipsis" if is_name else "fold",
-            max_width=_LONGEST_NAME if name in ("person", "two people", "") and is_name else None,
+            max_width=_LONGEST_NAME if name in ("annotator", "two annotators", "") and is_name else None,
         )
     return table
 
 
-def _short(figure: Figure) -> str:
+def _short(figure: Estimate) -> str:
     if figure.value is None or figure.low is None or figure.high is None:
         return _share(figure)
     return f"{figure.value:.0%} ±{(figure.high - figure.low) * 50:.0f}"
 
 
-def _share(figure: Figure) -> str:
+def _share(figure: Estimate) -> str:
     return _NOTHING if figure.value is None else f"{figure.value:.0%}"
 
 

@@ -1,7 +1,7 @@
-"""Labeling at the keyboard: `label_in_terminal`.
+"""Labeling in the terminal: `label_in_terminal`.
 
-`keys` reads bytes, `machine` says what a key does to the state, `drawing` says what the state looks like; none of them
-knows a terminal or a store. `device` is the terminal, `desk` the way to the session, `face` brings them together.
+`keys` parses bytes, `key_bindings` maps a key and a state to a new state, `drawing` renders a state; none of them uses
+a terminal or a store. `tty` is the terminal, `controller` talks to the session, `app` runs the loop.
 """
 
 from rlhf_cli.labeling.terminal.app import Outcome, label_in_terminal

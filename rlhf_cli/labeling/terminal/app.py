@@ -1,4 +1,4 @@
-"""Labeling at the keyboard, from the first screen to the last line."""
+"""Labeling in the terminal: the main loop, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -8,112 +8,148 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry, Progress
-from rlhf_cli.labeling.terminal.closing import closing_lines
-from rlhf_cli.labeling.terminal.controller import Desk, Tally
-from rlhf_cli.labeling.terminal.drawing import draw, extent
+from rlhf_cli.labeling.session.types import Entry, SessionProgress
+from rlhf_cli.labeling.terminal.controller import Controller, VisitCounts
+from rlhf_cli.labeling.terminal.drawing import draw, scroll_area
 from rlhf_cli.labeling.terminal.tty import Ended, Resized, Suspended, Terminal, check_terminal, opened
-from rlhf_cli.progress import say
+from rlhf_cli.progress import format_duration, say
 
 _SLOW = 0.5
-"""Seconds after which keys that were pressed meanwhile are dropped: they were meant for what was seen."""
+"""If an action takes longer, keys pressed meanwhile are discarded: they were meant for the previous screen."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a visit ended.
+    """Result of a visit.
 
     Attributes:
-        end: the person quit, nothing was left for them, or a signal (the closing of the window too) ended it.
-        tally: what was done.
+        end: the annotator quit, nothing was left, or a signal (including a closed window) ended it.
+        counts: labels given.
         progress: afterwards.
-        has_draft: a task in hand has something entered.
+        has_draft: the open task has an entry.
         is_draft_kept: it is on disk.
         signum: of `signal`; None otherwise.
     """
 
     end: Literal["quit", "nothing left", "signal"]
-    tally: Tally
-    progress: Progress
+    counts: VisitCounts
+    progress: SessionProgress
     has_draft: bool
     is_draft_kept: bool
     signum: int | None = None
 
 
 def label_in_terminal(
-    session: LabelSession, annotator: str, *, again: str = "", afterwards: str = "the pipeline can go on"
+    session: LabelSession, annotator: str, *, resume_command: str = "", afterwards: str = "the pipeline can continue"
 ) -> Outcome:
-    """Let one person label at the terminal until they quit, nothing is left, or a signal ends it.
+    """Let one annotator label in the terminal until they quit, nothing is left, or a signal arrives.
 
-    What was done and what is left is said on stderr at the end. In the main thread only, where signals arrive; SIGINT,
-    SIGTERM, SIGHUP, SIGTSTP, SIGCONT and SIGWINCH are taken over meanwhile.
+    Prints a summary on stderr at the end. For the main thread only, which receives signals: SIGINT, SIGTERM, SIGHUP,
+    SIGTSTP, SIGCONT and SIGWINCH are handled here meanwhile.
 
     Args:
-        session: with a plan; left open.
-        annotator: name of the person.
-        again: command that goes on; said where a signal cut the work short. Whoever quits is told by the caller, which
+        session: with a plan; not closed.
+        annotator: name.
+        resume_command: printed if a signal ends the visit. After a normal quit the caller says how to resume, since it
             knows whether the pipeline waits.
-        afterwards: what to do once all is labeled.
+        afterwards: what to do once labeling is complete.
 
     Raises:
-        UsageError: there is no terminal that can be read key by key.
-        InvalidLabelError: `annotator` is no name.
+        UsageError: the terminal cannot be used.
+        InvalidLabelError: the name is invalid.
         RLHFError: the store cannot be read.
     """
     check_terminal()
     person = session.annotator(annotator)
-    desk = Desk(session, person)
-    desk.begin()
+    controller = Controller(session, person)
+    controller.begin()
     end: Literal["quit", "nothing left", "signal"] = "nothing left"
     signum = None
-    if desk.state.view != "end":
+    if controller.state.view != "end":
         with opened() as terminal:
             try:
-                signum = run(desk, terminal)
+                signum = run(controller, terminal)
             except BaseException:
-                desk.keep()
+                controller.keep()
                 raise
-        end = "signal" if signum is not None else "nothing left" if desk.state.task is None else "quit"
-    entered = desk.state.task is not None and desk.state.entry != Entry()
-    outcome = Outcome(end, desk.tally, session.progress(person.id), entered, desk.is_draft_kept, signum)
-    if signum != signal.SIGHUP:  # else nobody is there to read it
-        again = "" if signum in (None, signal.SIGINT) else again
-        nothing_free = end == "nothing left"
-        lines = closing_lines(
-            desk.tally, outcome.progress, entered, desk.is_draft_kept, again, afterwards, nothing_free
-        )
-        for line in lines:
+        end = "signal" if signum is not None else "nothing left" if controller.state.task is None else "quit"
+    entered = controller.state.task is not None and controller.state.entry != Entry()
+    outcome = Outcome(end, controller.counts, session.progress(person.id), entered, controller.is_draft_kept, signum)
+    if signum != signal.SIGHUP:  # otherwise nobody can read it
+        for line in closing_lines(outcome, "" if signum in (None, signal.SIGINT) else resume_command, afterwards):
             say(line)
     return outcome
 
 
-def run(desk: Desk, terminal: Terminal) -> int | None:
-    """Draw, wait, and do what the keys say, until the end; returns the signal that ended it, if one did."""
+def run(controller: Controller, terminal: Terminal) -> int | None:
+    """Draw, wait for events and handle them until the end; returns the signal that ended the loop, if any."""
     while True:
         width, height = terminal.size()
-        terminal.draw(draw(desk.state, width, height))
-        for event in terminal.events(desk.wait):
+        terminal.draw(draw(controller.state, width, height))
+        for event in terminal.events(controller.wait):
             if isinstance(event, Ended):
-                desk.keep()
+                controller.keep()
                 return event.signum
             if isinstance(event, Resized):
                 terminal.repaint()
                 continue
             began = time.monotonic()
             if isinstance(event, Suspended):
-                desk.keep()
+                controller.keep()
                 effect = "suspend"
             else:
-                done = desk.pressed(event, extent(desk.state, width, height))
+                done = controller.pressed(event, scroll_area(controller.state, width, height))
                 effect = None if done is None else done.kind
             if effect in ("quit", "leave"):
                 return None
             if effect == "suspend":
                 terminal.suspend()
-                desk.woken()
+                controller.woken()
             elif effect == "redraw":
                 terminal.repaint()
             elif time.monotonic() - began > _SLOW:
                 terminal.forget_keys()
                 break
-        desk.tick()
+        controller.tick()
+
+
+def closing_lines(outcome: Outcome, resume_command: str, afterwards: str) -> list[str]:
+    """Summary for the annotator after the terminal was restored.
+
+    Args:
+        outcome: of the visit.
+        resume_command: command that resumes labeling; empty to omit it.
+        afterwards: what to do once labeling is complete.
+    """
+    progress = outcome.progress
+    lines = [_done(outcome.counts)]
+    if not outcome.is_draft_kept:
+        lines.append("your last entry could not be saved")
+    elif outcome.has_draft:
+        lines.append("the open task is saved as a draft")
+    if progress.left_for_me:
+        lines.append(f"left: {progress.left_for_me:,} for you")
+        if outcome.end == "nothing left":
+            lines.append(
+                "others are working on these; a task becomes available 30 minutes after its annotator was active"
+            )
+        if resume_command:
+            lines.append(f"to resume: {resume_command}")
+    elif progress.is_complete:
+        lines.append(f"labeling is complete: {afterwards}")
+    else:
+        lines.append("nothing is left for you; the rest is assigned to others")
+    return lines
+
+
+def _done(counts: VisitCounts) -> str:
+    parts = [("ranked", counts.ranked), ("skipped", counts.skipped), ("flagged", counts.flagged)]
+    done = [f"{word} {count:,}" for word, count in parts if count]
+    if not done:
+        return "no labels were submitted"
+    if counts.undone:
+        done.append(f"undid {counts.undone:,}")
+    total = counts.ranked + counts.skipped + counts.flagged
+    pace = f" ({format_duration(counts.active_seconds / total)} each)" if total > 1 else ""
+    said = done[0] if len(done) == 1 else ", ".join(done[:-1]) + " and " + done[-1]
+    return f"you {said} in {format_duration(counts.active_seconds)}{pace}"

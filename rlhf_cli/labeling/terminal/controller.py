@@ -1,4 +1,4 @@
-"""Between the keys and the session: does what a key asks for, keeps drafts, and counts the time somebody was there."""
+"""Connects keys and session: executes effects, saves drafts, and measures active time."""
 
 from __future__ import annotations
 
@@ -9,48 +9,57 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_cli.errors import RLHFError
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import (
     Annotator,
     Entry,
     InvalidLabelError,
     LabelConflictError,
-    LabelPlan,
+    LabelTask,
     PlanChangedError,
-    Task,
     UnknownTaskError,
 )
 from rlhf_cli.labeling.terminal.key_bindings import step
 from rlhf_cli.labeling.terminal.keys import Key
-from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Trouble, warned, with_plan, with_task, with_trouble
+from rlhf_cli.labeling.terminal.state import (
+    Effect,
+    Failure,
+    ScrollArea,
+    State,
+    warned,
+    with_failure,
+    with_plan,
+    with_task,
+)
 
 LONGEST_PAUSE = 60.0
-"""Seconds between two keys that count as being at it; of a longer pause no more is counted."""
+"""A longer pause between two keys counts as this many seconds."""
 DRAFT_SECONDS = 2.0
-"""Changes that come faster are kept together."""
+"""Interval between saved drafts, in seconds."""
 RETRY_SECONDS = 30.0
-"""A draft that could not be kept is tried again so much later: a locked store makes everybody wait."""
+"""Seconds until a failed draft is saved again; a locked store would block the keyboard each time."""
 
-PLAN_CHANGED = "what is asked has changed"
+PLAN_CHANGED = "the instructions have changed"
 
 
 @dataclass
-class Tally:
-    """What was done in this visit; what was taken back is not counted as done."""
+class VisitCounts:
+    """Labels given in this visit; undone labels are subtracted."""
 
     ranked: int = 0
     skipped: int = 0
     flagged: int = 0
-    taken_back: int = 0
+    undone: int = 0
     active_seconds: float = 0.0
 
 
-class Desk:
-    """One person at one task after the other.
+class Controller:
+    """Runs one annotator's tasks.
 
     Args:
-        session: shared with other faces.
-        annotator: who sits here.
+        session: may be shared with other interfaces.
+        annotator: who labels.
         clock: monotonic seconds.
     """
 
@@ -59,7 +68,7 @@ class Desk:
     ) -> None:
         self._session, self._who, self._clock = session, annotator.id, clock
         self.state = State(session.plan, annotator.name, view="end")
-        self.tally = Tally()
+        self.counts = VisitCounts()
         self.is_draft_kept = True
         self._kept = Entry()
         self._due = clock()
@@ -68,9 +77,9 @@ class Desk:
         self._key: tuple[Any, str] = (None, "")
         self._given: dict[int, str] = {}
         self._passed: dict[int, Entry] = {}
-        """What had been entered for tasks that were skipped or flagged: for those who go back to them."""
+        """Entries of skipped or flagged tasks, restored by undo."""
 
-    # What happens
+    # Events
 
     def begin(self) -> None:
         """Fetch the first task."""
@@ -78,36 +87,36 @@ class Desk:
         task = self.state.task
         is_resumed = task is not None and task.draft is not None and task.draft != Entry()
         if is_resumed and self.state.view == "rank":
-            self.state = replace(self.state, hint="resumed where you stopped", hint_style="good")
+            self.state = replace(self.state, hint="resumed your draft", hint_style="good")
         elif self.state.plan.guidelines and task is not None and not self.state.progress.mine and not is_resumed:
-            self.state = replace(self.state, view="help", before="rank")  # nobody labels without having seen them
+            self.state = replace(self.state, view="help", before="rank")  # show the guidelines before the first label
 
-    def pressed(self, key: Key, extent: Extent) -> Effect | None:
-        """Do what a key asks for; returns what is left to do for whoever has the terminal: end, suspend, redraw."""
+    def pressed(self, key: Key, scroll_area: ScrollArea) -> Effect | None:
+        """Handle a key; returns effects for the terminal: quit, suspend, redraw."""
         self._count_time()
-        self.state, effect = step(self.state, key, extent)
+        self.state, effect = step(self.state, key, scroll_area)
         return None if effect is None else self._do(effect)
 
     def woken(self) -> None:
-        """Somebody is back after the program was stopped: that time does not count."""
+        """Continue after a suspension, which does not count as active time."""
         self._seen = self._clock()
 
     @property
     def wait(self) -> float | None:
-        """Seconds until `tick` has something to do; None: nothing."""
+        """Seconds until `tick` has something to do; None if nothing."""
         if not self._has_changed:
             return None
         return max(0.0, self._due - self._clock())
 
     def tick(self) -> None:
-        """Keep the draft if that is due."""
+        """Save the draft if it is due."""
         if self._has_changed and self._clock() >= self._due:
             error = self._keep()
             if error is not None:
-                self.state = warned(self.state, f"the draft is not on disk yet: {error.message}")
+                self.state = warned(self.state, f"the draft is not saved yet: {error.message}")
 
     def keep(self) -> RLHFError | None:
-        """Put the draft and the time on disk now; returns what went wrong."""
+        """Save the draft and the active time now; returns the error, if any."""
         if self._has_changed or self._active - self._active_kept >= 1.0:
             return self._keep()
         return None
@@ -125,7 +134,7 @@ class Desk:
             self._show_plan()
             return None
         except RLHFError as error:
-            self.state = with_trouble(self.state, Trouble(error.message, error.hint or "", effect))
+            self.state = with_failure(self.state, Failure(error.message, error.hint or "", effect))
             return None
 
     def _done(self, effect: Effect) -> Effect | None:
@@ -148,7 +157,7 @@ class Desk:
         task, seconds = self.state.task.id, self._active
         key = self._key_for((task, effect))
         if effect.kind == "submit":
-            shown = self.state.plan.shown
+            shown = self.state.plan.display_hash
             self._session.submit(self._who, task, effect.entry, key=key, active_seconds=seconds, plan=shown)
         else:
             self._passed[task] = self.state.entry
@@ -159,16 +168,16 @@ class Desk:
         self._given[task] = effect.kind
         self._count(effect.kind, +1)
         said = {"submit": "kept", "skip": "skipped", "flag": "flagged"}[effect.kind]
-        self._forget(f"{said}; u goes back to it")
+        self._forget(f"{said}; u undoes it")
         self._do(Effect("next"))
 
     def _count(self, kind: str, by: int) -> None:
-        self.tally.ranked += by * (kind == "submit")
-        self.tally.skipped += by * (kind == "skip")
-        self.tally.flagged += by * (kind == "flag")
+        self.counts.ranked += by * (kind == "submit")
+        self.counts.skipped += by * (kind == "skip")
+        self.counts.flagged += by * (kind == "flag")
 
     def _forget(self, hint: str) -> None:
-        """The task in hand is answered: nothing of it is to be kept again, also if the next one cannot be read."""
+        """Clear the labeled task, so that nothing of it is saved again even if the next one cannot be loaded."""
         self.state = with_task(self.state, None, hint)
         self._kept, self._active, self._active_kept = self.state.entry, 0.0, 0.0
 
@@ -176,20 +185,20 @@ class Desk:
         task = self._session.undo(self._who, key=self._key_for((effect, self.state.progress.mine)))
         self._key = (None, "")
         if task is None:
-            self.state = replace(self.state, hint="this is your first: there is nothing to go back to")
+            self.state = replace(self.state, hint="this is your first task: there is nothing to undo")
             return
-        self.tally.taken_back += 1
+        self.counts.undone += 1
         if task.id in self._given:
             self._count(self._given.pop(task.id), -1)
         if task.draft is None and task.id in self._passed:
             task = replace(task, draft=self._passed[task.id])
         before = self.state.plan
         self._load(task)
-        said = "this answer was taken back: change it, and Enter submits it again"
+        said = "this label was undone: change it, and Enter submits it again"
         self.state = warned(self.state, said if self.state.plan == before else f"{PLAN_CHANGED}; {said}")
 
     def _show_plan(self) -> None:
-        # What was entered stays as far as it is still asked for.
+        # Keeps the entry as far as the new plan allows.
         before, plan = self.state.plan, self._session.plan
         self.state = with_plan(self.state, plan)
         self._say_changed(before)
@@ -199,9 +208,9 @@ class Desk:
         if now.guidelines is not None and now.guidelines != before.guidelines:
             self.state = replace(self.state, view="help", before="rank", help_top=0)
 
-    def _load(self, task: Task | None) -> None:
+    def _load(self, task: LabelTask | None) -> None:
         before = self.state.plan
-        if task is not None and task.plan != before.shown:
+        if task is not None and task.plan != before.display_hash:
             self.state = replace(self.state, plan=self._session.plan)
         progress = self._session.progress(self._who)
         hint, style = self.state.hint, self.state.hint_style
@@ -214,16 +223,16 @@ class Desk:
         self._key = (None, "")
 
     def _overtaken(self, effect: Effect, error: RLHFError) -> Effect | None:
-        """This task got its answer elsewhere, as from a second window of the same person: that one stays."""
+        """The task was labeled elsewhere, for example in another window of the same annotator; that label stays."""
         if effect.kind == "undo":
-            self.state = with_trouble(self.state, Trouble(error.message, error.hint or "", Effect("next")))
+            self.state = with_failure(self.state, Failure(error.message, error.hint or "", Effect("next")))
             return None
         self._forget("")
-        self.state = warned(self.state, "that one had an answer from another window of yours, which stays")
+        self.state = warned(self.state, "you labeled this task in another window; that label stays")
         return self._do(Effect("next"))
 
     def _key_for(self, what: object) -> str:
-        """The key of an answer: the same as long as the same answer is tried again."""
+        """Idempotency key of a label: unchanged while the same label is retried."""
         if self._key[0] != what:
             self._key = (what, str(uuid.uuid4()))
         return self._key[1]
@@ -235,7 +244,7 @@ class Desk:
         if self.state.task is not None:
             spent = min(now - self._seen, LONGEST_PAUSE)
             self._active += spent
-            self.tally.active_seconds += spent
+            self.counts.active_seconds += spent
         self._seen = now
 
     @property
@@ -261,8 +270,8 @@ class Desk:
             self._session.save_draft(self._who, task, entry, active_seconds=self._active)
         except InvalidLabelError:
             plan = self._session.plan
-            if plan.shown == self.state.plan.shown:
+            if plan.display_hash == self.state.plan.display_hash:
                 raise
-            # Less is asked now: keep what still is. Submitting says so; here somebody may be in the middle of a note.
+            # The new plan asks for less: save the rest. Submitting reports the change; a draft must not interrupt.
             still_asked = with_plan(self.state, plan).entry
             self._session.save_draft(self._who, task, still_asked, active_seconds=self._active)

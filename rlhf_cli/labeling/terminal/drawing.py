@@ -1,14 +1,14 @@
-"""What the screen shows: a state and a size make rows of text, never wider or more than there is room for."""
+"""Renders a state to a screen: rows of text, never wider or more than the screen."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.labeling.terminal.guide import guide_rows
 from rlhf_cli.labeling.terminal.layout import GUTTER, Document, document
 from rlhf_cli.labeling.terminal.panels import ending_rows, footer, header
-from rlhf_cli.labeling.terminal.state import Extent, State
+from rlhf_cli.labeling.terminal.state import ScrollArea, State
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, width_of
 
 MIN_WIDTH, MIN_HEIGHT = 40, 12
@@ -16,29 +16,29 @@ MIN_WIDTH, MIN_HEIGHT = 40, 12
 
 @dataclass(frozen=True)
 class Screen:
-    """Rows from the top, and where the cursor blinks.
+    """Rows from the top, and the cursor.
 
     Attributes:
-        rows: as many as the screen has.
-        cursor: row and column; None: hidden.
+        rows: exactly as many as the screen has.
+        cursor: row and column; None if hidden.
     """
 
     rows: tuple[Row, ...]
     cursor: tuple[int, int] | None = None
 
 
-def extent(state: State, width: int, height: int) -> Extent:
-    """How much of what scrolls is seen at once, for `step`."""
+def scroll_area(state: State, width: int, height: int) -> ScrollArea:
+    """The scrollable area of the current view, for `step`."""
     if state.view == "help":
-        return Extent(max(1, height - 4), len(guide_rows(state.plan, width)))
+        return ScrollArea(max(1, height - 4), len(guide_rows(state.plan, width)))
     laid_out = _laid_out(state, width, height)
     if laid_out is None:
-        return Extent(max(1, height), 0)
-    return Extent(_page(state, laid_out, width, height), len(laid_out.rows), laid_out.stops, laid_out.of_answer)
+        return ScrollArea(max(1, height), 0)
+    return ScrollArea(_page(state, laid_out, width, height), len(laid_out.rows), laid_out.stops, laid_out.of_completion)
 
 
 def draw(state: State, width: int, height: int) -> Screen:
-    """The screen."""
+    """Render the screen."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         say = (f"at least {MIN_WIDTH} x {MIN_HEIGHT}", f"this is {width} x {height}", "q quits, all is kept")
         return _filled([(Piece(cut(text, width)),) for text in say], width, height)
@@ -66,19 +66,19 @@ def draw(state: State, width: int, height: int) -> Screen:
 
 
 def _laid_out(state: State, width: int, height: int) -> Document | None:
-    """None where there is no task, or no room for one."""
+    """The document of the task; None without a task, or if the screen is too small."""
     if state.task is None or width < MIN_WIDTH or height < MIN_HEIGHT:
         return None
-    return document(state.task.prompt, state.task.answers, width, _pinnable(height))
+    return document(state.task.prompt, state.task.completions, width, _pinnable(height))
 
 
 def _pinnable(height: int) -> int:
-    """Rows of a prompt that may stay in sight; none where the answers need them all."""
+    """Maximum height of a pinned prompt; 0 if the completions need all rows."""
     return height // 6 if height >= 20 else 0
 
 
 def _room(height: int) -> int:
-    """Rows that may stand below the answers: header, rules, the prompt and one row of an answer have theirs."""
+    """Maximum height of the footer, after header, rules, prompt and one row of a completion."""
     return height - 4 - (_pinnable(height) + 1 if _pinnable(height) else 0)
 
 
@@ -94,8 +94,8 @@ def _body(state: State, laid_out: Document, top: int, page: int) -> list[Row]:
     for number, cells in enumerate(laid_out.rows[top : top + page], start=top):
         row: list[Piece] = []
         for cell in cells:
-            if cell.answer is not None:
-                row += _gutter(cell.answer, cell.line, cell.at - GUTTER, places)
+            if cell.completion is not None:
+                row += _gutter(cell.completion, cell.line, cell.at - GUTTER, places)
             row += [Piece(piece.text, piece.style, cell.at if n == 0 else None) for n, piece in enumerate(cell.pieces)]
         if number >= laid_out.stops[0]:
             row += [Piece("│", "dim", column) for column in laid_out.separators]
@@ -104,7 +104,7 @@ def _body(state: State, laid_out: Document, top: int, page: int) -> list[Row]:
 
 
 def _in_order(row: list[Piece]) -> Row:
-    """Pieces from left to right; those without a column stay behind the one they follow."""
+    """Sort pieces from left to right; pieces without a column stay behind the one they follow."""
     at, keyed = 0, []
     for number, piece in enumerate(row):
         at = piece.at if piece.at is not None else at
@@ -112,31 +112,31 @@ def _in_order(row: list[Piece]) -> Row:
     return tuple(piece for _, _, piece in sorted(keyed, key=lambda entry: entry[:2]))
 
 
-def _gutter(answer: int, line: int, at: int, places: dict[int, str]) -> list[Piece]:
+def _gutter(completion: int, line: int, at: int, places: dict[int, str]) -> list[Piece]:
     if line == 0:
-        return [Piece(f" {ANSWER_LETTERS[answer]} ", "tag", at + 1)]
-    if line == 1 and answer in places:
-        return [Piece(places[answer].rjust(GUTTER - 1), "good", at)]
+        return [Piece(f" {COMPLETION_LETTERS[completion]} ", "tag", at + 1)]
+    if line == 1 and completion in places:
+        return [Piece(places[completion].rjust(GUTTER - 1), "good", at)]
     return []
 
 
 def _places(state: State) -> dict[int, str]:
-    """Answer -> its place in words: 1st, or =2nd for a tie."""
+    """Completion -> its place: 1st, or =2nd for a tie."""
     places, number = {}, 1
     for tier in state.tiers:
         ending = "th" if 10 < number % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-        for answer in tier:
-            places[answer] = f"{'=' if len(tier) > 1 else ''}{number}{ending}"
+        for completion in tier:
+            places[completion] = f"{'=' if len(tier) > 1 else ''}{number}{ending}"
         number += len(tier)
     return places
 
 
 def _top_rule(laid_out: Document, top: int, width: int) -> Row:
-    """Says what is above, and whose text goes on in the first row."""
+    """Rule that says how much is above, and which completions continue in the first row."""
     if top == 0:
         return _rule(width, left="" if laid_out.pinned else "prompt")
-    going_on = [cell.answer for cell in laid_out.rows[top] if cell.answer is not None and cell.line > 0]
-    names = ", ".join(ANSWER_LETTERS[answer] for answer in going_on)
+    going_on = [cell.completion for cell in laid_out.rows[top] if cell.completion is not None and cell.line > 0]
+    names = ", ".join(COMPLETION_LETTERS[completion] for completion in going_on)
     return _rule(width, left=f"{names}, continued" if names else "", right=f"▲ {_lines(top)} above")
 
 
@@ -169,13 +169,13 @@ def _help(state: State, width: int, height: int) -> Screen:
         ),
         *shown,
         _rule(width, right=f"▼ {_lines(below, 'more ')}" if below > 0 else ""),
-        (Piece(cut(" " + (state.hint or "Enter goes on to the answers"), width), "bold"),),
+        (Piece(cut(" " + (state.hint or "Enter continues with the answers"), width), "bold"),),
     ]
     return _filled(rows, width, height)
 
 
 def _filled(rows: list[Row], width: int, height: int) -> Screen:
-    """Exactly as many rows as there are; the last line of defense against one that is too wide."""
+    """Fill the screen; last defense against rows that are too wide."""
     rows = rows[:height] + [()] * (height - len(rows))
     return Screen(tuple(_clipped(row, width) for row in rows))
 

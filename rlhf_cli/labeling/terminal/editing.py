@@ -1,4 +1,4 @@
-"""A line of text that is being typed: a cursor, and the keys that every shell has."""
+"""Edits a line of text: a cursor, and the usual keys of a shell."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Line:
 
     @staticmethod
     def of(text: str) -> Line:
-        """A text with the cursor at its end."""
+        """Create a line with the cursor at its end."""
         return Line(text, len(text))
 
     def pressed(self, key: Key, limit: int) -> Line | None:
-        """The line after a key; None for a key that means nothing here. No more than `limit` characters go in."""
+        """Handle a key; returns None for a key without a meaning. Inserts at most up to `limit` characters."""
         before, after = self.text[: self.cursor], self.text[self.cursor :]
         if key.name in ("text", "paste"):
             typed = _typed(key)[: max(0, limit - len(self.text))]
@@ -62,7 +62,7 @@ class Line:
 
     @staticmethod
     def _left(before: str) -> int:
-        """Where the last thing before the cursor begins: one that is seen as one is one."""
+        """Position of the last visible character before the cursor."""
         parts = _as_seen(before)
         return len(before) - (parts[-1] if parts else 0)
 
@@ -73,12 +73,12 @@ class Line:
 
 
 def _as_seen(text: str) -> list[int]:
-    """Lengths of what is seen as one character each."""
+    """Lengths of the visible characters."""
     return [part.length for part in clusters(text)]
 
 
 def _typed(key: Key) -> str:
-    """What goes in: a paste in one line, without controls."""
+    """Text to insert: pasted text on one line, without control characters."""
     if key.name == "text":
         return key.text
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else " " for c in key.text.replace("\r\n", "\n").strip())

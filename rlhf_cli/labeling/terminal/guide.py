@@ -1,46 +1,46 @@
-"""The help: the guidelines of whoever leads the labeling, and what the keys do."""
+"""The help screen: guidelines and keys."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from rlhf_cli.labeling.label_records import STRENGTHS
-from rlhf_cli.labeling.session.types import LabelPlan
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, wrap
 
 _KEY_COLUMN = 18
 _MAX_TEXT = 100
 RANKING = (
-    ("a b c …", "rank the answers from best to worst, in the order pressed"),
+    ("a b c …", "rank the answers from best to worst, in the order typed"),
     ("=", "between two letters: a tie. b=a c means that b and a are equally good, and c is worse"),
-    ("", "A letter pressed again moves to the end (after =, to the last place): to mend a ranking, type it again."),
-    ("Backspace", "takes the last letter, or a waiting =, back"),
-    ("Ctrl-U", "takes all letters back"),
-    ("Enter", "submits the whole ranking, or says what lacks"),
+    ("", "A letter typed again moves to the end (after =, to the last place). To fix a ranking, type it again."),
+    ("Backspace", "removes the last letter, or a waiting ="),
+    ("Ctrl-U", "removes all letters"),
+    ("Enter", "submits the whole ranking, or says what is missing"),
 )
 STRENGTH = (
     ("1 2 3 4", "how much better the better answer is: " + ", ".join(f"{n} {s}" for n, s in enumerate(STRENGTHS, 1))),
 )
 MARKS = (
-    ("1 2 3 4 5", "after the ranking: marks from worst to best, for one answer after the other"),
+    ("1 2 3 4 5", "after the ranking: marks from worst to best, answer by answer"),
     (
         "Tab, arrows",
-        "to another mark; a letter goes to that answer's marks; Backspace clears one; Esc: back to the ranking",
+        "select another mark; a letter selects that answer's marks; Backspace clears one; Esc returns to the ranking",
     ),
 )
-SKIP_FOR_ALL = (("s", "skip: leave it out; nobody else is asked"),)
-SKIP_FOR_ONESELF = (("s", "skip: you leave it out; others may have it"),)
+SKIP_FOR_ALL = (("s", "skip; nobody else gets this task"),)
+SKIP_FOR_ONESELF = (("s", "skip; others may still get this task"),)
 OTHERS = (
-    ("u", "back: takes your last answer back and opens it again; u again goes further back"),
-    ("f", "flag: something is wrong with this one; asks what"),
-    ("n", "a note, in one line"),
+    ("u", "undo your last label and open its task again; u again goes further back"),
+    ("f", "flag a problem with this task; asks for the reason"),
+    ("n", "add a note, in one line"),
     ("?", "guidelines and keys"),
-    ("q, Ctrl-C", "quit; all that you entered is kept, and you go on where you stopped"),
+    ("q, Ctrl-C", "quit; your entries are saved, and you can resume later"),
 )
 READING = (
     ("up, down", "scroll by a line"),
     ("space, PageDown", "scroll by a page; PageUp back; Home and End to the ends"),
-    ("left, right", "to the answer before, to the next one"),
+    ("left, right", "previous and next answer"),
 )
 
 

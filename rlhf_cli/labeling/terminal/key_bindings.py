@@ -1,11 +1,11 @@
-"""What every key does: a state and a key make a new state, and sometimes something for the session to do.
+"""Key bindings: a state and a key give a new state, and sometimes an effect for the session.
 
-No terminal, no clock and no store are here; the letters typed are the ranking:
+This module uses no terminal, clock or store. The letters typed are the ranking:
 
-- A letter puts its answer behind the last one; after `=` it shares the last one's place (`b=a c` is b = a > c).
-- The latest press of a letter counts: an answer that has a place already leaves it. So typing a whole ranking gives
-  that ranking, whatever was there before. The letter that was pressed last does nothing when pressed again.
-- Backspace takes the last letter (or a waiting `=`) back.
+- A letter ranks its completion after the last one; after `=` it ties with the last one (`b=a c` is b = a > c).
+- A letter typed again moves its completion to the end. So typing a whole ranking gives that ranking, whatever was there
+  before. Repeating the letter typed last does nothing.
+- Backspace removes the last letter (or a waiting `=`).
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlhf_cli.labeling.label_records import STRENGTHS
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS, MAX_NOTE, MAX_REASON, InvalidLabelError
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, MAX_NOTE, MAX_REASON, InvalidLabelError
 from rlhf_cli.labeling.terminal.editing import Line
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.marking import in_marks, marked_with, to_marks
-from rlhf_cli.labeling.terminal.scrolling import next_stop, scrolled
-from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Tiers, hinted, unknown, warned
+from rlhf_cli.labeling.terminal.state import Effect, ScrollArea, State, Tiers, hinted, unknown, warned
 
 
-def step(state: State, key: Key, extent: Extent) -> tuple[State, Effect | None]:
-    """The state after a key, and what is to be done.
+def step(state: State, key: Key, scroll_area: ScrollArea) -> tuple[State, Effect | None]:
+    """Handle a key; returns the new state and an effect.
 
     Args:
-        state: before it; its `top` (or `help_top`) may lie outside of `extent` after a change of size.
-        key: pressed.
-        extent: of what scrolls in this view.
+        state: its `top` or `help_top` may be outside `scroll_area` after the window was resized.
+        key: pressed key.
+        scroll_area: of the current view.
     """
     state = replace(state, hint="", hint_style="dim")
     if key.name == "control" and key.text in "czl":
         return state, Effect({"c": "quit", "z": "suspend", "l": "redraw"}[key.text])  # type: ignore[arg-type]
-    if state.view == "trouble":
-        return _in_trouble(state, key)
+    if state.view == "failure":
+        return _in_failure(state, key)
     if state.view == "help":
-        return _in_help(state, key, extent), None
+        return _in_help(state, key, scroll_area), None
     if state.view in ("note", "flag"):
-        return _in_line(state, key, extent)
-    if (moved := scrolled(state, key, extent)) is not None:
+        return _in_line(state, key, scroll_area)
+    if (moved := _scrolled(state, key, scroll_area)) is not None:
         return moved, None
     letter = key.text.lower() if key.name == "text" else ""
     if letter and letter in "qsfun?":
@@ -48,8 +47,8 @@ def step(state: State, key: Key, extent: Extent) -> tuple[State, Effect | None]:
     if key.name == "enter":
         return _entered(state)
     if state.view == "marks":
-        return in_marks(state, key, letter, extent), None
-    return _in_rank(state, key, letter, extent), None
+        return in_marks(state, key, letter, scroll_area), None
+    return _in_rank(state, key, letter, scroll_area), None
 
 
 def _command(state: State, letter: str) -> tuple[State, Effect | None]:
@@ -58,7 +57,7 @@ def _command(state: State, letter: str) -> tuple[State, Effect | None]:
     if letter in "qu":
         return state, Effect("quit" if letter == "q" else "undo")
     if state.view == "end":
-        return hinted(state, f"no task is open for `{letter}`"), None
+        return hinted(state, f"`{letter}` needs an open task"), None
     if letter == "s":
         return state, Effect("skip")
     line = Line.of(state.note) if letter == "n" else Line()
@@ -68,30 +67,30 @@ def _command(state: State, letter: str) -> tuple[State, Effect | None]:
 # Ranking
 
 
-def _in_rank(state: State, key: Key, letter: str, extent: Extent) -> State:
+def _in_rank(state: State, key: Key, letter: str, scroll_area: ScrollArea) -> State:
     if key.name == "backspace":
         return _taken_back(state)
     if key.name == "control" and key.text == "u":
         return hinted(_with_tiers(state, ()), "started over")
     if key.name in ("left", "right"):
-        return replace(state, top=next_stop(state, extent, +1 if key.name == "right" else -1))
+        return replace(state, top=_next_stop(state, scroll_area, +1 if key.name == "right" else -1))
     if key.name == "tab" and state.plan.criteria:
-        return to_marks(state, extent)
+        return to_marks(state, scroll_area)
     if letter == "=":
         return _equals(state)
-    if letter and letter in ANSWER_LETTERS:
+    if letter and letter in COMPLETION_LETTERS:
         return _placed(state, letter)
     if letter.isdecimal() and letter.isascii():
-        return _digit(state, int(letter), extent)
+        return _digit(state, int(letter), scroll_area)
     return unknown(state, key)
 
 
 def _placed(state: State, letter: str) -> State:
-    position = ANSWER_LETTERS.index(letter)
+    position = COMPLETION_LETTERS.index(letter)
     if position >= state.count:
         return hinted(state, f"there is no answer {letter}")
     if state.tiers and position == state.tiers[-1][-1]:
-        return replace(hinted(state, f"{letter} is the last one already"), is_joining=False)
+        return replace(hinted(state, f"{letter} is already the last one"), is_joining=False)
     others = tuple(tuple(p for p in tier if p != position) for tier in state.tiers)
     others = tuple(tier for tier in others if tier)
     if state.is_joining and others:
@@ -101,7 +100,7 @@ def _placed(state: State, letter: str) -> State:
 
 def _equals(state: State) -> State:
     if not state.tiers:
-        return hinted(state, "= stands between two letters: first the one, then =, then the other")
+        return hinted(state, "= goes between two letters: type the first one, then =, then the second one")
     return replace(state, is_joining=True)
 
 
@@ -109,31 +108,31 @@ def _taken_back(state: State) -> State:
     if state.is_joining:
         return replace(state, is_joining=False)
     if not state.tiers:
-        return hinted(state, "nothing is placed yet; u goes back to the task before")
+        return hinted(state, "nothing is ranked yet; u undoes your last label")
     last = state.tiers[-1][:-1]
     return _with_tiers(state, (*state.tiers[:-1], last) if last else state.tiers[:-1])
 
 
 def _with_tiers(state: State, tiers: Tiers) -> State:
-    """Another ranking: how much better one was does not hold for it."""
+    """Set the ranking; a changed ranking loses its strength."""
     strength = state.strength if tiers == state.tiers else None
     return replace(state, tiers=tiers, is_joining=False, strength=strength)
 
 
-def _digit(state: State, digit: int, extent: Extent) -> State:
+def _digit(state: State, digit: int, scroll_area: ScrollArea) -> State:
     if state.unplaced:
-        return hinted(state, "first the ranking; digits come after it" if _takes_digits(state) else _NO_DIGITS)
+        return hinted(state, "rank first; digits come afterwards" if _takes_digits(state) else _NO_DIGITS)
     if state.asks_strength:
         if 1 <= digit <= len(STRENGTHS):
             given = replace(state, strength=digit)
-            return to_marks(given, extent) if given.empty_cell is not None else given
+            return to_marks(given, scroll_area) if given.empty_cell is not None else given
         return hinted(state, f"how much better: 1 to {len(STRENGTHS)}")
     if state.plan.criteria:
-        return marked_with(to_marks(state, extent), digit, extent)
+        return marked_with(to_marks(state, scroll_area), digit, scroll_area)
     return hinted(state, "a tie has no strength" if _takes_digits(state) else _NO_DIGITS)
 
 
-_NO_DIGITS = "digits do nothing here: letters rank, best first"
+_NO_DIGITS = "digits have no meaning here: letters rank, best first"
 
 
 def _takes_digits(state: State) -> bool:
@@ -142,11 +141,11 @@ def _takes_digits(state: State) -> bool:
 
 def _entered(state: State) -> tuple[State, Effect | None]:
     if state.is_joining:
-        return warned(state, "= waits for a letter: press it, or Backspace"), None
+        return warned(state, "= needs a second letter; Backspace removes it"), None
     entry = state.entry
     if not state.unplaced and not (state.asks_strength and state.strength is None) and state.empty_cell is not None:
-        answer, criterion = cell = state.empty_cell
-        lacks = f"mark `{state.plan.criteria[criterion]}` of answer {ANSWER_LETTERS[answer]}: 1 to 5"
+        position, criterion = cell = state.empty_cell
+        lacks = f"answer {COMPLETION_LETTERS[position]} needs a mark for `{state.plan.criteria[criterion]}`: 1 to 5"
         return warned(replace(state, view="marks", cell=cell), lacks), None
     try:
         state.plan.check(entry, state.count)
@@ -158,7 +157,7 @@ def _entered(state: State) -> tuple[State, Effect | None]:
 # Lines of text
 
 
-def _in_line(state: State, key: Key, extent: Extent) -> tuple[State, Effect | None]:
+def _in_line(state: State, key: Key, scroll_area: ScrollArea) -> tuple[State, Effect | None]:
     is_note = state.view == "note"
     if key.name == "escape":
         return replace(state, view=state.before, line=Line()), None
@@ -166,41 +165,70 @@ def _in_line(state: State, key: Key, extent: Extent) -> tuple[State, Effect | No
         text = state.line.text.strip()
         if is_note:
             kept = replace(state, view=state.before, note=text, line=Line())
-            return replace(kept, hint="noted" if text else "no note", hint_style="dim"), None
+            return replace(kept, hint="note saved" if text else "no note", hint_style="dim"), None
         if not text:
-            return warned(state, "what is wrong with it? a flag needs a reason; Esc leaves without one"), None
+            return warned(state, "a flag needs a reason; Esc cancels"), None
         return replace(state, view=state.before, line=Line()), Effect("flag", reason=text)
     if key.name in ("pageup", "pagedown", "up", "down"):
-        return scrolled(state, key, extent) or state, None
+        return _scrolled(state, key, scroll_area) or state, None
     limit = MAX_NOTE if is_note else MAX_REASON
     line = state.line.pressed(key, limit)
     if line is None:
         return unknown(state, key), None
     changed = replace(state, line=line)
     typed = key.name in ("text", "paste")
-    return (
-        warned(changed, f"no more than {limit:,} characters") if typed and len(line.text) >= limit else changed
-    ), None
+    return (warned(changed, f"at most {limit:,} characters") if typed and len(line.text) >= limit else changed), None
 
 
-# Help and trouble
+# Help and failure
 
 
-def _in_help(state: State, key: Key, extent: Extent) -> State:
+def _in_help(state: State, key: Key, scroll_area: ScrollArea) -> State:
     if key.name in ("escape", "enter") or (key.name == "text" and key.text.lower() in "?q"):
         return replace(state, view=state.before)
-    moved = scrolled(replace(state, top=state.help_top), key, extent)
+    moved = _scrolled(replace(state, top=state.help_top), key, scroll_area)
     if moved is None:
-        return hinted(state, "Enter goes on to the answers")
+        return hinted(state, "Enter continues with the answers")
     return replace(moved, top=state.top, help_top=moved.top)
 
 
-def _in_trouble(state: State, key: Key) -> tuple[State, Effect | None]:
-    assert state.trouble is not None
+def _in_failure(state: State, key: Key) -> tuple[State, Effect | None]:
+    assert state.failure is not None
     if key.name == "enter":
-        return replace(state, view=state.before), state.trouble.effect
+        return replace(state, view=state.before), state.failure.effect
     if key.name == "text" and key.text.lower() == "q":
-        return state, Effect("leave" if state.trouble.effect.kind == "quit" else "quit")
+        return state, Effect("leave" if state.failure.effect.kind == "quit" else "quit")
     if key.name == "escape" and state.task is not None:
-        return replace(state, view=state.before, trouble=None), None
+        return replace(state, view=state.before, failure=None), None
     return state, None
+
+
+# Scrolling
+
+
+def _scrolled(state: State, key: Key, scroll_area: ScrollArea) -> State | None:
+    """Scroll; returns None for a key that does not scroll."""
+    top, page = min(state.top, scroll_area.last), max(1, scroll_area.page - 2)
+    is_space = key.name == "text" and key.text == " "
+    if state.view == "marks" and key.name in ("up", "down"):
+        return None
+    moves = {
+        "up": top - 1,
+        "down": top + 1,
+        "pageup": top - page,
+        "pagedown": top + page,
+        "home": 0,
+        "end": scroll_area.last,
+    }
+    if not is_space and key.name not in moves:
+        return None
+    wanted = top + page if is_space else moves[key.name]
+    return replace(state, top=max(0, min(wanted, scroll_area.last)))
+
+
+def _next_stop(state: State, scroll_area: ScrollArea, by: int) -> int:
+    """First row of the next or previous completion."""
+    top = min(state.top, scroll_area.last)
+    if by > 0:
+        return min(next((stop for stop in scroll_area.stops if stop > top), scroll_area.last), scroll_area.last)
+    return next((stop for stop in reversed(scroll_area.stops) if stop < top), 0)

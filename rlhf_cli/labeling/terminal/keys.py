@@ -1,4 +1,4 @@
-"""Bytes of a terminal as keys: escape sequences whole or in parts, pasted text, and reports that are no keys at all."""
+"""Parses terminal input into keys: escape sequences in any number of parts, pasted text, and terminal reports."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Name = Literal[
 ]  # fmt: skip
 
 ESCAPE_SECONDS = 0.06
-"""A lone escape byte is the key of that name when nothing follows it for so long."""
+"""A lone escape byte is the Escape key if nothing follows within this time."""
 PASTE_SECONDS = 2.0
-"""A paste whose end does not come is over when nothing follows for so long."""
+"""A paste without an end marker ends if nothing follows within this time."""
 _MAX_PASTE = 40_000
 _CSI = re.compile(rb"\x1b\[([0-?]*)[ -/]*([@-~])")
 _STRING = re.compile(rb"\x1b[]PX^_][^\x03]*?(?:\x07|\x1b\\|(?=\x03))", re.DOTALL)
-"""OSC, DCS and their kin up to their end; Ctrl-C ends them too, so that nobody is locked in."""
+"""OSC, DCS and similar strings up to their end; Ctrl-C ends them too, so that nobody is locked in."""
 _REPORTS = b"IOMmRcnyt"
-"""Last bytes of reports of mouse and focus, and of replies to questions that nobody asked."""
+"""Final bytes of mouse and focus reports, and of other terminal responses."""
 _PASTE_BEGINS, _PASTE_ENDS = b"\x1b[200~", b"\x1b[201~"
 _LETTERS: dict[bytes, Name] = {
     b"A": "up", b"B": "down", b"C": "right", b"D": "left", b"H": "home", b"F": "end", b"Z": "backtab", b"M": "enter",
@@ -35,8 +35,8 @@ class Key(NamedTuple):
     """A key.
 
     Attributes:
-        name: which; `text` is a character, `control` a letter with Ctrl.
-        text: the character, the letter, or what was pasted.
+        name: `text` is a character, `control` a letter with Ctrl.
+        text: the character, the letter, or the pasted text.
     """
 
     name: Name
@@ -44,10 +44,10 @@ class Key(NamedTuple):
 
 
 class KeyReader:
-    """Keys from bytes as they arrive, in parts of any size.
+    """Incremental parser: bytes may arrive in parts of any size.
 
-    A sequence whose end has not come is waited for: its bytes are never taken for letters. A lone escape byte is the
-    one exception; should the rest of a sequence arrive after that, it is still recognized and dropped.
+    Incomplete sequences are held back and never interpreted as letters. A lone escape byte is the exception; the rest
+    of its sequence is still recognized and dropped if it arrives later.
     """
 
     def __init__(self) -> None:
@@ -57,11 +57,11 @@ class KeyReader:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether bytes are held back until more come or `expire` is called."""
+        """Whether incomplete bytes are held back."""
         return bool(self._bytes)
 
     def feed(self, received: bytes) -> list[Key]:
-        """The keys that are whole now."""
+        """Parse bytes; returns all complete keys."""
         self._bytes += received
         if self._had_escape and self._bytes[:1] in (b"[", b"O"):
             self._bytes = b"\x1b" + self._bytes
@@ -77,7 +77,7 @@ class KeyReader:
         return keys
 
     def expire(self, idle: float) -> list[Key]:
-        """What is held back comes to, when nothing came for `idle` seconds: a lone escape byte, a paste without end."""
+        """Keys of held-back bytes after `idle` seconds: a lone escape byte, or a paste without an end."""
         if self._bytes == b"\x1b" and idle >= ESCAPE_SECONDS:
             self._bytes, self._had_escape = b"", True
             return [Key("escape")]
@@ -87,7 +87,7 @@ class KeyReader:
         return []
 
     def _first(self) -> tuple[Key | None, int]:
-        """The first key and how many bytes it is; 0 bytes: not whole yet."""
+        """The first key and its length in bytes; 0 if it is incomplete."""
         first = self._bytes[0]
         if first == 0x1B:
             return self._sequence()
@@ -144,7 +144,7 @@ class KeyReader:
 
 
 def _length_of_character(first: int) -> int:
-    """Bytes of a UTF-8 character, from its first byte."""
+    """Length of a UTF-8 character in bytes, from its first byte."""
     return 1 if first < 0xC0 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
 
 

@@ -1,4 +1,4 @@
-"""Prompt and answers as rows: answers one below the other, or side by side where each has room."""
+"""Lays out prompt and completions as rows: one below the other, or side by side if there is room."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from rlhf_cli.data.records import Prompt
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, wrap
 
 GUTTER = 6
-"""Columns on the left of an answer, for its letter and its place."""
+"""Columns on the left of a completion, for its letter and place."""
 MIN_COLUMN = 40
 MIN_SIDE_BY_SIDE = 100
 _MAX_TEXT = 110
-"""Cells of a line that eyes can still follow back."""
+"""Maximum line length for comfortable reading, in cells."""
 _BETWEEN = 3
 
 
 class Cell(NamedTuple):
-    """One row of one answer, or of the prompt.
+    """One row of a completion or of the prompt.
 
     Attributes:
-        at: column where it begins.
+        at: first column.
         pieces: text.
-        answer: whose; None for the prompt.
-        line: of the answer's rows, 0 the first.
+        completion: position; None for the prompt.
+        line: row within the completion, from 0.
     """
 
     at: int
     pieces: Row
-    answer: int | None = None
+    completion: int | None = None
     line: int = 0
 
 
 @dataclass(frozen=True)
 class Document:
-    """All there is to read of one task.
+    """The complete text of a task.
 
     Attributes:
-        pinned: rows of the prompt that stay in sight; none where it is too long for that.
-        rows: what scrolls.
-        stops: row where each group of answers begins.
-        of_answer: answer -> its index in `stops`.
-        columns: answers side by side.
-        separators: columns of the lines between answers.
+        pinned: rows of the prompt that stay visible; none if the prompt is too long.
+        rows: scrollable rows.
+        stops: first row of each group of completions.
+        of_completion: completion -> its index in `stops`.
+        columns: number of completions side by side.
+        separators: columns of the lines between completions.
     """
 
     pinned: tuple[Row, ...]
     rows: tuple[tuple[Cell, ...], ...]
     stops: tuple[int, ...]
-    of_answer: tuple[int, ...]
+    of_completion: tuple[int, ...]
     columns: int
     separators: tuple[int, ...]
 
 
 def columns_for(count: int, width: int) -> int:
-    """How many answers stand side by side; as even rows of them as possible."""
+    """Number of completions side by side, in groups as even as possible."""
     if width < MIN_SIDE_BY_SIDE:
         return 1
     fit = max(1, min(count, (width + _BETWEEN - 1) // (MIN_COLUMN + _BETWEEN)))
@@ -65,44 +65,44 @@ def columns_for(count: int, width: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def document(prompt: Prompt, answers: tuple[str, ...], width: int, pinnable: int) -> Document:
-    """Lay a task out.
+def document(prompt: Prompt, completions: tuple[str, ...], width: int, pinnable: int) -> Document:
+    """Lay out a task.
 
     Args:
-        prompt: what was asked.
-        answers: in shown order.
+        prompt: text or messages.
+        completions: in shown order.
         width: of the screen.
-        pinnable: rows that a prompt may have and still stay in sight.
+        pinnable: maximum height of a pinned prompt.
     """
     asked = _prompt_rows(prompt, min(width - 2, _MAX_TEXT))
     is_pinned = len(asked) <= pinnable
     rows: list[tuple[Cell, ...]] = []
     if not is_pinned:
         rows = [(Cell(1, pieces),) for pieces in asked] + [()]
-    columns = columns_for(len(answers), width)
+    columns = columns_for(len(completions), width)
     share = (width - 1 - (columns - 1) * _BETWEEN) // columns
-    stops, of_answer = [], []
-    for first in range(0, len(answers), columns):
+    stops, of_completion = [], []
+    for first in range(0, len(completions), columns):
         stops.append(len(rows))
-        group = range(first, min(first + columns, len(answers)))
-        of_answer += [len(stops) - 1] * len(group)
-        blocks = [_answer_cells(answers[n], n, (n - first) * (share + _BETWEEN), share) for n in group]
+        group = range(first, min(first + columns, len(completions)))
+        of_completion += [len(stops) - 1] * len(group)
+        blocks = [_completion_cells(completions[n], n, (n - first) * (share + _BETWEEN), share) for n in group]
         tallest = max(len(block) for block in blocks)
         rows += [tuple(block[line] for block in blocks if line < len(block)) for line in range(tallest)]
         rows.append(())
     if rows and not rows[-1]:
         rows.pop()
     separators = tuple((n + 1) * (share + _BETWEEN) - 2 for n in range(columns - 1))
-    return Document(asked if is_pinned else (), tuple(rows), tuple(stops), tuple(of_answer), columns, separators)
+    return Document(asked if is_pinned else (), tuple(rows), tuple(stops), tuple(of_completion), columns, separators)
 
 
-def _answer_cells(text: str, answer: int, at: int, share: int) -> list[Cell]:
+def _completion_cells(text: str, completion: int, at: int, share: int) -> list[Cell]:
     rows = wrap(text, min(share - GUTTER, _MAX_TEXT))
     if not text.strip():
         rows = ((Piece("(only white space)" if text else "(an empty answer)", "dim"),), *rows[1:])
     if len(rows) == 1:
-        rows = (*rows, ())  # room for the place
-    return [Cell(at + GUTTER, pieces, answer, line) for line, pieces in enumerate(rows)]
+        rows = (*rows, ())  # a second row for the place
+    return [Cell(at + GUTTER, pieces, completion, line) for line, pieces in enumerate(rows)]
 
 
 def _prompt_rows(prompt: Prompt, width: int) -> tuple[Row, ...]:

@@ -1,4 +1,4 @@
-"""Rows as the bytes a terminal takes: the only place of this package where escape sequences are made."""
+"""Converts rows to terminal bytes; the only module here that writes escape sequences."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from rlhf_cli.labeling.terminal.drawing import Screen
 from rlhf_cli.labeling.terminal.wrapping import Row, Style
 
 ENTER = "\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[?2004h\x1b[H\x1b[2J"
-"""Alternate screen; no wrapping at the margin, so that a character wider than we think spoils its own row at most; no
-cursor; pastes in brackets."""
+"""Alternate screen; no wrapping at the margin, so that a wider character than expected affects only its own row; hidden
+cursor; bracketed paste."""
 LEAVE = "\x1b[?2004l\x1b[?25h\x1b[?7h\x1b[0m\x1b[H\x1b[2J\x1b[?1049l"
-"""The reverse; cleared first, for terminals without an alternate screen."""
+"""The reverse of `ENTER`; clears the screen first, for terminals without an alternate screen."""
 
 _LOOKS: dict[Style, tuple[str, str]] = {  # (colored, without colors)
     "plain": ("", ""),
@@ -26,15 +26,15 @@ _LOOKS: dict[Style, tuple[str, str]] = {  # (colored, without colors)
 
 
 def paint(screen: Screen, shown: tuple[str, ...], *, is_colored: bool) -> tuple[str, tuple[str, ...]]:
-    """The bytes that turn what is shown into a screen.
+    """Compute the bytes that update the terminal.
 
     Args:
         screen: to show.
-        shown: rows on the terminal now, as this function returned them; empty: nobody knows.
-        is_colored: use colors beside bold, dim and reverse.
+        shown: rows on the terminal, as returned by the previous call; empty if unknown.
+        is_colored: use colors in addition to bold, dim and reverse.
 
     Returns:
-        The bytes as text, and the rows for the next time.
+        The bytes as text, and the rows for the next call.
     """
     rows = tuple(_row(row, is_colored) for row in screen.rows)
     is_fresh = len(shown) != len(rows)

@@ -1,9 +1,9 @@
-"""What stands above and below the answers: progress, the ranking so far, marks, lines to type in, hints and keys."""
+"""Header and footer: progress, ranking, strength, marks, input line, hints and keys."""
 
 from __future__ import annotations
 
 from rlhf_cli.labeling.label_records import STRENGTHS
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Progress
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, SessionProgress
 from rlhf_cli.labeling.terminal.state import State
 from rlhf_cli.labeling.terminal.visible import clusters
 from rlhf_cli.labeling.terminal.wrapping import Piece, Row, cut, flow, width_of, wrap
@@ -15,7 +15,7 @@ _NAMES = 16
 
 
 def header(state: State, width: int) -> Row:
-    """Progress, pace and time left; the annotator's name on the right."""
+    """Progress, pace and remaining time on the left; the annotator's name on the right."""
     progress = state.progress
     total = progress.mine + progress.left_for_me
     number = min(progress.mine + 1, total) if state.task is not None else progress.mine
@@ -34,8 +34,8 @@ def header(state: State, width: int) -> Row:
     return (*left, Piece(name, "dim", width - width_of(name) - 1)) if len(name) > 1 else tuple(left)
 
 
-def pace(progress: Progress) -> str:
-    """Seconds a label and the time left; nothing before the first label."""
+def pace(progress: SessionProgress) -> str:
+    """Seconds per label and the remaining time; empty before the first label."""
     if progress.pace_seconds is None:
         return ""
     each = f"{progress.pace_seconds:.0f} s each" if progress.pace_seconds >= 1 else "under 1 s each"
@@ -44,7 +44,7 @@ def pace(progress: Progress) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """A time as one would say it: under a minute, 7 min, 2 h 10 min."""
+    """An approximate duration: a minute, 7 min, 2 h 10 min."""
     if seconds < 60:
         return "a minute"
     minutes = round(seconds / 60)
@@ -52,28 +52,28 @@ def roughly(seconds: float) -> str:
 
 
 def ending_rows(state: State, width: int) -> list[Row]:
-    """What stands in place of a task where there is none."""
-    if state.view == "trouble":
+    """Rows shown without a task."""
+    if state.view == "failure":
         return []
     progress = state.progress
     if progress.left_for_me > 0:
-        say = f"Nothing for you right now: others are at what is left ({progress.left_for_me:,}). Come back later."
+        say = f"Nothing for you right now: others are working on the rest ({progress.left_for_me:,}). Come back later."
     elif progress.labels_left:
-        say = "You have labeled all that is for you. Others are still at theirs."
+        say = "You have labeled everything assigned to you. Others are still working."
     else:
-        say = "All is labeled. Thank you."
+        say = "Labeling is complete. Thank you."
     rows: list[Row] = [(), *((Piece("  "), *row) for row in wrap(say, width - 4, "bold")), ()]
-    last = "Enter ends. u takes your last answer back, if you want to change it."
+    last = "Enter quits. u undoes your last label, if you want to change it."
     return rows + [(Piece("  "), *row) for row in wrap(last, width - 4)]
 
 
 def footer(state: State, width: int, room: int) -> tuple[list[Row], tuple[int, int] | None]:
-    """Rows below the answers, and the cursor among them, if a line is being typed.
+    """Rows below the completions, and the cursor in them while a line is being typed.
 
     Args:
         state: to show.
         width: of the screen.
-        room: rows there may be; what matters less is left out where there are fewer than it takes.
+        room: maximum number of rows; less important ones are dropped first.
     """
     parts: dict[str, list[Row]] = {}
     column = 0
@@ -90,8 +90,8 @@ def footer(state: State, width: int, room: int) -> tuple[list[Row], tuple[int, i
             parts["note"] = [(Piece(" note".ljust(_LABEL), "dim"), Piece(cut(state.note, width - _LABEL - 1)))]
         if state.view == "marks":
             parts["marks"] = _marks(state, width, max(2, min(9, room - 6)))
-    if state.view == "trouble":
-        parts["hint"] = _trouble(state, width)
+    if state.view == "failure":
+        parts["hint"] = _failure(state, width)
     else:
         parts["hint"] = [(Piece(cut(f" {state.hint or _what_next(state)}", width), state.hint_style),)]
     parts["keys"] = [_keys(state, width)]
@@ -107,12 +107,12 @@ def _ranking(state: State, width: int) -> list[Row]:
     parts: list[Piece] = []
     last = len(state.tiers) - 1
     for number, tier in enumerate(state.tiers):
-        names = " = ".join(ANSWER_LETTERS[answer] for answer in tier)
+        names = " = ".join(COMPLETION_LETTERS[completion] for completion in tier)
         parts.append(Piece(names + (" = _" if number == last and state.is_joining else ""), "bold"))
     rows = list(flow(parts, width - _LABEL - 1, " > ")) if parts else [(Piece("none yet", "dim"),)]
     rows = [(Piece((" ranking" if n == 0 else "").ljust(_LABEL), "dim"), *row) for n, row in enumerate(rows)]
     if state.tiers and state.unplaced:
-        missing = "to place: " + " ".join(ANSWER_LETTERS[answer] for answer in state.unplaced)
+        missing = "to place: " + " ".join(COMPLETION_LETTERS[completion] for completion in state.unplaced)
         used = sum(width_of(piece.text) for piece in rows[-1])
         if used + 4 + len(missing) <= width:
             rows[-1] = (*rows[-1], Piece(f"    {missing}", "warn"))
@@ -122,7 +122,7 @@ def _ranking(state: State, width: int) -> list[Row]:
 
 
 def _strength(state: State, width: int) -> list[Row]:
-    better = ANSWER_LETTERS[state.tiers[0][0]]
+    better = COMPLETION_LETTERS[state.tiers[0][0]]
     choices = [
         Piece(f" {number} {words} ", "chosen" if state.strength == number else "plain")
         for number, words in enumerate(STRENGTHS, 1)
@@ -132,7 +132,7 @@ def _strength(state: State, width: int) -> list[Row]:
 
 
 def _marks(state: State, width: int, most: int) -> list[Row]:
-    """Criteria by answers; as many criteria round the chosen cell as there is room for."""
+    """Table of criteria and completions; scrolls to the current cell."""
     criteria = state.plan.criteria
     room = min(most, len(criteria))
     chosen, first = state.cell[1], 0
@@ -142,7 +142,7 @@ def _marks(state: State, width: int, most: int) -> list[Row]:
         (
             Piece(" marks".ljust(_NAMES + 1), "dim"),
             *(
-                Piece(ANSWER_LETTERS[n].center(wide), "bold" if n == state.cell[0] else "dim")
+                Piece(COMPLETION_LETTERS[n].center(wide), "bold" if n == state.cell[0] else "dim")
                 for n in range(state.count)
             ),
         )
@@ -150,9 +150,9 @@ def _marks(state: State, width: int, most: int) -> list[Row]:
     for criterion in range(first, first + room):
         name = cut(criteria[criterion], _NAMES - 1).ljust(_NAMES)
         cells = []
-        for answer in range(state.count):
-            mark = state.marks[answer][criterion]
-            here = (answer, criterion) == state.cell
+        for completion in range(state.count):
+            mark = state.marks[completion][criterion]
+            here = (completion, criterion) == state.cell
             text = "·" if mark is None else str(mark)
             cells.append(Piece((f"[{text}]" if here else text).center(wide), "bold" if here else "plain"))
         rows.append((Piece(" " + name, "bold" if criterion == chosen else "plain"), *cells))
@@ -170,7 +170,7 @@ def _marks_in_short(state: State, width: int) -> Row:
 
 
 def _typed(state: State, width: int) -> tuple[Row, int]:
-    """The line being typed, the part round its cursor, and the cursor's column."""
+    """The input line around its cursor, and the column of the cursor."""
     label = " note".ljust(_LABEL) if state.view == "note" else " why?".ljust(_LABEL)
     room = max(8, width - _LABEL - 2)
     before = list(clusters(state.line.text[: state.line.cursor]))
@@ -185,35 +185,35 @@ def _typed(state: State, width: int) -> tuple[Row, int]:
     return (Piece(label, "accent"), Piece(sign, "dim"), Piece(shown), Piece(after)), _LABEL + 1 + used
 
 
-def _trouble(state: State, width: int) -> list[Row]:
-    assert state.trouble is not None
-    say = state.trouble.message + (f" ({state.trouble.hint})" if state.trouble.hint else "")
+def _failure(state: State, width: int) -> list[Row]:
+    assert state.failure is not None
+    say = state.failure.message + (f" ({state.failure.hint})" if state.failure.hint else "")
     rows = [(Piece(" "), *row) for row in wrap(say, width - 2, "error")[:4]]
     kept = "what you entered is still here" if state.task is not None else "nothing was lost"
     return [*rows, (Piece(cut(f" {kept}", width), "dim"),)]
 
 
 def _what_next(state: State) -> str:
-    """The hint where nothing else is to be said."""
+    """Default hint: what to do next."""
     if state.view == "end":
-        return "nothing is open"
+        return "no task is open"
     if state.view == "note":
-        return "Enter keeps the note, Esc leaves it as it was"
+        return "Enter saves the note, Esc discards changes"
     if state.view == "flag":
-        return "what is wrong with it? Enter sends the flag, Esc leaves without one"
+        return "what is wrong? Enter sends the flag, Esc cancels"
     if state.view == "marks":
-        answer, criterion = state.cell
+        completion, criterion = state.cell
         name = state.plan.criteria[criterion]
         if state.empty_cell is None:
-            return "all marks are there: Enter submits"
-        return f"how {name} is answer {ANSWER_LETTERS[answer]}? 1 (worst) to 5 (best)"
+            return "all marks are set: Enter submits"
+        return f"how {name} is answer {COMPLETION_LETTERS[completion]}? 1 (worst) to 5 (best)"
     if state.is_joining:
-        last = ANSWER_LETTERS[state.tiers[-1][-1]]
+        last = COMPLETION_LETTERS[state.tiers[-1][-1]]
         return f"which answer is as good as {last}?"
     if not state.tiers:
         return "which answer is best? press its letter"
     if state.unplaced:
-        return "which is next? = first if it is as good as the last one"
+        return "which is next? = first if it ties with the last one"
     if state.asks_strength and state.strength is None:
         return "how much better? 1 to 4"
     if state.empty_cell is not None:
@@ -222,18 +222,18 @@ def _what_next(state: State) -> str:
 
 
 def _keys(state: State, width: int) -> Row:
-    """The keys that matter now; those that matter least go first where there is no room."""
-    letters = ANSWER_LETTERS[: state.count]
+    """The keys of the current view; the least important ones are dropped if there is no room."""
+    letters = COMPLETION_LETTERS[: state.count]
     span = f"{letters[:1]}-{letters[-1:]}" if letters == "abcdefgh"[: len(letters)] else letters
     last: tuple[tuple[str, str], ...] = (("?", "help"), ("q", "quit"))
-    if state.view == "trouble":
-        quits = "quit without it" if state.trouble is not None and state.trouble.effect.kind == "quit" else "quit"
+    if state.view == "failure":
+        quits = "quit without it" if state.failure is not None and state.failure.effect.kind == "quit" else "quit"
         keys = (("Enter", "try again"), *((("Esc", "back"),) if state.task is not None else ()), ("q", quits))
         last = ()
     elif state.view == "end":
-        keys = (("Enter", "end"), ("u", "back"))
+        keys = (("Enter", "quit"), ("u", "undo"))
     elif state.view in ("note", "flag"):
-        keys, last = (("Enter", "done"), ("Esc", "leave"), ("Ctrl-C", "quit")), ()
+        keys, last = (("Enter", "done"), ("Esc", "cancel"), ("Ctrl-C", "quit")), ()
     elif state.view == "marks":
         keys = (("1-5", "mark"), ("Tab", "next"), ("Backspace", "clear"), ("Enter", "submit"), ("Esc", "ranking"))
     else:
@@ -247,7 +247,7 @@ def _keys(state: State, width: int) -> Row:
     return tuple(row)
 
 
-_OTHERS = (("u", "back"), ("s", "skip"), ("f", "flag"), ("n", "note"), ("Backspace", "take back"))
+_OTHERS = (("u", "undo"), ("s", "skip"), ("f", "flag"), ("n", "note"), ("Backspace", "remove"))
 
 
 def _size(keys: tuple[tuple[str, str], ...]) -> int:

@@ -1,4 +1,4 @@
-"""All that the screen of a labeling session shows, as a value."""
+"""The state of the screen, as an immutable value."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rlhf_cli.labeling.session.types import MARK_RANGE, Entry, LabelPlan, Progress, Task
+from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.session.types import MARK_RANGE, Entry, LabelTask, SessionProgress
 from rlhf_cli.labeling.terminal.editing import Line
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.visible import in_one_line
 
-View = Literal["rank", "marks", "note", "flag", "help", "end", "trouble"]
+View = Literal["rank", "marks", "note", "flag", "help", "end", "failure"]
 Tiers = tuple[tuple[int, ...], ...]
-_NO_PROGRESS = Progress(0, 0, 0, 0, 0, False)
+_NO_PROGRESS = SessionProgress(0, 0, 0, 0, 0, False)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Something for the session, or the terminal, to do.
+    """An action for the session or the terminal.
 
     Attributes:
-        kind: `leave` is `quit` without trying to save the draft once more; `next` asks for a task.
+        kind: `leave` is `quit` without saving the draft again; `next` loads a task.
         entry: for `submit`.
         reason: for `flag`.
     """
@@ -32,8 +33,8 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Something that could not be done; it can be tried again."""
+class Failure:
+    """An error of an effect, which can be retried."""
 
     message: str
     hint: str
@@ -41,56 +42,56 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How much there is to scroll through, and how much of it is seen at once.
+class ScrollArea:
+    """Size of the scrollable content and of the visible part.
 
     Attributes:
-        page: rows seen.
-        total: rows there are.
-        stops: row where each answer begins (in columns: each row of answers).
-        of_answer: answer -> its index in `stops`.
+        page: visible rows.
+        total: number of rows.
+        stops: first row of each completion (side by side: of each group of completions).
+        of_completion: completion -> its index in `stops`.
     """
 
     page: int
     total: int
     stops: tuple[int, ...] = (0,)
-    of_answer: tuple[int, ...] = ()
+    of_completion: tuple[int, ...] = ()
 
     @property
     def last(self) -> int:
-        """The highest row that can stand at the top."""
+        """The largest possible first row."""
         return max(0, self.total - self.page)
 
 
 @dataclass(frozen=True)
 class State:
-    """All that the screen shows.
+    """Everything the screen shows.
 
     Attributes:
-        plan: what is asked for beside the ranking.
-        name: the annotator's.
-        progress: theirs.
-        task: in hand; None when nothing is left, or it could not be read.
-        view: what the keys mean now.
-        tiers: shown positions, best first, within a tier in the order pressed.
-        is_joining: `=` was pressed and waits for its letter.
+        plan: how to label.
+        name: of the annotator.
+        progress: of the annotator.
+        task: current task; None if nothing is left, or it could not be loaded.
+        view: determines what keys mean.
+        tiers: shown positions, best first; within a tier in the order typed.
+        is_joining: `=` was typed and its letter is missing.
         strength: 1 to 4.
-        marks: answer -> criterion -> mark.
+        marks: completion -> criterion -> mark.
         note: free text.
-        cell: answer and criterion of the mark that a digit sets.
-        line: what is being typed, in `note` and `flag`.
-        top: first row of the answers that is seen.
-        help_top: the same of the help.
-        before: the view that help or trouble returns to.
-        hint: one line about what happened or lacks; gone with the next key.
-        hint_style: how loud.
-        trouble: in `trouble`.
+        cell: completion and criterion of the mark that a digit sets.
+        line: text being typed, in `note` and `flag`.
+        top: first visible row.
+        help_top: first visible row of the help.
+        before: view to return to from `help` and `failure`.
+        hint: one line about what happened or is missing; cleared by the next key.
+        hint_style: style of the hint.
+        failure: shown in the view `failure`.
     """
 
     plan: LabelPlan
     name: str = ""
-    progress: Progress = _NO_PROGRESS
-    task: Task | None = None
+    progress: SessionProgress = _NO_PROGRESS
+    task: LabelTask | None = None
     view: View = "rank"
     tiers: Tiers = ()
     is_joining: bool = False
@@ -104,36 +105,36 @@ class State:
     before: View = "rank"
     hint: str = ""
     hint_style: Literal["dim", "warn", "good"] = "dim"
-    trouble: Trouble | None = None
+    failure: Failure | None = None
 
     @property
     def count(self) -> int:
-        """Answers of the task."""
-        return 0 if self.task is None else len(self.task.answers)
+        """Number of completions of the task."""
+        return 0 if self.task is None else len(self.task.completions)
 
     @property
     def unplaced(self) -> tuple[int, ...]:
-        """Answers without a place, in the order shown."""
+        """Unranked completions, in the order shown."""
         placed = {position for tier in self.tiers for position in tier}
         return tuple(position for position in range(self.count) if position not in placed)
 
     @property
     def asks_strength(self) -> bool:
-        """Whether the ranking as it is needs a strength."""
+        """Whether the current ranking needs a strength."""
         return self.plan.strengths and self.count == 2 and len(self.tiers) == 2
 
     @property
     def empty_cell(self) -> tuple[int, int] | None:
-        """First mark that lacks, answer by answer; None if none does."""
-        for answer, marks in enumerate(self.marks):
+        """First missing mark; None if all are set."""
+        for completion, marks in enumerate(self.marks):
             for criterion, mark in enumerate(marks):
                 if mark is None:
-                    return answer, criterion
+                    return completion, criterion
         return None
 
     @property
     def entry(self) -> Entry:
-        """What was entered so far, as the session takes it."""
+        """The entry so far, for the session."""
         criteria = self.plan.criteria
         has_marks = any(mark is not None for marks in self.marks for mark in marks)
         note = self.line.text if self.view == "note" else self.note
@@ -145,10 +146,12 @@ class State:
         )
 
 
-def with_task(state: State, task: Task | None, hint: str = "", style: Literal["dim", "warn", "good"] = "dim") -> State:
-    """The state at the beginning of a task, with its draft; `end` where there is none."""
+def with_task(
+    state: State, task: LabelTask | None, hint: str = "", style: Literal["dim", "warn", "good"] = "dim"
+) -> State:
+    """The state at the beginning of a task, with its draft; view `end` without a task."""
     draft = task.draft if task is not None and task.draft is not None else Entry()
-    count = 0 if task is None else len(task.answers)
+    count = 0 if task is None else len(task.completions)
     marks = _table(draft.marks, state.plan, count)
     fresh = State(
         state.plan, state.name, state.progress, task,
@@ -159,7 +162,7 @@ def with_task(state: State, task: Task | None, hint: str = "", style: Literal["d
 
 
 def with_plan(state: State, plan: LabelPlan) -> State:
-    """The state where something else is asked now: what was entered stays as far as it is still asked for."""
+    """The state under a new plan: the entry is kept as far as the plan allows."""
     changed = replace(state, plan=plan, marks=_table(state.entry.marks, plan, state.count), cell=(0, 0))
     if changed.view == "marks":
         changed = replace(changed, view="rank")
@@ -171,37 +174,37 @@ def with_plan(state: State, plan: LabelPlan) -> State:
 def _table(
     given: Mapping[str, tuple[int | None, ...]], plan: LabelPlan, count: int
 ) -> tuple[tuple[int | None, ...], ...]:
-    """Marks by answer and criterion; what is none of this plan's marks is left out."""
+    """Marks by completion and criterion; marks that the plan does not ask for are dropped."""
     low, high = MARK_RANGE
     by_name = [given.get(name, ()) for name in plan.criteria]
     return tuple(
         tuple(
-            mark if answer < len(marks) and (mark := marks[answer]) is not None and low <= mark <= high else None
+            mark if n < len(marks) and (mark := marks[n]) is not None and low <= mark <= high else None
             for marks in by_name
         )
-        for answer in range(count)
+        for n in range(count)
     )
 
 
-def with_trouble(state: State, trouble: Trouble) -> State:
-    """The state that shows what could not be done."""
-    before = state.before if state.view in ("trouble", "help") else state.view
-    return replace(state, view="trouble", before=before, trouble=trouble, hint="")
+def with_failure(state: State, failure: Failure) -> State:
+    """Show an error."""
+    before = state.before if state.view in ("failure", "help") else state.view
+    return replace(state, view="failure", before=before, failure=failure, hint="")
 
 
 def hinted(state: State, hint: str) -> State:
-    """The state with a quiet hint."""
+    """Show a hint."""
     return replace(state, hint=hint, hint_style="dim")
 
 
 def warned(state: State, hint: str) -> State:
-    """The state with a hint that is not to be overlooked."""
+    """Show a prominent hint."""
     return replace(state, hint=hint, hint_style="warn")
 
 
 def unknown(state: State, key: Key) -> State:
-    """The state after a key that means nothing."""
+    """Report a key without a meaning."""
     if key.name == "paste":
-        return hinted(state, "pasted text is no ranking: nothing was entered")
+        return hinted(state, "pasted text was ignored: type the ranking")
     what = in_one_line(key.text) if key.name == "text" else "that key"
     return hinted(state, f"{what} does nothing here; ? shows the keys")

@@ -1,4 +1,4 @@
-"""The terminal itself: raw keys in, painted rows out, and everything as it was when we leave, however we leave."""
+"""The terminal: reads raw keys, paints rows, and restores everything on exit, however the program ends."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ _CHANGES = tuple(getattr(signal, name) for name in ("SIGWINCH", "SIGCONT", "SIGT
 
 @dataclass(frozen=True)
 class Ended:
-    """A signal asked us to end, or the terminal is gone (SIGHUP)."""
+    """A signal asks the program to end, or the terminal is gone (SIGHUP)."""
 
     signum: int
 
 
 @dataclass(frozen=True)
 class Resized:
-    """The window has another size, or its contents may be gone."""
+    """The window has another size, or its content may be lost."""
 
 
 @dataclass(frozen=True)
 class Suspended:
-    """We are asked to stop for a while (Ctrl-Z from elsewhere)."""
+    """A signal asks the program to suspend (Ctrl-Z sent from elsewhere)."""
 
 
 Event = Key | Ended | Resized | Suspended
 
 
 class Terminal(Protocol):
-    """What a labeling session needs of a terminal."""
+    """The terminal functions that labeling needs."""
 
     def size(self) -> tuple[int, int]:
         """Columns and rows."""
@@ -61,43 +61,41 @@ class Terminal(Protocol):
         ...
 
     def events(self, timeout: float | None) -> list[Event]:
-        """What happened, after waiting for at most `timeout` seconds (None: for ever)."""
+        """Events, after waiting for at most `timeout` seconds (None: forever)."""
         ...
 
     def forget_keys(self) -> None:
-        """Drop what was typed and not read yet."""
+        """Discard keys that were typed but not read yet."""
         ...
 
     def repaint(self) -> None:
-        """Draw all of the next screen, whatever is there."""
+        """Draw the next screen completely."""
         ...
 
     def suspend(self) -> None:
-        """Give the terminal back and stop; returns when we are continued."""
+        """Restore the terminal and suspend; returns when continued."""
         ...
 
 
 def check_terminal() -> None:
-    """Raise `UsageError` where nobody can label by keys."""
+    """Raise `UsageError` if the terminal cannot be used for labeling."""
     if termios is None:
-        raise UsageError("this system has no terminal that can be read key by key", hint=_HINT)
+        raise UsageError("this system has no terminal that supports raw input", hint=_HINT)
     if not (sys.stdin.isatty() or sys.stderr.isatty()):
-        raise UsageError("labeling by keys needs a terminal; stdin and stderr are none", hint=_HINT)
+        raise UsageError("labeling needs an interactive terminal as stdin or stderr", hint=_HINT)
     kind = os.environ.get("TERM", "")
     if kind in ("", "dumb", "unknown"):
-        raise UsageError(f"labeling by keys needs a terminal that can place text; TERM is `{kind}`", hint=_HINT)
+        raise UsageError(f"labeling needs a terminal with cursor control; TERM is `{kind}`", hint=_HINT)
     encoding = locale.getpreferredencoding(False)
     if encoding.lower().replace("-", "") != "utf8":
-        raise UsageError(
-            f"labeling by keys needs UTF-8; the locale's encoding is {encoding}", hint="set LC_ALL=C.UTF-8"
-        )
+        raise UsageError(f"labeling needs UTF-8; the encoding of the locale is {encoding}", hint="set LC_ALL=C.UTF-8")
 
 
 @contextlib.contextmanager
 def opened() -> Iterator[RawTerminal]:
-    """The terminal of this process in raw mode on a screen of its own; restored when the block is left.
+    """The terminal of this process in raw mode on the alternate screen; restored when the block is left.
 
-    Only in the main thread, where signals arrive.
+    For the main thread only, which receives signals.
 
     Raises:
         UsageError: see `check_terminal`.
@@ -113,10 +111,10 @@ def opened() -> Iterator[RawTerminal]:
 
 
 def _descriptors(stack: contextlib.ExitStack) -> tuple[int, int]:
-    """Where to read keys and where to paint: never stdout, which is for data."""
+    """File descriptors to read keys from and to paint on; never stdout, which is for data."""
     try:
         fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-    except OSError:  # a terminal, but not the controlling one
+    except OSError:  # a terminal that is not the controlling one
         fds = [stream.fileno() for stream in (sys.stdin, sys.stderr) if stream.isatty()]
         return fds[0], fds[-1]
     stack.callback(os.close, fd)
@@ -142,7 +140,7 @@ class RawTerminal:
     # On and off
 
     def enter(self) -> None:
-        """Raw mode, and the other screen."""
+        """Switch to raw mode and the alternate screen."""
         t = self._termios
         raw = [*self._before[:6], list(self._before[6])]
         raw[0] &= ~(t.BRKINT | t.ICRNL | t.INLCR | t.IGNCR | t.ISTRIP | t.IXON)
@@ -154,12 +152,12 @@ class RawTerminal:
         self.repaint()
 
     def leave(self) -> None:
-        """Everything as it was; does nothing the second time."""
+        """Restore the terminal; does nothing the second time."""
         if not self._is_raw:
             return
         self._is_raw = False
         self._write(LEAVE)
-        # from the background this would stop us, and the terminal would stay raw
+        # SIGTTOU would stop a background process and leave the terminal in raw mode
         ignored = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         try:
             self._set(self._before)
@@ -168,7 +166,7 @@ class RawTerminal:
 
     def _set(self, attributes: list[Any]) -> None:
         try:
-            # keys pressed for another screen are for nobody: neither for the next task nor for the shell
+            # discard keys that were pressed for another screen
             self._termios.tcflush(self._read_fd, self._termios.TCIFLUSH)
             self._termios.tcsetattr(self._read_fd, self._termios.TCSANOW, attributes)
         except self._termios.error:
@@ -179,12 +177,12 @@ class RawTerminal:
         self.leave()
         ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.killpg(os.getpgrp(), signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, ours)  # from here on we have been continued
+        signal.signal(signal.SIGTSTP, ours)  # continued
         self.enter()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals become events while this block lasts."""
+        """Convert signals to events inside this block."""
         self._wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         os.set_blocking(self._wake_read, False)
@@ -274,6 +272,6 @@ class RawTerminal:
             return [Ended(signum)]
         if signum == signal.SIGTSTP:
             return [Suspended()]
-        if signum == signal.SIGCONT:  # after a SIGSTOP nobody gave the terminal back
+        if signum == signal.SIGCONT:  # after SIGSTOP the terminal was not restored
             self.enter()
         return [Resized()]

@@ -1,6 +1,6 @@
-"""Text of strangers, made safe to show: what a terminal would obey, turn round or hide stands there as visible text.
+"""Makes untrusted text safe to display: control, bidirectional and invisible characters become visible codes.
 
-Nothing is dropped: who is to judge an answer has to see that it holds an escape sequence or a direction mark.
+Nothing is dropped: an annotator must see that a completion contains an escape sequence or a bidirectional mark.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _SELECTORS = "\ufe0e\ufe0f"
 _HIDDEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]"
 )
-"""Characters of no width or no ink that Unicode counts among letters and marks (Default_Ignorable, and the blank of
-Braille): bytes can be hidden in them."""
+"""Characters without width or ink that Unicode classifies as letters and marks (Default_Ignorable, and the blank
+Braille pattern): they can hide data."""
 _NEWER_EMOJI = range(0x1F000, 0x1FC00)
-"""Python's table of characters is older than some of these."""
+"""Newer than Python's character table."""
 
 
 class Cluster(NamedTuple):
-    """What stands in one place: a character with all that combines with it.
+    """A character with all its combining characters, displayed in one place.
 
     Attributes:
-        text: of it.
-        width: cells, at least as many as any terminal takes for it.
-        is_mark: text of ours, which stands for a character that is not shown itself.
-        length: characters of the original.
+        text: to display.
+        width: in cells, at least as many as any terminal uses for it.
+        is_mark: a visible code that replaces a character.
+        length: number of original characters.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Cluster(NamedTuple):
 
 
 def escaped(character: str) -> str:
-    r"""A character by its code: `\x1b` for a control, `<U+202E>` for anything else."""
+    r"""The visible code of a character: `\x1b` for a control, `<U+202E>` for anything else."""
     code = ord(character)
     if character in "\n\r\t":
         return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}[character]
@@ -52,7 +52,7 @@ def escaped(character: str) -> str:
 
 
 def clusters(line: str) -> Iterator[Cluster]:
-    """One line of text, place by place; line feeds and tabs are shown by their codes too."""
+    """Split one line into clusters; line feeds and tabs become codes too."""
     if _PLAIN.fullmatch(line):
         yield from (Cluster(character, 1) for character in line)
         return
@@ -74,7 +74,7 @@ def clusters(line: str) -> Iterator[Cluster]:
         else:
             if pending:
                 yield Cluster(pending, width, length=length)
-            # a mark with nothing to stand on would fall on whatever is left of it on the screen
+            # without a base, a combining mark would attach to whatever is on its left on the screen
             pending, width = (character, size) if size else ("\u25cc" + character, 1)
             length, combining = 1, int(size == 0)
         has_joiner = character == "\u200d"
@@ -92,7 +92,7 @@ def _is_shown(character: str, before: str, after: str) -> bool:
 
 
 def _carries(before: str, but_not: str) -> bool:
-    """Whether a joiner or selector after this text changes how it looks, rather than hiding there."""
+    """Whether a joiner or selector after this text changes its look instead of hiding there."""
     if not before or before[-1] in _SELECTORS + but_not:
         return bool(before) and before[-1] == "\ufe0f" and but_not != ""
     return not before[-1].isascii() or before[-1] in "#*0123456789"
@@ -108,10 +108,10 @@ def _is_tone(character: str) -> bool:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, with tabs as blanks up to the next stop."""
+    """Split a text into lines; tabs become spaces up to the next tab stop."""
     return [line.expandtabs(TAB) if "\t" in line else line for line in text.replace("\r\n", "\n").split("\n")]
 
 
 def in_one_line(text: str) -> str:
-    """A text as one visible line."""
+    """The text on one visible line."""
     return "".join(cluster.text for cluster in clusters(text))

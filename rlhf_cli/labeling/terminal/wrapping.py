@@ -1,4 +1,4 @@
-"""Text in rows of a given width: words stay whole, lines and indentation stay, wide characters count two."""
+"""Wraps text into rows of a given width: keeps words, line breaks and indentation; wide characters count two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_cli.labeling.terminal.visible import Cluster, clusters, in_one_line, l
 Style = Literal["plain", "dim", "bold", "tag", "good", "accent", "mark", "warn", "error", "chosen"]
 
 _HANGING = 4
-"""Columns by which an indented line (code, a list) that does not fit goes on further in."""
+"""Extra indentation of continuation rows of an indented line (code, a list)."""
 _RUNS = re.compile(r" +|[^ ]+")
 _PLAIN = re.compile(r"[!-~]+")
 _NEVER_FIRST = (
@@ -21,16 +21,16 @@ _NEVER_FIRST = (
     "\u3001\u3002\u3005\u3009\u300b\u300d\u300f\u3011\u301c\u30fc"  # ideographic stops and closing brackets
     "\uff01\uff09\uff0c\uff0e\uff1a\uff1b\uff1f"  # the fullwidth forms
 )
-"""Punctuation that does not begin a line."""
+"""Punctuation that must not begin a row."""
 
 
 class Piece(NamedTuple):
     """Text in one style.
 
     Attributes:
-        text: visible text only; drawing relies on it.
-        style: how.
-        at: column where it begins, 0 the first; None: right after what is before it.
+        text: visible text only, as made by `visible`.
+        style: how to display it.
+        at: column, 0 is the first; None: directly after the preceding piece.
     """
 
     text: str
@@ -43,7 +43,7 @@ Row = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class _Token:
-    """What is not broken unless it is longer than a row."""
+    """A unit that is broken only if it is longer than a row."""
 
     parts: tuple[Cluster, ...]
     width: int
@@ -55,7 +55,7 @@ class _Token:
 
 @lru_cache(maxsize=512)
 def wrap(text: str, width: int, style: Style = "plain") -> tuple[Row, ...]:
-    """Rows of at most `width` cells (8 or more) that show all of a stranger's text."""
+    """Wrap untrusted text into rows of at most `width` cells (8 or more)."""
     return tuple(row for line in lines_of(text) for row in _wrap_line(line, max(8, width), style))
 
 
@@ -102,7 +102,7 @@ def _tokens(line: str) -> Iterator[_Token]:
 
 
 def _words(parts: Iterable[Cluster]) -> Iterator[_Token]:
-    """Narrow characters in a row are a word; every wide one is a word of its own, with the punctuation after it."""
+    """Adjacent narrow characters form a word; every wide one is a word with the punctuation after it."""
     word: list[Cluster] = []
     for part in parts:
         is_alone = part.width > 1 and not part.is_mark
@@ -117,7 +117,7 @@ def _words(parts: Iterable[Cluster]) -> Iterator[_Token]:
 
 
 def _small(part: Cluster) -> Iterator[Cluster]:
-    """The visible code of a character may be broken anywhere, as a word may."""
+    """A visible code may be broken anywhere, like a long word."""
     if part.is_mark:
         yield from (Cluster(character, 1, is_mark=True) for character in part.text)
     else:
@@ -140,12 +140,12 @@ def _row(parts: list[Cluster], style: Style) -> Row:
 
 
 def width_of(text: str) -> int:
-    """Cells that visible text takes, or a few more."""
+    """Width of visible text in cells, or slightly more."""
     return len(text) if text.isascii() else sum(part.width for part in clusters(text))
 
 
 def cut(text: str, width: int) -> str:
-    """A stranger's text as one visible line, cut to `width` cells with a sign that it goes on."""
+    """Untrusted text on one visible line, cut to `width` cells with an ellipsis."""
     shown = in_one_line(text)
     if width_of(shown) <= width:
         return shown
@@ -158,7 +158,7 @@ def cut(text: str, width: int) -> str:
 
 
 def flow(pieces: Iterable[Piece], width: int, between: str = "  ") -> tuple[Row, ...]:
-    """Pieces one after the other, in as many rows as that takes; none is broken, one that is too wide is cut."""
+    """Place pieces side by side in as many rows as needed; no piece is broken, but one that is too wide is cut."""
     rows: list[list[Piece]] = [[]]
     used = 0
     for piece in pieces:

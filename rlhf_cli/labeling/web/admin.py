@@ -1,6 +1,6 @@
-"""What the administrator's page shows: everybody's progress, the pace, what was flagged, and how far people agree.
+"""Data of the admin page: progress, pace, comments, agreement.
 
-Reads the store through a session of its own in a thread of its own, so that looking never holds up labeling.
+Reads the store through its own session in its own thread, so it never blocks labeling.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from rlhf_cli.labeling.session.session import LabelSession
 _FRESH_SECONDS = 1.5
 _STATISTICS_SECONDS = 5.0
 _REST = 10
-"""A figure is made anew after it has rested so many times as long as it took."""
+"""Results are recomputed after this many times the time the computation took."""
 _PACE_SECONDS = 15 * 60
-_MOST_REMARKS = 100
+_MOST_COMMENTS = 100
 _EXCERPT = 160
 _SEED = 0
-"""Of the bootstrap; the same as long as the labels are the same."""
+"""Seed of the bootstrap; constant, so that equal labels give equal results."""
 
 
-class Oversight:
-    """Snapshots of a store for the administrator.
+class AdminSnapshots:
+    """Snapshots of a store for the admin page.
 
     Args:
         store: the file.
@@ -40,20 +40,20 @@ class Oversight:
     def __init__(self, store: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._store = store
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="oversight")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="admin")
         self._session: LabelSession | None = None
-        self._statistics: dict[str, Any] = {"figures": [], "warnings": []}
+        self._statistics: dict[str, Any] = {"estimates": [], "warnings": []}
         self._statistics_of: list[LabelRecord] | None = None
         self._statistics_after = 0.0
         self._snapshot: dict[str, Any] | None = None
         self._snapshot_after = 0.0
 
     async def snapshot(self) -> dict[str, Any]:
-        """How everything is, at most a few seconds old."""
+        """The current state, at most a few seconds old."""
         return json.loads(await asyncio.get_running_loop().run_in_executor(self._thread, self._look))
 
     async def labels_jsonl(self) -> bytes:
-        """All labels as `rlhf label export` writes them."""
+        """All labels, as `rlhf label export --format labels` writes them."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._export)
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class Oversight:
             "labels_per_hour": per_hour,
             "seconds_left": 3600 * progress.labels_left / per_hour if per_hour else None,
             "statistics": self._statistics,
-            "remarks": remarks(labels),
+            "comments": comments(labels),
         }
 
     def _count(self, labels: list[LabelRecord]) -> None:
@@ -105,7 +105,7 @@ class Oversight:
 
 
 def pace_per_hour(labels: Sequence[LabelRecord], now: float) -> float | None:
-    """Rankings an hour that count towards what is needed, over the last quarter of an hour; None if there were none."""
+    """Ordinary rankings per hour over the last 15 minutes; None if there were fewer than two."""
     times = [
         _seconds(label.at)
         for label in labels
@@ -120,8 +120,8 @@ def _seconds(at: str) -> float:
     return datetime.fromisoformat(at.replace("Z", "+00:00")).astimezone(UTC).timestamp()
 
 
-def remarks(labels: Sequence[LabelRecord]) -> list[dict[str, Any]]:
-    """What people had to say, newest first: flags with their reason, skips, notes."""
+def comments(labels: Sequence[LabelRecord]) -> list[dict[str, Any]]:
+    """Flags, skips and notes of annotators, newest first."""
     said = [label for label in labels if label.outcome != "ranked" or label.note]
     said.sort(key=lambda label: label.at, reverse=True)
     return [
@@ -132,7 +132,7 @@ def remarks(labels: Sequence[LabelRecord]) -> list[dict[str, Any]]:
             "prompt": _excerpt(label),
             "at": label.at,
         }
-        for label in said[:_MOST_REMARKS]
+        for label in said[:_MOST_COMMENTS]
     ]
 
 
@@ -143,26 +143,32 @@ def _excerpt(label: LabelRecord) -> str:
 
 
 def statistics_of(labels: Sequence[LabelRecord]) -> dict[str, Any]:
-    """What `rlhf label stats` says of these labels, in short: figures that have a value, and all warnings."""
-    from rlhf_cli.labeling.statistics.summary import statistics  # numpy and more, which only an administrator waits for
+    """Estimates that have a value, and all warnings, of `rlhf label stats`."""
+    from rlhf_cli.labeling.statistics.summary import statistics  # imports numpy, which only the admin page needs
 
     if not any(label.outcome == "ranked" for label in labels):
-        return {"figures": [], "warnings": []}
+        return {"estimates": [], "warnings": []}
     report = statistics(labels, _SEED)
-    figures = {
+    estimates = {
         "agreement": report.agreement.with_ties,
         "agreement without ties": report.agreement.without_ties,
         "alpha": report.agreement.alpha,
-        "agreement with themselves": report.self_consistency,
-        "gold items right": report.gold,
-        "first shown wins": report.first_shown,
+        "self-consistency": report.self_consistency,
+        "gold accuracy": report.gold,
+        "earlier shown wins": report.first_shown,
         "longer wins": report.longer,
     }
     return {
-        "figures": [
-            {"name": name, "value": figure.value, "low": figure.low, "high": figure.high, "is_share": name != "alpha"}
-            for name, figure in figures.items()
-            if figure.value is not None
+        "estimates": [
+            {
+                "name": name,
+                "value": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "is_share": name != "alpha",
+            }
+            for name, estimate in estimates.items()
+            if estimate.value is not None
         ],
         "warnings": [asdict(warning) for warning in report.warnings],
     }

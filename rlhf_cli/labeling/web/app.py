@@ -1,4 +1,4 @@
-"""The application behind the gate: pages from memory, and what they ask for, as JSON."""
+"""The web application: pages from memory, and a JSON API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_cli.errors import DiskError, RLHFError, RunInUseError
 from rlhf_cli.labeling.label_records import STRENGTHS
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import (
-    ANSWER_LETTERS,
+    COMPLETION_LETTERS,
     MARK_RANGE,
     MAX_NOTE,
     MAX_REASON,
@@ -25,62 +25,62 @@ from rlhf_cli.labeling.session.types import (
     Entry,
     LabelConflictError,
     LabelRefusedError,
+    LabelTask,
     PlanChangedError,
-    Task,
     UnknownTaskError,
 )
-from rlhf_cli.labeling.web.admin import Oversight
+from rlhf_cli.labeling.web.admin import AdminSnapshots
 from rlhf_cli.labeling.web.pages import page_routes
 from rlhf_cli.labeling.web.request_schema import RequestError, read_object
-from rlhf_cli.labeling.web.security import Gate
-from rlhf_cli.labeling.web.tokens import Links, Tokens, claimed_annotator
+from rlhf_cli.labeling.web.security import RequestGuard
+from rlhf_cli.labeling.web.tokens import ServerLinks, Tokens, claimed_annotator
 from rlhf_cli.labeling.web.writer import Writer
 
-_ANSWER = {"task": int, "key": str, "active_seconds": float}
+_LABEL_FIELDS = {"task": int, "key": str, "active_seconds": float}
 _STATUS = ((UnknownTaskError, 404), (LabelConflictError, 409), (PlanChangedError, 412), (LabelRefusedError, 422))
 _CODES = {412: "plan_changed"}
 
 
 class LabelApp:
-    """Everything a server of one store answers.
+    """Handles all requests to one store.
 
     Args:
-        writer: of its session.
-        oversight: for the administrator's page.
-        tokens: of its store.
-        address: where it is, such as `http://127.0.0.1:8100`.
-        on_complete: called once, when enough is labeled for the pipeline to go on.
+        writer: writes to the session of the store.
+        admin: data of the admin page.
+        tokens: access tokens of the store.
+        address: of the server, such as `http://127.0.0.1:8100`.
+        on_complete: called once, when enough is labeled for the pipeline to continue.
     """
 
     def __init__(
-        self, writer: Writer, oversight: Oversight, tokens: Tokens, *, address: str, on_complete: Callable[[], None]
+        self, writer: Writer, admin: AdminSnapshots, tokens: Tokens, *, address: str, on_complete: Callable[[], None]
     ) -> None:
         self._writer = writer
-        self._oversight = oversight
+        self._admin = admin
         self._tokens = tokens
         self._address = address
         self._on_complete = on_complete
         self._is_complete = False
         self._annotators: dict[int, Annotator] = {}
 
-    async def begin(self, names: list[str]) -> Links:
-        """Make annotators of these names where they are new; returns everybody's links."""
+    async def begin(self, names: list[str]) -> ServerLinks:
+        """Create annotators for new names; return the links of all annotators."""
 
-        def everybody(session: LabelSession) -> tuple[list[Annotator], bool]:
+        def all_annotators(session: LabelSession) -> tuple[list[Annotator], bool]:
             for name in names:
                 session.annotator(name)
             return session.annotators(), session.progress().is_complete
 
-        annotators, self._is_complete = await self._writer.run(everybody)
+        annotators, self._is_complete = await self._writer.run(all_annotators)
         self._annotators = {annotator.id: annotator for annotator in annotators}
         own = {annotator.name: self._link(annotator) for annotator in annotators}
-        return Links(self._address, f"{self._address}/admin#{self._tokens.administrator}", own)
+        return ServerLinks(self._address, f"{self._address}/admin#{self._tokens.administrator}", own)
 
     def asgi(self, host: str) -> ASGIApp:
-        """The application behind its gate.
+        """The application with its request filter.
 
         Args:
-            host: address the server listens at.
+            host: address the server listens on.
         """
         routes = [
             *page_routes(),
@@ -95,32 +95,32 @@ class LabelApp:
             Route("/api/admin/labels.jsonl", self._labels, methods=["GET"]),
             Route("/api/admin/annotators", self._add_annotator, methods=["POST"]),
         ]
-        handlers: Any = {RLHFError: _explain, ClientDisconnect: _nobody_there}
-        return Gate(Starlette(routes=routes, exception_handlers=handlers), host)
+        handlers: Any = {RLHFError: _explain, ClientDisconnect: _disconnected}
+        return RequestGuard(Starlette(routes=routes, exception_handlers=handlers), host)
 
     # Labeling
 
     async def _session(self, request: Request) -> Response:
         who = await self._who(request)
 
-        def begun(session: LabelSession) -> dict[str, Any]:
+        def details(session: LabelSession) -> dict[str, Any]:
             plan = session.plan
             return {
                 "annotator": who.name,
                 "store": f"{self._tokens.store_name}-{who.id}",
-                "letters": ANSWER_LETTERS,
+                "letters": COMPLETION_LETTERS,
                 "criteria": list(plan.criteria),
                 "strengths": list(STRENGTHS) if plan.strengths else [],
                 "marks": list(MARK_RANGE),
                 "guidelines": plan.guidelines,
-                "plan": plan.shown,
+                "plan": plan.display_hash,
                 "set_aside_after": plan.set_aside_after,
                 "max_note": MAX_NOTE,
                 "max_reason": MAX_REASON,
                 **_now(session, who),
             }
 
-        return JSONResponse(await self._writer.run(begun))
+        return JSONResponse(await self._writer.run(details))
 
     async def _next(self, request: Request) -> Response:
         who = await self._who(request)
@@ -137,31 +137,31 @@ class LabelApp:
 
     async def _submit(self, request: Request) -> Response:
         who = await self._who(request)
-        sent = await read_object(request, _ANSWER | {"entry": dict, "plan": str}, optional=frozenset({"plan"}))
+        sent = await read_object(request, _LABEL_FIELDS | {"entry": dict, "plan": str}, optional=frozenset({"plan"}))
         entry = Entry.of(sent.pop("entry"))
-        return await self._answer(who, lambda session: session.submit(who.id, entry=entry, **sent))
+        return await self._store_label(who, lambda session: session.submit(who.id, entry=entry, **sent))
 
     async def _skip(self, request: Request) -> Response:
         who = await self._who(request)
-        sent = await read_object(request, _ANSWER | {"reason": str}, optional=frozenset({"reason"}))
-        return await self._answer(who, lambda session: session.skip(who.id, **sent))
+        sent = await read_object(request, _LABEL_FIELDS | {"reason": str}, optional=frozenset({"reason"}))
+        return await self._store_label(who, lambda session: session.skip(who.id, **sent))
 
     async def _flag(self, request: Request) -> Response:
         who = await self._who(request)
-        sent = await read_object(request, _ANSWER | {"reason": str})
-        return await self._answer(who, lambda session: session.flag(who.id, **sent))
+        sent = await read_object(request, _LABEL_FIELDS | {"reason": str})
+        return await self._store_label(who, lambda session: session.flag(who.id, **sent))
 
-    async def _answer(self, who: Annotator, give: Callable[[LabelSession], Any]) -> Response:
-        """Take an answer and hand out the next task with the receipt: one round trip a label."""
+    async def _store_label(self, who: Annotator, give: Callable[[LabelSession], Any]) -> Response:
+        """Store a label and return the receipt with the next task: one round trip per label."""
 
-        def given(session: LabelSession) -> dict[str, Any]:
+        def store(session: LabelSession) -> dict[str, Any]:
             return {"receipt": asdict(give(session)), **_now(session, who)}
 
-        answer = await self._writer.run(given)
-        if answer["progress"]["is_complete"] and not self._is_complete:
+        stored = await self._writer.run(store)
+        if stored["progress"]["is_complete"] and not self._is_complete:
             self._on_complete()
-        self._is_complete = answer["progress"]["is_complete"]
-        return JSONResponse(answer)
+        self._is_complete = stored["progress"]["is_complete"]
+        return JSONResponse(stored)
 
     async def _undo(self, request: Request) -> Response:
         who = await self._who(request)
@@ -172,12 +172,12 @@ class LabelApp:
 
         return JSONResponse(await self._writer.run(undone))
 
-    # Leading
+    # Administration
 
     async def _overview(self, request: Request) -> Response:
         self._administrator(request)
-        shown = await self._oversight.snapshot()
-        links = {annotator.name: self._link(annotator) for annotator in await self._everybody()}
+        shown = await self._admin.snapshot()
+        links = {annotator.name: self._link(annotator) for annotator in await self._all_annotators()}
         for row in shown["annotators"]:
             row["link"] = links[row["name"]]
         return JSONResponse(shown)
@@ -185,7 +185,7 @@ class LabelApp:
     async def _labels(self, request: Request) -> Response:
         self._administrator(request)
         name = {"content-disposition": 'attachment; filename="labels.jsonl"'}
-        return Response(await self._oversight.labels_jsonl(), media_type="application/x-ndjson", headers=name)
+        return Response(await self._admin.labels_jsonl(), media_type="application/x-ndjson", headers=name)
 
     async def _add_annotator(self, request: Request) -> Response:
         self._administrator(request)
@@ -194,9 +194,9 @@ class LabelApp:
         self._annotators[annotator.id] = annotator
         return JSONResponse({"name": annotator.name, "link": self._link(annotator)})
 
-    # Who asks
+    # Authentication
 
-    async def _everybody(self) -> list[Annotator]:
+    async def _all_annotators(self) -> list[Annotator]:
         annotators = await self._writer.run(lambda session: session.annotators())
         self._annotators = {annotator.id: annotator for annotator in annotators}
         return annotators
@@ -205,16 +205,16 @@ class LabelApp:
         token = _token(request)
         number = claimed_annotator(token)
         if number is not None:
-            if number not in self._annotators:  # somebody who came in through another process
-                await self._everybody()
+            if number not in self._annotators:  # created by another process
+                await self._all_annotators()
             known = self._annotators.get(number)
             if known is not None and self._tokens.is_of(token, known):
                 return known
-        raise RequestError(401, "this link is not valid (any more)", hint="ask whoever leads the labeling for yours")
+        raise RequestError(401, "this link is not valid (any more)", hint="ask the administrator for your link")
 
     def _administrator(self, request: Request) -> None:
         if not self._tokens.is_administrator(_token(request)):
-            raise RequestError(401, "this is no administrator's link", hint="it was printed where the server began")
+            raise RequestError(401, "this is not the admin link", hint="the server printed it when it started")
 
     def _link(self, annotator: Annotator) -> str:
         return f"{self._address}/#{self._tokens.of(annotator)}"
@@ -226,12 +226,12 @@ def _token(request: Request) -> str:
 
 
 def _now(session: LabelSession, who: Annotator) -> dict[str, Any]:
-    """What this person is to do now, and how far all is; the task first: it may be handed out just now."""
+    """The annotator's next task and the progress; the task comes first, since it may be assigned just now."""
     task = session.next(who.id)
     return {"task": None if task is None else _task_to_json(task), "progress": asdict(session.progress(who.id))}
 
 
-def _task_to_json(task: Task) -> dict[str, Any]:
+def _task_to_json(task: LabelTask) -> dict[str, Any]:
     draft = None
     if task.draft is not None:
         draft = asdict(task.draft)
@@ -239,7 +239,7 @@ def _task_to_json(task: Task) -> dict[str, Any]:
         "id": task.id,
         "number": task.number,
         "prompt": prompt_to_json(task.prompt),
-        "answers": list(task.answers),
+        "completions": list(task.completions),
         "draft": draft,
         "plan": task.plan,
         "active_seconds": task.active_seconds,
@@ -257,5 +257,5 @@ def _explain(_: Request, error: Exception) -> Response:
     return JSONResponse(said, status_code=status)
 
 
-def _nobody_there(_: Request, __: Exception) -> Response:
+def _disconnected(_: Request, __: Exception) -> Response:
     return Response(status_code=400)

@@ -1,4 +1,4 @@
-"""The two pages and what belongs to them: files of this package, read once and kept in memory."""
+"""Serves the two pages and their assets from memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ ASSETS = (
     "icon.svg",
     "label.js",
     "admin.js",
-    "answer.js",
+    "ranking.js",
     "api.js",
     "board.js",
     "cards.js",
     "clock.js",
+    "form.js",
     "text.js",
 )
 
 
 def page_routes() -> list[Route]:
-    """A route for each page and each file; no path of a request ever names a file of the disk."""
+    """One route per page and asset; the path of a request never names a file on disk."""
     served = dict(PAGES) | {f"/assets/{name}": name for name in ASSETS}
     return [_route(path, name) for path, name in served.items()]
 

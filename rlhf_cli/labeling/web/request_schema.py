@@ -1,4 +1,4 @@
-"""What clients send: JSON objects of bounded size with the fields that are expected and no others."""
+"""Parses request bodies: JSON objects of bounded size that hold exactly the expected fields."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 MAX_BODY = 128 * 1024
-"""Bytes; a note of the greatest length, all of it escaped, leaves room."""
+"""In bytes; large enough for the longest note with every character escaped."""
 _READ_SECONDS = 15.0
 
 
 class RequestError(RLHFError):
-    """A request that cannot be carried out.
+    """A request that is refused.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: what is wrong with it.
         hint: see `RLHFError`.
     """
@@ -33,26 +33,26 @@ class RequestError(RLHFError):
 
 
 async def read_object(request: Request, fields: Mapping[str, type], optional: frozenset[str] = frozenset()) -> dict:
-    """The JSON object of a request.
+    """Read the JSON object of a request.
 
     Args:
-        request: where it is read from.
-        fields: name -> type it has; `float` takes whole numbers, too, but nothing that is not finite.
-        optional: those that may be left out.
+        request: to read from.
+        fields: name -> type; `float` accepts whole numbers too, but only finite values.
+        optional: fields that may be missing.
 
     Raises:
-        RequestError: 415 not JSON by its content type, 413 too long, 408 too slow, 400 anything else.
+        RequestError: 415 wrong content type, 413 too long, 408 too slow, 400 any other problem.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(415, "only JSON is taken here", hint="send `content-type: application/json`")
+        raise RequestError(415, "the content type must be JSON", hint="send `content-type: application/json`")
     try:
         plain = json.loads(await _bounded(request), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, "the body is no JSON") from error
+        raise RequestError(400, "the body is not valid JSON") from error
     if not isinstance(plain, dict):
-        raise RequestError(400, "the body is no JSON object")
+        raise RequestError(400, "the body must be a JSON object")
     if unknown := sorted(set(plain) - set(fields)):
-        raise RequestError(400, f"unknown field `{unknown[0][:40]}`", hint=f"there are: {', '.join(fields)}")
+        raise RequestError(400, f"unknown field `{unknown[0][:40]}`", hint=f"valid fields: {', '.join(fields)}")
     for name, kind in fields.items():
         if name in plain:
             plain[name] = _typed(name, plain[name], kind)
@@ -74,7 +74,7 @@ async def _bounded(request: Request) -> bytes:
                 if len(body) > MAX_BODY:
                     raise too_long
     except TimeoutError as error:
-        raise RequestError(408, f"the body did not come within {_READ_SECONDS:.0f} seconds") from error
+        raise RequestError(408, f"the body did not arrive within {_READ_SECONDS:.0f} seconds") from error
     return bytes(body)
 
 
@@ -84,9 +84,9 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     is_right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     if not is_right or (kind is float and not math.isfinite(value)):
         expected = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}[kind]
-        raise RequestError(400, f"`{name}` is not {expected}")
+        raise RequestError(400, f"`{name}` must be {expected}")
     return value
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")

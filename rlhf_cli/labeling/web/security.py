@@ -1,8 +1,8 @@
-"""Who may talk to the page: the gate in front of everything else.
+"""Request filter in front of the application: rejects requests that our own pages did not send.
 
-A web site that somebody visits can make their browser send requests to 127.0.0.1. What stops it: a Host that is not
-ours is refused (a name that a stranger's DNS turned into our address), and so is an Origin that is not ours and what
-the browser calls cross-site; there are no cookies, so no request carries anyone's rights but those our page sends.
+Any web site can make a visitor's browser send requests to 127.0.0.1. Three rules prevent misuse: an unknown Host is
+rejected (DNS rebinding), a foreign Origin or a request the browser marks as cross-site is rejected, and there are no
+cookies, so a request carries only the token our page adds.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
-"""Sent with every answer. Scripts and styles come from files of ours only, and no text can ever become markup."""
+"""Sent with every response: scripts and styles load from our own files only, and text never becomes markup."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address to listen at."""
+    """Whether an address can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -46,12 +46,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Gate:
-    """Refuses what no page of ours sent, with 403 and the reason in plain text.
+class RequestGuard:
+    """Rejects requests that our own pages did not send, with 403 and the reason in plain text.
 
     Args:
-        app: what is behind it.
-        host: address the server listens at.
+        app: the application.
+        host: address the server listens on.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -63,7 +63,7 @@ class Gate:
             self._names |= {socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request (ASGI)."""
+        """Handle one request (ASGI)."""
         if scope["type"] != "http":
             raise RuntimeError(f"only HTTP is served here; got {scope['type']}")
 
@@ -82,23 +82,23 @@ class Gate:
         await send_guarded({"type": "http.response.body", "body": text})
 
     def refusal(self, scope: Scope) -> str | None:
-        """Why a request is refused; None if it is not."""
+        """Reason to reject a request; None to accept it."""
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").lower())
         hosts = headers.get("host", [])
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
-            return "this server does not go by that Host; open the link as it was given to you"
+            return "unknown Host; open the link exactly as you received it"
         origins = headers.get("origin", [])
         if origins and origins != [f"http://{hosts[0]}"]:
-            return "the request comes from a page of another origin"
+            return "the request has a foreign Origin"
         sites = headers.get("sec-fetch-site", [])
         if sites and set(sites) - {"same-origin", "none"} and not _is_followed_link(scope, headers):
-            return "the request was made by another site"
+            return "the request comes from another site"
         return None
 
     def _is_ours(self, host: str) -> bool:
-        """An address written in digits cannot be the work of a stranger's DNS; a name has to be one we know."""
+        """Numeric addresses are accepted, since DNS cannot fake them; names must be known."""
         match = _HOST.fullmatch(host)
         if match is None:
             return False
@@ -114,7 +114,7 @@ class Gate:
 
 
 def _is_followed_link(scope: Scope, headers: dict[str, list[str]]) -> bool:
-    """Somebody clicked a link to one of the two pages, in their mail for instance: pages hold no secret themselves."""
+    """Whether a user followed a link to one of the pages, for example in an e-mail: the pages hold no secrets."""
     return (
         scope["method"] == "GET"
         and scope["path"] in _PAGES

@@ -1,4 +1,4 @@
-"""`rlhf label --serve`: the labeling page and the administrator's page over one store, until it is stopped."""
+"""`rlhf label --serve`: serves the labeling page and the admin page of one store until it is stopped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.errors import UsageError
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.web.security import is_loopback
-from rlhf_cli.labeling.web.tokens import Links, Tokens, read_secret
+from rlhf_cli.labeling.web.tokens import ServerLinks, Tokens, read_secret
 from rlhf_cli.progress import say, warn
 
 if TYPE_CHECKING:
@@ -34,33 +34,33 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8100,
     annotators: Sequence[str] = (),
-    announce: Callable[[Links], None],
+    announce: Callable[[ServerLinks], None],
     stop: threading.Event | None = None,
 ) -> int | None:
-    """Serve a store that has been prepared, until SIGINT or SIGTERM comes or `stop` is set.
+    """Serve a prepared store until SIGINT or SIGTERM arrives or `stop` is set.
 
-    Every answer that was acknowledged is on disk, so it may be killed at any time; links stay the same when it comes
-    back. Says on stderr when enough is labeled, and goes on.
+    Acknowledged labels are on disk, so the server may be killed at any time; its links stay the same after a restart.
+    Reports once on stderr when enough is labeled, and keeps serving.
 
     Args:
-        store: its file.
-        host: address to listen at; anything but this machine's own loopback brings a warning.
-        port: 0 takes a free one.
-        annotators: names that get a link, beside those that are known already.
-        announce: told the links once it listens.
-        stop: another way to stop it, for use in a thread (signals come to the main thread only).
+        store: path of its file.
+        host: address to listen on; any address other than loopback causes a warning.
+        port: 0 picks a free one.
+        annotators: names that get a link, in addition to the existing annotators.
+        announce: called with the links when the server listens.
+        stop: another way to stop the server, for use in a thread (only the main thread receives signals).
 
     Returns:
-        The signal that ended it; None if `stop` did.
+        The signal that stopped it; None if `stop` did.
 
     Raises:
-        UsageError: starlette or uvicorn are not installed; the port is taken; the host is none of this machine's; the
-            secret beside the store can be read by others.
-        InvalidLabelError: a name that is none.
+        UsageError: starlette or uvicorn is not installed; the port is in use; this machine does not have the host
+            address; other users can read the secret next to the store.
+        InvalidLabelError: an invalid name.
         DataError, DiskError: see `LabelStore`.
     """
     _require_packages()
-    from rlhf_cli.labeling.web.admin import Oversight
+    from rlhf_cli.labeling.web.admin import AdminSnapshots
     from rlhf_cli.labeling.web.app import LabelApp
     from rlhf_cli.labeling.web.writer import Writer
 
@@ -72,8 +72,8 @@ def serve(
         session.close()
         raise
     address = f"http://{_name(host)}:{listener.getsockname()[1]}"
-    writer, oversight = Writer(session), Oversight(store)
-    app = LabelApp(writer, oversight, tokens, address=address, on_complete=_say_complete)
+    writer, admin = Writer(session), AdminSnapshots(store)
+    app = LabelApp(writer, admin, tokens, address=address, on_complete=_say_complete)
 
     async def run() -> int | None:
         links = await app.begin(list(annotators))
@@ -85,7 +85,7 @@ def serve(
         return asyncio.run(run())
     finally:
         listener.close()
-        oversight.close()
+        admin.close()
         writer.close()
 
 
@@ -100,12 +100,12 @@ def _require_packages() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; a server that was killed can be started again on its port at once."""
+    """Open a listening socket; after a kill the port can be reused at once."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, UnicodeError, OverflowError) as error:
-        raise UsageError(f"`--host {host}` is no address", hint="use 127.0.0.1") from error
+        raise UsageError(f"`--host {host}` is not a valid address", hint="use 127.0.0.1") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -114,11 +114,11 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise UsageError(
-                f"port {port} is taken, perhaps by a labeling page that runs already",
-                hint="name another with `--port`; 0 takes a free one",
+                f"port {port} is in use, perhaps by another labeling server",
+                hint="choose another one with `--port`; 0 picks a free port",
             ) from error
         reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
-        raise UsageError(f"cannot listen at {host}, port {port}: {reason}", hint="use 127.0.0.1 and 8100") from error
+        raise UsageError(f"cannot listen on {host}, port {port}: {reason}", hint="use 127.0.0.1 and 8100") from error
     return listener
 
 
@@ -130,14 +130,14 @@ def _name(host: str) -> str:
 
 def _warn_of_network(host: str, port: int) -> None:
     warn(
-        f"listening at {host}: everyone on that network can reach this page, and links and labels travel unencrypted. "
-        "Whoever has a link can label in that name. Safer: stay on 127.0.0.1 and let people in through ssh "
+        f"listening on {host}: everyone on that network can reach this page, and links and labels travel unencrypted. "
+        "Anyone with a link can label under that name. It is safer to stay on 127.0.0.1 and use an ssh tunnel "
         f"(`ssh -L {port}:127.0.0.1:{port} this-machine`)"
     )
 
 
 def _say_complete() -> None:
-    say("enough is labeled for the pipeline to go on; the page stays open until you stop it (Ctrl-C)")
+    say("enough is labeled: the pipeline can continue; the server keeps running until you stop it (Ctrl-C)")
 
 
 async def _run(
@@ -173,7 +173,7 @@ async def _run(
 
 
 def _server(config: uvicorn.Config) -> uvicorn.Server:
-    """A server that leaves signals to us: uvicorn would raise them again once it has stopped."""
+    """A server that leaves signals to us: uvicorn would raise them again after it has stopped."""
     import uvicorn
 
     server = uvicorn.Server(config)

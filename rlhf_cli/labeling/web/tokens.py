@@ -1,7 +1,7 @@
-"""Links that let people in: a token for each annotator, one for the administrator, made of a secret beside the store.
+"""Access links: one token per annotator and one for the administrator, derived from a secret next to the store.
 
-A token stands behind the `#` of its link. Browsers send that part to nobody: it is in no log, no Referer and no history
-of a proxy. The page sends it in a header of its own, so there is no cookie that another site could make use of.
+A token follows the `#` of its link. Browsers never send that part: it appears in no log, Referer header or proxy
+history. The page sends it in a header, so there is no cookie that another site could use.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _TOKEN_BYTES = 24
 
 
 @dataclass(frozen=True)
-class Links:
-    """Where a server is.
+class ServerLinks:
+    """Address and links of a running server.
 
     Attributes:
         address: such as `http://127.0.0.1:8100`.
-        administrator: link to the page with everybody's progress.
-        annotators: name -> their link, in order of their coming.
+        administrator: link to the admin page.
+        annotators: name -> link, in the order in which they were created.
     """
 
     address: str
@@ -39,16 +39,16 @@ class Links:
 
 
 def secret_path(store: Path) -> Path:
-    """Where the secret of a store's links is kept."""
+    """Path of the secret of a store's links."""
     return store.with_name(store.name + ".secret")
 
 
 def read_secret(store: Path) -> bytes:
-    """The secret of a store's links, made the first time; the links hold until its file is deleted.
+    """Read the secret of a store's links; created on first use. Links stay valid until its file is deleted.
 
     Raises:
-        UsageError: others may read the file, or it is none of ours.
-        DiskError: it cannot be read or written.
+        UsageError: other users can read the file, or it holds no secret.
+        DiskError: the file cannot be read or written.
     """
     path = secret_path(store)
     try:
@@ -56,26 +56,26 @@ def read_secret(store: Path) -> bytes:
             _make_secret(path)
         if path.stat().st_mode & 0o077:
             raise UsageError(
-                f"{path} can be read by others: mode {path.stat().st_mode & 0o777:o}",
-                hint=f"run `chmod 600 {path}`; or delete it, and every link becomes a new one",
+                f"{path} is readable by other users: mode {path.stat().st_mode & 0o777:o}",
+                hint=f"run `chmod 600 {path}`; or delete the file, which makes all links invalid",
             )
         secret = bytes.fromhex(path.read_text(encoding="ascii"))
     except OSError as error:
         raise DiskError(f"cannot use {path}: {(error.strerror or str(error)).lower()}") from error
     except ValueError as error:
         raise UsageError(
-            f"{path} holds no secret", hint="delete it: a new one is made, and every link becomes a new one"
+            f"{path} holds no secret", hint="delete it: a new one is created, and all links change"
         ) from error
     if len(secret) != _SECRET_BYTES:
         raise UsageError(
-            f"{path} holds {len(secret)} bytes, not {_SECRET_BYTES}",
-            hint="delete it: a new one is made, and every link becomes a new one",
+            f"{path} must hold {_SECRET_BYTES} bytes, got {len(secret)}",
+            hint="delete it: a new one is created, and all links change",
         )
     return secret
 
 
 def _make_secret(path: Path) -> None:
-    """Whole or not at all: written under another name first; of two servers that begin at once, the first wins."""
+    """Create the file atomically: of two servers that start at once, the first wins."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -91,10 +91,10 @@ def _make_secret(path: Path) -> None:
 
 
 class Tokens:
-    """Makes and checks tokens.
+    """Creates and checks tokens.
 
     Args:
-        secret: of `read_secret`.
+        secret: see `read_secret`.
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -106,20 +106,20 @@ class Tokens:
         return "admin." + self._mac("administrator")
 
     def of(self, annotator: Annotator) -> str:
-        """One annotator's token; their number in front says whose it claims to be."""
+        """The token of one annotator; the number in front names the annotator."""
         return f"{annotator.id}." + self._mac(f"annotator\0{annotator.id}\0{annotator.name}")
 
     @property
     def store_name(self) -> str:
-        """A name of this store for a browser's memory, so that two servers on one port are not mixed up."""
+        """Name of this store in a browser's storage, so that two servers on one port are kept apart."""
         return self._mac("store")[:12]
 
     def is_administrator(self, token: str) -> bool:
-        """Whether it is the administrator's."""
+        """Whether this is the administrator's token."""
         return _same(token, self.administrator)
 
     def is_of(self, token: str, annotator: Annotator) -> bool:
-        """Whether it is this annotator's."""
+        """Whether this is the token of this annotator."""
         return _same(token, self.of(annotator))
 
     def _mac(self, what: str) -> str:
@@ -128,7 +128,7 @@ class Tokens:
 
 
 def claimed_annotator(token: str) -> int | None:
-    """The number of the annotator whose token it claims to be."""
+    """Number of the annotator that a token names; None if it names none."""
     number = token.partition(".")[0]
     return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
 

@@ -1,7 +1,7 @@
-"""One thread that does all writing, many answers with one write to disk (group commit).
+"""Group commit: one thread writes everything, and stores many labels with one write to disk.
 
-Requests put calls on a queue. The thread takes all that wait, runs them in one transaction of the session, and answers
-them when it is on disk: the busier the server, the more labels share one wait for the disk.
+Requests put calls on a queue. The thread takes all waiting calls, runs them in one transaction, and answers them when
+it is on disk. The busier the server, the more labels share one disk write.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class _Call:
 
 
 class Writer:
-    """Runs calls on a session, one after another, from any number of requests.
+    """Runs calls on a session one after another, for any number of concurrent requests.
 
     Args:
-        session: only this thread uses it from now on; `close` closes it.
+        session: used by this thread only from now on; `close` closes it.
     """
 
     def __init__(self, session: LabelSession) -> None:
@@ -43,9 +43,9 @@ class Writer:
         self._thread.start()
 
     async def run(self, function: Callable[[LabelSession], T]) -> T:
-        """What `function` returns or raises, once what it wrote is on disk.
+        """Return or raise what `function` does, once its writes are on disk.
 
-        A function may be run twice, after its first attempt was taken back together with those of others.
+        A function may run twice, if its first transaction was rolled back because another call failed.
         """
         loop = asyncio.get_running_loop()
         call = _Call(function, loop, loop.create_future())
@@ -53,7 +53,7 @@ class Writer:
         return await call.future
 
     def close(self) -> None:
-        """Finish what waits and close the session."""
+        """Finish waiting calls and close the session."""
         self._queue.put(None)
         self._thread.join()
         self._session.close()
@@ -70,13 +70,13 @@ class Writer:
                 waiting = self._queue.get()
             is_open = waiting is not None
             if calls:
-                self._run_together(calls)
-                _answer(calls)
+                self._run_calls(calls)
+                _resolve(calls)
 
-    def _run_together(self, calls: list[_Call]) -> None:
-        """In one transaction; if anything but a refusal happens, each in one of its own, so that one harms no other."""
+    def _run_calls(self, calls: list[_Call]) -> None:
+        """Run all calls in one transaction; after an unexpected error, run each in its own."""
         try:
-            with self._session.together():
+            with self._session.transaction():
                 for call in calls:
                     call.result, call.error = None, None
                     try:
@@ -88,11 +88,11 @@ class Writer:
                 calls[0].error = error  # raised again where the call came from
                 return
             for call in calls:
-                self._run_together([call])
+                self._run_calls([call])
 
 
-def _answer(calls: list[_Call]) -> None:
-    """Wake each loop once for all its calls."""
+def _resolve(calls: list[_Call]) -> None:
+    """Wake each event loop once for all its calls."""
     by_loop: dict[asyncio.AbstractEventLoop, list[_Call]] = {}
     for call in calls:
         by_loop.setdefault(call.loop, []).append(call)
@@ -103,7 +103,7 @@ def _answer(calls: list[_Call]) -> None:
 
 def _settle(calls: list[_Call]) -> None:
     for call in calls:
-        if call.future.cancelled():  # its client has gone; what it sent is kept
+        if call.future.cancelled():  # the client has disconnected; its label is stored
             continue
         if call.error is not None:
             call.future.set_exception(call.error)

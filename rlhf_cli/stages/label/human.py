@@ -1,4 +1,4 @@
-"""Labeling by people, as the pipeline sees it: prepare a session, wait for people, take what they said."""
+"""Labeling by annotators: prepares a session, waits for labels, and aggregates them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rlhf_cli.data.records import Candidates, Ranking
 from rlhf_cli.errors import WaitingForLabelsError
-from rlhf_cli.labeling.aggregation import merge, require
+from rlhf_cli.labeling.aggregation import aggregate, check_installed
 from rlhf_cli.labeling.label_records import write_labels
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import LabelPlan, Progress
+from rlhf_cli.labeling.session.types import SessionProgress
 from rlhf_cli.labeling.statistics.summary import statistics
 from rlhf_cli.progress import warn
 from rlhf_cli.stages.inputs import source_of
@@ -24,12 +25,12 @@ STORE = "labels.sqlite"
 
 @dataclass(frozen=True)
 class HumanLabels:
-    """What people said.
+    """Result of labeling by annotators.
 
     Attributes:
-        rankings: as `human.merge` asks.
-        metrics: figures for the manifest.
-        summary: rows for people.
+        rankings: aggregated by `human.aggregation`.
+        metrics: numbers for the manifest.
+        summary: rows for the console.
     """
 
     rankings: list[Ranking]
@@ -37,15 +38,15 @@ class HumanLabels:
     summary: list[tuple[str, str]]
 
 
-def run_people(context: LabelContext, candidates: Sequence[Candidates]) -> HumanLabels:
-    """Take people's labels of these answers, once there are enough; writes `labels.jsonl`.
+def run_human(context: LabelContext, candidates: Sequence[Candidates]) -> HumanLabels:
+    """Return the labels of these completions once there are enough; writes `labels.jsonl`.
 
     Raises:
-        WaitingForLabelsError: there are not; the session is prepared, and the faces can be opened on it.
+        WaitingForLabelsError: labels are missing; the session is prepared, and annotators can begin.
     """
     label = context.settings
     settings = label.human or HumanSettings()
-    require(settings.merge)
+    check_installed(settings.aggregation)
     session = LabelSession(context.kept / STORE)
     try:
         session.prepare(
@@ -62,33 +63,34 @@ def run_people(context: LabelContext, candidates: Sequence[Candidates]) -> Human
     write_labels(context.output / "labels.jsonl", labels)
     warnings = statistics(labels, seed=context.recipe.seed).warnings
     if warnings:
+        one = len(warnings) == 1
         warn(
-            f"{len(warnings):,} {'thing' if len(warnings) == 1 else 'things'} about these labels to look into before "
-            f"training on them: `rlhf label stats {context.output.parent}`"
+            f"{len(warnings):,} {'problem was' if one else 'problems were'} found in these labels; before training, "
+            f"run `rlhf label stats {context.output.parent}`"
         )
-    people = sum(row.labels > 0 for row in overview)
+    annotators = sum(row.labels > 0 for row in overview)
     hours = sum(row.active_seconds for row in overview) / 3600
     metrics = {
         "labels": float(progress.labels),
-        "annotators": float(people),
+        "annotators": float(annotators),
         "set_aside": float(progress.set_aside),
         "active_hours": hours,
     }
     summary = [
-        ("labels", f"{progress.labels:,} by {people} {'person' if people == 1 else 'people'}, {hours:.1f} hours"),
+        ("labels", f"{progress.labels:,} by {_annotators(annotators)}, {hours:.1f} hours"),
     ]
     if progress.set_aside:
         summary.append(("set aside", f"{progress.set_aside:,} prompts, skipped or flagged"))
-    return HumanLabels(merge(labels, settings.merge), metrics, summary)
+    return HumanLabels(aggregate(labels, settings.aggregation), metrics, summary)
 
 
 def label_plan(label: LabelSettings, seed: int, guidelines: str | None) -> LabelPlan:
-    """How people label, by the recipe.
+    """The plan of the labeling session, from the recipe.
 
     Args:
         label: the section.
         seed: of the run.
-        guidelines: file with them.
+        guidelines: path of the guidelines file.
     """
     settings = label.human or HumanSettings()
     return LabelPlan(
@@ -120,14 +122,18 @@ def _gold(context: LabelContext) -> list[Candidates]:
     return [row for row in known if len(row.completions) > 1]
 
 
-def waiting(progress: Progress, store: Path, run_dir: Path) -> WaitingForLabelsError:
-    """What is said while labels lack."""
+def waiting(progress: SessionProgress, store: Path, run_dir: Path) -> WaitingForLabelsError:
+    """The error that says how many labels are missing."""
     aside = f", {progress.set_aside:,} set aside" if progress.set_aside else ""
     return WaitingForLabelsError(
-        f"the pipeline waits for people: {progress.done - progress.set_aside:,} of {progress.items:,} prompts are "
-        f"labeled{aside}, "
-        f"{progress.labels_left:,} {'label is' if progress.labels_left == 1 else 'labels are'} still needed",
+        f"the pipeline waits for labels: {progress.done - progress.set_aside:,} of {progress.items:,} prompts are "
+        f"labeled{aside}, {progress.labels_left:,} {'label is' if progress.labels_left == 1 else 'labels are'} "
+        "missing",
         store=str(store),
-        hint=f"label with `rlhf label --run-dir {run_dir}` at the keyboard, or with `--serve` in a browser; then run "
-        "the same command again",
+        hint=f"label with `rlhf label --run-dir {run_dir}`, or add `--serve` to label in a browser; then "
+        "repeat this command",
     )
+
+
+def _annotators(count: int) -> str:
+    return f"{count} annotator" if count == 1 else f"{count} annotators"

@@ -48,7 +48,7 @@ def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder)
     if settings.by == "import":
         return LabelInputs(**shared, rankings=find.named("data", settings.data, "data", records="ranking"))
     human, judge = settings.human or HumanSettings(), settings.judge
-    chosen_by = settings.choose.reward_models if settings.choose is not None else ()
+    models = settings.active_learning.reward_models if settings.active_learning is not None else ()
     return LabelInputs(
         **shared,
         policy=find.policy("model", settings.model) if settings.samples else None,
@@ -63,7 +63,7 @@ def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder)
         calibration=None
         if judge is None
         else find.named("data", judge.calibration, "judge.calibration", records="ranking"),
-        active_learning=tuple(Input("model", model, "label.choose.reward_models") for model in chosen_by),
+        active_learning=tuple(Input("model", model, "label.active_learning.reward_models") for model in models),
     )
 
 

@@ -1,4 +1,4 @@
-"""Labeling by language models: measure the judges against people, ask them, and say how far to trust them."""
+"""Labeling by language models: calibrates the judges, asks them, and reports how reliable they are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rlhf_cli.labeling.judges.cache import ReplyCache
     from rlhf_cli.labeling.judges.calibration import Calibration
     from rlhf_cli.labeling.judges.local import LocalJudge
-    from rlhf_cli.labeling.judges.panel import Ballot, Bench, Judge
+    from rlhf_cli.labeling.judges.panel import Ballot, Judge, PanelRunner
     from rlhf_cli.labeling.judges.verdicts import Verdicts
     from rlhf_cli.stages.label.settings import JudgeModelSettings, JudgeSettings
 
@@ -34,13 +34,13 @@ _TOO_FEW = "verdicts on less than half of its pairs"
 
 @dataclass(frozen=True)
 class Judged:
-    """What judges said.
+    """Result of labeling by judges.
 
     Attributes:
-        rankings: of each candidate; None where there are too few verdicts for one.
-        skipped: reason -> candidates without a ranking.
-        metrics: figures for the manifest.
-        summary: rows for people.
+        rankings: per candidate; None where there are too few verdicts.
+        skipped: reason -> number of candidates without a ranking.
+        metrics: numbers for the manifest.
+        summary: rows for the console.
     """
 
     rankings: list[Ranking | None] = field(default_factory=list)
@@ -50,29 +50,29 @@ class Judged:
 
 
 def run_judges(context: LabelContext, candidates: Sequence[Candidates], processes: ProcessGroup) -> Judged:
-    """Rank answers by the panel of `label.judge`; writes `votes.jsonl`, `labels.jsonl` and `judge.json`.
+    """Rank completions with the panel of `label.judge`; writes `votes.jsonl`, `labels.jsonl` and `judge.json`.
 
-    Every process of the run calls this; all but rank 0 are given an empty result.
+    Every process of the run calls this; all except rank 0 get an empty result.
 
     Raises:
-        DataError: the judges agree with people less than `floor`, an endpoint cannot be used, or too many prompts are
-            left without a ranking.
+        DataError: the agreement with human rankings is below `floor`, an endpoint is unusable, or too many prompts have
+            no ranking.
         CostLimitError: the next verdict could exceed `max_cost`.
-        Interrupted: a signal came. In all cases the verdicts so far are kept, and the same command goes on.
+        Interrupted: a signal arrived. In all cases earlier verdicts are kept, and the same command resumes.
     """
     from rlhf_cli.labeling.judges.budget import Budget
     from rlhf_cli.labeling.judges.cache import ReplyCache
-    from rlhf_cli.labeling.judges.panel import Bench
+    from rlhf_cli.labeling.judges.panel import PanelRunner
 
     label = context.settings
     assert label.judge is not None
     settings = label.judge
     cache = ReplyCache(context.kept, processes.index)
     budget = Budget(settings.max_cost, cache.spent, cache.unheard)
-    bench = Bench(cache, budget, processes, context.stop, _rubric(context, settings), settings.both_orders)
+    runner = PanelRunner(cache, budget, processes, context.stop, _rubric(context, settings), settings.both_orders)
     judges = _panel(context, settings, budget, processes)
-    calibration = _calibrate(context, settings, judges, bench)
-    ballots = [bench.ballot(judge, candidates, "judging") for judge in judges]
+    calibration = _calibrate(context, settings, judges, runner)
+    ballots = [runner.ballot(judge, candidates, "judging") for judge in judges]
     if not processes.is_main:
         return Judged()
     return _outcome(context, candidates, ballots, calibration, cache)
@@ -84,7 +84,7 @@ def _rubric(context: LabelContext, settings: JudgeSettings) -> str:
 
 
 def _panel(context: LabelContext, settings: JudgeSettings, budget: Budget, processes: ProcessGroup) -> list[Judge]:
-    """The judges of the recipe, by names that differ; no weights are loaded yet."""
+    """Create the judges of the recipe, with unique names; weights are not loaded yet."""
     judges: list[Judge] = []
     alone = sum(one.model is not None for one in settings.panel) == 1
     for number, one in enumerate(settings.panel):
@@ -95,9 +95,9 @@ def _panel(context: LabelContext, settings: JudgeSettings, budget: Budget, proce
         for other, earlier in enumerate(judges):
             if earlier.identity == judge.identity:
                 raise UsageError(
-                    f"`label.judge.panel.{other}` and `label.judge.panel.{number}` are the same judge, whose vote "
+                    f"`label.judge.panel.{other}` and `label.judge.panel.{number}` are the same judge, so its vote "
                     "would count twice",
-                    hint="leave one of them out",
+                    hint="remove one of them",
                 )
         judges.append(judge)
     given = Counter(judge.name for judge in judges)
@@ -108,10 +108,10 @@ def _panel(context: LabelContext, settings: JudgeSettings, budget: Budget, proce
 
 
 def _local(context: LabelContext, number: int, processes: ProcessGroup, *, alone: bool) -> Judge:
-    """A local model. The only one of a panel stays loaded from calibration to the end; of several, one at a time is."""
+    """A local judge. If it is the only one it stays loaded; otherwise one model is in memory at a time."""
     from rlhf_cli.files import hash_folder
+    from rlhf_cli.labeling.judges.local import pin_to_commit
     from rlhf_cli.labeling.judges.panel import Judge
-    from rlhf_cli.labeling.judges.versions import at_one_commit
 
     path = context.inputs.judges[number].source
     source = model_source(context.recipe, path)
@@ -119,7 +119,7 @@ def _local(context: LabelContext, number: int, processes: ProcessGroup, *, alone
     if folder.is_dir():
         content = hash_folder(folder)
     else:
-        source = at_one_commit(source, processes)
+        source = pin_to_commit(source, processes)
         content = f"hub:{path}@{source.revision or 'main'}"
     held: list[LocalJudge] = []
 
@@ -173,9 +173,9 @@ def _remote(
 
 
 def _calibrate(
-    context: LabelContext, settings: JudgeSettings, judges: Sequence[Judge], bench: Bench
+    context: LabelContext, settings: JudgeSettings, judges: Sequence[Judge], runner: PanelRunner
 ) -> Calibration | None:
-    """Measure the panel against people, where the recipe has rankings of theirs; below the floor, go no further."""
+    """Compare the panel with human rankings, if given; raises `DataError` below the floor."""
     source = source_of(context.inputs.calibration)
     if source is None:
         return None
@@ -183,12 +183,12 @@ def _calibrate(
     from rlhf_cli.labeling.judges.verdicts import majority
 
     people = _human_rankings(context, settings, source)
-    ballots = [bench.ballot(judge, people, "calibrating") for judge in judges]
-    if not bench.processes.is_main:
+    ballots = [runner.ballot(judge, people, "calibrating") for judge in judges]
+    if not runner.processes.is_main:
         return None
     verdicts: list[Verdicts] = [majority(each) for each in zip(*(ballot.verdicts for ballot in ballots), strict=True)]
     found = Calibration.of(source, people, ballots, verdicts)
-    say(f"label: the judges agree with people on {found.panel.rate} untied pairs of {source}")
+    say(f"label: the judges agree with the human rankings on {found.panel.rate} untied pairs of {source}")
     report = json.dumps(found.to_json() | {"floor": settings.floor}, indent=2, ensure_ascii=False)
     (context.kept / CALIBRATION).write_text(report + "\n", encoding="utf-8")
     found.check(settings.floor)
@@ -196,12 +196,12 @@ def _calibrate(
 
 
 def _human_rankings(context: LabelContext, settings: JudgeSettings, source: str) -> list[Candidates]:
-    """People's rankings, everyone's own: several of the same answers are as many measurements, and one question."""
+    """Human rankings. Several rankings of the same completions are several measurements, but one question."""
     from rlhf_cli.data.sources import iter_records
     from rlhf_cli.labeling.judges.questions import LETTERS, is_too_many
 
     data, skips = context.recipe.data, SkipLog(keep=1)
-    too_many = f"more than {len(LETTERS)} answers, which `method: listwise` cannot show"
+    too_many = f"more than {len(LETTERS)} completions, which `method: listwise` cannot show"
     records: list[Candidates] = []
     for record in iter_records(source, "candidates", columns=data.columns, on_skip=skips.add, keep_blank=True):
         if not isinstance(record, Candidates):
@@ -223,10 +223,11 @@ def _outcome(
     calibration: Calibration | None,
     cache: ReplyCache,
 ) -> Judged:
-    """Rankings from votes, with everything written down."""
+    """Turn votes into rankings, and write the reports."""
     from rlhf_cli.labeling.judges import report as reporting
     from rlhf_cli.labeling.judges.verdicts import majority
     from rlhf_cli.labeling.label_records import write_labels
+    from rlhf_cli.labeling.warnings import in_one_line
 
     verdicts = [majority(each) for each in zip(*(ballot.verdicts for ballot in ballots), strict=True)]
     report = reporting.PanelReport.of(candidates, ballots, verdicts, calibration)
@@ -234,14 +235,13 @@ def _outcome(
     write_labels(context.output / reporting.LABELS, reporting.labels(candidates, ballots))
     annotator = ballots[0].judge.name if len(ballots) == 1 else f"panel of {len(ballots)} judges"
     rankings, skips = _rankings(candidates, verdicts, annotator)
-    warnings = report.warnings()
-    for line in warnings:
-        warn(line)
+    for warning in report.warnings():
+        warn(in_one_line(warning))
     plain = report.to_json() | {
         "rankings": len(candidates) - skips.total,
         "skipped": skips.counts,
         "spent_in_this_run_directory": round(cache.spent, 6),
-        "attempts_without_answer": {"count": cache.attempts_unheard, "cost": round(cache.unheard, 6)},
+        "attempts_without_reply": {"count": cache.attempts_unheard, "cost": round(cache.unheard, 6)},
     }
     text = json.dumps(plain, indent=2, ensure_ascii=False)
     (context.output / reporting.REPORT).write_text(text + "\n", encoding="utf-8")
@@ -249,8 +249,8 @@ def _outcome(
         names = ", ".join(ballot.judge.name for ballot in ballots)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skips.counts.items())
         raise DataError(
-            f"{names} ranked none of {len(candidates):,} prompts: {reasons}",
-            hint=f"see {context.output / reporting.VOTES}; try another judge, or one that reads longer texts",
+            f"the judges ({names}) ranked none of {len(candidates):,} prompts: {reasons}",
+            hint=f"see {context.output / reporting.VOTES}; try another judge, or one with a longer context",
         )
     skips.check(len(candidates), context.recipe.data.max_skip, "label.judge")
     return Judged(rankings, skips.counts, report.metrics(), report.summary())

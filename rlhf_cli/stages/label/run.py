@@ -15,12 +15,12 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.labeling.exports.rows import ranking_to_json
-from rlhf_cli.labeling.labelers import (
-    FunctionLabeler,
-    Labeler,
-    LabelStatistics,
-    RewardModelLabeler,
-    score_answers,
+from rlhf_cli.labeling.scoring import (
+    CompletionScorer,
+    FunctionScorer,
+    RankingStatistics,
+    RewardModelScorer,
+    score_completions,
     tiers_from_scores,
 )
 from rlhf_cli.progress import task, warn
@@ -56,10 +56,10 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
         sampled = sample_completions(context, settings, generator)
     else:
         sampled = given_completions(context, settings)
-    if settings.choose is not None:
-        from rlhf_cli.stages.label.active_learning import choose_candidates
+    if settings.active_learning is not None:
+        from rlhf_cli.stages.label.active_learning import select_candidates
 
-        sampled = choose_candidates(context, settings.choose, sampled)
+        sampled = select_candidates(context, settings.active_learning, sampled)
     if settings.by in ("human", "judge"):
         return _compared(context, settings, sampled)
     return _scored(context, settings, sampled)
@@ -102,9 +102,9 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
     if settings.by == "human":
         if not sampled.processes.is_main:
             return StageOutcome()
-        from rlhf_cli.stages.label.human import run_people
+        from rlhf_cli.stages.label.human import run_human
 
-        found = run_people(context, candidates)
+        found = run_human(context, candidates)
         skipped: dict[str, int] = {}
     else:
         from rlhf_cli.stages.label.judge import run_judges
@@ -115,9 +115,7 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
         return StageOutcome()
     rankings = [ranking for ranking in found.rankings if ranking is not None]
     if not rankings:
-        raise DataError(
-            "nobody ranked anything: there is nothing to learn from", hint="see the skips and their reasons"
-        )
+        raise DataError("no rankings were produced", hint="see the reasons in skips.jsonl")
     write_rankings(context.output / "rankings.jsonl", rankings)
     outcome = _outcome(context, rankings, sampled)
     return StageOutcome(outcome.metrics | found.metrics, outcome.skipped | skipped, [*outcome.summary, *found.summary])
@@ -131,7 +129,7 @@ def _import(context: LabelContext) -> StageOutcome:
     write_rankings(context.output / "rankings.jsonl", loaded.records)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
-    metrics, summary = _figures(LabelStatistics.of(loaded.records))
+    metrics, summary = _figures(RankingStatistics.of(loaded.records))
     return StageOutcome(metrics, loaded.skips.counts, summary)
 
 
@@ -139,23 +137,23 @@ def _scores(
     context: LabelContext, settings: LabelSettings, pairs: Sequence[tuple[Prompt, list[str]]]
 ) -> list[list[float]]:
     """Scores of each prompt's answers."""
-    labeler = _labeler(context, settings)
+    scorer = _scorer(context, settings)
     prompts, texts = [prompt for prompt, _ in pairs], [answers for _, answers in pairs]
     with task("scoring answers", sum(map(len, texts)), "answers") as bar:
-        return score_answers(labeler, prompts, texts, stop=context.stop.check, progress=bar.advance)
+        return score_completions(scorer, prompts, texts, stop=context.stop.check, progress=bar.advance)
 
 
-def _labeler(context: LabelContext, settings: LabelSettings) -> Labeler:
+def _scorer(context: LabelContext, settings: LabelSettings) -> CompletionScorer:
     if settings.by == "function":
         from rlhf_cli.rewards.python_function import load_scoring_function
 
-        return FunctionLabeler(load_scoring_function(present(context.inputs.function)))
+        return FunctionScorer(load_scoring_function(present(context.inputs.function)))
     from rlhf_cli.models.reward_model.model import load_reward_model
 
     source = model_source(context.recipe, present(context.inputs.reward_model))
     policy = source_of(context.inputs.policy) or source.path
-    scorer = load_reward_model(source, template=prompt_template(context.recipe.data.prompt_template, policy))
-    return RewardModelLabeler(scorer, settings.sampling.batch_size)
+    model = load_reward_model(source, template=prompt_template(context.recipe.data.prompt_template, policy))
+    return RewardModelScorer(model, settings.sampling.batch_size)
 
 
 def write_rankings(path: Path, rankings: Sequence[Ranking], scores: Sequence[Sequence[float]] | None = None) -> None:
@@ -174,7 +172,7 @@ def _outcome(
     """Figures of rankings and of the answers they rank; writes what was skipped on the way."""
     if sampled.skips.total:
         sampled.skips.write(context.output / "skips.jsonl")
-    metrics, summary = _figures(LabelStatistics.of(rankings))
+    metrics, summary = _figures(RankingStatistics.of(rankings))
     if scores:
         metrics["mean_score"] = sum(scores) / len(scores)
     if sampled.completions:
@@ -182,7 +180,7 @@ def _outcome(
     return StageOutcome(metrics, sampled.skips.counts, summary)
 
 
-def _figures(statistics: LabelStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:
+def _figures(statistics: RankingStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:
     metrics = {
         "prompts": float(statistics.prompts),
         "completions": float(statistics.completions),

@@ -12,7 +12,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.labeling.completions import CompletionFile
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import say, task, warn
 from rlhf_cli.stages.common import load_policy, load_prompts
 from rlhf_cli.stages.inputs import present
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.label.settings import LabelSettings
 
 
-MOST_COMPLETIONS = len(ANSWER_LETTERS)
+MAX_COMPLETIONS = len(COMPLETION_LETTERS)
 ALL_EQUAL = "all completions are equal"
 """Why a prompt is skipped."""
 
@@ -125,9 +125,8 @@ def distinct(candidates: Candidates) -> Candidates:
 
 def check_count(candidates: Candidates) -> None:
     """Raise `DataError` if there are more completions than letters to name them."""
-    if (count := len(candidates.completions)) > MOST_COMPLETIONS:
+    if (count := len(candidates.completions)) > MAX_COMPLETIONS:
         raise DataError(
-            f"{candidates.location or 'an item'}: {count} completions; annotators and judges compare at most "
-            f"{MOST_COMPLETIONS}",
-            hint="give fewer completions per prompt, or let `label.choose.completions` choose among them",
+            f"{candidates.location or 'an item'} has {count} completions; at most {MAX_COMPLETIONS} can be ranked",
+            hint="reduce them, or set `label.active_learning.completions`",
         )

@@ -1,4 +1,4 @@
-"""The `label` section of a recipe: who ranks which completions, and how."""
+"""The `label` section of a recipe: who ranks the completions, and how."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _OF_SAMPLING = ("model", "prompts", "completions_per_prompt", "sampling")
 
 
 class ActiveLearningSettings(Section):
-    """Active choice: label the prompts and answers that a reward model would learn most from. Off unless given."""
+    """Active learning: label only the prompts and completions a reward model learns most from. Off by default."""
 
     by: Literal["random", "uncertainty", "disagreement"]
-    """`uncertainty`: where one reward model's preference is nearest to 1/2. `disagreement`: where the preferences of
-    several reward models differ most (standard deviation). `random` is what both have to beat."""
+    """Strategy. `uncertainty`: where the preference of one reward model is closest to 1/2. `disagreement`: where the
+    preferences of several reward models differ most (standard deviation). `random`: the baseline."""
     prompts: Count
-    """How many prompts are labeled, of all."""
+    """Number of prompts to label."""
     completions: Annotated[int, Field(ge=2, le=16)] | None = None
-    """How many of a prompt's answers are labeled, those that the choice is about; null is all of them."""
+    """Completions to label per prompt, selected by the same strategy; null keeps all of them."""
     reward_models: Annotated[list[str], External("model")] = Field(default_factory=list)
-    """Folders or hub ids of the reward models to ask: one for `uncertainty`, two or more for `disagreement`."""
+    """Folders or hub ids of the reward models: exactly one for `uncertainty`, two or more for `disagreement`."""
 
     @model_validator(mode="after")
     def _enough_models(self) -> Self:
@@ -50,41 +50,43 @@ class ActiveLearningSettings(Section):
         if self.by == "random" and count:
             raise ValueError("`reward_models` has no effect with `by: random`")
         if self.by == "uncertainty" and count != 1:
-            raise ValueError(f"`by: uncertainty` asks one reward model; got {count}")
+            raise ValueError(f"`by: uncertainty` needs exactly one reward model; got {count}")
         if self.by == "disagreement" and count < 2:
-            raise ValueError(f"`by: disagreement` asks at least two reward models; got {count}")
+            raise ValueError(f"`by: disagreement` needs at least two reward models; got {count}")
         if len(set(self.reward_models)) < count:
-            raise ValueError("the same reward model stands there twice, and agrees with itself")
+            raise ValueError("`reward_models` lists the same reward model twice")
         return self
 
 
 class HumanSettings(Section):
-    """Rankings by people, at the keyboard or in a browser."""
+    """Rankings by annotators, in the terminal or in a browser."""
 
     overlap: Count = 1
-    """Labels that each prompt's answers need, every one by another person. Agreement is measured where it is 2 or
-    more."""
+    """Annotators per prompt. Agreement between annotators can be measured from 2 on."""
     criteria: list[str] = Field(default_factory=list)
-    """Marks from 1 (worst) to 5 for each answer beside the ranking, by name, such as `[helpful, honest, harmless]`."""
+    """Names of criteria, such as `[helpful, honest, harmless]`. Annotators give each completion a mark from 1 (worst)
+    to 5 (best) for each criterion, in addition to the ranking."""
     strengths: bool = False
-    """With two answers a prompt: ask how much better the better one is, in four degrees (Llama 2, section 3.2.1), which
-    become the record's `margin`."""
+    """With two completions per prompt: ask how much better the better one is, on four levels (Llama 2, section 3.2.1).
+    The answer becomes the record's `margin`."""
     guidelines: FileName = None
-    """Text or Markdown file that tells labelers how to decide; every label keeps the hash of what was shown."""
+    """Text or Markdown file with instructions for annotators; every label stores the hash of the text shown."""
     repeat_share: OpenShare = 0.05
-    """Share of what a person is shown that they labeled before, in another order and without being told: how far they
-    agree with themselves."""
+    """Share of an annotator's tasks that are hidden repeats: earlier items in another order, without notice. They
+    measure how consistent the annotator is."""
     gold: DataName = None
-    """Ranking or preference records whose order is known, shown among the others: who pays attention."""
+    """Ranking or preference records with a known order, mixed into the tasks to check the annotators."""
     gold_share: OpenShare = 0.05
-    """Share of what a person is shown that is from `gold`."""
+    """Share of an annotator's tasks that come from `gold`."""
     set_aside_after: Count = 1
-    """A prompt that so many people skipped or flagged is asked of nobody else; labels that it has are kept."""
+    """A prompt is set aside once this many annotators have skipped or flagged it; its labels are kept."""
     enough: Annotated[Share, EffortOnly()] = 1.0
-    """The pipeline goes on when this share of the prompts is done (labeled by `overlap` people or set aside)."""
-    merge: Literal["individual", "majority", "bradley-terry", "plackett-luce"] = "individual"
-    """What the reward model learns from: everyone's rankings, or one ranking a prompt, by majority of pairs or by a
-    Bradley-Terry or Plackett-Luce fit. Individual labels are always kept in `labels.jsonl`."""
+    """Share of the prompts that must be done (labeled by `overlap` annotators, or set aside) before the pipeline
+    continues."""
+    aggregation: Literal["individual", "majority", "bradley-terry", "plackett-luce"] = "individual"
+    """How the rankings of several annotators are combined for the reward model. `individual` keeps all of them; the
+    other methods make one ranking per prompt, by majority of pairs or by a Bradley-Terry or Plackett-Luce fit.
+    `labels.jsonl` always holds the individual labels."""
 
     @model_validator(mode="after")
     def _gold_has_a_share(self) -> Self:
@@ -97,11 +99,11 @@ class HumanSettings(Section):
     def _plain_names(cls, criteria: list[str]) -> list[str]:
         for name in criteria:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9 _-]{0,29}", name):
-                raise ValueError(f"expected up to 30 letters, digits, blanks, `_` or `-`; got `{name}`")
+                raise ValueError(f"expected up to 30 letters, digits, spaces, `_` or `-`; got `{name}`")
         if len({name.lower() for name in criteria}) < len(criteria):
-            raise ValueError("the same criterion stands there twice")
+            raise ValueError("the same criterion is listed twice")
         if len(criteria) > 9:
-            raise ValueError(f"at most 9 criteria can be marked with keys; got {len(criteria)}")
+            raise ValueError(f"at most 9 criteria are supported; got {len(criteria)}")
         return criteria
 
 
@@ -109,119 +111,119 @@ class JudgeModelSettings(Section):
     """One judge: a local Hugging Face model (`model`), or an OpenAI-compatible endpoint (`url` and `name`)."""
 
     model: ModelName = None
-    """Folder or hub id of a causal language model. Its verdict is P(A) against P(B), from its next-token logits."""
+    """Folder or hub id of a causal language model. Its verdict compares P(A) and P(B) of the next token."""
     url: Address = None
-    """Base address of an endpoint with `/chat/completions`, such as http://localhost:8000/v1."""
+    """Base URL of an endpoint with `/chat/completions`, such as http://localhost:8000/v1."""
     name: str | None = None
-    """What the endpoint calls its model."""
+    """Name of the model at the endpoint."""
     token_env: VariableName = None
-    """Environment variable whose value is sent to `url` as a bearer token."""
+    """Environment variable that holds the bearer token for `url`."""
     timeout: Annotated[Positive, EffortOnly()] = 60.0
-    """Seconds for one request to `url`."""
+    """Timeout of one request to `url`, in seconds."""
     retries: Annotated[int, Field(ge=0), EffortOnly()] = 5
-    """Further attempts at a request to `url` that failed in a way that may pass."""
+    """Retries after a temporary failure of a request to `url`."""
     concurrency: Effort = 8
-    """Requests to `url` in flight at once."""
+    """Concurrent requests to `url`."""
     prompt_price: Annotated[NonNegative, EffortOnly()] = 0.0
-    """What a million prompt tokens cost, in the currency of `judge.max_cost`."""
+    """Price of a million prompt tokens, in the currency of `judge.max_cost`."""
     completion_price: Annotated[NonNegative, EffortOnly()] = 0.0
-    """What a million completion tokens cost."""
+    """Price of a million completion tokens."""
     max_new_tokens: Count = 512
-    """Longest verdict of an endpoint, its reasons included, in tokens."""
+    """Maximum length of an endpoint's reply, including its reasons, in tokens."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if (self.model is None) == (self.url is None):
-            raise ValueError("a judge is either a `model` or a `url`")
+            raise ValueError("a judge needs either a `model` or a `url`")
         if (self.url is None) != (self.name is None):
-            raise ValueError("`url` and `name` go together: the endpoint has to be told which model to ask")
+            raise ValueError("`url` needs `name`, and `name` needs `url`: the endpoint must know which model to use")
         if self.url is None:
             for setting in self.changed("token_env", "timeout", "retries", "concurrency", "max_new_tokens"):
                 raise ValueError(f"`{setting}` has no effect without `url`")
             if self.prompt_price or self.completion_price:
-                raise ValueError("a local model has no price")
+                raise ValueError("`prompt_price` and `completion_price` have no effect without `url`")
         return self
 
 
 class JudgeSettings(Section):
-    """Rankings by language models (Zheng et al. 2023, arXiv:2306.05685), with what is known against trusting them."""
+    """Rankings by language models (Zheng et al. 2023, arXiv:2306.05685), with measures of their reliability."""
 
     panel: Annotated[list[JudgeModelSettings], Field(min_length=1)]
-    """The judges. Each one's votes are kept; their majority decides."""
+    """The judges. Every vote is stored; the majority decides."""
     rubric: str = "Prefer the answer that is more helpful, honest and harmless. Length alone is no merit."
-    """What the judge is told to look for."""
+    """Instructions for the judges: what makes a completion better."""
     method: Literal["pairs", "listwise"] = "pairs"
-    """How K answers are compared: every pair on its own (K(K-1)/2 questions), or all in one question, which asks a
-    judge to write the whole order and needs a `url`."""
+    """How K completions are compared: `pairs` asks one question per pair (K(K-1)/2 questions); `listwise` asks for the
+    whole order in one question and needs a `url`."""
     both_orders: bool = True
-    """Ask twice, the second time in reverse order; verdicts that differ count as a tie."""
+    """Ask each question again in reverse order; verdicts that differ count as a tie."""
     max_cost: Annotated[NonNegative | None, EffortOnly()] = None
-    """Stop, resumably, before verdicts cost more than this; null is without bound."""
+    """Stop before the verdicts cost more than this; the run can be resumed. null means no limit."""
     calibration: DataName = None
-    """Rankings or preferences by people: the judge's agreement with them is measured before anything is labeled."""
+    """Rankings or preferences by people. Judges are compared with them before they label anything."""
     floor: Share | None = None
-    """Least agreement with `calibration` (share of its untied pairs, a tie counting 1/2) below which nothing is
-    labeled; null only reports it."""
+    """Minimum agreement with `calibration` (share of its untied pairs; a tie counts 1/2). Below it, labeling does not
+    start. null only reports the agreement."""
     rubric_file: FileName = None
-    """Text file with the rubric, in place of `rubric`."""
+    """Text file that holds the rubric; replaces `rubric`."""
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> Self:
         if self.floor is not None and self.calibration is None:
             raise ValueError("`floor` has no effect without `calibration`")
         if self.rubric_file is not None and self.changed("rubric"):
-            raise ValueError("`rubric` has no effect beside `rubric_file`")
+            raise ValueError("`rubric` has no effect together with `rubric_file`")
         if self.method == "listwise" and any(judge.url is None for judge in self.panel):
-            raise ValueError("`method: listwise` needs judges that write: give each a `url`, or use `method: pairs`")
+            raise ValueError("`method: listwise` needs judges with a `url`; use `method: pairs` for local models")
         if self.max_cost is not None and not any(judge.prompt_price or judge.completion_price for judge in self.panel):
-            raise ValueError("`max_cost` has no effect while no judge has a `prompt_price` or `completion_price`")
+            raise ValueError("`max_cost` has no effect unless a judge has a `prompt_price` or `completion_price`")
         return self
 
 
 class LabelSettings(StageSection):
-    """Sampling K answers a prompt and ranking them, or bringing in rankings that people already made."""
+    """Sampling K completions per prompt and ranking them, or importing existing rankings."""
 
     by: Literal["function", "reward-model", "human", "judge", "import"]
-    """Who ranks: a `function`, a `reward-model`, people (`human`), language models (`judge`), or people already did
-    (`import`)."""
+    """Who ranks: a `function`, a `reward-model`, annotators (`human`), language models (`judge`), or nobody, because
+    existing rankings are imported (`import`)."""
     model: ModelName = None
-    """Policy to sample from; null is what `sft` wrote."""
+    """Policy to sample from; null is the output of `sft`."""
     prompts: DataName = None
     """Prompt records; null is `data.prompts`."""
     items: DataName = None
-    """Answers to rank, in place of sampled ones: records with `prompt` and `completions`, or preferences or rankings,
-    whose own order is then known and only compared with."""
+    """Completions to rank instead of sampled ones: records with `prompt` and `completions`, or preferences or rankings.
+    The order of the latter two is used only for comparison."""
     data: DataName = None
-    """Ranking or preference records to bring in, with `by: import`."""
+    """Ranking or preference records to import, with `by: import`."""
     function: FunctionName = None
-    """`package.module:function` or `file.py:function`, called with a list of prompts and a list of completions; returns
-    one float each, higher is better. It is code that runs with your rights."""
+    """`package.module:function` or `file.py:function`. It takes a list of prompts and a list of completions and returns
+    one float each; higher is better. The function runs with your permissions."""
     reward_model: ModelName = None
     """Folder or hub id of a reward model, with `by: reward-model`."""
     completions_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4
-    """K. InstructGPT used 4 to 9."""
+    """K, the number of completions sampled per prompt. InstructGPT used 4 to 9."""
     tie_margin: NonNegative = 0.0
-    """Scores that differ by at most this much share a tier."""
+    """Completions whose scores differ by at most this much share a tier."""
     sampling: SamplingSettings = SamplingSettings()
-    """How the answers are drawn."""
-    choose: ActiveLearningSettings | None = None
-    """Which prompts and answers are labeled; null is all of them."""
+    """How completions are sampled."""
+    active_learning: ActiveLearningSettings | None = None
+    """Which prompts and completions are labeled; null labels all of them."""
     human: HumanSettings | None = None
-    """How people label, with `by: human`."""
+    """Labeling by annotators, with `by: human`."""
     judge: JudgeSettings | None = None
     """The judges, with `by: judge`."""
 
     @property
     def samples(self) -> bool:
-        """Whether answers are drawn from a model."""
+        """Whether completions are sampled from a model."""
         return self.by != "import" and self.items is None
 
     @property
     def loads_model(self) -> bool:
-        """Whether any model is loaded into this process."""
+        """Whether this process loads any model."""
         judges = self.judge is not None and any(judge.model is not None for judge in self.judge.panel)
-        chooses = self.choose is not None and bool(self.choose.reward_models)
-        return self.samples or self.reward_model is not None or judges or chooses
+        selects = self.active_learning is not None and bool(self.active_learning.reward_models)
+        return self.samples or self.reward_model is not None or judges or selects
 
     @model_validator(mode="after")
     def _source_of_labels(self) -> Self:
@@ -234,31 +236,35 @@ class LabelSettings(StageSection):
         if self.by != "human" and self.human is not None:
             raise ValueError(f"`human` has no effect with `by: {self.by}`")
         if self.by in ("human", "judge", "import") and self.tie_margin:
-            raise ValueError(f"`tie_margin` has no effect with `by: {self.by}`, which gives no scores")
+            raise ValueError(f"`tie_margin` has no effect with `by: {self.by}`, which produces no scores")
         return self
 
     @model_validator(mode="after")
-    def _source_of_answers(self) -> Self:
+    def _source_of_completions(self) -> Self:
         if self.by == "import":
-            for other in ("items", "choose"):
+            for other in ("items", "active_learning"):
                 if getattr(self, other) is not None:
-                    raise ValueError(f"`{other}` has no effect with `by: import`, which takes `data` as it is")
+                    raise ValueError(f"`{other}` has no effect with `by: import`, which uses `data` as it is")
         for other in self.changed(*_OF_SAMPLING) if self.items is not None else ():
-            raise ValueError(f"`{other}` has no effect beside `items`, which holds the answers already")
+            raise ValueError(f"`{other}` has no effect together with `items`, which provides the completions")
         return self
 
     @model_validator(mode="after")
-    def _enough_to_choose_from(self) -> Self:
-        if self.choose is not None and self.samples and (self.choose.completions or 0) > self.completions_per_prompt:
+    def _enough_to_select_from(self) -> Self:
+        if (
+            self.active_learning is not None
+            and self.samples
+            and (self.active_learning.completions or 0) > self.completions_per_prompt
+        ):
             raise ValueError(
-                f"`choose.completions: {self.choose.completions}` is more than there are: "
+                f"`active_learning.completions: {self.active_learning.completions}` exceeds "
                 f"`completions_per_prompt: {self.completions_per_prompt}`"
             )
         return self
 
     @model_validator(mode="after")
     def _strengths_of_pairs(self) -> Self:
-        shown = (self.choose and self.choose.completions) or self.completions_per_prompt
+        shown = (self.active_learning and self.active_learning.completions) or self.completions_per_prompt
         if self.human is not None and self.human.strengths and self.items is None and shown != 2:
-            raise ValueError(f"`human.strengths` is for two answers a prompt; `completions_per_prompt` is {shown}")
+            raise ValueError(f"`human.strengths` needs two completions per prompt; `completions_per_prompt` is {shown}")
         return self

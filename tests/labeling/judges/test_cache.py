@@ -41,7 +41,7 @@ def test_a_torn_last_line_is_asked_again_and_spoils_nothing_behind_it(tmp_path: 
         torn.add([("c", LOCAL)])
         again = ReplyCache(tmp_path)
         assert (again.get("a"), again.get("c")) == (PAID, LOCAL)
-    assert "1 line is torn or damaged and passed over" in " ".join(capsys.readouterr().err.split())
+    assert "1 line is torn or damaged; these questions are asked again" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_flipped_bit_does_not_become_a_verdict(tmp_path: Path):
@@ -72,7 +72,7 @@ def test_the_files_hold_plain_json(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot keep verdicts in"):
+    with pytest.raises(DiskError, match="cannot write verdicts to"):
         ReplyCache(tmp_path / "file" / "label")
 
 

@@ -123,7 +123,7 @@ def test_an_endpoint_that_stays_away_ends_the_run_and_says_what_to_do(endpoint, 
     endpoint.then(times=9, status=503, body=b"loading the model")
     with pytest.raises(DataError, match=r"status 503 .*loading the model \(3 attempts\)") as caught:
         ask(judge(concurrency=1, retries=2), questions(2))
-    assert "verdicts so far are kept" in (caught.value.hint or "")
+    assert "earlier verdicts are kept" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("status", [401, 404])
@@ -262,7 +262,7 @@ def test_attempts_that_time_out_count_at_their_bound_and_their_retries_are_reser
     endpoint.delay = 2.0
     budget, charged = Budget(5.5 * most), []
     patient = judge(budget=budget, prices=prices, concurrency=3, retries=9, timeout=0.15)
-    with pytest.raises(CostLimitError, match=r"of it for attempts that had no answer"):
+    with pytest.raises(CostLimitError, match=r"of it for attempts without a reply"):
         ask(patient, asked, charge=lambda *given: charged.append(given))
     assert len(endpoint.requests) == len(charged) == 5
     assert {reply.failure for _, reply in charged} == {UNHEARD}

@@ -17,7 +17,7 @@ SHORT = [Question(number, (0, 1), "Which?", text) for number, text in enumerate(
 
 def replies(judge: LocalJudge, questions) -> list[Reply]:
     found: dict[int, Reply] = {}
-    for batch in judge.answers(questions):
+    for batch in judge.replies(questions):
         found.update(batch)
     return [found[place] for place in range(len(questions))]
 
@@ -93,7 +93,7 @@ def test_a_question_that_is_too_long_is_a_failure_and_the_others_are_not(tiny_ll
 
 def test_nothing_to_ask_loads_no_weights(tiny_llama):
     judge = LocalJudge(ModelSource(str(tiny_llama)))
-    assert list(judge.answers([])) == []
+    assert list(judge.replies([])) == []
     assert judge._model is None
 
 
@@ -108,7 +108,7 @@ def test_models_that_cannot_judge_are_named(tiny_t5, tiny_bert, tmp_path, tiny_l
     shutil.copytree(tiny_llama, broken)
     template = "{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}"
     (broken / "chat_template.jinja").write_text(template)
-    with pytest.raises(ModelError, match="does not show a message once"):
+    with pytest.raises(ModelError, match="must contain the message exactly once"):
         LocalJudge(ModelSource(str(broken)))
 
 

@@ -6,14 +6,21 @@ import pytest
 
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import DataError
-from rlhf_cli.labeling.judges import findings
 from rlhf_cli.labeling.judges.calibration import Calibration
-from rlhf_cli.labeling.judges.measures import Asked, Behavior, agreement, averaged, between, by_subset
+from rlhf_cli.labeling.judges.measures import (
+    ReplyStatistics,
+    VerdictStatistics,
+    agreement,
+    averaged,
+    between,
+    by_subset,
+)
 from rlhf_cli.labeling.judges.panel import Ballot, Judge, Vote
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.rates import Rate
 from rlhf_cli.labeling.judges.replies import NO_VERDICT, TOO_LONG, Reply
 from rlhf_cli.labeling.judges.verdicts import both_ways
+from rlhf_cli.labeling.judges.warnings import warnings_of_judge, warnings_of_panel
 
 JUDGE = Judge("one", "id", "mark")
 
@@ -87,10 +94,10 @@ def test_what_was_always_so_has_an_interval_too():
 def test_behavior_by_hand():
     candidates = [pair(0), pair(1), pair(2), Candidates("p", ("same size", "size same")), Candidates("q", ("x", "x"))]
     verdicts = [{(0, 1): 1}, {(0, 1): -1}, {(0, 1): 0}, {(0, 1): 1}, {(0, 1): 0}]
-    found = Behavior.of(candidates, verdicts)
+    found = VerdictStatistics.of(candidates, verdicts)
     assert (found.ties.value, found.ties.count) == (0.25, 4), "equal answers are no pair that was judged"
     assert (found.longer_wins.value, found.longer_wins.count) == (0.5, 2)
-    cycle = Behavior.of([Candidates("p", ("x", "yy", "zzz"))], [{(0, 1): 1, (1, 2): 1, (0, 2): -1}])
+    cycle = VerdictStatistics.of([Candidates("p", ("x", "yy", "zzz"))], [{(0, 1): 1, (1, 2): 1, (0, 2): -1}])
     assert (cycle.contradicted.value, cycle.contradicted.count) == (1.0, 3)
 
 
@@ -112,7 +119,7 @@ def test_consistency_and_first_shown_by_hand():
     half = [vote(3, (0, 1), (0, 1)), vote(3, (1, 0), None, failure=NO_VERDICT)]
     given = ballot(same, first, ties, half)
     assert given.verdicts == [{(0, 1): 1}, {(0, 1): 0}, {(0, 1): 0}, {}]
-    asked = Asked.of([pair(number) for number in range(4)], given)
+    asked = ReplyStatistics.of([pair(number) for number in range(4)], given)
     assert (asked.consistent.value, asked.consistent.count) == (pytest.approx(2 / 3), 3)
     assert (asked.first_shown_wins.value, asked.first_shown_wins.count) == (pytest.approx(4 / 5), 5)
     assert asked.failures == {NO_VERDICT: 1}
@@ -124,7 +131,7 @@ def test_consistency_of_lists_is_counted_pair_by_pair():
     row = Candidates("p", ("x", "yy", "zzz"))
     # 2 > 0 > 1 when shown 0 1 2, and 2 > 1 > 0 when shown 2 1 0: two of three pairs agree.
     votes = [vote(0, (0, 1, 2), (1, 2, 0)), vote(0, (2, 1, 0), (0, 1, 2))]
-    asked = Asked.of([row], ballot(votes))
+    asked = ReplyStatistics.of([row], ballot(votes))
     assert (asked.consistent.value, asked.consistent.count) == (pytest.approx(2 / 3), 3)
 
 
@@ -133,11 +140,15 @@ def test_tokens_cost_and_letters_are_added_up():
         Reply(text="x", prompt_tokens=10, completion_tokens=2, cost=0.5, is_estimated=True),
         Reply(text="y", cost=1),
     ]
-    asked = Asked.of([pair(0)], ballot([vote(0, (0, 1), (0, 1), replies[0]), vote(0, (1, 0), (1, 0), replies[1])]))
+    asked = ReplyStatistics.of(
+        [pair(0)], ballot([vote(0, (0, 1), (0, 1), replies[0]), vote(0, (1, 0), (1, 0), replies[1])])
+    )
     assert (asked.prompt_tokens, asked.completion_tokens, asked.cost, asked.estimated) == (10, 2, 1.5, 1)
     assert asked.says_a_letter is None
     local = [Reply(chances=(0.2, 0.1)), Reply(chances=(0.5, 0.1))]
-    asked = Asked.of([pair(0)], ballot([vote(0, (0, 1), (0, 1), local[0]), vote(0, (1, 0), (0, 1), local[1])]))
+    asked = ReplyStatistics.of(
+        [pair(0)], ballot([vote(0, (0, 1), (0, 1), local[0]), vote(0, (1, 0), (0, 1), local[1])])
+    )
     assert asked.says_a_letter == pytest.approx(0.45)
 
 
@@ -178,8 +189,8 @@ def said(**changes) -> list[str]:
     }
     longer = changes.pop("longer_wins", rate(0.6))
     known = changes.pop("known", None)
-    behavior = Behavior(rate(0.1), longer, rate(0.0))
-    return findings.of_judge("one", Asked(**(asked | changes)), behavior, known)
+    verdict_statistics = VerdictStatistics(rate(0.1), longer, rate(0.0))
+    return list(warnings_of_judge("one", ReplyStatistics(**(asked | changes)), verdict_statistics, known))
 
 
 def test_nothing_is_said_of_a_good_judge():
@@ -190,17 +201,18 @@ def test_nothing_is_said_of_a_good_judge():
     ("changes", "words"),
     [
         ({"consistent": rate(0.5)}, "the same verdict in both orders on 50% of pairs"),
-        ({"longer_wins": rate(0.8)}, "prefers the longer answer in 80% of 100 pairs"),
-        ({"longer_wins": rate(0.2)}, "prefers the shorter answer in 80% of 100 pairs"),
+        ({"longer_wins": rate(0.8)}, "prefers the longer completion in 80% of 100 pairs"),
+        ({"longer_wins": rate(0.2)}, "prefers the shorter completion in 80% of 100 pairs"),
         ({"failures": {NO_VERDICT: 5}}, "no verdict on 5 of 200 questions (5 no verdict in the reply)"),
         ({"failures": {TOO_LONG: 1}}, "cannot read 1 of 200 questions"),
         ({"says_a_letter": 0.1}, "10% of the probability"),
-        ({"estimated": 3}, "did not say how many tokens 3 of 200 replies took"),
+        ({"estimated": 3}, "did not report the tokens of 3 of 200 replies"),
     ],
 )
 def test_what_deserves_a_warning_gets_one(changes, words):
-    (line,) = said(**changes)
-    assert words in line
+    (warning,) = said(**changes)
+    assert words in warning.text
+    assert (warning.about, bool(warning.advice)) == ("one", True)
 
 
 @pytest.mark.parametrize(
@@ -220,17 +232,18 @@ def test_too_little_to_tell_is_not_told(changes):
 def test_a_judge_that_is_no_better_than_chance_is_told_so():
     candidates = [pair(number) for number in range(60)]
     verdicts = [{(0, 1): 1 if number % 2 else -1} for number in range(60)]
-    (line,) = said(known=agreement(candidates, verdicts))
-    assert "no better than chance" in line
-    (line,) = said(known=agreement(candidates, [{(0, 1): -1}] * 60))
-    assert "worse than chance" in line
+    (warning,) = said(known=agreement(candidates, verdicts))
+    assert "no better than chance" in warning.text
+    (warning,) = said(known=agreement(candidates, [{(0, 1): -1}] * 60))
+    assert "worse than chance" in warning.text
     assert said(known=agreement(candidates, [{(0, 1): 1}] * 60)) == []
 
 
 def test_judges_that_hardly_agree_are_named():
-    behavior = Behavior(rate(0.1), rate(0.5), rate(0.0))
-    (line,) = findings.of_panel(behavior, None, {("one", "two"): rate(0.55), ("one", "three"): rate(0.8)})
-    assert line.startswith("one and two prefer the same answer in 55% of 100 pairs")
+    verdict_statistics = VerdictStatistics(rate(0.1), rate(0.5), rate(0.0))
+    (warning,) = warnings_of_panel(verdict_statistics, None, {("one", "two"): rate(0.55), ("one", "three"): rate(0.8)})
+    assert warning.about == "one and two"
+    assert "prefer the same completion in 55% of 100 pairs" in warning.text
 
 
 def test_calibration_names_the_figure_the_floor_and_the_file():
@@ -246,5 +259,5 @@ def test_calibration_names_the_figure_the_floor_and_the_file():
         found.check(0.71)
     assert caught.value.exit_code == 65
     assert "one 70.0%" in caught.value.message
-    with pytest.raises(DataError, match="no answer above another"):
+    with pytest.raises(DataError, match="are ties"):
         Calibration.of("people.jsonl", [Candidates("p", ("a", "b"), ((0, 1),))], [], [{}])

@@ -100,7 +100,7 @@ def test_a_list_of_more_answers_than_letters_is_refused_with_its_place():
     most = tuple(f"answer {number}" for number in range(16))
     assert len(ask(Candidates("why?", most), reply="list")) == 2
     assert len(ask(Candidates("why?", (*most, "answer 3")), reply="list")) == 2, "equal ones are shown once"
-    with pytest.raises(DataError, match=r"^rows\.jsonl:7: 17 different answers .* at most 16") as caught:
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: 17 different completions .* at most 16") as caught:
         ask(Candidates("why?", (*most, "another"), location="rows.jsonl:7"), reply="list")
     assert "label.judge.method=pairs" in (caught.value.hint or "")
     assert len(ask(Candidates("why?", (*most, "another")), reply="mark")) == 17 * 16

@@ -44,7 +44,9 @@ def test_pairs_become_rankings_with_every_vote_and_a_report(endpoint, judged, re
     cost = 24 * (100 * 1.0 + 10 * 2.0) / 1e6
     assert (one["prompt_tokens"], one["completion_tokens"]) == (2400, 240)
     assert one["cost"] == said["spent_in_this_run_directory"] == pytest.approx(cost)
-    assert any("prefers the longer answer" in line for line in said["warnings"]) is False, "12 pairs are too few"
+    assert any("prefers the longer completion" in warning["text"] for warning in said["warnings"]) is False, (
+        "12 pairs are too few"
+    )
     written = votes()
     assert len(written) == 24
     assert {tuple(vote["shown"]) for vote in written} == {(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)}
@@ -81,7 +83,7 @@ def test_a_judge_that_always_prefers_the_first_labels_nothing_but_ties(endpoint,
     assert (one["swap_consistency"]["value"], one["first_shown_wins"]["value"]) == (0.0, 1.0)
     assert one["known"]["accuracy"]["value"] == 0.5
     assert one["known"]["accuracy_of_decided"]["value"] is None
-    assert any("in both orders on 0% of pairs" in line for line in report()["warnings"])
+    assert any("in both orders on 0% of pairs" in warning["text"] for warning in report()["warnings"])
 
 
 def test_both_orders_off_asks_once_and_believes_it(endpoint, judged, report):
@@ -103,7 +105,7 @@ def test_accuracy_is_measured_where_the_order_is_known(endpoint, judged, report)
     subsets = report()["panel"]["known_by_subset"]
     assert {name: one["accuracy"]["value"] for name, one in subsets.items()} == {"part 0": 0.5, "part 1": 0.0}
     assert found.metrics["judge/accuracy"] == 0.25
-    assert any("worse than chance" in line for line in report()["warnings"])
+    assert any("worse than chance" in warning["text"] for warning in report()["warnings"])
 
 
 def test_a_panel_decides_by_majority_and_keeps_each_vote(endpoint, judged, report, votes, tmp_path):
@@ -122,7 +124,9 @@ def test_a_panel_decides_by_majority_and_keeps_each_vote(endpoint, judged, repor
     agreement = {tuple(n.split("@")[0] for n in row["judges"]): row for row in report()["panel"]["between_judges"]}
     assert agreement["one", "two"]["same_preference"]["value"] == 1.0
     assert agreement["one", "contrary"]["same_preference"]["value"] == 0.0
-    assert sum("prefer the same answer in 0% of 24 pairs" in line for line in report()["warnings"]) == 2
+    assert (
+        sum("prefer the same completion in 0% of 24 pairs" in warning["text"] for warning in report()["warnings"]) == 2
+    )
     assert len(votes()) == 24 * 2 * 3
     assert len(list(read_labels(tmp_path / ".label.output" / "labels.jsonl"))) == 24 * 3
 
@@ -200,7 +204,9 @@ def test_below_the_floor_nothing_is_labeled(endpoint, judged, tmp_path):
         {"prompt": f"p{n}", "chosen": LONG if n < 6 else SHORT, "rejected": SHORT if n < 6 else LONG} for n in range(10)
     ]
     people = write(tmp_path / "people.jsonl", rows)
-    with pytest.raises(DataError, match=r"people\.jsonl: the judges agree with people on 60\.0% of 10 .*floor: 0\.65"):
+    with pytest.raises(
+        DataError, match=r"people\.jsonl: the judges agree with the human rankings on 60\.0% of 10 .*floor: 0\.65"
+    ):
         judged(PAIRS, panel=[at(endpoint)], calibration=people, floor=0.65)
     assert len(endpoint.requests) == 20, "calibration alone"
     assert not (tmp_path / ".label.output" / "votes.jsonl").exists()
@@ -220,7 +226,7 @@ def test_at_the_floor_labels_are_made_and_calibration_is_asked_once(endpoint, ju
     assert (said["panel"]["accuracy"]["value"], said["panel"]["accuracy"]["count"]) == (1.0, 8)
     assert sorted(said["subsets"]) == ["s0", "s1"]
     assert found.metrics["judge/calibration"] == 1.0
-    assert "agrees with people" in dict(found.summary)
+    assert "agreement with people" in dict(found.summary)
     judged(PAIRS, panel=[at(endpoint)], calibration=people, floor=1.0)
     assert len(endpoint.requests) == 4 * 6 + 48
 
@@ -265,7 +271,7 @@ def test_attempts_without_an_answer_are_counted_by_the_next_run_too(endpoint, ju
     assert len(endpoint.requests) == 2
     judged(PAIRS[:2], panel=[priced])
     said = report()
-    lost = said["attempts_without_answer"]
+    lost = said["attempts_without_reply"]
     assert lost["count"] == 1
     assert 0.001 < lost["cost"] < 0.002
     assert said["spent_in_this_run_directory"] == pytest.approx(4 * 0.00011 + lost["cost"], abs=2e-6)
@@ -315,7 +321,9 @@ def test_calibration_leaves_out_what_a_list_cannot_show_and_says_where(endpoint,
     rows.insert(1, {"prompt": "many", "completions": many, "ranking": [[n] for n in range(17)]})
     people = write(tmp_path / "people.jsonl", rows)
     asked = {"panel": [at(endpoint)], "calibration": people, "method": "listwise"}
-    with pytest.raises(DataError, match=r"more than 16 answers, which `method: listwise` cannot show.*people\.jsonl:2"):
+    with pytest.raises(
+        DataError, match=r"more than 16 completions, which `method: listwise` cannot show.*people\.jsonl:2"
+    ):
         judged(PAIRS[:1], **asked)
     judged(PAIRS[:1], **asked, data={"max_skip": 0.25})
     assert "people.jsonl:2" in "".join(capsys.readouterr().err.split())

@@ -38,7 +38,7 @@ def test_a_local_model_labels_and_is_not_loaded_again_for_what_it_said(roomy_lla
     (one,) = report()["judges"]
     assert (one["name"], one["questions"], one["replies_of_this_run"]) == ("roomy-llama", QUESTIONS, QUESTIONS)
     assert 0.0 < one["says_a_letter"] < 0.2, "an untrained model says anything"
-    assert any("hardly understands the question" in line for line in report()["warnings"])
+    assert any("hardly understands the question" in warning["advice"] for warning in report()["warnings"])
     for vote in votes():
         first, second = vote["chances"]
         assert vote["ranking"][0] == [vote["shown"][0 if first > second else 1]]
@@ -59,7 +59,9 @@ def test_what_is_too_long_is_said(tiny_llama, judged, report):
     with pytest.raises(DataError):
         judged(ITEMS, panel=[{"model": str(tiny_llama)}])
     assert report()["judges"][0]["failures"] == {"longer than the judge reads": QUESTIONS}
-    assert any(f"cannot read {QUESTIONS} of {QUESTIONS} questions" in line for line in report()["warnings"])
+    assert any(
+        f"cannot read {QUESTIONS} of {QUESTIONS} questions" in warning["text"] for warning in report()["warnings"]
+    )
 
 
 class Signal:

@@ -13,26 +13,27 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from rlhf_cli.data.records import Message
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Entry, LabelPlan, Progress, Task
-from rlhf_cli.labeling.terminal.closing import closing_lines
-from rlhf_cli.labeling.terminal.controller import Tally
-from rlhf_cli.labeling.terminal.drawing import Screen, draw, extent
+from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, Entry, LabelTask, SessionProgress
+from rlhf_cli.labeling.terminal.app import Outcome, closing_lines
+from rlhf_cli.labeling.terminal.controller import VisitCounts
+from rlhf_cli.labeling.terminal.drawing import Screen, draw, scroll_area
 from rlhf_cli.labeling.terminal.editing import Line
 from rlhf_cli.labeling.terminal.guide import guide_rows
 from rlhf_cli.labeling.terminal.key_bindings import step
 from rlhf_cli.labeling.terminal.keys import Key
 from rlhf_cli.labeling.terminal.layout import columns_for, document
 from rlhf_cli.labeling.terminal.painting import paint
-from rlhf_cli.labeling.terminal.state import Effect, State, Trouble, with_task, with_trouble
+from rlhf_cli.labeling.terminal.state import Effect, Failure, State, with_failure, with_task
 from rlhf_cli.labeling.terminal.visible import in_one_line
 from tests.labeling.terminal.terminal_support import TEXTS
 
-PROGRESS = Progress(40, 11, 0, 11, 29, False, mine=11, left_for_me=29, pace_seconds=38.2)
+PROGRESS = SessionProgress(40, 11, 0, 11, 29, False, mine=11, left_for_me=29, pace_seconds=38.2)
 
 
 def at_task(*answers: str, prompt="Why is my bread so heavy?", draft: Entry | None = None, **plan) -> State:
     state = State(LabelPlan(**plan), "Maria", PROGRESS)
-    return with_task(state, Task(12, 12, prompt, answers, LabelPlan().shown, draft))
+    return with_task(state, LabelTask(12, 12, prompt, answers, LabelPlan().display_hash, draft))
 
 
 def text_of(screen: Screen) -> list[str]:
@@ -65,12 +66,12 @@ def states(draw_):
     criteria = tuple(draw_(st.lists(st.sampled_from(["helpful", "honest", "h" * 30]), unique=True)))
     plan = {"criteria": criteria, "strengths": draw_(st.booleans()), "guidelines": draw_(st.none() | TEXTS)}
     state = at_task(*texts, prompt=prompt, draft=Entry(tiers, note=draw_(TEXTS)), **plan)
-    views = ["rank", "note", "flag", "help", "end", "trouble", *(["marks"] if criteria else [])]
+    views = ["rank", "note", "flag", "help", "end", "failure", *(["marks"] if criteria else [])]
     state = replace(state, view=draw_(st.sampled_from(views)), top=draw_(st.integers(0, 99)))
     line = draw_(TEXTS)
     state = replace(state, line=Line(line, draw_(st.integers(0, len(line)))), is_joining=bool(tiers), name=draw_(TEXTS))
-    trouble = Trouble(draw_(TEXTS), draw_(TEXTS), Effect("quit"))
-    state = with_trouble(state, trouble) if state.view == "trouble" else replace(state, hint=draw_(TEXTS | st.just("")))
+    failure = Failure(draw_(TEXTS), draw_(TEXTS), Effect("quit"))
+    state = with_failure(state, failure) if state.view == "failure" else replace(state, hint=draw_(TEXTS | st.just("")))
     return replace(state, task=None) if state.view == "end" else state
 
 
@@ -101,15 +102,17 @@ def test_all_of_the_answers_is_reached_by_scrolling(state, width, height):
     if state.task is None:
         return
     state = replace(state, view="rank", is_joining=False, top=0)
-    laid_out = document(state.task.prompt, state.task.answers, width, height // 6 if height >= 20 else 0)
-    for number, answer in enumerate(state.task.answers):
-        text = [piece.text for row in laid_out.rows for cell in row if cell.answer == number for piece in cell.pieces]
+    laid_out = document(state.task.prompt, state.task.completions, width, height // 6 if height >= 20 else 0)
+    for number, answer in enumerate(state.task.completions):
+        text = [
+            piece.text for row in laid_out.rows for cell in row if cell.completion == number for piece in cell.pieces
+        ]
         expected = "".join(in_one_line(line.expandtabs(4)) for line in answer.replace("\r\n", "\n").split("\n"))
         expected = expected if answer.strip() else "(anemptyanswer)" if not answer else "(onlywhitespace)"
         assert _inked("".join(text)) == _inked(expected)
     unseen = set(range(len(laid_out.rows)))
     while unseen:
-        here = extent(state, width, height)
+        here = scroll_area(state, width, height)
         shown_now = [piece.text for row in draw(state, width, height).rows for piece in row]
         for number in range(state.top, min(state.top + here.page, here.total)):
             assert all(piece.text in shown_now for cell in laid_out.rows[number] for piece in cell.pieces)
@@ -127,7 +130,7 @@ def test_a_page_down_leaves_out_no_line():
     seen = set()
     for _ in range(60):
         seen |= set(re.findall(r"[WXYZ]\d{3}", shown(state)))
-        state, _ = step(state, Key("pagedown"), extent(state, 80, 24))
+        state, _ = step(state, Key("pagedown"), scroll_area(state, 80, 24))
     assert len(seen) == 240
 
 
@@ -140,7 +143,7 @@ def test_the_screen_says_how_far_one_is_what_is_asked_and_what_to_press():
     assert "  a   Add water." in screen
     assert "  b   Wait an hour." in screen
     assert " ranking  none yet" in screen
-    assert "a-b rank  = tie  Enter submit  u back  s skip  f flag  n note  ? help  q quit" in screen
+    assert "a-b rank  = tie  Enter submit  u undo  s skip  f flag  n note  ? help  q quit" in screen
 
 
 def test_the_ranking_is_shown_as_it_would_be_written_with_what_lacks():
@@ -223,8 +226,8 @@ def test_the_cursor_is_where_the_next_character_goes(size):
 
 
 def test_trouble_is_shown_with_what_can_be_done():
-    trouble = Trouble("cannot write labels.db: disk full", "free some space", Effect("submit"))
-    screen = shown(with_trouble(at_task("x", "y"), trouble))
+    failure = Failure("cannot write labels.db: disk full", "free some space", Effect("submit"))
+    screen = shown(with_failure(at_task("x", "y"), failure))
     assert "cannot write labels.db: disk full (free some space)" in screen
     assert "what you entered is still here" in screen
     assert "Enter try again  Esc back  q quit" in screen
@@ -234,9 +237,9 @@ def test_the_end_says_whether_others_are_still_at_it():
     def end(**progress):
         return shown(replace(with_task(at_task("x", "y"), None), progress=replace(PROGRESS, **progress)))
 
-    assert "others are at what is left (29)" in end()
-    assert "Others are still at theirs" in end(left_for_me=0)
-    assert "All is labeled" in end(left_for_me=0, labels_left=0)
+    assert "others are working on the rest (29)" in end()
+    assert "Others are still working" in end(left_for_me=0)
+    assert "Labeling is complete" in end(left_for_me=0, labels_left=0)
 
 
 def test_a_window_too_small_says_so():
@@ -255,28 +258,33 @@ def test_only_rows_that_changed_are_painted_and_no_color_means_none():
 
 
 def test_the_last_lines_say_what_was_done_and_what_is_left():
-    tally = Tally(ranked=3, skipped=1, flagged=1, taken_back=1, active_seconds=95.0)
-    lines = closing_lines(tally, PROGRESS, True, True, "rlhf label --run-dir R", "")
-    assert lines == [
-        "you ranked 3, skipped 1, flagged 1 and went back 1 time in 1 min 35 s (19.0 s each)",
-        "the one in hand is kept as you left it",
+    counts = VisitCounts(ranked=3, skipped=1, flagged=1, undone=1, active_seconds=95.0)
+    outcome = Outcome("quit", counts, PROGRESS, has_draft=True, is_draft_kept=True)
+    assert closing_lines(outcome, "rlhf label --run-dir R", "") == [
+        "you ranked 3, skipped 1, flagged 1 and undid 1 in 1 min 35 s (19.0 s each)",
+        "the open task is saved as a draft",
         "left: 29 for you",
-        "to go on where you stopped: rlhf label --run-dir R",
+        "to resume: rlhf label --run-dir R",
     ]
-    assert closing_lines(tally, PROGRESS, False, True, "", "")[1:] == ["left: 29 for you"]
+    outcome = replace(outcome, has_draft=False)
+    assert closing_lines(outcome, "", "")[1:] == ["left: 29 for you"]
+    held = closing_lines(replace(outcome, end="nothing left"), "", "")
+    assert "others are working on these" in held[2]
     done = replace(PROGRESS, left_for_me=0, labels_left=4)
-    assert closing_lines(Tally(), done, False, True, "", "now train") == [
-        "nothing was submitted this time",
-        "nothing is left for you; others are asked for the rest",
+    outcome = replace(outcome, counts=VisitCounts(), progress=done)
+    assert closing_lines(outcome, "", "now train") == [
+        "no labels were submitted",
+        "nothing is left for you; the rest is assigned to others",
     ]
-    assert closing_lines(Tally(), replace(done, is_complete=True), True, False, "", "now train")[1:] == [
-        "what you entered last could not be kept: it is not on disk",
-        "nothing is left: now train",
+    complete = replace(outcome, progress=replace(done, is_complete=True), has_draft=True, is_draft_kept=False)
+    assert closing_lines(complete, "", "now train")[1:] == [
+        "your last entry could not be saved",
+        "labeling is complete: now train",
     ]
 
 
 def test_letters_that_do_not_follow_each_other_are_named_one_by_one():
-    assert ANSWER_LETTERS[:6] == "abcdeg"
+    assert COMPLETION_LETTERS[:6] == "abcdeg"
     assert " abcdeg rank" in shown(at_task(*"uvwxyz"))
 
 
@@ -294,7 +302,7 @@ def sampled(name: str) -> dict:
 def test_the_screens_of_the_documentation_are_what_is_drawn():
     ranking, pair = sampled("rankings.jsonl"), sampled("preferences.jsonl")
     answers = [ranking["completions"][n] for n in (1, 0, 2, 3)]
-    start = Progress(25, 0, 0, 0, 25, False, left_for_me=25)
+    start = SessionProgress(25, 0, 0, 0, 25, False, left_for_me=25)
     state = replace(at_task(*answers, prompt=ranking["prompt"], draft=Entry(((1, 0),))), progress=start)
     assert documented()[0] == shown(replace(state, tiers=((1, 0),)))
 
@@ -308,7 +316,7 @@ def test_the_screens_of_the_documentation_are_what_is_drawn():
 
 @pytest.mark.parametrize(
     ("after", "says"),
-    [(1, "skip: leave it out; nobody else is asked"), (2, "skip: you leave it out; others may have it")],
+    [(1, "skip; nobody else gets this task"), (2, "skip; others may still get this task")],
 )
 def test_the_help_says_what_a_skip_means_under_this_plan(after, says):
     rows = guide_rows(LabelPlan(set_aside_after=after), 100)

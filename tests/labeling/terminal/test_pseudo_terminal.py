@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.data.records import Candidates
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Entry, LabelPlan
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, Entry
 from tests.labeling.terminal.terminal_support import PROGRAM, Terminal
 
 
@@ -43,7 +44,7 @@ def labels_of(store: Path) -> dict[str, tuple]:
     session = LabelSession(store, create=False)
     found = {}
     for label in session.labels():
-        letters = {answer: ANSWER_LETTERS[position] for position, answer in enumerate(label.shown)}
+        letters = {answer: COMPLETION_LETTERS[position] for position, answer in enumerate(label.shown)}
         tiers = tuple("".join(sorted(letters[answer] for answer in tier)) for tier in label.tiers)
         assert isinstance(label.prompt, str)
         found[label.prompt] = (label.outcome, tiers, label.note, label.reason)
@@ -78,16 +79,16 @@ def test_twenty_items_are_stored_exactly_as_they_were_typed(store, started):
     terminal.type("dc=", then="d > c = _")
     terminal.type("\x03")  # in the middle
     assert terminal.ended() == "outcome quit None\n"
-    assert "you ranked 8, skipped 1, flagged 1 and went back 2 times" in str(terminal.screen)
+    assert "you ranked 8, skipped 1, flagged 1 and undid 2" in str(terminal.screen)
     assert "to go on" not in str(terminal.screen), "whoever called says that, with how far all is"
 
     terminal = started(columns=120, rows=40)
-    terminal.wait_for("resumed where you stopped")
+    terminal.wait_for("resumed your draft")
     terminal.type("=ba\r")
     for number in range(11, 20):
         terminal.wait_for(f"Question {number}?")
         terminal.type(typed[number][0])
-    terminal.wait_for("All is labeled")
+    terminal.wait_for("Labeling is complete")
     terminal.type("\r")
     assert terminal.ended() == "outcome nothing left None\n"
     assert labels_of(store) == {f"Question {number}?": expected for number, (_, expected) in typed.items()}
@@ -134,10 +135,10 @@ def test_a_closed_window_keeps_the_draft(store, started):
 
 
 def test_an_error_of_ours_restores_the_terminal_before_it_is_shown(store, started):
-    broken = "import rlhf_cli.labeling.terminal.app as face\n"
-    broken += "real, calls = face.draw, []\n"
+    broken = "import rlhf_cli.labeling.terminal.app as app\n"
+    broken += "real, calls = app.draw, []\n"
     broken += "def draw(*args):\n    calls.append(1)\n    return real(*args) if len(calls) < 3 else 1 / 0\n"
-    broken += "face.draw = draw\n"
+    broken += "app.draw = draw\n"
     terminal = started(program=broken + PROGRAM)
     terminal.wait_for("Question 0?")
     terminal.type("b", then="ranking  b")

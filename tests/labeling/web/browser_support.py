@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.web.tokens import Links
+from rlhf_cli.labeling.web.tokens import ServerLinks
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -46,11 +46,11 @@ def opened(browser: Browser, link: str, **options: Any) -> Iterator[Page]:
     assert trouble == []
 
 
-def shown_answers(page: Page) -> dict[str, str]:
+def shown_completions(page: Page) -> dict[str, str]:
     """Letter -> text of the answers on the page."""
     return dict(
         page.evaluate(
-            "[...document.querySelectorAll('.answer')].map(card => "
+            "[...document.querySelectorAll('.completion')].map(card => "
             "[card.querySelector('.badge').textContent.toLowerCase(), card.querySelector('.text').textContent])"
         )
     )
@@ -144,7 +144,7 @@ def watch_answers(page: Page) -> Callable[[], dict[tuple[str, str], int]]:
 
 
 @contextmanager
-def stranger(links: Links) -> Iterator[str]:
+def stranger(links: ServerLinks) -> Iterator[str]:
     """A web site of somebody else's, on this machine but by another name, that tries what it can."""
     page = f"""<!doctype html><iframe src="{links.address}/"></iframe><script type="module">
     const quiet = () => null;

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_cli.data.records import Candidates, Message
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import Entry, LabelPlan
-from rlhf_cli.labeling.web.tokens import Links
+from rlhf_cli.labeling.session.types import Entry
+from rlhf_cli.labeling.web.tokens import ServerLinks
 from tests.conftest import ROOT
 from tests.labeling.web.browser_support import PATH
 from tests.labeling.web.web_support import served
@@ -81,8 +82,8 @@ def label_some(store: Path, plan: LabelPlan, names: tuple[str, ...]) -> None:
             assert task is not None
             now[0] += 25 + 12 * rng.random()
             given = {"key": f"{step}", "active_seconds": 15 + 20 * rng.random()}
-            count = len(task.answers)
-            drawn = [(len(text) * rng.random(), place) for place, text in enumerate(task.answers)]
+            count = len(task.completions)
+            drawn = [(len(text) * rng.random(), place) for place, text in enumerate(task.completions)]
             order = [place for _, place in sorted(drawn)]
             marks = {name: tuple(rng.randint(2, 5) for _ in range(count)) for name in plan.criteria}
             if step == 7 and name == "Ben":
@@ -96,7 +97,7 @@ def label_some(store: Path, plan: LabelPlan, names: tuple[str, ...]) -> None:
     session.close()
 
 
-def photograph(links: Links, name: str) -> None:
+def photograph(links: ServerLinks, name: str) -> None:
     """All pictures."""
     from playwright.sync_api import sync_playwright
 

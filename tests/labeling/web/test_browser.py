@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Candidates, Message
-from rlhf_cli.labeling.session.types import LabelPlan
-from rlhf_cli.labeling.web.tokens import Links
+from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.web.tokens import ServerLinks
 from tests.labeling.web import web_support
 from tests.labeling.web.browser_support import (
     finger_drag,
     opened,
     reach,
     read_labels,
-    shown_answers,
+    shown_completions,
     stranger,
     wait_for_next,
     watch_answers,
@@ -48,7 +48,7 @@ def test_hostile_texts_show_as_text_and_do_nothing(browser: Browser, tmp_path: P
             page.wait_for_selector("#help-dialog[open]")
             assert HOSTILE[0] in page.locator("#guidelines").inner_text()
             page.keyboard.press("Escape")
-            shown = sorted(shown_answers(page).values())
+            shown = sorted(shown_completions(page).values())
             visible = "ESC[31mredESC]0;titleBEL U+202Egnp.exeU+202C U+2066hiddenU+2069 U+200Bzero\nnextNUL"
             assert shown == sorted((HOSTILE[0], visible, HOSTILE[2], HOSTILE[3]))
             assert page.locator("#who").inner_text() == name
@@ -60,9 +60,9 @@ def test_hostile_texts_show_as_text_and_do_nothing(browser: Browser, tmp_path: P
             page.wait_for_selector("#message:visible")
             assert page.evaluate("window.hacked") is None
         with opened(browser, links.administrator) as page:
-            remark = page.locator("#remarks li").first
-            remark.wait_for()
-            assert HOSTILE[2] + "ESC[31m"[:7] in remark.inner_text()
+            comment = page.locator("#comments li").first
+            comment.wait_for()
+            assert HOSTILE[2] + "ESC[31m"[:7] in comment.inner_text()
             assert page.locator("#people th").first.inner_text() == name
             assert page.locator("main img, main script, main style, main a, main i, main u").count() == 0
             assert page.evaluate("window.hacked") is None
@@ -73,7 +73,7 @@ def test_strengths_marks_and_every_control_can_be_reached_by_keyboard(browser: B
     store = make_store(tmp_path / "labels.sqlite", numbered_items(3, answers=2), plan)
     with served(store, ["Ada"]) as links, opened(browser, links.annotators["Ada"]) as page:
         page.wait_for_selector("#task:visible")
-        texts = shown_answers(page)
+        texts = shown_completions(page)
         keys = page.keyboard
         keys.press("Enter")
         assert page.locator("#problem").inner_text() == "A, B have no place yet."
@@ -85,7 +85,7 @@ def test_strengths_marks_and_every_control_can_be_reached_by_keyboard(browser: B
         keys.press("Enter")
         wait_for_next(page, "task 1")
         # The second task with Tab, arrows and the space bar alone.
-        second = shown_answers(page)
+        second = shown_completions(page)
         reach(page, ".pool .chip[data-position='1']")
         keys.press("Space")
         reach(page, ".pool .chip[data-position='0']")
@@ -142,11 +142,11 @@ def test_a_phone_ranks_by_tapping_and_by_dragging_with_a_finger(browser: Browser
     with served(store, ["Ada"]) as links, opened(browser, links.annotators["Ada"], **phone) as page:
         page.wait_for_selector("#task:visible")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
-        texts = list(shown_answers(page).values())
+        texts = list(shown_completions(page).values())
         page.locator(".pool .chip[data-position='2']").tap()
         page.locator("#tie").tap()
         page.locator(".pool .chip[data-position='0']").tap()
-        page.locator("#answer-1 .badge").tap()
+        page.locator("#completion-1 .badge").tap()
         finger_drag(page, ".chip[data-position='3']", "[data-drop='gap:0']")
         page.locator("#submit").tap()
         page.wait_for_selector("#message:visible")
@@ -191,11 +191,11 @@ def test_an_answer_outlives_a_server_that_was_killed_and_is_stored_once(browser:
     assert label.tiers == tuple((index,) for index in label.shown)
 
 
-def start(store: Path, port: int) -> tuple[subprocess.Popen[str], Links]:
+def start(store: Path, port: int) -> tuple[subprocess.Popen[str], ServerLinks]:
     command = [sys.executable, web_support.__file__, str(store), "--port", str(port), "Ada"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})
     assert process.stdout is not None
-    return process, Links(**json.loads(process.stdout.readline()))
+    return process, ServerLinks(**json.loads(process.stdout.readline()))
 
 
 def test_the_administrator_sees_it_live_and_lets_people_in(browser: Browser, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_the_administrator_sees_it_live_and_lets_people_in(browser: Browser, tmp
             other.keyboard.type("abcd")
             other.keyboard.press("Enter")
             wait_for_next(other, "task 1")
-        page.locator("#figures", has_text="0 of 2").wait_for()
+        page.locator("#statistics", has_text="0 of 2").wait_for()
         page.locator("#people tr", has_text=re.compile(r"Ada\s*1\s*0\s*0")).wait_for()
         with page.expect_download() as saved:
             page.locator("#download").click()

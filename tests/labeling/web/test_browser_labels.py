@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.labeling.session.types import LabelPlan
+from rlhf_cli.labeling.session.plan import LabelPlan
 from tests.labeling.web.browser_support import (
     Tiers,
     drag,
     given,
     opened,
     read_labels,
-    shown_answers,
+    shown_completions,
     title,
     wait_for_next,
 )
@@ -49,7 +49,7 @@ def drag_tiers(page: Page, tiers: list[list[str]]) -> None:
             drag(page, "abcd".index(letter), "[data-drop='tier:0']")
 
 
-class Labeler:
+class CompletionScorer:
     """Somebody at the page who remembers what they said."""
 
     def __init__(self, page: Page, name: str, enter: Callable[[Page, list[list[str]]], None]) -> None:
@@ -61,7 +61,7 @@ class Labeler:
         return self.page.locator("#prompt").inner_text()
 
     def rank(self, submit: Callable[[], None]) -> None:
-        before, prompt, texts = title(self.page), self.prompt(), shown_answers(self.page)
+        before, prompt, texts = title(self.page), self.prompt(), shown_completions(self.page)
         tiers = some_tiers(self.rng, list(texts))
         self.enter(self.page, tiers)
         submit()
@@ -98,7 +98,7 @@ def test_twenty_items_by_keys_and_by_mouse_come_out_as_they_were_entered(browser
 
 def by_keys(page: Page) -> dict[str, tuple[str, Tiers]]:
     keys = page.keyboard
-    ada = Labeler(page, "Ada", type_tiers)
+    ada = CompletionScorer(page, "Ada", type_tiers)
 
     def enter() -> None:
         keys.press("Enter")
@@ -133,7 +133,7 @@ def by_keys(page: Page) -> dict[str, tuple[str, Tiers]]:
     # Reloads half way.
     keys.type("b=d")
     page.locator("#saved", has_text="draft saved").wait_for()
-    before, texts = title(page), shown_answers(page)
+    before, texts = title(page), shown_completions(page)
     page.reload()
     page.wait_for_selector("#task:visible")
     assert title(page) == before
@@ -161,7 +161,7 @@ def by_keys(page: Page) -> dict[str, tuple[str, Tiers]]:
 
 
 def by_mouse(page: Page) -> dict[str, tuple[str, Tiers]]:
-    ben = Labeler(page, "Ben", drag_tiers)
+    ben = CompletionScorer(page, "Ben", drag_tiers)
 
     def submit() -> None:
         page.locator("#submit").click()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import LabelPlan
-from tests.labeling.web.browser_support import DESKTOP, read_labels, shown_answers, wait_for_next
+from tests.labeling.web.browser_support import DESKTOP, read_labels, shown_completions, wait_for_next
 from tests.labeling.web.web_support import Client, make_store, numbered_items, served, whole_answer
 
 if TYPE_CHECKING:
@@ -54,17 +54,17 @@ def test_guidelines_and_criteria_that_change_are_shown_and_what_was_entered_stay
     store = make_store(tmp_path / "labels.sqlite", TWO, LabelPlan(criteria=("kind",)))
     with served(store, ["Ada"]) as links:
         page = begun(browser, links.annotators["Ada"])
-        texts = shown_answers(page)
+        texts = shown_completions(page)
         page.keyboard.type("ba51")
         page.locator("#note").fill("a note")
         page.locator("#saved", has_text="draft saved").wait_for()
         changed = ask_for(store, criteria=("kind", "honest"), guidelines="Prefer what is true.")
         page.locator("#submit").click()
         page.wait_for_selector("#help-dialog[open]")
-        assert page.locator("#help-news").inner_text() == "What is asked has changed."
+        assert page.locator("#help-news").inner_text() == "The instructions have changed."
         assert page.locator("#guidelines").inner_text() == "Prefer what is true."
         page.keyboard.press("Escape")
-        assert page.locator("#problem").inner_text() == "What is asked has changed."
+        assert page.locator("#problem").inner_text() == "The instructions have changed."
         page.keyboard.type("42")  # only what is new
         page.keyboard.press("Enter")
         wait_for_next(page, "task 1")
@@ -73,8 +73,8 @@ def test_guidelines_and_criteria_that_change_are_shown_and_what_was_entered_stay
         page.locator("#saved", has_text="draft saved").wait_for()
         ask_for(store, strengths=True)
         page.keyboard.type("5")
-        page.locator("#problem", has_text="What is asked has changed.").wait_for()
-        assert page.locator("#answers fieldset").count() == 0
+        page.locator("#problem", has_text="The instructions have changed.").wait_for()
+        assert page.locator("#completions fieldset").count() == 0
         page.keyboard.type("2")
         page.keyboard.press("Enter")
         page.wait_for_selector("#message:visible")
@@ -95,8 +95,8 @@ def test_the_next_task_brings_what_is_asked_by_then(browser: Browser, tmp_path: 
         ask_for(store, criteria=("honest",), set_aside_after=2)
         page.keyboard.press("s")
         wait_for_next(page, "task 1")
-        assert page.locator("#answers fieldset").count() == 2
-        assert page.locator("#problem").inner_text() == "What is asked has changed."
+        assert page.locator("#completions fieldset").count() == 2
+        assert page.locator("#problem").inner_text() == "The instructions have changed."
         assert page.locator("#skip-means").text_content() == "skip: you leave it out; others may have it"
         page.context.close()
 

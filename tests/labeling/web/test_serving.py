@@ -18,7 +18,7 @@ import pytest
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import Entry, InvalidLabelError, Receipt
-from rlhf_cli.labeling.web.admin import Oversight, pace_per_hour, remarks
+from rlhf_cli.labeling.web.admin import AdminSnapshots, comments, pace_per_hour
 from rlhf_cli.labeling.web.pages import ASSETS, PAGES
 from rlhf_cli.labeling.web.writer import Writer
 from tests.conftest import ROOT
@@ -131,14 +131,14 @@ def test_pace_counts_rankings_that_are_needed_over_the_last_quarter_of_an_hour()
     assert pace_per_hour(labels + others, now) == pytest.approx(3 * 3600 / 600)
 
 
-def test_remarks_are_what_people_said_newest_first() -> None:
+def test_comments_are_what_people_said_newest_first() -> None:
     labels = [
         label_at(1, note="a note"),
         label_at(3, outcome="flagged", reason="cut off"),
         label_at(2),
         label_at(4, outcome="skipped"),
     ]
-    assert [(row["kind"], row["text"]) for row in remarks(labels)] == [
+    assert [(row["kind"], row["text"]) for row in comments(labels)] == [
         ("skipped", ""),
         ("flagged", "cut off"),
         ("note", "a note"),
@@ -155,9 +155,9 @@ def test_the_administrator_sees_figures_of_all_labels_and_downloads_them(tmp_pat
         session.submit(ada, task.id, WHOLE, key=str(number), active_seconds=0)
 
     async def look() -> tuple[dict[str, Any], bytes]:
-        oversight = Oversight(store)
-        shown = await oversight.snapshot(), await oversight.labels_jsonl()
-        oversight.close()
+        admin = AdminSnapshots(store)
+        shown = await admin.snapshot(), await admin.labels_jsonl()
+        admin.close()
         return shown
 
     shown, exported = asyncio.run(look())

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.data.records import Candidates
+from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from rlhf_cli.labeling.session.types import LabelPlan
 from rlhf_cli.labeling.web.serving import serve
-from rlhf_cli.labeling.web.tokens import Links
+from rlhf_cli.labeling.web.tokens import ServerLinks
 
 
 def numbered_items(count: int, answers: int = 4) -> list[Candidates]:
@@ -35,12 +35,12 @@ def make_store(path: Path, items: list[Candidates], plan: LabelPlan | None = Non
 
 
 @contextmanager
-def served(store: Path, annotators: list[str], *, port: int = 0) -> Iterator[Links]:
+def served(store: Path, annotators: list[str], *, port: int = 0) -> Iterator[ServerLinks]:
     """A server in a thread of this process."""
     ready, stop, told = threading.Event(), threading.Event(), []
     failures: list[BaseException] = []
 
-    def announce(links: Links) -> None:
+    def announce(links: ServerLinks) -> None:
         told.append(links)
         ready.set()
 
@@ -72,7 +72,7 @@ def token_of(link: str) -> str:
 class Client:
     """Sends requests exactly as they are told."""
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: ServerLinks) -> None:
         self.links = links
         self.host = links.address.removeprefix("http://")
         self.port = int(self.host.rpartition(":")[2])
@@ -116,7 +116,7 @@ class Client:
 
 def whole_answer(task: dict[str, Any], key: str) -> dict[str, Any]:
     """An answer that the server would take."""
-    tiers = [[position] for position in range(len(task["answers"]))]
+    tiers = [[position] for position in range(len(task["completions"]))]
     return {"task": task["id"], "entry": {"tiers": tiers}, "key": key, "active_seconds": 0}
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     given = parser.parse_intermixed_args()
 
-    def announce(links: Links) -> None:
+    def announce(links: ServerLinks) -> None:
         plain = {"address": links.address, "administrator": links.administrator, "annotators": dict(links.annotators)}
         print(json.dumps(plain), flush=True)
 

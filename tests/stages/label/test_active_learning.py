@@ -1,4 +1,4 @@
-"""Active choice in the `label` stage: reward models decide which of the answers get a label."""
+"""Active choice in the `label` stage: reward models decide which of the completions get a label."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
-from rlhf_cli.stages.label import active_learning as label_choose
-from rlhf_cli.stages.label.active_learning import choose_candidates
+from rlhf_cli.stages.label import active_learning as label_active_learning
+from rlhf_cli.stages.label.active_learning import select_candidates
 from rlhf_cli.stages.label.sampling import Sampled
 from tests.stages.context import stage_context
 
@@ -55,19 +55,19 @@ def sampled(prompts: list[Prompt] | None = None, *, drawn: bool = True) -> Sampl
     return Sampled(rows, completions if drawn else [], SkipLog(), ProcessGroup())
 
 
-def context(folder: Path, models: list[str], **choose: object) -> StageContext:
+def context(folder: Path, models: list[str], **active_learning: object) -> StageContext:
     section = {"by": "function", "function": "f.py:f", "completions_per_prompt": 4}
-    section |= {"choose": {"prompts": 8, "reward_models": models} | choose}
+    section |= {"active_learning": {"prompts": 8, "reward_models": models} | active_learning}
     recipe = Recipe.model_validate({"model": {"precision": "float32"}, "data": {"holdout": 0.3}, "label": section})
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return stage_context("label", recipe, output=folder / "out", work=folder / "work", active_learning=models)
 
 
-def choose(given: StageContext, rows: Sampled) -> Sampled:
+def select(given: StageContext, rows: Sampled) -> Sampled:
     assert given.recipe.label is not None
-    assert given.recipe.label.choose is not None
-    return choose_candidates(given, given.recipe.label.choose, rows)
+    assert given.recipe.label.active_learning is not None
+    return select_candidates(given, given.recipe.label.active_learning, rows)
 
 
 def written(folder: Path) -> list[dict]:
@@ -77,30 +77,30 @@ def written(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("by", ["random", "uncertainty", "disagreement"])
 def test_what_is_chosen_is_what_is_written_and_returned(by: str, models: list[str], tmp_path: Path, capsys):
     asked = {"random": [], "uncertainty": models[:1], "disagreement": models}[by]
-    chosen = choose(context(tmp_path, asked, by=by, completions=2), sampled())
+    chosen = select(context(tmp_path, asked, by=by, completions=2), sampled())
     rows = written(tmp_path)
     assert [row["prompt"] for row in rows] == [row.prompt for row in chosen.candidates]
     for row, candidates, completions in zip(rows, chosen.candidates, chosen.completions, strict=True):
         number = PROMPTS.index(row["prompt"])
-        assert candidates.completions == tuple(f"{'so ' * k}{number}" for k in row["answers"])
+        assert candidates.completions == tuple(f"{'so ' * k}{number}" for k in row["completions"])
         assert [completion.text for completion in completions] == list(candidates.completions)
         assert row["held_out"] == is_held_out(row["prompt"], 0.3, 0)
         assert (row["score"] is None) == (by == "random" or row["held_out"])
     held_out = sum(is_held_out(prompt, 0.3, 0) for prompt in PROMPTS)
     assert sum(row["held_out"] for row in rows) == round(8 * held_out / 20) > 0
     said = capsys.readouterr().err
-    assert f"chosen by {by}: 8 of 20 prompts, 2 answers each; " in said
+    assert f"chosen by {by}: 8 of 20 prompts, 2 completions each; " in said
     assert ("of those passed over" in said) == (by != "random")
-    # Nobody asks what a reward model thinks of held-out answers.
-    read = [f"choosing: {Path(model).name}: {4 * (20 - held_out)} answers" for model in asked]
-    assert [line for line in said.splitlines() if line.endswith(" answers")] == read
+    # Nobody asks what a reward model thinks of held-out completions.
+    read = [f"choosing: {Path(model).name}: {4 * (20 - held_out)} completions" for model in asked]
+    assert [line for line in said.splitlines() if line.endswith(" completions")] == read
 
 
 def test_scores_are_of_rewards_as_they_were_trained(tiny_llama: Path, models: list[str], tmp_path: Path):
-    """Not of normalized ones, which other stages read: those say how far apart answers are in deviations."""
+    """Not of normalized ones, which other stages read: those say how far apart completions are in deviations."""
     narrow = reward_model(tiny_llama, tmp_path / "narrow", 0, std=0.01)
-    choose(context(tmp_path / "a", models[:1], by="uncertainty"), sampled())
-    choose(context(tmp_path / "b", [narrow], by="uncertainty"), sampled())
+    select(context(tmp_path / "a", models[:1], by="uncertainty"), sampled())
+    select(context(tmp_path / "b", [narrow], by="uncertainty"), sampled())
     assert written(tmp_path / "a") == written(tmp_path / "b")
     scorer = load_reward_model(ModelSource(models[0]), template=None)
     best = next(row for row in written(tmp_path / "a") if row["rank"] == 1)
@@ -110,63 +110,63 @@ def test_scores_are_of_rewards_as_they_were_trained(tiny_llama: Path, models: li
     for a in range(4):
         for b in range(a):
             p = 1 / (1 + 2.718281828459045 ** (rewards[b] - rewards[a]))
-            entropy.append(label_choose.np.log2([1 / p, 1 / (1 - p)]) @ [p, 1 - p])
+            entropy.append(label_active_learning.np.log2([1 / p, 1 / (1 - p)]) @ [p, 1 - p])
     assert best["score"] == pytest.approx(sum(entropy) / 6, rel=1e-5)
 
 
 def test_a_second_attempt_asks_no_reward_model_again(models: list[str], tmp_path: Path, monkeypatch):
     given = context(tmp_path, models, by="disagreement", completions=3)
-    first, rows = choose(given, sampled()), written(tmp_path)
+    first, rows = select(given, sampled()), written(tmp_path)
     (tmp_path / "out" / "chosen.jsonl").unlink()
     scored = []
-    monkeypatch.setattr(label_choose, "_rewards", lambda *_: scored.append(1) or pytest.fail("asked again"))
-    again = choose(given, sampled())
+    monkeypatch.setattr(label_active_learning, "_rewards", lambda *_: scored.append(1) or pytest.fail("asked again"))
+    again = select(given, sampled())
     assert (again.candidates, again.completions, written(tmp_path)) == (first.candidates, first.completions, rows)
     monkeypatch.undo()
     kept = tmp_path / "work" / "chosen.jsonl"
     whole = kept.read_text()
     for damaged in (whole[:-9], whole.replace('"item": ', '"item": 1', 1)):
         kept.write_text(damaged)
-        assert choose(given, sampled()).candidates == first.candidates
+        assert select(given, sampled()).candidates == first.candidates
         assert kept.read_text() == whole
-    choose(given, sampled([f"Other {prompt}" for prompt in PROMPTS]))
+    select(given, sampled([f"Other {prompt}" for prompt in PROMPTS]))
     assert kept.read_text() != whole  # which was of other prompts
 
 
-def test_a_known_order_of_given_answers_stays_known(models: list[str], tmp_path: Path):
+def test_a_known_order_of_given_completions_stays_known(models: list[str], tmp_path: Path):
     rows = sampled(drawn=False)
     known = ((2,), (0,), (1, 3))
     rows.candidates[:] = [dataclasses.replace(row, known=known) for row in rows.candidates]
-    chosen = choose(context(tmp_path, models[:1], by="uncertainty", completions=3, prompts=20), rows)
+    chosen = select(context(tmp_path, models[:1], by="uncertainty", completions=3, prompts=20), rows)
     assert chosen.completions == []
     for row, file in zip(chosen.candidates, written(tmp_path), strict=True):
         assert row.known is not None
         told = [{row.completions[index] for index in tier} for tier in row.known]
         full = rows.candidates[PROMPTS.index(str(row.prompt))]
-        left = [{full.completions[i] for i in tier if i in file["answers"]} for tier in known]
+        left = [{full.completions[i] for i in tier if i in file["completions"]} for tier in known]
         assert told == [tier for tier in left if tier]
 
 
 def test_prompts_with_nothing_to_compare_are_skipped_and_counted(tmp_path: Path, capsys):
     rows = sampled()
     rows.candidates[:3] = [dataclasses.replace(row, completions=("yes",) * 4) for row in rows.candidates[:3]]
-    chosen = choose(context(tmp_path, [], by="random", prompts=99), rows)
+    chosen = select(context(tmp_path, [], by="random", prompts=99), rows)
     assert [row.prompt for row in chosen.candidates] == PROMPTS[3:]
     assert chosen.skips.counts == {"all completions are equal": 3}
     said = " ".join(capsys.readouterr().err.split())
-    assert "3 of 20 prompts have answers that are all equal" in said
-    assert "`label.choose.prompts: 99` is more than there are: all 17 prompts are taken" in said
+    assert "3 of 20 prompts have completions that are all equal" in said
+    assert "`label.active_learning.prompts: 99` is more than there are: all 17 prompts are taken" in said
     rows.candidates[:] = [dataclasses.replace(row, completions=("yes",) * 4) for row in rows.candidates]
-    with pytest.raises(DataError, match="nothing to choose from: the answers to each of 20 prompts"):
-        choose(context(tmp_path / "none", [], by="random"), rows)
+    with pytest.raises(DataError, match="nothing to choose from: the completions to each of 20 prompts"):
+        select(context(tmp_path / "none", [], by="random"), rows)
 
 
 def test_an_ensemble_of_copies_is_found_out(models: list[str], tmp_path: Path, capsys):
     copy = shutil.copytree(models[0], tmp_path / "copy")
-    choose(context(tmp_path / "copies", [models[0], str(copy)], by="disagreement"), sampled())
+    select(context(tmp_path / "copies", [models[0], str(copy)], by="disagreement"), sampled())
     said = " ".join(capsys.readouterr().err.split())
     assert "the preferences of the reward models do not differ at all (are they copies of one another?)" in said
-    choose(context(tmp_path / "two", models, by="disagreement"), sampled())
+    select(context(tmp_path / "two", models, by="disagreement"), sampled())
     assert "do not differ" not in capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ def test_a_broken_reward_model_is_named(models: list[str], tmp_path: Path):
     tensors = load_file(weights)
     save_file({name: weight.fill_(float("nan")) for name, weight in tensors.items()}, weights, {"format": "pt"})
     with pytest.raises(ModelError, match=r"rm0` gave a reward that is not finite"):
-        choose(context(tmp_path, models[:1], by="uncertainty"), sampled())
+        select(context(tmp_path, models[:1], by="uncertainty"), sampled())
 
 
 def test_the_command_labels_what_was_chosen(models: list[str], tiny_llama: Path, tmp_path: Path, rlhf):
@@ -184,7 +184,7 @@ def test_the_command_labels_what_was_chosen(models: list[str], tiny_llama: Path,
     )
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     settings = {"by": "disagreement", "prompts": 6, "completions": 3, "reward_models": json.dumps(models)}
-    flags = [f"--set=label.choose.{name}={value}" for name, value in settings.items()]
+    flags = [f"--set=label.active_learning.{name}={value}" for name, value in settings.items()]
     flags += ["--set=label.sampling.max_new_tokens=6", "--set=model.precision=float32"]
     arguments = ["label", "--by", "function", "--function", "gold.py:score", "--model", tiny_llama, *flags]
     done = rlhf(*arguments, "--prompts", "p.jsonl", "--run-dir", "run", "--json")
@@ -193,8 +193,9 @@ def test_the_command_labels_what_was_chosen(models: list[str], tiny_llama: Path,
     chosen = [json.loads(line) for line in (tmp_path / "run" / "label" / "chosen.jsonl").read_text().splitlines()]
     assert stage["metrics"]["prompts"] == 6
     assert [row["prompt"] for row in rankings] == [row["prompt"] for row in chosen]
-    assert [len(row["completions"]) for row in rankings] == [3] * 6 == [len(row["answers"]) for row in chosen]
+    assert [len(row["completions"]) for row in rankings] == [3] * 6 == [len(row["completions"]) for row in chosen]
     assert any(row["held_out"] for row in chosen)
     assert (
-        "chosen by disagreement: 6 of 20 prompts, 3 answers each; 1 of them held out and drawn at random" in done.stderr
+        "chosen by disagreement: 6 of 20 prompts, 3 completions each; 1 of them held out and drawn at random"
+        in done.stderr
     )

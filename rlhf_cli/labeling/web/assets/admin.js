@@ -1,4 +1,4 @@
-// The administrator's page: asks every two seconds how things are.
+// The admin page: refreshes every two seconds.
 
 import { Refused, ask, token } from "./api.js";
 import { addText, inWords } from "./text.js";
@@ -12,9 +12,9 @@ function cell(text, name = "td") {
   return addText(document.createElement(name), text);
 }
 
-function figure(title, value, detail = "") {
+function statistic(title, value, detail = "") {
   const box = document.createElement("div");
-  box.className = "figure";
+  box.className = "statistic";
   const big = document.createElement("strong");
   big.textContent = value;
   const small = document.createElement("span");
@@ -33,25 +33,25 @@ function show(now) {
   $("progress").value = done;
   const { labels_per_hour: pace, seconds_left: time } = now;
   const people = now.annotators.length;
-  $("live").textContent = isComplete ? "enough is labeled: the pipeline can go on" : "live";
-  const agreement = now.statistics.figures.map((row) => {
+  $("live").textContent = isComplete ? "enough is labeled: the pipeline can continue" : "live";
+  const agreement = now.statistics.estimates.map((row) => {
     const inUnit = row.is_share ? percent : (value) => value.toFixed(2);
-    return figure(row.name, inUnit(row.value), row.low === null ? "" : `${inUnit(row.low)} to ${inUnit(row.high)}`);
+    return statistic(row.name, inUnit(row.value), row.low === null ? "" : `${inUnit(row.low)} to ${inUnit(row.high)}`);
   });
-  $("figures").replaceChildren(
-    figure("items done", `${done} of ${items}`, aside ? `${aside} set aside` : `${now.overlap} label${now.overlap > 1 ? "s" : ""} each`),
-    figure("labels", `${labels}`, `${left} still needed`),
-    figure("pace", pace ? `${Math.round(pace)} an hour` : "–", "over the last quarter of an hour"),
-    figure("time left", left === 0 ? "none" : time ? inWords(time) : "–", left && pace ? `at this pace, ${people} ${people === 1 ? "person" : "people"}` : ""),
+  $("statistics").replaceChildren(
+    statistic("items done", `${done} of ${items}`, aside ? `${aside} set aside` : `${now.overlap} label${now.overlap > 1 ? "s" : ""} each`),
+    statistic("labels", `${labels}`, `${left} still needed`),
+    statistic("pace", pace ? `${Math.round(pace)} per hour` : "–", "over the last 15 minutes"),
+    statistic("time left", left === 0 ? "none" : time ? inWords(time) : "–", left && pace ? `at this pace, ${people} ${people === 1 ? "person" : "people"}` : ""),
   );
   $("agreement").replaceChildren(...agreement);
   $("agreement").hidden = agreement.length === 0;
   $("people").replaceChildren(...now.annotators.map((row) => person(row, now.at)));
   $("warnings").replaceChildren(...now.statistics.warnings.map(warning));
   $("warnings-panel").hidden = now.statistics.warnings.length === 0;
-  const remarks = now.remarks.map(remark);
-  if (!remarks.length) remarks.push(cell("Nobody had anything to remark.", "li"));
-  $("remarks").replaceChildren(...remarks);
+  const comments = now.comments.map(comment);
+  if (!comments.length) comments.push(cell("No comments yet.", "li"));
+  $("comments").replaceChildren(...comments);
 }
 
 function person(row, now) {
@@ -81,20 +81,20 @@ function person(row, now) {
 
 async function copy(link, button) {
   const own = new URL(link);
-  const text = location.origin + own.pathname + own.hash; // as this page was reached, through a tunnel for instance
+  const text = location.origin + own.pathname + own.hash; // with the host of this page, which may be a tunnel
   if (navigator.clipboard) {
     try {
       await navigator.clipboard.writeText(text);
       button.textContent = "Copied";
       return;
     } catch (error) {
-      // not allowed: show it instead
+      // not allowed: show the link instead
     }
   }
   const field = document.createElement("input");
   field.readOnly = true;
   field.value = text;
-  field.setAttribute("aria-label", "The link, to copy");
+  field.setAttribute("aria-label", "Link to copy");
   button.replaceWith(field);
   field.select();
 }
@@ -109,7 +109,7 @@ function warning(row) {
   return line;
 }
 
-function remark(row) {
+function comment(row) {
   const line = document.createElement("li");
   const kind = document.createElement("span");
   kind.className = `kind ${row.kind}`;
@@ -127,12 +127,12 @@ async function look() {
   try {
     const now = await ask("/api/admin/overview");
     const text = JSON.stringify({ ...now, at: 0 });
-    const isHeld = document.activeElement?.closest("#people"); // a link that somebody is just copying
+    const isHeld = document.activeElement?.closest("#people"); // a link is being copied
     if (!isHeld && (text !== shown || now.annotators.length)) show(now);
     shown = text;
     $("lost").hidden = true;
   } catch (error) {
-    $("lost").textContent = error instanceof Refused ? `${error.message} (${error.hint})` : `No news: ${error.message}.`;
+    $("lost").textContent = error instanceof Refused ? `${error.message} (${error.hint})` : `Not up to date: ${error.message}.`;
     $("lost").hidden = false;
   }
 }
@@ -143,7 +143,7 @@ async function add() {
   try {
     const made = await ask("/api/admin/annotators", { name });
     $("name").value = "";
-    $("added").textContent = `${made.name} can label now; copy the link above.`;
+    $("added").textContent = `${made.name} can label now: copy the link above.`;
     await look();
   } catch (error) {
     $("added").textContent = error.hint ? `${error.message} (${error.hint})` : error.message;

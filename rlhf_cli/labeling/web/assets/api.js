@@ -1,9 +1,9 @@
-// Talks to the server; what could not be delivered is tried again, with the same key, until the server says yes or no.
+// Client of the API; undelivered requests are retried with the same key until the server accepts or refuses them.
 
 const TIMEOUT_MS = 15000;
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 8000;
-const PASSING = [408, 502, 503, 504]; // slow, or down for the moment: worth another attempt by itself
+const PASSING = [408, 502, 503, 504]; // slow or temporarily down: retried automatically
 
 /** The server's refusal of a request. */
 export class Refused extends Error {
@@ -15,18 +15,18 @@ export class Refused extends Error {
   }
 }
 
-/** The server cannot be reached, or cannot write now. */
+/** The server cannot be reached, or cannot write at the moment. */
 export class Unreachable extends Error {}
 
-/** The server failed over this request; sending the same again by itself would go on for ever. */
+/** The server failed on this request; automatic retries could loop forever. */
 export class Failed extends Error {}
 
-/** The token of this page's link; it stands behind the # and is sent in a header, to this server alone. */
+/** The token of this page's link; it follows the # and is sent in a header, to this server only. */
 export function token() {
   return decodeURIComponent(location.hash.slice(1));
 }
 
-/** One attempt; with `isLast` it outlives the page. */
+/** Send one request; with `isLast` it survives the closing of the page. */
 export async function ask(path, body, { isLast = false } = {}) {
   const headers = { authorization: `Bearer ${token()}` };
   const request = { headers, method: body === undefined ? "GET" : "POST", cache: "no-store", keepalive: isLast };
@@ -48,16 +48,16 @@ export async function ask(path, body, { isLast = false } = {}) {
   try {
     said = JSON.parse(text);
   } catch (error) {
-    // refused at the gate, in plain text
+    // rejected by the request filter, in plain text
   }
-  if (PASSING.includes(response.status)) throw new Unreachable(said.error || "the server cannot answer now");
+  if (PASSING.includes(response.status)) throw new Unreachable(said.error || "the server cannot respond at the moment");
   if (response.status >= 500) throw new Failed(`the server failed: ${said.error || response.status}`);
   throw new Refused(response.status, said.error, said.hint, said.code);
 }
 
-/** Delivers requests however often it takes. */
+/** Retries requests until they are delivered. */
 export class Courier {
-  /** `onLost(reason, seconds)` while it waits to try again, `onBack()` when it got through after that. */
+  /** Calls `onLost(reason, seconds)` before each retry, and `onBack()` once a retry succeeds. */
   constructor(onLost, onBack) {
     this.onLost = onLost;
     this.onBack = onBack;
@@ -68,9 +68,9 @@ export class Courier {
   async deliver(path, body) {
     for (let wait = FIRST_WAIT_MS, wasLost = false; ; wait = Math.min(wait * 2, LONGEST_WAIT_MS)) {
       try {
-        const answer = await ask(path, body);
+        const response = await ask(path, body);
         if (wasLost) this.onBack();
-        return answer;
+        return response;
       } catch (error) {
         if (!(error instanceof Unreachable)) {
           if (wasLost) this.onBack();
@@ -87,13 +87,13 @@ export class Courier {
   }
 }
 
-/** A key for one answer, the same however often it is sent. */
+/** An idempotency key for one label. */
 export function newKey() {
   if (crypto.randomUUID) return crypto.randomUUID();
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** A small memory of this browser's; where it has none, what was not sent yet lives as long as the page. */
+/** Browser storage for unsent data; if storage is disabled, the data lives as long as the page. */
 export class Memory {
   constructor(name) {
     this.name = name;
@@ -105,7 +105,7 @@ export class Memory {
     try {
       text = localStorage.getItem(`${this.name}/${what}`) ?? text;
     } catch (error) {
-      // storage is forbidden here
+      // storage is disabled
     }
     return text ? JSON.parse(text) : null;
   }
@@ -116,7 +116,7 @@ export class Memory {
     try {
       localStorage.setItem(`${this.name}/${what}`, text);
     } catch (error) {
-      // forbidden or full: `kept` has it
+      // disabled or full: `kept` has it
     }
   }
 
@@ -125,7 +125,7 @@ export class Memory {
     try {
       localStorage.removeItem(`${this.name}/${what}`);
     } catch (error) {
-      // storage is forbidden here
+      // storage is disabled
     }
   }
 }

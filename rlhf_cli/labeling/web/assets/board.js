@@ -1,12 +1,12 @@
-// The order on the page: chips that are pressed, dragged with mouse or finger, or moved with the arrow keys.
+// The ranking on the page: chips that are clicked, dragged, or moved with the arrow keys.
 
 import { addText, excerpt } from "./text.js";
-import { ordinal } from "./answer.js";
+import { ordinal } from "./ranking.js";
 
 const DRAG_AFTER_PX = 6;
 
 export class Board {
-  /** `onChange(what)` after each change a person made here; `what` is said to those who listen to the page. */
+  /** Calls `onChange(what)` after each change made here; screen readers announce `what`. */
   constructor(onChange) {
     this.tiers = document.getElementById("tiers");
     this.pool = document.getElementById("pool");
@@ -27,10 +27,10 @@ export class Board {
     }
   }
 
-  show(ranking, answers, letters) {
+  show(ranking, completions, letters) {
     this.#end();
     this.ranking = ranking;
-    this.answers = answers;
+    this.completions = completions;
     this.letters = letters;
     this.render();
   }
@@ -81,9 +81,9 @@ export class Board {
     const name = document.createElement("b");
     name.textContent = letter;
     const text = document.createElement("span");
-    addText(text, excerpt(this.answers[position], 60));
+    addText(text, excerpt(this.completions[position], 60));
     chip.append(name, text);
-    const place = tier < 0 ? "not ranked; press to rank it next" : `${ordinal(tier + 1)} place; press to take it out`;
+    const place = tier < 0 ? "not ranked; press to rank it next" : `${ordinal(tier + 1)} place; press to remove it`;
     chip.setAttribute("aria-label", `Answer ${letter}, ${place}`);
     return chip;
   }
@@ -94,19 +94,19 @@ export class Board {
     this.toggle(Number(chip.dataset.position), event.detail > 0);
   }
 
-  /** Rank an answer next, or take it out. */
+  /** Rank a completion next, or remove it from the ranking. */
   toggle(position, isPointer = true) {
     const letter = this.letters[position].toUpperCase();
     const isRanked = this.ranking.tierOf(position) >= 0;
     if (isRanked) this.ranking.remove(position);
     else this.ranking.placeNext(position);
-    this.#changed(isRanked ? `${letter} has no place now` : this.placeInWords(position), isPointer);
+    this.#changed(isRanked ? `${letter} is not ranked now` : this.placeInWords(position), isPointer);
   }
 
   placeInWords(position) {
     const tier = this.ranking.tierOf(position);
     const letter = this.letters[position].toUpperCase();
-    if (tier < 0) return `${letter} has no place`;
+    if (tier < 0) return `${letter} is not ranked`;
     const others = this.ranking.tiers[tier].filter((other) => other !== position);
     const tie = others.length ? `, tied with ${others.map((other) => this.letters[other].toUpperCase()).join(", ")}` : "";
     return `${letter}: ${ordinal(tier + 1)} place${tie}`;
@@ -179,7 +179,7 @@ export class Board {
   }
 
   #changed(what, isPointer) {
-    if (isPointer && document.activeElement?.closest?.(".chip, .answer")) document.activeElement.blur(); // Enter submits
+    if (isPointer && document.activeElement?.closest?.(".chip, .completion")) document.activeElement.blur(); // Enter submits
     this.onChange(what);
   }
 }

@@ -1,10 +1,10 @@
-// Builds what stands on the page: turns of the prompt, answers, groups of choices.
+// Builds page elements: turns of the prompt, completions, groups of choices.
 
 import { addText, showText } from "./text.js";
 
 const ROLES = ["user", "assistant", "system"];
 
-/** The prompt as a list of turns; a plain one is a single turn without a role. */
+/** The prompt as a list of turns; plain text is a single turn without a role. */
 export function promptTurns(prompt) {
   const turns = typeof prompt === "string" ? [{ role: "", content: prompt }] : prompt;
   return turns.map((turn) => {
@@ -21,18 +21,18 @@ export function promptTurns(prompt) {
   });
 }
 
-/** An answer with its letter; `onRank(isPointer)` when it is to get a place or to lose it. */
-export function answerCard(text, position, letter, markGroups, onRank) {
+/** A completion with its letter; calls `onRank(isPointer)` to rank it or to remove it from the ranking. */
+export function completionCard(text, position, letter, markGroups, onRank) {
   const card = document.createElement("article");
-  card.className = "answer";
-  card.id = `answer-${position}`;
+  card.className = "completion";
+  card.id = `completion-${position}`;
   card.setAttribute("aria-label", `Answer ${letter}`);
   const head = document.createElement("header");
   const badge = document.createElement("span");
   badge.className = "badge";
   badge.dataset.drag = position;
   badge.textContent = letter;
-  badge.title = "click for the next place, or drag it into your order";
+  badge.title = "click to rank it next, or drag it into your ranking";
   badge.addEventListener("click", () => onRank(true));
   const rank = document.createElement("button");
   rank.type = "button";

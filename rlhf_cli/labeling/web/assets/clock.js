@@ -1,4 +1,4 @@
-// Time at work: counted while the page is visible and somebody did something within the last minute.
+// Active time: counted while the page is visible and there was activity within the last minute.
 
 const IDLE_AFTER_MS = 60000;
 const ACTS = ["keydown", "pointerdown", "pointermove", "wheel", "scroll", "touchmove"];
@@ -12,13 +12,13 @@ export class WorkClock {
     document.addEventListener("visibilitychange", () => this.#count(!document.hidden));
   }
 
-  /** Begin with what was spent on a task before. */
+  /** Start with the time spent on the task before. */
   start(seconds) {
     this.activeMs = 1000 * seconds;
     this.countedAt = this.lastAct = performance.now();
   }
 
-  /** Seconds at work on the task in hand. */
+  /** Active seconds on the current task. */
   get seconds() {
     this.#count();
     return Math.round(this.activeMs) / 1000;

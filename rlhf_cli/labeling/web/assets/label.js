@@ -1,39 +1,35 @@
-// The labeling page: shows a task, takes what somebody enters by keys, mouse or finger, and sees that it arrives.
+// The labeling page: shows a task, reads keys, mouse and touch, and delivers the label to the server.
 
-import { Ranking, ordinal } from "./answer.js";
 import { Courier, Failed, Memory, Refused, Unreachable, ask, newKey, token } from "./api.js";
-import { Board } from "./board.js";
-import { answerCard, choices, promptTurns } from "./cards.js";
+import { promptTurns } from "./cards.js";
 import { WorkClock } from "./clock.js";
+import { TaskForm } from "./form.js";
 import { addText, inWords, showGuidelines } from "./text.js";
 
 const DRAFT_AFTER_MS = 500;
 const DRAFT_AGAIN_MS = 4000;
 const LOOK_AGAIN_MS = 15000;
-const PLAN_CHANGED = "What is asked has changed.";
+const PLAN_CHANGED = "The instructions have changed.";
 
 const $ = (id) => document.getElementById(id);
 const courier = new Courier(showLost, () => ($("lost").hidden = true));
 const clock = new WorkClock();
-const board = new Board((what) => changed(what));
+const form = new TaskForm((what) => changed(what));
 
 let session = null;
 let memory = null;
 let task = null;
-let ranking = null;
-let strength = null;
-let marks = {};
 let key = "";
 let isBusy = true;
 
-// Showing
+// Display
 
 function say(text) {
   $("status").textContent = text;
 }
 
 function showLost(reason, seconds) {
-  $("lost-text").textContent = `Not saved yet: ${reason}. It is kept here and will be sent again${
+  $("lost-text").textContent = `Not saved yet: ${reason}. This browser keeps your label and sends it again${
     seconds > 2 ? ` in about ${Math.round(seconds)} s` : ""
   }.`;
   $("lost").hidden = false;
@@ -46,22 +42,22 @@ function showProgress(progress) {
   const parts = [`${progress.mine} done`, `${progress.left_for_me} left`];
   if (progress.pace_seconds) {
     parts.push(`${inWords(progress.pace_seconds)} each`);
-    if (progress.left_for_me) parts.push(`about ${inWords(progress.pace_seconds * progress.left_for_me)} to go`);
+    if (progress.left_for_me) parts.push(`about ${inWords(progress.pace_seconds * progress.left_for_me)} remaining`);
   }
   $("pace").textContent = parts.join(" · ");
 }
 
-/** Show what comes next; where that is asked under another plan than the one that is shown, that plan first. */
-async function show(answer) {
+/** Show the next task; if its plan differs from the displayed one, load that plan first. */
+async function show(next) {
   const before = session;
-  if (answer.task && answer.task.plan !== session.plan) {
-    const fresh = answer.criteria ? answer : await courier.deliver("/api/session");
+  if (next.task && next.task.plan !== session.plan) {
+    const fresh = next.criteria ? next : await courier.deliver("/api/session");
     showPlan(fresh);
-    answer = fresh;
+    next = fresh;
   }
-  showProgress(answer.progress);
-  if (answer.task) showTask(answer.task);
-  else showFinished(answer.progress);
+  showProgress(next.progress);
+  if (next.task) showTask(next.task);
+  else showFinished(next.progress);
   if (session !== before && task) tellPlanChanged(before.guidelines);
 }
 
@@ -76,106 +72,25 @@ function showPlan(fresh) {
   showGuidelines($("guidelines"), session.guidelines ?? "");
   $("skip-means").textContent =
     session.set_aside_after === 1
-      ? "skip: leave it out; nobody else is asked"
-      : "skip: you leave it out; others may have it";
+      ? "skip; nobody else gets this task"
+      : "skip; others may still get this task";
 }
 
 function showTask(next) {
   task = next;
   key = newKey();
-  const local = memory.get(`draft-${task.id}`); // what the server has not got yet
+  const local = memory.get(`draft-${task.id}`); // what the server has not received yet
   const draft = local ? local.entry : task.draft;
   clock.start(Math.max(task.active_seconds, local ? local.active_seconds : 0));
-  ranking = new Ranking(task.answers.length, draft ? draft.tiers : []);
-  strength = draft ? draft.strength : null;
-  marks = {};
-  for (const criterion of session.criteria)
-    marks[criterion] = task.answers.map((_, position) => draft?.marks[criterion]?.[position] ?? null);
-  $("note").value = draft ? draft.note : "";
-  $("note").maxLength = session.max_note;
   $("message").hidden = true;
   $("task").hidden = false;
   $("task-title").textContent = `Task ${task.number}`;
   document.title = `Task ${task.number} · labeling`;
   $("prompt").replaceChildren(...promptTurns(task.prompt));
-  const card = (text, position) =>
-    answerCard(text, position, session.letters[position].toUpperCase(), markGroups(position), (isPointer) =>
-      board.toggle(position, isPointer),
-    );
-  $("answers").replaceChildren(...task.answers.map(card));
-  board.show(ranking, task.answers, session.letters);
-  refresh();
+  form.show(session, task, draft);
   scrollTo(0, 0);
   $("task-title").focus({ preventScroll: true });
-  hasUnsaved = Boolean(local); // sent as soon as nothing else is under way
-}
-
-/** What an answer is marked for: a group of radio buttons for each criterion. */
-function markGroups(position) {
-  const [low, high] = session.marks;
-  const letter = session.letters[position].toUpperCase();
-  const values = Array.from({ length: high - low + 1 }, (_, index) => low + index);
-  return session.criteria.map((criterion) => {
-    const name = `${criterion}-${position}`;
-    const group = choices(name, criterion, values, marks[criterion][position], (value) => {
-      marks[criterion][position] = value;
-      changed(`${criterion} of ${letter}: ${value}`);
-    });
-    group.setAttribute("aria-label", `${criterion}, answer ${letter}, ${low} worst to ${high} best`);
-    return group;
-  });
-}
-
-function refresh() {
-  board.render();
-  task.answers.forEach((_, position) => {
-    const tier = ranking.tierOf(position);
-    const letter = session.letters[position].toUpperCase();
-    const card = $(`answer-${position}`);
-    const button = card.querySelector(".rank");
-    card.classList.toggle("ranked", tier >= 0);
-    const isTied = tier >= 0 && ranking.tiers[tier].length > 1;
-    button.textContent = tier < 0 ? "rank next" : `${isTied ? "tied " : ""}${ordinal(tier + 1)} · take out`;
-    button.setAttribute("aria-label", `Answer ${letter}: ${button.textContent}`);
-  });
-  showStrength();
-  $("tie").setAttribute("aria-pressed", String(ranking.isTieNext));
-  $("submit").classList.toggle("ready", lacking() === "");
-  $("problem").textContent = "";
-}
-
-function showStrength() {
-  const isAsked = session.strengths.length > 0 && ranking.isOneBetter;
-  const box = $("strength");
-  if (!isAsked) {
-    strength = null;
-    box.hidden = true;
-    box.replaceChildren();
-    return;
-  }
-  const better = session.letters[ranking.tiers[0][0]].toUpperCase();
-  const title = `How much better is ${better}?`;
-  if (!box.hidden && box.dataset.title === title) return;
-  if (!box.hidden) strength = null; // the other one is better now
-  const values = session.strengths.map((text, index) => [index + 1, text]);
-  const group = choices("strength", title, values, strength, (value) => {
-    strength = value;
-    changed(session.strengths[value - 1]);
-  });
-  box.replaceChildren(...group.childNodes);
-  box.dataset.title = title;
-  box.hidden = false;
-}
-
-/** What is still to be entered, in words; empty if nothing is. */
-function lacking() {
-  const open = ranking.pool.map((position) => session.letters[position].toUpperCase());
-  if (open.length) return `${open.join(", ")} ${open.length > 1 ? "have" : "has"} no place yet.`;
-  if (!$("strength").hidden && strength === null) return "How much better is it?";
-  for (const criterion of session.criteria)
-    for (const [position, mark] of marks[criterion].entries())
-      if (mark === null) return `Answer ${session.letters[position].toUpperCase()} lacks its mark for “${criterion}”.`;
-  return "";
+  hasUnsaved = Boolean(local); // sent as soon as no other request is pending
 }
 
 function showMessage(title, text, canUndo = false) {
@@ -193,37 +108,34 @@ function showFinished(progress) {
   showMessage(
     "Nothing is left for you",
     progress.is_complete
-      ? "Everything is labeled: thank you. Whoever leads the labeling can go on now; you can close this page."
-      : "Thank you. Others are still at work; if one of their tasks comes free, it appears here by itself. You can close this page and come back by the same link.",
+      ? "Labeling is complete. Thank you! You can close this page."
+      : "Thank you! Others are still working. If one of their tasks becomes available, it appears here. You can close this page and return with the same link.",
     progress.mine > 0,
   );
 }
 
-// Entering
+// Input
 
 function changed(what) {
-  refresh();
   say(what);
   scheduleDraft(DRAFT_AFTER_MS);
 }
 
-const entry = () => ({ tiers: ranking.toJSON(), strength, marks, note: $("note").value });
-
 let draftTimer = 0;
-let draftUnderWay = Promise.resolve();
+let pendingDraft = Promise.resolve();
 let hasUnsaved = false;
 
 function scheduleDraft(wait) {
   hasUnsaved = true;
-  keepHere(task.id, entry());
+  keepHere(task.id, form.entry);
   $("saved").textContent = "";
   clearTimeout(draftTimer);
-  draftTimer = setTimeout(() => (draftUnderWay = saveDraft()), wait);
+  draftTimer = setTimeout(() => (pendingDraft = saveDraft()), wait);
 }
 
 async function saveDraft() {
   if (!task || isBusy || !hasUnsaved) return;
-  const sent = { task: task.id, entry: entry(), active_seconds: clock.seconds };
+  const sent = { task: task.id, entry: form.entry, active_seconds: clock.seconds };
   hasUnsaved = false;
   try {
     await ask("/api/draft", sent);
@@ -234,7 +146,7 @@ async function saveDraft() {
   } catch (error) {
     if (error instanceof Unreachable && task?.id === sent.task) {
       hasUnsaved = true;
-      if (isBusy) return; // what is under way says how it stands
+      if (isBusy) return; // the pending request reports the state
       showLost(error.message, DRAFT_AGAIN_MS / 1000);
       scheduleDraft(DRAFT_AGAIN_MS);
     } else if (error.status === 422) await planOfDraft(error, sent.task);
@@ -245,13 +157,13 @@ async function saveDraft() {
   }
 }
 
-/** A draft was not taken: most likely it holds what nobody asks for any more. */
+/** The draft was refused: probably the plan has changed. */
 async function planOfDraft(error, number) {
   try {
     const fresh = await ask("/api/session");
     if (isBusy || task?.id !== number) return;
     if (fresh.plan === session.plan) return complain(error);
-    keepHere(number, entry());
+    keepHere(number, form.entry);
     await show(fresh);
   } catch (again) {
     complain(again);
@@ -264,34 +176,34 @@ function keepHere(number, given, seconds = clock.seconds) {
 
 addEventListener("pagehide", () => {
   if (!task || isBusy || !hasUnsaved) return;
-  // The answer is of no use to a page that goes away; if it does not arrive, this browser's memory has the draft.
-  ask("/api/draft", { task: task.id, entry: entry(), active_seconds: clock.seconds }, { isLast: true }).catch(() => {});
+  // The page is closing and ignores the response; if the draft does not arrive, this browser still has it.
+  ask("/api/draft", { task: task.id, entry: form.entry, active_seconds: clock.seconds }, { isLast: true }).catch(() => {});
 });
 
 function complain(error) {
   const text = error.hint ? `${error.message} (${error.hint})` : error.message;
   if (task) $("problem").textContent = text;
-  else showMessage("This page cannot go on", `${text}. Load it again to try once more.`);
+  else showMessage("This page cannot continue", `${text}. Reload the page to try again.`);
 }
 
-/** Give an answer to the task in hand, or take the last one back, and show what comes next. */
+/** Submit, skip or flag the current task, or undo the last label; then show the next task. */
 async function give(path, body, said) {
   clearTimeout(draftTimer);
-  if (path === "/api/undo" && task && hasUnsaved) draftUnderWay = saveDraft(); // it is left behind for now
+  if (path === "/api/undo" && task && hasUnsaved) pendingDraft = saveDraft(); // the current task stays open
   isBusy = true;
   document.body.classList.add("busy");
-  await draftUnderWay;
-  memory.set("answer", { path, body });
+  await pendingDraft;
+  memory.set("label", { path, body });
   try {
-    const answer = await courier.deliver(path, body);
+    const next = await courier.deliver(path, body);
     hasUnsaved = false;
     if (body.task) memory.drop(`draft-${body.task}`);
-    await show(answer);
-    say(`${said(answer)} ${task ? `Task ${task.number}, ${task.answers.length} answers.` : $("message-title").textContent}`);
+    await show(next);
+    say(`${said(next)} ${task ? `Task ${task.number}, ${task.completions.length} answers.` : $("message-title").textContent}`);
   } catch (error) {
     await notTaken(error, body).catch(complain);
   } finally {
-    memory.drop("answer");
+    memory.drop("label");
     document.body.classList.remove("busy");
     isBusy = false;
     if (hasUnsaved && task) scheduleDraft(DRAFT_AFTER_MS);
@@ -299,33 +211,33 @@ async function give(path, body, said) {
 }
 
 async function notTaken(error, body) {
-  if (error.status === 401 || error.status === 403) return showMessage("This page cannot go on", error.message);
+  if (error.status === 401 || error.status === 403) return showMessage("This page cannot continue", error.message);
   const isInHand = Boolean(task && task.id === body.task);
   const isStillOpen = error instanceof Failed || error.status === 412 || error.status === 422;
-  if (isInHand && isStillOpen) keepHere(body.task, entry());
+  if (isInHand && isStillOpen) keepHere(body.task, form.entry);
   else if (isStillOpen && body.entry) keepHere(body.task, body.entry, body.active_seconds);
   if (error.code === "plan_changed") {
     const before = session;
     await show(await courier.deliver("/api/session"));
-    if (session === before && task) tellPlanChanged(); // the page was loaded again meanwhile
+    if (session === before && task) tellPlanChanged(); // the page was reloaded in the meantime
     return;
   }
   if (error instanceof Failed && task) {
     hasUnsaved = isInHand || hasUnsaved;
-    $("problem").textContent = `Not saved: ${error.message}. What you entered is kept: try again, or go on.`;
+    $("problem").textContent = `Not saved: ${error.message}. Your label is kept: try again, or continue.`;
     return;
   }
-  if (error.status !== 422 || !task) await show(await courier.deliver("/api/next", {})); // answered elsewhere, or gone
+  if (error.status !== 422 || !task) await show(await courier.deliver("/api/next", {})); // labeled elsewhere, or no longer in the plan
   if (task) complain(error);
 }
 
 function submit() {
-  const problem = lacking();
+  const problem = form.missing;
   if (problem) {
     $("problem").textContent = problem;
     return;
   }
-  const body = { task: task.id, entry: entry(), key, active_seconds: clock.seconds, plan: session.plan };
+  const body = { task: task.id, entry: form.entry, key, active_seconds: clock.seconds, plan: session.plan };
   give("/api/submit", body, () => "Saved.");
 }
 
@@ -334,9 +246,7 @@ function skip() {
 }
 
 function undo() {
-  give("/api/undo", { key: newKey() }, (answer) =>
-    answer.undone ? "Went back." : "There is nothing to go back to.",
-  );
+  give("/api/undo", { key: newKey() }, (next) => (next.undone ? "Undone." : "There is nothing to undo."));
 }
 
 function sendFlag() {
@@ -357,14 +267,8 @@ function openFlag() {
 
 const commands = {
   Enter: submit,
-  "=": () => {
-    ranking.toggleTie();
-    changed(ranking.isTieNext ? "The next one ties with the last." : "No tie.");
-  },
-  Backspace: () => {
-    const position = ranking.takeBack();
-    changed(position === null ? "Nothing to take back." : `${session.letters[position].toUpperCase()} has no place now.`);
-  },
+  "=": () => form.toggleTie(),
+  Backspace: () => form.removeLast(),
   s: skip,
   f: openFlag,
   n: () => $("note").focus(),
@@ -385,33 +289,15 @@ addEventListener("keydown", (event) => {
   if (press(event.key, at)) event.preventDefault();
 });
 
-/** Do what a key says; returns whether it says anything. */
+/** Handle a key; returns whether the key means anything. */
 function press(name, at) {
   const lower = name.length === 1 ? name.toLowerCase() : name;
   if (lower === "?") return openHelp(), true;
   if (lower === "u") return undo(), true;
   if (!task) return false;
   if (commands[lower]) return commands[lower](), true;
-  if (/^[1-9]$/.test(lower)) return chooseByDigit(lower, at);
-  const position = session.letters.slice(0, task.answers.length).indexOf(lower);
-  if (position < 0 || lower.length !== 1) return false;
-  const isNew = ranking.placeNext(position);
-  changed(isNew ? board.placeInWords(position) : `${lower.toUpperCase()} has a place already.`);
-  return true;
-}
-
-/** A digit chooses in the group that has the focus, else in the first one that is open; the next open one is next. */
-function chooseByDigit(digit, at) {
-  const groups = [...document.querySelectorAll("main:not([hidden]) fieldset:not([hidden])")];
-  const isOpen = (group) => !group.querySelector("input:checked");
-  const group = at.closest?.("fieldset") ?? groups.find(isOpen);
-  const input = group?.querySelector(`input[value="${digit}"]`);
-  if (!input) return false;
-  input.click();
-  const later = groups.slice(groups.indexOf(group) + 1).find(isOpen) ?? groups.find(isOpen);
-  if (later) later.querySelector("input").focus();
-  else $("board").focus({ preventScroll: true }); // so that the next digit does not change this one
-  return true;
+  if (/^[1-9]$/.test(lower)) return form.chooseByDigit(lower, at);
+  return form.rank(lower);
 }
 
 function openHelp(news = "") {
@@ -442,24 +328,24 @@ $("help").addEventListener("click", () => openHelp());
 $("help-close").addEventListener("click", () => $("help-dialog").close());
 $("retry").addEventListener("click", () => (courier.wake(), hasUnsaved && scheduleDraft(0)));
 $("to-board").addEventListener("click", (event) => {
-  event.preventDefault(); // the link's # holds the token
+  event.preventDefault(); // the URL's # holds the token
   $("board").focus();
 });
 addEventListener("hashchange", () => location.reload());
 
-// Beginning
+// Start
 
 async function begin() {
-  if (!token()) return showMessage("Open your own link", "This address lacks the part that says who you are. Ask whoever leads the labeling.");
+  if (!token()) return showMessage("Open your own link", "This address has no access token. Ask the administrator for your link.");
   try {
     showPlan(await courier.deliver("/api/session"));
   } catch (error) {
-    return showMessage(error instanceof Failed ? "This page cannot begin" : "This link does not work", error.message);
+    return showMessage(error instanceof Failed ? "This page cannot start" : "This link does not work", error.message);
   }
   memory = new Memory(`rlhf-label-${session.store}`);
   addText($("who"), session.annotator);
-  const unsent = memory.get("answer");
-  if (unsent) await give(unsent.path, unsent.body, () => "What was not sent the last time is saved now.");
+  const unsent = memory.get("label");
+  if (unsent) await give(unsent.path, unsent.body, () => "Your last label, which had not been sent, is saved now.");
   else await show(session);
   isBusy = false;
   if (task && hasUnsaved) scheduleDraft(0);
@@ -469,12 +355,12 @@ async function begin() {
 setInterval(async () => {
   if (!session || task || isBusy || document.hidden || $("message-title").textContent !== "Nothing is left for you") return;
   try {
-    const answer = await ask("/api/next", {});
-    if (!answer.task || task || isBusy) return;
+    const next = await ask("/api/next", {});
+    if (!next.task || task || isBusy) return;
     isBusy = true;
-    await show(answer);
+    await show(next);
   } catch (error) {
-    if (error instanceof Refused) showMessage("This page cannot go on", error.message); // else: the next look
+    if (error instanceof Refused) showMessage("This page cannot continue", error.message); // otherwise it tries again
   } finally {
     isBusy = false;
   }

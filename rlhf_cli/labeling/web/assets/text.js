@@ -1,13 +1,13 @@
-// Puts texts of strangers on the page: always as text, with nothing in them that the page would obey.
+// Displays untrusted text: always as text, never as markup or control characters.
 
-// Control characters, marks that turn the direction of what follows, and characters that cannot be seen.
+// Control characters, bidirectional marks and invisible characters.
 const HIDDEN =
   /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|\udb40[\udc00-\udfff]/g;
 const NAMES = {
   0x00: "NUL", 0x07: "BEL", 0x08: "BS", 0x0d: "CR", 0x1b: "ESC", 0x7f: "DEL", 0x9b: "CSI",
 };
 
-/** Add text to an element; what cannot be seen becomes a small label that can. */
+/** Append text to an element; invisible characters become visible labels. */
 export function addText(element, text) {
   let from = 0;
   const clean = text.replace(/\r\n/g, "\n");
@@ -25,11 +25,11 @@ function label(code) {
   shown.className = "hidden-character";
   const number = "U+" + code.toString(16).toUpperCase().padStart(4, "0");
   shown.textContent = NAMES[code] || number;
-  shown.title = `a character that cannot be seen: ${number}`;
+  shown.title = `invisible character ${number}`;
   return shown;
 }
 
-/** Replace what an element holds by a longer text; what stands between ``` fences is set as code. */
+/** Replace the content of an element by a text; text between ``` fences is shown as code. */
 export function showText(element, text) {
   element.replaceChildren();
   element.classList.add("text");
@@ -61,7 +61,7 @@ export function excerpt(text, length = 90) {
   return line.length > length ? line.slice(0, length - 1) + "…" : line;
 }
 
-/** Guidelines: headings, lists and paragraphs of Markdown, everything else as it stands. */
+/** Guidelines: Markdown headings, lists and paragraphs; everything else as plain text. */
 export function showGuidelines(element, text) {
   element.replaceChildren();
   let list = null;
@@ -83,7 +83,7 @@ export function showGuidelines(element, text) {
   }
 }
 
-/** Seconds as people read them. */
+/** A duration such as 12 s, 5 min or 2 h 05 min. */
 export function inWords(seconds) {
   if (seconds < 60) return `${Math.round(seconds)} s`;
   const minutes = Math.round(seconds / 60);

@@ -1,7 +1,6 @@
-"""Who says which answer is better, and how scores become a ranking.
+"""Scores completions, and converts scores to rankings.
 
-A labeler scores answers, and scores become tiers. A person or a judge, who compares answers with one another,
-writes the same rankings directly.
+Annotators and judges compare completions with one another and produce rankings directly.
 """
 
 from __future__ import annotations
@@ -21,72 +20,72 @@ if TYPE_CHECKING:
 _PROMPTS_AT_ONCE = 64
 
 
-class Labeler(Protocol):
-    """Scores answers; whoever scores does so for each answer alone, higher is better."""
+class CompletionScorer(Protocol):
+    """Scores each completion on its own; higher is better."""
 
     def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
-        """One finite score each.
+        """Score each completion; scores are finite.
 
         Args:
-            prompts: N, one for each completion.
-            completions: N answers as text.
+            prompts: N, one per completion.
+            completions: N texts.
         """
         ...
 
 
 @dataclass(frozen=True)
-class FunctionLabeler:
-    """Scores by a Python function of text."""
+class FunctionScorer:
+    """Scores with a Python function."""
 
     function: Reward
 
     def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
-        """See `Labeler`; a score that is not finite is an error, since no ranking could place it."""
+        """See `CompletionScorer`; raises an error for a score that is not finite."""
         return finite_scores(self.function, prompts, completions)
 
 
 @dataclass(frozen=True)
-class RewardModelLabeler:
-    """Scores by a trained reward model."""
+class RewardModelScorer:
+    """Scores with a trained reward model."""
 
-    scorer: RewardModel
+    model: RewardModel
     batch_size: int
 
     def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
-        """See `Labeler`."""
-        return self.scorer.score(prompts, completions, batch_size=self.batch_size)
+        """See `CompletionScorer`."""
+        return self.model.score(prompts, completions, batch_size=self.batch_size)
 
 
-def score_answers(
-    labeler: Labeler,
+def score_completions(
+    scorer: CompletionScorer,
     prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[str]],
+    completions: Sequence[Sequence[str]],
     *,
     stop: Callable[[], object] = lambda: None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[list[float]]:
-    """Scores of several answers to each prompt.
+    """Score several completions of each prompt.
 
-    Equal answers to one prompt are scored once: a model gives them scores that differ in the last bit, by their place
-    in a batch, and no ranking should say that a text is better than itself.
+    Equal completions of a prompt are scored once: a model scores them slightly differently, depending on their
+    position in a batch, but a ranking must not prefer a text to itself.
 
     Args:
-        labeler: who scores.
+        scorer: see `CompletionScorer`.
         prompts: N.
-        answers: N lists of texts.
+        completions: N lists of texts.
         stop: called between batches; may raise.
-        progress: called with the number of answers that were scored.
+        progress: called with the number of completions scored.
     """
     scores: list[list[float]] = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
         stop()
-        groups = answers[start : start + _PROMPTS_AT_ONCE]
+        groups = completions[start : start + _PROMPTS_AT_ONCE]
         distinct = [
             (prompt, text)
             for prompt, group in zip(prompts[start : start + _PROMPTS_AT_ONCE], groups, strict=True)
             for text in dict.fromkeys(group)
         ]
-        given = iter(labeler.score([prompt for prompt, _ in distinct], [text for _, text in distinct]))
+        given = iter(scorer.score([prompt for prompt, _ in distinct], [text for _, text in distinct]))
         for group in groups:
             of_text = {text: next(given) for text in dict.fromkeys(group)}
             scores.append([of_text[text] for text in group])
@@ -95,17 +94,17 @@ def score_answers(
 
 
 def tiers_from_scores(scores: Sequence[float], tie_margin: float = 0.0) -> tuple[tuple[int, ...], ...]:
-    """Rank by score, best first; a tier holds all that are within `tie_margin` of its best.
+    """Rank by score, best first; a tier holds all completions within `tie_margin` of its best one.
 
-    The margin is measured from the best of a tier, not from neighbor to neighbor, so that a chain of small
-    differences does not make the best and the worst equal.
+    The margin is measured from the best of a tier, not between neighbors, so a chain of small differences cannot put
+    the best and the worst in one tier.
 
     Args:
         scores: (K,) finite.
-        tie_margin: largest difference that counts as none.
+        tie_margin: largest difference that counts as a tie.
 
     Returns:
-        Tiers of indices into `scores`, in rising order within a tier.
+        Tiers of indices into `scores`, in ascending order within a tier.
     """
     order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
     tiers: list[list[int]] = []
@@ -120,16 +119,16 @@ def tiers_from_scores(scores: Sequence[float], tie_margin: float = 0.0) -> tuple
 
 
 @dataclass(frozen=True)
-class LabelStatistics:
-    """What a set of rankings looks like.
+class RankingStatistics:
+    """Descriptive statistics of a set of rankings.
 
     Attributes:
-        prompts: how many there are.
-        completions: answers in all.
-        mean_tiers: tiers a prompt.
-        tie_share: share of pairs of answers that are tied.
-        mean_characters: of an answer.
-        longest_wins: share of untied pairs of unlike length whose longer answer wins.
+        prompts: number of rankings.
+        completions: total.
+        mean_tiers: mean number of tiers per prompt.
+        tie_share: share of pairs of completions that are tied.
+        mean_characters: mean length of a completion.
+        longest_wins: share of untied pairs of different length whose longer completion wins.
     """
 
     prompts: int
@@ -140,8 +139,8 @@ class LabelStatistics:
     longest_wins: float | None
 
     @staticmethod
-    def of(rankings: Sequence[Ranking]) -> LabelStatistics:
-        """Count over at least one ranking."""
+    def of(rankings: Sequence[Ranking]) -> RankingStatistics:
+        """Compute over at least one ranking."""
         pairs = ties = longer = unlike = characters = completions = tiers = 0
         for ranking in rankings:
             levels, lengths = ranking.levels(), [len(text) for text in ranking.completions]
@@ -155,7 +154,7 @@ class LabelStatistics:
                     if levels[a] != levels[b] and lengths[a] != lengths[b]:
                         unlike += 1
                         longer += (levels[a] < levels[b]) == (lengths[a] > lengths[b])
-        return LabelStatistics(
+        return RankingStatistics(
             prompts=len(rankings),
             completions=completions,
             mean_tiers=tiers / len(rankings),

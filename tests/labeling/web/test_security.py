@@ -12,9 +12,9 @@ import pytest
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.labeling.session.types import Annotator
-from rlhf_cli.labeling.web.security import Gate, is_loopback
+from rlhf_cli.labeling.web.security import RequestGuard, is_loopback
 from rlhf_cli.labeling.web.serving import serve
-from rlhf_cli.labeling.web.tokens import Links, Tokens, claimed_annotator, read_secret, secret_path
+from rlhf_cli.labeling.web.tokens import ServerLinks, Tokens, claimed_annotator, read_secret, secret_path
 from tests.labeling.web.web_support import Client, make_store, numbered_items, served, token_of, whole_answer
 
 
@@ -83,7 +83,7 @@ def test_a_link_that_somebody_clicked_in_their_mail_opens_the_page_but_no_frame_
 def test_a_page_in_the_network_goes_by_its_own_address_only() -> None:
     def names(bound: str, host: str) -> bool:
         scope: Any = {"headers": [(b"host", host.encode())], "method": "GET", "path": "/"}
-        return Gate(None, bound).refusal(scope) is None  # type: ignore[arg-type]
+        return RequestGuard(None, bound).refusal(scope) is None  # type: ignore[arg-type]
 
     assert names("192.168.1.5", "192.168.1.5:8100")
     assert not names("192.168.1.5", "192.168.1.6:8100")
@@ -96,7 +96,7 @@ def test_a_page_in_the_network_goes_by_its_own_address_only() -> None:
 
 def test_two_hosts_in_one_request_are_refused() -> None:
     scope: Any = {"headers": [(b"host", b"localhost"), (b"host", b"evil.example")], "method": "GET", "path": "/"}
-    assert Gate(None, "127.0.0.1").refusal(scope) is not None  # type: ignore[arg-type]
+    assert RequestGuard(None, "127.0.0.1").refusal(scope) is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path
 
 
 def test_a_port_that_is_taken_and_a_host_that_is_not_ours_are_said_so(client: Client, store: Path) -> None:
-    with pytest.raises(UsageError, match=f"port {client.port} is taken"):
+    with pytest.raises(UsageError, match=f"port {client.port} is in use"):
         serve(store, port=client.port, announce=lambda _: None)
-    with pytest.raises(UsageError, match=r"cannot listen at 203\.0\.113\.1"):
+    with pytest.raises(UsageError, match=r"cannot listen on 203\.0\.113\.1"):
         serve(store, host="203.0.113.1", port=0, announce=lambda _: None)
-    with pytest.raises(UsageError, match=r"no address|cannot listen"):
+    with pytest.raises(UsageError, match=r"not a valid address|cannot listen"):
         serve(store, host="no such host", port=0, announce=lambda _: None)
 
 
@@ -189,7 +189,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(
 def test_listening_in_the_network_says_what_that_means(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stop = threading.Event()
     stop.set()
-    told: list[Links] = []
+    told: list[ServerLinks] = []
     serve(store, host="0.0.0.0", port=0, announce=told.append, stop=stop)
     assert "unencrypted" in " ".join(capsys.readouterr().err.split())
     assert token_of(told[0].administrator)

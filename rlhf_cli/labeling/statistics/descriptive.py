@@ -1,4 +1,4 @@
-"""Counts, pace and habits: what needs no interval."""
+"""Descriptive statistics of labels, without intervals: counts, pace, habits, distributions."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from rlhf_cli.labeling.statistics.agreement import (
 )
 from rlhf_cli.labeling.statistics.report import (
     LEAST_SECONDS_PER_100_CHARACTERS,
-    Counts,
     CriterionReport,
     Distribution,
-    Figure,
+    Estimate,
     Habit,
+    LabelCounts,
     Pace,
 )
 from rlhf_cli.labeling.statistics.table import MARKS, LabelTable
 
 HALF_WIDTH = 0.05
-"""Half the width of an interval of agreement that is narrow enough to compare with other projects."""
+"""Half width of an interval of agreement that is narrow enough to compare with other projects."""
 NO_GUIDELINES = "none"
 _STRETCHES = 24
 _USUAL_SHARE = 0.7
 
 
-def count_labels(labels: Sequence[LabelRecord], table: LabelTable) -> Counts:
-    """How much there is."""
+def count_labels(labels: Sequence[LabelRecord], table: LabelTable) -> LabelCounts:
+    """Count labels, items and prompts."""
     outcomes = Counter(label.outcome for label in labels)
     purposes = Counter(label.purpose for label in table.labels)
     rows = np.flatnonzero(table.counted)
     items, first, times = np.unique(table.item[rows], return_index=True, return_counts=True)
     prompts = table.prompt[rows[first]]
-    return Counts(
+    return LabelCounts(
         labels=len(labels),
         ranked=outcomes["ranked"],
         ordinary=len(rows),
@@ -60,11 +60,11 @@ def count_labels(labels: Sequence[LabelRecord], table: LabelTable) -> Counts:
     )
 
 
-def prompts_needed(agreement: Figure) -> int:
-    """Further prompts ranked by two people until the interval of agreement is `HALF_WIDTH` to either side.
+def prompts_needed(agreement: Estimate) -> int:
+    """Number of further prompts that two annotators must rank for an interval of agreement of +- `HALF_WIDTH`.
 
-    Widths shrink with the root of the number of prompts. Without any, an agreement of 0.7 and one pair a prompt are
-    assumed: 1.96^2 x 0.7 x 0.3 / 0.05^2 = 323.
+    Widths shrink with the square root of the number of prompts. Without any, an agreement of 0.7 and one pair per
+    prompt are assumed: 1.96^2 x 0.7 x 0.3 / 0.05^2 = 323.
     """
     if agreement.low is None or agreement.high is None:
         return math.ceil(1.96**2 * _USUAL_SHARE * (1 - _USUAL_SHARE) / HALF_WIDTH**2)
@@ -73,7 +73,7 @@ def prompts_needed(agreement: Figure) -> int:
 
 
 def pace_of(labels: Sequence[LabelRecord]) -> Pace | None:
-    """How long rankings took, of any purpose; None where no time is known."""
+    """Time per ranking, of any purpose; None if no time is known."""
     timed = sorted((label for label in labels if _seconds(label) is not None), key=lambda label: label.at)
     ranked = [label for label in timed if label.outcome == "ranked"]
     if not ranked:
@@ -95,13 +95,13 @@ def pace_of(labels: Sequence[LabelRecord]) -> Pace | None:
 
 
 def _seconds(label: LabelRecord) -> float | None:
-    """Time a label took, where it was measured."""
+    """Active time of a label; None if not measured."""
     known = label.active_seconds
     return known if known is not None and math.isfinite(known) and known >= 0 else None
 
 
 def habit_of(labels: Sequence[LabelRecord]) -> Habit | None:
-    """The ranking that is given most often, by places shown, among the most frequent number of answers."""
+    """The most frequent ranking by shown position, for the most frequent number of completions."""
     of_size: dict[int, Counter[tuple[tuple[int, ...], ...]]] = defaultdict(Counter)
     for label in labels:
         if label.outcome == "ranked" and label.shown:
@@ -111,7 +111,7 @@ def habit_of(labels: Sequence[LabelRecord]) -> Habit | None:
     if not of_size:
         return None
     orders = max(of_size.values(), key=lambda own: own.total())
-    # Of equally frequent ones always the same, whatever came first.
+    # Ties are broken independently of the order of labels.
     order, times = min(orders.items(), key=lambda own: (-own[1], own[0]))
     return Habit(">".join("=".join(_letter(place) for place in tier) for tier in order), times, orders.total())
 
@@ -121,36 +121,36 @@ def _letter(place: int) -> str:
 
 
 def guidelines_of(labels: Sequence[LabelRecord]) -> dict[str, int]:
-    """Hash of what labelers were told -> rankings."""
+    """Hash of the guidelines shown -> number of rankings."""
     return dict(Counter(label.guidelines or NO_GUIDELINES for label in labels).most_common())
 
 
 def unknown_of(labels: Sequence[LabelRecord], table: LabelTable) -> tuple[str, ...]:
-    """What cannot be said, for want of it in the labels."""
+    """Sentences that say what cannot be measured because the labels lack it."""
     ranked = len(table.labels)
     hidden = sum(not label.shown for label in table.labels)
     untimed = sum(_seconds(label) is None for label in table.labels)
     sentences = []
     if hidden:
         sentences.append(
-            f"{_of_all(hidden, ranked)} do not say in which order the answers were shown: they do not count for "
-            "first-shown wins, places of the winner and habits"
+            f"{_of_all(hidden, ranked)} have no order of presentation, so they are excluded from first-shown wins, "
+            "winning positions and habits"
         )
     if untimed:
-        sentences.append(f"{_of_all(untimed, ranked)} do not say how long they took: they do not count for pace")
+        sentences.append(f"{_of_all(untimed, ranked)} have no active time, so they are excluded from the pace")
     if not any(label.purpose == "repeat" for label in labels):
-        sentences.append("there are no hidden repeats, so nobody's agreement with themselves is known")
+        sentences.append("there are no hidden repeats, so self-consistency is unknown")
     if not any(label.purpose == "gold" for label in labels):
-        sentences.append("there are no gold items, so nobody's accuracy is known")
+        sentences.append("there are no gold items, so accuracy is unknown")
     return tuple(sentences)
 
 
 def _of_all(count: int, everything: int) -> str:
-    return "the labels" if count == everything else f"{count:,} of {everything:,} labels"
+    return "all labels" if count == everything else f"{count:,} of {everything:,} labels"
 
 
 def distribution_of(table: LabelTable) -> Distribution:
-    """What ordinary labels look like."""
+    """Distributions of ordinary labels."""
     labels = [table.labels[row] for row in np.flatnonzero(table.counted).tolist()]
     won: dict[int, np.ndarray] = {}
     for label in labels:
@@ -161,7 +161,7 @@ def distribution_of(table: LabelTable) -> Distribution:
                 shares[label.shown.index(index)] += 1 / len(best)
     strengths = Counter(label.strength for label in labels if label.strength is not None)
     return Distribution(
-        answers=dict(sorted(Counter(len(label.completions) for label in labels).items())),
+        completions=dict(sorted(Counter(len(label.completions) for label in labels).items())),
         tiers=dict(sorted(Counter(len(label.tiers) for label in labels).items())),
         winners={size: tuple((shares / shares.sum()).tolist()) for size, shares in sorted(won.items())},
         strengths={degree: strengths[degree] for degree in range(1, len(STRENGTHS) + 1)} if strengths else {},
@@ -170,14 +170,14 @@ def distribution_of(table: LabelTable) -> Distribution:
 
 
 def _criteria(labels: Sequence[LabelRecord]) -> dict[str, CriterionReport]:
-    """Marks by criterion; an answer of an item is what annotators agree on or not."""
+    """Marks per criterion; the unit of agreement is a completion of an item."""
     given: dict[str, dict[tuple[str, int], np.ndarray]] = defaultdict(dict)
     for label in labels:
         for name, marks in label.marks.items():
             for index, mark in enumerate(marks):
                 if mark is not None:
                     given[name].setdefault((label.item, index), np.zeros(MARKS, dtype=np.int64))[mark - 1] += 1
-    return {name: _criterion(np.array(list(answers.values()))) for name, answers in sorted(given.items())}
+    return {name: _criterion(np.array(list(completions.values()))) for name, completions in sorted(given.items())}
 
 
 def _criterion(counts: np.ndarray) -> CriterionReport:
@@ -186,17 +186,17 @@ def _criterion(counts: np.ndarray) -> CriterionReport:
     one, two, three, four, five = counts.sum(axis=0).tolist()
     return CriterionReport(
         marks=(one, two, three, four, five),
-        agreement=Figure(agreement.value, count=units, missing=agreement.missing),
-        alpha=Figure(alpha.value, count=units, missing=alpha.missing),
+        agreement=Estimate(agreement.value, count=units, missing=agreement.missing),
+        alpha=Estimate(alpha.value, count=units, missing=alpha.missing),
     )
 
 
-def strength_agreement(table: LabelTable) -> Figure:
-    """AC2, quadratic weights, on a scale from `a significantly better` over a tie to `b significantly better`."""
+def strength_agreement(table: LabelTable) -> Estimate:
+    """Gwet's AC2, quadratic weights, on a scale from `a significantly better`, tie, to `b significantly better`."""
     degrees = len(STRENGTHS)
     rows = [row for row in np.flatnonzero(table.counted).tolist() if table.labels[row].strength is not None]
     if not rows:
-        return Figure(missing="no label has a strength")
+        return Estimate(missing="no label has a strength")
     place: dict[int, int] = {}
     ratings: dict[int, list[int | None]] = defaultdict(lambda: [None] * len(rows))
     for row in rows:
@@ -205,4 +205,4 @@ def strength_agreement(table: LabelTable) -> Figure:
         ratings[int(table.annotator[row])][unit] = degrees + side * (table.labels[row].strength or 0)
     counts = category_counts(list(ratings.values()), 2 * degrees + 1)
     found = gwet_ac2(mirrored(counts))
-    return Figure(found.value, count=int((counts.sum(axis=1) >= 2).sum()), missing=found.missing)
+    return Estimate(found.value, count=int((counts.sum(axis=1) >= 2).sum()), missing=found.missing)

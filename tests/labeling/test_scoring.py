@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_cli.data.records import Message, Ranking
 from rlhf_cli.errors import DataError
-from rlhf_cli.labeling.labelers import FunctionLabeler, LabelStatistics, score_answers, tiers_from_scores
+from rlhf_cli.labeling.scoring import FunctionScorer, RankingStatistics, score_completions, tiers_from_scores
 from rlhf_cli.rewards.python_function import ScoringFunction
 
 
@@ -31,7 +31,7 @@ def test_tiers(scores, margin, tiers):
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=9), st.floats(0, 3))
-def test_tiers_hold_each_answer_once_and_never_contradict_the_scores(scores, margin):
+def test_tiers_hold_each_completion_once_and_never_contradict_the_scores(scores, margin):
     tiers = tiers_from_scores(scores, margin)
     assert sorted(index for tier in tiers for index in tier) == list(range(len(scores)))
     for better, worse in pairwise(tiers):
@@ -41,7 +41,7 @@ def test_tiers_hold_each_answer_once_and_never_contradict_the_scores(scores, mar
 
 
 class Wavering:
-    """A labeler whose score of a text depends on its place, as a model's does in the last bit."""
+    """A scorer whose score of a text depends on its place, as a model's does in the last bit."""
 
     def __init__(self) -> None:
         self.calls: list[list[tuple[object, str]]] = []
@@ -51,38 +51,38 @@ class Wavering:
         return [len(text) + 1e-7 * place for place, text in enumerate(completions)]
 
 
-def test_equal_answers_to_a_prompt_get_equal_scores():
-    labeler = Wavering()
-    scores = score_answers(labeler, ["p", "q"], [["aa", "b", "aa"], ["aa", "aa", "c"]])
-    assert labeler.calls == [[("p", "aa"), ("p", "b"), ("q", "aa"), ("q", "c")]]
+def test_equal_completions_to_a_prompt_get_equal_scores():
+    scorer = Wavering()
+    scores = score_completions(scorer, ["p", "q"], [["aa", "b", "aa"], ["aa", "aa", "c"]])
+    assert scorer.calls == [[("p", "aa"), ("p", "b"), ("q", "aa"), ("q", "c")]]
     assert scores[0][0] == scores[0][2]
     assert tiers_from_scores(scores[1]) == ((0, 1), (2,))
     assert [len(group) for group in scores] == [3, 3]
 
 
 def test_scoring_goes_in_batches_that_keep_a_prompt_together():
-    labeler, done, asked = Wavering(), [], []
+    scorer, done, asked = Wavering(), [], []
     prompts = [f"p{n}" for n in range(70)]
-    answers = [[f"{n}a", f"{n}bb"] for n in range(70)]
-    scores = score_answers(labeler, prompts, answers, stop=lambda: asked.append(1), progress=done.append)
-    assert [len(call) for call in labeler.calls] == [128, 12]
+    completions = [[f"{n}a", f"{n}bb"] for n in range(70)]
+    scores = score_completions(scorer, prompts, completions, stop=lambda: asked.append(1), progress=done.append)
+    assert [len(call) for call in scorer.calls] == [128, 12]
     assert (sum(done), len(asked)) == (140, 2)
-    assert [[round(x) for x in group] for group in scores] == [[len(a), len(b)] for a, b in answers]
+    assert [[round(x) for x in group] for group in scores] == [[len(a), len(b)] for a, b in completions]
 
 
 def test_a_function_sees_conversations_as_text():
     seen = []
     plain = ScoringFunction("f", Path(), "", lambda prompts, completions: seen.append(prompts) or [0.0] * len(prompts))
-    labeler = FunctionLabeler(plain)
+    scorer = FunctionScorer(plain)
     talk = (Message("system", "be kind"), Message("user", "hi"))
-    labeler.score(["plain", talk, (Message("user", "one"),)], ["a", "b", "c"])
+    scorer.score(["plain", talk, (Message("user", "one"),)], ["a", "b", "c"])
     assert seen == [["plain", "system: be kind\n\nuser: hi", "one"]]
 
 
 def test_a_function_that_labels_may_not_return_nan():
-    labeler = FunctionLabeler(ScoringFunction("rate.py:f", Path(), "", lambda prompts, completions: [1.0, math.nan]))
+    scorer = FunctionScorer(ScoringFunction("rate.py:f", Path(), "", lambda prompts, completions: [1.0, math.nan]))
     with pytest.raises(DataError, match=r"`rate\.py:f` returned nan, .* the prompt 'q' and the completion 'b'"):
-        labeler.score(["p", "q"], ["a", "b"])
+        scorer.score(["p", "q"], ["a", "b"])
 
 
 def test_statistics_by_hand():
@@ -90,8 +90,8 @@ def test_statistics_by_hand():
         Ranking("p", ("a", "bbb", "cc"), ((1,), (0, 2))),  # pairs: bbb > a, bbb > cc; a = cc
         Ranking("q", ("dddd", "e"), ((1,), (0,))),  # e > dddd
     ]
-    statistics = LabelStatistics.of(rankings)
-    assert statistics == LabelStatistics(
+    statistics = RankingStatistics.of(rankings)
+    assert statistics == RankingStatistics(
         prompts=2, completions=5, mean_tiers=2.0, tie_share=1 / 4, mean_characters=11 / 5, longest_wins=2 / 3
     )
-    assert LabelStatistics.of([Ranking("p", ("aa", "bb"), ((0,), (1,)))]).longest_wins is None
+    assert RankingStatistics.of([Ranking("p", ("aa", "bb"), ((0,), (1,)))]).longest_wins is None

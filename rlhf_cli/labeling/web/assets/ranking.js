@@ -1,4 +1,4 @@
-// What somebody has entered for one task: tiers of answers by shown position, best first. Knows nothing of the page.
+// The ranking of one task: tiers of shown positions, best first. Independent of the page.
 
 export class Ranking {
   constructor(count, tiers = []) {
@@ -8,7 +8,7 @@ export class Ranking {
     this.isTieNext = false;
   }
 
-  /** Positions that have no place yet, in shown order. */
+  /** Unranked positions, in shown order. */
   get pool() {
     const ranked = new Set(this.tiers.flat());
     return Array.from({ length: this.count }, (_, position) => position).filter((position) => !ranked.has(position));
@@ -22,7 +22,7 @@ export class Ranking {
     return this.tiers.findIndex((tier) => tier.includes(position));
   }
 
-  /** Give an answer the next place, or the last one's if a tie was asked for; says whether it had none before. */
+  /** Rank a completion next, or tie it with the last one if requested; returns whether it was unranked. */
   placeNext(position) {
     if (this.tierOf(position) >= 0) return false;
     if (this.isTieNext && this.tiers.length) this.tiers[this.tiers.length - 1].push(position);
@@ -32,13 +32,13 @@ export class Ranking {
     return true;
   }
 
-  /** Let the next answer tie with the last one, or no longer. */
+  /** Toggle whether the next completion ties with the last one. */
   toggleTie() {
     this.isTieNext = !this.isTieNext && this.tiers.length > 0 && !this.isWhole;
     return this.isTieNext;
   }
 
-  /** Undo the last tie sign or placing; returns the position that lost its place, or null. */
+  /** Undo the last tie sign or placement; returns the position that was removed, or null. */
   takeBack() {
     if (this.isTieNext) {
       this.isTieNext = false;
@@ -56,7 +56,7 @@ export class Ranking {
     this.isTieNext = this.isTieNext && this.tiers.length > 0;
   }
 
-  /** Drop an answer: "pool", "tier:2" (a tie with that tier) or "gap:2" (a new tier before that one). */
+  /** Drop a completion on "pool", "tier:2" (a tie with that tier) or "gap:2" (a new tier before that one). */
   drop(position, target) {
     const [kind, index] = target.split(":");
     if (kind === "pool") return this.remove(position);
@@ -74,7 +74,7 @@ export class Ranking {
     this.isTieNext = false;
   }
 
-  /** Move an answer by half a step: out of its tie, or into one with its neighbor. */
+  /** Move a completion by half a step: out of its tie, or into a tie with its neighbor. */
   nudge(position, direction) {
     const index = this.tierOf(position);
     if (index < 0) return this.placeNext(position);
@@ -84,7 +84,7 @@ export class Ranking {
     else if (neighbor >= 0 && neighbor < this.tiers.length) this.drop(position, `tier:${neighbor}`);
   }
 
-  /** Whether two answers stand in two places, so that one can be better by some degree. */
+  /** Whether there are two completions without a tie, so that a strength can be asked for. */
   get isOneBetter() {
     return this.count === 2 && this.tiers.length === 2;
   }
@@ -94,7 +94,7 @@ export class Ranking {
   }
 }
 
-/** Place of a tier in words. */
+/** Ordinal of a place: 1st, 2nd, ... */
 export function ordinal(number) {
   const rest = number % 100;
   const ending = rest > 10 && rest < 14 ? "th" : ["th", "st", "nd", "rd"][number % 10] || "th";

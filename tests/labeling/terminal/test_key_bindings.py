@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_cli.labeling.session.types import ANSWER_LETTERS, Entry, LabelPlan, Task
+from rlhf_cli.labeling.session.plan import LabelPlan
+from rlhf_cli.labeling.session.types import COMPLETION_LETTERS, Entry, LabelTask
 from rlhf_cli.labeling.terminal.key_bindings import step
 from rlhf_cli.labeling.terminal.keys import Key
-from rlhf_cli.labeling.terminal.state import Effect, Extent, State, Trouble, with_task, with_trouble
+from rlhf_cli.labeling.terminal.state import Effect, Failure, ScrollArea, State, with_failure, with_task
 
-EXTENT = Extent(page=10, total=40, stops=(0, 12, 25, 33), of_answer=(0, 1, 2, 3))
+EXTENT = ScrollArea(page=10, total=40, stops=(0, 12, 25, 33), of_completion=(0, 1, 2, 3))
 NAMED = {
     "\r": "enter", "\b": "backspace", "\t": "tab", "\x1b": "escape", "<": "left", ">": "right", "^": "up", "v": "down",
     "{": "pageup", "}": "pagedown", "[": "home", "]": "end", "X": "delete",
@@ -21,7 +22,7 @@ NAMED = {
 
 
 def begun(count: int = 4, draft: Entry | None = None, **plan) -> State:
-    task = Task(7, 1, "What?", tuple(f"answer {n}" for n in range(count)), LabelPlan().shown, draft)
+    task = LabelTask(7, 1, "What?", tuple(f"answer {n}" for n in range(count)), LabelPlan().display_hash, draft)
     return with_task(State(LabelPlan(**plan)), task)
 
 
@@ -79,7 +80,7 @@ def rankings(draw, count: int):
 )
 def test_a_whole_ranking_typed_gives_that_ranking_whatever_was_there_before(given_):
     count, tiers, before = given_
-    text = "".join("=".join(ANSWER_LETTERS[answer] for answer in tier) for tier in tiers)
+    text = "".join("=".join(COMPLETION_LETTERS[answer] for answer in tier) for tier in tiers)
     state, _ = press(begun(count), before)
     state, effects = press(state, text + "\r")
     assert effects == [Effect("submit", Entry(tuple(tuple(sorted(tier)) for tier in tiers)))]
@@ -109,7 +110,7 @@ def test_enter_says_what_lacks_and_submits_what_is_whole():
     assert "answers c, d have no place yet" in state.hint
     state, effects = press(state, "cd=\r")
     assert effects == []
-    assert "waits for a letter" in state.hint
+    assert "needs a second letter" in state.hint
     state, effects = press(state, "\b\r")
     assert effects == [Effect("submit", Entry(((1,), (0,), (2,), (3,))))]
 
@@ -218,12 +219,12 @@ def test_help_scrolls_by_itself_and_returns():
 def test_trouble_is_tried_again_left_or_ended():
     state, _ = press(begun(), "bacd")
     submit = Effect("submit", state.entry)
-    troubled = with_trouble(state, Trouble("disk full", "", submit))
+    troubled = with_failure(state, Failure("disk full", "", submit))
     assert press(troubled, "bsu") == (troubled, [])
     assert press(troubled, "\r")[1] == [submit]
     assert press(troubled, "\x1b")[0].tiers == state.tiers
     assert press(troubled, "q")[1] == [Effect("quit")]
-    again = with_trouble(troubled, Trouble("disk full", "", Effect("quit")))
+    again = with_failure(troubled, Failure("disk full", "", Effect("quit")))
     assert press(again, "q")[1] == [Effect("leave")]
     assert again.before == "rank"
 

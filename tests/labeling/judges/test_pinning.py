@@ -10,7 +10,7 @@ import pytest
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
-from rlhf_cli.labeling.judges import local, versions
+from rlhf_cli.labeling.judges import local
 from rlhf_cli.models.loading import ModelSource
 
 NAME = "acme/judge"
@@ -32,7 +32,7 @@ def hub(roomy_llama, tmp_path, monkeypatch) -> Path:
 
 
 def commit_of(**source) -> str | None:
-    return versions.at_one_commit(ModelSource(NAME, **source), ProcessGroup()).revision
+    return local.pin_to_commit(ModelSource(NAME, **source), ProcessGroup()).revision
 
 
 def test_a_branch_stands_for_the_commit_that_the_cache_holds(hub):
@@ -52,20 +52,20 @@ def test_the_first_process_says_which_commit_it_is(hub):
         def all_gather_object(self, item):
             return [NEW, item]
 
-    assert versions.at_one_commit(ModelSource(NAME), Second()).revision == NEW
+    assert local.pin_to_commit(ModelSource(NAME), Second()).revision == NEW
 
 
 def test_what_is_not_there_is_fetched_and_then_known(hub, monkeypatch):
     shutil.move(hub, hub.with_name("elsewhere"))
     with pytest.raises(ModelError, match="acme/judge"):
         commit_of()
-    monkeypatch.setattr(versions, "load_config", lambda source: shutil.move(hub.with_name("elsewhere"), hub))
+    monkeypatch.setattr(local, "load_config", lambda source: shutil.move(hub.with_name("elsewhere"), hub))
     assert commit_of() == OLD
 
 
 def test_a_commit_that_nobody_knows_is_a_warning(hub, monkeypatch, capsys):
     (hub / "refs" / "main").unlink()
-    monkeypatch.setattr(versions, "load_config", lambda source: None)
+    monkeypatch.setattr(local, "load_config", lambda source: None)
     assert commit_of() is None
     said = " ".join(capsys.readouterr().err.split())
     assert "judge acme/judge: the commit of `main` is unknown" in said

@@ -1,0 +1,158 @@
+"""Opens the terminal or the web page for annotators, between two runs of the `label` stage."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from rlhf_cli.distributed.ranks import world_size
+from rlhf_cli.errors import Interrupted, UsageError, WaitingForLabelsError
+
+if TYPE_CHECKING:
+    from rlhf_cli.labeling.web.tokens import ServerLinks
+
+
+@dataclass(frozen=True)
+class AnnotationInterface:
+    """Where annotators label.
+
+    Attributes:
+        serve: in a browser; otherwise in this terminal.
+        host: address the server listens on.
+        port: port the server listens on.
+        annotators: names; if empty, the user who runs the command.
+    """
+
+    serve: bool
+    host: str
+    port: int
+    annotators: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raise `UsageError` if several annotators would share one terminal."""
+        if len(self.annotators) > 1 and not self.serve:
+            raise UsageError(
+                f"only one annotator can label in a terminal; got {len(self.annotators)}",
+                hint="start one terminal per annotator with `--annotator NAME`, or use `--serve`",
+            )
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the annotators; raises `UsageError` if none was given and the user has no name."""
+        if self.annotators:
+            return self.annotators
+        try:
+            return (getpass.getuser(),)
+        except (KeyError, OSError) as error:  # a user without a name, as in containers
+            raise UsageError(
+                "no annotator given, and this system has no user name", hint="add `--annotator NAME`"
+            ) from error
+
+
+def label_by_annotators(
+    run_stage: Callable[[bool], None], interface: AnnotationInterface, *, waits_in: Path | None, force: bool
+) -> None:
+    """Run the stage; if it waits for labels, open the interface, then run the stage again.
+
+    Args:
+        run_stage: runs `label`, discarding unfinished work if its argument is true; prints the outcome.
+        interface: terminal or web page.
+        waits_in: a run directory given without a recipe; if it waits for labels, the stage is not run first.
+        force: discard unfinished work; labels are kept.
+
+    Raises:
+        WaitingForLabelsError: labels are still missing after the interface was closed, or no interface can be opened.
+    """
+    from rlhf_cli.labeling.label_sources import STORE, waits_for_people
+    from rlhf_cli.progress import say
+
+    interface.check()
+    if waits_in is not None and (waits_in / STORE).is_file():
+        if waits_for_people(waits_in):
+            _open(waits_in / STORE, waits_in, interface)
+            say("labeling is complete: repeat the command that started this run to continue")
+        else:
+            _nothing_to_label()
+            typer.echo(waits_in / "label")
+        return
+    if waits_in is not None:
+        what = "no stage waits for labels there" if waits_in.is_dir() else "no such run directory"
+        raise UsageError(
+            f"{waits_in}: {what}", hint="name a run that waits for labels, or add a recipe, or `--by` and its options"
+        )
+    try:
+        run_stage(force)
+        if interface.serve or interface.annotators:
+            _nothing_to_label()
+        return
+    except WaitingForLabelsError as waiting:
+        store = Path(waiting.store)
+        if world_size() > 1 or not (interface.serve or _is_interactive()):
+            raise
+    _open(store, store.parents[2], interface)
+    run_stage(False)
+
+
+def _nothing_to_label() -> None:
+    from rlhf_cli.progress import say
+
+    say("no labels are needed: `label` is done")
+
+
+def _show_links(links: ServerLinks) -> None:
+    from rlhf_cli.progress import printable, say
+
+    rows = [*((printable(name), link) for name, link in links.annotators.items()), ("(admin)", links.administrator)]
+    width = max(len(name) for name, _ in rows)
+    say("send each annotator their own link; a link identifies its annotator:\n")
+    for name, link in rows:
+        say(f"  {name:<{width}}  {link}")
+    say("\nsubmitted labels are on disk; stop the server with Ctrl-C, the links stay valid")
+
+
+def _is_interactive() -> bool:
+    """Whether a person uses this terminal."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+
+
+def _open(store: Path, run_dir: Path, interface: AnnotationInterface) -> None:
+    """Open the interface; raise `WaitingForLabelsError` if labels are still missing when it is closed."""
+    from rlhf_cli.labeling.session.session import LabelSession
+    from rlhf_cli.stages.label.human import waiting
+
+    if interface.serve:
+        from rlhf_cli.labeling.web.serving import serve
+
+        names = interface.names()
+        signum = serve(store, host=interface.host, port=interface.port, annotators=names, announce=_show_links)
+        if signum not in (None, signal.SIGINT):  # Ctrl-C is the normal way to stop the server
+            raise Interrupted(signum)
+    else:
+        _open_terminal(store, interface.names()[0], resume_command=f"rlhf label --run-dir {run_dir}")
+    with closing(LabelSession(store, create=False)) as session:
+        progress = session.progress()
+    if not progress.is_complete:
+        raise waiting(progress, store, run_dir)
+
+
+def _open_terminal(store: Path, annotator: str, *, resume_command: str) -> None:
+    from rlhf_cli.labeling.session.session import LabelSession
+    from rlhf_cli.labeling.terminal import label_in_terminal
+
+    if not _is_interactive():
+        raise UsageError(
+            "labeling needs an interactive terminal",
+            hint="run the command in a terminal, or label in a browser with `--serve`",
+        )
+    with closing(LabelSession(store, create=False)) as session:
+        outcome = label_in_terminal(session, annotator, resume_command=resume_command)
+    if outcome.signum not in (None, signal.SIGINT):  # Ctrl-C is a normal way to quit
+        raise Interrupted(outcome.signum)

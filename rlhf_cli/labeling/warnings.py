@@ -1,0 +1,50 @@
+"""Warnings about the quality of labels, from annotators and judges alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from rlhf_cli.progress import printable
+
+ALL_LABELS = "all labels"
+
+
+@dataclass(frozen=True)
+class LabelWarning:
+    """A problem that the person who runs the labeling should act on.
+
+    Attributes:
+        kind: a short, stable name.
+        about: the annotator, judge or prompt, or `ALL_LABELS`.
+        text: what was found, with the measured value.
+        advice: what to do.
+    """
+
+    kind: str
+    about: str
+    text: str
+    advice: str
+
+
+def one_line(text: str) -> str:
+    """Untrusted text on one line, without control characters."""
+    return " ".join(printable(text).split())
+
+
+def rendered(warnings: Sequence[LabelWarning]) -> Iterator[RenderableType]:
+    """Rich renderables: a heading, and two paragraphs per warning."""
+    if warnings:
+        yield Text(f"{len(warnings):,} {'warning' if len(warnings) == 1 else 'warnings'}", style="bold yellow")
+    for warning in warnings:
+        yield Text.assemble((f"{one_line(warning.about)}: ", "bold"), one_line(warning.text))
+        yield Padding(Text(warning.advice, style="dim"), (0, 0, 0, 3))
+
+
+def in_one_line(warning: LabelWarning) -> str:
+    """The warning as one line, for the log."""
+    return f"{one_line(warning.about)}: {one_line(warning.text)}; {warning.advice}"
