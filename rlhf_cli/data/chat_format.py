@@ -106,7 +106,7 @@ class PromptFormat:
         return [*ids, end] if ended else ids
 
     def pair_ids(self, prompt: Prompt, completion: str, *, ended: bool = True) -> list[int]:
-        """Ids of prompt and answer as a scorer reads them."""
+        """Ids of a prompt and its completion, as a reward model reads them."""
         if self.is_encoder:
             return list(self.tokenizer(self.prompt_string(prompt), completion)["input_ids"])  # type: ignore[arg-type]
         return self.prompt_ids(prompt) + self.completion_ids(completion, ended=ended)

@@ -111,7 +111,7 @@ def select(items: Sequence[Item], *, by: Strategy, prompts: int, completions: in
         ValueError: rewards of an item are missing, have the wrong shape, or are not finite.
     """
     identical = [number for number, item in enumerate(items) if len(set(item.completions)) < 2]
-    usable = sorted(set(range(len(items))) - set(identical), key=lambda number: _place(items[number], seed))
+    usable = sorted(set(range(len(items))) - set(identical), key=lambda number: _position(items[number], seed))
     held_out = [number for number in usable if items[number].is_held_out]
     train = [number for number in usable if not items[number].is_held_out]
     held_out_count = held_out_share(len(train), len(held_out), prompts)
@@ -211,7 +211,7 @@ def _best_completions(item: Item, by: Strategy, completions: int | None, seed: i
     score = float(scores[np.ix_(taken, taken)].sum()) / (count * (count - 1))
     if completions is None:
         return tuple(range(len(item.completions))), score
-    return tuple(sorted(numbers[place] for place in taken)), score
+    return tuple(sorted(numbers[position] for position in taken)), score
 
 
 def _random_completions(item: Item, completions: int | None, seed: int) -> tuple[int, ...]:
@@ -226,7 +226,7 @@ def _distinct_completions(item: Item, seed: int) -> list[int]:
     return [first[text] for text in sorted(first, key=lambda text: _draw("completion", seed, item.key, text))]
 
 
-def _place(item: Item, seed: int) -> tuple[bytes, list[bytes]]:
+def _position(item: Item, seed: int) -> tuple[bytes, list[bytes]]:
     """Sort key of an item that depends on the item and the seed alone."""
     return _draw("prompt", seed, item.key), sorted(
         _draw("completion", seed, item.key, text) for text in item.completions

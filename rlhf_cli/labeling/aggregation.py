@@ -131,11 +131,11 @@ def in_order_of(first: Ranking, other: Ranking) -> Ranking:
             f"{other.completions[0][:60]!r} and others",
             hint="the file was edited, or labels of two runs were concatenated; export them again",
         )
-    places: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for index, completion in enumerate(first.completions):
-        places.setdefault(completion, []).append(index)
-    place = [places[completion].pop(0) for completion in other.completions]
-    tiers = tuple(tuple(place[index] for index in tier) for tier in other.tiers)
+        positions.setdefault(completion, []).append(index)
+    position = [positions[completion].pop(0) for completion in other.completions]
+    tiers = tuple(tuple(position[index] for index in tier) for tier in other.tiers)
     return replace(other, completions=first.completions, tiers=tiers)
 
 

@@ -111,16 +111,16 @@ class CompletionFile:
         lines = path.read_bytes().split(b"\n")[:-1]
         prompts = [None if (found := _parse(line)) is None else found[0] for line in lines]
         done: list[int] = []
-        size = place = 0
-        while place < len(lines):
-            first = prompts[place]
+        size = position = 0
+        while position < len(lines):
+            first = prompts[position]
             chunk = () if first is None else self._chunks.get(first, ())
             expected = [number for number in chunk for _ in range(self._per_prompt)]
-            if not expected or prompts[place : place + len(expected)] != expected:
+            if not expected or prompts[position : position + len(expected)] != expected:
                 break
             done.append(expected[0])
-            size += sum(len(line) + 1 for line in lines[place : place + len(expected)])
-            place += len(expected)
+            size += sum(len(line) + 1 for line in lines[position : position + len(expected)])
+            position += len(expected)
         return done, size
 
 

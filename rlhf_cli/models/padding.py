@@ -25,8 +25,8 @@ def pad(rows: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "righ
     """
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
-    places = torch.arange(width).expand(len(rows), width)
-    is_real = places < lengths.unsqueeze(1) if side == "right" else places >= width - lengths.unsqueeze(1)
+    positions = torch.arange(width).expand(len(rows), width)
+    is_real = positions < lengths.unsqueeze(1) if side == "right" else positions >= width - lengths.unsqueeze(1)
     ids = torch.tensor([row[0] for row in rows]).unsqueeze(1).repeat(1, width)
     ids[is_real] = torch.tensor([token for row in rows for token in row])
     return ids, is_real

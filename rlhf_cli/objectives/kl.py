@@ -1,4 +1,4 @@
-"""The leash: per-token estimates of KL(pi || pi_SFT), and the coefficient that adapts to a target."""
+"""The KL penalty: per-token estimates of KL(pi || pi_SFT), and the coefficient that adapts to a target."""
 
 from __future__ import annotations
 

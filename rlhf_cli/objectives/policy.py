@@ -57,7 +57,7 @@ def policy_loss(
     clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -masked_sum(torch.minimum(unclipped, clipped), is_completion)
     with torch.no_grad():
-        largest, place = log_ratio.abs().max(dim=1)
+        largest, position = log_ratio.abs().max(dim=1)
         return PolicyLoss(
             loss=loss,
             approx_kl=masked_sum(0.5 * log_ratio**2, is_completion),
@@ -65,7 +65,7 @@ def policy_loss(
             ratio=masked_sum(ratio, is_completion),
             squared_ratio=masked_sum(ratio**2, is_completion),
             largest_log_ratio=largest,
-            largest_place=place,
+            largest_place=position,
         )
 
 

@@ -23,7 +23,7 @@ def pairwise_ranking_loss(rewards: Tensor, levels: Tensor, groups: Tensor, margi
         levels: (N,) tier of each answer within its group, 0 the best; equal levels are a tie.
         groups: (N,) group of each answer, 0 to G - 1; every group has at least two answers.
         margins: (G,) how much better the best tier is than the rest; subtracted inside the sigmoid (Touvron et al.
-            2023, Llama 2, eq. 2) in the pairs that a best answer wins. None is no margin.
+            2023, Llama 2, eq. 2) in the pairs that a best answer wins. None means no margin.
 
     Returns:
         (G,) loss of each group, in nats.

@@ -66,7 +66,7 @@ class RewardShape:
 
         Args:
             scores: (N,) as they were given.
-            ended: (N,) bool, whether the answer ended of itself.
+            ended: (N,) bool, whether the completion is finished.
             lengths: (N,) tokens, the end token included.
             scale: factor on the scores.
         """

@@ -128,13 +128,13 @@ def _faults(
     found = []
     explained: set[int] = set()
     for name, scores in parts.items():
-        bad = [place for place, score in enumerate(weighted[name]) if not _is_finite(score)]
+        bad = [position for position, score in enumerate(weighted[name]) if not _is_finite(score)]
         if bad:
             first = scores[bad[0]]
             size = " (too large for float32, before or after weighting)" if math.isfinite(first) else ""
             found.append(_fault(f"the reward `{name}`", bad, f"{first}{size}", prompts, completions))
         explained.update(bad)
-    rest = [place for place, score in enumerate(total) if math.isnan(score) and place not in explained]
+    rest = [position for position, score in enumerate(total) if math.isnan(score) and position not in explained]
     if rest:
         found.append(_fault("the combined reward", rest, "too large for float32", prompts, completions))
     return found

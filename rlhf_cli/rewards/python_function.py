@@ -21,7 +21,7 @@ from rlhf_cli.data.records import Prompt, prompt_text
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.rewards.validation import numbers, sample, shown
 
-_FORMS = "`package.module:function` or `file.py:function`"
+_SPELLINGS = "`package.module:function` or `file.py:function`"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ScoringFunction:
                 error, blame = alone, f", for {sample(prompt, completion)}"
                 break
         return DataError(
-            f"{origin} raised {type(error).__name__}: {error} ({_place(error, self.path)}){blame}",
+            f"{origin} raised {type(error).__name__}: {error} ({_position(error, self.path)}){blame}",
             hint="it is called with a list of prompts and a list of completions, both lists of strings",
         )
 
@@ -116,18 +116,18 @@ def load_scoring_function(spec: str) -> ScoringFunction:
     Raises:
         UsageError: there is no such function, or its module cannot be loaded.
     """
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        raise UsageError(f"`{spec}` does not name a function", hint=f"write {_FORMS}")
-    module = _module_from_file(spec, Path(place)) if place.endswith(".py") else _module_by_name(spec, place)
+    position, colon, name = spec.rpartition(":")
+    if not colon or not position or not name.isidentifier():
+        raise UsageError(f"`{spec}` does not name a function", hint=f"write {_SPELLINGS}")
+    module = _module_from_file(spec, Path(position)) if position.endswith(".py") else _module_by_name(spec, position)
     function = getattr(module, name, None)
     if function is None:
         known = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
         hint = f"it has: {', '.join(known)}" if known else "it has no functions"
-        raise UsageError(f"`{place}` has no function `{name}`", hint=hint)
+        raise UsageError(f"`{position}` has no function `{name}`", hint=hint)
     if not callable(function):
-        raise UsageError(f"`{spec}` must be a function, got {type(function).__name__}", hint=f"write {_FORMS}")
-    path = Path(module.__file__ or place)
+        raise UsageError(f"`{spec}` must be a function, got {type(function).__name__}", hint=f"write {_SPELLINGS}")
+    path = Path(module.__file__ or position)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return ScoringFunction(spec, path, digest, cast(Callable[[list[str], list[str]], Sequence[float]], function))
 
@@ -135,7 +135,7 @@ def load_scoring_function(spec: str) -> ScoringFunction:
 def _module_from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(
-            f"`{spec}`: there is no file {path}", hint=f"write {_FORMS}; paths are relative to {Path.cwd()}"
+            f"`{spec}`: there is no file {path}", hint=f"write {_SPELLINGS}; paths are relative to {Path.cwd()}"
         )
     path = path.resolve()
     # A unique name, so that two files called reward.py replace neither each other nor a library.
@@ -149,7 +149,9 @@ def _module_from_file(spec: str, path: Path) -> ModuleType:
         found.loader.exec_module(module)
     except Exception as error:  # whatever the user's code raises
         del sys.modules[name]
-        raise UsageError(f"{path} cannot be loaded: {type(error).__name__}: {error} ({_place(error, path)})") from error
+        raise UsageError(
+            f"{path} cannot be loaded: {type(error).__name__}: {error} ({_position(error, path)})"
+        ) from error
     return module
 
 
@@ -158,13 +160,13 @@ def _module_by_name(spec: str, name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"`{spec}`: there is no module `{error.name}`", hint=f"write {_FORMS}; give a file with its `.py`"
+            f"`{spec}`: there is no module `{error.name}`", hint=f"write {_SPELLINGS}; give a file with its `.py`"
         ) from error
     except Exception as error:  # whatever the user's code raises
         raise UsageError(f"`{name}` cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def _place(error: BaseException, path: Path) -> str:
+def _position(error: BaseException, path: Path) -> str:
     """Return the place of an error in the user's file, by the innermost line of that file."""
     line, frame = None, error.__traceback__
     while frame is not None:

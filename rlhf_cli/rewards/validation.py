@@ -34,7 +34,7 @@ def finite_scores(reward: Reward, prompts: Sequence[Prompt], completions: Sequen
 
 def first_not_finite(scores: Sequence[float]) -> int | None:
     """Return the index of the first NaN or infinity; None if there is none."""
-    return next((place for place, score in enumerate(scores) if not math.isfinite(score)), None)
+    return next((position for position, score in enumerate(scores) if not math.isfinite(score)), None)
 
 
 def numbers(origin: str, scores: Sequence[Any], prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:

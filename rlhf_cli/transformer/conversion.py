@@ -57,11 +57,11 @@ def as_transformers(model: TransformerForCausalLM, name: str = "the model") -> P
     for family in _FAMILIES:
         try:
             theirs = family.config_of(model.config)
-            found, wanted = (_parts(config) for config in (explicit_config(theirs, name), model.config))
+            found, requested = (_parts(config) for config in (explicit_config(theirs, name), model.config))
         except (ValueError, StrictDataclassError) as error:  # the family does not support these sizes
             reasons.append(f"as a {family.name}, {' '.join(str(error).split())}")
             continue
-        differing = [key for key in wanted if wanted[key] != found[key]]
+        differing = [key for key in requested if requested[key] != found[key]]
         if not differing:
             state = _renamed(model, family, model.config.num_hidden_layers, name, to_ours=False)
             return _filled(family.kind, theirs, state, model, name)

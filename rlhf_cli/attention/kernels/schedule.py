@@ -127,14 +127,14 @@ def on_device(device: torch.device, *tables: list[Any]) -> list[Tensor]:
     Each starts at a multiple of 16 bytes, as Triton likes its pointers.
     """
     flat: list[int] = []
-    places = []
+    positions = []
     for table in tables:
         flat.extend([0] * (-len(flat) % 4))
-        places.append(len(flat))
+        positions.append(len(flat))
         flat.extend(number for row in table for number in row)
     everything = torch.tensor(flat, dtype=torch.int32).to(device)
     found = []
-    for table, at in zip(tables, places, strict=True):
+    for table, at in zip(tables, positions, strict=True):
         width = len(table[0]) if table else 1
         found.append(everything[at : at + len(table) * width].view(len(table), width))
     return found

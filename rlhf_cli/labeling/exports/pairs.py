@@ -124,10 +124,10 @@ def _lost_in_pairs(rankings: Sequence[Ranking], pairs: int, margins: Sequence[fl
     return lost
 
 
-def _plain(prompt: Prompt, form: str) -> str:
+def _plain(prompt: Prompt, format_: str) -> str:
     if isinstance(prompt, str) or (len(prompt) == 1 and prompt[0].role == "user"):
         return prompt_text(prompt)
     raise UsageError(
-        f"`--format {form}` holds prompts as text, but one is a conversation: {prompt_text(prompt)[:60]!r}",
+        f"`--format {format_}` holds prompts as text, but one is a conversation: {prompt_text(prompt)[:60]!r}",
         hint="use `--format conversations` or `--format rankings`",
     )

@@ -34,7 +34,7 @@ def label_studio(rankings: Sequence[Ranking]) -> Exported:
 def _annotation(identifier: str, ranking: Ranking, has_ties: bool) -> dict[str, Any]:
     tiers = [[str(index + 1) for index in tier] for tier in ranking.tiers]
     if has_ties:
-        ranker = {str(place): tier for place, tier in enumerate(tiers, start=1)}
+        ranker = {str(position): tier for position, tier in enumerate(tiers, start=1)}
     else:
         ranker = {"rank": [one for tier in tiers for one in tier]}
     result = {

@@ -31,7 +31,7 @@ _PATIENCE = 5
 _GRACE = 10.0
 """Seconds for requests in flight to finish after a signal."""
 _POLL = 0.1
-_BYTES, _BYTES_A_TOKEN = 1 << 20, 64
+_BYTES, _BYTES_PER_TOKEN = 1 << 20, 64
 _HINTS = Hints(
     unreachable="check that the server runs and is fast enough, then run the same command again: earlier verdicts are "
     "kept; `timeout`, `retries` and `concurrency` of the judge may be changed",
@@ -160,20 +160,20 @@ class EndpointJudge:
         charge: Keep,
         settled: asyncio.Condition,
     ) -> None:
-        for place, question in waiting:
+        for position, question in waiting:
             most = self._at_most(question)
             spending = CostReservation(
                 self._budget,
                 most.cost,
                 settled,
                 lambda: self._closing,
-                functools.partial(charge, place, replace(most, failure=UNHEARD)),
+                functools.partial(charge, position, replace(most, failure=UNHEARD)),
             )
             cost = 0.0
             try:
                 reply = await self._reply(client, question, most, spending)
                 cost = reply.cost
-                keep(place, reply)
+                keep(position, reply)
                 if not self._usable and len(self._unusable) >= _PATIENCE:
                     raise self._unusable[-1]
             except ClosedError:
@@ -205,7 +205,7 @@ class EndpointJudge:
         }
         body = json.dumps(request).encode("ascii")
         try:
-            content = await self._http.post(client, body, _BYTES + _BYTES_A_TOKEN * self._max_new_tokens, spending)
+            content = await self._http.post(client, body, _BYTES + _BYTES_PER_TOKEN * self._max_new_tokens, spending)
         except RefusedError as error:
             if error.status not in _ABOUT_THE_TEXT:
                 raise

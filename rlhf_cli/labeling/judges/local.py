@@ -53,23 +53,23 @@ class LocalJudge:
         self._tokenizer = load_tokenizer(source)
         self._before, self._after = _frame(self._tokenizer, source.path)
         self._letters = [_ids_of(self._tokenizer, letter, source.path) for letter in "AB"]
-        self._room = context_length(config)
+        self._max_length = context_length(config)
         self._model: PreTrainedModel | None = None
 
     def replies(self, questions: Sequence[Question]) -> Iterator[list[tuple[int, Reply]]]:
         """Yield batches of replies, each with the index of its question; a batch holds questions of similar length."""
         ids = [self._ids(question) for question in questions]
-        too_long = [place for place, found in enumerate(ids) if len(found) > self._room]
+        too_long = [position for position, found in enumerate(ids) if len(found) > self._max_length]
         if too_long:
-            yield [(place, Reply(failure=TOO_LONG, prompt_tokens=len(ids[place]))) for place in too_long]
-        order = sorted(set(range(len(ids))) - set(too_long), key=lambda place: (-len(ids[place]), place))
+            yield [(position, Reply(failure=TOO_LONG, prompt_tokens=len(ids[position]))) for position in too_long]
+        order = sorted(set(range(len(ids))) - set(too_long), key=lambda position: (-len(ids[position]), position))
         while order:
             size = max(1, min(_QUESTIONS_AT_ONCE, _TOKENS_AT_ONCE // len(ids[order[0]])))
             batch, order = order[:size], order[size:]
-            chances = self._chances([ids[place] for place in batch])
+            chances = self._chances([ids[position] for position in batch])
             yield [
-                (place, Reply(chances=(first, second), prompt_tokens=len(ids[place])))
-                for place, (first, second) in zip(batch, chances, strict=True)
+                (position, Reply(chances=(first, second), prompt_tokens=len(ids[position])))
+                for position, (first, second) in zip(batch, chances, strict=True)
             ]
 
     def _ids(self, question: Question) -> list[int]:

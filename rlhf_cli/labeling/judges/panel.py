@@ -161,7 +161,7 @@ class PanelRunner:
         self.stop.check()
         with task(label, len(mine), "questions") as bar:
             for batch in load().replies([missing[key] for key in mine]):
-                given = [(mine[place], reply) for place, reply in batch]
+                given = [(mine[position], reply) for position, reply in batch]
                 self.cache.add(given)
                 fresh.update(given)
                 bar.advance(len(batch))
@@ -175,15 +175,15 @@ class PanelRunner:
         usable = sum(reply.failure != UNUSABLE for reply in kept)
         with task(label, len(kept) + len(keys), "questions", done=len(kept)) as bar:
 
-            def keep(place: int, reply: Reply) -> None:
+            def keep(position: int, reply: Reply) -> None:
                 if reply.is_final or reply.cost:
-                    self.cache.add([(keys[place], reply)])
-                fresh[keys[place]] = reply
+                    self.cache.add([(keys[position], reply)])
+                fresh[keys[position]] = reply
                 bar.advance(note=f"cost {self.budget.spent + reply.cost:.4g}" if judge.priced else None)
 
-            def charge(place: int, reply: Reply) -> None:
+            def charge(position: int, reply: Reply) -> None:
                 if reply.cost:
-                    self.cache.add([(keys[place], reply)])
+                    self.cache.add([(keys[position], reply)])
 
             judge.endpoint.ask(list(missing.values()), keep, charge, usable=usable)
 

@@ -117,7 +117,7 @@ def _instructions(rubric: str, count: int) -> str:
     )
 
 
-def _wanted(reply: Reply) -> str:
+def _requested(reply: Reply) -> str:
     if reply == "letter":
         return (
             "Which answer is better? Reply with one letter and nothing else: A if answer A is better, B if answer B is "
@@ -140,7 +140,7 @@ def _material(candidates: Candidates, shown: Sequence[int], reply: Reply) -> str
     names = ["PROMPT", *(f"ANSWER {letter}" for letter in LETTERS[: len(shown)])]
     fence = _fence(texts)
     fenced = [f"[BEGIN {name} {fence}]\n{text}\n[END {name} {fence}]" for name, text in zip(names, texts, strict=True)]
-    return "\n\n".join([*fenced, _wanted(reply)])
+    return "\n\n".join([*fenced, _requested(reply)])
 
 
 def _fence(texts: Sequence[str]) -> str:

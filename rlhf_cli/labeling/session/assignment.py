@@ -84,8 +84,8 @@ def remaining_tasks(state: LabelState, annotator: int, ordinary: int) -> int:
     drawn = state.hidden[annotator]
     at = len(state.of_annotator[annotator])
     gold, repeats = len(_unseen_gold(state, annotator)), len(_repeatable(state, annotator, after=1)) + ordinary
-    left = place = 0
-    while place < ordinary:
+    left = position = 0
+    while position < ordinary:
         while len(drawn) <= at + left:
             drawn.append(_purpose(plan, name, len(drawn)))
         purpose = drawn[at + left]
@@ -95,7 +95,7 @@ def remaining_tasks(state: LabelState, annotator: int, ordinary: int) -> int:
         elif purpose == "gold" and gold:
             gold -= 1
         else:
-            place += 1
+            position += 1
     return left + len(in_hand)
 
 

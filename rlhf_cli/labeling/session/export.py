@@ -11,13 +11,13 @@ from rlhf_cli.labeling.session.state import LabelState
 
 def labels_of_state(state: LabelState) -> list[LabelRecord]:
     """Valid labels of the plan's items and gold: by item, annotator's name and round."""
-    place = dict(state.listed) | {item: len(state.listed) + number for number, item in enumerate(state.gold)}
+    spot = dict(state.listed) | {item: len(state.listed) + number for number, item in enumerate(state.gold)}
     given = [
         (state.assignments[number], action)
         for number, action in state.standing.items()
-        if state.assignments[number].item in place
+        if state.assignments[number].item in spot
     ]
-    given.sort(key=lambda row: (place[row[0].item], state.annotators[row[0].annotator].name, row[0].round))
+    given.sort(key=lambda row: (spot[row[0].item], state.annotators[row[0].annotator].name, row[0].round))
     return [_record(state, assignment, action) for assignment, action in given]
 
 

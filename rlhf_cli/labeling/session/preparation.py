@@ -54,8 +54,8 @@ def _stored(store: LabelStore, number: str, item: Candidates) -> Sequence[str]:
 def _by_stored(item: Candidates, completions: Sequence[str]) -> Tiers | None:
     if item.known is None:
         return None
-    place = {text: index for index, text in enumerate(completions)}
-    return tuple(tuple(sorted(place[item.completions[index]] for index in tier)) for tier in item.known)
+    spot = {text: index for index, text in enumerate(completions)}
+    return tuple(tuple(sorted(spot[item.completions[index]] for index in tier)) for tier in item.known)
 
 
 def write_plan(store: LabelStore, plan: LabelPlan, listed: Sequence[PlanItem], now_ms: int) -> None:

@@ -50,8 +50,8 @@ def weight_matrix(categories: int, weights: Weights) -> NDArray[np.float64]:
     """
     if weights == "none" or categories < 2:
         return np.eye(categories)
-    place = np.arange(categories)
-    distance = np.abs(place[:, np.newaxis] - place) / (categories - 1)
+    position = np.arange(categories)
+    distance = np.abs(position[:, np.newaxis] - position) / (categories - 1)
     return 1.0 - (distance if weights == "linear" else distance**2)
 
 

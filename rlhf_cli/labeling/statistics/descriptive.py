@@ -105,19 +105,19 @@ def habit_of(labels: Sequence[LabelRecord]) -> Habit | None:
     of_size: dict[int, Counter[tuple[tuple[int, ...], ...]]] = defaultdict(Counter)
     for label in labels:
         if label.outcome == "ranked" and label.shown:
-            place = {index: position for position, index in enumerate(label.shown)}
-            order = tuple(tuple(sorted(place[index] for index in tier)) for tier in label.tiers)
+            spot = {index: position for position, index in enumerate(label.shown)}
+            order = tuple(tuple(sorted(spot[index] for index in tier)) for tier in label.tiers)
             of_size[len(label.completions)][order] += 1
     if not of_size:
         return None
     orders = max(of_size.values(), key=lambda own: own.total())
     # Ties are broken independently of the order of labels.
     order, times = min(orders.items(), key=lambda own: (-own[1], own[0]))
-    return Habit(">".join("=".join(_letter(place) for place in tier) for tier in order), times, orders.total())
+    return Habit(">".join("=".join(_letter(spot) for spot in tier) for tier in order), times, orders.total())
 
 
-def _letter(place: int) -> str:
-    return chr(ord("A") + place) if place < 26 else str(place + 1)
+def _letter(spot: int) -> str:
+    return chr(ord("A") + spot) if spot < 26 else str(spot + 1)
 
 
 def guidelines_of(labels: Sequence[LabelRecord]) -> dict[str, int]:
@@ -197,10 +197,10 @@ def strength_agreement(table: LabelTable) -> Estimate:
     rows = [row for row in np.flatnonzero(table.counted).tolist() if table.labels[row].strength is not None]
     if not rows:
         return Estimate(missing="no label has a strength")
-    place: dict[int, int] = {}
+    spot: dict[int, int] = {}
     ratings: dict[int, list[int | None]] = defaultdict(lambda: [None] * len(rows))
     for row in rows:
-        unit = place.setdefault(int(table.item[row]), len(place))
+        unit = spot.setdefault(int(table.item[row]), len(spot))
         side = int(table.verdict[table.start[row]]) - TIE
         ratings[int(table.annotator[row])][unit] = degrees + side * (table.labels[row].strength or 0)
     counts = category_counts(list(ratings.values()), 2 * degrees + 1)

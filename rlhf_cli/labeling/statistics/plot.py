@@ -25,7 +25,7 @@ _LINES = ("#1f5a8c", "#d1622b", "#3b8a5a", "#8f5aa5", "#b3902d", "#4aa3b5", "#a8
 _MOST_PEOPLE = 20
 _LONGEST_NAME = 16
 _EVERYBODY = "all annotators"
-_ROOM_FOR_LEGEND = 36.0
+_LEGEND_SPACE = 36.0
 """Space between axes and title for two rows of names, in points."""
 
 _Row = tuple[str, Estimate]
@@ -50,14 +50,14 @@ def draw_report(report: LabelReport, path: Path, *, title: str) -> None:
     # A figure without pyplot: needs no display, and nothing has to be closed.
     picture = Picture(figsize=(13.5, 6.2 + 0.24 * max(0, len(people) - 4)), layout="constrained")
     picture.get_layout_engine().set(w_pad=0.12, h_pad=0.10)  # type: ignore[union-attr]
-    (agreement, consistency, biases), (pace, places, tiers) = picture.subplots(
+    (agreement, consistency, biases), (pace, positions, tiers) = picture.subplots(
         2, 3, height_ratios=[1 + 0.09 * max(0, len(people) - 4), 1]
     )
     _agreement(agreement, report, people)
     _consistency(consistency, report, people, with_names=not agreement.get_yticks().size)
     _biases(biases, report, people, with_names=not (agreement.get_yticks().size or consistency.get_yticks().size))
     _pace(pace, people)
-    _places(places, report)
+    _positions(positions, report)
     _tiers(tiers, report)
     counts = report.counts
     shown = "" if len(people) == len(report.annotators) else f"; the {len(people)} annotators with most labels"
@@ -134,16 +134,16 @@ def _frame(axes: Axes, title: str, unit: str, rows: Sequence[_Row], *, with_name
 
 def _dots(axes: Axes, rows: Sequence[_Row], color: str, marker: str, label: str, *, shift: float) -> None:
     values: list[float] = []
-    places: list[float] = []
-    for place, (_, figure) in enumerate(rows):
+    positions: list[float] = []
+    for position, (_, figure) in enumerate(rows):
         if figure.value is not None:
             values.append(figure.value)
-            places.append(place + shift)
+            positions.append(position + shift)
             if figure.low is not None and figure.high is not None:
                 ends = [figure.low, figure.high]
-                axes.plot(ends, [place + shift] * 2, color=color, linewidth=1.6, alpha=0.55, zorder=2)
+                axes.plot(ends, [position + shift] * 2, color=color, linewidth=1.6, alpha=0.55, zorder=2)
     if values:
-        axes.plot(values, places, marker, color=color, markersize=5, label=label, zorder=3)
+        axes.plot(values, positions, marker, color=color, markersize=5, label=label, zorder=3)
 
 
 def _pace(axes: Axes, people: Sequence[AnnotatorReport]) -> None:
@@ -153,9 +153,9 @@ def _pace(axes: Axes, people: Sequence[AnnotatorReport]) -> None:
         _nothing(axes)
         return
     few = len(timed) <= len(_LINES)
-    for place, (person, pace) in enumerate(timed):
+    for position, (person, pace) in enumerate(timed):
         labels, seconds = zip(*pace.course, strict=True)
-        color = _LINES[place] if few else _GRAY
+        color = _LINES[position] if few else _GRAY
         axes.plot(labels, seconds, color=color, linewidth=1.5, alpha=0.9 if few else 0.35, marker=".", markersize=4,
                   label=_name(person) if few else None)  # fmt: skip
     axes.axhline(SECONDS_PER_LABEL, color=_GRAY, linewidth=0.9, linestyle="--", label="AlpacaEval")
@@ -171,7 +171,7 @@ def _pace(axes: Axes, people: Sequence[AnnotatorReport]) -> None:
     _legend(axes, columns=5 if len(timed) > 5 else 3)
 
 
-def _places(axes: Axes, report: LabelReport) -> None:
+def _positions(axes: Axes, report: LabelReport) -> None:
     _style(axes, "position of the best completion")
     if not report.distribution.winners:
         _nothing(axes)
@@ -185,7 +185,7 @@ def _places(axes: Axes, report: LabelReport) -> None:
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=8, padding=3, bbox=behind, zorder=4)
     axes.axhline(1 / size, color=_ORANGE, linewidth=1.2, linestyle="--", label="expected in random order", zorder=3)
     axes.set_ylim(0, max(*shares, 1 / size) * 1.3)
-    axes.set_xticks(range(size), [str(place + 1) for place in range(size)])
+    axes.set_xticks(range(size), [str(position + 1) for position in range(size)])
     axes.set_xlabel(f"position shown, of {size} completions", fontsize=9)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _legend(axes)
@@ -211,7 +211,7 @@ def _tiers(axes: Axes, report: LabelReport) -> None:
 
 
 def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=_ROOM_FOR_LEGEND)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=_LEGEND_SPACE)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
 

@@ -66,7 +66,7 @@ def _from_rankings(file: Path) -> tuple[list[LabelRecord], list[str]]:
 def _label(ranking: Ranking) -> LabelRecord:
     """Convert a ranking to a label, with completions in the order of their text, since files list them in any order."""
     order = sorted(range(len(ranking.completions)), key=lambda index: (ranking.completions[index], index))
-    place = {index: position for position, index in enumerate(order)}
+    spot = {index: position for position, index in enumerate(order)}
     completions = tuple(ranking.completions[index] for index in order)
     named = json.dumps([prompt_key(ranking.prompt), *completions], ensure_ascii=False)
     return LabelRecord(
@@ -74,5 +74,5 @@ def _label(ranking: Ranking) -> LabelRecord:
         prompt=ranking.prompt,
         completions=completions,
         annotator=ranking.annotator or "",
-        tiers=tuple(tuple(sorted(place[index] for index in tier)) for tier in ranking.tiers),
+        tiers=tuple(tuple(sorted(spot[index] for index in tier)) for tier in ranking.tiers),
     )

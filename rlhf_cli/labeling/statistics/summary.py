@@ -229,12 +229,12 @@ def _pairs_of_annotators(table: LabelTable, shared: tuple[Ints, Ints]) -> tuple[
     turned = table.annotator[first] > table.annotator[second]
     first, second = np.where(turned, second, first), np.where(turned, first, second)
     people = len(table.names)
-    keys, place, items = np.unique(
+    keys, position, items = np.unique(
         table.annotator[first] * people + table.annotator[second], return_inverse=True, return_counts=True
     )
     owner, one = table.pairs(first)
     _, other = table.pairs(second)
-    cell = (place[owner] * VERDICTS + table.verdict[one]) * VERDICTS + table.verdict[other]
+    cell = (position[owner] * VERDICTS + table.verdict[one]) * VERDICTS + table.verdict[other]
     confusion = np.bincount(cell, minlength=len(keys) * VERDICTS**2).reshape(-1, VERDICTS, VERDICTS)
     found = []
     for key, own, common in zip(keys.tolist(), confusion, items.tolist(), strict=True):

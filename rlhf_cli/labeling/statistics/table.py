@@ -80,10 +80,10 @@ class LabelTable:
             values: (N, M).
             count: number of annotators; default: all names.
         """
-        key, place = np.unique(annotators * self.prompts + self.prompt[labels], return_inverse=True)
+        key, position = np.unique(annotators * self.prompts + self.prompt[labels], return_inverse=True)
         sums = np.zeros((len(key), values.shape[1]))
         for column, one in enumerate(values.T):
-            sums[:, column] = np.bincount(place, weights=one, minlength=len(key))
+            sums[:, column] = np.bincount(position, weights=one, minlength=len(key))
         ends = np.searchsorted(key, np.arange((len(self.names) if count is None else count) + 1) * self.prompts)
         return [PromptSums(key[low:high] % self.prompts, sums[low:high]) for low, high in pairwise(ends)]
 
@@ -204,13 +204,13 @@ def _pairs(labels: Sequence[LabelRecord]) -> dict[str, NDArray]:
         rows = np.flatnonzero(completions == count)
         chosen = [labels[row] for row in rows.tolist()]
         first, second = pair_indices(int(count))
-        places = (start[rows][:, np.newaxis] + np.arange(len(first))).ravel()
+        positions = (start[rows][:, np.newaxis] + np.arange(len(first))).ravel()
         levels = np.array([levels_of(label, label.tiers) for label in chosen])
         shown = np.array([_places_shown(label) for label in chosen])
         lengths = np.array([[len(text) for text in label.completions] for label in chosen])
-        columns["verdict"][places] = verdicts(levels).ravel()
-        columns["earlier"][places] = np.sign(shown[:, second] - shown[:, first]).ravel()
-        columns["longer"][places] = np.sign(lengths[:, first] - lengths[:, second]).ravel()
+        columns["verdict"][positions] = verdicts(levels).ravel()
+        columns["earlier"][positions] = np.sign(shown[:, second] - shown[:, first]).ravel()
+        columns["longer"][positions] = np.sign(lengths[:, first] - lengths[:, second]).ravel()
     return {"start": start, "size": size, **columns}
 
 

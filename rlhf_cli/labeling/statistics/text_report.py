@@ -179,8 +179,8 @@ def _distribution(report: LabelReport) -> Table:
         table.add_row("completions per item", _shares(found.completions))
     table.add_row("tiers per label", _shares(found.tiers) or _NOTHING)
     for size, shares in found.winners.items():
-        places = "  ".join(f"{_place(place)} {share:.0%}" for place, share in enumerate(shares))
-        table.add_row(f"position of the best of {size}", f"{places}  ({1 / size:.0%} expected)")
+        positions = "  ".join(f"{_position(position)} {share:.0%}" for position, share in enumerate(shares))
+        table.add_row(f"position of the best of {size}", f"{positions}  ({1 / size:.0%} expected)")
     if found.strengths:
         total = sum(found.strengths.values())
         named = zip(STRENGTHS, found.strengths.values(), strict=True)
@@ -202,8 +202,8 @@ def _warnings(report: LabelReport) -> Iterator[RenderableType]:
 
 def _table(*names: str, left: tuple[int, ...] = (0,)) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for place, name in enumerate(names):
-        is_name = place in left
+    for position, name in enumerate(names):
+        is_name = position in left
         table.add_column(
             name,
             justify="left" if is_name else "right",
@@ -229,8 +229,8 @@ def _shares(counts: dict[int, int]) -> str:
     return "  ".join(f"{name}: {times / total:.0%}" for name, times in counts.items())
 
 
-def _place(place: int) -> str:
-    return chr(ord("A") + place) if place < 26 else str(place + 1)
+def _position(position: int) -> str:
+    return chr(ord("A") + position) if position < 26 else str(position + 1)
 
 
 def _percent(value: float) -> str:

@@ -149,10 +149,10 @@ class Controller:
         elif effect.kind == "next":
             self._load(self._session.next(self._who))
         else:
-            self._answer(effect)
+            self._reply(effect)
         return None
 
-    def _answer(self, effect: Effect) -> None:
+    def _reply(self, effect: Effect) -> None:
         assert self.state.task is not None
         task, seconds = self.state.task.id, self._active
         key = self._key_for((task, effect))

@@ -44,7 +44,7 @@ def draw(state: State, width: int, height: int) -> Screen:
         return _filled([(Piece(cut(text, width)),) for text in say], width, height)
     if state.view == "help":
         return _help(state, width, height)
-    bottom, cursor = footer(state, width, _room(height))
+    bottom, cursor = footer(state, width, _space(height))
     laid_out = _laid_out(state, width, height)
     if laid_out is None:
         rows = [header(state, width), _rule(width), *ending_rows(state, width)]
@@ -77,25 +77,25 @@ def _pinnable(height: int) -> int:
     return height // 6 if height >= 20 else 0
 
 
-def _room(height: int) -> int:
+def _space(height: int) -> int:
     """Maximum height of the footer, after header, rules, prompt and one row of a completion."""
     return height - 4 - (_pinnable(height) + 1 if _pinnable(height) else 0)
 
 
 def _page(state: State, laid_out: Document, width: int, height: int) -> int:
-    bottom, _ = footer(state, width, _room(height))
+    bottom, _ = footer(state, width, _space(height))
     pinned = len(laid_out.pinned) + 1 if laid_out.pinned else 0
     return max(1, height - 3 - pinned - len(bottom))
 
 
 def _body(state: State, laid_out: Document, top: int, page: int) -> list[Row]:
-    places = _places(state)
+    positions = _positions(state)
     rows: list[Row] = []
     for number, cells in enumerate(laid_out.rows[top : top + page], start=top):
         row: list[Piece] = []
         for cell in cells:
             if cell.completion is not None:
-                row += _gutter(cell.completion, cell.line, cell.at - GUTTER, places)
+                row += _gutter(cell.completion, cell.line, cell.at - GUTTER, positions)
             row += [Piece(piece.text, piece.style, cell.at if n == 0 else None) for n, piece in enumerate(cell.pieces)]
         if number >= laid_out.stops[0]:
             row += [Piece("│", "dim", column) for column in laid_out.separators]
@@ -112,23 +112,23 @@ def _in_order(row: list[Piece]) -> Row:
     return tuple(piece for _, _, piece in sorted(keyed, key=lambda entry: entry[:2]))
 
 
-def _gutter(completion: int, line: int, at: int, places: dict[int, str]) -> list[Piece]:
+def _gutter(completion: int, line: int, at: int, positions: dict[int, str]) -> list[Piece]:
     if line == 0:
         return [Piece(f" {COMPLETION_LETTERS[completion]} ", "tag", at + 1)]
-    if line == 1 and completion in places:
-        return [Piece(places[completion].rjust(GUTTER - 1), "good", at)]
+    if line == 1 and completion in positions:
+        return [Piece(positions[completion].rjust(GUTTER - 1), "good", at)]
     return []
 
 
-def _places(state: State) -> dict[int, str]:
+def _positions(state: State) -> dict[int, str]:
     """Completion -> its place: 1st, or =2nd for a tie."""
-    places, number = {}, 1
+    positions, number = {}, 1
     for tier in state.tiers:
         ending = "th" if 10 < number % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
         for completion in tier:
-            places[completion] = f"{'=' if len(tier) > 1 else ''}{number}{ending}"
+            positions[completion] = f"{'=' if len(tier) > 1 else ''}{number}{ending}"
         number += len(tier)
-    return places
+    return positions
 
 
 def _top_rule(laid_out: Document, top: int, width: int) -> Row:

@@ -48,18 +48,18 @@ READING = (
 def guide_rows(plan: LabelPlan, width: int) -> tuple[Row, ...]:
     """Guidelines, then keys, in rows of at most `width` - 1 cells."""
     rows: list[Row] = []
-    room = min(width - 2, _MAX_TEXT)
+    space = min(width - 2, _MAX_TEXT)
     if plan.guidelines is not None:
-        rows += [*wrap(plan.guidelines.strip("\n"), room), (), (Piece("Keys", "accent"),)]
+        rows += [*wrap(plan.guidelines.strip("\n"), space), (), (Piece("Keys", "accent"),)]
     keys = RANKING + (STRENGTH if plan.strengths else ()) + (MARKS if plan.criteria else ())
     skip = SKIP_FOR_ALL if plan.set_aside_after == 1 else SKIP_FOR_ONESELF
     for section in (keys, OTHERS[:1] + skip + OTHERS[1:], READING):
         for key, meaning in section:
-            rows += _explained(key, meaning, room)
+            rows += _explained(key, meaning, space)
         rows.append(())
     return tuple(rows[:-1])
 
 
-def _explained(key: str, meaning: str, room: int) -> list[Row]:
-    first, *others = wrap(meaning, max(8, room - _KEY_COLUMN))
+def _explained(key: str, meaning: str, space: int) -> list[Row]:
+    first, *others = wrap(meaning, max(8, space - _KEY_COLUMN))
     return [(Piece(key.ljust(_KEY_COLUMN), "bold"), *first), *((Piece(" " * _KEY_COLUMN), *row) for row in others)]

@@ -222,8 +222,8 @@ def _scrolled(state: State, key: Key, scroll_area: ScrollArea) -> State | None:
     }
     if not is_space and key.name not in moves:
         return None
-    wanted = top + page if is_space else moves[key.name]
-    return replace(state, top=max(0, min(wanted, scroll_area.last)))
+    requested = top + page if is_space else moves[key.name]
+    return replace(state, top=max(0, min(requested, scroll_area.last)))
 
 
 def _next_stop(state: State, scroll_area: ScrollArea, by: int) -> int:

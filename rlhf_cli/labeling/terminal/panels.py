@@ -67,7 +67,7 @@ def ending_rows(state: State, width: int) -> list[Row]:
     return rows + [(Piece("  "), *row) for row in wrap(last, width - 4)]
 
 
-def footer(state: State, width: int, room: int) -> tuple[list[Row], tuple[int, int] | None]:
+def footer(state: State, width: int, space: int) -> tuple[list[Row], tuple[int, int] | None]:
     """Rows below the completions, and the cursor in them while a line is being typed.
 
     Args:
@@ -89,14 +89,14 @@ def footer(state: State, width: int, room: int) -> tuple[list[Row], tuple[int, i
         elif state.note:
             parts["note"] = [(Piece(" note".ljust(_LABEL), "dim"), Piece(cut(state.note, width - _LABEL - 1)))]
         if state.view == "marks":
-            parts["marks"] = _marks(state, width, max(2, min(9, room - 6)))
+            parts["marks"] = _marks(state, width, max(2, min(9, space - 6)))
     if state.view == "failure":
         parts["hint"] = _failure(state, width)
     else:
         parts["hint"] = [(Piece(cut(f" {state.hint or _what_next(state)}", width), state.hint_style),)]
     parts["keys"] = [_keys(state, width)]
     for name in ("note", "marks in short", "strength", "ranking"):
-        if sum(map(len, parts.values())) > room:
+        if sum(map(len, parts.values())) > space:
             parts.pop(name, None)
     rows = [row for part in parts.values() for row in part]
     typed = parts.get("typed")
@@ -134,9 +134,9 @@ def _strength(state: State, width: int) -> list[Row]:
 def _marks(state: State, width: int, most: int) -> list[Row]:
     """Table of criteria and completions; scrolls to the current cell."""
     criteria = state.plan.criteria
-    room = min(most, len(criteria))
+    space = min(most, len(criteria))
     chosen, first = state.cell[1], 0
-    first = max(0, min(chosen - room // 2, len(criteria) - room))
+    first = max(0, min(chosen - space // 2, len(criteria) - space))
     wide = max(3, min(5, (width - _NAMES - 2) // state.count))
     rows: list[Row] = [
         (
@@ -147,7 +147,7 @@ def _marks(state: State, width: int, most: int) -> list[Row]:
             ),
         )
     ]
-    for criterion in range(first, first + room):
+    for criterion in range(first, first + space):
         name = cut(criteria[criterion], _NAMES - 1).ljust(_NAMES)
         cells = []
         for completion in range(state.count):
@@ -172,16 +172,16 @@ def _marks_in_short(state: State, width: int) -> Row:
 def _typed(state: State, width: int) -> tuple[Row, int]:
     """The input line around its cursor, and the column of the cursor."""
     label = " note".ljust(_LABEL) if state.view == "note" else " why?".ljust(_LABEL)
-    room = max(8, width - _LABEL - 2)
+    space = max(8, width - _LABEL - 2)
     before = list(clusters(state.line.text[: state.line.cursor]))
     used = 0
     start = len(before)
-    while start > 0 and used + before[start - 1].width <= room * 3 // 4:
+    while start > 0 and used + before[start - 1].width <= space * 3 // 4:
         start -= 1
         used += before[start].width
     sign = "…" if start > 0 else " "
     shown = "".join(part.text for part in before[start:])
-    after = cut(state.line.text[state.line.cursor :], room - used) if used < room else ""
+    after = cut(state.line.text[state.line.cursor :], space - used) if used < space else ""
     return (Piece(label, "accent"), Piece(sign, "dim"), Piece(shown), Piece(after)), _LABEL + 1 + used
 
 
@@ -238,8 +238,8 @@ def _keys(state: State, width: int) -> Row:
         keys = (("1-5", "mark"), ("Tab", "next"), ("Backspace", "clear"), ("Enter", "submit"), ("Esc", "ranking"))
     else:
         keys = ((span, "rank"), ("=", "tie"), ("Enter", "submit"), *_OTHERS)
-    room = width - 1
-    while keys and _size((*keys, *last)) > room:
+    space = width - 1
+    while keys and _size((*keys, *last)) > space:
         keys = keys[:-1]
     row = [Piece(" ")]
     for number, (key, meaning) in enumerate((*keys, *last)):

@@ -151,14 +151,14 @@ def _prompts(
     prompts = list(kept.values())
     if settings.max_prompts is not None and settings.max_prompts < len(prompts):
         chosen = random.Random(recipe.seed).sample(range(len(prompts)), settings.max_prompts)
-        prompts = [prompts[place] for place in sorted(chosen)]
+        prompts = [prompts[position] for position in sorted(chosen)]
     return prompts, loaded
 
 
 def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
     """Return rows spread evenly over all completions, so that neither the best nor the worst are picked."""
-    wanted = min(settings.shown_samples, count)
-    return [place * count // wanted for place in range(wanted)]
+    shown = min(settings.shown_samples, count)
+    return [position * count // shown for position in range(shown)]
 
 
 def _judged(

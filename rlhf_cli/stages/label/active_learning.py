@@ -89,7 +89,7 @@ def _with_rewards(
         found.append(sampled.processes.map(pairs, work))
     if not found:
         return list(items)
-    rewards = {number: np.array([model[place] for model in found]) for place, number in enumerate(asked)}
+    rewards = {number: np.array([model[position] for model in found]) for position, number in enumerate(asked)}
     return [dataclasses.replace(item, rewards=rewards.get(number)) for number, item in enumerate(items)]
 
 
@@ -151,10 +151,10 @@ def _only(row: Candidates, completions: Sequence[int]) -> Candidates:
     """Keep these completions alone; a known order stays known."""
     if len(completions) == len(row.completions):
         return row
-    places = {number: place for place, number in enumerate(completions)}
+    positions = {number: position for position, number in enumerate(completions)}
     known = None
     if row.known is not None:
-        tiers = [tuple(sorted(places[number] for number in tier if number in places)) for tier in row.known]
+        tiers = [tuple(sorted(positions[number] for number in tier if number in positions)) for tier in row.known]
         known = tuple(tier for tier in tiers if tier)
     return dataclasses.replace(row, completions=tuple(row.completions[number] for number in completions), known=known)
 

@@ -98,7 +98,7 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
             hint="sample at a higher temperature, or from a model that is trained less",
         )
     if equal := len(sampled.candidates) - len(candidates):
-        warn(f"{equal:,} of {len(sampled.candidates):,} prompts have answers that are all equal; they are left out")
+        warn(f"{equal:,} of {len(sampled.candidates):,} prompts have answers that are all equal; they are skipped")
     if settings.by == "human":
         if not sampled.processes.is_main:
             return StageOutcome()
@@ -138,7 +138,7 @@ def _scores(
 ) -> list[list[float]]:
     """Scores of each prompt's answers."""
     scorer = _scorer(context, settings)
-    prompts, texts = [prompt for prompt, _ in pairs], [answers for _, answers in pairs]
+    prompts, texts = [prompt for prompt, _ in pairs], [completions for _, completions in pairs]
     with task("scoring answers", sum(map(len, texts)), "answers") as bar:
         return score_completions(scorer, prompts, texts, stop=context.stop.check, progress=bar.advance)
 

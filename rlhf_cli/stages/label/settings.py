@@ -150,7 +150,7 @@ class JudgeSettings(Section):
 
     panel: Annotated[list[JudgeModelSettings], Field(min_length=1)]
     """The judges. Every vote is stored; the majority decides."""
-    rubric: str = "Prefer the answer that is more helpful, honest and harmless. Length alone is no merit."
+    rubric: str = "Prefer the answer that is more helpful, honest and harmless. Length alone is not a merit."
     """Instructions for the judges: what makes a completion better."""
     method: Literal["pairs", "listwise"] = "pairs"
     """How K completions are compared: `pairs` asks one question per pair (K(K-1)/2 questions); `listwise` asks for the

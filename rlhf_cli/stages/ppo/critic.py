@@ -235,5 +235,5 @@ def _relative(base: str, folder: Path) -> str:
     """Name a base in the same run directory (`sft` beside `ppo/critic`) by a relative path: the run can be moved."""
     if not Path(base).is_dir():
         return base
-    place, run = Path(base).resolve(), folder.resolve().parent.parent
-    return os.path.relpath(place, folder.resolve()) if run in place.parents else str(place)
+    position, run = Path(base).resolve(), folder.resolve().parent.parent
+    return os.path.relpath(position, folder.resolve()) if run in position.parents else str(position)

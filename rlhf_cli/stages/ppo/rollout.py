@@ -70,8 +70,8 @@ class Rollouts:
             step: 0-based.
             count: number of prompts.
         """
-        wanted = self._settings.prompts_per_step
-        chosen = EndlessShuffle(count, seed=self._seed, name="prompts").slice(step * wanted, (step + 1) * wanted)
+        needed = self._settings.prompts_per_step
+        chosen = EndlessShuffle(count, seed=self._seed, name="prompts").slice(step * needed, (step + 1) * needed)
         return [row for row in chosen for _ in range(self._settings.samples_per_prompt)]
 
     def completions(
@@ -103,7 +103,7 @@ class Rollouts:
         for share in shares[1:]:  # the reward has reported the faults of the first process itself
             for fault in share["faults"]:
                 warn(fault)
-        return _together(source, rows, shares)
+        return _merged(source, rows, shares)
 
     def _draw(
         self, source: TokenizedPrompts, mine: Sequence[tuple[int, int]], tell: ProgressCallback
@@ -132,12 +132,12 @@ def _plain(drawn: Sequence[Completion], scores: Scores) -> dict[str, Any]:
     }
 
 
-def _together(source: TokenizedPrompts, rows: Sequence[int], shares: Sequence[dict[str, Any]]) -> Completions:
+def _merged(source: TokenizedPrompts, rows: Sequence[int], shares: Sequence[dict[str, Any]]) -> Completions:
     """Return all processes' completions in the order of `rows`: process p of P had rows p, p + P, p + 2P, ..."""
     count = len(shares)
 
     def whole(get: Callable[[dict[str, Any]], Sequence[Any]]) -> list[Any]:
-        return [get(shares[place % count])[place // count] for place in range(len(rows))]
+        return [get(shares[position % count])[position // count] for position in range(len(rows))]
 
     # A process without rows called no reward, so it does not know their names.
     names = max((list(share["parts"]) for share in shares), key=len)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 _FEWEST_ROWS = 2
-"""Two points are no curve."""
+"""Two points do not make a curve."""
 
 
 def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome:

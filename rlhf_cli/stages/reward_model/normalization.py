@@ -88,9 +88,9 @@ def _sample(
     longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
     sampling = SamplingSettings(max_new_tokens=max(1, min(_MAX_NEW_TOKENS, longest)), batch_size=_BATCH_SIZE)
     policy = load_policy(context, path, sampling, quantized=True)
-    room = policy.longest_prompt("label.sampling.max_new_tokens")
+    max_length = policy.longest_prompt("label.sampling.max_new_tokens")
     prompts = [ranking.prompt for ranking in rankings]
-    fitting = list(islice((prompt for prompt in prompts if len(policy.prompt_ids(prompt)) <= room), _PROMPTS))
+    fitting = list(islice((prompt for prompt in prompts if len(policy.prompt_ids(prompt)) <= max_length), _PROMPTS))
     if not fitting:
         return None
 

@@ -42,14 +42,14 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     recipe, settings = context.recipe, context.settings
     loaded = _rankings(context, settings)
     source = model_source(recipe, context.inputs.policy.source, quantized=True)
-    scorer = new_reward_model(
+    reward_model = new_reward_model(
         source,
         template=prompt_template(recipe.data.prompt_template, context.inputs.policy.source),
         lora=settings.lora if settings.adapter == "lora" else None,
         seed=recipe.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
-    rankings, groups = _fitting(context, settings, scorer, loaded)
+    rankings, groups = _fitting(context, settings, reward_model, loaded)
     train, held_out = split_by_prompt(rankings, recipe.data.holdout, recipe.seed)
     if not held_out:
         raise DataError(
@@ -59,7 +59,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         )
     processes = ProcessGroup(source.device)
     trainer = RewardTrainer(
-        scorer,
+        reward_model,
         [groups[id(ranking)] for ranking in train],
         settings,
         seed=recipe.seed,
@@ -70,16 +70,16 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     )
     state = trainer.train()
     del trainer
-    report, train_accuracy = _report(context, scorer, train, held_out, processes)
+    report, train_accuracy = _report(context, reward_model, train, held_out, processes)
     if settings.normalize:
-        normalize(context, scorer, train, processes, generator)
+        normalize(context, reward_model, train, processes, generator)
     if not processes.is_main:
         return StageOutcome()
-    save_reward_model(scorer, context.output)
+    save_reward_model(reward_model, context.output)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
-    metrics = _metrics(report, train_accuracy, scorer) | {"rm/skipped_steps": float(state.skipped_steps)}
+    metrics = _metrics(report, train_accuracy, reward_model) | {"rm/skipped_steps": float(state.skipped_steps)}
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
 
 
@@ -104,25 +104,25 @@ def _rankings(context: RewardModelContext, settings: RewardModelSettings) -> Loa
 
 
 def _fitting(
-    context: RewardModelContext, settings: RewardModelSettings, scorer: RewardModel, loaded: LoadedRecords
+    context: RewardModelContext, settings: RewardModelSettings, reward_model: RewardModel, loaded: LoadedRecords
 ) -> tuple[list[Ranking], dict[int, RankedGroup]]:
     """Rankings whose every answer fits the model, and their ids; the others are skipped and counted."""
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.data.sources import Skip
     from rlhf_cli.stages.reward_model.data import encode_group
 
-    room = min(settings.max_length, scorer.max_length)
+    max_length = min(settings.max_length, reward_model.max_length)
     source = context.inputs.rankings.source
     kept: list[Ranking] = []
     groups: dict[int, RankedGroup] = {}
     with task("tokenizing rankings", len(loaded.records), "prompts") as bar:
         for ranking in loaded.records:
-            group = encode_group(scorer, ranking)
+            group = encode_group(reward_model, ranking)
             bar.advance()
-            if group.longest > room:
+            if group.longest > max_length:
                 excerpt = prompt_text(ranking.prompt)[:80]
                 loaded.skips.add(
-                    Skip(ranking.location or source, f"prompt and answer longer than {room:,} tokens", excerpt)
+                    Skip(ranking.location or source, f"prompt and answer longer than {max_length:,} tokens", excerpt)
                 )
                 continue
             kept.append(ranking)
@@ -133,7 +133,7 @@ def _fitting(
 
 def _report(
     context: RewardModelContext,
-    scorer: RewardModel,
+    reward_model: RewardModel,
     train: Sequence[Ranking],
     held_out: Sequence[Ranking],
     processes: ProcessGroup,
@@ -143,12 +143,14 @@ def _report(
 
     seed = context.recipe.seed
     checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
-    scores = ranking_rewards(context, scorer, held_out, "scoring held-out rankings", processes)
+    scores = ranking_rewards(context, reward_model, held_out, "scoring held-out rankings", processes)
     report = ranking_report(held_out, scores, seed=seed)
-    return report, accuracy(checked, ranking_rewards(context, scorer, checked, "scoring training rankings", processes))
+    return report, accuracy(
+        checked, ranking_rewards(context, reward_model, checked, "scoring training rankings", processes)
+    )
 
 
-def _metrics(report: RankingReport, train_accuracy: float, scorer: RewardModel) -> dict[str, float]:
+def _metrics(report: RankingReport, train_accuracy: float, reward_model: RewardModel) -> dict[str, float]:
     metrics = {
         "rm/accuracy": report.accuracy,
         "rm/accuracy_low": report.low,
@@ -157,13 +159,13 @@ def _metrics(report: RankingReport, train_accuracy: float, scorer: RewardModel) 
         "rm/always_shorter": report.always_shorter,
         "rm/train_accuracy": train_accuracy,
         "rm/calibration_error": report.calibration_error,
-        "rm/mean_best": (report.mean_best - scorer.mean) / scorer.std,
-        "rm/mean_worst": (report.mean_worst - scorer.mean) / scorer.std,
+        "rm/mean_best": (report.mean_best - reward_model.mean) / reward_model.std,
+        "rm/mean_worst": (report.mean_worst - reward_model.mean) / reward_model.std,
         "rm/prompts": float(report.prompts),
         "rm/pairs": float(report.pairs),
         "rm/ties": float(report.ties),
-        "rm/mean": scorer.mean,
-        "rm/std": scorer.std,
+        "rm/mean": reward_model.mean,
+        "rm/std": reward_model.std,
     }
     return metrics | {f"rm/accuracy_distance_{gap}": share for gap, (share, _) in report.by_distance.items()}
 

@@ -41,10 +41,10 @@ def run(context: SFTContext) -> StageOutcome:
     processes = ProcessGroup(resolve_device(recipe.model.device))
     source = model_source(recipe, _base(context, loaded.records, processes), quantized=True)
     tokenizer = load_tokenizer(source)
-    form = prompt_format(source, recipe.data.prompt_template, tokenizer)
-    check_conversations(form, loaded.records)
+    chat_format = prompt_format(source, recipe.data.prompt_template, tokenizer)
+    check_conversations(chat_format, loaded.records)
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
-    fitting = _fitting(context, settings, loaded, form, model.config)
+    fitting = _fitting(context, settings, loaded, chat_format, model.config)
     train, held_out = split_by_prompt([record for record, _ in fitting], recipe.data.holdout, recipe.seed)
     examples = {id(record): example for record, example in fitting}
     result = train_sft(
@@ -91,7 +91,7 @@ def _base(context: SFTContext, records: list[Demonstration], processes: ProcessG
 
 
 def _fitting(
-    context: SFTContext, settings: SFTSettings, loaded: LoadedRecords, form: PromptFormat, config
+    context: SFTContext, settings: SFTSettings, loaded: LoadedRecords, prompt_format: PromptFormat, config
 ) -> list[tuple[Demonstration, Example]]:
     """Records that fit the model, with their ids; the others are skipped and counted."""
     from rlhf_cli.data.examples import tokenize
@@ -101,17 +101,17 @@ def _fitting(
     from rlhf_cli.progress import task
 
     data, source = context.recipe.data, context.inputs.demonstrations.source
-    room = min(settings.max_length, context_length(config))
+    max_length = min(settings.max_length, context_length(config))
     fitting: list[tuple[Demonstration, Example]] = []
     with task("tokenizing demonstrations", len(loaded.records), "records") as bar:
         for record in loaded.records:
-            example = tokenize(record, form, is_encoder_decoder=config.is_encoder_decoder)
+            example = tokenize(record, prompt_format, is_encoder_decoder=config.is_encoder_decoder)
             bar.advance()
             reason = None
             if len(example.prompt_ids) > data.max_prompt_tokens:
                 reason = f"prompt longer than {data.max_prompt_tokens:,} tokens"
-            elif example.longest_side(config.is_encoder_decoder) > room:
-                reason = f"prompt and completion longer than {room:,} tokens"
+            elif example.longest_side(config.is_encoder_decoder) > max_length:
+                reason = f"prompt and completion longer than {max_length:,} tokens"
             if reason is None:
                 fitting.append((record, example))
             else:
