@@ -54,7 +54,7 @@ def test_an_invalid_saved_critic_is_found_before_the_first_stage(toy, start, sai
     outcome = toy.run("--set", f"ppo.critic_from={start}")
     assert outcome.code == 65
     assert said in outcome.stderr
-    assert "hint: give `auto`, `reward-model`, `policy`, or the critic of an earlier run" in outcome.stderr
+    assert "hint: use `auto`, `reward-model`, `policy`, or the critic of an earlier run" in outcome.stderr
     assert toy.ran() == []
 
 

@@ -21,6 +21,7 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ALL)
+@pytest.mark.slow
 def test_kill_9_in_a_stage_then_the_same_command_resumes(toy, stage):
     killed = toy.run(FAKE_DIE=stage)
     assert killed.code == -signal.SIGKILL
@@ -34,6 +35,7 @@ def test_kill_9_in_a_stage_then_the_same_command_resumes(toy, stage):
     assert not (toy.run_dir / stage / "half.txt").exists()
 
 
+@pytest.mark.slow
 def test_changed_setting_under_unfinished_work_is_refused_by_name(toy):
     toy.run(FAKE_DIE="ppo")
     toy.ran()
@@ -48,6 +50,7 @@ def test_changed_setting_under_unfinished_work_is_refused_by_name(toy):
     assert toy.ran() == ["ppo nothing", "evaluate nothing"]
 
 
+@pytest.mark.slow
 def test_a_change_upstream_of_unfinished_work_is_refused_before_anything_runs(toy):
     toy.run(FAKE_DIE="ppo")
     toy.ran()
@@ -57,6 +60,7 @@ def test_a_change_upstream_of_unfinished_work_is_refused_before_anything_runs(to
     assert toy.ran() == []
 
 
+@pytest.mark.slow
 def test_changed_data_under_unfinished_work_is_refused(toy):
     toy.run(FAKE_DIE="ppo")
     toy.ran()
@@ -66,6 +70,7 @@ def test_changed_data_under_unfinished_work_is_refused(toy):
     assert "the content of `data.prompts` changed" in refused.stderr
 
 
+@pytest.mark.slow
 def test_effort_settings_may_change_under_unfinished_work(toy):
     toy.run(FAKE_DIE="ppo")
     toy.ran()
@@ -73,6 +78,7 @@ def test_effort_settings_may_change_under_unfinished_work(toy):
     assert toy.ran() == ["ppo step 3", "evaluate nothing"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_failed_before_any_checkpoint_restarts_with_other_settings(toy):
     toy.run(FAKE_DIE="ppo")
     (toy.run_dir / ".ppo.work" / "checkpoint.txt").unlink()
@@ -81,6 +87,7 @@ def test_a_stage_that_failed_before_any_checkpoint_restarts_with_other_settings(
     assert toy.ran() == ["ppo nothing", "evaluate nothing"]
 
 
+@pytest.mark.slow
 def test_a_lost_record_of_unfinished_work_is_refused(toy):
     toy.run(FAKE_DIE="ppo")
     record = toy.run_dir / ".ppo.began.json"
@@ -104,7 +111,7 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
         (lambda f: (f / "model.safetensors").write_text("sft 0000000000000000\n"), "its sha256 differs"),
         (lambda f: (f / "model.safetensors").write_text("x"), "has 1 bytes"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 2, "st'), "manifest.json is torn"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 2, "st'), "manifest.json is incomplete"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is not a manifest"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     ],
@@ -157,6 +164,7 @@ def test_killed_between_the_renames_loses_nothing(finished):
     assert not (run / ".ppo.work").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory(toy):
     first = toy.start("run", "recipe.yaml", FAKE_HANG="sft")
     wait_for(Path(f"{toy.log}.hanging"))
@@ -192,6 +200,7 @@ def test_the_lock_is_a_flock(toy):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+@pytest.mark.slow
 def test_signals_stop_resumably(toy, signum, code):
     process = toy.start("run", "recipe.yaml", FAKE_HANG="train-rm")
     wait_for(Path(f"{toy.log}.hanging"))
@@ -205,6 +214,7 @@ def test_signals_stop_resumably(toy, signum, code):
     assert toy.ran() == ["train-rm step 3", "ppo nothing", "evaluate nothing"]
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(toy):
     process = toy.start("run", "recipe.yaml", FAKE_HANG="sft", FAKE_DEAF="1")
     wait_for(Path(f"{toy.log}.hanging"))

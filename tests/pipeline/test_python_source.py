@@ -33,7 +33,7 @@ def test_a_name_that_may_be_defined_passes(source, tmp_path):
     ("source", "message", "hint"),
     [
         ("def scores(): ...", "has no function `score` (`ppo.rewards.0.function`)", "did you mean `scores`?"),
-        ("def zebra(): ...", "has no function `score`", "it has: zebra"),
+        ("def zebra(): ...", "has no function `score`", "it defines: zebra"),
         ("", "has no function `score`", None),
         ("def score(:", "mine.py:1: ", None),
     ],
