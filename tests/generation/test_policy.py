@@ -75,5 +75,5 @@ def test_a_template_of_the_recipe_reaches_the_prompt(tiny_llama):
 
 
 def test_what_is_not_a_language_model_is_refused(tiny_bert, tmp_path):
-    with pytest.raises(ModelError, match="is no model folder"):
+    with pytest.raises(ModelError, match="config.json"):
         load(tmp_path)
