@@ -1,7 +1,7 @@
-"""From prompt and answer to token ids: one way, used in training, sampling and scoring alike.
+"""How prompts and completions become token ids, in training, sampling and scoring alike.
 
-Prompt and answer are tokenized apart and their ids joined, so the ids a reward model is trained on are the ids it
-scores (traps 10 and 11 of docs/ppo.md), and a prompt's ids are always a prefix of the sequence's.
+Prompt and completion are tokenized apart and their ids joined. So a reward model scores the same ids that it was
+trained on (traps 10 and 11 of docs/ppo.md), and the ids of a prompt are always a prefix of those of the sequence.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How prompts and answers become ids for one tokenizer.
+    """Turns prompts and completions into the token ids of one tokenizer.
 
     Args:
         tokenizer: any Hugging Face tokenizer with an end-of-text token.
-        template: for prompts that are plain text: None as they are, "chat" as one user message through the tokenizer's
-            chat template, else text around `{prompt}`.
+        template: for plain text prompts: None leaves them as they are, "chat" makes one user message of them and
+            applies the tokenizer's chat template, else text around `{prompt}`.
         name: where the tokenizer came from, for messages.
-        is_encoder: the ids go to an encoder that reads prompt and answer as a pair (BERT's [CLS] a [SEP] b [SEP]).
-        is_encoder_decoder: the prompt goes to an encoder and the answer to a decoder (T5), so the prompt keeps the end
+        is_encoder: an encoder reads prompt and completion as a pair (BERT's [CLS] a [SEP] b [SEP]).
+        is_encoder_decoder: an encoder reads the prompt and a decoder the completion (T5), so the prompt keeps the end
             token that the encoder knows from its training.
+
+    Raises:
+        ModelError: the tokenizer has no end token, or `template` is "chat" and it has no chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,7 +44,7 @@ class PromptFormat:
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None and not self.is_encoder:
             raise ModelError(
-                f"{self.name} has no end-of-text token, so no answer could end",
+                f"{self.name} has no end-of-text token, so no completion could end",
                 hint="add one to its tokenizer_config.json (`eos_token`), or use another model",
             )
         if self.template == "chat" and not self._has_chat_template:
@@ -55,7 +58,7 @@ class PromptFormat:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def prompt_string(self, prompt: Prompt) -> str:
-        """The text that the model sees before the answer begins."""
+        """Return the text that the model sees before the completion begins."""
         if isinstance(prompt, str):
             if self.template == "chat":
                 return self._chat((Message("user", prompt),))
@@ -76,13 +79,13 @@ class PromptFormat:
         except Exception as error:  # jinja raises what the template's author chose
             raise ModelError(
                 f"the chat template of {self.name} refuses a conversation: {error}",
-                hint="put the turns in the order the template wants: as a rule the user first, then in turn",
+                hint="order the turns as the template expects: usually the user first, then the assistant in turn",
             ) from error
         assert isinstance(text, str)
         return text
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Ids of the prompt, ending where the answer begins."""
+        """Return the ids of a prompt, ending where the completion begins."""
         text = self.prompt_string(prompt)
         # A chat template writes its own special tokens; plain text gets the ones the tokenizer puts in front (BOS).
         is_chat = not isinstance(prompt, str) or self.template == "chat"
@@ -93,20 +96,20 @@ class PromptFormat:
 
     @cached_property
     def _closing_tokens(self) -> int:
-        """Special tokens that the tokenizer puts behind a text, as opposed to those in front of it."""
+        """Number of special tokens that the tokenizer adds after a text, not before it."""
         plain, closed = (_ids(self.tokenizer, "a", special=special) for special in (False, True))
         start = next((i for i in range(len(closed)) if closed[i : i + len(plain)] == plain), len(closed) - len(plain))
         return len(closed) - start - len(plain)
 
     def completion_ids(self, completion: str, *, ended: bool = True) -> list[int]:
-        """Ids of an answer; `ended` puts the end-of-text token behind it."""
+        """Return the ids of a completion, with the end-of-text token if it `ended`."""
         ids = _ids(self.tokenizer, completion, special=False)
         end = self.tokenizer.eos_token_id
         assert isinstance(end, int)
         return [*ids, end] if ended else ids
 
     def pair_ids(self, prompt: Prompt, completion: str, *, ended: bool = True) -> list[int]:
-        """Ids of a prompt and its completion, as a reward model reads them."""
+        """Return the ids of prompt and completion as a reward model reads them."""
         if self.is_encoder:
             return list(self.tokenizer(self.prompt_string(prompt), completion)["input_ids"])  # type: ignore[arg-type]
         return self.prompt_ids(prompt) + self.completion_ids(completion, ended=ended)
@@ -117,10 +120,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
 
 
 def check_conversations(prompt_format: PromptFormat, records: Iterable[Record]) -> None:
-    """Render one conversation of each order of turns, since templates differ in the orders they allow.
+    """Render one conversation per order of turns, since templates differ in the orders they allow.
 
     Raises:
-        DataError: the template refuses one, or the tokenizer has none; names the record's location.
+        DataError: the template refuses one, or the tokenizer has no template; names the record.
     """
     seen: set[tuple[str, ...]] = set()
     for record in records:

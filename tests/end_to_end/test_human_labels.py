@@ -79,7 +79,7 @@ def test_the_pipeline_waits_for_people_and_the_same_command_goes_on(command, rlh
 
     label(run_dir, most=100)
     done = command("--json")
-    assert "sampling answers: 0 answers" in done.stderr, "answers were sampled again"
+    assert "sampling completions: 0 completions" in done.stderr, "completions were sampled again"
     stages = {row["name"]: row for row in json.loads(done.stdout)["stages"]}
     assert {name: row["status"] for name, row in stages.items()} == {
         "sft": "cached",

@@ -74,6 +74,6 @@ def test_a_template_of_the_recipe_reaches_the_prompt(tiny_llama):
     assert policy.prompt_ids("hi") == policy.format.tokenizer("Q: hi").input_ids
 
 
-def test_what_is_not_a_language_model_is_refused(tiny_bert, tmp_path):
-    with pytest.raises(ModelError, match="is no model folder"):
+def test_what_is_not_a_model_folder_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="has no config"):
         load(tmp_path)
