@@ -25,7 +25,7 @@ def test_functions_and_endpoints_are_reported_before_the_first_stage(with_copy):
     entries = {"function": "gold.py:score"}, {"model": "copy"}, {"url": "https://user.example/score"}
     outcome = with_copy.run(*rewards(*entries), "--dry-run")
     assert outcome.code == 0
-    assert "gold.py has sha256 " in outcome.stderr
+    assert "(sha256 of gold.py: " in outcome.stderr
     assert "ppo.rewards.2.url: will send prompts and completions to https://user.example/score\n" in outcome.stderr
 
 
