@@ -22,11 +22,16 @@ SLOW_PATHS = (
     "labeling/terminal/test_pseudo_terminal.py",
     "labeling/web/test_browser.py",
     "labeling/web/test_browser_labels.py",
+    "labeling/test_session_stateful.py",
+    "pipeline/test_faults.py",
     "pipeline/test_threads.py",
     "real",
     "stages/ppo/test_processes.py",
+    "stages/ppo/test_resume.py",
+    "stages/ppo/test_settings_effects.py",
+    "transformer/test_training.py",
 )
-"""Folders and files whose tests start processes, drive a browser, or need minutes."""
+"""Folders and files whose tests start processes, drive a browser, or train for long."""
 SLOW_FIXTURES = frozenset({"rlhf", "browser", "shared_data", "real_model"})
 """Fixtures that start a process in every test, or load real data and models."""
 

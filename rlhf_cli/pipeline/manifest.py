@@ -97,6 +97,16 @@ class Manifest:
                 raise DamagedArtifact(f"{path} has changed: its sha256 differs from the manifest")
 
 
+def check_format(path: Path, version: object) -> None:
+    """Raise `UsageError` for a file whose format another version of rlhf wrote."""
+    if isinstance(version, int) and version != FORMAT:
+        raise UsageError(
+            f"{path} was written by {'a later' if version > FORMAT else 'an earlier'} version of rlhf: it has format "
+            f"{version}, and this version reads format {FORMAT}",
+            hint="use that version, or start a new run with another --run-dir",
+        )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder; raises `DamagedArtifact`, or `UsageError` for another format version."""
     path = folder / FILE_NAME
@@ -108,12 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedArtifact(f"{path} is incomplete or not valid JSON") from None
     if not isinstance(plain, dict):
         raise DamagedArtifact(f"{path} is not a manifest")
-    if isinstance(version := plain.get("format"), int) and version != FORMAT:
-        raise UsageError(
-            f"{path} was written by {'a later' if version > FORMAT else 'an earlier'} version of rlhf: it has format "
-            f"{version}, and this version reads format {FORMAT}",
-            hint="use that version, or start a new run with another --run-dir",
-        )
+    check_format(path, plain.get("format"))
     seal = plain.pop("checksum", None)
     if seal != _checksum(plain):
         raise DamagedArtifact(f"{path} has changed: its checksum differs")

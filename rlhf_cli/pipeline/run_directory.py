@@ -25,7 +25,7 @@ from typing import IO
 
 from rlhf_cli.errors import DiskError, RunInUseError, UsageError
 from rlhf_cli.files import fsync_tree, rename, replace_folder, write_whole
-from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest, read_manifest
+from rlhf_cli.pipeline.manifest import FORMAT, DamagedArtifact, Identity, Manifest, check_format, read_manifest
 from rlhf_cli.stages.base import KEPT
 from rlhf_cli.stages.registry import REGISTRY
 
@@ -136,15 +136,20 @@ class RunDirectory:
         return read_manifest(folder) if folder.is_dir() else None
 
     def began(self, stage: str) -> Identity | None:
-        """Return the identity that an unfinished stage with saved work was started with; None if there is none."""
+        """Return the identity that an unfinished stage with saved work was started with; None if there is none.
+
+        Raises:
+            UsageError: another version of rlhf began the stage.
+        """
         if not has_files(self.work(stage)):
             return None
         try:
             found = json.loads(self.began_file(stage).read_bytes())
+            check_format(self.began_file(stage), found.get("format", 1))
             identity = found["identity"]
             if found["sha256"] == _sha256(identity):
                 return identity
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # damaged, as if the checksum differed
         return {"stage": stage, "settings": {}, "inputs": {}, "upstream": {}}  # unknown: differs from everything
 
@@ -155,7 +160,7 @@ class RunDirectory:
         shutil.rmtree(self.output(stage), ignore_errors=True)
         self.output(stage).mkdir()
         self.work(stage).mkdir(exist_ok=True)
-        sealed = {"identity": identity, "sha256": _sha256(identity)}
+        sealed = {"format": FORMAT, "identity": identity, "sha256": _sha256(identity)}
         write_whole(self.began_file(stage), json.dumps(sealed, ensure_ascii=False))
 
     def discard(self, stage: str) -> None:

@@ -112,6 +112,8 @@ def _leaves(value: Any, key_path: KeyPath, setting: Setting) -> Iterator[tuple[K
 RENAMED = {
     "model.quantise": "model.quantize",
     "train_rm.normalise": "train_rm.normalize",
+    "label.choose": "label.active_learning",
+    "label.human.merge": "label.human.aggregation",
 }
 """Former name of a setting -> its name now, both dotted. Former names are refused, with the new name in the message."""
 

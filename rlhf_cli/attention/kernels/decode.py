@@ -202,8 +202,8 @@ class Plan(NamedTuple):
 
     Attributes:
         work: (W, 8) a tile of rows over a chunk of keys: batch row, first row, length and first position of the keys;
-            number of the first query; first and last + 1 of its rows, counted from there, heads of a query one after another;
-            slot of the first query.
+            number of the first query; first and last + 1 of its rows, counted from there with the heads of a query in
+            sequence; slot of the first query.
         members: (N, 3) batch row, row and position of each query, segment by segment.
         slot_ranges: (N, 2) where in `slots` those of a query are.
         slots: where the partial outputs of each query are.

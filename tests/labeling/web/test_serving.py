@@ -37,6 +37,7 @@ def load_benchmark() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_nothing_acknowledged_is_lost_or_doubled_when_the_server_is_killed(tmp_path: Path) -> None:
     result = load_benchmark().measure(tmp_path, clients=20, seconds=5.0, kills=1)
     assert (result["lost"], result["doubled"], result["damaged"]) == (0, 0, 0)
