@@ -350,9 +350,9 @@ def test_export_takes_a_run_directory_with_labels_or_with_rankings(command, labe
     ("arguments", "piece"),
     [
         (["--format", "ranking"], "did you mean `rankings`"),
-        (["--aggregation", "mean"], "`--aggregation mean` is not known"),
+        (["--aggregation", "mean"], "unknown value `--aggregation mean`"),
         (["--format", "labels", "--aggregation", "majority"], "`--aggregation` has no effect"),
-        (["--json"], "stdout is the data"),
+        (["--json"], "the data goes to stdout"),
     ],
 )
 def test_export_refuses_what_it_cannot_do(command, labels, arguments, piece):
