@@ -184,7 +184,7 @@ def test_what_a_form_has_no_room_for_is_said():
     tie = Ranking("t", ("a", "b"), ((0, 1),))
     lost = export_rankings([FOUR, tie], "preferences").lost
     assert any("2 of 7 pairs are ties" in line for line in lost)
-    assert any("1 of 2 rankings are one tie" in line for line in lost)
+    assert any("1 of 2 rankings consist of one tie" in line for line in lost)
     for form in ("label-studio", "argilla"):
         assert any("1 margins" in line for line in export_rankings([replace(tie, margin=1.0), FOUR], form).lost)
         assert export_rankings([tie, FOUR], form).lost == []
@@ -314,7 +314,7 @@ def test_export_prints_data_and_nothing_else(command, labels):
 def test_export_writes_the_whole_file_or_none(command, labels, tmp_path):
     out = tmp_path / "out.json"
     result = command("export", labels, "--format", "argilla", "--out", out, "--json")
-    assert json.loads(result.stdout) == {"path": str(out), "form": "argilla", "labels": 3, "records": 1}
+    assert json.loads(result.stdout) == {"path": str(out), "format": "argilla", "labels": 3, "records": 1}
     before = out.read_bytes()
     assert command("export", labels, "--format", "argilla", "--out", out).stdout == f"{out}\n"
     assert out.read_bytes() == before
@@ -350,9 +350,9 @@ def test_export_takes_a_run_directory_with_labels_or_with_rankings(command, labe
     ("arguments", "piece"),
     [
         (["--format", "ranking"], "did you mean `rankings`"),
-        (["--aggregation", "mean"], "`--aggregation mean` is not known"),
+        (["--aggregation", "mean"], "unknown value `--aggregation mean`"),
         (["--format", "labels", "--aggregation", "majority"], "`--aggregation` has no effect"),
-        (["--json"], "stdout is the data"),
+        (["--json"], "the data goes to stdout"),
     ],
 )
 def test_export_refuses_what_it_cannot_do(command, labels, arguments, piece):

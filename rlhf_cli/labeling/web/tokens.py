@@ -57,7 +57,7 @@ def read_secret(store: Path) -> bytes:
         if path.stat().st_mode & 0o077:
             raise UsageError(
                 f"{path} is readable by other users: mode {path.stat().st_mode & 0o777:o}",
-                hint=f"run `chmod 600 {path}`; or delete the file, which makes all links invalid",
+                hint=f"run `chmod 600 {path}`; or delete it, which changes all links",
             )
         secret = bytes.fromhex(path.read_text(encoding="ascii"))
     except OSError as error:

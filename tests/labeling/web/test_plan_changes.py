@@ -91,13 +91,13 @@ def test_the_next_task_brings_what_is_asked_by_then(browser: Browser, tmp_path: 
     store = make_store(tmp_path / "labels.sqlite", TWO)
     with served(store, ["Ada"]) as links:
         page = begun(browser, links.annotators["Ada"])
-        assert page.locator("#skip-means").text_content() == "skip: leave it out; nobody else is asked"
+        assert page.locator("#skip-means").text_content() == "skip; nobody else gets this task"
         ask_for(store, criteria=("honest",), set_aside_after=2)
         page.keyboard.press("s")
         wait_for_next(page, "task 1")
         assert page.locator("#completions fieldset").count() == 2
         assert page.locator("#problem").inner_text() == "The instructions have changed."
-        assert page.locator("#skip-means").text_content() == "skip: you leave it out; others may have it"
+        assert page.locator("#skip-means").text_content() == "skip; others may still get this task"
         page.context.close()
 
 

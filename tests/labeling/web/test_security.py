@@ -56,7 +56,7 @@ def test_another_origin_is_refused_even_with_a_token(client: Client, store: Path
     body = whole_answer(client.task_of("Ada"), "from elsewhere")
     origin = origin.format(host=client.host, port=client.port)
     status, _, said = client.ask("POST", "/api/submit", token=client.of("Ada"), body=body, origin=origin)
-    assert (status, b"another origin" in said) == (403, True)
+    assert (status, b"foreign Origin" in said) == (403, True)
 
 
 def test_our_own_origin_is_let_in(client: Client) -> None:

@@ -69,7 +69,7 @@ def test_calls_that_wait_share_one_transaction_and_a_refusal_harms_only_itself(t
 
     def give(who: int, task: Any, entry: Entry) -> Any:
         def call(own: LabelSession) -> Receipt:
-            depths.append(own._store.is_writing)
+            depths.append(own._db.store.is_writing)
             return own.submit(who, task.id, entry, key="k", active_seconds=0)
 
         return call

@@ -89,10 +89,10 @@ def test_what_is_chosen_is_what_is_written_and_returned(by: str, models: list[st
     held_out = sum(is_held_out(prompt, 0.3, 0) for prompt in PROMPTS)
     assert sum(row["held_out"] for row in rows) == round(8 * held_out / 20) > 0
     said = capsys.readouterr().err
-    assert f"chosen by {by}: 8 of 20 prompts, 2 completions each; " in said
-    assert ("of those passed over" in said) == (by != "random")
+    assert f"selected by {by}: 8 of 20 prompts, 2 completions each; " in said
+    assert (", of the rest" in said) == (by != "random")
     # Nobody asks what a reward model thinks of held-out completions.
-    read = [f"choosing: {Path(model).name}: {4 * (20 - held_out)} completions" for model in asked]
+    read = [f"scoring with {Path(model).name}: {4 * (20 - held_out)} completions" for model in asked]
     assert [line for line in said.splitlines() if line.endswith(" completions")] == read
 
 
@@ -154,10 +154,10 @@ def test_prompts_with_nothing_to_compare_are_skipped_and_counted(tmp_path: Path,
     assert [row.prompt for row in chosen.candidates] == PROMPTS[3:]
     assert chosen.skips.counts == {"all completions are equal": 3}
     said = " ".join(capsys.readouterr().err.split())
-    assert "3 of 20 prompts have completions that are all equal" in said
-    assert "`label.active_learning.prompts: 99` is more than there are: all 17 prompts are taken" in said
+    assert "3 of 20 prompts are skipped: their completions are all equal" in said
+    assert "`label.active_learning.prompts: 99` exceeds the 17 prompts: all are labeled" in said
     rows.candidates[:] = [dataclasses.replace(row, completions=("yes",) * 4) for row in rows.candidates]
-    with pytest.raises(DataError, match="nothing to choose from: the completions to each of 20 prompts"):
+    with pytest.raises(DataError, match="nothing to select from: the completions of each of 20 prompts"):
         select(context(tmp_path / "none", [], by="random"), rows)
 
 
@@ -165,7 +165,7 @@ def test_an_ensemble_of_copies_is_found_out(models: list[str], tmp_path: Path, c
     copy = shutil.copytree(models[0], tmp_path / "copy")
     select(context(tmp_path / "copies", [models[0], str(copy)], by="disagreement"), sampled())
     said = " ".join(capsys.readouterr().err.split())
-    assert "the preferences of the reward models do not differ at all (are they copies of one another?)" in said
+    assert "the preferences of the reward models do not differ at all (are they copies of one model?)" in said
     select(context(tmp_path / "two", models, by="disagreement"), sampled())
     assert "do not differ" not in capsys.readouterr().err
 
@@ -196,6 +196,6 @@ def test_the_command_labels_what_was_chosen(models: list[str], tiny_llama: Path,
     assert [len(row["completions"]) for row in rankings] == [3] * 6 == [len(row["completions"]) for row in chosen]
     assert any(row["held_out"] for row in chosen)
     assert (
-        "chosen by disagreement: 6 of 20 prompts, 3 completions each; 1 of them held out and drawn at random"
+        "selected by disagreement: 6 of 20 prompts, 3 completions each; 1 of them held out and selected at random"
         in done.stderr
     )
