@@ -33,7 +33,7 @@ def check_quantize(how: Quantize, device: torch.device) -> None:
             f"`model.quantize: {how}` needs bitsandbytes, which is not installed",
             hint="run `pip install 'rlhf-cli[quantized]'`, or use `--set model.quantize=none`",
         )
-    if (reason := _failure(how, device.type)) is not None:
+    if (reason := failure_reason(how, device.type)) is not None:
         raise ModelError(
             f"`model.quantize: {how}`: bitsandbytes fails on `{device.type}`: {reason}",
             hint="use `--set model.quantize=none`, or another `model.device`",
@@ -41,7 +41,7 @@ def check_quantize(how: Quantize, device: torch.device) -> None:
 
 
 @cache
-def _failure(how: Quantize, device: str) -> str | None:
+def failure_reason(how: Quantize, device: str) -> str | None:
     """Return why a small product with quantized weights fails on a device; None if it works."""
     # bitsandbytes warns at every product that it casts the inputs, which is intended.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

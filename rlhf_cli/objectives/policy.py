@@ -25,7 +25,7 @@ class PolicyLoss:
         ratio: probability ratio new / old.
         squared_ratio: its square, for the variance.
         largest_log_ratio: not a sum: the largest |log ratio| of each answer, (B,) nats.
-        largest_place: not a sum: the token where it is, (B,).
+        largest_position: not a sum: the token where it is, (B,).
     """
 
     loss: Tensor
@@ -34,7 +34,7 @@ class PolicyLoss:
     ratio: Tensor
     squared_ratio: Tensor
     largest_log_ratio: Tensor
-    largest_place: Tensor
+    largest_position: Tensor
 
 
 def policy_loss(
@@ -65,7 +65,7 @@ def policy_loss(
             ratio=masked_sum(ratio, is_completion),
             squared_ratio=masked_sum(ratio**2, is_completion),
             largest_log_ratio=largest,
-            largest_place=position,
+            largest_position=position,
         )
 
 

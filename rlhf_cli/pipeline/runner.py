@@ -94,7 +94,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     recipe = resolve_paths(loaded)
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
-    _limit_threads(recipe.model.threads)
+    limit_threads(recipe.model.threads)
     team = Coordinator()
     if not is_main():
         _follow(recipe, directory, team)
@@ -123,7 +123,7 @@ def _follow(recipe: Recipe, directory: RunDirectory, team: Coordinator) -> None:
             team.barrier()
 
 
-def _limit_threads(count: int | None) -> None:
+def limit_threads(count: int | None) -> None:
     """Limit the CPU threads of numerical libraries, which read these variables on import."""
     if count is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)

@@ -214,7 +214,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_llama, monkeypatch):
 
 def test_a_device_it_does_not_serve_is_named(tiny_llama, monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(quantize, "_failure", lambda how, device: "NotImplementedError: no kernel")
+    monkeypatch.setattr(quantize, "failure_reason", lambda how, device: "NotImplementedError: no kernel")
     with pytest.raises(
         ModelError, match=r"`model\.quantize: 8bit`: bitsandbytes fails on `cpu`: NotImplementedError: no kernel"
     ):

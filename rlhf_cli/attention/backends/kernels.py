@@ -54,9 +54,9 @@ def attend(
 
 def missing() -> str | None:
     """Return why the kernels cannot run on this machine; None if they can."""
-    if not _has_triton():
+    if not has_triton():
         return "triton is not installed"
-    if not _is_interpreted() and not _has_cuda():
+    if not _is_interpreted() and not has_cuda():
         return "it needs a CUDA device, or TRITON_INTERPRET=1"
     return None
 
@@ -78,7 +78,7 @@ def _unsupported_by_gpu(request: Request) -> str | None:
     """Return why the GPU does not support a call; None if it does."""
     if torch.version.hip is not None:
         return "it runs on NVIDIA's GPUs, and this torch is built for ROCm"
-    major, minor, available = _gpu(request.device.index)
+    major, minor, available = gpu_properties(request.device.index)
     if major < MIN_COMPUTE_CAPABILITY:
         return f"it needs a GPU of compute capability {MIN_COMPUTE_CAPABILITY}.0, and this one's is {major}.{minor}"
     needed = shared_memory(
@@ -94,7 +94,7 @@ def _unsupported_by_gpu(request: Request) -> str | None:
 
 
 @cache
-def _gpu(index: int | None) -> tuple[int, int, int]:
+def gpu_properties(index: int | None) -> tuple[int, int, int]:
     """Compute capability (major, minor), and the shared memory available to a block in bytes."""
     properties = torch.cuda.get_device_properties(index)
     return properties.major, properties.minor, properties.shared_memory_per_block_optin
@@ -102,12 +102,12 @@ def _gpu(index: int | None) -> tuple[int, int, int]:
 
 # Cached because `auto` asks on every call, and finding a module takes longer than launching a kernel.
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 

@@ -23,7 +23,7 @@ from rlhf_cli.labeling.judges.replies import UNHEARD, UNUSABLE, Reply
 from rlhf_cli.progress import warn
 
 _NAME = "verdicts"
-_FORMAT = 1
+FORMAT = 1
 """Version of how judges are asked and read, apart from the text of the question, which is part of the key: the
 structure of a request, the beginning of a local judge's turn, and which tokens count as a letter. Raise it with any
 change to these in `local.py` or `endpoint.py`: older verdicts are then requested again. Parsing of a stored text is not
@@ -40,7 +40,7 @@ def key_of(identity: str, question: Question) -> str:
         identity: of the judge: everything its replies depend on apart from the question.
         question: asked of it.
     """
-    text = f"{_FORMAT}\0{identity}\0{question.instructions}\0{question.material}"
+    text = f"{FORMAT}\0{identity}\0{question.instructions}\0{question.material}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

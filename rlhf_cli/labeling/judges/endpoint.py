@@ -28,7 +28,7 @@ _ABOUT_THE_TEXT = (400, 413, 422)
 """Status codes for texts that a server refuses, for example because they are too long; others concern the whole run."""
 _PATIENCE = 5
 """After this many unusable replies, and no usable one, the endpoint itself is considered broken."""
-_GRACE = 10.0
+GRACE = 10.0
 """Seconds for requests in flight to finish after a signal."""
 _POLL = 0.1
 _BYTES, _BYTES_PER_TOKEN = 1 << 20, 64
@@ -138,7 +138,7 @@ class EndpointJudge:
                 error = next((found for worker in done if (found := worker.exception()) is not None), None)
                 error = error or self._signal()
                 self._closing = error is not None
-                deadline = time.monotonic() + (self._timeout if isinstance(error, CostLimitError) else _GRACE)
+                deadline = time.monotonic() + (self._timeout if isinstance(error, CostLimitError) else GRACE)
             elif time.monotonic() > deadline:
                 break
         if error is not None:

@@ -27,7 +27,7 @@ from rlhf_cli.progress import warn
 _BEFORE_THE_VERDICT = "The better answer is answer"
 """Beginning of the judge's turn, so that the next token is a letter rather than the beginning of a sentence."""
 _PLACEHOLDER = "THE QUESTION STANDS HERE"
-_QUESTIONS_AT_ONCE = 16
+QUESTIONS_AT_ONCE = 16
 _TOKENS_AT_ONCE = 16_384
 _CONFIG_FILE = "config.json"
 
@@ -52,7 +52,7 @@ class LocalJudge:
         self._source = source
         self._tokenizer = load_tokenizer(source)
         self._before, self._after = _frame(self._tokenizer, source.path)
-        self._letters = [_ids_of(self._tokenizer, letter, source.path) for letter in "AB"]
+        self._letters = [ids_of(self._tokenizer, letter, source.path) for letter in "AB"]
         self._max_length = context_length(config)
         self._model: PreTrainedModel | None = None
 
@@ -64,7 +64,7 @@ class LocalJudge:
             yield [(position, Reply(failure=TOO_LONG, prompt_tokens=len(ids[position]))) for position in too_long]
         order = sorted(set(range(len(ids))) - set(too_long), key=lambda position: (-len(ids[position]), position))
         while order:
-            size = max(1, min(_QUESTIONS_AT_ONCE, _TOKENS_AT_ONCE // len(ids[order[0]])))
+            size = max(1, min(QUESTIONS_AT_ONCE, _TOKENS_AT_ONCE // len(ids[order[0]])))
             batch, order = order[:size], order[size:]
             chances = self._chances([ids[position] for position in batch])
             yield [
@@ -144,7 +144,7 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
 
 
-def _ids_of(tokenizer: PreTrainedTokenizerBase, letter: str, path: str) -> list[int]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, letter: str, path: str) -> list[int]:
     """All tokens that decode to this letter, ignoring white space."""
     near = [id_ for token, id_ in tokenizer.get_vocab().items() if token.endswith(letter) and len(token) <= 3]
     found = sorted(id_ for id_ in near if str(tokenizer.decode([id_])).strip() == letter)

@@ -163,14 +163,14 @@ class PanelReport:
         rows = []
         for one in self.judges:
             consistent = one.reply_statistics.consistent
-            figures = [f"{one.reply_statistics.questions:,} questions"]
+            parts = [f"{one.reply_statistics.questions:,} questions"]
             if consistent.value is not None:
-                figures.append(f"consistent in both orders on {consistent.value:.0%}")
+                parts.append(f"consistent in both orders on {consistent.value:.0%}")
             if failures := sum(one.reply_statistics.failures.values()):
-                figures.append(f"{failures:,} without a verdict")
+                parts.append(f"{failures:,} without a verdict")
             if one.reply_statistics.cost:
-                figures.append(f"cost {one.reply_statistics.cost:.4g}")
-            rows.append((f"judge {one.name}", ", ".join(figures)))
+                parts.append(f"cost {one.reply_statistics.cost:.4g}")
+            rows.append((f"judge {one.name}", ", ".join(parts)))
         if self.calibration is not None:
             rows.append(("agreement with people", str(self.calibration.panel.rate)))
         if self.known is not None:

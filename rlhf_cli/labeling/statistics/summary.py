@@ -67,30 +67,32 @@ def statistics(labels: Sequence[LabelRecord], seed: int) -> LabelReport:
         DataError: a label is invalid, see `table_of`.
     """
     table = table_of(labels)
-    figures = Bootstrap(table.prompts, seed)
+    bootstrap = Bootstrap(table.prompts, seed)
     shared = table.shared()
-    _add_agreement(figures, table, shared)
-    _add_self_consistency(figures, table)
-    _add_gold(figures, table)
-    _add_order_and_length(figures, table)
+    _add_agreement(bootstrap, table, shared)
+    _add_self_consistency(bootstrap, table)
+    _add_gold(bootstrap, table)
+    _add_order_and_length(bootstrap, table)
     counts, counted = _verdict_counts(table)
-    _add_alpha(figures, table, counts, counted)
-    figures.resample()
-    agreement = _agreement(figures, table, shared, counts)
+    _add_alpha(bootstrap, table, counts, counted)
+    bootstrap.resample()
+    agreement = _agreement(bootstrap, table, shared, counts)
     of_name: dict[str, list[LabelRecord]] = defaultdict(list)
     for label in labels:
         of_name[label.annotator].append(label)
     report = LabelReport(
         counts=count_labels(labels, table),
         agreement=agreement,
-        self_consistency=figures.share("self", _WHY_NONE["self"]),
-        gold=figures.share("gold", _WHY_NONE["gold"]),
-        first_shown=figures.share("first", _WHY_NONE["first"]),
-        longer=figures.share("longer", _WHY_NONE["longer"]),
+        self_consistency=bootstrap.share("self", _WHY_NONE["self"]),
+        gold=bootstrap.share("gold", _WHY_NONE["gold"]),
+        first_shown=bootstrap.share("first", _WHY_NONE["first"]),
+        longer=bootstrap.share("longer", _WHY_NONE["longer"]),
         tie_share=_tie_share(table, table.counted),
         pace=pace_of(labels),
         distribution=distribution_of(table),
-        annotators=tuple(_annotator(figures, table, number, of_name[name]) for number, name in enumerate(table.names)),
+        annotators=tuple(
+            _annotator(bootstrap, table, number, of_name[name]) for number, name in enumerate(table.names)
+        ),
         guidelines=guidelines_of(table.labels),
         unknown=unknown_of(labels, table),
         more_prompts=prompts_needed(agreement.with_ties),
@@ -98,7 +100,7 @@ def statistics(labels: Sequence[LabelRecord], seed: int) -> LabelReport:
     return replace(report, warnings=warnings_of(report, labels))
 
 
-def _add_agreement(figures: Bootstrap, table: LabelTable, shared: tuple[Ints, Ints]) -> None:
+def _add_agreement(bootstrap: Bootstrap, table: LabelTable, shared: tuple[Ints, Ints]) -> None:
     first, second = shared
     owner, one = table.pairs(first)
     _, other = table.pairs(second)
@@ -109,15 +111,15 @@ def _add_agreement(figures: Bootstrap, table: LabelTable, shared: tuple[Ints, In
         ("untied", np.column_stack([same & untied, untied])),
     ):
         values = values.astype(np.float64)
-        figures.add(name, table.by_prompt(first[owner], values))
+        bootstrap.add(name, table.by_prompt(first[owner], values))
         rows = np.concatenate([first[owner], second[owner]])
-        _add_each(figures, name, table, rows, np.concatenate([values, values]))
+        _add_each(bootstrap, name, table, rows, np.concatenate([values, values]))
     tau = _correlations(table, first, second)
     known = ~np.isnan(tau)
     # Correlations are averaged within items, then over items.
     of_item = np.bincount(table.item[first[known]], minlength=int(table.item.max(initial=-1)) + 1)
     weight = 1.0 / of_item[table.item[first[known]]]
-    figures.add("tau", table.by_prompt(first[known], np.column_stack([(tau[known] + 1) / 2 * weight, weight])))
+    bootstrap.add("tau", table.by_prompt(first[known], np.column_stack([(tau[known] + 1) / 2 * weight, weight])))
 
 
 def _correlations(table: LabelTable, first: Ints, second: Ints) -> NDArray[np.float64]:
@@ -130,15 +132,15 @@ def _correlations(table: LabelTable, first: Ints, second: Ints) -> NDArray[np.fl
     return tau
 
 
-def _add_self_consistency(figures: Bootstrap, table: LabelTable) -> None:
+def _add_self_consistency(bootstrap: Bootstrap, table: LabelTable) -> None:
     again, before = table.repeats()
     owner, now = table.pairs(again)
     _, then = table.pairs(before)
     same = table.verdict[now] == table.verdict[then]
-    _add_both(figures, "self", table, again[owner], np.column_stack([same, np.ones_like(same)]))
+    _add_both(bootstrap, "self", table, again[owner], np.column_stack([same, np.ones_like(same)]))
 
 
-def _add_gold(figures: Bootstrap, table: LabelTable) -> None:
+def _add_gold(bootstrap: Bootstrap, table: LabelTable) -> None:
     rows = [row for row, label in enumerate(table.labels) if label.purpose == "gold" and label.known]
     known = [verdicts(np.array([levels_of(table.labels[row], table.labels[row].known or ())]))[0] for row in rows]
     labels = np.array(rows, dtype=np.intp)
@@ -147,28 +149,28 @@ def _add_gold(figures: Bootstrap, table: LabelTable) -> None:
     said = table.verdict[pairs]
     right = np.where(said == truth, 1.0, np.where(said == TIE, 0.5, 0.0))
     decided = truth != TIE
-    _add_both(figures, "gold", table, labels[owner], np.column_stack([right * decided, decided]))
+    _add_both(bootstrap, "gold", table, labels[owner], np.column_stack([right * decided, decided]))
 
 
-def _add_order_and_length(figures: Bootstrap, table: LabelTable) -> None:
+def _add_order_and_length(bootstrap: Bootstrap, table: LabelTable) -> None:
     everyone = np.arange(len(table.labels))
     owner, pairs = table.pairs(everyone)
     won = np.where(table.verdict == A_WINS, 1, -1) * (table.verdict != TIE)
     for name, sign, used in (("first", table.earlier, True), ("longer", table.longer, table.counted[owner])):
         known = (sign[pairs] * won[pairs] != 0) & used
-        _add_both(figures, name, table, owner, np.column_stack([(sign[pairs] == won[pairs]) & known, known]))
+        _add_both(bootstrap, name, table, owner, np.column_stack([(sign[pairs] == won[pairs]) & known, known]))
 
 
-def _add_both(figures: Bootstrap, name: str, table: LabelTable, rows: Ints, values: NDArray) -> None:
+def _add_both(bootstrap: Bootstrap, name: str, table: LabelTable, rows: Ints, values: NDArray) -> None:
     """Add sums over all annotators under `name`, and per annotator under `(name, number)`."""
     values = values.astype(np.float64)
-    figures.add(name, table.by_prompt(rows, values))
-    _add_each(figures, name, table, rows, values)
+    bootstrap.add(name, table.by_prompt(rows, values))
+    _add_each(bootstrap, name, table, rows, values)
 
 
-def _add_each(figures: Bootstrap, name: str, table: LabelTable, rows: Ints, values: NDArray[np.float64]) -> None:
+def _add_each(bootstrap: Bootstrap, name: str, table: LabelTable, rows: Ints, values: NDArray[np.float64]) -> None:
     for number, sums in enumerate(table.by_annotator(rows, table.annotator[rows], values)):
-        figures.add((name, number), sums)
+        bootstrap.add((name, number), sums)
 
 
 def _verdict_counts(table: LabelTable) -> tuple[NDArray[np.int64], Ints]:
@@ -187,17 +189,17 @@ def _verdict_counts(table: LabelTable) -> tuple[NDArray[np.int64], Ints]:
     return flat.reshape(total, VERDICTS), label
 
 
-def _add_alpha(figures: Bootstrap, table: LabelTable, counts: NDArray[np.int64], label: Ints) -> None:
+def _add_alpha(bootstrap: Bootstrap, table: LabelTable, counts: NDArray[np.int64], label: Ints) -> None:
     shared = counts.sum(axis=1) >= 2
     each = counts[shared]
     seen = each.sum(axis=1)
     disagreed = (seen**2 - (each**2).sum(axis=1)) / (seen - 1)
     sums = np.column_stack([disagreed, seen, each[:, TIE]]).astype(np.float64)
-    figures.add("alpha", table.by_prompt(label[shared], sums))
+    bootstrap.add("alpha", table.by_prompt(label[shared], sums))
 
 
 def _agreement(
-    figures: Bootstrap, table: LabelTable, shared: tuple[Ints, Ints], counts: NDArray[np.int64]
+    bootstrap: Bootstrap, table: LabelTable, shared: tuple[Ints, Ints], counts: NDArray[np.int64]
 ) -> AnnotatorAgreement:
     both_ways = mirrored(counts)
     units, items = int((counts.sum(axis=1) >= 2).sum()), np.unique(table.item[shared[0]])
@@ -205,12 +207,12 @@ def _agreement(
     def plain(found: Coefficient) -> Estimate:
         return Estimate(found.value, count=units, prompts=len(items), missing=found.missing)
 
-    tau = figures.share("tau", _NO_OVERLAP)
+    tau = bootstrap.share("tau", _NO_OVERLAP)
     return AnnotatorAgreement(
-        with_ties=figures.share("ties", _NO_OVERLAP),
-        without_ties=figures.share("untied", _WHY_NONE["untied"]),
+        with_ties=bootstrap.share("ties", _NO_OVERLAP),
+        without_ties=bootstrap.share("untied", _WHY_NONE["untied"]),
         tau_b=replace(tau, **{end: _from_half(getattr(tau, end)) for end in ("value", "low", "high")}),
-        alpha=figures.alpha("alpha", krippendorff_alpha(both_ways), units),
+        alpha=bootstrap.alpha("alpha", krippendorff_alpha(both_ways), units),
         alpha_ordinal=plain(krippendorff_alpha(both_ways, "ordinal")),
         fleiss=plain(fleiss_kappa(both_ways)),
         ac1=plain(gwet_ac1(both_ways)),
@@ -255,11 +257,11 @@ def _pairs_of_annotators(table: LabelTable, shared: tuple[Ints, Ints]) -> tuple[
     return tuple(found)
 
 
-def _annotator(figures: Bootstrap, table: LabelTable, number: int, own: Sequence[LabelRecord]) -> AnnotatorReport:
+def _annotator(bootstrap: Bootstrap, table: LabelTable, number: int, own: Sequence[LabelRecord]) -> AnnotatorReport:
     mine = table.annotator == number
 
     def share(key: str) -> Estimate:
-        return figures.share((key, number), _WHY_NONE.get(key, _NO_OVERLAP))
+        return bootstrap.share((key, number), _WHY_NONE.get(key, _NO_OVERLAP))
 
     return AnnotatorReport(
         name=table.names[number],
@@ -268,7 +270,7 @@ def _annotator(figures: Bootstrap, table: LabelTable, number: int, own: Sequence
         flagged=sum(label.outcome == "flagged" for label in own),
         agreement=share("ties"),
         agreement_untied=share("untied"),
-        others=figures.rest("ties", ("ties", number), "no item was ranked by two others"),
+        others=bootstrap.rest("ties", ("ties", number), "no item was ranked by two others"),
         self_consistency=share("self"),
         gold=share("gold"),
         first_shown=share("first"),

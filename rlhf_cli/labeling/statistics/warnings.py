@@ -53,7 +53,7 @@ def warnings_of(report: LabelReport, labels: Sequence[LabelRecord]) -> tuple[Lab
 def _of_all_labels(report: LabelReport) -> Iterator[LabelWarning]:
     yield from _overlap(report)
     first, longer = report.first_shown, report.longer
-    if _favors_a_place(first):
+    if _favors_a_position(first):
         yield LabelWarning(
             "order",
             ALL_LABELS,
@@ -137,7 +137,7 @@ def _of_prompts(labels: Sequence[LabelRecord]) -> Iterator[LabelWarning]:
 
 def _of_annotator(one: AnnotatorReport, level: float) -> Iterator[LabelWarning]:
     yield from _consistency(one, level)
-    if _favors_a_place(one.first_shown, level):
+    if _favors_a_position(one.first_shown, level):
         yield LabelWarning(
             "order",
             one.name,
@@ -207,7 +207,7 @@ def _favored(first_shown: Estimate) -> str:
     return "first" if _value(first_shown) > 0.5 else "last"
 
 
-def _favors_a_place(first_shown: Estimate, level: float = 0.95) -> bool:
+def _favors_a_position(first_shown: Estimate, level: float = 0.95) -> bool:
     bounds = _bounds(first_shown, level)
     if bounds is None or bounds[0] <= 0.5 <= bounds[1]:
         return False

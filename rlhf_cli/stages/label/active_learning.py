@@ -85,7 +85,7 @@ def _with_rewards(
     pairs = [(sampled.candidates[number].prompt, list(items[number].completions)) for number in asked]
     found: list[list[list[float]]] = []
     for index in range(len(settings.reward_models)):
-        work = partial(_rewards, context, context.inputs.active_learning[index].source)
+        work = partial(rewards_of, context, context.inputs.active_learning[index].source)
         found.append(sampled.processes.map(pairs, work))
     if not found:
         return list(items)
@@ -93,7 +93,7 @@ def _with_rewards(
     return [dataclasses.replace(item, rewards=rewards.get(number)) for number, item in enumerate(items)]
 
 
-def _rewards(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[str]]]) -> list[list[float]]:
+def rewards_of(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[str]]]) -> list[list[float]]:
     """Rewards of each prompt's completions by one model, on the scale of its preferences."""
     from rlhf_cli.generation.policy import free_memory
     from rlhf_cli.models.reward_model.model import load_reward_model

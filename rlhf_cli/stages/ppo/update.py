@@ -266,7 +266,7 @@ class Updater:
         sums["squared_ratio"] += float(policy.squared_ratio)
         sums["entropy"] += float(now.entropy.detach().sum())
         largest, row = policy.largest_log_ratio.max(dim=0)
-        return WorstRatio(float(largest), rows[int(row)], int(policy.largest_place[row]))
+        return WorstRatio(float(largest), rows[int(row)], int(policy.largest_position[row]))
 
     def _critic(self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums) -> None:
         """Run forward and backward of the critic's loss."""

@@ -30,12 +30,12 @@ def _not_interpreted(monkeypatch):
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     """Pretend that there is a GPU, a Hopper until told otherwise; what the backend remembers is forgotten."""
-    caches = (kernels._has_triton, kernels._has_cuda, kernels._gpu)
+    caches = (kernels.has_triton, kernels.has_cuda, kernels.gpu_properties)
 
     def install(major: int, minor: int, shared: int) -> None:
         properties = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=shared)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-        kernels._gpu.cache_clear()
+        kernels.gpu_properties.cache_clear()
 
     for each in caches:
         each.cache_clear()

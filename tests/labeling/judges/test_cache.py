@@ -112,5 +112,5 @@ def test_the_third_unusable_reply_stands_as_the_answer(tmp_path: Path):
 def test_the_way_of_asking_is_in_the_key(monkeypatch):
     question = Question(3, (0, 1), "instructions", "material")
     before = key_of("one", question)
-    monkeypatch.setattr("rlhf_cli.labeling.judges.cache._FORM", 0)
+    monkeypatch.setattr("rlhf_cli.labeling.judges.cache.FORMAT", 0)
     assert key_of("one", question) != before

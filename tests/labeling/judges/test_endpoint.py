@@ -305,7 +305,7 @@ def test_what_never_went_out_is_not_charged():
 
 
 def test_what_is_given_up_after_a_signal_is_charged(endpoint, judge, monkeypatch):
-    monkeypatch.setattr("rlhf_cli.labeling.judges.endpoint._GRACE", 0.2)
+    monkeypatch.setattr("rlhf_cli.labeling.judges.endpoint.GRACE", 0.2)
     endpoint.delay = 2.0
     budget, charged = Budget(None), []
     made = judge(budget=budget, prices=Prices(1.0, 1.0), stop=Signal(0.4), concurrency=2)
@@ -356,7 +356,7 @@ def test_a_signal_lets_what_is_under_way_finish_and_starts_nothing_new(endpoint,
 
 
 def test_a_signal_does_not_wait_for_an_endpoint_that_hangs(endpoint, judge, monkeypatch):
-    monkeypatch.setattr("rlhf_cli.labeling.judges.endpoint._GRACE", 0.3)
+    monkeypatch.setattr("rlhf_cli.labeling.judges.endpoint.GRACE", 0.3)
     endpoint.delay = 5.0
     began = time.monotonic()
     with pytest.raises(Interrupted):

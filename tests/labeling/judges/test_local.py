@@ -7,7 +7,7 @@ import torch
 
 from rlhf_cli.data.records import Candidates
 from rlhf_cli.errors import ModelError
-from rlhf_cli.labeling.judges.local import LocalJudge, _ids_of
+from rlhf_cli.labeling.judges.local import LocalJudge, ids_of
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import TOO_LONG, Reply
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
@@ -64,8 +64,8 @@ class Letters:
 
 def test_a_letter_is_all_tokens_that_say_it():
     tokenizer = Letters(A="A", ĠA=" A", ĊA="\nA", BA="BA", a="a", AA="AA", B="B", ĠĠĠA="   A")
-    assert _ids_of(tokenizer, "A", "here") == [0, 1, 2]  # type: ignore[arg-type]
-    assert _ids_of(tokenizer, "B", "here") == [6]  # type: ignore[arg-type]
+    assert ids_of(tokenizer, "A", "here") == [0, 1, 2]  # type: ignore[arg-type]
+    assert ids_of(tokenizer, "B", "here") == [6]  # type: ignore[arg-type]
 
 
 def test_an_answer_that_holds_the_marks_of_the_chat_stays_text(tiny_llama, tiny_gpt2):

@@ -29,7 +29,7 @@ def kept(folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture
 def few_at_once(monkeypatch) -> None:
-    monkeypatch.setattr(local, "_QUESTIONS_AT_ONCE", 4)
+    monkeypatch.setattr(local, "QUESTIONS_AT_ONCE", 4)
 
 
 def test_a_local_model_labels_and_is_not_loaded_again_for_what_it_said(roomy_llama, judged, report, votes, monkeypatch):

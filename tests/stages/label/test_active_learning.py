@@ -119,7 +119,7 @@ def test_a_second_attempt_asks_no_reward_model_again(models: list[str], tmp_path
     first, rows = select(given, sampled()), written(tmp_path)
     (tmp_path / "out" / "chosen.jsonl").unlink()
     scored = []
-    monkeypatch.setattr(label_active_learning, "_rewards", lambda *_: scored.append(1) or pytest.fail("asked again"))
+    monkeypatch.setattr(label_active_learning, "rewards_of", lambda *_: scored.append(1) or pytest.fail("asked again"))
     again = select(given, sampled())
     assert (again.candidates, again.completions, written(tmp_path)) == (first.candidates, first.completions, rows)
     monkeypatch.undo()
