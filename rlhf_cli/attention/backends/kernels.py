@@ -103,11 +103,13 @@ def gpu_properties(index: int | None) -> tuple[int, int, int]:
 # Cached because `auto` asks on every call, and finding a module takes longer than launching a kernel.
 @cache
 def has_triton() -> bool:
+    """Return whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def has_cuda() -> bool:
+    """Return whether torch finds a CUDA device."""
     return torch.cuda.is_available()
 
 

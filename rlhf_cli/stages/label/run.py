@@ -129,7 +129,7 @@ def _import(context: LabelContext) -> StageOutcome:
     write_rankings(context.output / "rankings.jsonl", loaded.records)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
-    metrics, summary = _figures(RankingStatistics.of(loaded.records))
+    metrics, summary = _metrics_of(RankingStatistics.of(loaded.records))
     return StageOutcome(metrics, loaded.skips.counts, summary)
 
 
@@ -172,7 +172,7 @@ def _outcome(
     """Figures of rankings and of the answers they rank; writes what was skipped on the way."""
     if sampled.skips.total:
         sampled.skips.write(context.output / "skips.jsonl")
-    metrics, summary = _figures(RankingStatistics.of(rankings))
+    metrics, summary = _metrics_of(RankingStatistics.of(rankings))
     if scores:
         metrics["mean_score"] = sum(scores) / len(scores)
     if sampled.completions:
@@ -180,7 +180,7 @@ def _outcome(
     return StageOutcome(metrics, sampled.skips.counts, summary)
 
 
-def _figures(statistics: RankingStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:
+def _metrics_of(statistics: RankingStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:
     metrics = {
         "prompts": float(statistics.prompts),
         "completions": float(statistics.completions),
