@@ -53,7 +53,8 @@ class Section:
 
 
 def section(title: str) -> Section:
-    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    """Return the section with a title; "" is the introduction."""
+    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)" if title else r"\A(.*?)^## ", PAGE, re.M | re.S)
     found, path = Section(), ""
     for part in PART.finditer(text):
         if part["path"]:
@@ -126,16 +127,9 @@ class ExtendedPackage:
 
 @pytest.fixture
 def extended(tmp_path: Path, tiny_llama: Path) -> Callable[[str], ExtendedPackage]:
-    """The package extended by a section, with `prompts.jsonl` and `small.yaml`."""
-    rows = [{"prompt": f"Question {number}?"} for number in range(6)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "length.py").write_text("def score(prompts, completions):\n    return list(map(len, completions))\n")
-    (tmp_path / "small.yaml").write_text(
-        f"model: {{path: {tiny_llama}, precision: float32, device: cpu, threads: 1}}\n"
-        "data: {prompts: prompts.jsonl, holdout: 0}\n"
-        "ppo: {steps: 1, prompts_per_step: 4, epochs: 1, max_new_tokens: 8}\n"
-        "label: {by: function, function: length.py:score, completions_per_prompt: 2, sampling: {max_new_tokens: 99}}\n"
-    )
+    """The package extended by a section, in a folder with the files of the introduction."""
+    for path, [(_, body)] in section("").files.items():
+        (tmp_path / path).write_text(body.replace("MODEL", str(tiny_llama)))
     return lambda title: ExtendedPackage(tmp_path, section(title))
 
 
@@ -157,8 +151,8 @@ def test_a_stage(extended):
     assert "Count the prompts." in extension.run("rlhf --help")
     for run in ("default", "counted"):
         artifact = extension.folder / "runs" / run / "count"
-        assert (artifact / "count.txt").read_text() == "6\n"
-        assert json.loads((artifact / "manifest.json").read_text())["metrics"] == {"prompts": 6}
+        assert (artifact / "count.txt").read_text() == "4\n"
+        assert json.loads((artifact / "manifest.json").read_text())["metrics"] == {"prompts": 4}
     again = json.loads(extension.run("rlhf run count.yaml --json"))
     assert [stage["status"] for stage in again["stages"]] == ["cached"]
 
@@ -190,7 +184,7 @@ def test_a_generator(extended, tiny_llama: Path):
     lengths = []
     for row in extension.rows("runs/default/label/rankings.jsonl"):
         ids = policy.prompt_ids(row["prompt"])
-        requests = [Request(ids, seed_for(row["prompt"], 0, number)) for number in range(2)]
+        requests = [Request(ids, seed_for(row["prompt"], 0, number)) for number in range(3)]
         shorter: Generator = namespace["ShorterOfTwo"]()
         kept, drawn = (generator.generate(policy, requests) for generator in (shorter, TorchGenerator()))
         assert row["completions"] == [completion.text for completion in kept]
