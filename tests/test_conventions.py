@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from rlhf_cli.stages.registry import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +60,13 @@ def graph_of_children(package: str) -> dict[str, set[str]]:
 def test_no_two_packages_import_each_other():
     packages = [module for module in sorted(import_graph().modules) if import_graph().find_children(module)]
     assert [cycle for package in packages if (cycle := cycle_of(graph_of_children(package)))] == []
+
+
+def test_the_independence_contract_lists_every_stage():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    contracts = tools["importlinter"]["contracts"]
+    (listed,) = [contract["modules"] for contract in contracts if contract["type"] == "independence"]
+    assert sorted(listed) == sorted(module.removesuffix(".stage") for module, _ in REGISTRY.values())
 
 
 def test_a_cycle_is_found():

@@ -145,9 +145,9 @@ class RunDirectory:
             return None
         try:
             found = json.loads(self.began_file(stage).read_bytes())
-            check_format(self.began_file(stage), found.get("format", 1))
             identity = found["identity"]
             if found["sha256"] == _sha256(identity):
+                check_format(self.began_file(stage), found.get("format", 1))
                 return identity
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # damaged, as if the checksum differed

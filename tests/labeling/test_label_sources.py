@@ -56,7 +56,7 @@ def test_of_a_finished_run_they_are_those_it_was_finished_with_and_later_ones_ar
     assert len(labels_of(run)) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "1 labels in" in said
-    assert "differ from those that `label` was finished with" in said
+    assert "are newer than the finished `label` stage" in said
 
 
 def test_a_finished_stage_that_began_anew_waits_again(run):
@@ -70,8 +70,8 @@ def test_a_finished_stage_that_began_anew_waits_again(run):
 
 
 def test_where_there_are_none_it_says_so(tmp_path):
-    with pytest.raises(DataError, match="no labels are there"):
+    with pytest.raises(DataError, match="no labels found"):
         labels_of(tmp_path)
     (tmp_path / "labels.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no labels"):
+    with pytest.raises(DataError, match="is empty"):
         labels_of(tmp_path / "labels.jsonl")

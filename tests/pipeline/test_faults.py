@@ -105,6 +105,18 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
     assert toy.ran() == ["ppo step 3", "evaluate nothing"]
 
 
+@pytest.mark.slow
+def test_unfinished_work_of_another_version_is_refused(toy):
+    toy.run(FAKE_DIE="ppo")
+    record = toy.run_dir / ".ppo.began.json"
+    sealed = json.loads(record.read_text())
+    del sealed["format"]
+    record.write_text(json.dumps(sealed))
+    refused = toy.run()
+    assert refused.code == 2
+    assert "was written by an earlier version of rlhf: it has format 1" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
