@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -18,6 +17,7 @@ from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.prompts import longest_prompt, prompt_format
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.memory import free_memory
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy
@@ -248,10 +248,3 @@ def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:
     if is_ours:
         set_attention(model, source.attention, source.path)
     return model
-
-
-def free_memory() -> None:
-    """Free the memory of models without references, so that the next one can be loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

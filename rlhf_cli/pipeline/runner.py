@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import os
 import sys
@@ -18,6 +17,7 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
+from rlhf_cli.memory import free_memory
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
@@ -238,7 +238,7 @@ def _run_stage(context: StageContext[Any, Any]) -> StageOutcome:
     name, patience = context.stage.name, context.recipe.stall_seconds
     with contextlib.redirect_stdout(sys.stderr), _explained(name), watching(patience, name):
         outcome: StageOutcome = module.run(context)
-    _free_memory()
+    free_memory()
     return outcome
 
 
@@ -260,11 +260,3 @@ def _explained(stage: str):
                 "stays the same, and the run resumes from its last checkpoint",
             ) from error
         raise
-
-
-def _free_memory() -> None:
-    """Free the models of one stage before the next stage loads its own."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -148,7 +148,7 @@ def rewarded(
 
     If `processes` is given, all of them call this and each scores its share.
     """
-    from rlhf_cli.generation.policy import free_memory
+    from rlhf_cli.memory import free_memory
     from rlhf_cli.models.reward_model.model import load_reward_model
 
     if (path := source_of(context.inputs.reward_model)) is None:
