@@ -153,12 +153,12 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path, capfd):
 def test_a_checkpoint_of_a_later_format_is_passed_over_and_kept(tmp_path, capfd, monkeypatch):
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files, "FORMAT", 2)
+        patch.setattr(checkpoint_files, "FORMAT", 3)
         save(tmp_path, 5)
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert "state.json has format 2; this version of rlhf reads 1" in capfd.readouterr().err.replace("\n", " ")
+    assert "state.json has format 3; this version of rlhf reads 2" in capfd.readouterr().err.replace("\n", " ")
     save(tmp_path, 2)
     assert "step-00000005" in steps(tmp_path), "the newer rlhf can still go on from it"
 
@@ -299,7 +299,7 @@ def test_the_folder_is_the_same_bytes_every_time(tmp_path):
     for file in FILES:
         first, second = ((tmp_path / name / "step-00000001" / file).read_bytes() for name in "ab")
         assert first == second
-    assert json.loads((tmp_path / "a/step-00000001/state.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "a/step-00000001/state.json").read_text())["format"] == 2
 
 
 class Rank:

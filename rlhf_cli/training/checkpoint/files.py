@@ -22,7 +22,7 @@ from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DiskError
 from rlhf_cli.files import fsync, hash_file, replace_folder
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's format, in `state.json`; raised when an older rlhf could misread a new checkpoint."""
 
 _SUMS, _TENSORS, _STATE = "SHA256SUMS", "tensors.safetensors", "state.json"
