@@ -12,7 +12,7 @@ import typer
 
 from rlhf_cli.cli import options
 from rlhf_cli.stages import registry
-from rlhf_cli.stages.base import Flag
+from rlhf_cli.stages.base import Flag, section_of
 
 if TYPE_CHECKING:
     from rlhf_cli.recipe.overrides import Override
@@ -62,7 +62,7 @@ def run_stage(name: str, given: Mapping[str, Any], overrides: Sequence[Override]
     """
     force = (name,) if given["force"] else ()
     flags = registry.stage(name).flags
-    run_stages({**given, "force": force}, flags, overrides, section=name.replace("-", "_"), first=name, last=name)
+    run_stages({**given, "force": force}, flags, overrides, section=section_of(name), first=name, last=name)
 
 
 def run_stages(

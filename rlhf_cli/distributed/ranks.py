@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from rlhf_cli.errors import UsageError
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_HINT = "start with `--processes N` or torchrun, which set all of them, or unset {set_}"
+_HINT = "unset {set_}, or start with torchrun, which sets all of them"
 
 
 def rank() -> int:

@@ -228,7 +228,7 @@ def _token_id(format: PromptFormat, text: str) -> int:
     if len(ids) == 1:
         return ids[0]
     raise UsageError(
-        f"stop tokens: {text!r} is {len(ids)} tokens of {format.name}, expected one",
+        f"`ppo.stop_tokens`: {text!r} is {len(ids)} tokens of {format.name}, expected one",
         hint="name a token of the policy's vocabulary, such as <|im_end|>",
     )
 

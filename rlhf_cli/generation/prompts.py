@@ -39,7 +39,7 @@ class TokenizedPrompts:
         return TokenizedPrompts(self.prompts[:count], self.ids[:count])
 
 
-def prompt_template(configured: str | None, model: str) -> str | None:
+def prompt_template(configured: str | None, model: str, *, warns: bool = True) -> str | None:
     """Return the template for plain text prompts: the configured one, else the one the model was trained with.
 
     A model trained in another run keeps its template, so a stage that is run alone prompts it as it was trained.
@@ -47,11 +47,12 @@ def prompt_template(configured: str | None, model: str) -> str | None:
     Args:
         configured: `data.prompt_template` of the recipe.
         model: folder or hub id of the language model.
+        warns: print a warning if the two differ.
     """
     trained = artifact_settings(Path(model)).get("data", {}).get("prompt_template")
     if configured is None:
         return trained
-    if trained not in (None, configured):
+    if warns and trained not in (None, configured):
         warn(f"{model} was trained with `data.prompt_template: {trained!r}`, not {configured!r}")
     return configured
 

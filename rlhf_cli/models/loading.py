@@ -289,6 +289,12 @@ def recompute_activations(model: PreTrainedModel) -> None:
     model.train()
 
 
+def store_activations(model: PreTrainedModel) -> None:
+    """Undo `recompute_activations`."""
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+
+
 def context_length(config: PretrainedConfig) -> int:
     """Return the longest sequence in tokens that the model's positions allow; 10**9 if unlimited, as in T5."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,9 +18,21 @@ from rlhf_cli.models.lora import adapter_layers, cast_weights
 
 
 def save_model_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    stop_ids: Collection[int] = (),
 ) -> None:
     """Write a folder that `from_pretrained` reads, with weights in `dtype`. The model is cast in place.
+
+    Args:
+        model: without adapters.
+        tokenizer: of the model.
+        folder: created if it does not exist.
+        dtype: of the weights on disk.
+        stop_ids: tokens that end a completion, besides those of the model and the tokenizer.
 
     Raises:
         DivergedError: a weight is NaN or infinite in `dtype`; nothing is written.
@@ -33,7 +45,7 @@ def save_model_folder(
     cast_weights(model, dtype)
     require_finite(model.state_dict(), what=f"the model for {folder}")
     if model.can_generate():
-        model.generation_config = _valid_generation_config(model, tokenizer)
+        model.generation_config = _valid_generation_config(model, tokenizer, stop_ids)
     with writing("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
@@ -66,14 +78,17 @@ def require_finite(weights: dict[str, Tensor] | nn.Module, *, what: str) -> None
             )
 
 
-def _valid_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Return the model's generation config with the tokenizer's end token, which ends completions, and a pad token."""
+def _valid_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+) -> GenerationConfig:
+    """Return the model's generation config with all tokens that end completions, and a pad token."""
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
     own = config.eos_token_id
     ends = [own] if isinstance(own, int) else list(own or [])
     end: int | None = tokenizer.eos_token_id  # type: ignore[assignment]  (annotated for batches of tokens too)
     if end is not None and end not in ends:
         ends.insert(0, end)
+    ends += sorted(set(stop_ids) - set(ends))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     if config.pad_token_id is None:
         config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -17,6 +17,7 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
+from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.memory import free_memory
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
@@ -95,9 +96,9 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
     limit_threads(recipe.model.threads)
-    team = Coordinator()
+    coordinator = Coordinator()
     if not is_main():
-        _follow(recipe, directory, team)
+        _follow(recipe, directory, coordinator)
         return RunResult(folder, [])
     with directory.lock(), SignalStop() as stop, disk_errors(folder):
         directory.recover()
@@ -107,20 +108,20 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         preflight(recipe, _inputs_of(to_run))
         if to_run:
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
-        executor = _Executor(recipe, directory, stop, team)
+        executor = _Executor(recipe, directory, stop, coordinator)
         rows = [executor.execute(planner.update(step) if step.is_pending else step) for step in steps]
-        team.broadcast(None)
+        coordinator.broadcast(None)
         return RunResult(folder, rows)
 
 
-def _follow(recipe: Recipe, directory: RunDirectory, team: Coordinator) -> None:
+def _follow(recipe: Recipe, directory: RunDirectory, coordinator: Coordinator) -> None:
     """Run, on every rank but 0, the stages that rank 0 broadcasts, until there are no more."""
     with SignalStop() as stop, disk_errors(directory.path):
-        while (start := team.receive()) is not None:
+        while (start := coordinator.receive()) is not None:
             stage = registry.stage(start.stage)
             inputs = stage.inputs_type.from_json(start.inputs)
             _run_stage(_context(recipe, directory, stage, inputs, stop))
-            team.barrier()
+            coordinator.barrier()
 
 
 def limit_threads(count: int | None) -> None:
@@ -156,11 +157,11 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
 class _Executor:
     """Executes the steps of a plan."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest, team: Coordinator) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest, coordinator: Coordinator) -> None:
         self._recipe = recipe
         self._run = run
         self._stop = stop
-        self._team = team
+        self._coordinator = coordinator
 
     def execute(self, step: Step) -> StageResult:
         """Run a stage unless it is cached."""
@@ -181,9 +182,9 @@ class _Executor:
     def _work(self, step: Step) -> Manifest:
         context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)
         started, clock = now(), time.monotonic()
-        self._team.broadcast(StageStart(step.stage.name, step.inputs.to_json()))
+        self._coordinator.broadcast(StageStart(step.stage.name, step.inputs.to_json()))
         outcome = _run_stage(context)
-        self._team.barrier()
+        self._coordinator.barrier()
         outputs = list_outputs(context.output)
         if not outputs:
             raise RuntimeError(f"stage {step.stage.name} wrote nothing")
@@ -191,7 +192,7 @@ class _Executor:
             stage=step.stage.name,
             fingerprint=fingerprint(step.identity),
             identity=step.identity,
-            settings=_settings(self._recipe, step.stage.section),
+            settings=_settings(self._recipe, step),
             outputs=outputs,
             versions=versions(),
             skipped=dict(outcome.skipped),
@@ -236,27 +237,44 @@ def _context(
 def _run_stage(context: StageContext[Any, Any]) -> StageOutcome:
     module = importlib.import_module(context.stage.module)
     name, patience = context.stage.name, context.recipe.stall_seconds
-    with contextlib.redirect_stdout(sys.stderr), _explained(name), watching(patience, name):
+    with contextlib.redirect_stdout(sys.stderr), _explained(context.stage), watching(patience, name):
         outcome: StageOutcome = module.run(context)
     free_memory()
     return outcome
 
 
-def _settings(recipe: Recipe, section: str) -> dict[str, Any]:
+def _settings(recipe: Recipe, step: Step) -> dict[str, Any]:
+    """Return the settings for the manifest, with the prompt template that the stage used.
+
+    The recipe of a stage that is run alone need not name the template: the model's own is used. The artifact records
+    it, so that the next stage finds it there.
+    """
     plain = recipe.model_dump(mode="json")
-    return {key: plain[key] for key in (section, "model", "data", "seed")}
+    model = step.inputs.by_name().get("policy") or step.inputs.base
+    if model is not None and model.kind != "build":
+        plain["data"]["prompt_template"] = prompt_template(recipe.data.prompt_template, model.source, warns=False)
+    return {key: plain[key] for key in (step.stage.section, "model", "data", "seed")}
 
 
 @contextlib.contextmanager
-def _explained(stage: str):
+def _explained(stage: Stage):
     """Turn running out of memory into an error with a hint."""
     try:
         yield
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+            setting = _memory_settings(stage)
             raise RLHFError(
-                f"out of memory in `{stage}`",
-                hint=f"lower `{stage.replace('-', '_')}.micro_batch_size` or the batch size of sampling; the result "
-                "stays the same, and the run resumes from its last checkpoint",
+                f"out of memory in `{stage.name}`",
+                hint=f"lower {setting}; the result stays the same, and the run resumes from its last checkpoint",
             ) from error
         raise
+
+
+def _memory_settings(stage: Stage) -> str:
+    """Name the settings that lower a stage's memory, for messages."""
+    names = [
+        name for name in ("micro_batch_size", "rollout_batch_size", "sampling") if name in stage.settings.model_fields
+    ]
+    full = [f"`{stage.section}.{name}{'.batch_size' if name == 'sampling' else ''}`" for name in names]
+    return " or ".join(full) or "the size of the model"

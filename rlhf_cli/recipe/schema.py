@@ -8,6 +8,7 @@ from pydantic import Field, create_model, model_validator
 
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.stages.base import section_of
 from rlhf_cli.stages.registry import REGISTRY, stages
 
 
@@ -31,7 +32,7 @@ class _CheckedSettings(RunSettings):
 
     def section(self, stage: str) -> StageSection | None:
         """Return the section of a stage by the stage's name; None if the recipe has none."""
-        return getattr(self, stage.replace("-", "_"))
+        return getattr(self, section_of(stage))
 
 
 if TYPE_CHECKING:

@@ -42,10 +42,14 @@ class RunSettings(Section):
         return Path("runs") / self.name
 
     def value(self, setting: str) -> Any:
-        """Return a setting by its dotted name, such as `ppo.model`; None if a section on the path is absent."""
+        """Return a setting by its dotted name, such as `ppo.model`; None if a section on the path is absent.
+
+        Raises:
+            AttributeError: there is no such setting.
+        """
         found: Any = self
         for key in setting.split("."):
-            found = getattr(found, key, None)
+            found = None if found is None else getattr(found, key)
         return found
 
 

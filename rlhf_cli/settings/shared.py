@@ -208,7 +208,7 @@ class TrainingSettings(StageSection):
     max_grad_norm: Positive = 1.0
     """Maximum gradient norm; larger gradients are scaled down to it."""
     warmup_share: Share = 0.03
-    """Share of the optimizer steps over which the learning rate rises from zero."""
+    """Share of the optimizer steps over which the learning rate rises linearly to its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning-rate schedule after the warm-up."""
     gradient_checkpointing: EffortFlag = False

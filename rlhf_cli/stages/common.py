@@ -69,12 +69,13 @@ def load_policy(
     return Policy.load(source, sampling, template=recipe.data.prompt_template)
 
 
-def load_prompts(context: StageContext[Any, Any], policy: Policy) -> tuple[TokenizedPrompts, SkipLog]:
+def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) -> tuple[TokenizedPrompts, SkipLog]:
     """Read the prompts of the stage's "prompts" input, held-out ones too, each once, and skip those that are too long.
 
     Args:
         context: of the stage.
         policy: that will complete them.
+        setting: the setting that `policy.sampling.max_new_tokens` comes from, for messages.
 
     Raises:
         DataError: the source cannot be read, or too many prompts are too long.
@@ -85,8 +86,6 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy) -> tuple[Token
     from rlhf_cli.generation.prompts import TokenizedPrompts
 
     data, source = context.recipe.data, context.inputs.prompts.source
-    section = context.stage.section
-    setting = f"{section}.max_new_tokens" if section == "ppo" else f"{section}.sampling.max_new_tokens"
     longest = min(data.max_prompt_tokens, policy.longest_prompt(setting))
     loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
     check_conversations(policy.format, loaded.records)

@@ -129,11 +129,10 @@ class InputFinder:
         self._stage, self._recipe, self.artifacts = stage, recipe, artifacts
         self._section = stage.replace("-", "_")
 
-    def shared(self, *, loads_model: bool, trains_base: bool = False) -> dict[str, Any]:
+    def shared(self, *, trains_base: bool = False) -> dict[str, Any]:
         """Return the fields of `StageInputs`.
 
         Args:
-            loads_model: whether the stage loads a model, whose attention a function of the user may compute.
             trains_base: whether the stage reads the base model itself.
         """
         from rlhf_cli.settings.shared import is_own_function
@@ -145,7 +144,7 @@ class InputFinder:
         elif model.build is not None:
             base = Input("build", "build", "model.build", matters=trains_base)
         attention = None
-        if loads_model and is_own_function(model.attention):
+        if getattr(self._recipe, self._section).loads_model and is_own_function(model.attention):
             attention = Input("function", model.attention, "model.attention")
         return {"base": base, "attention": attention}
 

@@ -130,7 +130,7 @@ def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(models: PPOMode
     perturb(models)
     is_lora = isinstance(models, SharedBackbone)
     settings = PPOSettings.model_validate(SETTINGS["lora" if is_lora else "none"])
-    save_ppo_models(models, ModelSource(str(folder)), settings, tmp_path)
+    save_ppo_models(models, ModelSource(str(folder)), settings, tmp_path, stop_ids=[2])
     kind = AutoModelForSeq2SeqLM if folder.name in ("tiny-t5", "tiny-bart") else AutoModelForCausalLM
     with models.policy() as model:
         expected = logits(model)

@@ -23,7 +23,7 @@ from rlhf_cli.models.quantize import quantized
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings
-from rlhf_cli.stages.ppo.forward_passes import Answers, ForwardPasses
+from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.model_saving import save_ppo_models
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -67,7 +67,7 @@ def test_adapters_train_on_quantized_weights(name, recompute, bits, request):
     """KL 0 and ratio 1 at first, in whatever batches; then every adapter's weight has a gradient, in float32."""
     models = load(request.getfixturevalue(name), bits, gradient_checkpointing=recompute).models
     texts = [""] * 3
-    given = Answers(texts, PROMPTS, ANSWERS, texts, [True] * 3, torch.zeros(3))
+    given = Completions(texts, PROMPTS, ANSWERS, texts, [True] * 3, torch.zeros(3))
     torch.nn.init.ones_(models.value_head.weight)
     whole, single = (
         ForwardPasses(models, autocast=nullcontext, micro_batch_size=size, temperature=1.0) for size in (3, 1)
@@ -125,7 +125,7 @@ def test_the_policy_is_merged_into_the_weights_on_disk(name, bits, request, tmp_
         for parameter in models.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     settings = PPOSettings.model_validate({"lora": {"rank": 4, "alpha": 8.0}})
-    save_ppo_models(models, ModelSource(str(folder), quantize=bits), settings, tmp_path)
+    save_ppo_models(models, ModelSource(str(folder), quantize=bits), settings, tmp_path, stop_ids=[2])
     written = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     exact = load_policy(ModelSource(str(folder)))
     add_lora(exact, LoraSettings(rank=4, alpha=8.0), name="policy")

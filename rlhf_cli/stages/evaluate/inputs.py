@@ -41,7 +41,7 @@ def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFind
             hint="set `--set evaluate.judge_function=FILE.py:FUNCTION` or `--set evaluate.reward_model=PATH`",
         )
     return EvaluateInputs(
-        **find.shared(loads_model=True),
+        **find.shared(),
         baseline=baseline,
         policy=policy,
         reward_model=reward_model,

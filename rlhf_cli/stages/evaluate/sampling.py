@@ -92,12 +92,12 @@ def compare(
     policy.release()
     sampler.context.stop.check()
     of_baseline = sampler.complete(baseline, "baseline completions")
+    under_baseline = [] if refusal else sampler.logprobs(baseline, prompt_ids, of_policy)
+    baseline.release()
+    sampler.context.stop.check()
     if refusal:
         warn(refusal)
         return of_policy, of_baseline, None
-    under_baseline = sampler.logprobs(baseline, prompt_ids, of_policy)
-    baseline.release()
-    sampler.context.stop.check()
     return of_policy, of_baseline, [own - other for own, other in zip(under_policy, under_baseline, strict=True)]
 
 
@@ -130,10 +130,12 @@ def base_completions(sampler: Sampler, sampling: SamplingSettings) -> list[Compl
         policy = base_policy(sampler.context, sampling)
         if policy is None:
             return None
-        completions = sampler.complete(policy, "base completions")
+        with policy.model():
+            pass  # loads the weights
     except ModelError as error:
         warn(f"completions of the base model are not shown: {error.message}")
         return None
+    completions = sampler.complete(policy, "base completions")
     policy.release()
     return completions
 

@@ -44,7 +44,7 @@ STAGE = Stage(
         Flag(
             "--prompts",
             "evaluate.prompts",
-            "Prompts: a file, folder or hub data set.",
+            "Prompts, all of which are used; default: the held-out ones.",
             "DATA",
         ),
     ),

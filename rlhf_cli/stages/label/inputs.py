@@ -44,7 +44,7 @@ class LabelInputs(StageInputs):
 
 def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder) -> LabelInputs:
     """Find the inputs of the stage; raises `UsageError` if one is missing."""
-    shared = find.shared(loads_model=settings.loads_model)
+    shared = find.shared()
     if settings.by == "import":
         return LabelInputs(**shared, rankings=find.named("data", settings.data, "data", records="ranking"))
     human, judge = settings.human or HumanSettings(), settings.judge

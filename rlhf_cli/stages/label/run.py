@@ -1,4 +1,4 @@
-"""The `label` stage: K answers to each prompt, ranked; or rankings that people made, brought into the same form."""
+"""The `label` stage: K completions per prompt, ranked; or imported rankings, in the same format."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
 
 
 def _scored(context: LabelContext, settings: LabelSettings, sampled: Sampled) -> StageOutcome:
-    """By a function or a reward model, which score each answer alone."""
+    """By a function or a reward model, which score each completion alone."""
     processes = sampled.processes
     pairs = [(row.prompt, list(row.completions)) for row in sampled.candidates]
     if settings.by == "function":  # the user's code: it runs once, in one process
@@ -84,7 +84,7 @@ def _scored(context: LabelContext, settings: LabelSettings, sampled: Sampled) ->
 
 
 def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) -> StageOutcome:
-    """By people or judges, who compare answers with one another; answers of the same text are shown to them once."""
+    """By people or judges, who compare completions; completions of the same text are shown to them once."""
     candidates = []
     for row in map(distinct, sampled.candidates):
         check_count(row)
@@ -94,11 +94,11 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
             sampled.skips.add(Skip(row.location, ALL_EQUAL, prompt_text(row.prompt)[:EXCERPT]))
     if not candidates:
         raise DataError(
-            "there is nothing to compare: every prompt's answers are equal to one another",
+            "there is nothing to compare: every prompt's completions are equal to one another",
             hint="sample at a higher temperature, or from a model that is trained less",
         )
     if equal := len(sampled.candidates) - len(candidates):
-        warn(f"{equal:,} of {len(sampled.candidates):,} prompts have answers that are all equal; they are skipped")
+        warn(f"{equal:,} of {len(sampled.candidates):,} prompts have completions that are all equal; they are skipped")
     if settings.by == "human":
         if not sampled.processes.is_main:
             return StageOutcome()
@@ -136,10 +136,10 @@ def _import(context: LabelContext) -> StageOutcome:
 def _scores(
     context: LabelContext, settings: LabelSettings, pairs: Sequence[tuple[Prompt, list[str]]]
 ) -> list[list[float]]:
-    """Scores of each prompt's answers."""
+    """Scores of each prompt's completions."""
     scorer = _scorer(context, settings)
     prompts, texts = [prompt for prompt, _ in pairs], [completions for _, completions in pairs]
-    with task("scoring answers", sum(map(len, texts)), "answers") as bar:
+    with task("scoring completions", sum(map(len, texts)), "completions") as bar:
         return score_completions(scorer, prompts, texts, stop=context.stop.check, progress=bar.advance)
 
 
@@ -169,7 +169,7 @@ def write_rankings(path: Path, rankings: Sequence[Ranking], scores: Sequence[Seq
 def _outcome(
     context: LabelContext, rankings: Sequence[Ranking], sampled: Sampled, scores: Sequence[float] = ()
 ) -> StageOutcome:
-    """Figures of rankings and of the answers they rank; writes what was skipped on the way."""
+    """Statistics of rankings and their completions; writes the skipped records."""
     if sampled.skips.total:
         sampled.skips.write(context.output / "skips.jsonl")
     metrics, summary = _metrics_of(RankingStatistics.of(rankings))
@@ -189,12 +189,12 @@ def _metrics_of(statistics: RankingStatistics) -> tuple[dict[str, float], list[t
         "mean_characters": statistics.mean_characters,
     }
     summary = [
-        ("rankings", f"{statistics.prompts:,} prompts, {statistics.completions:,} answers"),
+        ("rankings", f"{statistics.prompts:,} prompts, {statistics.completions:,} completions"),
         ("ties", f"{statistics.tie_share:.1%} of pairs"),
     ]
     if statistics.longest_wins is not None:
         metrics["longer_wins_share"] = statistics.longest_wins
-        summary.append(("longer answer wins", f"{statistics.longest_wins:.1%} of untied pairs"))
+        summary.append(("longer completion wins", f"{statistics.longest_wins:.1%} of untied pairs"))
     return metrics, summary
 
 

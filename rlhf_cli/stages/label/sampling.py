@@ -75,7 +75,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     draws = generator or TorchGenerator()
     sampling, per_prompt = settings.sampling, settings.completions_per_prompt
     policy = load_policy(context, present(context.inputs.policy), sampling)
-    prompts, skips = load_prompts(context, policy)
+    prompts, skips = load_prompts(context, policy, "label.sampling.max_new_tokens")
     processes = ProcessGroup(policy.source.device)
     # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts.ids[number]))

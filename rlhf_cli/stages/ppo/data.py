@@ -35,7 +35,7 @@ def load_data(context: PPOContext, policy: Policy) -> tuple[PPOData, SkipLog]:
     from rlhf_cli.stages.ppo.trainer import PPOData
 
     settings = context.settings
-    loaded, skips = load_prompts(context, policy)
+    loaded, skips = load_prompts(context, policy, "ppo.max_new_tokens")
     ids = dict(zip(loaded.prompts, loaded.ids, strict=True))
     training, held_out = (
         TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts]) for prompts in _split(context, loaded)

@@ -29,15 +29,15 @@ class Evaluation:
 
     Args:
         rollouts: sample and score.
-        engine: forward passes.
+        forward_passes: forward passes.
         held_out: prompts that no step trains on.
         settings: section `ppo` of the recipe.
     """
 
     def __init__(
-        self, rollouts: Rollouts, engine: ForwardPasses, held_out: TokenizedPrompts, settings: PPOSettings
+        self, rollouts: Rollouts, forward_passes: ForwardPasses, held_out: TokenizedPrompts, settings: PPOSettings
     ) -> None:
-        self._rollouts, self._engine, self._settings = rollouts, engine, settings
+        self._rollouts, self._forward_passes, self._settings = rollouts, forward_passes, settings
         self._prompts = held_out.first(settings.eval_prompts)
         self._fixed = held_out.first(settings.shown_prompts)
 
@@ -79,4 +79,4 @@ class Evaluation:
         rows = range(len(prompts))
         completions = self._rollouts.completions(prompts, rows, [_NUMBER] * len(rows), tell)
         tell("evaluating")
-        return completions, self._engine.rollout_tensors(completions)
+        return completions, self._forward_passes.rollout_tensors(completions)

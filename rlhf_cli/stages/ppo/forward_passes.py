@@ -140,17 +140,17 @@ class ForwardPasses:
         """
 
         def sort_key(row: int) -> tuple[object, ...]:
-            prompt, response = completions.prompt_ids[row], completions.completion_ids[row]
+            prompt, completion = completions.prompt_ids[row], completions.completion_ids[row]
             if self._grouped:
-                return len(prompt), prompt, len(response), row
-            return len(prompt) + len(response), row
+                return len(prompt), prompt, len(completion), row
+            return len(prompt) + len(completion), row
 
         ordered = sorted(rows, key=sort_key)
         # At most one process's share per micro-batch, so that every process gets work if there is enough of it.
         size = min(self._micro_batch_size, -(-len(ordered) // self.processes.count))
         parts = [ordered[start : start + size] for start in range(0, len(ordered), max(size, 1))]
-        for rows in self.processes.shard(parts):
-            yield rows
+        for part in self.processes.shard(parts):
+            yield part
             beat()
 
     def logprobs(

@@ -39,7 +39,7 @@ def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -
     """Find the inputs of the stage; raises `UsageError` if one is missing."""
     start = settings.critic_from
     return PPOInputs(
-        **find.shared(loads_model=True),
+        **find.shared(),
         policy=find.policy("model", settings.model),
         reward_model=_reward_model(settings, recipe, find),
         critic=None if start in External.CRITIC_WORDS else find.named("critic", start, "critic_from"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,17 +16,21 @@ from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
-def save_ppo_models(models: PPOModels, source: ModelSource, settings: PPOSettings, folder: Path) -> None:
+def save_ppo_models(
+    models: PPOModels, source: ModelSource, settings: PPOSettings, folder: Path, *, stop_ids: Collection[int]
+) -> None:
     """Write the policy to `folder` and the critic to `folder/critic`, both with their tokenizer.
 
     A policy trained as an adapter is merged in float32 into the SFT weights on disk. The policy is written in the
-    dtype of those weights.
+    dtype of those weights. Its generation config lists all tokens that ended its completions, so that every later
+    stage ends them there too.
 
     Args:
         models: policy and critic.
         source: the SFT model.
         settings: with which the models were loaded.
         folder: created if it does not exist.
+        stop_ids: tokens that ended completions in training.
 
     Raises:
         DivergedError: a weight is not finite.
@@ -36,7 +41,7 @@ def save_ppo_models(models: PPOModels, source: ModelSource, settings: PPOSetting
     tokenizer.save_pretrained(folder / "critic")
     stored = load_config(source).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    save_model_folder(_policy(models, source, settings), tokenizer, folder, dtype=dtype)
+    save_model_folder(_policy(models, source, settings), tokenizer, folder, dtype=dtype, stop_ids=stop_ids)
 
 
 def _policy(models: PPOModels, source: ModelSource, settings: PPOSettings) -> PreTrainedModel:

@@ -47,8 +47,8 @@ class SupervisedLoss:
     """Adds the gradient of the supervised loss to an update.
 
     Args:
-        roles: the models, of which the policy learns.
-        engine: forward passes, and the processes that share them.
+        models: the models, of which the policy learns.
+        forward_passes: forward passes, and the processes that share them.
         demonstrations: source of the batches.
         coef: weight of the mean loss per completion token.
         batch_size: demonstrations per optimizer step, all processes together.
@@ -57,15 +57,15 @@ class SupervisedLoss:
 
     def __init__(
         self,
-        roles: PPOModels,
-        engine: ForwardPasses,
+        models: PPOModels,
+        forward_passes: ForwardPasses,
         demonstrations: Demonstrations,
         *,
         coef: float,
         batch_size: int,
         seed: int,
     ) -> None:
-        self._roles, self._engine, self._demonstrations = roles, engine, demonstrations
+        self._models, self._forward_passes, self._demonstrations = models, forward_passes, demonstrations
         self._coef, self._batch_size = coef, batch_size
         self._order = EndlessShuffle(len(demonstrations), seed=seed, name="demonstrations")
 
@@ -79,11 +79,11 @@ class SupervisedLoss:
         rows = self._order.slice(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
         tokens = sum(len(demonstrations.completion_ids[row]) for row in rows)
         loss, counted = 0.0, 0
-        for part in self._engine.micro_batches(demonstrations, rows):
-            batch = self._engine.batch(demonstrations, part)
-            with self._roles.policy() as model:
+        for part in self._forward_passes.micro_batches(demonstrations, rows):
+            batch = self._forward_passes.batch(demonstrations, part)
+            with self._models.policy() as model:
                 # At temperature 1: demonstrations are not samples from the policy.
-                found = self._engine.logprobs(model, batch, temperature=1.0)
+                found = self._forward_passes.logprobs(model, batch, temperature=1.0)
                 (-self._coef * found.logprobs.sum() / tokens).backward()
             loss -= float(found.logprobs.detach().sum())
             counted += int(batch.is_completion.sum())

@@ -62,6 +62,7 @@ class Rollouts:
     ) -> None:
         self._policy, self._generator, self._reward = policy, generator, reward
         self._settings, self._seed, self._processes = settings, seed, processes
+        self._orders: dict[int, EndlessShuffle] = {}
 
     def rows_of(self, step: int, count: int) -> list[int]:
         """Return the prompts of a step, one row per completion: each epoch is one shuffle of all prompts.
@@ -71,7 +72,9 @@ class Rollouts:
             count: number of prompts.
         """
         needed = self._settings.prompts_per_step
-        chosen = EndlessShuffle(count, seed=self._seed, name="prompts").slice(step * needed, (step + 1) * needed)
+        if count not in self._orders:
+            self._orders[count] = EndlessShuffle(count, seed=self._seed, name="prompts")
+        chosen = self._orders[count].slice(step * needed, (step + 1) * needed)
         return [row for row in chosen for _ in range(self._settings.samples_per_prompt)]
 
     def completions(

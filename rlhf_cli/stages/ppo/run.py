@@ -87,15 +87,16 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         log=metrics_log(context),
     )
     trainer.train()
+    if not processes.is_main:
+        return StageOutcome()
     rows = read_rows(context.work / "metrics.jsonl")
-    if processes.is_main:
-        save_ppo_models(models, source, settings, context.output)
-        _keep_records(context, rows)
-        if settings.kl_budget is not None and data.held_out is not None:
-            keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
-            (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
-        if skips.total:
-            skips.write(context.output / "skips.jsonl")
+    save_ppo_models(models, source, settings, context.output, stop_ids=policy.stop_ids)
+    _keep_records(context, rows)
+    if settings.kl_budget is not None and data.held_out is not None:
+        keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
+        (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
+    if skips.total:
+        skips.write(context.output / "skips.jsonl")
     return _outcome(rows, dict(skips.counts))
 
 

@@ -72,12 +72,12 @@ class PPOTrainer(TrainingTask):
     """Trains policy and critic in place.
 
     Args:
-        roles: policy, reference and critic.
-        engine: forward passes over them, and the processes that share the work.
+        models: policy, reference and critic.
+        forward_passes: forward passes over them, and the processes that share the work.
         data: what to train and evaluate on.
         reward: scores completions, as text.
         settings: section `ppo` of the recipe.
-        policy: samples; its weights are the policy's of `roles`.
+        policy: samples; its weights are the policy's of `models`.
         generator: draws completions from it; None is `TorchGenerator`.
         seed: of prompt order, sampling and shuffles.
         work: folder of checkpoints, metrics and samples.
@@ -87,8 +87,8 @@ class PPOTrainer(TrainingTask):
 
     def __init__(
         self,
-        roles: PPOModels,
-        engine: ForwardPasses,
+        models: PPOModels,
+        forward_passes: ForwardPasses,
         data: PPOData,
         reward: RewardFunction,
         settings: PPOSettings,
@@ -100,17 +100,17 @@ class PPOTrainer(TrainingTask):
         stop: StopRequest,
         log: Callable[..., MetricsLog] = MetricsLog,
     ) -> None:
-        self.roles, self.engine, self.settings, self.data = roles, engine, settings, data
+        self.models, self.forward_passes, self.settings, self.data = models, forward_passes, settings, data
         self.state = RunState(settings.kl_coef)
         self.policy = policy
         self.rollouts = Rollouts(
-            policy, generator or TorchGenerator(), reward, settings, seed=seed, processes=engine.processes
+            policy, generator or TorchGenerator(), reward, settings, seed=seed, processes=forward_passes.processes
         )
-        self.updater = Updater(roles, engine, settings, seed=seed, supervised=self._supervised(seed))
+        self.updater = Updater(models, forward_passes, settings, seed=seed, supervised=self._supervised(seed))
         self.optimizer = self.updater.optimizer
         held_out = data.held_out
-        self._evaluation = None if held_out is None else Evaluation(self.rollouts, engine, held_out, settings)
-        self._work, self._processes, self._shape = work, engine.processes, reward_shape(settings)
+        self._evaluation = None if held_out is None else Evaluation(self.rollouts, forward_passes, held_out, settings)
+        self._work, self._processes, self._shape = work, forward_passes.processes, reward_shape(settings)
         self._largest_log_ratio = 0.0  # so far, in this process; a log ratio far beyond it is a spike
         self.loop = TrainingLoop(
             self,
@@ -121,7 +121,7 @@ class PPOTrainer(TrainingTask):
             seed=seed,
             work=work,
             stop=stop,
-            processes=engine.processes,
+            processes=forward_passes.processes,
             hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weight was saved",
             shows_samples=settings.show_steps is not None,
             log=log,
@@ -132,7 +132,7 @@ class PPOTrainer(TrainingTask):
         if demonstrations is None or ptx is None:
             return None
         return SupervisedLoss(
-            self.roles, self.engine, demonstrations, coef=ptx.coef, batch_size=ptx.batch_size, seed=seed
+            self.models, self.forward_passes, demonstrations, coef=ptx.coef, batch_size=ptx.batch_size, seed=seed
         )
 
     def train(self) -> RunState:
@@ -148,7 +148,7 @@ class PPOTrainer(TrainingTask):
         numbers = range(step * len(rows), (step + 1) * len(rows))
         completions = self.rollouts.completions(self.data.prompts, rows, numbers, tell)
         tell("passes")
-        before = self.engine.rollout_tensors(completions)
+        before = self.forward_passes.rollout_tensors(completions)
         kl = kl_per_token(before.logprobs, before.reference_logprobs, settings.kl_estimator)
         scores = self.rewards(completions).to(kl.device)
         metrics = rollout_metrics(completions, before, scores, kl, kl_coef=beta)
@@ -234,11 +234,11 @@ class PPOTrainer(TrainingTask):
 
     def weights(self) -> dict[str, Tensor]:
         """See `TrainingTask`."""
-        return self.roles.state()
+        return self.models.state()
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """See `TrainingTask`."""
-        self.roles.load_state(dict(tensors))
+        self.models.load_state(dict(tensors))
 
     def extra_state(self) -> dict[str, Any]:
         """See `TrainingTask`."""
@@ -292,7 +292,7 @@ class PPOTrainer(TrainingTask):
             return
         if self.state.best is None or reward > self.state.best.reward:
             self.state.best = Best(step, reward, kl)
-            save_best(self._work, step, self.roles.state(), asdict(self.state.best), processes=self._processes)
+            save_best(self._work, step, self.models.state(), asdict(self.state.best), processes=self._processes)
 
     def _load_best(self) -> None:
         """Give the policy the best weights, where a KL budget chooses them."""
@@ -302,7 +302,7 @@ class PPOTrainer(TrainingTask):
         if best is None:
             progress.warn(f"no evaluated policy was within `kl_budget: {budget:g}`: the last one is written")
             return
-        self.roles.load_state(self._best_tensors(best))
+        self.models.load_state(self._best_tensors(best))
         progress.say(
             f"ppo: the best policy within the budget is that of step {best.step}: "
             f"held-out reward {best.reward:.2f}, KL {best.kl:.1f} nats per completion"

@@ -121,8 +121,8 @@ class Updater:
     """Owns the optimizer of policy and critic.
 
     Args:
-        roles: the models; their trained weights are optimized.
-        engine: forward passes, and the processes that share them.
+        models: the models; their trained weights are optimized.
+        forward_passes: forward passes, and the processes that share them.
         settings: section `ppo` of the recipe.
         seed: of the shuffles.
         supervised: the loss of PPO-ptx; None is plain PPO.
@@ -133,17 +133,17 @@ class Updater:
 
     def __init__(
         self,
-        roles: PPOModels,
-        engine: ForwardPasses,
+        models: PPOModels,
+        forward_passes: ForwardPasses,
         settings: PPOSettings,
         *,
         seed: int,
         supervised: SupervisedLoss | None = None,
     ) -> None:
-        self._roles, self._engine, self._settings, self._seed = roles, engine, settings, seed
+        self._models, self._forward_passes, self._settings, self._seed = models, forward_passes, settings, seed
         self.supervised = supervised
         self.rate_scale = 1.0
-        policy, critic = roles.policy_parameters(), roles.critic_parameters()
+        policy, critic = models.policy_parameters(), models.critic_parameters()
         self.parameters: list[nn.Parameter] = [*policy, *critic]
         self._critic_parameters = critic
         groups = [
@@ -222,14 +222,14 @@ class Updater:
         experience, tokens = minibatch.experience, minibatch.tokens
         sums: Sums = defaultdict(float)
         worst = WorstRatio()
-        for rows in self._engine.micro_batches(experience.completions, minibatch.rows):
-            batch = self._engine.batch(experience.completions, rows)
+        for rows in self._forward_passes.micro_batches(experience.completions, minibatch.rows):
+            batch = self._forward_passes.batch(experience.completions, rows)
             # Backward while the adapter is still active, since checkpointed activations are recomputed under it.
             if trains_policy:
                 worst = max(worst, self._policy(minibatch, rows, batch, tokens, sums), key=lambda one: one.log_ratio)
             self._critic(minibatch, rows, batch, tokens, sums)
             sums["tokens"] += int(batch.is_completion.sum())
-        gathered = self._engine.processes.all_gather_object([dict(sums), astuple(worst)])
+        gathered = self._forward_passes.processes.all_gather_object([dict(sums), astuple(worst)])
         found: Sums = defaultdict(float)
         for theirs, their_worst in gathered:
             for name, value in theirs.items():
@@ -245,8 +245,8 @@ class Updater:
         """Run forward and backward of the policy loss; returns the largest ratio in these rows."""
         settings, experience = self._settings, minibatch.experience
         width, is_completion = batch.completion_ids.shape[1], batch.is_completion
-        with self._roles.policy() as model:
-            now = self._engine.logprobs(model, batch)
+        with self._models.policy() as model:
+            now = self._forward_passes.logprobs(model, batch)
             old, advantages = experience.before.logprobs[rows, :width], experience.advantages[rows, :width]
             policy = policy_loss(now.logprobs, old, advantages, is_completion, clip_range=settings.clip_range)
             loss = policy.loss
@@ -272,9 +272,9 @@ class Updater:
         """Run forward and backward of the critic's loss."""
         settings, experience = self._settings, minibatch.experience
         width = batch.completion_ids.shape[1]
-        with self._roles.critic() as model:
+        with self._models.critic() as model:
             critic = value_loss(
-                self._engine.values(model, batch),
+                self._forward_passes.values(model, batch),
                 experience.before.values[rows, :width],
                 experience.returns[rows, :width],
                 batch.is_completion,
@@ -285,13 +285,13 @@ class Updater:
         sums["value_clipped"] += float(critic.clipped)
 
     def _mix_in(self, supervised: SupervisedLoss, optimizer_step: int, statistics: UpdateStatistics) -> None:
-        for loss, tokens in self._engine.processes.all_gather_object(supervised.accumulate(optimizer_step)):
+        for loss, tokens in self._forward_passes.processes.all_gather_object(supervised.accumulate(optimizer_step)):
             statistics.sums["ptx_loss"] += loss
             statistics.sums["ptx_tokens"] += tokens
 
     def _step(self, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics) -> None:
         trained = self.parameters if trains_policy else self._critic_parameters
-        all_reduce_gradients(trained, self._engine.processes)
+        all_reduce_gradients(trained, self._forward_passes.processes)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate_factor(optimizer_step, group["begins"])
         norm, is_taken = clip_and_step(

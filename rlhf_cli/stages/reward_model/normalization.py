@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -90,7 +89,7 @@ def _sample(
     policy = load_policy(context, path, sampling, quantized=True)
     max_length = policy.longest_prompt("label.sampling.max_new_tokens")
     prompts = [ranking.prompt for ranking in rankings]
-    fitting = list(islice((prompt for prompt in prompts if len(policy.prompt_ids(prompt)) <= max_length), _PROMPTS))
+    fitting = [prompt for prompt in prompts if len(policy.prompt_ids(prompt)) <= max_length]
     if not fitting:
         return None
 

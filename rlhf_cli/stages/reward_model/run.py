@@ -87,7 +87,7 @@ def _rankings(context: RewardModelContext, settings: RewardModelSettings) -> Loa
     from rlhf_cli.data.sources import read_records
 
     data = context.recipe.data
-    # Our own rankings have our own names of fields and may hold empty answers; the mapping is for files people bring.
+    # Our own rankings have our own names of fields and may hold empty completions; the mapping is for users' files.
     is_ours = settings.data is None
     columns = {} if is_ours else data.columns
     loaded = read_records(
@@ -106,7 +106,7 @@ def _rankings(context: RewardModelContext, settings: RewardModelSettings) -> Loa
 def _fitting(
     context: RewardModelContext, settings: RewardModelSettings, reward_model: RewardModel, loaded: LoadedRecords
 ) -> tuple[list[Ranking], dict[int, RankedGroup]]:
-    """Rankings whose every answer fits the model, and their ids; the others are skipped and counted."""
+    """Rankings whose completions all fit the model, and their ids; the others are skipped and counted."""
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.data.sources import Skip
     from rlhf_cli.stages.reward_model.data import encode_group
@@ -122,7 +122,9 @@ def _fitting(
             if group.longest > max_length:
                 excerpt = prompt_text(ranking.prompt)[:80]
                 loaded.skips.add(
-                    Skip(ranking.location or source, f"prompt and answer longer than {max_length:,} tokens", excerpt)
+                    Skip(
+                        ranking.location or source, f"prompt and completion longer than {max_length:,} tokens", excerpt
+                    )
                 )
                 continue
             kept.append(ranking)
@@ -177,6 +179,6 @@ def _summary(report: RankingReport, train_accuracy: float) -> list[tuple[str, st
             f"{report.accuracy:.1%} ({report.low:.1%} to {report.high:.1%}, {report.pairs:,} pairs of "
             f"{report.prompts:,} prompts)",
         ),
-        ("always the longer answer", f"{report.always_longer:.1%}; the shorter {report.always_shorter:.1%}"),
+        ("always the longer completion", f"{report.always_longer:.1%}; the shorter {report.always_shorter:.1%}"),
         ("accuracy in training", f"{train_accuracy:.1%}"),
     ]

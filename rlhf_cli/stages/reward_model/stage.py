@@ -27,7 +27,7 @@ class RewardModelInputs(StageInputs):
 def find_inputs(settings: RewardModelSettings, recipe: RunSettings, find: InputFinder) -> RewardModelInputs:
     """Find the inputs of the stage; raises `UsageError` if one is missing."""
     return RewardModelInputs(
-        **find.shared(loads_model=True),
+        **find.shared(),
         policy=find.policy("model", settings.model),
         rankings=find.named("data", settings.data, "data", records="ranking")
         or find.artifact("label", "data", file="rankings.jsonl"),

@@ -25,7 +25,7 @@ class SFTInputs(StageInputs):
 
 def find_inputs(settings: SFTSettings, recipe: RunSettings, find: InputFinder) -> SFTInputs:
     """Find the inputs of the stage; raises `UsageError` if there is no base model."""
-    shared = find.shared(loads_model=True, trains_base=True)
+    shared = find.shared(trains_base=True)
     if shared["base"] is None:
         raise UsageError(
             "no base model: `sft` needs `model.path` or `model.build`",

@@ -22,7 +22,7 @@ from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.logprobs import check_projection
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, quiet_libraries, recompute_activations
+from rlhf_cli.models.loading import ModelSource, quiet_libraries, recompute_activations, store_activations
 from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, merge_lora
 from rlhf_cli.models.merging import merged_policy
 from rlhf_cli.models.saving import require_finite
@@ -202,7 +202,7 @@ class SFTTrainer(TrainingTask):
             state = self._loop.run()
         finally:
             if self._settings.gradient_checkpointing:
-                self._model.gradient_checkpointing_disable()
+                store_activations(self._model)
         self._model.eval()
         return state.skipped_steps
 

@@ -25,5 +25,5 @@ def test_a_small_model_judges_and_its_report_is_honest(real_model: Path, shared_
     assert 0.0 <= judge["known"]["accuracy"]["value"] <= 1.0
     assert len((folder / "rankings.jsonl").read_text().splitlines()) == 3
     assert len((folder / "votes.jsonl").read_text().splitlines()) == 6
-    assert "agrees with known order" in done.stderr
+    assert "agreement with known order" in done.stderr
     assert str(tmp_path) not in (folder / "judge.json").read_text()

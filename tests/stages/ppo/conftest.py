@@ -73,7 +73,7 @@ def vowels(text):
     return sum(letter in "aeiou" for letter in text) / max(len(text), 1)
 
 
-def make_roles(source, kind="shared"):
+def make_models(source, kind="shared"):
     torch.manual_seed(0)
     if kind == "shared":
         return SharedBackbone(load_policy(source), LoraSettings(rank=4, alpha=8.0))
@@ -96,17 +96,17 @@ def make_trainer(
     **changes,
 ):
     source = ModelSource(str(folder))
-    roles = make_roles(source, kind)
+    models = make_models(source, kind)
     settings = PPOSettings(**SETTINGS | changes)
-    engine = ForwardPasses(
-        roles,
+    forward_passes = ForwardPasses(
+        models,
         autocast=nullcontext,
         micro_batch_size=settings.micro_batch_size,
         temperature=settings.temperature,
         processes=processes,
     )
 
-    policy = Policy.load(source, rollout_sampling(settings), weights=roles.policy, stop_tokens=stop_tokens)
+    policy = Policy.load(source, rollout_sampling(settings), weights=models.policy, stop_tokens=stop_tokens)
 
     def prompts(texts):
         return TokenizedPrompts(texts, [policy.prompt_ids(text) for text in texts])
@@ -114,8 +114,8 @@ def make_trainer(
     work.mkdir(exist_ok=True)
     data = PPOData(prompts(TEXTS), prompts(HELD_OUT), demonstrations)
     return PPOTrainer(
-        roles,
-        engine,
+        models,
+        forward_passes,
         data,
         reward,
         settings,

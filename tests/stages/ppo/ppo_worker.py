@@ -42,7 +42,7 @@ def main() -> int:
     except RLHFError as error:
         print(f"process {processes.index}: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    state = {name: tensor.detach().contiguous().clone() for name, tensor in trainer.roles.state().items()}
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in trainer.models.state().items()}
     save_file(state, work / f"end-{processes.index}.safetensors")
     return 0
 

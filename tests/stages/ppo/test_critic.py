@@ -59,8 +59,8 @@ def values(models: PPOModels, folder: Path) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts, answers = ([tokenizer(text).input_ids for text in texts] for texts in (PROMPTS, ANSWERS))
     given = Completions(PROMPTS, prompts, answers, ANSWERS, [True] * 2, torch.zeros(2))
-    engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
-    return engine.rollout_tensors(given).values
+    forward_passes = ForwardPasses(models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
+    return forward_passes.rollout_tensors(given).values
 
 
 def value_at_the_end(made: LoadedPPOModels, folder: Path) -> tuple[float, float]:
@@ -71,8 +71,8 @@ def value_at_the_end(made: LoadedPPOModels, folder: Path) -> tuple[float, float]
     ids = reward.model.format.pair_ids(PROMPTS[0], ANSWERS[0])
     # One token more than the answer, since a value is read before its token.
     given = Completions(PROMPTS[:1], [ids[:4]], [[*ids[4:], tokenizer.eos_token_id]], [""], [True], torch.zeros(1))
-    engine = ForwardPasses(made.models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
-    return float(engine.rollout_tensors(given).values[0, -1]), reward.score(PROMPTS[:1], ANSWERS[:1])[0]
+    forward_passes = ForwardPasses(made.models, autocast=nullcontext, micro_batch_size=8, temperature=1.0)
+    return float(forward_passes.rollout_tensors(given).values[0, -1]), reward.score(PROMPTS[:1], ANSWERS[:1])[0]
 
 
 def move(models: PPOModels) -> None:

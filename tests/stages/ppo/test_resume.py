@@ -12,7 +12,7 @@ HELD_OUT = ("Who knows", "When is it", "A loaf", "The river")
 
 
 def same_weights(one, other):
-    mine, theirs = one.roles.state(), other.roles.state()
+    mine, theirs = one.models.state(), other.models.state()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -102,9 +102,9 @@ def test_the_best_policy_within_the_budget_is_what_is_left(tiny_llama, tmp_path,
     expected = max(within, key=lambda row: row["eval/objective/reward"])
     assert trainer.state.best.step == expected["step"]
     kept = best_checkpoint(tmp_path / "w")
-    assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in trainer.roles.state().items())
+    assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in trainer.models.state().items())
     newest = latest_checkpoint(tmp_path / "w")
-    assert any(not torch.equal(newest.tensors[name], tensor) for name, tensor in trainer.roles.state().items())
+    assert any(not torch.equal(newest.tensors[name], tensor) for name, tensor in trainer.models.state().items())
 
 
 def test_nan_gradients_are_skipped_then_rolled_back_then_given_up(tiny_llama, tmp_path, monkeypatch, make_trainer):
@@ -121,7 +121,7 @@ def test_nan_gradients_are_skipped_then_rolled_back_then_given_up(tiny_llama, tm
         trainer.train()
     # Two good steps, three bad ones, back to the newest checkpoint, three bad ones again.
     assert calls["count"] == 8
-    assert all(torch.isfinite(tensor).all() for tensor in trainer.roles.state().values())
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.models.state().values())
 
 
 def test_a_broken_reward_skips_its_step_and_three_in_a_row_end_the_run(tiny_llama, tmp_path, make_trainer, rows_of):
@@ -155,7 +155,7 @@ def test_a_policy_that_is_not_finite_goes_back_once_then_gives_up(tiny_llama, tm
         poisoned["count"] += 1
         if poisoned["count"] >= 3:
             with torch.no_grad():
-                trainer.roles.policy_parameters()[0].fill_(float("nan"))
+                trainer.models.policy_parameters()[0].fill_(float("nan"))
         return found
 
     trainer.updater.update = update

@@ -16,7 +16,7 @@ def run(make_trainer, rows_of, model, folder, **changes):
 
 
 def weights(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.roles.state().items()}
+    return {name: tensor.clone() for name, tensor in trainer.models.state().items()}
 
 
 BASE = {"steps": 2}
@@ -206,7 +206,7 @@ def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_
     trainer = make_trainer(
         tiny_llama, tmp_path / "w", micro_batch_size=micro_batch_size, epochs=1, learning_rate=1e-9, ratio_limit=20.0
     )
-    plain, seen = trainer.engine.rollout_tensors, {}
+    plain, seen = trainer.forward_passes.rollout_tensors, {}
 
     def passes(completions):
         before = plain(completions)
@@ -214,7 +214,7 @@ def test_the_worst_ratio_is_that_of_its_answer_and_token(micro_batch_size, tiny_
         seen["completions"] = completions
         return before
 
-    trainer.engine.rollout_tensors = passes
+    trainer.forward_passes.rollout_tensors = passes
     metrics = trainer.step(0).metrics
     assert metrics["val/largest_log_ratio"] == pytest.approx(4.0, abs=1e-3)
     told = " ".join(capsys.readouterr().err.split())
@@ -293,7 +293,7 @@ def test_evaluation_does_not_touch_what_is_trained(tiny_llama, tmp_path, make_tr
     plain, looked_at = (make_trainer(tiny_llama, tmp_path / str(n), eval_steps=n, show_steps=n) for n in (None, 1))
     plain.train()
     looked_at.train()
-    assert all(torch.equal(looked_at.roles.state()[name], one) for name, one in plain.roles.state().items())
+    assert all(torch.equal(looked_at.models.state()[name], one) for name, one in plain.models.state().items())
 
 
 def test_fixed_prompts_are_shown_when_due(tiny_llama, tmp_path, make_trainer, capsys):
@@ -324,15 +324,15 @@ def test_ptx_is_the_mean_loss_of_a_completion_token(tiny_llama, tmp_path, make_t
         ptx={"coef": 2.0, "batch_size": 2},
     )  # fmt: skip
     loss, tokens = trainer.updater.supervised.accumulate(0)
-    found = [one.grad.clone() for one in trainer.roles.policy_parameters() if one.grad is not None]
-    with trainer.roles.policy() as model:
+    found = [one.grad.clone() for one in trainer.models.policy_parameters() if one.grad is not None]
+    with trainer.models.policy() as model:
         model.zero_grad(set_to_none=True)
         expected = 0.0
         for ids, completion in (([5, 6, 7, 8, 9, 0], 3), ([10, 11, 0], 2)):
             logits = model(input_ids=torch.tensor([ids])).logits[0, -completion - 1 : -1].log_softmax(-1)
             expected = expected - logits.gather(1, torch.tensor(ids[-completion:]).unsqueeze(1)).sum()
         (2.0 * expected / 5).backward()
-        by_hand = [one.grad for one in trainer.roles.policy_parameters() if one.grad is not None]
+        by_hand = [one.grad for one in trainer.models.policy_parameters() if one.grad is not None]
     assert tokens == 5
     assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
     for mine, theirs in zip(found, by_hand, strict=True):

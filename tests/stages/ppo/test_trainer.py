@@ -8,7 +8,7 @@ from rlhf_cli.stages.ppo.update import Experience, Minibatch, UpdateStatistics
 
 
 def weights(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.roles.state().items()}
+    return {name: tensor.clone() for name, tensor in trainer.models.state().items()}
 
 
 def completions_of(trainer, step=0):
@@ -35,9 +35,9 @@ def test_the_reference_stays_the_sft_model(kind, tiny_llama, tmp_path, make_trai
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     untouched = load_policy(ModelSource(str(tiny_llama)))(input_ids=ids).logits
     trainer.step(0)
-    with trainer.roles.reference() as reference:
+    with trainer.models.reference() as reference:
         torch.testing.assert_close(reference(input_ids=ids).logits, untouched)
-    with trainer.roles.policy() as policy:
+    with trainer.models.policy() as policy:
         assert (policy(input_ids=ids).logits - untouched).abs().max() > 1e-4
 
 
@@ -55,7 +55,7 @@ def test_cutting_the_batch_differently_changes_nothing(kind, changes, tiny_llama
     for number, size in enumerate((8, 4, 3, 1)):
         trainer = make_trainer(tiny_llama, tmp_path / str(number), kind=kind, micro_batch_size=size, **changes)
         completions = completions_of(trainer)
-        before = trainer.engine.rollout_tensors(completions)
+        before = trainer.forward_passes.rollout_tensors(completions)
         torch.manual_seed(1)
         advantages, returns = torch.randn(2, *before.values.shape)
         minibatch = Minibatch(list(range(8)), Experience(completions, before, advantages, returns), kl_coef=0.3)
@@ -81,13 +81,13 @@ def test_optimizer_steps_are_epochs_times_minibatches(
 def test_policy_and_critic_both_learn_and_nothing_else(tiny_llama, tmp_path, make_trainer):
     trainer = make_trainer(tiny_llama, tmp_path / "w", epochs=1)
     before = weights(trainer)
-    frozen = {n: p.clone() for n, p in trainer.roles.model.named_parameters() if not p.requires_grad}
+    frozen = {n: p.clone() for n, p in trainer.models.model.named_parameters() if not p.requires_grad}
     trainer.step(0)
-    after = trainer.roles.state()
+    after = trainer.models.state()
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     # A value head of zeros passes no gradient back in the very first step.
     assert moved == {"policy", "value_head"}
-    for name, parameter in trainer.roles.model.named_parameters():
+    for name, parameter in trainer.models.model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
     trainer.step(1)
@@ -97,19 +97,19 @@ def test_policy_and_critic_both_learn_and_nothing_else(tiny_llama, tmp_path, mak
 def test_values_are_predicted_before_their_token(tiny_llama, tmp_path, make_trainer):
     """Changing a token changes no value up to and including its own: V_t has not seen token t."""
     trainer = make_trainer(tiny_llama, tmp_path / "w")
-    torch.nn.init.normal_(trainer.roles.value_head.weight)
+    torch.nn.init.normal_(trainer.models.value_head.weight)
     completions = completions_of(trainer)
     row = max(range(8), key=lambda index: len(completions.completion_ids[index]))
-    before = trainer.engine.rollout_tensors(completions).values[row].clone()
+    before = trainer.forward_passes.rollout_tensors(completions).values[row].clone()
     completions.completion_ids[row][3] = 17 if completions.completion_ids[row][3] != 17 else 18
-    after = trainer.engine.rollout_tensors(completions).values[row]
+    after = trainer.forward_passes.rollout_tensors(completions).values[row]
     assert torch.equal(before[:4], after[:4])
     assert not torch.allclose(before[4], after[4])
 
 
 def test_old_logprobs_are_constants(tiny_llama, tmp_path, make_trainer):
     trainer = make_trainer(tiny_llama, tmp_path / "w")
-    before = trainer.engine.rollout_tensors(completions_of(trainer))
+    before = trainer.forward_passes.rollout_tensors(completions_of(trainer))
     for tensor in (before.logprobs, before.reference_logprobs, before.values):
         assert not tensor.requires_grad
 
@@ -154,7 +154,7 @@ def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
     report = trained().step(1).metrics
     trainer = trained()
     completions = completions_of(trainer, 1)
-    before = trainer.engine.rollout_tensors(completions)
+    before = trainer.forward_passes.rollout_tensors(completions)
     lengths = [len(ids) for ids in completions.completion_ids]
     assert len(set(lengths)) > 1
     kl = [(before.logprobs - before.reference_logprobs)[row, :length].sum() for row, length in enumerate(lengths)]
