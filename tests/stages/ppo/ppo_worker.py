@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.process_group import ProcessGroup, leave
 from rlhf_cli.errors import Interrupted, RLHFError
 from rlhf_cli.stages.ppo.ptx import Demonstrations
 
@@ -48,4 +48,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    leave()  # as the command does: else torch may abort where the other process ended first
+    sys.exit(code)
