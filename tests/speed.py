@@ -45,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _record(event: str, arguments: tuple) -> None:
-    if event in _PROCESS_EVENTS:
+    # matplotlib lists the fonts of a machine that it has not seen before, once, whichever test plots first.
+    if event in _PROCESS_EVENTS and arguments[0] != "fc-list":
         _started.append(f"{event}{arguments[:2]}")
 
 
@@ -59,10 +60,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Start counting before the fixtures do anything."""
+    _started.clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that starts a process without the mark `slow`."""
-    _started.clear()
+    """Fail a test that starts a process, itself or by a fixture, without the mark `slow`."""
     yield
     if _started and item.get_closest_marker("slow") is None:
         pytest.fail(f"starts a process ({_started[0][:200]}): mark it `@pytest.mark.slow`", pytrace=False)

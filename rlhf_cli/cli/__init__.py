@@ -11,6 +11,7 @@ def main() -> int:
     from rlhf_cli.cli.error_rendering import report
 
     prepare()
+    from rlhf_cli.distributed.process_group import exit_after_error, is_joined, leave
     from rlhf_cli.distributed.worker import Worker
 
     worker = Worker.adopt()
@@ -26,8 +27,9 @@ def main() -> int:
             worker.fail(error, report)
         if debugging() and not isinstance(error, KeyboardInterrupt):
             raise
-        return report(error)
-    from rlhf_cli.distributed.process_group import leave
-
+        code = report(error)
+        if is_joined():  # started by torchrun or `accelerate launch`
+            exit_after_error(code)
+        return code
     leave()
     return code if isinstance(code, int) else 0

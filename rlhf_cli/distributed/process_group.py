@@ -12,13 +12,14 @@ the port first. Other launchers name an address and a port in the environment, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rlhf_cli.distributed.ranks import rank, world_size
 from rlhf_cli.distributed.watchdog import waiting
@@ -188,9 +189,26 @@ def leave() -> None:
 
     Otherwise torch's threads may still wait for a process that has ended when the interpreter exits, and abort.
     """
+    if is_joined():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def exit_after_error(code: int) -> NoReturn:
+    """End this process at once with `code`, its output flushed, its process group left as it is.
+
+    After an error the other processes may have ended: torch's threads then wait for them, or abort while the
+    interpreter destroys them, and the exit code would be that of the abort.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by the reader
+            stream.flush()
+    os._exit(code)
+
+
+def is_joined() -> bool:
+    """Whether this process is in an initialized process group; False without importing torch where nothing has."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 _LOST_PEER_ERRORS = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}

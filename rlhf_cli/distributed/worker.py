@@ -12,12 +12,12 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
-from rlhf_cli.distributed.process_group import is_lost_peer
+from rlhf_cli.distributed.process_group import exit_after_error, is_lost_peer
 
 CHANNEL = "RLHF_CHANNEL"
 """Environment variable with the file descriptor of the socket to the supervisor."""
@@ -59,7 +59,7 @@ class Worker:
                 pass
         os.killpg(os.getpgrp(), signal.SIGKILL)  # this process and whatever a reward function started
 
-    def fail(self, error: BaseException, report: Callable[[BaseException], int]) -> None:
+    def fail(self, error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
         """Send the supervisor what `report` prints, and exit with the code it returns; does not return."""
         at, text = time.monotonic(), io.StringIO()
         with contextlib.redirect_stderr(text):
@@ -67,7 +67,4 @@ class Worker:
         message = {"code": code, "text": text.getvalue(), "at": at, "lost_peer": is_lost_peer(error)}
         with contextlib.suppress(OSError):
             self._channel.sendall(json.dumps(message).encode() + b"\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not `sys.exit`: torch's threads wait for processes that may have ended, or abort while they are destroyed.
-        os._exit(code)
+        exit_after_error(code)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -195,6 +196,21 @@ def test_stopped_and_killed_it_ends_with_the_bytes_of_an_uninterrupted_run(toget
     assert len(files) > 1
     for name in files:
         assert (last.artifacts / name).read_bytes() == (together.artifacts / name).read_bytes(), name
+
+
+def test_a_signal_to_one_process_of_another_launcher_ends_all_with_its_exit_code(together: Ended, tmp_path: Path):
+    """As under torchrun: no supervisor, and no process may abort (-6) because its peer ended first."""
+    shutil.copytree(together.folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs" / "two" / "ppo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(tmp_path, "ppo", "recipe.yaml", **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    when_saved(ranks[0], tmp_path, 1)
+    ranks[1].terminate()
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [143, 143], errors
 
 
 def test_more_processes_than_prompts(alone: Ended, tmp_path: Path):
