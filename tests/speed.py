@@ -60,15 +60,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """Start counting before the fixtures do anything."""
-    _started.clear()
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that starts a process, itself or by a fixture, without the mark `slow`."""
+    """Fail a test that starts a process without the mark `slow`; what fixtures start is not counted."""
+    _started.clear()
     yield
     if _started and item.get_closest_marker("slow") is None:
         pytest.fail(f"starts a process ({_started[0][:200]}): mark it `@pytest.mark.slow`", pytrace=False)
