@@ -6,10 +6,10 @@ trained on (traps 10 and 11 of docs/ppo.md), and the ids of a prompt are always 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Message, Prompt, Record
 from rlhf_cli.errors import DataError, ModelError
@@ -40,6 +40,7 @@ class PromptFormat:
     name: str = "the tokenizer"
     is_encoder: bool = field(default=False)
     is_encoder_decoder: bool = field(default=False)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None and not self.is_encoder:
@@ -75,7 +76,9 @@ class PromptFormat:
             )
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **self.template_kwargs
+            )
         except Exception as error:  # jinja raises what the template's author chose
             raise ModelError(
                 f"the chat template of {self.name} refuses a conversation: {error}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -115,18 +116,26 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Hash that identifies a prompt in splits, seeds and caches."""
-    # One user turn and plain text are the same question and must be on the same side of every split.
+    """Hash that identifies a prompt in seeds and caches; splits go by `split_key`."""
+    # One user turn and plain text are the same question.
     is_question = not isinstance(prompt, str) and len(prompt) == 1 and prompt[0].role == "user"
     plain = prompt_text(prompt) if is_question else prompt_to_json(prompt)
     text = json.dumps(plain, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_held_out(prompt: Prompt, share: float, seed: int) -> bool:
-    """Whether a prompt is in the held-out share. Depends only on prompt and seed, so that all stages agree."""
-    digest = hashlib.sha256(f"holdout {seed} {prompt_key(prompt)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+def split_key(prompt: Prompt) -> str:
+    """Return 16 hexadecimal digits that identify the question of a prompt, for splits and their checks.
+
+    The question is the first user turn, without differences of case, width and white space. So one question is on one
+    side of every split, whatever system message, later turns or stray blanks come with it. A conversation without a
+    user turn is its own question.
+    """
+    question = prompt_text(prompt)
+    if not isinstance(prompt, str):
+        question = next((message.content for message in prompt if message.role == "user"), question)
+    plain = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    return hashlib.sha256(f"question {plain}".encode()).hexdigest()[:16]
 
 
 def seed_for(prompt: Prompt, seed: int, sample: int) -> int:

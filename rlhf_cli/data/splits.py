@@ -1,41 +1,57 @@
-"""Splits by prompt: all records of one prompt are on the same side, in every stage."""
+"""Splits by prompt: all records of one question are on the same side, in every stage."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
-from rlhf_cli.data.records import Demonstration, Prompt, Record, is_held_out, prompt_key
+from rlhf_cli.data.records import Demonstration, Prompt, Record, prompt_key, split_key
 from rlhf_cli.errors import DataError
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def split_by_prompt(records: Iterable[AnyRecord], share: float, seed: int) -> tuple[list[AnyRecord], list[AnyRecord]]:
-    """Split records into those to train on and those held out.
+@dataclass(frozen=True)
+class Split:
+    """Which prompts are held out from training: a function of share, seed and the prompt's `split_key` alone.
 
-    Plain text, which has no prompt, is split by the text itself; otherwise all of it would be on one side.
-
-    Args:
-        records: of any kind.
-        share: of the prompts that is held out, from 0 to below 1; the share of the records is only close to it.
-        seed: of the run.
-
-    Raises:
-        DataError: no records would be left to train on.
+    Attributes:
+        holdout: share of the prompts, from 0 to below 1. The prompts of a smaller share are among those of a larger.
+        seed: of the choice.
     """
-    train: list[AnyRecord] = []
-    held_out: list[AnyRecord] = []
-    for record in records:
-        key = record.completion if isinstance(record, Demonstration) and record.prompt == "" else record.prompt
-        (held_out if is_held_out(key, share, seed) else train).append(record)
-    if held_out and not train:
-        raise DataError(
-            f"all {len(held_out):,} records have prompts in the held-out share ({share:g}): none are left to train on",
-            hint="use more prompts, or a smaller `--set data.holdout=...`",
-        )
-    return train, held_out
+
+    holdout: float
+    seed: int
+
+    def holds_out(self, prompt: Prompt) -> bool:
+        """Whether a prompt is held out."""
+        digest = hashlib.sha256(f"holdout {self.seed} {split_key(prompt)}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.holdout * 2**64
+
+    def divide(self, records: Iterable[AnyRecord]) -> tuple[list[AnyRecord], list[AnyRecord]]:
+        """Divide records into those to train on and those held out.
+
+        Raises:
+            DataError: no records would be left to train on.
+        """
+        train: list[AnyRecord] = []
+        held_out: list[AnyRecord] = []
+        for record in records:
+            (held_out if self.holds_out(question(record)) else train).append(record)
+        if held_out and not train:
+            raise DataError(
+                f"all {len(held_out):,} records have prompts in the held-out share ({self.holdout:g}): none are left "
+                "to train on",
+                hint="use more prompts, or a smaller `--set data.holdout=...`",
+            )
+        return train, held_out
+
+
+def question(record: Record) -> Prompt:
+    """Return what a record is split by: its prompt; of plain text, which has no prompt, the text itself."""
+    return record.completion if isinstance(record, Demonstration) and record.prompt == "" else record.prompt
 
 
 def validation_prompts(held_out: Iterable[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -7,22 +7,27 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.distributed.watchdog import beat
-from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
-from rlhf_cli.generation.prompts import longest_prompt, prompt_format
+from rlhf_cli.generation.prompts import PromptStyle, longest_prompt, prompt_format, token_ids
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy
+from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
-from rlhf_cli.settings.shared import SamplingSettings
 
 Weights = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Makes the context in which a policy's weights are the active ones of the model it yields."""
@@ -49,25 +54,24 @@ class Policy:
         source: ModelSource,
         config: PretrainedConfig,
         format: PromptFormat,
-        sampling: SamplingSettings,
+        sampling: Sampling,
         *,
         load: Callable[[], PreTrainedModel],
         weights: Weights | None = None,
-        stop_tokens: Sequence[str] = (),
     ) -> None:
         self.source, self.config, self.format, self.sampling = source, config, format, sampling
         self._load, self._weights = load, weights
         self._model: PreTrainedModel | None = None
-        self._extra_stop_ids = {_token_id(format, text) for text in stop_tokens}
+        self._extra_stop_ids = set(token_ids(sampling.stop_tokens, format))
 
     @classmethod
     def load(
         cls,
         source: ModelSource,
-        sampling: SamplingSettings,
+        sampling: Sampling,
         *,
-        template: str | None = None,
-        stop_tokens: Sequence[str] = (),
+        style: PromptStyle | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         weights: Weights | None = None,
     ) -> Policy:
         """Return the policy at `source`.
@@ -75,8 +79,8 @@ class Policy:
         Args:
             source: where the model is.
             sampling: how tokens are drawn.
-            template: `data.prompt_template` of the recipe; None uses the one that the model was trained with.
-            stop_tokens: tokens that end a completion, besides those of the model.
+            style: how plain-text prompts become text; None leaves them as they are.
+            tokenizer: of the model; None loads it.
             weights: of a model that is in memory already and may train, such as an adapter; None loads `source`.
 
         Raises:
@@ -86,16 +90,15 @@ class Policy:
         return cls(
             source,
             load_config(source),
-            prompt_format(source, template),
+            prompt_format(source, style or PromptStyle(), tokenizer or load_tokenizer(source)),
             sampling,
             load=partial(load_policy, source),
             weights=weights,
-            stop_tokens=stop_tokens,
         )
 
     @classmethod
     def untrained(
-        cls, source: ModelSource, sampling: SamplingSettings, *, seed: int, template: str | None = None
+        cls, source: ModelSource, sampling: Sampling, *, seed: int, style: PromptStyle | None = None
     ) -> Policy:
         """Return a policy of the same shape as the one at `source`, with the random weights that `seed` gives.
 
@@ -104,7 +107,7 @@ class Policy:
         return cls(
             source,
             load_config(source),
-            prompt_format(source, template),
+            prompt_format(source, style or PromptStyle(), load_tokenizer(source)),
             sampling,
             load=partial(_random_model, source, seed),
         )
@@ -217,20 +220,6 @@ def _batch_order(
         return (prompts[row] if is_grouped else []), len(prompts[row]) + len(completions[row].ids)
 
     return key
-
-
-def _token_id(format: PromptFormat, text: str) -> int:
-    """Return the id of a stop token; raises `UsageError` unless the text is exactly one token."""
-    found = format.tokenizer.convert_tokens_to_ids(text)
-    if isinstance(found, int) and found != format.tokenizer.unk_token_id and text in format.tokenizer.get_vocab():
-        return found
-    ids = format.completion_ids(text, ended=False)
-    if len(ids) == 1:
-        return ids[0]
-    raise UsageError(
-        f"`ppo.stop_tokens`: {text!r} is {len(ids)} tokens of {format.name}, expected one",
-        hint="name a token of the policy's vocabulary, such as <|im_end|>",
-    )
 
 
 def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import UsageError
-from rlhf_cli.progress import warn
-from rlhf_cli.settings.run import artifact_settings
+from rlhf_cli.generation.contract import read_contract
+from rlhf_cli.progress import say, warn
+from rlhf_cli.settings.shared import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -39,41 +39,113 @@ class TokenizedPrompts:
         return TokenizedPrompts(self.prompts[:count], self.ids[:count])
 
 
-def prompt_template(configured: str | None, model: str, *, warns: bool = True) -> str | None:
-    """Return the template for plain text prompts: the configured one, else the one the model was trained with.
+@dataclass(frozen=True)
+class PromptStyle:
+    """How plain-text prompts become text for a model; see `PromptFormat`.
 
-    A model trained in another run keeps its template, so a stage that is run alone prompts it as it was trained.
+    Attributes:
+        template: None, "chat" or text around `{prompt}`.
+        kwargs: arguments of the chat template.
+    """
+
+    template: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        named = {None: "as plain text", "chat": "in its chat template"}.get(self.template, f"as {self.template!r}")
+        return f"{named} with {dict(self.kwargs)}" if self.kwargs else named
+
+
+def prompt_style(
+    data: DataSettings,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str | None = None,
+    may_differ: bool = False,
+) -> PromptStyle:
+    """Return how a model is prompted: as the recipe says, else as it was trained, else as its tokenizer allows.
 
     Args:
-        configured: `data.prompt_template` of the recipe.
+        data: section `data` of the recipe.
         model: folder or hub id of the language model.
-        warns: print a warning if the two differ.
+        tokenizer: of the model.
+        name: of the model, for messages; None is `model`.
+        may_differ: a recipe that differs from how the model was trained is only reported, since the stage trains it
+            anew or was asked to compare models.
+
+    Raises:
+        UsageError: the recipe differs from how the model was trained.
+        ModelError: the contract beside the model cannot be read.
     """
-    trained = artifact_settings(Path(model)).get("data", {}).get("prompt_template")
-    if configured is None:
-        return trained
-    if warns and trained not in (None, configured):
-        warn(f"{model} was trained with `data.prompt_template: {trained!r}`, not {configured!r}")
-    return configured
+    contract = read_contract(model)
+    if contract is not None:
+        trained = PromptStyle(contract.prompt_template, contract.template_kwargs)
+    else:
+        trained = PromptStyle("chat" if getattr(tokenizer, "chat_template", None) else None)
+    chosen = PromptStyle(
+        trained.template if data.prompt_template == "auto" else data.prompt_template,
+        trained.kwargs if data.template_kwargs is None else data.template_kwargs,
+    )
+    if contract is None:
+        if data.prompt_template == "auto":
+            say(f"{name or model} is prompted {chosen} (`data.prompt_template: auto`)")
+    elif chosen != trained:
+        if not may_differ:
+            raise UsageError(
+                f"`{model}` was trained with prompts {trained}, and the recipe asks for prompts {chosen}",
+                hint="remove `data.prompt_template` and `data.template_kwargs` to prompt it as it was trained",
+            )
+        warn(f"{model} was trained with prompts {trained}; now it is prompted {chosen}")
+    return chosen
 
 
-def prompt_format(
-    source: ModelSource, template: str | None, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PromptFormat:
-    """Return the prompt format of the language model at `source`.
+def text_template(data: DataSettings, policy: str | None) -> str | None:
+    """Return the template of plain-text prompts for a reward model that records none and has no chat template.
 
     Args:
-        source: where the model is.
-        template: `data.prompt_template` of the recipe; see `prompt_template`.
-        tokenizer: of the model; None loads it.
+        data: section `data` of the recipe.
+        policy: folder or hub id of the model whose completions it scores, if there is one.
     """
-    from rlhf_cli.models.loading import load_config, load_tokenizer
+    if data.prompt_template != "auto":
+        return data.prompt_template
+    contract = None if policy is None else read_contract(policy)
+    return None if contract is None else contract.prompt_template
+
+
+def prompt_format(source: ModelSource, style: PromptStyle, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """Return the prompt format of the language model at `source`, which has this style and tokenizer."""
+    from rlhf_cli.models.loading import load_config
 
     return PromptFormat(
-        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(source),
-        template=prompt_template(template, source.path),
+        tokenizer=tokenizer,
+        template=style.template,
+        template_kwargs=style.kwargs,
         name=f"`{source.path}`",
         is_encoder_decoder=load_config(source).is_encoder_decoder,
+    )
+
+
+def token_ids(stop_tokens: Sequence[str], prompt_format: PromptFormat) -> list[int]:
+    """Return the ids of stop tokens.
+
+    Raises:
+        UsageError: a text is not exactly one token.
+    """
+    return [_token_id(text, prompt_format) for text in stop_tokens]
+
+
+def _token_id(text: str, prompt_format: PromptFormat) -> int:
+    tokenizer = prompt_format.tokenizer
+    found = tokenizer.convert_tokens_to_ids(text)
+    if isinstance(found, int) and found != tokenizer.unk_token_id and text in tokenizer.get_vocab():
+        return found
+    ids = prompt_format.completion_ids(text, ended=False)
+    if len(ids) == 1:
+        return ids[0]
+    raise UsageError(
+        f"`stop_tokens`: {text!r} is {len(ids)} tokens of {prompt_format.name}, expected one",
+        hint="name a token of the model's vocabulary, such as <|im_end|>",
     )
 
 

@@ -20,8 +20,8 @@ from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.generation.generator import Completion, Request
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.padding import pad
-from rlhf_cli.settings.shared import SamplingSettings
 
 
 class TorchGenerator:
@@ -85,7 +85,7 @@ def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _decode(decoding: _Decoding, uniforms: Tensor, sampling: SamplingSettings, stop_ids: set[int]) -> list[list[int]]:
+def _decode(decoding: _Decoding, uniforms: Tensor, sampling: Sampling, stop_ids: set[int]) -> list[list[int]]:
     """Draw tokens until every row has a stop token or the limit is reached.
 
     Args:

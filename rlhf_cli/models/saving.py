@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ def save_model_folder(
     folder: Path,
     *,
     dtype: torch.dtype,
-    stop_ids: Collection[int] = (),
+    generation: GenerationConfig | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` reads, with weights in `dtype`. The model is cast in place.
 
@@ -32,7 +31,7 @@ def save_model_folder(
         tokenizer: of the model.
         folder: created if it does not exist.
         dtype: of the weights on disk.
-        stop_ids: tokens that end a completion, besides those of the model and the tokenizer.
+        generation: how completions are drawn; None is from the model's own distribution.
 
     Raises:
         DivergedError: a weight is NaN or infinite in `dtype`; nothing is written.
@@ -45,7 +44,7 @@ def save_model_folder(
     cast_weights(model, dtype)
     require_finite(model.state_dict(), what=f"the model for {folder}")
     if model.can_generate():
-        model.generation_config = _valid_generation_config(model, tokenizer, stop_ids)
+        model.generation_config = generation or generation_config(model, tokenizer)
     with writing("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
@@ -78,22 +77,46 @@ def require_finite(weights: dict[str, Tensor] | nn.Module, *, what: str) -> None
             )
 
 
-def _valid_generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]
+def generation_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int] = (),
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
 ) -> GenerationConfig:
-    """Return the model's generation config with all tokens that end completions, and a pad token."""
-    config = copy.deepcopy(model.generation_config) or GenerationConfig()
-    own = config.eos_token_id
-    ends = [own] if isinstance(own, int) else list(own or [])
+    """Return the generation config with which `generate` draws from the distribution that our sampler draws from.
+
+    Only the tokens of the model's own config stay. Its top-k, penalties, minimum lengths and forced tokens would move
+    the distribution away from the one that was trained (trap 5 of docs/ppo.md).
+
+    Args:
+        model: to be saved.
+        tokenizer: of the model.
+        stop_ids: tokens that end a completion, besides those of the model and the tokenizer.
+        temperature: of its completions.
+        top_p: of its completions.
+        max_new_tokens: longest completion; None leaves it to the caller of `generate`.
+    """
+    own = model.generation_config or GenerationConfig()
+    listed = own.eos_token_id
+    ends = [listed] if isinstance(listed, int) else list(listed or [])
     end: int | None = tokenizer.eos_token_id  # type: ignore[assignment]  (annotated for batches of tokens too)
     if end is not None and end not in ends:
         ends.insert(0, end)
     ends += sorted(set(stop_ids) - set(ends))
-    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    if config.pad_token_id is None:
-        config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Transformers does not write a config that has a temperature together with `do_sample: false`.
-    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    if any(getattr(config, key, None) not in (None, default) for key, default in defaults.items()):
-        config.do_sample = True
-    return config
+    pad = own.pad_token_id
+    if pad is None:
+        pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=pad,
+        decoder_start_token_id=own.decoder_start_token_id,
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,  # off: transformers' default is 50
+        max_new_tokens=max_new_tokens,
+    )

@@ -30,7 +30,8 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Return the dotted settings that the stage's result depends on: its own and the relevant shared ones."""
     section = recipe.section(stage.name)
     assert section is not None
-    found = [*values(section, (stage.section,)), *values(recipe.data, ("data",))]
+    shared = (*values(recipe.data, ("data",)), *values(recipe.sampling, ("sampling",)))
+    found = [*values(section, (stage.section,)), *shared]
     if section.loads_model:
         found += values(recipe.model, ("model",))
     kept = {

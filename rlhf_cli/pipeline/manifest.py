@@ -20,7 +20,7 @@ Identity = dict[str, Any]
 stage}}."""
 
 FILE_NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest and artifact format; increased when older artifacts could be misread."""
 
 NOT_CONTENT = frozenset(
@@ -44,7 +44,7 @@ class Manifest:
         stage: stage that wrote the artifact.
         fingerprint: sha256 of `identity`.
         identity: settings and input digests that the result depends on.
-        settings: resolved settings: the stage's section, `model`, `data` and `seed`.
+        settings: resolved settings: the stage's section, `model`, `data`, `sampling` and `seed`.
         outputs: path inside the folder -> {"sha256", "bytes"}.
         versions: versions of Python and relevant packages.
         skipped: reason -> number of skipped records.

@@ -17,7 +17,6 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
-from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.memory import free_memory
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
@@ -192,7 +191,7 @@ class _Executor:
             stage=step.stage.name,
             fingerprint=fingerprint(step.identity),
             identity=step.identity,
-            settings=_settings(self._recipe, step),
+            settings=_settings(self._recipe, step.stage),
             outputs=outputs,
             versions=versions(),
             skipped=dict(outcome.skipped),
@@ -243,17 +242,10 @@ def _run_stage(context: StageContext[Any, Any]) -> StageOutcome:
     return outcome
 
 
-def _settings(recipe: Recipe, step: Step) -> dict[str, Any]:
-    """Return the settings for the manifest, with the prompt template that the stage used.
-
-    The recipe of a stage that is run alone need not name the template: the model's own is used. The artifact records
-    it, so that the next stage finds it there.
-    """
+def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """Return the settings for the manifest."""
     plain = recipe.model_dump(mode="json")
-    model = step.inputs.by_name().get("policy") or step.inputs.base
-    if model is not None and model.kind != "build":
-        plain["data"]["prompt_template"] = prompt_template(recipe.data.prompt_template, model.source, warns=False)
-    return {key: plain[key] for key in (step.stage.section, "model", "data", "seed")}
+    return {key: plain[key] for key in (stage.section, "model", "data", "sampling", "seed")}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from rlhf_cli.settings.base import EffortOnly, Positive, Section
-from rlhf_cli.settings.shared import DataSettings, ModelSettings, TrackingSettings
+from rlhf_cli.settings.shared import DataSettings, ModelSettings, SamplingSettings, TrackingSettings
 
 
 class RunSettings(Section):
@@ -24,6 +24,8 @@ class RunSettings(Section):
     """The base model."""
     data: DataSettings = DataSettings()
     """Data settings shared by the stages."""
+    sampling: SamplingSettings = SamplingSettings()
+    """How completions are sampled in all stages."""
     tracking: TrackingSettings = TrackingSettings()
     """Metric trackers in addition to `metrics.jsonl`."""
     stall_seconds: Annotated[Positive | None, EffortOnly()] = None

@@ -151,23 +151,31 @@ class DataSettings(Section):
 
     prompts: DataName = None
     """Default prompt records of `label`, `ppo` and `evaluate`: a file, folder or hub data set."""
-    holdout: OpenShare = 0.1
-    """Share of prompts held out from training, selected by a hash of the prompt: the same prompts in every stage."""
+    holdout: OpenShare | None = None
+    """Share of prompts held out from training, selected by a hash of the first user turn: the same prompts in every
+    stage. Null is the share of the model that the stage starts from, else 0.1."""
+    split_seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the held-out selection. Null is that of the model that the stage starts from, else 0."""
     max_skip: Annotated[Share, EffortOnly()] = 0.01
     """Maximum share of a file's records that may be skipped; above it the run fails."""
     columns: dict[str, str] = Field(default={})
     """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`."""
-    prompt_template: str | None = None
-    """Format of plain-text prompts: null uses the text as it is; `chat` makes it one user message in the tokenizer's
-    chat template; any other value is text that contains `{prompt}` once. Conversations always use the chat template."""
+    prompt_template: str | None = "auto"
+    """Format of plain-text prompts. `chat` makes a prompt one user message in the tokenizer's chat template; text that
+    contains `{prompt}` once is put around it; null uses the prompt as it is. `auto` is the format that the model was
+    trained with, else `chat` if its tokenizer has a chat template, else null. Conversations always use the chat
+    template."""
+    template_kwargs: dict[str, bool | int | float | str] | None = None
+    """Arguments of the chat template, such as `{enable_thinking: false}`. Null is those that the model was trained
+    with, else none."""
     max_prompt_tokens: Count = 512
     """Maximum prompt length in tokens; records with longer prompts are skipped and counted."""
 
     @field_validator("prompt_template")
     @classmethod
     def _has_slot(cls, template: str | None) -> str | None:
-        if template is not None and template != "chat" and template.count("{prompt}") != 1:
-            raise ValueError("expected `chat` or text that contains `{prompt}` once")
+        if template not in (None, "auto", "chat") and template.count("{prompt}") != 1:
+            raise ValueError("expected `auto`, `chat`, null or text that contains `{prompt}` once")
         return template
 
 
@@ -218,13 +226,25 @@ class TrainingSettings(StageSection):
 
 
 class SamplingSettings(Section):
-    """How completions are sampled: temperature first, then nucleus (top-p) sampling."""
+    """How completions are drawn and where they end: temperature first, then nucleus (top-p) sampling. The top-level
+    section `sampling` holds for all stages; a stage may set values of its own. Null is the value of the top-level
+    section, else that of the model (the one with which `ppo` trained it), else the default."""
 
-    temperature: Positive = 1.0
-    """Logits are divided by this; 1 samples from the model's own distribution, lower values are greedier."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample from the smallest set of tokens whose total probability is at least this."""
-    max_new_tokens: Count = 128
-    """Maximum completion length in tokens."""
+    temperature: Positive | None = None
+    """Logits are divided by this; 1, the default, samples from the model's own distribution, lower values are
+    greedier."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Sample from the smallest set of tokens whose total probability is at least this; the default is 1. PPO always
+    samples from the whole distribution."""
+    max_new_tokens: Count | None = None
+    """Maximum completion length in tokens; the default is 128."""
+    stop_tokens: list[str] | None = None
+    """Texts of additional stop tokens, each a single token of the model. A stop token stays in the completion; the
+    default is none."""
+
+
+class StageSamplingSettings(SamplingSettings):
+    """How the stage's completions are sampled; null inherits (see the section `sampling`)."""
+
     batch_size: Effort = 32
     """Completions sampled in one batch. Affects memory and speed only."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
+from rlhf_cli.data.records import Prompt, Record, prompt_key, prompt_text
 from rlhf_cli.data.skips import Skip, SkipLog
+from rlhf_cli.data.splits import Split
 from rlhf_cli.distributed.ranks import is_main
+from rlhf_cli.generation.contract import Contract, keys_of, read_contract, split_of
+from rlhf_cli.generation.prompts import PromptStyle, prompt_style
+from rlhf_cli.generation.sampling import Sampling, layered
+from rlhf_cli.progress import warn
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.base import StageContext
 
 if TYPE_CHECKING:
-    from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.generation.policy import Policy, Weights
     from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.models.loading import ModelSource
-    from rlhf_cli.settings.shared import SamplingSettings
     from rlhf_cli.training.monitoring.metrics_log import MetricsLog
     from rlhf_cli.training.monitoring.trackers import Trackers
 
@@ -51,22 +56,102 @@ def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> 
     )
 
 
+def inherited_sampling(recipe: RunSettings, model: str) -> SamplingSettings:
+    """Return the section `sampling` of the recipe, with what it leaves open as the model at `model` was trained."""
+    contract = read_contract(model)
+    return recipe.sampling if contract is None else layered(recipe.sampling, contract.sampling)
+
+
+def stage_sampling(context: StageContext[Any, Any], own: SamplingSettings, model: str) -> Sampling:
+    """Return how a stage draws completions from the model at `model`; warns where the model was trained otherwise.
+
+    Args:
+        context: of the stage.
+        own: values of the stage's section.
+        model: folder or hub id.
+    """
+    contract = read_contract(model)
+    trained = SamplingSettings() if contract is None else contract.sampling
+    sampling = Sampling.resolve(own, context.recipe.sampling, trained)
+    if different := list(sampling.differences(trained)):
+        warn(f"{context.stage.name} samples with {'; '.join(different)}, as {model} was trained")
+    return sampling
+
+
 def load_policy(
-    context: StageContext[Any, Any], path: str, sampling: SamplingSettings, *, quantized: bool = False
+    context: StageContext[Any, Any],
+    path: str,
+    sampling: Sampling,
+    *,
+    style: PromptStyle | None = None,
+    quantized: bool = False,
+    weights: Weights | None = None,
 ) -> Policy:
-    """Return the policy at `path`, prompted as the recipe says; its weights are loaded when they are first used.
+    """Return the policy at `path`; its weights are loaded when they are first used.
 
     Args:
         context: of the stage.
         path: folder or hub id.
         sampling: how it draws tokens.
+        style: how it is prompted; None is what the recipe says, else how it was trained.
         quantized: hold its weights as `model.quantize` says.
+        weights: of a model that is in memory already; see `Policy.load`.
+
+    Raises:
+        UsageError: the recipe's prompt template differs from the one that the model was trained with.
     """
     from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.models.loading import load_tokenizer
 
-    recipe = context.recipe
-    source = model_source(recipe, path, quantized=quantized)
-    return Policy.load(source, sampling, template=recipe.data.prompt_template)
+    source = model_source(context.recipe, path, quantized=quantized)
+    tokenizer = load_tokenizer(source)
+    style = style or prompt_style(context.recipe.data, path, tokenizer)
+    return Policy.load(source, sampling, style=style, tokenizer=tokenizer, weights=weights)
+
+
+def split_from(context: StageContext[Any, Any], model: str | None) -> Split:
+    """Return which prompts are held out in a stage that starts from the model at `model`."""
+    return split_of(context.recipe.data, read_contract(model) if model is not None else None)
+
+
+def warn_of_trained(records: Sequence[Record], model: str, use: str) -> None:
+    """Warn of held-out records with prompts that a model was trained on.
+
+    Args:
+        records: held-out records.
+        model: folder or hub id of the model that the stage starts from.
+        use: what the records are for, such as "the held-out loss".
+    """
+    contract = read_contract(model)
+    if contract is None:
+        return
+    if seen := len(keys_of(records) & contract.trained_prompts):
+        warn(
+            f"{model} was trained on {seen:,} of the {len(records):,} held-out prompts, so {use} looks better than it "
+            "is: leave `data.holdout` and `data.split_seed` to the model"
+        )
+
+
+def write_contract(
+    context: StageContext[Any, Any],
+    start: str,
+    style: PromptStyle,
+    sampling: SamplingSettings,
+    trained: Iterable[Record],
+) -> None:
+    """Write the contract of the stage's artifact, which includes the training prompts of the model it started from.
+
+    Args:
+        context: of the stage.
+        start: folder or hub id of that model.
+        style: how the model is prompted.
+        sampling: how its completions were drawn.
+        trained: records that it was trained on.
+    """
+    before = read_contract(start)
+    keys = keys_of(trained) | (before.trained_prompts if before is not None else frozenset())
+    split = split_of(context.recipe.data, before)
+    Contract(style.template, style.kwargs, sampling, split, keys).write(context.output)
 
 
 def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) -> tuple[TokenizedPrompts, SkipLog]:

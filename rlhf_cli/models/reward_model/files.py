@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class RewardModelConfig:
         mean: raw reward that is normalized to 0.
         std: raw difference that is normalized to 1.
         hidden_size: width d of the head.
+        template_kwargs: arguments of the chat template.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class RewardModelConfig:
     mean: float
     std: float
     hidden_size: int
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def base_path(self, folder: Path) -> str:
         """Return the path or hub id from which the base can be loaded."""
@@ -88,6 +91,7 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> No
         mean=reward_model.mean if reward_model.is_adapter else reward_model.mean - float(reward_model.bias),
         std=reward_model.std,
         hidden_size=reward_model.head.in_features,
+        template_kwargs=dict(reward_model.format.template_kwargs),
     )
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):

@@ -8,7 +8,7 @@ reward is its own pooled head. Completions of one prompt share one copy of it if
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,7 @@ def new_reward_model(
     source: ModelSource,
     *,
     template: str | None,
+    template_kwargs: Mapping[str, object] | None = None,
     lora: LoraSettings | None,
     seed: int = 0,
     gradient_checkpointing: bool = False,
@@ -184,6 +185,7 @@ def new_reward_model(
     Args:
         source: the model to start from.
         template: template of plain-text prompts, see `PromptFormat`.
+        template_kwargs: arguments of the chat template.
         lora: the adapter to train; None trains all weights in float32.
         seed: of new weights.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -210,7 +212,7 @@ def new_reward_model(
                 parameter.requires_grad_(True)
     if gradient_checkpointing:
         recompute_activations(classifier.model)
-    return _reward_model(classifier, source, template)
+    return _reward_model(classifier, source, template, template_kwargs or {})
 
 
 def load_reward_model(source: ModelSource, *, template: str | None) -> RewardModel:
@@ -218,7 +220,7 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
 
     Args:
         source: folder that `save_reward_model` wrote, or any transformers classifier with one label.
-        template: template of plain-text prompts, for a model that does not record its own.
+        template: template of plain-text prompts, for a model that neither records one nor has a chat template.
 
     Raises:
         ModelError: several labels, no head, or damaged files.
@@ -234,7 +236,12 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
         raise ModelError(
             f"`{source.path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
         )
-    reward_model = _reward_model(classifier, base, template if config is None else config.template)
+    if config is None:
+        tokenizer = load_tokenizer(base)
+        own = "chat" if getattr(tokenizer, "chat_template", None) else template
+        reward_model = _reward_model(classifier, base, own, {})
+    else:
+        reward_model = _reward_model(classifier, base, config.template, config.template_kwargs)
     if config is not None:
         reward_model.mean, reward_model.std = config.mean, config.std
         if config.adapter:
@@ -262,10 +269,14 @@ def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | 
     save_artifact(reward_model, folder, final=final or folder)
 
 
-def _reward_model(classifier: Classifier, source: ModelSource, template: str | None) -> RewardModel:
+def _reward_model(
+    classifier: Classifier, source: ModelSource, template: str | None, template_kwargs: Mapping[str, object]
+) -> RewardModel:
     tokenizer = load_tokenizer(source)
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         template = None  # `chat` describes the policy's prompts; this model has no chat template
     is_encoder = classifier.is_encoder
-    format = PromptFormat(tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder)
+    format = PromptFormat(
+        tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder, template_kwargs=template_kwargs
+    )
     return RewardModel(classifier.model, format, source, is_encoder=is_encoder)

@@ -13,8 +13,8 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, load_policy
-from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, rewarded
+from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from
+from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, load_policies, rewarded
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import present
 
@@ -41,8 +41,7 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
     settings = context.settings
-    baseline = load_policy(context, context.inputs.baseline.source, settings.sampling)
-    policy = load_policy(context, context.inputs.policy.source, settings.sampling)
+    policy, baseline = load_policies(context)
     prompts, loaded = _prompts(context, settings, (baseline, policy))
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
@@ -55,17 +54,21 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     gold = _judged(context, settings, repeated, of_baseline, of_policy)
     comparisons = _comparisons(repeated, of_baseline, of_policy, kl, gold, reward)
     shown = _shown_rows(len(repeated), settings)
-    _add_base(sampler, settings, comparisons, shown)
+    _add_base(sampler, policy, settings, comparisons, shown)
     return _outcome(context, settings, comparisons, shown, loaded)
 
 
 def _add_base(
-    sampler: Sampler, settings: EvaluateSettings, comparisons: list[Comparison], shown: Sequence[int]
+    sampler: Sampler,
+    policy: Policy,
+    settings: EvaluateSettings,
+    comparisons: list[Comparison],
+    shown: Sequence[int],
 ) -> None:
     """Add completions of the model before any training, with their scores, to the rows that are shown."""
     prompts = [sampler.prompts[row] for row in shown]
     alone = Sampler(sampler.context, sampler.generator, prompts, [sampler.numbers[row] for row in shown])
-    completions = base_completions(alone, settings.sampling)
+    completions = base_completions(alone, policy)
     if completions is None:
         return
     scores = _base_scores(sampler.context, settings, prompts, completions)
@@ -93,6 +96,36 @@ def _outcome(
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, settings))
 
 
+def not_trained_on(context: EvaluateContext, records: list[PromptRecord]) -> list[PromptRecord]:
+    """Return the records that `evaluate.trained_prompts` allows.
+
+    Raises:
+        DataError: policy or baseline was trained on some of them, and the setting refuses that, or none is left.
+    """
+    from rlhf_cli.data.records import split_key
+    from rlhf_cli.generation.contract import read_contract
+
+    inputs, action = context.inputs, context.settings.trained_prompts
+    contracts = [read_contract(model.source) for model in (inputs.policy, inputs.baseline)]
+    trained = frozenset[str]().union(*(contract.trained_prompts for contract in contracts if contract is not None))
+    left = [record for record in records if split_key(record.prompt) not in trained]
+    if not (seen := len(records) - len(left)):
+        return records
+    found = f"{seen:,} of the {len(records):,} prompts to evaluate on were in the training of the policy or baseline"
+    if action == "use":
+        warn(f"{found}: the result says nothing about new prompts")
+        return records
+    if action == "refuse" or not left:
+        raise DataError(
+            f"{inputs.prompts.source}: {found}",
+            hint=f"evaluate on the other {len(left):,} with `--set evaluate.trained_prompts=skip`"
+            if left
+            else "name prompts that no stage trained on with `--set evaluate.prompts=PATH`",
+        )
+    say(f"evaluate: {found}; they are skipped")
+    return left
+
+
 def not_chosen_on(records: list[PromptRecord], policy: Path) -> list[PromptRecord]:
     """Return the records without those whose prompts decided which policy PPO wrote: on these it looks too good."""
     from rlhf_cli.data.records import prompt_key
@@ -112,15 +145,16 @@ def _prompts(
     """Read the held-out prompts, each once, that leave room for a completion in both models."""
     from rlhf_cli.data.records import prompt_key, prompt_text
     from rlhf_cli.data.sources import Skip, read_records
-    from rlhf_cli.data.splits import split_by_prompt
 
     recipe, source = context.recipe, context.inputs.prompts.source
     loaded = read_records(source, "prompt", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     for line in loaded.warnings:
         warn(line)
     records = loaded.records
+    split = split_from(context, context.inputs.policy.source)
     if settings.prompts is None:
-        _, records = split_by_prompt(records, recipe.data.holdout, recipe.seed)
+        records = [record for record in records if split.holds_out(record.prompt)]
+    records = not_trained_on(context, records)
     held_out, records = records, not_chosen_on(records, Path(context.inputs.policy.source))
     if held_out and not records:
         raise DataError(
@@ -129,8 +163,7 @@ def _prompts(
         )
     if not records:
         raise DataError(
-            f"{source}: none of its {len(loaded.records):,} prompts is held out "
-            f"(`data.holdout: {recipe.data.holdout:g}`)",
+            f"{source}: none of its {len(loaded.records):,} prompts is held out (`data.holdout: {split.holdout:g}`)",
             hint="name prompts that no stage trained on with `--set evaluate.prompts=PATH`, or hold out more",
         )
     limit = recipe.data.max_prompt_tokens

@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Completion, Generator, Request
-from rlhf_cli.generation.prompts import prompt_template
+from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.progress import task, warn
-from rlhf_cli.stages.common import load_policy, model_source
+from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt
     from rlhf_cli.generation.policy import Policy
     from rlhf_cli.models.reward_model.model import RewardModel
-    from rlhf_cli.settings.shared import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -111,23 +110,47 @@ def _no_kl(policy: Policy, baseline: Policy) -> str | None:
     return None
 
 
-def base_policy(context: EvaluateContext, sampling: SamplingSettings) -> Policy | None:
-    """Return the model before any training; None if there is none besides the baseline."""
+def load_policies(context: EvaluateContext) -> tuple[Policy, Policy]:
+    """Return policy and baseline. Both are sampled as the policy was trained, or as the recipe says.
+
+    Raises:
+        UsageError: the two are prompted in different ways.
+    """
+    from rlhf_cli.models.loading import load_tokenizer
+
+    paths = [context.inputs.policy.source, context.inputs.baseline.source]
+    sampling = stage_sampling(context, context.settings.sampling, paths[0])
+    styles = [
+        prompt_style(context.recipe.data, path, load_tokenizer(model_source(context.recipe, path)), may_differ=True)
+        for path in paths
+    ]
+    if styles[0] != styles[1]:
+        raise UsageError(
+            f"the policy `{paths[0]}` is prompted {styles[0]} and the baseline `{paths[1]}` {styles[1]}",
+            hint="prompt both in the same way with `--set data.prompt_template=...`, such as `chat`",
+        )
+    policy, baseline = (load_policy(context, path, sampling, style=styles[0]) for path in paths)
+    return policy, baseline
+
+
+def base_policy(context: EvaluateContext, of: Policy) -> Policy | None:
+    """Return the model before any training, sampled and prompted like another; None if it is the baseline."""
     from rlhf_cli.generation.policy import Policy
 
     recipe, path, baseline = context.recipe, source_of(context.inputs.base), context.inputs.baseline.source
+    style = PromptStyle(of.format.template, of.format.template_kwargs)
     if path is None or path == baseline:
         return None
     if path == "build":
-        source, template = model_source(recipe, baseline), recipe.data.prompt_template
-        return Policy.untrained(source, sampling, seed=recipe.seed, template=template)
-    return load_policy(context, path, sampling)
+        return Policy.untrained(model_source(recipe, baseline), of.sampling, seed=recipe.seed, style=style)
+    return load_policy(context, path, of.sampling, style=style)
 
 
-def base_completions(sampler: Sampler, sampling: SamplingSettings) -> list[Completion] | None:
-    """Return completions of the model before any training; None if there is none, or if it cannot be loaded."""
+def base_completions(sampler: Sampler, of: Policy) -> list[Completion] | None:
+    """Return completions of the model before any training, sampled and prompted like another policy; None if there is
+    none, or if it cannot be loaded."""
     try:
-        policy = base_policy(sampler.context, sampling)
+        policy = base_policy(sampler.context, of)
         if policy is None:
             return None
         with policy.model():
@@ -155,7 +178,7 @@ def rewarded(
 
     if (path := source_of(context.inputs.reward_model)) is None:
         return None
-    template = prompt_template(context.recipe.data.prompt_template, context.inputs.baseline.source)
+    template = text_template(context.recipe.data, context.inputs.baseline.source)
     reward_model = load_reward_model(model_source(context.recipe, path), template=template)
     rows = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
     share = partial(_score, reward_model)

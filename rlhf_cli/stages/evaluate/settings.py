@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ from rlhf_cli.settings.base import (
     NonNegative,
     StageSection,
 )
-from rlhf_cli.settings.shared import SamplingSettings
+from rlhf_cli.settings.shared import StageSamplingSettings
 
 
 class EvaluateSettings(StageSection):
@@ -30,6 +30,9 @@ class EvaluateSettings(StageSection):
     none."""
     prompts: DataName = None
     """Prompt records, all of which are used; null is the held-out share (`data.holdout`) of `data.prompts`."""
+    trained_prompts: Literal["refuse", "skip", "use"] = "refuse"
+    """What happens if policy or baseline was trained on some of the prompts: `refuse` ends the stage with their number,
+    `skip` evaluates on the others, `use` evaluates on all."""
     judge_function: FunctionName = None
     """Function that scores completions and decides which model wins, as `file.py:function` or
     `package.module:function`. Null decides by the reward model; PPO was trained against it, so such a win shows that
@@ -40,8 +43,8 @@ class EvaluateSettings(StageSection):
     """Maximum number of prompts; null uses all."""
     samples_per_prompt: Count = 1
     """Completions per prompt from each model."""
-    sampling: SamplingSettings = SamplingSettings()
-    """How completions are sampled. Use the temperature of PPO (`ppo.temperature`) for a fair comparison."""
+    sampling: StageSamplingSettings = StageSamplingSettings()
+    """How completions are sampled, of both models; null is how the policy was trained."""
     bootstrap: Annotated[int, Field(ge=100)] = 2_000
     """Number of bootstrap resamples of the prompts for the 95 % confidence intervals."""
     shown_samples: Effort = 5

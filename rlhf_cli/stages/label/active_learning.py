@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_cli.data.records import Candidates, Prompt, is_held_out, prompt_key, prompt_text, prompt_to_json
+from rlhf_cli.data.records import Candidates, Prompt, prompt_key, prompt_text, prompt_to_json
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.files import write_whole
-from rlhf_cli.generation.prompts import prompt_template
+from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.labeling.active_learning import Item, SelectedItem, Selection, select
 from rlhf_cli.labeling.scoring import RewardModelScorer, score_completions
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import EXCERPT, model_source
+from rlhf_cli.stages.common import EXCERPT, model_source, split_from
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import ALL_EQUAL, Sampled
 from rlhf_cli.stages.label.stage import LabelContext
@@ -44,8 +44,8 @@ def select_candidates(context: LabelContext, settings: ActiveLearningSettings, s
         ModelError: a reward model cannot be loaded, or its reward is not finite.
     """
     rows = sampled.candidates
-    share, seed = context.recipe.data.holdout, context.recipe.seed
-    items = [Item(prompt_key(row.prompt), row.completions, is_held_out(row.prompt, share, seed)) for row in rows]
+    split, seed = split_from(context, source_of(context.inputs.policy)), context.recipe.seed
+    items = [Item(prompt_key(row.prompt), row.completions, split.holds_out(row.prompt)) for row in rows]
     file = _SavedSelection(context.work / FILE_NAME, items)
     saved = sampled.processes.all_gather_object(file.read() if sampled.processes.is_main else None)[0]
     if saved is None:
@@ -100,7 +100,7 @@ def rewards_of(context: LabelContext, path: str, pairs: list[tuple[Prompt, list[
 
     model = load_reward_model(
         model_source(context.recipe, path),
-        template=prompt_template(context.recipe.data.prompt_template, source_of(context.inputs.policy) or path),
+        template=text_template(context.recipe.data, source_of(context.inputs.policy)),
     )
     # Stages use normalized rewards, but preferences are defined on raw ones: the ranking loss was computed on them.
     model.mean, model.std = 0.0, 1.0

@@ -13,7 +13,7 @@ from rlhf_cli.data.skips import Skip
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion
-from rlhf_cli.generation.prompts import prompt_template
+from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.labeling.exports.rows import ranking_to_json
 from rlhf_cli.labeling.scoring import (
     CompletionScorer,
@@ -151,8 +151,7 @@ def _scorer(context: LabelContext, settings: LabelSettings) -> CompletionScorer:
     from rlhf_cli.models.reward_model.model import load_reward_model
 
     source = model_source(context.recipe, present(context.inputs.reward_model))
-    policy = source_of(context.inputs.policy) or source.path
-    model = load_reward_model(source, template=prompt_template(context.recipe.data.prompt_template, policy))
+    model = load_reward_model(source, template=text_template(context.recipe.data, source_of(context.inputs.policy)))
     return RewardModelScorer(model, settings.sampling.batch_size)
 
 

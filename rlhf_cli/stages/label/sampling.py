@@ -11,10 +11,11 @@ from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Generator, Request
+from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import say, task, warn
-from rlhf_cli.stages.common import load_policy, load_prompts
+from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling, write_contract
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
 
@@ -73,8 +74,10 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
     draws = generator or TorchGenerator()
-    sampling, per_prompt = settings.sampling, settings.completions_per_prompt
-    policy = load_policy(context, present(context.inputs.policy), sampling)
+    path, per_prompt = present(context.inputs.policy), settings.completions_per_prompt
+    sampling = stage_sampling(context, settings.sampling, path)
+    policy = load_policy(context, path, sampling)
+    style = PromptStyle(policy.format.template, policy.format.template_kwargs)
     prompts, skips = load_prompts(context, policy, "label.sampling.max_new_tokens")
     processes = ProcessGroup(policy.source.device)
     # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
@@ -100,6 +103,8 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
 
         file.fill(draw, context.stop.check)
     policy.release()
+    if processes.is_main:
+        write_contract(context, path, style, sampling.settings(), ())
     completions = file.read()
     candidates = [
         Candidates(prompt, tuple(completion.text for completion in group))

@@ -25,7 +25,7 @@ from rlhf_cli.settings.base import (
     StageSection,
     VariableName,
 )
-from rlhf_cli.settings.shared import SamplingSettings
+from rlhf_cli.settings.shared import StageSamplingSettings
 
 _NEEDED = {"function": "function", "reward-model": "reward_model", "import": "data", "judge": "judge"}
 _OF_SAMPLING = ("model", "prompts", "completions_per_prompt", "sampling")
@@ -204,7 +204,7 @@ class LabelSettings(StageSection):
     """K, the number of completions sampled per prompt. InstructGPT used 4 to 9."""
     tie_margin: NonNegative = 0.0
     """Completions whose scores differ by at most this much share a tier."""
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: StageSamplingSettings = StageSamplingSettings()
     """How completions are sampled."""
     active_learning: ActiveLearningSettings | None = None
     """Which prompts and completions are labeled; null labels all of them."""

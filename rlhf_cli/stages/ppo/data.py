@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf_cli.data.records import Demonstration, PromptRecord, Record
 from rlhf_cli.errors import DataError
-from rlhf_cli.stages.common import EXCERPT, load_prompts
+from rlhf_cli.stages.common import EXCERPT, load_prompts, split_from, warn_of_trained
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.ppo.stage import PPOContext
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from rlhf_cli.data.records import Prompt
     from rlhf_cli.data.skips import SkipLog
+    from rlhf_cli.data.splits import Split
     from rlhf_cli.generation.policy import Policy
     from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.stages.ppo.ptx import Demonstrations
@@ -37,21 +39,25 @@ def load_data(context: PPOContext, policy: Policy) -> tuple[PPOData, SkipLog]:
     settings = context.settings
     loaded, skips = load_prompts(context, policy, "ppo.max_new_tokens")
     ids = dict(zip(loaded.prompts, loaded.ids, strict=True))
+    split = split_from(context, context.inputs.policy.source)
     training, held_out = (
-        TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts]) for prompts in _split(context, loaded)
+        TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts]) for prompts in _split(context, split, loaded)
     )
-    demonstrations = None if settings.ptx is None else _demonstrations(context, policy, skips)
-    return PPOData(training, held_out if len(held_out) else None, demonstrations), skips
+    records: list[Record] = [PromptRecord(prompt) for prompt in training.prompts]
+    demonstrations = None
+    if settings.ptx is not None:
+        demonstrations, used = _demonstrations(context, policy, split, skips)
+        records += used
+    return PPOData(training, held_out if len(held_out) else None, demonstrations, records), skips
 
 
-def _split(context: PPOContext, loaded: TokenizedPrompts) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+def _split(context: PPOContext, split: Split, loaded: TokenizedPrompts) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Return the prompts to train on, and those to evaluate and to show while training."""
-    from rlhf_cli.data.records import is_held_out
     from rlhf_cli.data.splits import validation_prompts
 
-    recipe, settings, source = context.recipe, context.settings, context.inputs.prompts.source
-    held_out = [prompt for prompt in loaded.prompts if is_held_out(prompt, recipe.data.holdout, recipe.seed)]
-    training = [prompt for prompt in loaded.prompts if not is_held_out(prompt, recipe.data.holdout, recipe.seed)]
+    settings, source = context.settings, context.inputs.prompts.source
+    held_out = [prompt for prompt in loaded.prompts if split.holds_out(prompt)]
+    training = [prompt for prompt in loaded.prompts if not split.holds_out(prompt)]
     if not training:
         raise DataError(
             f"{source}: no prompt is left to train on: all {len(loaded):,} are held out",
@@ -67,24 +73,29 @@ def _split(context: PPOContext, loaded: TokenizedPrompts) -> tuple[Sequence[Prom
         return training, []
     # If no prompt is held out, the first training prompts are shown.
     count = max(settings.eval_prompts, settings.shown_prompts)
-    return training, validation_prompts(held_out, count, recipe.seed) or training[: settings.shown_prompts]
+    chosen = validation_prompts(held_out, count, split.seed)
+    warn_of_trained([PromptRecord(prompt) for prompt in chosen], context.inputs.policy.source, "validation")
+    return training, chosen or training[: settings.shown_prompts]
 
 
-def _demonstrations(context: PPOContext, policy: Policy, skips: SkipLog) -> Demonstrations:
-    """Return the demonstrations that fit the policy and whose prompts are not held out; add the others to `skips`."""
+def _demonstrations(
+    context: PPOContext, policy: Policy, split: Split, skips: SkipLog
+) -> tuple[Demonstrations, list[Demonstration]]:
+    """Return the demonstrations that fit the policy and whose prompts are not held out, as token ids and as records;
+    add the others to `skips`."""
     from rlhf_cli.data.examples import tokenize
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
-    from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.models.loading import context_length
     from rlhf_cli.stages.ppo.ptx import Demonstrations
 
     recipe, settings, source = context.recipe, context.settings, present(context.inputs.demonstrations)
     assert settings.ptx is not None
     loaded = read_records(source, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
-    records, _ = split_by_prompt(loaded.records, recipe.data.holdout, recipe.seed)
+    records, _ = split.divide(loaded.records)
     is_encoder_decoder = bool(policy.config.is_encoder_decoder)
     longest = min(settings.ptx.max_length, context_length(policy.config))
+    used: list[Demonstration] = []
     pairs: list[tuple[list[int], list[int]]] = []
     for record in records:
         example = tokenize(record, policy.format, is_encoder_decoder=is_encoder_decoder)
@@ -94,6 +105,7 @@ def _demonstrations(context: PPOContext, policy: Policy, skips: SkipLog) -> Demo
             )
             loaded.skips.add(skip)
         else:
+            used.append(record)
             pairs.append((example.prompt_ids, example.completion_ids))
     loaded.skips.check(loaded.total, recipe.data.max_skip, source)
     for skip in loaded.skips:
@@ -101,4 +113,4 @@ def _demonstrations(context: PPOContext, policy: Policy, skips: SkipLog) -> Demo
     found = Demonstrations.of(pairs)
     if not len(found):
         raise DataError(f"{source}: no demonstration is left for `ppo.ptx`", hint="give records that fit the policy")
-    return found
+    return found, used

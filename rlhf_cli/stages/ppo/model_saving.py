@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer
 from rlhf_cli.models.merging import merged_policy
 from rlhf_cli.models.saving import save_model_folder
@@ -17,7 +18,13 @@ from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
 def save_ppo_models(
-    models: PPOModels, source: ModelSource, settings: PPOSettings, folder: Path, *, stop_ids: Collection[int]
+    models: PPOModels,
+    source: ModelSource,
+    settings: PPOSettings,
+    folder: Path,
+    *,
+    sampling: Sampling,
+    stop_ids: Collection[int],
 ) -> None:
     """Write the policy to `folder` and the critic to `folder/critic`, both with their tokenizer.
 
@@ -30,6 +37,7 @@ def save_ppo_models(
         source: the SFT model.
         settings: with which the models were loaded.
         folder: created if it does not exist.
+        sampling: how completions were drawn in training.
         stop_ids: tokens that ended completions in training.
 
     Raises:
@@ -41,7 +49,9 @@ def save_ppo_models(
     tokenizer.save_pretrained(folder / "critic")
     stored = load_config(source).dtype
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    save_model_folder(_policy(models, source, settings), tokenizer, folder, dtype=dtype, stop_ids=stop_ids)
+    policy = _policy(models, source, settings)
+    generation = sampling.generation(policy, tokenizer, stop_ids)
+    save_model_folder(policy, tokenizer, folder, dtype=dtype, generation=generation)
 
 
 def _policy(models: PPOModels, source: ModelSource, settings: PPOSettings) -> PreTrainedModel:

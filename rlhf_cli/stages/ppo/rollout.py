@@ -19,7 +19,7 @@ from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Scores
-from rlhf_cli.settings.shared import SamplingSettings
+from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.ppo.forward_passes import Completions
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.shuffle import EndlessShuffle
@@ -29,11 +29,14 @@ RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Scores]
 """N prompts and N completions as text, N >= 1 -> one reward each, higher is better."""
 
 
-def rollout_sampling(settings: PPOSettings) -> SamplingSettings:
-    """Return how PPO draws tokens: from the whole distribution, whose log-probabilities it takes."""
-    return SamplingSettings(
+def own_sampling(settings: PPOSettings) -> StageSamplingSettings:
+    """Return what the section says of sampling. PPO draws from the whole distribution, whose log-probabilities it
+    takes."""
+    return StageSamplingSettings(
         temperature=settings.temperature,
+        top_p=1.0,
         max_new_tokens=settings.max_new_tokens,
+        stop_tokens=settings.stop_tokens,
         batch_size=settings.rollout_batch_size,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import UsageError
-from rlhf_cli.generation.prompts import prompt_template
+from rlhf_cli.generation.prompts import PromptStyle, text_template
 from rlhf_cli.progress import say
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import CHOSEN_ON, metrics_log, model_source
+from rlhf_cli.stages.common import CHOSEN_ON, load_policy, metrics_log, model_source, stage_sampling, write_contract
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
+    from rlhf_cli.generation.sampling import Sampling
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
     from rlhf_cli.stages.ppo.models import PPOModels
@@ -39,36 +41,31 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     """
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.logprobs import check_projection
-    from rlhf_cli.generation.policy import Policy
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
     from rlhf_cli.stages.ppo.model_saving import save_ppo_models
     from rlhf_cli.stages.ppo.rewards import build_rewards
-    from rlhf_cli.stages.ppo.rollout import rollout_sampling
+    from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.monitoring.metrics_log import read_rows
 
     settings = context.settings
-    source = model_source(context.recipe, context.inputs.policy.source)
-    models, reward_model = _load_models(context, settings, source)
+    start = context.inputs.policy.source
+    source = model_source(context.recipe, start)
+    sampling = stage_sampling(context, own_sampling(settings), start)
+    models, reward_model = _load_models(context, settings, source, sampling)
 
     mixed = partial(autocast, source.device, source.precision)
     with models.reference() as model, mixed():
         check_projection(model, source.path)
-    policy = Policy.load(
-        source,
-        rollout_sampling(settings),
-        template=context.recipe.data.prompt_template,
-        stop_tokens=settings.stop_tokens,
-        weights=models.policy,
-    )
+    policy = load_policy(context, start, sampling, weights=models.policy)
     data, skips = load_data(context, policy)
     processes = ProcessGroup(source.device)
     forward_passes = ForwardPasses(
         models,
         autocast=mixed,
         micro_batch_size=settings.micro_batch_size,
-        temperature=settings.temperature,
+        temperature=sampling.temperature,
         processes=processes,
     )
     reward = build_rewards(settings, reward_model, source, policy.format.template, stop=context.stop)
@@ -90,7 +87,9 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     if not processes.is_main:
         return StageOutcome()
     rows = read_rows(context.work / "metrics.jsonl")
-    save_ppo_models(models, source, settings, context.output, stop_ids=policy.stop_ids)
+    save_ppo_models(models, source, settings, context.output, sampling=sampling, stop_ids=policy.stop_ids)
+    style = PromptStyle(policy.format.template, policy.format.template_kwargs)
+    write_contract(context, start, style, sampling.settings(), data.records)
     _keep_records(context, rows)
     if settings.kl_budget is not None and data.held_out is not None:
         keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
@@ -101,10 +100,8 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
 
 
 def _load_models(
-    context: PPOContext, settings: PPOSettings, source: ModelSource
+    context: PPOContext, settings: PPOSettings, source: ModelSource, sampling: Sampling
 ) -> tuple[PPOModels, RewardModelHandle | None]:
-    import dataclasses
-
     from rlhf_cli.models.loading import context_length, load_config
     from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 
@@ -116,13 +113,13 @@ def _load_models(
         )
     if context.inputs.critic is not None:
         settings = settings.model_copy(update={"critic_from": context.inputs.critic.source})
-    longest = min(context_length(load_config(source)), context.recipe.data.max_prompt_tokens + settings.max_new_tokens)
+    longest = min(context_length(load_config(source)), context.recipe.data.max_prompt_tokens + sampling.max_new_tokens)
     source = dataclasses.replace(source, quantize=context.recipe.model.quantize)
     loaded = load_ppo_models(
         source,
         settings,
         reward_path=reward_path,
-        template=prompt_template(context.recipe.data.prompt_template, source.path),
+        template=text_template(context.recipe.data, source.path),
         seed=context.recipe.seed,
         longest=longest,
     )

@@ -74,12 +74,12 @@ class PPOSettings(StageSection):
     rollout_batch_size: Effort = 64
     """Completions that a process generates at once. Affects memory and speed only."""
 
-    temperature: Positive = 1.0
-    """Logits are divided by this, in sampling and in all log-probabilities."""
-    max_new_tokens: Count = 128
-    """Maximum completion length in tokens."""
-    stop_tokens: list[str] = Field(default=[])
-    """Texts of additional stop tokens, each a single token of the policy. A stop token stays in the completion."""
+    temperature: Positive | None = None
+    """Logits are divided by this, in sampling and in all log-probabilities; null inherits (see `sampling`)."""
+    max_new_tokens: Count | None = None
+    """Maximum completion length in tokens; null inherits (see `sampling`)."""
+    stop_tokens: list[str] | None = None
+    """Texts of additional stop tokens, each a single token of the policy; null inherits (see `sampling`)."""
 
     learning_rate: Positive = 1e-5
     """Peak learning rate of the policy's AdamW (epsilon 1e-5)."""

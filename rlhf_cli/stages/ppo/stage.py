@@ -21,10 +21,12 @@ def _sizes(settings: PPOSettings, recipe: RunSettings) -> Sizes:
         "optimizer steps in total": settings.optimizer_steps,
         "completions per minibatch": largest if is_even else f"{largest - 1} to {largest}",
         "micro-batches per minibatch": math.ceil(largest / settings.micro_batch_size),
-        "maximum tokens sampled per step": completions * settings.max_new_tokens,
-        "maximum tokens sampled in total": settings.steps * completions * settings.max_new_tokens,
         "checkpoints kept": settings.keep_checkpoints + (settings.kl_budget is not None),
     }
+    longest = settings.max_new_tokens or recipe.sampling.max_new_tokens
+    if longest is not None:
+        sizes["maximum tokens sampled per step"] = completions * longest
+        sizes["maximum tokens sampled in total"] = settings.steps * completions * longest
     if settings.warmup_share:
         sizes["optimizer steps of warm-up"] = round(settings.warmup_share * settings.optimizer_steps)
     if settings.ptx is not None:

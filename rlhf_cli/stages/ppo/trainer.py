@@ -19,7 +19,7 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_cli import progress
+from rlhf_cli.data.records import Record
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Generator
@@ -61,11 +62,13 @@ class PPOData:
         prompts: to train on.
         held_out: to evaluate on and to show; may be None where neither is asked for.
         demonstrations: for PPO-ptx, or None.
+        records: the prompts and demonstrations to train on, as records.
     """
 
     prompts: TokenizedPrompts
     held_out: TokenizedPrompts | None = None
     demonstrations: Demonstrations | None = None
+    records: Sequence[Record] = ()
 
 
 class PPOTrainer(TrainingTask):

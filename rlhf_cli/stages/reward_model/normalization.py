@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,27 +11,27 @@ from statistics import fmean, pstdev
 from rlhf_cli.data.records import Prompt, Ranking, seed_for
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.generator import Generator, Request
+from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.generation.torch_generator import TorchGenerator
-from rlhf_cli.models.loading import load_config
+from rlhf_cli.models.loading import context_length, load_config
 from rlhf_cli.models.reward_model.classifier import is_classifier
 from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.progress import say, task
 from rlhf_cli.settings.run import artifact_settings
 from rlhf_cli.settings.shared import SamplingSettings
-from rlhf_cli.stages.common import load_policy, model_source
+from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
 _PROMPTS = 64
 """Training prompts that rewards are normalized over: enough for a mean and a deviation, in about a minute on a CPU."""
-_MAX_NEW_TOKENS = 64
-_BATCH_SIZE = 32
 
 
 def normalize(
     context: RewardModelContext,
     reward_model: RewardModel,
     train: Sequence[Ranking],
+    style: PromptStyle,
     processes: ProcessGroup,
     generator: Generator | None = None,
 ) -> None:
@@ -44,11 +45,14 @@ def normalize(
         context: of the stage.
         reward_model: trained; its `mean` and `std` are set.
         train: rankings it was trained on.
+        style: how the SFT model is prompted.
         processes: of the run, which share the work.
         generator: draws new completions; None is `TorchGenerator`.
     """
     chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS))
-    sampled = None if _labels_are_sampled(context) else _sample(context, reward_model, chosen, processes, generator)
+    sampled = (
+        None if _labels_are_sampled(context) else _sample(context, reward_model, chosen, style, processes, generator)
+    )
     if sampled is not None:
         raw = reward_model.score([prompt for prompt, _ in sampled], [text for _, text in sampled])
     else:
@@ -76,6 +80,7 @@ def _sample(
     context: RewardModelContext,
     reward_model: RewardModel,
     rankings: Sequence[Ranking],
+    style: PromptStyle,
     processes: ProcessGroup,
     generator: Generator | None,
 ) -> list[tuple[Prompt, str]] | None:
@@ -83,11 +88,12 @@ def _sample(
     path = context.inputs.policy.source
     if reward_model.is_encoder or is_classifier(load_config(model_source(context.recipe, path))):
         return None
-    tokenizer = reward_model.format.tokenizer
-    longest = max(len(tokenizer(text).input_ids) for ranking in rankings for text in ranking.completions)
-    sampling = SamplingSettings(max_new_tokens=max(1, min(_MAX_NEW_TOKENS, longest)), batch_size=_BATCH_SIZE)
-    policy = load_policy(context, path, sampling, quantized=True)
-    max_length = policy.longest_prompt("label.sampling.max_new_tokens")
+    sampling = stage_sampling(context, SamplingSettings(), path)
+    # Half of the context is left to prompts: an error here would lose the training.
+    room = context_length(load_config(model_source(context.recipe, path))) // 2
+    sampling = dataclasses.replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
+    policy = load_policy(context, path, sampling, style=style, quantized=True)
+    max_length = policy.longest_prompt("sampling.max_new_tokens")
     prompts = [ranking.prompt for ranking in rankings]
     fitting = [prompt for prompt in prompts if len(policy.prompt_ids(prompt)) <= max_length]
     if not fitting:

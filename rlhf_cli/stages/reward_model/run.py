@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.generation.prompts import prompt_template
+from rlhf_cli.generation.prompts import prompt_style
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import metrics_log, model_source
+from rlhf_cli.stages.common import (
+    inherited_sampling,
+    metrics_log,
+    model_source,
+    split_from,
+    warn_of_trained,
+    write_contract,
+)
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
 if TYPE_CHECKING:
@@ -34,29 +41,34 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         context: of the stage.
         generator: draws the completions that rewards are normalized over; None is `TorchGenerator`.
     """
-    from rlhf_cli.data.splits import split_by_prompt
+    from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
     from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
     recipe, settings = context.recipe, context.settings
     loaded = _rankings(context, settings)
-    source = model_source(recipe, context.inputs.policy.source, quantized=True)
+    start = context.inputs.policy.source
+    source = model_source(recipe, start, quantized=True)
+    style = prompt_style(recipe.data, start, load_tokenizer(source))
     reward_model = new_reward_model(
         source,
-        template=prompt_template(recipe.data.prompt_template, context.inputs.policy.source),
+        template=style.template,
+        template_kwargs=style.kwargs,
         lora=settings.lora if settings.adapter == "lora" else None,
         seed=recipe.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     rankings, groups = _fitting(context, settings, reward_model, loaded)
-    train, held_out = split_by_prompt(rankings, recipe.data.holdout, recipe.seed)
+    split = split_from(context, start)
+    train, held_out = split.divide(rankings)
     if not held_out:
         raise DataError(
             f"{context.inputs.rankings.source}: none of its {len(rankings):,} rankings has a held-out prompt "
-            f"(`data.holdout: {recipe.data.holdout:g}`), so nothing could say how good the reward model is",
+            f"(`data.holdout: {split.holdout:g}`), so nothing could say how good the reward model is",
             hint="give more prompts, or hold out more with `--set data.holdout=0.2`",
         )
+    warn_of_trained(held_out, start, "its accuracy on them")
     processes = ProcessGroup(source.device)
     trainer = RewardTrainer(
         reward_model,
@@ -72,10 +84,11 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     del trainer
     report, train_accuracy = _report(context, reward_model, train, held_out, processes)
     if settings.normalize:
-        normalize(context, reward_model, train, processes, generator)
+        normalize(context, reward_model, train, style, processes, generator)
     if not processes.is_main:
         return StageOutcome()
     save_reward_model(reward_model, context.output)
+    write_contract(context, start, style, inherited_sampling(recipe, start), train)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.generation.prompts import prompt_format
+from rlhf_cli.generation.prompts import prompt_format, prompt_style, token_ids
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import metrics_log, model_source
+from rlhf_cli.stages.common import (
+    inherited_sampling,
+    metrics_log,
+    model_source,
+    split_from,
+    warn_of_trained,
+    write_contract,
+)
 from rlhf_cli.stages.sft.stage import SFTContext
 
 if TYPE_CHECKING:
@@ -30,7 +38,6 @@ def run(context: SFTContext) -> StageOutcome:
 
     from rlhf_cli.data.chat_format import check_conversations
     from rlhf_cli.data.sources import read_records
-    from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
     from rlhf_cli.models.saving import save_model_folder
     from rlhf_cli.stages.sft.trainer import train_sft
@@ -41,11 +48,14 @@ def run(context: SFTContext) -> StageOutcome:
     processes = ProcessGroup(resolve_device(recipe.model.device))
     source = model_source(recipe, _base(context, loaded.records, processes), quantized=True)
     tokenizer = load_tokenizer(source)
-    chat_format = prompt_format(source, recipe.data.prompt_template, tokenizer)
+    name = "the new model" if recipe.model.build is not None else None
+    style = prompt_style(recipe.data, source.path, tokenizer, name=name, may_differ=True)
+    chat_format = prompt_format(source, style, tokenizer)
     check_conversations(chat_format, loaded.records)
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
     fitting = _fitting(context, settings, loaded, chat_format, model.config)
-    train, held_out = split_by_prompt([record for record, _ in fitting], recipe.data.holdout, recipe.seed)
+    train, held_out = split_from(context, source.path).divide([record for record, _ in fitting])
+    warn_of_trained(held_out, source.path, "the held-out loss")
     examples = {id(record): example for record, example in fitting}
     result = train_sft(
         model,
@@ -64,7 +74,12 @@ def run(context: SFTContext) -> StageOutcome:
     )
     if not processes.is_main:
         return StageOutcome()
-    save_model_folder(result.merged or model, tokenizer, context.output, dtype=source.dtype)
+    trained = result.merged or model
+    sampling = inherited_sampling(recipe, source.path)
+    stop_ids = token_ids(sampling.stop_tokens or (), chat_format)
+    generation = Sampling.resolve(sampling).generation(trained, tokenizer, stop_ids)
+    save_model_folder(trained, tokenizer, context.output, dtype=source.dtype, generation=generation)
+    write_contract(context, source.path, style, sampling, train)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")

@@ -1,0 +1,102 @@
+"""The generation contract of a model: how it was prompted, sampled and ended, and which prompts it was trained on.
+
+Every stage that writes a model or its completions writes the contract beside it, and the next stage inherits what its
+recipe leaves open. Two files hold it: `contract.json`, and `trained_prompts.txt` with one `split_key` per line. What
+transformers and vLLM need is in `generation_config.json` and the tokenizer too. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.data.records import Record, split_key
+from rlhf_cli.data.splits import Split, question
+from rlhf_cli.errors import ModelError
+from rlhf_cli.settings.shared import DataSettings, SamplingSettings
+
+CONTRACT_FILE = "contract.json"
+TRAINED_FILE = "trained_prompts.txt"
+
+_FORMAT = 1
+_DEFAULT_SPLIT = Split(holdout=0.1, seed=0)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How a model is prompted and sampled, and what it was trained on.
+
+    Attributes:
+        prompt_template: of plain-text prompts: None, "chat" or text around `{prompt}`.
+        template_kwargs: arguments of the chat template.
+        sampling: how its completions were drawn in training; null where training drew none.
+        split: which prompts were held out.
+        trained_prompts: `split_key` of every prompt that it, or a model that it started from, was trained on.
+    """
+
+    prompt_template: str | None
+    template_kwargs: Mapping[str, Any]
+    sampling: SamplingSettings
+    split: Split
+    trained_prompts: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def write(self, folder: Path) -> None:
+        """Write both files to an existing folder."""
+        plain = {
+            "format": _FORMAT,
+            "prompt_template": self.prompt_template,
+            "template_kwargs": dict(self.template_kwargs),
+            "sampling": self.sampling.model_dump(),
+            "split": {"holdout": self.split.holdout, "seed": self.split.seed},
+        }
+        text = json.dumps(plain, indent=2, ensure_ascii=False)
+        (folder / CONTRACT_FILE).write_text(text + "\n", encoding="utf-8")
+        keys = "".join(f"{key}\n" for key in sorted(self.trained_prompts))
+        (folder / TRAINED_FILE).write_text(keys, encoding="ascii")
+
+
+def read_contract(model: str | Path) -> Contract | None:
+    """Return the contract beside a model or an artifact; None if there is none, as with models of others.
+
+    Raises:
+        ModelError: a file is damaged, or another version of rlhf wrote it.
+    """
+    folder = Path(model)
+    path = folder / CONTRACT_FILE
+    if not path.is_file():
+        return None
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        if plain["format"] != _FORMAT:
+            raise ModelError(
+                f"{path}: format must be {_FORMAT}, got {plain['format']}",
+                hint="use the version of rlhf that wrote it, or run its stage again",
+            )
+        trained = folder / TRAINED_FILE
+        keys = trained.read_text(encoding="ascii").split() if trained.is_file() else ()
+        return Contract(
+            plain["prompt_template"],
+            plain["template_kwargs"],
+            SamplingSettings.model_validate(plain["sampling"]),
+            Split(float(plain["split"]["holdout"]), int(plain["split"]["seed"])),
+            frozenset(keys),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: {error}", hint="run the stage that wrote it again") from error
+
+
+def split_of(data: DataSettings, *contracts: Contract | None) -> Split:
+    """Return which prompts are held out: by the recipe, else by the first contract, else by the defaults."""
+    inherited = next((contract.split for contract in contracts if contract is not None), _DEFAULT_SPLIT)
+    return Split(
+        inherited.holdout if data.holdout is None else data.holdout,
+        inherited.seed if data.split_seed is None else data.split_seed,
+    )
+
+
+def keys_of(records: Iterable[Record]) -> frozenset[str]:
+    """Return the keys of the prompts of records, as `Contract.trained_prompts` has them."""
+    return frozenset(split_key(question(record)) for record in records)
