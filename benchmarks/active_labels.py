@@ -34,8 +34,9 @@ import numpy as np
 import torch
 
 from rlhf_cli import progress
-from rlhf_cli.data.records import Ranking, is_held_out, prompt_key
+from rlhf_cli.data.records import Ranking, prompt_key
 from rlhf_cli.data.sources import read_records
+from rlhf_cli.data.splits import Split
 from rlhf_cli.labeling.active_learning import Item, Strategy, select
 from rlhf_cli.labeling.scoring import tiers_from_scores
 from rlhf_cli.models.loading import ModelSource
@@ -131,7 +132,7 @@ class Experiment:
     def __init__(self, source: ModelSource, questions: Sequence[Question], answers: int, seed: int) -> None:
         self.source, self.questions, self.answers, self.seed = source, questions, answers, seed
         self.costs = Costs()
-        is_out = [is_held_out(one.ranking.prompt, HOLDOUT, seed) for one in questions]
+        is_out = [Split(HOLDOUT, seed).holds_out(one.ranking.prompt) for one in questions]
         self.held_out = [number for number, out in enumerate(is_out) if out]
         # A question whose completions are all equal gives no label.
         self.pool = [n for n, out in enumerate(is_out) if not out and len(set(questions[n].ranking.completions)) > 1]

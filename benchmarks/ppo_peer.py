@@ -94,8 +94,8 @@ def _overrides(texts: list[str]) -> dict[str, float | int | str]:
 def prepare(folder: Path, seed: int) -> None:
     """Write the SFT model to `sft/`, the reward model to `reward/` and token ids of the prompts to `prompts.json`."""
     from rlhf_cli.data.chat_format import PromptFormat
-    from rlhf_cli.data.records import is_held_out
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.splits import Split
     from rlhf_cli.models.loading import ModelSource, load_tokenizer
 
     run = folder / "run"
@@ -112,7 +112,7 @@ def prepare(folder: Path, seed: int) -> None:
     form = PromptFormat(load_tokenizer(ModelSource(str(folder / "sft"))), TEMPLATE, name="the SFT model")
     parts: dict[str, list[dict[str, object]]] = {"training": [], "held_out": []}
     for record in read_records(str(PROMPTS), "prompt").records:
-        part = parts["held_out" if is_held_out(record.prompt, HOLDOUT, seed) else "training"]
+        part = parts["held_out" if Split(HOLDOUT, seed).holds_out(record.prompt) else "training"]
         part.append({"text": record.prompt, "ids": form.prompt_ids(record.prompt)})
     (folder / "prompts.json").write_text(json.dumps(parts), encoding="utf-8")
     print(f"seed {seed}: {len(parts['training'])} prompts, {len(parts['held_out'])} held out")

@@ -31,9 +31,10 @@ from safetensors.torch import load_file
 from rlhf_cli.data.records import seed_for
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import PromptStyle
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.settings.shared import SamplingSettings
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes"))
 from quickstart_gold import score  # pyright: ignore[reportMissingImports]
@@ -119,10 +120,8 @@ def _snapshots(folder: Path, seed: int, every: int) -> Iterable[tuple[Run, int, 
 def measurer(folder: Path, settings: dict, samples: int, seed: int) -> Callable[[Path | None], Snapshot]:
     """Return a function that evaluates weights of a policy, or the SFT model of `folder` for None."""
     source = ModelSource(str(folder / "sft"))
-    sampling = SamplingSettings(
-        temperature=settings["temperature"], max_new_tokens=settings["max_new_tokens"], batch_size=128
-    )
-    reference, policy = (Policy.load(source, sampling, template="{prompt}\n") for _ in range(2))
+    sampling = Sampling(temperature=settings["temperature"], max_new_tokens=settings["max_new_tokens"], batch_size=128)
+    reference, policy = (Policy.load(source, sampling, style=PromptStyle("{prompt}\n")) for _ in range(2))
     rows = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["held_out"]
     prompts = [row["text"] for row in rows for _ in range(samples)]
     numbers = list(range(samples)) * len(rows)

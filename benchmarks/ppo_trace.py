@@ -33,13 +33,14 @@ from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.generation.policy import Policy
-from rlhf_cli.generation.prompts import TokenizedPrompts
+from rlhf_cli.generation.prompts import PromptStyle, TokenizedPrompts
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels
-from rlhf_cli.stages.ppo.rollout import rollout_sampling
+from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
@@ -126,15 +127,16 @@ def first_update(options: argparse.Namespace) -> tuple[UpdateStatistics, dict[st
     )
     source = ModelSource(str(options.model), precision=getattr(torch, options.precision))
     trained, reference, critic = (load_policy(source, dtype=torch.float32) for _ in range(3))
-    template = "chat" if load_tokenizer(source).chat_template else None
-    policy = Policy.load(source, rollout_sampling(settings), template=template, weights=lambda: nullcontext(trained))
+    style = PromptStyle("chat" if load_tokenizer(source).chat_template else None)
+    sampling = Sampling.resolve(own_sampling(settings))
+    policy = Policy.load(source, sampling, style=style, weights=lambda: nullcontext(trained))
     reward = RandomReward(reference, policy.format, seed=options.seed)
     roles = SeparateModels(trained, reference, critic, value_head=reward.head)
     engine = ForwardPasses(
         roles,
         autocast=lambda: autocast("cpu", source.precision),
         micro_batch_size=settings.micro_batch_size,
-        temperature=settings.temperature,
+        temperature=sampling.temperature,
     )
     with tempfile.TemporaryDirectory() as work:
         trainer = PPOTrainer(

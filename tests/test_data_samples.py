@@ -13,8 +13,9 @@ from types import ModuleType
 
 import pytest
 
-from rlhf_cli.data.records import Candidates, is_held_out, prompt_text
+from rlhf_cli.data.records import Candidates, prompt_text
 from rlhf_cli.data.sources import read_records
+from rlhf_cli.data.splits import Split
 from rlhf_cli.labeling.label_records import read_labels
 from rlhf_cli.labeling.session.types import item_id
 
@@ -219,6 +220,6 @@ def test_demonstrations_are_a_mixed_bag_with_room_to_improve():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_subject_keeps_questions_to_train_on(seed: int):
     matters = make.read_matters()
-    held_out = Counter(m.subject for m in matters for q in m.questions if is_held_out(q, 0.2, seed))
+    held_out = Counter(m.subject for m in matters for q in m.questions if Split(0.2, seed).holds_out(q))
     assert sum(held_out.values()) >= 50
     assert max(held_out.values()) <= 11  # of sixteen

@@ -61,7 +61,7 @@ def prompt_style(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    name: str | None = None,
+    name: str = "the model",
     may_differ: bool = False,
 ) -> PromptStyle:
     """Return how a model is prompted: as the recipe says, else as it was trained, else as its tokenizer allows.
@@ -70,7 +70,7 @@ def prompt_style(
         data: section `data` of the recipe.
         model: folder or hub id of the language model.
         tokenizer: of the model.
-        name: of the model, for messages; None is `model`.
+        name: what it is, for messages.
         may_differ: a recipe that differs from how the model was trained is only reported, since the stage trains it
             anew or was asked to compare models.
 
@@ -89,7 +89,7 @@ def prompt_style(
     )
     if contract is None:
         if data.prompt_template == "auto":
-            say(f"{name or model} is prompted {chosen} (`data.prompt_template: auto`)")
+            say(f"{name} is prompted {chosen} (`data.prompt_template: auto`)")
     elif chosen != trained:
         if not may_differ:
             raise UsageError(

@@ -10,32 +10,33 @@ import pytest
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import PromptStyle
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.settings.shared import SamplingSettings
 
 
 def load(folder: Path, **options) -> Policy:
-    return Policy.load(ModelSource(str(folder)), options.pop("sampling", SamplingSettings()), **options)
+    return Policy.load(ModelSource(str(folder)), options.pop("sampling", Sampling()), **options)
 
 
 def test_stop_tokens_are_the_tokenizer_s_the_model_s_and_those_that_are_given(tiny_llama):
     model = load_policy(ModelSource(str(tiny_llama)))
     model.generation_config.eos_token_id = [7, 8]
-    policy = load(tiny_llama, weights=lambda: nullcontext(model), stop_tokens=["?"])
+    policy = load(tiny_llama, weights=lambda: nullcontext(model), sampling=Sampling(stop_tokens=("?",)))
     tokenizer = policy.format.tokenizer
     assert policy.stop_ids == {tokenizer.eos_token_id, 7, 8, tokenizer("?").input_ids[0]}
 
 
 def test_a_stop_token_that_is_none_is_refused_before_weights_are_read(tiny_llama):
     with pytest.raises(UsageError, match=r"'no such token' is \d+ tokens of") as caught:
-        load(tiny_llama, stop_tokens=["no such token"])
+        load(tiny_llama, sampling=Sampling(stop_tokens=("no such token",)))
     assert caught.value.hint
 
 
 def test_longest_prompt_leaves_room_for_the_completion(tiny_llama, tiny_t5, tiny_bart):
     def longest(folder: Path, tokens: int) -> int:
-        return load(folder, sampling=SamplingSettings(max_new_tokens=tokens)).longest_prompt("ppo.max_new_tokens")
+        return load(folder, sampling=Sampling(max_new_tokens=tokens)).longest_prompt("ppo.max_new_tokens")
 
     assert longest(tiny_llama, 56) == 200
     assert longest(tiny_bart, 56) == 256, "an encoder reads prompts apart"
@@ -57,7 +58,7 @@ def test_weights_are_loaded_once_when_they_are_used_and_again_after_release(tiny
         return load_policy(source, **options)
 
     monkeypatch.setattr("rlhf_cli.generation.policy.load_policy", watched)
-    policy = load(tiny_llama, sampling=SamplingSettings(max_new_tokens=2))
+    policy = load(tiny_llama, sampling=Sampling(max_new_tokens=2))
     assert policy.prompt_ids("hi")
     assert policy.reading
     assert loads == []
@@ -70,7 +71,7 @@ def test_weights_are_loaded_once_when_they_are_used_and_again_after_release(tiny
 
 
 def test_a_template_of_the_recipe_reaches_the_prompt(tiny_llama):
-    policy = load(tiny_llama, template="Q: {prompt}")
+    policy = load(tiny_llama, style=PromptStyle("Q: {prompt}"))
     assert policy.prompt_ids("hi") == policy.format.tokenizer("Q: hi").input_ids
 
 

@@ -10,15 +10,15 @@ import torch
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.generation.generator import Completion, Request
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator, draw
 from rlhf_cli.models.loading import ModelSource, recompute_activations
-from rlhf_cli.settings.shared import SamplingSettings
 
 PROMPTS = [[5, 6, 7, 8], [9], [3, 4, 5, 6, 7, 8, 9], [10, 11]]
 
 
 def policy_at(folder: Path, stop_ids: set[int] | None = None, **sampling) -> Policy:
-    policy = Policy.load(ModelSource(str(folder)), SamplingSettings(**{"max_new_tokens": 12} | sampling))
+    policy = Policy.load(ModelSource(str(folder)), Sampling(**{"max_new_tokens": 12} | sampling))
     if stop_ids is not None:
         policy.stop_ids = stop_ids
     return policy

@@ -376,8 +376,9 @@ def test_reward_training_under_either_attention_has_the_same_metrics(tiny_llama:
 def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llama: Path, tmp_path: Path):
     from rlhf_cli.generation.policy import Policy
     from rlhf_cli.generation.prompts import TokenizedPrompts
+    from rlhf_cli.generation.sampling import Sampling
     from rlhf_cli.rewards.base import Scores
-    from rlhf_cli.stages.ppo.rollout import rollout_sampling
+    from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
     def vowels(prompts, texts):
@@ -394,7 +395,7 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
             rollout_batch_size=8, max_new_tokens=6, learning_rate=1e-3, schedule="constant", ratio_limit=1e6,
         )  # fmt: skip
         texts = ["The cat sat", "Why is the sky blue?", "Bread", "A short answer"]
-        policy = Policy.load(source, rollout_sampling(settings), weights=models.policy)
+        policy = Policy.load(source, Sampling.resolve(own_sampling(settings)), weights=models.policy)
         prompts = TokenizedPrompts(texts, [policy.prompt_ids(text) for text in texts])
         work = tmp_path / attention
         work.mkdir()

@@ -14,9 +14,9 @@ from rlhf_cli.generation import torch_generator
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.logprobs import check_projection, completion_hidden
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
-from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.model_saving import save_ppo_models
@@ -52,7 +52,7 @@ def completions(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Co
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     drawn: list[torch.Tensor] = []
     plain = torch_generator.draw
-    policy = Policy.load(ModelSource(str(folder)), SamplingSettings(max_new_tokens=length), weights=models.policy)
+    policy = Policy.load(ModelSource(str(folder)), Sampling(max_new_tokens=length), weights=models.policy)
     policy.stop_ids = set()  # all completions have the same length
 
     def watched(logits: torch.Tensor, uniforms: torch.Tensor, **arguments: float) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(models: PPOMode
     perturb(models)
     is_lora = isinstance(models, SharedBackbone)
     settings = PPOSettings.model_validate(SETTINGS["lora" if is_lora else "none"])
-    save_ppo_models(models, ModelSource(str(folder)), settings, tmp_path, stop_ids=[2])
+    save_ppo_models(models, ModelSource(str(folder)), settings, tmp_path, sampling=Sampling(), stop_ids=[2])
     kind = AutoModelForSeq2SeqLM if folder.name in ("tiny-t5", "tiny-bart") else AutoModelForCausalLM
     with models.policy() as model:
         expected = logits(model)

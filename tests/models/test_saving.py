@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.saving import save_model_folder
+from rlhf_cli.models.saving import generation_config, save_model_folder
 from rlhf_cli.settings.shared import LoraSettings
 
 
@@ -69,6 +69,22 @@ def test_generation_config_knows_how_answers_end(tiny_llama: Path, tmp_path: Pat
     assert saved["pad_token_id"] == tokenizer.eos_token_id
     stored = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in stored  # tied: once on disk
+
+
+def test_nothing_else_of_the_generation_config_survives(tiny_gpt2: Path, tmp_path: Path):
+    """Penalties, top-k and forced tokens would move `generate` away from the distribution that was trained."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_gpt2), AutoTokenizer.from_pretrained(tiny_gpt2)
+    moved = {"repetition_penalty": 1.3, "min_new_tokens": 5, "no_repeat_ngram_size": 3, "typical_p": 0.9, "top_k": 7}
+    moved |= {"forced_eos_token_id": 3, "suppress_tokens": [4], "min_p": 0.1, "num_beams": 4, "max_length": 9}
+    for name, value in moved.items():
+        setattr(model.generation_config, name, value)
+    generation = generation_config(model, tokenizer, [11], temperature=0.7, max_new_tokens=30)
+    save_model_folder(model, tokenizer, tmp_path, dtype=torch.float32, generation=generation)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert not saved.keys() & (moved.keys() - {"top_k"})
+    assert saved["eos_token_id"] == [tokenizer.eos_token_id, 11]
+    expected = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_new_tokens": 30}
+    assert {name: saved[name] for name in expected} == expected
 
 
 def test_a_folder_that_cannot_be_made_is_a_disk_error(tiny_llama: Path, tmp_path: Path):

@@ -40,7 +40,7 @@ def test_stdout_is_only_the_last_artifact(toy):
 
 def test_manifest_records_settings_and_inputs(finished):
     manifest = json.loads((finished.run_dir / "ppo" / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     assert manifest["stage"] == "ppo"
     assert manifest["settings"]["ppo"]["steps"] == 3
     assert manifest["settings"]["seed"] == 0

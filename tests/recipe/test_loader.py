@@ -184,7 +184,10 @@ def test_invalid_recipe_files(tmp_path):
             "ppo: {kl_budget: 3, eval_steps: 1, reward_scale: running, length_penalty: 0.1}\n",
             "use a fixed `reward_scale`",
         ),
-        ("data: {prompt_template: 'Q:'}\n", "`data.prompt_template`: expected `chat` or text that contains `{prompt}`"),
+        (
+            "data: {prompt_template: 'Q:'}\n",
+            "`data.prompt_template`: expected `auto`, `chat`, null or text that contains `{prompt}`",
+        ),
         ("seed: -1\n", "`seed` must be at least 0; got -1"),
         ("seed: 99999999999\n", "`seed` must be less than 4294967296"),
     ],

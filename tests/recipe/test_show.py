@@ -20,6 +20,7 @@ FULL = """\
 name: full
 model: {path: m, attention: sdpa}
 data: {prompts: "p: q.jsonl", columns: {prompt: "a: b", completion: no}, prompt_template: "Q: {prompt}\\nA:"}
+sampling: {max_new_tokens: 128}
 sft: {data: d, learning_rate: 1e-7}
 label: {by: function, function: "gold.py:f", completions_per_prompt: 5}
 train_rm: {batch_size: 10, micro_batch_size: 4, lora: {target_modules: [q_proj, v_proj]}}
@@ -49,7 +50,7 @@ def test_what_is_shown_is_the_same_recipe(loaded, tmp_path):
 
 def test_every_value_shows_its_origin(loaded, tmp_path):
     text = as_yaml(loaded, Path("runs/full"))
-    assert re.search(rf"  learning_rate: 1e-07 +# {re.escape(str(tmp_path))}/full.yaml:4\n", text)
+    assert re.search(rf"  learning_rate: 1e-07 +# {re.escape(str(tmp_path))}/full.yaml:5\n", text)
     assert re.search(r"  gamma: 1.0 +# default\n", text)
     assert "# --set seed=11" in text
     assert "# output: runs/full/STAGE/" in text
@@ -61,7 +62,7 @@ def test_json_holds_origins_sizes_and_stages(loaded):
     assert shown["settings"]["ppo"]["steps"] == 10
     assert shown["origins"]["seed"] == "--set seed=11"
     assert shown["origins"]["ppo.gamma"] == "default"
-    assert shown["origins"]["ppo.rewards.1.weight"].endswith("full.yaml:14")
+    assert shown["origins"]["ppo.rewards.1.weight"].endswith("full.yaml:15")
     assert shown["stages"] == ["sft", "label", "train-rm", "ppo", "evaluate"]
     assert shown["run_dir"] == "runs/full"
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.settings.shared import BuildSettings, SamplingSettings
+from rlhf_cli.settings.shared import BuildSettings
 
 RECIPE = """
 model:
@@ -57,7 +58,7 @@ def test_the_untrained_model_is_the_built_one_in_its_attention_and_precision(
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 16, "context_length": 32}
     build_model(tmp_path, ["some text"], BuildSettings(vocab_size=260, architecture=architecture, **sizes), seed=3)
     source = ModelSource(str(tmp_path), attention=attention, dtype=torch.bfloat16)
-    sampling = SamplingSettings()
+    sampling = Sampling()
     policies = Policy.load(source, sampling), Policy.untrained(source, sampling, seed=3)
     built, again = (policy.model().__enter__() for policy in policies)
     assert type(built) is type(again)

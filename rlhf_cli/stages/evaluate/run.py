@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
+from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from
+from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from, write_contract
 from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, load_policies, rewarded
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import present
@@ -54,6 +55,8 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     gold = _judged(context, settings, repeated, of_baseline, of_policy)
     comparisons = _comparisons(repeated, of_baseline, of_policy, kl, gold, reward)
     shown = _shown_rows(len(repeated), settings)
+    style = PromptStyle(policy.format.template, policy.format.template_kwargs)
+    write_contract(context, context.inputs.policy.source, style, policy.sampling.settings(), ())
     _add_base(sampler, policy, settings, comparisons, shown)
     return _outcome(context, settings, comparisons, shown, loaded)
 

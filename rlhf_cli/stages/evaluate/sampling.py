@@ -120,10 +120,10 @@ def load_policies(context: EvaluateContext) -> tuple[Policy, Policy]:
 
     paths = [context.inputs.policy.source, context.inputs.baseline.source]
     sampling = stage_sampling(context, context.settings.sampling, paths[0])
-    styles = [
-        prompt_style(context.recipe.data, path, load_tokenizer(model_source(context.recipe, path)), may_differ=True)
-        for path in paths
-    ]
+    styles = []
+    for name, path in zip(("the policy", "the baseline"), paths, strict=True):
+        tokenizer = load_tokenizer(model_source(context.recipe, path))
+        styles.append(prompt_style(context.recipe.data, path, tokenizer, name=name, may_differ=True))
     if styles[0] != styles[1]:
         raise UsageError(
             f"the policy `{paths[0]}` is prompted {styles[0]} and the baseline `{paths[1]}` {styles[1]}",

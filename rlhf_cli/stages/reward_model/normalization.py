@@ -90,8 +90,8 @@ def _sample(
         return None
     sampling = stage_sampling(context, SamplingSettings(), path)
     # Half of the context is left to prompts: an error here would lose the training.
-    room = context_length(load_config(model_source(context.recipe, path))) // 2
-    sampling = dataclasses.replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, room)))
+    longest = context_length(load_config(model_source(context.recipe, path))) // 2
+    sampling = dataclasses.replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, longest)))
     policy = load_policy(context, path, sampling, style=style, quantized=True)
     max_length = policy.longest_prompt("sampling.max_new_tokens")
     prompts = [ranking.prompt for ranking in rankings]

@@ -48,8 +48,7 @@ def run(context: SFTContext) -> StageOutcome:
     processes = ProcessGroup(resolve_device(recipe.model.device))
     source = model_source(recipe, _base(context, loaded.records, processes), quantized=True)
     tokenizer = load_tokenizer(source)
-    name = "the new model" if recipe.model.build is not None else None
-    style = prompt_style(recipe.data, source.path, tokenizer, name=name, may_differ=True)
+    style = prompt_style(recipe.data, source.path, tokenizer, may_differ=True)
     chat_format = prompt_format(source, style, tokenizer)
     check_conversations(chat_format, loaded.records)
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)

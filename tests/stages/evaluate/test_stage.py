@@ -13,15 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_cli.data.records import is_held_out, seed_for
+from rlhf_cli.data.records import seed_for
+from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError, Interrupted
 from rlhf_cli.generation.generator import Completion, Request
 from rlhf_cli.generation.logprobs import completion_hidden
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.settings.shared import BuildSettings, SamplingSettings
+from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.evaluate import run as evaluate
 from rlhf_cli.stages.inputs import Input
@@ -73,7 +75,7 @@ def context_of(tmp_path: Path, inputs: dict[str, str], *, holdout=0.3, seed=0, *
         {
             "seed": seed,
             "model": {"precision": "float32", "device": "cpu"},
-            "data": {"holdout": holdout},
+            "data": {"holdout": holdout} | section.pop("data", {}),
             "evaluate": section,
         }
     )
@@ -97,7 +99,7 @@ def test_held_out_prompts_alone_and_every_figure_from_the_samples(
     context = judged(tmp_path, tiny_llama, lover_of_a, prompts, judge)
     metrics = evaluate.run(context).metrics
     rows = lines(context)
-    assert {row["prompt"] for row in rows} == {p for n in range(40) if is_held_out(p := f"Question {n}?", 0.3, 0)}
+    assert {row["prompt"] for row in rows} == {p for n in range(40) if Split(0.3, 0).holds_out(p := f"Question {n}?")}
     assert metrics["prompts"] == len(rows)
     for name in ("baseline", "policy"):
         assert [row[f"gold_{name}"] for row in rows] == [row[name].count("a") for row in rows]
@@ -157,7 +159,7 @@ def test_the_seed_decides_the_completions(tiny_llama, prompts, judge, tmp_path):
 
 
 def policy_at(folder: Path, attention: str = "auto", **sampling) -> Policy:
-    return Policy.load(ModelSource(str(folder), attention=attention), SamplingSettings(**sampling))
+    return Policy.load(ModelSource(str(folder), attention=attention), Sampling(**sampling))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -256,7 +258,7 @@ def test_a_built_base_is_made_again_from_the_seed(tmp_path):
 
     build = BuildSettings(hidden_size=32, layers=1, heads=2, feed_forward_size=48, vocab_size=300, context_length=64)
     build_model(tmp_path / "built", ["some text to learn from"] * 20, build, seed=11)
-    source, sampling = ModelSource(str(tmp_path / "built")), SamplingSettings()
+    source, sampling = ModelSource(str(tmp_path / "built")), Sampling()
     logits = []
     for policy in (
         Policy.load(source, sampling),
@@ -270,7 +272,7 @@ def test_a_built_base_is_made_again_from_the_seed(tmp_path):
 
 
 def test_models_that_read_text_differently_have_no_kl(tiny_llama, tiny_gpt2, tiny_t5, prompts, judge, tmp_path, capsys):
-    context = judged(tmp_path, tiny_t5, tiny_llama, prompts, judge)
+    context = judged(tmp_path, tiny_t5, tiny_llama, prompts, judge, data={"prompt_template": None})
     assert "kl_nats" not in evaluate.run(context).metrics
     assert "read text differently" in capsys.readouterr().err
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rlhf_cli.data.records import Candidates, Prompt, is_held_out
+from rlhf_cli.data.records import Candidates, Prompt
 from rlhf_cli.data.skips import SkipLog
+from rlhf_cli.data.splits import Split
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError, ModelError
 from rlhf_cli.generation.generator import Completion
@@ -84,9 +85,9 @@ def test_what_is_chosen_is_what_is_written_and_returned(by: str, models: list[st
         number = PROMPTS.index(row["prompt"])
         assert candidates.completions == tuple(f"{'so ' * k}{number}" for k in row["completions"])
         assert [completion.text for completion in completions] == list(candidates.completions)
-        assert row["held_out"] == is_held_out(row["prompt"], 0.3, 0)
+        assert row["held_out"] == Split(0.3, 0).holds_out(row["prompt"])
         assert (row["score"] is None) == (by == "random" or row["held_out"])
-    held_out = sum(is_held_out(prompt, 0.3, 0) for prompt in PROMPTS)
+    held_out = sum(Split(0.3, 0).holds_out(prompt) for prompt in PROMPTS)
     assert sum(row["held_out"] for row in rows) == round(8 * held_out / 20) > 0
     said = capsys.readouterr().err
     assert f"selected by {by}: 8 of 20 prompts, 2 completions each; " in said

@@ -10,12 +10,13 @@ import torch
 from rlhf_cli.errors import Interrupted
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels, SharedBackbone
-from rlhf_cli.stages.ppo.rollout import rollout_sampling
+from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
@@ -88,7 +89,6 @@ def make_trainer(
     kind="shared",
     reward=vowels,
     generator=None,
-    stop_tokens=(),
     stop=None,
     seed=0,
     demonstrations=None,
@@ -98,15 +98,16 @@ def make_trainer(
     source = ModelSource(str(folder))
     models = make_models(source, kind)
     settings = PPOSettings(**SETTINGS | changes)
+    sampling = Sampling.resolve(own_sampling(settings))
     forward_passes = ForwardPasses(
         models,
         autocast=nullcontext,
         micro_batch_size=settings.micro_batch_size,
-        temperature=settings.temperature,
+        temperature=sampling.temperature,
         processes=processes,
     )
 
-    policy = Policy.load(source, rollout_sampling(settings), weights=models.policy, stop_tokens=stop_tokens)
+    policy = Policy.load(source, sampling, weights=models.policy)
 
     def prompts(texts):
         return TokenizedPrompts(texts, [policy.prompt_ids(text) for text in texts])

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.data.records import is_held_out
-from rlhf_cli.data.splits import validation_prompts
+from rlhf_cli.data.splits import Split, validation_prompts
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.ppo.data import load_data
-from rlhf_cli.stages.ppo.rollout import rollout_sampling
+from rlhf_cli.stages.ppo.rollout import own_sampling
 from tests.stages.context import stage_context
 
 TEXTS = [f"Question number {number}?" for number in range(40)]
@@ -30,20 +30,20 @@ def load(tiny_llama: Path, tmp_path: Path):
 
     def run(holdout=0.25, **settings):
         recipe = Recipe.model_validate({"data": {"holdout": holdout, "max_skip": 0.9}, "ppo": settings})
-        inputs = {"prompts": prompts, "demonstrations": demonstrations}
+        inputs = {"policy": tiny_llama, "prompts": prompts, "demonstrations": demonstrations}
         context = stage_context("ppo", recipe, output=tmp_path, work=tmp_path, **inputs)
         assert recipe.ppo is not None
-        return load_data(context, Policy.load(ModelSource(str(tiny_llama)), rollout_sampling(recipe.ppo)))
+        return load_data(context, Policy.load(ModelSource(str(tiny_llama)), Sampling.resolve(own_sampling(recipe.ppo))))
 
     return run
 
 
 def test_nothing_held_out_is_trained_on(load, tiny_llama):
     data, _ = load(eval_steps=5, eval_prompts=3)
-    assert len(data.prompts) + sum(is_held_out(text, 0.25, 0) for text in TEXTS) == 40
-    assert not any(is_held_out(text, 0.25, 0) for text in data.prompts.prompts)
+    assert len(data.prompts) + sum(Split(0.25, 0).holds_out(text) for text in TEXTS) == 40
+    assert not any(Split(0.25, 0).holds_out(text) for text in data.prompts.prompts)
     assert len(data.held_out) == 3
-    assert all(is_held_out(text, 0.25, 0) for text in data.held_out.prompts)
+    assert all(Split(0.25, 0).holds_out(text) for text in data.held_out.prompts)
     tokenizer = load_tokenizer(ModelSource(str(tiny_llama)))
     assert data.held_out.ids[0] == tokenizer(data.held_out.prompts[0]).input_ids
 
@@ -68,7 +68,7 @@ def test_evaluating_without_held_out_prompts_is_an_error(load):
 
 def test_demonstrations_for_ptx_are_not_held_out_and_fit(load):
     whole, none = load(ptx={})
-    kept = sum(not is_held_out(text, 0.25, 0) for text in TEXTS)
+    kept = sum(not Split(0.25, 0).holds_out(text) for text in TEXTS)
     assert (len(whole.demonstrations), none.total) == (kept, 0)
     sizes = [
         len(p) + len(c)

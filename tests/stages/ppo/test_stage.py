@@ -1,17 +1,16 @@
 """The `ppo` stage: what it writes, and that every kind of reward trains through the real command without a recipe."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_cli.generation.policy import Policy
-from rlhf_cli.generation.prompts import prompt_template
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
-from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.model_saving import save_ppo_models
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -48,7 +47,7 @@ def test_the_saved_policy_is_the_trained_one(adapter, tiny_gpt2, tmp_path):
     with torch.no_grad():
         for parameter in models.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    save_ppo_models(models, source, settings, tmp_path, stop_ids=[2, 5])
+    save_ppo_models(models, source, settings, tmp_path, sampling=Sampling(), stop_ids=[2, 5])
     ids = torch.tensor([[5, 6, 7, 8]])
     saved = load_policy(ModelSource(str(tmp_path)))(input_ids=ids).logits
     with models.policy() as model:
@@ -61,13 +60,13 @@ def test_the_saved_policy_is_the_trained_one(adapter, tiny_gpt2, tmp_path):
 
 
 def test_later_stages_end_completions_with_the_stop_tokens_of_ppo(tiny_llama, prompts, length_reward, tmp_path, rlhf):
-    untrained = Policy.load(ModelSource(str(tiny_llama)), SamplingSettings())
+    untrained = Policy.load(ModelSource(str(tiny_llama)), Sampling())
     stop = next(id for id in range(40, 60) if id not in untrained.stop_ids)
     chosen = json.dumps(untrained.format.tokenizer.convert_ids_to_tokens([stop]))
     rewards = json.dumps([{"function": length_reward}])
     rlhf("ppo", "--model", tiny_llama, "--prompts", prompts, "--set", f"ppo.rewards={rewards}", *SHORT,
          "--set", f"ppo.stop_tokens={chosen}")  # fmt: skip
-    trained = Policy.load(ModelSource(str(tmp_path / "runs/default/ppo")), SamplingSettings())
+    trained = Policy.load(ModelSource(str(tmp_path / "runs/default/ppo")), Sampling())
     assert trained.stop_ids == untrained.stop_ids | {stop}
 
 
@@ -129,25 +128,3 @@ def test_a_run_that_could_learn_nothing_is_no_success(tiny_llama, prompts, tmp_p
     assert "bad.py:score" in result.stderr
     assert "nothing was learned in any step" in result.stderr
     assert not (tmp_path / "runs/default/ppo").exists()
-
-
-def test_a_stage_alone_asks_a_model_as_it_was_trained_to_be_asked(tmp_path, capsys):
-    (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"data": {"prompt_template": "{prompt}\n"}}}))
-    plain, other = None, "Q: {prompt}"
-    assert prompt_template(plain, str(tmp_path)) == "{prompt}\n"
-    assert capsys.readouterr().err == ""
-    assert prompt_template(other, str(tmp_path)) == "Q: {prompt}"
-    assert "was trained with" in capsys.readouterr().err
-    assert prompt_template(other, "acme/unknown") == "Q: {prompt}"
-    assert prompt_template(plain, "acme/unknown") is None
-
-
-def test_a_template_survives_two_stages_run_alone(tiny_llama, prompts, length_reward, tmp_path, rlhf):
-    """The second stage must find what the first one inherited, not the null of the first one's recipe."""
-    first, template = tmp_path / "model", "Q: {prompt} A:"
-    shutil.copytree(tiny_llama, first)
-    (first / "manifest.json").write_text(json.dumps({"settings": {"data": {"prompt_template": template}}}))
-    rewards = json.dumps([{"function": length_reward}])
-    for model, run in ((first, "one"), (tmp_path / "one/ppo", "two")):
-        rlhf("ppo", "--model", model, "--prompts", prompts, "--run-dir", run, "--set", f"ppo.rewards={rewards}", *SHORT)
-        assert prompt_template(None, str(tmp_path / run / "ppo")) == template

@@ -144,7 +144,7 @@ def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
     """Means over padding would deflate all of them: they are those of each answer alone, averaged."""
 
     # So that completions end, some sooner than others.
-    stop_tokens = load_tokenizer(ModelSource(str(tiny_llama))).convert_ids_to_tokens(range(60))
+    stop_tokens = load_tokenizer(ModelSource(str(tiny_llama))).convert_ids_to_tokens(list(range(60)))
 
     def trained():
         trainer = make_trainer(tiny_llama, tmp_path / "w", stop_tokens=stop_tokens)

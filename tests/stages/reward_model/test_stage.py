@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.data.records import is_held_out
+from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import load_reward_model
@@ -63,7 +63,7 @@ def test_it_learns_and_reports_on_prompts_it_never_saw(model, adapter, request, 
     folder = request.getfixturevalue(model)
     context = context_of(tmp_path, folder, write_rankings(tmp_path / "r.jsonl"), adapter=adapter, learning_rate=rate)
     outcome = train_rm.run(context)
-    held_out = sum(is_held_out(f"Question {number} about bread?", 0.3, 0) for number in range(30))
+    held_out = sum(Split(0.3, 0).holds_out(f"Question {number} about bread?") for number in range(30))
     assert outcome.metrics["rm/prompts"] == held_out
     assert outcome.metrics["rm/pairs"] == 3 * held_out
     assert outcome.metrics["rm/accuracy"] >= 0.9
@@ -88,7 +88,7 @@ def test_rewards_of_sampled_labels_have_mean_0_and_deviation_1(tiny_llama, tmp_p
     train_rm.run(context)
     scorer = load_reward_model(ModelSource(str(context.output)), template=None)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    train = [row for row in rows if not is_held_out(row["prompt"], 0.3, 0)]
+    train = [row for row in rows if not Split(0.3, 0).holds_out(row["prompt"])]
     rewards = [score for row in train for score in scorer.score([row["prompt"]] * 3, row["completions"])]
     mean = sum(rewards) / len(rewards)
     assert mean == pytest.approx(0.0, abs=1e-4)

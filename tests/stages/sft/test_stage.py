@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rlhf_cli.data.records import is_held_out
+from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageOutcome
@@ -59,7 +59,7 @@ def run(folder: Path, data: Path, model: Path | None, **settings: object) -> Sta
 def test_the_artifact_is_an_ordinary_model_folder(tiny_llama: Path, tmp_path: Path):
     rows = demonstrations()
     outcome = run(tmp_path, jsonl(tmp_path / "data.jsonl", rows), tiny_llama)
-    held_out = sum(is_held_out(row["prompt"], 0.2, 0) for row in rows)
+    held_out = sum(Split(0.2, 0).holds_out(row["prompt"]) for row in rows)
     assert 0 < held_out < 30
     assert (outcome.metrics["records"], outcome.metrics["held_out_records"]) == (30 - held_out, held_out)
     assert outcome.metrics["eval_loss"] < outcome.metrics["eval_loss_before"]
@@ -94,7 +94,7 @@ def test_held_out_prompts_are_not_trained_on(tiny_llama: Path, tmp_path: Path, m
     rows = demonstrations()
     run(tmp_path, jsonl(tmp_path / "data.jsonl", rows), tiny_llama, shared={"prompt_template": "<{prompt}>"})
     for row in rows:
-        side = "held out" if is_held_out(row["prompt"], 0.2, 0) else "train"
+        side = "held out" if Split(0.2, 0).holds_out(row["prompt"]) else "train"
         assert f"<{row['prompt']}>" in seen[side]
     assert not seen["train"] & seen["held out"]
 
