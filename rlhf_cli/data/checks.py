@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterable
 from dataclasses import replace
 
-from rlhf_cli.data.records import Candidates, Ranking, Record, prompt_key
+from rlhf_cli.data.records import Candidates, Ranking, Record, prompt_key, split_key
+from rlhf_cli.data.splits import Split, question
 from rlhf_cli.data.warnings import WarningLog
 
 
@@ -142,53 +142,22 @@ def distinct_candidates(records: list[Candidates]) -> list[Candidates]:
     return list(first.values())
 
 
-class PromptHashes:
-    """The prompts of a source, in eight bytes per record."""
+class PromptKeys:
+    """The `split_key` of every prompt of a source, in eight bytes per record."""
 
     def __init__(self) -> None:
-        self._hashes = array("Q")
+        self._keys = array("Q")
 
     def add(self, record: Record) -> None:
         """Add one record; plain text without a prompt counts by the text itself."""
-        text = getattr(record, "completion", "") if record.prompt == "" else ""
-        self._hashes.append(hash64(prompt_key(record.prompt), text))
+        self._keys.append(int(split_key(question(record)), 16))
 
-    def count_common(self, other: PromptHashes) -> int:
-        """Number of distinct prompts that are in both."""
+    def in_training_of(self, other: PromptKeys, split: Split) -> int:
+        """Number of distinct prompts that are also in `other` and not held out there."""
         import numpy as np
 
-        if not self._hashes or not other._hashes:
+        if not self._keys or not other._keys:
             return 0
-        ours, theirs = (np.frombuffer(held._hashes, dtype=np.uint64) for held in (self, other))
-        return int(np.intersect1d(ours, theirs).size)
-
-
-def prompt_hashes(records: Iterable[Record]) -> PromptHashes:
-    """Hash the prompts of some records."""
-    prompts = PromptHashes()
-    for record in records:
-        prompts.add(record)
-    return prompts
-
-
-def overlap_warning(
-    train: PromptHashes | Iterable[Record],
-    evaluation: PromptHashes | Iterable[Record],
-    *,
-    names: tuple[str, str] = ("training", "evaluation"),
-) -> str | None:
-    """Warn about prompts that are both trained on and evaluated on; None if there are none.
-
-    Args:
-        train: records, or the `prompts` of a `ValidationReport`.
-        evaluation: the same.
-        names: of the two sources.
-    """
-    ours, theirs = (held if isinstance(held, PromptHashes) else prompt_hashes(held) for held in (train, evaluation))
-    count = ours.count_common(theirs)
-    if not count:
-        return None
-    return (
-        f"{count:,} prompt{'s' if count > 1 else ''} in both {names[0]} and {names[1]}: metrics on them flatter the "
-        "model"
-    )
+        ours, theirs = (np.frombuffer(held._keys, dtype=np.uint64) for held in (self, other))
+        common = np.intersect1d(ours, theirs).tolist()
+        return sum(not split.holds_out_key(f"{key:016x}") for key in common)

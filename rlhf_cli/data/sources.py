@@ -13,11 +13,10 @@ from typing import cast
 
 from rlhf_cli.data.checks import (
     CandidateChecks,
-    PromptHashes,
+    PromptKeys,
     RankingChecks,
     distinct_candidates,
     latest_annotations,
-    overlap_warning,
 )
 from rlhf_cli.data.readers.hub import HubSource
 from rlhf_cli.data.readers.resolve import resolve, rows_of, source_digest
@@ -34,7 +33,6 @@ __all__ = [
     "ValidationReport",
     "is_hub",
     "iter_records",
-    "overlap_warning",
     "read_records",
     "source_digest",
     "validate_source",
@@ -69,13 +67,13 @@ class ValidationReport:
         records: number of records that can be used.
         skips: counts by reason, and the first 1,000 skipped records.
         warnings: one line each, with one about the skipped records.
-        prompts: hashes of all prompts, for `overlap_warning`.
+        prompts: keys of all prompts.
     """
 
     records: int
     skips: SkipLog
     warnings: list[str]
-    prompts: PromptHashes
+    prompts: PromptKeys
 
 
 def is_hub(source: str) -> bool:
@@ -167,7 +165,7 @@ def validate_source(
     Raises:
         DataError: as `read_records`.
     """
-    skips, warnings, checks, prompts = SkipLog(keep=_SKIPS_KEPT), WarningLog(), _checks(kind), PromptHashes()
+    skips, warnings, checks, prompts = SkipLog(keep=_SKIPS_KEPT), WarningLog(), _checks(kind), PromptKeys()
     count = 0
     for record in iter_records(
         source, kind, columns=columns, on_skip=skips.add, warnings=warnings, keep_blank=keep_blank

@@ -27,7 +27,11 @@ class Split:
 
     def holds_out(self, prompt: Prompt) -> bool:
         """Whether a prompt is held out."""
-        digest = hashlib.sha256(f"holdout {self.seed} {split_key(prompt)}".encode()).digest()
+        return self.holds_out_key(split_key(prompt))
+
+    def holds_out_key(self, key: str) -> bool:
+        """Whether the prompts with this `split_key` are held out."""
+        digest = hashlib.sha256(f"holdout {self.seed} {key}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.holdout * 2**64
 
     def divide(self, records: Iterable[AnyRecord]) -> tuple[list[AnyRecord], list[AnyRecord]]:

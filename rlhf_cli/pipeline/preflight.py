@@ -9,8 +9,9 @@ import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.files import hash_file
+from rlhf_cli.generation.contract import read_contract, split_of
 from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
@@ -18,7 +19,7 @@ from rlhf_cli.stages.inputs import Input
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.checks import PromptHashes
+    from rlhf_cli.data.checks import PromptKeys
 
 
 def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
@@ -36,11 +37,10 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             hint="pip install 'rlhf-cli[quantized]', or remove `model.quantize`",
         )
     seen: set[tuple[str, str | None]] = set()
-    prompts: dict[str, PromptHashes] = {}  # by source
+    keys: dict[tuple[str, str | None], PromptKeys] = {}
+    inputs = list(inputs)
     for given in inputs:
         key = (given.source, given.records)
-        if given.setting == "evaluate.prompts" and given.source in prompts:
-            _warn_of_overlap(given.source, prompts[given.source], {given.source: prompts[given.source]})
         if given.kind == "endpoint":
             _check_endpoint(given)
         if key in seen or not given.matters:
@@ -48,10 +48,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         seen.add(key)
         if given.kind == "data":
             check_data(given.source, given.setting)
-            held = _check_records(recipe, given)
-            if given.setting == "evaluate.prompts":
-                _warn_of_overlap(given.source, held, prompts)
-            prompts[given.source] = held
+            keys[key] = _check_records(recipe, given)
         elif given.kind == "model":
             check_model(given.source, given.setting)
         elif given.kind == "file":
@@ -61,6 +58,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         elif given.kind == "function":
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
+    _check_evaluation(recipe, inputs, keys)
 
 
 def _check_endpoint(given: Input) -> None:
@@ -85,12 +83,12 @@ def _check_attention(name: str) -> None:
             raise UsageError(f"`model.attention: {name}`: {reason}", hint="use `auto`, or see `rlhf attention list`")
 
 
-def _check_records(recipe: Recipe, given: Input) -> PromptHashes:
-    from rlhf_cli.data.checks import PromptHashes
+def _check_records(recipe: Recipe, given: Input) -> PromptKeys:
+    from rlhf_cli.data.checks import PromptKeys
     from rlhf_cli.data.sources import is_hub, validate_source
 
     if is_hub(given.source):  # checked by the stage while it reads
-        return PromptHashes()
+        return PromptKeys()
     assert given.records is not None
     report = validate_source(given.source, given.records, columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     for warning in report.warnings:
@@ -98,9 +96,19 @@ def _check_records(recipe: Recipe, given: Input) -> PromptHashes:
     return report.prompts
 
 
-def _warn_of_overlap(source: str, evaluated: PromptHashes, trained: Mapping[str, PromptHashes]) -> None:
-    from rlhf_cli.data.sources import overlap_warning
-
-    for name, prompts in trained.items():
-        if warning := overlap_warning(prompts, evaluated, names=(name, f"{source} (`evaluate.prompts`)")):
-            warn(warning)
+def _check_evaluation(
+    recipe: Recipe, inputs: Iterable[Input], keys: Mapping[tuple[str, str | None], PromptKeys]
+) -> None:
+    """Refuse, before anything is trained, prompts to evaluate on that will be trained on."""
+    by_use = {use: [one for one in inputs if one.use == use] for use in ("train", "evaluate")}
+    split = split_of(recipe.data, read_contract(recipe.model.path) if recipe.model.path is not None else None)
+    for evaluated in by_use["evaluate"]:
+        for trained in by_use["train"]:
+            given = keys[evaluated.source, evaluated.records]
+            seen = given.in_training_of(keys[trained.source, trained.records], split)
+            if seen and recipe.value("evaluate.trained_prompts") == "refuse":
+                raise DataError(
+                    f"`{evaluated.setting}` ({evaluated.source}): {seen:,} of its prompts are in the training share of "
+                    f"`{trained.setting}` ({trained.source})",
+                    hint="evaluate on the others with `--set evaluate.trained_prompts=skip`",
+                )

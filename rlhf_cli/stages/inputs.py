@@ -27,6 +27,8 @@ class Input:
         matters: whether the stage's result depends on its content. False for a URL, which counts as a setting, and for
             the base model in stages that do not read it.
         token_env: environment variable that must hold the token of a URL.
+        use: "train" for prompts that the policy is trained on, "evaluate" for those that it is evaluated on, all of
+            them; None for others, and for those of which the split chooses some.
     """
 
     kind: InputKind
@@ -36,6 +38,7 @@ class Input:
     records: Kind | None = None
     matters: bool = True
     token_env: str | None = None
+    use: Literal["train", "evaluate"] | None = None
 
     @property
     def described(self) -> str:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli.data.records import split_key
+from rlhf_cli.data.splits import Split
 from rlhf_cli.generation.contract import Contract, read_contract
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy import Policy
@@ -74,8 +75,8 @@ PAIRS = {
 class Commands:
     """Runs stages alone, each in the run directory that it is given."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, base: Path) -> None:
+        self._folder, self.base = folder, base
         for name, records in ROWS.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
         (folder / "gold.py").write_text(GOLD)
@@ -83,7 +84,8 @@ class Commands:
     def run(self, stage: str, run: str, *arguments: object, code: int = 0, **settings: str) -> str:
         """Return what the command prints to stderr."""
         sections = (stage.replace("-", "_"), "data", "model", "sampling")
-        chosen = {name: value for name, value in (FAST | settings).items() if name.split(".")[0] in sections}
+        fast = {name: value for name, value in FAST.items() if name.split(".")[0] in sections}
+        chosen = fast | settings if stage != "run" else settings
         options = [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
         command = [str(Path(sys.executable).with_name("rlhf")), stage, *map(str, arguments), "--run-dir", run, *options]
         variables = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -92,6 +94,9 @@ class Commands:
         )
         assert found.returncode == code, f"{command}\n{found.stderr}"
         return found.stderr
+
+    def write(self, name: str, text: str) -> None:
+        (self._folder / name).write_text(text)
 
     def artifact(self, run: str, stage: str) -> Path:
         return self._folder / run / stage
@@ -110,7 +115,7 @@ class Commands:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Commands:
-    made = Commands(tmp_path_factory.mktemp("two"))
+    made = Commands(tmp_path_factory.mktemp("two"), tiny_llama)
     made.run("sft", "first", "--model", tiny_llama, "--data", "demonstrations.jsonl", **FIRST)
     sft, policy = made.artifact("first", "sft"), made.artifact("after-sft", "ppo")
     for run, start in (("after-sft", sft), ("after-ppo", policy)):
@@ -187,6 +192,25 @@ def test_evaluating_on_training_prompts_is_refused_with_their_number(commands: C
         settings = other | {"data.prompts": "prompts.jsonl"}
         refused = commands.run("evaluate", "refused", *models, *DATA[2:], code=65, **settings)
         assert "prompts to evaluate on were in the training" in refused
+
+
+def test_a_run_that_would_evaluate_on_training_prompts_ends_before_it_trains(commands: Commands):
+    recipe = f"""
+model: {{path: {commands.base}, precision: float32}}
+data: {{prompts: prompts.jsonl, holdout: 0.3}}
+sft: {{data: demonstrations.jsonl}}
+ppo: {{steps: 1, rewards: [{{function: "gold.py:score"}}]}}
+evaluate: {{prompts: other.jsonl, judge_function: "gold.py:score"}}
+"""
+    commands.write("recipe.yaml", recipe)
+    # Of 40 questions in another form, those that the split does not hold out are trained on.
+    rows = [{"prompt": [{"role": "user", "content": f" {text.upper()}"}]} for text in PROMPTS]
+    commands.write("other.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    trained = sum(not Split(0.3, 0).holds_out(prompt) for prompt in PROMPTS)
+    refused = commands.run("run", "whole", "recipe.yaml", code=65)
+    assert f"{trained} of its prompts are in the training share of `sft.data`" in refused
+    assert "starting" not in refused
+    commands.run("run", "whole", "recipe.yaml", "--dry-run", **{"evaluate.trained_prompts": "skip"})
 
 
 def test_a_recipe_that_contradicts_the_model_is_refused_or_named(commands: Commands):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.run import RunSettings
@@ -46,7 +46,7 @@ def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFind
         policy=policy,
         reward_model=reward_model,
         judge_function=find.named("function", settings.judge_function, "judge_function"),
-        prompts=find.prompts(settings.prompts),
+        prompts=replace(find.prompts(settings.prompts), use=None if settings.prompts is None else "evaluate"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.base import External
@@ -43,7 +43,7 @@ def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -
         policy=find.policy("model", settings.model),
         reward_model=_reward_model(settings, recipe, find),
         critic=None if start in External.CRITIC_WORDS else find.named("critic", start, "critic_from"),
-        prompts=find.prompts(settings.prompts),
+        prompts=replace(find.prompts(settings.prompts), use="train"),
         demonstrations=_demonstrations(settings, recipe),
         rewards=tuple(_reward(f"ppo.rewards.{number}", one) for number, one in enumerate(settings.rewards)),
     )
@@ -68,14 +68,14 @@ def _demonstrations(settings: PPOSettings, recipe: RunSettings) -> Input | None:
     if settings.ptx is None:
         return None
     if settings.ptx.data is not None:
-        return Input("data", settings.ptx.data, "ppo.ptx.data", records="demonstration")
+        return Input("data", settings.ptx.data, "ppo.ptx.data", records="demonstration", use="train")
     demonstrations = recipe.value("sft.data")
     if demonstrations is None:
         raise UsageError(
             "`ppo.ptx` has no demonstrations: set `ppo.ptx.data` or add an `sft` section",
             hint="specify a file, folder or hub data set with `--set ppo.ptx.data=PATH`",
         )
-    return Input("data", demonstrations, "sft.data", records="demonstration")
+    return Input("data", demonstrations, "sft.data", records="demonstration", use="train")
 
 
 def _reward(name: str, reward: PPORewardSettings) -> Input:

@@ -31,7 +31,8 @@ def find_inputs(settings: SFTSettings, recipe: RunSettings, find: InputFinder) -
             "no base model: `sft` needs `model.path` or `model.build`",
             hint="specify a folder or hub id with `--set model.path=PATH`, or create a model with `model.build`",
         )
-    return SFTInputs(**shared, demonstrations=Input("data", settings.data, "sft.data", records="demonstration"))
+    demonstrations = Input("data", settings.data, "sft.data", records="demonstration", use="train")
+    return SFTInputs(**shared, demonstrations=demonstrations)
 
 
 def _sizes(settings: SFTSettings, recipe: RunSettings) -> Sizes:
