@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
+from rlhf_cli.intervals import ENOUGH_PROMPTS, is_undecided
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, load_policy
@@ -83,13 +84,13 @@ def _outcome(
     """Compute the metrics, save and print them with the samples."""
     from rlhf_cli.stages.evaluate.comparison import comparison_metrics
 
-    metrics = comparison_metrics(
-        comparisons, tie_margin=settings.tie_margin, resamples=settings.bootstrap, seed=context.recipe.seed
-    )
+    metrics = comparison_metrics(comparisons, tie_margin=settings.tie_margin)
     _save(context.output, comparisons, metrics, settings)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
     _print(metrics, [comparisons[row] for row in shown], settings)
+    if text := _undecided(metrics, settings):
+        warn(text)
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, settings))
 
 
@@ -224,6 +225,25 @@ def _print(metrics: dict[str, float], shown: Sequence[Comparison], settings: Eva
     console.print(metrics_table(metrics), width=width, soft_wrap=False)
     if settings.judge_function is None:
         say("judged by the reward model that PPO was trained against: a check of training, not of quality")
+
+
+def _undecided(metrics: dict[str, float], settings: EvaluateSettings) -> str | None:
+    """Return a sentence about a win rate that does not say which model is better; None if it does."""
+    prompts, low, high = int(metrics["prompts"]), metrics["win_rate_low"], metrics["win_rate_high"]
+    if not is_undecided(low, high):
+        return None
+    rate = f"{metrics['win_rate']:.1%} ({low:.1%} to {high:.1%})"
+    if prompts >= ENOUGH_PROMPTS:
+        return f"a win rate of {rate} does not show which model is better"
+    more = (
+        "give more in `evaluate.prompts`, or raise `evaluate.max_prompts`"
+        if settings.prompts is not None
+        else "raise `data.holdout`, or name prompts that no stage trained on in `evaluate.prompts`"
+    )
+    return (
+        f"{prompts:,} {'prompt is' if prompts == 1 else 'prompts are'} too few to say which model is better: the win "
+        f"rate is {rate}; about {ENOUGH_PROMPTS} prompts give an interval of +-10 points: {more}"
+    )
 
 
 def _summary(metrics: dict[str, float], settings: EvaluateSettings) -> list[tuple[str, str]]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from rlhf_cli.settings.base import (
     Count,
     DataName,
@@ -42,7 +38,5 @@ class EvaluateSettings(StageSection):
     """Completions per prompt from each model."""
     sampling: SamplingSettings = SamplingSettings()
     """How completions are sampled. Use the temperature of PPO (`ppo.temperature`) for a fair comparison."""
-    bootstrap: Annotated[int, Field(ge=100)] = 2_000
-    """Number of bootstrap resamples of the prompts for the 95 % confidence intervals."""
     shown_samples: Effort = 5
     """Number of prompts whose completions are shown side by side in the terminal; all are saved."""

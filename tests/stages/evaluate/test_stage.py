@@ -68,7 +68,7 @@ def prompts(tmp_path) -> Path:
 
 
 def context_of(tmp_path: Path, inputs: dict[str, str], *, holdout=0.3, seed=0, **settings) -> StageContext:
-    section = {"sampling": {"max_new_tokens": 12}, "bootstrap": 200} | settings
+    section = {"sampling": {"max_new_tokens": 12}} | settings
     recipe = Recipe.model_validate(
         {
             "seed": seed,
@@ -113,12 +113,16 @@ def test_held_out_prompts_alone_and_every_figure_from_the_samples(
     assert json.loads((context.output / "metrics.json").read_text()) == metrics
     shown = capsys.readouterr().err
     assert "policy preferred" in shown
+    assert ("too few to say" in shown) is (metrics["win_rate_low"] <= 0.5 <= metrics["win_rate_high"])
     assert all(len(line) <= 100 for line in shown.splitlines())
 
 
-def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp_path):
+def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp_path, capsys):
     context = judged(tmp_path, tiny_llama, tiny_llama, prompts, judge)
     metrics = evaluate.run(context).metrics
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{metrics['prompts']:.0f} prompts are too few to say which model is better" in said
+    assert "about 100 prompts give an interval of +-10 points: raise `data.holdout`" in said
     assert metrics["win_rate"] == 0.5
     assert metrics["tie_rate"] == 1.0, "the same seeds for both"
     assert metrics["kl_nats"] == pytest.approx(0.0, abs=1e-6)
