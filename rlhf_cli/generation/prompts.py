@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
@@ -26,17 +26,19 @@ class TokenizedPrompts:
     Attributes:
         prompts: plain text or conversations.
         ids: their token ids, in the same order.
+        references: see `references_of`.
     """
 
     prompts: Sequence[Prompt]
     ids: Sequence[list[int]]
+    references: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def first(self, count: int) -> TokenizedPrompts:
         """Return the first `count` prompts."""
-        return TokenizedPrompts(self.prompts[:count], self.ids[:count])
+        return TokenizedPrompts(self.prompts[:count], self.ids[:count], self.references)
 
 
 def prompt_template(configured: str | None, model: str, *, warns: bool = True) -> str | None:

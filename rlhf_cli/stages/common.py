@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.data.records import Prompt, prompt_key, prompt_text
+from rlhf_cli.data.records import Prompt, prompt_key, prompt_text, references_of
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.settings.run import RunSettings
@@ -104,7 +104,7 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
         prompts.append(record.prompt)
         ids.append(tokens)
     loaded.skips.check(loaded.total, data.max_skip, source)
-    return TokenizedPrompts(prompts, ids), loaded.skips
+    return TokenizedPrompts(prompts, ids, references_of(loaded.records)), loaded.skips
 
 
 def trackers(context: StageContext[Any, Any]) -> Trackers | None:

@@ -124,8 +124,8 @@ def base_policy(context: EvaluateContext, sampling: SamplingSettings) -> Policy 
     return load_policy(context, path, sampling)
 
 
-def base_completions(sampler: Sampler, sampling: SamplingSettings) -> list[Completion] | None:
-    """Return completions of the model before any training; None if there is none, or if it cannot be loaded."""
+def base_completions(sampler: Sampler, sampling: SamplingSettings) -> tuple[Policy, list[Completion]] | None:
+    """Return the model before any training with its completions; None if there is none or it cannot be loaded."""
     try:
         policy = base_policy(sampler.context, sampling)
         if policy is None:
@@ -137,7 +137,7 @@ def base_completions(sampler: Sampler, sampling: SamplingSettings) -> list[Compl
         return None
     completions = sampler.complete(policy, "base completions")
     policy.release()
-    return completions
+    return policy, completions
 
 
 def rewarded(

@@ -15,7 +15,8 @@ from rlhf_cli.settings.shared import SamplingSettings
 
 
 class EvaluateSettings(StageSection):
-    """Comparison of the PPO policy with the SFT model on held-out prompts."""
+    """Comparison of a policy with a baseline on held-out prompts: by default of PPO's policy with the model that it
+    started from."""
 
     baseline: ModelName = None
     """Model to compare with; null is `ppo.model` if given, else the output of `sft`."""

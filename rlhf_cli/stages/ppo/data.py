@@ -38,7 +38,8 @@ def load_data(context: PPOContext, policy: Policy) -> tuple[PPOData, SkipLog]:
     loaded, skips = load_prompts(context, policy, "ppo.max_new_tokens")
     ids = dict(zip(loaded.prompts, loaded.ids, strict=True))
     training, held_out = (
-        TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts]) for prompts in _split(context, loaded)
+        TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts], loaded.references)
+        for prompts in _split(context, loaded)
     )
     demonstrations = None if settings.ptx is None else _demonstrations(context, policy, skips)
     return PPOData(training, held_out if len(held_out) else None, demonstrations), skips

@@ -168,8 +168,8 @@ def doubts(report: RankingReport) -> str | None:
     if report.prompts < ENOUGH_PROMPTS:
         return (
             f"{report.prompts:,} held-out {'prompt is' if report.prompts == 1 else 'prompts are'} too few to say "
-            f"whether the reward model is better than chance: its accuracy is {accuracy}; about {ENOUGH_PROMPTS} "
-            "prompts give an interval of +-10 points: label more, or raise `data.holdout`"
+            f"whether an accuracy of {report.accuracy:.1%} is better than chance; about {ENOUGH_PROMPTS} give an "
+            "interval of +-10 points: label more, or raise `data.holdout`"
         )
     return f"the held-out accuracy of {accuracy} is no better than chance"
 
