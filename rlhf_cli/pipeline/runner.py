@@ -102,7 +102,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         return RunResult(folder, [])
     with directory.lock(), SignalStop() as stop, disk_errors(folder):
         directory.recover()
-        planner = Planner(recipe, directory, chosen, selection.force)
+        planner = Planner(recipe, directory, chosen, selection)
         steps = planner.plan()
         to_run = [step for step in steps if step.action != "cached"]
         preflight(recipe, _inputs_of(to_run))
@@ -134,7 +134,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     """Return what `run` would do, after the same checks; writes nothing and takes no lock."""
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
-    steps = Planner(recipe, directory, select(recipe, selection), selection.force).plan()
+    steps = Planner(recipe, directory, select(recipe, selection), selection).plan()
     preflight(recipe, _inputs_of(step for step in steps if step.action != "cached"))
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
     rows = []
