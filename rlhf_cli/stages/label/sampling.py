@@ -115,7 +115,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
                 for number in chunk
                 for k in range(per_prompt)
             ]
-            return draws.generate(policy, requests, progress=bar.advance)
+            return draws.generate(policy, requests, progress=bar.advance, stop=context.stop.check)
 
         file.fill(draw, context.stop.check)
     policy.release()
