@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_cli.cli import main
 from rlhf_cli.errors import DataError
 from rlhf_cli.rewards.python_function import load_scoring_function
 
@@ -74,25 +68,6 @@ def score(prompts, completions, references=None, completion_ids=None, raw_comple
 """
 
 
-@pytest.fixture
-def rlhf_here(tmp_path: Path) -> Callable[..., str]:
-    """A command in this process, which must succeed; what it printed."""
-
-    def run(*arguments: object) -> str:
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            mock.patch.object(sys, "argv", ["rlhf", *map(str, arguments)]),
-            contextlib.chdir(tmp_path),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            code = main()
-        assert code == 0, err.getvalue()
-        return err.getvalue()
-
-    return run
-
-
 @pytest.mark.parametrize("command", ["label", "ppo", "evaluate"])
 def test_references_and_token_ids_reach_functions_of_every_command(command, rlhf_here, tiny_llama, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(
@@ -104,7 +79,8 @@ def test_references_and_token_ids_reach_functions_of_every_command(command, rlhf
     models = ["--policy", tiny_llama, "--baseline", tiny_llama] if command == "evaluate" else ["--model", tiny_llama]
     own = {"ppo": ["ppo.steps=1", "ppo.prompts_per_step=6", "ppo.max_new_tokens=5"]}
     settings = own.get(command, [f"{command}.sampling.max_new_tokens=5"])
-    rlhf_here(command, *models, *shared, *(part for one in settings for part in ("--set", one)))
+    code, said = rlhf_here(command, *models, *shared, *(part for one in settings for part in ("--set", one)))
+    assert code == 0, said
     seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     assert {prompt for prompt, *_ in seen} == {f"Question {n}?" for n in range(6)}
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from rlhf_cli.cli import main
 from rlhf_cli.labeling.label_sources import STORE
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import Entry
-
-
-@pytest.fixture
-def rlhf_here(tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """A command in this process: exit code and messages."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        err = io.StringIO()
-        with (
-            mock.patch.object(sys, "argv", ["rlhf", *map(str, arguments)]),
-            contextlib.chdir(tmp_path),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(err),
-        ):
-            return main(), " ".join(err.getvalue().split())
-
-    return run
 
 
 def label_one(run_dir: Path) -> None:
