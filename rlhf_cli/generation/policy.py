@@ -169,7 +169,7 @@ class Policy:
             raw: leave all special tokens in.
         """
         tokenizer, kept = self.format.tokenizer, list(ids)
-        ends = set() if raw else {tokenizer.pad_token_id, *self.stop_ids}
+        ends = [] if raw else [tokenizer.pad_token_id, *self.stop_ids]
         while kept and kept[-1] in ends:
             kept.pop()
         if not raw and kept and kept[0] == tokenizer.bos_token_id:

@@ -171,7 +171,7 @@ class RunDirectory:
                 shutil.rmtree(folder)
         self.began_file(stage).unlink(missing_ok=True)
 
-    def place_of_earlier(self, stage: str, fingerprint: str) -> Path | None:
+    def location_of_earlier(self, stage: str, fingerprint: str) -> Path | None:
         """Return where the finished artifact of a stage moves if another is published and it is to be kept.
 
         None if there is no artifact, if it is damaged, or if the new one has the same fingerprint.

@@ -174,7 +174,7 @@ class _Executor:
             warn(f"{name} is {step.reason}; running it again")
         else:
             say(f"{name}: {'resuming' if step.action == 'resume' else 'starting'} ({step.reason})")
-        earlier = self._run.place_of_earlier(name, fingerprint(step.identity)) if step.stage.keeps_earlier else None
+        earlier = self._run.location_of_earlier(name, fingerprint(step.identity)) if step.stage.keeps_earlier else None
         if earlier is not None:
             say(f"{name}: the earlier results will move to {earlier}; another --run-dir keeps both in place")
         self._run.begin(name, step.identity, resume=step.action == "resume")

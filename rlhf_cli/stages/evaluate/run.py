@@ -246,8 +246,8 @@ def _save(
 
 def model_names(baseline: str, policy: str) -> tuple[str, str]:
     """Return what people call two models: `RUN/STAGE` for an artifact, else the folder's name or the hub id."""
-    names = tuple(_model_name(source) for source in (baseline, policy))
-    return (names[0], names[1]) if names[0] != names[1] else (baseline, policy)
+    short = (_model_name(baseline), _model_name(policy))
+    return short if short[0] != short[1] or baseline == policy else (baseline, policy)
 
 
 def _model_name(source: str) -> str:

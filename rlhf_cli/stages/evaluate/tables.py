@@ -32,7 +32,7 @@ def metrics_table(metrics: Mapping[str, float], names: tuple[str, str]) -> Table
         names: of the baseline and of the policy.
     """
     table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column(f"{metrics['prompts']:,.0f} prompts")
+    table.add_column(f"{metrics['prompts']:,.0f} prompts", no_wrap=True)
     table.add_column("baseline", justify="right", overflow="fold")
     table.add_column("policy", justify="right", overflow="fold")
     table.add_row("model", *map(Text, names))

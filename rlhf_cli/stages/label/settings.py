@@ -197,7 +197,8 @@ class LabelSettings(StageSection):
     """Ranking or preference records to import, with `by: import`."""
     function: FunctionName = None
     """`package.module:function` or `file.py:function`. It takes a list of prompts and a list of completions and returns
-    one float each; higher is better. The function runs with your permissions."""
+    one float each; higher is better; docs/rewards.md lists what else it may ask for, such as references. The function
+    runs with your permissions."""
     reward_model: ModelName = None
     """Folder or hub id of a reward model, with `by: reward-model`."""
     completions_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4

@@ -325,3 +325,35 @@ def test_the_real_command_needs_no_recipe(rlhf, tiny_llama, lover_of_a, prompts,
         assert name in metrics
     assert metrics["prompts"] == 40, "prompts that are named are all used"
     assert "Traceback" not in result.stderr
+
+
+def test_models_are_called_by_run_and_stage_and_apart(tmp_path, monkeypatch):
+    for folder in ("runs/a/ppo", "runs/b/ppo", "other/a/ppo", "models/base"):
+        (tmp_path / folder).mkdir(parents=True)
+        if folder != "models/base":
+            (tmp_path / folder / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.model_names("runs/a/ppo", f"{tmp_path}/runs/b/ppo") == ("a/ppo", "b/ppo")
+    assert evaluate.model_names("models/base", "acme/chat") == ("base", "acme/chat")
+    assert evaluate.model_names("runs/a/ppo", "other/a/ppo") == ("runs/a/ppo", "other/a/ppo")
+    assert evaluate.model_names("runs/a/ppo", "runs/a/ppo") == ("a/ppo", "a/ppo")
+
+
+def test_the_table_fits_80_columns_with_long_names():
+    from rich.console import Console
+
+    from rlhf_cli.stages.evaluate.comparison import Comparison, comparison_metrics
+    from rlhf_cli.stages.evaluate.tables import metrics_table
+
+    one = Completion([5, 6], "some text", finished=True)
+    metrics = comparison_metrics(
+        [Comparison(str(n), one, one, 1.0, (0.0, 1.0), None) for n in range(9)], tie_margin=0.0
+    )
+    screen = io.StringIO()
+    names = ("acme/a-very-long-name-of-a-model-1", "runs/experiment-17/ppo")
+    Console(width=80, file=screen).print(metrics_table(metrics, names))
+    text = screen.getvalue()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "policy preferred (ties 1/2)" in text
+    assert "KL to baseline, nats per completion" in text
+    assert "very-long-name" in text
