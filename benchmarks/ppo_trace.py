@@ -37,7 +37,7 @@ from rlhf_cli.generation.prompts import PromptStyle, TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
-from rlhf_cli.rewards.base import Scores
+from rlhf_cli.rewards.base import NO_COLUMNS, Columns, Scores
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels
 from rlhf_cli.stages.ppo.rollout import own_sampling
@@ -181,7 +181,7 @@ class RandomReward:
         self._model, self._form = model, form
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS) -> Scores:
         """Return the reward of each completion."""
         pairs = [self._form.pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
         hidden = (self._model.get_decoder()(torch.tensor([ids]), use_cache=False).last_hidden_state for ids in pairs)

@@ -1,7 +1,9 @@
-"""Confidence intervals. The bootstrap resamples prompts, since the completions of one prompt are correlated."""
+"""Confidence intervals over prompts: completions of one prompt are correlated, so prompts are the units."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 
 _DRAWS_AT_ONCE = 2_000_000
 _STILL = 1e-18
+_CONVERGED = 1e-12
+ENOUGH_PROMPTS = 100
+"""Prompts whose share has an interval of about +-10 points, if each counts once."""
 
 
 @dataclass(frozen=True)
@@ -73,55 +78,87 @@ def percentiles(values: NDArray[np.float64], level: float = 0.95) -> tuple[float
     return low, high
 
 
-def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], *, resamples: int, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of sum(numerators) / sum(denominators) over resampled prompts (Efron 1979).
+def share_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of sum(numerators) / sum(denominators), a share of observations that are grouped by prompt.
+
+    `exact_interval` with the effective number of observations (Korn and Graubard 1998). A percentile bootstrap is too
+    narrow for few prompts: it contains a share of 0.9 of 10 prompts in 64 % of data sets, and it has no width if all
+    prompts were won.
 
     Args:
-        numerators: one per prompt, for example its correctly ordered pairs or its share of wins.
-        denominators: one per prompt, for example its pairs; all 1 gives the mean over prompts.
-        resamples: number of sets of prompts drawn with replacement.
-        seed: of the draws.
-        level: share of resamples inside the interval.
+        numerators: one per prompt, between 0 and its denominator, for example its correctly ordered pairs.
+        denominators: one per prompt, for example its pairs; not all 0.
 
     Returns:
         Low and high end.
     """
     values = np.column_stack([numerators, denominators]).astype(np.float64)
-    column = PromptSums(np.arange(len(values)), values)
-    (sums,) = resampled_sums([column], len(values), resamples=resamples, seed=seed)
-    return percentiles(ratios(sums), level)
+    above, below = values.sum(axis=0).tolist()
+    return exact_interval(min(1.0, above / below), worth_of(PromptSums(np.arange(len(values)), values)))
 
 
-def ratios(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """First column divided by the second: (resamples, 2) to (resamples,).
-
-    A resample of prompts that have only ties holds no pairs; its ratio is NaN.
-    """
-    return np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] != 0)
-
-
-def wilson_interval(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927); its width is positive at 0 and 1 too.
+def exact_interval(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Interval that contains the true share at least as often as `level` says (Clopper and Pearson 1934).
 
     Args:
         share: between 0 and 1.
-        count: number of independent observations, or the effective number; above 0.
+        count: number of independent observations, or their effective number, which need not be whole; above 0.
         level: coverage of the interval.
     """
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    tail, won = (1.0 - level) / 2, share * count
+    lost = count - won
+    low = _beta_quantile(tail, won, lost + 1) if won > _STILL else 0.0
+    high = _beta_quantile(1.0 - tail, won + 1, lost) if lost > _STILL else 1.0
+    return low, high
+
+
+def _beta_quantile(share: float, a: float, b: float) -> float:
+    """Where the distribution function of Beta(a, b) reaches `share`, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _beta_distribution(middle, a, b) < share else (low, middle)
+    return (low + high) / 2
+
+
+def _beta_distribution(x: float, a: float, b: float) -> float:
+    """I_x(a, b), the distribution function of Beta(a, b) at 0 < x < 1.
+
+    The continued fraction of Abramowitz and Stegun 1964 (26.5.8), evaluated forward (Lentz 1976). It converges fast
+    below the mean; above it the symmetry I_x(a, b) = 1 - I_(1-x)(b, a) is used (26.5.2).
+    """
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - _beta_distribution(1.0 - x, b, a)
+    fraction = numerator = 1.0
+    denominator = 0.0
+    for term in _beta_terms(x, a, b):
+        denominator = 1.0 / (1.0 + term * denominator)
+        numerator = 1.0 + term / numerator
+        fraction *= numerator * denominator
+        if abs(numerator * denominator - 1.0) < _CONVERGED:
+            break
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return math.exp(log_front) / a / fraction
+
+
+def _beta_terms(x: float, a: float, b: float) -> Iterator[float]:
+    """Yield the numerators d_1, d_2, ... of the continued fraction."""
+    for m in itertools.count():
+        yield -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        yield (m + 1) * (b - m - 1) * x / ((a + 2 * m + 1) * (a + 2 * m + 2))
+
+
+def is_undecided(low: float, high: float) -> bool:
+    """Whether an interval contains 1/2, so that the data do not say which of the two sides is better."""
+    return low <= 0.5 <= high
 
 
 def worth_of(sums: PromptSums) -> float:
     """Effective number of independent observations behind a share (Korn and Graubard 1998).
 
     p (1 - p) / var(p), var(p) = n / (n - 1) sum_i (a_i - p b_i)^2 / (sum_i b_i)^2 over n prompts, times (z / t_(n-1))^2
-    for the degrees of freedom, and at most the number of observations. If all prompts have the same share, the variance
-    is unknown, and each prompt counts once, or less if their sizes differ (Kish 1965).
+    for the degrees of freedom; at most the number of observations. It is at least one per prompt, or less if their
+    sizes differ (Kish 1965): no value between 0 and 1 varies more than one that is 0 or 1.
 
     Args:
         sums: numerator and denominator, for example pairs won and pairs; the denominators count observations.
@@ -130,11 +167,12 @@ def worth_of(sums: PromptSums) -> float:
     total, prompts = float(below.sum()), len(below)
     share = float(above.sum()) / total
     spread = float(((above - share * below) ** 2).sum()) / total**2
+    least = total**2 / float((below**2).sum())
     if prompts < 3 or spread < _STILL:
-        return total**2 / float((below**2).sum())
+        return least
     z = NormalDist().inv_cdf(0.975)
     worth = share * (1 - share) * (prompts - 1) / (prompts * spread) * (z / _student(z, prompts - 1)) ** 2
-    return min(worth, total)
+    return min(max(worth, least), total)
 
 
 def _student(z: float, freedom: int) -> float:

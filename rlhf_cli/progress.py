@@ -22,6 +22,7 @@ from rlhf_cli.distributed.watchdog import beat
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from rich.progress import Task as RichTask
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[@-Z\\-_])")
 """Terminal control: CSI, OSC, DCS/SOS/PM/APC and two-character sequences (ECMA-48)."""
@@ -60,12 +61,9 @@ class Task:
             self._bar.update(self._id, advance=units, rate=rate, note=escape(self._note))
         elif time.monotonic() - self._spoke > _LINE_EVERY and self._done < self._total:
             self._spoke = time.monotonic()
-            left = (self._total - self._done) / max(self._rate(), 1e-9)
-            parts = [
-                f"{self._done:,} of {self._total:,} {self._unit}",
-                f"about {format_duration(left)} left",
-                self._note,
-            ]
+            rate = self._rate()
+            left = f"about {format_duration((self._total - self._done) / rate)} left" if rate else "none has ended yet"
+            parts = [f"{self._done:,} of {self._total:,} {self._unit}", left, self._note]
             say(f"{self._label}: {', '.join(part for part in parts if part)}")
 
     def _rate(self) -> float:
@@ -99,13 +97,23 @@ def _bar() -> Progress:
         TimeRemainingColumn,
     )
     from rich.table import Column
+    from rich.text import Text
+
+    class TimeColumn(TimeRemainingColumn):
+        """The time left; until that can be estimated, the time so far, which shows that work goes on."""
+
+        def render(self, task: RichTask) -> Text:
+            if task.finished or task.time_remaining is not None:
+                return super().render(task)
+            minutes, seconds = divmod(int(task.elapsed or 0), 60)
+            return Text(f"{minutes}:{seconds:02d} so far", style="progress.elapsed")
 
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TimeColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
     )
     return Progress(*columns, console=console, transient=False, expand=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -288,6 +291,25 @@ def real_model() -> Path:
     if not (REAL_MODEL / "model.safetensors").is_file():
         pytest.skip(f"no real model in {REAL_MODEL}: set RLHF_REAL_MODEL to a folder of SmolLM2-135M-Instruct")
     return REAL_MODEL
+
+
+@pytest.fixture
+def rlhf_here(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """A command in this process, run in `tmp_path`: exit code, and messages in one line."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        from rlhf_cli.cli import main
+
+        err = io.StringIO()
+        with (
+            mock.patch.object(sys, "argv", ["rlhf", *map(str, arguments)]),
+            contextlib.chdir(tmp_path),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(err),
+        ):
+            return main(), " ".join(err.getvalue().split())
+
+    return run
 
 
 @pytest.fixture

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
 from rlhf_cli import progress
 
@@ -31,6 +36,28 @@ def test_long_work_prints_its_progress(capsys, clock):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "ppo: 60 steps"
     assert lines[1] == "ppo: 60 of 100 steps, about 1 min 20 s left, KL 3.2"  # 20 steps in 40 s, 40 to go
+
+
+def test_a_line_before_anything_has_ended_guesses_no_time(capsys, clock):
+    with progress.task("sampling", 100, "completions") as task:
+        clock[0] += 31
+        task.advance(0)
+    assert capsys.readouterr().err.splitlines()[1] == "sampling: 0 of 100 completions, none has ended yet"
+
+
+@pytest.mark.parametrize(("ended", "expected"), [(0, "0:12 so far"), (20, "00:18")])
+def test_a_bar_shows_the_time_so_far_until_it_knows_the_time_left(ended, expected, monkeypatch):
+    now, screen = [100.0], io.StringIO()
+    watched = Console(file=screen, force_terminal=True, width=80, get_time=lambda: now[0])
+    monkeypatch.setattr(progress, "console", watched)
+    monkeypatch.setattr(progress, "interactive", lambda: True)
+    with progress.task("sampling completions", 100, "completions") as task:
+        for _ in range(2):
+            now[0] += 6
+            task.advance(ended)
+    last = [line for line in screen.getvalue().replace("\r", "\n").splitlines() if "sampling" in line][-1]
+    assert expected in last
+    assert cell_len(Text.from_ansi(last).plain) <= 80
 
 
 def test_an_error_inside_is_not_called_done(capsys, clock):

@@ -103,7 +103,7 @@ def run_stages(
     if not given["dry_run"]:
         _launch(given["processes"], given["accelerate_config"], threads=loaded.recipe.model.threads)
     folder: Path = given["run_dir"] or loaded.recipe.default_run_dir
-    selection = Selection(first, last, frozenset(given["force"] or ()))
+    selection = Selection(first, last, frozenset(given["force"] or ()), names_stages=section is None)
     if given["dry_run"]:
         result = runner.dry_run(loaded, folder, selection)
         show_plan(result)

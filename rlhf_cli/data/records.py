@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["demonstration", "prompt", "preference", "ranking", "candidates"]
 
@@ -45,10 +46,12 @@ class PromptRecord:
 
     Attributes:
         location: `file:line` that it was read from.
+        reference: the `reference` of the row, such as the known result, for reward functions; None if it has none.
     """
 
     prompt: Prompt
     location: str = field(default="", compare=False)
+    reference: Any = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Candidates:
         known: tiers, if their order is known already (gold items, tests of judges).
         subset: part of the data that it belongs to, if the file says so.
         location: `file:line` that it was read from.
+        reference: see `PromptRecord`.
     """
 
     prompt: Prompt
@@ -94,6 +98,7 @@ class Candidates:
     known: tuple[tuple[int, ...], ...] | None = None
     subset: str | None = None
     location: str = field(default="", compare=False)
+    reference: Any = field(default=None, hash=False)
 
 
 Record = Demonstration | PromptRecord | Ranking | Candidates
@@ -122,6 +127,15 @@ def prompt_key(prompt: Prompt) -> str:
     plain = prompt_text(prompt) if is_question else prompt_to_json(prompt)
     text = json.dumps(plain, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def references_of(records: Iterable[PromptRecord | Candidates]) -> dict[str, Any]:
+    """Return prompt key -> `reference` of the records that have one; of equal prompts the first counts."""
+    found: dict[str, Any] = {}
+    for record in records:
+        if record.reference is not None:
+            found.setdefault(prompt_key(record.prompt), record.reference)
+    return found
 
 
 def split_key(prompt: Prompt) -> str:

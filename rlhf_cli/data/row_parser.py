@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from rlhf_cli.data.formats import ImportOptions, convert_row
 from rlhf_cli.data.parsing.comparisons import ComparisonReader, has
@@ -59,6 +60,8 @@ class RowParser:
             "candidates": self._candidates,
         }[self._kind]
         record = parse(row)
+        if isinstance(record, PromptRecord | Candidates) and row.fields.get("reference") is not None:
+            record = replace(record, reference=row.fields["reference"])
         is_plain_text = isinstance(record, Demonstration) and not has(row, "prompt")
         if is_blank(record.prompt) and not is_plain_text:
             self._warnings.add("empty prompt", row.location)

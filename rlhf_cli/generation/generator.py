@@ -57,8 +57,8 @@ class Generator(Protocol):
         Args:
             policy: the model that writes, with its stop tokens and sampling settings.
             requests: N requests, in any order.
-            progress: called with the number of completions drawn since the last call.
-            stop: called between batches; may raise.
+            progress: called with the number of completions that ended since the last call, which may be 0.
+            stop: called after every token; may raise, and then the batch is lost.
 
         Returns:
             N completions, in the order of `requests`.

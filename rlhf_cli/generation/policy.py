@@ -160,13 +160,24 @@ class Policy:
         """
         return longest_prompt(self.config, self.sampling.max_new_tokens, name=self.format.name, setting=setting)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return a completion as text, without special tokens.
+    def decode(self, ids: Sequence[int], *, raw: bool = False) -> str:
+        """Return a completion as text, without the stop and pad tokens at its end and a BOS token at its beginning.
 
-        White space at both ends stays: a reward model that was trained on completions with a leading space scores
-        completions with a leading space.
+        Other special tokens that the policy wrote, such as `[THINK]`, are part of what it says. White space at both
+        ends stays too: a reward model that was trained on completions with a leading space scores completions with a
+        leading space.
+
+        Args:
+            ids: token ids of the completion.
+            raw: leave all special tokens in.
         """
-        text = self.format.tokenizer.decode(list(ids), skip_special_tokens=True)
+        tokenizer, kept = self.format.tokenizer, list(ids)
+        ends = [] if raw else [tokenizer.pad_token_id, *self.stop_ids]
+        while kept and kept[-1] in ends:
+            kept.pop()
+        if not raw and kept and kept[0] == tokenizer.bos_token_id:
+            del kept[0]
+        text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

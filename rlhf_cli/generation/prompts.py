@@ -26,17 +26,19 @@ class TokenizedPrompts:
     Attributes:
         prompts: plain text or conversations.
         ids: their token ids, in the same order.
+        references: see `references_of`.
     """
 
     prompts: Sequence[Prompt]
     ids: Sequence[list[int]]
+    references: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def first(self, count: int) -> TokenizedPrompts:
         """Return the first `count` prompts."""
-        return TokenizedPrompts(self.prompts[:count], self.ids[:count])
+        return TokenizedPrompts(self.prompts[:count], self.ids[:count], self.references)
 
 
 @dataclass(frozen=True)

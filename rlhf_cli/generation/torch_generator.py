@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,21 +62,29 @@ class TorchGenerator:
             try:
                 for start in range(0, len(order), size):
                     rows = order[start : start + size]
-                    batch = _generate_batch(model, policy, [requests[row] for row in rows], stop_ids)
+                    told = _Told(progress, stop)
+                    batch = _generate_batch(model, policy, [requests[row] for row in rows], stop_ids, told)
                     drawn.update(zip(rows, batch, strict=True))
-                    progress(len(rows))
                     stop()
             finally:
                 model.train(was_training)
         return [drawn[index] for index in range(len(requests))]
 
 
+@dataclass(frozen=True)
+class _Told:
+    """Who is told of every token; see `Generator.generate`."""
+
+    progress: Callable[[int], object]
+    stop: Callable[[], object]
+
+
 def _generate_batch(
-    model: PreTrainedModel, policy: Policy, requests: Sequence[Request], stop_ids: set[int]
+    model: PreTrainedModel, policy: Policy, requests: Sequence[Request], stop_ids: set[int], told: _Told
 ) -> list[Completion]:
     uniforms = _uniforms([request.seed for request in requests], policy.sampling.max_new_tokens)
     decoding = _Decoding(model, [request.prompt_ids for request in requests])
-    rows = _decode(decoding, uniforms.to(model.device), policy.sampling, stop_ids)
+    rows = _decode(decoding, uniforms.to(model.device), policy.sampling, stop_ids, told)
     return [Completion(ids, policy.decode(ids), ids[-1] in stop_ids) for ids in rows]
 
 
@@ -85,7 +94,9 @@ def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _decode(decoding: _Decoding, uniforms: Tensor, sampling: Sampling, stop_ids: set[int]) -> list[list[int]]:
+def _decode(
+    decoding: _Decoding, uniforms: Tensor, sampling: Sampling, stop_ids: set[int], told: _Told
+) -> list[list[int]]:
     """Draw tokens until every row has a stop token or the limit is reached.
 
     Args:
@@ -93,6 +104,7 @@ def _decode(decoding: _Decoding, uniforms: Tensor, sampling: Sampling, stop_ids:
         uniforms: (B, max_new_tokens) random numbers, one per token.
         sampling: temperature and nucleus.
         stop_ids: tokens that end a row; kept at its end.
+        told: of rows that ended; may raise to stop.
     """
     count, limit = uniforms.shape
     completions: list[list[int]] = [[] for _ in range(count)]
@@ -105,7 +117,10 @@ def _decode(decoding: _Decoding, uniforms: Tensor, sampling: Sampling, stop_ids:
             completions[row].append(token)
         staying = [index for index, token in enumerate(drawn) if token not in stop_ids]
         if not staying or step + 1 == limit:
+            told.progress(len(active))
             break
+        told.progress(len(active) - len(staying))
+        told.stop()
         if len(staying) < len(active):
             # Finished rows leave at once: their share of every later step would be wasted.
             decoding.keep(staying)

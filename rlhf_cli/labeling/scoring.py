@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf_cli.data.records import Prompt, Ranking
-from rlhf_cli.rewards.base import Reward
+from rlhf_cli.rewards.base import NO_COLUMNS, Columns, Reward
 from rlhf_cli.rewards.validation import finite_scores
 
 if TYPE_CHECKING:
@@ -35,13 +35,19 @@ class CompletionScorer(Protocol):
 
 @dataclass(frozen=True)
 class FunctionScorer:
-    """Scores with a Python function."""
+    """Scores with a Python function.
+
+    Attributes:
+        function: the function.
+        columns: N prompts and N texts -> what else is known about these completions.
+    """
 
     function: Reward
+    columns: Callable[[list[Prompt], list[str]], Columns] = lambda prompts, completions: NO_COLUMNS
 
     def score(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
         """See `CompletionScorer`; raises an error for a score that is not finite."""
-        return finite_scores(self.function, prompts, completions)
+        return finite_scores(self.function, prompts, completions, self.columns(prompts, completions))
 
 
 @dataclass(frozen=True)

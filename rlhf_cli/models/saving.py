@@ -14,6 +14,27 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
 from rlhf_cli.models.loading import quiet_libraries
 from rlhf_cli.models.lora import adapter_layers, cast_weights
+from rlhf_cli.progress import say
+from rlhf_cli.transformer.config import TransformerConfig
+
+LOADING = "LOADING.md"
+_HOW_TO_LOAD = """\
+# Loading this model
+
+Its architecture is `rlhf-transformer`, which transformers knows only after an import; without it, transformers suggests
+an upgrade, which does not help.
+
+```python
+import rlhf_cli.transformer  # of the package rlhf-cli; registers the architecture
+from transformers import AutoTokenizer, {auto}
+
+model = {auto}.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+If it is a decoder that consists of the parts of a Llama (the default) or of a GPT-2,
+`rlhf transformer export FOLDER OUT` writes a Llama or GPT-2 with the same logits, which needs no import.
+"""
 
 
 def save_model_folder(
@@ -49,6 +70,10 @@ def save_model_folder(
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if isinstance(model.config, TransformerConfig):
+            auto = type(model).__name__.replace("Transformer", "AutoModel", 1)
+            (folder / LOADING).write_text(_HOW_TO_LOAD.format(auto=auto), encoding="utf-8")
+            say(f"a model of `model.build`: {LOADING} beside it says how other programs load it")
 
 
 @contextmanager

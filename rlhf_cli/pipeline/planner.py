@@ -53,11 +53,13 @@ class Selection:
         first: `--from`; None is the first stage of the recipe.
         last: `--to`; None is the last stage of the recipe.
         force: `--force`: stages that run again even if they are finished.
+        names_stages: whether `--force` takes the name of a stage, as in `rlhf run`, for messages.
     """
 
     first: str | None = None
     last: str | None = None
     force: frozenset[str] = field(default_factory=frozenset)
+    names_stages: bool = True
 
 
 def select(recipe: Recipe, selection: Selection) -> list[Stage]:
@@ -128,14 +130,14 @@ class Planner:
         recipe: recipe with resolved paths.
         run: the run directory.
         chosen: selected stages, in order.
-        force: names of stages that run again.
+        selection: what the command line selects.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, chosen: list[Stage], force: frozenset[str]) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, chosen: list[Stage], selection: Selection) -> None:
         self._recipe = recipe
         self._run = run
         self._chosen = chosen
-        self._force = force
+        self._force, self._names_stages = selection.force, selection.names_stages
         self._artifacts = RunArtifacts(run, frozenset(stage.name for stage in chosen))
         self._digests = Digests(recipe, run)
 
@@ -250,9 +252,10 @@ class Planner:
         if not began["settings"]:
             file = self._run.began_file(stage.name)
             found = [f"{file}, which records its settings, is missing or damaged"]
+        force = f"--force {stage.name}" if self._names_stages else "--force"
         raise ChangedInputsError(
             f"{self._run.path} has an unfinished `{stage.name}` that was started differently: {_listed(found)}",
-            hint=f"undo the change to resume, or discard the unfinished work with `--force {stage.name}`"
+            hint=f"undo the change to resume, or discard the unfinished work with `{force}`"
             + ("; human labels and paid verdicts are kept" if stage.name == "label" else ""),
         )
 

@@ -6,6 +6,7 @@
     runs/NAME/.ppo.began.json settings and inputs that the unfinished stage was started with
     runs/NAME/.sft.old/       the previous artifact while it is being replaced
     runs/NAME/kept/label/     what cannot be computed again: human labels, paid verdicts
+    runs/NAME/kept/evaluate/  earlier evaluations, each in a folder named by its fingerprint
     runs/NAME/.lock           locked with flock while a process uses the run directory
 
 `.ppo.output` is at the same depth as `ppo`, so that relative paths inside an artifact stay valid after the rename.
@@ -170,10 +171,33 @@ class RunDirectory:
                 shutil.rmtree(folder)
         self.began_file(stage).unlink(missing_ok=True)
 
-    def publish(self, stage: str, manifest: Manifest) -> None:
-        """Move a finished stage to its final folder; atomic even if the process is killed."""
+    def location_of_earlier(self, stage: str, fingerprint: str) -> Path | None:
+        """Return where the finished artifact of a stage moves if another is published and it is to be kept.
+
+        None if there is no artifact, if it is damaged, or if the new one has the same fingerprint.
+        """
+        try:
+            manifest = self.read_manifest(stage)
+        except DamagedArtifact:
+            return None
+        if manifest is None or manifest.fingerprint == fingerprint:
+            return None
+        return self.kept(stage) / manifest.fingerprint[:12]
+
+    def publish(self, stage: str, manifest: Manifest, *, earlier: Path | None = None) -> None:
+        """Move a finished stage to its final folder; atomic even if the process is killed.
+
+        Args:
+            stage: name of the stage.
+            manifest: of its output.
+            earlier: where the artifact that is there now moves; None deletes it.
+        """
         manifest.write(self.output(stage))
         fsync_tree(self.output(stage))
+        if earlier is not None:
+            shutil.rmtree(earlier, ignore_errors=True)  # the same evaluation, kept before
+            earlier.parent.mkdir(parents=True, exist_ok=True)
+            rename(self.artifact(stage), earlier)
         self._swap_in(stage)
 
     def _swap_in(self, stage: str) -> None:

@@ -101,7 +101,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         return RunResult(folder, [])
     with directory.lock(), SignalStop() as stop, disk_errors(folder):
         directory.recover()
-        planner = Planner(recipe, directory, chosen, selection.force)
+        planner = Planner(recipe, directory, chosen, selection)
         steps = planner.plan()
         to_run = [step for step in steps if step.action != "cached"]
         preflight(recipe, _inputs_of(to_run))
@@ -133,7 +133,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     """Return what `run` would do, after the same checks; writes nothing and takes no lock."""
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
-    steps = Planner(recipe, directory, select(recipe, selection), selection.force).plan()
+    steps = Planner(recipe, directory, select(recipe, selection), selection).plan()
     preflight(recipe, _inputs_of(step for step in steps if step.action != "cached"))
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
     rows = []
@@ -173,9 +173,12 @@ class _Executor:
             warn(f"{name} is {step.reason}; running it again")
         else:
             say(f"{name}: {'resuming' if step.action == 'resume' else 'starting'} ({step.reason})")
+        earlier = self._run.location_of_earlier(name, fingerprint(step.identity)) if step.stage.keeps_earlier else None
+        if earlier is not None:
+            say(f"{name}: the earlier results will move to {earlier}; another --run-dir keeps both in place")
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
-        self._run.publish(name, manifest)
+        self._run.publish(name, manifest, earlier=earlier)
         return self._result(step, "done", manifest)
 
     def _work(self, step: Step) -> Manifest:

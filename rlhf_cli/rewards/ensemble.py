@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.progress import warn
-from rlhf_cli.rewards.base import Reward, Scores
+from rlhf_cli.rewards.base import NO_COLUMNS, Columns, Reward, Scores
 from rlhf_cli.rewards.validation import sample
 
 Combination = Literal["sum", "mean", "min", "mean-std"]
@@ -88,7 +88,7 @@ class CombinedReward:
         how = {"mean-std": f"mean - {self._std_coef:g} std"}.get(self._combination, self._combination)
         return f"the {how} of {', '.join(parts[:-1])} and {parts[-1]}"
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS) -> Scores:
         """Score N completions; N may be 0.
 
         If a reward, before or after weighting, is not finite in float32, the completion's total is NaN, and PPO skips
@@ -99,7 +99,7 @@ class CombinedReward:
             DataError: the scores of a reward are unusable, see `Reward.score`.
         """
         parts = {
-            name: reward.score(prompts, completions) if completions else []
+            name: reward.score(prompts, completions, columns) if completions else []
             for name, (reward, _) in zip(self.names, self._members, strict=True)
         }
         weights = [weight for _, weight in self._members]

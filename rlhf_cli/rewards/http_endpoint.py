@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx2
 
@@ -16,6 +17,7 @@ from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DataError, Interrupted
 from rlhf_cli.http_client.client import INITIAL_BACKOFF, Hints, JSONClient, excerpt
 from rlhf_cli.progress import warn
+from rlhf_cli.rewards.base import NO_COLUMNS, Columns, check_known
 from rlhf_cli.rewards.validation import numbers
 from rlhf_cli.settings.rewards import PPORewardSettings
 
@@ -68,22 +70,25 @@ class HTTPReward:
             initial_backoff=initial_backoff,
             stop=stop,
         )
-        self._shown, self._request_size = self._http.shown, settings.request_size
+        self._shown, self._request_size, self._send = self._http.shown, settings.request_size, settings.send
 
     @property
     def name(self) -> str:
         """Host and port of the endpoint."""
         return self._http.host
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS
+    ) -> list[float]:
         """Score completions, see `Reward`; `null` in the response is NaN.
 
         Raises:
             DataError: the endpoint is unreachable, rejects a request, or does not return one number per completion.
             Interrupted: a stop was requested while the endpoint was unreachable.
         """
+        check_known(self._shown, self._send, columns)
         try:
-            return asyncio.run(self._ask_all(prompts, completions))
+            return asyncio.run(self._ask_all(prompts, completions, columns))
         except Interrupted:
             warn(
                 f"{self._shown} was unreachable until the stop: this step has no rewards and cannot be finished; the "
@@ -91,30 +96,36 @@ class HTTPReward:
             )
             raise
 
-    async def _ask_all(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    async def _ask_all(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns) -> list[float]:
         size = self._request_size
+
+        def part(start: int) -> Coroutine[Any, Any, list[float]]:
+            rows = slice(start, start + size)
+            more = {name: list(columns[name][rows]) for name in self._send}
+            return self._ask(batch, prompts[rows], completions[rows], more)
+
         async with self._http.connect() as client:
             batch = _Batch(client)
-            parts = [
-                asyncio.create_task(self._ask(batch, prompts[start : start + size], completions[start : start + size]))
-                for start in range(0, len(completions), size)
-            ]
+            tasks = [asyncio.create_task(part(start)) for start in range(0, len(completions), size)]
             try:
-                return [score for part in await asyncio.gather(*parts) for score in part]
+                return [score for scores in await asyncio.gather(*tasks) for score in scores]
             finally:
                 # The first failure cancels the other requests.
-                for part in parts:
-                    part.cancel()
-                await asyncio.gather(*parts, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask(self, batch: _Batch, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    async def _ask(
+        self, batch: _Batch, prompts: Sequence[Prompt], completions: Sequence[str], more: Columns
+    ) -> list[float]:
         """Send one request and return its rewards."""
         request = {
             "version": VERSION,
             "prompts": [prompt_to_json(prompt) for prompt in prompts],
             "completions": list(completions),
+            **more,
         }
-        body = json.dumps(request).encode("ascii")
+        body = json.dumps(request, default=str).encode("ascii")
         async with batch.slots:
             limit = _BASE_BYTES + _BYTES_PER_COMPLETION * len(prompts)
             content = await self._http.post(batch.client, body, limit)

@@ -19,7 +19,10 @@ from typing import Any, cast
 
 from rlhf_cli.data.records import Prompt, prompt_text
 from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.rewards.base import COLUMNS, NO_COLUMNS, Columns, check_known
 from rlhf_cli.rewards.validation import numbers, sample, shown
+
+_More = dict[str, list[Any]]
 
 _SPELLINGS = "`package.module:function` or `file.py:function`"
 
@@ -28,7 +31,8 @@ _SPELLINGS = "`package.module:function` or `file.py:function`"
 class ScoringFunction:
     """A `Reward` that calls a function of prompts and completions, which returns one number per completion.
 
-    The function receives a conversation as the text of its turns.
+    The function receives a conversation as the text of its turns. Further parameters named in `COLUMNS` receive these
+    columns; one without a default must be known.
 
     Attributes:
         spec: the name by which the user gave it.
@@ -40,40 +44,55 @@ class ScoringFunction:
     spec: str
     path: Path
     digest: str
-    function: Callable[[list[str], list[str]], Sequence[float]]
+    function: Callable[..., Sequence[float]]
 
     @property
     def name(self) -> str:
         """`file.py:function` without its folder, or `package.module:function`."""
         return self.spec.replace("\\", "/").rpartition("/")[2]
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS
+    ) -> list[float]:
         """Score all completions in one call; see `Reward`.
 
         Raises:
-            DataError: the function raises, or does not return one number per completion; names the sample.
+            DataError: the function raises, does not return one number per completion (names the sample), or asks for a
+                column that is not known.
         """
         texts = [prompt_text(prompt) for prompt in prompts]
         origin = f"the function `{self.spec}`"
+        more = self._columns(origin, columns)
         try:
-            scores = self.function(list(texts), list(completions))
+            scores = self.function(list(texts), list(completions), **more)
         except (Exception, SystemExit) as error:  # whatever the user's code raises
-            raise self._raised(origin, error, texts, completions) from error
+            raise self._raised(origin, error, texts, completions, more) from error
         if not _is_list(scores):
             raise DataError(
                 f"{origin} returned {shown(scores)}, not a list of scores", hint="return one float per completion"
             )
         if len(scores) != len(completions):
-            raise self._wrong_length(origin, len(scores), texts, completions)
+            raise self._wrong_length(origin, len(scores), texts, completions, more)
         return numbers(origin, scores, prompts, completions)
 
+    def _columns(self, origin: str, columns: Columns) -> _More:
+        """Return the columns that the function's signature asks for."""
+        try:
+            _, _, *rest = inspect.signature(self.function).parameters.values()
+        except ValueError:  # no signature, as many functions written in C; or fewer than two parameters
+            return {}
+        asked = {parameter.name: parameter for parameter in rest if parameter.name in COLUMNS}
+        check_known(origin, [name for name, one in asked.items() if one.default is one.empty], columns)
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in rest)
+        return {name: list(values) for name, values in columns.items() if takes_all or name in asked}
+
     def _raised(
-        self, origin: str, error: BaseException, prompts: Sequence[str], completions: Sequence[str]
+        self, origin: str, error: BaseException, prompts: Sequence[str], completions: Sequence[str], more: _More
     ) -> DataError:
         """Name the first sample for which the function raises the same error when called with it alone, if any."""
         blame = f"; it does not raise if called with each of the {len(completions):,} samples alone"
-        for prompt, completion in zip(prompts, completions, strict=True):
-            alone = error if len(completions) == 1 else self._alone(prompt, completion)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            alone = error if len(completions) == 1 else self._alone(prompt, completion, more, row)
             if type(alone) is type(error):
                 error, blame = alone, f", for {sample(prompt, completion)}"
                 break
@@ -82,11 +101,13 @@ class ScoringFunction:
             hint="it is called with a list of prompts and a list of completions, both lists of strings",
         )
 
-    def _wrong_length(self, origin: str, length: int, prompts: Sequence[str], completions: Sequence[str]) -> DataError:
+    def _wrong_length(
+        self, origin: str, length: int, prompts: Sequence[str], completions: Sequence[str], more: _More
+    ) -> DataError:
         """Name the first sample for which the function does not return one score if called with it alone."""
         blame = ""
-        for prompt, completion in zip(prompts, completions, strict=True):
-            alone = self._alone(prompt, completion)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            alone = self._alone(prompt, completion, more, row)
             if _is_list(alone) and len(alone) != 1:
                 blame = f"; {len(alone)} for {sample(prompt, completion)} alone"
                 break
@@ -95,10 +116,10 @@ class ScoringFunction:
             hint="return one float per completion, in the same order, even for an empty one",
         )
 
-    def _alone(self, prompt: str, completion: str) -> Any:
+    def _alone(self, prompt: str, completion: str, more: _More, row: int) -> Any:
         """Return the function's result for a single sample, or the error that it raises."""
         try:
-            return self.function([prompt], [completion])
+            return self.function([prompt], [completion], **{name: [values[row]] for name, values in more.items()})
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             return error
 
@@ -129,7 +150,7 @@ def load_scoring_function(spec: str) -> ScoringFunction:
         raise UsageError(f"`{spec}` must be a function, got {type(function).__name__}", hint=f"write {_SPELLINGS}")
     path = Path(module.__file__ or position)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return ScoringFunction(spec, path, digest, cast(Callable[[list[str], list[str]], Sequence[float]], function))
+    return ScoringFunction(spec, path, digest, cast(Callable[..., Sequence[float]], function))
 
 
 def _module_from_file(spec: str, path: Path) -> ModuleType:

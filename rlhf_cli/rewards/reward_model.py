@@ -10,6 +10,7 @@ from typing import Protocol
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import load_reward_model
+from rlhf_cli.rewards.base import NO_COLUMNS, Columns
 
 
 class ScoresText(Protocol):
@@ -35,7 +36,9 @@ class ModelReward:
     name: str
     model: ScoresText
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS
+    ) -> list[float]:
         """See `Reward`."""
         return self.model.score(prompts, completions)
 

@@ -9,12 +9,14 @@ from typing import Any, cast
 
 from rlhf_cli.data.records import Prompt, prompt_text
 from rlhf_cli.errors import DataError
-from rlhf_cli.rewards.base import Reward
+from rlhf_cli.rewards.base import NO_COLUMNS, Columns, Reward
 
 _SHOWN = 60
 
 
-def finite_scores(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+def finite_scores(
+    reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS
+) -> list[float]:
     """Return the scores of a reward, for labeling and evaluation, which need finite numbers.
 
     PPO uses `CombinedReward`, which lets NaN pass, because PPO can skip a step.
@@ -22,7 +24,7 @@ def finite_scores(reward: Reward, prompts: Sequence[Prompt], completions: Sequen
     Raises:
         DataError: a score is NaN or infinite; names the first sample.
     """
-    scores = reward.score(prompts, completions)
+    scores = reward.score(prompts, completions, columns)
     if (bad := first_not_finite(scores)) is not None:
         raise DataError(
             f"the reward `{reward.name}` returned {scores[bad]}, which is not finite, for "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,7 +10,8 @@ from rlhf_cli.settings.base import Address, Effort, EffortOnly, External, ModelN
 
 
 class PPORewardSettings(Section):
-    """A reward in addition to the reward model: exactly one of `function`, `model` and `url`. Each receives text."""
+    """A reward in addition to the reward model: exactly one of `function`, `model` and `url`. Each receives text, and
+    functions and endpoints also what else they ask for."""
 
     function: Annotated[str | None, External("function")] = None
     """Reward function, as `file.py:function` or `package.module:function`; see `label.function`."""
@@ -21,6 +22,8 @@ class PPORewardSettings(Section):
     """URL of an HTTP endpoint; docs/rewards.md describes request and response."""
     weight: float = 1.0
     """Factor applied to this reward before rewards are combined; not 0."""
+    send: list[Literal["references", "completion_ids", "raw_completions"]] = Field(default_factory=list)
+    """What a request to `url` holds besides prompts and completions; docs/rewards.md describes each."""
     token_env: VariableName = None
     """Environment variable that holds the bearer token for `url`."""
     timeout: Annotated[Positive, EffortOnly()] = 30.0
@@ -45,7 +48,6 @@ class PPORewardSettings(Section):
                 f"expected exactly one of `function`, `model` and `url`; got {' and '.join(given) or 'none'}"
             )
         if self.url is None:
-            for name in ("token_env", "timeout", "retries", "request_size"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"`{name}` has no effect without `url`")
+            for name in self.changed("send", "token_env", "timeout", "retries", "request_size"):
+                raise ValueError(f"`{name}` has no effect without `url`")
         return self

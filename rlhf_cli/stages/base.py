@@ -135,6 +135,7 @@ class Stage(Generic[S, I]):
         check: raises `ValueError` if the section contradicts the shared settings.
         disk_bytes: (settings, bytes of the base model in float32) -> upper bound of the bytes written.
         unaffected_by: dotted prefixes of shared settings that do not affect the result.
+        keeps_earlier: an artifact that is replaced by one with other settings or inputs moves to `KEPT`.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Stage(Generic[S, I]):
     check: Callable[[S, RunSettings], None] = no_check
     disk_bytes: Callable[[S, int], int] = no_bytes
     unaffected_by: tuple[str, ...] = ()
+    keeps_earlier: bool = False
 
     @property
     def section(self) -> str:

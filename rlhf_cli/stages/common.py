@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.data.records import Prompt, Record, prompt_key, prompt_text
+from rlhf_cli.data.records import Prompt, Record, prompt_key, prompt_text, references_of
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.data.splits import Split
 from rlhf_cli.distributed.ranks import is_main
@@ -189,7 +189,7 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
         prompts.append(record.prompt)
         ids.append(tokens)
     loaded.skips.check(loaded.total, data.max_skip, source)
-    return TokenizedPrompts(prompts, ids), loaded.skips
+    return TokenizedPrompts(prompts, ids, references_of(loaded.records)), loaded.skips
 
 
 def trackers(context: StageContext[Any, Any]) -> Trackers | None:

@@ -12,7 +12,10 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "label": ("rlhf_cli.stages.label.stage", "Sample completions and rank them, or import rankings."),
     "train-rm": ("rlhf_cli.stages.reward_model.stage", "Train a reward model on rankings or preferences."),
     "ppo": ("rlhf_cli.stages.ppo.stage", "Train the policy with PPO and a KL penalty to the SFT model."),
-    "evaluate": ("rlhf_cli.stages.evaluate.stage", "Compare the PPO policy with the SFT model on held-out prompts."),
+    "evaluate": (
+        "rlhf_cli.stages.evaluate.stage",
+        "Compare a policy with a baseline, by default PPO with SFT, on held-out prompts.",
+    ),
 }
 """Name of a stage and its command -> module that defines `STAGE`, and the line that `rlhf --help` shows."""
 

@@ -42,7 +42,6 @@ FAST = {
     "ppo.steps": "2",
     "ppo.prompts_per_step": "4",
     "ppo.epochs": "1",
-    "evaluate.bootstrap": "100",
     "label.completions_per_prompt": "2",
 }
 PROMPTS = [f"What is {thing} number {n}?" for n in range(20) for thing in ("bread", "the sky")]

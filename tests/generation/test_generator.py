@@ -57,7 +57,7 @@ def test_label(tiny_llama: Path, prompts: Path, judge: str, tmp_path: Path):
 
 
 def test_evaluate(tiny_llama: Path, prompts: Path, judge: str, tmp_path: Path):
-    section = {"judge_function": judge, "bootstrap": 100}
+    section = {"judge_function": judge}
     given = context(
         "evaluate", tmp_path, section, baseline=tiny_llama, policy=tiny_llama, prompts=prompts, judge_function=judge
     )

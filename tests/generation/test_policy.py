@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Request
@@ -32,6 +33,27 @@ def test_a_stop_token_that_is_none_is_refused_before_weights_are_read(tiny_llama
     with pytest.raises(UsageError, match=r"'no such token' is \d+ tokens of") as caught:
         load(tiny_llama, sampling=Sampling(stop_tokens=("no such token",)))
     assert caught.value.hint
+
+
+def test_text_keeps_what_the_policy_wrote_but_for_its_end(tiny_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    own = ["[THINK]", "[/THINK]", "[STOP]"]
+    tokenizer.add_special_tokens({"bos_token": "[BOS]", "pad_token": "[PAD]", "additional_special_tokens": own})
+    tokenizer.clean_up_tokenization_spaces = True
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("[STOP]")]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load(tmp_path)
+    for text in ("[THINK]hm[/THINK]It is 3 , do n't .", " leading and trailing ", "", "[THINK]"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ends = [tokenizer.convert_tokens_to_ids("[STOP]"), tokenizer.pad_token_id, tokenizer.pad_token_id]
+        assert policy.decode(ids) == text
+        assert policy.decode([tokenizer.bos_token_id, *ids, *ends]) == text
+        assert policy.decode([*ids, tokenizer.eos_token_id]) == text
+        assert policy.decode([*ids, *ends], raw=True) == text + "[STOP]" + 2 * tokenizer.pad_token
+    assert policy.decode([*ends, *tokenizer("x", add_special_tokens=False).input_ids]).endswith("x")
 
 
 def test_longest_prompt_leaves_room_for_the_completion(tiny_llama, tiny_t5, tiny_bart):

@@ -381,7 +381,7 @@ def test_ppo_under_either_attention_has_the_same_metrics(samples: int, tiny_llam
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
 
-    def vowels(prompts, texts):
+    def vowels(prompts, texts, columns):
         return Scores([sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts], {})
 
     histories = []

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_cli.intervals import PromptSums, resampled_sums, wilson_interval, worth_of
+from rlhf_cli.intervals import PromptSums, resampled_sums
 from rlhf_cli.labeling.statistics.report import LabelReport
 from rlhf_cli.labeling.statistics.summary import statistics
 from tests.labeling.crowd import Person, crowd, label
@@ -97,30 +97,6 @@ def test_one_person_two_guidelines_and_a_prompt_nobody_ranks_are_warnings():
     assert "no question, private data" in skipped.text
     assert report.guidelines == {"b" * 64: 20, "a" * 64: 10}
     assert report.counts.reasons == {"no question": 1, "private data": 1}
-
-
-def test_wilson_by_hand():
-    # Wilson (1927): at p = 1 the lower end is n / (n + z^2).
-    assert wilson_interval(1.0, 10)[0] == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
-    assert wilson_interval(0.0, 10)[1] == pytest.approx(1 - 10 / (10 + 1.959964**2), abs=1e-6)
-    low, high = wilson_interval(0.5, 100)
-    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
-
-
-def test_worth_of_prompts():
-    ones = np.arange(200)
-    # 100 of 200 single pairs: as good as independent, but for the freedom that 199 leave.
-    single = worth_of(PromptSums(ones, np.column_stack([ones % 2, np.ones(200)]).astype(float)))
-    assert single == pytest.approx(200, rel=0.03)
-    # Ten pairs a prompt, all alike: each prompt counts once.
-    alike = worth_of(PromptSums(ones, np.column_stack([10 * (ones % 2), np.full(200, 10)]).astype(float)))
-    assert alike == pytest.approx(200, rel=0.03)
-    # Four prompts of one pair each leave three degrees of freedom: t is 3.182 where the normal has 1.96.
-    few = worth_of(PromptSums(ones[:4], np.column_stack([ones[:4] % 2, np.ones(4)]).astype(float)))
-    assert few == pytest.approx(0.25 * 3 / 4 / (4 * 0.25 / 16) * (1.96 / 3.182) ** 2, rel=0.02)
-    # Nothing varies: Kish's number.
-    same = worth_of(PromptSums(ones[:2], np.array([[3.0, 3.0], [1.0, 1.0]])))
-    assert same == pytest.approx(16 / 10)
 
 
 def test_resampled_sums_of_all_columns_see_the_same_draws():

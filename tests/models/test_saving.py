@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 
+from rlhf_cli.cli.transformer import export
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
+from rlhf_cli.models.build import build_model
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.saving import generation_config, save_model_folder
-from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.settings.shared import BuildSettings, LoraSettings
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_t5"])
@@ -92,3 +97,20 @@ def test_a_folder_that_cannot_be_made_is_a_disk_error(tiny_llama: Path, tmp_path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DiskError, match="cannot write the model"):
         save_model_folder(model, tokenizer, tmp_path / "file" / "out", dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_a_built_model_says_how_to_load_it_and_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 32, "vocab_size": 270}
+    build_model(tmp_path / "built", ["some text"], BuildSettings(context_length=16, **sizes), seed=0)
+    model, tokenizer = (kind.from_pretrained(tmp_path / "built") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    save_model_folder(model, tokenizer, tmp_path / "out", dtype=torch.float32)
+    assert "LOADING.md beside it says how other programs load it" in " ".join(capsys.readouterr().err.split())
+    text = (tmp_path / "out" / "LOADING.md").read_text().replace("FOLDER", str(tmp_path / "out"))
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    check = f"{code}\nassert type(model).__name__ == 'TransformerForCausalLM', type(model)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+    export(str(tmp_path / "out"), tmp_path / "plain")
+    assert not (tmp_path / "plain" / "LOADING.md").exists()
+    plain = code.replace("import rlhf_cli.transformer", "#").replace(str(tmp_path / "out"), str(tmp_path / "plain"))
+    subprocess.run([sys.executable, "-c", plain], check=True)

@@ -210,12 +210,12 @@ def test_attention_names_match_the_registry():
 
 def test_all_problems_at_once_in_the_order_of_the_file(tmp_path):
     text = "ppo:\n  steps: 0\n  clip: 1\nseed: x\nsft:\n  data: 3\n"
-    found = problems(tmp_path, text, "ppo.gamma=2", "ppo.nothing", "evaluate.bootstrp=1")
+    found = problems(tmp_path, text, "ppo.gamma=2", "ppo.nothing", "evaluate.tie_margn=1")
     assert [problem.split(": ")[0] for problem in found[:4]] == ["r.yaml:2", "r.yaml:3", "r.yaml:4", "r.yaml:6"]
     assert set(found[4:]) == {
         "--set ppo.gamma=2: `ppo.gamma` must be at most 1; got 2",
         "--set ppo.nothing: expected SETTING=VALUE, such as ppo.learning_rate=1e-6",
-        "--set evaluate.bootstrp=1: unknown setting `evaluate.bootstrp`, did you mean `bootstrap`?",
+        "--set evaluate.tie_margn=1: unknown setting `evaluate.tie_margn`, did you mean `tie_margin`?",
     }
 
 
@@ -229,7 +229,7 @@ def test_a_long_value_is_shortened_and_control_characters_are_shown(tmp_path):
     ("settings", "read", "value"),
     [
         (["ppo.learning_rate=1e-6"], lambda r: r.ppo.learning_rate, 1e-6),
-        (["evaluate.bootstrap=500"], lambda r: r.evaluate.bootstrap, 500),
+        (["evaluate.max_prompts=500"], lambda r: r.evaluate.max_prompts, 500),
         (["evaluate={}"], lambda r: r.evaluate is not None, True),
         (["evaluate="], lambda r: r.evaluate is not None, True),
         (["ppo=null"], lambda r: r.ppo, None),

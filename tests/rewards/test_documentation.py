@@ -33,9 +33,15 @@ def test_the_function_scores(tmp_path):
     assert load_scoring_function(f"{tmp_path}/brevity.py:score").score(["p", "q"], ["one two", ""]) == [-0.02, 0.0]
 
 
+def test_the_function_with_references_scores(tmp_path):
+    (tmp_path / "exact.py").write_text(blocks("python")[1])
+    scorer = load_scoring_function(f"{tmp_path}/exact.py:score")
+    assert scorer.score(["p", "q"], [" 4", "5"], {"references": ["4", "6"]}) == [1.0, 0.0]
+
+
 def test_the_server_is_sent_and_answers_what_the_page_says(tmp_path):
     namespace: dict = {"__name__": "server"}
-    exec(compile(blocks("python")[1], "server.py", "exec"), namespace)
+    exec(compile(blocks("python")[2], "server.py", "exec"), namespace)
     seen = []
     inner = namespace["rewards"]
     namespace["rewards"] = lambda prompts, completions: (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.rewards.base import NO_COLUMNS, Columns
 from rlhf_cli.rewards.ensemble import CombinedReward, combined
 
 
@@ -19,7 +20,9 @@ class Fixed:
         self.name = name
         self._scores = list(scores)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS
+    ) -> list[float]:
         assert len(prompts) == len(completions) > 0
         return self._scores[: len(completions)]
 

@@ -105,6 +105,18 @@ def rewards_of(*rewards: object) -> Answer:
     return Answer(body=json.dumps({"rewards": list(rewards)}).encode())
 
 
+def test_what_else_is_known_is_sent_if_asked_for(server, reward):
+    columns = {"references": ["3", None, {"a": 1}], "completion_ids": [[1, 2], [3], []]}
+    one = reward(send=["completion_ids", "references"], request_size=2)
+    assert one.score(["p", "q", "r"], ["ab", "c", ""], columns) == [2.0, 1.0, 0.0]
+    found = sorted(server.requests, key=lambda request: -len(request["prompts"]))
+    assert [request["references"] for request in found] == [["3", None], [{"a": 1}]]
+    assert [request["completion_ids"] for request in found] == [[[1, 2], [3]], [[]]]
+    assert "raw_completions" not in found[0]
+    with pytest.raises(DataError, match="asks for `references`, but no prompt has a `reference`"):
+        one.score(["p"], ["c"], {"completion_ids": [[1]]})
+
+
 def test_what_is_sent_and_what_comes_back(server, reward):
     one = reward()
     assert one.score(["plain é", TALK], ["ab", "c"]) == [2.0, 1.0]

@@ -27,7 +27,7 @@ data: {prompts: prompts.jsonl, holdout: 0.3}
 sft: {data: demonstrations.jsonl, adapter: none, batch_size: 8, max_length: 64}
 label: {by: function, function: "judge.py:score", completions_per_prompt: 2, sampling: {max_new_tokens: 4}}
 ppo: {steps: 2, prompts_per_step: 4, max_new_tokens: 4, rewards: [{function: "judge.py:score"}]}
-evaluate: {judge_function: "judge.py:score", shown_samples: 2, bootstrap: 100, sampling: {max_new_tokens: 4}}
+evaluate: {judge_function: "judge.py:score", shown_samples: 2, sampling: {max_new_tokens: 4}}
 """
 
 

@@ -22,6 +22,7 @@ FIELDS = (
     "ranking",
     "annotator",
     "subset",
+    "reference",
 )
 """Fields that are read; others are ignored."""
 

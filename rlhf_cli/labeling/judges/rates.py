@@ -1,7 +1,4 @@
-"""Shares with 95 % intervals from a bootstrap over prompts, since completions of one prompt are similar.
-
-A share of 0 or 1 gets Wilson's interval for as many observations as there are prompts.
-"""
+"""Shares with 95 % intervals over prompts, since completions of one prompt are similar."""
 
 from __future__ import annotations
 
@@ -9,10 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_cli.intervals import bootstrap_ratio, wilson_interval
-
-_RESAMPLES = 1_000
-_SEED = 0  # a report about the same verdicts is the same
+from rlhf_cli.intervals import share_interval
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Rate:
 
     @staticmethod
     def of(counts: Iterable[tuple[str, float, int]]) -> Rate:
-        """Compute from (prompt, numerator, denominator) rows; rows of one prompt are resampled together."""
+        """Compute from (prompt, numerator, denominator) rows; rows of one prompt are one unit."""
         above: dict[str, float] = {}
         below: dict[str, int] = {}
         for prompt, counted, total in counts:
@@ -44,10 +38,7 @@ class Rate:
             return Rate(None, None, None, 0)
         numerators = [above[prompt] for prompt in below]
         value = sum(numerators) / total
-        if value in (0.0, 1.0):  # a bootstrap interval would have no width
-            low, high = wilson_interval(value, sum(count > 0 for count in below.values()))
-        else:
-            low, high = bootstrap_ratio(numerators, list(below.values()), resamples=_RESAMPLES, seed=_SEED)
+        low, high = share_interval(numerators, list(below.values()))
         return Rate(value, low, high, total)
 
     def to_json(self) -> dict[str, Any]:

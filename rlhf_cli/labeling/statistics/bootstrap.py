@@ -1,4 +1,4 @@
-"""Estimates with intervals from sums per prompt; one set of resamples serves all estimates."""
+"""Estimates with intervals from sums per prompt: exact ones of shares, resampled ones of coefficients."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Hashable
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_cli.intervals import PromptSums, percentiles, ratios, resampled_sums, wilson_interval, worth_of
+from rlhf_cli.intervals import PromptSums, exact_interval, percentiles, resampled_sums, worth_of
 from rlhf_cli.labeling.statistics.agreement import Coefficient, mirrored_alpha
 from rlhf_cli.labeling.statistics.report import Estimate
 
 RESAMPLES = 1_000
 FEWEST_PROMPTS = 30
-"""With fewer prompts bootstrap intervals are too narrow, so Wilson's interval is used, see `worth_of`."""
+"""With fewer prompts the bootstrap interval of a coefficient is too narrow, so none is given."""
 _STILL = 1e-9
 
 
@@ -43,17 +43,14 @@ class Bootstrap:
 
     def share(self, key: Hashable, missing: str) -> Estimate:
         """Ratio of the two columns of `key`, between 0 and 1."""
-        return _share(self._sums[key], self._drawn.get(key), missing)
+        return _share(self._sums[key], missing)
 
     def rest(self, whole: Hashable, part: Hashable, missing: str) -> Estimate:
         """Ratio of `whole` without `part`."""
         everything, own = self._sums[whole], self._sums[part]
         values = everything.values.copy()
         values[np.searchsorted(everything.prompts, own.prompts)] -= own.values
-        drawn = self._drawn.get(whole)
-        if drawn is not None and part in self._drawn:
-            drawn = drawn - self._drawn[part]
-        return _share(PromptSums(everything.prompts, values), drawn, missing)
+        return _share(PromptSums(everything.prompts, values), missing)
 
     def alpha(self, key: Hashable, found: Coefficient, count: int) -> Estimate:
         """A nominal alpha of `count` pairs of completions; its sums are the input of `mirrored_alpha`."""
@@ -67,16 +64,12 @@ class Bootstrap:
         return Estimate(found.value, low, high, count, prompts)
 
 
-def _share(sums: PromptSums, drawn: NDArray[np.float64] | None, missing: str) -> Estimate:
+def _share(sums: PromptSums, missing: str) -> Estimate:
     above, below = sums.values.T
     count = float(below.sum())
-    if drawn is None or count < _STILL:
+    if count < _STILL:
         return Estimate(missing=missing)
     value, prompts = min(1.0, max(0.0, float(above.sum()) / count)), int(np.count_nonzero(below > _STILL))
     worth = worth_of(sums)
-    low, high = wilson_interval(value, worth)
-    if prompts >= FEWEST_PROMPTS:
-        spread = ratios(drawn)
-        if np.nanstd(spread) > _STILL:  # skipped if all prompts have the same share, such as 1
-            low, high = percentiles(spread)
+    low, high = exact_interval(value, worth)
     return Estimate(value, low, high, round(count), prompts, worth)

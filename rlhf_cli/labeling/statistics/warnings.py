@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from rlhf_cli.data.records import prompt_key, prompt_text
-from rlhf_cli.intervals import wilson_interval
+from rlhf_cli.intervals import exact_interval
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.statistics.descriptive import NO_GUIDELINES
 from rlhf_cli.labeling.statistics.report import (
@@ -215,8 +215,8 @@ def _favors_a_position(first_shown: Estimate, level: float = 0.95) -> bool:
 
 
 def _bounds(estimate: Estimate, level: float) -> tuple[float, float] | None:
-    """Wilson's interval at another level, from the effective number of observations."""
-    return None if estimate.value is None else wilson_interval(estimate.value, estimate.worth, level)
+    """Interval at another level, from the effective number of observations."""
+    return None if estimate.value is None else exact_interval(estimate.value, estimate.worth, level)
 
 
 def _value(estimate: Estimate) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_to_json
 from rlhf_cli.generation.generator import Completion
-from rlhf_cli.intervals import bootstrap_ratio, standard_error
+from rlhf_cli.intervals import share_interval, standard_error
 from rlhf_cli.stages.evaluate.text_statistics import distinct, most_common_share, repeated_share
 
 Winner = Literal["policy", "baseline", "tie"]
@@ -66,23 +66,20 @@ class Comparison:
         return row | {"winner": self.winner(tie_margin)}
 
 
-def comparison_metrics(
-    comparisons: Sequence[Comparison], *, tie_margin: float, resamples: int, seed: int
-) -> dict[str, float]:
+def comparison_metrics(comparisons: Sequence[Comparison], *, tie_margin: float) -> dict[str, float]:
     """Return all metrics of an evaluation.
 
-    Several completions of one prompt count as one prompt: the bootstrap resamples means over prompts.
+    The win rate is the mean over prompts; its interval is `share_interval`.
 
     Args:
         comparisons: one per completion.
         tie_margin: scores that differ by at most this much are a tie, which counts 1/2.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
     """
     points = {"policy": 1.0, "tie": 0.5, "baseline": 0.0}
     wins = [points[comparison.winner(tie_margin)] for comparison in comparisons]
     by_prompt = _by_prompt(comparisons, wins)
-    low, high = bootstrap_ratio(by_prompt, [1.0] * len(by_prompt), resamples=resamples, seed=seed)
+    per_prompt = len(comparisons) / len(by_prompt)
+    low, high = share_interval([rate * per_prompt for rate in by_prompt], [per_prompt] * len(by_prompt))
     metrics = {
         "win_rate": _mean(by_prompt),
         "win_rate_low": low,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.prompts import PromptStyle
+from rlhf_cli.intervals import ENOUGH_PROMPTS, is_undecided
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from, write_contract
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from rlhf_cli.data.sources import LoadedRecords
     from rlhf_cli.generation.generator import Completion, Generator
     from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.rewards.base import Reward
     from rlhf_cli.stages.evaluate.comparison import Comparison
     from rlhf_cli.stages.evaluate.settings import EvaluateSettings
 
@@ -44,6 +47,7 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     settings = context.settings
     policy, baseline = load_policies(context)
     prompts, loaded = _prompts(context, settings, (baseline, policy))
+    judge = _judge(context, settings, loaded)
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
     processes = ProcessGroup(policy.source.device)
@@ -52,12 +56,12 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     reward = rewarded(context, repeated, of_baseline, of_policy, processes=processes)
     if not processes.is_main:
         return StageOutcome()
-    gold = _judged(context, settings, repeated, of_baseline, of_policy)
+    gold = judge and judge.scores(repeated, (baseline, of_baseline), (policy, of_policy))
     comparisons = _comparisons(repeated, of_baseline, of_policy, kl, gold, reward)
     shown = _shown_rows(len(repeated), settings)
     style = PromptStyle(policy.format.template, policy.format.template_kwargs)
     write_contract(context, context.inputs.policy.source, style, policy.sampling.settings(), ())
-    _add_base(sampler, policy, settings, comparisons, shown)
+    _add_base(sampler, policy, settings, comparisons, shown, judge)
     return _outcome(context, settings, comparisons, shown, loaded)
 
 
@@ -67,15 +71,18 @@ def _add_base(
     settings: EvaluateSettings,
     comparisons: list[Comparison],
     shown: Sequence[int],
+    judge: Judge | None,
 ) -> None:
     """Add completions of the model before any training, with their scores, to the rows that are shown."""
     prompts = [sampler.prompts[row] for row in shown]
     alone = Sampler(sampler.context, sampler.generator, prompts, [sampler.numbers[row] for row in shown])
-    completions = base_completions(alone, policy)
-    if completions is None:
+    base = base_completions(alone, policy)
+    if base is None:
         return
-    scores = _base_scores(sampler.context, settings, prompts, completions)
-    for row, completion, score in zip(shown, completions, scores, strict=True):
+    _, completions = base
+    scores = judge.scores(prompts, base) if judge else rewarded(sampler.context, prompts, completions)
+    assert scores is not None
+    for row, completion, (score,) in zip(shown, completions, scores, strict=True):
         comparisons[row] = dataclasses.replace(comparisons[row], base=completion, base_score=score)
 
 
@@ -89,14 +96,15 @@ def _outcome(
     """Compute the metrics, save and print them with the samples."""
     from rlhf_cli.stages.evaluate.comparison import comparison_metrics
 
-    metrics = comparison_metrics(
-        comparisons, tie_margin=settings.tie_margin, resamples=settings.bootstrap, seed=context.recipe.seed
-    )
+    metrics = comparison_metrics(comparisons, tie_margin=settings.tie_margin)
+    names = model_names(context.inputs.baseline.source, context.inputs.policy.source)
     _save(context.output, comparisons, metrics, settings)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
-    _print(metrics, [comparisons[row] for row in shown], settings)
-    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, settings))
+    _print(metrics, [comparisons[row] for row in shown], settings, names)
+    if text := _undecided(metrics, settings):
+        warn(text)
+    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, settings, names))
 
 
 def not_trained_on(context: EvaluateContext, records: list[PromptRecord]) -> list[PromptRecord]:
@@ -197,26 +205,44 @@ def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
     return [position * count // shown for position in range(shown)]
 
 
-def _judged(
-    context: EvaluateContext, settings: EvaluateSettings, prompts: Sequence[Prompt], *sides: Sequence[Completion]
-) -> list[tuple[float, ...]] | None:
-    """Return the gold scores of each prompt's completions by the judge function; None if there is none."""
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The judge function.
+
+    Attributes:
+        function: the function.
+        references: see `references_of`.
+    """
+
+    function: Reward
+    references: Mapping[str, Any]
+
+    def scores(self, prompts: Sequence[Prompt], *sides: tuple[Policy, Sequence[Completion]]) -> list[tuple[float, ...]]:
+        """Return the gold scores of each prompt's completions.
+
+        Args:
+            prompts: N prompts.
+            sides: policies with their N completions.
+        """
+        from rlhf_cli.rewards.base import columns_of
+        from rlhf_cli.rewards.validation import finite_scores
+
+        found = []
+        for policy, completions in sides:
+            columns = columns_of(prompts, self.references, completions, partial(policy.decode, raw=True))
+            texts = [completion.text for completion in completions]
+            found.append(finite_scores(self.function, prompts, texts, columns))
+        return list(zip(*found, strict=True))
+
+
+def _judge(context: EvaluateContext, settings: EvaluateSettings, loaded: LoadedRecords) -> Judge | None:
+    """Load the judge function before anything is sampled; None if the reward model decides."""
+    from rlhf_cli.data.records import references_of
     from rlhf_cli.rewards.python_function import load_scoring_function
-    from rlhf_cli.rewards.validation import finite_scores
 
     if settings.judge_function is None:
         return None
-    function = load_scoring_function(present(context.inputs.judge_function))
-    scores = (finite_scores(function, prompts, [completion.text for completion in side]) for side in sides)
-    return list(zip(*scores, strict=True))
-
-
-def _base_scores(
-    context: EvaluateContext, settings: EvaluateSettings, prompts: Sequence[Prompt], completions: Sequence[Completion]
-) -> list[float]:
-    scores = _judged(context, settings, prompts, completions) or rewarded(context, prompts, completions)
-    assert scores is not None
-    return [score for (score,) in scores]
+    return Judge(load_scoring_function(present(context.inputs.judge_function)), references_of(loaded.records))
 
 
 def _comparisons(
@@ -251,21 +277,55 @@ def _save(
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def _print(metrics: dict[str, float], shown: Sequence[Comparison], settings: EvaluateSettings) -> None:
+def model_names(baseline: str, policy: str) -> tuple[str, str]:
+    """Return what people call two models: `RUN/STAGE` for an artifact, else the folder's name or the hub id."""
+    short = (_model_name(baseline), _model_name(policy))
+    return short if short[0] != short[1] or baseline == policy else (baseline, policy)
+
+
+def _model_name(source: str) -> str:
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}" if (folder / "manifest.json").is_file() else folder.name
+
+
+def _print(
+    metrics: dict[str, float], shown: Sequence[Comparison], settings: EvaluateSettings, names: tuple[str, str]
+) -> None:
     from rlhf_cli.stages.evaluate.tables import metrics_table, side_by_side
 
     width = min(console.width, _WIDEST)
     for number, comparison in enumerate(shown, start=1):
         console.print(side_by_side(comparison, settings.tie_margin, number=number), width=width, soft_wrap=False)
-    console.print(metrics_table(metrics), width=width, soft_wrap=False)
+    console.print(metrics_table(metrics, names), width=width, soft_wrap=False)
     if settings.judge_function is None:
         say("judged by the reward model that PPO was trained against: a check of training, not of quality")
 
 
-def _summary(metrics: dict[str, float], settings: EvaluateSettings) -> list[tuple[str, str]]:
+def _undecided(metrics: dict[str, float], settings: EvaluateSettings) -> str | None:
+    """Return a sentence about a win rate that does not say which model is better; None if it does."""
+    prompts, low, high = int(metrics["prompts"]), metrics["win_rate_low"], metrics["win_rate_high"]
+    if not is_undecided(low, high):
+        return None
+    if prompts >= ENOUGH_PROMPTS:
+        return f"a win rate of {metrics['win_rate']:.1%} of {prompts:,} prompts does not show which model is better"
+    if settings.max_prompts == prompts:
+        more = "raise `evaluate.max_prompts`"
+    else:
+        more = "add to `evaluate.prompts`" if settings.prompts else "raise `data.holdout` or set `evaluate.prompts`"
+    return (
+        f"{prompts:,} {'prompt is' if prompts == 1 else 'prompts are'} too few to say which model is better; about "
+        f"{ENOUGH_PROMPTS} give an interval of +-10 points: {more}"
+    )
+
+
+def _summary(metrics: dict[str, float], settings: EvaluateSettings, names: tuple[str, str]) -> list[tuple[str, str]]:
     judge = "judge" if settings.judge_function is not None else "reward model"
     win = f"{metrics['win_rate']:.1%} ({metrics['win_rate_low']:.1%} to {metrics['win_rate_high']:.1%}) by the {judge}"
-    rows = [("policy preferred to baseline", win)]
+    baseline, policy = names
+    rows = [(f"{policy} preferred to {baseline}", win)]
     if "gold/policy_mean" in metrics:
         rows.append(("gold score", f"{metrics['gold/baseline_mean']:.2f} -> {metrics['gold/policy_mean']:.2f}"))
     if "reward/policy_mean" in metrics:

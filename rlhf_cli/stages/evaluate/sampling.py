@@ -146,9 +146,9 @@ def base_policy(context: EvaluateContext, of: Policy) -> Policy | None:
     return load_policy(context, path, of.sampling, style=style)
 
 
-def base_completions(sampler: Sampler, of: Policy) -> list[Completion] | None:
-    """Return completions of the model before any training, sampled and prompted like another policy; None if there is
-    none, or if it cannot be loaded."""
+def base_completions(sampler: Sampler, of: Policy) -> tuple[Policy, list[Completion]] | None:
+    """Return the model before any training, sampled and prompted like another policy, with its completions; None if
+    there is none or it cannot be loaded."""
     try:
         policy = base_policy(sampler.context, of)
         if policy is None:
@@ -160,7 +160,7 @@ def base_completions(sampler: Sampler, of: Policy) -> list[Completion] | None:
         return None
     completions = sampler.complete(policy, "base completions")
     policy.release()
-    return completions
+    return policy, completions
 
 
 def rewarded(

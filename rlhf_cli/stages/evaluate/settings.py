@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from rlhf_cli.settings.base import (
     Count,
@@ -19,7 +17,8 @@ from rlhf_cli.settings.shared import StageSamplingSettings
 
 
 class EvaluateSettings(StageSection):
-    """Comparison of the PPO policy with the SFT model on held-out prompts."""
+    """Comparison of a policy with a baseline on held-out prompts: by default of PPO's policy with the model that it
+    started from."""
 
     baseline: ModelName = None
     """Model to compare with; null is `ppo.model` if given, else the output of `sft`."""
@@ -45,7 +44,5 @@ class EvaluateSettings(StageSection):
     """Completions per prompt from each model."""
     sampling: StageSamplingSettings = StageSamplingSettings()
     """How completions are sampled, of both models; null is how the policy was trained."""
-    bootstrap: Annotated[int, Field(ge=100)] = 2_000
-    """Number of bootstrap resamples of the prompts for the 95 % confidence intervals."""
     shown_samples: Effort = 5
     """Number of prompts whose completions are shown side by side in the terminal; all are saved."""

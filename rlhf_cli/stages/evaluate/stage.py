@@ -50,4 +50,5 @@ STAGE = Stage(
     ),
     sizes=_sizes,
     unaffected_by=("model.build", "model.quantize"),
+    keeps_earlier=True,
 )

@@ -24,12 +24,18 @@ _ROWS = (
 )
 
 
-def metrics_table(metrics: Mapping[str, float]) -> Table:
-    """Return a table with the metrics of both models; fits 80 columns."""
+def metrics_table(metrics: Mapping[str, float], names: tuple[str, str]) -> Table:
+    """Return a table with the metrics of both models; fits 80 columns.
+
+    Args:
+        metrics: see `comparison_metrics`.
+        names: of the baseline and of the policy.
+    """
     table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column(f"{metrics['prompts']:,.0f} prompts")
-    table.add_column("baseline", justify="right")
-    table.add_column("policy", justify="right")
+    table.add_column(f"{metrics['prompts']:,.0f} prompts", no_wrap=True)
+    table.add_column("baseline", justify="right", overflow="fold")
+    table.add_column("policy", justify="right", overflow="fold")
+    table.add_row("model", *map(Text, names))
     for label, key, pattern in _ROWS:
         names = key.format("baseline"), key.format("policy")
         if names[0] in metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rlhf_cli.labeling.statistics.summary import statistics
 from rlhf_cli.progress import warn
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import check_count, distinct
-from rlhf_cli.stages.label.settings import HumanSettings, LabelSettings
+from rlhf_cli.stages.label.settings import LabelSettings
 from rlhf_cli.stages.label.stage import LabelContext
 
 STORE = "labels.sqlite"
@@ -44,8 +45,8 @@ def run_human(context: LabelContext, candidates: Sequence[Candidates]) -> HumanL
     Raises:
         WaitingForLabelsError: labels are missing; the session is prepared, and annotators can begin.
     """
-    label = context.settings
-    settings = label.human or HumanSettings()
+    settings = context.settings.human
+    assert settings is not None
     check_installed(settings.aggregation)
     session = LabelSession(context.kept / STORE)
     try:
@@ -92,7 +93,8 @@ def label_plan(label: LabelSettings, seed: int, guidelines: str | None) -> Label
         seed: of the run.
         guidelines: path of the guidelines file.
     """
-    settings = label.human or HumanSettings()
+    settings = label.human
+    assert settings is not None
     return LabelPlan(
         overlap=settings.overlap,
         criteria=tuple(settings.criteria),
@@ -125,13 +127,15 @@ def _gold(context: LabelContext) -> list[Candidates]:
 def waiting(progress: SessionProgress, store: Path, run_dir: Path) -> WaitingForLabelsError:
     """The error that says how many labels are missing."""
     aside = f", {progress.set_aside:,} set aside" if progress.set_aside else ""
+    share = math.floor(100 * progress.done / progress.items) / 100  # rounded down: it is reached
+    fewer = f"; to go on with the labels there are, add `--set label.human.enough={share:g}` to it" if share else ""
     return WaitingForLabelsError(
         f"the pipeline waits for labels: {progress.done - progress.set_aside:,} of {progress.items:,} prompts are "
         f"labeled{aside}, {progress.labels_left:,} {'label is' if progress.labels_left == 1 else 'labels are'} "
         "missing",
         store=str(store),
-        hint=f"label with `rlhf label --run-dir {run_dir}`, or add `--serve` to label in a browser; then "
-        "repeat this command",
+        hint=f"label with `rlhf label --run-dir {run_dir}`, or add `--serve` to label in a browser; then repeat the "
+        f"command that started this run{fewer}",
     )
 
 

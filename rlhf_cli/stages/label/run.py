@@ -70,9 +70,9 @@ def _scored(context: LabelContext, settings: LabelSettings, sampled: Sampled) ->
     processes = sampled.processes
     pairs = [(row.prompt, list(row.completions)) for row in sampled.candidates]
     if settings.by == "function":  # the user's code: it runs once, in one process
-        scores = _scores(context, settings, pairs) if processes.is_main else []
+        scores = _scores(context, settings, sampled, pairs) if processes.is_main else []
     else:
-        scores = processes.map(pairs, partial(_scores, context, settings))
+        scores = processes.map(pairs, partial(_scores, context, settings, sampled))
     if not processes.is_main:
         return StageOutcome()
     rankings = [
@@ -134,20 +134,20 @@ def _import(context: LabelContext) -> StageOutcome:
 
 
 def _scores(
-    context: LabelContext, settings: LabelSettings, pairs: Sequence[tuple[Prompt, list[str]]]
+    context: LabelContext, settings: LabelSettings, sampled: Sampled, pairs: Sequence[tuple[Prompt, list[str]]]
 ) -> list[list[float]]:
     """Scores of each prompt's completions."""
-    scorer = _scorer(context, settings)
+    scorer = _scorer(context, settings, sampled)
     prompts, texts = [prompt for prompt, _ in pairs], [completions for _, completions in pairs]
     with task("scoring completions", sum(map(len, texts)), "completions") as bar:
         return score_completions(scorer, prompts, texts, stop=context.stop.check, progress=bar.advance)
 
 
-def _scorer(context: LabelContext, settings: LabelSettings) -> CompletionScorer:
+def _scorer(context: LabelContext, settings: LabelSettings, sampled: Sampled) -> CompletionScorer:
     if settings.by == "function":
         from rlhf_cli.rewards.python_function import load_scoring_function
 
-        return FunctionScorer(load_scoring_function(present(context.inputs.function)))
+        return FunctionScorer(load_scoring_function(present(context.inputs.function)), sampled.columns)
     from rlhf_cli.models.reward_model.model import load_reward_model
 
     source = model_source(context.recipe, present(context.inputs.reward_model))

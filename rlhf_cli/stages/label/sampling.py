@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.data.records import Candidates, seed_for
+from rlhf_cli.data.records import Candidates, Prompt, references_of, seed_for
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
@@ -15,11 +16,13 @@ from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import say, task, warn
+from rlhf_cli.rewards.base import Columns, columns_of
 from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling, write_contract
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
 
 if TYPE_CHECKING:
+    from rlhf_cli.generation.policy import Policy
     from rlhf_cli.stages.label.settings import LabelSettings
 
 
@@ -37,12 +40,28 @@ class Sampled:
         completions: what was sampled for each, in the same order; empty if the user gave the completions.
         skips: skipped records.
         processes: of the run.
+        references: see `references_of`.
+        policy: that sampled them; None if the user gave the completions.
     """
 
     candidates: list[Candidates]
     completions: list[list[Completion]]
     skips: SkipLog
     processes: ProcessGroup
+    references: Mapping[str, Any] = field(default_factory=dict)
+    policy: Policy | None = None
+
+    def columns(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Columns:
+        """Return what is known about completions besides their text; of equal texts of a prompt, about the first."""
+        if self.policy is None:
+            return columns_of(prompts, self.references, None, None)
+        drawn = {
+            (row.prompt, completion.text): completion
+            for row, group in zip(self.candidates, self.completions, strict=True)
+            for completion in reversed(group)
+        }
+        chosen = [drawn[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
+        return columns_of(prompts, self.references, chosen, partial(self.policy.decode, raw=True))
 
 
 def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled:
@@ -60,7 +79,7 @@ def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled
     )
     for warning in loaded.warnings:
         warn(warning)
-    return Sampled(loaded.records, [], loaded.skips, ProcessGroup(device))
+    return Sampled(loaded.records, [], loaded.skips, ProcessGroup(device), references_of(loaded.records))
 
 
 def sample_completions(context: LabelContext, settings: LabelSettings, generator: Generator | None = None) -> Sampled:
@@ -99,7 +118,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
                 for number in chunk
                 for k in range(per_prompt)
             ]
-            return draws.generate(policy, requests, progress=bar.advance)
+            return draws.generate(policy, requests, progress=bar.advance, stop=context.stop.check)
 
         file.fill(draw, context.stop.check)
     policy.release()
@@ -110,7 +129,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
         Candidates(prompt, tuple(completion.text for completion in group))
         for prompt, group in zip(prompts.prompts, completions, strict=True)
     ]
-    return Sampled(candidates, completions, skips, processes)
+    return Sampled(candidates, completions, skips, processes, prompts.references, policy)
 
 
 def distinct(candidates: Candidates) -> Candidates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -197,7 +197,8 @@ class LabelSettings(StageSection):
     """Ranking or preference records to import, with `by: import`."""
     function: FunctionName = None
     """`package.module:function` or `file.py:function`. It takes a list of prompts and a list of completions and returns
-    one float each; higher is better. The function runs with your permissions."""
+    one float each; higher is better; docs/rewards.md lists what else it may ask for, such as references. The function
+    runs with your permissions."""
     reward_model: ModelName = None
     """Folder or hub id of a reward model, with `by: reward-model`."""
     completions_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4
@@ -209,7 +210,7 @@ class LabelSettings(StageSection):
     active_learning: ActiveLearningSettings | None = None
     """Which prompts and completions are labeled; null labels all of them."""
     human: HumanSettings | None = None
-    """Labeling by annotators, with `by: human`."""
+    """Labeling by annotators, with `by: human`; null is the same as a section with defaults."""
     judge: JudgeSettings | None = None
     """The judges, with `by: judge`."""
 
@@ -224,6 +225,14 @@ class LabelSettings(StageSection):
         judges = self.judge is not None and any(judge.model is not None for judge in self.judge.panel)
         selects = self.active_learning is not None and bool(self.active_learning.reward_models)
         return self.samples or self.reward_model is not None or judges or selects
+
+    @model_validator(mode="before")
+    @classmethod
+    def _people_have_a_section(cls, given: Any) -> Any:
+        """Create `human` if it is null: what one sets in it later differs from its defaults, not from nothing."""
+        if isinstance(given, dict) and given.get("by") == "human" and given.get("human") is None:
+            return {**given, "human": {}}
+        return given
 
     @model_validator(mode="after")
     def _source_of_labels(self) -> Self:

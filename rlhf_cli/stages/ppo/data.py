@@ -41,7 +41,8 @@ def load_data(context: PPOContext, policy: Policy) -> tuple[PPOData, SkipLog]:
     ids = dict(zip(loaded.prompts, loaded.ids, strict=True))
     split = split_from(context, context.inputs.policy.source)
     training, held_out = (
-        TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts]) for prompts in _split(context, split, loaded)
+        TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts], loaded.references)
+        for prompts in _split(context, split, loaded)
     )
     records: list[Record] = [PromptRecord(prompt) for prompt in training.prompts]
     demonstrations = None

@@ -7,6 +7,7 @@ and draws the same completions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,15 @@ from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.progress import warn
-from rlhf_cli.rewards.base import Scores
+from rlhf_cli.rewards.base import Columns, Scores, columns_of
 from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.ppo.forward_passes import Completions
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.shuffle import EndlessShuffle
 from rlhf_cli.training.task import ProgressCallback
 
-RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Scores]
-"""N prompts and N completions as text, N >= 1 -> one reward each, higher is better."""
+RewardFunction = Callable[[Sequence[Prompt], Sequence[str], Columns], Scores]
+"""N prompts, N completions as text, N >= 1, and what else is known of them -> one reward each, higher is better."""
 
 
 def own_sampling(settings: PPOSettings) -> StageSamplingSettings:
@@ -103,13 +104,16 @@ class Rollouts:
         if self._processes.any(failure is not None):  # one alone must not leave the others waiting
             raise failure or DivergedError("the policy's logits are not finite in another process")
         tell("scoring")
-        texts = [completion.text for completion in drawn]
-        scores = self._reward([source.prompts[row] for row, _ in mine], texts) if mine else Scores([], {})
+        scores = self._score([source.prompts[row] for row, _ in mine], drawn, source) if mine else Scores([], {})
         shares = self._processes.all_gather_object(_plain(drawn, scores))
         for share in shares[1:]:  # the reward has reported the faults of the first process itself
             for fault in share["faults"]:
                 warn(fault)
         return _merged(source, rows, shares)
+
+    def _score(self, prompts: Sequence[Prompt], drawn: Sequence[Completion], source: TokenizedPrompts) -> Scores:
+        columns = columns_of(prompts, source.references, drawn, partial(self._policy.decode, raw=True))
+        return self._reward(prompts, [completion.text for completion in drawn], columns)
 
     def _draw(
         self, source: TokenizedPrompts, mine: Sequence[tuple[int, int]], tell: ProgressCallback

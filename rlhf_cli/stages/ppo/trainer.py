@@ -317,6 +317,6 @@ class PPOTrainer(TrainingTask):
         if best is None:
             raise DataError(
                 f"the best policy within `kl_budget`, that of step {expected.step}, cannot be read from {self._work}",
-                hint="run again with `--force` on `ppo`, or without a budget to get the last policy",
+                hint="run again with `--force` (`rlhf run`: `--force ppo`), or without a budget to get the last policy",
             )
         return best.tensors

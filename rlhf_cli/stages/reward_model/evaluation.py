@@ -11,7 +11,7 @@ import torch
 from rlhf_cli.data.records import Ranking, prompt_key
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.intervals import bootstrap_ratio
+from rlhf_cli.intervals import share_interval
 from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.progress import task
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
@@ -42,7 +42,7 @@ class RankingReport:
 
     Attributes:
         accuracy: share of pairs whose preferred completion has the higher reward; equal rewards count 1/2.
-        low: lower end of its 95 % interval, by bootstrap over prompts.
+        low: lower end of its 95 % interval over prompts.
         high: upper end.
         always_longer: accuracy of always preferring the longer completion (in characters), on the same pairs.
         always_shorter: accuracy of always preferring the shorter one.
@@ -69,16 +69,12 @@ class RankingReport:
     ties: int
 
 
-def ranking_report(
-    rankings: Sequence[Ranking], rewards: Sequence[Sequence[float]], *, resamples: int = 2_000, seed: int = 0
-) -> RankingReport:
+def ranking_report(rankings: Sequence[Ranking], rewards: Sequence[Sequence[float]]) -> RankingReport:
     """Compare raw rewards with rankings.
 
     Args:
         rankings: held-out rankings.
         rewards: per ranking one reward per completion, in the scale of the ranking loss.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
 
     Raises:
         DataError: every pair is a tie.
@@ -95,7 +91,7 @@ def ranking_report(
         by_prompt[pair.prompt].append(pair)
         by_distance[pair.distance].append(pair)
     right = [sum(_right(pair.difference) for pair in own) for own in by_prompt.values()]
-    low, high = bootstrap_ratio(right, [len(own) for own in by_prompt.values()], resamples=resamples, seed=seed)
+    low, high = share_interval(right, [len(own) for own in by_prompt.values()])
     longer = _share(pairs, lambda pair: pair.longer)
     ends = [_first_and_last(ranking, given) for ranking, given in zip(rankings, rewards, strict=True)]
     return RankingReport(

@@ -102,7 +102,8 @@ def _sample(
     def complete(own: list[Prompt]) -> list[str]:
         requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, context.recipe.seed, 0)) for prompt in own]
         with task("completions to normalize rewards", len(own), "completions") as bar:
-            drawn = (generator or TorchGenerator()).generate(policy, requests, progress=bar.advance)
+            draws = generator or TorchGenerator()
+            drawn = draws.generate(policy, requests, progress=bar.advance, stop=context.stop.check)
         return [completion.text for completion in drawn]
 
     texts = processes.map(fitting, complete)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.prompts import prompt_style
+from rlhf_cli.intervals import ENOUGH_PROMPTS
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import (
@@ -92,6 +93,8 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
+    if text := doubts(report):
+        warn(text)
     metrics = _metrics(report, train_accuracy, reward_model) | {"rm/skipped_steps": float(state.skipped_steps)}
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
 
@@ -159,10 +162,29 @@ def _report(
     seed = context.recipe.seed
     checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
     scores = ranking_rewards(context, reward_model, held_out, "scoring held-out rankings", processes)
-    report = ranking_report(held_out, scores, seed=seed)
+    report = ranking_report(held_out, scores)
     return report, accuracy(
         checked, ranking_rewards(context, reward_model, checked, "scoring training rankings", processes)
     )
+
+
+def doubts(report: RankingReport) -> str | None:
+    """Return a sentence about an accuracy that shows no preference learned; None if it is above chance."""
+    accuracy = f"{report.accuracy:.1%} ({report.low:.1%} to {report.high:.1%})"
+    if report.low > 0.5:
+        return None
+    if report.high < 0.5:
+        return (
+            f"the held-out accuracy of {accuracy} is below chance: the rewards contradict the held-out rankings; check "
+            "that the best completion stands first (or is `chosen`) in all of the data"
+        )
+    if report.prompts < ENOUGH_PROMPTS:
+        return (
+            f"{report.prompts:,} held-out {'prompt is' if report.prompts == 1 else 'prompts are'} too few to say "
+            f"whether an accuracy of {report.accuracy:.1%} is better than chance; about {ENOUGH_PROMPTS} give an "
+            "interval of +-10 points: label more, or raise `data.holdout`"
+        )
+    return f"the held-out accuracy of {accuracy} is no better than chance"
 
 
 def _metrics(report: RankingReport, train_accuracy: float, reward_model: RewardModel) -> dict[str, float]:

@@ -83,12 +83,12 @@ def test_pairs_of_one_prompt_are_resampled_together():
 
 
 def test_what_was_always_so_has_an_interval_too():
-    """Wilson's for 10 of 10: from 10 / (10 + 1.96^2); three pairs of one prompt are one observation."""
+    """Clopper and Pearson's for n of n: from 0.025^(1/n); three pairs of one prompt are one observation."""
     always = Rate.of((f"prompt {number}", 1, 1) for number in range(10))
     assert (always.value, always.high) == (1.0, 1.0)
-    assert always.low == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
+    assert always.low == pytest.approx(0.025 ** (1 / 10), abs=1e-6)
     once = Rate.of([("prompt", 3, 3), ("other", 0, 0)])
-    assert once.low == pytest.approx(1 / (1 + 1.959964**2), abs=1e-6)
+    assert once.low == pytest.approx(0.025, abs=1e-6)
 
 
 def test_behavior_by_hand():

@@ -22,7 +22,7 @@ def comparison(
 
 
 def figures(comparisons, tie_margin=0.0):
-    return comparison_metrics(comparisons, tie_margin=tie_margin, resamples=500, seed=0)
+    return comparison_metrics(comparisons, tie_margin=tie_margin)
 
 
 def test_ties_count_a_half_within_the_margin():

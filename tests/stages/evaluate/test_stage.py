@@ -70,7 +70,7 @@ def prompts(tmp_path) -> Path:
 
 
 def context_of(tmp_path: Path, inputs: dict[str, str], *, holdout=0.3, seed=0, **settings) -> StageContext:
-    section = {"sampling": {"max_new_tokens": 12}, "bootstrap": 200} | settings
+    section = {"sampling": {"max_new_tokens": 12}} | settings
     recipe = Recipe.model_validate(
         {
             "seed": seed,
@@ -115,12 +115,18 @@ def test_held_out_prompts_alone_and_every_figure_from_the_samples(
     assert json.loads((context.output / "metrics.json").read_text()) == metrics
     shown = capsys.readouterr().err
     assert "policy preferred" in shown
-    assert all(len(line) <= 100 for line in shown.splitlines())
+    assert ("too few to say" in shown) is (metrics["win_rate_low"] <= 0.5 <= metrics["win_rate_high"])
+    assert all(len(line) <= 100 for line in shown.splitlines() if not line.startswith("warning:"))
+    assert tiny_llama.name in shown, "the table says which models these are"
+    assert lover_of_a.name in shown
 
 
-def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp_path):
+def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp_path, capsys):
     context = judged(tmp_path, tiny_llama, tiny_llama, prompts, judge)
     metrics = evaluate.run(context).metrics
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{metrics['prompts']:.0f} prompts are too few to say which model is better" in said
+    assert "about 100 give an interval of +-10 points: raise `data.holdout` or set `evaluate.prompts`" in said
     assert metrics["win_rate"] == 0.5
     assert metrics["tie_rate"] == 1.0, "the same seeds for both"
     assert metrics["kl_nats"] == pytest.approx(0.0, abs=1e-6)
@@ -321,3 +327,35 @@ def test_the_real_command_needs_no_recipe(rlhf, tiny_llama, lover_of_a, prompts,
         assert name in metrics
     assert metrics["prompts"] == 40, "prompts that are named are all used"
     assert "Traceback" not in result.stderr
+
+
+def test_models_are_called_by_run_and_stage_and_apart(tmp_path, monkeypatch):
+    for folder in ("runs/a/ppo", "runs/b/ppo", "other/a/ppo", "models/base"):
+        (tmp_path / folder).mkdir(parents=True)
+        if folder != "models/base":
+            (tmp_path / folder / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.model_names("runs/a/ppo", f"{tmp_path}/runs/b/ppo") == ("a/ppo", "b/ppo")
+    assert evaluate.model_names("models/base", "acme/chat") == ("base", "acme/chat")
+    assert evaluate.model_names("runs/a/ppo", "other/a/ppo") == ("runs/a/ppo", "other/a/ppo")
+    assert evaluate.model_names("runs/a/ppo", "runs/a/ppo") == ("a/ppo", "a/ppo")
+
+
+def test_the_table_fits_80_columns_with_long_names():
+    from rich.console import Console
+
+    from rlhf_cli.stages.evaluate.comparison import Comparison, comparison_metrics
+    from rlhf_cli.stages.evaluate.tables import metrics_table
+
+    one = Completion([5, 6], "some text", finished=True)
+    metrics = comparison_metrics(
+        [Comparison(str(n), one, one, 1.0, (0.0, 1.0), None) for n in range(9)], tie_margin=0.0
+    )
+    screen = io.StringIO()
+    names = ("acme/a-very-long-name-of-a-model-1", "runs/experiment-17/ppo")
+    Console(width=80, file=screen).print(metrics_table(metrics, names))
+    text = screen.getvalue()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "policy preferred (ties 1/2)" in text
+    assert "KL to baseline, nats per completion" in text
+    assert "acme/a-very-long-n" in text, "folded, not cut"

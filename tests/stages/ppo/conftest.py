@@ -65,7 +65,7 @@ class StopAfter:
 
 def scores(function):
     """A reward as the trainer takes it, from a function of one answer."""
-    return lambda prompts, texts: Scores([float(function(text)) for text in texts], {})
+    return lambda prompts, texts, columns: Scores([float(function(text)) for text in texts], {})
 
 
 @scores

@@ -50,7 +50,7 @@ def test_a_reward_that_draws_from_global_generators_draws_the_same_after_a_resum
 
     import numpy as np
 
-    def drawn(prompts, texts):
+    def drawn(prompts, texts, columns):
         return Scores([random.random() + np.random.rand() + float(torch.rand(())) for _ in texts], {})
 
     make_trainer(tiny_llama, tmp_path / "whole", reward=drawn).train()
@@ -127,7 +127,7 @@ def test_nan_gradients_are_skipped_then_rolled_back_then_given_up(tiny_llama, tm
 def test_a_broken_reward_skips_its_step_and_three_in_a_row_end_the_run(tiny_llama, tmp_path, make_trainer, rows_of):
     calls = {"count": 0}
 
-    def broken(prompts, texts):
+    def broken(prompts, texts, columns):
         calls["count"] += 1
         bad = calls["count"] in (2, 5, 6, 7) or calls["count"] > 9
         return Scores(
@@ -199,7 +199,7 @@ def test_where_a_run_was_stopped_does_not_change_where_it_goes_back_to(
 ):
     """Steps 5 to 7 are bad: back to step 4, the last regular checkpoint, also where a signal saved in between."""
 
-    def reward(prompts, texts):
+    def reward(prompts, texts, columns):
         step = len((folder / "metrics.jsonl").read_text().splitlines()) + 1
         bad = 5 <= step <= 7 and not (folder / "gone back").exists()
         if bad and step == 7:
@@ -235,7 +235,7 @@ def test_a_roll_back_does_not_forget_the_best_policy(tiny_llama, tmp_path, make_
 
     evaluations, asked_after = [0.0, 9.0], []
 
-    def reward(prompts, texts):
+    def reward(prompts, texts, columns):
         if trainer.loop.state.rolled_back:
             raise Done
         if prompts[0] in HELD_OUT:  # before training, and after step 3

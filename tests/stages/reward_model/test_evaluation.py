@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_cli.data.records import Ranking
 from rlhf_cli.errors import DataError
-from rlhf_cli.intervals import bootstrap_ratio, standard_error
+from rlhf_cli.intervals import standard_error
 from rlhf_cli.stages.reward_model.evaluation import accuracy, ranking_report
 
 THREE = Ranking("p", ("longest", "mid", "s"), ((1,), (0,), (2,)))
@@ -56,26 +56,6 @@ def test_a_prompt_ranked_twice_is_one_prompt():
 def test_nothing_but_ties_is_an_error():
     with pytest.raises(DataError, match="every pair is a tie"):
         ranking_report([Ranking("p", ("a", "b"), ((0, 1),))], [[0.0, 1.0]])
-
-
-def test_the_interval_draws_prompts_not_pairs():
-    # Two prompts of 50 pairs, all right and all wrong: by prompts the accuracy of a resample is 0, 1/2 or 1.
-    low, high = bootstrap_ratio([50.0, 0.0], [50.0, 50.0], resamples=1000, seed=0)
-    assert (low, high) == (0.0, 1.0)
-    low, high = bootstrap_ratio([1.0, 0.0] * 50, [1.0] * 100, resamples=4000, seed=0)
-    assert (low, high) == (pytest.approx(0.40, abs=0.02), pytest.approx(0.60, abs=0.02))
-
-
-def test_the_interval_is_that_of_the_normal_approximation_for_many_prompts():
-    values = [float(number % 7) for number in range(700)]
-    low, high = bootstrap_ratio(values, [1.0] * 700, resamples=4000, seed=1)
-    half = 1.96 * standard_error(values)
-    assert (low, high) == (pytest.approx(3.0 - half, abs=0.02), pytest.approx(3.0 + half, abs=0.02))
-
-
-def test_the_interval_depends_on_its_seed_alone():
-    arguments = ([1.0, 0.0, 1.0, 1.0, 0.0], [1.0] * 5)
-    assert bootstrap_ratio(*arguments, resamples=200, seed=1) == bootstrap_ratio(*arguments, resamples=200, seed=1)
 
 
 def test_standard_error_by_hand():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.data.records import Ranking
 from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.loading import ModelSource
@@ -15,6 +16,7 @@ from rlhf_cli.models.reward_model.model import load_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.reward_model import run as train_rm
+from rlhf_cli.stages.reward_model.evaluation import ranking_report
 from tests.stages.context import stage_context
 
 
@@ -75,6 +77,27 @@ def test_it_learns_and_reports_on_prompts_it_never_saw(model, adapter, request, 
     better, worse = scorer.score(["Question 31 about bread?"] * 2, ["water water bread 31", "bread 31"])
     assert better > worse
     assert (context.output / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("right", "prompts", "expected"),
+    [
+        (
+            0,
+            3,
+            "3 held-out prompts are too few to say whether an accuracy of 0.0% is better than chance; about 100",
+        ),
+        (6, 12, "12 held-out prompts are too few to say whether an accuracy of 50.0% is better than chance"),
+        (0, 30, "the held-out accuracy of 0.0% (0.0% to 11.6%) is below chance"),
+        (100, 200, "the held-out accuracy of 50.0% (42.9% to 57.1%) is no better than chance"),
+        (10, 10, None),
+    ],
+)
+def test_an_accuracy_that_shows_nothing_is_said_to(right, prompts, expected):
+    rankings = [Ranking(f"p{number}", ("better", "worse"), ((0,), (1,))) for number in range(prompts)]
+    report = ranking_report(rankings, [[float(number < right), 0.5] for number in range(prompts)])
+    found = train_rm.doubts(report)
+    assert found is None if expected is None else expected in found
 
 
 def test_rewards_of_sampled_labels_have_mean_0_and_deviation_1(tiny_llama, tmp_path):
