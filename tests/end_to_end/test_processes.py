@@ -36,7 +36,7 @@ train_rm: {{epochs: 1, batch_size: 5, micro_batch_size: 2, learning_rate: 1.0e-3
            lora: {{rank: 4}}}}
 ppo: {{steps: 4, prompts_per_step: 5, micro_batch_size: 2, max_new_tokens: 8, epochs: 2, learning_rate: 1.0e-3,
       checkpoint_steps: 1, lora: {{rank: 4}}}}
-evaluate: {{judge_function: gold.py:score, bootstrap: 100, sampling: {{max_new_tokens: 8, batch_size: 2}}}}
+evaluate: {{judge_function: gold.py:score, sampling: {{max_new_tokens: 8, batch_size: 2}}}}
 """
 WORDS = ("the", "cat", "sat", "on", "a", "warm", "stone", "and", "watched", "how", "bread", "is", "baked", "near", "it")
 

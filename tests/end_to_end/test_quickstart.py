@@ -19,7 +19,7 @@ SMALL = (
     "sft.epochs=0.05", "sft.checkpoint_steps=5", "label.completions_per_prompt=3", "label.sampling.max_new_tokens=8",
     "train_rm.epochs=0.1", "train_rm.checkpoint_steps=2", "ppo.steps=4", "ppo.checkpoint_steps=1",
     "ppo.prompts_per_step=16", "ppo.micro_batch_size=16", "ppo.max_new_tokens=8",
-    "evaluate.sampling.max_new_tokens=8", "evaluate.bootstrap=100",
+    "evaluate.sampling.max_new_tokens=8",
 )  # fmt: skip
 
 
