@@ -29,16 +29,17 @@ class Example:
 
 
 def tokenize(record: Demonstration, prompt_format: PromptFormat, *, is_encoder_decoder: bool) -> Example:
-    """Tokenize a demonstration into the ids that later stages see too: prompt and completion apart, then the end token.
+    """Tokenize a demonstration into the ids that later stages see too; see `PromptFormat.sequence_ids`.
 
     Text without a prompt gets no template. Tokens that a tokenizer puts before every text (BOS) count as the prompt.
     """
     if record.prompt:
-        prompt = prompt_format.prompt_ids(record.prompt)
+        prompt, completion = prompt_format.sequence_ids(record.prompt, record.completion)
     else:
         bare = PromptFormat(prompt_format.tokenizer, None, prompt_format.name)
-        prompt = bare.prompt_ids("")
-    completion = prompt_format.completion_ids(record.completion)
+        prompt, completion = bare.sequence_ids("", record.completion)
+        if prompt == completion[:1] and len(completion) > 1:  # the text writes BOS itself
+            completion = completion[1:]
     if is_encoder_decoder and not prompt:  # an encoder reads at least an end token
         prompt = [completion[-1]]
     return Example(prompt, completion)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.data.rendering import common_length
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
@@ -102,7 +103,7 @@ class RewardModel(nn.Module):
         return (raw + self.bias)[:, 0]
 
     def encode(self, prompt: Prompt, completion: str, *, ended: bool = True) -> Encoded:
-        """Tokenize a prompt with its completion, without a length limit; `ended` appends the end token."""
+        """Tokenize a prompt with its completion, without a length limit; only one that has `ended` gets its end."""
         if not self.is_encoder:
             return Encoded(self.format.pair_ids(prompt, completion, ended=ended))
         tokens: Any = self.format.tokenizer(self.format.prompt_string(prompt), completion)
@@ -125,18 +126,18 @@ class RewardModel(nn.Module):
     ) -> list[float]:
         """Score N completions; return normalized rewards in the same order.
 
-        A text longer than `max_length` loses the beginning of its prompt, with one warning per model.
+        A text longer than `max_length` loses the beginning of its prompt's content, with one warning per model.
 
         Args:
             prompts: N prompts.
             completions: N completions as text: the policy may use another tokenizer.
-            ended: N flags, True to append the end token; None appends it to all, as in training.
+            ended: N flags, False for a completion that the length limit cut; None means that all ended, as in training.
             batch_size: completions per batch; affects memory and speed only.
             progress: called with the number of completions just scored.
         """
         flags = [True] * len(prompts) if ended is None else ended
         encoded = [
-            self._truncate(self.encode(prompt, completion, ended=has_end))
+            self._truncate(self.encode(prompt, completion, ended=has_end), prompt)
             for prompt, completion, has_end in zip(prompts, completions, flags, strict=True)
         ]
         # Sort so that shared prefixes meet in one batch, or else so that similar lengths keep padding low.
@@ -156,15 +157,20 @@ class RewardModel(nn.Module):
         """Return (raw - mean) / std, the scale in which other stages read rewards."""
         return (raw - self.mean) / self.std
 
-    def _truncate(self, encoded: Encoded) -> Encoded:
+    def _truncate(self, encoded: Encoded, prompt: Prompt) -> Encoded:
         if len(encoded.ids) <= self.max_length:
             # A text without any token (no prompt, completion or end token) still needs a last token.
             return encoded if encoded.ids else Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
         if not self._warned:
             warn(f"the reward model reads at most {self.max_length} tokens; longer prompts are cut at their beginning")
             self._warned = True
-        # Keep an encoder's first token: its pooled head reads it.
-        front, surplus = int(self.is_encoder), len(encoded.ids) - self.max_length
+        # An encoder's pooled head reads its first token. What a decoder's template writes before the text of the first
+        # user stays, unless it takes up half of what the model reads.
+        front = 1
+        if not self.is_encoder:
+            front = common_length(encoded.ids, self.format.leading_ids(prompt))
+            front = front if front <= self.max_length // 2 else 1
+        surplus = len(encoded.ids) - self.max_length
         types = None if encoded.types is None else encoded.types[:front] + encoded.types[front + surplus :]
         return Encoded(encoded.ids[:front] + encoded.ids[front + surplus :], types)
 

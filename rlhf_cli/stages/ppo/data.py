@@ -72,6 +72,7 @@ def _split(context: PPOContext, loaded: TokenizedPrompts) -> tuple[Sequence[Prom
 
 def _demonstrations(context: PPOContext, policy: Policy, skips: SkipLog) -> Demonstrations:
     """Return the demonstrations that fit the policy and whose prompts are not held out; add the others to `skips`."""
+    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.examples import tokenize
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
@@ -82,6 +83,7 @@ def _demonstrations(context: PPOContext, policy: Policy, skips: SkipLog) -> Demo
     recipe, settings, source = context.recipe, context.settings, present(context.inputs.demonstrations)
     assert settings.ptx is not None
     loaded = read_records(source, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    check_records(policy.format, loaded.records)
     records, _ = split_by_prompt(loaded.records, recipe.data.holdout, recipe.seed)
     is_encoder_decoder = bool(policy.config.is_encoder_decoder)
     longest = min(settings.ptx.max_length, context_length(policy.config))

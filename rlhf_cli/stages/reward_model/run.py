@@ -34,6 +34,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         context: of the stage.
         generator: draws the completions that rewards are normalized over; None is `TorchGenerator`.
     """
+    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
     from rlhf_cli.stages.reward_model.normalization import normalize
@@ -49,6 +50,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         seed=recipe.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+    check_records(reward_model.format, loaded.records)
     rankings, groups = _fitting(context, settings, reward_model, loaded)
     train, held_out = split_by_prompt(rankings, recipe.data.holdout, recipe.seed)
     if not held_out:

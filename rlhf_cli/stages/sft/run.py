@@ -28,7 +28,7 @@ def run(context: SFTContext) -> StageOutcome:
     """Fine-tune on demonstrations whose prompts are not held out; write the merged model."""
     import torch
 
-    from rlhf_cli.data.chat_format import check_conversations
+    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.data.splits import split_by_prompt
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
@@ -42,7 +42,7 @@ def run(context: SFTContext) -> StageOutcome:
     source = model_source(recipe, _base(context, loaded.records, processes), quantized=True)
     tokenizer = load_tokenizer(source)
     chat_format = prompt_format(source, recipe.data.prompt_template, tokenizer)
-    check_conversations(chat_format, loaded.records)
+    check_records(chat_format, loaded.records)
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
     fitting = _fitting(context, settings, loaded, chat_format, model.config)
     train, held_out = split_by_prompt([record for record, _ in fitting], recipe.data.holdout, recipe.seed)
@@ -64,7 +64,9 @@ def run(context: SFTContext) -> StageOutcome:
     )
     if not processes.is_main:
         return StageOutcome()
-    save_model_folder(result.merged or model, tokenizer, context.output, dtype=source.dtype)
+    save_model_folder(
+        result.merged or model, tokenizer, context.output, dtype=source.dtype, stop_ids=chat_format.end_ids
+    )
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
