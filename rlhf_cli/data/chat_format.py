@@ -233,7 +233,7 @@ class PromptFormat:
         None stands for a turn that cannot be located, because the template renders the beginning of a conversation
         differently once it is longer.
         """
-        if isinstance(prompt, str) or self.is_encoder_decoder:
+        if isinstance(prompt, str) or self.is_encoder_decoder:  # a decoder that writes the last completion alone
             return []
         numbers = [at for at, message in enumerate(prompt) if message.role == "assistant" and at]
         openings = [

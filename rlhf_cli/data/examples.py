@@ -10,15 +10,31 @@ from rlhf_cli.data.records import Demonstration
 
 @dataclass(frozen=True)
 class Example:
-    """A demonstration in token ids; the completion ends with the end token."""
+    """A demonstration in token ids.
+
+    Attributes:
+        prompt_ids: the prompt.
+        completion_ids: the completion; it ends with an end token.
+        earlier_turns: (start, stop) of those of the assistant's earlier turns in `prompt_ids` that are trained, too.
+        skipped_turns: number of its earlier turns that are not trained, because they cannot be located in the prompt.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    earlier_turns: tuple[tuple[int, int], ...] = ()
+    skipped_turns: int = 0
 
     @property
     def ids(self) -> list[int]:
         """Prompt and completion concatenated."""
         return self.prompt_ids + self.completion_ids
+
+    def is_trained(self) -> list[bool]:
+        """For each of `ids`, whether it is trained: tokens of the completion and of trained earlier turns."""
+        found = [False] * len(self.prompt_ids) + [True] * len(self.completion_ids)
+        for start, stop in self.earlier_turns:
+            found[start:stop] = [True] * (stop - start)
+        return found
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -28,10 +44,18 @@ class Example:
         return max(len(self.prompt_ids), len(self.completion_ids)) if is_encoder_decoder else len(self)
 
 
-def tokenize(record: Demonstration, prompt_format: PromptFormat, *, is_encoder_decoder: bool) -> Example:
+def tokenize(
+    record: Demonstration, prompt_format: PromptFormat, *, is_encoder_decoder: bool, all_turns: bool = False
+) -> Example:
     """Tokenize a demonstration into the ids that later stages see too; see `PromptFormat.sequence_ids`.
 
     Text without a prompt gets no template. Tokens that a tokenizer puts before every text (BOS) count as the prompt.
+
+    Args:
+        record: the demonstration.
+        prompt_format: of the model.
+        is_encoder_decoder: whether the model is one.
+        all_turns: train the assistant's earlier turns in a conversation, too.
     """
     if record.prompt:
         prompt, completion = prompt_format.sequence_ids(record.prompt, record.completion)
@@ -42,4 +66,6 @@ def tokenize(record: Demonstration, prompt_format: PromptFormat, *, is_encoder_d
             completion = completion[1:]
     if is_encoder_decoder and not prompt:  # an encoder reads at least an end token
         prompt = [completion[-1]]
-    return Example(prompt, completion)
+    spans = prompt_format.assistant_spans(record.prompt) if all_turns else []
+    located = tuple(span for span in spans if span is not None)
+    return Example(prompt, completion, located, len(spans) - len(located))

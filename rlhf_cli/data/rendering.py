@@ -61,7 +61,7 @@ def locate_completion(prompt: str, whole: str, content: str, special: SpecialTok
         content: of the last turn, escaped.
         special: the special tokens of the tokenizer.
     """
-    start = common_length(prompt, whole)
+    start = special.boundary(whole, common_length(prompt, whole))
     content_end = _content_end(whole, content, special, start)
     found = special.first_after(whole, start if content_end is None else content_end)
     if content_end is None:  # the template rewrote the content
@@ -104,7 +104,12 @@ def locate_turns(text: str, openings: Sequence[Opening], special: SpecialTokens)
     None stands for a turn that cannot be located: the template renders what is before it differently in a longer
     conversation, or writes no generation prompt.
     """
-    starts = [common_length(text, opening.opened) if text.startswith(opening.before) else None for opening in openings]
+    starts = [
+        special.boundary(text, common_length(text, opening.opened))
+        if text.startswith((opening.opened, opening.before))
+        else None
+        for opening in openings
+    ]
     found: list[tuple[int, int] | None] = []
     for number, (start, opening) in enumerate(zip(starts, openings, strict=True)):
         if start is None:
@@ -114,6 +119,7 @@ def locate_turns(text: str, openings: Sequence[Opening], special: SpecialTokens)
         content_end = _content_end(text, opening.content, special, start, limit)
         end = special.first_after(text, start if content_end is None else content_end)
         stop = content_end if end is None else end.end()
-        is_header = end is not None and end.start() == start  # the turn's header, where no generation prompt covers it
+        # Content that the template rewrote is not found; then a token right at the start belongs to the turn's header.
+        is_header = content_end is None and end is not None and end.start() == start
         found.append(None if stop is None or stop > limit or is_header else (start, stop))
     return found

@@ -29,7 +29,7 @@ class SpecialTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         texts = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=lambda text: (-len(text), text))
-        self._tokenizer = tokenizer
+        self._tokenizer, self._longest = tokenizer, max(map(len, texts), default=0)
         either = "|".join(map(re.escape, texts)) or r"(?!)"
         self._pattern, self._next = re.compile(either), re.compile(rf"\s*(?:{either}|\Z)")
         marks = [chr(_HIGH + number // 1000) + chr(_LOW + number % 1000) for number in range(len(texts))]
@@ -47,6 +47,15 @@ class SpecialTokens:
     def are_next(self, text: str, position: int) -> bool:
         """Whether only white space is between a position and the next special token or the end of the text."""
         return self._next.match(text, position) is not None
+
+    def boundary(self, text: str, position: int) -> int:
+        """Return a position, or the beginning of the special token that it is inside of."""
+        for found in self._pattern.finditer(text, max(0, position - self._longest)):
+            if found.start() < position < found.end():
+                return found.start()
+            if found.start() >= position:
+                break
+        return position
 
     def escape(self, text: str) -> str:
         """Replace the special tokens that a text spells by marks, so that `ids` reads them as text."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.data.chat_format import PromptFormat, check_records
+from rlhf_cli.data.examples import tokenize
 from rlhf_cli.data.records import Demonstration, Message, Ranking
 from tests.chat_templates import BY_NAME, FAMILIES, OPENS_REASONING, Family, table, turns
 
@@ -135,6 +136,67 @@ def test_reasoning_blocks_of_earlier_turns_are_left_to_the_template():
     assert prompt_ids + completion_ids == rendered(family, messages)[:-1]
     assert format.tokenizer.decode(completion_ids) == thought + "So.<|im_end|>"
     assert format.tokenizer.decode(prompt_ids).count("think") == 0
+
+
+MOVES_SYSTEM_MESSAGE = "Mistral"
+
+
+@pytest.mark.parametrize("system", [None, "Be short."])
+def test_every_turn_of_the_assistant_is_trained_as_the_conversation_shows_it(family, system):
+    if system is not None and not family.system:
+        return
+    contents = ("Hi", "Hello", "Why is it?", " Because of the sky.", "And?", "", "So?", "t")
+    messages = turns(*contents, system=system)
+    format = PromptFormat(family.tokenizer())
+    record = Demonstration(as_prompt(messages), contents[-1])
+    example = tokenize(record, format, is_encoder_decoder=False, all_turns=True)
+    if family.name == MOVES_SYSTEM_MESSAGE and system is not None:
+        assert (example.earlier_turns, example.skipped_turns) == ((), 3)
+        return
+    assert example.skipped_turns == 0
+    for (start, stop), content in zip(example.earlier_turns, contents[1:-1:2], strict=True):
+        end = format.tokenizer.convert_ids_to_tokens(example.ids[stop - 1])
+        before, written = format.tokenizer.decode(example.ids[:start]), format.tokenizer.decode(example.ids[start:stop])
+        assert written in (content + end, content.strip() + end, " " + content + end)
+        opened = format.tokenizer.apply_chat_template(
+            messages[: 2 * len(example.earlier_turns[: example.earlier_turns.index((start, stop))]) + 1 + bool(system)],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert opened.startswith(before) or family.eats_newline
+    trained = [token for token, counts in zip(example.ids, example.is_trained(), strict=True) if counts]
+    assert len(trained) == len(example.completion_ids) + sum(stop - start for start, stop in example.earlier_turns)
+    last = tokenize(record, format, is_encoder_decoder=False)
+    assert (last.ids, last.earlier_turns) == (example.ids, ())
+
+
+def test_reasoning_of_earlier_turns_that_the_template_drops_is_not_trained():
+    family, thought = BY_NAME["Qwen 3"], "<think>\nhm\n</think>\n\n"
+    messages = turns("Hi", thought + "Hello", "Why?", thought + "So.")
+    format = PromptFormat(family.tokenizer())
+    example = tokenize(
+        Demonstration(as_prompt(messages), messages[-1]["content"]), format, is_encoder_decoder=False, all_turns=True
+    )
+    [(start, stop)] = example.earlier_turns
+    assert format.tokenizer.decode(example.ids[start:stop]) == "Hello<|im_end|>"
+
+
+def test_turns_of_a_template_without_generation_prompt_are_trained_with_their_header_or_left_out():
+    family = BY_NAME["ChatML on a base model"]
+    tokenizer = family.tokenizer()
+    tokenizer.chat_template = family.template.partition("{% if add_generation_prompt")[0].replace(
+        "m.content +", "m.content.replace('x', 'y') +"
+    )
+    format = PromptFormat(tokenizer)
+    example = tokenize(
+        Demonstration(as_prompt(turns("Hi", "Hello", "Why?", "x", "And?", "So.")), "So."),
+        format,
+        is_encoder_decoder=False,
+        all_turns=True,
+    )
+    [(start, stop)] = example.earlier_turns
+    assert tokenizer.decode(example.ids[start:stop]) == "<|im_start|>assistant\nHello<|im_end|>"
+    assert example.skipped_turns == 1
 
 
 @pytest.mark.parametrize("name", ["Qwen 3", "Qwen 3.5"])

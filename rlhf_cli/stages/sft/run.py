@@ -100,14 +100,20 @@ def _fitting(
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.models.loading import context_length
-    from rlhf_cli.progress import task
+    from rlhf_cli.progress import say, task
+    from rlhf_cli.stages.sft.data import describe_turns
 
     data, source = context.recipe.data, context.inputs.demonstrations.source
     max_length = min(settings.max_length, context_length(config))
     fitting: list[tuple[Demonstration, Example]] = []
     with task("tokenizing demonstrations", len(loaded.records), "records") as bar:
         for record in loaded.records:
-            example = tokenize(record, prompt_format, is_encoder_decoder=config.is_encoder_decoder)
+            example = tokenize(
+                record,
+                prompt_format,
+                is_encoder_decoder=config.is_encoder_decoder,
+                all_turns=settings.assistant_turns == "all",
+            )
             bar.advance()
             reason = None
             if len(example.prompt_ids) > data.max_prompt_tokens:
@@ -122,6 +128,8 @@ def _fitting(
     loaded.skips.check(loaded.total, data.max_skip, source)
     if not fitting:
         raise DataError(f"{source}: holds no demonstrations", hint="give records with `prompt` and `completion`")
+    if (turns := describe_turns([example for _, example in fitting])) is not None:
+        say(turns)
     return fitting
 
 
