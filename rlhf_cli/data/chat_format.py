@@ -214,6 +214,17 @@ class PromptFormat:
         text = self._prompt_text(marked).partition(CONTENT)[0]
         return self._special.ids(text) if self.is_chat(prompt) else self._text_ids(text)
 
+    def kept_in_front(self, prompt: Prompt, ids: list[int], max_length: int) -> int:
+        """Return how many tokens a reward model keeps in front of what it cuts from a sequence that is too long.
+
+        An encoder's pooled head reads its first token. What a decoder's template writes before the text of the first
+        user stays, unless it takes up half of what the model reads.
+        """
+        if self.is_encoder:
+            return 1
+        front = common_length(ids, self.leading_ids(prompt))
+        return front if front <= max_length // 2 else 1
+
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a completion: the tokenizer's end token, and the turn-end token of its chat template."""

@@ -44,6 +44,17 @@ class Example:
         return max(len(self.prompt_ids), len(self.completion_ids)) if is_encoder_decoder else len(self)
 
 
+def reason_to_skip(
+    example: Example, *, max_prompt_tokens: int, max_length: int, is_encoder_decoder: bool
+) -> str | None:
+    """Return why a demonstration is not trained on, or None: its prompt or the whole of it is too long."""
+    if len(example.prompt_ids) > max_prompt_tokens:
+        return f"prompt longer than {max_prompt_tokens:,} tokens"
+    if example.longest_side(is_encoder_decoder) > max_length:
+        return f"prompt and completion longer than {max_length:,} tokens"
+    return None
+
+
 def tokenize(
     record: Demonstration, prompt_format: PromptFormat, *, is_encoder_decoder: bool, all_turns: bool = False
 ) -> Example:

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
-from rlhf_cli.data.rendering import common_length
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
@@ -164,12 +163,7 @@ class RewardModel(nn.Module):
         if not self._warned:
             warn(f"the reward model reads at most {self.max_length} tokens; longer prompts are cut at their beginning")
             self._warned = True
-        # An encoder's pooled head reads its first token. What a decoder's template writes before the text of the first
-        # user stays, unless it takes up half of what the model reads.
-        front = 1
-        if not self.is_encoder:
-            front = common_length(encoded.ids, self.format.leading_ids(prompt))
-            front = front if front <= self.max_length // 2 else 1
+        front = self.format.kept_in_front(prompt, encoded.ids, self.max_length)
         surplus = len(encoded.ids) - self.max_length
         types = None if encoded.types is None else encoded.types[:front] + encoded.types[front + surplus :]
         return Encoded(encoded.ids[:front] + encoded.ids[front + surplus :], types)
@@ -268,10 +262,15 @@ def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | 
     save_artifact(reward_model, folder, final=final or folder)
 
 
-def _reward_model(classifier: Classifier, source: ModelSource, template: str | None) -> RewardModel:
+def reward_format(source: ModelSource, template: str | None, *, is_encoder: bool) -> PromptFormat:
+    """Return how the reward model at `source` reads prompts and completions."""
     tokenizer = load_tokenizer(source)
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         template = None  # `chat` describes the policy's prompts; this model has no chat template
+    return PromptFormat(tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder)
+
+
+def _reward_model(classifier: Classifier, source: ModelSource, template: str | None) -> RewardModel:
     is_encoder = classifier.is_encoder
-    format = PromptFormat(tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder)
+    format = reward_format(source, template, is_encoder=is_encoder)
     return RewardModel(classifier.model, format, source, is_encoder=is_encoder)

@@ -96,7 +96,7 @@ def _fitting(
     context: SFTContext, settings: SFTSettings, loaded: LoadedRecords, prompt_format: PromptFormat, config
 ) -> list[tuple[Demonstration, Example]]:
     """Records that fit the model, with their ids; the others are skipped and counted."""
-    from rlhf_cli.data.examples import tokenize
+    from rlhf_cli.data.examples import reason_to_skip, tokenize
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.models.loading import context_length
@@ -115,11 +115,12 @@ def _fitting(
                 all_turns=settings.assistant_turns == "all",
             )
             bar.advance()
-            reason = None
-            if len(example.prompt_ids) > data.max_prompt_tokens:
-                reason = f"prompt longer than {data.max_prompt_tokens:,} tokens"
-            elif example.longest_side(config.is_encoder_decoder) > max_length:
-                reason = f"prompt and completion longer than {max_length:,} tokens"
+            reason = reason_to_skip(
+                example,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_length=max_length,
+                is_encoder_decoder=config.is_encoder_decoder,
+            )
             if reason is None:
                 fitting.append((record, example))
             else:
