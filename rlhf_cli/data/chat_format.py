@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Demonstration, Message, Prompt, PromptRecord, Record
 from rlhf_cli.data.rendering import Conversation, Opening, common_length, locate_completion, locate_turns
@@ -49,7 +49,7 @@ class PromptFormat:
     name: str = "the tokenizer"
     is_encoder: bool = field(default=False)
     is_encoder_decoder: bool = field(default=False)
-    template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None and not self.is_encoder:
@@ -235,7 +235,7 @@ class PromptFormat:
             except ModelError:  # it wants other turns, which the data may have
                 turn_end = None
             if turn_end is not None:
-                ends.add(self.tokenizer.convert_tokens_to_ids(turn_end))
+                ends.add(self._special.id_of(turn_end))
         return frozenset(ends)
 
     def assistant_spans(self, prompt: Prompt) -> list[tuple[int, int] | None]:

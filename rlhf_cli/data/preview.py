@@ -126,7 +126,7 @@ class _Builder:
             sequences[""], skipped = self._demonstration(record)
         elif isinstance(record, PromptRecord):
             ids = self.format.prompt_ids(record.prompt)
-            sequences[""] = self._tokens(ids, ["prompt"] * len(ids))
+            sequences[""] = self._tokens(ids, _roles(("prompt", len(ids))))
             longest = self.limits.max_prompt_tokens
             skipped = f"prompt longer than {longest:,} tokens" if len(ids) > longest else None
         else:
@@ -157,16 +157,21 @@ class _Builder:
         ids = self.format.pair_ids(prompt, completion)
         start = common_length(self.format.prompt_ids(prompt), ids)
         stop = len(ids) if self.format.is_encoder else len(self.format.pair_ids(prompt, completion, ended=False))
-        roles: list[Role] = ["prompt"] * start + ["completion"] * (stop - start) + ["end"] * (len(ids) - stop)
+        roles = _roles(("prompt", start), ("completion", stop - start), ("end", len(ids) - stop))
         if len(ids) > self.limits.context:
             front = self.format.kept_in_front(prompt, ids, self.limits.context)
             surplus = len(ids) - self.limits.context
-            roles[front : front + surplus] = ["cut"] * surplus
+            roles[front : front + surplus] = _roles(("cut", surplus))
         return self._tokens(ids, roles)
 
     def _tokens(self, ids: Sequence[int], roles: Sequence[Role]) -> list[Token]:
         texts = token_texts(self.format.tokenizer, ids)
         return [Token(id, text, role) for id, text, role in zip(ids, texts, roles, strict=True)]
+
+
+def _roles(*parts: tuple[Role, int]) -> list[Role]:
+    """Repeat each role as often as its number says."""
+    return [role for role, length in parts for _ in range(length)]
 
 
 def _names(record: Ranking | Candidates) -> list[str]:

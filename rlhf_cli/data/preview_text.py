@@ -34,7 +34,7 @@ _HEAD, _TAIL = 300, 200
 
 def preview_text(records: Sequence[RecordPreview]) -> RenderableType:
     """Lay out records: where they are from, why they are skipped, and their tokens, parts with one role together."""
-    shown = {token.role for record in records for tokens in record.sequences.values() for token in tokens}
+    shown: set[Role] = {token.role for record in records for tokens in record.sequences.values() for token in tokens}
     return Group(*(part for record in records for part in _record(record)), _legend(shown))
 
 
@@ -48,8 +48,9 @@ def _record(record: RecordPreview) -> Iterator[RenderableType]:
         table = Table.grid(padding=(0, 1))
         table.add_column(width=_NAME_WIDTH, style="dim")
         table.add_column(overflow="fold")
-        for role, part in groupby(tokens, key=lambda token: token.role):
-            table.add_row(role, _part([token.text for token in part], _STYLES[role]))
+        for _, group in groupby(tokens, key=lambda token: token.role):
+            part = list(group)
+            table.add_row(part[0].role, _part([token.text for token in part], _STYLES[part[0].role]))
         yield table
     yield Text()
 
@@ -63,12 +64,12 @@ def _counts(tokens: Sequence[Token]) -> str:
 def _part(texts: Sequence[str], style: str) -> Text:
     """Tokens of one role; every other one is underlined, so that a color terminal shows where they begin."""
     length = sum(map(len, texts))
-    found, position, is_left_out = Text(), 0, False
+    found, position, is_omitted = Text(), 0, False
     for number, text in enumerate(texts):
         beyond = length > 2 * (_HEAD + _TAIL) and _HEAD < position < length - _TAIL
-        if beyond and not is_left_out:
+        if beyond and not is_omitted:
             found.append(" ... ", style="dim")
-        is_left_out = beyond
+        is_omitted = beyond
         position += len(text)
         if not beyond:
             at_edge = number in (0, len(texts) - 1)

@@ -40,6 +40,12 @@ class SpecialTokens:
         """Whether a text spells a special token."""
         return self._pattern.search(text) is not None
 
+    def id_of(self, token: str) -> int:
+        """Return the id of a special token."""
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(found, int)
+        return found
+
     def first_after(self, text: str, start: int) -> re.Match[str] | None:
         """Find the first special token at or after a position; escaped ones are not special."""
         return self._pattern.search(text, start)

@@ -181,7 +181,7 @@ def test_reasoning_of_earlier_turns_that_the_template_drops_is_not_trained():
     assert format.tokenizer.decode(example.ids[start:stop]) == "Hello<|im_end|>"
 
 
-def test_turns_of_a_template_without_generation_prompt_are_trained_with_their_header_or_left_out():
+def test_turns_of_a_template_without_generation_prompt_are_trained_with_their_header_or_skipped():
     family = BY_NAME["ChatML on a base model"]
     tokenizer = family.tokenizer()
     tokenizer.chat_template = family.template.partition("{% if add_generation_prompt")[0].replace(

@@ -78,7 +78,7 @@ def describe_turns(examples: Sequence[Example]) -> str | None:
         return None
     text = f"training on {len(examples) + earlier:,} assistant turns in {len(examples):,} demonstrations"
     if skipped:
-        text += f"; {skipped:,} earlier turns are left out: the chat template renders them differently in longer ones"
+        text += f"; {skipped:,} earlier turns are skipped: the chat template renders them differently in longer ones"
     return text
 
 
