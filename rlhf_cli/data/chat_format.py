@@ -229,14 +229,17 @@ class PromptFormat:
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a completion: the tokenizer's end token, and the turn-end token of its chat template."""
         ends = set() if self.tokenizer.eos_token_id is None else {self._end}
-        if self._has_chat_template:
-            try:
-                turn_end = self.conversation((Message("user", "a"),), "a").turn_end
-            except ModelError:  # it wants other turns, which the data may have
-                turn_end = None
-            if turn_end is not None:
-                ends.add(self._special.id_of(turn_end))
-        return frozenset(ends)
+        return frozenset(ends if self._turn_end is None else ends | {self._special.id_of(self._turn_end)})
+
+    @cached_property
+    def _turn_end(self) -> str | None:
+        """The special token that the chat template writes after the assistant's content, if any."""
+        if not self._has_chat_template:
+            return None
+        try:
+            return self.conversation((Message("user", "a"),), "a").turn_end
+        except ModelError:  # it wants other turns, which the data may have
+            return None
 
     def assistant_spans(self, prompt: Prompt) -> list[tuple[int, int] | None]:
         """Find the assistant's earlier turns in `prompt_ids(prompt)`, as (start, stop) with their turn-end token.
@@ -258,7 +261,7 @@ class PromptFormat:
         text, ids = self._prompt_text(prompt), self.prompt_ids(prompt)
         return [
             None if span is None else (self._tokens(text[: span[0]], ids), self._tokens(text[: span[1]], ids))
-            for span in locate_turns(text, openings, self._special)
+            for span in locate_turns(text, openings, self._special, self._turn_end)
         ]
 
     def _tokens(self, beginning: str, ids: list[int]) -> int:

@@ -98,8 +98,10 @@ class Opening(NamedTuple):
     content: str
 
 
-def locate_turns(text: str, openings: Sequence[Opening], special: SpecialTokens) -> list[tuple[int, int] | None]:
-    """Find earlier turns of the assistant in a rendering, as positions (start, stop) with their turn end.
+def locate_turns(
+    text: str, openings: Sequence[Opening], special: SpecialTokens, turn_end: str | None
+) -> list[tuple[int, int] | None]:
+    """Find earlier turns of the assistant in a rendering, as positions (start, stop) with their `turn_end`, if any.
 
     None stands for a turn that cannot be located: the template renders what is before it differently in a longer
     conversation, or writes no generation prompt.
@@ -118,8 +120,7 @@ def locate_turns(text: str, openings: Sequence[Opening], special: SpecialTokens)
         limit = next((later for later in starts[number + 1 :] if later is not None), len(text))
         content_end = _content_end(text, opening.content, special, start, limit)
         end = special.first_after(text, start if content_end is None else content_end)
-        stop = content_end if end is None else end.end()
-        # Content that the template rewrote is not found; then a token right at the start belongs to the turn's header.
-        is_header = content_end is None and end is not None and end.start() == start
-        found.append(None if stop is None or stop > limit or is_header else (start, stop))
+        has_end = end is not None and end[0] == turn_end and end.end() <= limit
+        stop = end.end() if end is not None and has_end else content_end
+        found.append(None if stop is None else (start, stop))
     return found
