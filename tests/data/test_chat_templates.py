@@ -199,17 +199,18 @@ def test_turns_of_a_template_without_generation_prompt_are_trained_with_their_he
     assert example.skipped_turns == 1
 
 
-def test_a_turn_without_turn_end_ends_with_its_content():
+@pytest.mark.parametrize("header", ["<|im_start|>", "@"])
+def test_a_turn_without_turn_end_ends_with_its_content(header):
     tokenizer = BY_NAME["Qwen 2.5"].tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim }}"
+        "{% for m in messages %}{{ header + m.role + '\n' + m.content | trim }}"
         "{% if m.role == 'assistant' and (loop.index > with_end or messages | length == 2) %}{{ '<|im_end|>' }}"
         "{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ header + 'assistant\n' }}{% endif %}"
     )
     record = Demonstration(as_prompt(turns("Hi", " Hello ", "Why?", "So.", "And?", " No. ")), " No. ")
     for with_end, expected in ((3, ["Hello", "So.<|im_end|>"]), (99, ["Hello", "So."])):
-        format = PromptFormat(tokenizer, template_kwargs={"with_end": with_end})
+        format = PromptFormat(tokenizer, template_kwargs={"with_end": with_end, "header": header})
         example = tokenize(record, format, is_encoder_decoder=False, all_turns=True)
         assert [tokenizer.decode(example.ids[slice(*span)]) for span in example.earlier_turns] == expected
         assert tokenizer.decode(example.completion_ids) == "No.<|im_end|>"
