@@ -137,13 +137,12 @@ class Policy:
 
     @cached_property
     def stop_ids(self) -> set[int]:
-        """Tokens that end a completion: the tokenizer's end token, those of the model's generation config, and those
-        that `load` was given."""
+        """Tokens that end a completion: the tokenizer's end token, the turn-end token of its chat template, those of
+        the model's generation config, and those that `load` was given."""
         with self.model() as model:
             configured = getattr(model.generation_config, "eos_token_id", None)
         listed = configured if isinstance(configured, list) else [configured]
-        own = {token for token in (self.format.tokenizer.eos_token_id, *listed) if isinstance(token, int)}
-        return own | self._extra_stop_ids
+        return {*self.format.end_ids, *(token for token in listed if isinstance(token, int)), *self._extra_stop_ids}
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, ending where the completion begins."""

@@ -25,8 +25,8 @@ class ScoresText(Protocol):
 class ModelReward:
     """A reward model as a reward.
 
-    Scores of our reward models are normalized as `reward.json` says; other classifiers return their logit. An end token
-    follows every completion, as in training (trap 10 of docs/ppo.md).
+    Scores of our reward models are normalized as `reward.json` says; other classifiers return their logit. Every
+    completion is scored as one that ended, as in training (trap 10 of docs/ppo.md).
 
     Attributes:
         name: short name for messages and metrics.

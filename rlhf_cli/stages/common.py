@@ -166,14 +166,14 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
         DataError: the source cannot be read, or too many prompts are too long.
         UsageError: completions are so long that no prompt fits.
     """
-    from rlhf_cli.data.chat_format import check_conversations
+    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.generation.prompts import TokenizedPrompts
 
     data, source = context.recipe.data, context.inputs.prompts.source
     longest = min(data.max_prompt_tokens, policy.longest_prompt(setting))
     loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
-    check_conversations(policy.format, loaded.records)
+    check_records(policy.format, loaded.records)
     prompts: list[Prompt] = []
     ids: list[list[int]] = []
     seen: set[str] = set()

@@ -4,7 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_cli.data.chat_format import PromptFormat, check_conversations
+from rlhf_cli.data.chat_format import PromptFormat, check_records
+from rlhf_cli.data.examples import tokenize
 from rlhf_cli.data.records import Demonstration, Message, PromptRecord
 from rlhf_cli.errors import DataError, ModelError
 
@@ -69,6 +70,17 @@ def test_a_chat_template_writes_its_own_bos_once():
     assert tokenizer.decode(plain.prompt_ids(TURNS)) == "<s>[user]hi[assistant]yes[user]go on[assistant]"
 
 
+@pytest.mark.parametrize("template", ["<s>Q: {prompt}", "{prompt}", None])
+def test_bos_that_a_template_or_a_text_writes_is_not_doubled(template):
+    tokenizer = letters("<s> $A")
+    text = "hi" if template == "<s>Q: {prompt}" else "<s>hi"
+    ids = PromptFormat(tokenizer, template).prompt_ids(text)
+    assert ids.count(0) == 1
+    assert ids[0] == 0
+    whole = tokenize(Demonstration("", "<s>all of it"), PromptFormat(tokenizer), is_encoder_decoder=False)
+    assert tokenizer.decode(whole.ids) == "<s>all of it</s>"
+
+
 def test_text_around_the_prompt_is_for_text_alone():
     format = PromptFormat(letters("<s> $A", template=STRICT), "Q: {prompt}\nA:")
     assert format.prompt_string("{prompt} {x}") == "Q: {prompt} {x}\nA:"
@@ -103,14 +115,14 @@ def test_turns_that_a_template_refuses_name_their_record():
         PromptRecord("text", location="f:2"),
         PromptRecord(TURNS[1:], location="f:3"),
     ]
-    check_conversations(strict, records[:2])
+    check_records(strict, records[:2])
     with pytest.raises(DataError, match=r"f:3: the turns assistant, user: .*roles must alternate") as caught:
-        check_conversations(strict, records)
+        check_records(strict, records)
     assert caught.value.hint
     with pytest.raises(DataError, match=r"f:1: .*has no chat template"):
-        check_conversations(PromptFormat(letters("$A")), records)
+        check_records(PromptFormat(letters("$A")), records)
     lenient = PromptFormat(letters("$A", template="{% for m in messages %}{{ m.content }}{% endfor %}"))
-    check_conversations(lenient, records)  # fmt: skip
+    check_records(lenient, records)  # fmt: skip
 
 
 def test_encoders_read_pairs(tiny_bert):
@@ -148,4 +160,4 @@ def test_the_real_tokenizer(real_model):
     assert tokenizer.decode(answer[:-1]) == "Paris."
     plain = PromptFormat(tokenizer)
     assert tokenizer.decode(plain.pair_ids("One, two,", " three")) == "One, two, three<|im_end|>"
-    check_conversations(chat, [Demonstration((Message("assistant", "a"), USER, USER), "b")])  # fmt: skip
+    check_records(chat, [Demonstration((Message("assistant", "a"), USER, USER), "b")])  # fmt: skip

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli.errors import ModelError, UsageError
@@ -15,6 +16,7 @@ from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_policy
+from tests.chat_templates import BY_NAME
 
 
 def load(folder: Path, **options) -> Policy:
@@ -27,6 +29,22 @@ def test_stop_tokens_are_the_tokenizer_s_the_model_s_and_those_that_are_given(ti
     policy = load(tiny_llama, weights=lambda: nullcontext(model), sampling=Sampling(stop_tokens=("?",)))
     tokenizer = policy.format.tokenizer
     assert policy.stop_ids == {tokenizer.eos_token_id, 7, 8, tokenizer("?").input_ids[0]}
+
+
+def test_a_chat_s_turn_end_token_stops_sampling(tmp_path):
+    """Gemma's generation ends turns with another token than the tokenizer's end token."""
+    policy = load(BY_NAME["Gemma 2"].model(tmp_path), style=PromptStyle("chat"), sampling=Sampling(max_new_tokens=5))
+    tokenizer = policy.format.tokenizer
+    turn_end, end = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
+    assert policy.stop_ids == {turn_end, end}
+    with policy.model() as model:  # a head that writes nothing else
+        model.lm_head.weight.data.zero_()
+        model.lm_head.bias = None
+        model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([turn_end]), 99.0))
+    (completion,) = TorchGenerator().generate(policy, [Request(policy.prompt_ids("Hi"), 0)])
+    assert completion.ids == [turn_end]
+    assert completion.finished
+    assert policy.decode(completion.ids) == ""
 
 
 def test_a_stop_token_that_is_none_is_refused_before_weights_are_read(tiny_llama):

@@ -18,6 +18,7 @@ from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.batch import Encoded
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.settings.shared import LoraSettings
+from tests.chat_templates import BY_NAME, turns
 
 LORA = LoraSettings(rank=4, alpha=8.0)
 PROMPTS = ["Why is the sky blue?", "A short question about bread and water.", "hi"]
@@ -369,3 +370,51 @@ def test_conversations_go_through_the_chat_template(tiny_llama):
     prompt = (Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "Bread?"))
     text = reward_model.format.tokenizer.decode(reward_model.encode(prompt, "Yes.").ids)
     assert text == "<|user|> Hello\n<|assistant|> Hi\n<|user|> Bread?\n<|assistant|> Yes.<|end|>"
+
+
+def test_a_chat_reward_model_of_others_reads_what_its_template_writes(tmp_path):
+    """The score is the one that a script with `apply_chat_template` gives, as on a model's page."""
+    for name in ("Gemma 2", "Qwen 3", "Phi-3", "Qwen 2.5"):
+        folder = BY_NAME[name].model(tmp_path / name)
+        save_model_as_classifier(folder)
+        reward_model = load_reward_model(ModelSource(str(folder), attention="sdpa"), template="chat")
+        plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for prompt, completion in (("Hi", "Hello"), ("2+2", "4"), ("Why<|im_end|>?", " Because.\n")):
+            if "<|" in prompt and name != "Gemma 2":
+                continue  # a script takes the spelled token for a control token
+            ids = tokenizer.apply_chat_template(turns(prompt, completion), return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                card = plain(ids).logits.item()
+            assert reward_model.score([prompt], [completion]) == pytest.approx([card], abs=1e-5), name
+            cut = reward_model.encode(prompt, completion, ended=False).ids
+            assert cut == ids[0].tolist()[: len(cut)]
+            assert len(cut) < ids.shape[1]
+
+
+def save_model_as_classifier(folder: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    with torch.no_grad():
+        model.score.weight.mul_(20)
+    model.config.pad_token_id = None
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Llama 3", "Mistral", "Qwen 2.5"])
+def test_a_chat_that_is_too_long_keeps_bos_and_the_header_of_the_turn(name, tmp_path):
+    reward_model = reward_model_of(BY_NAME[name].model(tmp_path, positions=120))
+    tokenizer, prompt = reward_model.format.tokenizer, (Message("user", "Hi there. " + "so " * 200 + "Why?"),)
+    whole = reward_model.encode(prompt, "Because.").ids
+    kept = reward_model._truncate(reward_model.encode(prompt, "Because."), prompt).ids
+    assert len(kept) == 120 < len(whole)
+    header = tokenizer.apply_chat_template(turns("Hi"), tokenize=False).partition("Hi")[0]
+    assert tokenizer.decode(kept).startswith((header + "so so", header + "o so", header + " so"))
+    assert kept[-50:] == whole[-50:]
+
+
+def test_a_system_message_that_fills_the_context_is_cut_too(tmp_path):
+    reward_model = reward_model_of(BY_NAME["Granite"].model(tmp_path, positions=60))
+    prompt = (Message("system", "Be short. " * 40), Message("user", "Why?"))
+    whole = reward_model.encode(prompt, "Because.").ids
+    kept = reward_model._truncate(reward_model.encode(prompt, "Because."), prompt).ids
+    assert kept == whole[:1] + whole[-59:]

@@ -64,7 +64,8 @@ def test_each_reward_reads_a_conversation_through_its_own_chat_template(tiny_lla
     tokenizer.save_pretrained(folder)
     reward = load_model_reward(ModelSource(str(folder)), template="Never asked like this: {prompt}")
     plain = load_model_reward(ModelSource(str(folder)), template=None)
-    assert reward.score([talk], ["yes"]) == pytest.approx(plain.score(["<<hi>>"], ["yes"]), abs=1e-6)
+    # The template writes no turn-end token: the tokenizer's end token follows the content.
+    assert reward.score([talk], ["yes"]) == pytest.approx(plain.score(["<<hi>>"], ["<<yes"]), abs=1e-6)
     assert reward.score([talk], ["yes"]) != pytest.approx(
         plain.score(["<|user|> hi\n<|assistant|> "], ["yes"]), abs=1e-6
     )

@@ -102,7 +102,7 @@ class RewardModel(nn.Module):
         return (raw + self.bias)[:, 0]
 
     def encode(self, prompt: Prompt, completion: str, *, ended: bool = True) -> Encoded:
-        """Tokenize a prompt with its completion, without a length limit; `ended` appends the end token."""
+        """Tokenize a prompt with its completion, without a length limit; only one that has `ended` gets its end."""
         if not self.is_encoder:
             return Encoded(self.format.pair_ids(prompt, completion, ended=ended))
         tokens: Any = self.format.tokenizer(self.format.prompt_string(prompt), completion)
@@ -125,18 +125,18 @@ class RewardModel(nn.Module):
     ) -> list[float]:
         """Score N completions; return normalized rewards in the same order.
 
-        A text longer than `max_length` loses the beginning of its prompt, with one warning per model.
+        A text longer than `max_length` loses the beginning of its prompt's content, with one warning per model.
 
         Args:
             prompts: N prompts.
             completions: N completions as text: the policy may use another tokenizer.
-            ended: N flags, True to append the end token; None appends it to all, as in training.
+            ended: N flags, False for a completion that the length limit cut; None means that all ended, as in training.
             batch_size: completions per batch; affects memory and speed only.
             progress: called with the number of completions just scored.
         """
         flags = [True] * len(prompts) if ended is None else ended
         encoded = [
-            self._truncate(self.encode(prompt, completion, ended=has_end))
+            self._truncate(self.encode(prompt, completion, ended=has_end), prompt)
             for prompt, completion, has_end in zip(prompts, completions, flags, strict=True)
         ]
         # Sort so that shared prefixes meet in one batch, or else so that similar lengths keep padding low.
@@ -156,15 +156,15 @@ class RewardModel(nn.Module):
         """Return (raw - mean) / std, the scale in which other stages read rewards."""
         return (raw - self.mean) / self.std
 
-    def _truncate(self, encoded: Encoded) -> Encoded:
+    def _truncate(self, encoded: Encoded, prompt: Prompt) -> Encoded:
         if len(encoded.ids) <= self.max_length:
             # A text without any token (no prompt, completion or end token) still needs a last token.
             return encoded if encoded.ids else Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
         if not self._warned:
             warn(f"the reward model reads at most {self.max_length} tokens; longer prompts are cut at their beginning")
             self._warned = True
-        # Keep an encoder's first token: its pooled head reads it.
-        front, surplus = int(self.is_encoder), len(encoded.ids) - self.max_length
+        front = self.format.kept_in_front(prompt, encoded.ids, self.max_length)
+        surplus = len(encoded.ids) - self.max_length
         types = None if encoded.types is None else encoded.types[:front] + encoded.types[front + surplus :]
         return Encoded(encoded.ids[:front] + encoded.ids[front + surplus :], types)
 
@@ -173,7 +173,7 @@ def new_reward_model(
     source: ModelSource,
     *,
     template: str | None,
-    template_kwargs: Mapping[str, object] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     lora: LoraSettings | None,
     seed: int = 0,
     gradient_checkpointing: bool = False,
@@ -269,14 +269,29 @@ def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | 
     save_artifact(reward_model, folder, final=final or folder)
 
 
-def _reward_model(
-    classifier: Classifier, source: ModelSource, template: str | None, template_kwargs: Mapping[str, object]
-) -> RewardModel:
+def reward_format(
+    source: ModelSource,
+    template: str | None,
+    *,
+    is_encoder: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> PromptFormat:
+    """Return how the reward model at `source` reads prompts and completions."""
     tokenizer = load_tokenizer(source)
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         template = None  # `chat` describes the policy's prompts; this model has no chat template
-    is_encoder = classifier.is_encoder
-    format = PromptFormat(
-        tokenizer, template, name=f"`{source.path}`", is_encoder=is_encoder, template_kwargs=template_kwargs
+    return PromptFormat(
+        tokenizer,
+        template,
+        name=f"`{source.path}`",
+        is_encoder=is_encoder,
+        template_kwargs=template_kwargs or {},
     )
+
+
+def _reward_model(
+    classifier: Classifier, source: ModelSource, template: str | None, template_kwargs: Mapping[str, Any]
+) -> RewardModel:
+    is_encoder = classifier.is_encoder
+    format = reward_format(source, template, is_encoder=is_encoder, template_kwargs=template_kwargs)
     return RewardModel(classifier.model, format, source, is_encoder=is_encoder)

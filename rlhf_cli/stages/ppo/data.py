@@ -84,6 +84,7 @@ def _demonstrations(
 ) -> tuple[Demonstrations, list[Demonstration]]:
     """Return the demonstrations that fit the policy and whose prompts are not held out, as token ids and as records;
     add the others to `skips`."""
+    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.examples import tokenize
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.data.sources import read_records
@@ -93,6 +94,7 @@ def _demonstrations(
     recipe, settings, source = context.recipe, context.settings, present(context.inputs.demonstrations)
     assert settings.ptx is not None
     loaded = read_records(source, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    check_records(policy.format, loaded.records)
     records, _ = split.divide(loaded.records)
     is_encoder_decoder = bool(policy.config.is_encoder_decoder)
     longest = min(settings.ptx.max_length, context_length(policy.config))

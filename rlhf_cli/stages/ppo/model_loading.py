@@ -213,7 +213,12 @@ def _shared_reward(
     setattr(classifier, classifier.base_model_prefix, backbone.base_model)
     head = head_of(classifier, source.path)
     head.weight = nn.Parameter(torch.zeros(head.weight.shape, device=backbone.device), requires_grad=False)
-    format = PromptFormat(load_tokenizer(source.at(str(folder))), config.template, name=f"`{folder}`")
+    format = PromptFormat(
+        load_tokenizer(source.at(str(folder))),
+        config.template,
+        name=f"`{folder}`",
+        template_kwargs=config.template_kwargs,
+    )
     reward_model = RewardModel(classifier, format, source, is_encoder=False)
     reward_model.mean, reward_model.std = config.mean, config.std
     load_head(reward_model, folder)

@@ -32,7 +32,7 @@ class RankedGroup:
 
 
 def encode_group(model: RewardModel, ranking: Ranking) -> RankedGroup:
-    """Encode a ranking; every completion gets the end token, as it does when it is scored."""
+    """Encode a ranking; every completion is one that ended, as it is when it is scored."""
     sequences = tuple(model.encode(ranking.prompt, completion) for completion in ranking.completions)
     return RankedGroup(sequences, tuple(ranking.levels()), ranking.margin or 0.0)
 

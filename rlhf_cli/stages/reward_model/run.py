@@ -42,6 +42,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         context: of the stage.
         generator: draws the completions that rewards are normalized over; None is `TorchGenerator`.
     """
+    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
     from rlhf_cli.stages.reward_model.normalization import normalize
@@ -60,6 +61,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         seed=recipe.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+    check_records(reward_model.format, loaded.records)
     rankings, groups = _fitting(context, settings, reward_model, loaded)
     split = split_from(context, start)
     train, held_out = split.divide(rankings)

@@ -71,6 +71,17 @@ def pack_groups(examples: Sequence[Example], capacity: int) -> list[list[int]]:
     return [[number for unit in row for number in units[unit]] for row in pack(lengths, capacity)]
 
 
+def describe_turns(examples: Sequence[Example]) -> str | None:
+    """Describe which turns of conversations are trained; None if no conversation has an earlier turn."""
+    earlier, skipped = sum(len(one.earlier_turns) for one in examples), sum(one.skipped_turns for one in examples)
+    if not earlier + skipped:
+        return None
+    text = f"training on {len(examples) + earlier:,} assistant turns in {len(examples):,} demonstrations"
+    if skipped:
+        text += f"; {skipped:,} earlier turns are skipped: the chat template renders them differently in longer ones"
+    return text
+
+
 class BatchPlan:
     """Which rows make up each optimizer step, and how a step is cut into micro-batches.
 
@@ -108,8 +119,8 @@ Batch = dict[str, Any]
     input_ids: (B, L), read by the model or by its decoder.
     predicting: (N,) positions in the flattened `input_ids` (B * L) that predict a token.
     targets: (N,) the token that each of them predicts.
-    completions: (N,) number of examples in which the target is a token of the completion; above 1 where examples share
-        it.
+    completions: (N,) number of examples in which the target is a token that is trained, of the completion or of an
+        earlier turn of the assistant; above 1 where examples share it.
     texts: (N,) number of examples in which the target is any token but the first.
 
 A decoder-only model also gets `layout` (groups) or, with several examples per row, `position_ids` (B, L); an
@@ -201,13 +212,13 @@ def _predictions(examples: Sequence[Example], positions: Sequence[Tensor]) -> di
     """
     row = torch.cat([of_example[:-1] for of_example in positions])
     target = torch.cat([torch.tensor(example.ids[1:], dtype=torch.long) for example in examples])
-    is_completion = torch.cat([torch.arange(1, len(one)) >= len(one.prompt_ids) for one in examples])
+    is_trained = torch.cat([torch.tensor(example.is_trained()[1:], dtype=torch.long) for example in examples])
     vocabulary = int(target.max()) + 1 if len(target) else 1
     kept, index = (row * vocabulary + target).unique(return_inverse=True)
     none = torch.zeros(len(kept), dtype=torch.long)
     return {
         "predicting": kept // vocabulary,
         "targets": kept % vocabulary,
-        "completions": none.index_add(0, index, is_completion.long()),
+        "completions": none.index_add(0, index, is_trained),
         "texts": none.index_add(0, index, torch.ones_like(index)),
     }

@@ -68,7 +68,7 @@ class TokenCounts:
     """Numbers of tokens that the loss is a mean over.
 
     Attributes:
-        completion: tokens of completions, end tokens included.
+        completion: tokens of completions and of trained earlier turns, end tokens included.
         text: tokens of whole examples, prompts included, except the first of each example.
     """
 
@@ -88,8 +88,9 @@ class TokenCounts:
 def sft_loss(model: PreTrainedModel, batch: Batch, counts: TokenCounts, *, lm_coef: float) -> Tensor:
     """Return one micro-batch's part of L3 = L2 + lambda L1 (Radford et al. 2018, section 3.2), in nats per token.
 
-    L2 is the mean negative log-likelihood of completion tokens, L1 that of all tokens, prompts included. Both means are
-    over the *whole step*, so the parts of a step's micro-batches add up to its loss.
+    L2 is the mean negative log-likelihood of trained tokens (completions, and earlier turns of the assistant), L1 that
+    of all tokens, prompts included. Both means are over the *whole step*, so the parts of a step's micro-batches add up
+    to its loss.
 
     Args:
         model: decoder-only or encoder-decoder.

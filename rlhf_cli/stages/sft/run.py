@@ -36,7 +36,7 @@ def run(context: SFTContext) -> StageOutcome:
     """Fine-tune on demonstrations whose prompts are not held out; write the merged model."""
     import torch
 
-    from rlhf_cli.data.chat_format import check_conversations
+    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
     from rlhf_cli.models.saving import save_model_folder
@@ -50,7 +50,7 @@ def run(context: SFTContext) -> StageOutcome:
     tokenizer = load_tokenizer(source)
     style = prompt_style(recipe.data, source.path, tokenizer, may_differ=True)
     chat_format = prompt_format(source, style, tokenizer)
-    check_conversations(chat_format, loaded.records)
+    check_records(chat_format, loaded.records)
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
     fitting = _fitting(context, settings, loaded, chat_format, model.config)
     train, held_out = split_from(context, source.path).divide([record for record, _ in fitting])
@@ -75,7 +75,7 @@ def run(context: SFTContext) -> StageOutcome:
         return StageOutcome()
     trained = result.merged or model
     sampling = inherited_sampling(recipe, source.path)
-    stop_ids = token_ids(sampling.stop_tokens or (), chat_format)
+    stop_ids = {*chat_format.end_ids, *token_ids(sampling.stop_tokens or (), chat_format)}
     generation = Sampling.resolve(sampling).generation(trained, tokenizer, stop_ids)
     save_model_folder(trained, tokenizer, context.output, dtype=source.dtype, generation=generation)
     write_contract(context, source.path, style, sampling, train)
@@ -108,24 +108,31 @@ def _fitting(
     context: SFTContext, settings: SFTSettings, loaded: LoadedRecords, prompt_format: PromptFormat, config
 ) -> list[tuple[Demonstration, Example]]:
     """Records that fit the model, with their ids; the others are skipped and counted."""
-    from rlhf_cli.data.examples import tokenize
+    from rlhf_cli.data.examples import reason_to_skip, tokenize
     from rlhf_cli.data.records import prompt_text
     from rlhf_cli.data.skips import Skip
     from rlhf_cli.models.loading import context_length
-    from rlhf_cli.progress import task
+    from rlhf_cli.progress import say, task
+    from rlhf_cli.stages.sft.data import describe_turns
 
     data, source = context.recipe.data, context.inputs.demonstrations.source
     max_length = min(settings.max_length, context_length(config))
     fitting: list[tuple[Demonstration, Example]] = []
     with task("tokenizing demonstrations", len(loaded.records), "records") as bar:
         for record in loaded.records:
-            example = tokenize(record, prompt_format, is_encoder_decoder=config.is_encoder_decoder)
+            example = tokenize(
+                record,
+                prompt_format,
+                is_encoder_decoder=config.is_encoder_decoder,
+                all_turns=settings.assistant_turns == "all",
+            )
             bar.advance()
-            reason = None
-            if len(example.prompt_ids) > data.max_prompt_tokens:
-                reason = f"prompt longer than {data.max_prompt_tokens:,} tokens"
-            elif example.longest_side(config.is_encoder_decoder) > max_length:
-                reason = f"prompt and completion longer than {max_length:,} tokens"
+            reason = reason_to_skip(
+                example,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_length=max_length,
+                is_encoder_decoder=config.is_encoder_decoder,
+            )
             if reason is None:
                 fitting.append((record, example))
             else:
@@ -134,6 +141,8 @@ def _fitting(
     loaded.skips.check(loaded.total, data.max_skip, source)
     if not fitting:
         raise DataError(f"{source}: holds no demonstrations", hint="give records with `prompt` and `completion`")
+    if (turns := describe_turns([example for _, example in fitting])) is not None:
+        say(turns)
     return fitting
 
 

@@ -26,6 +26,8 @@ class SFTSettings(TrainingSettings):
     """Passes over the demonstrations."""
     max_length: Count = 1024
     """Maximum sequence length in tokens; longer records are skipped and counted."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Turns of the assistant to train in conversations of several turns: `all` of them, or only the `last`."""
     packing: bool = False
     """Pack several records into each sequence of up to `max_length` tokens. For decoder-only models."""
     adapter: Literal["lora", "none"] = "lora"

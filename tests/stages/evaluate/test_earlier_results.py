@@ -15,7 +15,8 @@ def evaluate(rlhf_here, tiny_llama, tmp_path):
     def run(*arguments, policy=tiny_llama):
         code, said = rlhf_here(
             "evaluate", "--baseline", tiny_llama, "--policy", policy, "--prompts", "prompts.jsonl",
-            "--function", "rate.py:score", "--set", "evaluate.sampling.max_new_tokens=4", *arguments,
+            "--function", "rate.py:score", "--set", "evaluate.sampling.max_new_tokens=4",
+            "--set", "data.prompt_template=null", *arguments,
         )  # fmt: skip
         assert code == 0, said
         return said

@@ -20,6 +20,7 @@ from rlhf_cli.stages.sft.data import (
     CausalCollator,
     GroupCollator,
     Seq2SeqCollator,
+    describe_turns,
     pack,
     pack_groups,
 )
@@ -86,6 +87,24 @@ def test_causal_rows_score_completions_and_nothing_across_examples():
     # 6 -> 7, 7 -> 8 and 9 -> 4 are completions; 8 -> 9 would cross into the next example.
     assert predictions(batch) == [(0, 6, 0, 1), (1, 7, 1, 1), (2, 8, 1, 1), (4, 4, 1, 1), (6, 2, 1, 1)]
     assert "position_ids" not in collate(CausalCollator(packed=False), [Example([3], [2])])
+
+
+def test_earlier_turns_count_as_completions_and_are_shared_like_prompts():
+    talks = [Example([5, 6, 7, 8], [2, 1], earlier_turns=((1, 3),)), Example([5, 6, 7, 8], [3, 1])]
+    batch = collate(GroupCollator(), talks)
+    # 5 -> 6 and 6 -> 7 are trained for the first example alone, and read once.
+    assert predictions(batch)[:3] == [(0, 6, 1, 2), (1, 7, 1, 2), (2, 8, 0, 2)]
+    batch = collate(CausalCollator(packed=False), talks[:1])
+    assert [completions for _, _, completions, _ in predictions(batch)] == [1, 1, 0, 1, 1]
+
+
+def test_turns_that_are_trained_are_said_where_there_are_several():
+    assert describe_turns([Example([5], [6])]) is None
+    talks = [Example([5, 6, 7], [1], ((1, 2),)), Example([5], [6]), Example([5, 6, 7], [1], ((1, 2),), 3)]
+    assert describe_turns(talks[:2]) == "training on 3 assistant turns in 2 demonstrations"
+    assert str(describe_turns(talks)).startswith(
+        "training on 5 assistant turns in 3 demonstrations; 3 earlier turns are"
+    )
 
 
 def test_a_shared_prompt_is_read_once_and_counts_for_each_example():

@@ -35,7 +35,7 @@ EXAMPLES = [
     Example([14], [25, 0]),
     Example([15, 16], [26, 27, 28, 0]),
     Example([], [31, 32, 33, 0]),
-    Example([17, 18, 19, 20, 17], [0]),
+    Example([17, 18, 19, 20, 17], [0], earlier_turns=((1, 3),)),
     Example([12, 13], [34, 35, 36, 37, 38, 39, 0]),
 ]
 
@@ -73,7 +73,9 @@ def by_hand(model: PreTrainedModel, examples: list[Example], lm_coef: float) -> 
         ids = torch.tensor(example.prompt_ids + example.completion_ids)
         losses = F.cross_entropy(model(input_ids=ids[None]).logits[0, :-1].float(), ids[1:], reduction="none")
         text.append(losses)
-        completion.append(losses[max(len(example.prompt_ids) - 1, 0) :])
+        trained = range(len(example.prompt_ids), len(ids))
+        trained = [*trained, *(token for turn in example.earlier_turns for token in range(*turn))]
+        completion.append(losses[[token - 1 for token in trained if token]])
     loss = torch.cat(completion).mean()
     return loss + lm_coef * torch.cat(text).mean() if lm_coef else loss
 

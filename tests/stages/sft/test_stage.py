@@ -19,6 +19,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.sft import run as sft
+from tests.chat_templates import BY_NAME, turns
 from tests.stages.context import stage_context
 
 
@@ -97,6 +98,20 @@ def test_held_out_prompts_are_not_trained_on(tiny_llama: Path, tmp_path: Path, m
         side = "held out" if Split(0.2, 0).holds_out(row["prompt"]) else "train"
         assert f"<{row['prompt']}>" in seen[side]
     assert not seen["train"] & seen["held out"]
+
+
+def test_the_setting_says_which_turns_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = BY_NAME["Gemma 2"].model(tmp_path / "base")
+    rows = [{"messages": turns(f"What is {n}?", "Hello", "And?", "So.")} for n in range(20)]
+    losses, said = [], []
+    for choice in ("all", "last"):
+        outcome = run(tmp_path / choice, jsonl(tmp_path / "data.jsonl", rows), model, assistant_turns=choice)
+        losses.append(outcome.metrics["eval_loss_before"])
+        said.append("training on 40 assistant turns in 20 demonstrations" in capsys.readouterr().err)
+        ends = json.loads((tmp_path / choice / "out" / "generation_config.json").read_text())["eos_token_id"]
+        assert set(ends) == set(AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(["<eos>", "<end_of_turn>"]))
+    assert said == [True, False]
+    assert losses[0] != losses[1], "the held-out loss counts the same turns"
 
 
 def test_records_that_do_not_fit_are_skipped_and_counted(tiny_llama: Path, tmp_path: Path):
