@@ -63,9 +63,12 @@ def load_policy(
         quantized: hold its weights as `model.quantize` says.
     """
     from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.models.loading import as_stored
 
     recipe = context.recipe
     source = model_source(recipe, path, quantized=quantized)
+    if recipe.model.dtype == "auto":
+        source = as_stored(source)
     return Policy.load(source, sampling, template=recipe.data.prompt_template)
 
 

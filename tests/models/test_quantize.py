@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import quantize as quantize
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
@@ -125,7 +126,8 @@ def test_the_policy_is_merged_into_the_weights_on_disk(name, bits, request, tmp_
         for parameter in models.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     settings = PPOSettings.model_validate({"lora": {"rank": 4, "alpha": 8.0}})
-    save_ppo_models(models, ModelSource(str(folder), quantize=bits), settings, tmp_path, stop_ids=[2])
+    probe, source = [Example([5, 6], [7, 8])], ModelSource(str(folder), quantize=bits)
+    assert save_ppo_models(models, source, settings, tmp_path, probe=probe, stop_ids=[2]) < 1e-9
     written = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     exact = load_policy(ModelSource(str(folder)))
     add_lora(exact, LoraSettings(rank=4, alpha=8.0), name="policy")
