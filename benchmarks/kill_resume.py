@@ -102,7 +102,7 @@ def _import_all() -> None:
 
     prepare()
     torch.set_num_threads(1)  # as OMP_NUM_THREADS sets for the others; threads do not survive a fork
-    for name in ("stages.ppo.run", "stages.ppo.trainer", "models.saving", "models.merging"):
+    for name in ("stages.ppo.run", "stages.ppo.trainer", "models.saving", "generation.policy_saving"):
         importlib.import_module(f"rlhf_cli.{name}")
 
 

@@ -86,6 +86,17 @@ class Projection:
             bias = shift[0]
         return Projection(head.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of all tokens in float32, (T, V), for hidden states (T, d) without gradient."""
+        tiles = [
+            hidden.float() @ self.weight[start : start + _VOCABULARY_TILE].float().T
+            for start in range(0, len(self.weight), _VOCABULARY_TILE)
+        ]
+        logits = torch.cat(tiles, dim=-1) if self.bias is None else torch.cat(tiles, dim=-1) + self.bias.float()
+        logits *= self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def token_logprobs(self, hidden: Tensor, batch: SequenceBatch, *, temperature: float) -> TokenLogprobs:
         """Return the log-probability of each completion token, and the entropy of its distribution.
 

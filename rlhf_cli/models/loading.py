@@ -26,6 +26,7 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -45,6 +46,8 @@ class ModelSource:
             a name of transformers, such as `sdpa` or `eager`.
         device: device of the weights.
         quantize: quantization of frozen weights under an adapter; see `models.quantize`.
+        is_merged: load the weights of a policy whose adapter is saved beside them as they are, even where products in
+            bfloat16 would round the adapter away; see `models.policy_adapter`.
     """
 
     path: str
@@ -55,6 +58,7 @@ class ModelSource:
     attention: str = "auto"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     quantize: Quantize = "none"
+    is_merged: bool = False
 
     def at(self, path: str) -> ModelSource:
         """Return this source with another path; revision and remote code apply to the original path only."""
@@ -63,8 +67,13 @@ class ModelSource:
         return replace(self, path=path, revision=None, trust_remote_code=False)
 
     def in_full(self) -> ModelSource:
-        """Return this source with all weights in float32 and not quantized, as needed for training and merging."""
-        return replace(self, dtype=torch.float32, quantize="none")
+        """Return this source with all weights in float32, merged and not quantized, as needed to train them all."""
+        return replace(self, dtype=torch.float32, quantize="none", is_merged=True)
+
+    def keeps_adapter(self, dtype: torch.dtype | None) -> bool:
+        """Whether `load_weights` splits an adapter off the weights into which it was merged."""
+        is_rounded = self.precision != torch.float32 and self.quantize == "none"
+        return dtype is None and is_rounded and not self.is_merged and has_policy_adapter(Path(self.path))
 
     def hub_arguments(self) -> dict[str, object]:
         """Return the arguments common to every `from_pretrained`."""
@@ -223,6 +232,7 @@ def load_weights(
     quiet_libraries()
     disable_dropout(config)
     is_quantized = dtype is None and source.quantize != "none"
+    keeps_adapter = source.keeps_adapter(dtype)
     placement: dict[str, Any] = {}
     if is_quantized:
         check_quantize(source.quantize, source.device)
@@ -236,7 +246,7 @@ def load_weights(
             source.path,
             output_loading_info=True,
             config=config,
-            dtype=dtype or source.dtype,
+            dtype=torch.float32 if keeps_adapter else dtype or source.dtype,
             use_safetensors=True,
             **placement,
             **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
@@ -252,10 +262,21 @@ def load_weights(
             f"`{missing[0]}`",
             hint="give the folder of a complete language model",
         )
+    if keeps_adapter:
+        separate_adapters(model, Path(source.path))
     model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
+
+
+def as_stored(source: ModelSource) -> ModelSource:
+    """Return a source whose weights are float32 if they are stored in float32, as a policy trained in full is.
+
+    Products in bfloat16 round the matrices as in training, but embeddings, norms and the sums between layers are not
+    rounded, as in training.
+    """
+    return replace(source, dtype=torch.float32) if load_config(source).dtype == torch.float32 else source
 
 
 def load_any(path: str, device: torch.device) -> PreTrainedModel:

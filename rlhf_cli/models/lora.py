@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.low_rank import join
 from rlhf_cli.models.quantize import quantized
 from rlhf_cli.settings.shared import LoraSettings
 
@@ -220,21 +222,30 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> list[
     Raises:
         ModelError: `folder` holds no adapter, or one for another architecture.
     """
+    lora, state = read_adapter(model, folder)
+    parameters = add_lora(model, lora, name=name)
+    load_adapter_state(model, state, name)
+    return parameters
+
+
+def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str, Tensor]]:
+    """Read a saved adapter: its settings without dropout, and its weights by keys relative to the backbone of `model`.
+
+    Raises:
+        ModelError: `folder` holds no adapter, or one for another architecture.
+    """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         stored = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load an adapter from {folder}: {error}") from error
     base_keys = {key.removesuffix(".base_layer") for key, _ in backbone(model).named_modules()}
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
     layers = sorted({key.rsplit(".", 2)[0] for key in state})
     try:
-        lora = LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=layers)
+        return LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=layers), state
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
-    parameters = add_lora(model, lora, name=name)
-    load_adapter_state(model, state, name)
-    return parameters
 
 
 def _relative_key(key: str, base_keys: set[str], folder: Path) -> str:
@@ -249,7 +260,8 @@ def _relative_key(key: str, base_keys: set[str], folder: Path) -> str:
 def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | None = None) -> None:
     """Merge an adapter into the weights it adapts and remove all adapters, in place.
 
-    The sum W + (alpha / rank) B A is computed in float32 and rounded once, at the end, to `dtype`.
+    The sum W + (alpha / rank) B A is computed in float32 and rounded once, at the end, to `dtype`. So is that with the
+    adapters that were merged into the weights on disk and split off at loading (`models.policy_adapter`).
 
     Args:
         model: a model that carries the adapter.
@@ -266,7 +278,7 @@ def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | 
     if quantized(model) != "none":
         raise ModelError(
             "cannot merge into quantized weights, which are rounded",
-            hint="merge into the weights on disk with `rlhf_cli.models.merging.merged_policy`",
+            hint="merge into the weights on disk, as `rlhf_cli.generation.policy_saving` does",
         )
     with torch.no_grad():
         for key, layer in layers:
@@ -275,6 +287,8 @@ def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | 
                 plain.weight.data = plain.weight.data.float() + layer.get_delta_weight(name).float()  # type: ignore[operator]
             parent, _, leaf = key.rpartition(".")
             setattr(base.get_submodule(parent), leaf, plain)
+        for module in base.modules():
+            join(module)
     if hasattr(base, "peft_config"):
         del base.peft_config
     if dtype is not None:

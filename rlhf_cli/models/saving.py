@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
 from rlhf_cli.models.loading import quiet_libraries
 from rlhf_cli.models.lora import adapter_layers, cast_weights
+from rlhf_cli.models.low_rank import is_separated
 from rlhf_cli.progress import say
 from rlhf_cli.transformer.config import TransformerConfig
 
@@ -59,7 +60,7 @@ def save_model_folder(
         DiskError: the disk is full or cannot be written.
         ModelError: the model still carries adapters.
     """
-    if adapter_layers(model):
+    if adapter_layers(model) or is_separated(model):
         raise ModelError("cannot save a model that carries adapters", hint="merge them first with `merge_lora`")
     quiet_libraries()
     cast_weights(model, dtype)

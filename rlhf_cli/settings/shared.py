@@ -109,7 +109,9 @@ class ModelSettings(Section):
     """Store the frozen weights under LoRA adapters in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
     Needs bitsandbytes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of frozen weights; `auto` uses `precision`. Trained weights are always float32."""
+    """Data type of frozen weights; `auto` uses `precision`, but `label` and `evaluate` keep weights stored in float32.
+    A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always
+    float32, in memory and on disk."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively, else float32."""
     attention: str = "auto"

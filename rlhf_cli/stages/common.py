@@ -101,9 +101,11 @@ def load_policy(
         UsageError: the recipe's prompt template differs from the one that the model was trained with.
     """
     from rlhf_cli.generation.policy import Policy
-    from rlhf_cli.models.loading import load_tokenizer
+    from rlhf_cli.models.loading import as_stored, load_tokenizer
 
     source = model_source(context.recipe, path, quantized=quantized)
+    if context.recipe.model.dtype == "auto" and weights is None:
+        source = as_stored(source)
     tokenizer = load_tokenizer(source)
     style = style or prompt_style(context.recipe.data, path, tokenizer)
     return Policy.load(source, sampling, style=style, tokenizer=tokenizer, weights=weights)

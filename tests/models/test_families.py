@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.generation import torch_generator
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.logprobs import check_projection, completion_hidden
@@ -130,28 +131,34 @@ def test_policy_and_critic_are_read_by_the_auto_classes_and_peft(models: PPOMode
     perturb(models)
     is_lora = isinstance(models, SharedBackbone)
     settings = PPOSettings.model_validate(SETTINGS["lora" if is_lora else "none"])
-    save_ppo_models(models, ModelSource(str(folder)), settings, tmp_path, sampling=Sampling(), stop_ids=[2])
     kind = AutoModelForSeq2SeqLM if folder.name in ("tiny-t5", "tiny-bart") else AutoModelForCausalLM
     with models.policy() as model:
-        expected = logits(model)
-        embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
-        is_tied = embeddings.weight is output.weight
-    read = kind.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(read.eval()), expected, atol=1e-5, rtol=1e-4)
-    assert (read.get_input_embeddings().weight is read.get_output_embeddings().weight) == is_tied
+        trained = logits(model)
+        start = getattr(model.config, "decoder_start_token_id", None)
+        is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     with models.reference() as model:
-        assert (logits(model) - expected).abs().max() > 1e-3
-
-    start = getattr(read.config, "decoder_start_token_id", None)
+        assert (logits(model) - trained).abs().max() > 1e-3
     batch = SequenceBatch.of([[5, 6], [7]], [[8, 9, 10], [11]], torch.device("cpu"), decoder_start=start)
     with models.critic() as model, torch.no_grad():
-        expected = completion_hidden(model, batch)
+        hidden = completion_hidden(model, batch)
+    probe = [Example([5, 6], [7, 8])]
+    assert (
+        save_ppo_models(
+            models, ModelSource(str(folder)), settings, tmp_path, probe=probe, sampling=Sampling(), stop_ids=[2]
+        )
+        < 1e-9
+    )
+    read = kind.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(read.eval()), trained, atol=1e-5, rtol=1e-4)
+    assert (read.get_input_embeddings().weight is read.get_output_embeddings().weight) == is_tied
     if is_lora:
+        policy = PeftModel.from_pretrained(kind.from_pretrained(folder), tmp_path / "adapter")
+        torch.testing.assert_close(logits(policy.get_base_model().eval()), trained, atol=1e-5, rtol=1e-4)
         critic = PeftModel.from_pretrained(kind.from_pretrained(folder), tmp_path / "critic").get_base_model()
     else:
         critic = AutoModel.from_pretrained(tmp_path / "critic")
     with torch.no_grad():
-        torch.testing.assert_close(completion_hidden(critic.eval(), batch), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(completion_hidden(critic.eval(), batch), hidden, atol=1e-5, rtol=1e-4)
 
 
 def test_its_logits_are_the_ones_we_compute(folder: Path):

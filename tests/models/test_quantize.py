@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models import quantize as quantize
@@ -126,9 +127,8 @@ def test_the_policy_is_merged_into_the_weights_on_disk(name, bits, request, tmp_
         for parameter in models.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     settings = PPOSettings.model_validate({"lora": {"rank": 4, "alpha": 8.0}})
-    save_ppo_models(
-        models, ModelSource(str(folder), quantize=bits), settings, tmp_path, sampling=Sampling(), stop_ids=[2]
-    )
+    probe, source = [Example([5, 6], [7, 8])], ModelSource(str(folder), quantize=bits)
+    assert save_ppo_models(models, source, settings, tmp_path, probe=probe, sampling=Sampling(), stop_ids=[2]) < 1e-9
     written = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     exact = load_policy(ModelSource(str(folder)))
     add_lora(exact, LoraSettings(rank=4, alpha=8.0), name="policy")

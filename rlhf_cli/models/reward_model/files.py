@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.lora import adapter_state, save_adapter
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
 
 if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
-
-ADAPTER_FOLDER = "adapter"
 
 _FORMAT = 1
 _HEAD = "head.safetensors"
@@ -80,7 +78,7 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
 
 def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> None:
     """Write `reward.json` and the weights; see `model.save_reward_model`."""
-    base = _relative_base(reward_model.source.path, final)
+    base = relative_base(reward_model.source.path, final)
     config = RewardModelConfig(
         kind="encoder" if reward_model.is_encoder else "decoder",
         adapter=reward_model.is_adapter,
@@ -119,15 +117,6 @@ def _save_classifier(reward_model: RewardModel, folder: Path) -> None:
         is_usable = isinstance(pad, int) and pad != tokenizer.eos_token_id and pad < config.vocab_size
         config.pad_token_id = pad if is_usable else None
     save_model_folder(model, tokenizer, folder, dtype=torch.float32)
-
-
-def _relative_base(path: str, final: Path) -> str:
-    """Name a base in the same run directory by a relative path, so that the run can be moved; others unchanged."""
-    base = Path(path)
-    if not base.is_dir():
-        return path
-    base, final = base.resolve(), final.resolve()
-    return os.path.relpath(base, final) if final.parent in base.parents else str(base)
 
 
 def _head_tensors(reward_model: RewardModel) -> dict[str, torch.Tensor]:

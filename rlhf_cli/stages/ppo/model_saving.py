@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+import dataclasses
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
+from rlhf_cli.data.examples import Example
+from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.policy_saving import PROBE_SIZE, PROBE_TOKENS, TrainedAdapter, save_policy
+from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer
-from rlhf_cli.models.merging import merged_policy
-from rlhf_cli.models.saving import save_model_folder
-from rlhf_cli.stages.ppo.models import PPOModels
+from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.stages.ppo.models import POLICY, PPOModels
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
@@ -23,47 +25,46 @@ def save_ppo_models(
     settings: PPOSettings,
     folder: Path,
     *,
+    probe: Sequence[Example],
     sampling: Sampling,
     stop_ids: Collection[int],
-) -> None:
+) -> float:
     """Write the policy to `folder` and the critic to `folder/critic`, both with their tokenizer.
 
-    A policy trained as an adapter is merged in float32 into the SFT weights on disk. The policy is written in the
-    dtype of those weights. Its generation config lists all tokens that ended its completions, so that every later
-    stage ends them there too.
+    The generation config of the policy lists all tokens that ended its completions, so that every later stage ends
+    them there too. The policy in memory is consumed, see `save_policy`.
 
     Args:
         models: policy and critic.
         source: the SFT model.
         settings: with which the models were loaded.
         folder: created if it does not exist.
+        probe: sequences on which the written policy is compared with the trained one.
         sampling: how completions were drawn in training.
         stop_ids: tokens that ended completions in training.
+
+    Returns:
+        KL(trained || written) of the policy, in nats per token.
 
     Raises:
         DivergedError: a weight is not finite.
         DiskError: the disk is full or cannot be written.
+        ModelError: the written policy is not the trained one.
     """
     tokenizer = load_tokenizer(source)
     models.save_critic(folder / "critic")
     tokenizer.save_pretrained(folder / "critic")
-    stored = load_config(source).dtype
-    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    policy = _policy(models, source, settings)
-    generation = sampling.generation(policy, tokenizer, stop_ids)
-    save_model_folder(policy, tokenizer, folder, dtype=dtype, generation=generation)
+    adapter = TrainedAdapter(POLICY, settings.lora) if settings.adapter == "lora" else None
+    with models.policy() as model:
+        generation = sampling.generation(model, tokenizer, stop_ids)
+        return save_policy(model, tokenizer, folder, source=source, probe=probe, adapter=adapter, generation=generation)
 
 
-def _policy(models: PPOModels, source: ModelSource, settings: PPOSettings) -> PreTrainedModel:
-    """Load the SFT model again and put the trained weights into it."""
-    prefix = "policy."
-    trained: dict[str, Tensor] = {
-        key.removeprefix(prefix): value for key, value in models.state().items() if key.startswith(prefix)
-    }
-    if settings.adapter == "lora":
-        return merged_policy(source, trained, settings.lora)
-    model = load_policy(source.in_full())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(trained[name])
-    return model
+def sample_probe(policy: Policy, prompts: TokenizedPrompts) -> list[Example]:
+    """Sample short completions of the first prompts, on which `save_ppo_models` compares the policies."""
+    short = copy.copy(policy)
+    length = min(PROBE_TOKENS, policy.sampling.max_new_tokens)
+    short.sampling = dataclasses.replace(policy.sampling, max_new_tokens=length)
+    starts = [ids[-PROBE_TOKENS:] for ids in prompts.ids[:PROBE_SIZE]]
+    completions = TorchGenerator().generate(short, [Request(ids, seed=row) for row, ids in enumerate(starts)])
+    return [Example(ids, completion.ids) for ids, completion in zip(starts, completions, strict=True)]

@@ -43,7 +43,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.generation.logprobs import check_projection
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
-    from rlhf_cli.stages.ppo.model_saving import save_ppo_models
+    from rlhf_cli.stages.ppo.model_saving import sample_probe, save_ppo_models
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
@@ -87,7 +87,10 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     if not processes.is_main:
         return StageOutcome()
     rows = read_rows(context.work / "metrics.jsonl")
-    save_ppo_models(models, source, settings, context.output, sampling=sampling, stop_ids=policy.stop_ids)
+    probe = sample_probe(policy, data.prompts)
+    written_kl = save_ppo_models(
+        models, source, settings, context.output, probe=probe, sampling=sampling, stop_ids=policy.stop_ids
+    )
     style = PromptStyle(policy.format.template, policy.format.template_kwargs)
     write_contract(context, start, style, sampling.settings(), data.records)
     _keep_records(context, rows)
@@ -96,7 +99,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
     if skips.total:
         skips.write(context.output / "skips.jsonl")
-    return _outcome(rows, dict(skips.counts))
+    return _outcome(rows, dict(skips.counts), written_kl)
 
 
 def _load_models(
@@ -143,7 +146,7 @@ def _keep_records(context: PPOContext, rows: list[dict[str, Any]]) -> None:
     health.show(findings)
 
 
-def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcome:
+def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int], written_kl: float) -> StageOutcome:
     """First and last tenth of the run, since a single step's mean is noisy."""
     steps = [row for row in rows if row["step"] > 0]
     width = max(1, len(steps) // 10)
@@ -160,6 +163,7 @@ def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int]) -> StageOutcom
         "objective/scores": mean("objective/scores", last),
         **{name: mean(name, last) for name in names},
         "episode": steps[-1]["episode"] if steps else math.nan,
+        "written_kl": written_kl,
     }
     summary = [
         ("reward", f"{metrics['objective/scores_first']:.2f} -> {metrics['objective/scores']:.2f}"),

@@ -38,8 +38,8 @@ def run(context: SFTContext) -> StageOutcome:
 
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
-    from rlhf_cli.models.saving import save_model_folder
     from rlhf_cli.stages.sft.trainer import train_sft
 
     recipe, settings = context.recipe, context.settings
@@ -65,25 +65,32 @@ def run(context: SFTContext) -> StageOutcome:
         work=context.work,
         stop=context.stop,
         precision=source.precision,
-        dtype=source.dtype,
         name=source.path,
-        source=None if source.quantize == "none" else source,
         processes=processes,
         log=metrics_log(context),
     )
     if not processes.is_main:
         return StageOutcome()
-    trained = result.merged or model
+    has_base = recipe.model.build is None
     sampling = inherited_sampling(recipe, source.path)
     stop_ids = {*chat_format.end_ids, *token_ids(sampling.stop_tokens or (), chat_format)}
-    generation = Sampling.resolve(sampling).generation(trained, tokenizer, stop_ids)
-    save_model_folder(trained, tokenizer, context.output, dtype=source.dtype, generation=generation)
+    written_kl = save_policy(
+        model,
+        tokenizer,
+        context.output,
+        source=source,
+        probe=probe_examples([examples[id(record)] for record in held_out or train]),
+        adapter=TrainedAdapter("default", settings.lora, has_base) if settings.adapter == "lora" else None,
+        generation=Sampling.resolve(sampling).generation(model, tokenizer, stop_ids),
+    )
     write_contract(context, source.path, style, sampling, train)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
     tokens = sum(len(examples[id(record)]) for record in train)
-    return _outcome(result, len(train), len(held_out), tokens, loaded.skips.counts)
+    outcome = _outcome(result, len(train), len(held_out), tokens, loaded.skips.counts)
+    outcome.metrics["written_kl"] = written_kl
+    return outcome
 
 
 def _base(context: SFTContext, records: list[Demonstration], processes: ProcessGroup) -> str:

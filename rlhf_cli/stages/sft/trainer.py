@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of an adapter or of all weights on completions, merged into an ordinary model.
+"""Supervised fine-tuning of an adapter or of all weights on completions.
 
 The loss of a step is a sum over tokens divided by the tokens of the whole step, so neither micro-batches nor processes
 change the gradient.
@@ -22,9 +22,8 @@ from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.logprobs import check_projection
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, quiet_libraries, recompute_activations, store_activations
-from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, merge_lora
-from rlhf_cli.models.merging import merged_policy
+from rlhf_cli.models.loading import quiet_libraries, recompute_activations, store_activations
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
@@ -50,10 +49,8 @@ class SFTResult:
         train_loss: mean of the steps' losses, in nats per token; known to rank 0 alone.
         eval_loss_before: mean negative log-likelihood of held-out completions under the base model, in nats per token;
             None without held-out examples.
-        eval_loss: the same under the finished model, merged and in its final precision.
+        eval_loss: the same under the trained model.
         skipped_steps: steps whose gradient was not finite.
-        merged: the finished model, on the CPU, where the trained one holds its frozen weights quantized; the losses are
-            then those of the adapter on the quantized weights. Only the main process has it.
     """
 
     steps: int
@@ -62,7 +59,6 @@ class SFTResult:
     eval_loss_before: float | None
     eval_loss: float | None
     skipped_steps: int
-    merged: PreTrainedModel | None = None
 
 
 def train_sft(
@@ -75,16 +71,14 @@ def train_sft(
     work: Path,
     stop: StopRequest,
     precision: torch.dtype = torch.float32,
-    dtype: torch.dtype = torch.float32,
     name: str = "the model",
-    source: ModelSource | None = None,
     processes: ProcessGroup | None = None,
     log: Callable[..., MetricsLog] = MetricsLog,
 ) -> SFTResult:
-    """Train a model in place. On return it is merged and cast to `dtype`, unless it is quantized.
+    """Train a model in place. On return it carries its adapter, if one is trained.
 
     Args:
-        model: as loaded: in `dtype` or quantized for an adapter, in float32 to train all weights.
+        model: as loaded: in any dtype or quantized for an adapter, in float32 to train all weights.
         examples: to train on.
         held_out: to measure the loss on, before and after.
         settings: section `sft` of the recipe.
@@ -92,9 +86,7 @@ def train_sft(
         work: folder of checkpoints and metrics, from which a killed run resumes.
         stop: asked after every step.
         precision: of matrix products.
-        dtype: of the finished model's weights.
         name: of the model, for messages.
-        source: where a model with quantized weights is from; its adapter is merged into the weights on disk.
         processes: the processes of the run, all of which call this and end with the same weights; None finds them in
             the environment.
         log: makes the metrics log, from the arguments of `MetricsLog`.
@@ -108,8 +100,7 @@ def train_sft(
     processes = processes or ProcessGroup(model.device)
     evaluate = _Evaluation(model, held_out, settings.micro_batch_size, precision, stop, processes)
     before = evaluate("held-out loss before")
-    is_adapter = settings.adapter == "lora"
-    if is_adapter:
+    if settings.adapter == "lora":
         with seeded(seed, model.device):
             add_lora(model, settings.lora)
     else:
@@ -118,15 +109,8 @@ def train_sft(
         model, examples, settings, seed=seed, work=work, stop=stop, precision=precision, processes=processes, log=log
     )
     skipped_steps = trainer.train()
-    if not is_adapter:
-        cast_weights(model, dtype)
-    elif source is None:
-        merge_lora(model, dtype=dtype)
     require_finite(model, what="the trained model")
     after = evaluate("held-out loss after")
-    merged = None
-    if is_adapter and source is not None and processes.is_main:
-        merged = merged_policy(source, adapter_state(model), settings.lora)
     losses = [row["loss"] for row in read_rows(work / METRICS) if row["loss"] is not None] if processes.is_main else []
     return SFTResult(
         steps=trainer.plan.steps,
@@ -135,7 +119,6 @@ def train_sft(
         eval_loss_before=before,
         eval_loss=after,
         skipped_steps=skipped_steps,
-        merged=merged,
     )
 
 

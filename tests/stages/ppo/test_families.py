@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
+from rlhf_cli.generation import policy_saving
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
@@ -118,9 +119,19 @@ def test_a_lora_policy_beside_a_critic_that_is_the_reward_model_in_full(tiny_lla
 
 
 @pytest.fixture
-def products():
-    """(dtype, whether a gradient was wanted) of every linear layer's output in this process, but for value heads."""
+def products(monkeypatch):
+    """(dtype, whether a gradient was wanted) of every linear layer's output in training, but for value heads."""
     seen: Counter[tuple[torch.dtype, bool]] = Counter()
+    compare = policy_saving.completion_logits
+
+    def unwatched(*arguments):
+        before = seen.copy()
+        logits = compare(*arguments)  # in float32 always
+        seen.clear()
+        seen.update(before)
+        return logits
+
+    monkeypatch.setattr(policy_saving, "completion_logits", unwatched)
 
     def watch(module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(module, nn.Linear) and module.out_features > 1 and isinstance(output, torch.Tensor):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_cli.data.examples import Example
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy
@@ -47,13 +48,16 @@ def test_the_saved_policy_is_the_trained_one(adapter, tiny_gpt2, tmp_path):
     with torch.no_grad():
         for parameter in models.policy_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    save_ppo_models(models, source, settings, tmp_path, sampling=Sampling(), stop_ids=[2, 5])
     ids = torch.tensor([[5, 6, 7, 8]])
+    with models.policy() as model, torch.no_grad():
+        trained = model(input_ids=ids).logits
+    with models.reference() as model, torch.no_grad():
+        reference = model(input_ids=ids).logits
+    probe = [Example([5, 6], [7, 8])]
+    assert save_ppo_models(models, source, settings, tmp_path, probe=probe, sampling=Sampling(), stop_ids=[2, 5]) < 1e-9
     saved = load_policy(ModelSource(str(tmp_path)))(input_ids=ids).logits
-    with models.policy() as model:
-        torch.testing.assert_close(saved, model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
-    with models.reference() as model:
-        assert (saved - model(input_ids=ids).logits).abs().max() > 1e-2
+    torch.testing.assert_close(saved, trained, atol=1e-5, rtol=1e-4)
+    assert (saved - reference).abs().max() > 1e-2
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "critic"} <= names
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pkl", ".pth"}]

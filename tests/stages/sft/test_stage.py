@@ -68,8 +68,9 @@ def test_the_artifact_is_an_ordinary_model_folder(tiny_llama: Path, tmp_path: Pa
     assert not outcome.skipped
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "metrics.jsonl"} <= files
-    assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) or "adapter" in name for name in files)
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in files)
     assert "skips.jsonl" not in files
+    assert 0 <= outcome.metrics["written_kl"] < 1e-9
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.pad_token is None  # left as it was
@@ -93,7 +94,8 @@ def test_held_out_prompts_are_not_trained_on(tiny_llama: Path, tmp_path: Path, m
     monkeypatch.setattr(engine, "train_sft", watched)
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"")
     rows = demonstrations()
-    run(tmp_path, jsonl(tmp_path / "data.jsonl", rows), tiny_llama, shared={"prompt_template": "<{prompt}>"})
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    run(tmp_path, data, tiny_llama, shared={"prompt_template": "<{prompt}>"}, adapter="none")
     for row in rows:
         side = "held out" if Split(0.2, 0).holds_out(row["prompt"]) else "train"
         assert f"<{row['prompt']}>" in seen[side]

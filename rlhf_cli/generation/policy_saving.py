@@ -1,0 +1,176 @@
+"""Write a trained policy, read it back, and measure that it is the policy that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_cli.data.examples import Example
+from rlhf_cli.distributed.watchdog import beat
+from rlhf_cli.errors import ModelError
+from rlhf_cli.generation.logprobs import Projection, completion_hidden
+from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.models.loading import ModelSource, as_stored, load_config, load_policy
+from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, load_adapter_state, merge_lora
+from rlhf_cli.models.policy_adapter import AdapterBase, hash_weights, relative_base, save_policy_adapter
+from rlhf_cli.models.quantize import Quantize, quantized
+from rlhf_cli.models.saving import save_model_folder, writing
+from rlhf_cli.settings.shared import LoraSettings
+
+PROBE_SIZE = 8
+"""Sequences on which the written policy is compared with the trained one."""
+PROBE_TOKENS = 32
+"""Longest prompt and longest completion of such a sequence, in tokens."""
+
+MAX_WRITTEN_KL = 1e-6
+"""Largest KL from the trained to the written policy, in nats per token; docs/decisions/0010 derives it."""
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """The adapter that was trained on a policy's frozen weights.
+
+    Attributes:
+        name: in the model.
+        lora: settings with which it was made.
+        has_base: whether the model it was trained on exists afterwards; false for one that `model.build` made.
+    """
+
+    name: str
+    lora: LoraSettings
+    has_base: bool = True
+
+
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    source: ModelSource,
+    probe: Sequence[Example],
+    adapter: TrainedAdapter | None = None,
+    generation: GenerationConfig | None = None,
+) -> float:
+    """Write a policy as an ordinary model folder in float32, and return the KL from the trained to the written policy.
+
+    Merging, writing, reading back and comparing happen on the CPU, one model at a time; nothing is loaded onto the
+    model's device. The model is consumed: it is moved to the CPU and merged, and its weights are released. A quantized
+    model stays as it is: its adapter is merged into the weights on disk, and the adapter on those is what is compared
+    with the written policy.
+
+    Args:
+        model: as trained; an adapter is active.
+        tokenizer: of the model.
+        folder: created if it does not exist.
+        source: what the model was loaded from.
+        probe: sequences to compare on, see `probe_examples`.
+        adapter: the adapter that was trained; None if all weights were.
+        generation: how completions are drawn; see `Sampling.generation`.
+
+    Returns:
+        KL(trained || written) in nats per token, over the tokens of the completions, computed in float32: in bfloat16
+        rounding alone gives two equal models a KL of 1e-3 on two devices.
+
+    Raises:
+        DivergedError: a weight is not finite.
+        DiskError: the disk is full or cannot be written.
+        ModelError: the written policy is not the trained one.
+    """
+    on_cpu = _on_cpu(source)
+    model, base_dtype, quantize = _in_memory(model, source, on_cpu, adapter)
+    trained = completion_logits(model, probe)
+    if adapter is not None:
+        base = AdapterBase(
+            path=relative_base(source.path, folder) if adapter.has_base else None,
+            revision=source.revision,
+            sha256=hash_weights(source.path),
+            dtype=str(base_dtype).removeprefix("torch."),
+            quantize=quantize,
+        )
+        with writing("the adapter", folder):
+            save_policy_adapter(model, folder, adapter.name, base, base_folder=Path(source.path))
+        merge_lora(model, adapter.name)
+    save_model_folder(model, tokenizer, folder, dtype=torch.float32, generation=generation)
+    model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
+    written = load_policy(as_stored(replace(on_cpu, path=str(folder), revision=None)))
+    kl = _mean_kl(trained, completion_logits(written, probe))
+    if not kl <= MAX_WRITTEN_KL:
+        raise ModelError(
+            f"the policy written to {folder} is not the policy that was trained: their KL is {kl:.2g} nats per token, "
+            f"and at most {MAX_WRITTEN_KL:.0e} can be due to rounding",
+            hint="run the command again: it continues after the last step and writes the policy again; if that fails "
+            "too, check the disk, and report the model's architecture",
+        )
+    return kl
+
+
+def probe_examples(examples: Sequence[Example]) -> list[Example]:
+    """Return the first `PROBE_SIZE` examples, without what exceeds `PROBE_TOKENS` before or after the boundary.
+
+    Where there is no prompt, the first token of the completion takes its place: nothing predicts it.
+    """
+    chosen = [example if example.prompt_ids else _without_prompt(example) for example in examples[:PROBE_SIZE]]
+    return [Example(one.prompt_ids[-PROBE_TOKENS:], one.completion_ids[:PROBE_TOKENS]) for one in chosen]
+
+
+def _without_prompt(example: Example) -> Example:
+    return Example(example.completion_ids[:1], example.completion_ids[1:])
+
+
+@torch.no_grad()
+def completion_logits(model: PreTrainedModel, probe: Sequence[Example]) -> list[Tensor]:
+    """Cast a model to float32 in place and return the logits that predict each completion token.
+
+    Returns:
+        One tensor (T, V) per example.
+    """
+    cast_weights(model, torch.float32)
+    model.eval()
+    found = []
+    for example in probe:
+        beat()
+        batch = SequenceBatch.for_model(model, [example.prompt_ids], [example.completion_ids])
+        found.append(Projection.of(model).logits(completion_hidden(model, batch)[0]))
+    return found
+
+
+def _mean_kl(trained: Sequence[Tensor], written: Sequence[Tensor]) -> float:
+    """Mean over tokens of KL(trained || written), the sum over the vocabulary in float64."""
+    total, count = 0.0, 0
+    for ours, theirs in zip(trained, written, strict=True):
+        p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+        count += len(p)
+    return max(0.0, total / count) if total == total else total  # float64 may round a KL of 0 below it
+
+
+def _on_cpu(source: ModelSource) -> ModelSource:
+    """Return the source on the CPU, where the attention of a GPU may not run."""
+    attention = source.attention if source.device.type == "cpu" else "eager"
+    return replace(source, device=torch.device("cpu"), attention=attention, quantize="none")
+
+
+def _in_memory(
+    model: PreTrainedModel, source: ModelSource, on_cpu: ModelSource, adapter: TrainedAdapter | None
+) -> tuple[PreTrainedModel, torch.dtype, Quantize]:
+    """Return the trained policy on the CPU, the dtype of its frozen weights, and how they were quantized in training.
+
+    A quantized model cannot be merged. Its base is loaded again, without quantization, and gets the trained adapter.
+    """
+    # Not that of the source: weights from which an adapter was split off keep the dtype of the earlier stage.
+    quantize, dtype = quantized(model), model.dtype
+    if adapter is None or quantize == "none":
+        model.to("cpu")  # pyright: ignore[reportArgumentType]
+        if on_cpu.attention != source.attention:
+            model.set_attn_implementation(on_cpu.attention)
+        return model, dtype, quantize
+    whole = load_policy(on_cpu.in_full())
+    add_lora(whole, adapter.lora, name=adapter.name)
+    load_adapter_state(whole, adapter_state(model, adapter.name), adapter.name)
+    stored = load_config(source).dtype
+    return whole, torch.bfloat16 if stored == torch.bfloat16 else torch.float32, quantize

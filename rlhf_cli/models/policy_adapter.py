@@ -1,0 +1,126 @@
+"""The adapter of a policy, kept beside the weights into which it is merged.
+
+A folder that a stage writes after training an adapter has the merged weights in float32, `adapter/` in PEFT's format,
+and `adapter/base.json`, which says what the adapter was trained on. If that base was such a folder too, its adapter is
+copied to `adapter/base_adapter/`, and so on.
+
+Where products are in bfloat16, the merged weights alone would lose most of a small update (docs/decisions/0010). They
+are then split again at loading: the merged weights minus B A, rounded, are exactly the frozen weights of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.files import hash_file
+from rlhf_cli.models.lora import backbone, cast_weights, read_adapter, save_adapter
+from rlhf_cli.models.low_rank import separate
+
+ADAPTER_FOLDER = "adapter"
+_BASE_FILE, _BASE_ADAPTER = "base.json", "base_adapter"
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The content of `adapter/base.json`.
+
+    Attributes:
+        path: the model that the adapter was trained on: relative to the policy's folder, or as it was given; None for a
+            model that `model.build` made.
+        revision: hub revision of that model.
+        sha256: of its weight files, see `hash_weights`; None for a model on the hub.
+        dtype: of its frozen weights in training.
+        quantize: how they were quantized in training.
+    """
+
+    path: str | None
+    revision: str | None
+    sha256: str | None
+    dtype: str
+    quantize: str
+
+
+def save_policy_adapter(model: nn.Module, folder: Path, name: str, base: AdapterBase, *, base_folder: Path) -> None:
+    """Write the adapter `name` of a model to `folder/adapter`.
+
+    Args:
+        model: carries the adapter.
+        folder: of the policy.
+        name: of the adapter in the model.
+        base: what it was trained on.
+        base_folder: folder of the base; need not exist.
+    """
+    target = folder / ADAPTER_FOLDER
+    save_adapter(model, target, name, base=base.path)
+    text = json.dumps(asdict(base), indent=2, ensure_ascii=False)
+    (target / _BASE_FILE).write_text(text + "\n", encoding="utf-8")
+    if has_policy_adapter(base_folder):
+        shutil.copytree(base_folder / ADAPTER_FOLDER, target / _BASE_ADAPTER)
+
+
+def has_policy_adapter(folder: Path) -> bool:
+    """Whether a model folder has the adapter that is merged into its weights."""
+    return (folder / ADAPTER_FOLDER / _BASE_FILE).is_file()
+
+
+def separate_adapters(model: nn.Module, folder: Path) -> None:
+    """Split merged weights, as `folder` has them, into the frozen weights and the adapters of training, in place.
+
+    Args:
+        model: loaded from `folder` in float32, with any head.
+        folder: of a policy with its adapter.
+
+    Raises:
+        ModelError: the adapter is damaged or does not fit the weights.
+    """
+    position = folder / ADAPTER_FOLDER
+    try:
+        dtype = getattr(torch, json.loads((position / _BASE_FILE).read_text(encoding="utf-8"))["dtype"])
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{position / _BASE_FILE} is damaged: {error}", hint="run the stage that wrote it again"
+        ) from error
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    while position.is_dir():
+        lora, state = read_adapter(model, position)
+        for key in sorted({key.rsplit(".", 2)[0] for key in state}):
+            a, b = (state[f"{key}.lora_{factor}.weight"].float() for factor in "AB")
+            factors.setdefault(key, []).append((a, b * (lora.alpha / lora.rank)))
+        position = position / _BASE_ADAPTER
+    for key, pairs in factors.items():
+        layer = backbone(model).get_submodule(key)
+        separate(layer, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))  # type: ignore[arg-type]
+    cast_weights(model, dtype)
+
+
+def hash_weights(path: str) -> str | None:
+    """sha256 over names and contents of the weight files of a model folder; None if there is no such folder."""
+    if not Path(path).is_dir():
+        return None
+    total = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        total.update(f"{file.name}\0{hash_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def relative_base(path: str, final: Path) -> str:
+    """Name a base in the same run directory by a relative path, so that the run can be moved; others unchanged.
+
+    Args:
+        path: folder or hub id of the base.
+        final: folder of the model that names it.
+    """
+    base = Path(path)
+    if not base.is_dir():
+        return path
+    base, final = base.resolve(), final.resolve()
+    return os.path.relpath(base, final) if final.parent in base.parents else str(base)
