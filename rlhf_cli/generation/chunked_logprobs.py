@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VOCABULARY_TILE = 4_096
-_TOKEN_TILE = 2_048
+VOCABULARY_TILE = 4_096
+TOKEN_TILE = 2_048
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         inputs = operand(hidden, dtype)
         log_z = inputs.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         entropy, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)
-        for columns in _tiles(len(weight), _VOCABULARY_TILE):
+        for columns in _tiles(len(weight), VOCABULARY_TILE):
             weights = operand(weight[columns], dtype)
-            for rows in _tiles(len(hidden), _TOKEN_TILE):
+            for rows in _tiles(len(hidden), TOKEN_TILE):
                 logits, _ = _logits(inputs[rows], weights, bias, columns, transform)
                 row, column = _targets_in(targets[rows], columns)
                 chosen[rows][row] = logits[row, column]
@@ -104,9 +104,9 @@ class ChunkedLogprobs(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=torch.float32) if is_needed else None
             for tensor, is_needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
-        for columns in _tiles(len(weight), _VOCABULARY_TILE):
+        for columns in _tiles(len(weight), VOCABULARY_TILE):
             weights = operand(weight[columns], ctx.dtype)
-            for rows in _tiles(len(hidden), _TOKEN_TILE):
+            for rows in _tiles(len(hidden), TOKEN_TILE):
                 logits, slope = _logits(inputs[rows], weights, bias, columns, ctx.transform)
                 by_logprob, by_entropy = (None if one is None else one[rows] for one in gradients)
                 hits = _targets_in(targets[rows], columns)

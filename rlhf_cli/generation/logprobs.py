@@ -89,7 +89,7 @@ class Projection:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of a few hidden states (N, d), of which `logprobs` are log-probabilities: (N, V) float32."""
+        """Return the logits whose log-softmax `logprobs` is, for a few hidden states (N, d): (N, V) float32."""
         dtype = matmul_dtype(hidden)
         y = product(operand(hidden, dtype), operand(self.weight, dtype).T)
         if self.bias is not None:

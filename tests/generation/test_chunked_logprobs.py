@@ -13,6 +13,7 @@ from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform
 from rlhf_cli.generation.logprobs import Projection
 
 N, V, D = 7, 53, 16
+PLAIN = LogitTransform()
 
 
 class Case(NamedTuple):
@@ -30,8 +31,8 @@ class Case(NamedTuple):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Neither divides the sizes, so that the last tiles are partial."""
-    monkeypatch.setattr(chunked_logprobs, "_VOCABULARY_TILE", 20)
-    monkeypatch.setattr(chunked_logprobs, "_TOKEN_TILE", 3)
+    monkeypatch.setattr(chunked_logprobs, "VOCABULARY_TILE", 20)
+    monkeypatch.setattr(chunked_logprobs, "TOKEN_TILE", 3)
 
 
 def case(dtype: torch.dtype, *, biased: bool = False, n: int = N, v: int = V, d: int = D) -> Case:
@@ -55,7 +56,7 @@ def plain(given: Case, transform: LogitTransform) -> tuple[Tensor, Tensor]:
     return logp.gather(-1, given.targets.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
-def ours(given: Case, transform: LogitTransform = LogitTransform()) -> tuple[Tensor, Tensor]:
+def ours(given: Case, transform: LogitTransform = PLAIN) -> tuple[Tensor, Tensor]:
     return ChunkedLogprobs.apply(*given, transform)
 
 

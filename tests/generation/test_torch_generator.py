@@ -153,7 +153,7 @@ def test_a_model_that_recomputes_activations_samples_the_same(tiny_llama):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_are_drawn_from_the_distribution_that_is_scored(tiny_llama, dtype, monkeypatch):
-    """In bfloat16, with logits above 25, whose rounding would be off by up to 0.06; divided by 6, no token dominates."""
+    """In bfloat16, with logits above 25, whose rounding would be off by up to 0.06; divided by 6, none dominates."""
     policy = Policy.load(
         ModelSource(str(tiny_llama), dtype=dtype, precision=torch.bfloat16), SamplingSettings(max_new_tokens=6)
     )

@@ -17,6 +17,7 @@ from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, load_policy
 from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, rewarded
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import present
+from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt, PromptRecord
@@ -40,6 +41,7 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     """
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
+    context = decide_precision(context)
     settings = context.settings
     baseline = load_policy(context, context.inputs.baseline.source, settings.sampling)
     policy = load_policy(context, context.inputs.policy.source, settings.sampling)

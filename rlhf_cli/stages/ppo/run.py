@@ -17,6 +17,7 @@ from rlhf_cli.stages.common import CHOSEN_ON, metrics_log, model_source
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
+from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
@@ -48,6 +49,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.monitoring.metrics_log import read_rows
 
+    context = decide_precision(context)
     settings = context.settings
     source = model_source(context.recipe, context.inputs.policy.source)
     models, reward_model = _load_models(context, settings, source)

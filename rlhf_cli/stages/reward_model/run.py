@@ -12,6 +12,7 @@ from rlhf_cli.generation.prompts import prompt_template
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import metrics_log, model_source
+from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
+    context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
     loaded = _rankings(context, settings)
     source = model_source(recipe, context.inputs.policy.source, quantized=True)

@@ -10,6 +10,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.generation.prompts import prompt_format
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import metrics_log, model_source
+from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.sft.stage import SFTContext
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def run(context: SFTContext) -> StageOutcome:
     from rlhf_cli.models.saving import save_model_folder
     from rlhf_cli.stages.sft.trainer import train_sft
 
+    context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
     data = context.inputs.demonstrations.source
     loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
