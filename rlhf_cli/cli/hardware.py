@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-_TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2", "accelerate": "1.15.0"}
+_TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0"}
 """Versions in constraints.txt; a test keeps both equal."""
 
 
