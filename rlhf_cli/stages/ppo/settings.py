@@ -91,7 +91,8 @@ class PPOSettings(StageSection):
     """Share of the run over which the learning rates rise from zero; that of the policy starts after
     `critic_warmup_steps`."""
     max_grad_norm: Positive = 1.0
-    """Maximum norm of the joint gradient of policy and critic; larger gradients are scaled down to it."""
+    """Maximum gradient norm per model: a larger gradient of the policy or of the critic is scaled down to it, without
+    regard to the other's."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Number of initial steps that train only the critic: advantages of an untrained critic are noise."""
 
@@ -101,7 +102,8 @@ class PPOSettings(StageSection):
     """Maximum change of a value from its rollout value, in units of reward, before its loss is clipped; null does not
     clip."""
     value_coef: NonNegative = 0.1
-    """Weight of the value loss relative to the policy loss; sets the critic's share of the gradient norm."""
+    """Weight of the value loss. Policy and critic train separate weights, so it scales the critic's gradient alone,
+    before `max_grad_norm`; 0 does not train the critic."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the loss (mean entropy per token, in nats; Schulman et al. 2017, eq. 9)."""
     gamma: Share = 1.0
@@ -129,9 +131,10 @@ class PPOSettings(StageSection):
     kl_horizon: Positive = _KL_HORIZON
     """Horizon of the adaptive coefficient, in completions; larger adapts more slowly."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token KL estimator, with x = log(pi/ref): k1 = x, unbiased; k2 = x^2 / 2; k3 = exp(-x) - 1 + x, never
-    negative. With `kl_in: loss`, k2 has the gradient of the KL and k3 approximates it; k1 has a gradient of mean zero
-    and is refused."""
+    """Per-token KL estimator of the penalty, with x = log(pi/ref): k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x. With
+    `kl_in: reward` it must be k1: only its gradient is that of the KL. With `kl_in: loss` it must be k2, which has the
+    gradient of the KL of each token, or k3, which approximates it. Metrics, `kl_target`, `kl_stop` and `kl_budget` use
+    k1, which is unbiased."""
     kl_stop: Positive | None = None
     """The run ends early after a step whose KL to the SFT model exceeds this, in nats per completion; null never ends
     early."""
@@ -228,6 +231,11 @@ class PPOSettings(StageSection):
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError("`kl_in: loss` needs `kl_estimator: k2` or `k3`: the gradient of k1 has mean zero")
+        if self.kl_in == "reward" and self.kl_estimator != "k1":
+            raise ValueError(
+                f"`kl_estimator: {self.kl_estimator}` needs `kl_in: loss`: in the reward its gradient is not that of "
+                "the KL, and only `kl_estimator: k1` has it"
+            )
         if self.kl_budget is not None and self.eval_steps is None:
             raise ValueError("`kl_budget` selects among evaluated policies and needs `eval_steps`")
         if self.kl_budget is not None and self.kl_stop is not None and self.kl_stop < self.kl_budget:

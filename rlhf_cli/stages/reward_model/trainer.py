@@ -97,7 +97,7 @@ class RewardTrainer(TrainingTask):
         sums = self.accumulate(self.batches.groups(step))
         rate = scheduled_rate(self.settings, step, self.batches.steps) * self._rate_scale
         set_rate(self.optimizer, rate)
-        norm, is_taken = clip_and_step(
+        (norm,), is_taken = clip_and_step(
             self.optimizer,
             self.trained.values(),
             max_grad_norm=self.settings.max_grad_norm,

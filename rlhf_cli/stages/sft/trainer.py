@@ -211,7 +211,7 @@ class SFTTrainer(TrainingTask):
         loss = self._accumulate(step)
         rate = scheduled_rate(self._settings, step, self.plan.steps) * self._rate_scale
         set_rate(self.optimizer, rate)
-        norm, is_taken = clip_and_step(
+        (norm,), is_taken = clip_and_step(
             self.optimizer,
             self._trained.values(),
             max_grad_norm=self._settings.max_grad_norm,
