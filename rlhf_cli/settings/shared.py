@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import abstractmethod
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -196,11 +197,19 @@ class LoraSettings(Section):
     """Layers that get an adapter: `all-linear`, or module names."""
 
 
+Adapter = Literal["lora", "none"]
+
+
+def default_rate(adapter: Adapter, *, lora: float, full: float) -> float:
+    """Return the default peak learning rate of LoRA or of full fine-tuning (docs/decisions/0009)."""
+    return lora if adapter == "lora" else full
+
+
 class TrainingSettings(StageSection):
     """Optimization settings of the supervised training stages."""
 
-    learning_rate: Positive
-    """Peak learning rate of AdamW."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of AdamW; null is derived from `adapter`."""
     batch_size: Count
     """Records per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Effort = 8
@@ -217,6 +226,11 @@ class TrainingSettings(StageSection):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: Effort = 50
     """Optimizer steps between checkpoints. An interrupted run resumes from the last checkpoint."""
+
+    @property
+    @abstractmethod
+    def peak_rate(self) -> float:
+        """`learning_rate`, or what null stands for."""
 
 
 class SamplingSettings(Section):

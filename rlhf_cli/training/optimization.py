@@ -16,7 +16,7 @@ from rlhf_cli.training.schedules import rate_factor
 def scheduled_rate(settings: TrainingSettings, step: int, steps: int) -> float:
     """Return the learning rate of the 0-based optimizer step `step` of `steps`."""
     warmup = round(settings.warmup_share * steps)
-    return settings.learning_rate * rate_factor(step, steps, schedule=settings.schedule, warmup=warmup)
+    return settings.peak_rate * rate_factor(step, steps, schedule=settings.schedule, warmup=warmup)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

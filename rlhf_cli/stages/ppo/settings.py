@@ -21,7 +21,7 @@ from rlhf_cli.settings.base import (
     StageSection,
 )
 from rlhf_cli.settings.rewards import PPORewardSettings
-from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.settings.shared import Adapter, LoraSettings, default_rate
 
 _KL_HORIZON = 10_000.0
 
@@ -81,10 +81,11 @@ class PPOSettings(StageSection):
     stop_tokens: list[str] = Field(default=[])
     """Texts of additional stop tokens, each a single token of the policy. A stop token stays in the completion."""
 
-    learning_rate: Positive = 1e-5
-    """Peak learning rate of the policy's AdamW (epsilon 1e-5)."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of the policy's AdamW (epsilon 1e-5); null is 1e-5 with `adapter: lora` and 1e-6 with
+    `adapter: none`."""
     critic_learning_rate: Positive | None = None
-    """Peak learning rate of the critic's AdamW; null is `learning_rate`."""
+    """Peak learning rate of the critic's AdamW; null is `learning_rate`, or 1e-5 if that is null too."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning-rate schedule over the run; `linear` falls to zero."""
     warmup_share: Share = 0.0
@@ -165,7 +166,7 @@ class PPOSettings(StageSection):
     shown_prompts: Effort = 3
     """Number of these fixed prompts."""
 
-    adapter: Literal["lora", "none"] = "lora"
+    adapter: Adapter = "lora"
     """`lora`: policy, critic and reward model are adapters on one frozen backbone. `none`: separate full models."""
     lora: LoraSettings = LoraSettings()
     """LoRA settings of the policy and the critic, with `adapter: lora`."""
@@ -196,6 +197,16 @@ class PPOSettings(StageSection):
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps * self.optimizer_steps_per_step
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate`, or what null stands for."""
+        return self.learning_rate or default_rate(self.adapter, lora=1e-5, full=1e-6)
+
+    @property
+    def critic_peak_rate(self) -> float:
+        """`critic_learning_rate`, or what null stands for."""
+        return self.critic_learning_rate or self.learning_rate or 1e-5
 
     @property
     def critic_is_adapter(self) -> bool:

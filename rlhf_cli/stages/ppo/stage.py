@@ -24,6 +24,8 @@ def _sizes(settings: PPOSettings, recipe: RunSettings) -> Sizes:
         "maximum tokens sampled per step": completions * settings.max_new_tokens,
         "maximum tokens sampled in total": settings.steps * completions * settings.max_new_tokens,
         "checkpoints kept": settings.keep_checkpoints + (settings.kl_budget is not None),
+        "peak learning rate": f"{settings.peak_rate:g}",
+        "peak learning rate of the critic": f"{settings.critic_peak_rate:g}",
     }
     if settings.warmup_share:
         sizes["optimizer steps of warm-up"] = round(settings.warmup_share * settings.optimizer_steps)

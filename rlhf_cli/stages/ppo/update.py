@@ -148,15 +148,15 @@ class Updater:
         self._policy_parameters: list[nn.Parameter] = policy
         self._critic_parameters: list[nn.Parameter] = critic
         groups = [
-            {"params": policy, "peak": settings.learning_rate, "begins": self._policy_begins},
-            {"params": critic, "peak": settings.critic_learning_rate or settings.learning_rate, "begins": 0},
+            {"params": policy, "peak": settings.peak_rate, "begins": self._policy_begins},
+            {"params": critic, "peak": settings.critic_peak_rate, "begins": 0},
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-5, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate, eps=1e-5, weight_decay=0.0)
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Return the learning rate of the policy at a 0-based optimizer step."""
-        return self._settings.learning_rate * self._rate_factor(optimizer_step, self._policy_begins)
+        return self._settings.peak_rate * self._rate_factor(optimizer_step, self._policy_begins)
 
     @property
     def _policy_begins(self) -> int:

@@ -68,7 +68,7 @@ class RewardTrainer(TrainingTask):
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.trained.values(), lr=settings.peak_rate, weight_decay=settings.weight_decay
         )
         self._groups, self._rate_scale = groups, 1.0
         self._processes = processes or ProcessGroup(model.device)

@@ -178,7 +178,7 @@ class SFTTrainer(TrainingTask):
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._rate_scale = 1.0
         groups = _parameter_groups(self._trained, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate)
         self._loop = TrainingLoop(
             self,
             label="fine-tuning",
