@@ -10,6 +10,7 @@ import time
 from functools import lru_cache
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from rlhf_cli.attention import hugging_face, registry
@@ -18,7 +19,7 @@ from rlhf_cli.precision import autocast
 _BATCH, _LENGTH = 4, 32
 _LARGEST = 512
 """Largest width that is tried: the advantage of bfloat16 grows with the width, and so does the time of the trial."""
-_ROUNDS = 3
+_ROUNDS = 5
 _ADVANTAGE = 1.1
 """How many times as fast bfloat16 must be: times are noisy, and float32 is more accurate."""
 
@@ -77,17 +78,22 @@ def _layer(device: torch.device, width: int, dtype: torch.dtype) -> LlamaModel:
     for weight in [*model.parameters(), *model.buffers()]:
         weight.requires_grad_(False).fill_(0.01)
     model.set_attn_implementation(hugging_face.implementation(registry.AUTO))
-    return model.to(dtype)
+    nn.Module.to(model, dtype)  # in place
+    return model
 
 
 def layer_seconds(layer: LlamaModel, precision: torch.dtype) -> float:
-    """Time one forward and backward pass, to the embeddings."""
+    """Time one forward and backward pass, to the embeddings.
+
+    On a CPU this is processor time, which other programs on the machine change little: a trial must not depend on them.
+    """
     device = layer.device
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     inputs = torch.full((_BATCH, _LENGTH, layer.config.hidden_size), 0.1, device=device, dtype=layer.dtype)
-    started = time.perf_counter()
+    started = clock()
     with autocast(device, precision):
         output = layer(inputs_embeds=inputs.requires_grad_(), use_cache=False).last_hidden_state
     output.float().sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
