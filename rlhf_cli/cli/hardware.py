@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-_TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2", "accelerate": "1.15.0"}
+_TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0"}
 """Versions in constraints.txt; a test keeps both equal."""
 
 
@@ -45,18 +45,17 @@ def _memory() -> int:
 def _torch() -> dict[str, Any]:
     import torch
 
-    from rlhf_cli.models.loading import resolve_device, resolve_precision
+    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.precision_trial import has_bfloat16
 
-    device = resolve_device("auto")
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "threads": torch.get_num_threads(),
-        "device": str(device),
-        "precision": str(resolve_precision("auto", device)).removeprefix("torch."),
+        "device": str(resolve_device("auto")),
         "cuda": torch.version.cuda,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "mps": torch.backends.mps.is_available(),
-        "cpu_bfloat16": str(resolve_precision("auto", torch.device("cpu"))) == "torch.bfloat16",
+        "cpu_bfloat16": has_bfloat16(torch.device("cpu")),
     }
 
 
@@ -73,7 +72,7 @@ def print_report(found: dict[str, Any]) -> None:
         rows.append(("cpu", f"{found['cpus']} cores, {found['threads']} threads, {bf16}"))
         gpus = ", ".join(f"{gpu['name']} with {format_bytes(gpu['memory_bytes'])}" for gpu in found["gpus"])
         rows.append(("gpu", gpus or ("Apple MPS" if found["mps"] else "none")))
-        rows.append(("auto", f"device {found['device']}, precision {found['precision']}"))
+        rows.append(("auto", f"device {found['device']}; `model.precision` is measured when a stage starts"))
     rows.append(("memory", format_bytes(found["memory_bytes"])))
     rows.append(("disk", f"{format_bytes(found['disk_free_bytes'])} free here"))
     print("\n".join(f"{name:<13} {value}" for name, value in rows))

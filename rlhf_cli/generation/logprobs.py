@@ -1,24 +1,21 @@
 """Log-probabilities of completions, without logits of the whole sequence.
 
 Only hidden states that predict a completion token are projected to the vocabulary, and no tensor of shape
-batch x length x vocabulary exists, forward or backward: TRL's chunked kernel folds tiles of the projection into
-log-sum-exp statistics and recomputes them for the gradient.
+batch x length x vocabulary exists, forward or backward; see `chunked_logprobs`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.kernels import ChunkedLogProbFunction
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, matmul_dtype, operand, product
 from rlhf_cli.generation.sequence_batch import SequenceBatch
-from rlhf_cli.models.backbone import last_hidden
-
-_VOCABULARY_TILE = 16_384
+from rlhf_cli.models.backbone import decoder_hidden
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,13 @@ def completion_hidden(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         model: language model, causal or encoder-decoder.
         batch: prompts and completions, arranged as the model reads them.
     """
-    if batch.encoder_ids is not None:
-        encoded = model.get_encoder()(batch.encoder_ids, attention_mask=batch.encoder_mask).last_hidden_state
-        output = model.get_decoder()(
-            input_ids=batch.input_ids,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=batch.encoder_mask,
-            use_cache=False,
-        )
-        hidden = output.last_hidden_state.flatten(0, 1)
-    else:
-        hidden = last_hidden(model.get_decoder(), batch.input_ids, batch.layout)
+    hidden = decoder_hidden(
+        model,
+        batch.input_ids,
+        layout=batch.layout,
+        encoder_ids=batch.encoder_ids,
+        encoder_mask=batch.encoder_mask,
+    )
     return hidden[batch.predicting]
 
 
@@ -86,31 +79,47 @@ class Projection:
             bias = shift[0]
         return Projection(head.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
+    def as_operand(self, dtype: torch.dtype) -> Projection:
+        """Return this projection with its weight converted once, for repeated calls of `logits`.
+
+        Args:
+            dtype: precision of matrix products.
+        """
+        return replace(self, weight=operand(self.weight, dtype))
+
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of all tokens in float32, (T, V), for hidden states (T, d) without gradient."""
-        tiles = [
-            hidden.float() @ self.weight[start : start + _VOCABULARY_TILE].float().T
-            for start in range(0, len(self.weight), _VOCABULARY_TILE)
-        ]
-        logits = torch.cat(tiles, dim=-1) if self.bias is None else torch.cat(tiles, dim=-1) + self.bias.float()
-        logits *= self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        """Return the logits whose log-softmax `logprobs` is, for a few hidden states (N, d): (N, V) float32."""
+        dtype = matmul_dtype(hidden)
+        y = product(operand(hidden, dtype), operand(self.weight, dtype).T)
+        if self.bias is not None:
+            y += self.bias
+        return LogitTransform(self.scale, self.softcap).apply_(y)[0]
+
+    def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of tokens, and the entropies of their distributions: (N,) and (N,), nats, float32.
+
+        Products are in the precision of autocast, so call this in the context that `hidden` was computed in.
+
+        Args:
+            hidden: (N, d) last hidden states.
+            targets: (N,) the token that each predicts.
+            temperature: logits are divided by it, as in sampling.
+        """
+        transform = LogitTransform(self.scale, self.softcap, temperature)
+        return ChunkedLogprobs.apply(hidden, self.weight, self.bias, targets, transform)
 
     def token_logprobs(self, hidden: Tensor, batch: SequenceBatch, *, temperature: float) -> TokenLogprobs:
-        """Return the log-probability of each completion token, and the entropy of its distribution.
+        """Return the log-probability of each completion token, and the entropy of its distribution; see `logprobs`.
 
         Args:
             hidden: (N, T, d) from `completion_hidden`.
             batch: the completions.
             temperature: logits are divided by it, as in sampling.
         """
-        rows = hidden[batch.is_completion]
-        targets = batch.completion_ids[batch.is_completion]
-        logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-            rows, self.weight, self.bias, targets, temperature, _VOCABULARY_TILE, self.softcap, self.scale, ("entropy",)
-        )
-        return TokenLogprobs(_unpacked(logprobs, batch.is_completion), _unpacked(entropy, batch.is_completion))
+        is_completion = batch.is_completion
+        found = self.logprobs(hidden[is_completion], batch.completion_ids[is_completion], temperature=temperature)
+        return TokenLogprobs(*(_unpacked(flat, is_completion) for flat in found))
 
 
 def _unpacked(flat: Tensor, is_completion: Tensor) -> Tensor:

@@ -113,11 +113,18 @@ class Policy:
         )
 
     def model(self) -> AbstractContextManager[PreTrainedModel]:
-        """Context that yields the language model with this policy's weights active; loads them if necessary."""
+        """Context that yields the language model with this policy's weights active; loads them if necessary.
+
+        Raises:
+            ModelError: the weights cannot be loaded, or the architecture computes its logits in an unknown way.
+        """
         if self._weights is not None:
             return self._weights()
         if self._model is None:
-            self._model = self._load()
+            model = self._load()
+            with self.autocast():
+                check_projection(model, self.source.path)
+            self._model = model
         return nullcontext(self._model)
 
     def release(self) -> None:
@@ -194,13 +201,8 @@ class Policy:
             prompts: token ids of N prompts.
             completions: N completions, of any policy with equal `reading`.
             stop: called between batches; may raise.
-
-        Raises:
-            ModelError: the architecture computes its logits in an unknown way.
         """
         with self.model() as model:
-            with self.autocast():
-                check_projection(model, self.source.path)
             projection = Projection.of(model)
             order = sorted(range(len(completions)), key=_batch_order(model, prompts, completions))
             sums = [0.0] * len(completions)
@@ -213,7 +215,7 @@ class Policy:
                 )
                 with self.autocast():
                     hidden = completion_hidden(model, batch)
-                found = projection.token_logprobs(hidden, batch, temperature=self.sampling.temperature).logprobs
+                    found = projection.token_logprobs(hidden, batch, temperature=self.sampling.temperature).logprobs
                 for row, value in zip(rows, found.double().sum(dim=1).tolist(), strict=True):
                     sums[row] = value
         return sums

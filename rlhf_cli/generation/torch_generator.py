@@ -1,5 +1,9 @@
 """`TorchGenerator`: draws completions with the policy's own forward pass, on any Hugging Face language model.
 
+Tokens are drawn from the float32 logits of `Projection`, whose log-probabilities PPO takes. A model's own logits are
+rounded to bfloat16 under autocast. What remains between sampling and scoring is rounding of the hidden states, which a
+key-value cache and another batch compute in another order.
+
 We do not call `generate`: it reads top-k, top-p, penalties and minimum lengths from the model's generation config,
 which moves the sampling distribution away from the one whose log-probabilities PPO takes (trap 5 of docs/ppo.md), and
 it draws one random stream for a whole batch. Here each completion has its own seed, so a run that is resumed or batched
@@ -15,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError, ModelError
+from rlhf_cli.generation.chunked_logprobs import matmul_dtype
 from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.padding import pad
@@ -135,7 +140,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float =
     """Draw one token per row by inverting the cumulative distribution: the first whose cumulative mass exceeds u.
 
     Args:
-        logits: (B, V).
+        logits: (B, V) float32.
         uniforms: (B,) in [0, 1), float64.
         temperature: logits are divided by it.
         top_p: keep the smallest set of tokens with at least this probability (Holtzman et al. 2019, section 3.1).
@@ -146,7 +151,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float =
     Raises:
         DivergedError: the logits are not finite.
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    probabilities = torch.softmax(logits / temperature, dim=-1)
     # NaN compares as not finite in the sum of a row, and one reduction is cheaper than a scan of every entry.
     if not torch.isfinite(probabilities.sum()):
         raise DivergedError(
@@ -171,8 +176,9 @@ class _Decoding:
     """
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
-        self._model = model
-        self._accepts = inspect.signature(model.forward).parameters
+        self._model, self._decoder = model, model.get_decoder()
+        self._head: Projection | None = None
+        self._accepts = inspect.signature(self._decoder.forward).parameters
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         ids, is_real = pad(prompts, side="right" if self._is_encoder_decoder else "left")
         self._ids, self._mask = ids.to(model.device), is_real.long().to(model.device)
@@ -203,16 +209,17 @@ class _Decoding:
         self._cache.batch_select_indices(indices)  # pyright: ignore[reportOptionalMemberAccess]
 
     def _forward(self, ids: Tensor) -> Tensor:
-        arguments: dict[str, object] = {"attention_mask": self._mask, "use_cache": True, "past_key_values": self._cache}
+        arguments: dict[str, object] = {"use_cache": True, "past_key_values": self._cache}
         if self._is_encoder_decoder:
-            arguments |= {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(self._encoded)}
+            arguments |= {"encoder_hidden_states": self._encoded, "encoder_attention_mask": self._mask}
         else:
-            arguments["input_ids"] = ids
+            arguments["attention_mask"] = self._mask
             if "position_ids" in self._accepts:
                 positions = (self._mask.cumsum(dim=-1) - 1).clamp_(min=0)
                 arguments["position_ids"] = positions[:, -ids.shape[1] :]
-        if "logits_to_keep" in self._accepts:
-            arguments["logits_to_keep"] = 1  # the last position is enough: B x L x V is never built
-        output = self._model(**arguments)
+        output = self._decoder(input_ids=ids, **arguments)
         self._cache = output.past_key_values
-        return output.logits[:, -1]
+        hidden = output.last_hidden_state[:, -1]  # the last position is enough: B x L x V is never built
+        if self._head is None:
+            self._head = Projection.of(self._model).as_operand(matmul_dtype(hidden))
+        return self._head.logits(hidden)

@@ -41,3 +41,30 @@ def last_hidden(
     elif position_ids is not None:
         arguments = {"position_ids": position_ids}
     return backbone(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state.flatten(0, 1)
+
+
+def decoder_hidden(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    layout: Layout | None = None,
+    position_ids: Tensor | None = None,
+    encoder_ids: Tensor | None = None,
+    encoder_mask: Tensor | None = None,
+) -> Tensor:
+    """Compute the last hidden states of a language model, which its vocabulary projection reads: (B * L, d).
+
+    Args:
+        model: causal or encoder-decoder.
+        input_ids: (B, L), read by the model or by its decoder.
+        layout, position_ids: of a causal model, see `last_hidden`.
+        encoder_ids: (B, S), of an encoder-decoder, else None.
+        encoder_mask: (B, S), 1 on real tokens of the encoder.
+    """
+    if encoder_ids is None:
+        return last_hidden(model.get_decoder(), input_ids, layout, position_ids=position_ids)
+    encoded = model.get_encoder()(encoder_ids, attention_mask=encoder_mask).last_hidden_state
+    output = model.get_decoder()(
+        input_ids=input_ids, encoder_hidden_states=encoded, encoder_attention_mask=encoder_mask, use_cache=False
+    )
+    return output.last_hidden_state.flatten(0, 1)

@@ -15,8 +15,11 @@ def kl_per_token(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEsti
     With x = log pi - log ref at the token: k1 = x, unbiased and of either sign; k2 = x^2 / 2, biased, never negative;
     k3 = exp(-x) - 1 + x, unbiased and never negative.
 
-    As a loss, what counts is the gradient over samples of pi. That of k2, x grad log pi, is the gradient of the KL;
-    that of k3, (1 - exp(-x)) grad log pi, agrees with it to first order in x; that of k1, grad log pi, has mean zero.
+    As a penalty, what counts is the gradient over samples of pi. In the loss, that of k2, x grad log pi, is the
+    gradient of the KL of a token, the tokens before it given; that of k3, (1 - exp(-x)) grad log pi, agrees with it to
+    first order in x; that of k1, grad log pi, has mean zero. In the reward, an estimate k weighs the score function,
+    k grad log pi: with k1 this is the gradient of the KL. With k2 and k3 it is not: both are positive for a token that
+    pi made rarer, too, and make it rarer still.
 
     Args:
         logprobs: (B, T) nats, under the policy that sampled; may carry gradient.

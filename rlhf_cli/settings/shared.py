@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import abstractmethod
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -113,7 +114,9 @@ class ModelSettings(Section):
     A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always
     float32, in memory and on disk."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively, else float32."""
+    """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and a layer of the
+    model's width is at least 1.1 times as fast in it, measured when a stage starts and kept when it resumes, else
+    float32."""
     attention: str = "auto"
     """Attention backend: a built-in one (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list` says which run
     on this machine), `auto` for the fastest one available, `package.module:function` for your own, or one of
@@ -204,11 +207,19 @@ class LoraSettings(Section):
     """Layers that get an adapter: `all-linear`, or module names."""
 
 
+Adapter = Literal["lora", "none"]
+
+
+def default_rate(adapter: Adapter, *, lora: float, full: float) -> float:
+    """Return the default peak learning rate of LoRA or of full fine-tuning (docs/decisions/0011)."""
+    return lora if adapter == "lora" else full
+
+
 class TrainingSettings(StageSection):
     """Optimization settings of the supervised training stages."""
 
-    learning_rate: Positive
-    """Peak learning rate of AdamW."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of AdamW; null is derived from `adapter`."""
     batch_size: Count
     """Records per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Effort = 8
@@ -225,6 +236,11 @@ class TrainingSettings(StageSection):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: Effort = 50
     """Optimizer steps between checkpoints. An interrupted run resumes from the last checkpoint."""
+
+    @property
+    @abstractmethod
+    def peak_rate(self) -> float:
+        """`learning_rate`, or what null stands for."""
 
 
 class SamplingSettings(Section):

@@ -33,22 +33,22 @@ CHOSEN_ON = "chosen_on.json"
 
 
 def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> ModelSource:
-    """Return how the model at `path` is loaded, with device and precisions resolved for this machine.
+    """Return how the model at `path` is loaded, on this machine and in the precision that `decide_precision` left.
 
     `model.revision` and `model.trust_remote_code` apply to `model.path` only. `model.quantize` applies to the frozen
     weights under an adapter: a stage that trains one passes `quantized`.
     """
-    from rlhf_cli.models.loading import ModelSource, resolve_device, resolve_precision
+    from rlhf_cli.models.loading import DTYPES, ModelSource, resolve_device
 
     settings = recipe.model
     device = resolve_device(settings.device)
-    precision = resolve_precision(settings.precision, device)
+    precision = DTYPES[settings.precision]
     own = path == settings.path
     return ModelSource(
         path=path,
         revision=settings.revision if own else None,
         trust_remote_code=settings.trust_remote_code if own else False,
-        dtype=precision if settings.dtype == "auto" else resolve_precision(settings.dtype, device),
+        dtype=precision if settings.dtype == "auto" else DTYPES[settings.dtype],
         precision=precision,
         attention=settings.attention,
         device=device,

@@ -16,7 +16,7 @@ from rlhf_cli.training.schedules import rate_factor
 def scheduled_rate(settings: TrainingSettings, step: int, steps: int) -> float:
     """Return the learning rate of the 0-based optimizer step `step` of `steps`."""
     warmup = round(settings.warmup_share * steps)
-    return settings.learning_rate * rate_factor(step, steps, schedule=settings.schedule, warmup=warmup)
+    return settings.peak_rate * rate_factor(step, steps, schedule=settings.schedule, warmup=warmup)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -27,33 +27,32 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def clip_and_step(
     optimizer: torch.optim.Optimizer,
-    weights: Iterable[nn.Parameter],
-    *,
+    *models: Iterable[nn.Parameter],
     max_grad_norm: float,
     step: int,
     loss: float = 0.0,
-) -> tuple[float, bool]:
-    """Clip the gradient, take the optimizer step and clear the gradient.
+) -> tuple[list[float], bool]:
+    """Clip the gradient of each model, take the optimizer step and clear the gradients.
 
-    The step is skipped, with a warning, where the loss or the gradient is not finite: one bad batch must not poison the
+    The step is skipped, with a warning, where the loss or a gradient is not finite: one bad batch must not poison the
     weights.
 
     Args:
         optimizer: holds the weights; its learning rates are set.
-        weights: trained weights, whose gradients are already summed over the processes.
-        max_grad_norm: the gradient is scaled down to at most this norm.
+        models: the trained weights of each model, whose gradients are already summed over the processes.
+        max_grad_norm: the gradient of a model is scaled down to at most this norm, whatever that of another is.
         step: 1-based training step, for the warning.
         loss: of the step.
 
     Returns:
-        The gradient norm before clipping, and whether the step was taken.
+        The gradient norm of each model before clipping, and whether the step was taken.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_(weights, max_grad_norm))
-    is_finite = math.isfinite(norm) and math.isfinite(loss)
+    norms = [float(torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)) for weights in models]
+    is_finite = math.isfinite(sum(norms)) and math.isfinite(loss)
     if is_finite:
         optimizer.step()
     else:
-        what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        what = f"the gradient norm is {sum(norms)}" if math.isfinite(loss) else f"the loss is {loss}"
         warn(f"step {step:,}: an optimizer step is skipped, because {what}")
     optimizer.zero_grad(set_to_none=True)
-    return norm, is_finite
+    return norms, is_finite

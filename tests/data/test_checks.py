@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from rlhf_cli.data.checks import RankingChecks, hash64, overlap_warning
+from rlhf_cli.data.checks import PromptKeys, RankingChecks, hash64
 from rlhf_cli.data.records import Demonstration, Message, PromptRecord, Ranking
 from rlhf_cli.data.sources import iter_records, read_records, validate_source
+from rlhf_cli.data.splits import Split
 
 
 def pair(better: str, worse: str, prompt: str = "p", **fields) -> dict:
@@ -66,23 +67,26 @@ def test_the_latest_ranking_of_an_annotator_is_kept_and_repeats_are_counted(writ
     assert len(list(iter_records(source, "preference", on_skip=lambda skip: None))) == 5  # fmt: skip
 
 
-def test_prompts_in_both_training_and_evaluation_are_counted(write):
-    train = [PromptRecord("a"), PromptRecord("b"), PromptRecord("b"), PromptRecord((Message("user", "c"),))]
-    assert overlap_warning(train, [PromptRecord((Message("system", "c"),)), PromptRecord("d")]) is None
-    # One user turn is the same question as its text.
-    assert "1 prompt" in (overlap_warning(train, [PromptRecord("c"), PromptRecord("d")]) or "")
-    found = overlap_warning(
-        train, [Demonstration("b", "x"), PromptRecord((Message("user", "c"),))], names=("one", "two")
-    )
-    assert found is not None
-    assert found.startswith("2 prompts in both one and two")
-    assert overlap_warning([Demonstration("", "t")], [Demonstration("", "u")]) is None
-    assert overlap_warning([Demonstration("", "t")], [Demonstration("", "t")])
-    one, two = (
-        validate_source(write(n, [{"prompt": p} for p in t]), "prompt").prompts
-        for n, t in (("a.jsonl", "ab"), ("b.jsonl", "bc"))
-    )
-    assert str(overlap_warning(one, two)).startswith("1 prompt in both training and evaluation")  # fmt: skip
+def test_prompts_of_the_training_share_of_another_source_are_counted():
+    def keys(*records) -> PromptKeys:
+        found = PromptKeys()
+        for record in records:
+            found.add(record)
+        return found
+
+    everything, half = Split(0.0, 0), Split(0.5, 3)
+    train = keys(PromptRecord("a"), PromptRecord("b"), PromptRecord("b"), PromptRecord((Message("user", "c"),)))
+    assert keys(PromptRecord("d"), PromptRecord((Message("system", "c"),))).in_training_of(train, everything) == 0
+    # One user turn is the same question as its text, whatever else the conversation holds.
+    later = (Message("system", "x"), Message("user", " C"), Message("assistant", "y"), Message("user", "z"))
+    for same in (PromptRecord("c"), PromptRecord(later)):
+        assert keys(same, PromptRecord("d")).in_training_of(train, everything) == 1
+    assert keys(Demonstration("b", "x"), PromptRecord("b"), PromptRecord("a")).in_training_of(train, everything) == 2
+    assert keys(Demonstration("", "t")).in_training_of(keys(Demonstration("", "u")), everything) == 0
+    assert keys(Demonstration("", "t")).in_training_of(keys(Demonstration("", "t")), everything) == 1
+    assert keys().in_training_of(train, everything) == 0
+    many = keys(*(PromptRecord(f"question {n}") for n in range(50)))
+    assert many.in_training_of(many, half) == sum(not half.holds_out(f"question {n}") for n in range(50))
 
 
 def test_hash_separates_its_parts():

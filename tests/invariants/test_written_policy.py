@@ -18,11 +18,12 @@ from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation import policy_saving
 from rlhf_cli.generation.policy_saving import TrainedAdapter, save_policy
+from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, as_stored, load_policy, load_tokenizer
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.policy_adapter import hash_weights
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
+from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.common import load_policy as stage_load_policy
 from rlhf_cli.stages.ppo import model_saving as ppo_saving
 from rlhf_cli.stages.ppo import run as ppo
@@ -150,7 +151,7 @@ def test_evaluation_keeps_weights_that_are_stored_in_float32(dtype, expected, ti
     context = stage_context(
         "evaluate", recipe, output=tmp_path, work=tmp_path, policy=tiny_llama, baseline=tiny_llama, prompts=prompts
     )
-    with stage_load_policy(context, str(tiny_llama), SamplingSettings()).model() as model:
+    with stage_load_policy(context, str(tiny_llama), Sampling()).model() as model:
         assert {weight.dtype for weight in model.parameters()} == {expected}
 
 

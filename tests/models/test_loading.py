@@ -18,7 +18,6 @@ from rlhf_cli.models.loading import (
     load_policy,
     load_tokenizer,
     resolve_device,
-    resolve_precision,
 )
 from rlhf_cli.models.lora import add_lora, save_adapter
 from rlhf_cli.settings.shared import LoraSettings
@@ -115,15 +114,13 @@ def test_context_length_is_the_positions():
     assert context_length(T5Config()) == 10**9
 
 
-def test_devices_and_precisions():
+def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ModelError, match=r"`model\.device` must be auto, cpu or cuda, got `tpu9`"):
         resolve_device("tpu9")
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="no CUDA device"):
             resolve_device("cuda")
-    assert resolve_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
-    assert resolve_precision("auto", torch.device("meta")) == torch.float32
 
 
 def test_a_revision_belongs_to_its_own_place():

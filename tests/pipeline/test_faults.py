@@ -42,7 +42,7 @@ def test_changed_setting_under_unfinished_work_is_refused_by_name(toy):
     refused = toy.run("--set", "ppo.learning_rate=1e-6", "--set", "ppo.steps=7")
     assert refused.code == 2
     assert "unfinished `ppo`" in refused.stderr
-    assert "`ppo.learning_rate` was 1e-05, now 1e-06; `ppo.steps` was 3, now 7" in refused.stderr
+    assert "`ppo.learning_rate` was null, now 1e-06; `ppo.steps` was 3, now 7" in refused.stderr
     assert "hint: undo the change to resume, or discard the unfinished work with `--force ppo`" in refused.stderr
     assert toy.ran() == []
     forced = toy.run("--set", "ppo.learning_rate=1e-6", "--force", "ppo")
@@ -92,7 +92,7 @@ def test_a_lost_record_of_unfinished_work_is_refused(toy):
     toy.run(FAKE_DIE="ppo")
     record = toy.run_dir / ".ppo.began.json"
     whole = record.read_text()
-    for damaged in ('{"stage"', "[]", "{}", whole.replace("1e-05", "1e-06", 1), whole[:-2]):
+    for damaged in ('{"stage"', "[]", "{}", whole.replace('"ppo.steps": 3', '"ppo.steps": 4', 1), whole[:-2]):
         record.write_text(damaged)
         refused = toy.run()
         assert refused.code == 2

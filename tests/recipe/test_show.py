@@ -79,10 +79,16 @@ def test_derived_sizes_by_hand(loaded):
         "maximum tokens sampled per step": 3_072,
         "maximum tokens sampled in total": 30_720,
         "checkpoints kept": 2,
+        "peak learning rate": "1e-05",
+        "peak learning rate of the critic": "1e-05",
     }
-    assert sizes["train_rm"] == {"micro-batches per optimizer step": 3, "pairs per optimizer step, without ties": 100}
+    assert sizes["train_rm"] == {
+        "micro-batches per optimizer step": 3,
+        "peak learning rate": "0.0001",
+        "pairs per optimizer step, without ties": 100,
+    }
     assert sizes["label"]["pairs per prompt, without ties"] == 10
-    assert sizes["sft"] == {"micro-batches per optimizer step": 4}
+    assert sizes["sft"] == {"micro-batches per optimizer step": 4, "peak learning rate": "1e-07"}
 
 
 def test_derived_sizes_of_optional_features(tmp_path):
@@ -94,6 +100,30 @@ def test_derived_sizes_of_optional_features(tmp_path):
     assert sizes["demonstrations read in total"] == 10 * 4 * 5
     assert sizes["evaluations"] == 4  # after 0, 4, 8 and 10 steps
     assert sizes["checkpoints kept"] == 3
+
+
+@pytest.mark.parametrize(
+    ("section", "lora", "full"),
+    [("sft: {data: d}", "0.0002", "2e-05"), ("train_rm: {}", "0.0001", "1e-05"), ("ppo: {}", "1e-05", "1e-06")],
+)
+def test_the_default_learning_rate_depends_on_the_adapter(section, lora, full, tmp_path):
+    (tmp_path / "r.yaml").write_text(section)
+    name = section.partition(":")[0]
+    for adapter, expected in (("lora", lora), ("none", full)):
+        recipe = load_recipe(tmp_path / "r.yaml", [f"{name}.adapter={adapter}"]).recipe
+        assert derived_sizes(recipe)[name]["peak learning rate"] == expected
+        assert f"{recipe.section(name.replace('_', '-')).peak_rate:g}" == expected
+
+
+def test_the_critic_s_default_learning_rate(tmp_path):
+    """That of the policy if it is given; a critic in full learns at the rate of a reward model, not of a policy."""
+    (tmp_path / "r.yaml").write_text("ppo: {adapter: none}")
+    for settings, expected in (
+        ([], 1e-5),
+        (["ppo.learning_rate=3e-6"], 3e-6),
+        (["ppo.learning_rate=3e-6", "ppo.critic_learning_rate=2e-5"], 2e-5),
+    ):
+        assert load_recipe(tmp_path / "r.yaml", settings).recipe.ppo.critic_peak_rate == expected
 
 
 def test_absent_sections_are_listed(tmp_path):

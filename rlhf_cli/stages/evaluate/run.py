@@ -20,6 +20,7 @@ from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from, write_contrac
 from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, load_policies, rewarded
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import present
+from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt, PromptRecord
@@ -44,6 +45,7 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     """
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
+    context = decide_precision(context)
     settings = context.settings
     policy, baseline = load_policies(context)
     prompts, loaded = _prompts(context, settings, (baseline, policy))

@@ -36,6 +36,7 @@ from rlhf_cli.stages.label.sampling import (
     sample_completions,
 )
 from rlhf_cli.stages.label.stage import LabelContext
+from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
@@ -52,6 +53,7 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
     settings = context.settings
     if settings.by == "import":
         return _import(context) if is_main() else StageOutcome()
+    context = decide_precision(context)
     if settings.samples:
         sampled = sample_completions(context, settings, generator)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rlhf_cli.data.records import prompt_text
 from rlhf_cli.generation.prompts import TokenizedPrompts
-from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.shaping import RewardShape
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses, RolloutTensors
 from rlhf_cli.stages.ppo.metrics import completion_kl, rollout_metrics
@@ -48,14 +47,11 @@ class Evaluation:
         on the scale they are given in.
         """
         completions, before = self._sample(self._prompts, tell)
-        kl = kl_per_token(before.logprobs, before.reference_logprobs, self._settings.kl_estimator)
         # Policies cannot be compared on a running scale; penalties and clip are in units of the scaled reward.
         scale = 1.0 if self._settings.reward_scale == "running" else self._settings.reward_scale
         shape = reward_shape(self._settings)
-        rewards = shape.apply(completions.scores, completions.finished_flags, completions.lengths, scale=scale).to(
-            kl.device
-        )
-        found = rollout_metrics(completions, before, rewards, kl, kl_coef=kl_coef)
+        rewards = shape.apply(completions.scores, completions.finished_flags, completions.lengths, scale=scale)
+        found = rollout_metrics(completions, before, rewards, kl_coef=kl_coef)
         found["objective/reward"] = float(rewards.mean())
         return {f"eval/{name}": value for name, value in found.items()}
 

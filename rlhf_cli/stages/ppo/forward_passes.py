@@ -160,10 +160,10 @@ class ForwardPasses:
 
         Gradient flows unless the caller disables it. `temperature` defaults to that of the constructor.
         """
+        temperature = self.temperature if temperature is None else temperature
         with self.autocast():
             hidden = completion_hidden(model, batch)
-        temperature = self.temperature if temperature is None else temperature
-        return Projection.of(model).token_logprobs(hidden, batch, temperature=temperature)
+            return Projection.of(model).token_logprobs(hidden, batch, temperature=temperature)
 
     def values(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         """Predict the value before each completion token: (N, T), 0 on padding."""

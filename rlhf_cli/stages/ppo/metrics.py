@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from rlhf_cli.stages.ppo.update import UpdateStatistics
 
 
 def rollout_metrics(
-    completions: Completions, before: RolloutTensors, rewards: Tensor, kl: Tensor, *, kl_coef: float
+    completions: Completions, before: RolloutTensors, rewards: Tensor, *, kl_coef: float
 ) -> dict[str, float]:
     """Return the metrics of the completions of a step or of an evaluation.
 
@@ -21,27 +22,26 @@ def rollout_metrics(
         completions: N completions with their raw scores.
         before: log-probabilities and values of their tokens.
         rewards: (N,) scores that are trained on.
-        kl: (N, T) nats, the estimate that is penalized.
         kl_coef: beta of this step.
 
     `objective/kl` is the mean over completions of the summed k1 estimate, in nats per completion, whatever estimator
-    the penalty uses: it is the one with the smallest bias of the sequence's KL.
+    the penalty in the loss uses: k1 is unbiased.
     """
     is_completion = before.is_completion
     log_ratio = (before.logprobs - before.reference_logprobs).masked_fill(~is_completion, 0.0)
+    kl = float(log_ratio.sum(dim=1).mean())
     entropy = before.entropy.masked_fill(~is_completion, 0.0).sum(dim=1)
     lengths = is_completion.sum(dim=1).float()
-    penalty = -kl_coef * kl.masked_fill(~is_completion, 0.0).sum(dim=1).mean()
     parts = {f"objective/scores/{name}": float(scores.mean()) for name, scores in completions.parts.items()}
     return {
         "objective/scores": float(completions.scores.mean()),
         "objective/scores_std": float(completions.scores.std(correction=0)),
         **(parts if len(parts) > 1 else {}),
-        "objective/kl": float(log_ratio.sum(dim=1).mean()),
+        "objective/kl": kl,
         "objective/kl_per_token": float(masked_mean(log_ratio, is_completion)),
         "objective/entropy": float(entropy.mean()),
-        "objective/non_score_reward": float(penalty),
-        "objective/rlhf_reward": float(rewards.mean() + penalty),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": float(rewards.mean()) - kl_coef * kl,
         "val/num_eos_tokens": float(sum(completions.finished)),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
@@ -67,10 +67,11 @@ def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatis
         "policy/approxkl_avg": update.mean("approx_kl", per),
         "policy/clipfrac_avg": update.mean("clipped", per),
         "policy/entropy_avg": update.mean("entropy", per),
-        "policy/grad_norm": sum(update.grad_norms) / len(update.grad_norms) if update.grad_norms else math.nan,
+        "policy/grad_norm": _mean(update.policy_norms),
         "policy/epochs": float(len(update.epochs)),
         "loss/policy_avg": update.mean("policy_loss", per),
         "loss/value_avg": update.mean("value_loss"),
+        "val/grad_norm": _mean(update.critic_norms),
         "val/clipfrac_avg": update.mean("value_clipped"),
         "val/ratio": ratio,
         "val/ratio_var": max(update.mean("squared_ratio", per) - ratio**2, 0.0),
@@ -85,6 +86,11 @@ def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatis
     if "kl_loss" in update.sums:
         metrics["loss/kl_avg"] = update.mean("kl_loss", per)
     return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean; NaN without any."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def histograms(completions: Completions) -> dict[str, list[float]]:

@@ -18,6 +18,7 @@ from rlhf_cli.stages.common import CHOSEN_ON, load_policy, metrics_log, model_so
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
+from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
@@ -49,6 +50,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.monitoring.metrics_log import read_rows
 
+    context = decide_precision(context)
     settings = context.settings
     start = context.inputs.policy.source
     source = model_source(context.recipe, start)

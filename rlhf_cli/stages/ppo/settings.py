@@ -21,7 +21,7 @@ from rlhf_cli.settings.base import (
     StageSection,
 )
 from rlhf_cli.settings.rewards import PPORewardSettings
-from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.settings.shared import Adapter, LoraSettings, default_rate
 
 _KL_HORIZON = 10_000.0
 
@@ -81,17 +81,19 @@ class PPOSettings(StageSection):
     stop_tokens: list[str] | None = None
     """Texts of additional stop tokens, each a single token of the policy; null inherits (see `sampling`)."""
 
-    learning_rate: Positive = 1e-5
-    """Peak learning rate of the policy's AdamW (epsilon 1e-5)."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of the policy's AdamW (epsilon 1e-5); null is 1e-5 with `adapter: lora` and 1e-6 with
+    `adapter: none`."""
     critic_learning_rate: Positive | None = None
-    """Peak learning rate of the critic's AdamW; null is `learning_rate`."""
+    """Peak learning rate of the critic's AdamW; null is `learning_rate`, or 1e-5 if that is null too."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning-rate schedule over the run; `linear` falls to zero."""
     warmup_share: Share = 0.0
     """Share of the run over which the learning rates rise from zero; that of the policy starts after
     `critic_warmup_steps`."""
     max_grad_norm: Positive = 1.0
-    """Maximum norm of the joint gradient of policy and critic; larger gradients are scaled down to it."""
+    """Maximum gradient norm per model: a larger gradient of the policy or of the critic is scaled down to it, without
+    regard to the other's."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Number of initial steps that train only the critic: advantages of an untrained critic are noise."""
 
@@ -101,7 +103,8 @@ class PPOSettings(StageSection):
     """Maximum change of a value from its rollout value, in units of reward, before its loss is clipped; null does not
     clip."""
     value_coef: NonNegative = 0.1
-    """Weight of the value loss relative to the policy loss; sets the critic's share of the gradient norm."""
+    """Weight of the value loss. Policy and critic train separate weights, so it scales the critic's gradient alone,
+    before `max_grad_norm`; 0 does not train the critic."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the loss (mean entropy per token, in nats; Schulman et al. 2017, eq. 9)."""
     gamma: Share = 1.0
@@ -129,9 +132,10 @@ class PPOSettings(StageSection):
     kl_horizon: Positive = _KL_HORIZON
     """Horizon of the adaptive coefficient, in completions; larger adapts more slowly."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token KL estimator, with x = log(pi/ref): k1 = x, unbiased; k2 = x^2 / 2; k3 = exp(-x) - 1 + x, never
-    negative. With `kl_in: loss`, k2 has the gradient of the KL and k3 approximates it; k1 has a gradient of mean zero
-    and is refused."""
+    """Per-token KL estimator of the penalty, with x = log(pi/ref): k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x. With
+    `kl_in: reward` it must be k1: only its gradient is that of the KL. With `kl_in: loss` it must be k2, which has the
+    gradient of the KL of each token, or k3, which approximates it. Metrics, `kl_target`, `kl_stop` and `kl_budget` use
+    k1, which is unbiased."""
     kl_stop: Positive | None = None
     """The run ends early after a step whose KL to the SFT model exceeds this, in nats per completion; null never ends
     early."""
@@ -162,7 +166,7 @@ class PPOSettings(StageSection):
     shown_prompts: Effort = 3
     """Number of these fixed prompts."""
 
-    adapter: Literal["lora", "none"] = "lora"
+    adapter: Adapter = "lora"
     """`lora`: policy, critic and reward model are adapters on one frozen backbone. `none`: separate full models."""
     lora: LoraSettings = LoraSettings()
     """LoRA settings of the policy and the critic, with `adapter: lora`."""
@@ -193,6 +197,16 @@ class PPOSettings(StageSection):
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps * self.optimizer_steps_per_step
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate`, or what null stands for."""
+        return self.learning_rate or default_rate(self.adapter, lora=1e-5, full=1e-6)
+
+    @property
+    def critic_peak_rate(self) -> float:
+        """`critic_learning_rate`, or what null stands for."""
+        return self.critic_learning_rate or self.learning_rate or 1e-5
 
     @property
     def critic_is_adapter(self) -> bool:
@@ -228,6 +242,11 @@ class PPOSettings(StageSection):
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError("`kl_in: loss` needs `kl_estimator: k2` or `k3`: the gradient of k1 has mean zero")
+        if self.kl_in == "reward" and self.kl_estimator != "k1":
+            raise ValueError(
+                f"`kl_estimator: {self.kl_estimator}` needs `kl_in: loss`: in the reward its gradient is not that of "
+                "the KL, and only `kl_estimator: k1` has it"
+            )
         if self.kl_budget is not None and self.eval_steps is None:
             raise ValueError("`kl_budget` selects among evaluated policies and needs `eval_steps`")
         if self.kl_budget is not None and self.kl_stop is not None and self.kl_stop < self.kl_budget:

@@ -22,6 +22,8 @@ def _sizes(settings: PPOSettings, recipe: RunSettings) -> Sizes:
         "completions per minibatch": largest if is_even else f"{largest - 1} to {largest}",
         "micro-batches per minibatch": math.ceil(largest / settings.micro_batch_size),
         "checkpoints kept": settings.keep_checkpoints + (settings.kl_budget is not None),
+        "peak learning rate": f"{settings.peak_rate:g}",
+        "peak learning rate of the critic": f"{settings.critic_peak_rate:g}",
     }
     longest = settings.max_new_tokens or recipe.sampling.max_new_tokens
     if longest is not None:

@@ -152,9 +152,9 @@ class PPOTrainer(TrainingTask):
         completions = self.rollouts.completions(self.data.prompts, rows, numbers, tell)
         tell("passes")
         before = self.forward_passes.rollout_tensors(completions)
-        kl = kl_per_token(before.logprobs, before.reference_logprobs, settings.kl_estimator)
+        kl = kl_per_token(before.logprobs, before.reference_logprobs)
         scores = self.rewards(completions).to(kl.device)
-        metrics = rollout_metrics(completions, before, scores, kl, kl_coef=beta)
+        metrics = rollout_metrics(completions, before, scores, kl_coef=beta)
         metrics |= {"objective/kl_coef": beta, "episode": float((step + 1) * settings.completions_per_step)}
         if not all_finite(scores):
             return self._broken(completions, metrics)

@@ -70,7 +70,7 @@ class UpdateStatistics:
     Attributes:
         sums: name -> sum over tokens (and epochs); `tokens`, `policy_tokens` and `ptx_tokens` count them.
         epochs: per epoch, mean approx_kl, clip fraction and ratio, in that order.
-        grad_norms: norm before clipping, per optimizer step.
+        policy_norms, critic_norms: gradient norms before clipping, per optimizer step that trained the model.
         worst: the largest ratio.
         skipped_steps: optimizer steps skipped because a gradient was not finite.
         ratio_skips: optimizer steps skipped because the mean ratio exceeded its limit.
@@ -79,7 +79,8 @@ class UpdateStatistics:
 
     sums: Sums = field(default_factory=lambda: defaultdict(float))
     epochs: list[tuple[float, float, float]] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
+    policy_norms: list[float] = field(default_factory=list)
+    critic_norms: list[float] = field(default_factory=list)
     worst: WorstRatio = WorstRatio()
     skipped_steps: int = 0
     ratio_skips: int = 0
@@ -144,18 +145,18 @@ class Updater:
         self.supervised = supervised
         self.rate_scale = 1.0
         policy, critic = models.policy_parameters(), models.critic_parameters()
-        self.parameters: list[nn.Parameter] = [*policy, *critic]
-        self._critic_parameters = critic
+        self._policy_parameters: list[nn.Parameter] = policy
+        self._critic_parameters: list[nn.Parameter] = critic
         groups = [
-            {"params": policy, "peak": settings.learning_rate, "begins": self._policy_begins},
-            {"params": critic, "peak": settings.critic_learning_rate or settings.learning_rate, "begins": 0},
+            {"params": policy, "peak": settings.peak_rate, "begins": self._policy_begins},
+            {"params": critic, "peak": settings.critic_peak_rate, "begins": 0},
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-5, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate, eps=1e-5, weight_decay=0.0)
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Return the learning rate of the policy at a 0-based optimizer step."""
-        return self._settings.learning_rate * self._rate_factor(optimizer_step, self._policy_begins)
+        return self._settings.peak_rate * self._rate_factor(optimizer_step, self._policy_begins)
 
     @property
     def _policy_begins(self) -> int:
@@ -290,17 +291,19 @@ class Updater:
             statistics.sums["ptx_tokens"] += tokens
 
     def _step(self, optimizer_step: int, trains_policy: bool, statistics: UpdateStatistics) -> None:
-        trained = self.parameters if trains_policy else self._critic_parameters
-        all_reduce_gradients(trained, self._forward_passes.processes)
+        policy, critic = self._policy_parameters if trains_policy else [], self._critic_parameters
+        all_reduce_gradients([*policy, *critic], self._forward_passes.processes)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate_factor(optimizer_step, group["begins"])
-        norm, is_taken = clip_and_step(
+        (policy_norm, critic_norm), is_taken = clip_and_step(
             self.optimizer,
-            trained,
+            policy,
+            critic,
             max_grad_norm=self._settings.max_grad_norm,
             step=optimizer_step // self._settings.optimizer_steps_per_step + 1,
         )
         if is_taken:
-            statistics.grad_norms.append(norm)
+            statistics.policy_norms += [policy_norm] if trains_policy else []
+            statistics.critic_norms.append(critic_norm)
         else:
             statistics.skipped_steps += 1

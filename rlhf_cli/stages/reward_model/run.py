@@ -20,6 +20,7 @@ from rlhf_cli.stages.common import (
     warn_of_trained,
     write_contract,
 )
+from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
+    context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
     loaded = _rankings(context, settings)
     start = context.inputs.policy.source

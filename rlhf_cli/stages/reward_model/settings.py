@@ -13,7 +13,7 @@ from rlhf_cli.settings.base import (
     ModelName,
     Positive,
 )
-from rlhf_cli.settings.shared import LoraSettings, TrainingSettings
+from rlhf_cli.settings.shared import Adapter, LoraSettings, TrainingSettings, default_rate
 
 
 class RewardModelSettings(TrainingSettings):
@@ -23,8 +23,8 @@ class RewardModelSettings(TrainingSettings):
     """Model to start from, a folder or hub id of a decoder or encoder; null is the output of `sft`."""
     data: DataName = None
     """Ranking or preference records; null is the output of `label`."""
-    learning_rate: Positive = 1e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of AdamW; null is 1e-4 with `adapter: lora` and 1e-5 with `adapter: none`."""
     batch_size: Count = 16
     """Prompts (ranked groups) per optimizer step; all pairs of a prompt stay in the same step."""
     micro_batch_size: Effort = 4
@@ -39,13 +39,18 @@ class RewardModelSettings(TrainingSettings):
     a tier."""
     use_margin: bool = False
     """Subtract the record's `margin` from the reward difference inside the sigmoid (Llama 2, eq. 2)."""
-    adapter: Literal["lora", "none"] = "lora"
+    adapter: Adapter = "lora"
     """`lora` trains an adapter that PPO can load on the policy's backbone; `none` trains all weights."""
     lora: LoraSettings = LoraSettings()
     """LoRA settings of the adapter, with `adapter: lora`."""
     normalize: bool = True
     """Shift and scale rewards to mean 0 and standard deviation 1 over completions of the SFT model, or over the labeled
     completions of training prompts if there is no SFT model."""
+
+    @property
+    def peak_rate(self) -> float:
+        """See `TrainingSettings`."""
+        return self.learning_rate or default_rate(self.adapter, lora=1e-4, full=1e-5)
 
     @model_validator(mode="after")
     def _margin_has_an_effect(self) -> Self:

@@ -36,7 +36,8 @@ def find_inputs(settings: RewardModelSettings, recipe: RunSettings, find: InputF
 
 def _sizes(settings: RewardModelSettings, recipe: RunSettings) -> Sizes:
     sizes: dict[str, int | str] = {
-        "micro-batches per optimizer step": math.ceil(settings.batch_size / settings.micro_batch_size)
+        "micro-batches per optimizer step": math.ceil(settings.batch_size / settings.micro_batch_size),
+        "peak learning rate": f"{settings.peak_rate:g}",
     }
     if settings.data is None and recipe.value("label.samples"):
         pairs = math.comb(recipe.value("label.completions_per_prompt"), 2)

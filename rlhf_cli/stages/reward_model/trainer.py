@@ -68,7 +68,7 @@ class RewardTrainer(TrainingTask):
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.trained.values(), lr=settings.peak_rate, weight_decay=settings.weight_decay
         )
         self._groups, self._rate_scale = groups, 1.0
         self._processes = processes or ProcessGroup(model.device)
@@ -97,7 +97,7 @@ class RewardTrainer(TrainingTask):
         sums = self.accumulate(self.batches.groups(step))
         rate = scheduled_rate(self.settings, step, self.batches.steps) * self._rate_scale
         set_rate(self.optimizer, rate)
-        norm, is_taken = clip_and_step(
+        (norm,), is_taken = clip_and_step(
             self.optimizer,
             self.trained.values(),
             max_grad_norm=self.settings.max_grad_norm,

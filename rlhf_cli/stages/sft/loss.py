@@ -9,18 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.kernels import ChunkedLogProbFunction
 
 from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
-from rlhf_cli.models.backbone import last_hidden, reads_groups
+from rlhf_cli.models.backbone import decoder_hidden, reads_groups
 from rlhf_cli.precision import autocast
 from rlhf_cli.stages.sft.data import Batch, CausalCollator, GroupCollator, Row, Seq2SeqCollator
 
 Collator = GroupCollator | CausalCollator | Seq2SeqCollator
-_VOCABULARY_TILE = 16_384
 
 
 def collator_for(model: PreTrainedModel, *, packed: bool) -> Collator:
@@ -35,31 +33,9 @@ def token_logprobs(model: PreTrainedModel, batch: Batch, is_scored: Tensor) -> T
 
     Logits are computed for these positions only, in tiles, so no tensor of batch x length x vocabulary exists.
     """
-    if "encoder_ids" in batch:
-        encoded = model.get_encoder()(batch["encoder_ids"], attention_mask=batch["encoder_mask"]).last_hidden_state
-        output = model.get_decoder()(
-            input_ids=batch["input_ids"],
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=batch["encoder_mask"],
-            use_cache=False,
-        )
-        hidden = output.last_hidden_state.flatten(0, 1)
-    else:
-        hidden = last_hidden(
-            model.get_decoder(), batch["input_ids"], batch.get("layout"), position_ids=batch.get("position_ids")
-        )
-    head = Projection.of(model)
-    logprobs, *_ = ChunkedLogProbFunction.apply(
-        hidden[batch["predicting"][is_scored]],
-        head.weight,
-        head.bias,
-        batch["targets"][is_scored],
-        1.0,
-        _VOCABULARY_TILE,
-        head.softcap,
-        head.scale,
-        (),
-    )
+    reads = ("layout", "position_ids", "encoder_ids", "encoder_mask")
+    hidden = decoder_hidden(model, batch["input_ids"], **{name: batch.get(name) for name in reads})
+    logprobs, _ = Projection.of(model).logprobs(hidden[batch["predicting"][is_scored]], batch["targets"][is_scored])
     return logprobs
 
 

@@ -18,6 +18,7 @@ from rlhf_cli.stages.common import (
     warn_of_trained,
     write_contract,
 )
+from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.sft.stage import SFTContext
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def run(context: SFTContext) -> StageOutcome:
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
     from rlhf_cli.stages.sft.trainer import train_sft
 
+    context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
     data = context.inputs.demonstrations.source
     loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)

@@ -10,7 +10,7 @@ from rlhf_cli.settings.base import (
     NonNegative,
     Positive,
 )
-from rlhf_cli.settings.shared import LoraSettings, TrainingSettings
+from rlhf_cli.settings.shared import Adapter, LoraSettings, TrainingSettings, default_rate
 
 
 class SFTSettings(TrainingSettings):
@@ -18,8 +18,8 @@ class SFTSettings(TrainingSettings):
 
     data: Annotated[str, External("data")]
     """Demonstration records: a file, a folder or a hub data set."""
-    learning_rate: Positive = 2e-4
-    """Peak learning rate of AdamW. LoRA needs about ten times the rate of full fine-tuning."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of AdamW; null is 2e-4 with `adapter: lora` and 2e-5 with `adapter: none`."""
     batch_size: Count = 32
     """Records per optimizer step; with `packing`, packed sequences."""
     epochs: Positive = 1.0
@@ -30,10 +30,15 @@ class SFTSettings(TrainingSettings):
     """Turns of the assistant to train in conversations of several turns: `all` of them, or only the `last`."""
     packing: bool = False
     """Pack several records into each sequence of up to `max_length` tokens. For decoder-only models."""
-    adapter: Literal["lora", "none"] = "lora"
+    adapter: Adapter = "lora"
     """`lora` trains an adapter and merges it into the model; `none` trains all weights."""
     lora: LoraSettings = LoraSettings()
     """LoRA settings of the adapter, with `adapter: lora`."""
     lm_coef: NonNegative = 0.0
     """Weight lambda of the language-modeling loss L1 on the whole sequence, in L3 = L2 + lambda L1 (GPT-1, section
     3.2); L2 is the loss on the completion."""
+
+    @property
+    def peak_rate(self) -> float:
+        """See `TrainingSettings`."""
+        return self.learning_rate or default_rate(self.adapter, lora=2e-4, full=2e-5)

@@ -36,7 +36,8 @@ def find_inputs(settings: SFTSettings, recipe: RunSettings, find: InputFinder) -
 
 
 def _sizes(settings: SFTSettings, recipe: RunSettings) -> Sizes:
-    return {"micro-batches per optimizer step": math.ceil(settings.batch_size / settings.micro_batch_size)}
+    batches = math.ceil(settings.batch_size / settings.micro_batch_size)
+    return {"micro-batches per optimizer step": batches, "peak learning rate": f"{settings.peak_rate:g}"}
 
 
 def _check(settings: SFTSettings, recipe: RunSettings) -> None:

@@ -161,7 +161,7 @@ class SFTTrainer(TrainingTask):
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._rate_scale = 1.0
         groups = _parameter_groups(self._trained, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate)
         self._loop = TrainingLoop(
             self,
             label="fine-tuning",
@@ -194,7 +194,7 @@ class SFTTrainer(TrainingTask):
         loss = self._accumulate(step)
         rate = scheduled_rate(self._settings, step, self.plan.steps) * self._rate_scale
         set_rate(self.optimizer, rate)
-        norm, is_taken = clip_and_step(
+        (norm,), is_taken = clip_and_step(
             self.optimizer,
             self._trained.values(),
             max_grad_norm=self._settings.max_grad_norm,

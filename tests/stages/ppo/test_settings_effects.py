@@ -79,10 +79,13 @@ NEEDS = {
     "reward_scale": {"whiten_advantages": False},
     "critic_learning_rate": {"whiten_advantages": False},
     "kl_target": {"steps": 3},
-    "kl_in": {"kl_estimator": "k2"},
+    "kl_estimator": {"kl_in": "loss", "kl_estimator": "k2"},
     "kl_horizon": {"kl_target": 0.001, "steps": 3},
     "ratio_limit": {"minibatches": 2},
 }
+
+TOGETHER = {"kl_in": {"kl_estimator": "k2"}}
+"""Settings that a changed setting cannot do without."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,8 @@ def test_every_setting_of_the_algorithm_changes_what_is_learned(setting, tiny_ll
         trainer = make_trainer(tiny_llama, tmp_path / "base", **common)
         trainer.train()
         baselines[key] = weights(trainer)
-    changed = make_trainer(tiny_llama, tmp_path / "changed", **common | {setting: DIFFERS[setting]})
+    changes = {setting: DIFFERS[setting]} | TOGETHER.get(setting, {})
+    changed = make_trainer(tiny_llama, tmp_path / "changed", **common | changes)
     changed.train()
     after = weights(changed)
     assert any(not torch.equal(after[name], tensor) for name, tensor in baselines[key].items()), setting
@@ -357,3 +361,19 @@ def test_the_running_scale_divides_by_the_spread_so_far(tiny_llama, tmp_path, ma
     assert trainer.state.moments.std == pytest.approx(float(everything.double().std(correction=0)), rel=1e-6)
     rewards = trainer.rewards(seen[-1])
     assert rewards.std(correction=0) < 5
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_the_critic_s_gradient_does_not_shrink_the_policy_s(tiny_llama, tmp_path, make_trainer, rows_of, kind):
+    """Each model is clipped by its own norm: with a joint one, a large value loss would stop the policy."""
+    ends, rows = [], []
+    for value_coef in (0.1, 1e4):
+        trainer = make_trainer(
+            tiny_llama, tmp_path / str(value_coef), kind=kind, steps=1, value_coef=value_coef, max_grad_norm=0.01
+        )
+        trainer.train()
+        ends.append([weight.detach().clone() for weight in trainer.models.policy_parameters()])
+        rows.append(rows_of(tmp_path / str(value_coef))[0])
+    torch.testing.assert_close(*ends)
+    assert rows[0]["policy/grad_norm"] == pytest.approx(rows[1]["policy/grad_norm"])
+    assert rows[1]["val/grad_norm"] > 1e3 * rows[0]["val/grad_norm"] > 0

@@ -60,7 +60,8 @@ def test_cutting_the_batch_differently_changes_nothing(kind, changes, tiny_llama
         advantages, returns = torch.randn(2, *before.values.shape)
         minibatch = Minibatch(list(range(8)), Experience(completions, before, advantages, returns), kl_coef=0.3)
         trainer.updater.accumulate(minibatch, UpdateStatistics())
-        results.append([one.grad.clone() for one in trainer.updater.parameters if one.grad is not None])
+        trained = [*trainer.models.policy_parameters(), *trainer.models.critic_parameters()]
+        results.append([one.grad.clone() for one in trained if one.grad is not None])
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
@@ -147,7 +148,7 @@ def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
     stop_tokens = load_tokenizer(ModelSource(str(tiny_llama))).convert_ids_to_tokens(list(range(60)))
 
     def trained():
-        trainer = make_trainer(tiny_llama, tmp_path / "w", stop_tokens=stop_tokens)
+        trainer = make_trainer(tiny_llama, tmp_path / "w", stop_tokens=stop_tokens, kl_in="loss", kl_estimator="k2")
         trainer.step(0)
         return trainer
 
@@ -159,7 +160,8 @@ def test_metrics_are_those_of_real_tokens(tiny_llama, tmp_path, make_trainer):
     assert len(set(lengths)) > 1
     kl = [(before.logprobs - before.reference_logprobs)[row, :length].sum() for row, length in enumerate(lengths)]
     entropy = [before.entropy[row, :length].sum() for row, length in enumerate(lengths)]
-    assert report["objective/kl"] == pytest.approx(float(sum(kl)) / 8, abs=1e-6)
+    assert report["objective/kl"] == pytest.approx(float(sum(kl)) / 8, abs=1e-6)  # k1, though the loss has k2
+    assert report["objective/non_score_reward"] == pytest.approx(-0.05 * report["objective/kl"])
     assert report["objective/entropy"] == pytest.approx(float(sum(entropy)) / 8, rel=1e-5)
     assert report["objective/entropy"] > 0
     assert report["length/mean"] == sum(lengths) / 8

@@ -1,0 +1,180 @@
+"""Log-probabilities from hidden states, in tiles of the vocabulary, forward and backward.
+
+Function:  log softmax(z)[target] and the entropy of softmax(z), where z = softcap(scale (h W^T + b)) / temperature.
+Memory:    one tile of logits at a time, 2,048 tokens x 4,096 vocabulary entries; no logits are saved. The backward
+           pass computes each tile again.
+Precision: the product takes inputs in the precision of matrix products (that of autocast; without it that of h) and
+           sums and returns float32. bfloat16 logits of size 25 would be off by 0.06. On a GPU, bfloat16 inputs use
+           tensor cores. CPU products round their result to the type of their inputs, so there the inputs are float32.
+           Softmax, sums over tiles and gradients are float32.
+Oracle:    autograd in float64, tests/generation/test_chunked_logprobs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCABULARY_TILE = 4_096
+TOKEN_TILE = 2_048
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What happens to logits behind the product with the weights: softcap(scale y) / temperature.
+
+    Attributes:
+        scale: factor on the product.
+        softcap: c in c tanh(x / c), or None.
+        temperature: the result is divided by it.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def apply_(self, y: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Transform a tile in place; return it and its derivative by the input, elementwise or one number."""
+        y.mul_(self.scale)
+        slope = self.scale / self.temperature
+        if self.softcap is None:
+            return y.div_(self.temperature), slope
+        y.div_(self.softcap).tanh_()
+        slopes = (1.0 - y * y) * slope
+        return y.mul_(self.softcap / self.temperature), slopes
+
+
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the precision of matrix products with `hidden`: that of autocast, without it that of `hidden`."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an input of `product` in the precision `dtype`; float32 on a CPU, see the module's docstring."""
+    return tensor.to(dtype) if tensor.is_cuda else tensor.float()
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix product of two operands, summed and returned in float32, whatever autocast says."""
+    if left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """(hidden, weight, bias, targets, transform) -> (log-probabilities, entropy), both (N,) nats, float32.
+
+    hidden: (N, d); weight: (V, d); bias: (V,) or None; targets: (N,) tokens; transform: a `LogitTransform`. Gradients
+    flow to hidden, weight and bias, from both outputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+    ) -> tuple[Tensor, Tensor]:
+        """Compute both outputs, tile by tile."""
+        ctx.set_materialize_grads(False)  # an entropy that is only reported then costs nothing in the backward pass
+        dtype = matmul_dtype(hidden)
+        inputs = operand(hidden, dtype)
+        log_z = inputs.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+        entropy, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)
+        for columns in _tiles(len(weight), VOCABULARY_TILE):
+            weights = operand(weight[columns], dtype)
+            for rows in _tiles(len(hidden), TOKEN_TILE):
+                logits, _ = _logits(inputs[rows], weights, bias, columns, transform)
+                row, column = _targets_in(targets[rows], columns)
+                chosen[rows][row] = logits[row, column]
+                _include(logits, log_z[rows], entropy[rows])
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
+        ctx.dtype, ctx.transform = dtype, transform
+        return chosen - log_z, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Compute the gradients by hidden, weight and bias, tile by tile."""
+        hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
+        inputs = operand(hidden, ctx.dtype)
+        by_hidden, by_weight, by_bias = (
+            torch.zeros_like(tensor, dtype=torch.float32) if is_needed else None
+            for tensor, is_needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
+        for columns in _tiles(len(weight), VOCABULARY_TILE):
+            weights = operand(weight[columns], ctx.dtype)
+            for rows in _tiles(len(hidden), TOKEN_TILE):
+                logits, slope = _logits(inputs[rows], weights, bias, columns, ctx.transform)
+                by_logprob, by_entropy = (None if one is None else one[rows] for one in gradients)
+                hits = _targets_in(targets[rows], columns)
+                by_logits = _gradient(logits, log_z[rows], entropy[rows], hits, by_logprob, by_entropy) * slope
+                if by_bias is not None:
+                    by_bias[columns] += by_logits.sum(dim=0)
+                by_logits = operand(by_logits, ctx.dtype)
+                if by_hidden is not None:
+                    by_hidden[rows] += product(by_logits, weights)
+                if by_weight is not None:
+                    by_weight[columns] += product(by_logits.T, inputs[rows])
+        found = zip((by_hidden, by_weight, by_bias), (hidden, weight, bias), strict=True)
+        return *(None if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in found), None, None
+
+
+def _tiles(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _logits(
+    inputs: Tensor, weights: Tensor, bias: Tensor | None, columns: slice, transform: LogitTransform
+) -> tuple[Tensor, Tensor | float]:
+    """Return a tile of logits (n, v), and their derivative by the product."""
+    y = product(inputs, weights.T)
+    if bias is not None:
+        y += bias[columns]
+    return transform.apply_(y)
+
+
+def _targets_in(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Return the rows of a tile whose target is in it, and the target's column in the tile."""
+    row = ((targets >= columns.start) & (targets < columns.stop)).nonzero().squeeze(1)
+    return row, targets[row] - columns.start
+
+
+def _include(logits: Tensor, log_z: Tensor, entropy: Tensor) -> None:
+    """Include a tile in the running log-sum-exp and in the entropy of the softmax so far, in place.
+
+    With shares w of both parts, H = w1 H1 + w2 H2 - w1 log w1 - w2 log w2: small terms only, where the difference of
+    log-sum-exp and mean logit would cancel.
+    """
+    top = logits.amax(dim=-1, keepdim=True)
+    shifted = logits - top
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    of_tile = top.squeeze(-1) + total.log()
+    entropy_of_tile = total.log() - weights.mul_(shifted).sum(dim=-1) / total
+    new = torch.logaddexp(log_z, of_tile)
+    before, now = (log_z - new).exp_(), (of_tile - new).exp_()
+    entropy.mul_(before).add_(now * entropy_of_tile + torch.special.entr(before) + torch.special.entr(now))
+    log_z.copy_(new)
+
+
+def _gradient(
+    logits: Tensor,
+    log_z: Tensor,
+    entropy: Tensor,
+    hits: tuple[Tensor, Tensor],
+    by_logprob: Tensor | None,
+    by_entropy: Tensor | None,
+) -> Tensor:
+    """Return the gradient by a tile of logits: g (1[target] - p) for log-probabilities, -g p (log p + H) for the
+    entropy."""
+    logp = logits - log_z.unsqueeze(-1)
+    factor = torch.zeros_like(log_z).unsqueeze(-1) if by_logprob is None else -by_logprob.unsqueeze(-1)
+    if by_entropy is not None:
+        factor = factor - by_entropy.unsqueeze(-1) * (logp + entropy.unsqueeze(-1))
+    gradient = logp.exp_().mul_(factor)
+    if by_logprob is not None:
+        gradient[hits] += by_logprob[hits[0]]
+    return gradient

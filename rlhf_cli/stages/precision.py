@@ -1,0 +1,82 @@
+"""`model.precision: auto`: decided by a trial when a stage starts, and kept until the stage is done.
+
+The decision is recorded in the work folder, so a resumed stage computes as it did before the interruption. Rank 0
+decides for all processes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.files import write_whole
+from rlhf_cli.progress import say
+from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.stages.base import PRECISION_RECORD, StageContext
+from rlhf_cli.stages.inputs import Input
+
+Context = TypeVar("Context", bound=StageContext[Any, Any])
+
+
+def decide_precision(context: Context) -> Context:
+    """Return the context of a stage with `model.precision` other than `auto`; every process must call this.
+
+    Raises:
+        ModelError: the configuration of the model cannot be read.
+    """
+    model = context.recipe.model
+    if model.precision != "auto" or not context.settings.loads_model:
+        return context
+    processes = ProcessGroup()
+    chosen = processes.all_gather_object(_decided(context) if processes.is_main else None)[0]
+    model = model.model_copy(update={"precision": chosen})
+    return replace(context, recipe=context.recipe.model_copy(update={"model": model}))
+
+
+def _decided(context: StageContext[Any, Any]) -> str:
+    record = context.work / PRECISION_RECORD
+    if record.is_file() and (known := record.read_text(encoding="utf-8").strip()) in ("float32", "bfloat16"):
+        say(f"{context.stage.name}: precision {known}, as before the interruption")
+        return known
+    chosen, reason = _faster(context)
+    write_whole(record, f"{chosen}\n")
+    say(f"{context.stage.name}: precision {chosen}: {reason}")
+    return chosen
+
+
+def _faster(context: StageContext[Any, Any]) -> tuple[str, str]:
+    """Return the faster precision for the stage's model, and why it is taken."""
+    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.precision_trial import faster_precision
+
+    if context.recipe.model.dtype == "bfloat16":
+        return "bfloat16", "`model.dtype` is bfloat16"
+    width = _hidden_size(context.recipe, list(context.inputs.by_name().values()))
+    if width is None:
+        return "float32", "no model of this stage says its size before it is loaded"
+    precision, reason = faster_precision(resolve_device(context.recipe.model.device), width)
+    return str(precision).removeprefix("torch."), reason
+
+
+def _hidden_size(recipe: RunSettings, inputs: list[Input]) -> int | None:
+    """Return the hidden size of the stage's first model, which all its models of that family share; None if only
+    adapters are given."""
+    from rlhf_cli.models.loading import ModelSource, load_config
+
+    for given in inputs:
+        if given.kind == "build":
+            assert recipe.model.build is not None
+            return recipe.model.build.hidden_size
+        folder = Path(given.source)
+        is_hub = given.kind == "model" and not folder.exists()
+        if is_hub or ((folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()):
+            own = given.source == recipe.model.path
+            source = ModelSource(
+                given.source,
+                revision=recipe.model.revision if own else None,
+                trust_remote_code=recipe.model.trust_remote_code if own else False,
+            )
+            return load_config(source).get_text_config(decoder=True).hidden_size
+    return None
