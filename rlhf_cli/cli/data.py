@@ -99,14 +99,13 @@ def _reading(recipe: Recipe, kind: str) -> tuple[PromptFormat, Limits]:
     """Return how the model of the recipe reads records of a kind, and up to which length."""
     from rlhf_cli.data.preview import Limits
     from rlhf_cli.generation.prompts import prompt_format, prompt_style
-    from rlhf_cli.models.loading import context_length, load_config, load_tokenizer
+    from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
     from rlhf_cli.models.reward_model.classifier import check_reward_config
     from rlhf_cli.models.reward_model.model import reward_format
-    from rlhf_cli.stages.common import model_source
 
     path = recipe.model.path
     assert path is not None
-    source = model_source(recipe, path)
+    source = ModelSource(path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     config, tokenizer = load_config(source), load_tokenizer(source)
     context = context_length(config)
     style = prompt_style(recipe.data, path, tokenizer, may_differ=True)

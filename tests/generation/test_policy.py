@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Request
+from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.generation.sampling import Sampling
@@ -31,16 +32,15 @@ def test_stop_tokens_are_the_tokenizer_s_the_model_s_and_those_that_are_given(ti
     assert policy.stop_ids == {tokenizer.eos_token_id, 7, 8, tokenizer("?").input_ids[0]}
 
 
-def test_a_chat_s_turn_end_token_stops_sampling(tmp_path):
+def test_a_chat_s_turn_end_token_stops_sampling(tmp_path, monkeypatch):
     """Gemma's generation ends turns with another token than the tokenizer's end token."""
     policy = load(BY_NAME["Gemma 2"].model(tmp_path), style=PromptStyle("chat"), sampling=Sampling(max_new_tokens=5))
     tokenizer = policy.format.tokenizer
     turn_end, end = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
     assert policy.stop_ids == {turn_end, end}
-    with policy.model() as model:  # a head that writes nothing else
-        model.lm_head.weight.data.zero_()
-        model.lm_head.bias = None
-        model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([turn_end]), 99.0))
+    logits = Projection.logits  # of a head that writes nothing else
+    only = torch.tensor([turn_end])
+    monkeypatch.setattr(Projection, "logits", lambda *hidden: logits(*hidden).zero_().index_fill(-1, only, 99.0))
     (completion,) = TorchGenerator().generate(policy, [Request(policy.prompt_ids("Hi"), 0)])
     assert completion.ids == [turn_end]
     assert completion.finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,7 @@ def test_tokens_are_drawn_from_the_distribution_that_is_scored(tiny_llama, dtype
         return tokens
 
     monkeypatch.setattr("rlhf_cli.generation.torch_generator.draw", watched)
-    policy.sampling = policy.sampling.model_copy(update={"temperature": 6.0})
+    policy.sampling = dataclasses.replace(policy.sampling, temperature=6.0)
     (completion,) = generate(policy, [7], PROMPTS[:1])
     assert len(completion.ids) == 6
     assert policy.logprobs(PROMPTS[:1], [completion]) == pytest.approx([float(sum(drawn))], abs=1e-3)

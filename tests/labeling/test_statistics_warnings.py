@@ -44,7 +44,7 @@ def test_the_interval_draws_prompts_and_not_pairs():
 
 def test_a_labeler_who_clicks_the_first_completion_is_found():
     people = [*(Person(f"p{number}") for number in range(4)), Person("hasty", noise=0, first=100, seconds=1.5)]
-    report = statistics(crowd(people, items=250, overlap=2, gold=10, repeats=0.1), seed=0)
+    report = statistics(crowd(people, items=250, overlap=2, gold=10, repeats=0.2), seed=0)
     assert kinds(report, "hasty") == {"agreement", "gold", "self-consistency", "order", "speed", "habit"}
     hasty = next(person for person in report.annotators if person.name == "hasty")
     assert hasty.first_shown.value == 1.0

@@ -41,6 +41,11 @@ def by_hand(folder: Path, prompt: str, answer: str) -> float:
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if model.config.model_type == "bert":
         tokens = tokenizer(prompt, answer, return_tensors="pt")
+    elif tokenizer.chat_template:  # the model's own format, though nobody asked for it
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        tokens = tokenizer(text + answer + tokenizer.eos_token, return_tensors="pt")
     else:  # as trained: prompt, answer, end token
         tokens = tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")
     with torch.no_grad():

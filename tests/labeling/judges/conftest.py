@@ -147,7 +147,11 @@ def judged(tmp_path: Path) -> Callable[..., Judged]:
         **judge: Any,
     ) -> Judged:
         recipe = Recipe.model_validate(
-            {"label": {"by": "judge", "items": "items.jsonl", "judge": judge}, "data": data or {}}
+            {
+                "label": {"by": "judge", "items": "items.jsonl", "judge": judge},
+                "data": data or {},
+                "model": {"precision": "float32"},
+            }
         )
         judges = [one["model"] if "model" in one else one["url"] for one in judge["panel"]]
         files = {"calibration": judge.get("calibration"), "rubric": judge.get("rubric_file")}
