@@ -18,6 +18,7 @@ import pytest
 from rlhf_cli.data.records import seed_for
 from rlhf_cli.generation.generator import Generator, Request
 from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource
@@ -180,7 +181,7 @@ def test_a_generator(extended, tiny_llama: Path):
     extension.run_all()
     namespace: dict = {}
     exec(extension.section.files["rlhf_cli/generation/shorter_of_two.py"][0][1], namespace)
-    policy = Policy.load(ModelSource(str(tiny_llama)), Sampling(max_new_tokens=99))
+    policy = Policy.load(ModelSource(str(tiny_llama)), Sampling(max_new_tokens=99), style=PromptStyle("chat"))
     lengths = []
     for row in extension.rows("runs/default/label/rankings.jsonl"):
         ids = policy.prompt_ids(row["prompt"])

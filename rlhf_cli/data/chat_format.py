@@ -8,6 +8,7 @@ it was trained on (traps 10 and 11 of docs/ppo.md), and the ids of a prompt begi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -102,6 +103,27 @@ class PromptFormat:
         """Escape the special tokens that a text spells, which is the content of a message or belongs to `prompt`."""
         return self._special.escape(text) if self.keeps_text(prompt) else text
 
+    def _written(self, text: str, prompt: Prompt = ()) -> str:
+        """Escape in a text of the assistant the special tokens that structure a conversation.
+
+        Others, such as `[THINK]`, are what a policy writes: they stay control tokens.
+        """
+        return self._special.escape(text, self._structural) if self.keeps_text(prompt) else text
+
+    @cached_property
+    def _structural(self) -> frozenset[str]:
+        """The special tokens with a role in the tokenizer, such as BOS, and those that the chat template writes."""
+        named = self.tokenizer.special_tokens_map.values()
+        found = frozenset(text for text in named if isinstance(text, str))
+        if not self._has_chat_template:
+            return found
+        talk = (Message("system", "a"), Message("user", "a"), Message("assistant", "a"))
+        for turns in (talk, talk[1:]):
+            for opens_turn in (False, True):
+                with contextlib.suppress(ModelError):  # it wants other turns
+                    found |= self._special.found_in(self._apply_template(turns, opens_turn=opens_turn))
+        return found
+
     def _render(self, messages: tuple[Message, ...], *, opens_turn: bool = True) -> str:
         """Apply the chat template; `opens_turn` adds the generation prompt, which opens a turn of the assistant."""
         if not self._has_chat_template:
@@ -109,7 +131,14 @@ class PromptFormat:
                 f"the data holds conversations and {self.name} has no chat template",
                 hint="use a model whose tokenizer has one, save `chat_template.jinja` beside it, or give text prompts",
             )
-        turns = [{"role": message.role, "content": self._literal(message.content)} for message in messages]
+        turns = [
+            Message(one.role, (self._written if one.role == "assistant" else self._literal)(one.content))
+            for one in messages
+        ]
+        return self._apply_template(turns, opens_turn=opens_turn)
+
+    def _apply_template(self, messages: Iterable[Message], *, opens_turn: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=opens_turn, **self.template_kwargs
@@ -130,7 +159,7 @@ class PromptFormat:
         """
         messages = _messages(prompt)
         whole = self._render((*messages, Message("assistant", completion)), opens_turn=False)
-        return locate_completion(self._render(messages), whole, self._literal(completion), self._special)
+        return locate_completion(self._render(messages), whole, self._written(completion), self._special)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt, ending where the completion begins."""
@@ -160,7 +189,7 @@ class PromptFormat:
 
     def completion_ids(self, completion: str, *, ended: bool = True) -> list[int]:
         """Return the ids of a completion of plain text, with the end-of-text token if it `ended`."""
-        ids = self._special.ids(self._literal(completion, ""))
+        ids = self._special.ids(self._written(completion, ""))
         return [*ids, self._end] if ended else ids
 
     @property
@@ -254,7 +283,8 @@ class PromptFormat:
             Opening(
                 before=self._render(prompt[:at], opens_turn=False),
                 opened=self._render(prompt[:at]),
-                content=self._literal(prompt[at].content),
+                header=self._header(prompt, at),
+                content=self._written(prompt[at].content),
             )
             for at in numbers
         ]
@@ -263,6 +293,11 @@ class PromptFormat:
             None if span is None else (self._tokens(text[: span[0]], ids), self._tokens(text[: span[1]], ids))
             for span in locate_turns(text, openings, self._special, self._turn_end)
         ]
+
+    def _header(self, prompt: tuple[Message, ...], at: int) -> str | None:
+        """Return what is rendered before the content of a message; None if the template drops the content."""
+        marked = self._prompt_text((*prompt[:at], replace(prompt[at], content=CONTENT), *prompt[at + 1 :]))
+        return marked.partition(CONTENT)[0] if CONTENT in marked else None
 
     def _tokens(self, beginning: str, ids: list[int]) -> int:
         """Return how many of `ids` the beginning of their text consists of."""

@@ -90,12 +90,27 @@ class Opening(NamedTuple):
     Attributes:
         before: the messages before the turn.
         opened: the same with the generation prompt.
+        header: the whole rendering up to the content of the turn; None if the template drops the content.
         content: of the turn, escaped.
     """
 
     before: str
     opened: str
+    header: str | None
     content: str
+
+
+def _start(text: str, opening: Opening, special: SpecialTokens) -> int | None:
+    """Find where an earlier turn begins to be the assistant's own; None if what is before it is rendered otherwise."""
+    if text.startswith(opening.opened):
+        return len(opening.opened)
+    if not text.startswith(opening.before):
+        return None
+    # The generation prompt goes on otherwise than the conversation, such as with an empty reasoning block. What both
+    # begin with is the template's; where the content begins in the same way, it is the content's.
+    shared = common_length(text, opening.opened)
+    is_header = opening.header is not None and text.startswith(opening.header)
+    return special.boundary(text, min(shared, len(opening.header or "")) if is_header else shared)
 
 
 def locate_turns(
@@ -106,12 +121,7 @@ def locate_turns(
     None stands for a turn that cannot be located: the template renders what is before it differently in a longer
     conversation, or writes no generation prompt.
     """
-    starts = [
-        special.boundary(text, common_length(text, opening.opened))
-        if text.startswith((opening.opened, opening.before))
-        else None
-        for opening in openings
-    ]
+    starts = [_start(text, opening, special) for opening in openings]
     found: list[tuple[int, int] | None] = []
     for number, (start, opening) in enumerate(zip(starts, openings, strict=True)):
         if start is None:

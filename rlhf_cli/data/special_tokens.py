@@ -63,9 +63,22 @@ class SpecialTokens:
                 break
         return position
 
-    def escape(self, text: str) -> str:
-        """Replace the special tokens that a text spells by marks, so that `ids` reads them as text."""
-        return self._pattern.sub(lambda found: self._mark_of[found[0]], text)
+    def found_in(self, text: str) -> frozenset[str]:
+        """Return the special tokens that a text spells."""
+        return frozenset(self._pattern.findall(text))
+
+    def escape(self, text: str, only: frozenset[str] | None = None) -> str:
+        """Replace the special tokens that a text spells by marks, so that `ids` reads them as text.
+
+        Args:
+            text: any text.
+            only: the tokens to replace; None replaces all.
+        """
+
+        def mark(found: re.Match[str]) -> str:
+            return self._mark_of[found[0]] if only is None or found[0] in only else found[0]
+
+        return self._pattern.sub(mark, text)
 
     def unescape(self, text: str) -> str:
         """Undo `escape`."""

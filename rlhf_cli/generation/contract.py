@@ -32,7 +32,8 @@ class Contract:
     Attributes:
         prompt_template: of plain-text prompts: None, "chat" or text around `{prompt}`.
         template_kwargs: arguments of the chat template.
-        sampling: how its completions were drawn in training; null where training drew none.
+        sampling: how completions are drawn, as far as it was said.
+        samples_in_training: whether training drew completions in this way, as PPO does.
         split: which prompts were held out.
         trained_prompts: `split_key` of every prompt that it, or a model that it started from, was trained on.
     """
@@ -41,6 +42,7 @@ class Contract:
     template_kwargs: Mapping[str, Any]
     sampling: SamplingSettings
     split: Split
+    samples_in_training: bool = False
     trained_prompts: frozenset[str] = field(default=frozenset(), repr=False)
 
     def write(self, folder: Path) -> None:
@@ -50,6 +52,7 @@ class Contract:
             "prompt_template": self.prompt_template,
             "template_kwargs": dict(self.template_kwargs),
             "sampling": self.sampling.model_dump(),
+            "samples_in_training": self.samples_in_training,
             "split": {"holdout": self.split.holdout, "seed": self.split.seed},
         }
         text = json.dumps(plain, indent=2, ensure_ascii=False)
@@ -82,6 +85,7 @@ def read_contract(model: str | Path) -> Contract | None:
             plain["template_kwargs"],
             SamplingSettings.model_validate(plain["sampling"]),
             Split(float(plain["split"]["holdout"]), int(plain["split"]["seed"])),
+            bool(plain["samples_in_training"]),
             frozenset(keys),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

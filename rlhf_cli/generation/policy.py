@@ -18,6 +18,7 @@ from transformers import (
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.distributed.watchdog import beat
+from rlhf_cli.generation.contract import read_contract
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.prompts import PromptStyle, longest_prompt, prompt_format, token_ids
@@ -147,9 +148,7 @@ class Policy:
         """Tokens that end a completion: the tokenizer's end token, the turn-end token of its chat template, those of
         the model's generation config, and those that `load` was given."""
         with self.model() as model:
-            configured = getattr(model.generation_config, "eos_token_id", None)
-        listed = configured if isinstance(configured, list) else [configured]
-        return {*self.format.end_ids, *(token for token in listed if isinstance(token, int)), *self._extra_stop_ids}
+            return own_stop_ids(model, self.format, self.source.path) | self._extra_stop_ids
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, ending where the completion begins."""
@@ -167,7 +166,7 @@ class Policy:
         return longest_prompt(self.config, self.sampling.max_new_tokens, name=self.format.name, setting=setting)
 
     def decode(self, ids: Sequence[int], *, raw: bool = False) -> str:
-        """Return a completion as text, without the stop and pad tokens at its end and a BOS token at its beginning.
+        """Return a completion as text, without special stop and pad tokens at its end and a BOS token at its beginning.
 
         Other special tokens that the policy wrote, such as `[THINK]`, are part of what it says. White space at both
         ends stays too: a reward model that was trained on completions with a leading space scores completions with a
@@ -178,7 +177,9 @@ class Policy:
             raw: leave all special tokens in.
         """
         tokenizer, kept = self.format.tokenizer, list(ids)
-        ends = [] if raw else [tokenizer.pad_token_id, *self.stop_ids]
+        # A stop token that is not special, such as a full stop, is part of the text.
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ends = [] if raw else [tokenizer.pad_token_id, *self.format.end_ids, *(self.stop_ids & special)]
         while kept and kept[-1] in ends:
             kept.pop()
         if not raw and kept and kept[0] == tokenizer.bos_token_id:
@@ -232,6 +233,27 @@ def _batch_order(
         return (prompts[row] if is_grouped else []), len(prompts[row]) + len(completions[row].ids)
 
     return key
+
+
+def own_stop_ids(model: PreTrainedModel, prompt_format: PromptFormat, path: str) -> set[int]:
+    """Return the tokens that end a completion of a model by its own files.
+
+    They are the tokenizer's end token, the turn-end token of its chat template, and those of its generation config.
+
+    The generation config of a model that a stage wrote lists the stop tokens of its contract too. These are settings,
+    which the next stage inherits or replaces, so they are not among the tokens that are returned.
+
+    Args:
+        model: a language model.
+        prompt_format: of the model.
+        path: folder or hub id of the model.
+    """
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    configured = {one for one in (listed if isinstance(listed, list) else [listed]) if isinstance(one, int)}
+    contract = read_contract(path)
+    if contract is not None:
+        configured -= set(token_ids(contract.sampling.stop_tokens or (), prompt_format))
+    return configured | prompt_format.end_ids
 
 
 def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:

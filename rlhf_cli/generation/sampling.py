@@ -62,7 +62,7 @@ class Sampling:
         return generation_config(
             model,
             tokenizer,
-            stop_ids,
+            sorted(stop_ids),
             temperature=self.temperature,
             top_p=self.top_p,
             max_new_tokens=self.max_new_tokens,
@@ -79,7 +79,8 @@ class Sampling:
         expected = Sampling.resolve(trained)
         for one in fields(self):
             if getattr(trained, one.name, None) is not None and getattr(self, one.name) != getattr(expected, one.name):
-                yield f"{one.name} {_shown(getattr(self, one.name))}, not {_shown(getattr(expected, one.name))}"
+                found, trained_with = _shown(getattr(self, one.name)), _shown(getattr(expected, one.name))
+                yield f"{one.name} {found} (training: {trained_with})"
 
 
 def _shown(value: object) -> str:

@@ -106,7 +106,7 @@ def require_finite(weights: dict[str, Tensor] | nn.Module, *, what: str) -> None
 def generation_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Collection[int] = (),
+    stop_ids: Collection[int] | None = None,
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -114,24 +114,23 @@ def generation_config(
 ) -> GenerationConfig:
     """Return the generation config with which `generate` draws from the distribution that our sampler draws from.
 
-    Only the tokens of the model's own config stay. Its top-k, penalties, minimum lengths and forced tokens would move
-    the distribution away from the one that was trained (trap 5 of docs/ppo.md).
+    Of the model's own config only BOS, pad and start token stay. Its top-k, penalties, minimum lengths and forced
+    tokens would move the distribution away from the one that was trained (trap 5 of docs/ppo.md).
 
     Args:
         model: to be saved.
         tokenizer: of the model.
-        stop_ids: tokens that end a completion, besides those of the model and the tokenizer.
+        stop_ids: tokens that end a completion; None is those of the model's own config.
         temperature: of its completions.
         top_p: of its completions.
         max_new_tokens: longest completion; None leaves it to the caller of `generate`.
     """
     own = model.generation_config or GenerationConfig()
-    listed = own.eos_token_id
-    ends = [listed] if isinstance(listed, int) else list(listed or [])
     end: int | None = tokenizer.eos_token_id  # type: ignore[assignment]  (annotated for batches of tokens too)
-    if end is not None and end not in ends:
-        ends.insert(0, end)
-    ends += sorted(set(stop_ids) - set(ends))
+    if stop_ids is None:
+        listed = own.eos_token_id
+        stop_ids = [listed] if isinstance(listed, int) else list(listed or [])
+    ends = list(dict.fromkeys([*([] if end is None else [end]), *stop_ids]))
     pad = own.pad_token_id
     if pad is None:
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id

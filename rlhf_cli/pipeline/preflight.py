@@ -101,9 +101,11 @@ def _check_evaluation(
 ) -> None:
     """Refuse, before anything is trained, prompts to evaluate on that will be trained on."""
     by_use = {use: [one for one in inputs if one.use == use] for use in ("train", "evaluate")}
-    split = split_of(recipe.data, read_contract(recipe.model.path) if recipe.model.path is not None else None)
     for evaluated in by_use["evaluate"]:
         for trained in by_use["train"]:
+            own = None if trained.setting == "sft.data" else recipe.value("ppo.model")
+            start = own or recipe.model.path
+            split = split_of(recipe.data, read_contract(start) if start is not None else None)
             given = keys[evaluated.source, evaluated.records]
             seen = given.in_training_of(keys[trained.source, trained.records], split)
             if seen and recipe.value("evaluate.trained_prompts") == "refuse":

@@ -73,8 +73,10 @@ def stage_sampling(context: StageContext[Any, Any], own: SamplingSettings, model
     contract = read_contract(model)
     trained = SamplingSettings() if contract is None else contract.sampling
     sampling = Sampling.resolve(own, context.recipe.sampling, trained)
-    if different := list(sampling.differences(trained)):
-        warn(f"{context.stage.name} samples with {'; '.join(different)}, as {model} was trained")
+    if contract is not None and contract.samples_in_training:
+        different = "; ".join(sampling.differences(trained))
+        if different:
+            warn(f"{context.stage.name} samples unlike the training of {model}: {different}")
     return sampling
 
 
@@ -140,6 +142,8 @@ def write_contract(
     style: PromptStyle,
     sampling: SamplingSettings,
     trained: Iterable[Record],
+    *,
+    samples_in_training: bool = False,
 ) -> None:
     """Write the contract of the stage's artifact, which includes the training prompts of the model it started from.
 
@@ -149,11 +153,12 @@ def write_contract(
         style: how the model is prompted.
         sampling: how its completions were drawn.
         trained: records that it was trained on.
+        samples_in_training: whether it was trained on completions that were drawn in this way.
     """
     before = read_contract(start)
     keys = keys_of(trained) | (before.trained_prompts if before is not None else frozenset())
     split = split_of(context.recipe.data, before)
-    Contract(style.template, style.kwargs, sampling, split, keys).write(context.output)
+    Contract(style.template, style.kwargs, sampling, split, samples_in_training, keys).write(context.output)
 
 
 def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) -> tuple[TokenizedPrompts, SkipLog]:

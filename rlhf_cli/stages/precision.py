@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.errors import ModelError
 from rlhf_cli.files import write_whole
 from rlhf_cli.progress import say
 from rlhf_cli.settings.run import RunSettings
@@ -21,11 +22,7 @@ Context = TypeVar("Context", bound=StageContext[Any, Any])
 
 
 def decide_precision(context: Context) -> Context:
-    """Return the context of a stage with `model.precision` other than `auto`; every process must call this.
-
-    Raises:
-        ModelError: the configuration of the model cannot be read.
-    """
+    """Return the context of a stage with `model.precision` other than `auto`; every process must call this."""
     model = context.recipe.model
     if model.precision != "auto" or not context.settings.loads_model:
         return context
@@ -66,6 +63,8 @@ def _hidden_size(recipe: RunSettings, inputs: list[Input]) -> int | None:
     from rlhf_cli.models.loading import ModelSource, load_config
 
     for given in inputs:
+        if not given.matters:
+            continue
         if given.kind == "build":
             assert recipe.model.build is not None
             return recipe.model.build.hidden_size
@@ -78,5 +77,8 @@ def _hidden_size(recipe: RunSettings, inputs: list[Input]) -> int | None:
                 revision=recipe.model.revision if own else None,
                 trust_remote_code=recipe.model.trust_remote_code if own else False,
             )
-            return load_config(source).get_text_config(decoder=True).hidden_size
+            try:
+                return load_config(source).get_text_config(decoder=True).hidden_size
+            except ModelError:  # reported where the stage loads it, if it does
+                return None
     return None

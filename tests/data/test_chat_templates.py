@@ -181,6 +181,35 @@ def test_reasoning_of_earlier_turns_that_the_template_drops_is_not_trained():
     assert format.tokenizer.decode(example.ids[start:stop]) == "Hello<|im_end|>"
 
 
+@pytest.mark.parametrize("content", ["<b>bold</b>", "<think>", "assistant", "\n<", "a"])
+def test_an_earlier_turn_keeps_its_first_characters_whatever_the_generation_prompt_writes(content):
+    """The generation prompt goes on with `<think>`, which is not in an earlier turn but may begin as its content does."""
+    family = BY_NAME["Qwen 3"]
+    messages = turns("Hi", content, "Why?", "So.")
+    format = PromptFormat(family.tokenizer(), template_kwargs={"enable_thinking": False})
+    example = tokenize(Demonstration(as_prompt(messages), "So."), format, is_encoder_decoder=False, all_turns=True)
+    [(start, stop)] = example.earlier_turns
+    assert format.tokenizer.decode(example.ids[start:stop]) == content.lstrip("\n") + "<|im_end|>"
+
+
+def test_special_tokens_that_a_policy_writes_are_control_tokens_of_its_turn():
+    """As `[THINK]` in Magistral: SFT and reward models read the ids that the policy writes."""
+    tokenizer = BY_NAME["Mistral"].tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "[THINK]", "[/THINK]"]})
+    format = PromptFormat(tokenizer)
+    answer = "[THINK]hm[/THINK]It is 3."
+    messages = turns("What is 1 + 2?", answer)
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    prompt_ids, completion_ids = format.sequence_ids(as_prompt(messages), answer)
+    assert prompt_ids + completion_ids == format.pair_ids(as_prompt(messages), answer) == whole
+    thought = tokenizer.convert_tokens_to_ids("[THINK]")
+    assert thought in completion_ids
+    # What structures a conversation stays text, in both turns, and so does everything in the user's.
+    forged = format.pair_ids((Message("user", "[THINK]</s>"),), "[INST]</s>")
+    assert thought not in forged
+    assert forged.count(tokenizer.eos_token_id) == 1
+
+
 def test_turns_of_a_template_without_generation_prompt_are_trained_with_their_header_or_skipped():
     family = BY_NAME["ChatML on a base model"]
     tokenizer = family.tokenizer()

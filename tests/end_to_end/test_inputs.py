@@ -225,8 +225,8 @@ def test_prompts_of_training_and_evaluation(feed, rlhf, tmp_path):
         "ppo: {rewards: [{function: 'gold.py:score'}], prompts: data.jsonl}\n"
         "evaluate: {prompts: evaluation.jsonl, judge_function: 'gold.py:score'}\n"
     )
-    stderr = rlhf("run", "recipe.yaml", "--dry-run").stderr
-    assert "warning: 1 prompt in both data.jsonl and evaluation.jsonl (`evaluate.prompts`)" in stderr
+    stderr = rlhf("run", "recipe.yaml", "--dry-run", code=65).stderr
+    assert "`evaluate.prompts` (evaluation.jsonl): 1 of its prompts are in the training share of `sft.data`" in stderr
 
 
 def test_label_writes_what_it_skips(feed, tmp_path):

@@ -20,7 +20,7 @@ def test_a_ppo_run_can_be_looked_at(tiny_llama, tmp_path, rlhf):
         "ppo.eval_steps": 1,
         "ppo.show_steps": 2,
         "ppo.shown_prompts": 1,
-        "data.holdout": 0.4,
+        "data.holdout": 0.5,
         "model.precision": "float32",
         "tracking.trackers": "[tensorboard]",
     }

@@ -37,7 +37,9 @@ FIRST = {
 FAST = {
     "model.precision": "float32",
     "data.max_skip": "0.5",
-    "sft.epochs": "1",
+    "sft.adapter": "none",
+    "sft.epochs": "12",
+    "sft.learning_rate": "5e-3",
     "train_rm.epochs": "1",
     "ppo.steps": "2",
     "ppo.prompts_per_step": "4",
@@ -122,8 +124,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Comm
         made.run("label", run, "--by", "function", "--model", start, *DATA)
         made.run("train-rm", run, "--model", start, "--data", "rankings.jsonl")
         made.run("evaluate", run, "--baseline", sft, "--policy", start, *DATA, **SKIP)
-    rankings = made.artifact("after-sft", "label") / "rankings.jsonl"
-    made.run("train-rm", "after-label", "--model", sft, "--data", rankings)
+    made.run("train-rm", "after-label", "--model", sft, "--data", made.artifact("after-sft", "label"))
     model = ("--reward-model", made.artifact("after-sft", "train-rm"), "--prompts", "prompts.jsonl")
     made.run("ppo", "after-rm", "--model", sft, *model)
     made.run("label", "after-rm", "--by", "reward-model", "--model", sft, *model)
@@ -155,7 +156,8 @@ def test_the_second_command_does_as_the_first_did(commands: Commands):
     assert first.prompt_template == "Q: {prompt}\nA:"
     assert Sampling.resolve(first.sampling) == Sampling(0.8, 1.0, 9, (STOP,))
     assert (first.split.holdout, first.split.seed) == (0.3, 5)
-    rows = [(pair, agreement(first, commands.contract(*place))) for pair, place in PAIRS.items()]
+    wrote = {"sft": first, **{stage: commands.contract("after-sft", stage) for stage in ("label", "train-rm", "ppo")}}
+    rows = [(pair, agreement(wrote[pair[0]], commands.contract(*place))) for pair, place in PAIRS.items()]
     assert all(all(found) for _, found in rows), table(rows)
     assert table(rows) in PAGE.read_text(encoding="utf-8"), f"docs/contract.md should hold\n{table(rows)}"
 
@@ -217,7 +219,33 @@ def test_a_recipe_that_contradicts_the_model_is_refused_or_named(commands: Comma
     other = {"data.prompt_template": '"> {prompt}"'}
     assert "was trained with prompts as" in commands.run("label", "x", *model, code=2, **other)
     named = commands.run("label", "x", *model, **{"label.sampling.temperature": "1.5"})
-    assert "label samples with temperature 1.5, not 0.8" in named
+    assert "label samples unlike the training of" in named
+    assert "temperature 1.5 (training: 0.8)" in named
+    dropped = commands.run("label", "y", *model, **{"sampling.stop_tokens": "[]"})
+    assert "stop_tokens none (training: '.')" in dropped
+    lines = (commands.artifact("y", "label") / "rankings.jsonl").read_text().splitlines()
+    texts = [completion for line in lines for completion in json.loads(line)["completions"]]
+    assert any(STOP in text[:-1] for text in texts), "they go on after the stop token that the recipe dropped"
+
+
+def test_a_stop_token_of_the_policy_stops_the_baseline_too(commands: Commands):
+    """Also one that is dropped or replaced: both sides of an evaluation end completions in the same way."""
+    folders = (commands.artifact("first", "sft"), commands.artifact("after-sft", "ppo"), commands.base)
+    for stops in ((), (STOP,), ("?",)):
+        found = [Policy.load(ModelSource(str(folder)), Sampling(stop_tokens=stops)).stop_ids for folder in folders]
+        assert found[0] == found[1] == found[2]
+
+
+def test_a_change_of_sampling_does_not_train_the_sft_model_again(commands: Commands):
+    model = ("--model", commands.base, "--data", "demonstrations.jsonl")
+    assert "up to date" in commands.run("sft", "first", *model, **FIRST | {"sampling.temperature": "0.5"})
+
+
+def test_a_wrong_stop_token_ends_a_stage_before_it_trains(commands: Commands):
+    model = ("--model", commands.base, "--data", "demonstrations.jsonl")
+    refused = commands.run("sft", "wrong", *model, code=2, **{"sampling.stop_tokens": '["two tokens"]'})
+    assert "'two tokens' is" in refused
+    assert "fine-tuning" not in refused
 
 
 @pytest.mark.parametrize("place", [("first", "sft"), ("after-sft", "ppo"), ("after-rm", "ppo")], ids=str)
@@ -231,6 +259,8 @@ def test_plain_transformers_draws_from_the_same_distribution(place: tuple[str, s
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ends = model.generation_config.eos_token_id
     assert set(ends if isinstance(ends, list) else [ends]) == policy.stop_ids
+    without = Policy.load(ModelSource(str(folder)), Sampling())
+    assert without.stop_ids < policy.stop_ids, "a stop token is a setting, which the next stage may drop"
     assert model.generation_config.max_new_tokens == 9
 
     prompt = policy.prompt_ids(PROMPTS[0])
@@ -269,8 +299,9 @@ def chi_square(one: Sequence[int], other: Sequence[int]) -> float:
 def test_the_chi_square_test_finds_another_temperature(commands: Commands):
     folder = commands.artifact("first", "sft")
     draws = []
-    for temperature in (0.8, 1.1):
-        policy = Policy.load(ModelSource(str(folder)), Sampling(temperature=temperature, max_new_tokens=1))
+    for temperature in (0.8, 1.4):
+        sampling = Sampling(temperature=temperature, max_new_tokens=1)
+        policy = Policy.load(ModelSource(str(folder)), sampling, style=PromptStyle("Q: {prompt}\nA:"))
         prompt = policy.prompt_ids(PROMPTS[0])
         completions = TorchGenerator().generate(policy, [Request(prompt, seed) for seed in range(4_000)])
         draws.append([completion.ids[0] for completion in completions])

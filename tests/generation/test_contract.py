@@ -21,6 +21,7 @@ CONTRACT = Contract(
     {"enable_thinking": False},
     SamplingSettings(temperature=0.6, max_new_tokens=9, stop_tokens=["?"]),
     Split(0.25, 7),
+    True,
     frozenset({"0123456789abcdef", "f" * 16}),
 )
 
@@ -61,9 +62,9 @@ def test_each_value_of_sampling_is_the_first_that_is_set():
 def test_differences_name_what_was_trained_and_say_nothing_of_what_was_not():
     assert list(Sampling(0.6, 0.9, 9, ("?",)).differences(CONTRACT.sampling)) == []
     assert list(Sampling(1.0, 1.0, 12, ()).differences(CONTRACT.sampling)) == [
-        "temperature 1, not 0.6",
-        "max_new_tokens 12, not 9",
-        "stop_tokens none, not '?'",
+        "temperature 1 (training: 0.6)",
+        "max_new_tokens 12 (training: 9)",
+        "stop_tokens none (training: '?')",
     ]
 
 

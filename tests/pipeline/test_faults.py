@@ -146,14 +146,14 @@ def test_a_forged_manifest_is_detected(finished):
     assert outcome.json["metrics"]["score"] == 0.5
 
 
-@pytest.mark.parametrize(("version", "said"), [(1, "by an earlier version of rlhf"), (3, "by a later version of rlhf")])
+@pytest.mark.parametrize(("version", "said"), [(2, "by an earlier version of rlhf"), (4, "by a later version of rlhf")])
 def test_a_manifest_of_another_format_is_refused_and_kept(finished, version, said):
     path = finished.run_dir / "sft" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     outcome = finished.run()
     assert outcome.code == 2
     assert said in outcome.stderr
-    assert f"it has format {version}, and this version reads format 2" in outcome.stderr
+    assert f"it has format {version}, and this version reads format 3" in outcome.stderr
 
 
 def test_from_does_not_build_on_a_damaged_artifact(finished):

@@ -34,7 +34,7 @@ from rlhf_cli.models.reward_model.classifier import (
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, load_head, read_reward_config, save_artifact
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
-from rlhf_cli.progress import warn
+from rlhf_cli.progress import say, warn
 from rlhf_cli.settings.shared import LoraSettings
 
 
@@ -239,6 +239,8 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     if config is None:
         tokenizer = load_tokenizer(base)
         own = "chat" if getattr(tokenizer, "chat_template", None) else template
+        if template is not None and own != template:
+            say(f"the reward model {source.path} reads prompts in its own chat template, not as {template!r}")
         reward_model = _reward_model(classifier, base, own, {})
     else:
         reward_model = _reward_model(classifier, base, config.template, config.template_kwargs)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
+from rlhf_cli.generation.contract import keys_of, read_contract
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.intervals import ENOUGH_PROMPTS, is_undecided
 from rlhf_cli.progress import console, say, warn
@@ -19,7 +20,7 @@ from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from, write_contract
 from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, load_policies, rewarded
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
-from rlhf_cli.stages.inputs import present
+from rlhf_cli.stages.inputs import present, source_of
 from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
@@ -116,11 +117,11 @@ def not_trained_on(context: EvaluateContext, records: list[PromptRecord]) -> lis
         DataError: policy or baseline was trained on some of them, and the setting refuses that, or none is left.
     """
     from rlhf_cli.data.records import split_key
-    from rlhf_cli.generation.contract import read_contract
 
     inputs, action = context.inputs, context.settings.trained_prompts
     contracts = [read_contract(model.source) for model in (inputs.policy, inputs.baseline)]
     trained = frozenset[str]().union(*(contract.trained_prompts for contract in contracts if contract is not None))
+    _warn_of_reward_model(context, records)
     left = [record for record in records if split_key(record.prompt) not in trained]
     if not (seen := len(records) - len(left)):
         return records
@@ -137,6 +138,16 @@ def not_trained_on(context: EvaluateContext, records: list[PromptRecord]) -> lis
         )
     say(f"evaluate: {found}; they are skipped")
     return left
+
+
+def _warn_of_reward_model(context: EvaluateContext, records: Sequence[PromptRecord]) -> None:
+    """Warn of prompts that the reward model was trained on, where it decides which completion wins."""
+    path = source_of(context.inputs.reward_model)
+    if path is None or context.settings.judge_function is not None:
+        return
+    contract = read_contract(path)
+    if contract is not None and (seen := len(keys_of(records) & contract.trained_prompts)):
+        warn(f"the reward model that judges was trained on {seen:,} of the {len(records):,} prompts to evaluate on")
 
 
 def not_chosen_on(records: list[PromptRecord], policy: Path) -> list[PromptRecord]:

@@ -127,7 +127,8 @@ def load_policies(context: EvaluateContext) -> tuple[Policy, Policy]:
     if styles[0] != styles[1]:
         raise UsageError(
             f"the policy `{paths[0]}` is prompted {styles[0]} and the baseline `{paths[1]}` {styles[1]}",
-            hint="prompt both in the same way with `--set data.prompt_template=...`, such as `chat`",
+            hint="prompt both alike: `--set data.prompt_template=null --set data.template_kwargs={}` uses plain text; "
+            "if both have a chat template, write `chat` in place of `null`",
         )
     policy, baseline = (load_policy(context, path, sampling, style=styles[0]) for path in paths)
     return policy, baseline

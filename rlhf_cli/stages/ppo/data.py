@@ -70,12 +70,12 @@ def _split(context: PPOContext, split: Split, loaded: TokenizedPrompts) -> tuple
             f"{len(held_out)} of {len(loaded):,} are held out",
             hint="hold some out with `--set data.holdout=0.1`, or set `ppo.eval_steps=null`",
         )
+    warn_of_trained([PromptRecord(prompt) for prompt in held_out], context.inputs.policy.source, "validation")
     if settings.eval_steps is None and settings.show_steps is None:
         return training, []
     # If no prompt is held out, the first training prompts are shown.
     count = max(settings.eval_prompts, settings.shown_prompts)
     chosen = validation_prompts(held_out, count, split.seed)
-    warn_of_trained([PromptRecord(prompt) for prompt in chosen], context.inputs.policy.source, "validation")
     return training, chosen or training[: settings.shown_prompts]
 
 

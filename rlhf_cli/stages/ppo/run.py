@@ -94,7 +94,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         models, source, settings, context.output, probe=probe, sampling=sampling, stop_ids=policy.stop_ids
     )
     style = PromptStyle(policy.format.template, policy.format.template_kwargs)
-    write_contract(context, start, style, sampling.settings(), data.records)
+    write_contract(context, start, style, sampling.settings(), data.records, samples_in_training=True)
     _keep_records(context, rows)
     if settings.kl_budget is not None and data.held_out is not None:
         keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]

@@ -30,7 +30,7 @@ class PTXSettings(Section):
     """PPO-ptx: the supervised loss is added to every update (Ouyang et al. 2022, equation 2)."""
 
     data: DataName = None
-    """Demonstration records; null is `sft.data`."""
+    """Demonstration records; null is `sft.data`. Of a conversation the last turn is trained."""
     coef: Positive = 1.0
     """Weight gamma of the supervised loss (mean per completion token), added to the loss of PPO. InstructGPT's 27.8
     uses another normalization."""

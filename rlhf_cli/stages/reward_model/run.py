@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.generation.prompts import prompt_style
+from rlhf_cli.generation.contract import read_contract
+from rlhf_cli.generation.prompts import PromptStyle, prompt_style, token_ids
 from rlhf_cli.intervals import ENOUGH_PROMPTS
 from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
@@ -55,6 +57,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     start = context.inputs.policy.source
     source = model_source(recipe, start, quantized=True)
     style = prompt_style(recipe.data, start, load_tokenizer(source))
+    _say_if_labeled_otherwise(context, style)
     reward_model = new_reward_model(
         source,
         template=style.template,
@@ -64,6 +67,9 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     check_records(reward_model.format, loaded.records)
+    sampling = inherited_sampling(recipe, start)
+    if not reward_model.is_encoder:  # completions may be drawn after training, and a wrong token must not end that
+        token_ids(sampling.stop_tokens or (), reward_model.format)
     rankings, groups = _fitting(context, settings, reward_model, loaded)
     split = split_from(context, start)
     train, held_out = split.divide(rankings)
@@ -93,7 +99,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     if not processes.is_main:
         return StageOutcome()
     save_reward_model(reward_model, context.output)
-    write_contract(context, start, style, inherited_sampling(recipe, start), train)
+    write_contract(context, start, style, sampling, train)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
@@ -101,6 +107,16 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         warn(text)
     metrics = _metrics(report, train_accuracy, reward_model) | {"rm/skipped_steps": float(state.skipped_steps)}
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
+
+
+def _say_if_labeled_otherwise(context: RewardModelContext, style: PromptStyle) -> None:
+    """Say where the completions that were ranked had been drawn from a model that was prompted in another way."""
+    labeled = read_contract(Path(context.inputs.rankings.source).parent)
+    if labeled is None:
+        return
+    given = PromptStyle(labeled.prompt_template, labeled.template_kwargs)
+    if given != style:
+        warn(f"the ranked completions were drawn with prompts {given}; the reward model reads prompts {style}")
 
 
 def _rankings(context: RewardModelContext, settings: RewardModelSettings) -> LoadedRecords:

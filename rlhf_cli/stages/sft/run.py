@@ -39,6 +39,7 @@ def run(context: SFTContext) -> StageOutcome:
 
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.generation.policy import own_stop_ids
     from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
     from rlhf_cli.stages.sft.trainer import train_sft
@@ -53,6 +54,8 @@ def run(context: SFTContext) -> StageOutcome:
     style = prompt_style(recipe.data, source.path, tokenizer, may_differ=True)
     chat_format = prompt_format(source, style, tokenizer)
     check_records(chat_format, loaded.records)
+    sampling = inherited_sampling(recipe, source.path)
+    chosen_stops = token_ids(sampling.stop_tokens or (), chat_format)  # a wrong one must not end a finished training
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
     fitting = _fitting(context, settings, loaded, chat_format, model.config)
     train, held_out = split_from(context, source.path).divide([record for record, _ in fitting])
@@ -74,8 +77,7 @@ def run(context: SFTContext) -> StageOutcome:
     if not processes.is_main:
         return StageOutcome()
     has_base = recipe.model.build is None
-    sampling = inherited_sampling(recipe, source.path)
-    stop_ids = {*chat_format.end_ids, *token_ids(sampling.stop_tokens or (), chat_format)}
+    own_stops = own_stop_ids(model, chat_format, source.path)
     written_kl = save_policy(
         model,
         tokenizer,
@@ -83,7 +85,7 @@ def run(context: SFTContext) -> StageOutcome:
         source=source,
         probe=probe_examples([examples[id(record)] for record in held_out or train]),
         adapter=TrainedAdapter("default", settings.lora, has_base) if settings.adapter == "lora" else None,
-        generation=Sampling.resolve(sampling).generation(model, tokenizer, stop_ids),
+        generation=Sampling.resolve(sampling).generation(model, tokenizer, {*own_stops, *chosen_stops}),
     )
     write_contract(context, source.path, style, sampling, train)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())

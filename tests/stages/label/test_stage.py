@@ -198,7 +198,14 @@ def test_the_command_tells_what_came_out_and_nothing_else(
     arguments = ["label", "--model", tiny_llama, "--prompts", prompts, "--function", gold, "--run-dir", "run"]
     done = rlhf(*arguments, "--set", "label.sampling.max_new_tokens=5")
     assert len((tmp_path / "run" / "label" / "rankings.jsonl").read_text().splitlines()) == 12
-    beginnings = ("label", "sampling completions", "scoring completions", "warning: ", "attention: ")
+    beginnings = (
+        "label",
+        "sampling completions",
+        "scoring completions",
+        "warning: ",
+        "attention: ",
+        "the model is prompted",
+    )
     assert [line for line in done.stderr.splitlines() if not line.startswith(beginnings)] == []
     assert "with your permissions" in done.stderr
 
