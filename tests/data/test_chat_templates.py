@@ -181,15 +181,15 @@ def test_reasoning_of_earlier_turns_that_the_template_drops_is_not_trained():
     assert format.tokenizer.decode(example.ids[start:stop]) == "Hello<|im_end|>"
 
 
-@pytest.mark.parametrize("content", ["<b>bold</b>", "<think>", "assistant", "\n<", "a"])
+@pytest.mark.parametrize("content", ["<b>bold</b>", "<think>", "assistant", "a"])
 def test_an_earlier_turn_keeps_its_first_characters_whatever_the_generation_prompt_writes(content):
-    """The generation prompt goes on with `<think>`, which is not in an earlier turn but may begin as its content does."""
+    """The generation prompt goes on with `<think>`, which an earlier turn does not have."""
     family = BY_NAME["Qwen 3"]
     messages = turns("Hi", content, "Why?", "So.")
     format = PromptFormat(family.tokenizer(), template_kwargs={"enable_thinking": False})
     example = tokenize(Demonstration(as_prompt(messages), "So."), format, is_encoder_decoder=False, all_turns=True)
     [(start, stop)] = example.earlier_turns
-    assert format.tokenizer.decode(example.ids[start:stop]) == content.lstrip("\n") + "<|im_end|>"
+    assert format.tokenizer.decode(example.ids[start:stop]) == content + "<|im_end|>"
 
 
 def test_special_tokens_that_a_policy_writes_are_control_tokens_of_its_turn():
