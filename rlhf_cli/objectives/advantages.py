@@ -1,4 +1,4 @@
-"""From one score an answer to an advantage a token: penalized rewards and generalized advantage estimation."""
+"""From one score per completion to one advantage per token: penalized rewards and generalized advantage estimation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def token_rewards(scores: Tensor, kl: Tensor, is_completion: Tensor, *, kl_coef: float) -> Tensor:
-    """Per-token reward r_t = -beta kl_t, plus the answer's score on its last real token.
+    """Per-token reward r_t = -beta kl_t, plus the completion's score on its last real token.
 
     The last token is the end token where there is one, else the last one sampled: never the place behind it (trap 7 of
-    docs/ppo.md). Summed over an answer this is r(x, y) - beta KL, the objective of InstructGPT, eq. 2.
+    docs/ppo.md). Summed over a completion this is r(x, y) - beta KL, the objective of InstructGPT, eq. 2.
 
     Args:
-        scores: (B,) reward of each answer.
+        scores: (B,) reward of each completion.
         kl: (B, T) nats.
         is_completion: (B, T) bool, True on the first n tokens of a row that has n >= 1.
         kl_coef: beta, reward per nat.
@@ -29,7 +29,7 @@ def token_rewards(scores: Tensor, kl: Tensor, is_completion: Tensor, *, kl_coef:
 def generalized_advantages(
     rewards: Tensor, values: Tensor, is_completion: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman et al. 2015, eq. 16) over answers that end with their last token.
+    """Generalized advantage estimation (Schulman et al. 2015, eq. 16) over completions that end with their last token.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lambda A_{t+1}; V and A are 0 behind the last real token.
 

@@ -44,10 +44,10 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float,
 
     Args:
         kl_coef: beta, reward per nat.
-        kl: measured mean KL of the step's answers, in nats per answer.
-        target: KL to steer to, in nats per answer.
-        horizon: answers over which beta moves.
-        episodes: n, answers of this step.
+        kl: measured mean KL of the step's completions, in nats per completion.
+        target: KL to steer to, in nats per completion.
+        horizon: completions over which beta moves.
+        episodes: n, completions of this step.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * episodes / horizon)

@@ -24,7 +24,7 @@ class PolicyLoss:
         clipped: tokens whose clipped term was the smaller.
         ratio: probability ratio new / old.
         squared_ratio: its square, for the variance.
-        largest_log_ratio: not a sum: the largest |log ratio| of each answer, (B,) nats.
+        largest_log_ratio: not a sum: the largest |log ratio| of each completion, (B,) nats.
         largest_position: not a sum: the token where it is, (B,).
     """
 

@@ -1,4 +1,4 @@
-"""Losses of a reward model on ranked answers: all pairs of a group, or the likelihood of the whole order.
+"""Losses of a reward model on ranked completions: all pairs of a group, or the likelihood of the whole order.
 
 Completions lie flat, N of them, each with the number of its group (its prompt), so groups may differ in size and
 nothing is padded. Every function gives one loss per group: the mean over the groups of an optimizer step is then the
@@ -15,15 +15,16 @@ from torch import Tensor
 def pairwise_ranking_loss(rewards: Tensor, levels: Tensor, groups: Tensor, margins: Tensor | None = None) -> Tensor:
     """-1/C(K,2) sum over pairs of log sigmoid(r_w - r_l) of each group (Ouyang et al. 2022, InstructGPT, eq. 1).
 
-    A tie has no better answer; its loss is the cross-entropy of sigmoid(r_i - r_j) with 1/2, as a draw counts in Elo
-    ratings: -(log sigmoid(d) + log sigmoid(-d)) / 2, least where the rewards are equal. Ties count among the C(K,2).
+    A tie has no better completion; its loss is the cross-entropy of sigmoid(r_i - r_j) with 1/2, as a draw counts in
+    Elo ratings: -(log sigmoid(d) + log sigmoid(-d)) / 2, least where the rewards are equal. Ties count among the
+    C(K,2).
 
     Args:
         rewards: (N,) carries gradient.
-        levels: (N,) tier of each answer within its group, 0 the best; equal levels are a tie.
-        groups: (N,) group of each answer, 0 to G - 1; every group has at least two answers.
+        levels: (N,) tier of each completion within its group, 0 the best; equal levels are a tie.
+        groups: (N,) group of each completion, 0 to G - 1; every group has at least two completions.
         margins: (G,) how much better the best tier is than the rest; subtracted inside the sigmoid (Touvron et al.
-            2023, Llama 2, eq. 2) in the pairs that a best answer wins. None means no margin.
+            2023, Llama 2, eq. 2) in the pairs that a best completion wins. None means no margin.
 
     Returns:
         (G,) loss of each group, in nats.
@@ -44,7 +45,7 @@ def pairwise_ranking_loss(rewards: Tensor, levels: Tensor, groups: Tensor, margi
 
 
 def pairs_of(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """All unordered pairs of answers that share a group.
+    """All unordered pairs of completions that share a group.
 
     Args:
         groups: (N,).
@@ -60,16 +61,17 @@ def pairs_of(groups: Tensor) -> tuple[Tensor, Tensor]:
 def plackett_luce_loss(rewards: Tensor, levels: Tensor, groups: Tensor) -> Tensor:
     """-log P(the tiers in this order) of each group under Plackett-Luce (Plackett 1975; Luce 1959).
 
-    Rewards are log-strengths: a full order is drawn one answer at a time, each with probability exp(r_i) over the sum
-    of exp(r_j) of what remains. The probability of tiers is exact: the sum over all full orders that keep the tiers
-    apart, any order within a tier ("average" or Breslow-type formulas only approximate it). A group whose answers are
-    all tied has probability 1 and loss 0: such a label says nothing here, where the pairwise loss pulls the rewards
-    together. With two answers and no tie this is the pairwise loss. It is not divided by K, so it grows with K.
+    Rewards are log-strengths: a full order is drawn one completion at a time, each with probability exp(r_i) over the
+    sum of exp(r_j) of what remains. The probability of tiers is exact: the sum over all full orders that keep the tiers
+    apart, any order within a tier ("average" or Breslow-type formulas only approximate it). A group whose completions
+    are all tied has probability 1 and loss 0: such a label says nothing here, where the pairwise loss pulls the rewards
+    together. With two completions and no tie this is the pairwise loss. It is not divided by K, so it grows with K.
 
     Args:
         rewards: (N,) carries gradient.
-        levels: (N,) tier of each answer within its group, 0 the best.
-        groups: (N,) group of each answer, 0 to G - 1. A tier holds at most 16 answers; its cost grows as 2^size.
+        levels: (N,) tier of each completion within its group, 0 the best.
+        groups: (N,) group of each completion, 0 to G - 1. A tier holds at most 16 completions; its cost grows as
+            2^size.
 
     Returns:
         (G,) loss of each group, in nats.
@@ -83,7 +85,7 @@ def plackett_luce_loss(rewards: Tensor, levels: Tensor, groups: Tensor) -> Tenso
 
 
 def _order_log_likelihood(rewards: Tensor, levels: Tensor) -> Tensor:
-    total = rewards[:0].sum()  # 0, and still part of the graph where all answers are tied
+    total = rewards[:0].sum()  # 0, and still part of the graph where all completions are tied
     for level in levels.unique(sorted=True)[:-1]:  # the last tier is what is left, with certainty
         total = total + _tier_log_likelihood(rewards[levels == level], rewards[levels > level])
     return total

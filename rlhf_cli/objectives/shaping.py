@@ -1,4 +1,4 @@
-"""What becomes of a reward before it is trained on: scale, clip, and rules for answers that are long or have no end."""
+"""What becomes of a reward before it is trained on: scale, clip, and rules for long or unfinished completions."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class RewardShape:
 
     Attributes:
         clip: scaled scores are cut to +- this; None does not cut.
-        missing_eos_reward: replaces the score of an answer that did not end, the "EOS trick" of
+        missing_eos_reward: replaces the score of a completion that did not end, the "EOS trick" of
             summarize-from-feedback; None leaves it.
-        missing_eos_penalty: subtracted from the score of such an answer.
+        missing_eos_penalty: subtracted from the score of such a completion.
         length_penalty: subtracted for each token.
     """
 

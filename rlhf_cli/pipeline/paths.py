@@ -85,7 +85,9 @@ def check_data(name: str, setting: str) -> None:
 def check_model(name: str, setting: str) -> None:
     """Raise `ModelError` unless the name is a local folder or may be a hub id."""
     path = Path(name)
-    if path.is_dir() or (not path.exists() and looks_like_hub_id(name)):
+    # A folder that holds other things, such as a run directory, is not the owner of a hub id.
+    is_beside = path.parent != Path() and path.parent.is_dir()
+    if path.is_dir() or (not path.exists() and not is_beside and looks_like_hub_id(name)):
         return
     problem = "is a file, not a model folder" if path.exists() else "no such model folder"
     raise ModelError(f"{name}: {problem} (`{setting}`)", hint="give a folder, or a hub id such as owner/name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Prompt, Record, prompt_key, prompt_text, references_of
@@ -111,6 +112,24 @@ def load_policy(
     tokenizer = load_tokenizer(source)
     style = style or prompt_style(context.recipe.data, path, tokenizer)
     return Policy.load(source, sampling, style=style, tokenizer=tokenizer, weights=weights)
+
+
+def warn_of_rounding(context: StageContext[Any, Any], source: ModelSource) -> None:
+    """Warn where frozen weights that are stored in float32, after training in full, are held in bfloat16.
+
+    Rounding may take back a part of that training that is small beside the weights. Weights that an adapter was trained
+    on are held as they were in its training (docs/decisions/0010).
+    """
+    from rlhf_cli.models.loading import as_stored
+    from rlhf_cli.models.policy_adapter import has_policy_adapter
+
+    is_frozen = getattr(context.settings, "adapter", "none") == "lora"
+    is_ours = read_contract(source.path) is not None and not has_policy_adapter(Path(source.path))
+    if is_frozen and is_ours and source.dtype != as_stored(source).dtype:
+        warn(
+            f"the weights of {source.path} are stored in float32 and held in bfloat16: small changes by its training "
+            "may be lost; `--set model.dtype=float32` keeps them"
+        )
 
 
 def split_from(context: StageContext[Any, Any], model: str | None) -> Split:

@@ -63,6 +63,13 @@ def test_missing_files_and_models_are_found_before_the_first_stage(toy, settings
     assert toy.ran() == []
 
 
+def test_a_missing_folder_beside_others_is_not_asked_of_the_hub(toy):
+    toy.run()
+    outcome = toy.run("--set", "ppo.reward_model=runs/reward-model")
+    assert outcome.code == 65
+    assert "runs/reward-model: no such model folder (`ppo.reward_model`)" in outcome.stderr
+
+
 def test_a_bad_line_of_ppo_prompts_is_found_before_sft_runs(toy):
     toy.write("later.jsonl", '{"prompt": "fine"}\n{"prompt": 1}\n')
     outcome = toy.run("--set", "ppo.prompts=later.jsonl")

@@ -104,7 +104,7 @@ def _no_kl(policy: Policy, baseline: Policy) -> str | None:
     """Return why the KL cannot be estimated from completions of the policy; None if it can."""
     if policy.sampling.top_p < 1.0:
         # The estimate needs completions drawn from the very distribution whose log-probabilities are taken.
-        return "the KL cannot be estimated with `evaluate.sampling.top_p` below 1: it is not reported"
+        return "the KL cannot be estimated with a `top_p` below 1: it is not reported"
     if policy.reading != baseline.reading:
         return "the two models read text differently (tokenizer or chat template), so their KL is not defined"
     return None

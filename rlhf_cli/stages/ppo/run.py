@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import UsageError
-from rlhf_cli.generation.prompts import PromptStyle, text_template
+from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.progress import say
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import CHOSEN_ON, load_policy, metrics_log, model_source, stage_sampling, write_contract
+from rlhf_cli.stages.common import (
+    CHOSEN_ON,
+    load_policy,
+    metrics_log,
+    model_source,
+    stage_sampling,
+    warn_of_rounding,
+    write_contract,
+)
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
@@ -42,6 +50,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     """
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.logprobs import check_projection
+    from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
     from rlhf_cli.stages.ppo.model_saving import sample_probe, save_ppo_models
@@ -55,12 +64,15 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     start = context.inputs.policy.source
     source = model_source(context.recipe, start)
     sampling = stage_sampling(context, own_sampling(settings), start)
+    style = prompt_style(context.recipe.data, start, load_tokenizer(source))
+    warn_of_rounding(context, source)
     models, reward_model = _load_models(context, settings, source, sampling)
 
     mixed = partial(autocast, source.device, source.precision)
     with models.reference() as model, mixed():
         check_projection(model, source.path)
-    policy = load_policy(context, start, sampling, weights=models.policy)
+    policy = load_policy(context, start, sampling, style=style, weights=models.policy)
+    _say_if_prompted_otherwise(reward_model, style)
     data, skips = load_data(context, policy)
     processes = ProcessGroup(source.device)
     forward_passes = ForwardPasses(
@@ -93,7 +105,6 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     written_kl = save_ppo_models(
         models, source, settings, context.output, probe=probe, sampling=sampling, stop_ids=policy.stop_ids
     )
-    style = PromptStyle(policy.format.template, policy.format.template_kwargs)
     write_contract(context, start, style, sampling.settings(), data.records, samples_in_training=True)
     _keep_records(context, rows)
     if settings.kl_budget is not None and data.held_out is not None:
@@ -102,6 +113,14 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     if skips.total:
         skips.write(context.output / "skips.jsonl")
     return _outcome(rows, dict(skips.counts), written_kl)
+
+
+def _say_if_prompted_otherwise(reward_model: RewardModelHandle | None, style: PromptStyle) -> None:
+    """Say where the reward model reads plain-text prompts in another way than the policy."""
+    if reward_model is not None:
+        own = PromptStyle(reward_model.model.format.template, reward_model.model.format.template_kwargs)
+        if own != style:
+            say(f"ppo: the policy is prompted {style}, the reward model {own}")
 
 
 def _load_models(

@@ -19,6 +19,7 @@ from rlhf_cli.stages.common import (
     metrics_log,
     model_source,
     split_from,
+    warn_of_rounding,
     warn_of_trained,
     write_contract,
 )
@@ -58,6 +59,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     source = model_source(recipe, start, quantized=True)
     style = prompt_style(recipe.data, start, load_tokenizer(source))
     _say_if_labeled_otherwise(context, style)
+    warn_of_rounding(context, source)
     reward_model = new_reward_model(
         source,
         template=style.template,

@@ -1,20 +1,26 @@
 """The `ppo` stage: what it writes, and that every kind of reward trains through the real command without a recipe."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_cli.data.examples import Example
+from rlhf_cli.data.splits import Split
+from rlhf_cli.generation.contract import Contract, read_contract
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
-from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
+from rlhf_cli.stages.common import warn_of_rounding
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models
 from rlhf_cli.stages.ppo.model_saving import save_ppo_models
 from rlhf_cli.stages.ppo.settings import PPOSettings
+from tests.stages.context import stage_context
 
 SHORT = ("--set", "ppo.steps=2", "--set", "ppo.prompts_per_step=4", "--set", "ppo.max_new_tokens=6",
          "--set", "ppo.epochs=1", "--set", "data.holdout=0", "--set", "model.precision=float32")  # fmt: skip
@@ -70,8 +76,13 @@ def test_later_stages_end_completions_with_the_stop_tokens_of_ppo(tiny_llama, pr
     rewards = json.dumps([{"function": length_reward}])
     rlhf("ppo", "--model", tiny_llama, "--prompts", prompts, "--set", f"ppo.rewards={rewards}", *SHORT,
          "--set", f"ppo.stop_tokens={chosen}")  # fmt: skip
-    trained = Policy.load(ModelSource(str(tmp_path / "runs/default/ppo")), Sampling())
+    folder = tmp_path / "runs/default/ppo"
+    contract = read_contract(folder)
+    assert contract is not None
+    trained = Policy.load(ModelSource(str(folder)), Sampling.resolve(contract.sampling))
     assert trained.stop_ids == untrained.stop_ids | {stop}
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert set(saved["eos_token_id"]) == trained.stop_ids, "for other programs"
 
 
 def test_ppo_with_model_reward_model_and_prompts_needs_no_recipe(tiny_llama, prompts, tmp_path, rlhf):
@@ -132,3 +143,19 @@ def test_a_run_that_could_learn_nothing_is_no_success(tiny_llama, prompts, tmp_p
     assert "bad.py:score" in result.stderr
     assert "nothing was learned in any step" in result.stderr
     assert not (tmp_path / "runs/default/ppo").exists()
+
+
+def test_weights_of_a_training_in_full_that_are_rounded_are_said(tiny_llama, tmp_path, capsys):
+    folder = tmp_path / "sft"
+    shutil.copytree(tiny_llama, folder)
+    Contract(None, {}, SamplingSettings(), Split(0.1, 0)).write(folder)
+
+    def warned(path: Path, **section: str) -> bool:
+        recipe = Recipe.model_validate({"ppo": section})
+        context = stage_context("ppo", recipe, output=tmp_path, work=tmp_path, policy=path, prompts=tmp_path)
+        warn_of_rounding(context, ModelSource(str(path), dtype=torch.bfloat16))
+        return "`--set model.dtype=float32` keeps them" in capsys.readouterr().err
+
+    assert warned(folder)
+    assert not warned(folder, adapter="none"), "trained in float32"
+    assert not warned(tiny_llama), "a third-party model, in the precision that the recipe says"
