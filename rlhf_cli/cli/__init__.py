@@ -11,7 +11,7 @@ def main() -> int:
     from rlhf_cli.cli.error_rendering import report
 
     prepare()
-    from rlhf_cli.distributed.process_group import exit_after_error, is_joined, leave
+    from rlhf_cli.distributed.process_group import exit_without_teardown, is_joined, leave
     from rlhf_cli.distributed.worker import Worker
 
     worker = Worker.adopt()
@@ -29,7 +29,10 @@ def main() -> int:
             raise
         code = report(error)
         if is_joined():  # started by torchrun or `accelerate launch`
-            exit_after_error(code)
+            exit_without_teardown(code)
         return code
-    leave()
-    return code if isinstance(code, int) else 0
+    code = code if isinstance(code, int) else 0
+    if is_joined():
+        leave()
+        exit_without_teardown(code)
+    return code

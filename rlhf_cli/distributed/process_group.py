@@ -193,11 +193,11 @@ def leave() -> None:
         sys.modules["torch.distributed"].destroy_process_group()
 
 
-def exit_after_error(code: int) -> NoReturn:
+def exit_without_teardown(code: int) -> NoReturn:
     """End this process at once with `code`, its output flushed, its process group left as it is.
 
-    After an error the other processes may have ended: torch's threads then wait for them, or abort while the
-    interpreter destroys them, and the exit code would be that of the abort.
+    The other processes may have ended: torch's threads then wait for them, or abort while the interpreter destroys
+    them, and the exit code would be that of the abort.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed by the reader

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from rlhf_cli.distributed.process_group import exit_after_error, is_lost_peer
+from rlhf_cli.distributed.process_group import exit_without_teardown, is_lost_peer
 
 CHANNEL = "RLHF_CHANNEL"
 """Environment variable with the file descriptor of the socket to the supervisor."""
@@ -67,4 +67,4 @@ class Worker:
         message = {"code": code, "text": text.getvalue(), "at": at, "lost_peer": is_lost_peer(error)}
         with contextlib.suppress(OSError):
             self._channel.sendall(json.dumps(message).encode() + b"\n")
-        exit_after_error(code)
+        exit_without_teardown(code)

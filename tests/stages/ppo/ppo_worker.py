@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rlhf_cli.distributed.process_group import ProcessGroup, exit_after_error, leave
+from rlhf_cli.distributed.process_group import ProcessGroup, exit_without_teardown, leave
 from rlhf_cli.errors import Interrupted, RLHFError
 from rlhf_cli.stages.ppo.ptx import Demonstrations
 
@@ -41,7 +41,7 @@ def main() -> int:
         trainer.train()
     except RLHFError as error:
         print(f"process {processes.index}: {type(error).__name__}: {error}", file=sys.stderr)
-        exit_after_error(error.exit_code)  # as the command does
+        exit_without_teardown(error.exit_code)  # as the command does
     state = {name: tensor.detach().contiguous().clone() for name, tensor in trainer.models.state().items()}
     save_file(state, work / f"end-{processes.index}.safetensors")
     return 0
