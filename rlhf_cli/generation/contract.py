@@ -22,6 +22,7 @@ CONTRACT_FILE = "contract.json"
 TRAINED_FILE = "trained_prompts.txt"
 
 _FORMAT = 1
+_KEY_LENGTH = 16
 _DEFAULT_SPLIT = Split(holdout=0.1, seed=0)
 
 
@@ -78,18 +79,28 @@ def read_contract(model: str | Path) -> Contract | None:
                 f"{path}: format must be {_FORMAT}, got {plain['format']}",
                 hint="use the version of rlhf that wrote it, or run its stage again",
             )
-        trained = folder / TRAINED_FILE
-        keys = trained.read_text(encoding="ascii").split() if trained.is_file() else ()
+        keys = frozenset((folder / TRAINED_FILE).read_text(encoding="ascii").split())
+        if any(len(key) != _KEY_LENGTH for key in keys):
+            raise ValueError(f"{TRAINED_FILE} holds lines that are not keys")
+        split = plain["split"]
+        data = DataSettings(
+            prompt_template=plain["prompt_template"],
+            template_kwargs=plain["template_kwargs"],
+            holdout=split["holdout"],
+            split_seed=split["seed"],
+        )
         return Contract(
-            plain["prompt_template"],
-            plain["template_kwargs"],
+            data.prompt_template,
+            data.template_kwargs or {},
             SamplingSettings.model_validate(plain["sampling"]),
-            Split(float(plain["split"]["holdout"]), int(plain["split"]["seed"])),
+            split_of(data),
             bool(plain["samples_in_training"]),
-            frozenset(keys),
+            keys,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is damaged: {error}", hint="run the stage that wrote it again") from error
+        raise ModelError(
+            f"{path} or {TRAINED_FILE} beside it is damaged: {error}", hint="run the stage that wrote them again"
+        ) from error
 
 
 def split_of(data: DataSettings, *contracts: Contract | None) -> Split:

@@ -53,6 +53,11 @@ class PromptStyle:
     template: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, prompt_format: PromptFormat) -> PromptStyle:
+        """Return the style of a prompt format."""
+        return cls(prompt_format.template, prompt_format.template_kwargs)
+
     def __str__(self) -> str:
         named = {None: "as plain text", "chat": "in its chat template"}.get(self.template, f"as {self.template!r}")
         return f"{named} with {dict(self.kwargs)}" if self.kwargs else named

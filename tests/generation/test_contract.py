@@ -49,6 +49,39 @@ def test_a_damaged_contract_is_refused_and_never_passed_over(text: str, message:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("split", {"holdout": float("nan"), "seed": 0}),
+        ("split", {"holdout": 1.0, "seed": 0}),
+        ("split", {"holdout": 0.1, "seed": -1}),
+        ("split", None),
+        ("prompt_template", 5),
+        ("prompt_template", "no slot"),
+        ("template_kwargs", "enable_thinking"),
+        ("sampling", {"temperature": 0}),
+        ("sampling", {"unknown": 1}),
+    ],
+)
+def test_a_value_that_no_recipe_may_have_is_no_contract(name: str, value: object, tmp_path: Path):
+    CONTRACT.write(tmp_path)
+    path = tmp_path / "contract.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ModelError, match="is damaged"):
+        read_contract(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"0123456789abcdef\n01234567", b"\xff\xfe"], ids=["absent", "torn", "bytes"])
+def test_training_prompts_that_cannot_be_read_are_not_taken_for_none(content: bytes | None, tmp_path: Path):
+    CONTRACT.write(tmp_path)
+    file = tmp_path / "trained_prompts.txt"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged"):
+        read_contract(tmp_path)
+
+
 def test_each_value_of_sampling_is_the_first_that_is_set():
     own = StageSamplingSettings(temperature=0.3, batch_size=5)
     shared = SamplingSettings(temperature=0.9, top_p=0.8)

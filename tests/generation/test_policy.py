@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.generation.contract import Contract
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.generation.policy import Policy
@@ -17,6 +21,7 @@ from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.settings.shared import SamplingSettings
 from tests.chat_templates import BY_NAME
 
 
@@ -45,6 +50,18 @@ def test_a_chat_s_turn_end_token_stops_sampling(tmp_path, monkeypatch):
     assert completion.ids == [turn_end]
     assert completion.finished
     assert policy.decode(completion.ids) == ""
+
+
+def test_a_stop_token_of_the_contract_can_be_dropped_though_the_generation_config_lists_it(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "written")
+    own = load(tiny_llama).stop_ids
+    path = tmp_path / "written" / "generation_config.json"
+    (stop,) = load(tiny_llama).format.tokenizer("?").input_ids
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [*own, stop]}))
+    assert load(tmp_path / "written").stop_ids == own | {stop}, "of a third-party model"
+    Contract(None, {}, SamplingSettings(stop_tokens=["?"]), Split(0.1, 0)).write(tmp_path / "written")
+    assert load(tmp_path / "written").stop_ids == own
+    assert load(tmp_path / "written", sampling=Sampling(stop_tokens=("?",))).stop_ids == own | {stop}
 
 
 def test_a_stop_token_that_is_none_is_refused_before_weights_are_read(tiny_llama):

@@ -62,7 +62,7 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     gold = judge and judge.scores(repeated, (baseline, of_baseline), (policy, of_policy))
     comparisons = _comparisons(repeated, of_baseline, of_policy, kl, gold, reward)
     shown = _shown_rows(len(repeated), settings)
-    style = PromptStyle(policy.format.template, policy.format.template_kwargs)
+    style = PromptStyle.of(policy.format)
     write_contract(context, context.inputs.policy.source, style, policy.sampling.settings(), ())
     _add_base(sampler, policy, settings, comparisons, shown, judge)
     return _outcome(context, settings, comparisons, shown, loaded)

@@ -139,7 +139,7 @@ def base_policy(context: EvaluateContext, of: Policy) -> Policy | None:
     from rlhf_cli.generation.policy import Policy
 
     recipe, path, baseline = context.recipe, source_of(context.inputs.base), context.inputs.baseline.source
-    style = PromptStyle(of.format.template, of.format.template_kwargs)
+    style = PromptStyle.of(of.format)
     if path is None or path == baseline:
         return None
     if path == "build":

@@ -96,7 +96,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     path, per_prompt = present(context.inputs.policy), settings.completions_per_prompt
     sampling = stage_sampling(context, settings.sampling, path)
     policy = load_policy(context, path, sampling)
-    style = PromptStyle(policy.format.template, policy.format.template_kwargs)
+    style = PromptStyle.of(policy.format)
     prompts, skips = load_prompts(context, policy, "label.sampling.max_new_tokens")
     processes = ProcessGroup(policy.source.device)
     # Prompts of similar length are sampled together; which ones is settled before anything is sampled.

@@ -118,7 +118,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
 def _say_if_prompted_otherwise(reward_model: RewardModelHandle | None, style: PromptStyle) -> None:
     """Say where the reward model reads plain-text prompts in another way than the policy."""
     if reward_model is not None:
-        own = PromptStyle(reward_model.model.format.template, reward_model.model.format.template_kwargs)
+        own = PromptStyle.of(reward_model.model.format)
         if own != style:
             say(f"ppo: the policy is prompted {style}, the reward model {own}")
 
