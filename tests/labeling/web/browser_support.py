@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATH = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
+PATIENCE = 60_000
+"""Milliseconds until a page that never changes fails its test: long, since tests share the machine with others."""
 Tiers = list[set[str]]
 
 
@@ -28,7 +30,7 @@ Tiers = list[set[str]]
 def opened(browser: Browser, link: str, **options: Any) -> Iterator[Page]:
     """A page of its own that has to stay without errors and ask nobody but its server."""
     context = browser.new_context(**DESKTOP | options)
-    context.set_default_timeout(8000)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     trouble: list[str] = []
     asked: list[str] = []

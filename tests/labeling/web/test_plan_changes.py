@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_cli.labeling.session.plan import LabelPlan
 from rlhf_cli.labeling.session.session import LabelSession
-from tests.labeling.web.browser_support import DESKTOP, read_labels, shown_completions, wait_for_next
+from tests.labeling.web.browser_support import DESKTOP, PATIENCE, read_labels, shown_completions, wait_for_next
 from tests.labeling.web.web_support import Client, make_store, numbered_items, served, whole_answer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def ask_for(store: Path, **plan: Any) -> LabelPlan:
 
 def begun(browser: Browser, link: str) -> Page:
     page = browser.new_context(**DESKTOP).new_page()
-    page.set_default_timeout(8000)
+    page.set_default_timeout(PATIENCE)
     page.goto(link)
     page.wait_for_selector("#task:visible")
     return page

@@ -185,7 +185,7 @@ def test_the_command_survives_kill_9(tiny_llama: Path, tmp_path: Path, rlhf):
     environment = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not list(run_dir.rglob("step-0000002*/SHA256SUMS")) and process.poll() is None:
+    while not list((run_dir / ".sft.work").glob("step-0000002*/SHA256SUMS")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
