@@ -12,14 +12,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.watchdog import beat
-from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, as_stored, load_config, load_policy
 from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, load_adapter_state, merge_lora
-from rlhf_cli.models.policy_adapter import AdapterBase, hash_weights, relative_base, save_policy_adapter
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, hash_weights, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
+from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
 from rlhf_cli.settings.shared import LoraSettings
 
 PROBE_SIZE = 8
@@ -84,6 +84,7 @@ def save_policy(
     on_cpu = _on_cpu(source)
     model, base_dtype, quantize = _in_memory(model, source, on_cpu, adapter)
     trained = completion_logits(model, probe)
+    in_memory = None if adapter is None else AdapterInMemory.of(model, adapter.name)
     if adapter is not None:
         base = AdapterBase(
             path=relative_base(source.path, folder) if adapter.has_base else None,
@@ -97,14 +98,15 @@ def save_policy(
         merge_lora(model, adapter.name)
     save_model_folder(model, tokenizer, folder, dtype=torch.float32, generation=generation)
     model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
+    check_float32(folder)
+    check_tokenizer(tokenizer, folder)
     written = load_policy(as_stored(replace(on_cpu, path=str(folder), revision=None)))
+    if in_memory is not None:
+        in_memory.check(written, folder / ADAPTER_FOLDER)
     kl = _mean_kl(trained, completion_logits(written, probe))
     if not kl <= MAX_WRITTEN_KL:
-        raise ModelError(
-            f"the policy written to {folder} is not the policy that was trained: their KL is {kl:.2g} nats per token, "
-            f"and at most {MAX_WRITTEN_KL:.0e} can be due to rounding",
-            hint="run the command again: it continues after the last step and writes the policy again; if that fails "
-            "too, check the disk, and report the model's architecture",
+        raise not_as_trained(
+            folder, f"their KL is {kl:.2g} nats per token, and at most {MAX_WRITTEN_KL:.0e} can be due to rounding"
         )
     return kl
 

@@ -174,7 +174,8 @@ def test_passes_of_policy_reference_and_critic_and_both_updates(tiny_llama: Path
         models = SharedBackbone(model, LoraSettings(rank=4, alpha=8.0))
         for name, weight in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+                # With 0.3, gradients cancel so far that float32 rounding alone reaches 1.4e-5 on AVX2.
+                torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(len(name)))
         torch.nn.init.normal_(models.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(9))
         engine = ForwardPasses(models, autocast=nullcontext, micro_batch_size=3, temperature=0.7)
         answers = completions_of(PROMPTS, RESPONSES)

@@ -28,6 +28,7 @@ from rlhf_cli.stages.common import load_policy as stage_load_policy
 from rlhf_cli.stages.ppo import model_saving as ppo_saving
 from rlhf_cli.stages.ppo import run as ppo
 from rlhf_cli.stages.sft import run as sft
+from tests.conftest import CHAT_TEMPLATE
 from tests.stages.context import stage_context
 
 IDS = torch.tensor([[5, 60, 7, 80, 9, 100, 11, 12]])
@@ -167,8 +168,9 @@ def adapted(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
 
 
 def write(model: PreTrainedModel, source: ModelSource, folder: Path) -> float:
-    adapter = TrainedAdapter("default", LORA)
-    return save_policy(model, load_tokenizer(source), folder, source=source, probe=PROBE, adapter=adapter)
+    adapter, tokenizer = TrainedAdapter("default", LORA), load_tokenizer(source)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return save_policy(model, tokenizer, folder, source=source, probe=PROBE, adapter=adapter)
 
 
 def test_the_adapter_beside_it_names_its_base_and_loads_with_peft(stored, tmp_path):
@@ -212,21 +214,54 @@ def _other_scale(folder: Path) -> None:
     path.write_text(path.read_text().replace('"lora_alpha": 6.0', '"lora_alpha": 12.0'))
 
 
+def _stale_adapter(folder: Path) -> None:
+    """The adapter of an earlier step."""
+    path = folder / "adapter/adapter_model.safetensors"
+    save_file({key: value * 0.99 for key, value in load_file(path).items()}, path, {"format": "pt"})
+
+
+def _dropped_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[sorted(tensors)[3]]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def _other_end(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "a"}))
+
+
 @pytest.mark.parametrize(
-    ("change", "dtype"),
+    ("change", "dtype", "problem"),
     [
-        pytest.param(_rounded, torch.float32, id="wrong dtype"),
-        pytest.param(_one_tensor_of_the_base, torch.float32, id="a tensor without its update"),
-        pytest.param(_one_tensor_of_the_base, torch.bfloat16, id="the same, split again at loading"),
-        pytest.param(_other_scale, torch.bfloat16, id="an adapter that is not the merged one"),
+        pytest.param(_rounded, torch.float32, "is BF16 in model.safetensors, and must be F32", id="wrong dtype"),
+        pytest.param(_one_tensor_of_the_base, torch.float32, "their KL is", id="a tensor without its update"),
+        pytest.param(_one_tensor_of_the_base, torch.bfloat16, "their KL is", id="the same, split again at loading"),
+        pytest.param(_other_scale, torch.float32, "alpha / rank is 3 in its configuration, and was 1.5", id="scale"),
+        pytest.param(_stale_adapter, torch.float32, "has other values", id="a stale adapter"),
+        pytest.param(_stale_adapter, torch.bfloat16, "has other values", id="the same in bfloat16"),
+        pytest.param(_no_template, torch.float32, "has another chat template", id="no template"),
+        pytest.param(_other_end, torch.float32, "has another special token", id="another end token"),
     ],
 )
-def test_a_policy_that_was_not_written_as_trained_is_refused(change, dtype, stored, tmp_path, monkeypatch):
+def test_a_policy_that_was_not_written_as_trained_is_refused(change, dtype, problem, stored, tmp_path, monkeypatch):
     model, source = adapted(stored, dtype)
     spoil(change, monkeypatch)
-    with pytest.raises(ModelError, match="is not the policy that was trained: their KL is") as caught:
+    with pytest.raises(ModelError, match="is not the model that was trained") as caught:
         write(model, source, tmp_path / "out")
+    assert problem in caught.value.message
     assert "run the command again" in (caught.value.hint or "")
+
+
+def test_a_policy_without_one_of_its_tensors_is_refused(stored, tmp_path, monkeypatch):
+    model, source = adapted(stored)
+    spoil(_dropped_tensor, monkeypatch)
+    with pytest.raises(ModelError, match=r"1 weights of a \w+ model are missing"):
+        write(model, source, tmp_path / "out")
 
 
 def test_nothing_is_loaded_onto_the_device(stored, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
 
 _FORMAT = 1
-_HEAD = "head.safetensors"
+HEAD_FILE = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> No
 
 
 def _save_adapter(reward_model: RewardModel, folder: Path, base: str) -> None:
-    head = _head_tensors(reward_model)
+    head = head_tensors(reward_model)
     require_finite(head | adapter_state(reward_model.model), what="the reward model")
     save_adapter(reward_model.model, folder / ADAPTER_FOLDER, base=base)
-    save_file(head, folder / _HEAD)
+    save_file(head, folder / HEAD_FILE)
     reward_model.format.tokenizer.save_pretrained(str(folder))
 
 
@@ -119,7 +119,8 @@ def _save_classifier(reward_model: RewardModel, folder: Path) -> None:
     save_model_folder(model, tokenizer, folder, dtype=torch.float32)
 
 
-def _head_tensors(reward_model: RewardModel) -> dict[str, torch.Tensor]:
+def head_tensors(reward_model: RewardModel) -> dict[str, torch.Tensor]:
+    """Return the tensors that are stored beside an adapter: a decoder's head, or those of `head_parameters`."""
     if reward_model.is_encoder:
         trained = head_parameters(reward_model.model, is_encoder=True)
         return {name: parameter.detach().float().cpu().contiguous() for name, parameter in trained.items()}
@@ -138,10 +139,10 @@ def load_reward_head(folder: Path, config: RewardModelConfig) -> tuple[torch.Ten
         ModelError: the file cannot be read.
     """
     try:
-        head = load_file(folder / _HEAD)
+        head = load_file(folder / HEAD_FILE)
         return head["weight"].float() / config.std, (head["bias"].float() - config.mean) / config.std
     except (OSError, KeyError, SafetensorError) as error:
-        raise ModelError(f"cannot read {folder / _HEAD}: {error}", hint="run `rlhf train-rm` again") from error
+        raise ModelError(f"cannot read {folder / HEAD_FILE}: {error}", hint="run `rlhf train-rm` again") from error
 
 
 def load_head(reward_model: RewardModel, folder: Path) -> None:
@@ -150,7 +151,7 @@ def load_head(reward_model: RewardModel, folder: Path) -> None:
     Raises:
         ModelError: the file cannot be read, or does not fit the base model.
     """
-    path = folder / _HEAD
+    path = folder / HEAD_FILE
     try:
         tensors = load_file(path)
         with torch.no_grad():

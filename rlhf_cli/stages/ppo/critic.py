@@ -17,13 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import ModelSource, quiet_libraries
+from rlhf_cli.models.loading import ModelSource, load_config, load_weights, quiet_libraries
 from rlhf_cli.models.lora import save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.saving import require_finite, writing
+from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
 
 Head = tuple[Tensor, Tensor]
 """Weight (1, d) and bias (1,) of a value head."""
@@ -64,7 +65,7 @@ class Critic(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the model and its head to a folder from which another critic can start."""
+        """Write the model and its head to a folder from which another critic can start; read it back and compare."""
         ...
 
 
@@ -107,6 +108,9 @@ class AdapterCritic:
             save_adapter(self._backbone.model, folder, CRITIC, base=base)
             revision = None if self._base is None else self._base.revision
             _save_head(folder, self.value_head, CriticConfig("adapter", base, revision))
+        model = self._backbone.model
+        AdapterInMemory.of(model, CRITIC).check(model, folder)
+        _check_head(folder, self.value_head)
 
 
 class FullCritic:
@@ -146,6 +150,10 @@ class FullCritic:
         with writing("the critic", folder):
             self._model.save_pretrained(folder)
             _save_head(folder, self.value_head, CriticConfig("full", None, None))
+        _check_head(folder, self.value_head)
+        source = ModelSource(str(folder), attention="eager")
+        written = load_weights(AutoModel, source, load_config(source), complete=True)
+        check_tensors(self.state(), dict(written.named_parameters()), folder)
 
 
 def value_head(model: PreTrainedModel, start: Head | None = None) -> nn.Linear:
@@ -229,6 +237,10 @@ def _save_head(folder: Path, head: nn.Linear, config: CriticConfig) -> None:
     save_file({name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}, folder / _HEAD)
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_head(folder: Path, head: nn.Linear) -> None:
+    check_tensors(dict(head.state_dict()), read_tensors(folder / _HEAD), folder)
 
 
 def _relative(base: str, folder: Path) -> str:

@@ -15,6 +15,7 @@ from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.models.verification import check_tokenizer
 from rlhf_cli.stages.ppo.models import POLICY, PPOModels
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
@@ -54,6 +55,7 @@ def save_ppo_models(
     tokenizer = load_tokenizer(source)
     models.save_critic(folder / "critic")
     tokenizer.save_pretrained(folder / "critic")
+    check_tokenizer(tokenizer, folder / "critic")
     adapter = TrainedAdapter(POLICY, settings.lora) if settings.adapter == "lora" else None
     with models.policy() as model:
         generation = sampling.generation(model, tokenizer, stop_ids)

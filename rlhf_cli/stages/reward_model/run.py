@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 
 _PROMPTS_CHECKED = 64
-"""Training prompts whose accuracy is reported beside the held-out accuracy."""
+"""Training prompts whose accuracy is reported beside the held-out accuracy, and held-out ones that the written model is
+compared on."""
 
 
 def run(context: RewardModelContext, generator: Generator | None = None) -> StageOutcome:
@@ -48,7 +49,8 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     """
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.models.loading import load_tokenizer
-    from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+    from rlhf_cli.models.reward_model.model import new_reward_model
+    from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
     from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
@@ -100,14 +102,20 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         normalize(context, reward_model, train, style, processes, generator)
     if not processes.is_main:
         return StageOutcome()
-    save_reward_model(reward_model, context.output)
+    probe = probe_texts(
+        reward_model, [(one.prompt, text) for one in held_out[:_PROMPTS_CHECKED] for text in one.completions]
+    )
+    difference = save_trained_reward_model(reward_model, context.output, probe=probe)
     write_contract(context, start, style, sampling, train)
     (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
     if text := doubts(report):
         warn(text)
-    metrics = _metrics(report, train_accuracy, reward_model) | {"rm/skipped_steps": float(state.skipped_steps)}
+    metrics = _metrics(report, train_accuracy, reward_model) | {
+        "rm/skipped_steps": float(state.skipped_steps),
+        "rm/written_difference": difference,
+    }
     return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.errors import DivergedError, ModelError
@@ -15,6 +16,7 @@ from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import adapter_layers, add_lora
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
 from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.ppo import critic as critics
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
 from rlhf_cli.stages.ppo.models import PPOModels, SharedBackbone
@@ -153,6 +155,38 @@ def test_a_saved_critic_gives_the_same_values_again(critic, name, request, tmp_p
     again = load(base, critic=critic, critic_from=str(tmp_path / "critic"), seed=9)
     torch.testing.assert_close(values(again.models, base), expected, atol=0, rtol=0)
     assert again.notes[-1] == f"the critic starts from {tmp_path / 'critic'}"
+
+
+def _scaled(path: Path, name: str | None = None) -> None:
+    """Change one tensor of a written file a little."""
+    state = load_file(path)
+    key = name or sorted(state)[0]
+    save_file(state | {key: state[key] * 1.001}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("critic", "file", "tensor"),
+    [
+        ("adapter", "adapter_model.safetensors", None),
+        ("adapter", "value_head.safetensors", "weight"),
+        ("separate", "model.safetensors", None),
+        ("separate", "value_head.safetensors", "bias"),
+    ],
+)
+def test_a_critic_that_was_not_written_as_trained_is_refused(critic, file, tensor, tiny_llama, tmp_path, monkeypatch):
+    made = load(tiny_llama, critic=critic)
+    move(made.models)
+    with torch.no_grad():
+        made.models.value_head.bias.fill_(0.5)
+    folder = tmp_path / "critic"
+
+    def spoiled(*arguments):  # the head is written last
+        save_file(*arguments)
+        _scaled(folder / file, tensor)
+
+    monkeypatch.setattr(critics, "save_file", spoiled)
+    with pytest.raises(ModelError, match=r"is not the model that was trained: `.*` has other values"):
+        made.models.save_critic(folder)
 
 
 def test_a_critic_that_was_an_adapter_goes_on_in_full(tiny_llama, tmp_path):

@@ -1,0 +1,110 @@
+"""Write a trained reward model, read it back, and measure that its rewards are those of the trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rlhf_cli.data.records import Prompt
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.lora import cast_weights
+from rlhf_cli.models.quantize import quantized
+from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, HEAD_FILE, head_tensors
+from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, save_reward_model
+from rlhf_cli.models.verification import (
+    AdapterInMemory,
+    check_float32,
+    check_tensors,
+    check_tokenizer,
+    not_as_trained,
+    read_tensors,
+)
+
+PROBE_SIZE = 8
+"""Texts on which the written reward model is compared with the trained one."""
+
+MAX_REWARD_DIFFERENCE = 1e-4
+"""Largest difference of a normalized reward; both are computed in float32 on the CPU."""
+
+
+def save_trained_reward_model(
+    reward_model: RewardModel, folder: Path, *, probe: Sequence[tuple[Prompt, str]], final: Path | None = None
+) -> float:
+    """Write a reward model as `save_reward_model` does, read it back, and return the largest difference of a reward.
+
+    Both are compared on the CPU, through the loader that later stages use. The reward model is consumed: its weights
+    are moved to the CPU, cast to float32 and released. Where the base is quantized, loading it without quantization
+    would give other rewards: adapter, head and tokenizer are then compared, without a forward pass.
+
+    Args:
+        reward_model: as trained.
+        folder: an existing folder.
+        probe: prompts with completions to compare on, see `probe_texts`.
+        final: the folder's final path, see `save_reward_model`.
+
+    Returns:
+        max |r_trained - r_written| over the probe, in normalized rewards.
+
+    Raises:
+        DivergedError: a weight is not finite.
+        DiskError: the disk is full or cannot be written.
+        ModelError: the written reward model is not the trained one.
+    """
+    source = _on_cpu(reward_model.source)
+    is_quantized = quantized(reward_model.model) != "none"
+    if not is_quantized:
+        _move_to_cpu(reward_model, source)
+    expected = [] if is_quantized else _rewards(reward_model, probe)
+    save_reward_model(reward_model, folder, final=final)
+    check_float32(folder)
+    check_tokenizer(reward_model.format.tokenizer, folder)
+    if reward_model.is_adapter:
+        AdapterInMemory.of(reward_model.model).check(reward_model.model, folder / ADAPTER_FOLDER)
+        check_tensors(head_tensors(reward_model), read_tensors(folder / HEAD_FILE), folder)
+    if is_quantized:
+        return 0.0
+    # Trained in full, it is float32; the base under an adapter is rounded again as it was in training.
+    dtype = source.dtype if reward_model.is_adapter else torch.float32
+    reward_model.model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
+    written = load_reward_model(replace(source, path=str(folder), revision=None, dtype=dtype), template=None)
+    _in_float32(written)
+    difference = max((abs(a - b) for a, b in zip(expected, _rewards(written, probe), strict=True)), default=0.0)
+    if not difference <= MAX_REWARD_DIFFERENCE:
+        raise not_as_trained(
+            folder,
+            f"its rewards differ by up to {difference:.2g}, and at most {MAX_REWARD_DIFFERENCE:.0e} can be due to "
+            "rounding",
+        )
+    return difference
+
+
+def probe_texts(reward_model: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> list[tuple[Prompt, str]]:
+    """Return the `PROBE_SIZE` shortest of some prompts with completions, in tokens."""
+    return sorted(texts, key=lambda text: len(reward_model.encode(*text).ids))[:PROBE_SIZE]
+
+
+def _on_cpu(source: ModelSource) -> ModelSource:
+    attention = source.attention if source.device.type == "cpu" else "eager"  # that of a GPU may not run
+    return replace(source, device=torch.device("cpu"), attention=attention, quantize="none")
+
+
+def _move_to_cpu(reward_model: RewardModel, source: ModelSource) -> None:
+    reward_model.to("cpu")
+    if source.attention != reward_model.source.attention:
+        reward_model.model.set_attn_implementation(source.attention)
+    reward_model.source = source
+    _in_float32(reward_model)
+
+
+def _in_float32(reward_model: RewardModel) -> None:
+    """Compute in float32 from now on; weights that were rounded in training stay rounded."""
+    cast_weights(reward_model.model, torch.float32)
+    reward_model.source = replace(reward_model.source, dtype=torch.float32, precision=torch.float32)
+    reward_model.eval()
+
+
+def _rewards(reward_model: RewardModel, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
+    return reward_model.score([prompt for prompt, _ in probe], [completion for _, completion in probe], batch_size=1)
