@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_cli.distributed.ranks import check_launcher_environment, rank, world_size
+from rlhf_cli.distributed.ranks import rank, world_size
 from rlhf_cli.distributed.supervisor import supervise
 from rlhf_cli.errors import UsageError
 
@@ -24,17 +24,16 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 
 def check_options(processes: int | None, accelerate_config: Path | None) -> None:
-    """Refuse options that exclude each other, a launcher inside a launcher, and half a launcher's environment.
+    """Refuse options that exclude each other, and a launcher inside a launcher.
 
     Raises:
-        UsageError: names the option or the environment variables.
+        UsageError: names the option.
     """
     if processes is not None and accelerate_config is not None:
         raise UsageError(
             "`--processes` and `--accelerate-config` exclude each other",
             hint="`num_processes` in the configuration sets their number; `--processes` needs no configuration",
         )
-    check_launcher_environment(os.environ)
     given = "--processes" if processes is not None else "--accelerate-config" if accelerate_config is not None else None
     if given is not None and world_size() > 1:
         raise UsageError(

@@ -107,7 +107,9 @@ class RunDirectory:
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"{self.path} is a file, not a run directory", hint="use another --run-dir") from None
         except OSError as error:
-            raise DiskError(f"cannot create {self.path}: {(error.strerror or str(error)).lower()}") from error
+            raise DiskError(
+                f"cannot create {self.path}: {(error.strerror or str(error)).lower()}", hint="use another --run-dir"
+            ) from error
 
     def recover(self) -> None:
         """Complete or undo a replacement that a killed process left between two renames."""
