@@ -25,7 +25,6 @@ from rlhf_cli.errors import (
 )
 from rlhf_cli.memory import is_out_of_memory
 
-
 _HINTS = {
     errno.EACCES: "change the permissions, or use a path that you may use",
     errno.EPERM: "change the permissions or attributes, or use a path that you may use",

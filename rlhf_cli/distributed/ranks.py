@@ -74,7 +74,9 @@ def _inconsistency(environment: Mapping[str, str]) -> str | None:
     found = {name: int(environment[name]) for name in _NUMBERS if name in environment}
     for one, other in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if other in found and found[one] >= found[other]:
-            return f"the environment sets {one}={found[one]} and {other}={found[other]}: {one} must be less than {other}"
+            return (
+                f"the environment sets {one}={found[one]} and {other}={found[other]}: {one} must be less than {other}"
+            )
     if found.get("LOCAL_WORLD_SIZE", 1) > found["WORLD_SIZE"]:
         return (
             f"the environment sets LOCAL_WORLD_SIZE={found['LOCAL_WORLD_SIZE']} and WORLD_SIZE={found['WORLD_SIZE']}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+
+from tests.pipeline.toy import SCRIPT
 
 WHOLE = {
     "RANK": "1",
@@ -208,3 +211,27 @@ def test_a_process_that_loses_the_others_does_not_call_it_a_bug(toy):
     assert all(code != 0 for code, _, _ in ended)
     assert "this is a bug" not in ended[1][2]
     assert "another process has ended" in ended[1][2]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "count"),
+    [
+        (("torch.distributed.run", "--nproc-per-node", "1"), 1),
+        (("torch.distributed.run", "--nproc-per-node", "2"), 2),
+        (("accelerate.commands.launch", "--num_processes", "1"), 1),
+    ],
+    ids=["torchrun, 1", "torchrun, 2", "accelerate, 1"],
+)
+def test_a_launcher_starts_the_command(launcher, count, toy):
+    ended = subprocess.run(
+        [sys.executable, "-m", *launcher, str(SCRIPT), "run", "recipe.yaml", "--json"],
+        cwd=toy.folder,
+        env={**os.environ, "FAKE_LOG": str(toy.log), "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count('"run_dir"') == 1
+    assert len(toy.ran()) == 5, f"{count} processes do the work once"
