@@ -6,6 +6,7 @@ Imports no torch: only the processes that it starts do (docs/decisions/0006-proc
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,15 @@ def start(processes: int, *, threads: int | None) -> None:
     Args:
         processes: number of processes.
         threads: `model.threads`, per process; None divides the machine's cores among the processes.
+
+    Raises:
+        UsageError: this system has no process groups, by which the processes are ended together.
     """
+    if not hasattr(os, "killpg"):
+        raise UsageError(
+            f"`--processes` does not work on {platform.system()}, which has no process groups",
+            hint="leave it out, or run rlhf under Linux (WSL) or macOS",
+        )
     supervise(worker_command(sys.argv[1:]), processes, worker_environment(os.environ, processes, threads=threads))
 
 
