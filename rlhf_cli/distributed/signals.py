@@ -27,7 +27,7 @@ class StopRequest(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal came. Call it only where everything done so far is saved."""
+        """Raise `Interrupted` if a signal came. Call it where at most a step or a batch is lost."""
         ...
 
 

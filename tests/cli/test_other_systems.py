@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys, os, signal, types, importlib, pkgutil
 import torch, transformers, peft, accelerate, typer, rich.console, rich.progress, pydantic, psutil, asyncio  # not ours
-import platform, subprocess, socket, selectors, tempfile, shutil, multiprocessing, concurrent.futures, http.server, pathlib
+import concurrent.futures, http.server, multiprocessing, pathlib, platform, selectors
+import shutil, socket, subprocess, tempfile
 for name in ("datasets", "starlette", "uvicorn", "matplotlib.pyplot", "aiohttp", "prompt_toolkit", "pyarrow.parquet"):
     try:
         importlib.import_module(name)
