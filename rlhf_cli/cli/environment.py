@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -46,7 +47,7 @@ def prepare_streams() -> None:
             _fill(number)
             stream = os.fdopen(number, mode, encoding="utf-8", closefd=False)
             setattr(sys, name, stream)
-        if name == "stdout" and stream.errors == "strict" and hasattr(stream, "reconfigure"):
+        if name == "stdout" and isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 

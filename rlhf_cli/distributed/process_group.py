@@ -28,7 +28,7 @@ from rlhf_cli.distributed.watchdog import waiting
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.distributed import Store
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

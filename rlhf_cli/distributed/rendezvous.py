@@ -21,7 +21,7 @@ from rlhf_cli.distributed.ranks import rank, world_size
 from rlhf_cli.errors import RLHFError, UsageError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
 
 LIMIT = "RLHF_JOIN_SECONDS"
 """Environment variable with the seconds that a process waits for the others."""
@@ -109,7 +109,7 @@ def seconds() -> float:
     """Return how long to wait for the other processes.
 
     Raises:
-        UsageError: the variable that sets it is no positive number.
+        UsageError: the variable that sets it is not a positive number.
     """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
@@ -153,7 +153,9 @@ def _listener(address: str, port: int) -> socket.socket | None:
             f"rank 0 cannot listen on MASTER_PORT={port}: {_reason(error)}",
             hint="end the program that uses this port, or set MASTER_PORT to another number in all processes",
         ) from None
-    if not any(_is_local(family, place) for family, _, _, _, place in found) and not _answers(address, port):
+    if not any(_is_local(family, target) for family, _, _, _, target in found) and not _accepts_connections(
+        address, port
+    ):
         listener.close()
         raise UsageError(
             f"rank 0 cannot be reached at MASTER_ADDR={address}: no interface of this machine has this address",
@@ -166,15 +168,15 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-def _is_local(family: int, place: tuple[object, ...]) -> bool:
+def _is_local(family: int, target: tuple[object, ...]) -> bool:
     """Whether an interface of this machine has the address."""
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((place[0], 0, *place[2:]))
+        probe.bind((target[0], 0, *target[2:]))
         return True
     return False
 
 
-def _answers(address: str, port: int) -> bool:
+def _accepts_connections(address: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=_SELF_TEST):
         return True
     return False
@@ -222,7 +224,7 @@ def _gather(store: Store, progress: _Progress) -> Store:
     Raises:
         UsageError: two processes have the same rank, or they count different numbers of processes.
     """
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
     # torchrun restarts processes with the same store.
     store = PrefixStore(f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
