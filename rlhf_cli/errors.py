@@ -136,8 +136,8 @@ class Interrupted(RLHFError):  # noqa: N818  (not a bug: a request to stop that 
 
     def __init__(self, signum: int) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(signum).name}; everything done so far is saved",
-            hint="run the same command again to resume from here",
+            f"stopped by {signal.Signals(signum).name}; finished steps and batches are saved",
+            hint="run the same command again to resume from the last of them",
         )
         self.signum = signum
         # Shells report 128 + signal; schedulers send SIGUSR1 ahead of SIGTERM, so it counts as SIGTERM.

@@ -1,13 +1,22 @@
-"""Durable files: hashes, fsync, atomic writes, and renames that survive a power cut."""
+"""Durable files: hashes, locks, fsync, atomic writes, and renames that survive a power cut."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_LOCKED_BYTE = 1 << 30
+"""Windows forbids others to read what is locked; this byte is beyond the end of a lock file."""
 
 
 def hash_file(path: Path) -> str:
@@ -26,10 +35,32 @@ def hash_folder(folder: Path) -> str:
     return total.hexdigest()
 
 
+def lock(file: IO[Any]) -> None:
+    """Lock an open file until it is closed or the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: the file system has no locks.
+    """
+    if sys.platform != "win32":
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    position = file.tell()
+    file.seek(_LOCKED_BYTE)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(*error.args) from None
+    finally:
+        file.seek(position)
+
+
 def fsync(target: IO[Any] | Path) -> None:
     """Return once an open file's content, or a folder's list of entries, is on the disk."""
     if isinstance(target, Path):
-        descriptor = os.open(target, os.O_RDONLY)
+        if sys.platform == "win32" and target.is_dir():
+            return  # Windows cannot open a folder, and writes its entries by itself
+        descriptor = os.open(target, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
         try:
             _fsync(descriptor)
         finally:

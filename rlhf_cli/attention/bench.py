@@ -7,7 +7,6 @@ is reported in bytes: keys and values read once, plus queries and outputs.
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +201,9 @@ def free_bytes(device: torch.device) -> int:
     """Return the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import psutil  # a dependency of accelerate
+
+    return psutil.virtual_memory().available
 
 
 def _attend(name: str, query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool) -> Run:

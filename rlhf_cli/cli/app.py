@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Annotated, Any
 
 import typer
@@ -78,6 +79,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def rlhf(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -99,3 +101,7 @@ def rlhf(
       70   training diverged      124  stalled
       74   disk full or failing   130, 143  interrupted; can be resumed
     """
+    from rlhf_cli.distributed.ranks import check_launcher_environment
+
+    if context.invoked_subcommand != "doctor":  # which reports it
+        check_launcher_environment(os.environ)

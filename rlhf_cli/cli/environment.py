@@ -1,9 +1,15 @@
-"""Silence messages of libraries. Runs before any of them is imported; variables set by the user are kept."""
+"""Prepare the streams, check the arguments and silence libraries; runs before any of them is imported."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import sys
 import warnings
+from collections.abc import Sequence
+
+from rlhf_cli.errors import UsageError
 
 _DEFAULTS = {
     "PYDANTIC_DISABLE_PLUGINS": "__all__",  # plugin discovery reads the metadata of every installed package
@@ -31,3 +37,44 @@ def prepare() -> None:
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning)  # often attributed to the caller, which is rlhf
+
+
+def prepare_streams() -> None:
+    """Open closed standard streams on the null device, and let all text be printed in any encoding."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell (`>&-`): the next file opened would be written to as this stream
+            _fill(number)
+            stream = os.fdopen(number, mode, encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+        if name == "stdout" and isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+
+
+def _fill(number: int) -> None:
+    """Open the null device as this file descriptor, unless it is open."""
+    try:
+        os.fstat(number)
+    except OSError:
+        found = os.open(os.devnull, os.O_RDWR)
+        if found != number:
+            os.dup2(found, number)
+            os.close(found)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are not text: recipes, manifests and JSON, which hold all paths, are UTF-8.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    for argument in arguments:
+        with contextlib.suppress(UnicodeEncodeError):
+            argument.encode()
+            continue
+        encoding = sys.getfilesystemencoding()
+        raise UsageError(
+            f"the argument `{ascii(argument)[1:-1]}` is not valid {encoding}",
+            hint="rename the file or folder so that its name is UTF-8" if encoding == "utf-8" else "set PYTHONUTF8=1",
+        )

@@ -8,6 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.distributed.launcher import cores
+from rlhf_cli.distributed.ranks import check_launcher_environment
+from rlhf_cli.errors import UsageError
+
 _TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0"}
 """Versions in constraints.txt; a test keeps both equal."""
 
@@ -22,24 +26,36 @@ def examine() -> dict[str, Any]:
         "versions": found,
         "tested": _TESTED,
         "platform": platform.platform(),
-        "cpus": _cpus(),
+        "cpus": cores(),
         "memory_bytes": _memory(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
     }
     if found["torch"] != "not installed":
         try:
             report |= _torch()
+            problems += _unused_gpu()
         except (ImportError, OSError) as error:  # wheels for another CUDA or libc version fail here
             problems.append(f"cannot import torch: {error}")
+    try:
+        check_launcher_environment(os.environ)
+    except UsageError as error:
+        problems.append(f"{error.message}; {error.hint}")
     return report | {"problems": problems}
 
 
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _unused_gpu() -> list[str]:
+    from rlhf_cli.models.gpu_check import unused_gpu
+
+    found = unused_gpu()
+    return [] if found is None else [f"{found.reason}; {found.fix}"]
 
 
 def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil  # a dependency of accelerate
+
+    return psutil.virtual_memory().total
 
 
 def _torch() -> dict[str, Any]:

@@ -6,12 +6,13 @@ Imports no torch: only the processes that it starts do (docs/decisions/0006-proc
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_cli.distributed.ranks import check_launcher_environment, rank, world_size
+from rlhf_cli.distributed.ranks import rank, world_size
 from rlhf_cli.distributed.supervisor import supervise
 from rlhf_cli.errors import UsageError
 
@@ -24,17 +25,16 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 
 def check_options(processes: int | None, accelerate_config: Path | None) -> None:
-    """Refuse options that exclude each other, a launcher inside a launcher, and half a launcher's environment.
+    """Refuse options that exclude each other, and a launcher inside a launcher.
 
     Raises:
-        UsageError: names the option or the environment variables.
+        UsageError: names the option.
     """
     if processes is not None and accelerate_config is not None:
         raise UsageError(
             "`--processes` and `--accelerate-config` exclude each other",
             hint="`num_processes` in the configuration sets their number; `--processes` needs no configuration",
         )
-    check_launcher_environment(os.environ)
     given = "--processes" if processes is not None else "--accelerate-config" if accelerate_config is not None else None
     if given is not None and world_size() > 1:
         raise UsageError(
@@ -49,7 +49,15 @@ def start(processes: int, *, threads: int | None) -> None:
     Args:
         processes: number of processes.
         threads: `model.threads`, per process; None divides the machine's cores among the processes.
+
+    Raises:
+        UsageError: this system has no process groups, by which the processes are ended together.
     """
+    if not hasattr(os, "killpg"):
+        raise UsageError(
+            f"`--processes` does not work on {platform.system()}, which has no process groups",
+            hint="leave it out, or run rlhf under Linux (WSL) or macOS",
+        )
     supervise(worker_command(sys.argv[1:]), processes, worker_environment(os.environ, processes, threads=threads))
 
 

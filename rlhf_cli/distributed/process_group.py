@@ -22,11 +22,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rlhf_cli.distributed.ranks import rank, world_size
+from rlhf_cli.distributed.rendezvous import meet
 from rlhf_cli.distributed.watchdog import waiting
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -158,30 +160,50 @@ class _Collectives:
         return [row[: int(size)].numpy().tobytes() for row, size in zip(found, sizes, strict=True)]
 
 
+def join_launched() -> None:
+    """Join the processes that an external launcher started, if one did, so that none waits for one that never came.
+
+    Raises:
+        UsageError: see `rendezvous.meet`.
+    """
+    if world_size() > 1 and LISTENER not in os.environ and not is_joined():
+        join()
+
+
 def join() -> None:
-    """Initialize torch's process group once: gloo for tensors on the CPU, NCCL for those on a GPU."""
-    import torch
+    """Initialize torch's process group once: gloo for tensors on the CPU, NCCL for those on a GPU.
+
+    Raises:
+        UsageError: see `rendezvous.meet`.
+    """
+    if is_joined():
+        return
+    listener = os.environ.pop(LISTENER, None)
+    if listener is None:
+        meet(_initialize)
+        return
     import torch.distributed as distributed
 
-    if distributed.is_initialized():
-        return
-    # Windows and custom builds have GPUs without NCCL; gloo then also sends tensors of the GPU.
-    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    listener = os.environ.pop(LISTENER, None)
-    index, count = rank(), world_size()
-    if listener is None:
-        distributed.init_process_group(backend, timeout=_TIMEOUT)
-        return
+    index = rank()
     store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        count,
+        world_size(),
         is_master=index == 0,
         timeout=_TIMEOUT,
         master_listen_fd=int(listener) if index == 0 else None,
     )
-    distributed.init_process_group(backend, store=store, rank=index, world_size=count, timeout=_TIMEOUT)
+    _initialize(store)
+
+
+def _initialize(store: Store) -> None:
+    import torch
+    import torch.distributed as distributed
+
+    # Windows and custom builds have GPUs without NCCL; gloo then also sends tensors of the GPU.
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=_TIMEOUT)
 
 
 def leave() -> None:

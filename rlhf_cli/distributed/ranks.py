@@ -8,7 +8,20 @@ from collections.abc import Mapping
 from rlhf_cli.errors import UsageError
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_HINT = "unset {set_}, or start with torchrun, which sets all of them"
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_MAX_DIGITS = 9
+_MAX_PORT = 65_535
+
+# (size, rank) of launchers that start several processes without RANK and WORLD_SIZE: Open MPI, MPICH and Intel MPI,
+# MVAPICH, srun. SLURM_NTASKS is not among them: the batch script of a job has it too, and is one process.
+_OTHER_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+# Set by `accelerate launch` for what has no effect here, with the only value that is accepted.
+_ACCELERATE = {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "false", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def rank() -> int:
@@ -34,20 +47,66 @@ def check_launcher_environment(environment: Mapping[str, str]) -> None:
     Raises:
         UsageError: names the variables that are set, and those that are missing or have no usable value.
     """
+    for name, accepted in _ACCELERATE.items():
+        if environment.get(name, accepted).lower() != accepted:
+            raise UsageError(
+                f"the environment sets {name}={environment[name]}, which has no effect: models are not sharded, and "
+                "`model.precision` sets the precision",
+                hint=f"set {name}={accepted}, or choose so in `accelerate config`",
+            )
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
     if not given or (given == ["WORLD_SIZE"] and environment["WORLD_SIZE"] == "1"):
+        _check_other_launchers(environment)
         return
-    shown, hint = " and ".join(f"{name}={environment[name]}" for name in given), _HINT.format(set_=", ".join(given))
+    shown = " and ".join(f"{name}={environment[name]}" for name in given)
+    hint = f"unset {', '.join(given)}, or start with torchrun, which sets all of them"
     if missing := [name for name in _LAUNCHER_VARIABLES if name not in environment]:
         raise UsageError(f"the environment sets {shown} but not {', '.join(missing)}", hint=hint)
-    for name in given:
-        if not environment[name].isdecimal():
-            raise UsageError(f"the environment variable {name} must be a whole number, got `{environment[name]}`")
-    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
-        raise UsageError(f"the environment sets {shown}: RANK must be less than WORLD_SIZE", hint=hint)
+    if problem := _inconsistency(environment):
+        raise UsageError(problem, hint=hint)
+
+
+def _inconsistency(environment: Mapping[str, str]) -> str | None:
+    """Return what is wrong with a launcher's environment in which no variable is missing; None if nothing is."""
+    for name in (*_NUMBERS, "MASTER_PORT"):
+        if name in environment and not _is_number(environment[name]):
+            return f"the environment variable {name} must be a whole number, got `{environment[name]}`"
+    found = {name: int(environment[name]) for name in _NUMBERS if name in environment}
+    for one, other in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if other in found and found[one] >= found[other]:
+            return (
+                f"the environment sets {one}={found[one]} and {other}={found[other]}: {one} must be less than {other}"
+            )
+    if found.get("LOCAL_WORLD_SIZE", 1) > found["WORLD_SIZE"]:
+        return (
+            f"the environment sets LOCAL_WORLD_SIZE={found['LOCAL_WORLD_SIZE']} and WORLD_SIZE={found['WORLD_SIZE']}: "
+            "LOCAL_WORLD_SIZE must be at most WORLD_SIZE"
+        )
+    if not 1 <= int(environment["MASTER_PORT"]) <= _MAX_PORT:
+        return f"the environment variable MASTER_PORT must be from 1 to {_MAX_PORT}, got {environment['MASTER_PORT']}"
+    if not environment["MASTER_ADDR"].strip():
+        return "the environment variable MASTER_ADDR is empty; it must name the machine of rank 0"
+    return None
+
+
+def _check_other_launchers(environment: Mapping[str, str]) -> None:
+    """Refuse several processes that another launcher started: each would do the whole work."""
+    for size, index in _OTHER_LAUNCHERS:
+        count = environment.get(size, "")
+        if _is_number(count) and int(count) > 1:
+            raise UsageError(
+                f"this is one of {count} processes ({size}={count}, {index}={environment.get(index, '')}), but the "
+                f"environment does not set {', '.join(_LAUNCHER_VARIABLES)}",
+                hint="start one process per machine, with torchrun or `rlhf --processes N` in it, or set these "
+                f"variables in each process; to work alone, unset {size}",
+            )
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _MAX_DIGITS
 
 
 def _number(name: str, default: int) -> int:
     # Modules ask for the rank while they are imported: a value that is not a number is reported later, by the check.
     text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
+    return int(text) if _is_number(text) else default

@@ -14,7 +14,7 @@ from typing import Protocol, Self
 from rlhf_cli.distributed.worker import is_supervised
 from rlhf_cli.errors import Interrupted
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Signals that ask a run to save and stop; schedulers send SIGUSR1 ahead of SIGTERM."""
 
 
@@ -27,7 +27,7 @@ class StopRequest(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal came. Call it only where everything done so far is saved."""
+        """Raise `Interrupted` if a signal came. Call it where at most a step or a batch is lost."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.gpu_check import unused_gpu
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
+from rlhf_cli.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -91,6 +94,13 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            warn_of_unused_gpu()
+    if name == "mps":
+        raise ModelError(
+            "`model.device: mps` is not supported: sampling uses float64, which Apple's GPUs do not have",
+            hint="use `cpu`",
+        )
     if name not in ("cpu", "cuda"):
         raise ModelError(
             f"`model.device` must be auto, cpu or cuda, got `{name}`",
@@ -99,8 +109,18 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        unused = unused_gpu()
+        if unused is not None:
+            raise ModelError(f"`model.device: cuda`: {unused.reason}", hint=f"{unused.fix}; `cpu` works without")
         raise ModelError("`model.device: cuda`: torch finds no CUDA device", hint="use `auto` or `cpu`")
     return torch.device("cuda") if world_size() == 1 else _own_gpu()
+
+
+@cache
+def warn_of_unused_gpu() -> None:
+    """Warn once that `auto` is the CPU although there is a GPU."""
+    if (unused := unused_gpu()) is not None:
+        warn(f"{unused.reason}; the CPU is used, which takes much longer: {unused.fix}")
 
 
 def _own_gpu() -> torch.device:

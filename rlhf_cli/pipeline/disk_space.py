@@ -54,7 +54,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = _reason(error)
-        if reason is None:
+        if reason is None or _is_elsewhere(error, folder):
             raise
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise DiskError(
@@ -72,6 +72,12 @@ def _reason(error: BaseException | None) -> str | None:
             return os.strerror(errno.ENOSPC).lower()
         error = error.__cause__ or error.__context__
     return None
+
+
+def _is_elsewhere(error: Exception, folder: Path) -> bool:
+    """Whether an error names a file that is not of the run: data or a model that cannot be read."""
+    name = error.filename if isinstance(error, OSError) else None
+    return isinstance(name, str) and not Path(name).resolve().is_relative_to(folder.resolve())
 
 
 def format_bytes(count: float) -> str:

@@ -7,14 +7,13 @@
     runs/NAME/.sft.old/       the previous artifact while it is being replaced
     runs/NAME/kept/label/     what cannot be computed again: human labels, paid verdicts
     runs/NAME/kept/evaluate/  earlier evaluations, each in a folder named by its fingerprint
-    runs/NAME/.lock           locked with flock while a process uses the run directory
+    runs/NAME/.lock           locked while a process uses the run directory
 
 `.ppo.output` is at the same depth as `ppo`, so that relative paths inside an artifact stay valid after the rename.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from rlhf_cli.errors import DiskError, RunInUseError, UsageError
-from rlhf_cli.files import fsync_tree, rename, replace_folder, write_whole
+from rlhf_cli.files import fsync_tree, lock, rename, replace_folder, write_whole
 from rlhf_cli.pipeline.manifest import FORMAT, DamagedArtifact, Identity, Manifest, check_format, read_manifest
 from rlhf_cli.stages.base import KEPT, PRECISION_RECORD
 from rlhf_cli.stages.registry import REGISTRY
@@ -73,7 +72,7 @@ class RunDirectory:
         self._make()
         with self._lock_file() as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
             except BlockingIOError:  # a lock file left by a dead process is not locked
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
@@ -107,7 +106,9 @@ class RunDirectory:
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"{self.path} is a file, not a run directory", hint="use another --run-dir") from None
         except OSError as error:
-            raise DiskError(f"cannot create {self.path}: {(error.strerror or str(error)).lower()}") from error
+            raise DiskError(
+                f"cannot create {self.path}: {(error.strerror or str(error)).lower()}", hint="use another --run-dir"
+            ) from error
 
     def recover(self) -> None:
         """Complete or undo a replacement that a killed process left between two renames."""

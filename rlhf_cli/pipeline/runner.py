@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
+from rlhf_cli.distributed.process_group import join_launched
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
-from rlhf_cli.memory import free_memory
+from rlhf_cli.memory import free_memory, is_out_of_memory
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
@@ -95,6 +96,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
     limit_threads(recipe.model.threads)
+    join_launched()
     coordinator = Coordinator()
     if not is_main():
         _follow(recipe, directory, coordinator)
@@ -257,7 +259,7 @@ def _explained(stage: Stage):
     try:
         yield
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             setting = _memory_settings(stage)
             raise RLHFError(
                 f"out of memory in `{stage.name}`",

@@ -54,13 +54,16 @@ def random_state() -> dict[str, Any]:
         "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": bytes(torch.get_rng_state().tolist()).hex(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking a GPU that the run does not use would occupy it
         state["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
     return state
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
+    """Restore the generators that `random_state` found and that exist here.
+
+    A run that goes on with a GPU where there was none keeps the seed that it gave to the GPU's generator.
+    """
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

@@ -177,7 +177,7 @@ def test_stopped_and_killed_it_ends_with_the_bytes_of_an_uninterrupted_run(toget
     stopped.terminate()
     _, stderr = stopped.communicate(timeout=60)
     assert stopped.returncode == 143, stderr
-    assert stderr.count("error: stopped by SIGTERM; everything done so far is saved") == 1
+    assert stderr.count("error: stopped by SIGTERM; finished steps and batches are saved") == 1
     saved = sorted((tmp_path / "runs" / "two" / ".ppo.work").glob("step-*"))
 
     killed = start(tmp_path, *ppo)
@@ -226,3 +226,28 @@ def test_more_processes_than_prompts(alone: Ended, tmp_path: Path):
     one, three = weights
     for key in one:
         torch.testing.assert_close(three[key], one[key], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--nproc-per-node", "1", "-m"),
+        ("accelerate.commands.launch", "--num_processes", "1", "-m"),
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_the_documented_launchers_train_with_one_process(launcher: tuple[str, ...], tmp_path: Path, tiny_llama: Path):
+    write_inputs(tmp_path, tiny_llama)
+    command = [sys.executable, "-m", *launcher, "rlhf_cli", "sft", "recipe.yaml", "--set", "model.device=cpu"]
+    ended = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(ACCELERATE_USE_CPU="1"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("runs/two/sft\n")
+    assert (tmp_path / "runs" / "two" / "sft" / "model.safetensors").is_file()

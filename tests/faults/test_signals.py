@@ -53,7 +53,7 @@ def test_a_signal_in_any_phase_saves_the_step_and_ends(halfway, parts, tmp_path:
     run = SmallRun.new(tmp_path / "signaled", parts)
     end = signaled(run, phase, 2, signum)
     assert end.code == code, end.stderr
-    assert f"stopped by {signum.name}; everything done so far is saved" in end.stderr
+    assert f"stopped by {signum.name}; finished steps and batches are saved" in end.stderr
     # A checkpoint is there a moment before the loop looks for signals: then nothing more is done, or one step more.
     assert run.newest() in {"rollout": (1, 2), "saving": (2, 3)}.get(phase, (2,))
     if run.newest() == 2:

@@ -77,12 +77,11 @@ def _add_base(
     judge: Judge | None,
 ) -> None:
     """Add completions of the model before any training, with their scores, to the rows that are shown."""
-    prompts = [sampler.prompts[row] for row in shown]
-    alone = Sampler(sampler.context, sampler.generator, prompts, [sampler.numbers[row] for row in shown])
-    base = base_completions(alone, policy)
+    base = base_completions(sampler, policy, shown)
     if base is None:
         return
     _, completions = base
+    prompts = [sampler.prompts[row] for row in shown]
     scores = judge.scores(prompts, base) if judge else rewarded(sampler.context, prompts, completions)
     assert scores is not None
     for row, completion, (score,) in zip(shown, completions, scores, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,8 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
-from rlhf_cli.progress import task, warn
+from rlhf_cli.labeling.completions import CompletionFile
+from rlhf_cli.progress import say, task, warn
 from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
@@ -34,30 +34,58 @@ class Sampler:
         generator: draws completions.
         prompts: N prompts; a prompt that is completed several times stands there several times.
         numbers: N; they tell completions of one prompt apart.
-        processes: of the run, which share the prompts and all get all results; None is this process alone.
+        processes: of the run, which share the prompts and all get all results.
     """
 
     context: EvaluateContext
     generator: Generator
     prompts: Sequence[Prompt]
     numbers: Sequence[int]
-    processes: ProcessGroup | None = None
+    processes: ProcessGroup
 
-    def complete(self, policy: Policy, label: str) -> list[Completion]:
-        """Return one completion per prompt; `label` is that of the progress bar."""
-        rows = list(zip(self.prompts, self.numbers, strict=True))
-        found = _map(self.processes, rows, partial(self._draw, policy, label))
-        return [Completion(**row) for row in found]
+    def complete(self, policy: Policy, name: str) -> list[Completion]:
+        """Return one completion per prompt; all processes call this.
 
-    def _draw(self, policy: Policy, label: str, rows: Sequence[tuple[Prompt, int]]) -> list[dict[str, Any]]:
-        """Return one process's share, as JSON values."""
+        Each batch is on disk before the next begins, so that an interrupted evaluation resumes after it.
+
+        Args:
+            policy: the model that writes.
+            name: of the file in the work folder, and of the progress bar.
+        """
+        requests = self._requests(policy)
+        # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
+        order = sorted(range(len(requests)), key=lambda row: len(requests[row].prompt_ids))
+        size = policy.sampling.batch_size
+        file = CompletionFile(
+            self.context.work / f"{name}.jsonl",
+            [order[start : start + size] for start in range(0, len(order), size)],
+            per_prompt=1,
+            processes=self.processes,
+        )
+        if file.done:
+            say(f"{file.done:,} {name} completions were sampled before")
+        stop = self.context.stop.check
+        with task(f"{name} completions", file.done + file.left, "completions", done=file.done) as bar:
+
+            def draw(rows: Sequence[int]) -> list[Completion]:
+                chosen = [requests[row] for row in rows]
+                return self.generator.generate(policy, chosen, progress=bar.advance, stop=stop)
+
+            file.fill(draw, stop)
+        return [completion for (completion,) in file.read()]
+
+    def complete_alone(self, policy: Policy, rows: Sequence[int], label: str) -> list[Completion]:
+        """Return completions of some prompts in this process alone, without keeping them; `label` is of the bar."""
+        requests = self._requests(policy)
+        with task(label, len(rows), "completions") as bar:
+            chosen = [requests[row] for row in rows]
+            return self.generator.generate(policy, chosen, progress=bar.advance, stop=self.context.stop.check)
+
+    def _requests(self, policy: Policy) -> list[Request]:
         from rlhf_cli.data.records import seed_for
 
-        seed, stop = self.context.recipe.seed, self.context.stop.check
-        requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, seed, number)) for prompt, number in rows]
-        with task(label, len(requests), "completions") as bar:
-            drawn = self.generator.generate(policy, requests, progress=bar.advance, stop=stop)
-        return [dataclasses.asdict(completion) for completion in drawn]
+        seed, rows = self.context.recipe.seed, zip(self.prompts, self.numbers, strict=True)
+        return [Request(policy.prompt_ids(prompt), seed_for(prompt, seed, number)) for prompt, number in rows]
 
     def logprobs(self, policy: Policy, prompt_ids: Sequence[list[int]], given: Sequence[Completion]) -> list[float]:
         """Return log pi(completion | prompt) of each completion in nats."""
@@ -84,13 +112,13 @@ def compare(
         Completions of the policy, completions of the baseline, and log pi_policy - log pi_baseline of each completion
         of the policy in nats; None if the KL cannot be estimated.
     """
-    of_policy = sampler.complete(policy, "policy completions")
+    of_policy = sampler.complete(policy, "policy")
     prompt_ids = [policy.prompt_ids(prompt) for prompt in sampler.prompts]
     refusal = _no_kl(policy, baseline)
     under_policy = [] if refusal else sampler.logprobs(policy, prompt_ids, of_policy)
     policy.release()
     sampler.context.stop.check()
-    of_baseline = sampler.complete(baseline, "baseline completions")
+    of_baseline = sampler.complete(baseline, "baseline")
     under_baseline = [] if refusal else sampler.logprobs(baseline, prompt_ids, of_policy)
     baseline.release()
     sampler.context.stop.check()
@@ -147,9 +175,9 @@ def base_policy(context: EvaluateContext, of: Policy) -> Policy | None:
     return load_policy(context, path, of.sampling, style=style)
 
 
-def base_completions(sampler: Sampler, of: Policy) -> tuple[Policy, list[Completion]] | None:
-    """Return the model before any training, sampled and prompted like another policy, with its completions; None if
-    there is none or it cannot be loaded."""
+def base_completions(sampler: Sampler, of: Policy, rows: Sequence[int]) -> tuple[Policy, list[Completion]] | None:
+    """Return the model before any training, sampled and prompted like another policy, with its completions of some
+    prompts; None if there is none or it cannot be loaded."""
     try:
         policy = base_policy(sampler.context, of)
         if policy is None:
@@ -159,7 +187,7 @@ def base_completions(sampler: Sampler, of: Policy) -> tuple[Policy, list[Complet
     except ModelError as error:
         warn(f"completions of the base model are not shown: {error.message}")
         return None
-    completions = sampler.complete(policy, "base completions")
+    completions = sampler.complete_alone(policy, rows, "base completions")
     policy.release()
     return policy, completions
 

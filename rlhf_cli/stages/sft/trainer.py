@@ -92,7 +92,7 @@ def train_sft(
         log: makes the metrics log, from the arguments of `MetricsLog`.
 
     Raises:
-        Interrupted: a signal arrived; everything done so far is saved.
+        Interrupted: a signal arrived; finished steps are saved.
         DivergedError: training diverged again after a roll-back, or a final weight is not finite.
         ModelError, UsageError: the architecture cannot be trained with these settings.
     """

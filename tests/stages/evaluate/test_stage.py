@@ -359,3 +359,35 @@ def test_the_table_fits_80_columns_with_long_names():
     assert "policy preferred (ties 1/2)" in text
     assert "KL to baseline, nats per completion" in text
     assert "acme/a-very-long-n" in text, "folded, not cut"
+
+
+class Counting:
+    """Draws completions as the real generator does, and stops the run before batch `last` + 1."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.batches, self._last = 0, last
+
+    def generate(self, policy, requests, *, progress=lambda count: None, stop=lambda: None) -> list[Completion]:
+        if self.batches == self._last:
+            raise Interrupted(signal.SIGTERM)
+        self.batches += 1
+        return TorchGenerator().generate(policy, requests, progress=progress, stop=stop)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 4])
+def test_an_interrupted_evaluation_goes_on_after_the_last_batch(
+    batches, tiny_llama, lover_of_a, prompts, judge, tmp_path
+):
+    settings = {"sampling": {"max_new_tokens": 6, "batch_size": 5}, "samples_per_prompt": 2}
+    folders = [tmp_path / name for name in ("whole", "cut")]
+    for folder in folders:
+        folder.mkdir()
+    whole, cut = (judged(folder, tiny_llama, lover_of_a, prompts, judge, **settings) for folder in folders)
+    counting = Counting()
+    metrics = evaluate.run(whole, counting).metrics
+    with pytest.raises(Interrupted, match="finished steps and batches are saved"):
+        evaluate.run(cut, Counting(batches))
+    rest = Counting()
+    assert evaluate.run(cut, rest).metrics == metrics
+    assert rest.batches == counting.batches - batches
+    assert lines(cut) == lines(whole)

@@ -1,0 +1,249 @@
+"""How the processes of an external launcher find one another at MASTER_ADDR:MASTER_PORT, within a time limit.
+
+torch alone waits without saying for whom, for as long as its collectives may last, and in C code that no signal
+interrupts. Here the waiting is done in a thread, and the main thread keeps the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from rlhf_cli.distributed.ranks import rank, world_size
+from rlhf_cli.errors import RLHFError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
+
+LIMIT = "RLHF_JOIN_SECONDS"
+"""Environment variable with the seconds that a process waits for the others."""
+
+_SECONDS = 20.0
+_SECONDS_UNDER_TORCHRUN = 600.0
+"""Longer: torchrun has waited for all machines before it started this process, and ends it if another one fails."""
+_SILENCE = 2.0
+"""Seconds before a process says what it waits for."""
+_POLL = 0.05
+_SELF_TEST = 3.0
+"""Seconds in which rank 0 must reach its own address."""
+_THREAD = "rlhf-join"
+_HINT = (
+    "check that all processes were started with the same MASTER_ADDR and MASTER_PORT, that no other program has this "
+    f"port and that no firewall is between them; where processes start slowly, set {LIMIT} to more seconds"
+)
+
+
+@dataclass
+class _Progress:
+    """What the joining thread has reached, for messages of the main thread.
+
+    Attributes:
+        connected: whether the store of rank 0 has answered.
+        missing: ranks that have not joined.
+        error: what ended the thread.
+    """
+
+    connected: bool = False
+    missing: list[int] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def waits_for(self, where: str) -> str:
+        """Return whom this process waits for, in words."""
+        if not self.connected:
+            return f"rank 0 at {where}"
+        ranks = ", ".join(map(str, self.missing[:8])) + (" and others" if len(self.missing) > 8 else "")
+        return f"rank{'s' * (len(self.missing) > 1)} {ranks} to join at {where}" if self.missing else "its connections"
+
+
+def meet(connect: Callable[[Store], None]) -> None:
+    """Find the other processes and call `connect` with the store that all share, in a thread.
+
+    Raises:
+        UsageError: the address cannot be used, another process has the same rank, or not all joined in time.
+    """
+    limit = seconds()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    progress, where = _Progress(), f"{address}:{port}"
+    listener = _listener(address, port)
+    import torch.distributed  # noqa: F401  (after the checks, and outside of the time limit: a first import takes long)
+
+    thread = threading.Thread(
+        target=_join, args=(address, port, listener, connect, progress), name=_THREAD, daemon=True
+    )
+    began = time.monotonic()
+    said = False
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL)
+        waited = time.monotonic() - began
+        if not said and waited > _SILENCE and thread.is_alive():
+            said = True
+            text = f"rank {rank()} of {world_size()} is waiting for {progress.waits_for(where)}"
+            print(f"{text} (at most {limit:g} s, {LIMIT})", file=sys.stderr, flush=True)
+        if waited > limit and thread.is_alive():
+            raise UsageError(
+                f"rank {rank()} of {world_size()} has waited {limit:g} seconds for {progress.waits_for(where)}",
+                hint=_HINT,
+            )
+    if isinstance(progress.error, Exception) and not progress.connected and not isinstance(progress.error, RLHFError):
+        reason = str(progress.error).partition("\n")[0]
+        raise UsageError(f"rank {rank()} of {world_size()} cannot join at {where}: {reason}", hint=_HINT)
+    if progress.error is not None:
+        raise progress.error
+
+
+def is_meeting() -> bool:
+    """Whether the thread still waits in C code, which would abort if the interpreter were torn down."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
+
+
+def seconds() -> float:
+    """Return how long to wait for the other processes.
+
+    Raises:
+        UsageError: the variable that sets it is not a positive number.
+    """
+    text = os.environ.get(LIMIT, "").strip()
+    if not text:
+        return _SECONDS_UNDER_TORCHRUN if _torchrun_has_a_store() else _SECONDS
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < threading.TIMEOUT_MAX:
+            return float(text)
+    raise UsageError(f"the environment variable {LIMIT} must be a positive number of seconds, got `{text}`")
+
+
+def _torchrun_has_a_store() -> bool:
+    """Whether the launcher itself listens at MASTER_ADDR:MASTER_PORT; see torch.distributed.rendezvous."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _listener(address: str, port: int) -> socket.socket | None:
+    """Check the address; return the socket that rank 0 listens on, None in other processes.
+
+    Raises:
+        UsageError: the address has no machine, or in rank 0 is that of another machine, or the port is taken.
+    """
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"MASTER_ADDR={address} is not the address of a machine: {_reason(error)}",
+            hint="set MASTER_ADDR to the host name or IP address of the machine of rank 0",
+        ) from None
+    if rank() != 0 or _torchrun_has_a_store():
+        return None
+    try:
+        # On all interfaces, as torch does: the address may be one that a network translates.
+        listener = socket.create_server(
+            ("", port),
+            family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
+            backlog=1024,
+            dualstack_ipv6=socket.has_dualstack_ipv6(),
+        )
+    except OSError as error:
+        raise UsageError(
+            f"rank 0 cannot listen on MASTER_PORT={port}: {_reason(error)}",
+            hint="end the program that uses this port, or set MASTER_PORT to another number in all processes",
+        ) from None
+    if not any(_is_local(family, target) for family, _, _, _, target in found) and not _accepts_connections(
+        address, port
+    ):
+        listener.close()
+        raise UsageError(
+            f"rank 0 cannot be reached at MASTER_ADDR={address}: no interface of this machine has this address",
+            hint="set MASTER_ADDR to an address of the machine on which rank 0 runs",
+        )
+    return listener
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _is_local(family: int, target: tuple[object, ...]) -> bool:
+    """Whether an interface of this machine has the address."""
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((target[0], 0, *target[2:]))
+        return True
+    return False
+
+
+def _accepts_connections(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=_SELF_TEST):
+        return True
+    return False
+
+
+def _join(
+    address: str,
+    port: int,
+    listener: socket.socket | None,
+    connect: Callable[[Store], None],
+    progress: _Progress,
+) -> None:
+    """Body of the thread."""
+    try:
+        connect(_gather(_store(address, port, listener), progress))
+    except BaseException as error:
+        progress.error = error
+
+
+def _store(address: str, port: int, listener: socket.socket | None) -> Store:
+    """Return the store of rank 0 or of torchrun, once it answers."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
+
+    is_server = rank() == 0 and not _torchrun_has_a_store()
+    while not is_server:  # here, since torch would say every second attempt
+        try:
+            socket.create_connection((address, port), timeout=_SELF_TEST).close()
+            break
+        except OSError:
+            time.sleep(_POLL)
+    return TCPStore(
+        address,
+        port,
+        world_size(),
+        is_master=is_server,
+        timeout=timedelta(seconds=seconds()),
+        wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+
+
+def _gather(store: Store, progress: _Progress) -> Store:
+    """Wait until every rank has written its key.
+
+    Raises:
+        UsageError: two processes have the same rank, or they count different numbers of processes.
+    """
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+
+    # torchrun restarts processes with the same store.
+    store = PrefixStore(f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    index, count = rank(), world_size()
+    if store.add(f"processes/{index}", 1) > 1:
+        raise UsageError(
+            f"another process has joined as rank {index} of {count} before this one",
+            hint="give every process another RANK, from 0 to WORLD_SIZE - 1",
+        )
+    store.set(f"size/{index}", str(count))
+    progress.connected, progress.missing = True, list(range(count))
+    while progress.missing:
+        if store.check([f"size/{progress.missing[0]}"]):
+            other = progress.missing.pop(0)
+            if (size := int(store.get(f"size/{other}"))) != count:
+                raise UsageError(
+                    f"rank {index} was started with WORLD_SIZE={count}, but rank {other} with WORLD_SIZE={size}",
+                    hint="set the same WORLD_SIZE in all processes",
+                )
+        else:
+            time.sleep(_POLL)
+    return store
