@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.backbone import is_recurrent
 from rlhf_cli.progress import say
 
 
@@ -31,6 +32,12 @@ def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
     """
     implementation = hugging_face.implementation(attention)
     try:
+        if is_recurrent(model):
+            raise ModelError(
+                f"the {model.config.model_type} model `{name}` has layers that carry a state from token to token, which "
+                "our layouts cannot keep apart",
+                hint="rerun with `--attention sdpa`; batches are then padded",
+            )
         parity.require(model, name, implementation)
     except ModelError as error:
         if attention != registry.AUTO:

@@ -8,10 +8,37 @@ an encoder the prompt would attend to the completions after it, and an encoder-d
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from rlhf_cli.attention.hugging_face import is_ours
 from rlhf_cli.attention.layout import Layout
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of the language model inside a multimodal model; of all others, their own."""
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the decoder whose last hidden states the vocabulary projection reads."""
+    decoder = model.get_decoder()
+    if model.config.is_encoder_decoder or decoder.get_output_embeddings() is None:
+        return decoder
+    # Llama 4 answers with its language model, projection included.
+    return next(child for child in decoder.children() if isinstance(child, PreTrainedModel))
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Return whether layers carry a state from token to token: state-space models, linear attention, convolutions.
+
+    Such layers read padding and neighbours in a packed row as if they were part of the text, whatever the mask or the
+    positions say.
+    """
+    if model.config.is_encoder_decoder:
+        return False
+    layers = DynamicCache(config=text_config(model.config)).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def reads_groups(model: PreTrainedModel) -> bool:
@@ -62,7 +89,7 @@ def decoder_hidden(
         encoder_mask: (B, S), 1 on real tokens of the encoder.
     """
     if encoder_ids is None:
-        return last_hidden(model.get_decoder(), input_ids, layout, position_ids=position_ids)
+        return last_hidden(decoder_of(model), input_ids, layout, position_ids=position_ids)
     encoded = model.get_encoder()(encoder_ids, attention_mask=encoder_mask).last_hidden_state
     output = model.get_decoder()(
         input_ids=input_ids, encoder_hidden_states=encoded, encoder_attention_mask=encoder_mask, use_cache=False

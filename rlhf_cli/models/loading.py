@@ -25,9 +25,11 @@ from transformers import (
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
+from rlhf_cli.models.rotary import pin_rotary_frequencies, switching_length
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -250,6 +252,7 @@ def load_weights(
     if keeps_adapter:
         separate_adapters(model, Path(source.path))
     model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
+    pin_rotary_frequencies(model, source.path)
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
@@ -302,10 +305,15 @@ def store_activations(model: PreTrainedModel) -> None:
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Return the longest sequence in tokens that the model's positions allow; 10**9 if unlimited, as in T5."""
+    """Return the longest sequence in tokens that the model's positions allow; 10**9 if unlimited, as in T5.
+
+    Of a multimodal model, the positions of its text model count. Rotary frequencies that switch with the length end the
+    context where they switch, see `models.rotary`.
+    """
+    text = text_config(config)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
+        if isinstance(value := getattr(text, name, None), int):
+            return min(value, switching_length(text) or value)
     return 10**9
 
 

@@ -14,7 +14,7 @@ from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
-from rlhf_cli.models.backbone import decoder_hidden, reads_groups
+from rlhf_cli.models.backbone import decoder_hidden, is_recurrent, reads_groups
 from rlhf_cli.precision import autocast
 from rlhf_cli.stages.sft.data import Batch, CausalCollator, GroupCollator, Row, Seq2SeqCollator
 
@@ -143,11 +143,17 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
     A model that takes groups was compared when it was loaded.
 
     Raises:
-        ModelError: the attention does not keep packed examples apart, or the model is an encoder-decoder.
+        ModelError: the model does not keep packed examples apart, or is an encoder-decoder.
     """
     if model.config.is_encoder_decoder:
         raise ModelError(
             f"`sft.packing` packs decoder-only models, and `{name}` is an encoder-decoder",
+            hint="remove `sft.packing`, or set it to false",
+        )
+    if is_recurrent(model):
+        raise ModelError(
+            f"`sft.packing` would let examples read each other: `{name}` has layers that carry a state from token to "
+            "token",
             hint="remove `sft.packing`, or set it to false",
         )
     if reads_groups(model):

@@ -20,7 +20,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import UsageError
-from rlhf_cli.generation.logprobs import check_projection
+from rlhf_cli.generation.decoding import check_policy
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import quiet_libraries, recompute_activations, store_activations
 from rlhf_cli.models.lora import add_lora
@@ -128,7 +128,7 @@ def _check(model: PreTrainedModel, settings: SFTSettings, name: str) -> None:
             f"`sft.lm_coef: {settings.lm_coef:g}` needs a decoder-only model: the decoder of `{name}` writes no prompt",
             hint="drop `lm_coef`, or choose a decoder-only model",
         )
-    check_projection(model, name)
+    check_policy(model, name)
     if settings.packing:
         check_packing(model, name)
 
