@@ -136,11 +136,9 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
     is_exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     for what, found in (("in a batch than alone", scored), ("when it is sampled than when it is scored", drawn)):
         off = (torch.cat(found) - torch.cat(alone)).abs()
-        if not float(off.max() if is_exact else off.mean()) < (1e-3 if is_exact else 0.5):
-            raise ModelError(
-                f"{label} gives a completion another log-probability {what}: they differ by {float(off.max()):.2g} nats",
-                hint=hint,
-            )
+        largest = float(off.max())
+        if not (largest < 1e-3 if is_exact else float(off.mean()) < 0.5):
+            raise ModelError(f"{label} scores tokens otherwise {what}: they differ by {largest:.2g} nats", hint=hint)
 
 
 def _decoded_logprobs(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:

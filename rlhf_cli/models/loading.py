@@ -25,8 +25,8 @@ from transformers import (
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
 from rlhf_cli.models.rotary import pin_rotary_frequencies, switching_length

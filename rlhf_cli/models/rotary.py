@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_cli.models.backbone import text_config
-from rlhf_cli.progress import say
+from rlhf_cli.progress import say_once
 
 _FIXED = "default"
 
@@ -31,7 +31,7 @@ def pin_rotary_frequencies(model: PreTrainedModel, name: str) -> None:
     config = text_config(model.config)
     longest, allowed = switching_length(config), getattr(config, "max_position_embeddings", 0)
     if modules and longest is not None and longest < allowed:
-        say(
+        say_once(
             f"`{name}` is used with texts of up to {longest:,} tokens: for longer ones, up to {allowed:,}, it switches "
             "its rotary frequencies by the longest text of a batch, so that results would depend on the batch"
         )

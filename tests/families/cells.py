@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from rlhf_cli.models.loading import ModelSource, load_config, load_policy
-from tests.families.zoo import ENCODER_DECODERS, ENCODERS, NESTED, save_tiny
+from tests.families.zoo import ENCODERS, save_tiny
 
 STAGES = ("sft", "train-rm", "ppo", "evaluate")
 YES, NOT_APPLICABLE = "yes", "n/a"
@@ -86,7 +86,9 @@ def cells_of(family: str, tokenizer, folder: Path) -> dict[str, str]:
     """
     for name, rows in _ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "gold.py").write_text("def score(prompts, completions):\n    return [c.count('e') for c in completions]\n")
+    (folder / "gold.py").write_text(
+        "def score(prompts, completions):\n    return [c.count('e') for c in completions]\n"
+    )
     model = save_tiny(family, tokenizer, folder / "model")
     if family in ENCODERS:
         cell = _cell(run_command(folder, "train-rm", "--model", model, "--data", "rankings.jsonl"))
@@ -121,7 +123,9 @@ def difference_from_transformers(folder: Path) -> float:
     """Largest difference of log-probabilities between our loader's model and that of transformers, in nats."""
     source = ModelSource(str(folder))
     config = load_config(source)
-    kinds = [AutoModelForSeq2SeqLM] if config.is_encoder_decoder else [AutoModelForCausalLM, AutoModelForImageTextToText]
+    kinds = (
+        [AutoModelForSeq2SeqLM] if config.is_encoder_decoder else [AutoModelForCausalLM, AutoModelForImageTextToText]
+    )
     kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
     theirs, report = kind.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"], report["missing_keys"]
