@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
+from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource, load_config, load_policy
 from tests.families.zoo import ENCODERS, save_tiny
 
@@ -45,6 +46,9 @@ _ROWS = {
     "rankings": [{"prompt": text, "chosen": " It is good.", "rejected": " No, bad"} for text in _PROMPTS],
     "prompts": [{"prompt": text} for text in _PROMPTS],
 }
+
+
+_GOLD = "def score(prompts, completions):\n    return [text.count('e') for text in completions]\n"
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,7 @@ def cells_of(family: str, tokenizer, folder: Path) -> dict[str, str]:
     """
     for name, rows in _ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "gold.py").write_text(
-        "def score(prompts, completions):\n    return [c.count('e') for c in completions]\n"
-    )
+    (folder / "gold.py").write_text(_GOLD, encoding="utf-8")
     model = save_tiny(family, tokenizer, folder / "model")
     if family in ENCODERS:
         cell = _cell(run_command(folder, "train-rm", "--model", model, "--data", "rankings.jsonl"))
@@ -113,7 +115,8 @@ def _cell(ended: Ended) -> str:
         return YES
     lines = ended.messages.splitlines()
     error = next((line for line in lines if line.startswith("error: ")), None)
-    assert error is not None and "bug in rlhf" not in ended.messages, ended.messages
+    assert error is not None, ended.messages
+    assert ended.code == ModelError.exit_code, ended.messages
     reason = " ".join(" ".join(lines[lines.index(error) :]).split(" hint: ")[0].split())
     return _REFUSED + reason.removeprefix("error: ")
 
@@ -123,9 +126,9 @@ def difference_from_transformers(folder: Path) -> float:
     """Largest difference of log-probabilities between our loader's model and that of transformers, in nats."""
     source = ModelSource(str(folder))
     config = load_config(source)
-    kinds = (
-        [AutoModelForSeq2SeqLM] if config.is_encoder_decoder else [AutoModelForCausalLM, AutoModelForImageTextToText]
-    )
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    if config.is_encoder_decoder:
+        kinds = (AutoModelForSeq2SeqLM,)
     kind = next(kind for kind in kinds if type(config) in kind._model_mapping)
     theirs, report = kind.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"], report["missing_keys"]

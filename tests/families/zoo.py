@@ -331,7 +331,7 @@ FAMILIES = DECODERS | ENCODER_DECODERS | ENCODERS
 
 
 def config_of(family: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The configuration of a family's tiny model, with the vocabulary of a tokenizer that has an end and a pad token."""
+    """The configuration of a family's tiny model, for a tokenizer that has an end and a pad token."""
     own = {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
