@@ -102,7 +102,9 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
     causal: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportAssignmentType]
     parent = next(base for base in causal.__mro__[1:] if issubclass(base, PreTrainedModel))
     name = causal.__name__.replace("ForCausalLM", "ForSequenceClassification")
-    return type(name, (GenericForSequenceClassification, parent), {"base_model_prefix": causal.base_model_prefix})
+    # With another `__module__`, transformers takes it for code of the model's own and leaves some buffers uninitialized.
+    attributes = {"base_model_prefix": causal.base_model_prefix, "__module__": causal.__module__}
+    return type(name, (GenericForSequenceClassification, parent), attributes)
 
 
 def head_of(classifier: PreTrainedModel, path: str) -> nn.Linear:
