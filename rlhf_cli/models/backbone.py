@@ -21,12 +21,14 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the decoder whose last hidden states the vocabulary projection reads."""
+    """Return the decoder whose last hidden states the vocabulary projection or the reward head reads."""
     decoder = model.get_decoder()
-    if model.config.is_encoder_decoder or decoder.get_output_embeddings() is None:
-        return decoder
-    # Llama 4 answers with its language model, projection included.
-    return next(child for child in decoder.children() if isinstance(child, PreTrainedModel))
+    while not model.config.is_encoder_decoder and decoder.get_output_embeddings() is not None:
+        # Llama 4 answers with its language model, projection included.
+        inner = decoder.get_decoder()
+        is_found = inner is not decoder
+        decoder = inner if is_found else next(one for one in decoder.children() if isinstance(one, PreTrainedModel))
+    return decoder
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:

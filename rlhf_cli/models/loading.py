@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -180,20 +181,27 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
+    return load_weights(_policy_class(config, source.path), source, config, dtype=dtype, complete=True)
+
+
+def _policy_class(config: PretrainedConfig, path: str) -> type:
+    """Return the Auto class that loads a language model whole, the parts that read images included.
+
+    Raises:
+        ModelError: the model does not generate text.
+    """
     if config.is_encoder_decoder:
-        kind = AutoModelForSeq2SeqLM
-    else:
-        kind = AutoModelForCausalLM
-        # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
-        reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
-            config, "is_decoder", False
+        return AutoModelForSeq2SeqLM
+    if type(config) in AutoModelForImageTextToText._model_mapping and text_config(config) is not config:
+        return AutoModelForImageTextToText
+    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
+    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
+        raise ModelError(
+            f"`{path}` is a {config.model_type} model, which cannot generate text",
+            hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
-        if type(config) not in kind._model_mapping or reads_both_ways:
-            raise ModelError(
-                f"`{source.path}` is a {config.model_type} model, which cannot generate text",
-                hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
-            )
-    return load_weights(kind, source, config, dtype=dtype, complete=True)
+    return AutoModelForCausalLM
 
 
 def load_weights(
