@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +73,16 @@ def run_command(folder: Path, *arguments: object) -> Ended:
         if name.split(".")[0] in sections
         for part in ("--set", f"{name}={value}")
     ]
+    gc.freeze()  # stages collect garbage, which is slow with all the objects of a test session
     with (
+        mock.patch("rlhf_cli.training.monitoring.plots.draw_curves"),
         mock.patch.object(sys, "argv", ["rlhf", *map(str, arguments), "--run-dir", "run", *options]),
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(err),
     ):
         code = main()
+    gc.unfreeze()
     return Ended(code, err.getvalue())
 
 
@@ -93,24 +98,24 @@ def cells_of(family: str, tokenizer, folder: Path) -> dict[str, str]:
     (folder / "gold.py").write_text(_GOLD, encoding="utf-8")
     model = save_tiny(family, tokenizer, folder / "model")
     if family in ENCODERS:
-        cell = _cell(run_command(folder, "train-rm", "--model", model, "--data", "rankings.jsonl"))
+        cell = _cell(run_command(folder, "train-rm", "--model", model, "--data", "rankings.jsonl"), folder)
         return dict.fromkeys(STAGES, NOT_APPLICABLE) | {"train-rm": cell}
-    cells = {"sft": _cell(run_command(folder, "sft", "--model", model, "--data", "demos.jsonl"))}
+    cells = {"sft": _cell(run_command(folder, "sft", "--model", model, "--data", "demos.jsonl"), folder)}
     start = folder / "run" / "sft" if cells["sft"] == YES else model
-    cells["train-rm"] = _cell(run_command(folder, "train-rm", "--model", start, "--data", "rankings.jsonl"))
+    cells["train-rm"] = _cell(run_command(folder, "train-rm", "--model", start, "--data", "rankings.jsonl"), folder)
     has_reward = cells["train-rm"] == YES
     reward = ("--reward-model", folder / "run" / "train-rm") if has_reward else ("--function", "gold.py:score")
     data = (*reward, "--prompts", "prompts.jsonl")
-    cells["ppo"] = _cell(run_command(folder, "ppo", "--model", start, *data))
+    cells["ppo"] = _cell(run_command(folder, "ppo", "--model", start, *data), folder)
     policy = folder / "run" / "ppo" if cells["ppo"] == YES else start
-    cells["evaluate"] = _cell(run_command(folder, "evaluate", "--baseline", start, "--policy", policy, *data))
+    cells["evaluate"] = _cell(run_command(folder, "evaluate", "--baseline", start, "--policy", policy, *data), folder)
     for stage in ("sft", "ppo"):
         if cells[stage] == YES:
             assert (off := difference_from_transformers(folder / "run" / stage)) < 1e-4, (stage, off)
     return cells
 
 
-def _cell(ended: Ended) -> str:
+def _cell(ended: Ended, folder: Path) -> str:
     if ended.code == 0:
         return YES
     lines = ended.messages.splitlines()
@@ -118,7 +123,10 @@ def _cell(ended: Ended) -> str:
     assert error is not None, ended.messages
     assert ended.code == ModelError.exit_code, ended.messages
     reason = " ".join(" ".join(lines[lines.index(error) :]).split(" hint: ")[0].split())
-    return _REFUSED + reason.removeprefix("error: ")
+    path = rf"`?{re.escape(str(folder))}/\S*?(?:model|sft)\b`?"
+    reason = re.sub(f"model {path}", "model", reason.removeprefix("error: "))
+    # How far two numbers are apart is not the same on all machines.
+    return _REFUSED + re.sub(r" \([^()]*differ by [^()]*\)", "", re.sub(path, "the model", reason))
 
 
 @torch.no_grad()
