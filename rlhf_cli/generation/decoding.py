@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
     log-probabilities that scoring finds, in one batch and alone.
 
     Args:
-        model: in evaluation mode.
+        model: a language model.
         name: of the model, for messages.
 
     Raises:
@@ -124,7 +125,9 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
     label = f"the {model.config.model_type} model `{name}`"
     hint = "choose another base model; this one's family is not supported"
     try:
-        drawn = _decoded_logprobs(model, prompts, completions)
+        # In training mode a model that recomputes activations drops its cache, without a word.
+        with _evaluating(model):
+            drawn = _decoded_logprobs(model, prompts, completions)
         scored = _scored_logprobs(model, prompts, completions)
         alone = [_scored_logprobs(model, [one], [other])[0] for one, other in zip(prompts, completions, strict=True)]
     except torch.OutOfMemoryError:
@@ -139,6 +142,16 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
         largest = float(off.max())
         if not (largest < 1e-3 if is_exact else float(off.mean()) < 0.5):
             raise ModelError(f"{label} scores tokens otherwise {what}: they differ by {largest:.2g} nats", hint=hint)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _decoded_logprobs(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:

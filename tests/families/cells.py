@@ -111,7 +111,7 @@ def cells_of(family: str, tokenizer, folder: Path) -> dict[str, str]:
     cells["evaluate"] = _cell(run_command(folder, "evaluate", "--baseline", start, "--policy", policy, *data), folder)
     for stage in ("sft", "ppo"):
         if cells[stage] == YES:
-            assert (off := difference_from_transformers(folder / "run" / stage)) < 1e-4, (stage, off)
+            assert (off := difference_from_transformers(folder / "run" / stage)) < 1e-3, (stage, off)
     return cells
 
 

@@ -17,10 +17,15 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from rlhf_cli.models.loading import disable_dropout
+
 POSITIONS = 256
+_SCALE = 3.0
+"""Of initial matrices: so small that a wrong mask or state would hardly change an output, they would hide mistakes."""
 _WIDTH: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -350,6 +355,13 @@ def config_of(family: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConf
 
 def save_tiny(family: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write a family's tiny model and the tokenizer to a folder."""
+    tiny_model(family, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_model(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Make a family's tiny model, without dropout, in evaluation mode."""
     kind = AutoModelForCausalLM
     if family in ENCODERS:
         kind = AutoModelForMaskedLM
@@ -357,9 +369,13 @@ def save_tiny(family: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         kind = AutoModelForSeq2SeqLM
     elif family in NESTED:
         kind = AutoModelForImageTextToText
+    config = config_of(family, tokenizer)
+    disable_dropout(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = kind.from_config(config_of(family, tokenizer))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+        model = kind.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(_SCALE)
+    return model
