@@ -19,8 +19,9 @@ from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.contract import read_contract
+from rlhf_cli.generation.decoding import check_policy
 from rlhf_cli.generation.generator import Completion
-from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
+from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.prompts import PromptStyle, longest_prompt, prompt_format, token_ids
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
@@ -28,6 +29,7 @@ from rlhf_cli.memory import free_memory
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy, load_tokenizer
+from rlhf_cli.models.rotary import pin_rotary_frequencies
 from rlhf_cli.precision import autocast
 
 Weights = Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -124,7 +126,7 @@ class Policy:
         if self._model is None:
             model = self._load()
             with self.autocast():
-                check_projection(model, self.source.path)
+                check_policy(model, self.source.path)
             self._model = model
         return nullcontext(self._model)
 
@@ -268,6 +270,7 @@ def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:
             config, dtype=torch.float32, **({} if is_ours else {"attn_implementation": source.attention})
         )
     model = model.to(device=source.device, dtype=source.dtype).eval()
+    pin_rotary_frequencies(model, source.path)
     if is_ours:
         set_attention(model, source.attention, source.path)
     return model

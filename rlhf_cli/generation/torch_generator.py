@@ -12,7 +12,6 @@ differently draws the same completions.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,18 +21,17 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError, ModelError
-from rlhf_cli.generation.chunked_logprobs import matmul_dtype
+from rlhf_cli.generation.decoding import Decoding, batches
 from rlhf_cli.generation.generator import Completion, Request
-from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.padding import pad
 
 
 class TorchGenerator:
     """Prefill, then one token per step and row, with a key-value cache; implements `Generator`.
 
-    Requests with prompts of similar length share a batch of `sampling.batch_size`.
+    Requests with prompts of similar length share a batch of `sampling.batch_size`; of equal length if the model has
+    layers that carry a state from token to token, which would read padding as text.
     """
 
     @torch.no_grad()
@@ -59,14 +57,15 @@ class TorchGenerator:
                 )
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         drawn: dict[int, Completion] = {}
-        size, stop_ids = policy.sampling.batch_size, policy.stop_ids
+        stop_ids = policy.stop_ids
         with policy.model() as model, policy.autocast():
             # In training mode a model that recomputes activations drops its cache, without a word.
             was_training = model.training
             model.eval()
             try:
-                for start in range(0, len(order), size):
-                    rows = order[start : start + size]
+                lengths = [len(requests[row].prompt_ids) for row in order]
+                for span in batches(model, lengths, policy.sampling.batch_size):
+                    rows = order[span]
                     told = _Told(progress, stop)
                     batch = _generate_batch(model, policy, [requests[row] for row in rows], stop_ids, told)
                     drawn.update(zip(rows, batch, strict=True))
@@ -88,7 +87,7 @@ def _generate_batch(
     model: PreTrainedModel, policy: Policy, requests: Sequence[Request], stop_ids: set[int], told: _Told
 ) -> list[Completion]:
     uniforms = _uniforms([request.seed for request in requests], policy.sampling.max_new_tokens)
-    decoding = _Decoding(model, [request.prompt_ids for request in requests])
+    decoding = Decoding(model, [request.prompt_ids for request in requests])
     rows = _decode(decoding, uniforms.to(model.device), policy.sampling, stop_ids, told)
     return [Completion(ids, policy.decode(ids), ids[-1] in stop_ids) for ids in rows]
 
@@ -100,7 +99,7 @@ def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
 
 
 def _decode(
-    decoding: _Decoding, uniforms: Tensor, sampling: Sampling, stop_ids: set[int], told: _Told
+    decoding: Decoding, uniforms: Tensor, sampling: Sampling, stop_ids: set[int], told: _Told
 ) -> list[list[int]]:
     """Draw tokens until every row has a stop token or the limit is reached.
 
@@ -166,60 +165,3 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float =
     cumulative = probabilities.double().cumsum(dim=-1)
     threshold = uniforms.unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-
-
-class _Decoding:
-    """A batch being decoded: its key-value cache, masks and positions.
-
-    Decoder-only prompts are padded on the left, so that the newest token of every row is last; positions count real
-    tokens only (trap 6 of docs/ppo.md).
-    """
-
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
-        self._model, self._decoder = model, model.get_decoder()
-        self._head: Projection | None = None
-        self._accepts = inspect.signature(self._decoder.forward).parameters
-        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        ids, is_real = pad(prompts, side="right" if self._is_encoder_decoder else "left")
-        self._ids, self._mask = ids.to(model.device), is_real.long().to(model.device)
-        self._encoded: Tensor | None = None
-        self._cache = None
-
-    def prefill(self) -> Tensor:
-        """Read the prompts; return the logits of the first new token: (B, V)."""
-        if self._is_encoder_decoder:
-            self._encoded = self._model.get_encoder()(self._ids, attention_mask=self._mask).last_hidden_state
-            start = self._model.config.decoder_start_token_id
-            return self._forward(torch.full((len(self._ids), 1), start, device=self._ids.device))
-        return self._forward(self._ids)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token (B,) to every row; return the logits of the next: (B, V)."""
-        if not self._is_encoder_decoder:
-            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        return self._forward(tokens.unsqueeze(-1))
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows of the batch."""
-        indices = torch.tensor(rows, device=self._ids.device)
-        self._mask = self._mask[indices]
-        self._ids = self._ids[indices]
-        if self._encoded is not None:
-            self._encoded = self._encoded[indices]
-        self._cache.batch_select_indices(indices)  # pyright: ignore[reportOptionalMemberAccess]
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        arguments: dict[str, object] = {"use_cache": True, "past_key_values": self._cache}
-        if self._is_encoder_decoder:
-            arguments |= {"encoder_hidden_states": self._encoded, "encoder_attention_mask": self._mask}
-        else:
-            arguments["attention_mask"] = self._mask
-            if "position_ids" in self._accepts:
-                positions = (self._mask.cumsum(dim=-1) - 1).clamp_(min=0)
-                arguments["position_ids"] = positions[:, -ids.shape[1] :]
-        output = self._decoder(input_ids=ids, **arguments)
-        self._cache = output.past_key_values
-        hidden = output.last_hidden_state[:, -1]  # the last position is enough: B x L x V is never built
-        if self._head is None:
-            self._head = Projection.of(self._model).as_operand(matmul_dtype(hidden))
-        return self._head.logits(hidden)

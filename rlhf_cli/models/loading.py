@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -27,9 +28,11 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.gpu_check import unused_gpu
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
+from rlhf_cli.models.rotary import pin_rotary_frequencies, switching_length
 from rlhf_cli.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -198,20 +201,27 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
+    return load_weights(_policy_class(config, source.path), source, config, dtype=dtype, complete=True)
+
+
+def _policy_class(config: PretrainedConfig, path: str) -> type:
+    """Return the Auto class that loads a language model whole, the parts that read images included.
+
+    Raises:
+        ModelError: the model does not generate text.
+    """
     if config.is_encoder_decoder:
-        kind = AutoModelForSeq2SeqLM
-    else:
-        kind = AutoModelForCausalLM
-        # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
-        reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
-            config, "is_decoder", False
+        return AutoModelForSeq2SeqLM
+    if type(config) in AutoModelForImageTextToText._model_mapping and text_config(config) is not config:
+        return AutoModelForImageTextToText
+    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
+    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
+        raise ModelError(
+            f"`{path}` is a {config.model_type} model, which cannot generate text",
+            hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
-        if type(config) not in kind._model_mapping or reads_both_ways:
-            raise ModelError(
-                f"`{source.path}` is a {config.model_type} model, which cannot generate text",
-                hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
-            )
-    return load_weights(kind, source, config, dtype=dtype, complete=True)
+    return AutoModelForCausalLM
 
 
 def load_weights(
@@ -270,6 +280,7 @@ def load_weights(
     if keeps_adapter:
         separate_adapters(model, Path(source.path))
     model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
+    pin_rotary_frequencies(model, source.path)
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
@@ -322,10 +333,15 @@ def store_activations(model: PreTrainedModel) -> None:
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Return the longest sequence in tokens that the model's positions allow; 10**9 if unlimited, as in T5."""
+    """Return the longest sequence in tokens that the model's positions allow; 10**9 if unlimited, as in T5.
+
+    Of a multimodal model, the positions of its text model count. Rotary frequencies that switch with the length end the
+    context where they switch, see `models.rotary`.
+    """
+    text = text_config(config)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
+        if isinstance(value := getattr(text, name, None), int):
+            return min(value, switching_length(text) or value)
     return 10**9
 
 

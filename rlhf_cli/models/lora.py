@@ -1,5 +1,8 @@
 """Low-rank adapters on the backbone of a model (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A.
 
+The experts of a mixture-of-experts model are mostly one parameter (experts, out, in), not linear layers. It gets A and
+B per expert (PEFT's `target_parameters`), and its weight is W + (alpha / rank) B A in every forward pass.
+
 Adapters are injected into the *backbone*, the model without its vocabulary projection or reward head. So one adapter
 fits a causal language model, a bare decoder and a sequence classifier of the same architecture. Its keys are relative
 to the backbone: `layers.0.self_attn.q_proj.lora_A.weight`.
@@ -9,13 +12,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,8 +27,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.backbone import decoder_of, text_config
 from rlhf_cli.models.low_rank import join
 from rlhf_cli.models.quantize import quantized
+from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import LoraSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -58,20 +64,28 @@ def add_lora(model: nn.Module, lora: LoraSettings, *, name: str = "default") -> 
         ModelError: `lora.target_modules` names a layer that the model does not have.
     """
     base = backbone(model)
-    targets = _target_layers(base, lora.target_modules, head=_output_layer(model))
+    targets = _targets(model, lora)
     others = {parameter: parameter.requires_grad for parameter in _adapter_parameters(model)}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  (annotated int, used as a factor)
         lora_dropout=lora.dropout,
-        target_modules=sorted(targets),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
+        target_modules=sorted(targets.layers),
+        target_parameters=sorted(targets.experts) or None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.layers.values()),
         bias="none",
     )
-    with warnings.catch_warnings(), _quantization_flags(base):
+    with warnings.catch_warnings(), _quantization_flags(base), _as_named(base):
         # PEFT warns when a second adapter is added, which is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, base, adapter_name=name)
+        try:
+            inject_adapter_in_model(config, base, adapter_name=name)
+        except ValueError as error:
+            raise ModelError(
+                f"PEFT cannot add an adapter to {type(base).__name__}: {error}",
+                hint="name other layers in `lora.target_modules`, or train all weights (`adapter: none`)",
+            ) from error
+    _check_adapted(model, name, targets)
     added = [parameter for _, layer in adapter_layers(model, name) for parameter in _factors(layer, name).values()]
     for parameter in model.parameters():
         parameter.requires_grad_(others.get(parameter, False))
@@ -97,34 +111,160 @@ def _quantization_flags(base: nn.Module) -> Iterator[None]:
             setattr(base, name, value)
 
 
+@contextmanager
+def _as_named(base: nn.Module) -> Iterator[None]:
+    """Keep PEFT from renaming targets: by the model type it takes names for those of transformers 4.
+
+    In mixture-of-experts models it would take the layers of shared experts for the fused experts, which have the same
+    names.
+    """
+    config = vars(base).pop("config", None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            vars(base)["config"] = config
+
+
 def _output_layer(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
-def _target_layers(base: nn.Module, names: str | list[str], *, head: nn.Module | None) -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
-    for key, module in base.named_modules():
-        if inside and key.startswith(inside):
-            continue
-        if isinstance(module, LoraLayer):  # adapted already: count the layer, not the factors inside it
-            inside = (*inside, key + ".")
-            module = module.get_base_layer()
-        is_head = module is head or any(part in _HEADS for part in key.split("."))
-        if isinstance(module, nn.Linear | Conv1D) and not is_head:
-            layers[key] = module
+@dataclass(frozen=True)
+class _Targets:
+    """What gets an adapter, by keys relative to the backbone: linear layers, and parameters (experts, ., .)."""
+
+    layers: dict[str, nn.Module]
+    experts: dict[str, nn.Parameter]
+
+    def adapted(self) -> list[nn.Parameter]:
+        """Return the weights that the adapter changes."""
+        return [*(layer.weight for layer in self.layers.values()), *self.experts.values()]  # type: ignore[list-item]
+
+
+def _targets(model: nn.Module, lora: LoraSettings) -> _Targets:
+    """Select what `lora.target_modules` names; says what an adapter on all linear layers does not reach."""
+    base, names = backbone(model), lora.target_modules
     names = [names] if isinstance(names, str) else names
+    everything = _adaptable(base, head=_output_layer(model), inside=_text_modules(model))
     if names == ["all-linear"]:
-        return layers
-    chosen = {key: layer for key, layer in layers.items() for name in names if f".{key}".endswith(f".{name}")}
-    missing = [name for name in names if not any(f".{key}".endswith(f".{name}") for key in layers)]
-    if missing:
-        known = ", ".join(sorted({key.rsplit(".", 1)[-1] for key in layers}))
+        chosen = _Targets(everything.layers, {} if lora.dropout else everything.experts)
+        _say_coverage(model, chosen, has_dropout=bool(lora.dropout and everything.experts))
+        return chosen
+    known = [*everything.layers, *everything.experts]
+    if missing := [name for name in names if not any(_is_named(key, name) for key in known)]:
         raise ModelError(
             f"`lora.target_modules`: {type(base).__name__} has no linear layer `{missing[0]}`",
-            hint=f"its linear layers are: {known}",
+            hint=f"its linear layers are: {', '.join(sorted({key.rsplit('.', 1)[-1] for key in known}))}",
         )
-    return chosen
+    layers, experts = (
+        {key: one for key, one in every.items() if any(_is_named(key, name) for name in names)}
+        for every in (everything.layers, everything.experts)
+    )
+    if experts and lora.dropout:
+        raise ModelError(
+            f"`lora.dropout`: an adapter on fused experts (`{next(iter(experts))}`) cannot have dropout",
+            hint="set `lora.dropout` to 0, or leave the experts out of `lora.target_modules`",
+        )
+    return _Targets(layers, experts)  # type: ignore[arg-type]
+
+
+def _is_named(key: str, name: str) -> bool:
+    return f".{key}".endswith(f".{name}")
+
+
+def _adaptable(base: nn.Module, *, head: nn.Module | None, inside: Collection[nn.Module] | None) -> _Targets:
+    """Find all linear layers and fused experts of a backbone that an adapter can change."""
+    found = _Targets({}, {})
+    adapted: tuple[str, ...] = ()
+    read_directly: set[nn.Module] = set()
+    for key, module in base.named_modules():
+        if adapted and key.startswith(adapted):
+            continue
+        if isinstance(module, LoraLayer):  # adapted already: count the layer, not the factors inside it
+            adapted = (*adapted, key + ".")
+            module = module.get_base_layer()
+        read_directly |= _read_directly(module)
+        if module is head or any(part in _HEADS for part in key.split(".")) or module in read_directly:
+            continue
+        if inside is not None and module not in inside:
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            if not _is_router(module):
+                found.layers[key] = module
+        elif "expert" in f"{key} {type(module).__name__}".lower():
+            own = module.named_parameters(recurse=False)
+            found.experts.update({f"{key}.{name}": weight for name, weight in own if weight.dim() == 3})
+    return found
+
+
+def _is_router(layer: nn.Module) -> bool:
+    """Whether a layer is a router derived from a linear layer, which returns more than a product (Llama 4, Phi-MoE)."""
+    return "router" in type(layer).__name__.lower()
+
+
+def _read_directly(module: nn.Module) -> set[nn.Module]:
+    """Return linear layers that a state-space mixer hands to its kernels as weights, without calling them.
+
+    On a GPU these kernels would ignore an adapter.
+    """
+    if not hasattr(module, "A_log") or not hasattr(module, "D"):
+        return set()
+    return {layer for name, layer in module.named_children() if name in ("out_proj", "x_proj", "dt_proj")}
+
+
+def _text_modules(model: nn.Module) -> set[nn.Module] | None:
+    """Return the modules of the language model inside a multimodal model; None for other models."""
+    if not isinstance(model, PreTrainedModel) or text_config(model.config) is model.config:
+        return None
+    # An adapted layer is counted by what it wraps.
+    return {one.get_base_layer() if isinstance(one, LoraLayer) else one for one in decoder_of(model).modules()}
+
+
+_WELL_COVERED = 0.9
+
+
+def _say_coverage(model: nn.Module, targets: _Targets, *, has_dropout: bool) -> None:
+    """Say what share of the backbone's weights an adapter on all linear layers changes, if it is not nearly all."""
+    adapted = {id(weight) for weight in targets.adapted()}
+    inside = decoder_of(model) if _text_modules(model) is not None else backbone(model)  # type: ignore[arg-type]
+    kept = {
+        id(weight)
+        for module in inside.modules()
+        if isinstance(module, nn.Embedding | LoraLayer) or module is _output_layer(model)
+        for weight in module.parameters(recurse=not isinstance(module, LoraLayer))
+    }
+    kept |= {id(weight) for weight in _adapter_parameters(model)}
+    weights = {name: one for name, one in inside.named_parameters() if id(one) not in kept and one.dim() > 1}
+    total = sum(weight.numel() for weight in weights.values())
+    covered = sum(weight.numel() for weight in weights.values() if id(weight) in adapted)
+    if total == 0 or covered >= _WELL_COVERED * total:
+        return
+    rest = {name: weight for name, weight in weights.items() if id(weight) not in adapted}
+    largest = max(rest, key=lambda name: rest[name].numel())
+    way = "set `lora.dropout` to 0 to reach the experts" if has_dropout else "`adapter: none` trains all weights"
+    say_once(
+        f"the adapter reaches {covered / total:.0%} of the backbone's matrices, not those such as `{largest}`; {way}"
+    )
+
+
+def _check_adapted(model: nn.Module, name: str, targets: _Targets) -> None:
+    """Compare the layers that PEFT adapted with those that were asked for.
+
+    Raises:
+        ModelError: they differ.
+    """
+    found: set[str] = set()
+    for key, layer in adapter_layers(model, name):
+        key = key.replace(".base_layer", "")
+        found.add(f"{key}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else key)
+    if differing := sorted(found ^ {*targets.layers, *targets.experts}):
+        problem = "was not asked for" if differing[0] in found else "got none"
+        raise ModelError(
+            f"the adapter is not on the layers it was asked for: `{differing[0]}` {problem} ({len(differing)} such "
+            "layers)",
+            hint="name other layers in `lora.target_modules`, or train all weights (`adapter: none`)",
+        )
 
 
 def _adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -239,20 +379,31 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
         stored = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load an adapter from {folder}: {error}") from error
-    base_keys = {key.removesuffix(".base_layer") for key, _ in backbone(model).named_modules()}
+    base_keys = {key.replace(_WRAPPED, "") for key, _ in backbone(model).named_modules()}
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
-    layers = sorted({key.rsplit(".", 2)[0] for key in state})
+    keys = {key.rsplit(".", 2)[0].replace(_WRAPPED, "") for key in state}
+    layers = sorted(key for key in keys if _is_linear(backbone(model), key))
     try:
-        return LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=layers), state
+        names = layers + sorted(config.get("target_parameters") or [])
+        return LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=names), state
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
+
+
+_WRAPPED = ".base_layer"
+"""What PEFT puts into the name of a layer inside another: of fused experts that have several adapted parameters."""
+
+
+def _is_linear(base: nn.Module, key: str) -> bool:
+    module = base.get_submodule(key)
+    return isinstance(module.get_base_layer() if isinstance(module, LoraLayer) else module, nn.Linear | Conv1D)
 
 
 def _relative_key(key: str, base_keys: set[str], folder: Path) -> str:
     """Make a key relative to the backbone: `base_model.model.model.layers.0...` -> `layers.0...`."""
     parts = key.split(".")
     for start in range(len(parts) - 2):
-        if ".".join(parts[start:-2]) in base_keys:
+        if ".".join(part for part in parts[start:-2] if f".{part}" != _WRAPPED) in base_keys:
             return ".".join(parts[start:])
     raise ModelError(f"the adapter in {folder} does not fit the model: the model has no layer for `{key}`")
 
@@ -284,9 +435,12 @@ def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | 
         for key, layer in layers:
             plain = layer.get_base_layer()
             if name in layer.lora_A:
-                plain.weight.data = plain.weight.data.float() + layer.get_delta_weight(name).float()  # type: ignore[operator]
-            parent, _, leaf = key.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, plain)
+                weight = getattr(plain, layer.parameter_name if isinstance(layer, ParamWrapper) else "weight")
+                weight.data = weight.data.float()
+                weight.data += layer.get_delta_weight(name).float()  # type: ignore[operator]
+            if not key.endswith(_WRAPPED):
+                parent, _, leaf = key.rpartition(".")
+                setattr(base.get_submodule(parent), leaf, plain)
         for module in base.modules():
             join(module)
     if hasattr(base, "peft_config"):

@@ -92,7 +92,8 @@ def separate_adapters(model: nn.Module, folder: Path) -> None:
     factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
     while position.is_dir():
         lora, state = read_adapter(model, position)
-        for key in sorted({key.rsplit(".", 2)[0] for key in state}):
+        # Fused experts stay merged: in training too, their sum W + B A is what is rounded, in every forward pass.
+        for key in (key for key in lora.target_modules if f"{key}.lora_A.weight" in state):
             a, b = (state[f"{key}.lora_{factor}.weight"].float() for factor in "AB")
             factors.setdefault(key, []).append((a, b * (lora.alpha / lora.rank)))
         position = position / _BASE_ADAPTER

@@ -6,12 +6,14 @@ full is an ordinary model folder, and any such classifier on the hub can be a re
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -93,16 +95,20 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
     """
     if type(config) in AutoModelForSequenceClassification._model_mapping:
         return AutoModelForSequenceClassification
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    languages = (AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping)
+    mapping = next((mapping for mapping in languages if type(config) in mapping), None)
+    if mapping is None:
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot be a reward model",
             hint="use a decoder-only language model or an encoder of the BERT family",
         )
     # Transformers' generic classifier, for architectures without a class of their own (Granite, Cohere).
-    causal: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportAssignmentType]
+    causal: type[PreTrainedModel] = mapping[type(config)]  # pyright: ignore[reportAssignmentType]
     parent = next(base for base in causal.__mro__[1:] if issubclass(base, PreTrainedModel))
-    name = causal.__name__.replace("ForCausalLM", "ForSequenceClassification")
-    return type(name, (GenericForSequenceClassification, parent), {"base_model_prefix": causal.base_model_prefix})
+    name = re.sub("For[A-Z].*", "ForSequenceClassification", causal.__name__)
+    # With another `__module__`, transformers takes it for code of the model's own and does not initialize all buffers.
+    attributes = {"base_model_prefix": causal.base_model_prefix, "__module__": causal.__module__}
+    return type(name, (GenericForSequenceClassification, parent), attributes)
 
 
 def head_of(classifier: PreTrainedModel, path: str) -> nn.Linear:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.backbone import last_hidden, reads_groups
+from rlhf_cli.models.backbone import decoder_of, last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
@@ -95,7 +95,7 @@ class RewardModel(nn.Module):
             if self.is_encoder:
                 types = {} if batch.types is None else {"token_type_ids": batch.types}
                 return self.model(input_ids=batch.input_ids, attention_mask=batch.mask, **types).logits[:, 0].float()
-            hidden = last_hidden(self.backbone, batch.input_ids, batch.layout)
+            hidden = last_hidden(decoder_of(self.backbone), batch.input_ids, batch.layout)
         head = self.head
         bias = None if head.bias is None else head.bias.float()
         raw = nn.functional.linear(hidden[batch.last].float(), head.weight.float(), bias)

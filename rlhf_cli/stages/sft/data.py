@@ -123,8 +123,8 @@ Batch = dict[str, Any]
         earlier turn of the assistant; above 1 where examples share it.
     texts: (N,) number of examples in which the target is any token but the first.
 
-A decoder-only model also gets `layout` (groups) or, with several examples per row, `position_ids` (B, L); an
-encoder-decoder gets `encoder_ids` and `encoder_mask` (B, S).
+A decoder-only model also gets `layout` (groups), or `is_real` (B, L), False on padding, and, with several examples per
+row, `position_ids` (B, L); an encoder-decoder gets `encoder_ids` and `encoder_mask` (B, S).
 """
 
 Row = Sequence[Example]
@@ -159,7 +159,7 @@ class CausalCollator:
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Collate rows into a batch."""
-        input_ids, _ = pad([[token for example in row for token in example.ids] for row in rows])
+        input_ids, is_real = pad([[token for example in row for token in example.ids] for row in rows])
         positions = torch.zeros_like(input_ids)
         examples, where = [], []
         for number, row in enumerate(rows):
@@ -170,7 +170,7 @@ class CausalCollator:
                 examples.append(example)
                 where.append(torch.arange(start, end) + number * input_ids.shape[1])
                 start = end
-        batch = {"input_ids": input_ids, **_predictions(examples, where)}
+        batch = {"input_ids": input_ids, "is_real": is_real, **_predictions(examples, where)}
         return batch | {"position_ids": positions} if self.packed else batch
 
 

@@ -14,7 +14,8 @@ from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
-from rlhf_cli.models.backbone import decoder_hidden, reads_groups
+from rlhf_cli.models.backbone import decoder_hidden, is_recurrent, reads_groups
+from rlhf_cli.models.router_loss import RouterLoss
 from rlhf_cli.precision import autocast
 from rlhf_cli.stages.sft.data import Batch, CausalCollator, GroupCollator, Row, Seq2SeqCollator
 
@@ -28,13 +29,17 @@ def collator_for(model: PreTrainedModel, *, packed: bool) -> Collator:
     return GroupCollator() if reads_groups(model) else CausalCollator(packed)
 
 
-def token_logprobs(model: PreTrainedModel, batch: Batch, is_scored: Tensor) -> Tensor:
+def token_logprobs(
+    model: PreTrainedModel, batch: Batch, is_scored: Tensor, router_logits: list[Tensor] | None = None
+) -> Tensor:
     """Return the log-probabilities, in nats and float32, of the targets of a batch that `is_scored` (N,) marks.
 
     Logits are computed for these positions only, in tiles, so no tensor of batch x length x vocabulary exists.
+    Router logits are appended to `router_logits`, see `last_hidden`.
     """
     reads = ("layout", "position_ids", "encoder_ids", "encoder_mask")
-    hidden = decoder_hidden(model, batch["input_ids"], **{name: batch.get(name) for name in reads})
+    read = {name: batch.get(name) for name in reads}
+    hidden = decoder_hidden(model, batch["input_ids"], router_logits=router_logits, **read)
     logprobs, _ = Projection.of(model).logprobs(hidden[batch["predicting"][is_scored]], batch["targets"][is_scored])
     return logprobs
 
@@ -61,24 +66,33 @@ class TokenCounts:
         return TokenCounts(completion, text)
 
 
-def sft_loss(model: PreTrainedModel, batch: Batch, counts: TokenCounts, *, lm_coef: float) -> Tensor:
+def sft_loss(
+    model: PreTrainedModel, batch: Batch, counts: TokenCounts, *, lm_coef: float, router: RouterLoss | None = None
+) -> Tensor:
     """Return one micro-batch's part of L3 = L2 + lambda L1 (Radford et al. 2018, section 3.2), in nats per token.
 
     L2 is the mean negative log-likelihood of trained tokens (completions, and earlier turns of the assistant), L1 that
     of all tokens, prompts included. Both means are over the *whole step*, so the parts of a step's micro-batches add up
-    to its loss.
+    to its loss. The router's load-balancing loss is no sum over tokens: it is the mean over micro-batches, weighted by
+    their tokens, and depends on how a step is cut.
 
     Args:
         model: decoder-only or encoder-decoder.
         batch: from the collator that `collator_for` returns.
         counts: tokens of the whole step.
         lm_coef: lambda.
+        router: load-balancing loss of a mixture-of-experts model, which is added.
     """
-    times, is_completion = batch["completions"], batch["completions"] > 0
-    if lm_coef == 0.0:
-        return -(token_logprobs(model, batch, is_completion) * times[is_completion]).sum() / counts.completion
-    logprobs = token_logprobs(model, batch, torch.ones_like(is_completion))
-    return -(logprobs * times).sum() / counts.completion - lm_coef * (logprobs * batch["texts"]).sum() / counts.text
+    times, texts = batch["completions"], batch["texts"]
+    is_scored = times > 0 if lm_coef == 0.0 else torch.ones_like(times, dtype=torch.bool)
+    router_logits: list[Tensor] | None = None if router is None else []
+    logprobs = token_logprobs(model, batch, is_scored, router_logits)
+    loss = -(logprobs * times[is_scored]).sum() / counts.completion
+    if lm_coef > 0.0:
+        loss = loss - lm_coef * (logprobs * texts).sum() / counts.text
+    if router is not None and router_logits is not None:
+        loss = loss + router(router_logits, batch.get("is_real")) * (texts.sum() / counts.text)
+    return loss
 
 
 @torch.no_grad()
@@ -143,11 +157,17 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
     A model that takes groups was compared when it was loaded.
 
     Raises:
-        ModelError: the attention does not keep packed examples apart, or the model is an encoder-decoder.
+        ModelError: the model does not keep packed examples apart, or is an encoder-decoder.
     """
     if model.config.is_encoder_decoder:
         raise ModelError(
             f"`sft.packing` packs decoder-only models, and `{name}` is an encoder-decoder",
+            hint="remove `sft.packing`, or set it to false",
+        )
+    if is_recurrent(model):
+        raise ModelError(
+            f"`sft.packing` would let examples read each other: `{name}` has layers that carry a state from token to "
+            "token",
             hint="remove `sft.packing`, or set it to false",
         )
     if reads_groups(model):

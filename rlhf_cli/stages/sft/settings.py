@@ -37,6 +37,9 @@ class SFTSettings(TrainingSettings):
     lm_coef: NonNegative = 0.0
     """Weight lambda of the language-modeling loss L1 on the whole sequence, in L3 = L2 + lambda L1 (GPT-1, section
     3.2); L2 is the loss on the completion."""
+    router_aux_coef: NonNegative | None = None
+    """Weight of the load-balancing loss of a mixture-of-experts model's router (Fedus et al. 2021, arXiv:2101.03961).
+    Null is that of the model's configuration, `router_aux_loss_coef`."""
 
     @property
     def peak_rate(self) -> float:

@@ -20,10 +20,11 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import UsageError
-from rlhf_cli.generation.logprobs import check_projection
+from rlhf_cli.generation.decoding import check_policy
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import quiet_libraries, recompute_activations, store_activations
 from rlhf_cli.models.lora import add_lora
+from rlhf_cli.models.router_loss import RouterLoss
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
@@ -128,7 +129,13 @@ def _check(model: PreTrainedModel, settings: SFTSettings, name: str) -> None:
             f"`sft.lm_coef: {settings.lm_coef:g}` needs a decoder-only model: the decoder of `{name}` writes no prompt",
             hint="drop `lm_coef`, or choose a decoder-only model",
         )
-    check_projection(model, name)
+    check_policy(model, name)
+    if settings.router_aux_coef and RouterLoss.of(model, settings.router_aux_coef) is None:
+        raise UsageError(
+            f"`sft.router_aux_coef: {settings.router_aux_coef:g}`: the {model.config.model_type} model `{name}` has no "
+            "load-balancing loss",
+            hint="drop `router_aux_coef`; it is for mixture-of-experts models whose family has such a loss",
+        )
     if settings.packing:
         check_packing(model, name)
 
@@ -160,6 +167,7 @@ class SFTTrainer(TrainingTask):
         self._collate = collator_for(model, packed=settings.packing)
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._rate_scale = 1.0
+        self._router = _router_loss(model, settings)
         groups = _parameter_groups(self._trained, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate)
         self._loop = TrainingLoop(
@@ -213,7 +221,13 @@ class SFTTrainer(TrainingTask):
         total = torch.zeros((), device=device)
         for batch in batches:
             with autocast(device, self._precision):
-                loss = sft_loss(self._model, on_device(batch, device), counts, lm_coef=self._settings.lm_coef)
+                loss = sft_loss(
+                    self._model,
+                    on_device(batch, device),
+                    counts,
+                    lm_coef=self._settings.lm_coef,
+                    router=self._router,
+                )
             loss.backward()
             total += loss.detach()
             beat()
@@ -228,6 +242,16 @@ class SFTTrainer(TrainingTask):
     def weights(self) -> dict[str, Tensor]:
         """See `TrainingTask`."""
         return dict(self._trained)
+
+
+def _router_loss(model: PreTrainedModel, settings: SFTSettings) -> RouterLoss | None:
+    router = RouterLoss.of(model, settings.router_aux_coef)
+    if router is not None:
+        say(
+            f"the loss includes the router's load-balancing loss with weight {router.coef:g} "
+            "(`sft.router_aux_coef`; 0 leaves it out)"
+        )
+    return router
 
 
 def _rows(model: PreTrainedModel, examples: Sequence[Example], settings: SFTSettings) -> list[Row]:
