@@ -7,6 +7,7 @@ full stop. Any other exception is a bug of ours and shows its traceback.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -67,6 +68,15 @@ class ModelError(RLHFError):
     """A model or tokenizer that does not fit its use."""
 
     exit_code = EXIT_DATA
+
+
+def raise_together(errors: Sequence[RLHFError]) -> None:
+    """Raise the only error as it is, or several as one that lists them with their hints; do nothing for none."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        lines = [f"{one.message} ({one.hint})" if one.hint else one.message for one in errors]
+        raise type(errors[0])("\n".join(lines))
 
 
 class DivergedError(RLHFError):

@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_cli.data.records import Record, split_key
 from rlhf_cli.data.splits import Split, question
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.hub import local_folder
 from rlhf_cli.settings.shared import DataSettings, SamplingSettings
 
 CONTRACT_FILE = "contract.json"
@@ -66,9 +67,9 @@ def read_contract(model: str | Path) -> Contract | None:
     """Return the contract beside a model or an artifact; None if there is none, as with models of others.
 
     Raises:
-        ModelError: a file is damaged, or another version of rlhf wrote it.
+        ModelError: a file is damaged, another version of rlhf wrote it, or there is no such model.
     """
-    folder = Path(model)
+    folder = Path(model) if Path(model).is_dir() else local_folder(str(model), with_weights=False)
     path = folder / CONTRACT_FILE
     if not path.is_file():
         return None

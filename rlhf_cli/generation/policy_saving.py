@@ -85,15 +85,16 @@ def save_policy(
     model, base_dtype, quantize = _in_memory(model, source, on_cpu, adapter)
     trained = completion_logits(model, probe)
     if adapter is not None:
+        path, commit = source.pinned
         base = AdapterBase(
-            path=relative_base(source.path, folder) if adapter.has_base else None,
-            revision=source.revision,
-            sha256=hash_weights(source.path),
+            path=relative_base(path, folder) if adapter.has_base else None,
+            revision=commit,
+            sha256=hash_weights(source.folder_with_weights),
             dtype=str(base_dtype).removeprefix("torch."),
             quantize=quantize,
         )
         with writing("the adapter", folder):
-            save_policy_adapter(model, folder, adapter.name, base, base_folder=Path(source.path))
+            save_policy_adapter(model, folder, adapter.name, base, base_folder=source.folder)
         merge_lora(model, adapter.name)
     save_model_folder(model, tokenizer, folder, dtype=torch.float32, generation=generation)
     model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)

@@ -26,6 +26,7 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.hub import commit_of, hub_model, local_folder
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
 
@@ -38,8 +39,8 @@ class ModelSource:
     """Where a model comes from, with device and precisions resolved for this machine.
 
     Attributes:
-        path: folder or hub id.
-        revision: commit, tag or branch on the hub.
+        path: folder or hub id, which may end with `@revision`.
+        revision: commit, tag or branch on the hub; replaces the one in `path`.
         trust_remote_code: run Python code that comes with the model.
         dtype: of frozen weights; trained weights are always float32.
         precision: of matrix products (autocast).
@@ -61,6 +62,22 @@ class ModelSource:
     quantize: Quantize = "none"
     is_merged: bool = False
 
+    @property
+    def folder(self) -> Path:
+        """The local folder with the model's files, for a model on the hub that of its cache, maybe without weights."""
+        return local_folder(self.path, self.revision, with_weights=False)
+
+    @property
+    def folder_with_weights(self) -> Path:
+        """The same folder; downloads the weights that it lacks."""
+        return local_folder(self.path, self.revision)
+
+    @property
+    def pinned(self) -> tuple[str, str | None]:
+        """What to record of where a model comes from: its hub id and commit; the folder and None for a folder."""
+        model = hub_model(self.path, self.revision)
+        return (self.path, None) if model is None else (model.id, commit_of(model))
+
     def at(self, path: str) -> ModelSource:
         """Return this source with another path; revision and remote code apply to the original path only."""
         if path == self.path:
@@ -74,11 +91,11 @@ class ModelSource:
     def keeps_adapter(self, dtype: torch.dtype | None) -> bool:
         """Whether `load_weights` splits an adapter off the weights into which it was merged."""
         is_rounded = self.precision != torch.float32 and self.quantize == "none"
-        return dtype is None and is_rounded and not self.is_merged and has_policy_adapter(Path(self.path))
+        return dtype is None and is_rounded and not self.is_merged and has_policy_adapter(self.folder)
 
-    def hub_arguments(self) -> dict[str, object]:
+    def loading_arguments(self) -> dict[str, object]:
         """Return the arguments common to every `from_pretrained`."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return {"trust_remote_code": self.trust_remote_code}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -128,16 +145,16 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     Raises:
         ModelError: there is none, or the folder holds a PEFT adapter.
     """
-    folder = Path(source.path)
+    folder = source.folder
     if (folder / "adapter_config.json").is_file():
         raise _is_adapter_error(source.path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise ModelError(
             f"{source.path} is not a model folder: it has no config.json",
             hint="give a folder that `save_pretrained` wrote, or a hub id",
         )
     try:
-        return AutoConfig.from_pretrained(source.path, **source.hub_arguments())
+        return AutoConfig.from_pretrained(folder, **source.loading_arguments())
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load a model from `{source.path}`: {_first_line(error)}",
@@ -160,7 +177,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         ModelError: it cannot be loaded.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.hub_arguments())
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.loading_arguments())
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a tokenizer from `{source.path}`: {_first_line(error)}") from error
     tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
@@ -228,14 +245,14 @@ def load_weights(
         }
     try:
         model, report = kind.from_pretrained(
-            source.path,
+            source.folder_with_weights,
             output_loading_info=True,
             config=config,
             dtype=torch.float32 if keeps_adapter else dtype or source.dtype,
             use_safetensors=True,
             **placement,
             **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
-            **source.hub_arguments(),
+            **source.loading_arguments(),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
@@ -248,7 +265,7 @@ def load_weights(
             hint="give the folder of a complete language model",
         )
     if keeps_adapter:
-        separate_adapters(model, Path(source.path))
+        separate_adapters(model, source.folder)
     model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)

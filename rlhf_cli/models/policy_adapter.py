@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import hash_file
+from rlhf_cli.models.hub import check_model_name
 from rlhf_cli.models.lora import backbone, cast_weights, read_adapter, save_adapter
 from rlhf_cli.models.low_rank import separate
 
@@ -36,8 +37,8 @@ class AdapterBase:
     Attributes:
         path: the model that the adapter was trained on: relative to the policy's folder, or as it was given; None for a
             model that `model.build` made.
-        revision: hub revision of that model.
-        sha256: of its weight files, see `hash_weights`; None for a model on the hub.
+        revision: commit of a model on the hub.
+        sha256: of its weight files, see `hash_weights`.
         dtype: of its frozen weights in training.
         quantize: how they were quantized in training.
     """
@@ -102,14 +103,33 @@ def separate_adapters(model: nn.Module, folder: Path) -> None:
     cast_weights(model, dtype)
 
 
-def hash_weights(path: str) -> str | None:
+def hash_weights(folder: Path) -> str | None:
     """sha256 over names and contents of the weight files of a model folder; None if there is no such folder."""
-    if not Path(path).is_dir():
+    if not folder.is_dir():
         return None
     total = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         total.update(f"{file.name}\0{hash_file(file)}\n".encode())
     return total.hexdigest()
+
+
+def locate_base(base: str, recorded_in: Path) -> str:
+    """Return the path or hub id of a base model that a file names, as `relative_base` does.
+
+    Raises:
+        ModelError: it is a folder that does not exist.
+    """
+    local = recorded_in.parent / base
+    if local.is_dir():
+        return str(local.resolve())
+    try:
+        check_model_name(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{recorded_in} names `{base}` as the model that its adapter belongs to, and there is no such folder",
+            hint=f"move that model to {local}, or write into {recorded_in.name} where it is now",
+        ) from error
+    return base
 
 
 def relative_base(path: str, final: Path) -> str:

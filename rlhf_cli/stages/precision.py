@@ -71,12 +71,8 @@ def _hidden_size(recipe: RunSettings, inputs: list[Input]) -> int | None:
         folder = Path(given.source)
         is_hub = given.kind == "model" and not folder.exists()
         if is_hub or ((folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()):
-            own = given.source == recipe.model.path
-            source = ModelSource(
-                given.source,
-                revision=recipe.model.revision if own else None,
-                trust_remote_code=recipe.model.trust_remote_code if own else False,
-            )
+            is_own = given.source == recipe.model.path
+            source = ModelSource(given.source, trust_remote_code=recipe.model.trust_remote_code and is_own)
             try:
                 return load_config(source).get_text_config(decoder=True).hidden_size
             except ModelError:  # reported where the stage loads it, if it does

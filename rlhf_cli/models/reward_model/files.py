@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.lora import adapter_state, save_adapter
-from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, locate_base, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
 
 if TYPE_CHECKING:
+    from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.models.reward_model.model import RewardModel
 
 _FORMAT = 1
-_HEAD = "head.safetensors"
+REWARD_FILE, _HEAD = "reward.json", "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class RewardModelConfig:
         kind: "decoder" or "encoder".
         adapter: True for LoRA on a base model, False if the folder holds all weights.
         base: the model it was trained from, as a path relative to the folder or a hub id.
-        base_revision: hub revision of the base model.
+        base_revision: commit of a base model on the hub.
         template: template of plain-text prompts.
         mean: raw reward that is normalized to 0.
         std: raw difference that is normalized to 1.
@@ -52,9 +53,12 @@ class RewardModelConfig:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def base_path(self, folder: Path) -> str:
-        """Return the path or hub id from which the base can be loaded."""
-        local = folder / self.base
-        return str(local.resolve()) if local.is_dir() else self.base
+        """Return the path or hub id from which the base can be loaded; raises `ModelError` if it has moved."""
+        return locate_base(self.base, folder / REWARD_FILE)
+
+    def base_source(self, source: ModelSource) -> ModelSource:
+        """Return where the base of the adapter at `source` comes from; raises `ModelError` if it has moved."""
+        return replace(source.at(self.base_path(source.folder)), revision=self.base_revision)
 
 
 def read_reward_config(folder: Path) -> RewardModelConfig | None:
@@ -63,7 +67,7 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
     Raises:
         ModelError: the file is damaged or of a later format.
     """
-    path = folder / "reward.json"
+    path = folder / REWARD_FILE
     if not path.is_file():
         return None
     try:
@@ -78,12 +82,13 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
 
 def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> None:
     """Write `reward.json` and the weights; see `model.save_reward_model`."""
-    base = relative_base(reward_model.source.path, final)
+    base, revision = reward_model.source.pinned
+    base = relative_base(base, final)
     config = RewardModelConfig(
         kind="encoder" if reward_model.is_encoder else "decoder",
         adapter=reward_model.is_adapter,
         base=base,
-        base_revision=reward_model.source.revision,
+        base_revision=revision,
         template=reward_model.format.template,
         # A transformers classifier cannot store our bias, so the mean absorbs it.
         mean=reward_model.mean if reward_model.is_adapter else reward_model.mean - float(reward_model.bias),
@@ -93,7 +98,7 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> No
     )
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):
-        (folder / "reward.json").write_text(text + "\n", encoding="utf-8")
+        (folder / REWARD_FILE).write_text(text + "\n", encoding="utf-8")
         if reward_model.is_adapter:
             _save_adapter(reward_model, folder, base)
         else:

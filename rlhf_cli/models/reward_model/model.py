@@ -193,7 +193,7 @@ def new_reward_model(
     Raises:
         ModelError: see `load_classifier` and `add_lora`; also if the source is a reward model saved as an adapter.
     """
-    if (config := read_reward_config(Path(source.path))) is not None and config.adapter:
+    if (config := read_reward_config(source.folder)) is not None and config.adapter:
         raise ModelError(
             f"cannot train from `{source.path}`: it is a reward model saved as an adapter on {config.base}",
             hint="start from that base, or from a reward model that was trained with `adapter: none`",
@@ -225,12 +225,11 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     Raises:
         ModelError: several labels, no head, or damaged files.
     """
-    folder = Path(source.path)
+    folder = source.folder
     config = read_reward_config(folder)
-    if config is not None and config.adapter:
-        base = replace(source.at(config.base_path(folder)), revision=config.base_revision)
-    else:
-        base = replace(source, quantize="none")  # only frozen weights under an adapter are quantized
+    is_adapter = config is not None and config.adapter
+    # Only frozen weights under an adapter are quantized.
+    base = config.base_source(source) if is_adapter else replace(source, quantize="none")
     classifier = load_classifier(base)
     if config is None and not classifier.has_head:
         raise ModelError(

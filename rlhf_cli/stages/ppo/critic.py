@@ -23,6 +23,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource, quiet_libraries
 from rlhf_cli.models.lora import save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
+from rlhf_cli.models.policy_adapter import locate_base
 from rlhf_cli.models.saving import require_finite, writing
 
 Head = tuple[Tensor, Tensor]
@@ -101,11 +102,11 @@ class AdapterCritic:
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, the head and `critic.json`."""
-        base = None if self._base is None else _relative(self._base.path, folder)
+        base, revision = (None, None) if self._base is None else self._base.pinned
+        base = None if base is None else _relative(base, folder)
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
             save_adapter(self._backbone.model, folder, CRITIC, base=base)
-            revision = None if self._base is None else self._base.revision
             _save_head(folder, self.value_head, CriticConfig("adapter", base, revision))
 
 
@@ -180,7 +181,7 @@ class CriticConfig:
     Attributes:
         kind: "adapter" on a base model, or "full" for a whole backbone.
         base: the adapter's base model, as a path relative to the folder or as it was given; None for "full".
-        base_revision: hub revision of the base model.
+        base_revision: commit of a base model on the hub.
     """
 
     kind: Literal["adapter", "full"]
@@ -188,11 +189,12 @@ class CriticConfig:
     base_revision: str | None
 
     def base_path(self, folder: Path) -> str | None:
-        """Return the path or hub id from which the base can be loaded; None for a whole backbone."""
-        if self.base is None:
-            return None
-        local = folder / self.base
-        return str(local.resolve()) if local.is_dir() else self.base
+        """Return the path or hub id from which the base can be loaded; None for a whole backbone.
+
+        Raises:
+            ModelError: it has moved.
+        """
+        return None if self.base is None else locate_base(self.base, folder / _CONFIG)
 
 
 def read_critic_config(folder: Path) -> CriticConfig:

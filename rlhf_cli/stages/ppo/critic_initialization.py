@@ -32,17 +32,20 @@ class DoesNotFit(Exception):  # noqa: N818  (with `critic_from: auto` it selects
 
 def shared_reward_config(source: ModelSource, reward_path: str | None) -> RewardModelConfig | None:
     """Return the reward model's config if it is a decoder's adapter on the model at `source`, else None."""
-    if reward_path is None or (config := read_reward_config(Path(reward_path))) is None:
+    if reward_path is None or (config := read_reward_config(folder := source.at(reward_path).folder)) is None:
         return None
     is_ours = config.adapter and config.kind == "decoder"
-    is_shared = is_ours and _is_same_model(source, config.base_path(Path(reward_path)), config.base_revision)
+    is_shared = is_ours and _is_same_model(source, config.base_path(folder), config.base_revision)
     return config if is_shared else None
 
 
 def _is_same_model(source: ModelSource, base: str | None, revision: str | None) -> bool:
-    if base is None or revision != source.revision:
+    if base is None:
         return False
-    return Path(base).resolve() == Path(source.path).resolve() if Path(base).is_dir() else base == source.path
+    own, commit = source.pinned
+    if Path(base).is_dir():
+        return commit is None and Path(base).resolve() == Path(own).resolve()
+    return base == own and revision in (None, commit)
 
 
 def adapter_from_reward(source: ModelSource, reward_path: str | None) -> AdapterStart:
@@ -55,7 +58,8 @@ def adapter_from_reward(source: ModelSource, reward_path: str | None) -> Adapter
         raise DoesNotFit("there is no reward model")
     if (config := shared_reward_config(source, reward_path)) is None:
         raise DoesNotFit(f"`{reward_path}` is not an adapter on `{source.path}`, which the policy starts from")
-    return AdapterStart(Path(reward_path) / ADAPTER_FOLDER, load_reward_head(Path(reward_path), config))
+    folder = source.at(reward_path).folder
+    return AdapterStart(folder / ADAPTER_FOLDER, load_reward_head(folder, config))
 
 
 def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
@@ -100,8 +104,8 @@ def model_from_reward(
     if reward_path is None:
         raise DoesNotFit("there is no reward model")
     given = source.at(reward_path).in_full()
-    config = read_reward_config(Path(reward_path))
-    base = given if config is None or not config.adapter else given.at(config.base_path(Path(reward_path)))
+    config = read_reward_config(given.folder)
+    base = given if config is None or not config.adapter else config.base_source(given)
     if policy.config.is_encoder_decoder:
         raise DoesNotFit("the policy is an encoder-decoder, and no reward model reads completions as its decoder does")
     if check_reward_config(load_config(base), base.path):

@@ -123,7 +123,8 @@ def _on_shared_backbone(
     reward_path: str | None,
 ) -> tuple[SharedBackbone, RewardModelHandle | None]:
     """Put the adapters on the policy's backbone, with the reward model's if it was trained on this backbone."""
-    folder, config = Path(reward_path or ""), shared_reward_config(source, reward_path)
+    config = shared_reward_config(source, reward_path)
+    folder = Path() if config is None else source.at(reward_path or "").folder
     models = SharedBackbone(
         policy,
         settings.lora,
