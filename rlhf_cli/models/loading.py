@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,8 +28,12 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
+from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
+from rlhf_cli.models.weight_report import compare, sort_out
+from rlhf_cli.progress import say_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -137,12 +143,20 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             hint="give a folder that `save_pretrained` wrote, or a hub id",
         )
     try:
-        return AutoConfig.from_pretrained(source.path, **source.hub_arguments())
+        config = AutoConfig.from_pretrained(source.path, **source.hub_arguments())
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load a model from `{source.path}`: {_first_line(error)}",
             hint="give a folder that exists, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
         ) from error
+    quantization_of(config, source.path)  # raises for weights that cannot be loaded
+    return config
+
+
+def says_labels(source: ModelSource) -> bool:
+    """Whether the configuration of a model says how many labels it has."""
+    fields, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
+    return "num_labels" in fields or "id2label" in fields
 
 
 def _is_adapter_error(path: str) -> ModelError:
@@ -178,20 +192,35 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
+    return load_weights(policy_class(config, source.path), source, config, dtype=dtype)
+
+
+def check_policy(source: ModelSource) -> None:
+    """Check that a language model can be loaded, from its configuration and the headers of its weight files.
+
+    Raises:
+        ModelError: see `load_policy`.
+    """
+    config = load_config(source)
+    check_weights(policy_class(config, source.path), source, config)
+
+
+def policy_class(config: PretrainedConfig, path: str) -> type:
+    """Return the Auto class of a language model.
+
+    Raises:
+        ModelError: the architecture generates no text.
+    """
     if config.is_encoder_decoder:
-        kind = AutoModelForSeq2SeqLM
-    else:
-        kind = AutoModelForCausalLM
-        # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
-        reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
-            config, "is_decoder", False
+        return AutoModelForSeq2SeqLM
+    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
+    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
+        raise ModelError(
+            f"`{path}` is a {config.model_type} model, which cannot generate text",
+            hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
-        if type(config) not in kind._model_mapping or reads_both_ways:
-            raise ModelError(
-                f"`{source.path}` is a {config.model_type} model, which cannot generate text",
-                hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
-            )
-    return load_weights(kind, source, config, dtype=dtype, complete=True)
+    return AutoModelForCausalLM
 
 
 def load_weights(
@@ -200,59 +229,139 @@ def load_weights(
     config: PretrainedConfig,
     *,
     dtype: torch.dtype | None = None,
-    complete: bool = False,
+    checkpoint: Checkpoint | None = None,
+    is_new: IsNew | None = None,
 ) -> PreTrainedModel:
-    """Call `kind.from_pretrained` with safetensors only, dropout off and clear errors.
+    """Load the weights of a checkpoint, all of them and no others, with dropout off.
 
     Args:
         kind: an Auto class or a model class.
         source: where the model comes from.
         config: its configuration, whose dropout rates are set to 0.
         dtype: see `load_policy`.
-        complete: raise for missing weights, which transformers would draw at random.
+        checkpoint: the weights; None opens those at `source`.
+        is_new: weights that the checkpoint need not hold, see `IsNew`; None is no weight.
 
     Raises:
-        ModelError: the weights cannot be loaded, are incomplete or belong to an adapter.
+        ModelError: the weights cannot be loaded, or are not those of the model.
     """
     quiet_libraries()
     disable_dropout(config)
+    empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
     is_quantized = dtype is None and source.quantize != "none"
     keeps_adapter = source.keeps_adapter(dtype)
-    placement: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"dtype": torch.float32 if keeps_adapter else dtype or source.dtype}
     if is_quantized:
         check_quantize(source.quantize, source.device)
         # Quantized weights are created on their device, because 8-bit weights cannot be moved.
-        placement = {
-            "quantization_config": quantization(source.quantize, source.precision),
-            "device_map": source.device,
-        }
-    try:
-        model, report = kind.from_pretrained(
-            source.path,
-            output_loading_info=True,
-            config=config,
-            dtype=torch.float32 if keeps_adapter else dtype or source.dtype,
-            use_safetensors=True,
-            **placement,
-            **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
-            **source.hub_arguments(),
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise _is_adapter_error(source.path)
-    if complete and (missing := sorted(report["missing_keys"])):
-        raise ModelError(
-            f"`{source.path}`: {len(missing):,} weights of a {config.model_type} model are missing, such as "
-            f"`{missing[0]}`",
-            hint="give the folder of a complete language model",
-        )
+        arguments["quantization_config"] = quantization(source.quantize, source.precision)
+        arguments["device_map"] = source.device
+    if not is_our_attention(source.attention):
+        arguments["attn_implementation"] = source.attention
+    model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
     if keeps_adapter:
         separate_adapters(model, Path(source.path))
     model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
+
+
+IsNew = Callable[[PreTrainedModel], frozenset[str]]
+"""Returns the names of weights of an empty model that are drawn at random where the checkpoint lacks them."""
+
+
+def check_weights(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    *,
+    checkpoint: Checkpoint | None = None,
+    is_new: IsNew | None = None,
+) -> tuple[PreTrainedModel, Checkpoint]:
+    """Check by names and shapes that a checkpoint holds the weights of a model; no weight is read.
+
+    Returns:
+        The model on the meta device, and the checkpoint.
+
+    Raises:
+        ModelError: weights are missing, unexpected or of another shape, or a file is missing or damaged.
+    """
+    if checkpoint is None:
+        checkpoint = open_checkpoint(
+            source.path, revision=source.revision, quantization=quantization_of(config, source.path)
+        )
+    empty = empty_model(kind, source, config)
+    report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
+    report.check(source.path, config.model_type)
+    if (line := report.describe_unused(source.path)) is not None:
+        say_once(line)
+    return empty, checkpoint
+
+
+def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model on the meta device: its parts, names and shapes without weights."""
+    quiet_libraries()
+    drop_quantization(config)
+    try:
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                return kind(config)
+            return kind.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"`{source.path}`: cannot build a {config.model_type} model from its config.json: {_first_line(error)}",
+            hint="check config.json, or upgrade transformers if the architecture is newer than it",
+        ) from error
+
+
+def _read_weights(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    arguments: dict[str, Any],
+    is_new: IsNew | None,
+) -> PreTrainedModel:
+    """Call `from_pretrained`, and check by its own report that it loaded every weight."""
+    if checkpoint.is_plain:
+        place, arguments = source.path, arguments | {"use_safetensors": True} | source.hub_arguments()
+    else:
+        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
+        if kind.can_generate():
+            arguments["generation_config"] = _generation_config(source, config)
+    try:
+        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
+    report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
+    report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
+    _untie(model, source.path)
+    return model
+
+
+def _generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+    except OSError:  # there is none
+        return GenerationConfig.from_model_config(config)
+
+
+def _untie(model: PreTrainedModel, path: str) -> None:
+    """Let the configuration say that embeddings are not tied where the checkpoint holds two matrices that differ.
+
+    Transformers loads both then. Without this, the configuration that is written would have other programs tie them.
+    """
+    output = model.get_output_embeddings()
+    parts = [part for part in (model.config, model.config.get_text_config(decoder=True)) if part.tie_word_embeddings]
+    if output is None or not parts or output.weight is model.get_input_embeddings().weight:
+        return
+    for part in parts:
+        part.tie_word_embeddings = False
+    say_once(
+        f"{path}: config.json ties input and output embeddings, but the weights hold two matrices that differ; both are "
+        "used as they are stored"
+    )
 
 
 def as_stored(source: ModelSource) -> ModelSource:
