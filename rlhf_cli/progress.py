@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -130,6 +131,12 @@ def format_duration(seconds: float) -> str:
 def say(text: str) -> None:
     """Print one line on stderr."""
     console.print(text, markup=False)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a message, the first time only."""
+    say(line)
 
 
 def warn(text: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from transformers import PreTrainedModel
 
 from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
-from rlhf_cli.progress import say
+from rlhf_cli.progress import say_once
 
 
 def is_our_attention(name: str) -> bool:
@@ -35,14 +33,9 @@ def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
     except ModelError as error:
         if attention != registry.AUTO:
             raise
-        _say_once(f"attention: transformers' own `{model.config._attn_implementation}`, because {error.message}")
+        say_once(f"attention: transformers' own `{model.config._attn_implementation}`, because {error.message}")
         return
     model.set_attn_implementation(implementation)
     if attention == registry.AUTO:
         for backend, reason in registry.auto_choices.items():
-            _say_once(f"attention: `{backend}`, {reason}")
-
-
-@cache
-def _say_once(line: str) -> None:
-    say(line)
+            say_once(f"attention: `{backend}`, {reason}")

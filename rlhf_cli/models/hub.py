@@ -152,6 +152,12 @@ def download(model: HubModel, *, with_weights: bool) -> Path:
         raise _failed(model, error) from error
 
 
+def forget() -> None:
+    """Forget which commits were found, as a new process does."""
+    commit_of.cache_clear()
+    download.cache_clear()
+
+
 def _reason(error: BaseException) -> str:
     cause = error.__cause__ or error
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,9 +27,14 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.hub import commit_of, hub_model, local_folder
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
+from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
+from rlhf_cli.models.third_party import read_json, reading
+from rlhf_cli.models.weight_report import compare, sort_out
+from rlhf_cli.progress import say_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -153,13 +159,31 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"{source.path} is not a model folder: it has no config.json",
             hint="give a folder that `save_pretrained` wrote, or a hub id",
         )
-    try:
-        return AutoConfig.from_pretrained(folder, **source.loading_arguments())
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load a model from `{source.path}`: {_first_line(error)}",
-            hint="give a folder that exists, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
-        ) from error
+    with reading(f"cannot load a model from `{source.path}`", folder, ("config.json",), hint=_CONFIG_HINT):
+        config = AutoConfig.from_pretrained(folder, **source.loading_arguments())
+    quantization_of(config, source.path)  # raises for weights that cannot be loaded
+    return config
+
+
+def says_labels(source: ModelSource) -> bool:
+    """Whether the configuration of a model says how many labels it has."""
+    fields = read_json(source.folder / "config.json")
+    return "num_labels" in fields or "id2label" in fields
+
+
+_CONFIG_HINT = "check config.json, or upgrade transformers if the architecture is newer than it"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _tokenizer_hint(folder: Path) -> str:
+    """Say what to do where a folder has no tokenizer that can be loaded."""
+    if (folder / "tokenizer.json").is_file():
+        return "check the tokenizer files, or copy them again from the model it was made from"
+    if (folder / "tekken.json").is_file():
+        return "tekken.json alone is not read: convert it to tokenizer.json, or take a version of the model that has it"
+    if (folder / "tokenizer.model").is_file():
+        return "there is no tokenizer.json: tokenizer.model needs `pip install sentencepiece`, or a tokenizer.json"
+    return "there is no tokenizer.json: copy the tokenizer files from the model it was made from"
 
 
 def _is_adapter_error(path: str) -> ModelError:
@@ -176,10 +200,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be loaded.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.loading_arguments())
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from `{source.path}`: {_first_line(error)}") from error
+    folder = source.folder
+    with reading(
+        f"cannot load a tokenizer from `{source.path}`", folder, TOKENIZER_FILES, hint=_tokenizer_hint(folder)
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source.loading_arguments())
     tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
     return tokenizer
 
@@ -195,20 +220,35 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
+    return load_weights(policy_class(config, source.path), source, config, dtype=dtype)
+
+
+def check_policy(source: ModelSource) -> None:
+    """Check that a language model can be loaded, from its configuration and the headers of its weight files.
+
+    Raises:
+        ModelError: see `load_policy`.
+    """
+    config = load_config(source)
+    check_weights(policy_class(config, source.path), source, config)
+
+
+def policy_class(config: PretrainedConfig, path: str) -> type:
+    """Return the Auto class of a language model.
+
+    Raises:
+        ModelError: the architecture generates no text.
+    """
     if config.is_encoder_decoder:
-        kind = AutoModelForSeq2SeqLM
-    else:
-        kind = AutoModelForCausalLM
-        # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
-        reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
-            config, "is_decoder", False
+        return AutoModelForSeq2SeqLM
+    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
+    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
+        raise ModelError(
+            f"`{path}` is a {config.model_type} model, which cannot generate text",
+            hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
-        if type(config) not in kind._model_mapping or reads_both_ways:
-            raise ModelError(
-                f"`{source.path}` is a {config.model_type} model, which cannot generate text",
-                hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
-            )
-    return load_weights(kind, source, config, dtype=dtype, complete=True)
+    return AutoModelForCausalLM
 
 
 def load_weights(
@@ -217,59 +257,131 @@ def load_weights(
     config: PretrainedConfig,
     *,
     dtype: torch.dtype | None = None,
-    complete: bool = False,
+    checkpoint: Checkpoint | None = None,
+    is_new: IsNew | None = None,
 ) -> PreTrainedModel:
-    """Call `kind.from_pretrained` with safetensors only, dropout off and clear errors.
+    """Load the weights of a checkpoint, all of them and no others, with dropout off.
 
     Args:
         kind: an Auto class or a model class.
         source: where the model comes from.
         config: its configuration, whose dropout rates are set to 0.
         dtype: see `load_policy`.
-        complete: raise for missing weights, which transformers would draw at random.
+        checkpoint: the weights; None opens those at `source`.
+        is_new: weights that the checkpoint need not hold, see `IsNew`; None is no weight.
 
     Raises:
-        ModelError: the weights cannot be loaded, are incomplete or belong to an adapter.
+        ModelError: the weights cannot be loaded, or are not those of the model.
     """
     quiet_libraries()
     disable_dropout(config)
+    empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
     is_quantized = dtype is None and source.quantize != "none"
     keeps_adapter = source.keeps_adapter(dtype)
-    placement: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"dtype": torch.float32 if keeps_adapter else dtype or source.dtype}
     if is_quantized:
         check_quantize(source.quantize, source.device)
         # Quantized weights are created on their device, because 8-bit weights cannot be moved.
-        placement = {
-            "quantization_config": quantization(source.quantize, source.precision),
-            "device_map": source.device,
-        }
-    try:
-        model, report = kind.from_pretrained(
-            source.folder_with_weights,
-            output_loading_info=True,
-            config=config,
-            dtype=torch.float32 if keeps_adapter else dtype or source.dtype,
-            use_safetensors=True,
-            **placement,
-            **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
-            **source.loading_arguments(),
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise _is_adapter_error(source.path)
-    if complete and (missing := sorted(report["missing_keys"])):
-        raise ModelError(
-            f"`{source.path}`: {len(missing):,} weights of a {config.model_type} model are missing, such as "
-            f"`{missing[0]}`",
-            hint="give the folder of a complete language model",
-        )
+        arguments["quantization_config"] = quantization(source.quantize, source.precision)
+        arguments["device_map"] = source.device
+    if not is_our_attention(source.attention):
+        arguments["attn_implementation"] = source.attention
+    model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
     if keeps_adapter:
         separate_adapters(model, source.folder)
     model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
+
+
+IsNew = Callable[[PreTrainedModel], frozenset[str]]
+"""Returns the names of weights of an empty model that are drawn at random where the checkpoint lacks them."""
+
+
+def check_weights(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    *,
+    checkpoint: Checkpoint | None = None,
+    is_new: IsNew | None = None,
+) -> tuple[PreTrainedModel, Checkpoint]:
+    """Check by names and shapes that a checkpoint holds the weights of a model; no weight is read.
+
+    Returns:
+        The model on the meta device, and the checkpoint.
+
+    Raises:
+        ModelError: weights are missing, unexpected or of another shape, or a file is missing or damaged.
+    """
+    if checkpoint is None:
+        checkpoint = open_checkpoint(
+            source.path, folder=source.folder_with_weights, quantization=quantization_of(config, source.path)
+        )
+    empty = empty_model(kind, source, config)
+    report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
+    report.check(source.path, config.model_type)
+    if (line := report.describe_unused(source.path)) is not None:
+        say_once(line)
+    return empty, checkpoint
+
+
+def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model on the meta device: its parts, names and shapes without weights."""
+    quiet_libraries()
+    drop_quantization(config)
+    what = f"`{source.path}`: a {config.model_type} model cannot be built from its config.json"
+    with reading(what, source.folder, ("config.json",), hint=_CONFIG_HINT), torch.device("meta"):
+        if issubclass(kind, PreTrainedModel):
+            return kind(config)
+        return kind.from_config(config, trust_remote_code=source.trust_remote_code)
+
+
+def _read_weights(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    arguments: dict[str, Any],
+    is_new: IsNew | None,
+) -> PreTrainedModel:
+    """Call `from_pretrained`, and check by its own report that it loaded every weight."""
+    if checkpoint.is_plain:
+        place, arguments = source.folder, arguments | {"use_safetensors": True} | source.loading_arguments()
+    else:
+        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
+        if kind.can_generate():
+            arguments["generation_config"] = _generation_config(source, config)
+    with reading(f"cannot load weights from `{source.path}`", source.folder, ("config.json", "generation_config.json")):
+        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
+    report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
+    report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
+    _untie(model, source.path)
+    return model
+
+
+def _generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    if not (source.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_pretrained(source.folder)
+
+
+def _untie(model: PreTrainedModel, path: str) -> None:
+    """Let the configuration say that embeddings are not tied where the checkpoint holds two matrices that differ.
+
+    Transformers loads both then. Without this, the configuration that is written would have other programs tie them.
+    """
+    output = model.get_output_embeddings()
+    parts = [part for part in (model.config, model.config.get_text_config(decoder=True)) if part.tie_word_embeddings]
+    if output is None or not parts or output.weight is model.get_input_embeddings().weight:
+        return
+    for part in parts:
+        part.tie_word_embeddings = False
+    say_once(
+        f"{path}: config.json ties input and output embeddings, but the weights hold two matrices that differ; both are "
+        "used as they are stored"
+    )
 
 
 def as_stored(source: ModelSource) -> ModelSource:
@@ -324,7 +436,3 @@ def context_length(config: PretrainedConfig) -> int:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return 10**9
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -295,4 +295,7 @@ def _reward_model(
 ) -> RewardModel:
     is_encoder = classifier.is_encoder
     format = reward_format(source, template, is_encoder=is_encoder, template_kwargs=template_kwargs)
-    return RewardModel(classifier.model, format, source, is_encoder=is_encoder)
+    reward_model = RewardModel(classifier.model, format, source, is_encoder=is_encoder)
+    if classifier.bias is not None:
+        reward_model.bias.copy_(classifier.bias)
+    return reward_model

@@ -143,7 +143,7 @@ def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path
 def _load_backbone(source: ModelSource) -> PreTrainedModel:
     """Load a model without its head, in float32."""
     source = source.in_full()
-    return load_weights(AutoModel, source, load_config(source), complete=True)
+    return load_weights(AutoModel, source, load_config(source))
 
 
 def _check_tokens(source: ModelSource, other: ModelSource, name: str) -> None:
