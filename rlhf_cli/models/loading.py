@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
@@ -33,6 +32,7 @@ from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
 from rlhf_cli.models.third_party import read_json, reading
+from rlhf_cli.models.tokenizer import load_tokenizer as load_tokenizer  # loads models and tokenizers alike
 from rlhf_cli.models.weight_report import compare, sort_out
 from rlhf_cli.progress import say_once
 
@@ -159,7 +159,8 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             f"{source.path} is not a model folder: it has no config.json",
             hint="give a folder that `save_pretrained` wrote, or a hub id",
         )
-    with reading(f"cannot load a model from `{source.path}`", folder, ("config.json",), hint=_CONFIG_HINT):
+    hint = _own_code_hint(folder) or _CONFIG_HINT
+    with reading(f"cannot load a model from `{source.path}`", folder, ("config.json",), hint=hint):
         config = AutoConfig.from_pretrained(folder, **source.loading_arguments())
     quantization_of(config, source.path)  # raises for weights that cannot be loaded
     return config
@@ -172,41 +173,41 @@ def says_labels(source: ModelSource) -> bool:
 
 
 _CONFIG_HINT = "check config.json, or upgrade transformers if the architecture is newer than it"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def _tokenizer_hint(folder: Path) -> str:
-    """Say what to do where a folder has no tokenizer that can be loaded."""
-    if (folder / "tokenizer.json").is_file():
-        return "check the tokenizer files, or copy them again from the model it was made from"
-    if (folder / "tekken.json").is_file():
-        return "tekken.json alone is not read: convert it to tokenizer.json, or take a version of the model that has it"
-    if (folder / "tokenizer.model").is_file():
-        return "there is no tokenizer.json: tokenizer.model needs `pip install sentencepiece`, or a tokenizer.json"
-    return "there is no tokenizer.json: copy the tokenizer files from the model it was made from"
+def _own_code_hint(folder: Path) -> str | None:
+    """Return the hint for a model that comes with its own code; None for others."""
+    files = own_code(folder)
+    return files and (
+        f"it comes with its own code ({files}), which stages do not run: use a model whose architecture transformers "
+        "knows"
+    )
+
+
+def own_code(folder: Path) -> str | None:
+    """Name the classes of the code that a model folder comes with; None if it comes without."""
+    config = folder / "config.json"
+    named = read_json(config).get("auto_map")
+    return ", ".join(sorted(map(str, named.values()))) if isinstance(named, dict) and named else None
 
 
 def _is_adapter_error(path: str) -> ModelError:
     """Transformers would load base and adapter; with adapters off the reference would be the base (trap 15)."""
-    return ModelError(
-        f"`{path}` is a PEFT adapter, not a whole model",
-        hint="merge it first: `AutoPeftModelForCausalLM.from_pretrained(IT).merge_and_unload().save_pretrained(NEW)`",
+    folder = local_folder(path, with_weights=False)
+    config = read_json(folder / "adapter_config.json")
+    kind, labels = (
+        ("SequenceClassification", ", num_labels=1") if config.get("task_type") == "SEQ_CLS" else ("CausalLM", "")
     )
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Padding is always known by length, never by the padding id.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    folder = source.folder
-    with reading(
-        f"cannot load a tokenizer from `{source.path}`", folder, TOKENIZER_FILES, hint=_tokenizer_hint(folder)
-    ):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source.loading_arguments())
-    tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
-    return tokenizer
+    tokenizer = path if (folder / "tokenizer_config.json").is_file() else config.get("base_model_name_or_path")
+    merge = (
+        f"import peft, transformers as t; a, b = {path!r}, {path.rstrip('/') + '-merged'!r}; "
+        f"peft.AutoPeftModelFor{kind}.from_pretrained(a{labels}).merge_and_unload().save_pretrained(b); "
+        f"t.AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained(b)"
+    )
+    return ModelError(
+        f"`{path}` is a PEFT adapter on `{config.get('base_model_name_or_path')}`, not a whole model",
+        hint=f"merge it once, and give the merged folder: python -c {shlex.quote(merge)}",
+    )
 
 
 def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -379,8 +380,8 @@ def _untie(model: PreTrainedModel, path: str) -> None:
     for part in parts:
         part.tie_word_embeddings = False
     say_once(
-        f"{path}: config.json ties input and output embeddings, but the weights hold two matrices that differ; both are "
-        "used as they are stored"
+        f"{path}: config.json ties input and output embeddings, but the weights hold two matrices that differ; both "
+        "are used as they are stored"
     )
 
 
@@ -432,7 +433,9 @@ def store_activations(model: PreTrainedModel) -> None:
 
 def context_length(config: PretrainedConfig) -> int:
     """Return the longest sequence in tokens that the model's positions allow; 10**9 if unlimited, as in T5."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
+    # The decoder's configuration is inside another one in models that read images, too.
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(value := getattr(part, name, None), int):
+                return value
     return 10**9

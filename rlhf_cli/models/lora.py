@@ -8,6 +8,7 @@ to the backbone: `layers.0.self_attn.q_proj.lora_A.weight`.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.low_rank import join
 from rlhf_cli.models.quantize import quantized
+from rlhf_cli.models.third_party import read_json
 from rlhf_cli.settings.shared import LoraSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -234,18 +236,46 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
     Raises:
         ModelError: `folder` holds no adapter, or one for another architecture.
     """
+    rank, alpha = read_adapter_config(folder)
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         stored = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load an adapter from {folder}: {error}") from error
+        raise ModelError(f"cannot load an adapter from {folder}: {error}", hint="copy the adapter again") from error
     base_keys = {key.removesuffix(".base_layer") for key, _ in backbone(model).named_modules()}
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
     layers = sorted({key.rsplit(".", 2)[0] for key in state})
-    try:
-        return LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=layers), state
-    except (KeyError, ValueError) as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
+    for name, weight in state.items():
+        if weight.dim() != 2 or weight.shape[name.endswith("lora_B.weight")] != rank:
+            raise ModelError(
+                f"{folder}: `{name}` has shape {tuple(weight.shape)}, and {ADAPTER_CONFIG} says `r` is {rank}",
+                hint="give the adapter_config.json that belongs to the weights",
+            )
+    return LoraSettings(rank=rank, alpha=alpha, target_modules=layers), state
+
+
+_OTHER_SCALES = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+"""Fields of PEFT with which an adapter is not W + (alpha / rank) B A."""
+
+
+def read_adapter_config(folder: Path) -> tuple[int, float]:
+    """Read rank and alpha of a saved adapter.
+
+    Raises:
+        ModelError: there is no adapter, its configuration is damaged, or it is not a plain LoRA.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ModelError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}", hint="copy the adapter again")
+    config = read_json(path)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    are_numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and one > 0 for one in (rank, alpha))
+    if not are_numbers or not isinstance(rank, int) or not math.isfinite(alpha or 0):
+        raise ModelError(f"{path} is damaged: `r` is {rank} and `lora_alpha` is {alpha}", hint="copy the file again")
+    if other := [name for name in _OTHER_SCALES if config.get(name)]:
+        raise ModelError(
+            f"{path}: `{other[0]}` is set, and only plain LoRA is supported", hint="merge the adapter first"
+        )
+    return rank, float(alpha or 0)
 
 
 def _relative_key(key: str, base_keys: set[str], folder: Path) -> str:

@@ -6,15 +6,17 @@ A bad line in PPO's prompts is found immediately, not after an hour of fine-tuni
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.errors import DataError, RLHFError, UsageError, raise_together
 from rlhf_cli.files import hash_file
-from rlhf_cli.generation.contract import read_contract, split_of
-from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
+from rlhf_cli.generation.contract import Contract, read_contract, split_of
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
@@ -49,8 +51,6 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         if given.kind == "data":
             check_data(given.source, given.setting)
             keys[key] = _check_records(recipe, given)
-        elif given.kind == "model":
-            check_model(given.source, given.setting)
         elif given.kind == "file":
             check_file(given.source, given.setting)
         elif given.kind == "critic":
@@ -59,6 +59,62 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
     _check_evaluation(recipe, inputs, keys)
+    _check_models(recipe, inputs)
+
+
+def _check_models(recipe: Recipe, inputs: Sequence[Input]) -> None:
+    """Check every model of the run for its role; reports the problems of all of them at once."""
+    uses: dict[tuple[str, str], list[Input]] = {}
+    for given in inputs:
+        if given.kind == "model" and given.role is not None and (given.matters or given.sampled_by):
+            uses.setdefault((given.source, given.role), []).append(given)
+    if not uses:
+        return
+    from rlhf_cli.models import preflight as models  # imports torch, which the stages need anyway
+
+    errors: list[RLHFError] = []
+    for (source, role), given in uses.items():
+        sections = [one.sampled_by for one in given]
+        if given[0].setting == "model.path":  # later stages sample what is trained from it
+            sections += [one.sampled_by for one in inputs if one.kind == "artifact" and one.role == "policy"]
+        found = models.Findings()
+        contract = found.attempt(read_contract, source)
+        if not found.errors:
+            found = models.check_model(
+                models.ModelUse(
+                    models.ModelSource(
+                        source, trust_remote_code=recipe.model.trust_remote_code and source == recipe.model.path
+                    ),
+                    role,  # type: ignore[arg-type]  (a literal)
+                    *_prompting(recipe, contract),
+                    max_new_tokens=_longest_completion(recipe, [name for name in sections if name], contract),
+                )
+            )
+        for warning in found.warnings:
+            warn(warning)
+        errors += [_naming(error, given[0].setting) for error in found.errors]
+    raise_together(errors)
+
+
+def _prompting(recipe: Recipe, contract: Contract | None) -> tuple[str | None, Mapping[str, Any]]:
+    """Return template and template arguments by which a policy is prompted; "auto" for the model's own template."""
+    template, kwargs = recipe.data.prompt_template, recipe.data.template_kwargs
+    if contract is not None:
+        template = contract.prompt_template if template == "auto" else template
+        kwargs = contract.template_kwargs if kwargs is None else kwargs
+    return template, kwargs or {}
+
+
+def _longest_completion(recipe: Recipe, sections: Sequence[str], contract: Contract | None) -> int | None:
+    """Return the longest completion, in tokens, that the stages of these sections draw from a model; None for none."""
+    lengths = [recipe.value(f"{name}.{'' if name == 'ppo' else 'sampling.'}max_new_tokens") for name in sections]
+    layers = [recipe.sampling, *(() if contract is None else (contract.sampling,))]
+    resolved = [Sampling.resolve(SamplingSettings(max_new_tokens=length), *layers) for length in lengths]
+    return max((sampling.max_new_tokens for sampling in resolved), default=None)
+
+
+def _naming(error: RLHFError, setting: str) -> RLHFError:
+    return type(error)(f"{error.message} (`{setting}`)", hint=error.hint)
 
 
 def _check_endpoint(given: Input) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.lora import adapter_state, save_adapter
-from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, locate_base, relative_base
+from rlhf_cli.models.lora import adapter_state, read_adapter_config, save_adapter
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, hash_weights, locate_base, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
+from rlhf_cli.models.stored_weights import ADAPTER, read_header, read_stored_weights
 
 if TYPE_CHECKING:
     from rlhf_cli.models.loading import ModelSource
@@ -40,6 +42,7 @@ class RewardModelConfig:
         std: raw difference that is normalized to 1.
         hidden_size: width d of the head.
         template_kwargs: arguments of the chat template.
+        base_sha256: of the weight files of an adapter's base, see `hash_weights`; None in files of earlier versions.
     """
 
     kind: str
@@ -51,6 +54,24 @@ class RewardModelConfig:
     std: float
     hidden_size: int
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    base_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check types and values, which come from a file; raises `ValueError`."""
+        checks = {
+            "kind": self.kind in ("decoder", "encoder"),
+            "adapter": isinstance(self.adapter, bool),
+            "base": isinstance(self.base, str),
+            "base_revision": isinstance(self.base_revision, str | None),
+            "template": isinstance(self.template, str | None),
+            "mean": _is_number(self.mean),
+            "std": _is_number(self.std) and self.std > 0,
+            "hidden_size": isinstance(self.hidden_size, int) and self.hidden_size > 0,
+            "template_kwargs": isinstance(self.template_kwargs, Mapping),
+            "base_sha256": isinstance(self.base_sha256, str | None),
+        }
+        if wrong := [name for name, is_right in checks.items() if not is_right]:
+            raise ValueError(f"`{wrong[0]}` cannot be {getattr(self, wrong[0])!r}")
 
     def base_path(self, folder: Path) -> str:
         """Return the path or hub id from which the base can be loaded; raises `ModelError` if it has moved."""
@@ -59,6 +80,10 @@ class RewardModelConfig:
     def base_source(self, source: ModelSource) -> ModelSource:
         """Return where the base of the adapter at `source` comes from; raises `ModelError` if it has moved."""
         return replace(source.at(self.base_path(source.folder)), revision=self.base_revision)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_reward_config(folder: Path) -> RewardModelConfig | None:
@@ -80,6 +105,59 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
         raise ModelError(f"{path} is damaged: {error}", hint="run `rlhf train-rm` again") from error
 
 
+def refuse_adapter_as_start(path: str, config: RewardModelConfig | None) -> None:
+    """Raise `ModelError` for a reward model saved as an adapter, from which no other can be trained."""
+    if config is not None and config.adapter:
+        raise ModelError(
+            f"cannot train from `{path}`: it is a reward model saved as an adapter on {config.base}",
+            hint="start from that base, or from a reward model that was trained with `adapter: none`",
+        )
+
+
+def check_has_head(has_head: bool, path: str) -> None:
+    """Raise `ModelError` for a model without a reward head."""
+    if not has_head:
+        raise ModelError(
+            f"`{path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
+        )
+
+
+def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
+    """Check the files of a reward model saved as an adapter, from the headers of its weights.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the head has another width than `reward.json` says.
+    """
+    read_stored_weights(folder / ADAPTER_FOLDER, ADAPTER)
+    read_adapter_config(folder / ADAPTER_FOLDER)
+    head = read_header(folder / _HEAD)
+    if config.kind == "decoder":
+        shapes = {name: weight.shape for name, weight in head.items()}
+        if shapes != {"weight": (1, config.hidden_size), "bias": (1,)}:
+            raise ModelError(
+                f"{folder / _HEAD} is not a reward head of width {config.hidden_size}: it holds {shapes}",
+                hint="run `rlhf train-rm` again",
+            )
+
+
+def check_base(folder: Path, config: RewardModelConfig, base: Path) -> None:
+    """Check that the base of an adapter is the model that it was trained on: others give other rewards.
+
+    Args:
+        folder: of the reward model.
+        config: of the reward model, an adapter.
+        base: folder of its base.
+
+    Raises:
+        ModelError: the base has other weights.
+    """
+    if config.base_sha256 is not None and hash_weights(base) != config.base_sha256:
+        raise ModelError(
+            f"{folder} is an adapter on {config.base}, whose weights are not those that it was trained on",
+            hint="give it the base of its training back, or run `rlhf train-rm` again",
+        )
+
+
 def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> None:
     """Write `reward.json` and the weights; see `model.save_reward_model`."""
     base, revision = reward_model.source.pinned
@@ -95,6 +173,7 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> No
         std=reward_model.std,
         hidden_size=reward_model.head.in_features,
         template_kwargs=dict(reward_model.format.template_kwargs),
+        base_sha256=hash_weights(reward_model.source.folder_with_weights) if reward_model.is_adapter else None,
     )
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
-from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter
@@ -31,7 +30,15 @@ from rlhf_cli.models.reward_model.classifier import (
     load_classifier,
     max_length_of,
 )
-from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, load_head, read_reward_config, save_artifact
+from rlhf_cli.models.reward_model.files import (
+    ADAPTER_FOLDER,
+    check_base,
+    check_has_head,
+    load_head,
+    read_reward_config,
+    refuse_adapter_as_start,
+    save_artifact,
+)
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say, warn
@@ -193,11 +200,7 @@ def new_reward_model(
     Raises:
         ModelError: see `load_classifier` and `add_lora`; also if the source is a reward model saved as an adapter.
     """
-    if (config := read_reward_config(source.folder)) is not None and config.adapter:
-        raise ModelError(
-            f"cannot train from `{source.path}`: it is a reward model saved as an adapter on {config.base}",
-            hint="start from that base, or from a reward model that was trained with `adapter: none`",
-        )
+    refuse_adapter_as_start(source.path, read_reward_config(source.folder))
     with seeded(seed, source.device):
         classifier = load_classifier(source, dtype=None if lora else torch.float32)
         head = head_of(classifier.model, source.path)
@@ -230,11 +233,10 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     is_adapter = config is not None and config.adapter
     # Only frozen weights under an adapter are quantized.
     base = config.base_source(source) if is_adapter else replace(source, quantize="none")
+    if config is not None and config.adapter:
+        check_base(folder, config, base.folder_with_weights)
     classifier = load_classifier(base)
-    if config is None and not classifier.has_head:
-        raise ModelError(
-            f"`{source.path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
-        )
+    check_has_head(classifier.has_head or config is not None, source.path)
     if config is None:
         tokenizer = load_tokenizer(base)
         own = "chat" if getattr(tokenizer, "chat_template", None) else template
