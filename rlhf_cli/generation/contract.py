@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlhf_cli.data.records import Record, split_key
 from rlhf_cli.data.splits import Split, question
 from rlhf_cli.errors import ModelError
@@ -100,8 +102,17 @@ def read_contract(model: str | Path) -> Contract | None:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path} or {TRAINED_FILE} beside it is damaged: {error}", hint="run the stage that wrote them again"
+            f"{path} or {TRAINED_FILE} beside it is damaged: {_reason(error)}",
+            hint="run the stage that wrote them again",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line what is wrong; pydantic's own message has several."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
+    return f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
 
 
 def split_of(data: DataSettings, *contracts: Contract | None) -> Split:

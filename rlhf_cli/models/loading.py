@@ -320,12 +320,23 @@ def check_weights(
         checkpoint = open_checkpoint(
             source.path, folder=source.folder_with_weights, quantization=quantization_of(config, source.path)
         )
+    check_layers(config, source.path, len(checkpoint.shapes))
     empty = empty_model(kind, source, config)
     report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
     report.check(source.path, config.model_type)
     if (line := report.describe_unused(source.path)) is not None:
         say_once(line)
     return empty, checkpoint
+
+
+def check_layers(config: PretrainedConfig, path: str, stored: int) -> None:
+    """Refuse a number of layers that could not be built in any time, before it is tried."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 0 <= layers <= stored:
+        raise ModelError(
+            f"`{path}`: `num_hidden_layers` in config.json is {layers:,}, and {stored:,} weights are stored",
+            hint=_CONFIG_HINT,
+        )
 
 
 def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:

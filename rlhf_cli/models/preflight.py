@@ -99,17 +99,17 @@ def check_model(use: ModelUse) -> Findings:
         _check_reward_adapter(found, use, reward)
         return found
     config = found.attempt(load_config, source)
-    tokenizer = found.attempt(load_tokenizer, source)
-    if config is not None:
-        found.attempt(check_token_ids, config, source.path)
-        if not found.errors:
-            found.attempt(_check_weights, use, config, reward)
-        found.attempt(check_generation_config, source)
-        found.warnings += remote_code(source)
-    if config is not None and tokenizer is not None:
+    if config is None:  # which transformers reads for the tokenizer, too
+        return found
+    found.attempt(check_token_ids, config, source.path)
+    if not found.errors:
+        found.attempt(_check_weights, use, config, reward)
+    found.attempt(check_generation_config, source)
+    found.warnings += remote_code(source)
+    if (tokenizer := found.attempt(load_tokenizer, source)) is not None:
         _check_text(found, use, config, tokenizer, reward)
-        if use.max_new_tokens is not None:
-            found.attempt(check_room, config, use.max_new_tokens, source.path)
+    if use.max_new_tokens is not None:
+        found.attempt(check_room, config, use.max_new_tokens, source.path)
     return found
 
 

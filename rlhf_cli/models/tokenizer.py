@@ -35,12 +35,12 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         with reading(what, folder, TOKENIZER_FILES, hint=_hint(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
+            return tokenizer
     except ModelError as error:
         if _CONFIG in error.message or (field := _wrong_field(folder)) is None:
             raise
         raise ModelError(f"{error.message} ({_CONFIG}: without `{field}` it can be loaded)", hint=error.hint) from error
-    tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
-    return tokenizer
 
 
 def _check_format(folder: Path, path: str) -> None:

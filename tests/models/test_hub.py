@@ -99,7 +99,8 @@ def test_weights_wait_until_they_are_needed_and_pickles_are_never_fetched(server
     Contract(None, {}, SamplingSettings(temperature=0.3), Split(0.2, 5), False, frozenset()).write(folder)
     server.models["acme/tiny"] = folder
     contract = read_contract("acme/tiny")
-    assert contract is not None and contract.sampling.temperature == 0.3
+    assert contract is not None
+    assert contract.sampling.temperature == 0.3
     assert not [path for path in server.requests if path.endswith(".safetensors")]
     model = load_policy(ModelSource("acme/tiny"))
     expected = load_policy(ModelSource(str(folder)))

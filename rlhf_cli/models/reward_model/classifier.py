@@ -23,6 +23,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.loading import (
     ModelSource,
+    check_layers,
     check_weights,
     context_length,
     empty_model,
@@ -116,6 +117,7 @@ def _plan(source: ModelSource) -> _Plan:
     labels = list((config.id2label or {}).values())
     config.num_labels = 1
     kind = classifier_class(config, source.path)
+    check_layers(config, source.path, len(checkpoint.shapes))
     own = _own_head(empty_model(kind, source, config), source.path)
     head = _stored_head(checkpoint, own, source.path)
     _check_labels(source.path, said, None if head is None else head.rows, labels)
