@@ -95,12 +95,18 @@ def make_models(root: Path) -> None:
 
     tokenizer = byte_level_tokenizer(pad=True, chat=True)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    shape = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
+    config = LlamaConfig(
+        **ids,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
     )
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=pad)
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**shape, **ids, max_position_embeddings=256))
+    llama = LlamaForCausalLM(config)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **ids))
     for name, model in (("llama", llama), ("gpt2", gpt2)):
         model.save_pretrained(root / name)

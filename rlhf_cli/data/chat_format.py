@@ -150,9 +150,7 @@ class PromptFormat:
             is_refusal = type(error).__name__ == "TemplateError"
             raise ModelError(
                 f"the chat template of {self.name} refuses a conversation: {error}",
-                hint=_TURNS
-                if type(error).__name__ == "TemplateError"
-                else "correct the chat template of its tokenizer",
+                hint=_TURNS if is_refusal else "correct the chat template of its tokenizer",
             ) from error
         assert isinstance(text, str)
         return text

@@ -68,10 +68,13 @@ class Contract:
 def read_contract(model: str | Path) -> Contract | None:
     """Return the contract beside a model or an artifact; None if there is none, as with models of others.
 
+    Args:
+        model: folder or hub id; a `Path` is a folder, which need not exist.
+
     Raises:
         ModelError: a file is damaged, another version of rlhf wrote it, or there is no such model.
     """
-    folder = Path(model) if Path(model).is_dir() else local_folder(str(model), with_weights=False)
+    folder = model if isinstance(model, Path) else local_folder(model, with_weights=False)
     path = folder / CONTRACT_FILE
     if not path.is_file():
         return None

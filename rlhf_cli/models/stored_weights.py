@@ -93,7 +93,7 @@ def read_header(file: Path) -> dict[str, StoredWeight]:
             length = int.from_bytes(start, "little")
             content = opened.read(min(length, _LONGEST_HEADER))
     except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror or error}") from error
+        raise ModelError(f"cannot read {file}: {error.strerror or error}", hint=_AGAIN) from error
     if (start + content[: len(_LFS)]).startswith(_LFS):
         raise ModelError(
             f"{file} is a pointer of git-LFS, not the weights", hint=f"run `git lfs pull` in {file.parent}"

@@ -34,13 +34,17 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     what = f"cannot load a tokenizer from `{source.path}`"
     try:
         with reading(what, folder, TOKENIZER_FILES, hint=_hint(folder)):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-            tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
-            return tokenizer
+            return _load(folder, trust_remote_code=source.trust_remote_code)
     except ModelError as error:
         if _CONFIG in error.message or (field := _wrong_field(folder)) is None:
             raise
         raise ModelError(f"{error.message} ({_CONFIG}: without `{field}` it can be loaded)", hint=error.hint) from error
+
+
+def _load(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
+    return tokenizer
 
 
 def _check_format(folder: Path, path: str) -> None:
@@ -74,7 +78,7 @@ def _wrong_field(folder: Path) -> str | None:
             left = {key: value for key, value in config.items() if key != field}
             (place / _CONFIG).write_text(json.dumps(left), encoding="utf-8")
             try:
-                AutoTokenizer.from_pretrained(place)
+                _load(place)
             except Exception:  # noqa: S112  (any that `reading` turns into an error)
                 continue
             return field

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, BartConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BartConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import (
@@ -104,7 +115,7 @@ def test_a_folder_without_all_weights_is_no_policy(tiny_llama: Path, tmp_path: P
 
 def test_a_place_that_is_nowhere_is_refused(tmp_path: Path):
     for load in (load_config, load_tokenizer):
-        with pytest.raises(ModelError, match="cannot load a "):
+        with pytest.raises(ModelError, match="no such folder"):
             load(ModelSource("nobody/no-such-model"))
 
 
@@ -112,6 +123,11 @@ def test_context_length_is_the_positions():
     assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
     assert context_length(GPT2Config(n_positions=55)) == 55
     assert context_length(T5Config()) == 10**9
+
+
+def test_the_context_of_a_model_that_reads_images_is_that_of_its_text():
+    text = Gemma3TextConfig(max_position_embeddings=256)
+    assert context_length(Gemma3Config(text_config=text)) == 256
 
 
 def test_devices():
