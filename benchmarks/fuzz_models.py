@@ -225,7 +225,7 @@ def _check_artifact(case: Case, run_dir: Path) -> str:
     """Return what is wrong with what the stage wrote; an empty text if nothing is."""
     if case.family not in ("llama", "gpt2"):
         rows = [json.loads(line) for line in (run_dir / "label" / "rankings.jsonl").read_text().splitlines()]
-        return "" if len(rows) == 1 else f"{len(rows)} rankings of 1 prompt"
+        return _check_rewards(case) if len(rows) == 1 else f"{len(rows)} rankings of 1 prompt"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlhf_cli.models.loading import ModelSource, load_policy
@@ -241,6 +241,32 @@ def _check_artifact(case: Case, run_dir: Path) -> str:
         one, other = (model.eval()(input_ids=ids).logits.log_softmax(-1) for model in (ours, theirs))
     difference = float((one - other).abs().max())
     return "" if difference < 1e-4 else f"log-probabilities differ by {difference:g}"
+
+
+@torch.no_grad()
+def _check_rewards(case: Case) -> str:
+    """Compare raw rewards with those of transformers, or of PEFT on the base, for the same ids."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.models.reward_model.model import load_reward_model
+
+    ours = load_reward_model(ModelSource(str(case.folder), attention="sdpa"), template=None)
+    sequence = ours.encode("Why?", "Because.")
+    ids = torch.tensor([sequence.ids])
+    if case.family == "reward":
+        plain = AutoModelForSequenceClassification.from_pretrained(case.folder, dtype=torch.float32)
+        theirs = plain.eval()(input_ids=ids).logits[0, 0]
+    else:
+        base = AutoModelForCausalLM.from_pretrained(case.folder.parent / "llama", dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(base, case.folder / "adapter").eval().get_base_model()
+        hidden = adapted.model(input_ids=ids).last_hidden_state[0, -1]
+        head = load_file(case.folder / "head.safetensors")
+        theirs = hidden @ head["weight"][0] + head["bias"][0]
+    difference = abs(float(ours(ours.batch([sequence]))[0] - theirs))
+    return "" if difference < 1e-4 else f"rewards differ by {difference:g}"
 
 
 def main() -> int:

@@ -29,6 +29,8 @@ class RLHFError(Exception):
     """
 
     exit_code = 1
+    problems: Sequence[str] = ()
+    """One message per problem, if one error reports several."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -75,8 +77,10 @@ def raise_together(errors: Sequence[RLHFError]) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        lines = [f"{one.message} ({one.hint})" if one.hint else one.message for one in errors]
-        raise type(errors[0])("\n".join(lines))
+        problems = [f"{one.message} (hint: {one.hint})" if one.hint else one.message for one in errors]
+        together = type(errors[0])("\n".join(problems))
+        together.problems = problems
+        raise together
 
 
 class DivergedError(RLHFError):

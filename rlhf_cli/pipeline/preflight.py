@@ -17,7 +17,7 @@ from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, functi
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
-from rlhf_cli.stages.inputs import Input
+from rlhf_cli.stages.inputs import Input, ModelRole
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -64,36 +64,49 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
 
 def _check_models(recipe: Recipe, inputs: Sequence[Input]) -> None:
     """Check every model of the run for its role; reports the problems of all of them at once."""
-    uses: dict[tuple[str, str], list[Input]] = {}
+    uses: dict[tuple[str, ModelRole], list[Input]] = {}
     for given in inputs:
         if given.kind == "model" and given.role is not None and (given.matters or given.sampled_by):
             uses.setdefault((given.source, given.role), []).append(given)
-    if not uses:
-        return
-    from rlhf_cli.models import preflight as models  # imports torch, which the stages need anyway
+    errors: dict[str, RLHFError] = {}
+    for (source, role), members in uses.items():
+        try:
+            contract = read_contract(source)  # finds out without torch whether there is such a model
+            found = _check_use(recipe, source, role, _sections(members, inputs), contract)
+        except RLHFError as error:
+            found = [error]
+        for error in found:
+            message = f"{error.message} (`{members[0].setting}`)"
+            errors[error.message] = type(error)(message, hint=error.hint)
+    raise_together(list(errors.values()))
 
-    errors: list[RLHFError] = []
-    for (source, role), given in uses.items():
-        sections = [one.sampled_by for one in given]
-        if given[0].setting == "model.path":  # later stages sample what is trained from it
-            sections += [one.sampled_by for one in inputs if one.kind == "artifact" and one.role == "policy"]
-        found = models.Findings()
-        contract = found.attempt(read_contract, source)
-        if not found.errors:
-            found = models.check_model(
-                models.ModelUse(
-                    models.ModelSource(
-                        source, trust_remote_code=recipe.model.trust_remote_code and source == recipe.model.path
-                    ),
-                    role,  # type: ignore[arg-type]  (a literal)
-                    *_prompting(recipe, contract),
-                    max_new_tokens=_longest_completion(recipe, [name for name in sections if name], contract),
-                )
-            )
-        for warning in found.warnings:
-            warn(warning)
-        errors += [_naming(error, given[0].setting) for error in found.errors]
-    raise_together(errors)
+
+def _sections(members: Sequence[Input], inputs: Sequence[Input]) -> list[str]:
+    """Return the sections of the stages that draw completions from a model, or from what is trained from it."""
+    found = [one.sampled_by for one in members]
+    if members[0].setting == "model.path":
+        found += [one.sampled_by for one in inputs if one.kind == "artifact"]
+    return [section for section in found if section is not None]
+
+
+def _check_use(
+    recipe: Recipe, source: str, role: ModelRole, sections: Sequence[str], contract: Contract | None
+) -> list[RLHFError]:
+    """Return the problems of a model in a role; warns of what a stage can go on with."""
+    from rlhf_cli.models.loading import ModelSource  # imports torch, which the stages need anyway
+    from rlhf_cli.models.preflight import ModelUse, check_model
+
+    is_trusted = recipe.model.trust_remote_code and source == recipe.model.path
+    use = ModelUse(
+        ModelSource(source, trust_remote_code=is_trusted),
+        role,
+        *_prompting(recipe, contract),
+        max_new_tokens=_longest_completion(recipe, sections, contract),
+    )
+    found = check_model(use)
+    for warning in found.warnings:
+        warn(warning)
+    return found.errors
 
 
 def _prompting(recipe: Recipe, contract: Contract | None) -> tuple[str | None, Mapping[str, Any]]:
@@ -111,10 +124,6 @@ def _longest_completion(recipe: Recipe, sections: Sequence[str], contract: Contr
     layers = [recipe.sampling, *(() if contract is None else (contract.sampling,))]
     resolved = [Sampling.resolve(SamplingSettings(max_new_tokens=length), *layers) for length in lengths]
     return max((sampling.max_new_tokens for sampling in resolved), default=None)
-
-
-def _naming(error: RLHFError, setting: str) -> RLHFError:
-    return type(error)(f"{error.message} (`{setting}`)", hint=error.hint)
 
 
 def _check_endpoint(given: Input) -> None:
