@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -29,9 +29,11 @@ from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
 from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
+from rlhf_cli.models.stored_weights import ADAPTER, read_stored_weights, stored_heads
 from rlhf_cli.models.weight_report import compare, sort_out
 from rlhf_cli.progress import say_once
 
@@ -129,14 +131,14 @@ def quiet_libraries() -> None:
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """Load the configuration of a model.
+    """Load the configuration of a model; that of a PEFT adapter is its base's.
 
     Raises:
-        ModelError: there is none, or the folder holds a PEFT adapter.
+        ModelError: there is none, or its weights are quantized in a way that is not dequantized here.
     """
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        return _base_config(adapter, source)
     folder = Path(source.path)
-    if (folder / "adapter_config.json").is_file():
-        raise _is_adapter_error(source.path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{source.path} is not a model folder: it has no config.json",
@@ -155,24 +157,39 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 def says_labels(source: ModelSource) -> bool:
     """Whether the configuration of a model says how many labels it has."""
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        source = _base_of(adapter, source)
     fields, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
     return "num_labels" in fields or "id2label" in fields
 
 
-def _is_adapter_error(path: str) -> ModelError:
-    """Transformers would load base and adapter; with adapters off the reference would be the base (trap 15)."""
-    return ModelError(
-        f"`{path}` is a PEFT adapter, not a whole model",
-        hint="merge it first: `AutoPeftModelForCausalLM.from_pretrained(IT).merge_and_unload().save_pretrained(NEW)`",
-    )
+def _base_config(adapter: PeftFolder, source: ModelSource) -> PretrainedConfig:
+    try:
+        config = load_config(_base_of(adapter, source))
+    except ModelError as error:
+        raise ModelError(
+            f"the base of the PEFT adapter {source.path}: {error.message}",
+            hint=f"set `base_model_name_or_path` in {adapter.config_file} to the folder or hub id of its base, "
+            "unquantized and with all of its files",
+        ) from error
+    config.dtype = torch.float32  # in which it is merged
+    return config
+
+
+def _base_of(adapter: PeftFolder, source: ModelSource) -> ModelSource:
+    """Return the base of an adapter as it is loaded for merging."""
+    return replace(source.at(adapter.base).in_full(), revision=adapter.base_revision)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Padding is always known by length, never by the padding id.
+    """Load the tokenizer of a model; that of a PEFT adapter without one is its base's. Padding is always known by length, never by the padding id.
 
     Raises:
         ModelError: it cannot be loaded.
     """
+    adapter = find_peft_folder(source.path, source.revision)
+    if adapter is not None and not adapter.has_tokenizer:
+        return load_tokenizer(_base_of(adapter, source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.hub_arguments())
     except (OSError, ValueError, KeyError) as error:
@@ -192,6 +209,7 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
+    _check_generates(source)
     return load_weights(policy_class(config, source.path), source, config, dtype=dtype)
 
 
@@ -202,7 +220,17 @@ def check_policy(source: ModelSource) -> None:
         ModelError: see `load_policy`.
     """
     config = load_config(source)
+    _check_generates(source)
     check_weights(policy_class(config, source.path), source, config)
+
+
+def _check_generates(source: ModelSource) -> None:
+    adapter = find_peft_folder(source.path, source.revision)
+    if adapter is not None and (heads := stored_heads(adapter.shapes)):
+        raise ModelError(
+            f"`{source.path}` is a PEFT adapter with a reward head (`{heads[0].name}`), which generates no text",
+            hint="give a language model, or use this one as a reward model",
+        )
 
 
 def policy_class(config: PretrainedConfig, path: str) -> type:
@@ -247,24 +275,60 @@ def load_weights(
     """
     quiet_libraries()
     disable_dropout(config)
-    empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        model = _load_merged(kind, source, config, adapter, dtype, checkpoint, is_new)
+    else:
+        empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
+        keeps_adapter = source.keeps_adapter(dtype)
+        held = torch.float32 if keeps_adapter else dtype or source.dtype
+        arguments = _placement(source, held, is_quantized=dtype is None)
+        model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
+        if keeps_adapter:
+            separate_adapters(model, Path(source.path))
     is_quantized = dtype is None and source.quantize != "none"
-    keeps_adapter = source.keeps_adapter(dtype)
-    arguments: dict[str, Any] = {"dtype": torch.float32 if keeps_adapter else dtype or source.dtype}
-    if is_quantized:
+    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
+    if is_our_attention(source.attention):
+        set_attention(model, source.attention, source.path)
+    return model
+
+
+def _placement(source: ModelSource, dtype: torch.dtype, *, is_quantized: bool) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say in what precision, where and with which attention."""
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if is_quantized and source.quantize != "none":
         check_quantize(source.quantize, source.device)
         # Quantized weights are created on their device, because 8-bit weights cannot be moved.
         arguments["quantization_config"] = quantization(source.quantize, source.precision)
         arguments["device_map"] = source.device
     if not is_our_attention(source.attention):
         arguments["attn_implementation"] = source.attention
-    model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
-    if keeps_adapter:
-        separate_adapters(model, Path(source.path))
-    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
-    if is_our_attention(source.attention):
-        set_attention(model, source.attention, source.path)
-    return model
+    return arguments
+
+
+def _load_merged(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    adapter: PeftFolder,
+    dtype: torch.dtype | None,
+    checkpoint: Checkpoint | None,
+    is_new: IsNew | None,
+) -> PreTrainedModel:
+    """Load the base of a PEFT adapter and merge the adapter into it, on the CPU.
+
+    The merged weights stay in float32: rounding them to bfloat16 would lose a small adapter.
+    """
+    base = replace(_base_of(adapter, source), device=torch.device("cpu"))
+    empty, checkpoint = check_weights(kind, base, config, checkpoint=checkpoint, is_new=is_new)
+    arguments = _placement(base, torch.float32, is_quantized=False)
+    model = merge(_read_weights(type(empty), base, empty.config, checkpoint, arguments, is_new), adapter)
+    say_once(f"{source.path}: a PEFT adapter, merged into {adapter.base} in float32")
+    if dtype is None and source.quantize != "none":
+        arguments = _placement(source, source.dtype, is_quantized=True) | {"state_dict": model.state_dict()}
+        quantized = type(model).from_pretrained(None, config=model.config, **arguments)
+        quantized.generation_config = model.generation_config
+        return quantized
+    return model if dtype is None else cast(PreTrainedModel, model.to(dtype))  # pyright: ignore[reportArgumentType]
 
 
 IsNew = Callable[[PreTrainedModel], frozenset[str]]
@@ -288,15 +352,21 @@ def check_weights(
         ModelError: weights are missing, unexpected or of another shape, or a file is missing or damaged.
     """
     if checkpoint is None:
-        checkpoint = open_checkpoint(
-            source.path, revision=source.revision, quantization=quantization_of(config, source.path)
-        )
+        checkpoint = open_weights(source, config)
     empty = empty_model(kind, source, config)
     report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
     report.check(source.path, config.model_type)
     if (line := report.describe_unused(source.path)) is not None:
         say_once(line)
     return empty, checkpoint
+
+
+def open_weights(source: ModelSource, config: PretrainedConfig) -> Checkpoint:
+    """Open the weight files of a model; those of a PEFT adapter are its base's."""
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        read_stored_weights(adapter.folder, ADAPTER)  # raises for damaged files
+        source = _base_of(adapter, source)
+    return open_checkpoint(source.path, revision=source.revision, quantization=quantization_of(config, source.path))
 
 
 def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
