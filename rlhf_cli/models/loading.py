@@ -28,6 +28,7 @@ import rlhf_cli.transformer  # noqa: F401  (registers its models with transforme
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
 from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
@@ -319,6 +320,7 @@ def _load_merged(
     The merged weights stay in float32: rounding them to bfloat16 would lose a small adapter.
     """
     base = replace(_base_of(adapter, source), device=torch.device("cpu"))
+    check_base(adapter.base, adapter.base_sha256, adapter.config_file)
     empty, checkpoint = check_weights(kind, base, config, checkpoint=checkpoint, is_new=is_new)
     arguments = _placement(base, torch.float32, is_quantized=False)
     model = merge(_read_weights(type(empty), base, empty.config, checkpoint, arguments, is_new), adapter)

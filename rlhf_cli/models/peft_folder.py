@@ -26,7 +26,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.stored_weights import ADAPTER, plain_names, read_stored_weights
 
 _CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+_BASE_FILE = "base.json"  # of a policy's adapter, see `models.policy_adapter`
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PROMPT_LEARNING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 
@@ -39,11 +39,13 @@ class PeftFolder:
         folder: of the adapter.
         base: folder or hub id of the base.
         base_revision: of a base on the hub.
+        base_sha256: of the base's weight files, which the stages of rlhf record; None in other folders.
     """
 
     folder: Path
     base: str
     base_revision: str | None
+    base_sha256: str | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,6 +77,8 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
     try:
         config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         kind = str(config["peft_type"])
+        recorded = folder / _BASE_FILE
+        sha256 = json.loads(recorded.read_text(encoding="utf-8"))["sha256"] if recorded.is_file() else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / _CONFIG} is damaged: {error}", hint="save the adapter again with PEFT") from error
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
@@ -87,7 +91,7 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
             f"`{path}` is a PEFT adapter of kind {kind}, which cannot be merged into the weights of a model",
             hint="give a model or an adapter of weights, such as LoRA",
         )
-    return PeftFolder(folder, _find_base(folder, config), config.get("revision"))
+    return PeftFolder(folder, _find_base(folder, config), config.get("revision"), sha256)
 
 
 @cache
@@ -124,7 +128,7 @@ def _find_base(folder: Path, config: Mapping[str, Any]) -> str:
     if not isinstance(base, str) or not base:
         raise ModelError(f"the PEFT adapter {folder} does not say which model it was trained on", hint=hint)
     # An adapter of ours, in the folder of its policy, names its base relative to that folder.
-    starts = [folder, *([folder.parent] if (folder / "base.json").is_file() else []), Path()]
+    starts = [folder, *([folder.parent] if (folder / _BASE_FILE).is_file() else []), Path()]
     places = list(dict.fromkeys((start / base).resolve() for start in starts))
     for place in places:
         if place.is_dir() and place != folder.resolve():

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
 from rlhf_cli.models.lora import adapter_state, save_adapter
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
 
 _FORMAT = 1
+_CONFIG = "reward.json"
 _HEAD = "head.safetensors"
 
 
@@ -39,6 +41,8 @@ class RewardModelConfig:
         std: raw difference that is normalized to 1.
         hidden_size: width d of the head.
         template_kwargs: arguments of the chat template.
+        base_sha256: of the base's weight files, see `base_model.hash_weights`; None if the base is on the hub or the
+            folder holds all weights.
     """
 
     kind: str
@@ -50,11 +54,15 @@ class RewardModelConfig:
     std: float
     hidden_size: int
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    base_sha256: str | None = None
 
     def base_path(self, folder: Path) -> str:
-        """Return the path or hub id from which the base can be loaded."""
-        local = folder / self.base
-        return str(local.resolve()) if local.is_dir() else self.base
+        """Return the path or hub id of the base; raises `ModelError` if it is a path where no folder is."""
+        return locate_base(self.base, folder / _CONFIG)
+
+    def check_base(self, folder: Path) -> None:
+        """Raise `ModelError` if the base's weights are not those on which the adapter was trained."""
+        check_base(self.base_path(folder), self.base_sha256, folder / _CONFIG)
 
 
 def read_reward_config(folder: Path) -> RewardModelConfig | None:
@@ -63,7 +71,7 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
     Raises:
         ModelError: the file is damaged or of a later format.
     """
-    path = folder / "reward.json"
+    path = folder / _CONFIG
     if not path.is_file():
         return None
     try:
@@ -90,10 +98,11 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> No
         std=reward_model.std,
         hidden_size=reward_model.head.in_features,
         template_kwargs=dict(reward_model.format.template_kwargs),
+        base_sha256=hash_weights(reward_model.source.path) if reward_model.is_adapter else None,
     )
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):
-        (folder / "reward.json").write_text(text + "\n", encoding="utf-8")
+        (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
         if reward_model.is_adapter:
             _save_adapter(reward_model, folder, base)
         else:

@@ -228,6 +228,7 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     folder = Path(source.path)
     config = read_reward_config(folder)
     if config is not None and config.adapter:
+        config.check_base(folder)
         base = replace(source.at(config.base_path(folder)), revision=config.base_revision)
     else:
         base = replace(source, quantize="none")  # only frozen weights under an adapter are quantized

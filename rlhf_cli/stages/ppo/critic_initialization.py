@@ -36,6 +36,8 @@ def shared_reward_config(source: ModelSource, reward_path: str | None) -> Reward
         return None
     is_ours = config.adapter and config.kind == "decoder"
     is_shared = is_ours and _is_same_model(source, config.base_path(Path(reward_path)), config.base_revision)
+    if is_shared:
+        config.check_base(Path(reward_path))
     return config if is_shared else None
 
 
@@ -74,6 +76,7 @@ def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
             f"the critic in {folder} is an adapter on `{config.base}`, but the policy starts from `{source.path}`",
             hint=_SEPARATE,
         )
+    config.check_base(folder)
     return AdapterStart(folder, load_value_head(folder))
 
 
@@ -126,6 +129,7 @@ def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path
     if config.kind == "adapter":
         if (base := config.base_path(folder)) is None:
             raise ModelError(f"the critic in {folder} is an adapter, but its critic.json names no base model")
+        config.check_base(folder)
         model = _load_backbone(replace(given.at(base), revision=config.base_revision))
         load_adapter(model, folder)
         merge_lora(model)
