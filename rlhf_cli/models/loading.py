@@ -148,6 +148,8 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source.path, **source.hub_arguments())
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise _untrusted(source.path) from error
         raise ModelError(
             f"cannot load a model from `{source.path}`: {_first_line(error)}",
             hint="give a folder that exists, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -162,6 +164,14 @@ def says_labels(source: ModelSource) -> bool:
         source = _base_of(adapter, source)
     fields, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
     return "num_labels" in fields or "id2label" in fields
+
+
+def _untrusted(path: str) -> ModelError:
+    return ModelError(
+        f"`{path}` comes with Python code of its own, which is not run",
+        hint="if you have read and trust it: `--set model.trust_remote_code=true --set model.revision=COMMIT`, with "
+        "`model.path` the model that brought it; that holds for what is trained from it too",
+    )
 
 
 def _base_config(adapter: PeftFolder, source: ModelSource) -> PretrainedConfig:
@@ -244,12 +254,19 @@ def policy_class(config: PretrainedConfig, path: str) -> type:
         return AutoModelForSeq2SeqLM
     # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
     reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if has_own_code(config) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
     if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot generate text",
             hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
     return AutoModelForCausalLM
+
+
+def has_own_code(config: PretrainedConfig) -> bool:
+    """Whether a configuration is of a class that came with the model."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 def load_weights(

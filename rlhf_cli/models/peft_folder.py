@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -97,7 +98,7 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
 @cache
 def _from_hub(path: str, revision: str | None) -> Path | None:
     """Return the folder with an adapter from the hub; None if the model there is no adapter, or there is none."""
-    if not _HUB_ID.fullmatch(path):
+    if not _HUB_ID.fullmatch(path) or isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
         return None
     try:
         found = cached_file(
@@ -127,8 +128,8 @@ def _find_base(folder: Path, config: Mapping[str, Any]) -> str:
     hint = f"set `base_model_name_or_path` in {folder / _CONFIG} to the folder or hub id of the base model"
     if not isinstance(base, str) or not base:
         raise ModelError(f"the PEFT adapter {folder} does not say which model it was trained on", hint=hint)
-    # An adapter of ours, in the folder of its policy, names its base relative to that folder.
-    starts = [folder, *([folder.parent] if (folder / _BASE_FILE).is_file() else []), Path()]
+    # An adapter of ours, in the folder of its policy or reward model, names its base relative to that folder.
+    starts = [folder, *([folder.parent] if folder.name == "adapter" else []), Path()]
     places = list(dict.fromkeys((start / base).resolve() for start in starts))
     for place in places:
         if place.is_dir() and place != folder.resolve():

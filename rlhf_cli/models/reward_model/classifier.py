@@ -27,6 +27,7 @@ from rlhf_cli.models.loading import (
     check_weights,
     context_length,
     empty_model,
+    has_own_code,
     load_config,
     load_weights,
     open_weights,
@@ -234,7 +235,7 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
     """
     if type(config) in AutoModelForSequenceClassification._model_mapping:
         return AutoModelForSequenceClassification
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in AutoModelForCausalLM._model_mapping or has_own_code(config):
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot be a reward model",
             hint="use a decoder-only language model or an encoder of the BERT family",
