@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-
 _LARGE = 2**24
 """Bytes from which a file's hash is kept for the process: inputs are hashed by the pipeline and by the stage."""
 

@@ -1,8 +1,8 @@
 """The base model of a saved adapter: where it is, and whether it still is the one that the adapter was trained on.
 
-An adapter is only meaningful on the weights it was trained on. Its folder names them by path or hub id and by the sha256
-of their files. Hashing reads every byte, about a second for a gigabyte, and once per process and file: a check of
-headers or samples alone would miss weights that differ in few places.
+An adapter is only meaningful on the weights it was trained on. Its folder names them by path or hub id and by the
+sha256 of their files. Hashing reads every byte, which takes about a second for a gigabyte, and once per process and
+file. A check of headers or samples alone would miss weights that differ in few places.
 """
 
 from __future__ import annotations

@@ -148,10 +148,11 @@ def _hub_files(path: str, revision: str | None) -> list[Path]:
         if whole is not None:
             return [Path(whole)]
         index = cached_file(path, f"{MODEL}.safetensors.index.json", revision=revision)
+        assert index is not None  # it would have raised
         files, _ = get_checkpoint_shard_files(path, index, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load weights from `{path}`: {reason}", hint="give a model whose weights are in safetensors"
         ) from error
-    return [Path(file) for file in files]
+    return [Path(file) for file in files or ()]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,7 +14,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,16 +22,13 @@ from transformers import (
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.attention import is_our_attention, set_attention
-from rlhf_cli.models.base_model import check_base
-from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
-from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
-from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
-from rlhf_cli.models.prequantized import drop_quantization, quantization_of
-from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
-from rlhf_cli.models.stored_weights import ADAPTER, read_stored_weights, stored_heads
-from rlhf_cli.models.weight_report import compare, sort_out
-from rlhf_cli.progress import say_once
+from rlhf_cli.models.libraries import first_line, quiet_libraries
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
+from rlhf_cli.models.policy_adapter import has_policy_adapter
+from rlhf_cli.models.prequantized import quantization_of
+from rlhf_cli.models.quantize import Quantize
+from rlhf_cli.models.stored_weights import stored_heads
+from rlhf_cli.models.weight_loading import base_of, check_weights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -124,13 +116,6 @@ def _own_gpu() -> torch.device:
     return torch.device("cuda", number)
 
 
-def quiet_libraries() -> None:
-    """Silence the warnings and progress bars of transformers and tokenizers; errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def load_config(source: ModelSource) -> PretrainedConfig:
     """Load the configuration of a model; that of a PEFT adapter is its base's.
 
@@ -151,7 +136,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         if "trust_remote_code" in str(error):
             raise _untrusted(source.path) from error
         raise ModelError(
-            f"cannot load a model from `{source.path}`: {_first_line(error)}",
+            f"cannot load a model from `{source.path}`: {first_line(error)}",
             hint="give a folder that exists, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
         ) from error
     quantization_of(config, source.path)  # raises for weights that cannot be loaded
@@ -161,7 +146,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 def says_labels(source: ModelSource) -> bool:
     """Whether the configuration of a model says how many labels it has."""
     if (adapter := find_peft_folder(source.path, source.revision)) is not None:
-        source = _base_of(adapter, source)
+        source = base_of(adapter, source)
     fields, _ = PretrainedConfig.get_config_dict(source.path, revision=source.revision)
     return "num_labels" in fields or "id2label" in fields
 
@@ -176,7 +161,7 @@ def _untrusted(path: str) -> ModelError:
 
 def _base_config(adapter: PeftFolder, source: ModelSource) -> PretrainedConfig:
     try:
-        config = load_config(_base_of(adapter, source))
+        config = load_config(base_of(adapter, source))
     except ModelError as error:
         raise ModelError(
             f"the base of the PEFT adapter {source.path}: {error.message}",
@@ -187,24 +172,22 @@ def _base_config(adapter: PeftFolder, source: ModelSource) -> PretrainedConfig:
     return config
 
 
-def _base_of(adapter: PeftFolder, source: ModelSource) -> ModelSource:
-    """Return the base of an adapter as it is loaded for merging."""
-    return replace(source.at(adapter.base).in_full(), revision=adapter.base_revision)
-
-
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; that of a PEFT adapter without one is its base's. Padding is always known by length, never by the padding id.
+    """Load the tokenizer of a model; that of a PEFT adapter without one is its base's.
+
+    Padding is always known by length, never by the padding id.
 
     Raises:
         ModelError: it cannot be loaded.
     """
+    quiet_libraries()
     adapter = find_peft_folder(source.path, source.revision)
     if adapter is not None and not adapter.has_tokenizer:
-        return load_tokenizer(_base_of(adapter, source))
+        return load_tokenizer(base_of(adapter, source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.hub_arguments())
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from `{source.path}`: {_first_line(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from `{source.path}`: {first_line(error)}") from error
     tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
     return tokenizer
 
@@ -269,190 +252,6 @@ def has_own_code(config: PretrainedConfig) -> bool:
     return type(config).__module__.startswith("transformers_modules")
 
 
-def load_weights(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    *,
-    dtype: torch.dtype | None = None,
-    checkpoint: Checkpoint | None = None,
-    is_new: IsNew | None = None,
-) -> PreTrainedModel:
-    """Load the weights of a checkpoint, all of them and no others, with dropout off.
-
-    Args:
-        kind: an Auto class or a model class.
-        source: where the model comes from.
-        config: its configuration, whose dropout rates are set to 0.
-        dtype: see `load_policy`.
-        checkpoint: the weights; None opens those at `source`.
-        is_new: weights that the checkpoint need not hold, see `IsNew`; None is no weight.
-
-    Raises:
-        ModelError: the weights cannot be loaded, or are not those of the model.
-    """
-    quiet_libraries()
-    disable_dropout(config)
-    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
-        model = _load_merged(kind, source, config, adapter, dtype, checkpoint, is_new)
-    else:
-        empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
-        keeps_adapter = source.keeps_adapter(dtype)
-        held = torch.float32 if keeps_adapter else dtype or source.dtype
-        arguments = _placement(source, held, is_quantized=dtype is None)
-        model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
-        if keeps_adapter:
-            separate_adapters(model, Path(source.path))
-    is_quantized = dtype is None and source.quantize != "none"
-    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
-    if is_our_attention(source.attention):
-        set_attention(model, source.attention, source.path)
-    return model
-
-
-def _placement(source: ModelSource, dtype: torch.dtype, *, is_quantized: bool) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say in what precision, where and with which attention."""
-    arguments: dict[str, Any] = {"dtype": dtype}
-    if is_quantized and source.quantize != "none":
-        check_quantize(source.quantize, source.device)
-        # Quantized weights are created on their device, because 8-bit weights cannot be moved.
-        arguments["quantization_config"] = quantization(source.quantize, source.precision)
-        arguments["device_map"] = source.device
-    if not is_our_attention(source.attention):
-        arguments["attn_implementation"] = source.attention
-    return arguments
-
-
-def _load_merged(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    adapter: PeftFolder,
-    dtype: torch.dtype | None,
-    checkpoint: Checkpoint | None,
-    is_new: IsNew | None,
-) -> PreTrainedModel:
-    """Load the base of a PEFT adapter and merge the adapter into it, on the CPU.
-
-    The merged weights stay in float32: rounding them to bfloat16 would lose a small adapter.
-    """
-    base = replace(_base_of(adapter, source), device=torch.device("cpu"))
-    check_base(adapter.base, adapter.base_sha256, adapter.config_file)
-    empty, checkpoint = check_weights(kind, base, config, checkpoint=checkpoint, is_new=is_new)
-    arguments = _placement(base, torch.float32, is_quantized=False)
-    model = merge(_read_weights(type(empty), base, empty.config, checkpoint, arguments, is_new), adapter)
-    say_once(f"{source.path}: a PEFT adapter, merged into {adapter.base} in float32")
-    if dtype is None and source.quantize != "none":
-        arguments = _placement(source, source.dtype, is_quantized=True) | {"state_dict": model.state_dict()}
-        quantized = type(model).from_pretrained(None, config=model.config, **arguments)
-        quantized.generation_config = model.generation_config
-        return quantized
-    return model if dtype is None else cast(PreTrainedModel, model.to(dtype))  # pyright: ignore[reportArgumentType]
-
-
-IsNew = Callable[[PreTrainedModel], frozenset[str]]
-"""Returns the names of weights of an empty model that are drawn at random where the checkpoint lacks them."""
-
-
-def check_weights(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    *,
-    checkpoint: Checkpoint | None = None,
-    is_new: IsNew | None = None,
-) -> tuple[PreTrainedModel, Checkpoint]:
-    """Check by names and shapes that a checkpoint holds the weights of a model; no weight is read.
-
-    Returns:
-        The model on the meta device, and the checkpoint.
-
-    Raises:
-        ModelError: weights are missing, unexpected or of another shape, or a file is missing or damaged.
-    """
-    if checkpoint is None:
-        checkpoint = open_weights(source, config)
-    empty = empty_model(kind, source, config)
-    report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
-    report.check(source.path, config.model_type)
-    if (line := report.describe_unused(source.path)) is not None:
-        say_once(line)
-    return empty, checkpoint
-
-
-def open_weights(source: ModelSource, config: PretrainedConfig) -> Checkpoint:
-    """Open the weight files of a model; those of a PEFT adapter are its base's."""
-    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
-        read_stored_weights(adapter.folder, ADAPTER)  # raises for damaged files
-        source = _base_of(adapter, source)
-    return open_checkpoint(source.path, revision=source.revision, quantization=quantization_of(config, source.path))
-
-
-def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model on the meta device: its parts, names and shapes without weights."""
-    quiet_libraries()
-    drop_quantization(config)
-    try:
-        with torch.device("meta"):
-            if issubclass(kind, PreTrainedModel):
-                return kind(config)
-            return kind.from_config(config, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"`{source.path}`: cannot build a {config.model_type} model from its config.json: {_first_line(error)}",
-            hint="check config.json, or upgrade transformers if the architecture is newer than it",
-        ) from error
-
-
-def _read_weights(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    checkpoint: Checkpoint,
-    arguments: dict[str, Any],
-    is_new: IsNew | None,
-) -> PreTrainedModel:
-    """Call `from_pretrained`, and check by its own report that it loaded every weight."""
-    if checkpoint.is_plain:
-        place, arguments = source.path, arguments | {"use_safetensors": True} | source.hub_arguments()
-    else:
-        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
-        if kind.can_generate():
-            arguments["generation_config"] = _generation_config(source, config)
-    try:
-        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
-    report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
-    report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
-    _untie(model, source.path)
-    return model
-
-
-def _generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(source.path, revision=source.revision)
-    except OSError:  # there is none
-        return GenerationConfig.from_model_config(config)
-
-
-def _untie(model: PreTrainedModel, path: str) -> None:
-    """Let the configuration say that embeddings are not tied where the checkpoint holds two matrices that differ.
-
-    Transformers loads both then. Without this, the configuration that is written would have other programs tie them.
-    """
-    output = model.get_output_embeddings()
-    parts = [part for part in (model.config, model.config.get_text_config(decoder=True)) if part.tie_word_embeddings]
-    if output is None or not parts or output.weight is model.get_input_embeddings().weight:
-        return
-    for part in parts:
-        part.tie_word_embeddings = False
-    say_once(
-        f"{path}: config.json ties input and output embeddings, but the weights hold two matrices that differ; both are "
-        "used as they are stored"
-    )
-
-
 def as_stored(source: ModelSource) -> ModelSource:
     """Return a source whose weights are float32 if they are stored in float32, as a policy trained in full is.
 
@@ -466,19 +265,6 @@ def load_any(path: str, device: torch.device) -> PreTrainedModel:
     """Load the backbone of any model in float32 with transformers' own attention, for inspection."""
     source = ModelSource(path, attention="eager", device=device)
     return load_weights(AutoModel, source, load_config(source))
-
-
-def disable_dropout(config: PretrainedConfig) -> None:
-    """Set all dropout rates and router jitter in a configuration to 0, in nested configurations too.
-
-    Some architectures read the rate in `forward`, so `eval()` does not disable it. With dropout in either pass, the
-    probability ratio of an unchanged policy is not 1 (trap 4 of docs/ppo.md).
-    """
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            disable_dropout(value)
-        elif isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("drop")):
-            setattr(config, name, 0.0)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -505,7 +291,3 @@ def context_length(config: PretrainedConfig) -> int:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return 10**9
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

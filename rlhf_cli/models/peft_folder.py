@@ -85,7 +85,7 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
             f"`{path}` holds a whole model and a PEFT adapter, and it is not said whether the adapter is merged",
-            hint=f"if the model is to be used as it is, move {_CONFIG} to another folder; else move the model's weights",
+            hint=f"if the model is to be used as it is, move {_CONFIG} to another folder; else the weights",
         )
     if kind in _PROMPT_LEARNING:
         raise ModelError(
@@ -145,9 +145,10 @@ def _find_base(folder: Path, config: Mapping[str, Any]) -> str:
 
 def resize_to(model: PreTrainedModel, adapter: PeftFolder) -> None:
     """Give a base the rows of the embeddings that PEFT stored with the adapter, for tokens that were added."""
-    embeddings = next((name for name, module in model.named_modules() if module is model.get_input_embeddings()), "")
+    input_embeddings: Any = model.get_input_embeddings()
+    embeddings = next((name for name, module in model.named_modules() if module is input_embeddings), "")
     shape = next((shape for name, shape in adapter.shapes.items() if name == f"{embeddings}.weight"), None)
-    if shape is not None and shape[0] > model.get_input_embeddings().weight.shape[0]:  # pyright: ignore[reportOperatorIssue]
+    if shape is not None and shape[0] > len(input_embeddings.weight):
         model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 

@@ -1,7 +1,7 @@
 """Models that come with their own Python code, which only `model.trust_remote_code` lets run.
 
-The permission is for the code of `model.path` at a pinned revision. What a stage trains from that model carries the same
-files, and only where each of them is the same byte for byte, the permission holds for it too. Imports no torch.
+The permission is for the code of `model.path` at a pinned revision. What a stage trains from that model carries the
+same files, and only where each of them is the same byte for byte, the permission holds for it too. Imports no torch.
 """
 
 from __future__ import annotations

@@ -22,19 +22,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.checkpoint import Checkpoint
-from rlhf_cli.models.loading import (
-    ModelSource,
-    check_weights,
-    context_length,
-    empty_model,
-    has_own_code,
-    load_config,
-    load_weights,
-    open_weights,
-    says_labels,
-)
+from rlhf_cli.models.loading import ModelSource, context_length, has_own_code, load_config, says_labels
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.stored_weights import StoredHead, stored_heads
+from rlhf_cli.models.weight_loading import check_weights, empty_model, load_weights, open_weights
 from rlhf_cli.progress import say_once
 
 
@@ -164,9 +155,7 @@ def _stored_head(shapes: Mapping[str, tuple[int, ...]], own: _OwnHead, path: str
     return next(iter(heads), None)
 
 
-def _use_head(
-    checkpoint: Checkpoint, head: StoredHead, own: _OwnHead, path: str
-) -> tuple[Checkpoint, Tensor | None]:
+def _use_head(checkpoint: Checkpoint, head: StoredHead, own: _OwnHead, path: str) -> tuple[Checkpoint, Tensor | None]:
     """Give the stored head the classifier's own name, and take out a bias for which that has no place."""
     if head.name != own.name:
         say_once(f"{path}: its reward head is stored as `{head.name}`")

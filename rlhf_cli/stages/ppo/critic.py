@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
-from rlhf_cli.models.loading import ModelSource, quiet_libraries
+from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.saving import require_finite, writing

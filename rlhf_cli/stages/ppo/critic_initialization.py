@@ -16,11 +16,12 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer, load_weights
+from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
 from rlhf_cli.models.lora import load_adapter, merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, Head, load_value_head, read_critic_config
 
 _SEPARATE = "make the critic a separate model: `--set ppo.critic=separate`"

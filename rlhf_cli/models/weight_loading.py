@@ -1,0 +1,241 @@
+"""Read the weights of a model from its files, all that it needs and no others, and merge a PEFT adapter into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.base_model import check_base
+from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
+from rlhf_cli.models.libraries import first_line, quiet_libraries
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
+from rlhf_cli.models.policy_adapter import separate_adapters
+from rlhf_cli.models.prequantized import drop_quantization, quantization_of
+from rlhf_cli.models.quantize import check_quantize, make_trainable, quantization
+from rlhf_cli.models.stored_weights import ADAPTER, read_stored_weights
+from rlhf_cli.models.weight_report import compare, sort_out
+from rlhf_cli.progress import say_once
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.loading import ModelSource
+
+
+def load_weights(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    checkpoint: Checkpoint | None = None,
+    is_new: IsNew | None = None,
+) -> PreTrainedModel:
+    """Load the weights of a checkpoint, all of them and no others, with dropout off.
+
+    Args:
+        kind: an Auto class or a model class.
+        source: where the model comes from.
+        config: its configuration, whose dropout rates are set to 0.
+        dtype: see `load_policy`.
+        checkpoint: the weights; None opens those at `source`.
+        is_new: weights that the checkpoint need not hold, see `IsNew`; None is no weight.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or are not those of the model.
+    """
+    quiet_libraries()
+    disable_dropout(config)
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        model = _load_merged(kind, source, config, adapter, dtype, checkpoint, is_new)
+    else:
+        empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
+        keeps_adapter = source.keeps_adapter(dtype)
+        held = torch.float32 if keeps_adapter else dtype or source.dtype
+        arguments = _placement(source, held, is_quantized=dtype is None)
+        model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
+        if keeps_adapter:
+            separate_adapters(model, Path(source.path))
+    is_quantized = dtype is None and source.quantize != "none"
+    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()  # pyright: ignore[reportArgumentType]
+    if is_our_attention(source.attention):
+        set_attention(model, source.attention, source.path)
+    return model
+
+
+def _placement(source: ModelSource, dtype: torch.dtype, *, is_quantized: bool) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say in what precision, where and with which attention."""
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if is_quantized and source.quantize != "none":
+        check_quantize(source.quantize, source.device)
+        # Quantized weights are created on their device, because 8-bit weights cannot be moved.
+        arguments["quantization_config"] = quantization(source.quantize, source.precision)
+        arguments["device_map"] = source.device
+    if not is_our_attention(source.attention):
+        arguments["attn_implementation"] = source.attention
+    return arguments
+
+
+def _load_merged(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    adapter: PeftFolder,
+    dtype: torch.dtype | None,
+    checkpoint: Checkpoint | None,
+    is_new: IsNew | None,
+) -> PreTrainedModel:
+    """Load the base of a PEFT adapter and merge the adapter into it, on the CPU.
+
+    The merged weights stay in float32: rounding them to bfloat16 would lose a small adapter.
+    """
+    base = replace(base_of(adapter, source), device=torch.device("cpu"))
+    check_base(adapter.base, adapter.base_sha256, adapter.config_file)
+    empty, checkpoint = check_weights(kind, base, config, checkpoint=checkpoint, is_new=is_new)
+    arguments = _placement(base, torch.float32, is_quantized=False)
+    model = merge(_read_weights(type(empty), base, empty.config, checkpoint, arguments, is_new), adapter)
+    say_once(f"{source.path}: a PEFT adapter, merged into {adapter.base} in float32")
+    if dtype is None and source.quantize != "none":
+        arguments = _placement(source, source.dtype, is_quantized=True) | {"state_dict": model.state_dict()}
+        quantized = type(model).from_pretrained(None, config=model.config, **arguments)
+        quantized.generation_config = model.generation_config
+        return quantized
+    return model if dtype is None else cast(PreTrainedModel, model.to(dtype))  # pyright: ignore[reportArgumentType]
+
+
+IsNew = Callable[[PreTrainedModel], frozenset[str]]
+"""Returns the names of weights of an empty model that are drawn at random where the checkpoint lacks them."""
+
+
+def check_weights(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    *,
+    checkpoint: Checkpoint | None = None,
+    is_new: IsNew | None = None,
+) -> tuple[PreTrainedModel, Checkpoint]:
+    """Check by names and shapes that a checkpoint holds the weights of a model; no weight is read.
+
+    Returns:
+        The model on the meta device, and the checkpoint.
+
+    Raises:
+        ModelError: weights are missing, unexpected or of another shape, or a file is missing or damaged.
+    """
+    if checkpoint is None:
+        checkpoint = open_weights(source, config)
+    empty = empty_model(kind, source, config)
+    report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
+    report.check(source.path, config.model_type)
+    if (line := report.describe_unused(source.path)) is not None:
+        say_once(line)
+    return empty, checkpoint
+
+
+def open_weights(source: ModelSource, config: PretrainedConfig) -> Checkpoint:
+    """Open the weight files of a model; those of a PEFT adapter are its base's."""
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        read_stored_weights(adapter.folder, ADAPTER)  # raises for damaged files
+        source = base_of(adapter, source)
+    return open_checkpoint(source.path, revision=source.revision, quantization=quantization_of(config, source.path))
+
+
+def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model on the meta device: its parts, names and shapes without weights."""
+    quiet_libraries()
+    drop_quantization(config)
+    try:
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                return kind(config)
+            return kind.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"`{source.path}`: cannot build a {config.model_type} model from its config.json: {first_line(error)}",
+            hint="check config.json, or upgrade transformers if the architecture is newer than it",
+        ) from error
+
+
+def _read_weights(
+    kind: Any,
+    source: ModelSource,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    arguments: dict[str, Any],
+    is_new: IsNew | None,
+) -> PreTrainedModel:
+    """Call `from_pretrained`, and check by its own report that it loaded every weight."""
+    if kind.can_generate():
+        arguments = arguments | {"generation_config": _generation_config(source, config)}
+    if checkpoint.is_plain:
+        place, arguments = source.path, arguments | {"use_safetensors": True} | source.hub_arguments()
+    else:
+        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
+    try:
+        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load weights from `{source.path}`: {first_line(error)}") from error
+    report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
+    report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
+    _untie(model, source.path)
+    return model
+
+
+def _generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    """Return the model's own generation config; that of its configuration if it has none.
+
+    Raises:
+        ModelError: generation_config.json has values that transformers refuses.
+    """
+    try:
+        return GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
+    except OSError:  # there is none
+        return GenerationConfig.from_model_config(config)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"cannot read generation_config.json of `{source.path}`: {first_line(error)}",
+            hint="correct it, or remove the file: stages sample as the recipe says",
+        ) from error
+
+
+def _untie(model: PreTrainedModel, path: str) -> None:
+    """Let the configuration say that embeddings are not tied where the checkpoint holds two matrices that differ.
+
+    Transformers loads both then. Without this, the configuration that is written would have other programs tie them.
+    """
+    output: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    parts = [part for part in (model.config, model.config.get_text_config(decoder=True)) if part.tie_word_embeddings]
+    if output is None or not parts or output.weight is embeddings.weight:
+        return
+    for part in parts:
+        part.tie_word_embeddings = False
+    say_once(
+        f"{path}: config.json ties input and output embeddings, but two matrices that differ are stored; both are used "
+        "as they are"
+    )
+
+
+def disable_dropout(config: PretrainedConfig) -> None:
+    """Set all dropout rates and router jitter in a configuration to 0, in nested configurations too.
+
+    Some architectures read the rate in `forward`, so `eval()` does not disable it. With dropout in either pass, the
+    probability ratio of an unchanged policy is not 1 (trap 4 of docs/ppo.md).
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            disable_dropout(value)
+        elif isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("drop")):
+            setattr(config, name, 0.0)
+
+
+def base_of(adapter: PeftFolder, source: ModelSource) -> ModelSource:
+    """Return the base of an adapter as it is loaded for merging."""
+    return replace(source.at(adapter.base).in_full(), revision=adapter.base_revision)
