@@ -103,7 +103,7 @@ def _load_merged(
     say_once(f"{source.path}: a PEFT adapter, merged into {adapter.base} in float32")
     if dtype is None and source.quantize != "none":
         arguments = _placement(source, source.dtype, is_quantized=True) | {"state_dict": model.state_dict()}
-        quantized = type(model).from_pretrained(None, config=model.config, **arguments)
+        quantized = cast(Any, type(model)).from_pretrained(None, config=model.config, **arguments)
         quantized.generation_config = model.generation_config
         return quantized
     return model if dtype is None else cast(PreTrainedModel, model.to(dtype))  # pyright: ignore[reportArgumentType]
