@@ -10,9 +10,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,7 +25,7 @@ from rlhf_cli.models.policy_adapter import has_policy_adapter
 from rlhf_cli.models.prequantized import quantization_of
 from rlhf_cli.models.quantize import Quantize
 from rlhf_cli.models.stored_weights import stored_heads
-from rlhf_cli.models.weight_loading import base_of, check_weights, load_weights
+from rlhf_cli.models.weight_loading import base_of, check_weights, language_model_class, load_weights, open_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -215,7 +212,8 @@ def check_policy(source: ModelSource) -> None:
     """
     config = load_config(source)
     _check_generates(source)
-    check_weights(policy_class(config, source.path), source, config)
+    kind = policy_class(config, source.path)
+    check_weights(kind, source, config, shapes=open_weights(source, config).shapes)
 
 
 def _check_generates(source: ModelSource) -> None:
@@ -233,23 +231,12 @@ def policy_class(config: PretrainedConfig, path: str) -> type:
     Raises:
         ModelError: the architecture generates no text.
     """
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
-    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    if has_own_code(config) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
+    if (kind := language_model_class(config)) is None:
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot generate text",
             hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
-    return AutoModelForCausalLM
-
-
-def has_own_code(config: PretrainedConfig) -> bool:
-    """Whether a configuration is of a class that came with the model."""
-    return type(config).__module__.startswith("transformers_modules")
+    return kind
 
 
 def as_stored(source: ModelSource) -> ModelSource:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
@@ -20,7 +27,7 @@ from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
 from rlhf_cli.models.policy_adapter import separate_adapters
 from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import check_quantize, make_trainable, quantization
-from rlhf_cli.models.stored_weights import ADAPTER, read_stored_weights
+from rlhf_cli.models.stored_weights import ADAPTER, read_stored_weights, stored_heads
 from rlhf_cli.models.weight_report import compare, sort_out
 from rlhf_cli.progress import say_once
 
@@ -45,7 +52,7 @@ def load_weights(
         config: its configuration, whose dropout rates are set to 0.
         dtype: see `load_policy`.
         checkpoint: the weights; None opens those at `source`.
-        is_new: weights that the checkpoint need not hold, see `IsNew`; None is no weight.
+        is_new: weights that the checkpoint need not hold, see `IsNew`; None is none.
 
     Raises:
         ModelError: the weights cannot be loaded, or are not those of the model.
@@ -55,7 +62,8 @@ def load_weights(
     if (adapter := find_peft_folder(source.path, source.revision)) is not None:
         model = _load_merged(kind, source, config, adapter, dtype, checkpoint, is_new)
     else:
-        empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
+        checkpoint = checkpoint or open_weights(source, config)
+        empty = check_weights(kind, source, config, shapes=checkpoint.shapes, is_new=is_new)
         keeps_adapter = source.keeps_adapter(dtype)
         held = torch.float32 if keeps_adapter else dtype or source.dtype
         arguments = _placement(source, held, is_quantized=dtype is None)
@@ -93,20 +101,53 @@ def _load_merged(
 ) -> PreTrainedModel:
     """Load the base of a PEFT adapter and merge the adapter into it, on the CPU.
 
-    The merged weights stay in float32: rounding them to bfloat16 would lose a small adapter.
+    An adapter without a reward head was trained on a language model, whose vocabulary projection it may adapt too: it
+    is merged there, whatever is made of the weights then. The merged weights stay in float32: rounding them to bfloat16
+    would lose a small adapter.
     """
-    base = replace(base_of(adapter, source), device=torch.device("cpu"))
     check_base(adapter.base, adapter.base_sha256, adapter.config_file)
-    empty, checkpoint = check_weights(kind, base, config, checkpoint=checkpoint, is_new=is_new)
-    arguments = _placement(base, torch.float32, is_quantized=False)
-    model = merge(_read_weights(type(empty), base, empty.config, checkpoint, arguments, is_new), adapter)
+    attention = "eager" if is_our_attention(source.attention) else source.attention  # ours follows after merging
+    base = replace(base_of(adapter, source), device=torch.device("cpu"), attention=attention)
+    checkpoint = checkpoint or open_weights(source, config)
+    trained_as, arguments = kind, {"checkpoint": checkpoint, "is_new": is_new}
+    if not stored_heads(adapter.shapes) and not stored_heads(checkpoint.shapes):
+        trained_as, arguments = language_model_class(config) or kind, {}
+    merged = merge(load_weights(trained_as, base, config, dtype=torch.float32, **arguments), adapter)
     say_once(f"{source.path}: a PEFT adapter, merged into {adapter.base} in float32")
-    if dtype is None and source.quantize != "none":
-        arguments = _placement(source, source.dtype, is_quantized=True) | {"state_dict": model.state_dict()}
-        quantized = cast(Any, type(model)).from_pretrained(None, config=model.config, **arguments)
-        quantized.generation_config = model.generation_config
-        return quantized
-    return model if dtype is None else cast(PreTrainedModel, model.to(dtype))  # pyright: ignore[reportArgumentType]
+    is_quantized = dtype is None and source.quantize != "none"
+    if trained_as is not kind or is_quantized:
+        held = _placement(source, source.dtype if is_quantized else torch.float32, is_quantized=is_quantized)
+        merged = _again(kind, source, merged, held, is_new)
+    return merged if dtype is None else cast(PreTrainedModel, merged.to(dtype))  # pyright: ignore[reportArgumentType]
+
+
+def _again(
+    kind: type, source: ModelSource, model: PreTrainedModel, arguments: dict[str, Any], is_new: IsNew | None
+) -> PreTrainedModel:
+    """Load the weights of a model in memory as another class of its architecture, or quantized."""
+    state = model.state_dict()
+    shapes = {name: tuple(weight.shape) for name, weight in state.items()}
+    empty = check_weights(kind, source, model.config, shapes=shapes, is_new=is_new)
+    loaded = cast(Any, type(empty)).from_pretrained(None, config=empty.config, state_dict=state, **arguments)
+    if loaded.can_generate():
+        loaded.generation_config = model.generation_config
+    return loaded
+
+
+def language_model_class(config: PretrainedConfig) -> type | None:
+    """Return the Auto class of a configuration's language model; None if it generates no text, as an encoder."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
+    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    brings_class = has_own_code(config) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_known = type(config) in AutoModelForCausalLM._model_mapping and not reads_both_ways
+    return AutoModelForCausalLM if brings_class or is_known else None
+
+
+def has_own_code(config: PretrainedConfig) -> bool:
+    """Whether a configuration is of a class that came with the model."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 IsNew = Callable[[PreTrainedModel], frozenset[str]]
@@ -118,32 +159,34 @@ def check_weights(
     source: ModelSource,
     config: PretrainedConfig,
     *,
-    checkpoint: Checkpoint | None = None,
+    shapes: Mapping[str, tuple[int, ...]],
     is_new: IsNew | None = None,
-) -> tuple[PreTrainedModel, Checkpoint]:
-    """Check by names and shapes that a checkpoint holds the weights of a model; no weight is read.
+) -> PreTrainedModel:
+    """Check by names and shapes that stored weights are those of a model, and return that on the meta device.
 
-    Returns:
-        The model on the meta device, and the checkpoint.
+    Args:
+        kind: an Auto class or a model class.
+        source: where the model comes from.
+        config: its configuration.
+        shapes: of the stored weights, by names without wrappers.
+        is_new: see `load_weights`.
 
     Raises:
-        ModelError: weights are missing, unexpected or of another shape, or a file is missing or damaged.
+        ModelError: weights are missing, unexpected or of another shape.
     """
-    if checkpoint is None:
-        checkpoint = open_weights(source, config)
     empty = empty_model(kind, source, config)
-    report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
+    report = compare(empty, shapes).allowing(is_new(empty) if is_new is not None else ())
     report.check(source.path, config.model_type)
     if (line := report.describe_unused(source.path)) is not None:
         say_once(line)
-    return empty, checkpoint
+    return empty
 
 
 def open_weights(source: ModelSource, config: PretrainedConfig) -> Checkpoint:
     """Open the weight files of a model; those of a PEFT adapter are its base's."""
     if (adapter := find_peft_folder(source.path, source.revision)) is not None:
         read_stored_weights(adapter.folder, ADAPTER)  # raises for damaged files
-        source = base_of(adapter, source)
+        return open_weights(base_of(adapter, source), config)
     return open_checkpoint(source.path, revision=source.revision, quantization=quantization_of(config, source.path))
 
 

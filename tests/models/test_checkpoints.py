@@ -98,22 +98,33 @@ def test_a_stored_bias_of_the_head_counts(classifier: Path, tmp_path: Path):
     assert scores(tmp_path / "written") == pytest.approx(scores(folder), abs=1e-5)
 
 
+def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
+
+
+def adding(name: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda weights: weights | {name: torch.ones(shape)}
+
+
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        pytest.param(lambda w: {k: v for k, v in w.items() if "layers.1." not in k}, {}, "12 weights of a qwen2 model are missing", id="a layer"),
-        pytest.param(lambda w: {k: v for k, v in w.items() if "score" not in k}, {}, r"missing, such as `score\.weight`", id="the head"),
-        pytest.param(lambda w: w, {"num_hidden_layers": 1, "layer_types": None}, r"would not use, such as `model\.layers\.1\.", id="more layers"),
-        pytest.param(lambda w: w, {"intermediate_size": 48}, r"another shape .* stored \(.*\), expected \(.*48", id="other sizes"),
-        pytest.param(lambda w: w | {"model.norm.bias": torch.ones(32)}, {}, r"would not use, such as `model\.norm\.bias`", id="a bias"),
-        pytest.param(lambda w: renamed("score.", "head.")(w), {}, r"missing, such as `score\.weight`.*|`head", id="unknown name"),
-        pytest.param(
-            lambda w: renamed("score.", "v_head.")(w) | {"value_head.weight": torch.ones(1, 32)}, {}, "several stored layers could be", id="two heads"
+        (without("layers.1."), {}, "12 weights of a qwen2 model are missing"),
+        (without("score"), {}, r"missing, such as `score\.weight`"),
+        (renamed("score.", "head."), {}, r"missing, such as `score\.weight`"),
+        (dict, {"num_hidden_layers": 1, "layer_types": None}, r"would not use, such as `model\.layers\.1\."),
+        (dict, {"intermediate_size": 48}, r"another shape .* stored \(.*\), expected \(.*48"),
+        (adding("model.norm.bias", 32), {}, r"would not use, such as `model\.norm\.bias`"),
+        (
+            lambda weights: adding("value_head.weight", 1, 32)(renamed("score.", "v_head.")(weights)),
+            {},
+            "several stored layers could be",
         ),
-        pytest.param(lambda w: w, {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": None}, "says 3 labels, but .* has 1 label", id="labels"),
-        pytest.param(lambda w: w | {"score.weight": torch.ones(4, 32)}, {"id2label": None, "label2id": None}, "must have one label, got 4", id="rows"),
+        (dict, {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": None}, "says 3 labels, but .* has 1 label"),
+        (adding("score.weight", 4, 32), {"id2label": None, "label2id": None}, "must have one label, got 4"),
     ],
-)  # fmt: skip
+    ids=["layer", "head", "unknown head", "more layers", "sizes", "bias", "two heads", "labels", "rows"],
+)
 def test_what_is_not_the_model_is_refused(change, config, message: str, classifier: Path, tmp_path: Path):
     source = ModelSource(str(changed(classifier, tmp_path / "changed", change, **config)))
     for load in (check_classifier, lambda given: load_reward_model(given, template=None)):
@@ -235,7 +246,7 @@ def test_eight_bits_without_a_scale_are_refused(tiny_qwen3: Path, tmp_path: Path
 def test_a_generation_config_with_impossible_values_is_named(tiny_llama: Path, tmp_path: Path):
     folder = changed(tiny_llama, tmp_path / "model", lambda w: w)
     (folder / "generation_config.json").write_text("[1, 2]")
-    with pytest.raises(ModelError, match="generation_config.json"):
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
         load_policy(ModelSource(str(folder)))
 
 
@@ -251,7 +262,7 @@ def test_an_adapter_reward_model_knows_its_base(tiny_llama: Path, tmp_path: Path
 
     shutil.rmtree(tmp_path / "moved/sft")
     changed(tiny_llama, tmp_path / "moved/sft", lambda w: w | {"model.norm.weight": w["model.norm.weight"] * 1.001})
-    with pytest.raises(ModelError, match="was trained on other weights than those that are now in .*moved/sft"):
+    with pytest.raises(ModelError, match=r"was trained on other weights than those that are now in .*moved/sft"):
         scores(tmp_path / "moved/train-rm")
 
     (tmp_path / "moved/train-rm").rename(tmp_path / "alone")

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base_model import hash_weights
-from rlhf_cli.models.loading import ModelSource, as_stored, check_policy, load_config, load_policy, load_tokenizer
+from rlhf_cli.models.loading import (
+    ModelSource,
+    as_stored,
+    check_policy,
+    load_any,
+    load_config,
+    load_policy,
+    load_tokenizer,
+)
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.policy_adapter import AdapterBase, save_policy_adapter
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
@@ -97,11 +105,34 @@ def test_a_sequence_classifiers_adapter_is_a_reward_model(tiny_qwen2: Path, tmp_
     assert float(model(batch)) == pytest.approx(float(adapted(input_ids=IDS).logits), abs=1e-5)
     going_on = new_reward_model(ModelSource(str(tmp_path / "rm")), template=None, lora=None)
     assert torch.equal(going_on.head.weight, model.head.weight)  # its head is kept, not drawn again
-    with pytest.raises(ModelError, match="with a reward head .* generates no text"):
+    with pytest.raises(ModelError, match=r"with a reward head .* generates no text"):
         load_policy(ModelSource(str(tmp_path / "rm")))
     write_adapter(tiny_qwen2, tmp_path / "two", config, kind=AutoModelForSequenceClassification, num_labels=2)
     with pytest.raises(ModelError, match="must have one label, got 2"):
         load_reward_model(ModelSource(str(tmp_path / "two")), template=None)
+
+
+def test_train_rm_and_a_critic_start_from_a_policys_adapter(untied: Path, tmp_path: Path):
+    """The adapter may hold a vocabulary projection, which a classifier and a backbone do not have."""
+    config = LoraConfig(r=2, target_modules=[*TARGETS, "lm_head"], modules_to_save=["embed_tokens"])
+    adapted = write_adapter(untied, tmp_path / "adapter", config, rows=321)
+    source = ModelSource(str(tmp_path / "adapter"))
+    hidden = adapted(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    for backbone in (
+        new_reward_model(source, template=None, lora=LoraSettings(rank=2, alpha=2.0)).backbone,
+        load_any(source.path, torch.device("cpu")),
+    ):
+        assert torch.allclose(backbone(IDS).last_hidden_state, hidden, atol=1e-5)
+
+
+def test_an_adapter_on_an_adapter_is_both(untied: Path, tmp_path: Path):
+    write_adapter(untied, tmp_path / "first", LoraConfig(r=2, target_modules=TARGETS))
+    merged = load_policy(ModelSource(str(tmp_path / "first")))
+    merged.save_pretrained(tmp_path / "merged")
+    adapted = write_adapter(tmp_path / "merged", tmp_path / "second", LoraConfig(r=2, target_modules=["v_proj"]))
+    edit(tmp_path / "second", base_model_name_or_path="../first")
+    both = load_policy(ModelSource(str(tmp_path / "second")))
+    assert torch.allclose(both(IDS).logits, adapted(input_ids=IDS).logits, atol=1e-5)
 
 
 def test_an_adapter_without_head_is_no_reward_model(tiny_qwen2: Path, tmp_path: Path):
@@ -149,7 +180,7 @@ def test_what_cannot_be_merged_or_does_not_fit_is_refused(tiny_qwen2: Path, tiny
     with pytest.raises(ModelError, match=r"does not fit .* is missing \(1 such"):
         load_policy(ModelSource(str(adapter)))
     edit(adapter, base_model_name_or_path=str(tiny_neox))
-    with pytest.raises(ModelError, match="cannot be merged into|does not fit"):
+    with pytest.raises(ModelError, match=r"cannot be merged into|does not fit"):
         load_policy(ModelSource(str(adapter)))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"adapter_model\.bin, a pickle"):

@@ -22,10 +22,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.checkpoint import Checkpoint
-from rlhf_cli.models.loading import ModelSource, context_length, has_own_code, load_config, says_labels
+from rlhf_cli.models.loading import ModelSource, context_length, load_config, says_labels
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.stored_weights import StoredHead, stored_heads
-from rlhf_cli.models.weight_loading import check_weights, empty_model, load_weights, open_weights
+from rlhf_cli.models.weight_loading import check_weights, empty_model, has_own_code, load_weights, open_weights
 from rlhf_cli.progress import say_once
 
 
@@ -78,7 +78,7 @@ def check_classifier(source: ModelSource) -> bool:
         ModelError: see `load_classifier`.
     """
     plan = _plan(source)
-    check_weights(plan.kind, source, plan.config, checkpoint=plan.checkpoint, is_new=plan.is_new)
+    check_weights(plan.kind, source, plan.config, shapes=plan.checkpoint.shapes, is_new=plan.is_new)
     return plan.has_head
 
 
