@@ -6,12 +6,28 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+_LARGE = 2**24
+"""Bytes from which a file's hash is kept for the process: inputs are hashed by the pipeline and by the stage."""
 
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes."""
+    found = path.stat()
+    if found.st_size < _LARGE:
+        return _hash(path)
+    return _hash_large(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _hash_large(path: Path, *_state: int) -> str:
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

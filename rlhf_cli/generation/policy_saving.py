@@ -15,9 +15,10 @@ from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.models.base_model import hash_weights
 from rlhf_cli.models.loading import ModelSource, as_stored, load_config, load_policy
 from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, load_adapter_state, merge_lora
-from rlhf_cli.models.policy_adapter import AdapterBase, hash_weights, relative_base, save_policy_adapter
+from rlhf_cli.models.policy_adapter import AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
 from rlhf_cli.settings.shared import LoraSettings

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.attention import is_our_attention, set_attention
-from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.hub import commit_of, hub_model, local_folder
-from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
-from rlhf_cli.models.prequantized import drop_quantization, quantization_of
-from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
-from rlhf_cli.models.third_party import read_json, reading
-from rlhf_cli.models.tokenizer import load_tokenizer as load_tokenizer  # loads models and tokenizers alike
-from rlhf_cli.models.weight_report import compare, sort_out
-from rlhf_cli.progress import say_once
+from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
+from rlhf_cli.models.policy_adapter import has_policy_adapter
+from rlhf_cli.models.prequantized import quantization_of
+from rlhf_cli.models.quantize import Quantize
+from rlhf_cli.models.stored_weights import stored_heads
+from rlhf_cli.models.third_party import CONFIG_HINT, read_json, reading
+from rlhf_cli.models.tokenizer import read_tokenizer
+from rlhf_cli.models.weight_loading import base_of, check_weights, language_model_class, load_weights, open_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Values of `model.precision` and `model.dtype` other than `auto`."""
@@ -99,10 +92,6 @@ class ModelSource:
         is_rounded = self.precision != torch.float32 and self.quantize == "none"
         return dtype is None and is_rounded and not self.is_merged and has_policy_adapter(self.folder)
 
-    def loading_arguments(self) -> dict[str, object]:
-        """Return the arguments common to every `from_pretrained`."""
-        return {"trust_remote_code": self.trust_remote_code}
-
 
 def resolve_device(name: str) -> torch.device:
     """Resolve `auto` (CUDA if available, else the CPU), `cpu` or `cuda`. Each process of a group gets its own GPU.
@@ -138,76 +127,77 @@ def _own_gpu() -> torch.device:
     return torch.device("cuda", number)
 
 
-def quiet_libraries() -> None:
-    """Silence the warnings and progress bars of transformers and tokenizers; errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """Load the configuration of a model.
+    """Load the configuration of a model; that of a PEFT adapter is its base's.
 
     Raises:
-        ModelError: there is none, or the folder holds a PEFT adapter.
+        ModelError: there is none, or its weights are quantized in a way that is not dequantized here.
     """
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        return _base_config(adapter, source)
     folder = source.folder
-    if (folder / "adapter_config.json").is_file():
-        raise _is_adapter_error(source.path)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{source.path} is not a model folder: it has no config.json",
             hint="give a folder that `save_pretrained` wrote, or a hub id",
         )
-    hint = _own_code_hint(folder) or _CONFIG_HINT
-    with reading(f"cannot load a model from `{source.path}`", folder, ("config.json",), hint=hint):
-        config = AutoConfig.from_pretrained(folder, **source.loading_arguments())
+    try:
+        with reading(f"cannot load a model from `{source.path}`", folder, ("config.json",), hint=CONFIG_HINT):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except ModelError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            raise _untrusted(source.path, own_code(folder)) from error
+        raise
     quantization_of(config, source.path)  # raises for weights that cannot be loaded
     return config
 
 
 def says_labels(source: ModelSource) -> bool:
     """Whether the configuration of a model says how many labels it has."""
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        source = base_of(adapter, source)
     fields = read_json(source.folder / "config.json")
     return "num_labels" in fields or "id2label" in fields
 
 
-_CONFIG_HINT = "check config.json, or upgrade transformers if the architecture is newer than it"
-
-
-def _own_code_hint(folder: Path) -> str | None:
-    """Return the hint for a model that comes with its own code; None for others."""
-    files = own_code(folder)
-    return files and (
-        f"it comes with its own code ({files}), which stages do not run: use a model whose architecture transformers "
-        "knows"
-    )
-
-
 def own_code(folder: Path) -> str | None:
     """Name the classes of the code that a model folder comes with; None if it comes without."""
-    config = folder / "config.json"
-    named = read_json(config).get("auto_map")
+    named = read_json(folder / "config.json").get("auto_map")
     return ", ".join(sorted(map(str, named.values()))) if isinstance(named, dict) and named else None
 
 
-def _is_adapter_error(path: str) -> ModelError:
-    """Transformers would load base and adapter; with adapters off the reference would be the base (trap 15)."""
-    folder = local_folder(path, with_weights=False)
-    config = read_json(folder / "adapter_config.json")
-    kind, labels = (
-        ("SequenceClassification", ", num_labels=1") if config.get("task_type") == "SEQ_CLS" else ("CausalLM", "")
-    )
-    tokenizer = path if (folder / "tokenizer_config.json").is_file() else config.get("base_model_name_or_path")
-    merge = (
-        f"import peft, transformers as t; a, b = {path!r}, {path.rstrip('/') + '-merged'!r}; "
-        f"peft.AutoPeftModelFor{kind}.from_pretrained(a{labels}).merge_and_unload().save_pretrained(b); "
-        f"t.AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained(b)"
-    )
+def _untrusted(path: str, code: str | None) -> ModelError:
     return ModelError(
-        f"`{path}` is a PEFT adapter on `{config.get('base_model_name_or_path')}`, not a whole model",
-        hint=f"merge it once, and give the merged folder: python -c {shlex.quote(merge)}",
+        f"`{path}` comes with Python code of its own ({code}), which is not run",
+        hint="if you have read and trust it: `--set model.trust_remote_code=true --set model.revision=COMMIT`, with "
+        "`model.path` the model that brought it; that holds for what is trained from it too",
     )
+
+
+def _base_config(adapter: PeftFolder, source: ModelSource) -> PretrainedConfig:
+    try:
+        config = load_config(base_of(adapter, source))
+    except ModelError as error:
+        raise ModelError(
+            f"the base of the PEFT adapter {source.path}: {error.message}",
+            hint=f"set `base_model_name_or_path` in {adapter.config_file} to the folder or hub id of its base, "
+            "unquantized and with all of its files",
+        ) from error
+    config.dtype = torch.float32  # in which it is merged
+    return config
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; that of a PEFT adapter without one is its base's.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    quiet_libraries()
+    adapter = find_peft_folder(source.path, source.revision)
+    if adapter is not None and not adapter.has_tokenizer:
+        return load_tokenizer(base_of(adapter, source))
+    return read_tokenizer(source.folder, source.path, trust_remote_code=source.trust_remote_code)
 
 
 def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -221,6 +211,7 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
+    _check_generates(source)
     return load_weights(policy_class(config, source.path), source, config, dtype=dtype)
 
 
@@ -231,7 +222,18 @@ def check_policy(source: ModelSource) -> None:
         ModelError: see `load_policy`.
     """
     config = load_config(source)
-    check_weights(policy_class(config, source.path), source, config)
+    _check_generates(source)
+    kind = policy_class(config, source.path)
+    check_weights(kind, source, config, shapes=open_weights(source, config).shapes)
+
+
+def _check_generates(source: ModelSource) -> None:
+    adapter = find_peft_folder(source.path, source.revision)
+    if adapter is not None and (heads := stored_heads(adapter.shapes)):
+        raise ModelError(
+            f"`{source.path}` is a PEFT adapter with a reward head (`{heads[0].name}`), which generates no text",
+            hint="give a language model, or use this one as a reward model",
+        )
 
 
 def policy_class(config: PretrainedConfig, path: str) -> type:
@@ -240,160 +242,12 @@ def policy_class(config: PretrainedConfig, path: str) -> type:
     Raises:
         ModelError: the architecture generates no text.
     """
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
-    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
+    if (kind := language_model_class(config)) is None:
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot generate text",
             hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
-    return AutoModelForCausalLM
-
-
-def load_weights(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    *,
-    dtype: torch.dtype | None = None,
-    checkpoint: Checkpoint | None = None,
-    is_new: IsNew | None = None,
-) -> PreTrainedModel:
-    """Load the weights of a checkpoint, all of them and no others, with dropout off.
-
-    Args:
-        kind: an Auto class or a model class.
-        source: where the model comes from.
-        config: its configuration, whose dropout rates are set to 0.
-        dtype: see `load_policy`.
-        checkpoint: the weights; None opens those at `source`.
-        is_new: weights that the checkpoint need not hold, see `IsNew`; None is no weight.
-
-    Raises:
-        ModelError: the weights cannot be loaded, or are not those of the model.
-    """
-    quiet_libraries()
-    disable_dropout(config)
-    empty, checkpoint = check_weights(kind, source, config, checkpoint=checkpoint, is_new=is_new)
-    is_quantized = dtype is None and source.quantize != "none"
-    keeps_adapter = source.keeps_adapter(dtype)
-    arguments: dict[str, Any] = {"dtype": torch.float32 if keeps_adapter else dtype or source.dtype}
-    if is_quantized:
-        check_quantize(source.quantize, source.device)
-        # Quantized weights are created on their device, because 8-bit weights cannot be moved.
-        arguments["quantization_config"] = quantization(source.quantize, source.precision)
-        arguments["device_map"] = source.device
-    if not is_our_attention(source.attention):
-        arguments["attn_implementation"] = source.attention
-    model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
-    if keeps_adapter:
-        separate_adapters(model, source.folder)
-    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
-    if is_our_attention(source.attention):
-        set_attention(model, source.attention, source.path)
-    return model
-
-
-IsNew = Callable[[PreTrainedModel], frozenset[str]]
-"""Returns the names of weights of an empty model that are drawn at random where the checkpoint lacks them."""
-
-
-def check_weights(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    *,
-    checkpoint: Checkpoint | None = None,
-    is_new: IsNew | None = None,
-) -> tuple[PreTrainedModel, Checkpoint]:
-    """Check by names and shapes that a checkpoint holds the weights of a model; no weight is read.
-
-    Returns:
-        The model on the meta device, and the checkpoint.
-
-    Raises:
-        ModelError: weights are missing, unexpected or of another shape, or a file is missing or damaged.
-    """
-    if checkpoint is None:
-        checkpoint = open_checkpoint(
-            source.path, folder=source.folder_with_weights, quantization=quantization_of(config, source.path)
-        )
-    check_layers(config, source.path, len(checkpoint.shapes))
-    empty = empty_model(kind, source, config)
-    report = compare(empty, checkpoint.shapes).allowing(is_new(empty) if is_new is not None else ())
-    report.check(source.path, config.model_type)
-    if (line := report.describe_unused(source.path)) is not None:
-        say_once(line)
-    return empty, checkpoint
-
-
-def check_layers(config: PretrainedConfig, path: str, stored: int) -> None:
-    """Refuse a number of layers that could not be built in any time, before it is tried."""
-    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if isinstance(layers, int) and not 0 <= layers <= stored:
-        raise ModelError(
-            f"`{path}`: `num_hidden_layers` in config.json is {layers:,}, and {stored:,} weights are stored",
-            hint=_CONFIG_HINT,
-        )
-
-
-def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
-    """Build a model on the meta device: its parts, names and shapes without weights."""
-    quiet_libraries()
-    drop_quantization(config)
-    what = f"`{source.path}`: a {config.model_type} model cannot be built from its config.json"
-    with reading(what, source.folder, ("config.json",), hint=_CONFIG_HINT), torch.device("meta"):
-        if issubclass(kind, PreTrainedModel):
-            return kind(config)
-        return kind.from_config(config, trust_remote_code=source.trust_remote_code)
-
-
-def _read_weights(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    checkpoint: Checkpoint,
-    arguments: dict[str, Any],
-    is_new: IsNew | None,
-) -> PreTrainedModel:
-    """Call `from_pretrained`, and check by its own report that it loaded every weight."""
-    if checkpoint.is_plain:
-        place, arguments = source.folder, arguments | {"use_safetensors": True} | source.loading_arguments()
-    else:
-        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
-        if kind.can_generate():
-            arguments["generation_config"] = _generation_config(source, config)
-    with reading(f"cannot load weights from `{source.path}`", source.folder, ("config.json", "generation_config.json")):
-        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
-    report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
-    report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
-    _untie(model, source.path)
-    return model
-
-
-def _generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
-    if not (source.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_model_config(config)
-    return GenerationConfig.from_pretrained(source.folder)
-
-
-def _untie(model: PreTrainedModel, path: str) -> None:
-    """Let the configuration say that embeddings are not tied where the checkpoint holds two matrices that differ.
-
-    Transformers loads both then. Without this, the configuration that is written would have other programs tie them.
-    """
-    output = model.get_output_embeddings()
-    parts = [part for part in (model.config, model.config.get_text_config(decoder=True)) if part.tie_word_embeddings]
-    if output is None or not parts or output.weight is model.get_input_embeddings().weight:
-        return
-    for part in parts:
-        part.tie_word_embeddings = False
-    say_once(
-        f"{path}: config.json ties input and output embeddings, but the weights hold two matrices that differ; both "
-        "are used as they are stored"
-    )
+    return kind
 
 
 def as_stored(source: ModelSource) -> ModelSource:
@@ -409,19 +263,6 @@ def load_any(path: str, device: torch.device) -> PreTrainedModel:
     """Load the backbone of any model in float32 with transformers' own attention, for inspection."""
     source = ModelSource(path, attention="eager", device=device)
     return load_weights(AutoModel, source, load_config(source))
-
-
-def disable_dropout(config: PretrainedConfig) -> None:
-    """Set all dropout rates and router jitter in a configuration to 0, in nested configurations too.
-
-    Some architectures read the rate in `forward`, so `eval()` does not disable it. With dropout in either pass, the
-    probability ratio of an unchanged policy is not 1 (trap 4 of docs/ppo.md).
-    """
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            disable_dropout(value)
-        elif isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("drop")):
-            setattr(config, name, 0.0)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

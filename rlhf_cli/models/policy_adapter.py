@@ -10,7 +10,6 @@ are then split again at loading: the merged weights minus B A, rounded, are exac
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,8 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.files import hash_file
-from rlhf_cli.models.hub import check_model_name
 from rlhf_cli.models.lora import backbone, cast_weights, read_adapter, save_adapter
 from rlhf_cli.models.low_rank import separate
 
@@ -37,8 +34,8 @@ class AdapterBase:
     Attributes:
         path: the model that the adapter was trained on: relative to the policy's folder, or as it was given; None for a
             model that `model.build` made.
-        revision: commit of a model on the hub.
-        sha256: of its weight files, see `hash_weights`.
+        revision: hub revision of that model.
+        sha256: of its weight files, see `base_model.hash_weights`; None for a model on the hub.
         dtype: of its frozen weights in training.
         quantize: how they were quantized in training.
     """
@@ -101,35 +98,6 @@ def separate_adapters(model: nn.Module, folder: Path) -> None:
         layer = backbone(model).get_submodule(key)
         separate(layer, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))  # type: ignore[arg-type]
     cast_weights(model, dtype)
-
-
-def hash_weights(folder: Path) -> str | None:
-    """sha256 over names and contents of the weight files of a model folder; None if there is no such folder."""
-    if not folder.is_dir():
-        return None
-    total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        total.update(f"{file.name}\0{hash_file(file)}\n".encode())
-    return total.hexdigest()
-
-
-def locate_base(base: str, recorded_in: Path) -> str:
-    """Return the path or hub id of a base model that a file names, as `relative_base` does.
-
-    Raises:
-        ModelError: it is a folder that does not exist.
-    """
-    local = recorded_in.parent / base
-    if local.is_dir():
-        return str(local.resolve())
-    try:
-        check_model_name(base)
-    except ModelError as error:
-        raise ModelError(
-            f"{recorded_in} names `{base}` as the model that its adapter belongs to, and there is no such folder",
-            hint=f"move that model to {local}, or write into {recorded_in.name} where it is now",
-        ) from error
-    return base
 
 
 def relative_base(path: str, final: Path) -> str:

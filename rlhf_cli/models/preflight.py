@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.errors import ModelError, RLHFError
@@ -19,8 +19,8 @@ from rlhf_cli.models.loading import (
     ModelSource,
     check_policy,
     context_length,
-    empty_model,
     load_config,
+    load_tokenizer,
     own_code,
     policy_class,
 )
@@ -34,7 +34,8 @@ from rlhf_cli.models.reward_model.files import (
 )
 from rlhf_cli.models.stored_weights import read_stored_weights
 from rlhf_cli.models.third_party import reading
-from rlhf_cli.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+from rlhf_cli.models.tokenizer import TOKENIZER_FILES
+from rlhf_cli.models.weight_loading import empty_model, read_generation_config
 
 Role = Literal["policy", "judge", "reward model", "start of a reward model"]
 """What a run uses a model for. A policy writes text, a judge compares two, a reward model has a head with one label."""
@@ -104,7 +105,7 @@ def check_model(use: ModelUse) -> Findings:
     found.attempt(check_token_ids, config, source.path)
     if not found.errors:
         found.attempt(_check_weights, use, config, reward)
-    found.attempt(check_generation_config, source)
+    found.attempt(read_generation_config, source, config)
     found.warnings += remote_code(source)
     if (tokenizer := found.attempt(load_tokenizer, source)) is not None:
         _check_text(found, use, config, tokenizer, reward)
@@ -159,6 +160,7 @@ def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelCon
     base = found.attempt(reward.base_source, source)
     if base is None or found.attempt(lambda: base.folder) is None:
         return
+    found.attempt(reward.check_base, source.folder)
     config = found.attempt(load_config, base)
     if config is None:
         return
@@ -196,25 +198,6 @@ def check_token_ids(config: PretrainedConfig, path: str) -> None:
 
 
 _CONFIG = "give the config.json that belongs to the weights"
-
-
-def check_generation_config(source: ModelSource) -> None:
-    """Check that the generation config of a model, if it has one, can be read.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    name = "generation_config.json"
-    if not (source.folder / name).is_file():
-        return
-    hint = f"correct it, or remove {name}: stages set how they draw completions themselves"
-    with reading(f"cannot load {source.folder / name}", source.folder, (name,), hint=hint):
-        ends = GenerationConfig.from_pretrained(source.folder).eos_token_id
-        listed = ends if isinstance(ends, list) else [ends]
-        if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in listed):
-            raise ModelError(
-                f"{source.folder / name}: `eos_token_id` must be a number or a list, got {ends}", hint=hint
-            )
 
 
 def remote_code(source: ModelSource) -> Iterator[str]:

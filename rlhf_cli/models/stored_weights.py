@@ -98,10 +98,12 @@ def read_header(file: Path) -> dict[str, StoredWeight]:
         raise ModelError(
             f"{file} is a pointer of git-LFS, not the weights", hint=f"run `git lfs pull` in {file.parent}"
         )
+    if not size:
+        raise ModelError(f"{file} is empty", hint=_AGAIN)
     if size >= 8 and length <= _LONGEST_HEADER and size < 8 + length:
         raise _truncated(file, size, 8 + length)
     try:
-        header: dict[str, Any] = json.loads(content) if size >= 8 else {}
+        header: dict[str, Any] = json.loads(content)
         header.pop("__metadata__", None)
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         weights = {
@@ -110,7 +112,7 @@ def read_header(file: Path) -> dict[str, StoredWeight]:
         }
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ModelError(f"{file} is not a safetensors file, or its header is damaged", hint=_AGAIN) from error
-    if size < end:
+    if weights and size < end:
         raise _truncated(file, size, end)
     if not weights:
         raise ModelError(f"{file} holds no weights", hint=_AGAIN)

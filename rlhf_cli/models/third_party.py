@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ModelError, RLHFError
+from rlhf_cli.models.libraries import first_line
+
+CONFIG_HINT = "check config.json, or upgrade transformers if the architecture is newer than it"
 
 
 @contextmanager
@@ -72,11 +75,3 @@ def mentioned_fields(reason: str, folder: Path, files: Sequence[str]) -> str:
         if fields:
             found.append(f"{name}: {', '.join(f'`{field}`' for field in fields)}")
     return f" ({'; '.join(found)})" if found else ""
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an exception says in one line; libraries put a title before what matters."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") and len(lines) > 1 else lines[0]

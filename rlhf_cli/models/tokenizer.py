@@ -6,15 +6,11 @@ import importlib.util
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.third_party import read_json, reading
-
-if TYPE_CHECKING:
-    from rlhf_cli.models.loading import ModelSource
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CONFIG = "tokenizer_config.json"
@@ -23,18 +19,22 @@ _OTHER_FORMATS = {"tekken.json": "mistral_common", "tokenizer.model": "sentencep
 _TRIED_BYTES = 5_000_000
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Padding is always known by length, never by the padding id.
+def read_tokenizer(folder: Path, path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a model folder. Padding is always known by length, never by the padding id.
+
+    Args:
+        folder: of the model.
+        path: folder or hub id, for messages.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    folder = source.folder
-    _check_format(folder, source.path)
-    what = f"cannot load a tokenizer from `{source.path}`"
+    _check_format(folder, path)
+    what = f"cannot load a tokenizer from `{path}`"
     try:
         with reading(what, folder, TOKENIZER_FILES, hint=_hint(folder)):
-            return _load(folder, trust_remote_code=source.trust_remote_code)
+            return _load(folder, trust_remote_code=trust_remote_code)
     except ModelError as error:
         if _CONFIG in error.message or (field := _wrong_field(folder)) is None:
             raise

@@ -47,7 +47,7 @@ class WeightReport:
         """
         if self.missing:
             raise ModelError(
-                f"`{path}`: {_count(self.missing)} missing of a {kind} model, such as `{self.missing[0]}`",
+                f"`{path}`: {_count(self.missing, f' of a {kind} model')} missing, such as `{self.missing[0]}`",
                 hint=_hint(self),
             )
         if self.mismatched:
@@ -76,8 +76,8 @@ class WeightReport:
         return f"{path}: stored weights that this model does not have are not used: {parts}"
 
 
-def _count(found: Collection[object]) -> str:
-    return f"{len(found):,} weight{' is' if len(found) == 1 else 's are'}"
+def _count(found: Collection[object], of: str = "") -> str:
+    return f"{len(found):,} weight{of} is" if len(found) == 1 else f"{len(found):,} weights{of} are"
 
 
 def _hint(report: WeightReport) -> str:

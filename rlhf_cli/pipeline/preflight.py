@@ -17,6 +17,7 @@ from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, functi
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
+from rlhf_cli.stages.common import trusts_code
 from rlhf_cli.stages.inputs import Input, ModelRole
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
@@ -96,9 +97,8 @@ def _check_use(
     from rlhf_cli.models.loading import ModelSource  # imports torch, which the stages need anyway
     from rlhf_cli.models.preflight import ModelUse, check_model
 
-    is_trusted = recipe.model.trust_remote_code and source == recipe.model.path
     use = ModelUse(
-        ModelSource(source, trust_remote_code=is_trusted),
+        ModelSource(source, trust_remote_code=trusts_code(recipe, source)),
         role,
         *_prompting(recipe, contract),
         max_new_tokens=_longest_completion(recipe, sections, contract),

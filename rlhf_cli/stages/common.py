@@ -35,8 +35,9 @@ CHOSEN_ON = "chosen_on.json"
 def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> ModelSource:
     """Return how the model at `path` is loaded, on this machine and in the precision that `decide_precision` left.
 
-    `model.trust_remote_code` applies to `model.path` only, and `model.revision` is part of that path by now.
-    `model.quantize` applies to the frozen weights under an adapter: a stage that trains one passes `quantized`.
+    `model.revision` is part of `model.path` by now, if that is on the hub. `model.trust_remote_code` applies to it and
+    to what was trained from it, as `models.remote_code` says. `model.quantize` applies to the frozen weights under an
+    adapter: a stage that trains one passes `quantized`.
     """
     from rlhf_cli.models.loading import DTYPES, ModelSource, resolve_device
 
@@ -45,13 +46,23 @@ def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> 
     precision = DTYPES[settings.precision]
     return ModelSource(
         path=path,
-        trust_remote_code=settings.trust_remote_code and path == settings.path,
+        trust_remote_code=trusts_code(recipe, path),
         dtype=precision if settings.dtype == "auto" else DTYPES[settings.dtype],
         precision=precision,
         attention=settings.attention,
         device=device,
         quantize=settings.quantize if quantized else "none",
     )
+
+
+def trusts_code(recipe: RunSettings, path: str) -> bool:
+    """Return whether Python code that comes with the model at `path` may run."""
+    from rlhf_cli.models.remote_code import has_trusted_code
+
+    settings = recipe.model
+    if not settings.trust_remote_code or settings.path is None:
+        return False
+    return path == settings.path or has_trusted_code(path, settings.path)
 
 
 def inherited_sampling(recipe: RunSettings, model: str) -> SamplingSettings:

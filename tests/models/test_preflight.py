@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -205,16 +207,19 @@ def test_code_that_comes_with_a_model_is_named(copied, tiny_llama):
     shutil.rmtree(folder)
     folder = copied(tiny_llama, "config.json", auto_map=own, model_type="mine")
     (error,) = check(folder).errors
-    assert "configuration_mine.MineConfig" in (error.hint or "")
+    assert "configuration_mine.MineConfig" in error.message
+    assert "model.trust_remote_code" in (error.hint or "")
 
 
-@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
-def test_a_peft_adapter_gets_a_command_that_merges_it(copied, tiny_llama, task):
-    folder = copied(tiny_llama, "adapter_config.json", task_type=task, base_model_name_or_path="acme/base")
-    (error,) = check(folder).errors
-    assert "PEFT adapter on `acme/base`" in error.message
-    kind = "CausalLM" if task == "CAUSAL_LM" else "SequenceClassification"
-    assert f"AutoPeftModelFor{kind}" in (error.hint or "")
+def test_a_peft_adapter_is_checked_with_its_base(tmp_path, tiny_llama):
+    folder = tmp_path / "adapter"
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(folder)
+    assert errors(folder) == errors(folder, "start of a reward model") == []
+    assert "has no reward head" in errors(folder, "reward model")[0]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../nowhere"}))
+    assert "`../nowhere`, which is not there" in errors(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,7 @@ def test_a_peft_adapter_gets_a_command_that_merges_it(copied, tiny_llama, task):
         ({"mean": "x"}, "`mean` cannot be 'x'"),
         ({"kind": "other"}, "`kind` cannot be 'other'"),
         ({"hidden_size": 33}, "not a reward head of width 33"),
-        ({"base": "../nowhere"}, "there is no such folder"),
+        ({"base": "../nowhere"}, "which is not there"),
         ({"format": 99}, "format must be 1"),
         ({"template": "chat"}, None),
     ],

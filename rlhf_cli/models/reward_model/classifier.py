@@ -6,6 +6,7 @@ full is an ordinary model folder, and any such classifier on the hub can be a re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +21,18 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
-from rlhf_cli.models.loading import (
-    ModelSource,
+from rlhf_cli.models.checkpoint import Checkpoint
+from rlhf_cli.models.loading import ModelSource, context_length, load_config, says_labels
+from rlhf_cli.models.peft_folder import find_peft_folder
+from rlhf_cli.models.stored_weights import StoredHead, stored_heads
+from rlhf_cli.models.weight_loading import (
     check_layers,
     check_weights,
-    context_length,
     empty_model,
-    load_config,
+    has_own_code,
     load_weights,
-    says_labels,
+    open_weights,
 )
-from rlhf_cli.models.prequantized import quantization_of
-from rlhf_cli.models.stored_weights import StoredHead, stored_heads
 from rlhf_cli.progress import say_once
 
 
@@ -85,24 +85,25 @@ def check_classifier(source: ModelSource) -> bool:
         ModelError: see `load_classifier`.
     """
     plan = _plan(source)
-    check_weights(plan.kind, source, plan.config, checkpoint=plan.checkpoint, is_new=plan.is_new)
+    check_weights(plan.kind, source, plan.config, shapes=plan.checkpoint.shapes, is_new=plan.is_new)
     return plan.has_head
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a classifier is loaded; see `Classifier` and `load_weights`."""
+    """How a classifier is loaded; see `Classifier` and `load_weights`. `is_stored`: its checkpoint has the head."""
 
     kind: type
     config: PretrainedConfig
     checkpoint: Checkpoint
     is_encoder: bool
     has_head: bool
+    is_stored: bool
     bias: Tensor | None
 
     def is_new(self, model: PreTrainedModel) -> frozenset[str]:
         """Return the names of the weights that are drawn at random: those of a new head."""
-        if self.has_head:
+        if self.is_stored:
             return frozenset()
         return frozenset(head_parameters(model, is_encoder=self.is_encoder))
 
@@ -110,21 +111,23 @@ class _Plan:
 def _plan(source: ModelSource) -> _Plan:
     config = load_config(source)
     is_encoder = check_reward_config(config, source.path)
-    checkpoint = open_checkpoint(
-        source.path, folder=source.folder_with_weights, quantization=quantization_of(config, source.path)
-    )
+    checkpoint, adapter = open_weights(source, config), find_peft_folder(source.path, source.revision)
     said = config.num_labels if is_classifier(config) and says_labels(source) else None
     labels = list((config.id2label or {}).values())
     config.num_labels = 1
     kind = classifier_class(config, source.path)
     check_layers(config, source.path, len(checkpoint.shapes))
     own = _own_head(empty_model(kind, source, config), source.path)
-    head = _stored_head(checkpoint, own, source.path)
-    _check_labels(source.path, said, None if head is None else head.rows, labels)
+    trained = None if adapter is None else _stored_head(adapter.shapes, own, source.path)
+    head = _stored_head(checkpoint.shapes, own, source.path)
+    found = trained or head
+    _check_labels(source.path, said, None if found is None else found.rows, labels)
     bias = None
     if head is not None:
         checkpoint, bias = _use_head(checkpoint, head, own, source.path)
-    return _Plan(kind, config, checkpoint, is_encoder, head is not None or is_classifier(config), bias)
+    # The head that an adapter was trained with takes the place of the base's.
+    has_base_head = head is not None or is_classifier(config)
+    return _Plan(kind, config, checkpoint, is_encoder, found is not None or has_base_head, has_base_head, bias)
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,13 @@ def _own_head(empty: PreTrainedModel, path: str) -> _OwnHead:
     return _OwnHead(name, head.in_features, head.bias is not None)
 
 
-def _stored_head(checkpoint: Checkpoint, own: _OwnHead, path: str) -> StoredHead | None:
+def _stored_head(shapes: Mapping[str, tuple[int, ...]], own: _OwnHead, path: str) -> StoredHead | None:
     """Return the stored reward head: the one under the classifier's own name, else one under another known name.
 
     Raises:
         ModelError: several layers could be the head.
     """
-    heads = stored_heads(checkpoint.shapes)
+    heads = stored_heads(shapes)
     if (same := next((head for head in heads if head.name == own.name), None)) is not None:
         return same
     heads = [head for head in heads if head.width == own.width and head.name.split(".")[0] != own.name.split(".")[0]]
@@ -218,7 +221,7 @@ def _labels(count: int) -> str:
 
 def is_classifier(config: PretrainedConfig) -> bool:
     """Return whether the weights of this configuration include a classification head."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def classifier_class(config: PretrainedConfig, path: str) -> type:
@@ -229,7 +232,7 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
     """
     if type(config) in AutoModelForSequenceClassification._model_mapping:
         return AutoModelForSequenceClassification
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in AutoModelForCausalLM._model_mapping or has_own_code(config):
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot be a reward model",
             hint="use a decoder-only language model or an encoder of the BERT family",

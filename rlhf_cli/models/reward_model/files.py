@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
 from rlhf_cli.models.lora import adapter_state, read_adapter_config, save_adapter
-from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, hash_weights, locate_base, relative_base
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
 from rlhf_cli.models.stored_weights import ADAPTER, read_header, read_stored_weights
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
 
 _FORMAT = 1
-REWARD_FILE, _HEAD = "reward.json", "head.safetensors"
+_CONFIG = "reward.json"
+_HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class RewardModelConfig:
         std: raw difference that is normalized to 1.
         hidden_size: width d of the head.
         template_kwargs: arguments of the chat template.
-        base_sha256: of the weight files of an adapter's base, see `hash_weights`; None in files of earlier versions.
+        base_sha256: of the base's weight files, see `base_model.hash_weights`; None if the base is on the hub or the
+            folder holds all weights.
     """
 
     kind: str
@@ -74,12 +77,16 @@ class RewardModelConfig:
             raise ValueError(f"`{wrong[0]}` cannot be {getattr(self, wrong[0])!r}")
 
     def base_path(self, folder: Path) -> str:
-        """Return the path or hub id from which the base can be loaded; raises `ModelError` if it has moved."""
-        return locate_base(self.base, folder / REWARD_FILE)
+        """Return the path or hub id of the base; raises `ModelError` if it is a path where no folder is."""
+        return locate_base(self.base, folder / _CONFIG)
 
     def base_source(self, source: ModelSource) -> ModelSource:
-        """Return where the base of the adapter at `source` comes from; raises `ModelError` if it has moved."""
+        """Return where the base of the adapter at `source` comes from; raises as `base_path`."""
         return replace(source.at(self.base_path(source.folder)), revision=self.base_revision)
+
+    def check_base(self, folder: Path) -> None:
+        """Raise `ModelError` if the base's weights are not those on which the adapter was trained."""
+        check_base(self.base_path(folder), self.base_sha256, folder / _CONFIG)
 
 
 def _is_number(value: object) -> bool:
@@ -92,7 +99,7 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
     Raises:
         ModelError: the file is damaged or of a later format.
     """
-    path = folder / REWARD_FILE
+    path = folder / _CONFIG
     if not path.is_file():
         return None
     try:
@@ -140,24 +147,6 @@ def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
             )
 
 
-def check_base(folder: Path, config: RewardModelConfig, base: Path) -> None:
-    """Check that the base of an adapter is the model that it was trained on: others give other rewards.
-
-    Args:
-        folder: of the reward model.
-        config: of the reward model, an adapter.
-        base: folder of its base.
-
-    Raises:
-        ModelError: the base has other weights.
-    """
-    if config.base_sha256 is not None and hash_weights(base) != config.base_sha256:
-        raise ModelError(
-            f"{folder} is an adapter on {config.base}, whose weights are not those that it was trained on",
-            hint="give it the base of its training back, or run `rlhf train-rm` again",
-        )
-
-
 def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> None:
     """Write `reward.json` and the weights; see `model.save_reward_model`."""
     base, revision = reward_model.source.pinned
@@ -173,11 +162,11 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> No
         std=reward_model.std,
         hidden_size=reward_model.head.in_features,
         template_kwargs=dict(reward_model.format.template_kwargs),
-        base_sha256=hash_weights(reward_model.source.folder_with_weights) if reward_model.is_adapter else None,
+        base_sha256=hash_weights(reward_model.source.path) if reward_model.is_adapter else None,
     )
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):
-        (folder / REWARD_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
         if reward_model.is_adapter:
             _save_adapter(reward_model, folder, base)
         else:

@@ -32,7 +32,6 @@ from rlhf_cli.models.reward_model.classifier import (
 )
 from rlhf_cli.models.reward_model.files import (
     ADAPTER_FOLDER,
-    check_base,
     check_has_head,
     load_head,
     read_reward_config,
@@ -234,7 +233,7 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     # Only frozen weights under an adapter are quantized.
     base = config.base_source(source) if is_adapter else replace(source, quantize="none")
     if config is not None and config.adapter:
-        check_base(folder, config, base.folder_with_weights)
+        config.check_base(folder)
     classifier = load_classifier(base)
     check_has_head(classifier.has_head or config is not None, source.path)
     if config is None:

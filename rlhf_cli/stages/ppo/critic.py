@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import ModelSource, quiet_libraries
+from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
+from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
-from rlhf_cli.models.policy_adapter import locate_base
 from rlhf_cli.models.saving import require_finite, writing
 
 Head = tuple[Tensor, Tensor]
@@ -107,7 +108,8 @@ class AdapterCritic:
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
             save_adapter(self._backbone.model, folder, CRITIC, base=base)
-            _save_head(folder, self.value_head, CriticConfig("adapter", base, revision))
+            sha256 = None if self._base is None else hash_weights(self._base.path)
+            _save_head(folder, self.value_head, CriticConfig("adapter", base, revision, sha256))
 
 
 class FullCritic:
@@ -182,19 +184,26 @@ class CriticConfig:
         kind: "adapter" on a base model, or "full" for a whole backbone.
         base: the adapter's base model, as a path relative to the folder or as it was given; None for "full".
         base_revision: commit of a base model on the hub.
+        base_sha256: of the base's weight files, see `base_model.hash_weights`; None if it is on the hub.
     """
 
     kind: Literal["adapter", "full"]
     base: str | None
     base_revision: str | None
+    base_sha256: str | None = None
 
     def base_path(self, folder: Path) -> str | None:
-        """Return the path or hub id from which the base can be loaded; None for a whole backbone.
+        """Return the path or hub id of the base; None for a whole backbone.
 
         Raises:
-            ModelError: it has moved.
+            ModelError: the base is a path where no folder is.
         """
         return None if self.base is None else locate_base(self.base, folder / _CONFIG)
+
+    def check_base(self, folder: Path) -> None:
+        """Raise `ModelError` if the base's weights are not those on which the adapter was trained."""
+        if (base := self.base_path(folder)) is not None:
+            check_base(base, self.base_sha256, folder / _CONFIG)
 
 
 def read_critic_config(folder: Path) -> CriticConfig:

@@ -16,11 +16,12 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer, load_weights
+from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
 from rlhf_cli.models.lora import load_adapter, merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, Head, load_value_head, read_critic_config
 
 _SEPARATE = "make the critic a separate model: `--set ppo.critic=separate`"
@@ -36,6 +37,8 @@ def shared_reward_config(source: ModelSource, reward_path: str | None) -> Reward
         return None
     is_ours = config.adapter and config.kind == "decoder"
     is_shared = is_ours and _is_same_model(source, config.base_path(folder), config.base_revision)
+    if is_shared:
+        config.check_base(folder)
     return config if is_shared else None
 
 
@@ -78,6 +81,7 @@ def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
             f"the critic in {folder} is an adapter on `{config.base}`, but the policy starts from `{source.path}`",
             hint=_SEPARATE,
         )
+    config.check_base(folder)
     return AdapterStart(folder, load_value_head(folder))
 
 
@@ -130,6 +134,7 @@ def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path
     if config.kind == "adapter":
         if (base := config.base_path(folder)) is None:
             raise ModelError(f"the critic in {folder} is an adapter, but its critic.json names no base model")
+        config.check_base(folder)
         model = _load_backbone(replace(given.at(base), revision=config.base_revision))
         load_adapter(model, folder)
         merge_lora(model)

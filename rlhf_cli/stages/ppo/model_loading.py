@@ -20,7 +20,7 @@ from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource, context_length, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
-from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, check_base, load_head
+from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic
@@ -119,8 +119,6 @@ def _on_shared_backbone(
     """Put the adapters on the policy's backbone, with the reward model's if it was trained on this backbone."""
     config = shared_reward_config(source, reward_path)
     folder = Path() if config is None else source.at(reward_path or "").folder
-    if config is not None:
-        check_base(folder, config, source.folder_with_weights)
     models = SharedBackbone(
         policy,
         settings.lora,
