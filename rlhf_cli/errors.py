@@ -7,6 +7,7 @@ full stop. Any other exception is a bug of ours and shows its traceback.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -28,6 +29,8 @@ class RLHFError(Exception):
     """
 
     exit_code = 1
+    problems: Sequence[str] = ()
+    """One message per problem, if one error reports several."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -67,6 +70,17 @@ class ModelError(RLHFError):
     """A model or tokenizer that does not fit its use."""
 
     exit_code = EXIT_DATA
+
+
+def raise_together(errors: Sequence[RLHFError]) -> None:
+    """Raise the only error as it is, or several as one that lists them with their hints; do nothing for none."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [f"{one.message} (hint: {one.hint})" if one.hint else one.message for one in errors]
+        together = type(errors[0])("\n".join(problems))
+        together.problems = problems
+        raise together
 
 
 class DivergedError(RLHFError):

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,10 +18,24 @@ else:
 
 _LOCKED_BYTE = 1 << 30
 """Windows forbids others to read what is locked; this byte is beyond the end of a lock file."""
+_LARGE = 2**24
+"""Bytes from which a file's hash is kept for the process: inputs are hashed by the pipeline and by the stage."""
 
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes."""
+    found = path.stat()
+    if found.st_size < _LARGE:
+        return _hash(path)
+    return _hash_large(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _hash_large(path: Path, *_state: int) -> str:
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

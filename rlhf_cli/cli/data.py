@@ -105,7 +105,7 @@ def _reading(recipe: Recipe, kind: str) -> tuple[PromptFormat, Limits]:
 
     path = recipe.model.path
     assert path is not None
-    source = ModelSource(path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    source = ModelSource(path, trust_remote_code=recipe.model.trust_remote_code)
     config, tokenizer = load_config(source), load_tokenizer(source)
     context = context_length(config)
     style = prompt_style(recipe.data, path, tokenizer, may_differ=True)

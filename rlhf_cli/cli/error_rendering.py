@@ -17,7 +17,6 @@ from rlhf_cli.errors import (
     EXIT_DISK,
     EXIT_USAGE,
     DiskError,
-    RecipeError,
     ReportedError,
     RLHFError,
     UsageError,
@@ -58,7 +57,7 @@ def report(error: BaseException) -> int:
         _print([error.message], error.hint, label=("waiting", "33"))
         return error.exit_code
     if isinstance(error, RLHFError):
-        _print(error.problems if isinstance(error, RecipeError) else [error.message], error.hint)
+        _print(list(error.problems) or [error.message], error.hint)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         _print(["stopped by SIGINT"], "run the same command again to resume from the last checkpoint")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_TURNS = "order the turns as the template expects: usually the user first, then the assistant in turn"
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """Turns prompts and completions into the token ids of one tokenizer.
@@ -144,9 +147,10 @@ class PromptFormat:
                 turns, tokenize=False, add_generation_prompt=opens_turn, **self.template_kwargs
             )
         except Exception as error:  # jinja raises what the template's author chose
+            is_refusal = type(error).__name__ == "TemplateError"
             raise ModelError(
                 f"the chat template of {self.name} refuses a conversation: {error}",
-                hint="order the turns as the template expects: usually the user first, then the assistant in turn",
+                hint=_TURNS if is_refusal else "correct the chat template of its tokenizer",
             ) from error
         assert isinstance(text, str)
         return text

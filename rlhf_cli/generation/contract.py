@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlhf_cli.data.records import Record, split_key
 from rlhf_cli.data.splits import Split, question
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.hub import local_folder
 from rlhf_cli.settings.shared import DataSettings, SamplingSettings
 
 CONTRACT_FILE = "contract.json"
@@ -65,10 +68,13 @@ class Contract:
 def read_contract(model: str | Path) -> Contract | None:
     """Return the contract beside a model or an artifact; None if there is none, as with models of others.
 
+    Args:
+        model: folder or hub id; a `Path` is a folder, which need not exist.
+
     Raises:
-        ModelError: a file is damaged, or another version of rlhf wrote it.
+        ModelError: a file is damaged, another version of rlhf wrote it, or there is no such model.
     """
-    folder = Path(model)
+    folder = model if isinstance(model, Path) else local_folder(model, with_weights=False)
     path = folder / CONTRACT_FILE
     if not path.is_file():
         return None
@@ -99,8 +105,17 @@ def read_contract(model: str | Path) -> Contract | None:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{path} or {TRAINED_FILE} beside it is damaged: {error}", hint="run the stage that wrote them again"
+            f"{path} or {TRAINED_FILE} beside it is damaged: {_reason(error)}",
+            hint="run the stage that wrote them again",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line what is wrong; pydantic's own message has several."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
+    return f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
 
 
 def split_of(data: DataSettings, *contracts: Contract | None) -> Split:

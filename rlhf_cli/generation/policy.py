@@ -28,8 +28,9 @@ from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, disable_dropout, load_config, load_policy, load_tokenizer
+from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer
 from rlhf_cli.models.rotary import pin_rotary_frequencies
+from rlhf_cli.models.weight_loading import disable_dropout
 from rlhf_cli.precision import autocast
 
 Weights = Callable[[], AbstractContextManager[PreTrainedModel]]

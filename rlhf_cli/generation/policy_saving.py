@@ -14,9 +14,10 @@ from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.models.base_model import hash_weights
 from rlhf_cli.models.loading import ModelSource, as_stored, load_config, load_policy
 from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, load_adapter_state, merge_lora
-from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, hash_weights, relative_base, save_policy_adapter
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
 from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
@@ -86,15 +87,16 @@ def save_policy(
     trained = completion_logits(model, probe)
     in_memory = None if adapter is None else AdapterInMemory.of(model, adapter.name)
     if adapter is not None:
+        path, commit = source.pinned
         base = AdapterBase(
-            path=relative_base(source.path, folder) if adapter.has_base else None,
-            revision=source.revision,
-            sha256=hash_weights(source.path),
+            path=relative_base(path, folder) if adapter.has_base else None,
+            revision=commit,
+            sha256=hash_weights(source.folder_with_weights),
             dtype=str(base_dtype).removeprefix("torch."),
             quantize=quantize,
         )
         with writing("the adapter", folder):
-            save_policy_adapter(model, folder, adapter.name, base, base_folder=Path(source.path))
+            save_policy_adapter(model, folder, adapter.name, base, base_folder=source.folder)
         merge_lora(model, adapter.name)
     save_model_folder(model, tokenizer, folder, dtype=torch.float32, generation=generation)
     model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import quiet_libraries
+from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.heads import TransformerForCausalLM, TransformerForSeq2SeqLM

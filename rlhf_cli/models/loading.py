@@ -6,19 +6,11 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,12 +19,19 @@ from transformers import (
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.gpu_check import unused_gpu
-from rlhf_cli.models.policy_adapter import has_policy_adapter, separate_adapters
-from rlhf_cli.models.quantize import Quantize, check_quantize, make_trainable, quantization
-from rlhf_cli.models.rotary import pin_rotary_frequencies, switching_length
+from rlhf_cli.models.hub import commit_of, hub_model, local_folder
+from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
+from rlhf_cli.models.policy_adapter import has_policy_adapter
+from rlhf_cli.models.prequantized import quantization_of
+from rlhf_cli.models.quantize import Quantize
+from rlhf_cli.models.rotary import switching_length
+from rlhf_cli.models.stored_weights import stored_heads
+from rlhf_cli.models.third_party import CONFIG_HINT, read_json, reading
+from rlhf_cli.models.tokenizer import read_tokenizer
+from rlhf_cli.models.weight_loading import base_of, check_weights, language_model_class, load_weights, open_weights
 from rlhf_cli.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,8 +43,8 @@ class ModelSource:
     """Where a model comes from, with device and precisions resolved for this machine.
 
     Attributes:
-        path: folder or hub id.
-        revision: commit, tag or branch on the hub.
+        path: folder or hub id, which may end with `@revision`.
+        revision: commit, tag or branch on the hub; replaces the one in `path`.
         trust_remote_code: run Python code that comes with the model.
         dtype: of frozen weights; trained weights are always float32.
         precision: of matrix products (autocast).
@@ -67,6 +66,22 @@ class ModelSource:
     quantize: Quantize = "none"
     is_merged: bool = False
 
+    @property
+    def folder(self) -> Path:
+        """The local folder with the model's files, for a model on the hub that of its cache, maybe without weights."""
+        return local_folder(self.path, self.revision, with_weights=False)
+
+    @property
+    def folder_with_weights(self) -> Path:
+        """The same folder; downloads the weights that it lacks."""
+        return local_folder(self.path, self.revision)
+
+    @property
+    def pinned(self) -> tuple[str, str | None]:
+        """What to record of where a model comes from: its hub id and commit; the folder and None for a folder."""
+        model = hub_model(self.path, self.revision)
+        return (self.path, None) if model is None else (model.id, commit_of(model))
+
     def at(self, path: str) -> ModelSource:
         """Return this source with another path; revision and remote code apply to the original path only."""
         if path == self.path:
@@ -80,11 +95,7 @@ class ModelSource:
     def keeps_adapter(self, dtype: torch.dtype | None) -> bool:
         """Whether `load_weights` splits an adapter off the weights into which it was merged."""
         is_rounded = self.precision != torch.float32 and self.quantize == "none"
-        return dtype is None and is_rounded and not self.is_merged and has_policy_adapter(Path(self.path))
-
-    def hub_arguments(self) -> dict[str, object]:
-        """Return the arguments common to every `from_pretrained`."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return dtype is None and is_rounded and not self.is_merged and has_policy_adapter(self.folder)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -138,56 +149,77 @@ def _own_gpu() -> torch.device:
     return torch.device("cuda", number)
 
 
-def quiet_libraries() -> None:
-    """Silence the warnings and progress bars of transformers and tokenizers; errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """Load the configuration of a model.
+    """Load the configuration of a model; that of a PEFT adapter is its base's.
 
     Raises:
-        ModelError: there is none, or the folder holds a PEFT adapter.
+        ModelError: there is none, or its weights are quantized in a way that is not dequantized here.
     """
-    folder = Path(source.path)
-    if (folder / "adapter_config.json").is_file():
-        raise _is_adapter_error(source.path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        return _base_config(adapter, source)
+    folder = source.folder
+    if not (folder / "config.json").is_file():
         raise ModelError(
             f"{source.path} is not a model folder: it has no config.json",
             hint="give a folder that `save_pretrained` wrote, or a hub id",
         )
     try:
-        return AutoConfig.from_pretrained(source.path, **source.hub_arguments())
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load a model from `{source.path}`: {_first_line(error)}",
-            hint="give a folder that exists, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct",
-        ) from error
+        with reading(f"cannot load a model from `{source.path}`", folder, ("config.json",), hint=CONFIG_HINT):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except ModelError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            raise _untrusted(source.path, own_code(folder)) from error
+        raise
+    quantization_of(config, source.path)  # raises for weights that cannot be loaded
+    return config
 
 
-def _is_adapter_error(path: str) -> ModelError:
-    """Transformers would load base and adapter; with adapters off the reference would be the base (trap 15)."""
+def says_labels(source: ModelSource) -> bool:
+    """Whether the configuration of a model says how many labels it has."""
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        source = base_of(adapter, source)
+    fields = read_json(source.folder / "config.json")
+    return "num_labels" in fields or "id2label" in fields
+
+
+def own_code(folder: Path) -> str | None:
+    """Name the classes of the code that a model folder comes with; None if it comes without."""
+    named = read_json(folder / "config.json").get("auto_map")
+    return ", ".join(sorted(map(str, named.values()))) if isinstance(named, dict) and named else None
+
+
+def _untrusted(path: str, code: str | None) -> ModelError:
     return ModelError(
-        f"`{path}` is a PEFT adapter, not a whole model",
-        hint="merge it first: `AutoPeftModelForCausalLM.from_pretrained(IT).merge_and_unload().save_pretrained(NEW)`",
+        f"`{path}` comes with Python code of its own ({code}), which is not run",
+        hint="if you have read and trust it: `--set model.trust_remote_code=true --set model.revision=COMMIT`, with "
+        "`model.path` the model that brought it; that holds for what is trained from it too",
     )
 
 
+def _base_config(adapter: PeftFolder, source: ModelSource) -> PretrainedConfig:
+    try:
+        config = load_config(base_of(adapter, source))
+    except ModelError as error:
+        raise ModelError(
+            f"the base of the PEFT adapter {source.path}: {error.message}",
+            hint=f"set `base_model_name_or_path` in {adapter.config_file} to the folder or hub id of its base, "
+            "unquantized and with all of its files",
+        ) from error
+    config.dtype = torch.float32  # in which it is merged
+    return config
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Padding is always known by length, never by the padding id.
+    """Load the tokenizer of a model; that of a PEFT adapter without one is its base's.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.hub_arguments())
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from `{source.path}`: {_first_line(error)}") from error
-    tokenizer.model_max_length = min(tokenizer.model_max_length, 10**9)
-    return tokenizer
+    quiet_libraries()
+    adapter = find_peft_folder(source.path, source.revision)
+    if adapter is not None and not adapter.has_tokenizer:
+        return load_tokenizer(base_of(adapter, source))
+    return read_tokenizer(source.folder, source.path, trust_remote_code=source.trust_remote_code)
 
 
 def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -201,89 +233,43 @@ def load_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> Pre
         ModelError: the model cannot be loaded, or is not a language model.
     """
     config = load_config(source)
-    return load_weights(_policy_class(config, source.path), source, config, dtype=dtype, complete=True)
+    _check_generates(source)
+    return load_weights(policy_class(config, source.path), source, config, dtype=dtype)
 
 
-def _policy_class(config: PretrainedConfig, path: str) -> type:
-    """Return the Auto class that loads a language model whole, the parts that read images included.
+def check_policy(source: ModelSource) -> None:
+    """Check that a language model can be loaded, from its configuration and the headers of its weight files.
 
     Raises:
-        ModelError: the model does not generate text.
+        ModelError: see `load_policy`.
     """
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    if type(config) in AutoModelForImageTextToText._model_mapping and text_config(config) is not config:
-        return AutoModelForImageTextToText
-    # Transformers loads even a BERT as a causal language model, but a BERT sees the tokens it would predict.
-    reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    if type(config) not in AutoModelForCausalLM._model_mapping or reads_both_ways:
+    config = load_config(source)
+    _check_generates(source)
+    kind = policy_class(config, source.path)
+    check_weights(kind, source, config, shapes=open_weights(source, config).shapes)
+
+
+def _check_generates(source: ModelSource) -> None:
+    adapter = find_peft_folder(source.path, source.revision)
+    if adapter is not None and (heads := stored_heads(adapter.shapes)):
+        raise ModelError(
+            f"`{source.path}` is a PEFT adapter with a reward head (`{heads[0].name}`), which generates no text",
+            hint="give a language model, or use this one as a reward model",
+        )
+
+
+def policy_class(config: PretrainedConfig, path: str) -> type:
+    """Return the Auto class of a language model.
+
+    Raises:
+        ModelError: the architecture generates no text.
+    """
+    if (kind := language_model_class(config)) is None:
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot generate text",
             hint="use a decoder-only or encoder-decoder language model; a BERT can only be a reward model",
         )
-    return AutoModelForCausalLM
-
-
-def load_weights(
-    kind: type,
-    source: ModelSource,
-    config: PretrainedConfig,
-    *,
-    dtype: torch.dtype | None = None,
-    complete: bool = False,
-) -> PreTrainedModel:
-    """Call `kind.from_pretrained` with safetensors only, dropout off and clear errors.
-
-    Args:
-        kind: an Auto class or a model class.
-        source: where the model comes from.
-        config: its configuration, whose dropout rates are set to 0.
-        dtype: see `load_policy`.
-        complete: raise for missing weights, which transformers would draw at random.
-
-    Raises:
-        ModelError: the weights cannot be loaded, are incomplete or belong to an adapter.
-    """
-    quiet_libraries()
-    disable_dropout(config)
-    is_quantized = dtype is None and source.quantize != "none"
-    keeps_adapter = source.keeps_adapter(dtype)
-    placement: dict[str, Any] = {}
-    if is_quantized:
-        check_quantize(source.quantize, source.device)
-        # Quantized weights are created on their device, because 8-bit weights cannot be moved.
-        placement = {
-            "quantization_config": quantization(source.quantize, source.precision),
-            "device_map": source.device,
-        }
-    try:
-        model, report = kind.from_pretrained(
-            source.path,
-            output_loading_info=True,
-            config=config,
-            dtype=torch.float32 if keeps_adapter else dtype or source.dtype,
-            use_safetensors=True,
-            **placement,
-            **({} if is_our_attention(source.attention) else {"attn_implementation": source.attention}),
-            **source.hub_arguments(),
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load weights from `{source.path}`: {_first_line(error)}") from error
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise _is_adapter_error(source.path)
-    if complete and (missing := sorted(report["missing_keys"])):
-        raise ModelError(
-            f"`{source.path}`: {len(missing):,} weights of a {config.model_type} model are missing, such as "
-            f"`{missing[0]}`",
-            hint="give the folder of a complete language model",
-        )
-    if keeps_adapter:
-        separate_adapters(model, Path(source.path))
-    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()
-    pin_rotary_frequencies(model, source.path)
-    if is_our_attention(source.attention):
-        set_attention(model, source.attention, source.path)
-    return model
+    return kind
 
 
 def as_stored(source: ModelSource) -> ModelSource:
@@ -299,19 +285,6 @@ def load_any(path: str, device: torch.device) -> PreTrainedModel:
     """Load the backbone of any model in float32 with transformers' own attention, for inspection."""
     source = ModelSource(path, attention="eager", device=device)
     return load_weights(AutoModel, source, load_config(source))
-
-
-def disable_dropout(config: PretrainedConfig) -> None:
-    """Set all dropout rates and router jitter in a configuration to 0, in nested configurations too.
-
-    Some architectures read the rate in `forward`, so `eval()` does not disable it. With dropout in either pass, the
-    probability ratio of an unchanged policy is not 1 (trap 4 of docs/ppo.md).
-    """
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            disable_dropout(value)
-        elif isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("drop")):
-            setattr(config, name, 0.0)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -343,7 +316,3 @@ def context_length(config: PretrainedConfig) -> int:
         if isinstance(value := getattr(text, name, None), int):
             return min(value, switching_length(text) or value)
     return 10**9
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

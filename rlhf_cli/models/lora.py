@@ -11,6 +11,7 @@ to the backbone: `layers.0.self_attn.q_proj.lora_A.weight`.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import decoder_of, text_config
 from rlhf_cli.models.low_rank import join
 from rlhf_cli.models.quantize import quantized
+from rlhf_cli.models.third_party import read_json
 from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import LoraSettings
 
@@ -374,20 +376,49 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
     Raises:
         ModelError: `folder` holds no adapter, or one for another architecture.
     """
+    rank, alpha = read_adapter_config(folder)
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         stored = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load an adapter from {folder}: {error}") from error
+        raise ModelError(f"cannot load an adapter from {folder}: {error}", hint="copy the adapter again") from error
     base_keys = {key.replace(_WRAPPED, "") for key, _ in backbone(model).named_modules()}
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
     keys = {key.rsplit(".", 2)[0].replace(_WRAPPED, "") for key in state}
     layers = sorted(key for key in keys if _is_linear(backbone(model), key))
-    try:
-        names = layers + sorted(config.get("target_parameters") or [])
-        return LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=names), state
-    except (KeyError, ValueError) as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
+    for name, weight in state.items():
+        is_layer = name.rsplit(".", 2)[0] in layers  # the factors of fused experts have rank x experts rows
+        if is_layer and (weight.dim() != 2 or weight.shape[name.endswith("lora_B.weight")] != rank):
+            raise ModelError(
+                f"{folder}: `{name}` has shape {tuple(weight.shape)}, and {ADAPTER_CONFIG} says `r` is {rank}",
+                hint="give the adapter_config.json that belongs to the weights",
+            )
+    names = layers + sorted(read_json(folder / ADAPTER_CONFIG).get("target_parameters") or [])
+    return LoraSettings(rank=rank, alpha=alpha, target_modules=names), state
+
+
+_OTHER_SCALES = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+"""Fields of PEFT with which an adapter is not W + (alpha / rank) B A."""
+
+
+def read_adapter_config(folder: Path) -> tuple[int, float]:
+    """Read rank and alpha of a saved adapter.
+
+    Raises:
+        ModelError: there is no adapter, its configuration is damaged, or it is not a plain LoRA.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ModelError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}", hint="copy the adapter again")
+    config = read_json(path)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    are_numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and one > 0 for one in (rank, alpha))
+    if not are_numbers or not isinstance(rank, int) or not math.isfinite(alpha or 0):
+        raise ModelError(f"{path} is damaged: `r` is {rank} and `lora_alpha` is {alpha}", hint="copy the file again")
+    if other := [name for name in _OTHER_SCALES if config.get(name)]:
+        raise ModelError(
+            f"{path}: `{other[0]}` is set, and only plain LoRA is supported", hint="merge the adapter first"
+        )
+    return rank, float(alpha or 0)
 
 
 _WRAPPED = ".base_layer"

@@ -10,7 +10,6 @@ are then split again at loading: the merged weights minus B A, rounded, are exac
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.files import hash_file
 from rlhf_cli.models.lora import backbone, cast_weights, read_adapter, save_adapter
 from rlhf_cli.models.low_rank import separate
 
@@ -37,7 +35,7 @@ class AdapterBase:
         path: the model that the adapter was trained on: relative to the policy's folder, or as it was given; None for a
             model that `model.build` made.
         revision: hub revision of that model.
-        sha256: of its weight files, see `hash_weights`; None for a model on the hub.
+        sha256: of its weight files, see `base_model.hash_weights`; None for a model on the hub.
         dtype: of its frozen weights in training.
         quantize: how they were quantized in training.
     """
@@ -101,16 +99,6 @@ def separate_adapters(model: nn.Module, folder: Path) -> None:
         layer = backbone(model).get_submodule(key)
         separate(layer, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))  # type: ignore[arg-type]
     cast_weights(model, dtype)
-
-
-def hash_weights(path: str) -> str | None:
-    """sha256 over names and contents of the weight files of a model folder; None if there is no such folder."""
-    if not Path(path).is_dir():
-        return None
-    total = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")):
-        total.update(f"{file.name}\0{hash_file(file)}\n".encode())
-    return total.hexdigest()
 
 
 def relative_base(path: str, final: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.files import hash_file, hash_folder
+from rlhf_cli.models.hub import hub_model
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity
 from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
 from rlhf_cli.pipeline.run_directory import RunDirectory
@@ -48,8 +49,7 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 class Digests:
     """Digests of stage inputs, each computed once per process."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
-        self._recipe = recipe
+    def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self._known: dict[tuple[str, str], str] = {}
 
@@ -88,10 +88,10 @@ class Digests:
             check_critic(given.source, given.setting)
             return hash_folder(Path(given.source))
         check_model(given.source, given.setting)
-        if Path(given.source).is_dir():
+        model = hub_model(given.source)
+        if model is None:
             return hash_folder(Path(given.source))
-        revision = self._recipe.model.revision if given.source == self._recipe.model.path else None
-        return f"hub:{given.source}@{revision or 'main'}"
+        return f"hub:{model.id}@{model.revision or 'main'}"
 
 
 def identity(stage: Stage, recipe: Recipe, inputs: StageInputs, digests: Digests, pending: frozenset[str]) -> Identity:

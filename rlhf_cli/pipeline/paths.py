@@ -7,36 +7,24 @@ A relative path is resolved against the current directory first, then against th
 from __future__ import annotations
 
 import importlib.machinery
-import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import DataError, ModelError, UsageError
+from rlhf_cli.errors import DataError, ModelError, UsageError, raise_together
+from rlhf_cli.models.hub import check_model_name
 from rlhf_cli.pipeline.python_source import check_defined
 from rlhf_cli.recipe.document import KeyPath
 from rlhf_cli.recipe.fields import values
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.base import External
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-_FILE_ENDINGS = (
-    ".jsonl",
-    ".json",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".gz",
-    ".txt",
-    ".yaml",
-    ".yml",
-    ".safetensors",
-    ".arrow",
-)
+from rlhf_cli.stages.inputs import Input
 
 
 def resolve_paths(loaded: LoadedRecipe) -> Recipe:
-    """Return the recipe with all local paths valid from the current directory."""
+    """Return the recipe with all local paths valid from the current directory, and the base model's revision in its
+    hub id."""
     folder = Path() if loaded.path is None else loaded.path.parent
     plain = loaded.recipe.model_dump()
     for key_path, setting, value in values(loaded.recipe):
@@ -44,8 +32,15 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
             continue
         find = _function if setting.external.what == "function" else _path
         found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
+        if setting.external.what == "model" and value == loaded.recipe.model.path:
+            found = _with_revision(found, loaded.recipe.model.revision)
         _put(plain, key_path, found)
     return Recipe.model_validate(plain)
+
+
+def _with_revision(name: str, revision: str | None) -> str:
+    is_on_hub = revision is not None and "@" not in name and not Path(name).exists()
+    return f"{name}@{revision}" if is_on_hub else name
 
 
 def _put(plain: Any, key_path: KeyPath, value: str | list[str]) -> None:
@@ -67,11 +62,6 @@ def _function(spec: str, folder: Path) -> str:
     return f"{_path(file, folder)}:{function}" if colon and file.endswith(".py") else spec
 
 
-def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that does not exist locally can be a hub id, `owner/name` or `owner/name@revision`."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
-
-
 def check_data(name: str, setting: str) -> None:
     """Raise `DataError` unless the name is a local path or may be a hub data set."""
     from rlhf_cli.data.sources import is_hub
@@ -82,15 +72,26 @@ def check_data(name: str, setting: str) -> None:
         raise DataError(f"{error.message} (`{setting}`)", hint=error.hint) from error
 
 
+def check_models(inputs: Iterable[Input]) -> None:
+    """Raise `ModelError` unless each model and critic is a local folder or may be a hub id; reports all at once."""
+    problems = {}
+    for given in inputs:
+        check = {"model": check_model, "critic": check_critic}.get(given.kind)
+        if check is None:
+            continue
+        try:
+            check(given.source, given.setting)
+        except ModelError as error:
+            problems[error.message] = error
+    raise_together(list(problems.values()))
+
+
 def check_model(name: str, setting: str) -> None:
     """Raise `ModelError` unless the name is a local folder or may be a hub id."""
-    path = Path(name)
-    # A folder that holds other things, such as a run directory, is not the owner of a hub id.
-    is_beside = path.parent != Path() and path.parent.is_dir()
-    if path.is_dir() or (not path.exists() and not is_beside and looks_like_hub_id(name)):
-        return
-    problem = "is a file, not a model folder" if path.exists() else "no such model folder"
-    raise ModelError(f"{name}: {problem} (`{setting}`)", hint="give a folder, or a hub id such as owner/name")
+    try:
+        check_model_name(name)
+    except ModelError as error:
+        raise ModelError(f"{error.message} (`{setting}`)", hint=error.hint) from error
 
 
 def check_file(name: str, setting: str) -> None:

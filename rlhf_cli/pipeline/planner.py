@@ -10,6 +10,7 @@ from typing import Literal
 from rlhf_cli.errors import ChangedInputsError, DataError, UsageError
 from rlhf_cli.pipeline.fingerprint import PENDING, Digests, differences, fingerprint, identity
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest
+from rlhf_cli.pipeline.paths import check_models
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import registry
@@ -139,7 +140,7 @@ class Planner:
         self._chosen = chosen
         self._force, self._names_stages = selection.force, selection.names_stages
         self._artifacts = RunArtifacts(run, frozenset(stage.name for stage in chosen))
-        self._digests = Digests(recipe, run)
+        self._digests = Digests(run)
 
     def plan(self) -> list[Step]:
         """Return one step per selected stage.
@@ -150,6 +151,7 @@ class Planner:
             ChangedInputsError: an unfinished stage was started with other settings or inputs.
         """
         inputs = {stage.name: self._inputs(stage) for stage in self._chosen}
+        check_models(given for record in inputs.values() for given in record.by_name().values() if given.matters)
         self._check_artifacts_read(inputs.values())
         steps: list[Step] = []
         pending: frozenset[str] = frozenset()

@@ -6,16 +6,19 @@ A bad line in PPO's prompts is found immediately, not after an hour of fine-tuni
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.errors import DataError, RLHFError, UsageError, raise_together
 from rlhf_cli.files import hash_file
-from rlhf_cli.generation.contract import read_contract, split_of
-from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
+from rlhf_cli.generation.contract import Contract, read_contract, split_of
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
-from rlhf_cli.stages.inputs import Input
+from rlhf_cli.settings.shared import SamplingSettings
+from rlhf_cli.stages.common import trusts_code
+from rlhf_cli.stages.inputs import Input, ModelRole
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -49,8 +52,6 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
         if given.kind == "data":
             check_data(given.source, given.setting)
             keys[key] = _check_records(recipe, given)
-        elif given.kind == "model":
-            check_model(given.source, given.setting)
         elif given.kind == "file":
             check_file(given.source, given.setting)
         elif given.kind == "critic":
@@ -59,6 +60,70 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
     _check_evaluation(recipe, inputs, keys)
+    _check_models(recipe, inputs)
+
+
+def _check_models(recipe: Recipe, inputs: Sequence[Input]) -> None:
+    """Check every model of the run for its role; reports the problems of all of them at once."""
+    uses: dict[tuple[str, ModelRole], list[Input]] = {}
+    for given in inputs:
+        if given.kind == "model" and given.role is not None and (given.matters or given.sampled_by):
+            uses.setdefault((given.source, given.role), []).append(given)
+    errors: dict[str, RLHFError] = {}
+    for (source, role), members in uses.items():
+        try:
+            contract = read_contract(source)  # finds out without torch whether there is such a model
+            found = _check_use(recipe, source, role, _sections(members, inputs), contract)
+        except RLHFError as error:
+            found = [error]
+        for error in found:
+            message = f"{error.message} (`{members[0].setting}`)"
+            errors[error.message] = type(error)(message, hint=error.hint)
+    raise_together(list(errors.values()))
+
+
+def _sections(members: Sequence[Input], inputs: Sequence[Input]) -> list[str]:
+    """Return the sections of the stages that draw completions from a model, or from what is trained from it."""
+    found = [one.sampled_by for one in members]
+    if members[0].setting == "model.path":
+        found += [one.sampled_by for one in inputs if one.kind == "artifact"]
+    return [section for section in found if section is not None]
+
+
+def _check_use(
+    recipe: Recipe, source: str, role: ModelRole, sections: Sequence[str], contract: Contract | None
+) -> list[RLHFError]:
+    """Return the problems of a model in a role; warns of what a stage can go on with."""
+    from rlhf_cli.models.loading import ModelSource  # imports torch, which the stages need anyway
+    from rlhf_cli.models.preflight import ModelUse, check_model
+
+    use = ModelUse(
+        ModelSource(source, trust_remote_code=trusts_code(recipe, source)),
+        role,
+        *_prompting(recipe, contract),
+        max_new_tokens=_longest_completion(recipe, sections, contract),
+    )
+    found = check_model(use)
+    for warning in found.warnings:
+        warn(warning)
+    return found.errors
+
+
+def _prompting(recipe: Recipe, contract: Contract | None) -> tuple[str | None, Mapping[str, Any]]:
+    """Return template and template arguments by which a policy is prompted; "auto" for the model's own template."""
+    template, kwargs = recipe.data.prompt_template, recipe.data.template_kwargs
+    if contract is not None:
+        template = contract.prompt_template if template == "auto" else template
+        kwargs = contract.template_kwargs if kwargs is None else kwargs
+    return template, kwargs or {}
+
+
+def _longest_completion(recipe: Recipe, sections: Sequence[str], contract: Contract | None) -> int | None:
+    """Return the longest completion, in tokens, that the stages of these sections draw from a model; None for none."""
+    lengths = [recipe.value(f"{name}.{'' if name == 'ppo' else 'sampling.'}max_new_tokens") for name in sections]
+    layers = [recipe.sampling, *(() if contract is None else (contract.sampling,))]
+    resolved = [Sampling.resolve(SamplingSettings(max_new_tokens=length), *layers) for length in lengths]
+    return max((sampling.max_new_tokens for sampling in resolved), default=None)
 
 
 def _check_endpoint(given: Input) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Prompt, Record, prompt_key, prompt_text, references_of
@@ -36,25 +35,34 @@ CHOSEN_ON = "chosen_on.json"
 def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> ModelSource:
     """Return how the model at `path` is loaded, on this machine and in the precision that `decide_precision` left.
 
-    `model.revision` and `model.trust_remote_code` apply to `model.path` only. `model.quantize` applies to the frozen
-    weights under an adapter: a stage that trains one passes `quantized`.
+    `model.revision` is part of `model.path` by now, if that is on the hub. `model.trust_remote_code` applies to it and
+    to what was trained from it, as `models.remote_code` says. `model.quantize` applies to the frozen weights under an
+    adapter: a stage that trains one passes `quantized`.
     """
     from rlhf_cli.models.loading import DTYPES, ModelSource, resolve_device
 
     settings = recipe.model
     device = resolve_device(settings.device)
     precision = DTYPES[settings.precision]
-    own = path == settings.path
     return ModelSource(
         path=path,
-        revision=settings.revision if own else None,
-        trust_remote_code=settings.trust_remote_code if own else False,
+        trust_remote_code=trusts_code(recipe, path),
         dtype=precision if settings.dtype == "auto" else DTYPES[settings.dtype],
         precision=precision,
         attention=settings.attention,
         device=device,
         quantize=settings.quantize if quantized else "none",
     )
+
+
+def trusts_code(recipe: RunSettings, path: str) -> bool:
+    """Return whether Python code that comes with the model at `path` may run."""
+    from rlhf_cli.models.remote_code import has_trusted_code
+
+    settings = recipe.model
+    if not settings.trust_remote_code or settings.path is None:
+        return False
+    return path == settings.path or has_trusted_code(path, settings.path)
 
 
 def inherited_sampling(recipe: RunSettings, model: str) -> SamplingSettings:
@@ -124,7 +132,7 @@ def warn_of_rounding(context: StageContext[Any, Any], source: ModelSource) -> No
     from rlhf_cli.models.policy_adapter import has_policy_adapter
 
     is_frozen = getattr(context.settings, "adapter", "none") == "lora"
-    is_ours = read_contract(source.path) is not None and not has_policy_adapter(Path(source.path))
+    is_ours = read_contract(source.path) is not None and not has_policy_adapter(source.folder)
     if is_frozen and is_ours and source.dtype != as_stored(source).dtype:
         warn(
             f"the weights of {source.path} are stored in float32 and held in bfloat16: small changes by its training "

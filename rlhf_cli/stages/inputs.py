@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -11,6 +11,8 @@ from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.run import RunSettings
 
+ModelRole = Literal["policy", "judge", "reward model", "start of a reward model"]
+"""See `models.preflight.Role`."""
 InputKind = Literal["artifact", "model", "critic", "data", "file", "function", "endpoint", "build"]
 
 
@@ -29,6 +31,8 @@ class Input:
         token_env: environment variable that must hold the token of a URL.
         use: "train" for prompts that the policy is trained on, "evaluate" for those that it is evaluated on, all of
             them; None for others, and for those of which the split chooses some.
+        role: what a model is used for; None if it is not checked.
+        sampled_by: section of the stage that draws completions from a model; None if none does.
     """
 
     kind: InputKind
@@ -39,6 +43,8 @@ class Input:
     matters: bool = True
     token_env: str | None = None
     use: Literal["train", "evaluate"] | None = None
+    role: ModelRole | None = None
+    sampled_by: str | None = None
 
     @property
     def described(self) -> str:
@@ -143,7 +149,7 @@ class InputFinder:
         model = self._recipe.model
         base = None
         if model.path is not None:
-            base = Input("model", model.path, "model.path", matters=trains_base)
+            base = Input("model", model.path, "model.path", matters=trains_base, role="policy")
         elif model.build is not None:
             base = Input("build", "build", "model.build", matters=trains_base)
         attention = None
@@ -151,19 +157,28 @@ class InputFinder:
             attention = Input("function", model.attention, "model.attention")
         return {"base": base, "attention": attention}
 
-    def named(self, kind: InputKind, source: str | None, setting: str, records: Kind | None = None) -> Input | None:
+    def named(
+        self,
+        kind: InputKind,
+        source: str | None,
+        setting: str,
+        records: Kind | None = None,
+        role: ModelRole | None = None,
+    ) -> Input | None:
         """Return the input that a setting names; None if it is null. `setting` is relative to the stage's section."""
         if source is None:
             return None
-        return Input(kind, source, f"{self._section}.{setting}", records=records)
+        sampled_by = self._section if role == "policy" else None
+        return Input(kind, source, f"{self._section}.{setting}", records=records, role=role, sampled_by=sampled_by)
 
-    def policy(self, setting: str, given: str | None) -> Input:
+    def policy(self, setting: str, given: str | None, role: ModelRole = "policy") -> Input:
         """Return the SFT model: the one a setting names, else the output of `sft`, else the base model."""
+        sampled_by = self._section if role == "policy" else None
         if given is not None:
-            return Input("model", given, f"{self._section}.{setting}")
+            return Input("model", given, f"{self._section}.{setting}", role=role, sampled_by=sampled_by)
         if self._recipe.value("sft") is None and self._recipe.model.path is not None:
-            return Input("model", self._recipe.model.path, "model.path")
-        return self.artifact("sft", setting)
+            return Input("model", self._recipe.model.path, "model.path", role=role, sampled_by=sampled_by)
+        return replace(self.artifact("sft", setting), role=role, sampled_by=sampled_by)
 
     def artifact(self, writer: str, setting: str, *, file: str = "", also: str = "") -> Input:
         """Return the artifact of an earlier stage.

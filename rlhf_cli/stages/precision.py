@@ -16,6 +16,7 @@ from rlhf_cli.files import write_whole
 from rlhf_cli.progress import say
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import PRECISION_RECORD, StageContext
+from rlhf_cli.stages.common import trusts_code
 from rlhf_cli.stages.inputs import Input
 
 Context = TypeVar("Context", bound=StageContext[Any, Any])
@@ -59,7 +60,7 @@ def _faster(context: StageContext[Any, Any]) -> tuple[str, str]:
 
 def _hidden_size(recipe: RunSettings, inputs: list[Input]) -> int | None:
     """Return the hidden size of the stage's first model, which all its models of that family share; None if only
-    adapters are given."""
+    reward models saved as adapters are given."""
     from rlhf_cli.models.loading import ModelSource, load_config
 
     for given in inputs:
@@ -70,13 +71,8 @@ def _hidden_size(recipe: RunSettings, inputs: list[Input]) -> int | None:
             return recipe.model.build.hidden_size
         folder = Path(given.source)
         is_hub = given.kind == "model" and not folder.exists()
-        if is_hub or ((folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()):
-            own = given.source == recipe.model.path
-            source = ModelSource(
-                given.source,
-                revision=recipe.model.revision if own else None,
-                trust_remote_code=recipe.model.trust_remote_code if own else False,
-            )
+        if is_hub or any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            source = ModelSource(given.source, trust_remote_code=trusts_code(recipe, given.source))
             try:
                 return load_config(source).get_text_config(decoder=True).hidden_size
             except ModelError:  # reported where the stage loads it, if it does

@@ -30,7 +30,6 @@ def test_a_contract_is_read_as_it_was_written(tmp_path: Path):
     CONTRACT.write(tmp_path)
     assert read_contract(tmp_path) == CONTRACT
     assert read_contract(tmp_path / "elsewhere") is None
-    assert read_contract("acme/model") is None
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ from rlhf_cli.data.examples import Example
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import last_hidden, reads_groups
-from rlhf_cli.models.loading import ModelSource, disable_dropout, load_policy, recompute_activations
+from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
+from rlhf_cli.models.weight_loading import disable_dropout
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import load_ppo_models

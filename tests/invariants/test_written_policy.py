@@ -19,9 +19,9 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation import policy_saving
 from rlhf_cli.generation.policy_saving import TrainedAdapter, save_policy
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.base_model import hash_weights
 from rlhf_cli.models.loading import ModelSource, as_stored, load_policy, load_tokenizer
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.policy_adapter import hash_weights
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.common import load_policy as stage_load_policy

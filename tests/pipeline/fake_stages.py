@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rlhf_cli.distributed.ranks import is_main, rank
 from rlhf_cli.errors import DivergedError
+from rlhf_cli.pipeline import preflight
 from rlhf_cli.stages.base import StageContext, StageOutcome
 from rlhf_cli.stages.registry import stages
 
@@ -97,6 +98,7 @@ def raise_kind(kind: str) -> None:
 
 
 def install() -> None:
+    preflight._check_models = lambda recipe, inputs: None  # the folders hold text in place of models
     for stage in stages():
         module = types.ModuleType(stage.module)
         module.run = run  # type: ignore[attr-defined]

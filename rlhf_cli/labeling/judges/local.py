@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,14 +21,12 @@ from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import TOO_LONG, Reply
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
-from rlhf_cli.progress import warn
 
 _BEFORE_THE_VERDICT = "The better answer is answer"
 """Beginning of the judge's turn, so that the next token is a letter rather than the beginning of a sentence."""
 _PLACEHOLDER = "THE QUESTION STANDS HERE"
 QUESTIONS_AT_ONCE = 16
 _TOKENS_AT_ONCE = 16_384
-_CONFIG_FILE = "config.json"
 
 
 class LocalJudge:
@@ -157,11 +154,9 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, letter: str, path: str) -> list[i
 
 
 def pin_to_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
-    """Pin a hub model to a commit, since a branch or tag may move.
+    """Pin a hub model to a commit, since a branch or tag may move: a rerun must not take the verdicts of another.
 
-    The commit in the local hub cache is used, so a rerun asks the same judge; without one, the configuration is
-    downloaded to find it. Process 0 decides for all. If the commit is still unknown, a warning says so and the source
-    is returned unchanged.
+    Process 0 decides for all.
 
     Args:
         source: a hub id.
@@ -170,24 +165,5 @@ def pin_to_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
     Raises:
         ModelError: the model is neither cached nor downloadable.
     """
-    commit: str | None = None
-    if processes.is_main:
-        commit = _cached_commit(source)
-        if commit is None:
-            load_config(source)
-            commit = _cached_commit(source)
-        if commit is None:
-            warn(
-                f"judge {source.path}: the commit of `{source.revision or 'main'}` is unknown, so verdicts are cached "
-                "under that name; if it moves, verdicts of the old weights are used for the new ones"
-            )
-    commit = processes.all_gather_object(commit)[0]
-    return source if commit is None else replace(source, revision=commit)
-
-
-def _cached_commit(source: ModelSource) -> str | None:
-    """Commit that the revision points to in the local hub cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.path, _CONFIG_FILE, revision=source.revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    commit = source.pinned[1] if processes.is_main else None
+    return replace(source, revision=processes.all_gather_object(commit)[0])

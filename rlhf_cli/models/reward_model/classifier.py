@@ -7,10 +7,11 @@ full is an ordinary model folder, and any such classifier on the hub can be a re
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,7 +23,19 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_weights
+from rlhf_cli.models.checkpoint import Checkpoint
+from rlhf_cli.models.loading import ModelSource, context_length, load_config, says_labels
+from rlhf_cli.models.peft_folder import find_peft_folder
+from rlhf_cli.models.stored_weights import StoredHead, stored_heads
+from rlhf_cli.models.weight_loading import (
+    check_layers,
+    check_weights,
+    empty_model,
+    has_own_code,
+    load_weights,
+    open_weights,
+)
+from rlhf_cli.progress import say_once
 
 
 @dataclass(frozen=True)
@@ -33,29 +46,134 @@ class Classifier:
         model: the transformers model.
         is_encoder: attention is bidirectional and the head reads a pooled state.
         has_head: the head was loaded; otherwise it is new.
+        bias: (1,) of the stored head where the model's own head has none; else None.
     """
 
     model: PreTrainedModel
     is_encoder: bool
     has_head: bool
+    bias: Tensor | None = None
 
 
 def load_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) -> Classifier:
     """Load a sequence classifier with one label from a folder or hub id.
 
-    Missing weights (the head of a language model, the pooler of a masked language model) are drawn from torch's global
+    What a language model lacks (the head, and the pooler of a masked language model) is drawn from torch's global
     generator: seed it first. Encoders are always float32: they are small, and their heads are trained.
 
     Raises:
-        ModelError: an encoder-decoder, a classifier with several labels, or an unsupported architecture.
+        ModelError: an encoder-decoder, a classifier with several labels, an unsupported architecture, or weights that
+            are not those of the model.
     """
+    plan = _plan(source)
+    model = load_weights(
+        plan.kind,
+        source,
+        plan.config,
+        dtype=torch.float32 if plan.is_encoder else dtype,
+        checkpoint=plan.checkpoint,
+        is_new=plan.is_new,
+    )
+    return Classifier(model, plan.is_encoder, plan.has_head, plan.bias)
+
+
+def check_classifier(source: ModelSource) -> bool:
+    """Check that a reward model, or the model to train one from, can be loaded; no weight is read.
+
+    Returns:
+        Whether it has a reward head.
+
+    Raises:
+        ModelError: see `load_classifier`.
+    """
+    plan = _plan(source)
+    check_weights(plan.kind, source, plan.config, shapes=plan.checkpoint.shapes, is_new=plan.is_new)
+    return plan.has_head
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a classifier is loaded; see `Classifier` and `load_weights`. `is_stored`: its checkpoint has the head."""
+
+    kind: type
+    config: PretrainedConfig
+    checkpoint: Checkpoint
+    is_encoder: bool
+    has_head: bool
+    is_stored: bool
+    bias: Tensor | None
+
+    def is_new(self, model: PreTrainedModel) -> frozenset[str]:
+        """Return the names of the weights that are drawn at random: those of a new head."""
+        if self.is_stored:
+            return frozenset()
+        return frozenset(head_parameters(model, is_encoder=self.is_encoder))
+
+
+def _plan(source: ModelSource) -> _Plan:
     config = load_config(source)
     is_encoder = check_reward_config(config, source.path)
-    has_head = is_classifier(config)
+    checkpoint, adapter = open_weights(source, config), find_peft_folder(source.path, source.revision)
+    said = config.num_labels if is_classifier(config) and says_labels(source) else None
+    labels = list((config.id2label or {}).values())
     config.num_labels = 1
     kind = classifier_class(config, source.path)
-    model = load_weights(kind, source, config, dtype=torch.float32 if is_encoder else dtype)
-    return Classifier(model, is_encoder, has_head)
+    check_layers(config, source.path, len(checkpoint.shapes))
+    own = _own_head(empty_model(kind, source, config), source.path)
+    trained = None if adapter is None else _stored_head(adapter.shapes, own, source.path)
+    head = _stored_head(checkpoint.shapes, own, source.path)
+    found = trained or head
+    _check_labels(source.path, said, None if found is None else found.rows, labels)
+    bias = None
+    if head is not None:
+        checkpoint, bias = _use_head(checkpoint, head, own, source.path)
+    # The head that an adapter was trained with takes the place of the base's.
+    has_base_head = head is not None or is_classifier(config)
+    return _Plan(kind, config, checkpoint, is_encoder, found is not None or has_base_head, has_base_head, bias)
+
+
+@dataclass(frozen=True)
+class _OwnHead:
+    """The reward head of a classifier: name of its module, width d and whether it has a bias."""
+
+    name: str
+    width: int
+    has_bias: bool
+
+
+def _own_head(empty: PreTrainedModel, path: str) -> _OwnHead:
+    head = head_of(empty, path)
+    name = next(key for key, module in empty.named_modules() if module is head)
+    return _OwnHead(name, head.in_features, head.bias is not None)
+
+
+def _stored_head(shapes: Mapping[str, tuple[int, ...]], own: _OwnHead, path: str) -> StoredHead | None:
+    """Return the stored reward head: the one under the classifier's own name, else one under another known name.
+
+    Raises:
+        ModelError: several layers could be the head.
+    """
+    heads = stored_heads(shapes)
+    if (same := next((head for head in heads if head.name == own.name), None)) is not None:
+        return same
+    heads = [head for head in heads if head.width == own.width and head.name.split(".")[0] != own.name.split(".")[0]]
+    if len(heads) > 1:
+        raise ModelError(
+            f"`{path}`: several stored layers could be the reward head: {', '.join(head.name for head in heads)}",
+            hint=f"store the right one as `{own.name}`, and remove the others",
+        )
+    return next(iter(heads), None)
+
+
+def _use_head(checkpoint: Checkpoint, head: StoredHead, own: _OwnHead, path: str) -> tuple[Checkpoint, Tensor | None]:
+    """Give the stored head the classifier's own name, and take out a bias for which that has no place."""
+    if head.name != own.name:
+        say_once(f"{path}: its reward head is stored as `{head.name}`")
+        checkpoint = checkpoint.renamed({f"{head.name}.{leaf}": f"{own.name}.{leaf}" for leaf in ("weight", "bias")})
+    bias = f"{own.name}.bias"
+    if own.has_bias or not head.has_bias:
+        return checkpoint, None
+    return checkpoint.without(bias), checkpoint.read(bias)
 
 
 def check_reward_config(config: PretrainedConfig, path: str) -> bool:
@@ -69,12 +187,6 @@ def check_reward_config(config: PretrainedConfig, path: str) -> bool:
             f"`{path}` is a {config.model_type} model; an encoder-decoder cannot be a reward model",
             hint="use a decoder-only model (Llama, Qwen, GPT-2, ...) or an encoder (BERT, RoBERTa, DeBERTa, ...)",
         )
-    if is_classifier(config) and config.num_labels != 1:
-        labels = ", ".join(str(label) for label in (config.id2label or {}).values())
-        raise ModelError(
-            f"`{path}`: a reward model must have one label, got {config.num_labels} ({labels})",
-            hint="use a model trained with `num_labels=1`, or run `rlhf train-rm` from its language model",
-        )
     reads_both_ways = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
     if not reads_both_ways and type(config) not in AutoModelForCausalLM._model_mapping:
         # Encoders that transformers registers for classification only, without a masked language model.
@@ -82,9 +194,36 @@ def check_reward_config(config: PretrainedConfig, path: str) -> bool:
     return reads_both_ways
 
 
+def _check_labels(path: str, said: int | None, rows: int | None, labels: list[str]) -> None:
+    """Check that a reward model has one label, by its configuration and by the rows of its stored head.
+
+    Args:
+        path: for messages.
+        said: number of labels in its configuration; None if that says nothing, which transformers reads as two.
+        rows: of its stored head; None if there is none.
+        labels: their names in the configuration.
+    """
+    if rows is not None and said is not None and rows != said:
+        raise ModelError(
+            f"`{path}`: its config.json says {_labels(said)}, but its stored reward head has {_labels(rows)}",
+            hint="give the config.json that belongs to the weights; for a reward model, `num_labels` is 1 in it, "
+            "without `id2label` and `label2id`",
+        )
+    if (count := rows or said or 1) != 1:
+        named = f" ({', '.join(map(str, labels))})" if said is not None else ""
+        raise ModelError(
+            f"`{path}`: a reward model must have one label, got {count}{named}",
+            hint="use a model trained with `num_labels=1`, or run `rlhf train-rm` from its language model",
+        )
+
+
+def _labels(count: int) -> str:
+    return f"{count:,} label{'' if count == 1 else 's'}"
+
+
 def is_classifier(config: PretrainedConfig) -> bool:
     """Return whether the weights of this configuration include a classification head."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def classifier_class(config: PretrainedConfig, path: str) -> type:
@@ -97,7 +236,7 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
         return AutoModelForSequenceClassification
     languages = (AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping)
     mapping = next((mapping for mapping in languages if type(config) in mapping), None)
-    if mapping is None:
+    if mapping is None or has_own_code(config):
         raise ModelError(
             f"`{path}` is a {config.model_type} model, which cannot be a reward model",
             hint="use a decoder-only language model or an encoder of the BERT family",

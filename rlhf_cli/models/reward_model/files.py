@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.lora import adapter_state, save_adapter
+from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
+from rlhf_cli.models.lora import adapter_state, read_adapter_config, save_adapter
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
+from rlhf_cli.models.stored_weights import ADAPTER, read_header, read_stored_weights
 
 if TYPE_CHECKING:
+    from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.models.reward_model.model import RewardModel
 
 _FORMAT = 1
+_CONFIG = "reward.json"
 HEAD_FILE = "head.safetensors"
 
 
@@ -33,12 +38,14 @@ class RewardModelConfig:
         kind: "decoder" or "encoder".
         adapter: True for LoRA on a base model, False if the folder holds all weights.
         base: the model it was trained from, as a path relative to the folder or a hub id.
-        base_revision: hub revision of the base model.
+        base_revision: commit of a base model on the hub.
         template: template of plain-text prompts.
         mean: raw reward that is normalized to 0.
         std: raw difference that is normalized to 1.
         hidden_size: width d of the head.
         template_kwargs: arguments of the chat template.
+        base_sha256: of the base's weight files, see `base_model.hash_weights`; None if the base is on the hub or the
+            folder holds all weights.
     """
 
     kind: str
@@ -50,11 +57,40 @@ class RewardModelConfig:
     std: float
     hidden_size: int
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    base_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check types and values, which come from a file; raises `ValueError`."""
+        checks = {
+            "kind": self.kind in ("decoder", "encoder"),
+            "adapter": isinstance(self.adapter, bool),
+            "base": isinstance(self.base, str),
+            "base_revision": isinstance(self.base_revision, str | None),
+            "template": isinstance(self.template, str | None),
+            "mean": _is_number(self.mean),
+            "std": _is_number(self.std) and self.std > 0,
+            "hidden_size": isinstance(self.hidden_size, int) and self.hidden_size > 0,
+            "template_kwargs": isinstance(self.template_kwargs, Mapping),
+            "base_sha256": isinstance(self.base_sha256, str | None),
+        }
+        if wrong := [name for name, is_right in checks.items() if not is_right]:
+            raise ValueError(f"`{wrong[0]}` cannot be {getattr(self, wrong[0])!r}")
 
     def base_path(self, folder: Path) -> str:
-        """Return the path or hub id from which the base can be loaded."""
-        local = folder / self.base
-        return str(local.resolve()) if local.is_dir() else self.base
+        """Return the path or hub id of the base; raises `ModelError` if it is a path where no folder is."""
+        return locate_base(self.base, folder / _CONFIG)
+
+    def base_source(self, source: ModelSource) -> ModelSource:
+        """Return where the base of the adapter at `source` comes from; raises as `base_path`."""
+        return replace(source.at(self.base_path(source.folder)), revision=self.base_revision)
+
+    def check_base(self, folder: Path) -> None:
+        """Raise `ModelError` if the base's weights are not those on which the adapter was trained."""
+        check_base(self.base_path(folder), self.base_sha256, folder / _CONFIG)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_reward_config(folder: Path) -> RewardModelConfig | None:
@@ -63,7 +99,7 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
     Raises:
         ModelError: the file is damaged or of a later format.
     """
-    path = folder / "reward.json"
+    path = folder / _CONFIG
     if not path.is_file():
         return None
     try:
@@ -76,24 +112,61 @@ def read_reward_config(folder: Path) -> RewardModelConfig | None:
         raise ModelError(f"{path} is damaged: {error}", hint="run `rlhf train-rm` again") from error
 
 
+def refuse_adapter_as_start(path: str, config: RewardModelConfig | None) -> None:
+    """Raise `ModelError` for a reward model saved as an adapter, from which no other can be trained."""
+    if config is not None and config.adapter:
+        raise ModelError(
+            f"cannot train from `{path}`: it is a reward model saved as an adapter on {config.base}",
+            hint="start from that base, or from a reward model that was trained with `adapter: none`",
+        )
+
+
+def check_has_head(has_head: bool, path: str) -> None:
+    """Raise `ModelError` for a model without a reward head."""
+    if not has_head:
+        raise ModelError(
+            f"`{path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
+        )
+
+
+def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
+    """Check the files of a reward model saved as an adapter, from the headers of its weights.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the head has another width than `reward.json` says.
+    """
+    read_stored_weights(folder / ADAPTER_FOLDER, ADAPTER)
+    read_adapter_config(folder / ADAPTER_FOLDER)
+    head = read_header(folder / HEAD_FILE)
+    if config.kind == "decoder":
+        shapes = {name: weight.shape for name, weight in head.items()}
+        if shapes != {"weight": (1, config.hidden_size), "bias": (1,)}:
+            raise ModelError(
+                f"{folder / HEAD_FILE} is not a reward head of width {config.hidden_size}: it holds {shapes}",
+                hint="run `rlhf train-rm` again",
+            )
+
+
 def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> None:
     """Write `reward.json` and the weights; see `model.save_reward_model`."""
-    base = relative_base(reward_model.source.path, final)
+    base, revision = reward_model.source.pinned
+    base = relative_base(base, final)
     config = RewardModelConfig(
         kind="encoder" if reward_model.is_encoder else "decoder",
         adapter=reward_model.is_adapter,
         base=base,
-        base_revision=reward_model.source.revision,
+        base_revision=revision,
         template=reward_model.format.template,
         # A transformers classifier cannot store our bias, so the mean absorbs it.
         mean=reward_model.mean if reward_model.is_adapter else reward_model.mean - float(reward_model.bias),
         std=reward_model.std,
         hidden_size=reward_model.head.in_features,
         template_kwargs=dict(reward_model.format.template_kwargs),
+        base_sha256=hash_weights(reward_model.source.path) if reward_model.is_adapter else None,
     )
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):
-        (folder / "reward.json").write_text(text + "\n", encoding="utf-8")
+        (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
         if reward_model.is_adapter:
             _save_adapter(reward_model, folder, base)
         else:

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
-from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import decoder_of, last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter
@@ -31,7 +30,14 @@ from rlhf_cli.models.reward_model.classifier import (
     load_classifier,
     max_length_of,
 )
-from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, load_head, read_reward_config, save_artifact
+from rlhf_cli.models.reward_model.files import (
+    ADAPTER_FOLDER,
+    check_has_head,
+    load_head,
+    read_reward_config,
+    refuse_adapter_as_start,
+    save_artifact,
+)
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say, warn
@@ -193,11 +199,7 @@ def new_reward_model(
     Raises:
         ModelError: see `load_classifier` and `add_lora`; also if the source is a reward model saved as an adapter.
     """
-    if (config := read_reward_config(Path(source.path))) is not None and config.adapter:
-        raise ModelError(
-            f"cannot train from `{source.path}`: it is a reward model saved as an adapter on {config.base}",
-            hint="start from that base, or from a reward model that was trained with `adapter: none`",
-        )
+    refuse_adapter_as_start(source.path, read_reward_config(source.folder))
     with seeded(seed, source.device):
         classifier = load_classifier(source, dtype=None if lora else torch.float32)
         head = head_of(classifier.model, source.path)
@@ -225,17 +227,15 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     Raises:
         ModelError: several labels, no head, or damaged files.
     """
-    folder = Path(source.path)
+    folder = source.folder
     config = read_reward_config(folder)
+    is_adapter = config is not None and config.adapter
+    # Only frozen weights under an adapter are quantized.
+    base = config.base_source(source) if is_adapter else replace(source, quantize="none")
     if config is not None and config.adapter:
-        base = replace(source.at(config.base_path(folder)), revision=config.base_revision)
-    else:
-        base = replace(source, quantize="none")  # only frozen weights under an adapter are quantized
+        config.check_base(folder)
     classifier = load_classifier(base)
-    if config is None and not classifier.has_head:
-        raise ModelError(
-            f"`{source.path}` has no reward head", hint="give a reward model, such as the output of `rlhf train-rm`"
-        )
+    check_has_head(classifier.has_head or config is not None, source.path)
     if config is None:
         tokenizer = load_tokenizer(base)
         own = "chat" if getattr(tokenizer, "chat_template", None) else template
@@ -296,4 +296,7 @@ def _reward_model(
 ) -> RewardModel:
     is_encoder = classifier.is_encoder
     format = reward_format(source, template, is_encoder=is_encoder, template_kwargs=template_kwargs)
-    return RewardModel(classifier.model, format, source, is_encoder=is_encoder)
+    reward_model = RewardModel(classifier.model, format, source, is_encoder=is_encoder)
+    if classifier.bias is not None:
+        reward_model.bias.copy_(classifier.bias)
+    return reward_model

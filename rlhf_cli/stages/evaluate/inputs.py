@@ -33,7 +33,7 @@ def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFind
     """Find the inputs of the stage; raises `UsageError` if one is missing."""
     # By default the baseline is the model PPO started from, so that KL and wins measure the effect of PPO.
     baseline = find.policy("baseline", settings.baseline or recipe.value("ppo.model"))
-    policy = find.named("model", settings.policy, "policy") or find.artifact("ppo", "policy")
+    policy = find.named("model", settings.policy, "policy", role="policy") or find.artifact("ppo", "policy")
     reward_model = _reward_model(settings, recipe, find)
     if reward_model is None and settings.judge_function is None:
         raise UsageError(
@@ -52,7 +52,7 @@ def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFind
 
 def _reward_model(settings: EvaluateSettings, recipe: RunSettings, find: InputFinder) -> Input | None:
     if settings.reward_model is not None:
-        return find.named("model", settings.reward_model, "reward_model")
+        return find.named("model", settings.reward_model, "reward_model", role="reward model")
     if recipe.value("train_rm") is None and (of_ppo := recipe.value("ppo.reward_model")) is not None:
-        return Input("model", of_ppo, "ppo.reward_model")
+        return Input("model", of_ppo, "ppo.reward_model", role="reward model")
     return find.artifact("train-rm", "reward_model") if find.artifacts.has("train-rm") else None

@@ -15,6 +15,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.generation.contract import keys_of, read_contract
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.intervals import ENOUGH_PROMPTS, is_undecided
+from rlhf_cli.models.hub import local_folder
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from, write_contract
@@ -178,7 +179,7 @@ def _prompts(
     if settings.prompts is None:
         records = [record for record in records if split.holds_out(record.prompt)]
     records = not_trained_on(context, records)
-    held_out, records = records, not_chosen_on(records, Path(context.inputs.policy.source))
+    held_out, records = records, not_chosen_on(records, local_folder(context.inputs.policy.source, with_weights=False))
     if held_out and not records:
         raise DataError(
             f"{source}: all of its {len(held_out):,} held-out prompts decided which policy PPO wrote (`ppo.kl_budget`)",

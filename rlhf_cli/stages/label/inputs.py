@@ -55,7 +55,7 @@ def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder)
         prompts=find.prompts(settings.prompts) if settings.samples else None,
         items=find.named("data", settings.items, "items", records="candidates"),
         function=find.named("function", settings.function, "function"),
-        reward_model=find.named("model", settings.reward_model, "reward_model"),
+        reward_model=find.named("model", settings.reward_model, "reward_model", role="reward model"),
         guidelines=find.named("file", human.guidelines, "human.guidelines"),
         gold=find.named("data", human.gold, "human.gold", records="ranking"),
         judges=_judges(judge),
@@ -63,7 +63,9 @@ def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder)
         calibration=None
         if judge is None
         else find.named("data", judge.calibration, "judge.calibration", records="ranking"),
-        active_learning=tuple(Input("model", model, "label.active_learning.reward_models") for model in models),
+        active_learning=tuple(
+            Input("model", model, "label.active_learning.reward_models", role="reward model") for model in models
+        ),
     )
 
 
@@ -74,6 +76,6 @@ def _judges(settings: JudgeSettings | None) -> tuple[Input, ...]:
 
 def _judge(name: str, judge: JudgeModelSettings) -> Input:
     if judge.model is not None:
-        return Input("model", judge.model, f"{name}.model")
+        return Input("model", judge.model, f"{name}.model", role="judge")
     assert judge.url is not None
     return Input("endpoint", judge.url, f"{name}.url", matters=False, token_env=judge.token_env)

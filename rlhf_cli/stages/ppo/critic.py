@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import ModelSource, load_config, load_weights, quiet_libraries
+from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
+from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.loading import ModelSource, load_config
 from rlhf_cli.models.lora import save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.saving import require_finite, writing
 from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
+from rlhf_cli.models.weight_loading import load_weights
 
 Head = tuple[Tensor, Tensor]
 """Weight (1, d) and bias (1,) of a value head."""
@@ -102,12 +105,13 @@ class AdapterCritic:
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, the head and `critic.json`."""
-        base = None if self._base is None else _relative(self._base.path, folder)
+        base, revision = (None, None) if self._base is None else self._base.pinned
+        base = None if base is None else _relative(base, folder)
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
             save_adapter(self._backbone.model, folder, CRITIC, base=base)
-            revision = None if self._base is None else self._base.revision
-            _save_head(folder, self.value_head, CriticConfig("adapter", base, revision))
+            sha256 = None if self._base is None else hash_weights(self._base.path)
+            _save_head(folder, self.value_head, CriticConfig("adapter", base, revision, sha256))
         model = self._backbone.model
         AdapterInMemory.of(model, CRITIC).check(model, folder)
         _check_head(folder, self.value_head)
@@ -152,7 +156,7 @@ class FullCritic:
             _save_head(folder, self.value_head, CriticConfig("full", None, None))
         _check_head(folder, self.value_head)
         source = ModelSource(str(folder), attention="eager")
-        written = load_weights(AutoModel, source, load_config(source), complete=True)
+        written = load_weights(AutoModel, source, load_config(source))
         check_tensors(self.state(), dict(written.named_parameters()), folder)
 
 
@@ -188,19 +192,27 @@ class CriticConfig:
     Attributes:
         kind: "adapter" on a base model, or "full" for a whole backbone.
         base: the adapter's base model, as a path relative to the folder or as it was given; None for "full".
-        base_revision: hub revision of the base model.
+        base_revision: commit of a base model on the hub.
+        base_sha256: of the base's weight files, see `base_model.hash_weights`; None if it is on the hub.
     """
 
     kind: Literal["adapter", "full"]
     base: str | None
     base_revision: str | None
+    base_sha256: str | None = None
 
     def base_path(self, folder: Path) -> str | None:
-        """Return the path or hub id from which the base can be loaded; None for a whole backbone."""
-        if self.base is None:
-            return None
-        local = folder / self.base
-        return str(local.resolve()) if local.is_dir() else self.base
+        """Return the path or hub id of the base; None for a whole backbone.
+
+        Raises:
+            ModelError: the base is a path where no folder is.
+        """
+        return None if self.base is None else locate_base(self.base, folder / _CONFIG)
+
+    def check_base(self, folder: Path) -> None:
+        """Raise `ModelError` if the base's weights are not those on which the adapter was trained."""
+        if (base := self.base_path(folder)) is not None:
+            check_base(base, self.base_sha256, folder / _CONFIG)
 
 
 def read_critic_config(folder: Path) -> CriticConfig:

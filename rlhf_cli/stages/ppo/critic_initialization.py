@@ -16,11 +16,12 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer, load_weights
+from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
 from rlhf_cli.models.lora import load_adapter, merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, Head, load_value_head, read_critic_config
 
 _SEPARATE = "make the critic a separate model: `--set ppo.critic=separate`"
@@ -32,17 +33,22 @@ class DoesNotFit(Exception):  # noqa: N818  (with `critic_from: auto` it selects
 
 def shared_reward_config(source: ModelSource, reward_path: str | None) -> RewardModelConfig | None:
     """Return the reward model's config if it is a decoder's adapter on the model at `source`, else None."""
-    if reward_path is None or (config := read_reward_config(Path(reward_path))) is None:
+    if reward_path is None or (config := read_reward_config(folder := source.at(reward_path).folder)) is None:
         return None
     is_ours = config.adapter and config.kind == "decoder"
-    is_shared = is_ours and _is_same_model(source, config.base_path(Path(reward_path)), config.base_revision)
+    is_shared = is_ours and _is_same_model(source, config.base_path(folder), config.base_revision)
+    if is_shared:
+        config.check_base(folder)
     return config if is_shared else None
 
 
 def _is_same_model(source: ModelSource, base: str | None, revision: str | None) -> bool:
-    if base is None or revision != source.revision:
+    if base is None:
         return False
-    return Path(base).resolve() == Path(source.path).resolve() if Path(base).is_dir() else base == source.path
+    own, commit = source.pinned
+    if Path(base).is_dir():
+        return commit is None and Path(base).resolve() == Path(own).resolve()
+    return base == own and revision in (None, commit)
 
 
 def adapter_from_reward(source: ModelSource, reward_path: str | None) -> AdapterStart:
@@ -55,7 +61,8 @@ def adapter_from_reward(source: ModelSource, reward_path: str | None) -> Adapter
         raise DoesNotFit("there is no reward model")
     if (config := shared_reward_config(source, reward_path)) is None:
         raise DoesNotFit(f"`{reward_path}` is not an adapter on `{source.path}`, which the policy starts from")
-    return AdapterStart(Path(reward_path) / ADAPTER_FOLDER, load_reward_head(Path(reward_path), config))
+    folder = source.at(reward_path).folder
+    return AdapterStart(folder / ADAPTER_FOLDER, load_reward_head(folder, config))
 
 
 def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
@@ -74,6 +81,7 @@ def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
             f"the critic in {folder} is an adapter on `{config.base}`, but the policy starts from `{source.path}`",
             hint=_SEPARATE,
         )
+    config.check_base(folder)
     return AdapterStart(folder, load_value_head(folder))
 
 
@@ -100,8 +108,8 @@ def model_from_reward(
     if reward_path is None:
         raise DoesNotFit("there is no reward model")
     given = source.at(reward_path).in_full()
-    config = read_reward_config(Path(reward_path))
-    base = given if config is None or not config.adapter else given.at(config.base_path(Path(reward_path)))
+    config = read_reward_config(given.folder)
+    base = given if config is None or not config.adapter else config.base_source(given)
     if policy.config.is_encoder_decoder:
         raise DoesNotFit("the policy is an encoder-decoder, and no reward model reads completions as its decoder does")
     if check_reward_config(load_config(base), base.path):
@@ -126,6 +134,7 @@ def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path
     if config.kind == "adapter":
         if (base := config.base_path(folder)) is None:
             raise ModelError(f"the critic in {folder} is an adapter, but its critic.json names no base model")
+        config.check_base(folder)
         model = _load_backbone(replace(given.at(base), revision=config.base_revision))
         load_adapter(model, folder)
         merge_lora(model)
@@ -139,7 +148,7 @@ def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path
 def _load_backbone(source: ModelSource) -> PreTrainedModel:
     """Load a model without its head, in float32."""
     source = source.in_full()
-    return load_weights(AutoModel, source, load_config(source), complete=True)
+    return load_weights(AutoModel, source, load_config(source))
 
 
 def _check_tokens(source: ModelSource, other: ModelSource, name: str) -> None:

@@ -51,7 +51,7 @@ def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -
 
 def _reward_model(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -> Input | None:
     if settings.reward_model is not None:
-        return find.named("model", settings.reward_model, "reward_model")
+        return find.named("model", settings.reward_model, "reward_model", role="reward model")
     if recipe.value("train_rm") is not None or (not settings.rewards and find.artifacts.has("train-rm")):
         return find.artifact("train-rm", "reward_model", also=_OTHER_REWARDS)
     if not settings.rewards:
@@ -82,6 +82,6 @@ def _reward(name: str, reward: PPORewardSettings) -> Input:
     if reward.function is not None:
         return Input("function", reward.function, f"{name}.function")
     if reward.model is not None:
-        return Input("model", reward.model, f"{name}.model")
+        return Input("model", reward.model, f"{name}.model", role="reward model")
     assert reward.url is not None
     return Input("endpoint", reward.url, f"{name}.url", matters=False, token_env=reward.token_env)

@@ -18,13 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import (
-    ModelSource,
-    context_length,
-    load_policy,
-    load_tokenizer,
-    recompute_activations,
-)
+from rlhf_cli.models.loading import ModelSource, context_length, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
@@ -123,7 +117,8 @@ def _on_shared_backbone(
     reward_path: str | None,
 ) -> tuple[SharedBackbone, RewardModelHandle | None]:
     """Put the adapters on the policy's backbone, with the reward model's if it was trained on this backbone."""
-    folder, config = Path(reward_path or ""), shared_reward_config(source, reward_path)
+    config = shared_reward_config(source, reward_path)
+    folder = Path() if config is None else source.at(reward_path or "").folder
     models = SharedBackbone(
         policy,
         settings.lora,

@@ -28,7 +28,7 @@ def find_inputs(settings: RewardModelSettings, recipe: RunSettings, find: InputF
     """Find the inputs of the stage; raises `UsageError` if one is missing."""
     return RewardModelInputs(
         **find.shared(),
-        policy=find.policy("model", settings.model),
+        policy=find.policy("model", settings.model, role="start of a reward model"),
         rankings=find.named("data", settings.data, "data", records="ranking")
         or find.artifact("label", "data", file="rankings.jsonl"),
     )

@@ -22,7 +22,8 @@ from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.decoding import check_policy
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import quiet_libraries, recompute_activations, store_activations
+from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.loading import recompute_activations, store_activations
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.router_loss import RouterLoss
 from rlhf_cli.models.saving import require_finite
