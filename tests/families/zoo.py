@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_cli.models.loading import disable_dropout
+from rlhf_cli.models.weight_loading import disable_dropout
 
 POSITIONS = 256
 _SCALE = 3.0

@@ -127,7 +127,7 @@ def test_no_stage_ends_with_another_model_than_it_trained(stage, fault, chat_mod
         spoil_adapter(_changed if fault == "adapter" else _dropped, monkeypatch)
     else:
         spoil_model({"dropped": _dropped, "dtype": _rounded, "changed": _changed}[fault], monkeypatch)
-    with pytest.raises(ModelError, match=r"is not the model that was trained|are missing|does not fit"):
+    with pytest.raises(ModelError, match=r"is not the model that was trained|is missing|does not fit"):
         run(stage, "lora" if is_of_adapter or fault == "template" else "none", chat_model, tmp_path)
 
 

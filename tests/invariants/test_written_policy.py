@@ -260,7 +260,7 @@ def test_a_policy_that_was_not_written_as_trained_is_refused(change, dtype, prob
 def test_a_policy_without_one_of_its_tensors_is_refused(stored, tmp_path, monkeypatch):
     model, source = adapted(stored)
     spoil(_dropped_tensor, monkeypatch)
-    with pytest.raises(ModelError, match=r"1 weights of a \w+ model are missing"):
+    with pytest.raises(ModelError, match=r"1 weight of a \w+ model is missing"):
         write(model, source, tmp_path / "out")
 
 

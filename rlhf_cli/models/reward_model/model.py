@@ -229,11 +229,11 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     """
     folder = source.folder
     config = read_reward_config(folder)
-    is_adapter = config is not None and config.adapter
-    # Only frozen weights under an adapter are quantized.
-    base = config.base_source(source) if is_adapter else replace(source, quantize="none")
     if config is not None and config.adapter:
+        base = config.base_source(source)
         config.check_base(folder)
+    else:
+        base = replace(source, quantize="none")  # only frozen weights under an adapter are quantized
     classifier = load_classifier(base)
     check_has_head(classifier.has_head or config is not None, source.path)
     if config is None:
