@@ -391,3 +391,4 @@ def test_an_interrupted_evaluation_goes_on_after_the_last_batch(
     assert evaluate.run(cut, rest).metrics == metrics
     assert rest.batches == counting.batches - batches
     assert lines(cut) == lines(whole)
+    assert any(row["policy"] != row["baseline"] for row in lines(whole)), "each model has its own file"
