@@ -203,7 +203,7 @@ class LoraSettings(Section):
     """The update is multiplied by alpha / rank."""
     dropout: OpenShare = 0.0
     """Dropout on the adapter's input during training. Must be 0 in PPO, where rollout and update have to agree, and on
-    fused experts, which `all-linear` otherwise leaves out."""
+    fused experts, which `all-linear` then skips."""
     target_modules: str | list[str] = "all-linear"
     """Layers that get an adapter: `all-linear`, fused experts of mixture-of-experts models included, or names of
     modules or expert parameters."""

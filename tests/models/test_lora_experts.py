@@ -116,7 +116,7 @@ def test_layers_that_a_kernel_reads_directly_get_no_adapter():
 
 def test_an_adapter_that_is_not_where_it_was_asked_for_is_refused(monkeypatch):
     """As where PEFT renames targets: without our guard, it takes shared experts for fused ones."""
-    monkeypatch.setattr(lora_module, "_as_named", lambda base: nullcontext())
+    monkeypatch.setattr(lora_module, "as_named", lambda base: nullcontext())
     with pytest.raises(ModelError, match="is not on the layers it was asked for: `layers"):
         add_lora(made("deepseek_v3"), LORA)
 
