@@ -16,6 +16,7 @@ from rlhf_cli.generation.logprobs import Projection, check_projection, completio
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import decoder_of, is_recurrent
 from rlhf_cli.models.padding import pad
+from rlhf_cli.models.quantize import quantized
 
 
 def batches(model: PreTrainedModel, lengths: Sequence[int], size: int) -> Iterator[slice]:
@@ -127,20 +128,21 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
     try:
         # In training mode a model that recomputes activations drops its cache, without a word.
         with _evaluating(model):
-            drawn = _decoded_logprobs(model, prompts, completions)
-        scored = _scored_logprobs(model, prompts, completions)
-        alone = [_scored_logprobs(model, [one], [other])[0] for one, other in zip(prompts, completions, strict=True)]
+            drawn = decoded_logprobs(model, prompts, completions)
+        scored = scored_logprobs(model, prompts, completions)
+        alone = [scored_logprobs(model, [one], [other])[0] for one, other in zip(prompts, completions, strict=True)]
     except torch.OutOfMemoryError:
         raise
     except Exception as cause:  # a model's own code may raise anything on arguments it does not expect
         reason = cause.message if isinstance(cause, ModelError) else f"{type(cause).__name__}: {cause}"
         raise ModelError(f"{label} cannot be sampled from: {reason}", hint=hint) from cause
-    # In bfloat16 a cache and another batch round differently; a wrong cache is off by whole nats on a trained model.
-    is_exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+    # Rounded products differ with a cache and in another batch; a wrong cache is off by whole nats on a trained model.
+    is_rounded = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
+    is_exact = not is_rounded and quantized(model) == "none"
     for what, found in (("in a batch than alone", scored), ("when it is sampled than when it is scored", drawn)):
         off = (torch.cat(found) - torch.cat(alone)).abs()
         largest = float(off.max())
-        if not (largest < 1e-3 if is_exact else float(off.mean()) < 0.5):
+        if not (largest < 1e-2 if is_exact else float(off.mean()) < 0.5):
             raise ModelError(f"{label} scores tokens otherwise {what}: they differ by {largest:.2g} nats", hint=hint)
 
 
@@ -154,7 +156,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _decoded_logprobs(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
+def decoded_logprobs(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
     """Log-probabilities of given tokens as they are drawn: one tensor (length,) per completion."""
     decoding = Decoding(model, prompts)
     rows, logits = list(range(len(prompts))), decoding.prefill()
@@ -171,7 +173,7 @@ def _decoded_logprobs(model: PreTrainedModel, prompts: list[list[int]], completi
     return [torch.stack(values) for values in found]
 
 
-def _scored_logprobs(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
+def scored_logprobs(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
     """Log-probabilities of given tokens as they are scored: one tensor (length,) per completion."""
     batch = SequenceBatch.for_model(model, prompts, completions)
     scored = Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs

@@ -77,7 +77,7 @@ def add_lora(model: nn.Module, lora: LoraSettings, *, name: str = "default") -> 
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.layers.values()),
         bias="none",
     )
-    with warnings.catch_warnings(), _quantization_flags(base), _as_named(base):
+    with warnings.catch_warnings(), _quantization_flags(base), as_named(base):
         # PEFT warns when a second adapter is added, which is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         try:
@@ -114,7 +114,7 @@ def _quantization_flags(base: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_named(base: nn.Module) -> Iterator[None]:
+def as_named(base: nn.Module) -> Iterator[None]:
     """Keep PEFT from renaming targets: by the model type it takes names for those of transformers 4.
 
     In mixture-of-experts models it would take the layers of shared experts for the fused experts, which have the same

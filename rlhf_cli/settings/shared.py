@@ -202,9 +202,11 @@ class LoraSettings(Section):
     alpha: Positive = 32.0
     """The update is multiplied by alpha / rank."""
     dropout: OpenShare = 0.0
-    """Dropout on the adapter's input during training. Must be 0 in PPO, where rollout and update have to agree."""
+    """Dropout on the adapter's input during training. Must be 0 in PPO, where rollout and update have to agree, and on
+    fused experts, which `all-linear` then skips."""
     target_modules: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear`, or module names."""
+    """Layers that get an adapter: `all-linear`, fused experts of mixture-of-experts models included, or names of
+    modules or expert parameters."""
 
 
 Adapter = Literal["lora", "none"]

@@ -17,7 +17,7 @@ from rlhf_cli.models.loading import ModelSource, recompute_activations
 from tests.conftest import byte_level_tokenizer
 from tests.families.zoo import save_tiny, tiny_model
 
-RECURRENT = ("jamba", "lfm2", "qwen3_5_text", "mamba2", "falcon_h1")
+RECURRENT = ("jamba", "lfm2", "qwen3_5_text", "mamba", "falcon_h1")
 PROMPTS = [[5, 6, 7], list(range(9, 28)), list(range(40, 59)), [3], [70, 71, 72]]
 
 

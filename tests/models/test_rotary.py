@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_cli.generation.decoding import _decoded_logprobs, _scored_logprobs
+from rlhf_cli.generation.decoding import decoded_logprobs, scored_logprobs
 from rlhf_cli.models.attention import set_attention
 from rlhf_cli.models.loading import ModelSource, context_length, load_policy
 from rlhf_cli.models.rotary import pin_rotary_frequencies, switching_length
@@ -57,9 +57,9 @@ def texts() -> tuple[list[list[int]], list[list[int]]]:
 def differences(model) -> list[float]:
     """Of a short completion, alone and in a batch; of a long one, sampled and scored."""
     prompts, completions = texts()
-    together, drawn = (read(model, prompts, completions) for read in (_scored_logprobs, _decoded_logprobs))
-    alone = _scored_logprobs(model, prompts[:1], completions[:1])[0]
-    long = _scored_logprobs(model, prompts[2:], completions[2:])[0]
+    together, drawn = (read(model, prompts, completions) for read in (scored_logprobs, decoded_logprobs))
+    alone = scored_logprobs(model, prompts[:1], completions[:1])[0]
+    long = scored_logprobs(model, prompts[2:], completions[2:])[0]
     return [float((one - other).abs().max()) for one, other in ((together[0], alone), (drawn[2], long))]
 
 

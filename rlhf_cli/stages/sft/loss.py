@@ -73,8 +73,8 @@ def sft_loss(
 
     L2 is the mean negative log-likelihood of trained tokens (completions, and earlier turns of the assistant), L1 that
     of all tokens, prompts included. Both means are over the *whole step*, so the parts of a step's micro-batches add up
-    to its loss. The router's load-balancing loss is no sum over tokens: it is the mean over micro-batches, weighted by
-    their tokens, and depends on how a step is cut.
+    to its loss. The router's load-balancing loss is the mean over micro-batches, weighted by their tokens; it is not a
+    sum over tokens, so it depends on how a step is cut.
 
     Args:
         model: decoder-only or encoder-decoder.

@@ -168,7 +168,7 @@ class SFTTrainer(TrainingTask):
         self._collate = collator_for(model, packed=settings.packing)
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._rate_scale = 1.0
-        self._router = _router_loss(model, settings)
+        self._router = router_loss(model, settings)
         groups = _parameter_groups(self._trained, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate)
         self._loop = TrainingLoop(
@@ -245,7 +245,8 @@ class SFTTrainer(TrainingTask):
         return dict(self._trained)
 
 
-def _router_loss(model: PreTrainedModel, settings: SFTSettings) -> RouterLoss | None:
+def router_loss(model: PreTrainedModel, settings: SFTSettings) -> RouterLoss | None:
+    """Return the load-balancing loss to train with, and say so; None without."""
     router = RouterLoss.of(model, settings.router_aux_coef)
     if router is not None:
         say(

@@ -21,6 +21,8 @@ from transformers import (
 
 from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.attention import set_attention
+from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.stages.sft.loss import (
     TokenCounts,
     check_packing,
@@ -29,6 +31,8 @@ from rlhf_cli.stages.sft.loss import (
     perplexity,
     sft_loss,
 )
+from tests.conftest import byte_level_tokenizer
+from tests.families.zoo import tiny_model
 
 EXAMPLES = [
     Example([11, 12, 13], [21, 22, 23, 24, 0]),
@@ -187,3 +191,14 @@ def test_padding_brings_no_token_into_a_row(name: str, request: pytest.FixtureRe
     model.get_output_embeddings().weight = torch.nn.Parameter(head)
     loss = sft_loss(model, batch, counts, lm_coef=0.0)
     assert torch.equal(loss, clean)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "mamba2", "qwen3_5"])
+def test_recurrent_models_are_neither_packed_nor_grouped(family):
+    model = tiny_model(family, byte_level_tokenizer(pad=True))
+    with pytest.raises(ModelError, match="`it` has layers that carry a state from token to token"):
+        check_packing(model, "it")
+    with pytest.raises(ModelError, match="which our layouts cannot keep apart"):
+        set_attention(model, "torch", "it")
+    set_attention(model, "auto", "it")
+    assert not reads_groups(model)

@@ -10,9 +10,10 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.router_loss import RouterLoss
 from rlhf_cli.stages.sft.loss import TokenCounts, collator_for, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
-from rlhf_cli.stages.sft.trainer import _check, _router_loss
+from rlhf_cli.stages.sft.trainer import router_loss, train_sft
 from tests.conftest import byte_level_tokenizer
 from tests.families.zoo import tiny_model
+from tests.stages.context import NeverStop
 
 EXAMPLES = [Example([5, 6, 7], [8, 9, 10, 44]), Example([50, 60], [70, 12])]
 
@@ -68,14 +69,15 @@ def test_micro_batches_are_weighted_by_their_tokens():
 
 def test_the_weight_is_that_of_the_configuration_unless_set(capsys):
     model = made("olmoe")
-    found = _router_loss(model, SFTSettings(data="x"))
+    found = router_loss(model, SFTSettings(data="x"))
     assert found is not None
     assert found.coef == model.config.router_aux_loss_coef == 0.01
     assert "load-balancing loss with weight 0.01" in " ".join(capsys.readouterr().err.split())
-    assert _router_loss(model, SFTSettings(data="x", router_aux_coef=0.0)) is None
-    assert _router_loss(made("llama"), SFTSettings(data="x")) is None
+    assert router_loss(model, SFTSettings(data="x", router_aux_coef=0.0)) is None
+    assert router_loss(made("llama"), SFTSettings(data="x")) is None
 
 
-def test_a_weight_for_a_model_without_such_a_loss_is_refused():
+def test_a_weight_for_a_model_without_such_a_loss_is_refused(tmp_path):
+    settings = SFTSettings(data="x", router_aux_coef=0.1)
     with pytest.raises(UsageError, match="has no load-balancing loss"):
-        _check(made("llama"), SFTSettings(data="x", router_aux_coef=0.1), "it")
+        train_sft(made("llama"), EXAMPLES, [], settings, seed=0, work=tmp_path, stop=NeverStop())
