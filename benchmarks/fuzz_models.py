@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz_models.py [--cases 300] [--seed 0] [--show]
 
-Each case copies a tiny model (a Llama, a GPT-2, a reward model, and a reward model that is an adapter on the Llama) and
-changes one or two values of one of its JSON files: a key is dropped, swapped with another, or gets a value of another
-type, a huge, a negative or an empty one. The model is then given to the checks before a run and, where these pass, to
-a stage: a language model is fine-tuned for one step, and a reward model scores two completions.
+Each case copies a tiny model (a Llama, a GPT-2, a PEFT adapter on the Llama, a reward model, and one that is an
+adapter) and changes one or two values of one of its JSON files: a key is dropped, swapped with another, or gets a value
+of another type, a huge, a negative or an empty one. The model is given to the checks before a run and, where these
+pass, to a stage: a language model is fine-tuned for one step, and a reward model scores two completions.
 
 Outcomes: "refused before the run" and "refused by the stage" are errors with a message; "right" is an artifact that
 plain transformers reads with the same log-probabilities as we do, or finite rewards. "traceback", "wrong" and "hangs"
@@ -54,12 +54,14 @@ _VALUES: tuple[Any, ...] = (
     {"a": 1},
     float("nan"),
 )
+_POLICIES = ("llama", "gpt2", "peft")
 _POLICY_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "contract.json")
 _FILES = {
     "llama": (*_POLICY_FILES, "special_tokens_map.json"),
     "gpt2": _POLICY_FILES,
     "reward": ("config.json", "tokenizer.json", "tokenizer_config.json", "reward.json", "contract.json"),
     "adapter": ("reward.json", "adapter/adapter_config.json", "tokenizer_config.json"),
+    "peft": ("adapter_config.json", "tokenizer_config.json"),
 }
 
 
@@ -84,6 +86,7 @@ class Case:
 
 def make_models(root: Path) -> None:
     """Write the four models that cases are copies of, and the data of the stages."""
+    from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     from rlhf_cli.data.splits import Split
@@ -120,6 +123,10 @@ def make_models(root: Path) -> None:
         save_reward_model(reward, root / name)
     for name in ("llama", "gpt2", "reward"):
         Contract("chat", {}, SamplingSettings(), Split(0.1, 0), False, frozenset()).write(root / name)
+    adapted = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(root / "llama")
+    adapted.save_pretrained(root / "peft")
+    tokenizer.save_pretrained(root / "peft")
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(4)]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     items = [{"prompt": "Why?", "completions": ["Because.", "So it is."]}]
@@ -205,7 +212,7 @@ def _run(case: Case, root: Path, run_dir: Path, *, dry: bool) -> None:
     from rlhf_cli.recipe.loader import load_recipe
 
     settings = ["model.precision=float32", "model.attention=sdpa"]
-    if case.family in ("llama", "gpt2"):
+    if case.family in _POLICIES:
         stage = "sft"
         settings += [f"model.path={case.folder}", f"sft.data={root / 'data.jsonl'}", "sft.adapter=none"]
         settings += ["sft.batch_size=4", "sft.epochs=1", "data.holdout=0", "sft.learning_rate=1e-3"]
@@ -223,7 +230,7 @@ def _run(case: Case, root: Path, run_dir: Path, *, dry: bool) -> None:
 
 def _check_artifact(case: Case, run_dir: Path) -> str:
     """Return what is wrong with what the stage wrote; an empty text if nothing is."""
-    if case.family not in ("llama", "gpt2"):
+    if case.family not in _POLICIES:
         rows = [json.loads(line) for line in (run_dir / "label" / "rankings.jsonl").read_text().splitlines()]
         return _check_rewards(case) if len(rows) == 1 else f"{len(rows)} rankings of 1 prompt"
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -258,6 +265,7 @@ def _check_rewards(case: Case) -> str:
     ids = torch.tensor([sequence.ids])
     if case.family == "reward":
         plain = AutoModelForSequenceClassification.from_pretrained(case.folder, dtype=torch.float32)
+        plain.config.pad_token_id = None  # the last token is the last one, whatever it is
         theirs = plain.eval()(input_ids=ids).logits[0, 0]
     else:
         base = AutoModelForCausalLM.from_pretrained(case.folder.parent / "llama", dtype=torch.float32)

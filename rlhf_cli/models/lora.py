@@ -385,6 +385,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
     keys = {key.rsplit(".", 2)[0].replace(_WRAPPED, "") for key in state}
     layers = sorted(key for key in keys if _is_linear(backbone(model), key))
+    _check_targets(folder, layers)
     for name, weight in state.items():
         is_layer = name.rsplit(".", 2)[0] in layers  # the factors of fused experts have rank x experts rows
         if is_layer and (weight.dim() != 2 or weight.shape[name.endswith("lora_B.weight")] != rank):
@@ -396,8 +397,34 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
     return LoraSettings(rank=rank, alpha=alpha, target_modules=names), state
 
 
-_OTHER_SCALES = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
-"""Fields of PEFT with which an adapter is not W + (alpha / rank) B A."""
+_FREE = (
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "target_parameters",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "exclude_modules",
+    ),
+)
+"""Fields of PEFT's configuration with which an adapter is W + (alpha / rank) B A, whatever their value."""
+
+
+def _check_targets(folder: Path, layers: list[str]) -> None:
+    """Check that `target_modules` of a saved adapter names the layers that it has weights for."""
+    given = read_json(folder / ADAPTER_CONFIG).get("target_modules")
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: `target_modules` cannot be {given!r}", hint="copy the file again")
+    missing = [layer for layer in layers if not any(f".{layer}".endswith(f".{name}") for name in names)]
+    if missing and names != ["all-linear"]:
+        raise ModelError(
+            f"{folder}: there are weights for `{missing[0]}`, which `target_modules` in {ADAPTER_CONFIG} does not name",
+            hint="give the adapter_config.json that belongs to the weights",
+        )
 
 
 def read_adapter_config(folder: Path) -> tuple[int, float]:
@@ -408,15 +435,19 @@ def read_adapter_config(folder: Path) -> tuple[int, float]:
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise ModelError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}", hint="copy the adapter again")
+        raise ModelError(
+            f"cannot load an adapter from {folder}: it has no {ADAPTER_CONFIG}", hint="copy the adapter again"
+        )
     config = read_json(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     are_numbers = all(isinstance(one, int | float) and not isinstance(one, bool) and one > 0 for one in (rank, alpha))
     if not are_numbers or not isinstance(rank, int) or not math.isfinite(alpha or 0):
         raise ModelError(f"{path} is damaged: `r` is {rank} and `lora_alpha` is {alpha}", hint="copy the file again")
-    if other := [name for name in _OTHER_SCALES if config.get(name)]:
+    usual = LoraConfig().to_dict()
+    if other := [name for name, value in config.items() if name not in _FREE and value != usual.get(name, value)]:
         raise ModelError(
-            f"{path}: `{other[0]}` is set, and only plain LoRA is supported", hint="merge the adapter first"
+            f"{path}: `{other[0]}` is {config[other[0]]!r}, and only plain LoRA is read here",
+            hint="merge the adapter with PEFT first",
         )
     return rank, float(alpha or 0)
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.hub import local_folder
 from rlhf_cli.models.stored_weights import ADAPTER, plain_names, read_stored_weights
+from rlhf_cli.models.third_party import reading
 
 _CONFIG = "adapter_config.json"
 _BASE_FILE = "base.json"  # of a policy's adapter, see `models.policy_adapter`
@@ -139,19 +140,10 @@ def merge(model: PreTrainedModel, adapter: PeftFolder) -> PreTrainedModel:
         ModelError: the adapter does not fit the base, or its kind cannot be merged.
     """
     resize_to(model, adapter)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys are errors here
-            adapted = PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu")
-            _check_all_read(adapted, adapter)
-            merged = adapted.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"the PEFT adapter {adapter.folder} cannot be merged into {adapter.base}: "
-            f"{reason[0] if reason else type(error).__name__}",
-            hint="check `base_model_name_or_path` in its adapter_config.json, and whether its kind can be merged",
-        ) from error
+    with _adapting(adapter):
+        adapted = PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu")
+        _check_all_read(adapted, adapter)
+        merged = adapted.merge_and_unload()
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     for parameter in merged.parameters():
@@ -160,7 +152,35 @@ def merge(model: PreTrainedModel, adapter: PeftFolder) -> PreTrainedModel:
     return merged
 
 
-def _check_all_read(adapted: PeftModel, adapter: PeftFolder) -> None:
+def check_fits(empty: PreTrainedModel, adapter: PeftFolder) -> None:
+    """Check by names that an adapter fits its base; no weight is read.
+
+    Args:
+        empty: the base on the meta device, with the head that the adapter was trained with.
+        adapter: of the base.
+
+    Raises:
+        ModelError: it does not fit, or its configuration is damaged.
+    """
+    resize_to(empty, adapter)
+    with _adapting(adapter), torch.device("meta"):
+        config = PeftConfig.from_pretrained(str(adapter.folder))
+        if not isinstance(getattr(config, "init_lora_weights", True), bool):
+            config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue]  (others compute with weights)
+        _check_all_read(get_peft_model(empty, config), adapter)
+
+
+@contextmanager
+def _adapting(adapter: PeftFolder) -> Iterator[None]:
+    """Context in which PEFT reads an adapter and puts it on a model."""
+    what = f"the PEFT adapter {adapter.folder} cannot be merged into {adapter.base}"
+    hint = f"check `base_model_name_or_path` in its {_CONFIG}, and whether its kind can be merged"
+    with warnings.catch_warnings(), reading(what, adapter.folder, (_CONFIG,), hint=hint):
+        warnings.simplefilter("ignore")  # missing keys are errors here
+        yield
+
+
+def _check_all_read(adapted: Any, adapter: PeftFolder) -> None:
     """PEFT ignores weights that are missing from a file and weights that do not fit: refuse both."""
     stored = set(read_stored_weights(adapter.folder, ADAPTER))
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))

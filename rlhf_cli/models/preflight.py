@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.errors import ModelError, RLHFError
+from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.hub import hub_model
 from rlhf_cli.models.loading import (
     ModelSource,
@@ -24,6 +25,7 @@ from rlhf_cli.models.loading import (
     own_code,
     policy_class,
 )
+from rlhf_cli.models.peft_folder import check_fits, find_peft_folder
 from rlhf_cli.models.reward_model.classifier import check_classifier, check_reward_config, classifier_class
 from rlhf_cli.models.reward_model.files import (
     RewardModelConfig,
@@ -32,10 +34,16 @@ from rlhf_cli.models.reward_model.files import (
     read_reward_config,
     refuse_adapter_as_start,
 )
-from rlhf_cli.models.stored_weights import read_stored_weights
+from rlhf_cli.models.stored_weights import read_stored_weights, stored_heads
 from rlhf_cli.models.third_party import reading
 from rlhf_cli.models.tokenizer import TOKENIZER_FILES
-from rlhf_cli.models.weight_loading import empty_model, read_generation_config
+from rlhf_cli.models.weight_loading import (
+    base_of,
+    empty_model,
+    language_model_class,
+    open_weights,
+    read_generation_config,
+)
 
 Role = Literal["policy", "judge", "reward model", "start of a reward model"]
 """What a run uses a model for. A policy writes text, a judge compares two, a reward model has a head with one label."""
@@ -134,10 +142,29 @@ def _check_weights(use: ModelUse, config: PretrainedConfig, reward: RewardModelC
         empty_model(kind, source, config)
     elif is_policy:
         check_policy(source)
+        _check_peft_folder(source)
     else:
         has_head = check_classifier(source)
+        _check_peft_folder(source)
         if use.role == "reward model":
             check_has_head(has_head or reward is not None, source.path)
+
+
+def _check_peft_folder(source: ModelSource) -> None:
+    """Check, where a folder holds a PEFT adapter, that its base is that of its training and that it fits it.
+
+    Raises:
+        ModelError: see `models.peft_folder` and `models.base_model`.
+    """
+    if (adapter := find_peft_folder(source.path, source.revision)) is None:
+        return
+    check_base(adapter.base, adapter.base_sha256, adapter.config_file)
+    config = load_config(source)
+    kind = language_model_class(config)
+    if kind is None or stored_heads(adapter.shapes) or stored_heads(open_weights(source, config).shapes):
+        config.num_labels = 1
+        kind = classifier_class(config, source.path)
+    check_fits(empty_model(kind, base_of(adapter, source), config), adapter)
 
 
 def _are_here(source: ModelSource) -> bool:

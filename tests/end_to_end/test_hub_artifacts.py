@@ -13,9 +13,9 @@ EVALUATE = (
     "--set",
     "evaluate.max_prompts=4",
     "--set",
-    "evaluate.sampling.max_new_tokens=6",
+    "evaluate.trained_prompts=skip",
     "--set",
-    "evaluate.bootstrap=20",
+    "evaluate.sampling.max_new_tokens=6",
 )
 
 
@@ -40,7 +40,7 @@ def test_artifacts_by_hub_id_are_those_by_folder(rlhf, tmp_path, tiny_llama):
             ("hub", "acme/ppo", "acme/rm", online),
             ("cache", f"acme/ppo@{COMMIT}", "acme/rm@main", offline),
         ):
-            models = ("--baseline", tiny_llama, "--policy", policy, "--reward-model", reward)
+            models = ("--baseline", run / "ppo", "--policy", policy, "--reward-model", reward)
             rlhf("evaluate", *models, "--prompts", "prompts.jsonl", "--run-dir", name, *SHORT, *EVALUATE, env=env)
             found[name] = json.loads((tmp_path / name / "evaluate" / "metrics.json").read_text())
         assert found["folder"] == found["hub"] == found["cache"]

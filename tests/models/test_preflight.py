@@ -245,7 +245,7 @@ def test_reward_json_is_checked(trained, fields, said):
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("adapter/adapter_config.json", "no adapter"),
+        ("adapter/adapter_config.json", "cannot load an adapter"),
         ("adapter/adapter_model.safetensors", "no weights"),
         ("head.safetensors", "head"),
     ],
