@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DebertaConfig,
+    DebertaForSequenceClassification,
+)
 
 from rlhf_cli.data.records import Message
 from rlhf_cli.errors import DivergedError, ModelError
@@ -418,3 +425,25 @@ def test_a_system_message_that_fills_the_context_is_cut_too(tmp_path):
     whole = reward_model.encode(prompt, "Because.").ids
     kept = reward_model._truncate(reward_model.encode(prompt, "Because."), prompt).ids
     assert kept == whole[:1] + whole[-59:]
+
+
+@pytest.mark.parametrize(("precision", "computes"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
+def test_an_encoder_that_fails_in_bfloat16_computes_in_float32(precision, computes, tiny_bert, tmp_path, capsys):
+    """The first DeBERTa fills masked scores with the smallest float32, which bfloat16 does not have."""
+    config = DebertaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1
+    )
+    DebertaForSequenceClassification(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    loaded = load_reward_model(ModelSource(str(tmp_path), precision=precision), template=None)
+    assert loaded.source.precision == computes
+    assert all(math.isfinite(reward) for reward in loaded.score(["Why?", "Why?"], ["So.", "It is so, I think."]))
+    is_said = "computes in float32: under bfloat16 its forward pass fails" in capsys.readouterr().err
+    assert is_said == (precision != computes)
+
+
+def test_an_encoder_that_can_computes_in_bfloat16(tiny_bert, tmp_path):
+    reward_model = new_reward_model(
+        ModelSource(str(tiny_bert), precision=torch.bfloat16), template=None, lora=LoraSettings()
+    )
+    assert reward_model.source.precision == torch.bfloat16

@@ -40,7 +40,7 @@ from rlhf_cli.models.reward_model.files import (
 )
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
-from rlhf_cli.progress import say, warn
+from rlhf_cli.progress import say, say_once, warn
 from rlhf_cli.settings.shared import LoraSettings
 
 
@@ -299,4 +299,22 @@ def _reward_model(
     reward_model = RewardModel(classifier.model, format, source, is_encoder=is_encoder)
     if classifier.bias is not None:
         reward_model.bias.copy_(classifier.bias)
+    if is_encoder and source.precision != torch.float32:
+        _require_precision(reward_model)
     return reward_model
+
+
+@torch.no_grad()
+def _require_precision(reward_model: RewardModel) -> None:
+    """Let an encoder compute in float32 if its forward pass fails under autocast.
+
+    That of the first DeBERTa does: it fills masked scores with a number that bfloat16 does not have. Decoders pass the
+    parity check of attention at loading.
+    """
+    texts = [reward_model.encode("Why?", completion) for completion in ("So.", "It is so.")]
+    try:
+        reward_model(reward_model.batch(texts))
+    except RuntimeError as error:
+        precision = str(reward_model.source.precision).removeprefix("torch.")
+        reward_model.source = replace(reward_model.source, precision=torch.float32)
+        say_once(f"{reward_model.source.path} computes in float32: under {precision} its forward pass fails ({error})")
