@@ -123,6 +123,16 @@ def commit_of(model: HubModel) -> str:
     return download(model, with_weights=False).name
 
 
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """Return the commit that the hub's local cache holds for a model; None if it holds none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (model := hub_model(name, revision)) is None:
+        return None
+    found = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 @cache
 def download(model: HubModel, *, with_weights: bool) -> Path:
     """Return the folder of the hub's cache with the files of a model, all or those without weights.

@@ -244,7 +244,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
     base_keys = {key.removesuffix(".base_layer") for key, _ in backbone(model).named_modules()}
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
     layers = sorted({key.rsplit(".", 2)[0] for key in state})
-    _check_targets(folder, layers)
+    check_targets(folder, layers)
     for name, weight in state.items():
         if weight.dim() != 2 or weight.shape[name.endswith("lora_B.weight")] != rank:
             raise ModelError(
@@ -261,7 +261,7 @@ _FREE = (
 """Fields of PEFT's configuration with which an adapter is W + (alpha / rank) B A, whatever their value."""
 
 
-def _check_targets(folder: Path, layers: list[str]) -> None:
+def check_targets(folder: Path, layers: list[str]) -> None:
     """Check that `target_modules` of a saved adapter names the layers that it has weights for."""
     given = read_json(folder / ADAPTER_CONFIG).get("target_modules")
     names = [given] if isinstance(given, str) else given

@@ -19,6 +19,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import TOO_LONG, Reply
+from rlhf_cli.models.hub import cached_commit
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
 
@@ -156,7 +157,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, letter: str, path: str) -> list[i
 def pin_to_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
     """Pin a hub model to a commit, since a branch or tag may move: a rerun must not take the verdicts of another.
 
-    Process 0 decides for all.
+    The commit in the local hub cache is used where there is one, so a rerun asks the same judge. Process 0 decides for
+    all.
 
     Args:
         source: a hub id.
@@ -165,5 +167,5 @@ def pin_to_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
     Raises:
         ModelError: the model is neither cached nor downloadable.
     """
-    commit = source.pinned[1] if processes.is_main else None
+    commit = (cached_commit(source.path, source.revision) or source.pinned[1]) if processes.is_main else None
     return replace(source, revision=processes.all_gather_object(commit)[0])
