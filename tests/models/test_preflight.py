@@ -126,8 +126,8 @@ def test_our_reward_models_pass_and_only_the_full_one_can_be_trained_on(trained,
         ),
         ("generation_config.json", {"eos_token_id": "x"}, "generation_config.json: `eos_token_id`"),
         ("generation_config.json", {"max_new_tokens": "many"}, "generation_config.json"),
-        ("generation_config.json", {"pad_token_id": [3]}, "generation_config.json: `pad_token_id`"),
-        ("config.json", {"architectures": -1}, "`architectures`"),
+        ("generation_config.json", {"pad_token_id": [3]}, "generation_config.json"),
+        ("config.json", {"architectures": -1}, None),
     ],
 )
 def test_each_file_and_field_is_named(copied, tiny_llama, file, fields, said):

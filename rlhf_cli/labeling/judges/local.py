@@ -19,7 +19,6 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.labeling.judges.questions import Question
 from rlhf_cli.labeling.judges.replies import TOO_LONG, Reply
-from rlhf_cli.models.hub import cached_commit
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_policy, load_tokenizer
 from rlhf_cli.precision import autocast
 
@@ -167,5 +166,5 @@ def pin_to_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
     Raises:
         ModelError: the model is neither cached nor downloadable.
     """
-    commit = (cached_commit(source.path, source.revision) or source.pinned[1]) if processes.is_main else None
+    commit = source.pinned[1] if processes.is_main else None
     return replace(source, revision=processes.all_gather_object(commit)[0])
