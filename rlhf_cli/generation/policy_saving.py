@@ -90,7 +90,7 @@ def save_policy(
         base = AdapterBase(
             path=relative_base(path, folder) if adapter.has_base else None,
             revision=commit,
-            sha256=hash_weights(source.folder_with_weights),
+            sha256=hash_weights(source.path),
             dtype=str(base_dtype).removeprefix("torch."),
             quantize=quantize,
         )

@@ -32,7 +32,7 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
             continue
         find = _function if setting.external.what == "function" else _path
         found = [find(name, folder) for name in value] if isinstance(value, list) else find(value, folder)
-        if setting.external.what == "model" and value == loaded.recipe.model.path:
+        if setting.external.what == "model" and isinstance(found, str) and value == loaded.recipe.model.path:
             found = _with_revision(found, loaded.recipe.model.revision)
         _put(plain, key_path, found)
     return Recipe.model_validate(plain)

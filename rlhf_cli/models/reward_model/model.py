@@ -229,11 +229,10 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     """
     folder = source.folder
     config = read_reward_config(folder)
-    is_adapter = config is not None and config.adapter
-    # Only frozen weights under an adapter are quantized.
-    base = config.base_source(source) if is_adapter else replace(source, quantize="none")
+    base = replace(source, quantize="none")  # only frozen weights under an adapter are quantized
     if config is not None and config.adapter:
         config.check_base(folder)
+        base = config.base_source(source)
     classifier = load_classifier(base)
     check_has_head(classifier.has_head or config is not None, source.path)
     if config is None:
