@@ -25,6 +25,7 @@ class HubServer(ThreadingHTTPServer):
         self.models: dict[str, Path] = {}
         self.failing: dict[str, tuple[int, str]] = {}
         self.requests: list[str] = []
+        self.commit = COMMIT
 
     @property
     def url(self) -> str:
@@ -60,7 +61,20 @@ class _Handler(BaseHTTPRequestHandler):
                 {"rfilename": file.relative_to(self.server.models[name]).as_posix()}
                 for file in _files(self.server.models[name])
             ]
-            self._json({"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "siblings": names, "private": False})
+            self._json(
+                {
+                    "_id": "1",
+                    "id": name,
+                    "modelId": name,
+                    "sha": self.server.commit,
+                    "siblings": names,
+                    "private": False,
+                }
+            )
+
+    def _commit(self) -> str:
+        named = [part for part in self.path.split("/") if len(part) == 40]
+        return named[0] if named else self.server.commit
 
     def _fail(self, status: int, code: str) -> None:
         if status == 0:
@@ -87,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = file.read_bytes()
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         self.send_response(206 if "Range" in self.headers else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self._commit())
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()

@@ -123,11 +123,19 @@ def commit_of(model: HubModel) -> str:
     return download(model, with_weights=False).name
 
 
+def _cached_commit(model: HubModel) -> str | None:
+    """Return the commit that the revision of a model stands for in the hub's cache; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 @cache
 def download(model: HubModel, *, with_weights: bool) -> Path:
     """Return the folder of the hub's cache with the files of a model, all or those without weights.
 
-    The commit that is found first is the one that this process reads from then on.
+    The commit in the cache is read where there is one, so that a run that resumes, or a rerun, reads the same model.
 
     Raises:
         ModelError: the model does not exist, or is neither cached nor downloadable.
@@ -137,7 +145,7 @@ def download(model: HubModel, *, with_weights: bool) -> Path:
 
     if not interactive():
         disable_progress_bars()
-    revision = commit_of(model) if with_weights else model.revision
+    revision = commit_of(model) if with_weights else _cached_commit(model) or model.revision
     patterns = [*_SMALL, *_ADAPTERS, *(_WEIGHTS if with_weights else ())]
     fetch = partial(snapshot_download, model.id, allow_patterns=patterns, ignore_patterns=list(_NEVER))
     try:

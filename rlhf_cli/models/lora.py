@@ -385,7 +385,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
     state = {_relative_key(key, base_keys, folder): weight for key, weight in stored.items()}
     keys = {key.rsplit(".", 2)[0].replace(_WRAPPED, "") for key in state}
     layers = sorted(key for key in keys if _is_linear(backbone(model), key))
-    _check_targets(folder, layers)
+    check_targets(folder, layers)
     for name, weight in state.items():
         is_layer = name.rsplit(".", 2)[0] in layers  # the factors of fused experts have rank x experts rows
         if is_layer and (weight.dim() != 2 or weight.shape[name.endswith("lora_B.weight")] != rank):
@@ -413,13 +413,16 @@ _FREE = (
 """Fields of PEFT's configuration with which an adapter is W + (alpha / rank) B A, whatever their value."""
 
 
-def _check_targets(folder: Path, layers: list[str]) -> None:
-    """Check that `target_modules` of a saved adapter names the layers that it has weights for."""
-    given = read_json(folder / ADAPTER_CONFIG).get("target_modules")
+def check_targets(folder: Path, layers: list[str]) -> None:
+    """Check that the configuration of a saved adapter names the layers and experts that it has weights for."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    given = config.get("target_modules")
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{folder / ADAPTER_CONFIG}: `target_modules` cannot be {given!r}", hint="copy the file again")
-    missing = [layer for layer in layers if not any(f".{layer}".endswith(f".{name}") for name in names)]
+    known = [*names, *(str(name).rpartition(".")[0] for name in config.get("target_parameters") or ())]
+    plain = [layer.replace(_WRAPPED, "") for layer in layers]
+    missing = [layer for layer in plain if not any(f".{layer}".endswith(f".{name}") for name in known)]
     if missing and names != ["all-linear"]:
         raise ModelError(
             f"{folder}: there are weights for `{missing[0]}`, which `target_modules` in {ADAPTER_CONFIG} does not name",

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
+from rlhf_cli.data.special_tokens import ids_of
 from rlhf_cli.errors import ModelError, RLHFError
 from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.hub import hub_model
@@ -260,7 +261,7 @@ def _check_text(
     used = found.attempt(sample_ids, use, config, tokenizer, reward)
     if used is None:
         return
-    found.attempt(check_encoding, used, tokenizer, use.source.path)
+    found.attempt(check_encoding, tokenizer, use.source.path)
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if not beyond:
         return
@@ -318,13 +319,13 @@ def sample_ids(
         return {*prompt, *completion, *prompt_format.end_ids}
 
 
-def check_encoding(used: set[int], tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def check_encoding(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Check that a tokenizer knows the characters of a short English text.
 
     Raises:
         ModelError: it encodes the text as unknown tokens alone, or as nothing.
     """
-    ids = set(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+    ids = set(ids_of(tokenizer, _SAMPLE))
     if not ids - {tokenizer.unk_token_id}:  # pyright: ignore[reportUnhashable]  (annotated for batches too)
         raise ModelError(
             f"the tokenizer of `{path}`, a {type(tokenizer).__name__}, encodes {_SAMPLE!r} as "

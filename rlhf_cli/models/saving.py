@@ -131,17 +131,22 @@ def generation_config(
         listed = own.eos_token_id
         stop_ids = [listed] if isinstance(listed, int) else list(listed or [])
     ends = list(dict.fromkeys([*([] if end is None else [end]), *stop_ids]))
-    pad = own.pad_token_id
+    pad = _token(own.pad_token_id)
     if pad is None:
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(
-        bos_token_id=own.bos_token_id,
+        bos_token_id=_token(own.bos_token_id),
         eos_token_id=ends[0] if len(ends) == 1 else ends or None,
         pad_token_id=pad,
-        decoder_start_token_id=own.decoder_start_token_id,
+        decoder_start_token_id=_token(own.decoder_start_token_id),
         do_sample=True,
         temperature=temperature,
         top_p=top_p,
         top_k=0,  # off: transformers' default is 50
         max_new_tokens=max_new_tokens,
     )
+
+
+def _token(number: int | None) -> int | None:
+    """Return the id of a token; None for a negative one, which in some models stands for none."""
+    return None if number is None or number < 0 else number

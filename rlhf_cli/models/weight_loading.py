@@ -257,9 +257,11 @@ def read_generation_config(source: ModelSource, config: PretrainedConfig) -> Gen
     hint = "correct it, or remove the file: stages sample as the recipe says"
     with reading(f"cannot read {name} of `{source.path}`", source.folder, (name,), hint=hint):
         found = GenerationConfig.from_pretrained(source.folder)
-        ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
-        if not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends):
-            raise ModelError(f"{source.folder / name}: `eos_token_id` must be a number or a list: {ends}", hint=hint)
+        for field in ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"):
+            given = getattr(found, field, None)
+            ids = given if isinstance(given, list) and field == "eos_token_id" else [given]
+            if not all(one is None or (isinstance(one, int) and not isinstance(one, bool)) for one in ids):
+                raise ModelError(f"{source.folder / name}: `{field}` cannot be {given!r}", hint=hint)
         return found
 
 

@@ -124,6 +124,15 @@ def test_a_name_means_one_commit_for_the_whole_run_and_the_cache_serves_offline(
     assert len(server.requests) == asked
 
 
+def test_a_rerun_reads_the_commit_of_the_cache(server: HubServer, tiny_llama):
+    server.models["acme/tiny"] = tiny_llama
+    assert local_folder("acme/tiny").name == COMMIT
+    hub.forget()
+    server.commit = "d" * 40
+    assert local_folder("acme/tiny").name == COMMIT
+    assert local_folder("acme/tiny@" + "d" * 40).name == "d" * 40
+
+
 def test_the_cache_stands_in_for_a_hub_that_fails(server: HubServer, capsys, tiny_llama):
     server.models["acme/tiny"] = tiny_llama
     local_folder("acme/tiny")

@@ -126,7 +126,8 @@ def test_our_reward_models_pass_and_only_the_full_one_can_be_trained_on(trained,
         ),
         ("generation_config.json", {"eos_token_id": "x"}, "generation_config.json: `eos_token_id`"),
         ("generation_config.json", {"max_new_tokens": "many"}, "generation_config.json"),
-        ("contract.json", {"format": 1}, None),
+        ("generation_config.json", {"pad_token_id": [3]}, "generation_config.json"),
+        ("config.json", {"architectures": -1}, None),
     ],
 )
 def test_each_file_and_field_is_named(copied, tiny_llama, file, fields, said):
@@ -254,6 +255,26 @@ def test_every_file_of_an_adapter_is_needed(trained, file, said):
     folder = trained(lora=True)
     (folder / file).unlink()
     assert said in errors(folder, "reward model")[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"target_modules": 7}, "`target_modules` cannot be 7"),
+        ({"target_modules": ["layers.0.mlp.up_proj"]}, "does not name"),
+        ({"r": None}, "`r` is None"),
+        ({"r": 3}, None),  # found with the weights
+        ({"use_rslora": True}, "only plain LoRA"),
+        ({"alora_invocation_tokens": [1]}, "only plain LoRA"),
+        ({"task_type": "SEQ_CLS"}, None),
+    ],
+)
+def test_the_configuration_of_our_adapters_is_checked(trained, fields, said):
+    folder = trained(lora=True)
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    found = errors(folder, "reward model")
+    assert found == [] if said is None else said in found[0], found
 
 
 def test_labels_of_a_classifier_are_counted_in_its_head(tmp_path, tiny_llama):

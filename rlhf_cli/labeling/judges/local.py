@@ -156,7 +156,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, letter: str, path: str) -> list[i
 def pin_to_commit(source: ModelSource, processes: ProcessGroup) -> ModelSource:
     """Pin a hub model to a commit, since a branch or tag may move: a rerun must not take the verdicts of another.
 
-    Process 0 decides for all.
+    The commit in the local hub cache is used where there is one, so a rerun asks the same judge. Process 0 decides for
+    all.
 
     Args:
         source: a hub id.

@@ -223,7 +223,8 @@ def _labels(count: int) -> str:
 
 def is_classifier(config: PretrainedConfig) -> bool:
     """Return whether the weights of this configuration include a classification head."""
-    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+    named = config.architectures if isinstance(config.architectures, list) else ()
+    return any(str(name).endswith("ForSequenceClassification") for name in named)
 
 
 def classifier_class(config: PretrainedConfig, path: str) -> type:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
-from rlhf_cli.models.lora import adapter_state, read_adapter_config, save_adapter
+from rlhf_cli.models.lora import adapter_state, check_targets, read_adapter_config, save_adapter
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
@@ -135,8 +135,9 @@ def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
     Raises:
         ModelError: a file is missing or damaged, or the head has another width than `reward.json` says.
     """
-    read_stored_weights(folder / ADAPTER_FOLDER, ADAPTER)
-    read_adapter_config(folder / ADAPTER_FOLDER)
+    adapter = folder / ADAPTER_FOLDER
+    read_adapter_config(adapter)
+    check_targets(adapter, [name.rsplit(".", 2)[0] for name in read_stored_weights(adapter, ADAPTER)])
     head = read_header(folder / HEAD_FILE)
     if config.kind == "decoder":
         shapes = {name: weight.shape for name, weight in head.items()}
