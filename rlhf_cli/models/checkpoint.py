@@ -105,8 +105,8 @@ class Checkpoint:
         opened: dict[Path, Any] = {}
         for name in self.shapes:
             scale = self.scales.get(name)
-            place = None if scale is None else (self.weights[scale], self.stored_names[scale])
-            found[name] = LazyWeight(self.weights[name], self.stored_names[name], opened, place, block)
+            where = None if scale is None else (self.weights[scale], self.stored_names[scale])
+            found[name] = LazyWeight(self.weights[name], self.stored_names[name], opened, where, block)
         return found
 
     def read(self, name: str) -> Tensor:

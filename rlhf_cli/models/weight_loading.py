@@ -23,7 +23,8 @@ from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.libraries import first_line, quiet_libraries
-from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
+from rlhf_cli.models.peft_merging import merge
 from rlhf_cli.models.policy_adapter import separate_adapters
 from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import check_quantize, make_trainable, quantization
@@ -218,11 +219,11 @@ def _read_weights(
     if kind.can_generate():
         arguments = arguments | {"generation_config": _generation_config(source, config)}
     if checkpoint.is_plain:
-        place, arguments = source.path, arguments | {"use_safetensors": True} | source.hub_arguments()
+        path, arguments = source.path, arguments | {"use_safetensors": True} | source.hub_arguments()
     else:
-        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
+        path, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
     try:
-        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
+        model, loaded = kind.from_pretrained(path, output_loading_info=True, config=config, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load weights from `{source.path}`: {first_line(error)}") from error
     report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])

@@ -89,9 +89,20 @@ class Digests:
             return hash_folder(Path(given.source))
         check_model(given.source, given.setting)
         if Path(given.source).is_dir():
-            return hash_folder(Path(given.source))
+            return _hash_model(given.source)
         revision = self._recipe.model.revision if given.source == self._recipe.model.path else None
         return f"hub:{given.source}@{revision or 'main'}"
+
+
+def _hash_model(path: str) -> str:
+    """sha256 of a model folder; of a PEFT adapter with its base, which is part of the model."""
+    from rlhf_cli.models.peft_folder import find_peft_folder
+
+    if not Path(path).is_dir():
+        return f"hub:{path}"
+    if (adapter := find_peft_folder(path)) is None:
+        return hash_folder(Path(path))
+    return f"{hash_folder(Path(path))} on {_hash_model(adapter.base)}@{adapter.base_revision or 'main'}"
 
 
 def identity(stage: Stage, recipe: Recipe, inputs: StageInputs, digests: Digests, pending: frozenset[str]) -> Identity:
