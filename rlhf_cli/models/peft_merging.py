@@ -26,7 +26,7 @@ def _resize(model: PreTrainedModel, adapter: PeftFolder) -> None:
     embeddings = next((name for name, module in model.named_modules() if module is input_embeddings), "")
     shape = next((shape for name, shape in adapter.shapes.items() if name == f"{embeddings}.weight"), None)
     if shape is not None and shape[0] > len(input_embeddings.weight):
-        model._resizeken_embeddings(shape[0], mean_resizing=False)
+        model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 
 def merge(model: PreTrainedModel, adapter: PeftFolder) -> PreTrainedModel:

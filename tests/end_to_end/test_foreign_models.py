@@ -54,7 +54,8 @@ def test_a_model_with_its_own_code(tiny_llama: Path, rlhf_here, tmp_path: Path, 
     assert (run / "ppo/modeling_own.py").read_text() == _MODEL
     model = load_policy(ModelSource(str(run / "ppo"), trust_remote_code=True))
     assert type(model).__name__ == "OwnForCausalLM"
-    code, said = rlhf_here("evaluate", "--baseline", "run/sft", "--policy", "run/ppo", "--prompts", "prompts.jsonl")
+    models = ("--baseline", "run/sft", "--policy", "run/ppo", "--set", "evaluate.judge_function=score.py:score")
+    code, said = rlhf_here("evaluate", *models, "--prompts", "prompts.jsonl")
     assert code == 65
     assert "comes with Python code of its own, which is not run" in said
 
