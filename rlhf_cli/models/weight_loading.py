@@ -23,7 +23,8 @@ from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.libraries import quiet_libraries
-from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
+from rlhf_cli.models.peft_merging import merge
 from rlhf_cli.models.policy_adapter import separate_adapters
 from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import check_quantize, make_trainable, quantization
@@ -231,14 +232,12 @@ def _read_weights(
     if kind.can_generate():
         arguments = arguments | {"generation_config": read_generation_config(source, config)}
     if checkpoint.is_plain:
-        place, arguments = (
-            source.folder,
-            arguments | {"use_safetensors": True, "trust_remote_code": source.trust_remote_code},
-        )
+        path = source.folder
+        arguments = arguments | {"use_safetensors": True, "trust_remote_code": source.trust_remote_code}
     else:
-        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
+        path, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
     with reading(f"cannot load weights from `{source.path}`", source.folder, ("config.json",), hint=CONFIG_HINT):
-        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
+        model, loaded = kind.from_pretrained(path, output_loading_info=True, config=config, **arguments)
     report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
     report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
     _untie(model, source.path)

@@ -239,7 +239,7 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
     mapping = next((mapping for mapping in languages if type(config) in mapping), None)
     if mapping is None or has_own_code(config):
         raise ModelError(
-            f"`{path}` is a {config.model_type} model, which cannot be a reward model",
+            f"`{path}` is of type {config.model_type}, which cannot be a reward model",
             hint="use a decoder-only language model or an encoder of the BERT family",
         )
     # Transformers' generic classifier, for architectures without a class of their own (Granite, Cohere).
