@@ -50,7 +50,7 @@ def own(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def test_code_runs_only_where_it_is_allowed_and_is_written_with_the_model(own: Path, tiny_llama: Path, tmp_path: Path):
     for load in (load_policy, check_policy, check_classifier):
-        with pytest.raises(ModelError, match="comes with Python code of its own, which is not run") as caught:
+        with pytest.raises(ModelError, match="comes with Python code of its own") as caught:
             load(ModelSource(str(own)))
         assert "model.trust_remote_code=true" in (caught.value.hint or "")
     source = ModelSource(str(own), trust_remote_code=True, revision="main")
@@ -63,7 +63,7 @@ def test_code_runs_only_where_it_is_allowed_and_is_written_with_the_model(own: P
 
     written = tmp_path / "run/sft"
     save_model_folder(model, byte_level_tokenizer(), written, dtype=torch.float32)
-    assert has_trusted_code(str(written), str(own), "main")
+    assert has_trusted_code(str(written), str(own))
     again = load_policy(ModelSource(str(written), trust_remote_code=True))
     assert torch.equal(again(ids).logits, model(ids).logits)
 
@@ -90,5 +90,5 @@ def test_permission_is_for_the_same_code(change, is_trusted: bool, own: Path, tm
 
 
 def test_a_model_without_code_needs_no_permission(own: Path, tiny_llama: Path):
-    assert not has_trusted_code(str(tiny_llama), str(own), "main")
-    assert not has_trusted_code("acme/tiny", str(own), "main")
+    assert not has_trusted_code(str(tiny_llama), str(own))
+    assert not has_trusted_code("acme/tiny", str(own))
