@@ -72,15 +72,15 @@ class ModelError(RLHFError):
     exit_code = EXIT_DATA
 
 
-def raise_together(errors: Sequence[RLHFError]) -> None:
+def raise_all(errors: Sequence[RLHFError]) -> None:
     """Raise the only error as it is, or several as one that lists them with their hints; do nothing for none."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
         problems = [f"{one.message} (hint: {one.hint})" if one.hint else one.message for one in errors]
-        together = type(errors[0])("\n".join(problems))
-        together.problems = problems
-        raise together
+        combined = type(errors[0])("\n".join(problems))
+        combined.problems = problems
+        raise combined
 
 
 class DivergedError(RLHFError):

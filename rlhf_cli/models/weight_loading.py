@@ -225,14 +225,14 @@ def _read_weights(
     if kind.can_generate():
         arguments = arguments | {"generation_config": read_generation_config(source, config)}
     if checkpoint.is_plain:
-        place, arguments = (
+        folder, arguments = (
             source.folder,
             arguments | {"use_safetensors": True, "trust_remote_code": source.trust_remote_code},
         )
     else:
-        place, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
+        folder, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
     with reading(f"cannot load weights from `{source.path}`", source.folder, ("config.json",), hint=CONFIG_HINT):
-        model, loaded = kind.from_pretrained(place, output_loading_info=True, config=config, **arguments)
+        model, loaded = kind.from_pretrained(folder, output_loading_info=True, config=config, **arguments)
     report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
     report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
     _untie(model, source.path)

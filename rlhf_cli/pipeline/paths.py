@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import DataError, ModelError, UsageError, raise_together
+from rlhf_cli.errors import DataError, ModelError, UsageError, raise_all
 from rlhf_cli.models.hub import check_model_name
 from rlhf_cli.pipeline.python_source import check_defined
 from rlhf_cli.recipe.document import KeyPath
@@ -83,7 +83,7 @@ def check_models(inputs: Iterable[Input]) -> None:
             check(given.source, given.setting)
         except ModelError as error:
             problems[error.message] = error
-    raise_together(list(problems.values()))
+    raise_all(list(problems.values()))
 
 
 def check_model(name: str, setting: str) -> None:

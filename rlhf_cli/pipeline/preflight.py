@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.errors import DataError, RLHFError, UsageError, raise_together
+from rlhf_cli.errors import DataError, RLHFError, UsageError, raise_all
 from rlhf_cli.files import hash_file
 from rlhf_cli.generation.contract import Contract, read_contract, split_of
 from rlhf_cli.generation.sampling import Sampling
@@ -60,10 +60,10 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
     _check_evaluation(recipe, inputs, keys)
-    _check_models(recipe, inputs)
+    check_models_of_run(recipe, inputs)
 
 
-def _check_models(recipe: Recipe, inputs: Sequence[Input]) -> None:
+def check_models_of_run(recipe: Recipe, inputs: Sequence[Input]) -> None:
     """Check every model of the run for its role; reports the problems of all of them at once."""
     uses: dict[tuple[str, ModelRole], list[Input]] = {}
     for given in inputs:
@@ -79,7 +79,7 @@ def _check_models(recipe: Recipe, inputs: Sequence[Input]) -> None:
         for error in found:
             message = f"{error.message} (`{members[0].setting}`)"
             errors[error.message] = type(error)(message, hint=error.hint)
-    raise_together(list(errors.values()))
+    raise_all(list(errors.values()))
 
 
 def _sections(members: Sequence[Input], inputs: Sequence[Input]) -> list[str]:
