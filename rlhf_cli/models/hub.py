@@ -30,7 +30,7 @@ _NEVER = ("original/*", "onnx/*", "openvino/*", "consolidated*", "checkpoint-*/*
 """Copies of the weights in other formats, and models beside the model."""
 
 
-SECONDS = 5
+ANSWER_SECONDS = 5
 """How long the hub may take to answer."""
 
 
@@ -150,7 +150,9 @@ def download(model: HubModel, *, with_weights: bool) -> Path:
     fetch = partial(snapshot_download, model.id, allow_patterns=patterns, ignore_patterns=list(_NEVER))
     try:
         if not constants.HF_HUB_OFFLINE and not with_weights:
-            HfApi().model_info(model.id, revision=revision, timeout=SECONDS)  # `snapshot_download` may wait for ever
+            HfApi().model_info(
+                model.id, revision=revision, timeout=ANSWER_SECONDS
+            )  # `snapshot_download` may wait for ever
         return Path(fetch(revision=revision))
     except Exception as error:  # of an HTTP library that differs between versions of huggingface_hub
         with contextlib.suppress(Exception):

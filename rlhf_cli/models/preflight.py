@@ -120,7 +120,7 @@ def check_model(use: ModelUse) -> Findings:
     if (tokenizer := found.attempt(load_tokenizer, source)) is not None:
         _check_text(found, use, config, tokenizer, reward)
     if use.max_new_tokens is not None:
-        found.attempt(check_context, config, use.max_new_tokens, source.path)
+        found.attempt(check_completion_length, config, use.max_new_tokens, source.path)
     return found
 
 
@@ -235,8 +235,8 @@ def remote_code(source: ModelSource) -> Iterator[str]:
         yield f"{source.path} comes with its own code ({files}), which is not run: transformers' own is used"
 
 
-def check_context(config: PretrainedConfig, max_new_tokens: int, path: str) -> None:
-    """Check that completions leave tokens for a prompt.
+def check_completion_length(config: PretrainedConfig, max_new_tokens: int, path: str) -> None:
+    """Check that completions leave room for a prompt.
 
     Raises:
         ModelError: they fill the model's context.

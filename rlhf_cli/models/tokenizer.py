@@ -70,15 +70,15 @@ def _wrong_field(folder: Path) -> str | None:
     if not whole.is_file() or whole.stat().st_size > _TRIED_BYTES:
         return None
     with tempfile.TemporaryDirectory() as name:
-        copies = Path(name)
+        copy = Path(name)
         for file in folder.iterdir():
             if file.is_file() and file.name != _CONFIG:
-                (copies / file.name).symlink_to(file.resolve())
+                (copy / file.name).symlink_to(file.resolve())
         for field in config:
             left = {key: value for key, value in config.items() if key != field}
-            (copies / _CONFIG).write_text(json.dumps(left), encoding="utf-8")
+            (copy / _CONFIG).write_text(json.dumps(left), encoding="utf-8")
             try:
-                _load(copies)
+                _load(copy)
             except Exception:  # noqa: S112  (any that `reading` turns into an error)
                 continue
             return field

@@ -60,10 +60,10 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
     _check_evaluation(recipe, inputs, keys)
-    check_models(recipe, inputs)
+    check_models_of_run(recipe, inputs)
 
 
-def check_models(recipe: Recipe, inputs: Sequence[Input]) -> None:
+def check_models_of_run(recipe: Recipe, inputs: Sequence[Input]) -> None:
     """Check every model of the run for its role; reports the problems of all of them at once."""
     uses: dict[tuple[str, ModelRole], list[Input]] = {}
     for given in inputs:

@@ -134,7 +134,7 @@ def installed_stages() -> Iterator[None]:
     """Replace the stage modules in `sys.modules` by fakes, and restore them afterwards."""
     names = [stage.module for stage in stages()]
     before = {name: sys.modules.pop(name, None) for name in names}
-    with mock.patch.object(preflight, "check_models"):  # which `install` replaces
+    with mock.patch.object(preflight, "check_models_of_run"):  # which `install` replaces
         fake_stages().install()
         yield
     for name in names:
