@@ -40,12 +40,12 @@ def locate_base(base: str, file: Path) -> str:
     Raises:
         ModelError: the base is a path, and no folder is there.
     """
-    place = file.parent / base
-    if place.is_dir():
-        return str(place.resolve())
+    found = file.parent / base
+    if found.is_dir():
+        return str(found.resolve())
     if Path(base).is_absolute() or base.startswith("."):
         raise ModelError(
-            f"{file} names the base model `{base}`, which is not there: looked for {place.resolve()}",
+            f"{file} names the base model `{base}`, which is not there: looked for {found.resolve()}",
             hint=f"put the base model there, or set `base` in {file} to where it is; a run directory can be moved as "
             "a whole",
         )

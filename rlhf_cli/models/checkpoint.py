@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.prequantized import Quantization, dequantize
+from rlhf_cli.models.prequantized import Quantization
 from rlhf_cli.models.stored_weights import StoredWeight, plain_names, read_header, weight_files
 
 Shape = tuple[int, ...]
@@ -26,21 +26,21 @@ class LazyWeight:
         stored: where it is.
         name: under which it is stored.
         opened: files that are open, each once.
-        scale: scale of a quantized weight and its place; None if the weight is stored as it is.
-        block: rows and columns that share a scale.
+        scale: scale of a quantized weight and the name under which it is stored; None if the weight is not quantized.
+        quantization: how it is quantized.
     """
 
     stored: StoredWeight
     name: str
     opened: dict[Path, Any]
     scale: tuple[StoredWeight, str] | None = None
-    block: tuple[int, int] | None = None
+    quantization: Quantization | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
         """Return the weight, or a part of it."""
         weight = self._read(self.stored, self.name)
-        if self.scale is not None:
-            weight = dequantize(weight, self._read(*self.scale), self.block)
+        if self.scale is not None and self.quantization is not None:
+            weight = self.quantization.dequantize(weight, self._read(*self.scale))
         return weight[index]
 
     def _read(self, stored: StoredWeight, name: str) -> Tensor:
@@ -73,7 +73,13 @@ class Checkpoint:
     def shapes(self) -> dict[str, Shape]:
         """Shape of each weight that a model loads."""
         scales = set(self.scales.values())
-        return {name: weight.shape for name, weight in self.weights.items() if name not in scales}
+        return {name: self._shape(name) for name in self.weights if name not in scales}
+
+    def _shape(self, name: str) -> Shape:
+        stored = self.weights[name].shape
+        if self.quantization is None or name not in self.scales:
+            return stored
+        return self.quantization.shape(stored)
 
     @property
     def is_plain(self) -> bool:
@@ -99,13 +105,12 @@ class Checkpoint:
 
     def lazy(self) -> dict[str, LazyWeight]:
         """Return all weights by name, to be read when they are indexed."""
-        block = None if self.quantization is None else self.quantization.block
         found: dict[str, LazyWeight] = {}
         opened: dict[Path, Any] = {}
         for name in self.shapes:
             scale = self.scales.get(name)
-            place = None if scale is None else (self.weights[scale], self.stored_names[scale])
-            found[name] = LazyWeight(self.weights[name], self.stored_names[name], opened, place, block)
+            where = None if scale is None else (self.weights[scale], self.stored_names[scale])
+            found[name] = LazyWeight(self.weights[name], self.stored_names[name], opened, where, self.quantization)
         return found
 
     def read(self, name: str) -> Tensor:
@@ -135,4 +140,7 @@ def open_checkpoint(path: str, *, folder: Path | None = None, quantization: Quan
         )
     weights = {plain[name]: weight for name, weight in stored.items()}
     found = Checkpoint(path, weights, {plain[name]: name for name in stored}, {}, quantization)
-    return found if quantization is None else replace(found, scales=quantization.scales(path, weights))
+    if quantization is None:
+        return found
+    found = found.renamed(quantization.plain_names(weights))
+    return replace(found, scales=quantization.scales(path, found.weights))

@@ -26,7 +26,8 @@ from rlhf_cli.models.loading import (
     own_code,
     policy_class,
 )
-from rlhf_cli.models.peft_folder import check_fits, find_peft_folder
+from rlhf_cli.models.peft_folder import find_peft_folder
+from rlhf_cli.models.peft_merging import check_fits
 from rlhf_cli.models.reward_model.classifier import check_classifier, check_reward_config, classifier_class
 from rlhf_cli.models.reward_model.files import (
     RewardModelConfig,

@@ -21,7 +21,8 @@ from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.libraries import quiet_libraries
-from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder, merge
+from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
+from rlhf_cli.models.peft_merging import merge
 from rlhf_cli.models.policy_adapter import separate_adapters
 from rlhf_cli.models.prequantized import drop_quantization, quantization_of
 from rlhf_cli.models.quantize import check_quantize, make_trainable, quantization

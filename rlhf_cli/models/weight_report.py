@@ -139,7 +139,7 @@ def sort_out(
     dropped, unused = [], Counter[str]()
     modules = {name for name, _ in model.named_modules()}
     for name in unexpected:
-        if _COMPUTED.search(name):
+        if _COMPUTED.search(name) or _is_mask(model, name):
             continue
         if (part := _other_part(model, modules, name)) is None:
             dropped.append(name)
@@ -148,9 +148,18 @@ def sort_out(
     return WeightReport(tuple(sorted(missing)), tuple(sorted(dropped)), tuple(sorted(mismatched)), unused)
 
 
-_COMPUTED = re.compile(r"\.(masked_bias|rotary_emb\.inv_freq|position_ids|num_batches_tracked)$|\.attn\.bias$")
-"""Buffers of old checkpoints, which models compute: causal masks, rotary frequencies, positions. A module `attn` itself
-has no parameter, so its `bias` is GPT-2's mask."""
+_COMPUTED = re.compile(r"\.(masked_bias|rotary_emb\.inv_freq|position_ids)$")
+"""Buffers of old checkpoints, which models compute: masked logits, rotary frequencies, positions."""
+
+
+def _is_mask(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is the causal mask that GPT-2 and its descendants stored as `bias` of their attention.
+
+    That module has no parameters of its own, as every module has whose bias is one.
+    """
+    parent, _, leaf = name.rpartition(".")
+    found = dict(model.named_modules()).get(parent)
+    return leaf == "bias" and found is not None and not list(found.parameters(recurse=False))
 
 
 def _other_part(model: PreTrainedModel, modules: Collection[str], name: str) -> str | None:

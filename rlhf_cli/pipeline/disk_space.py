@@ -29,10 +29,16 @@ def needed_bytes(recipe: Recipe, stages: Iterable[Stage]) -> int:
 
 
 def model_bytes(path: str | None) -> int:
-    """Return the size of the weight files of a local model folder, in bytes; 0 for anything else."""
+    """Return the size of the weight files of a local model folder, in bytes; 0 for anything else.
+
+    A PEFT adapter counts with its base, into which it is merged.
+    """
+    from rlhf_cli.models.peft_folder import find_peft_folder
+
     if path is None or not Path(path).is_dir():
         return 0
-    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    own = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    return own if (adapter := find_peft_folder(path)) is None else own + model_bytes(adapter.base)
 
 
 def check_free_space(folder: Path, needed: int) -> None:

@@ -99,13 +99,15 @@ class ModelSettings(Section):
     """The base model that every stage starts from: its weights, precision, attention and device."""
 
     path: ModelName = None
-    """Folder or hub id of the base model. Mutually exclusive with `build`."""
+    """Folder or hub id of the base model, or of a PEFT adapter, which is merged into its base. Mutually exclusive with
+    `build`."""
     build: BuildSettings | None = None
     """Create a small, randomly initialized model instead of loading one."""
     revision: str | None = None
     """Commit, tag or branch of the model on the hub; null is `main`."""
     trust_remote_code: bool = False
-    """Run the Python code in the model's repository. Needs a pinned `revision`."""
+    """Run the Python code that comes with the model of `path`, and the same code, byte for byte, in models trained
+    from it. Needs a pinned `revision`. Such a model cannot be a reward model."""
     quantize: Literal["none", "4bit", "8bit"] = "none"
     """Store the frozen weights under LoRA adapters in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
     Needs bitsandbytes."""

@@ -19,12 +19,14 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GptOssConfig,
     SiglipVisionConfig,
 )
+from transformers.integrations import mxfp4
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource, check_policy, load_any, load_config, load_policy
-from rlhf_cli.models.prequantized import dequantize
+from rlhf_cli.models.prequantized import from_fp8, from_mxfp4
 from rlhf_cli.models.reward_model.classifier import check_classifier
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.models.saving import save_model_folder
@@ -223,7 +225,47 @@ def test_fp8_is_dequantized_and_written_plain(tiny_qwen3: Path, tmp_path: Path):
 
 def test_one_scale_for_a_whole_weight():
     weight = torch.tensor([[1.0, -2.0], [0.5, 4.0]]).to(torch.float8_e4m3fn)
-    assert torch.equal(dequantize(weight, torch.tensor(3.0), None), torch.tensor([[3.0, -6.0], [1.5, 12.0]]))
+    assert torch.equal(from_fp8(weight, torch.tensor(3.0), None), torch.tensor([[3.0, -6.0], [1.5, 12.0]]))
+
+
+def test_mxfp4_is_what_transformers_reads():
+    torch.manual_seed(2)
+    blocks = torch.randint(0, 256, (3, 6, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(118, 132, (3, 6, 2), dtype=torch.uint8)
+    expected = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert torch.equal(from_mxfp4(blocks, scales), expected)
+
+
+def test_an_mxfp4_checkpoint_is_loaded_plain(tmp_path: Path):
+    config = GptOssConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"],
+        pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    blocks = {"gate_up_proj": torch.randint(0, 256, (2, 64, 1, 16)), "down_proj": torch.randint(0, 256, (2, 32, 1, 16))}
+
+    def packed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        experts = "model.layers.0.mlp.experts."
+        stored = {name: weight for name, weight in weights.items() if name.removeprefix(experts) not in blocks}
+        for name, values in blocks.items():
+            stored[f"{experts}{name}_blocks"] = values.to(torch.uint8)
+            stored[f"{experts}{name}_scales"] = torch.full(values.shape[:3], 120, dtype=torch.uint8)
+        return stored
+
+    folder = changed(tmp_path / "plain", tmp_path / "packed", packed, quantization_config={"quant_method": "mxfp4"})
+    check_policy(ModelSource(str(folder)))
+    model = load_policy(ModelSource(str(folder), attention="eager"))
+    found = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+    assert torch.equal(found, from_mxfp4(blocks["down_proj"].to(torch.uint8), torch.full((2, 32, 1), 120)))
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_masks_of_old_checkpoints_are_no_weights(tiny_gpt2: Path, tiny_neox: Path, tmp_path: Path):
+    for folder, attention in ((tiny_gpt2, "transformer.h.0.attn"), (tiny_neox, "gpt_neox.layers.0.attention")):
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        old = {f"{attention}.bias": mask, f"{attention}.masked_bias": torch.tensor(-1e9)}
+        check_policy(ModelSource(str(changed(folder, tmp_path / folder.name, lambda w, old=old: w | old))))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "hqq", "mystery"])

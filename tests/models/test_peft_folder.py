@@ -28,6 +28,7 @@ from rlhf_cli.models.policy_adapter import AdapterBase, save_policy_adapter
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.ppo.models import SharedBackbone
 
 IDS = torch.arange(3, 12)[None]
 TARGETS = ["q_proj", "up_proj"]
@@ -123,6 +124,14 @@ def test_train_rm_and_a_critic_start_from_a_policys_adapter(untied: Path, tmp_pa
         load_any(source.path, torch.device("cpu")),
     ):
         assert torch.allclose(backbone(IDS).last_hidden_state, hidden, atol=1e-5)
+
+
+def test_the_reference_of_an_adapter_is_base_and_adapter(untied: Path, tmp_path: Path):
+    """Trap 15: transformers would load base and adapter, and "adapter off" would then be the base."""
+    adapted = write_adapter(untied, tmp_path / "adapter", LoraConfig(r=3, target_modules=TARGETS))
+    models = SharedBackbone(load_policy(ModelSource(str(tmp_path / "adapter"))), LoraSettings(rank=2, alpha=4.0))
+    with models.reference() as reference:
+        assert torch.allclose(reference(IDS).logits, adapted(input_ids=IDS).logits, atol=1e-5)
 
 
 def test_an_adapter_on_an_adapter_is_both(untied: Path, tmp_path: Path):

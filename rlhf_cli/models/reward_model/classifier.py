@@ -235,7 +235,7 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
         return AutoModelForSequenceClassification
     if type(config) not in AutoModelForCausalLM._model_mapping or has_own_code(config):
         raise ModelError(
-            f"`{path}` is a {config.model_type} model, which cannot be a reward model",
+            f"`{path}` is of type {config.model_type}, which cannot be a reward model",
             hint="use a decoder-only language model or an encoder of the BERT family",
         )
     # Transformers' generic classifier, for architectures without a class of their own (Granite, Cohere).

@@ -1,0 +1,94 @@
+"""Models with their own Python code: what runs, where the permission ends, and what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import dynamic_module_utils
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.loading import ModelSource, check_policy, load_policy
+from rlhf_cli.models.remote_code import has_trusted_code
+from rlhf_cli.models.reward_model.classifier import check_classifier
+from rlhf_cli.models.saving import save_model_folder
+from rlhf_cli.settings.shared import ModelSettings
+from rlhf_cli.stages.common import trusts_code
+from tests.conftest import byte_level_tokenizer
+
+_CONFIGURATION = "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+_MODEL = (
+    "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+    "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+)
+
+
+@pytest.fixture
+def own(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama under classes of its own; modules that transformers copies stay in the test's folder."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own-model"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "configuration_own.py").write_text(_CONFIGURATION)
+    (folder / "modeling_own.py").write_text(_MODEL)
+    fields = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_code_runs_only_where_it_is_allowed_and_is_written_with_the_model(own: Path, tiny_llama: Path, tmp_path: Path):
+    for load in (load_policy, check_policy, check_classifier):
+        with pytest.raises(ModelError, match="comes with Python code of its own, which is not run") as caught:
+            load(ModelSource(str(own)))
+        assert "model.trust_remote_code=true" in (caught.value.hint or "")
+    source = ModelSource(str(own), trust_remote_code=True, revision="main")
+    model = load_policy(source)
+    assert type(model).__name__ == "OwnForCausalLM"
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, load_policy(ModelSource(str(tiny_llama)))(ids).logits)
+    with pytest.raises(ModelError, match="is of type own, which cannot be a reward model"):
+        check_classifier(source)
+
+    written = tmp_path / "run/sft"
+    save_model_folder(model, byte_level_tokenizer(), written, dtype=torch.float32)
+    assert has_trusted_code(str(written), str(own), "main")
+    again = load_policy(ModelSource(str(written), trust_remote_code=True))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_trusted"),
+    [
+        (lambda copy: None, True),
+        (lambda copy: (copy / "modeling_own.py").unlink(), True),
+        (lambda copy: (copy / "modeling_own.py").open("a").write("# more\n"), False),
+        (lambda copy: (copy / "other.py").write_text("print()\n"), False),
+    ],
+    ids=["same", "fewer files", "changed", "another file"],
+)
+def test_permission_is_for_the_same_code(change, is_trusted: bool, own: Path, tmp_path: Path):
+    copy = shutil.copytree(own, tmp_path / "copy")
+    change(copy)
+    allowed: Any = SimpleNamespace(model=ModelSettings(path=str(own), trust_remote_code=True, revision="main"))
+    assert trusts_code(allowed, str(copy)) == is_trusted
+    assert trusts_code(allowed, str(own))
+    asked: Any = SimpleNamespace(model=ModelSettings(path=str(own)))
+    assert not trusts_code(asked, str(own))
+    assert not trusts_code(asked, str(copy))
+
+
+def test_a_model_without_code_needs_no_permission(own: Path, tiny_llama: Path):
+    assert not has_trusted_code(str(tiny_llama), str(own), "main")
+    assert not has_trusted_code("acme/tiny", str(own), "main")
