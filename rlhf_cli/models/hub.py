@@ -30,7 +30,7 @@ _NEVER = ("original/*", "onnx/*", "openvino/*", "consolidated*", "checkpoint-*/*
 """Copies of the weights in other formats, and models beside the model."""
 
 
-ANSWER_SECONDS = 5
+REPLY_SECONDS = 5
 """How long the hub may take to answer."""
 
 
@@ -150,9 +150,8 @@ def download(model: HubModel, *, with_weights: bool) -> Path:
     fetch = partial(snapshot_download, model.id, allow_patterns=patterns, ignore_patterns=list(_NEVER))
     try:
         if not constants.HF_HUB_OFFLINE and not with_weights:
-            HfApi().model_info(
-                model.id, revision=revision, timeout=ANSWER_SECONDS
-            )  # `snapshot_download` may wait for ever
+            # `snapshot_download` may wait for ever.
+            HfApi().model_info(model.id, revision=revision, timeout=REPLY_SECONDS)
         return Path(fetch(revision=revision))
     except Exception as error:  # of an HTTP library that differs between versions of huggingface_hub
         with contextlib.suppress(Exception):

@@ -21,10 +21,8 @@ from rlhf_cli.models.peft_folder import PeftFolder
 from rlhf_cli.models.stored_weights import ADAPTER, read_stored_weights
 from rlhf_cli.models.third_party import reading
 
-_CONFIG = "adapter_config.json"
 
-
-def resize_to(model: PreTrainedModel, adapter: PeftFolder) -> None:
+def _resize(model: PreTrainedModel, adapter: PeftFolder) -> None:
     """Give a base the rows of the embeddings that PEFT stored with the adapter, for tokens that were added."""
     input_embeddings: Any = model.get_input_embeddings()
     embeddings = next((name for name, module in model.named_modules() if module is input_embeddings), "")
@@ -43,7 +41,7 @@ def merge(model: PreTrainedModel, adapter: PeftFolder) -> PreTrainedModel:
     Raises:
         ModelError: the adapter does not fit the base, or its kind cannot be merged.
     """
-    resize_to(model, adapter)
+    _resize(model, adapter)
     with _adapting(adapter):
         adapted = PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu")
         _check_all_read(adapted, adapter)
@@ -66,7 +64,7 @@ def check_fits(empty: PreTrainedModel, adapter: PeftFolder) -> None:
     Raises:
         ModelError: it does not fit, or its configuration is damaged.
     """
-    resize_to(empty, adapter)
+    _resize(empty, adapter)
     with _adapting(adapter), torch.device("meta"):
         config = PeftConfig.from_pretrained(str(adapter.folder))
         if not isinstance(getattr(config, "init_lora_weights", True), bool):
@@ -78,8 +76,8 @@ def check_fits(empty: PreTrainedModel, adapter: PeftFolder) -> None:
 def _adapting(adapter: PeftFolder) -> Iterator[None]:
     """Context in which PEFT reads an adapter and puts it on a model."""
     what = f"the PEFT adapter {adapter.folder} cannot be merged into {adapter.base}"
-    hint = f"check `base_model_name_or_path` in its {_CONFIG}, and whether its kind can be merged"
-    with warnings.catch_warnings(), reading(what, adapter.folder, (_CONFIG,), hint=hint):
+    hint = f"check `base_model_name_or_path` in its {adapter.config_file.name}, and whether its kind can be merged"
+    with warnings.catch_warnings(), reading(what, adapter.folder, (adapter.config_file.name,), hint=hint):
         warnings.simplefilter("ignore")  # missing keys are errors here
         yield
 

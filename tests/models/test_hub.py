@@ -154,7 +154,7 @@ def test_the_cache_stands_in_for_a_hub_that_fails(server: HubServer, capsys, tin
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_error_within_seconds(server, monkeypatch, status, code, said, hint):
-    monkeypatch.setattr(hub, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(hub, "REPLY_SECONDS", 1)
     server.failing["acme/tiny"] = (status, code)
     began = time.monotonic()
     with pytest.raises(ModelError) as raised:
