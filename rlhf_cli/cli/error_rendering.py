@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -143,14 +144,22 @@ def _print(messages: list[str], hint: str | None, label: tuple[str, str] = ("err
 
 
 def _wrapped(line: str) -> str:
-    """Wrap at words on a terminal; leave the line whole elsewhere, for programs that read lines."""
+    """Wrap at words on a terminal; leave the line whole elsewhere, for programs that read lines.
+
+    An indented line is a command to copy: it stays whole.
+    """
     if not sys.stderr.isatty():
         return line
     width = shutil.get_terminal_size().columns
-    return "\n".join(
-        textwrap.fill(part, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
-        for part in line.split("\n")
-    )
+    return "\n".join(part if part.startswith("    ") else _fill(part, width) for part in line.split("\n"))
+
+
+def _fill(line: str, width: int) -> str:
+    """Wrap at words, without counting the characters of colors."""
+    colored = re.match(r"\033\[[\d;]*m([^\033]*)\033\[0m", line)
+    plain = line if colored is None else colored[1] + line[colored.end() :]
+    filled = textwrap.fill(plain, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+    return filled if colored is None else colored[0] + filled.removeprefix(colored[1])
 
 
 def _label(text: str, color: str) -> str:

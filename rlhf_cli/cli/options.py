@@ -19,7 +19,16 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Override a recipe setting; repeatable.", show_default=False),
 ]
-RunDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/NAME.")]
+
+
+def _with_home(path: Path | None) -> Path | None:
+    """Expand `~`, which shells leave as it is in `--run-dir=~/runs`."""
+    return None if path is None else path.expanduser()
+
+
+RunDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/NAME.", callback=_with_home)
+]
 MaxSkip = Annotated[float | None, typer.Option(metavar="SHARE", help="Maximum share of records to skip.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would run and why; change nothing.")]

@@ -125,8 +125,8 @@ def _truncated(file: Path, size: int, expected: int) -> ModelError:
 
 _CONVERT = (
     "import glob, torch; from safetensors.torch import save_file; "
-    "w = {k: v.clone() for f in sorted(glob.glob(%r)) for k, v in torch.load(f, weights_only=True).items()}; "
-    "save_file(w, %r, metadata={'format': 'pt'})"
+    "w = {k: v.clone() for f in sorted(glob.glob(%s)) for k, v in torch.load(f, weights_only=True).items()}; "
+    'save_file(w, %s, metadata={"format": "pt"})'
 )
 _PICKLED = {MODEL: "pytorch_model*.bin", ADAPTER: "adapter_model.bin"}
 
@@ -135,10 +135,10 @@ def _no_weights(folder: Path, stem: str) -> ModelError:
     """Return the error for a folder without safetensors, with a way out if its weights are pickled."""
     pattern = _PICKLED[stem]
     if list(folder.glob(pattern)):
-        code = _CONVERT % (str(folder / pattern), str(folder / f"{stem}.safetensors"))
+        code = _CONVERT % tuple(json.dumps(str(folder / name)) for name in (pattern, f"{stem}.safetensors"))
         return ModelError(
             f"{folder} holds its weights as {pattern.replace('*', '')}, a pickle, which can run code when it is read",
-            hint=f"convert it once, if you trust it: python -c {shlex.quote(code)}",
+            hint=f"convert it once, if you trust it:\n    python -c {shlex.quote(code)}",
         )
     others = sorted(file.name for kind in ("*.safetensors", "*.gguf", "*.pth", "*.pt") for file in folder.glob(kind))
     found = f"; it has {', '.join(others[:3])}, which transformers does not load" if others else ""

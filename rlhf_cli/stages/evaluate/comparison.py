@@ -41,11 +41,15 @@ class Comparison:
     base_score: float | None = None
 
     def winner(self, tie_margin: float) -> Winner:
-        """Return which has the higher gold score, or reward if there is no gold score; a tie within `tie_margin`."""
+        """Return which has the higher gold score, or reward if there is no gold score.
+
+        It is a tie within `tie_margin`, and where both wrote the same: another batch rounds a reward otherwise.
+        """
         judged = self.gold if self.gold is not None else self.reward
         assert judged is not None
         baseline, policy = judged
-        if abs(policy - baseline) <= tie_margin:
+        is_same = (self.policy.text, self.policy.finished) == (self.baseline.text, self.baseline.finished)
+        if is_same or abs(policy - baseline) <= tie_margin:
             return "tie"
         return "policy" if policy > baseline else "baseline"
 

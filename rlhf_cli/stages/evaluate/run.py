@@ -314,7 +314,7 @@ def _print(
         console.print(side_by_side(comparison, settings.tie_margin, number=number), width=width, soft_wrap=False)
     console.print(metrics_table(metrics, names), width=width, soft_wrap=False)
     if settings.judge_function is None:
-        say("judged by the reward model that PPO was trained against: a check of training, not of quality")
+        say("judged by a reward model: where PPO was trained against it, this is a check of training, not of quality")
 
 
 def _undecided(metrics: dict[str, float], settings: EvaluateSettings) -> str | None:

@@ -45,7 +45,7 @@ def metrics_table(metrics: Mapping[str, float], names: tuple[str, str]) -> Table
     table.add_row("policy preferred (ties 1/2)", "", f"{metrics['win_rate']:.1%}")
     table.add_row("  95 % interval", "", interval)
     if "kl_nats" in metrics:
-        table.add_row("KL to baseline, nats per completion", "", f"{metrics['kl_nats']:.1f}")
+        table.add_row("KL to baseline, nats per completion", "", f"{metrics['kl_nats']:z.1f}")
     return table
 
 

@@ -65,15 +65,16 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     source = model_source(context.recipe, start)
     sampling = stage_sampling(context, own_sampling(settings), start)
     style = prompt_style(context.recipe.data, start, load_tokenizer(source))
+    # Data is read first: what is wrong with it is said before models are loaded, whose weights the policy then uses.
+    policy = load_policy(context, start, sampling, style=style, weights=lambda: models.policy())
+    data, skips = load_data(context, policy)
     warn_of_rounding(context, source)
     models, reward_model = _load_models(context, settings, source, sampling)
 
     mixed = partial(autocast, source.device, source.precision)
     with models.reference() as model, mixed():
         check_policy(model, source.path)
-    policy = load_policy(context, start, sampling, style=style, weights=models.policy)
     _say_if_prompted_otherwise(reward_model, style)
-    data, skips = load_data(context, policy)
     processes = ProcessGroup(source.device)
     forward_passes = ForwardPasses(
         models,
