@@ -10,6 +10,7 @@ to the backbone: `layers.0.self_attn.q_proj.lora_A.weight`.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -24,7 +25,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
@@ -120,12 +121,17 @@ def as_named(base: nn.Module) -> Iterator[None]:
     In mixture-of-experts models it would take the layers of shared experts for the fused experts, which have the same
     names.
     """
-    config = vars(base).pop("config", None)
+    config: PretrainedConfig | None = vars(base).get("config")
+    if config is None:
+        yield
+        return
+    nameless = copy.copy(config)
+    vars(nameless)["model_type"] = ""
+    vars(base)["config"] = nameless
     try:
         yield
     finally:
-        if config is not None:
-            vars(base)["config"] = config
+        vars(base)["config"] = config
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:

@@ -44,7 +44,6 @@ def folder(tmp_path: Path) -> Path:
         ["recipe", "show", "r.yaml"],
         ["recipe", "validate", "r.yaml"],
         ["recipe", "schema"],
-        ["run", "r.yaml", "--dry-run", "--set", "ppo.rewards=[{function: 'f.py:f'}]"],
     ],
 )
 def test_commands_that_load_no_model_import_nothing_heavy(folder, arguments):

@@ -176,7 +176,7 @@ def test_a_signal_ends_joining(signum, toy):
     process = toy.start("run", "recipe.yaml", **WHOLE | {"MASTER_PORT": free_port()}, RLHF_JOIN_SECONDS="100")
     assert "is waiting for rank 0" in process.stderr.readline()
     process.send_signal(signum)
-    process.communicate(timeout=10)
+    process.communicate(timeout=100)
     assert process.returncode == (130 if signum == signal.SIGINT else -signal.SIGTERM)
 
 

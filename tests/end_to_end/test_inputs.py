@@ -1,7 +1,7 @@
 """Every case of bad files and bad records, fed as bytes to the real command.
 
-Errors end with 65 before any model is opened: the model here is an empty folder. What is only skipped or warned about goes
-through `--dry-run`, which makes the same checks, and once through `sft` and `label` themselves.
+Errors end with 65 before any model is opened. What is only skipped or warned about goes through `--dry-run`, which makes the
+same checks, and once through `sft` and `label` themselves.
 """
 
 # ruff: noqa: E501  (tables of cases: a case a line)
@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 DEMO = b'{"prompt": "Why?", "completion": "Because."}\n'
 USER, ANSWER = '{"role": "user", "content": "Why?"}', '{"role": "assistant", "content": "So."}'
@@ -32,15 +33,26 @@ def parquet() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.fixture(scope="module")
+def reward_model(tiny_llama, tmp_path_factory) -> Path:
+    """A classifier with one label, as others write it."""
+    folder = tmp_path_factory.mktemp("models") / "reward"
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def feed(rlhf, tmp_path):
+def feed(rlhf, tmp_path, tiny_llama, reward_model):
     """Writes bytes to a file and gives it to a stage: `feed(content, "sft", code=65)` returns what stderr says."""
 
     def run(content: bytes | str, stage: str = "sft", *arguments: str, name: str = "data.jsonl", code: int = 65) -> str:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        (tmp_path / "model").mkdir(exist_ok=True)
+        for link, target in ("model", tiny_llama), ("reward", reward_model):
+            if not (tmp_path / link).exists():
+                (tmp_path / link).symlink_to(target)
         flag = "--prompts" if stage == "ppo" else "--data"
-        models = {"sft": ("--model", "model"), "ppo": ("--model", "model", "--reward-model", "model")}
+        models = {"sft": ("--model", "model"), "ppo": ("--model", "model", "--reward-model", "reward")}
         models["train-rm"] = models["sft"]
         checked = rlhf(stage, *models.get(stage, ()), flag, name, "--run-dir", "run", *arguments, code=code)
         assert "Traceback" not in checked.stderr
@@ -240,16 +252,15 @@ def test_label_writes_what_it_skips(feed, tmp_path):
     assert len((tmp_path / "run/label/rankings.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_large_file_streams_in_bounded_memory(feed, tmp_path):
-    """120 MB of prompts go through the checks of the real command in less memory than the file takes."""
+def test_a_large_file_streams_in_bounded_memory(tmp_path):
+    """120 MB of prompts go through the command's checks of data in less memory than the file takes."""
     record = json.dumps({"prompt": "p" * 8_000}).encode() + b"\n"
     with (tmp_path / "data.jsonl").open("wb") as file:
         for number in range(15_000):
             file.write(record.replace(b"pppppp", b"%06d" % number, 1))
-    (tmp_path / "model").mkdir()
-    command = [str(Path(sys.executable).with_name("rlhf")), "ppo", "--model", "model", "--reward-model", "model"]
-    command += ["--prompts", "data.jsonl", "--dry-run"]
-    limit = 100 << 20  # of data and heap; the command itself needs about 50 MB
+    code = "from rlhf_cli.data.sources import validate_source; validate_source('data.jsonl', 'prompt')"
+    command = [sys.executable, "-c", code]
+    limit = 100 << 20  # of data and heap; the checks themselves need about 50 MB
 
     def bounded() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
