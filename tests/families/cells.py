@@ -126,6 +126,7 @@ def _cell(ended: Ended, folder: Path) -> str:
     path = rf"`?{re.escape(str(folder))}/\S*?(?:model|sft)\b`?"
     reason = re.sub(f"model {path}", "model", reason.removeprefix("error: "))
     # How far two numbers are apart is not the same on all machines.
+    reason = re.sub(r" \(`[\w.]+`\)$", "", reason)  # the setting, where the model is refused before the stage
     return _REFUSED + re.sub(r" \([^()]*differ by [^()]*\)", "", re.sub(path, "the model", reason))
 
 

@@ -247,8 +247,19 @@ def classifier_class(config: PretrainedConfig, path: str) -> type:
     parent = next(base for base in causal.__mro__[1:] if issubclass(base, PreTrainedModel))
     name = re.sub("For[A-Z].*", "ForSequenceClassification", causal.__name__)
     # With another `__module__`, transformers takes it for code of the model's own and does not initialize all buffers.
-    attributes = {"base_model_prefix": causal.base_model_prefix, "__module__": causal.__module__}
+    attributes = {"base_model_prefix": _backbone_name(causal), "__module__": causal.__module__}
     return type(name, (GenericForSequenceClassification, parent), attributes)
+
+
+def _backbone_name(causal: type[PreTrainedModel]) -> str:
+    """Return the attribute of a language model that holds its backbone, under which its weights are stored.
+
+    It is `base_model_prefix`, but for Llama 4, whose weights are under `model`.
+    """
+    tied = getattr(causal, "_tied_weights_keys", None)
+    embeddings = next(iter(tied.values()), "") if isinstance(tied, dict) else ""
+    first, _, rest = embeddings.partition(".")
+    return first if "." in rest else causal.base_model_prefix
 
 
 def head_of(classifier: PreTrainedModel, path: str) -> nn.Linear:
