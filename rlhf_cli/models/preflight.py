@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -36,6 +36,7 @@ from rlhf_cli.models.reward_model.files import (
     read_reward_config,
     refuse_adapter_as_start,
 )
+from rlhf_cli.models.role import ModelRole
 from rlhf_cli.models.stored_weights import read_stored_weights, stored_heads
 from rlhf_cli.models.third_party import reading
 from rlhf_cli.models.tokenizer import TOKENIZER_FILES
@@ -46,9 +47,6 @@ from rlhf_cli.models.weight_loading import (
     open_weights,
     read_generation_config,
 )
-
-Role = Literal["policy", "judge", "reward model", "start of a reward model"]
-"""What a run uses a model for. A policy writes text, a judge compares two, a reward model has a head with one label."""
 
 T = TypeVar("T")
 
@@ -62,14 +60,14 @@ class ModelUse:
 
     Attributes:
         source: where it comes from.
-        role: see `Role`.
+        role: see `ModelRole`.
         template: of plain-text prompts: None, "chat" or text around `{prompt}`; "auto" is the model's own.
         template_kwargs: arguments of the chat template.
         max_new_tokens: longest completion that is drawn from it; None if none is.
     """
 
     source: ModelSource
-    role: Role
+    role: ModelRole
     template: str | None = "auto"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
@@ -132,15 +130,8 @@ def _check_weights(use: ModelUse, config: PretrainedConfig, reward: RewardModelC
     """
     source = use.source
     is_policy = use.role in ("policy", "judge")
-    if use.role == "judge" and config.is_encoder_decoder:
-        raise ModelError(
-            f"`{source.path}` is an encoder-decoder model, which cannot be a judge",
-            hint="use a decoder-only language model, such as SmolLM2, Llama or Qwen",
-        )
+    kind = check_architecture(config, use.role, source.path)
     if not _are_here(source):
-        if not is_policy:
-            check_reward_config(config, source.path)
-        kind = policy_class(config, source.path) if is_policy else classifier_class(config, source.path)
         empty_model(kind, source, config)
     elif is_policy:
         check_policy(source)
@@ -150,6 +141,28 @@ def _check_weights(use: ModelUse, config: PretrainedConfig, reward: RewardModelC
         _check_peft_folder(source)
         if use.role == "reward model":
             check_has_head(has_head or reward is not None, source.path)
+
+
+def check_architecture(config: PretrainedConfig, role: ModelRole, path: str) -> type:
+    """Return the class of a model in a role; its configuration alone decides.
+
+    Args:
+        config: of the model.
+        role: what the run uses it for.
+        path: folder or hub id, for messages.
+
+    Raises:
+        ModelError: no model of this architecture can have the role.
+    """
+    if role == "judge" and config.is_encoder_decoder:
+        raise ModelError(
+            f"`{path}` is an encoder-decoder model, which cannot be a judge",
+            hint="use a decoder-only language model, such as SmolLM2, Llama or Qwen",
+        )
+    if role in ("policy", "judge"):
+        return policy_class(config, path)
+    check_reward_config(config, path)
+    return classifier_class(config, path)
 
 
 def _check_peft_folder(source: ModelSource) -> None:

@@ -20,16 +20,17 @@ from transformers import (
 )
 
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.preflight import Findings, ModelUse, Role, check_model
+from rlhf_cli.models.preflight import Findings, ModelUse, check_model
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.role import ModelRole
 from rlhf_cli.settings.shared import LoraSettings
 
 
-def check(folder: Path, role: Role = "policy", **use) -> Findings:
+def check(folder: Path, role: ModelRole = "policy", **use) -> Findings:
     return check_model(ModelUse(ModelSource(str(folder)), role, **use))
 
 
-def errors(folder: Path, role: Role = "policy", **use) -> list[str]:
+def errors(folder: Path, role: ModelRole = "policy", **use) -> list[str]:
     found = check(folder, role, **use)
     assert all(error.hint for error in found.errors)
     return [error.message for error in found.errors]
