@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
+from rlhf_cli.errors import ModelError
+from rlhf_cli.pipeline.preflight import check_models_of_run
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.inputs import Input
 from tests.models.test_remote_code import own
 
 __all__ = ["own"]
@@ -21,11 +24,11 @@ def dry_run(rlhf_here, tmp_path: Path):
     preference = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
     (tmp_path / "sft.jsonl").write_text(f"{json.dumps(demonstration)}\n" * 8)
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(preference)}\n" * 8)
-    (tmp_path / "recipe.yaml").write_text("name: mine\nsft: {data: sft.jsonl}\ntrain_rm: {data: pairs.jsonl}\n")
+    (tmp_path / "recipe.yaml").write_text("sft: {data: sft.jsonl}\ntrain_rm: {data: pairs.jsonl}\n")
 
-    def run(model: Path, *settings: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
+    def run(model: Path | str, *settings: str) -> tuple[int, str]:
         given = [part for one in (f"model.path={model}", *settings) for part in ("--set", one)]
-        return rlhf_here("run", "recipe.yaml", "--dry-run", *options, *given)
+        return rlhf_here("run", "recipe.yaml", "--dry-run", *given)
 
     return run
 
@@ -50,9 +53,21 @@ def test_an_architecture_of_the_models_own_code_is_refused_before_it_is_fine_tun
     assert dry_run(own, *trusted, "train_rm=null")[0] == 0
 
 
-def test_an_artifact_that_no_stage_writes_is_looked_at_itself(dry_run, tmp_path, tiny_llama, tiny_t5):
-    assert dry_run(tiny_llama)[0] == 0
-    shutil.copytree(tiny_t5, tmp_path / "runs" / "mine" / "sft")
-    code, said = dry_run(tiny_llama, options=("--from", "train-rm"))
-    assert code == 65, said
-    assert "mine/sft` is a t5 model; an encoder-decoder cannot be a reward model" in said
+def test_an_artifact_that_no_stage_writes_is_looked_at_itself(tiny_llama, tiny_t5):
+    recipe = Recipe.model_validate({"model": {"path": str(tiny_llama)}})
+
+    def given(folder: Path) -> list[Input]:
+        base = Input("model", str(tiny_llama), "model.path", matters=False, role="policy")
+        return [base, Input("artifact", str(folder), upstream="sft", role="start of a reward model")]
+
+    check_models_of_run(recipe, given(tiny_llama))
+    with pytest.raises(ModelError, match="tiny-t5` is a t5 model; an encoder-decoder cannot be a reward model"):
+        check_models_of_run(recipe, given(tiny_t5))
+
+
+def test_two_revisions_of_one_model_are_refused(dry_run):
+    code, said = dry_run("acme/tiny@main", "model.revision=" + "c" * 40)
+    assert code == 2
+    assert "`model.path: acme/tiny@main` names the revision `main`, and `model.revision` is `ccc" in said
+    assert "set `model.path` to `acme/tiny`" in said
+    assert "names the revision" not in dry_run("acme/tiny@main", "model.revision=main")[1]
