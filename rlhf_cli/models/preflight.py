@@ -1,15 +1,19 @@
 """Checks of a model before the first stage runs: its files, names and shapes of its weights, tokenizer and template.
 
-Only small files and the headers of weight files are read, and models are built without weights, so a model takes about
-a second. The checks are those of loading, asked early and all together, and some that loading cannot make.
+Small files and the headers of weight files are read, and models are built without weights, so a model takes about a
+second. Only the base of an adapter whose training recorded its sha256 is read whole, which takes one to two seconds for
+a gigabyte. The checks are those of loading, asked early and all together, and some that loading cannot make. Weights
+that must be downloaded first are checked when a stage loads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub import constants
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
@@ -26,8 +30,10 @@ from rlhf_cli.models.loading import (
     own_code,
     policy_class,
 )
+from rlhf_cli.models.lora import read_adapter
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.peft_merging import check_fits
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER
 from rlhf_cli.models.reward_model.classifier import check_classifier, check_reward_config, classifier_class
 from rlhf_cli.models.reward_model.files import (
     RewardModelConfig,
@@ -37,7 +43,7 @@ from rlhf_cli.models.reward_model.files import (
     refuse_adapter_as_start,
 )
 from rlhf_cli.models.role import ModelRole
-from rlhf_cli.models.stored_weights import read_stored_weights, stored_heads
+from rlhf_cli.models.stored_weights import MissingWeightsError, stored_heads, weight_files
 from rlhf_cli.models.third_party import reading
 from rlhf_cli.models.tokenizer import TOKENIZER_FILES
 from rlhf_cli.models.weight_loading import (
@@ -183,13 +189,16 @@ def _check_peft_folder(source: ModelSource) -> None:
 
 
 def _are_here(source: ModelSource) -> bool:
-    """Whether the weights of a model are on this machine, or should be: those of a folder."""
-    if hub_model(source.path, source.revision) is None:
+    """Whether the weights of a model are on this machine, or must be: those of a folder, and all without the hub."""
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        return _are_here(base_of(adapter, source))
+    if hub_model(source.path, source.revision) is None or constants.HF_HUB_OFFLINE:
         return True
     try:
-        return bool(read_stored_weights(source.folder))
-    except ModelError:
+        weight_files(source.folder)
+    except MissingWeightsError:  # downloaded, and then checked, when a stage loads the model
         return False
+    return True
 
 
 def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelConfig) -> None:
@@ -208,6 +217,8 @@ def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelCon
         return
     if _are_here(base):
         found.attempt(check_classifier, base)
+    if not found.errors:
+        found.attempt(_check_adapter_fits, base, source.folder / ADAPTER_FOLDER)
     width = config.get_text_config(decoder=True).hidden_size
     if width != reward.hidden_size:
         found.errors.append(
@@ -220,6 +231,13 @@ def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelCon
     tokenizer = found.attempt(load_tokenizer, base)
     if tokenizer is not None:
         _check_text(found, use, config, tokenizer, reward)
+
+
+def _check_adapter_fits(base: ModelSource, folder: Path) -> None:
+    """Check that the layers of a reward model's adapter are layers of its base; raises `ModelError`."""
+    config = load_config(base)
+    config.num_labels = 1
+    read_adapter(empty_model(classifier_class(config, base.path), base, config), folder)
 
 
 def check_token_ids(config: PretrainedConfig, path: str) -> None:
