@@ -81,7 +81,7 @@ def check_models_of_run(recipe: Recipe, inputs: Sequence[Input]) -> None:
         for error in found:
             message = f"{error.message} (`{members[0].setting}`)"
             errors[error.message] = type(error)(message, hint=error.hint)
-    raise_all(list((_check_descendants(recipe, inputs) | errors).values()))
+    raise_all(list((_check_descendants(recipe, inputs) | _check_critics(inputs) | errors).values()))
 
 
 def _check_descendants(recipe: Recipe, inputs: Sequence[Input]) -> dict[str, RLHFError]:
@@ -108,6 +108,20 @@ def _check_descendants(recipe: Recipe, inputs: Sequence[Input]) -> dict[str, RLH
         except RLHFError as error:
             message = f"{error.message} (the output of `{given.upstream}` is used as {given.role})"
             errors[error.message] = type(error)(message, hint=error.hint)
+    return errors
+
+
+def _check_critics(inputs: Sequence[Input]) -> dict[str, RLHFError]:
+    """Return, by message, what is wrong with saved critics."""
+    from rlhf_cli.stages.ppo.critic import check_saved_critic  # imports torch, which the stages need anyway
+
+    errors: dict[str, RLHFError] = {}
+    for given in inputs:
+        if given.kind == "critic":
+            try:
+                check_saved_critic(Path(given.source))
+            except RLHFError as error:
+                errors[error.message] = type(error)(f"{error.message} (`{given.setting}`)", hint=error.hint)
     return errors
 
 
