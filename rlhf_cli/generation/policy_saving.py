@@ -91,7 +91,7 @@ def save_policy(
         base = AdapterBase(
             path=relative_base(path, folder) if adapter.has_base else None,
             revision=commit,
-            sha256=hash_weights(str(source.folder_with_weights)),
+            sha256=hash_weights(path),
             dtype=str(base_dtype).removeprefix("torch."),
             quantize=quantize,
         )

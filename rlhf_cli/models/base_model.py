@@ -1,8 +1,8 @@
 """The base model of a saved adapter: where it is, and whether it still is the one that the adapter was trained on.
 
 An adapter is only meaningful on the weights it was trained on. Its folder names them by path or hub id and by the
-sha256 of their files. Hashing reads every byte, which takes about a second for a gigabyte, and once per process and
-file. A check of headers or samples alone would miss weights that differ in few places.
+sha256 of their files. Hashing reads every byte, which takes one to two seconds for a gigabyte, once per file, in the
+main process alone. A check of headers or samples alone would miss weights that differ in few places.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import hash_file
 from rlhf_cli.models.peft_folder import find_peft_folder
@@ -53,7 +54,7 @@ def locate_base(base: str, file: Path) -> str:
 
 
 def check_base(path: str, sha256: str | None, file: Path) -> None:
-    """Check that a base is the one that an adapter was trained on.
+    """Check, in the main process, that a base is the one that an adapter was trained on; the others rely on it.
 
     Args:
         path: folder or hub id of the base; on the hub, the revision identifies it.
@@ -63,7 +64,7 @@ def check_base(path: str, sha256: str | None, file: Path) -> None:
     Raises:
         ModelError: its weights are others.
     """
-    if sha256 is None or (found := hash_weights(path)) is None or found == sha256:
+    if sha256 is None or not is_main() or (found := hash_weights(path)) is None or found == sha256:
         return
     raise ModelError(
         f"{file.parent} was trained on other weights than those that are now in {path} (sha256 {sha256[:12]} then, "

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import re
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.stored_weights import ADAPTER, MODEL, PICKLED, MissingWeightsError, weight_files
 from rlhf_cli.progress import interactive, warn
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
@@ -123,12 +126,25 @@ def commit_of(model: HubModel) -> str:
     return download(model, with_weights=False).name
 
 
+def known_commit(model: HubModel) -> str | None:
+    """Return the commit that the revision of a model stands for; None if the hub's cache does not say it, and the hub
+    cannot be asked."""
+    try:
+        return _cached_commit(model) or commit_of(model)
+    except ModelError:
+        return None
+
+
 def _cached_commit(model: HubModel) -> str | None:
     """Return the commit that the revision of a model stands for in the hub's cache; None if it is not there."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    found = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    storage = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=model.id, repo_type="model"))
+    revision = model.revision or "main"
+    reference = storage / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    return commit if commit and (storage / "snapshots" / commit).is_dir() else None
 
 
 @cache
@@ -138,9 +154,11 @@ def download(model: HubModel, *, with_weights: bool) -> Path:
     The commit in the cache is read where there is one, so that a run that resumes, or a rerun, reads the same model.
 
     Raises:
-        ModelError: the model does not exist, or is neither cached nor downloadable.
+        ModelError: the model does not exist, is neither cached nor downloadable, or has pickled weights alone.
     """
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import disable_progress_bars
 
     if not interactive():
@@ -151,20 +169,57 @@ def download(model: HubModel, *, with_weights: bool) -> Path:
     try:
         if not constants.HF_HUB_OFFLINE and not with_weights:
             # `snapshot_download` may wait for ever.
-            HfApi().model_info(model.id, revision=revision, timeout=REPLY_SECONDS)
-        return Path(fetch(revision=revision))
-    except Exception as error:  # of an HTTP library that differs between versions of huggingface_hub
-        with contextlib.suppress(Exception):
+            found = HfApi().model_info(model.id, revision=revision, timeout=REPLY_SECONDS)
+            _check_not_pickled(model, [file.rfilename for file in found.siblings or ()])
+        folder = Path(fetch(revision=revision))
+    except (
+        OSError,
+        HTTPError,
+        HFValidationError,
+        RuntimeError,
+    ) as error:  # RuntimeError: of hf_xet, such as a full disk
+        with contextlib.suppress(OSError):
             folder = Path(fetch(revision=revision, local_files_only=True))
-            warn(f"{model.id} is read from the hub's cache, commit {folder.name}: {_reason(error)}")
-            return folder
+            if not with_weights or _has_weights(folder):
+                warn(f"{model.id} is read from the hub's cache, commit {folder.name}: {_reason(error)}")
+                return folder
         raise _failed(model, error) from error
+    if with_weights and constants.HF_HUB_OFFLINE and not _has_weights(folder):
+        raise ModelError(
+            f"`{model.id}`: its weights are not in the hub's cache, {folder}, or not all of them",
+            hint="HF_HUB_OFFLINE is set: unset it to download them, or give a folder",
+        )
+    return folder
 
 
-def forget() -> None:
-    """Forget which commits were found, as a new process does."""
-    commit_of.cache_clear()
-    download.cache_clear()
+def _has_weights(folder: Path) -> bool:
+    """Whether the weight files of a model are in a folder, or damaged, or pickled; reading them says which."""
+    try:
+        weight_files(folder, ADAPTER if (folder / "adapter_config.json").is_file() else MODEL)
+    except MissingWeightsError:
+        return False
+    except ModelError:
+        return True
+    return True
+
+
+def _check_not_pickled(model: HubModel, files: Iterable[str]) -> None:
+    """Raise `ModelError` for a repository whose weights are pickles and nothing else.
+
+    Args:
+        model: on the hub.
+        files: paths of its files.
+    """
+    files = list(files)
+    pickles = sorted(name for pattern in PICKLED.values() for name in fnmatch.filter(files, pattern))
+    if not pickles or any(name.endswith(".safetensors") for name in files):
+        return
+    revision = f" --revision {model.revision}" if model.revision is not None else ""
+    raise ModelError(
+        f"`{model.id}` has its weights only as pickles, such as {pickles[0]}, which can run code when they are read",
+        hint=f"download it with `hf download {model.id}{revision} --local-dir FOLDER` and give FOLDER: the error then "
+        "says how to convert it, if you trust it; or ask its owner for safetensors",
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -331,7 +331,9 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str = "
             weight.copy_(state[key])
 
 
-def save_adapter(model: nn.Module, folder: Path, name: str = "default", *, base: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, folder: Path, name: str = "default", *, base: str | None = None, revision: str | None = None
+) -> None:
     """Write an adapter in PEFT's format, for `PeftModel.from_pretrained(model_of_the_same_class, folder)`.
 
     Args:
@@ -339,10 +341,11 @@ def save_adapter(model: nn.Module, folder: Path, name: str = "default", *, base:
         folder: created if it does not exist.
         name: of the adapter.
         base: path or hub id of the base model, recorded in the adapter's configuration.
+        revision: of a base on the hub, recorded there too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: LoraConfig = backbone(model).peft_config[name]  # type: ignore[index,assignment]
-    content = config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    content = config.to_dict() | {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     content["target_modules"] = sorted(content["target_modules"])
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -476,7 +479,10 @@ def _relative_key(key: str, base_keys: set[str], folder: Path) -> str:
     for start in range(len(parts) - 2):
         if ".".join(part for part in parts[start:-2] if f".{part}" != _WRAPPED) in base_keys:
             return ".".join(parts[start:])
-    raise ModelError(f"the adapter in {folder} does not fit the model: the model has no layer for `{key}`")
+    raise ModelError(
+        f"the adapter in {folder} does not fit the model: the model has no layer for `{key}`",
+        hint="give the model that the adapter was trained on",
+    )
 
 
 def merge_lora(model: nn.Module, name: str = "default", *, dtype: torch.dtype | None = None) -> None:

@@ -66,9 +66,11 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
     try:
         config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         kind = str(config["peft_type"])
-        recorded = folder / _BASE_FILE
-        sha256 = json.loads(recorded.read_text(encoding="utf-8"))["sha256"] if recorded.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        recorded: dict[str, Any] = {}
+        if (folder / _BASE_FILE).is_file():
+            recorded = json.loads((folder / _BASE_FILE).read_text(encoding="utf-8"))
+        revision, sha256 = config.get("revision") or recorded.get("revision"), recorded.get("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / _CONFIG} is damaged: {error}", hint="save the adapter again with PEFT") from error
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
@@ -80,7 +82,7 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
             f"`{path}` is a PEFT adapter of kind {kind}, which cannot be merged into the weights of a model",
             hint="give a model or an adapter of weights, such as LoRA",
         )
-    return PeftFolder(folder, _find_base(folder, config), config.get("revision"), sha256)
+    return PeftFolder(folder, _find_base(folder, config), revision, sha256)
 
 
 def _find_base(folder: Path, config: Mapping[str, Any]) -> str:

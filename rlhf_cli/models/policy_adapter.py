@@ -58,7 +58,7 @@ def save_policy_adapter(model: nn.Module, folder: Path, name: str, base: Adapter
         base_folder: folder of the base; need not exist.
     """
     target = folder / ADAPTER_FOLDER
-    save_adapter(model, target, name, base=base.path)
+    save_adapter(model, target, name, base=base.path, revision=base.revision)
     text = json.dumps(asdict(base), indent=2, ensure_ascii=False)
     (target / _BASE_FILE).write_text(text + "\n", encoding="utf-8")
     if has_policy_adapter(base_folder):
@@ -101,15 +101,16 @@ def separate_adapters(model: nn.Module, folder: Path) -> None:
     cast_weights(model, dtype)
 
 
-def relative_base(path: str, final: Path) -> str:
+def relative_base(path: str, final: Path, *, depth: int = 1) -> str:
     """Name a base in the same run directory by a relative path, so that the run can be moved; others unchanged.
 
     Args:
         path: folder or hub id of the base.
         final: folder of the model that names it.
+        depth: of that folder below the run directory: 1 for `sft`, 2 for `ppo/critic`.
     """
     base = Path(path)
     if not base.is_dir():
         return path
     base, final = base.resolve(), final.resolve()
-    return os.path.relpath(base, final) if final.parent in base.parents else str(base)
+    return os.path.relpath(base, final) if final.parents[depth - 1] in base.parents else str(base)

@@ -1,15 +1,19 @@
 """Checks of a model before the first stage runs: its files, names and shapes of its weights, tokenizer and template.
 
-Only small files and the headers of weight files are read, and models are built without weights, so a model takes about
-a second. The checks are those of loading, asked early and all together, and some that loading cannot make.
+Small files and the headers of weight files are read, and models are built without weights, so a model takes about a
+second. Only the base of an adapter whose training recorded its sha256 is read whole, which takes one to two seconds for
+a gigabyte. The checks are those of loading, asked early and all together, and some that loading cannot make. Weights
+that must be downloaded first are checked when a stage loads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+from huggingface_hub import constants
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
@@ -26,8 +30,10 @@ from rlhf_cli.models.loading import (
     own_code,
     policy_class,
 )
+from rlhf_cli.models.lora import read_adapter
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.peft_merging import check_fits
+from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER
 from rlhf_cli.models.reward_model.classifier import check_classifier, check_reward_config, classifier_class
 from rlhf_cli.models.reward_model.files import (
     RewardModelConfig,
@@ -36,7 +42,8 @@ from rlhf_cli.models.reward_model.files import (
     read_reward_config,
     refuse_adapter_as_start,
 )
-from rlhf_cli.models.stored_weights import read_stored_weights, stored_heads
+from rlhf_cli.models.role import ModelRole
+from rlhf_cli.models.stored_weights import MissingWeightsError, stored_heads, weight_files
 from rlhf_cli.models.third_party import reading
 from rlhf_cli.models.tokenizer import TOKENIZER_FILES
 from rlhf_cli.models.weight_loading import (
@@ -46,9 +53,6 @@ from rlhf_cli.models.weight_loading import (
     open_weights,
     read_generation_config,
 )
-
-Role = Literal["policy", "judge", "reward model", "start of a reward model"]
-"""What a run uses a model for. A policy writes text, a judge compares two, a reward model has a head with one label."""
 
 T = TypeVar("T")
 
@@ -62,14 +66,14 @@ class ModelUse:
 
     Attributes:
         source: where it comes from.
-        role: see `Role`.
+        role: see `ModelRole`.
         template: of plain-text prompts: None, "chat" or text around `{prompt}`; "auto" is the model's own.
         template_kwargs: arguments of the chat template.
         max_new_tokens: longest completion that is drawn from it; None if none is.
     """
 
     source: ModelSource
-    role: Role
+    role: ModelRole
     template: str | None = "auto"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
@@ -132,15 +136,8 @@ def _check_weights(use: ModelUse, config: PretrainedConfig, reward: RewardModelC
     """
     source = use.source
     is_policy = use.role in ("policy", "judge")
-    if use.role == "judge" and config.is_encoder_decoder:
-        raise ModelError(
-            f"`{source.path}` is an encoder-decoder model, which cannot be a judge",
-            hint="use a decoder-only language model, such as SmolLM2, Llama or Qwen",
-        )
+    kind = check_architecture(config, use.role, source.path)
     if not _are_here(source):
-        if not is_policy:
-            check_reward_config(config, source.path)
-        kind = policy_class(config, source.path) if is_policy else classifier_class(config, source.path)
         empty_model(kind, source, config)
     elif is_policy:
         check_policy(source)
@@ -150,6 +147,28 @@ def _check_weights(use: ModelUse, config: PretrainedConfig, reward: RewardModelC
         _check_peft_folder(source)
         if use.role == "reward model":
             check_has_head(has_head or reward is not None, source.path)
+
+
+def check_architecture(config: PretrainedConfig, role: ModelRole, path: str) -> type:
+    """Return the class of a model in a role; its configuration alone decides.
+
+    Args:
+        config: of the model.
+        role: what the run uses it for.
+        path: folder or hub id, for messages.
+
+    Raises:
+        ModelError: no model of this architecture can have the role.
+    """
+    if role == "judge" and config.is_encoder_decoder:
+        raise ModelError(
+            f"`{path}` is an encoder-decoder model, which cannot be a judge",
+            hint="use a decoder-only language model, such as SmolLM2, Llama or Qwen",
+        )
+    if role in ("policy", "judge"):
+        return policy_class(config, path)
+    check_reward_config(config, path)
+    return classifier_class(config, path)
 
 
 def _check_peft_folder(source: ModelSource) -> None:
@@ -170,13 +189,16 @@ def _check_peft_folder(source: ModelSource) -> None:
 
 
 def _are_here(source: ModelSource) -> bool:
-    """Whether the weights of a model are on this machine, or should be: those of a folder."""
-    if hub_model(source.path, source.revision) is None:
+    """Whether the weights of a model are on this machine, or must be: those of a folder, and all without the hub."""
+    if (adapter := find_peft_folder(source.path, source.revision)) is not None:
+        return _are_here(base_of(adapter, source))
+    if hub_model(source.path, source.revision) is None or constants.HF_HUB_OFFLINE:
         return True
     try:
-        return bool(read_stored_weights(source.folder))
-    except ModelError:
+        weight_files(source.folder)
+    except MissingWeightsError:  # downloaded, and then checked, when a stage loads the model
         return False
+    return True
 
 
 def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelConfig) -> None:
@@ -195,6 +217,8 @@ def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelCon
         return
     if _are_here(base):
         found.attempt(check_classifier, base)
+    if not found.errors:
+        found.attempt(_check_adapter_fits, base, source.folder / ADAPTER_FOLDER)
     width = config.get_text_config(decoder=True).hidden_size
     if width != reward.hidden_size:
         found.errors.append(
@@ -207,6 +231,13 @@ def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelCon
     tokenizer = found.attempt(load_tokenizer, base)
     if tokenizer is not None:
         _check_text(found, use, config, tokenizer, reward)
+
+
+def _check_adapter_fits(base: ModelSource, folder: Path) -> None:
+    """Check that the layers of a reward model's adapter are layers of its base; raises `ModelError`."""
+    config = load_config(base)
+    config.num_labels = 1
+    read_adapter(empty_model(classifier_class(config, base.path), base, config), folder)
 
 
 def check_token_ids(config: PretrainedConfig, path: str) -> None:

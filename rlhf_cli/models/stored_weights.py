@@ -23,6 +23,10 @@ _LONGEST_HEADER = 100_000_000
 _LFS = b"version https://git-lfs"
 
 
+class MissingWeightsError(ModelError):
+    """There is no weight file, or a shard is missing: a download brings what is not there."""
+
+
 @dataclass(frozen=True)
 class StoredWeight:
     """One tensor of a weight file.
@@ -56,7 +60,8 @@ def weight_files(folder: Path, stem: str = MODEL) -> list[Path]:
     """Return the safetensors files of a folder: one file, or the shards that the index lists, as transformers does.
 
     Raises:
-        ModelError: there are none, or a shard is missing.
+        MissingWeightsError: there are none, or a shard is missing.
+        ModelError: the index is damaged, or the weights are pickled.
     """
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if whole.is_file():
@@ -69,7 +74,7 @@ def weight_files(folder: Path, stem: str = MODEL) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is damaged: {error}", hint=_AGAIN) from error
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ModelError(
+        raise MissingWeightsError(
             f"{folder}: {len(missing):,} of the {len(files):,} files that {index.name} lists are missing, such as "
             f"{missing[0]}",
             hint=_AGAIN,
@@ -128,12 +133,13 @@ _CONVERT = (
     "w = {k: v.clone() for f in sorted(glob.glob(%s)) for k, v in torch.load(f, weights_only=True).items()}; "
     'save_file(w, %s, metadata={"format": "pt"})'
 )
-_PICKLED = {MODEL: "pytorch_model*.bin", ADAPTER: "adapter_model.bin"}
+PICKLED = {MODEL: "pytorch_model*.bin", ADAPTER: "adapter_model.bin"}
+"""Names of pickled weight files."""
 
 
 def _no_weights(folder: Path, stem: str) -> ModelError:
     """Return the error for a folder without safetensors, with a way out if its weights are pickled."""
-    pattern = _PICKLED[stem]
+    pattern = PICKLED[stem]
     if list(folder.glob(pattern)):
         code = _CONVERT % tuple(json.dumps(str(folder / name)) for name in (pattern, f"{stem}.safetensors"))
         return ModelError(
@@ -142,7 +148,7 @@ def _no_weights(folder: Path, stem: str) -> ModelError:
         )
     others = sorted(file.name for kind in ("*.safetensors", "*.gguf", "*.pth", "*.pt") for file in folder.glob(kind))
     found = f"; it has {', '.join(others[:3])}, which transformers does not load" if others else ""
-    return ModelError(
+    return MissingWeightsError(
         f"{folder} holds no weights: there is no {stem}.safetensors{found}",
         hint="give a folder that `save_pretrained` wrote, with all of its files",
     )

@@ -1,7 +1,7 @@
 """Read what was written to a model folder back, and compare it with what was in memory.
 
-The policy's logits are compared in `generation.policy_saving`, rewards in `models.reward_model.saving`. Here are the
-parts that all models have: the tokenizer with its chat template, the dtype of the weights, and the adapter.
+The policy's logits are compared in `generation.policy_saving`, rewards in `models.reward_model.verification`. Here
+are the parts that all models have: the tokenizer with its chat template, the dtype of the weights, and the adapter.
 """
 
 from __future__ import annotations

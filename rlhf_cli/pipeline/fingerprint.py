@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.files import hash_file, hash_folder
-from rlhf_cli.models.hub import hub_model
+from rlhf_cli.models.hub import hub_model, known_commit
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity
 from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, check_model, function_file
 from rlhf_cli.pipeline.run_directory import RunDirectory
@@ -88,18 +88,35 @@ class Digests:
             check_critic(given.source, given.setting)
             return hash_folder(Path(given.source))
         check_model(given.source, given.setting)
-        return _hash_model(given.source)
+        return hash_model(given.source)
 
 
-def _hash_model(path: str) -> str:
-    """sha256 of a model folder; of a PEFT adapter with its base, which is part of the model."""
+def hash_model(path: str, revision: str | None = None) -> str:
+    """sha256 of a model folder; of a PEFT adapter with its base, which is part of the model.
+
+    A model on the hub is identified by its revision and the commit that this stands for, if that is known.
+    """
     from rlhf_cli.models.peft_folder import find_peft_folder
 
-    if (model := hub_model(path)) is not None:
-        return f"hub:{model.id}@{model.revision or 'main'}"
+    if (model := hub_model(path, revision)) is not None:
+        commit = known_commit(model)
+        return f"hub:{model.id}@{model.revision or 'main'}{'' if commit is None else f' {commit}'}"
     if (adapter := find_peft_folder(path)) is None:
         return hash_folder(Path(path))
-    return f"{hash_folder(Path(path))} on {_hash_model(adapter.base)}@{adapter.base_revision or 'main'}"
+    return f"{hash_folder(Path(path))} on {hash_model(adapter.base, adapter.base_revision)}"
+
+
+def recall_commits(what: Identity, earlier: Identity | None) -> Identity:
+    """Return an identity in which commits of the hub that are not known now are those of an earlier identity.
+
+    Without the hub and its cache, a finished stage remains finished.
+    """
+    recorded = {} if earlier is None else earlier.get("inputs", {})
+    inputs = {
+        name: recorded[name] if "hub:" in digest and recorded.get(name, "").startswith(f"{digest} ") else digest
+        for name, digest in what["inputs"].items()
+    }
+    return {**what, "inputs": inputs}
 
 
 def identity(stage: Stage, recipe: Recipe, inputs: StageInputs, digests: Digests, pending: frozenset[str]) -> Identity:

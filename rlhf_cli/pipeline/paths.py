@@ -39,8 +39,16 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
 
 
 def _with_revision(name: str, revision: str | None) -> str:
-    is_on_hub = revision is not None and "@" not in name and not Path(name).exists()
-    return f"{name}@{revision}" if is_on_hub else name
+    """Put the revision of a model on the hub into its name; raises `UsageError` if the name has another."""
+    if revision is None or Path(name).exists():
+        return name
+    model, _, named = name.partition("@")
+    if named and named != revision:
+        raise UsageError(
+            f"`model.path: {name}` names the revision `{named}`, and `model.revision` is `{revision}`",
+            hint=f"set `model.path` to `{model}`, or remove `model.revision`",
+        )
+    return f"{model}@{revision}"
 
 
 def _put(plain: Any, key_path: KeyPath, value: str | list[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_cli.errors import ChangedInputsError, DataError, UsageError
-from rlhf_cli.pipeline.fingerprint import PENDING, Digests, differences, fingerprint, identity
+from rlhf_cli.pipeline.fingerprint import PENDING, Digests, differences, fingerprint, identity, recall_commits
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest
 from rlhf_cli.pipeline.paths import check_models
 from rlhf_cli.pipeline.run_directory import RunDirectory
@@ -216,11 +216,13 @@ class Planner:
         what = identity(stage, self._recipe, inputs, self._digests, pending)
         if stage.name in self._force:
             return Step(stage, "run", "forced", inputs, what)
+        what = recall_commits(what, self._finished_identity(stage))
         cached, reason = self._finished(stage, inputs, what)
         if cached is not None:
             return Step(stage, "cached", "unchanged", inputs, what, cached)
         began = self._run.began(stage.name)
         if began is not None:
+            what = recall_commits(what, began)
             self._same_or_refuse(stage, inputs, began, what, changed)
             return Step(stage, "resume", "it was interrupted", inputs, what)
         return Step(stage, "run", reason, inputs, what)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.errors import DataError, RLHFError, UsageError, raise_all
 from rlhf_cli.files import hash_file
 from rlhf_cli.generation.contract import Contract, read_contract, split_of
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.role import ModelRole
 from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, function_file
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import trusts_code
-from rlhf_cli.stages.inputs import Input, ModelRole
+from rlhf_cli.stages.inputs import Input
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -79,7 +81,48 @@ def check_models_of_run(recipe: Recipe, inputs: Sequence[Input]) -> None:
         for error in found:
             message = f"{error.message} (`{members[0].setting}`)"
             errors[error.message] = type(error)(message, hint=error.hint)
-    raise_all(list(errors.values()))
+    raise_all(list((_check_descendants(recipe, inputs) | _check_critics(inputs) | errors).values()))
+
+
+def _check_descendants(recipe: Recipe, inputs: Sequence[Input]) -> dict[str, RLHFError]:
+    """Return, by message, why what `sft` makes of `model.path` cannot have the roles that later stages give it.
+
+    Training keeps the architecture, so that of `model.path` decides before there is an artifact. An artifact that is
+    there already, and that no stage of this run writes, is looked at itself.
+    """
+    from rlhf_cli.models.loading import ModelSource, load_config
+    from rlhf_cli.models.preflight import check_architecture
+
+    is_written = any(one.setting == "model.path" and one.matters for one in inputs)
+    errors: dict[str, RLHFError] = {}
+    for given in inputs:
+        # That `model.path` can be a policy is checked for `sft`.
+        if given.kind != "artifact" or given.role in (None, "policy"):
+            continue
+        source = recipe.model.path if is_written else given.source
+        if source is None or (not is_written and not Path(source).is_dir()):  # made by `model.build`
+            continue
+        try:
+            config = load_config(ModelSource(source, trust_remote_code=trusts_code(recipe, source)))
+            check_architecture(config, given.role, source)
+        except RLHFError as error:
+            message = f"{error.message} (the output of `{given.upstream}` is used as {given.role})"
+            errors[error.message] = type(error)(message, hint=error.hint)
+    return errors
+
+
+def _check_critics(inputs: Sequence[Input]) -> dict[str, RLHFError]:
+    """Return, by message, what is wrong with saved critics."""
+    from rlhf_cli.stages.ppo.critic import check_saved_critic  # imports torch, which the stages need anyway
+
+    errors: dict[str, RLHFError] = {}
+    for given in inputs:
+        if given.kind == "critic":
+            try:
+                check_saved_critic(Path(given.source))
+            except RLHFError as error:
+                errors[error.message] = type(error)(f"{error.message} (`{given.setting}`)", hint=error.hint)
+    return errors
 
 
 def _sections(members: Sequence[Input], inputs: Sequence[Input]) -> list[str]:

@@ -9,10 +9,9 @@ from typing import Any, Literal, Protocol, Self
 
 from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import UsageError
+from rlhf_cli.models.role import ModelRole
 from rlhf_cli.settings.run import RunSettings
 
-ModelRole = Literal["policy", "judge", "reward model", "start of a reward model"]
-"""See `models.preflight.Role`."""
 InputKind = Literal["artifact", "model", "critic", "data", "file", "function", "endpoint", "build"]
 
 

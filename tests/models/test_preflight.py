@@ -20,16 +20,17 @@ from transformers import (
 )
 
 from rlhf_cli.models.loading import ModelSource
-from rlhf_cli.models.preflight import Findings, ModelUse, Role, check_model
+from rlhf_cli.models.preflight import Findings, ModelUse, check_model
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.models.role import ModelRole
 from rlhf_cli.settings.shared import LoraSettings
 
 
-def check(folder: Path, role: Role = "policy", **use) -> Findings:
+def check(folder: Path, role: ModelRole = "policy", **use) -> Findings:
     return check_model(ModelUse(ModelSource(str(folder)), role, **use))
 
 
-def errors(folder: Path, role: Role = "policy", **use) -> list[str]:
+def errors(folder: Path, role: ModelRole = "policy", **use) -> list[str]:
     found = check(folder, role, **use)
     assert all(error.hint for error in found.errors)
     return [error.message for error in found.errors]
@@ -263,7 +264,7 @@ def test_every_file_of_an_adapter_is_needed(trained, file, said):
         ({"target_modules": 7}, "`target_modules` cannot be 7"),
         ({"target_modules": ["layers.0.mlp.up_proj"]}, "does not name"),
         ({"r": None}, "`r` is None"),
-        ({"r": 3}, None),  # found with the weights
+        ({"r": 3}, "says `r` is 3"),
         ({"use_rslora": True}, "only plain LoRA"),
         ({"alora_invocation_tokens": [1]}, "only plain LoRA"),
         ({"task_type": "SEQ_CLS"}, None),
@@ -275,6 +276,13 @@ def test_the_configuration_of_our_adapters_is_checked(trained, fields, said):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     found = errors(folder, "reward model")
     assert found == [] if said is None else said in found[0], found
+
+
+def test_the_layers_of_our_adapters_are_layers_of_their_base(trained):
+    folder = trained(lora=True)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace("layers.1.", "layers.7."): one for name, one in load_file(file).items()}, file)
+    assert any("layers.7" in message for message in errors(folder, "reward model"))
 
 
 def test_labels_of_a_classifier_are_counted_in_its_head(tmp_path, tiny_llama):

@@ -169,15 +169,15 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> No
     with writing("the reward model", folder):
         (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
         if reward_model.is_adapter:
-            _save_adapter(reward_model, folder, base)
+            _save_adapter(reward_model, folder, base, revision)
         else:
             _save_classifier(reward_model, folder)
 
 
-def _save_adapter(reward_model: RewardModel, folder: Path, base: str) -> None:
+def _save_adapter(reward_model: RewardModel, folder: Path, base: str, revision: str | None) -> None:
     head = head_tensors(reward_model)
     require_finite(head | adapter_state(reward_model.model), what="the reward model")
-    save_adapter(reward_model.model, folder / ADAPTER_FOLDER, base=base)
+    save_adapter(reward_model.model, folder / ADAPTER_FOLDER, base=base, revision=revision)
     save_file(head, folder / HEAD_FILE)
     reward_model.format.tokenizer.save_pretrained(str(folder))
 

@@ -7,9 +7,8 @@ A saved critic is a folder with a PEFT adapter or an `AutoModel` folder, `value_
 from __future__ import annotations
 
 import json
-import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,11 +22,13 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.loading import ModelSource, load_config
-from rlhf_cli.models.lora import save_adapter
+from rlhf_cli.models.lora import read_adapter, save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
+from rlhf_cli.models.policy_adapter import relative_base
 from rlhf_cli.models.saving import require_finite, writing
+from rlhf_cli.models.stored_weights import read_header
 from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
-from rlhf_cli.models.weight_loading import load_weights
+from rlhf_cli.models.weight_loading import check_weights, empty_model, load_weights, open_weights
 
 Head = tuple[Tensor, Tensor]
 """Weight (1, d) and bias (1,) of a value head."""
@@ -106,10 +107,10 @@ class AdapterCritic:
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, the head and `critic.json`."""
         base, revision = (None, None) if self._base is None else self._base.pinned
-        base = None if base is None else _relative(base, folder)
+        base = None if base is None else relative_base(base, folder, depth=2)
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
-            save_adapter(self._backbone.model, folder, CRITIC, base=base)
+            save_adapter(self._backbone.model, folder, CRITIC, base=base, revision=revision)
             sha256 = None if self._base is None else hash_weights(self._base.path)
             _save_head(folder, self.value_head, CriticConfig("adapter", base, revision, sha256))
         model = self._backbone.model
@@ -232,6 +233,33 @@ def read_critic_config(folder: Path) -> CriticConfig:
         ) from error
 
 
+def check_saved_critic(folder: Path) -> None:
+    """Check the files of a saved critic: its weights by their headers, its head by its shape, and its base.
+
+    Raises:
+        ModelError: a file is missing or damaged, does not fit the others, or the base is not that of its training.
+    """
+    config, source = read_critic_config(folder), ModelSource(str(folder))
+    shapes = {name: weight.shape for name, weight in read_header(folder / _HEAD).items()}
+    if set(shapes) != {"weight", "bias"} or shapes["weight"][:-1] != (1,) or shapes["bias"] != (1,):
+        raise ModelError(
+            f"{folder / _HEAD} is not a value head, a weight (1, d) and a bias (1,): it holds {shapes}",
+            hint="give the critic of an earlier run, runs/NAME/ppo/critic",
+        )
+    if config.kind == "full":
+        own = load_config(source)
+        check_weights(AutoModel, source, own, shapes=open_weights(source, own).shapes)
+        return
+    if (base := config.base_path(folder)) is None:
+        raise ModelError(
+            f"the critic in {folder} is an adapter, but its {_CONFIG} names no base model",
+            hint="set `base` in it to the folder or hub id of the model that it was trained on",
+        )
+    config.check_base(folder)
+    on = replace(source.at(base), revision=config.base_revision)
+    read_adapter(empty_model(AutoModel, on, load_config(on)), folder)
+
+
 def load_value_head(folder: Path) -> Head:
     """Load weight (1, d) and bias (1,) of a saved critic's head.
 
@@ -253,11 +281,3 @@ def _save_head(folder: Path, head: nn.Linear, config: CriticConfig) -> None:
 
 def _check_head(folder: Path, head: nn.Linear) -> None:
     check_tensors(dict(head.state_dict()), read_tensors(folder / _HEAD), folder)
-
-
-def _relative(base: str, folder: Path) -> str:
-    """Name a base in the same run directory (`sft` beside `ppo/critic`) by a relative path: the run can be moved."""
-    if not Path(base).is_dir():
-        return base
-    position, run = Path(base).resolve(), folder.resolve().parent.parent
-    return os.path.relpath(position, folder.resolve()) if run in position.parents else str(position)

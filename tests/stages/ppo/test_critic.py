@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,10 @@ from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.lora import adapter_layers, add_lora
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
+from rlhf_cli.pipeline.preflight import check_models_of_run
+from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.ppo import critic as critics
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.model_loading import LoadedPPOModels, load_ppo_models
@@ -152,6 +156,7 @@ def test_a_saved_critic_gives_the_same_values_again(critic, name, request, tmp_p
     assert expected.std() > 1e-2
     first.models.save_critic(tmp_path / "critic")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "critic")
+    critics.check_saved_critic(tmp_path / "critic")
     again = load(base, critic=critic, critic_from=str(tmp_path / "critic"), seed=9)
     torch.testing.assert_close(values(again.models, base), expected, atol=0, rtol=0)
     assert again.notes[-1] == f"the critic starts from {tmp_path / 'critic'}"
@@ -300,6 +305,53 @@ def test_what_is_no_saved_critic_is_refused(tiny_llama, tmp_path):
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "critic")
     with pytest.raises(ModelError, match=r"cannot read .*value_head\.safetensors"):
         load(tiny_llama, critic="separate", critic_from=str(tmp_path / "critic"))
+
+
+def _with_head(folder: Path, weight: torch.Tensor) -> None:
+    save_file({"weight": weight, "bias": torch.zeros(1)}, folder / "value_head.safetensors")
+
+
+def _without_config(folder: Path) -> None:
+    (folder / "critic.json").unlink()
+
+
+def _on_another_base(folder: Path) -> None:
+    file = folder / "critic.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_sha256": "0" * 64}))
+
+
+def _with_other_layers(folder: Path) -> None:
+    (file,) = folder.glob("*model.safetensors")
+    save_file({name.replace("layers.1.", "layers.7."): one for name, one in load_file(file).items()}, file)
+
+
+def _truncated(folder: Path) -> None:
+    (file,) = folder.glob("*model.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize(
+    ("critic", "damage", "said"),
+    [
+        ("adapter", _without_config, "is not a saved critic"),
+        ("separate", lambda folder: _with_head(folder, torch.zeros(2, 8)), "is not a value head"),
+        ("adapter", lambda folder: _with_head(folder, torch.zeros(8)), "is not a value head"),
+        ("adapter", _on_another_base, "was trained on other weights"),
+        ("adapter", _with_other_layers, "layers.7"),
+        ("separate", _with_other_layers, "layers.1"),
+        ("adapter", _truncated, "cannot load an adapter"),
+        ("separate", _truncated, "is truncated"),
+    ],
+)
+def test_a_damaged_critic_is_found_from_its_files(critic, damage, said, tiny_llama, tmp_path):
+    load(tiny_llama, critic=critic).models.save_critic(tmp_path / "critic")
+    critics.check_saved_critic(tmp_path / "critic")
+    damage(tmp_path / "critic")
+    given = Input("critic", str(tmp_path / "critic"), "ppo.critic_from")
+    with pytest.raises(ModelError, match=said) as caught:
+        check_models_of_run(Recipe(), [given])
+    assert "`ppo.critic_from`" in caught.value.message
+    assert caught.value.hint
 
 
 def test_a_critic_that_is_not_finite_is_not_saved(tiny_llama, tmp_path):
