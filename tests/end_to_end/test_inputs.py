@@ -126,7 +126,8 @@ def test_accepted_files(feed, name, content):
 
 def test_missing_and_directory(feed, rlhf, tmp_path):
     feed(DEMO, "sft", "--dry-run", code=0)
-    for name, said in (("dta.jsonl", "did you mean `data.jsonl`?"), ("model", "is a directory without data files")):
+    (tmp_path / "empty").mkdir()
+    for name, said in (("dta.jsonl", "did you mean `data.jsonl`?"), ("empty", "is a directory without data files")):
         stderr = rlhf("sft", "--model", "model", "--data", name, "--run-dir", "run", code=65).stderr
         assert f"error: {name}: " in stderr
         assert said in stderr
