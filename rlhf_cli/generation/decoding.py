@@ -14,6 +14,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.chunked_logprobs import matmul_dtype
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.backbone import decoder_of, is_recurrent
 from rlhf_cli.models.padding import pad
 from rlhf_cli.models.quantize import quantized
@@ -131,9 +132,9 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
             drawn = decoded_logprobs(model, prompts, completions)
         scored = scored_logprobs(model, prompts, completions)
         alone = [scored_logprobs(model, [one], [other])[0] for one, other in zip(prompts, completions, strict=True)]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as cause:  # a model's own code may raise anything on arguments it does not expect
+        if is_out_of_memory(cause):
+            raise
         reason = cause.message if isinstance(cause, ModelError) else f"{type(cause).__name__}: {cause}"
         raise ModelError(f"{label} cannot be sampled from: {reason}", hint=hint) from cause
     # Rounded products differ with a cache and in another batch; a wrong cache is off by whole nats on a trained model.

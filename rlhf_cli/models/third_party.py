@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ModelError, RLHFError
+from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.libraries import first_line
 
 CONFIG_HINT = "check config.json, or upgrade transformers if the architecture is newer than it"
@@ -31,14 +32,12 @@ def reading(what: str, folder: Path, files: Sequence[str], *, hint: str | None =
         hint: what to do.
 
     Raises:
-        ModelError: a file is not a JSON object, or the library raised.
+        ModelError: a file is not a JSON object, or the library raised anything but that memory is short.
     """
     try:
         yield
-    except RLHFError:
-        raise
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, RLHFError) or is_out_of_memory(error):
             raise
         reason = first_line(error)
         fields = mentioned_fields(reason, folder, files)  # raises for a damaged file
