@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, is_raised_here
 from rlhf_cli.generation.chunked_logprobs import matmul_dtype
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
@@ -133,7 +133,7 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
         scored = scored_logprobs(model, prompts, completions)
         alone = [scored_logprobs(model, [one], [other])[0] for one, other in zip(prompts, completions, strict=True)]
     except Exception as cause:  # a model's own code may raise anything on arguments it does not expect
-        if is_out_of_memory(cause):
+        if is_out_of_memory(cause) or (is_raised_here(cause) and not isinstance(cause, ModelError)):
             raise
         reason = cause.message if isinstance(cause, ModelError) else f"{type(cause).__name__}: {cause}"
         raise ModelError(f"{label} cannot be sampled from: {reason}", hint=hint) from cause

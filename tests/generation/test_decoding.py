@@ -77,3 +77,21 @@ def test_a_model_whose_results_depend_on_the_batch_is_refused(monkeypatch):
     monkeypatch.setattr(type(model.model), "forward", shifted)
     with pytest.raises(ModelError, match="scores tokens otherwise in a batch than alone"):
         check_policy(model, "it")
+
+
+def test_a_model_that_fails_is_refused_and_a_bug_of_ours_is_not(monkeypatch):
+    model = tiny_model("mistral", byte_level_tokenizer(pad=True))
+    with monkeypatch.context() as broken:
+        broken.setattr(decoding, "pad", lambda prompts, side: (0, 0))
+        with pytest.raises(AttributeError, match="'int' object"):
+            check_policy(model, "it")
+    forward = type(model.model).forward
+
+    def fail(self, *, input_ids, attention_mask=None, **arguments):
+        if attention_mask is not None:
+            raise KeyError("theirs")
+        return forward(self, input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(type(model.model), "forward", fail)
+    with pytest.raises(ModelError, match="the mistral model `it` cannot be sampled from: KeyError: 'theirs'"):
+        check_policy(model, "it")
