@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf_cli.attention.registry import _guarded
+from rlhf_cli.attention.registry import find
 from rlhf_cli.generation.decoding import check_policy
 from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.models.reward_model.model import _require_precision, new_reward_model
+from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
 from rlhf_cli.models.third_party import reading
 from tests.conftest import byte_level_tokenizer
 from tests.families.zoo import tiny_model
@@ -58,25 +59,24 @@ def test_attention_at_loading(full, tiny_qwen2: Path, monkeypatch):
         load_policy(ModelSource(str(tiny_qwen2)))
 
 
-def test_a_users_attention(full):
+def test_a_users_attention(full, monkeypatch):
+    name = f"{__name__}:attend_{id(full)}"
+    monkeypatch.setattr(sys.modules[__name__], name.partition(":")[2], full, raising=False)
     with raises_as_it_is():
-        _guarded("mine:attend", full)(*[torch.zeros(1, 1, 1)] * 3, layout=None)  # pyright: ignore[reportArgumentType]
+        find(name).attend(*[torch.zeros(1, 1, 1)] * 3, layout=None)  # pyright: ignore
 
 
 def test_the_precision_of_an_encoder(full, tiny_bert: Path, monkeypatch):
-    reward_model = new_reward_model(ModelSource(str(tiny_bert), precision=torch.bfloat16), template=None, lora=None)
-    monkeypatch.setattr(reward_model, "forward", full)
+    monkeypatch.setattr(RewardModel, "forward", full)
     with raises_as_it_is():
-        _require_precision(reward_model)
+        new_reward_model(ModelSource(str(tiny_bert), precision=torch.bfloat16), template=None, lora=None)
 
 
 def test_an_encoder_that_fails_in_every_precision_is_not_said_to_need_float32(tiny_bert: Path, monkeypatch, capsys):
-    reward_model = new_reward_model(ModelSource(str(tiny_bert), precision=torch.bfloat16), template=None, lora=None)
-
-    def fail(batch):
+    def fail(self, batch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(reward_model, "forward", fail)
+    monkeypatch.setattr(RewardModel, "forward", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        _require_precision(reward_model)
+        new_reward_model(ModelSource(str(tiny_bert), precision=torch.bfloat16), template=None, lora=None)
     assert "float32" not in capsys.readouterr().err
