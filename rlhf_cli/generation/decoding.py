@@ -106,7 +106,7 @@ class Decoding:
 
 
 @torch.no_grad()
-def check_policy(model: PreTrainedModel, name: str) -> None:
+def check_decoding(model: PreTrainedModel, name: str) -> None:
     """Check on a few tokens that a language model can be sampled from and scored; see `check_projection` too.
 
     Two completions are decoded in one batch, which the shorter one leaves first. Their tokens must have the

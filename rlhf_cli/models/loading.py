@@ -92,6 +92,11 @@ class ModelSource:
         """Return this source with all weights in float32, merged and not quantized, as needed to train them all."""
         return replace(self, dtype=torch.float32, quantize="none", is_merged=True)
 
+    def on_cpu(self) -> ModelSource:
+        """Return this source on the CPU, not quantized, where the attention of a GPU may not run."""
+        attention = self.attention if self.device.type == "cpu" else "eager"
+        return replace(self, device=torch.device("cpu"), attention=attention, quantize="none")
+
     def keeps_adapter(self, dtype: torch.dtype | None) -> bool:
         """Whether `load_weights` splits an adapter off the weights into which it was merged."""
         is_rounded = self.precision != torch.float32 and self.quantize == "none"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_cli.attention.registry import find
-from rlhf_cli.generation.decoding import check_policy
+from rlhf_cli.generation.decoding import check_decoding
 from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.loading import ModelSource, load_policy
 from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
@@ -50,7 +50,7 @@ def test_sampling_from_a_model(full, monkeypatch):
         type(model.model), "forward", lambda self, **given: (full if given["use_cache"] else forward)(self, **given)
     )
     with raises_as_it_is():
-        check_policy(model, "it")
+        check_decoding(model, "it")
 
 
 def test_attention_at_loading(full, tiny_qwen2: Path, monkeypatch):
