@@ -7,7 +7,9 @@ full stop. Any other exception is a bug of ours and shows its traceback.
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -81,6 +83,15 @@ def raise_all(errors: Sequence[RLHFError]) -> None:
         combined = type(errors[0])("\n".join(problems))
         combined.problems = problems
         raise combined
+
+
+def is_raised_here(error: BaseException) -> bool:
+    """Whether a line of this package raised an exception, not one of a library that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
+
+
+_PACKAGE = Path(__file__).resolve().parent
 
 
 class DivergedError(RLHFError):

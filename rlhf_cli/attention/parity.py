@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rlhf_cli.attention import hugging_face
 from rlhf_cli.attention.batch_layouts import BATCH_LAYOUTS, ProbeSequences, architecture_of, unbatched
 from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ def require(model: PreTrainedModel, name: str, implementation: str) -> None:
         with hugging_face.attention_hook(lambda module, arguments: calls.append(id(module))):
             baseline = Baseline(model, sequences, with_gradients=False)
             error = max(compare(model, layout, baseline, implementation).forward for layout in tested)
-    except (torch.OutOfMemoryError, UsageError):
-        raise
     except Exception as cause:  # a model's own code may raise anything on arguments it does not expect
+        if isinstance(cause, UsageError) or is_out_of_memory(cause):
+            raise
         raise ModelError(f"{label} failed under our attention: {type(cause).__name__}: {cause}", hint=hint) from cause
     if not calls:
         raise ModelError(f"{label} never calls the attention function it is given", hint=hint)

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_cli.attention.contract import AttentionFunction, AttentionOutput, Backend, Request
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import UsageError
+from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.precision import autocast
 
 AUTO = "auto"
@@ -175,9 +176,9 @@ def _guarded(name: str, attend: AttentionFunction) -> AttentionFunction:
     def call(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **rules: Any) -> AttentionOutput:
         try:
             result = attend(query, key, value, layout, **rules)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a user's code may raise anything
+            if is_out_of_memory(error):
+                raise
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
                 f"attention backend `{name}` raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})",

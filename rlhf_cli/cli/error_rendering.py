@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
+from rlhf_cli.cli.given_paths import is_given
 from rlhf_cli.distributed.process_group import is_lost_peer
 from rlhf_cli.errors import (
     EXIT_DISK,
@@ -47,6 +48,8 @@ _HINTS = {
     errno.ENOMEM: "memory is short: end other programs, or use a smaller model or batch",
 }
 """What a user can do about errors of the system that no command foresaw."""
+_OF_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
+"""Errors that a wrong path causes: the user's mistake only where the user gave the path."""
 _DISK = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
@@ -93,7 +96,10 @@ def _environment_problem(error: BaseException) -> RLHFError | None:
     if is_out_of_memory(error):
         return RLHFError("out of memory", hint="end other programs, or use a smaller model or batch")
     if isinstance(error, OSError) and (hint := _HINTS.get(error.errno or 0)) is not None:
-        paths = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+        named = [path for path in (error.filename, error.filename2) if path is not None]
+        if error.errno in _OF_A_PATH and named and not any(map(is_given, named)):
+            return None
+        paths = " -> ".join(map(str, named))
         kind = DiskError if error.errno in _DISK else RLHFError
         where = f"{paths}: " if paths else f"{_raised_in(error)}: "
         return kind(f"{where}{_reason(error)}", hint=f"{hint}; RLHF_DEBUG=1 shows where it happened")

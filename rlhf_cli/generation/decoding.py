@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from rlhf_cli.errors import ModelError
+from rlhf_cli.errors import ModelError, is_raised_here
 from rlhf_cli.generation.chunked_logprobs import matmul_dtype
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.backbone import decoder_of, is_recurrent
 from rlhf_cli.models.padding import pad
 from rlhf_cli.models.quantize import quantized
@@ -105,7 +106,7 @@ class Decoding:
 
 
 @torch.no_grad()
-def check_policy(model: PreTrainedModel, name: str) -> None:
+def check_decoding(model: PreTrainedModel, name: str) -> None:
     """Check on a few tokens that a language model can be sampled from and scored; see `check_projection` too.
 
     Two completions are decoded in one batch, which the shorter one leaves first. Their tokens must have the
@@ -131,9 +132,9 @@ def check_policy(model: PreTrainedModel, name: str) -> None:
             drawn = decoded_logprobs(model, prompts, completions)
         scored = scored_logprobs(model, prompts, completions)
         alone = [scored_logprobs(model, [one], [other])[0] for one, other in zip(prompts, completions, strict=True)]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as cause:  # a model's own code may raise anything on arguments it does not expect
+        if is_out_of_memory(cause) or (is_raised_here(cause) and not isinstance(cause, ModelError)):
+            raise
         reason = cause.message if isinstance(cause, ModelError) else f"{type(cause).__name__}: {cause}"
         raise ModelError(f"{label} cannot be sampled from: {reason}", hint=hint) from cause
     # Rounded products differ with a cache and in another batch; a wrong cache is off by whole nats on a trained model.

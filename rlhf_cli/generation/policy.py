@@ -5,32 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
+from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.contract import read_contract
-from rlhf_cli.generation.decoding import check_policy
+from rlhf_cli.generation.decoding import check_decoding
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.prompts import PromptStyle, longest_prompt, prompt_format, token_ids
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.memory import free_memory
-from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.backbone import reads_groups
-from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer
-from rlhf_cli.models.rotary import pin_rotary_frequencies
-from rlhf_cli.models.weight_loading import disable_dropout
+from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer, policy_class
+from rlhf_cli.models.weight_loading import disable_dropout, finished, placement
 from rlhf_cli.precision import autocast
 
 Weights = Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -127,7 +120,7 @@ class Policy:
         if self._model is None:
             model = self._load()
             with self.autocast():
-                check_policy(model, self.source.path)
+                check_decoding(model, self.source.path)
             self._model = model
         return nullcontext(self._model)
 
@@ -262,16 +255,13 @@ def own_stop_ids(model: PreTrainedModel, prompt_format: PromptFormat, path: str)
 def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:
     config = load_config(source)
     disable_dropout(config)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    is_ours = is_our_attention(source.attention)
+    kind: Any = policy_class(config, source.path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Drawn in float32, as `models.build` draws: in another precision the same seed gives other numbers.
         model = kind.from_config(
-            config, dtype=torch.float32, **({} if is_ours else {"attn_implementation": source.attention})
+            config,
+            trust_remote_code=source.trust_remote_code,
+            **placement(source, torch.float32, is_quantized=False),
         )
-    model = model.to(device=source.device, dtype=source.dtype).eval()
-    pin_rotary_frequencies(model, source.path)
-    if is_ours:
-        set_attention(model, source.attention, source.path)
-    return model
+    return finished(model.to(dtype=source.dtype), source)

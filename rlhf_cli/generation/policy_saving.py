@@ -82,7 +82,7 @@ def save_policy(
         DiskError: the disk is full or cannot be written.
         ModelError: the written policy is not the trained one.
     """
-    on_cpu = _on_cpu(source)
+    on_cpu = source.on_cpu()
     model, base_dtype, quantize = _in_memory(model, source, on_cpu, adapter)
     trained = completion_logits(model, probe)
     in_memory = None if adapter is None else AdapterInMemory.of(model, adapter.name)
@@ -151,12 +151,6 @@ def _mean_kl(trained: Sequence[Tensor], written: Sequence[Tensor]) -> float:
         total += float((p.exp() * (p - q)).sum())
         count += len(p)
     return max(0.0, total / count) if total == total else total  # float64 may round a KL of 0 below it
-
-
-def _on_cpu(source: ModelSource) -> ModelSource:
-    """Return the source on the CPU, where the attention of a GPU may not run."""
-    attention = source.attention if source.device.type == "cpu" else "eager"
-    return replace(source, device=torch.device("cpu"), attention=attention, quantize="none")
 
 
 def _in_memory(

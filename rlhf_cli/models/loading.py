@@ -22,6 +22,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.gpu_check import unused_gpu
 from rlhf_cli.models.hub import commit_of, hub_model, local_folder
+from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
 from rlhf_cli.models.policy_adapter import has_policy_adapter
@@ -29,7 +30,7 @@ from rlhf_cli.models.prequantized import quantization_of
 from rlhf_cli.models.quantize import Quantize
 from rlhf_cli.models.rotary import switching_length
 from rlhf_cli.models.stored_weights import stored_heads
-from rlhf_cli.models.third_party import CONFIG_HINT, read_json, reading
+from rlhf_cli.models.third_party import CONFIG_HINT, reading
 from rlhf_cli.models.tokenizer import read_tokenizer
 from rlhf_cli.models.weight_loading import base_of, check_weights, language_model_class, load_weights, open_weights
 from rlhf_cli.progress import warn
@@ -91,6 +92,11 @@ class ModelSource:
     def in_full(self) -> ModelSource:
         """Return this source with all weights in float32, merged and not quantized, as needed to train them all."""
         return replace(self, dtype=torch.float32, quantize="none", is_merged=True)
+
+    def on_cpu(self) -> ModelSource:
+        """Return this source on the CPU, not quantized, where the attention of a GPU may not run."""
+        attention = self.attention if self.device.type == "cpu" else "eager"
+        return replace(self, device=torch.device("cpu"), attention=attention, quantize="none")
 
     def keeps_adapter(self, dtype: torch.dtype | None) -> bool:
         """Whether `load_weights` splits an adapter off the weights into which it was merged."""

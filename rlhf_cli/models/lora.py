@@ -30,14 +30,14 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import decoder_of, text_config
+from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.low_rank import join
+from rlhf_cli.models.peft_folder import ADAPTER_CONFIG
 from rlhf_cli.models.quantize import quantized
-from rlhf_cli.models.third_party import read_json
 from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import LoraSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 # Names of linear layers that belong to a head even where a model nests them in its backbone; they get no adapter.
 _HEADS = ("lm_head", "score", "classifier", "classification_head", "pooler", "qa_outputs")
@@ -400,7 +400,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoraSettings, dict[str
         if is_layer and (weight.dim() != 2 or weight.shape[name.endswith("lora_B.weight")] != rank):
             raise ModelError(
                 f"{folder}: `{name}` has shape {tuple(weight.shape)}, and {ADAPTER_CONFIG} says `r` is {rank}",
-                hint="give the adapter_config.json that belongs to the weights",
+                hint=f"give the {ADAPTER_CONFIG} that belongs to the weights",
             )
     names = layers + sorted(read_json(folder / ADAPTER_CONFIG).get("target_parameters") or [])
     return LoraSettings(rank=rank, alpha=alpha, target_modules=names), state
@@ -435,7 +435,7 @@ def check_targets(folder: Path, layers: list[str]) -> None:
     if missing and names != ["all-linear"]:
         raise ModelError(
             f"{folder}: there are weights for `{missing[0]}`, which `target_modules` in {ADAPTER_CONFIG} does not name",
-            hint="give the adapter_config.json that belongs to the weights",
+            hint=f"give the {ADAPTER_CONFIG} that belongs to the weights",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +10,12 @@ from typing import Any
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.hub import local_folder
+from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.stored_weights import ADAPTER, plain_names, read_stored_weights
 
-_CONFIG = "adapter_config.json"
-_BASE_FILE = "base.json"  # of a policy's adapter, see `models.policy_adapter`
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_FILE = "base.json"
+"""Beside the configuration of a policy's adapter, see `models.policy_adapter`."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PROMPT_LEARNING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 
@@ -45,7 +46,7 @@ class PeftFolder:
     @property
     def config_file(self) -> Path:
         """The file that names the base."""
-        return self.folder / _CONFIG
+        return self.folder / ADAPTER_CONFIG
 
     @property
     def has_tokenizer(self) -> bool:
@@ -61,28 +62,25 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
             model too.
     """
     folder = local_folder(path, revision, with_weights=False)
-    if not (folder / _CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return None
-    try:
-        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        kind = str(config["peft_type"])
-        recorded: dict[str, Any] = {}
-        if (folder / _BASE_FILE).is_file():
-            recorded = json.loads((folder / _BASE_FILE).read_text(encoding="utf-8"))
-        revision, sha256 = config.get("revision") or recorded.get("revision"), recorded.get("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / _CONFIG} is damaged: {error}", hint="save the adapter again with PEFT") from error
+    config, recorded = read_json(folder / ADAPTER_CONFIG), read_json(folder / BASE_FILE)
+    for fields, name, field in ((config, ADAPTER_CONFIG, "peft_type"), (recorded, BASE_FILE, "sha256")):
+        if field not in fields and (folder / name).is_file():
+            raise ModelError(f"{folder / name} is damaged: it has no `{field}`", hint="save the adapter again")
+    kind = str(config["peft_type"])
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
             f"`{path}` holds a whole model and a PEFT adapter, and it is not said whether the adapter is merged",
-            hint=f"if the model is to be used as it is, move {_CONFIG} to another folder; else the weights",
+            hint=f"if the model is to be used as it is, move {ADAPTER_CONFIG} to another folder; else the weights",
         )
     if kind in _PROMPT_LEARNING:
         raise ModelError(
             f"`{path}` is a PEFT adapter of kind {kind}, which cannot be merged into the weights of a model",
             hint="give a model or an adapter of weights, such as LoRA",
         )
-    return PeftFolder(folder, _find_base(folder, config), revision, sha256)
+    revision = config.get("revision") or recorded.get("revision")
+    return PeftFolder(folder, _find_base(folder, config), revision, recorded.get("sha256"))
 
 
 def _find_base(folder: Path, config: Mapping[str, Any]) -> str:
@@ -92,7 +90,7 @@ def _find_base(folder: Path, config: Mapping[str, Any]) -> str:
         ModelError: it is none of these.
     """
     base = config.get("base_model_name_or_path")
-    hint = f"set `base_model_name_or_path` in {folder / _CONFIG} to the folder or hub id of the base model"
+    hint = f"set `base_model_name_or_path` in {folder / ADAPTER_CONFIG} to the folder or hub id of the base model"
     if not isinstance(base, str) or not base:
         raise ModelError(f"the PEFT adapter {folder} does not say which model it was trained on", hint=hint)
     # An adapter of ours, in the folder of its policy or reward model, names its base relative to that folder.

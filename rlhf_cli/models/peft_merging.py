@@ -94,5 +94,5 @@ def _check_all_read(adapted: Any, adapter: PeftFolder) -> None:
         raise ModelError(
             f"the PEFT adapter {adapter.folder} does not fit {adapter.base}: `{differing[0]}` {problem} "
             f"({len(differing):,} such weights)",
-            hint="give the base on which it was trained in `base_model_name_or_path` of its adapter_config.json",
+            hint=f"give the base on which it was trained in `base_model_name_or_path` of {adapter.config_file.name}",
         )

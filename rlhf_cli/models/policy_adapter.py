@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.lora import backbone, cast_weights, read_adapter, save_adapter
 from rlhf_cli.models.low_rank import separate
+from rlhf_cli.models.peft_folder import BASE_FILE
 
 ADAPTER_FOLDER = "adapter"
-_BASE_FILE, _BASE_ADAPTER = "base.json", "base_adapter"
+_BASE_ADAPTER = "base_adapter"
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ def save_policy_adapter(model: nn.Module, folder: Path, name: str, base: Adapter
     target = folder / ADAPTER_FOLDER
     save_adapter(model, target, name, base=base.path, revision=base.revision)
     text = json.dumps(asdict(base), indent=2, ensure_ascii=False)
-    (target / _BASE_FILE).write_text(text + "\n", encoding="utf-8")
+    (target / BASE_FILE).write_text(text + "\n", encoding="utf-8")
     if has_policy_adapter(base_folder):
         shutil.copytree(base_folder / ADAPTER_FOLDER, target / _BASE_ADAPTER)
 
 
 def has_policy_adapter(folder: Path) -> bool:
     """Whether a model folder has the adapter that is merged into its weights."""
-    return (folder / ADAPTER_FOLDER / _BASE_FILE).is_file()
+    return (folder / ADAPTER_FOLDER / BASE_FILE).is_file()
 
 
 def separate_adapters(model: nn.Module, folder: Path) -> None:
@@ -82,10 +83,10 @@ def separate_adapters(model: nn.Module, folder: Path) -> None:
     """
     position = folder / ADAPTER_FOLDER
     try:
-        dtype = getattr(torch, json.loads((position / _BASE_FILE).read_text(encoding="utf-8"))["dtype"])
+        dtype = getattr(torch, json.loads((position / BASE_FILE).read_text(encoding="utf-8"))["dtype"])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"{position / _BASE_FILE} is damaged: {error}", hint="run the stage that wrote it again"
+            f"{position / BASE_FILE} is damaged: {error}", hint="run the stage that wrote it again"
         ) from error
     factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
     while position.is_dir():

@@ -7,14 +7,14 @@ tokenizer. So the boundary catches them all, once, and names the file and the fi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rlhf_cli.errors import ModelError, RLHFError
+from rlhf_cli.memory import is_out_of_memory
+from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.libraries import first_line
 
 CONFIG_HINT = "check config.json, or upgrade transformers if the architecture is newer than it"
@@ -31,35 +31,16 @@ def reading(what: str, folder: Path, files: Sequence[str], *, hint: str | None =
         hint: what to do.
 
     Raises:
-        ModelError: a file is not a JSON object, or the library raised.
+        ModelError: a file is not a JSON object, or the library raised anything but that memory is short.
     """
     try:
         yield
-    except RLHFError:
-        raise
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, RLHFError) or is_out_of_memory(error):
             raise
         reason = first_line(error)
         fields = mentioned_fields(reason, folder, files)  # raises for a damaged file
         raise ModelError(f"{what}: {reason}{fields}", hint=hint or f"check the files in {folder}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if there is no such file.
-
-    Raises:
-        ModelError: it cannot be read or is not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged: {error}", hint="download or copy the file again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold an object, got {type(content).__name__}", hint="download the file again")
-    return content
 
 
 def mentioned_fields(reason: str, folder: Path, files: Sequence[str]) -> str:

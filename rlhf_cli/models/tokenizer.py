@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.third_party import read_json, reading
+from rlhf_cli.models.json_files import read_json
+from rlhf_cli.models.third_party import reading
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CONFIG = "tokenizer_config.json"

@@ -27,7 +27,7 @@ from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
 from rlhf_cli.models.peft_merging import merge
 from rlhf_cli.models.policy_adapter import separate_adapters
 from rlhf_cli.models.prequantized import drop_quantization, quantization_of
-from rlhf_cli.models.quantize import check_quantize, make_trainable, quantization
+from rlhf_cli.models.quantize import check_quantize, make_trainable, quantization, quantized
 from rlhf_cli.models.rotary import pin_rotary_frequencies
 from rlhf_cli.models.stored_weights import ADAPTER, read_stored_weights, stored_heads
 from rlhf_cli.models.third_party import CONFIG_HINT, reading
@@ -69,19 +69,27 @@ def load_weights(
         empty = check_weights(kind, source, config, shapes=checkpoint.shapes, is_new=is_new)
         keeps_adapter = source.keeps_adapter(dtype)
         held = torch.float32 if keeps_adapter else dtype or source.dtype
-        arguments = _placement(source, held, is_quantized=dtype is None)
+        arguments = placement(source, held, is_quantized=dtype is None)
         model = _read_weights(type(empty), source, empty.config, checkpoint, arguments, is_new)
         if keeps_adapter:
             separate_adapters(model, source.folder)
     is_quantized = dtype is None and source.quantize != "none"
-    model = make_trainable(model).eval() if is_quantized else model.to(source.device).eval()  # pyright: ignore[reportArgumentType]
+    return finished(make_trainable(model) if is_quantized else model, source)
+
+
+def finished(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    """Return a model in evaluation mode on its device, with the rotary frequencies and the attention it computes with.
+
+    Quantized weights are on their device already.
+    """
+    model = model.eval() if quantized(model) != "none" else model.to(source.device).eval()  # pyright: ignore[reportArgumentType]
     pin_rotary_frequencies(model, source.path)
     if is_our_attention(source.attention):
         set_attention(model, source.attention, source.path)
     return model
 
 
-def _placement(source: ModelSource, dtype: torch.dtype, *, is_quantized: bool) -> dict[str, Any]:
+def placement(source: ModelSource, dtype: torch.dtype, *, is_quantized: bool) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that say in what precision, where and with which attention."""
     arguments: dict[str, Any] = {"dtype": dtype}
     if is_quantized and source.quantize != "none":
@@ -120,7 +128,7 @@ def _load_merged(
     say_once(f"{source.path}: a PEFT adapter, merged into {adapter.base} in float32")
     is_quantized = dtype is None and source.quantize != "none"
     if trained_as is not kind or is_quantized:
-        held = _placement(source, source.dtype if is_quantized else torch.float32, is_quantized=is_quantized)
+        held = placement(source, source.dtype if is_quantized else torch.float32, is_quantized=is_quantized)
         merged = _again(kind, source, merged, held, is_new)
     return merged if dtype is None else cast(PreTrainedModel, merged.to(dtype))  # pyright: ignore[reportArgumentType]
 

@@ -34,8 +34,6 @@ def reported(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[
         (errno.EIO, "the disk or network share fails", EXIT_DISK),
         (errno.ENAMETOOLONG, "use a shorter name", 1),
         (errno.ELOOP, "symbolic links", 1),
-        (errno.ENOTDIR, "a part of the path is a file", 1),
-        (errno.ENOENT, "check the path", 1),
         (errno.EMFILE, "ulimit -n", 1),
     ],
 )
@@ -45,6 +43,35 @@ def test_an_error_of_the_system_names_path_reason_and_way_out(number, said, code
     assert text.startswith(f"error: some/file: {os.strerror(number).lower()}\n\nhint: ")
     assert said in text
     assert "RLHF_DEBUG=1" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOENT, "check the path"),
+        (errno.ENOTDIR, "a part of the path is a file"),
+        (errno.EISDIR, "name a file"),
+        (errno.EEXIST, "move it away"),
+        (errno.ENOTEMPTY, "another program writes"),
+    ],
+)
+def test_a_wrong_path_is_a_mistake_where_it_was_given_and_else_a_bug(number, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run" / "ppo").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "r.yml").write_text("name: ''\nmodel: {path: m}\nsft: {data: [{path: d/a.jsonl}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rlhf", "run", "r.yml", "--run-dir=run", "--set", "x.y=out/z"])
+    for path in ("m", "m/config.json", "d/a.jsonl", str(tmp_path / "out" / "z"), "run", "r.yml"):
+        code, text = reported(OSError(number, os.strerror(number), path), capsys)
+        assert code == 1
+        assert text.startswith(f"error: {path}: {os.strerror(number).lower()}\n\nhint: ")
+        assert said in text
+    for path in ("run/ppo/samples.jsonl", "run/ppo", "other", "d/b.jsonl", str(tmp_path.parent / "m"), b"other"):
+        _, text = reported(OSError(number, os.strerror(number), path), capsys)
+        assert "Traceback" in text
+        assert "this is a bug in rlhf" in text
+    assert said in reported(OSError(number, os.strerror(number)), capsys)[1]  # as of a removed working directory
+    assert said in reported(OSError(number, os.strerror(number), "other", None, "m/a"), capsys)[1]
 
 
 @pytest.mark.parametrize(

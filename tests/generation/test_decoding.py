@@ -7,7 +7,7 @@ import torch
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation import decoding
-from rlhf_cli.generation.decoding import Decoding, batches, check_policy
+from rlhf_cli.generation.decoding import Decoding, batches, check_decoding
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
@@ -46,15 +46,15 @@ def test_batches_of_a_recurrent_model_have_prompts_of_one_length(monkeypatch):
 
 def test_a_model_with_a_state_of_its_own_is_refused_by_name():
     with pytest.raises(ModelError, match="the recurrent_gemma model `it` cannot be sampled from: it keeps its state"):
-        check_policy(tiny_model("recurrent_gemma", byte_level_tokenizer(pad=True)), "it")
+        check_decoding(tiny_model("recurrent_gemma", byte_level_tokenizer(pad=True)), "it")
 
 
 def test_a_model_that_samples_otherwise_than_it_scores_is_refused(monkeypatch):
     model = tiny_model("llama", byte_level_tokenizer(pad=True))
-    check_policy(model, "it")
+    check_decoding(model, "it")
     monkeypatch.setattr(Decoding, "keep", lambda self, rows: keep(self, [0] * len(rows)))
     with pytest.raises(ModelError, match="scores tokens otherwise when it is sampled than when it is scored"):
-        check_policy(model, "it")
+        check_decoding(model, "it")
 
 
 keep = Decoding.keep
@@ -63,7 +63,7 @@ keep = Decoding.keep
 def test_the_check_does_not_mind_recomputed_activations_and_leaves_training_mode():
     model = tiny_model("qwen2", byte_level_tokenizer(pad=True))
     recompute_activations(model)
-    check_policy(model, "it")
+    check_decoding(model, "it")
     assert model.training
 
 
@@ -76,4 +76,22 @@ def test_a_model_whose_results_depend_on_the_batch_is_refused(monkeypatch):
 
     monkeypatch.setattr(type(model.model), "forward", shifted)
     with pytest.raises(ModelError, match="scores tokens otherwise in a batch than alone"):
-        check_policy(model, "it")
+        check_decoding(model, "it")
+
+
+def test_a_model_that_fails_is_refused_and_a_bug_of_ours_is_not(monkeypatch):
+    model = tiny_model("mistral", byte_level_tokenizer(pad=True))
+    with monkeypatch.context() as broken:
+        broken.setattr(decoding, "pad", lambda prompts, side: (0, 0))
+        with pytest.raises(AttributeError, match="'int' object"):
+            check_decoding(model, "it")
+    forward = type(model.model).forward
+
+    def fail(self, *, input_ids, attention_mask=None, **arguments):
+        if attention_mask is not None:
+            raise KeyError("theirs")
+        return forward(self, input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(type(model.model), "forward", fail)
+    with pytest.raises(ModelError, match="the mistral model `it` cannot be sampled from: KeyError: 'theirs'"):
+        check_decoding(model, "it")

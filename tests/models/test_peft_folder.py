@@ -24,6 +24,7 @@ from rlhf_cli.models.loading import (
     load_tokenizer,
 )
 from rlhf_cli.models.lora import add_lora
+from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.policy_adapter import AdapterBase, save_policy_adapter
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model
@@ -229,3 +230,19 @@ def test_peft_reads_our_merge_alike(untied: Path, tmp_path: Path):
     expected = theirs.merge_and_unload().state_dict()  # pyright: ignore[reportCallIssue]
     ours = load_policy(ModelSource(str(tmp_path / "adapter"))).state_dict()
     assert all(torch.equal(ours[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("adapter_config.json", "{}", "is damaged: it has no `peft_type`"),
+        ("adapter_config.json", "[1]", "must hold an object, got list"),
+        ("base.json", "{", "is damaged: "),
+        ("base.json", '{"path": null}', "is damaged: it has no `sha256`"),
+    ],
+)
+def test_a_damaged_file_is_named(file, content, said, tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ModelError, match=f"{file} {said}"):
+        find_peft_folder(str(tmp_path))

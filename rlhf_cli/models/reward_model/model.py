@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.backbone import decoder_of, last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
 from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter
@@ -315,6 +316,9 @@ def _require_precision(reward_model: RewardModel) -> None:
     try:
         reward_model(reward_model.batch(texts))
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         precision = str(reward_model.source.precision).removeprefix("torch.")
         reward_model.source = replace(reward_model.source, precision=torch.float32)
+        reward_model(reward_model.batch(texts))  # raises where the precision is not the reason
         say_once(f"{reward_model.source.path} computes in float32: under {precision} its forward pass fails ({error})")

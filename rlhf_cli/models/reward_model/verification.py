@@ -53,7 +53,7 @@ def save_trained_reward_model(
         DiskError: the disk is full or cannot be written.
         ModelError: the written reward model is not the trained one.
     """
-    source = _on_cpu(reward_model.source)
+    source = reward_model.source.on_cpu()
     is_quantized = quantized(reward_model.model) != "none"
     if not is_quantized:
         _move_to_cpu(reward_model, source)
@@ -84,11 +84,6 @@ def save_trained_reward_model(
 def probe_texts(reward_model: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> list[tuple[Prompt, str]]:
     """Return the `PROBE_SIZE` shortest of some prompts with completions, in tokens."""
     return sorted(texts, key=lambda text: len(reward_model.encode(*text).ids))[:PROBE_SIZE]
-
-
-def _on_cpu(source: ModelSource) -> ModelSource:
-    attention = source.attention if source.device.type == "cpu" else "eager"  # that of a GPU may not run
-    return replace(source, device=torch.device("cpu"), attention=attention, quantize="none")
 
 
 def _move_to_cpu(reward_model: RewardModel, source: ModelSource) -> None:

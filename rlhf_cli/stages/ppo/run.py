@@ -49,7 +49,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         generator: draws completions from the policy; None is `TorchGenerator`.
     """
     from rlhf_cli.distributed.process_group import ProcessGroup
-    from rlhf_cli.generation.decoding import check_policy
+    from rlhf_cli.generation.decoding import check_decoding
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
@@ -73,7 +73,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
 
     mixed = partial(autocast, source.device, source.precision)
     with models.reference() as model, mixed():
-        check_policy(model, source.path)
+        check_decoding(model, source.path)
     _say_if_prompted_otherwise(reward_model, style)
     processes = ProcessGroup(source.device)
     forward_passes = ForwardPasses(

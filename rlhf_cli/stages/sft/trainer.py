@@ -20,7 +20,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import UsageError
-from rlhf_cli.generation.decoding import check_policy
+from rlhf_cli.generation.decoding import check_decoding
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.loading import recompute_activations, store_activations
@@ -130,7 +130,7 @@ def _check(model: PreTrainedModel, settings: SFTSettings, name: str) -> None:
             f"`sft.lm_coef: {settings.lm_coef:g}` needs a decoder-only model: the decoder of `{name}` writes no prompt",
             hint="drop `lm_coef`, or choose a decoder-only model",
         )
-    check_policy(model, name)
+    check_decoding(model, name)
     if settings.router_aux_coef and RouterLoss.of(model, settings.router_aux_coef) is None:
         raise UsageError(
             f"`sft.router_aux_coef: {settings.router_aux_coef:g}`: the {model.config.model_type} model `{name}` has no "
