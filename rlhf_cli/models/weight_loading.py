@@ -151,9 +151,9 @@ def language_model_class(config: PretrainedConfig) -> type | None:
     return AutoModelForCausalLM if brings_class or is_known else None
 
 
-def has_own_code(config: PretrainedConfig) -> bool:
-    """Whether a configuration is of a class that came with the model."""
-    return type(config).__module__.startswith("transformers_modules")
+def has_own_code(part: PretrainedConfig | PreTrainedModel) -> bool:
+    """Whether a configuration or a model is of a class that came with the model."""
+    return type(part).__module__.startswith("transformers_modules")
 
 
 IsNew = Callable[[PreTrainedModel], frozenset[str]]

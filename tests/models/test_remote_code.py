@@ -10,21 +10,33 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import dynamic_module_utils
+from transformers import AutoModel, dynamic_module_utils
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.loading import ModelSource, check_policy, load_policy
+from rlhf_cli.models.loading import ModelSource, check_policy, load_config, load_policy, load_tokenizer
 from rlhf_cli.models.remote_code import has_trusted_code
 from rlhf_cli.models.reward_model.classifier import check_classifier
 from rlhf_cli.models.saving import save_model_folder
+from rlhf_cli.models.verification import check_tokenizer
+from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.settings.shared import ModelSettings
 from rlhf_cli.stages.common import trusts_code
+from rlhf_cli.stages.ppo.critic import FullCritic
 from tests.conftest import byte_level_tokenizer
 
 _CONFIGURATION = "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
 _MODEL = (
     "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
     "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+)
+
+
+_BACKBONE = (
+    "from transformers import LlamaModel\n\nfrom .configuration_own import OwnConfig\n\n\n"
+    "class OwnModel(LlamaModel):\n    config_class = OwnConfig\n"
+)
+_TOKENIZER = (
+    "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizerFast(PreTrainedTokenizerFast):\n    pass\n"
 )
 
 
@@ -66,6 +78,30 @@ def test_code_runs_only_where_it_is_allowed_and_is_written_with_the_model(own: P
     assert has_trusted_code(str(written), str(own))
     again = load_policy(ModelSource(str(written), trust_remote_code=True))
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_tokenizer_and_a_critic_with_own_code_are_read_back(own: Path, tmp_path: Path):
+    (own / "modeling_own.py").write_text(_BACKBONE)
+    (own / "tokenization_own.py").write_text(_TOKENIZER)
+    edit(own / "config.json", auto_map={"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"})
+    edit(own / "tokenizer_config.json", tokenizer_class="OwnTokenizer",
+         auto_map={"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]})  # fmt: skip
+    source = ModelSource(str(own), trust_remote_code=True, revision="main")
+    tokenizer = load_tokenizer(source)
+    assert type(tokenizer).__name__ == "OwnTokenizerFast"
+    tokenizer.save_pretrained(tmp_path / "written")
+    check_tokenizer(tokenizer, tmp_path / "written", source)
+    with pytest.raises(ModelError):
+        check_tokenizer(tokenizer, tmp_path / "written", ModelSource(str(own)))
+
+    model = load_weights(AutoModel, source, load_config(source))
+    assert type(model).__name__ == "OwnModel"
+    FullCritic(model).save(tmp_path / "critic")
+    assert (tmp_path / "critic/modeling_own.py").is_file()
 
 
 @pytest.mark.parametrize(
