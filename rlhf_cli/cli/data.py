@@ -102,10 +102,11 @@ def _reading(recipe: Recipe, kind: str) -> tuple[PromptFormat, Limits]:
     from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
     from rlhf_cli.models.reward_model.classifier import check_reward_config
     from rlhf_cli.models.reward_model.model import reward_format
+    from rlhf_cli.stages.common import trusts_code
 
     path = recipe.model.path
     assert path is not None
-    source = ModelSource(path, trust_remote_code=recipe.model.trust_remote_code)
+    source = ModelSource(path, trust_remote_code=trusts_code(recipe, path))
     config, tokenizer = load_config(source), load_tokenizer(source)
     context = context_length(config)
     style = prompt_style(recipe.data, path, tokenizer, may_differ=True)

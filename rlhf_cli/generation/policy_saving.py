@@ -101,7 +101,7 @@ def save_policy(
     save_model_folder(model, tokenizer, folder, dtype=torch.float32, generation=generation)
     model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
     check_float32(folder)
-    check_tokenizer(tokenizer, folder)
+    check_tokenizer(tokenizer, folder, source)
     written = load_policy(as_stored(replace(on_cpu, path=str(folder), revision=None)))
     if in_memory is not None:
         in_memory.check(written, folder / ADAPTER_FOLDER)

@@ -25,6 +25,7 @@ from rlhf_cli.generation.decoding import Decoding, batches
 from rlhf_cli.generation.generator import Completion, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.expert_merging import merged_experts
 
 
 class TorchGenerator:
@@ -58,7 +59,7 @@ class TorchGenerator:
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         drawn: dict[int, Completion] = {}
         stop_ids = policy.stop_ids
-        with policy.model() as model, policy.autocast():
+        with policy.model() as model, policy.autocast(), merged_experts(model):
             # In training mode a model that recomputes activations drops its cache, without a word.
             was_training = model.training
             model.eval()

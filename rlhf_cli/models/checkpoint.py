@@ -94,12 +94,13 @@ class Checkpoint:
             stored_names={names.get(name, name): stored for name, stored in self.stored_names.items()},
         )
 
-    def without(self, name: str) -> Checkpoint:
-        """Return this checkpoint without one of its weights."""
+    def without(self, *names: str) -> Checkpoint:
+        """Return this checkpoint without some of its weights."""
+        dropped = set(names)
         return replace(
             self,
-            weights={key: weight for key, weight in self.weights.items() if key != name},
-            stored_names={key: stored for key, stored in self.stored_names.items() if key != name},
+            weights={key: weight for key, weight in self.weights.items() if key not in dropped},
+            stored_names={key: stored for key, stored in self.stored_names.items() if key not in dropped},
             is_whole=False,
         )
 
@@ -143,4 +144,5 @@ def open_checkpoint(path: str, *, folder: Path | None = None, quantization: Quan
     if quantization is None:
         return found
     found = found.renamed(quantization.plain_names(weights))
+    found = found.without(*quantization.activation_scales(found.weights))
     return replace(found, scales=quantization.scales(path, found.weights))

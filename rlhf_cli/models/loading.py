@@ -194,8 +194,12 @@ def own_code(folder: Path) -> str | None:
     return ", ".join(sorted(map(str, named.values()))) if isinstance(named, dict) and named else None
 
 
+class _UntrustedCodeError(ModelError):
+    """A model has a class of its own, whose code may not run."""
+
+
 def _untrusted(path: str, code: str | None) -> ModelError:
-    return ModelError(
+    return _UntrustedCodeError(
         f"`{path}` comes with Python code of its own ({code}), which is not run",
         hint="if you have read and trust it: `--set model.trust_remote_code=true --set model.revision=COMMIT`, with "
         "`model.path` the model that brought it; that holds for what is trained from it too",
@@ -205,6 +209,13 @@ def _untrusted(path: str, code: str | None) -> ModelError:
 def _base_config(adapter: PeftFolder, source: ModelSource) -> PretrainedConfig:
     try:
         config = load_config(base_of(adapter, source))
+    except _UntrustedCodeError as error:
+        raise ModelError(
+            f"the base of the PEFT adapter {source.path}: {error.message}; the permission is for the code of "
+            "`model.path` alone",
+            hint="merge the adapter into its base with PEFT (`merge_and_unload`), save that with the base's Python "
+            "files, and give it as `model.path` with `--set model.trust_remote_code=true --set model.revision=main`",
+        ) from error
     except ModelError as error:
         raise ModelError(
             f"the base of the PEFT adapter {source.path}: {error.message}",

@@ -89,6 +89,7 @@ def add_lora(model: nn.Module, lora: LoraSettings, *, name: str = "default") -> 
                 hint="name other layers in `lora.target_modules`, or train all weights (`adapter: none`)",
             ) from error
     _check_adapted(model, name, targets)
+    _say_cost_of_experts(targets)
     added = [parameter for _, layer in adapter_layers(model, name) for parameter in _factors(layer, name).values()]
     for parameter in model.parameters():
         parameter.requires_grad_(others.get(parameter, False))
@@ -253,6 +254,20 @@ def _say_coverage(model: nn.Module, targets: _Targets, *, has_dropout: bool) -> 
     way = "set `lora.dropout` to 0 to reach the experts" if has_dropout else "`adapter: none` trains all weights"
     say_once(
         f"the adapter reaches {covered / total:.0%} of the backbone's matrices, not those such as `{largest}`; {way}"
+    )
+
+
+def _say_cost_of_experts(targets: _Targets) -> None:
+    """Say what an adapter on fused experts costs, and how to train without."""
+    if not targets.experts:
+        return
+    leaves = {key.rsplit(".", 1)[-1] for key in targets.layers}
+    others = sorted(name for name in leaves if not any(_is_named(key, name) for key in targets.experts))
+    way = f"; `lora.target_modules: [{', '.join(others)}]` leaves them out" if others else ""
+    count = sum(weight.numel() for weight in targets.experts.values())
+    say_once(
+        f"the adapter changes fused experts ({count:,} weights): every training step computes them all, W + BA, and "
+        f"keeps that copy for the backward pass{way}"
     )
 
 

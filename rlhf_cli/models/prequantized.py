@@ -7,6 +7,7 @@ q * scale with one scale per block. Any other quantization is refused before any
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ _SUFFIXES = {"fp8": ("", "_scale_inv"), "mxfp4": ("_blocks", "_scales")}
 """What is added to the name of a weight for its values and for its scales."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of 4-bit floats with 2 bits of exponent and 1 of mantissa; a fourth bit is the sign (OCP MX v1.0)."""
+_ACTIVATION_SCALE = re.compile(r"[._](activation|input)_scale$")
 _MX_BLOCK = 32
 _BIAS = 127
 
@@ -65,6 +67,18 @@ class Quantization:
                 hint=UNQUANTIZED,
             )
         return found
+
+    def activation_scales(self, names: Iterable[str]) -> set[str]:
+        """Return the names of scales by which FP8 rounds the inputs of layers, where those are fixed.
+
+        Inputs are not rounded here. The scale is stored beside the weight, `X.input_scale` beside `X.weight`.
+
+        Args:
+            names: plain names of all stored weights.
+        """
+        stored, suffix = set(names), _SUFFIXES[self.method][1]
+        layers = {name: _ACTIVATION_SCALE.sub("", name) for name in stored if _ACTIVATION_SCALE.search(name)}
+        return {n for n, layer in layers.items() if f"{layer}.weight{suffix}" in stored or layer + suffix in stored}
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a weight from that of its stored values."""

@@ -6,7 +6,7 @@ are the parts that all models have: the tokenizer with its chat template, the dt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,13 +35,18 @@ def not_as_trained(folder: Path, problem: str) -> ModelError:
     return ModelError(f"the model written to {folder} is not the model that was trained: {problem}", hint=_HINT)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, source: ModelSource) -> None:
     """Check that the tokenizer in a folder is the one that was used in training.
+
+    Args:
+        tokenizer: used in training.
+        folder: that was written.
+        source: the model that was trained; if its own code may run, so may the copy of it in the folder.
 
     Raises:
         ModelError: names what differs.
     """
-    written = load_tokenizer(ModelSource(str(folder)))
+    written = load_tokenizer(replace(source, path=str(folder), revision=None))
     parts = {
         "vocabulary": lambda one: one.get_vocab(),
         "chat template": lambda one: one.chat_template,

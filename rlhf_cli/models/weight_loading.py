@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
@@ -23,6 +25,7 @@ from rlhf_cli.models.backbone import text_config
 from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.checkpoint import Checkpoint, open_checkpoint
 from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.lora import cast_weights
 from rlhf_cli.models.peft_folder import PeftFolder, find_peft_folder
 from rlhf_cli.models.peft_merging import merge
 from rlhf_cli.models.policy_adapter import separate_adapters
@@ -121,16 +124,21 @@ def _load_merged(
     attention = "eager" if is_our_attention(source.attention) else source.attention  # ours follows after merging
     base = replace(base_of(adapter, source), device=torch.device("cpu"), attention=attention)
     checkpoint = checkpoint or open_weights(source, config)
-    trained_as, arguments = kind, {"checkpoint": checkpoint, "is_new": is_new}
+    trained_as = kind
     if not stored_heads(adapter.shapes) and not stored_heads(checkpoint.shapes):
-        trained_as, arguments = language_model_class(config) or kind, {}
-    merged = merge(load_weights(trained_as, base, config, dtype=torch.float32, **arguments), adapter)
+        trained_as = language_model_class(config) or kind
+    new = is_new if trained_as is kind else None
+    merged = merge(
+        load_weights(trained_as, base, config, dtype=torch.float32, checkpoint=checkpoint, is_new=new), adapter
+    )
     say_once(f"{source.path}: a PEFT adapter, merged into {adapter.base} in float32")
     is_quantized = dtype is None and source.quantize != "none"
     if trained_as is not kind or is_quantized:
         held = placement(source, source.dtype if is_quantized else torch.float32, is_quantized=is_quantized)
         merged = _again(kind, source, merged, held, is_new)
-    return merged if dtype is None else cast(PreTrainedModel, merged.to(dtype))  # pyright: ignore[reportArgumentType]
+    if dtype is not None:
+        cast_weights(merged, dtype)  # not its buffers: rotary frequencies stay in float32
+    return merged
 
 
 def _again(
@@ -159,9 +167,9 @@ def language_model_class(config: PretrainedConfig) -> type | None:
     return AutoModelForCausalLM if brings_class or is_known else None
 
 
-def has_own_code(config: PretrainedConfig) -> bool:
-    """Whether a configuration is of a class that came with the model."""
-    return type(config).__module__.startswith("transformers_modules")
+def has_own_code(part: PretrainedConfig | PreTrainedModel) -> bool:
+    """Whether a configuration or a model is of a class that came with the model."""
+    return type(part).__module__.startswith("transformers_modules")
 
 
 IsNew = Callable[[PreTrainedModel], frozenset[str]]
@@ -192,7 +200,8 @@ def check_weights(
     empty = empty_model(kind, source, config)
     report = compare(empty, shapes).allowing(is_new(empty) if is_new is not None else ())
     report.check(source.path, config.model_type)
-    if (line := report.describe_unused(source.path)) is not None:
+    # The backbone of a language model has no head by design, which needs no line.
+    if kind is not AutoModel and (line := report.describe_unused(source.path)) is not None:
         say_once(line)
     return empty
 
@@ -220,6 +229,7 @@ def check_layers(config: PretrainedConfig, path: str, stored: int) -> None:
 def empty_model(kind: type, source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
     """Build a model on the meta device: its parts, names and shapes without weights."""
     quiet_libraries()
+    config = copy.deepcopy(config)  # the caller's says how the weights are stored
     drop_quantization(config)
     what = f"`{source.path}`: cannot build a {config.model_type} model from its config.json"
     with reading(what, source.folder, ("config.json",), hint=CONFIG_HINT), torch.device("meta"):
@@ -244,8 +254,17 @@ def _read_weights(
         arguments = arguments | {"use_safetensors": True, "trust_remote_code": source.trust_remote_code}
     else:
         path, arguments = None, arguments | {"state_dict": checkpoint.lazy()}
-    with reading(f"cannot load weights from `{source.path}`", source.folder, ("config.json",), hint=CONFIG_HINT):
-        model, loaded = kind.from_pretrained(path, output_loading_info=True, config=config, **arguments)
+    try:
+        with reading(f"cannot load weights from `{source.path}`", source.folder, ("config.json",), hint=CONFIG_HINT):
+            model, loaded = kind.from_pretrained(path, output_loading_info=True, config=config, **arguments)
+    except ModelError as error:
+        if "automatic conversion" not in str(error.__cause__):
+            raise
+        raise ModelError(
+            f"`{source.path}`: stored weights that a {config.model_type} model fuses or splits have other shapes than "
+            "its config.json says",
+            hint="give the config.json that belongs to the weights",
+        ) from error
     report = sort_out(model, loaded["missing_keys"], loaded["unexpected_keys"])
     report.allowing(is_new(model) if is_new is not None else ()).check(source.path, config.model_type)
     _untie(model, source.path)

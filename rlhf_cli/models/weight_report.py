@@ -11,7 +11,14 @@ from types import SimpleNamespace
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
 
 from rlhf_cli.errors import ModelError
 
@@ -93,7 +100,7 @@ def compare(model: PreTrainedModel, stored: Mapping[str, Shape]) -> WeightReport
     """Compare a model with stored weights without reading them.
 
     Names are converted as transformers does at loading. Shapes are compared where a weight is stored as the model holds
-    it; those that transformers fuses, splits or transposes are compared at loading.
+    it, or as one weight per expert; those that transformers splits or transposes are compared at loading.
 
     Args:
         model: on the meta device or with weights.
@@ -103,7 +110,8 @@ def compare(model: PreTrainedModel, stored: Mapping[str, Shape]) -> WeightReport
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    targets = {pattern: one.target_patterns for one in converters for pattern in one.source_patterns}
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    fused: dict[str, _Fused] = {}
     found: set[str] = set()
     unexpected: set[str] = set()
     mismatched = []
@@ -114,8 +122,10 @@ def compare(model: PreTrainedModel, stored: Mapping[str, Shape]) -> WeightReport
         if target not in expected:
             unexpected.add(target)
         elif pattern is not None:
-            first = targets[pattern][0]
-            found.update(target.replace(first, other) for other in targets[pattern])
+            first, *others = by_pattern[pattern].target_patterns
+            found |= {target, *(target.replace(first, other) for other in others)}
+            into = fused.setdefault(target, _Fused(target, by_pattern[pattern]))
+            into.add(pattern, apply_renamings(name, renamings), shape)
         else:
             found.add(target)
             if tuple(expected[target].shape) != shape:
@@ -126,7 +136,73 @@ def compare(model: PreTrainedModel, stored: Mapping[str, Shape]) -> WeightReport
             missing -= {target, source}
     keys = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
     model._adjust_missing_and_unexpected_keys(keys)  # pyright: ignore[reportArgumentType]
+    for into in fused.values():
+        keys.missing_keys |= into.missing(tuple(expected[into.target].shape))
+        mismatched += into.mismatched(tuple(expected[into.target].shape))
     return sort_out(model, keys.missing_keys, keys.unexpected_keys, mismatched)
+
+
+_MOST_EXPERTS = 10_000
+"""Bounds the names of missing experts that are listed for a configuration with a wrong number of them."""
+
+
+@dataclass
+class _Fused:
+    """The stored weights that transformers makes into one, such as the matrices of all experts of a layer.
+
+    Attributes:
+        target: the model's weight.
+        converter: how it is made.
+        sources: shapes by pattern of their names, and by the number that stands for the `*` in it: the expert.
+    """
+
+    target: str
+    converter: WeightConverter
+    sources: dict[str, dict[int, Shape]] = field(default_factory=dict)
+
+    def add(self, pattern: str, name: str, shape: Shape) -> None:
+        """Add a stored weight whose name, as transformers renames it, matches a pattern."""
+        number = re.search(pattern.replace("*", r"(\d+)", 1), name) if "*" in pattern else None
+        self.sources.setdefault(pattern, {})[int(number[1]) if number else 0] = shape
+
+    def missing(self, expected: Shape) -> set[str]:
+        """Return the names of sources that are not stored: each pattern needs the same numbers, from 0.
+
+        Args:
+            expected: shape of the weight in the model.
+        """
+        stored = {number for numbers in self.sources.values() for number in numbers}
+        count = min(expected[0], _MOST_EXPERTS) if self._is_stacked else len(stored)
+        return {
+            self._name(pattern, number)
+            for pattern in self.converter.source_patterns
+            for number in range(count if "*" in pattern else 1)
+            if number not in self.sources.get(pattern, ())
+        }
+
+    def mismatched(self, expected: Shape) -> list[tuple[str, Shape, Shape]]:
+        """Return name, stored shape and shape in the model where these differ; experts must all have one shape."""
+        for pattern, shapes in self.sources.items():
+            first = shapes[min(shapes)]
+            for number, shape in sorted(shapes.items()):
+                if shape != first:
+                    return [(self._name(pattern, number), shape, first)]
+        parts = [next(iter(shapes.values())) for shapes in self.sources.values()]
+        if not self._is_stacked or len(parts) < len(self.converter.source_patterns):
+            return []
+        count = max(len(shapes) for shapes in self.sources.values())
+        wholes = {(count, sum(other[0] for other in parts), *shape[1:]) for shape in parts}
+        return [(self.target, whole, expected) for whole in sorted(wholes) if whole != expected]
+
+    @property
+    def _is_stacked(self) -> bool:
+        """Whether the weight is (experts, rows, columns), of one or several matrices one below the other."""
+        made = [(type(one), getattr(one, "dim", None)) for one in self.converter.operations]
+        return made in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+    def _name(self, pattern: str, number: int) -> str:
+        source = re.sub(r"[\\^$]", "", pattern.replace("*", str(number), 1))
+        return self.target.replace(self.converter.target_patterns[0], source)
 
 
 def sort_out(
@@ -137,9 +213,9 @@ def sort_out(
 ) -> WeightReport:
     """Return a report in which stored weights of parts that the model does not have are told from those of its own."""
     dropped, unused = [], Counter[str]()
-    modules = {name for name, _ in model.named_modules()}
+    modules = dict(model.named_modules())
     for name in unexpected:
-        if _COMPUTED.search(name) or _is_mask(model, name):
+        if _COMPUTED.search(name) or _is_mask(modules, name):
             continue
         if (part := _other_part(model, modules, name)) is None:
             dropped.append(name)
@@ -152,13 +228,13 @@ _COMPUTED = re.compile(r"\.(masked_bias|rotary_emb\.inv_freq|position_ids)$")
 """Buffers of old checkpoints, which models compute: masked logits, rotary frequencies, positions."""
 
 
-def _is_mask(model: PreTrainedModel, name: str) -> bool:
+def _is_mask(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether a weight is the causal mask that GPT-2 and its descendants stored as `bias` of their attention.
 
     That module has no parameters of its own, as every module has whose bias is one.
     """
     parent, _, leaf = name.rpartition(".")
-    found = dict(model.named_modules()).get(parent)
+    found = modules.get(parent)
     return leaf == "bias" and found is not None and not list(found.parameters(recurse=False))
 
 

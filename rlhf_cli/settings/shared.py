@@ -110,7 +110,7 @@ class ModelSettings(Section):
     from it. Needs a pinned `revision`. Such a model cannot be a reward model."""
     quantize: Literal["none", "4bit", "8bit"] = "none"
     """Store the frozen weights under LoRA adapters in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
-    Needs bitsandbytes."""
+    Needs bitsandbytes, which quantizes linear layers: fused experts of mixture-of-experts models keep `dtype`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of frozen weights; `auto` uses `precision`, but `label` and `evaluate` keep weights stored in float32.
     A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always

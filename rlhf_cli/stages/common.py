@@ -56,12 +56,17 @@ def model_source(recipe: RunSettings, path: str, *, quantized: bool = False) -> 
 
 
 def trusts_code(recipe: RunSettings, path: str) -> bool:
-    """Return whether Python code that comes with the model at `path` may run."""
-    from rlhf_cli.models.remote_code import has_trusted_code
+    """Return whether Python code that comes with the model at `path` may run.
+
+    Raises:
+        ModelError: the code that the recipe allows is in another repository than `model.path`.
+    """
+    from rlhf_cli.models.remote_code import check_own_repository, has_trusted_code
 
     settings = recipe.model
     if not settings.trust_remote_code or settings.path is None:
         return False
+    check_own_repository(settings.path)
     return path == settings.path or has_trusted_code(path, settings.path)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GptOssConfig,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
 from transformers.integrations import mxfp4
@@ -30,6 +32,7 @@ from rlhf_cli.models.prequantized import from_fp8, from_mxfp4
 from rlhf_cli.models.reward_model.classifier import check_classifier
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.models.saving import save_model_folder
+from rlhf_cli.models.weight_loading import empty_model
 from rlhf_cli.models.weight_report import compare
 from rlhf_cli.settings.shared import LoraSettings
 from tests.conftest import byte_level_tokenizer
@@ -320,3 +323,95 @@ def test_an_adapter_reward_model_knows_its_base(tiny_llama: Path, tmp_path: Path
 def test_the_backbone_alone_needs_no_vocabulary_projection(tiny_gpt2: Path, tmp_path: Path):
     AutoModel.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "bare")
     load_any(str(tmp_path / "bare"), torch.device("cpu"))
+
+
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=320, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+def reshaped(end: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda weights: {k: torch.ones(shape) if k.endswith(end) else v for k, v in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (without("experts.2.up_proj"), {}, r"1 weight of .* missing, such as `.*experts\.2\.up_proj\.weight`"),
+        (without(".up_proj"), {}, r"4 weights of .* missing, such as `.*experts\.0\.up_proj\.weight`"),
+        (without("experts.3."), {}, r"3 weights of .* missing, such as `.*experts\.3\.down_proj\.weight`"),
+        (reshaped("experts.1.down_proj.weight", 32, 8), {}, r"shape .*experts\.1\.down_proj.*\(32, 8\), .*\(32, 16\)"),
+        (dict, {"moe_intermediate_size": 24}, r"shape .*experts\.down_proj.*\(4, 32, 16\), .*\(4, 32, 24\)"),
+        (dict, {"num_experts": 6, "num_local_experts": 6}, r"missing, such as `.*experts\.4\.down_proj"),
+        (dict, {"num_experts": 3, "num_local_experts": 3}, "of another shape"),
+    ],
+    ids=["one of an expert", "a matrix of all", "the last expert", "one shape", "all shapes", "more", "fewer"],
+)
+def test_experts_are_compared_one_by_one(change, config, message: str, tmp_path: Path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MIXTURE).save_pretrained(tmp_path / "plain")
+    check_policy(ModelSource(str(tmp_path / "plain")))
+    folder = changed(tmp_path / "plain", tmp_path / "changed", change, **config)
+    with pytest.raises(ModelError, match=message):
+        check_policy(ModelSource(str(folder)))
+
+
+def adapted(base: Path, folder: Path) -> Path:
+    """A PEFT adapter that changes its base."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(folder))
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(fields | {"base_model_name_or_path": str(base)}))
+    return folder
+
+
+def test_an_adapter_on_a_base_in_fp8_starts_a_reward_model(tiny_qwen3: Path, tmp_path: Path):
+    setting = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 24]}
+    base = changed(tiny_qwen3, tmp_path / "fp8", lambda w: to_fp8(w, 24), quantization_config=setting)
+    adapter = adapted(tiny_qwen3, tmp_path / "adapter")
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(fields | {"base_model_name_or_path": str(base)}))
+    for quantized in (base, adapter):
+        assert not check_classifier(ModelSource(str(quantized)))
+        model = new_reward_model(ModelSource(str(quantized)), template=None, lora=None).model
+        assert not hasattr(model.config, "quantization_config")
+    config = load_config(ModelSource(str(base)))
+    empty_model(AutoModelForCausalLM, ModelSource(str(base)), config)
+    assert config.quantization_config["quant_method"] == "fp8"
+
+
+@pytest.mark.parametrize("leaf", ["activation_scale", "input_scale"])
+def test_fixed_scales_of_inputs_are_not_needed(leaf: str, tiny_qwen3: Path, tmp_path: Path):
+    setting = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+
+    def static(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        stored = to_fp8(weights, 1000)  # one block
+        stored = {k: v.reshape(()) if k.endswith("_scale_inv") else v for k, v in stored.items()}
+        layers = [name.removesuffix(".weight_scale_inv") for name in stored if name.endswith("_scale_inv")]
+        return stored | {f"{layer}.{leaf}": torch.tensor(0.5) for layer in layers}
+
+    folder = changed(tiny_qwen3, tmp_path / "static", static, quantization_config=setting)
+    plain, loaded = (load_policy(ModelSource(str(one))) for one in (tiny_qwen3, folder))
+    for (name, weight), found in zip(plain.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.allclose(weight, found, rtol=1 / 16, atol=float(weight.detach().abs().max()) / 448), name
+    lonely = changed(
+        tiny_qwen3, tmp_path / "lonely", lambda w: w | {f"model.layers.0.mlp.up_proj.{leaf}": torch.ones(())}
+    )
+    with pytest.raises(ModelError, match=f"would not use, such as .*{leaf}"):
+        check_policy(ModelSource(str(lonely)))
+
+
+def test_a_merged_adapter_in_bfloat16_keeps_rotary_frequencies(tiny_llama: Path, tmp_path: Path):
+    model = load_policy(ModelSource(str(adapted(tiny_llama, tmp_path / "adapter"))), dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    plain = load_policy(ModelSource(str(tiny_llama)))
+    name = "model.rotary_emb.inv_freq"
+    assert torch.equal(model.get_buffer(name), plain.get_buffer(name))
+    assert model.get_buffer(name).dtype == torch.float32
+
+
+def test_a_backbone_has_no_line_for_the_head(tiny_gpt2: Path, tmp_path: Path, capsys):
+    folder = changed(tiny_gpt2, tmp_path / "headed", lambda w: w | {"lm_head.weight": w["transformer.wte.weight"]})
+    load_any(str(folder), torch.device("cpu"))
+    assert "are not used" not in capsys.readouterr().err

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import lora as lora_module
+from rlhf_cli.models.expert_merging import merged_experts
 from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter, merge_lora, save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.progress import say_once
@@ -125,3 +126,58 @@ def test_the_vision_model_of_a_multimodal_one_gets_no_adapter():
     model = made("gemma3")
     add_lora(model, LORA)
     assert all(key.startswith("language_model.") for key, _ in adapter_layers(model))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_experts_are_merged_once_for_many_passes(family: str, monkeypatch):
+    model = made(family)
+    plain = logits(model)
+    several = MultiAdapterModel(model)
+    for name in ("policy", "critic"):
+        several.add(name, LORA)
+        train(several.parameters(name))
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    made_whole: list[object] = []
+    factors = lora_module.ParamWrapper.get_delta_factors
+
+    def counting(layer, name):
+        made_whole.append(layer)
+        return factors(layer, name)
+
+    monkeypatch.setattr(lora_module.ParamWrapper, "get_delta_factors", counting)
+    with several.use_adapter("policy"):
+        before = logits(model)
+        count = len(made_whole)
+        with merged_experts(model):
+            assert all(torch.equal(logits(model), before) for _ in range(3))
+        assert len(made_whole) == 2 * count > 0, "once for all passes"
+        with pytest.raises(RuntimeError, match="within"), merged_experts(model):
+            raise RuntimeError("within")
+        assert torch.equal(logits(model), before)
+        with torch.no_grad():
+            several.parameters("policy")[-1].add_(0.3)
+        with merged_experts(model):
+            changed = logits(model)
+        assert not torch.equal(changed, before), "the adapter has other weights"
+        assert torch.equal(changed, logits(model))
+    with merged_experts(model):
+        assert torch.equal(logits(model), plain), "no adapter is active"
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], weight) for name, weight in weights.items() if "lora" not in name)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_the_cost_of_experts_is_said_with_a_way_out(family: str, capsys):
+    say_once.cache_clear()
+    add_lora(made(family), LORA)
+    line = " ".join(capsys.readouterr().err.split())
+    found = re.search(
+        r"changes fused experts \([\d,]+ weights\).*`lora.target_modules: \[(.*?)\]` leaves them out", line
+    )
+    assert found is not None, line
+    model = made(family)
+    add_lora(model, LoraSettings(rank=4, alpha=8.0, target_modules=found[1].split(", ")))
+    layers = [layer for _, layer in adapter_layers(model)]
+    assert layers
+    assert not any(isinstance(layer, lora_module.ParamWrapper) for layer in layers)
+    assert "fused experts (" not in capsys.readouterr().err

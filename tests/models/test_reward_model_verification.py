@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,3 +111,12 @@ def test_comparing_needs_no_device(tiny_llama, tmp_path):
     reward_model = trained(tiny_llama, LORA)
     reward_model.source = replace(reward_model.source, device=torch.device("cuda"), attention="triton")
     assert save_trained_reward_model(reward_model, tmp_path, probe=TEXTS[:4]) < 1e-6
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_nan_is_a_difference_wherever_it_is(position: int):
+    written = [0.5, 1.0, 1.5]
+    assert verification.largest_difference([0.5, 1.25, 1.5], written) == 0.25
+    written[position] = math.nan
+    assert math.isnan(verification.largest_difference([0.5, 1.0, 1.5], written))
+    assert math.isnan(verification.largest_difference(written, [0.5, 1.0, 1.5]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def save_trained_reward_model(
     expected = [] if is_quantized else _rewards(reward_model, probe)
     save_reward_model(reward_model, folder, final=final)
     check_float32(folder)
-    check_tokenizer(reward_model.format.tokenizer, folder)
+    check_tokenizer(reward_model.format.tokenizer, folder, source)
     if reward_model.is_adapter:
         AdapterInMemory.of(reward_model.model).check(reward_model.model, folder / ADAPTER_FOLDER)
         check_tensors(head_tensors(reward_model), read_tensors(folder / HEAD_FILE), folder)
@@ -71,7 +72,7 @@ def save_trained_reward_model(
     reward_model.model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
     written = load_reward_model(replace(source, path=str(folder), revision=None, dtype=dtype), template=None)
     _in_float32(written)
-    difference = max((abs(a - b) for a, b in zip(expected, _rewards(written, probe), strict=True)), default=0.0)
+    difference = largest_difference(expected, _rewards(written, probe))
     if not difference <= MAX_REWARD_DIFFERENCE:
         raise not_as_trained(
             folder,
@@ -79,6 +80,12 @@ def save_trained_reward_model(
             "rounding",
         )
     return difference
+
+
+def largest_difference(trained: Sequence[float], written: Sequence[float]) -> float:
+    """Return max |a - b| over two sequences; NaN if one of them holds a NaN, which `max` alone would pass over."""
+    differences = [abs(a - b) for a, b in zip(trained, written, strict=True)]
+    return math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0)
 
 
 def probe_texts(reward_model: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> list[tuple[Prompt, str]]:

@@ -28,7 +28,7 @@ from rlhf_cli.models.policy_adapter import relative_base
 from rlhf_cli.models.saving import require_finite, writing
 from rlhf_cli.models.stored_weights import read_header
 from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
-from rlhf_cli.models.weight_loading import check_weights, empty_model, load_weights, open_weights
+from rlhf_cli.models.weight_loading import check_weights, empty_model, has_own_code, load_weights, open_weights
 
 Head = tuple[Tensor, Tensor]
 """Weight (1, d) and bias (1,) of a value head."""
@@ -156,7 +156,9 @@ class FullCritic:
             self._model.save_pretrained(folder)
             _save_head(folder, self.value_head, CriticConfig("full", None, None))
         _check_head(folder, self.value_head)
-        source = ModelSource(str(folder), attention="eager")
+        # Code of the model's own that runs already may run again: `save_pretrained` wrote a copy of it.
+        runs_code = has_own_code(self._model) or has_own_code(self._model.config)
+        source = ModelSource(str(folder), trust_remote_code=runs_code, attention="eager")
         written = load_weights(AutoModel, source, load_config(source))
         check_tensors(self.state(), dict(written.named_parameters()), folder)
 

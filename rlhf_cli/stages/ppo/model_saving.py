@@ -55,7 +55,7 @@ def save_ppo_models(
     tokenizer = load_tokenizer(source)
     models.save_critic(folder / "critic")
     tokenizer.save_pretrained(folder / "critic")
-    check_tokenizer(tokenizer, folder / "critic")
+    check_tokenizer(tokenizer, folder / "critic", source)
     adapter = TrainedAdapter(POLICY, settings.lora) if settings.adapter == "lora" else None
     with models.policy() as model:
         generation = sampling.generation(model, tokenizer, stop_ids)
