@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_cli.cli.error_rendering import report
-from rlhf_cli.errors import EXIT_DISK
+from rlhf_cli.errors import EXIT_DISK, ModelError
 
 
 def reported(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -177,3 +178,23 @@ def test_what_may_not_be_read_is_named(name, folder):
     assert ended.returncode != 0
     assert name in ended.stderr.splitlines()[0] or "not readable" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_line_is_wrapped_without_its_colors_and_a_command_stays_whole(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    command = "    python -c 'import glob, torch; print(glob.glob(\"*.bin\"), torch.__version__)'"
+    report(ModelError("a message of forty characters, counted", hint=f"convert it once, if you trust it:\n{command}"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "\033[1;31merror:\033[0m a message of forty characters,"
+    assert command in lines
+
+
+@pytest.mark.slow
+def test_the_home_folder_in_run_dir_is_expanded(rlhf, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n' * 9)
+    arguments = ("--model", tiny_llama, "--data", tmp_path / "data.jsonl", "--run-dir=~/runs/a", "--dry-run", "--json")
+    assert json.loads(rlhf("sft", *arguments).stdout)["run_dir"] == str(tmp_path / "home/runs/a")

@@ -41,6 +41,13 @@ def test_ties_count_a_half_within_the_margin():
     assert [one.winner(0.5) for one in made] == ["policy", "baseline", "tie", "policy"]
 
 
+def test_equal_texts_tie_however_their_rewards_were_rounded():
+    same = comparison(gold=None, reward=(12.931753, 12.931754), baseline="}M", policy="}M")
+    assert (same.winner(0.0), figures([same])["win_rate"]) == ("tie", 0.5)
+    other = comparison(gold=None, reward=(12.931753, 12.931754), baseline="}M", policy="}N")
+    assert other.winner(0.0) == "policy"
+
+
 def test_gold_decides_where_there_is_gold_and_reward_otherwise():
     assert comparison(gold=(0.0, 1.0), reward=(5.0, 1.0)).winner(0.0) == "policy"
     assert comparison(gold=None, reward=(5.0, 1.0)).winner(0.0) == "baseline"
