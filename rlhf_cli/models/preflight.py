@@ -228,7 +228,7 @@ def _check_reward_adapter(found: Findings, use: ModelUse, reward: RewardModelCon
                 hint="give the base that it was trained on",
             )
         )
-    tokenizer = found.attempt(load_tokenizer, base)
+    tokenizer = found.attempt(load_tokenizer, source)
     if tokenizer is not None:
         _check_text(found, use, config, tokenizer, reward)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf_cli.data.records import Message
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model import verification
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
 from rlhf_cli.settings.shared import LoraSettings
+from tests.conftest import CHAT_TEMPLATE
 
 TEXTS = [(f"What is {number}?", "It is " + "a number " * number) for number in range(12)]
 LORA = LoraSettings(rank=2, alpha=8.0)
@@ -120,3 +123,17 @@ def test_a_nan_is_a_difference_wherever_it_is(position: int):
     written[position] = math.nan
     assert math.isnan(verification.largest_difference([0.5, 1.0, 1.5], written))
     assert math.isnan(verification.largest_difference(written, [0.5, 1.0, 1.5]))
+
+
+def test_an_adapter_is_read_with_its_own_tokenizer(tiny_llama, tmp_path):
+    """Its base may have no chat template, and the reward model was trained with one."""
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    reward_model = trained(tmp_path / "base", LORA)
+    reward_model.format.tokenizer.chat_template = CHAT_TEMPLATE
+    reward_model.format = replace(reward_model.format, template="chat")
+    turns = (Message("user", "What is 3?"),)
+    (tmp_path / "rm").mkdir()
+    expected = reward_model.requires_grad_(False).score([turns], ["It is 3."])
+    assert save_trained_reward_model(reward_model, tmp_path / "rm", probe=[(turns, "It is 3.")]) < 1e-6
+    written = load_reward_model(ModelSource(str(tmp_path / "rm")), template=None)
+    assert written.score([turns], ["It is 3."]) == pytest.approx(expected, abs=1e-5)

@@ -244,7 +244,7 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
             say(f"the reward model {source.path} reads prompts in its own chat template, not as {template!r}")
         reward_model = _reward_model(classifier, base, own, {})
     else:
-        reward_model = _reward_model(classifier, base, config.template, config.template_kwargs)
+        reward_model = _reward_model(classifier, base, config.template, config.template_kwargs, reader=source)
     if config is not None:
         reward_model.mean, reward_model.std = config.mean, config.std
         if config.adapter:
@@ -293,10 +293,16 @@ def reward_format(
 
 
 def _reward_model(
-    classifier: Classifier, source: ModelSource, template: str | None, template_kwargs: Mapping[str, Any]
+    classifier: Classifier,
+    source: ModelSource,
+    template: str | None,
+    template_kwargs: Mapping[str, Any],
+    *,
+    reader: ModelSource | None = None,
 ) -> RewardModel:
+    """Return a reward model on the base at `source`; its tokenizer is that at `reader`, or the base's."""
     is_encoder = classifier.is_encoder
-    format = reward_format(source, template, is_encoder=is_encoder, template_kwargs=template_kwargs)
+    format = reward_format(reader or source, template, is_encoder=is_encoder, template_kwargs=template_kwargs)
     reward_model = RewardModel(classifier.model, format, source, is_encoder=is_encoder)
     if classifier.bias is not None:
         reward_model.bias.copy_(classifier.bias)
