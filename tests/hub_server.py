@@ -12,7 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from rlhf_cli.models import hub
+
 COMMIT = "c0ffee" + "0" * 34
+
+
+def forget() -> None:
+    """Forget which commits were found, as a new process does."""
+    hub.commit_of.cache_clear()
+    hub.download.cache_clear()
 
 
 class HubServer(ThreadingHTTPServer):

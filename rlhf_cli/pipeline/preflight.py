@@ -90,15 +90,17 @@ def _check_descendants(recipe: Recipe, inputs: Sequence[Input]) -> dict[str, RLH
     Training keeps the architecture, so that of `model.path` decides before there is an artifact. An artifact that is
     there already, and that no stage of this run writes, is looked at itself.
     """
+    # That `model.path` can be a policy is checked for `sft`.
+    descendants = [one for one in inputs if one.kind == "artifact" and one.role not in (None, "policy")]
+    if not descendants:
+        return {}
     from rlhf_cli.models.loading import ModelSource, load_config
     from rlhf_cli.models.preflight import check_architecture
 
     is_written = any(one.setting == "model.path" and one.matters for one in inputs)
     errors: dict[str, RLHFError] = {}
-    for given in inputs:
-        # That `model.path` can be a policy is checked for `sft`.
-        if given.kind != "artifact" or given.role in (None, "policy"):
-            continue
+    for given in descendants:
+        assert given.role is not None
         source = recipe.model.path if is_written else given.source
         if source is None or (not is_written and not Path(source).is_dir()):  # made by `model.build`
             continue
@@ -113,15 +115,17 @@ def _check_descendants(recipe: Recipe, inputs: Sequence[Input]) -> dict[str, RLH
 
 def _check_critics(inputs: Sequence[Input]) -> dict[str, RLHFError]:
     """Return, by message, what is wrong with saved critics."""
-    from rlhf_cli.stages.ppo.critic import check_saved_critic  # imports torch, which the stages need anyway
+    critics = [one for one in inputs if one.kind == "critic"]
+    if not critics:
+        return {}
+    from rlhf_cli.stages.ppo.critic import check_saved_critic  # imports torch, which the stage needs anyway
 
     errors: dict[str, RLHFError] = {}
-    for given in inputs:
-        if given.kind == "critic":
-            try:
-                check_saved_critic(Path(given.source))
-            except RLHFError as error:
-                errors[error.message] = type(error)(f"{error.message} (`{given.setting}`)", hint=error.hint)
+    for given in critics:
+        try:
+            check_saved_critic(Path(given.source))
+        except RLHFError as error:
+            errors[error.message] = type(error)(f"{error.message} (`{given.setting}`)", hint=error.hint)
     return errors
 
 

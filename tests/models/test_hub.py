@@ -22,15 +22,9 @@ from rlhf_cli.models.preflight import ModelUse, check_model
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.pipeline.fingerprint import hash_model, recall_commits
 from rlhf_cli.settings.shared import LoraSettings, SamplingSettings
-from tests.hub_server import COMMIT, HubServer, hub_server
+from tests.hub_server import COMMIT, HubServer, forget, hub_server
 
 PROMPTS, COMPLETIONS = ["Why is the sky blue?", "What is bread?"], ["Because.", "Flour, water and salt."]
-
-
-def forget() -> None:
-    """Forget which commits were found, as a new process does."""
-    hub.commit_of.cache_clear()
-    hub.download.cache_clear()
 
 
 @pytest.fixture
@@ -97,7 +91,7 @@ def test_an_adapter_and_its_base_come_from_the_hub(server: HubServer, tmp_path, 
     assert rewards("acme/rm") == by_folder
     said = load_reward_model(ModelSource("acme/rm"), template=None)
     assert said.format.template == "Q: {prompt}\nA:"
-    assert said.format.name == "`acme/base`"
+    assert said.format.name == "`acme/rm`", "with the tokenizer that it was trained with"
 
 
 def test_weights_wait_until_they_are_needed_and_pickles_are_never_fetched(server: HubServer, tmp_path, tiny_llama):

@@ -11,8 +11,8 @@ from rlhf_cli.data.records import Candidates
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.labeling.judges import local
-from rlhf_cli.models import hub as models_hub
 from rlhf_cli.models.loading import ModelSource
+from tests.hub_server import forget
 
 NAME = "acme/judge"
 OLD, NEW = "a" * 40, "b" * 40
@@ -29,7 +29,7 @@ def hub(roomy_llama, tmp_path, monkeypatch) -> Path:
     (folder / "refs" / "main").write_text(OLD)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    models_hub.forget()
+    forget()
     return folder
 
 
@@ -41,7 +41,7 @@ def test_a_branch_stands_for_the_commit_that_the_cache_holds(hub):
     assert commit_of() == commit_of(revision="main") == OLD
     (hub / "refs" / "main").write_text(NEW)
     assert commit_of() == OLD, "within a process a name means one commit"
-    models_hub.forget()
+    forget()
     assert commit_of() == NEW
     assert commit_of(revision=OLD) == OLD
 
@@ -76,7 +76,7 @@ def test_a_new_commit_is_another_judge_and_the_one_that_is_known_is_loaded(hub, 
     monkeypatch.setattr(local, "load_policy", watched)
     for commit, fresh in ((OLD, 2), (OLD, 0), (NEW, 2)):
         (hub / "refs" / "main").write_text(commit)
-        models_hub.forget()
+        forget()
         judged(ITEMS, panel=[{"model": NAME}])
         assert report()["judges"][0]["replies_of_this_run"] == fresh
     assert loaded == [OLD, NEW]
