@@ -321,8 +321,11 @@ def test_an_adapter_reward_model_knows_its_base(tiny_llama: Path, tmp_path: Path
 
 
 def test_the_backbone_alone_needs_no_vocabulary_projection(tiny_gpt2: Path, tmp_path: Path):
-    AutoModel.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "bare")
-    load_any(str(tmp_path / "bare"), torch.device("cpu"))
+    bare = AutoModel.from_pretrained(tiny_gpt2)
+    bare.save_pretrained(tmp_path / "bare")
+    found = load_any(str(tmp_path / "bare"), torch.device("cpu")).state_dict()
+    assert found.keys() == bare.state_dict().keys()
+    assert all(torch.equal(found[name], weight) for name, weight in bare.state_dict().items())
 
 
 MIXTURE = Qwen3MoeConfig(

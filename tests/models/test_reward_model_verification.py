@@ -126,10 +126,10 @@ def test_a_nan_is_a_difference_wherever_it_is(position: int):
 
 
 def test_an_adapter_is_read_with_its_own_tokenizer(tiny_llama, tmp_path):
-    """Its base may have no chat template, and the reward model was trained with one."""
+    """Its base may have another chat template than the one that the reward model was trained with."""
     shutil.copytree(tiny_llama, tmp_path / "base")
     reward_model = trained(tmp_path / "base", LORA)
-    reward_model.format.tokenizer.chat_template = CHAT_TEMPLATE
+    reward_model.format.tokenizer.chat_template = CHAT_TEMPLATE.replace("<|", "[").replace("|>", "]")
     reward_model.format = replace(reward_model.format, template="chat")
     turns = (Message("user", "What is 3?"),)
     (tmp_path / "rm").mkdir()
