@@ -5,7 +5,8 @@ Memory:    one tile of logits at a time, 2,048 tokens x 4,096 vocabulary entries
            pass computes each tile again.
 Precision: the product takes inputs in the precision of matrix products (that of autocast; without it that of h) and
            sums and returns float32. bfloat16 logits of size 25 would be off by 0.06. On a GPU, bfloat16 inputs use
-           tensor cores. CPU products round their result to the type of their inputs, so there the inputs are float32.
+           tensor cores. A CPU product rounds its result to the type of its inputs, so there the inputs are float32, and
+           oneDNN may round them to bfloat16: a third of the time with AMX, and exact where they were bfloat16 before.
            Softmax, sums over tiles and gradients are float32.
 Oracle:    autograd in float64, tests/generation/test_chunked_logprobs.py.
 """
@@ -13,11 +14,14 @@ Oracle:    autograd in float64, tests/generation/test_chunked_logprobs.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf_cli.precision import matmul_dtype
 
 VOCABULARY_TILE = 4_096
 TOKEN_TILE = 2_048
@@ -48,23 +52,36 @@ class LogitTransform:
         return y.mul_(self.softcap / self.temperature), slopes
 
 
-def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the precision of matrix products with `hidden`: that of autocast, without it that of `hidden`."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an input of `product` in the precision `dtype`; float32 on a CPU, see the module's docstring."""
     return tensor.to(dtype) if tensor.is_cuda else tensor.float()
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix product of two operands, summed and returned in float32, whatever autocast says."""
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrix product of two operands, summed and returned in float32, whatever autocast says.
+
+    Args:
+        left: an operand, see `operand`.
+        right: an operand.
+        dtype: precision of matrix products, to which a CPU may round operands in float32.
+    """
     if left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
-    with torch.autocast(left.device.type, enabled=False):
+    with torch.autocast(left.device.type, enabled=False), _inputs_rounded_to(dtype):
         return left @ right
+
+
+@contextmanager
+def _inputs_rounded_to(dtype: torch.dtype) -> Iterator[None]:
+    """Let oneDNN round the inputs of float32 products on the CPU to bfloat16, if that is `dtype`."""
+    products = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = products.fp32_precision
+    if dtype == torch.bfloat16:
+        products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 class ChunkedLogprobs(torch.autograd.Function):
@@ -87,9 +104,10 @@ class ChunkedLogprobs(torch.autograd.Function):
         for columns in _tiles(len(weight), VOCABULARY_TILE):
             weights = operand(weight[columns], dtype)
             for rows in _tiles(len(hidden), TOKEN_TILE):
-                logits, _ = _logits(inputs[rows], weights, bias, columns, transform)
-                row, column = _targets_in(targets[rows], columns)
-                chosen[rows][row] = logits[row, column]
+                logits, _ = _logits(product(inputs[rows], weights.T, dtype), bias, columns, transform)
+                column, is_here = _targets_in(targets[rows], columns)
+                found = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+                chosen[rows] = torch.where(is_here, found, chosen[rows])
                 _include(logits, log_z[rows], entropy[rows])
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
         ctx.dtype, ctx.transform = dtype, transform
@@ -107,7 +125,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         for columns in _tiles(len(weight), VOCABULARY_TILE):
             weights = operand(weight[columns], ctx.dtype)
             for rows in _tiles(len(hidden), TOKEN_TILE):
-                logits, slope = _logits(inputs[rows], weights, bias, columns, ctx.transform)
+                logits, slope = _logits(product(inputs[rows], weights.T, ctx.dtype), bias, columns, ctx.transform)
                 by_logprob, by_entropy = (None if one is None else one[rows] for one in gradients)
                 hits = _targets_in(targets[rows], columns)
                 by_logits = _gradient(logits, log_z[rows], entropy[rows], hits, by_logprob, by_entropy) * slope
@@ -115,9 +133,9 @@ class ChunkedLogprobs(torch.autograd.Function):
                     by_bias[columns] += by_logits.sum(dim=0)
                 by_logits = operand(by_logits, ctx.dtype)
                 if by_hidden is not None:
-                    by_hidden[rows] += product(by_logits, weights)
+                    by_hidden[rows] += product(by_logits, weights, ctx.dtype)
                 if by_weight is not None:
-                    by_weight[columns] += product(by_logits.T, inputs[rows])
+                    by_weight[columns] += product(by_logits.T, inputs[rows], ctx.dtype)
         found = zip((by_hidden, by_weight, by_bias), (hidden, weight, bias), strict=True)
         return *(None if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in found), None, None
 
@@ -126,34 +144,35 @@ def _tiles(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _logits(
-    inputs: Tensor, weights: Tensor, bias: Tensor | None, columns: slice, transform: LogitTransform
-) -> tuple[Tensor, Tensor | float]:
-    """Return a tile of logits (n, v), and their derivative by the product."""
-    y = product(inputs, weights.T)
+def _logits(y: Tensor, bias: Tensor | None, columns: slice, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
+    """Turn a tile of the product (n, v) into logits, in place; return them and their derivative by the product."""
     if bias is not None:
         y += bias[columns]
     return transform.apply_(y)
 
 
 def _targets_in(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Return the rows of a tile whose target is in it, and the target's column in the tile."""
-    row = ((targets >= columns.start) & (targets < columns.stop)).nonzero().squeeze(1)
-    return row, targets[row] - columns.start
+    """Return each target's column in a tile, some column for a target outside it, and whether it is inside.
+
+    No index is made from the comparison: on a GPU, to know its length would be a wait per tile.
+    """
+    column = targets - columns.start
+    width = columns.stop - columns.start
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
 def _include(logits: Tensor, log_z: Tensor, entropy: Tensor) -> None:
-    """Include a tile in the running log-sum-exp and in the entropy of the softmax so far, in place.
+    """Include a tile in the running log-sum-exp and in the entropy of the softmax so far, in place, also on the tile.
 
     With shares w of both parts, H = w1 H1 + w2 H2 - w1 log w1 - w2 log w2: small terms only, where the difference of
     log-sum-exp and mean logit would cancel.
     """
     top = logits.amax(dim=-1, keepdim=True)
-    shifted = logits - top
+    shifted = logits.sub_(top)
     weights = shifted.exp()
     total = weights.sum(dim=-1)
     of_tile = top.squeeze(-1) + total.log()
-    entropy_of_tile = total.log() - weights.mul_(shifted).sum(dim=-1) / total
+    entropy_of_tile = total.log() - torch.linalg.vecdot(weights, shifted) / total
     new = torch.logaddexp(log_z, of_tile)
     before, now = (log_z - new).exp_(), (of_tile - new).exp_()
     entropy.mul_(before).add_(now * entropy_of_tile + torch.special.entr(before) + torch.special.entr(now))
@@ -176,5 +195,6 @@ def _gradient(
         factor = factor - by_entropy.unsqueeze(-1) * (logp + entropy.unsqueeze(-1))
     gradient = logp.exp_().mul_(factor)
     if by_logprob is not None:
-        gradient[hits] += by_logprob[hits[0]]
+        column, is_here = hits
+        gradient.scatter_add_(1, column.unsqueeze(1), by_logprob.masked_fill(~is_here, 0.0).unsqueeze(1))
     return gradient

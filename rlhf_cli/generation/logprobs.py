@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, matmul_dtype, operand, product
+from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, operand, product
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import decoder_hidden
+from rlhf_cli.precision import matmul_dtype
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Projection:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits whose log-softmax `logprobs` is, for a few hidden states (N, d): (N, V) float32."""
         dtype = matmul_dtype(hidden)
-        y = product(operand(hidden, dtype), operand(self.weight, dtype).T)
+        y = product(operand(hidden, dtype), operand(self.weight, dtype).T, dtype)
         if self.bias is not None:
             y += self.bias
         return LogitTransform(self.scale, self.softcap).apply_(y)[0]
@@ -117,14 +118,15 @@ class Projection:
             batch: the completions.
             temperature: logits are divided by it, as in sampling.
         """
-        is_completion = batch.is_completion
-        found = self.logprobs(hidden[is_completion], batch.completion_ids[is_completion], temperature=temperature)
-        return TokenLogprobs(*(_unpacked(flat, is_completion) for flat in found))
+        positions, shape = batch.positions, batch.completion_ids.shape
+        targets = batch.completion_ids.flatten()[positions]
+        found = self.logprobs(hidden.flatten(0, 1)[positions], targets, temperature=temperature)
+        return TokenLogprobs(*(_unpacked(flat, positions, shape) for flat in found))
 
 
-def _unpacked(flat: Tensor, is_completion: Tensor) -> Tensor:
+def _unpacked(flat: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
     """Put the values of real tokens back into (N, T), 0 elsewhere; keeps the gradient."""
-    return torch.zeros(is_completion.shape, dtype=flat.dtype, device=flat.device).masked_scatter(is_completion, flat)
+    return flat.new_zeros(shape.numel()).index_copy(0, positions, flat).view(shape)
 
 
 @torch.no_grad()

@@ -30,6 +30,8 @@ class SequenceBatch:
         is_completion: (N, T) bool, True on real completion tokens, including the stop token.
         predicting: (N, T) row of `input_ids`, counted over its B * L, that predicts each completion token; equal for
             the first tokens of completions that share their prompt.
+        positions: (n,) where the n real completion tokens are in the N * T of `completion_ids`, in their order. An
+            index made beside the lists of ids: on a GPU, one made from a mask would wait for all work before it.
         layout: which tokens see which, if grouped.
         encoder_ids: (N, S) prompts, for encoder-decoders.
         encoder_mask: (N, S) 1 on real prompt tokens.
@@ -39,9 +41,15 @@ class SequenceBatch:
     completion_ids: Tensor
     is_completion: Tensor
     predicting: Tensor
+    positions: Tensor
     layout: Layout | None = None
     encoder_ids: Tensor | None = None
     encoder_mask: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Real completion tokens."""
+        return len(self.positions)
 
     @staticmethod
     def for_model(
@@ -92,6 +100,7 @@ class SequenceBatch:
             completion_ids.to(device),
             is_completion.to(device),
             predicting.to(device),
+            is_completion.flatten().nonzero().squeeze(1).to(device),
             layout,
             None if encoder_ids is None else encoder_ids.to(device),
             None if encoder_mask is None else encoder_mask.to(device),

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import decoder_of, text_config
+from rlhf_cli.models.fused_lora import fuse_products
 from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.low_rank import join
 from rlhf_cli.models.peft_folder import ADAPTER_CONFIG
@@ -89,6 +90,7 @@ def add_lora(model: nn.Module, lora: LoraSettings, *, name: str = "default") -> 
                 hint="name other layers in `lora.target_modules`, or train all weights (`adapter: none`)",
             ) from error
     _check_adapted(model, name, targets)
+    fuse_products([layer for _, layer in adapter_layers(model, name)])
     _say_cost_of_experts(targets)
     added = [parameter for _, layer in adapter_layers(model, name) for parameter in _factors(layer, name).values()]
     for parameter in model.parameters():

@@ -51,18 +51,24 @@ class MultiAdapterModel:
     def _register(self, name: str, *, is_trained: bool) -> None:
         self._layers = [layer for _, layer in adapter_layers(self.model)]
         self._is_trained[name] = is_trained
+        # PEFT makes the active adapter the trainable one. Here what trains does not depend on what is active.
+        for other, trains in self._is_trained.items():
+            for parameter in self.parameters(other):
+                parameter.requires_grad_(trains)
         self.activate(None)
 
     def activate(self, name: str | None) -> None:
-        """Make one adapter the active one; None disables all adapters."""
+        """Make one adapter the active one; None disables all adapters.
+
+        Sets what PEFT's layers read, and not by PEFT's methods: they also visit every weight to set `requires_grad`,
+        which takes as long as a forward pass of a small model.
+        """
+        is_disabled, names = name is None, [name]
         for layer in self._layers:
-            layer.enable_adapters(name is not None)
-            if name is not None:
-                layer.set_adapter([name])
-        # PEFT makes the active adapter the trainable one. Here what trains does not depend on what is active.
-        for other, is_trained in self._is_trained.items():
-            for parameter in self.parameters(other):
-                parameter.requires_grad_(is_trained)
+            own = vars(layer)
+            own["_disable_adapters"] = is_disabled
+            if not is_disabled:
+                own["_active_adapter"] = names
         self._active = name
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,18 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def adamw(groups: Iterable[Any], *, rate: float, epsilon: float = 1e-8, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """Make the optimizer of a stage: one pass over weights, gradients and moments where torch has it for the device.
+
+    Args:
+        groups: weights, or parameter groups.
+        rate: learning rate, until `set_rate`.
+        epsilon: added to the root of the second moment.
+        weight_decay: of groups that name none.
+    """
+    return torch.optim.AdamW(groups, lr=rate, eps=epsilon, weight_decay=weight_decay, fused=True)
 
 
 def clip_and_step(
@@ -47,7 +60,8 @@ def clip_and_step(
     Returns:
         The gradient norm of each model before clipping, and whether the step was taken.
     """
-    norms = [float(torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)) for weights in models]
+    clipped = [torch.nn.utils.clip_grad_norm_(weights, max_grad_norm) for weights in models]
+    norms: list[float] = torch.stack([norm.to(clipped[-1].device) for norm in clipped]).tolist()  # one wait for a GPU
     is_finite = math.isfinite(sum(norms)) and math.isfinite(loss)
     if is_finite:
         optimizer.step()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.generation import chunked_logprobs
-from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, matmul_dtype
+from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, matmul_dtype, operand, product
 from rlhf_cli.generation.logprobs import Projection
 
 N, V, D = 7, 53, 16
@@ -135,12 +135,30 @@ def test_autocast_does_not_round_logits():
     assert (rounded.gather(-1, given.targets.unsqueeze(-1)).squeeze(-1) - exact).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_in_bfloat16_rounds_its_inputs_alone(dtype):
+    """At a size at which oneDNN takes over; bfloat16 logits of this size are off by 0.06."""
+    torch.manual_seed(0)
+    left, right = (torch.randn(*shape).to(dtype) for shape in ((64, 256), (256, 128)))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = product(operand(left, torch.bfloat16), operand(right, torch.bfloat16), torch.bfloat16)
+    exact, rounded = left.double() @ right.double(), left.bfloat16().double() @ right.bfloat16().double()
+    assert got.dtype == torch.float32
+    # A CPU without bfloat16 products computes them in float32.
+    assert min((got - exact).abs().max(), (got - rounded).abs().max()) < 1e-4
+    assert ((left.bfloat16() @ right.bfloat16()).double() - rounded).abs().max() > 0.03
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    exactly = product(left.float(), right.float(), torch.float32)
+    assert (exactly - exact).abs().max() < 1e-4, "float32 stays float32"
+
+
 def test_no_tensor_has_a_column_per_vocabulary_entry_and_a_row_per_token(monkeypatch):
     sizes = []
     plain_product = chunked_logprobs.product
 
-    def watched(left, right):
-        made = plain_product(left, right)
+    def watched(left, right, dtype):
+        made = plain_product(left, right, dtype)
         sizes.append(tuple(made.shape))
         return made
 

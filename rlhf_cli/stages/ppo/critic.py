@@ -1,12 +1,14 @@
 """The critic: V(s_t), the expected remaining reward, predicted from the hidden state before each completion token.
 
-It is an adapter on the policy's frozen backbone, or a separate backbone that is trained in full, under a linear head.
-A saved critic is a folder with a PEFT adapter or an `AutoModel` folder, `value_head.safetensors` and `critic.json`.
+It is a linear head on an adapter on the policy's frozen backbone, on a separate backbone that is trained in full, or on
+the policy itself (docs/decisions/0014-critic-head.md). A saved critic is a folder with `value_head.safetensors`,
+`critic.json`, and a PEFT adapter or an `AutoModel` folder if it has one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +43,13 @@ class AdapterStart:
     """Where the critic's adapter starts: a saved adapter, or by default a new one under a head that predicts 0."""
 
     folder: Path | None = None
+    head: Head | None = None
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """Where a critic that is a head on the policy starts: a saved head, or by default one that predicts 0."""
+
     head: Head | None = None
 
 
@@ -163,6 +172,43 @@ class FullCritic:
         check_tensors(self.state(), dict(written.named_parameters()), folder)
 
 
+class HeadCritic:
+    """A critic that is a head on the policy's hidden states: its loss trains the policy's weights too.
+
+    Args:
+        policy: returns a context that yields the policy's model.
+        head: value head to start from; None predicts 0.
+    """
+
+    def __init__(self, policy: Callable[[], AbstractContextManager[PreTrainedModel]], head: Head | None = None) -> None:
+        self._policy = policy
+        with policy() as model:
+            self.value_head = value_head(model, head)
+
+    def active_model(self) -> AbstractContextManager[PreTrainedModel]:
+        """Yield the policy."""
+        return self._policy()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return no weights: those under the head are the policy's."""
+        return []
+
+    def state(self) -> dict[str, Tensor]:
+        """Return no weights: those under the head are the policy's."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Do nothing: the weights under the head are the policy's."""
+
+    def save(self, folder: Path) -> None:
+        """Write the head and `critic.json`."""
+        require_finite(dict(self.value_head.state_dict()), what="the critic")
+        with writing("the critic", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _save_head(folder, self.value_head, CriticConfig("head", None, None))
+        _check_head(folder, self.value_head)
+
+
 def value_head(model: PreTrainedModel, start: Head | None = None) -> nn.Linear:
     """Make a linear head on a model's hidden states, in float32.
 
@@ -193,19 +239,19 @@ class CriticConfig:
     """The content of `critic.json`.
 
     Attributes:
-        kind: "adapter" on a base model, or "full" for a whole backbone.
-        base: the adapter's base model, as a path relative to the folder or as it was given; None for "full".
+        kind: "adapter" on a base model, "full" for a whole backbone, or "head" for a head on the policy of its run.
+        base: the adapter's base model, as a path relative to the folder or as it was given; else None.
         base_revision: commit of a base model on the hub.
         base_sha256: of the base's weight files, see `base_model.hash_weights`; None if it is on the hub.
     """
 
-    kind: Literal["adapter", "full"]
+    kind: Literal["adapter", "full", "head"]
     base: str | None
     base_revision: str | None
     base_sha256: str | None = None
 
     def base_path(self, folder: Path) -> str | None:
-        """Return the path or hub id of the base; None for a whole backbone.
+        """Return the path or hub id of an adapter's base, else None.
 
         Raises:
             ModelError: the base is a path where no folder is.
@@ -248,6 +294,8 @@ def check_saved_critic(folder: Path) -> None:
             f"{folder / _HEAD} is not a value head, a weight (1, d) and a bias (1,): it holds {shapes}",
             hint="give the critic of an earlier run, runs/NAME/ppo/critic",
         )
+    if config.kind == "head":
+        return
     if config.kind == "full":
         own = load_config(source)
         check_weights(AutoModel, source, own, shapes=open_weights(source, own).shapes)

@@ -22,7 +22,15 @@ from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
 from rlhf_cli.models.weight_loading import load_weights
-from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, Head, load_value_head, read_critic_config
+from rlhf_cli.stages.ppo.critic import (
+    AdapterStart,
+    CriticConfig,
+    FullCritic,
+    Head,
+    HeadStart,
+    load_value_head,
+    read_critic_config,
+)
 
 _SEPARATE = "make the critic a separate model: `--set ppo.critic=separate`"
 
@@ -72,6 +80,7 @@ def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
         ModelError: the folder holds no such critic.
     """
     config = read_critic_config(folder)
+    _refuse_head(config, folder)
     if config.kind == "full":
         raise ModelError(
             f"the critic in {folder} is a whole model, not an adapter on the policy's backbone", hint=_SEPARATE
@@ -83,6 +92,30 @@ def adapter_from_folder(source: ModelSource, folder: Path) -> AdapterStart:
         )
     config.check_base(folder)
     return AdapterStart(folder, load_value_head(folder))
+
+
+def head_from_folder(folder: Path) -> HeadStart:
+    """Start from a saved critic that is a head on its policy's hidden states.
+
+    Raises:
+        ModelError: the folder holds no such critic.
+    """
+    if (kind := read_critic_config(folder).kind) != "head":
+        raise ModelError(
+            f"the critic in {folder} is {'an adapter' if kind == 'adapter' else 'a whole model'}, and `critic: head` "
+            "has only a head on the policy's hidden states",
+            hint=f"`--set ppo.critic={'adapter' if kind == 'adapter' else 'separate'}`",
+        )
+    return HeadStart(load_value_head(folder))
+
+
+def _refuse_head(config: CriticConfig, folder: Path) -> None:
+    if config.kind == "head":
+        raise ModelError(
+            f"the critic in {folder} is a head on its policy's hidden states, without weights under it",
+            hint="go on from that policy with `--set ppo.critic=head`, or start another critic: "
+            "`--set ppo.critic_from=policy`",
+        )
 
 
 def model_from_policy(source: ModelSource) -> FullCritic:
@@ -130,6 +163,7 @@ def model_from_folder(source: ModelSource, policy: PreTrainedModel, folder: Path
         DoesNotFit: the critic cannot read what the policy reads.
     """
     config = read_critic_config(folder)
+    _refuse_head(config, folder)
     given = source.at(str(folder)).in_full()
     if config.kind == "adapter":
         if (base := config.base_path(folder)) is None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ from rlhf_cli.generation.logprobs import Projection, TokenLogprobs, completion_h
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.stages.ppo.models import PPOModels
+from rlhf_cli.training.micro_batches import MicroBatches
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class ForwardPasses:
         models: policy, reference and critic.
         autocast: returns the autocast context for the passes.
         micro_batch_size: completions per pass; affects memory and speed only.
+        micro_batch_tokens: tokens per pass instead; None is by `micro_batch_size`.
         temperature: logits are divided by it, as in sampling.
         processes: processes that share the passes; by default this process alone.
     """
@@ -113,6 +119,7 @@ class ForwardPasses:
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
         temperature: float,
         processes: ProcessGroup | None = None,
     ) -> None:
@@ -120,17 +127,32 @@ class ForwardPasses:
         self.autocast = autocast
         self.temperature = temperature
         self.processes = processes or ProcessGroup()
-        self._micro_batch_size = micro_batch_size
+        self._cuts = MicroBatches(micro_batch_size, micro_batch_tokens, setting="ppo.micro_batch_tokens")
         with models.policy() as model:
-            self.device = model.device
-            self._grouped = reads_groups(model)
+            self._reader = model  # only read: device, attention and configuration are those of policy and critic
+        self.device = self._reader.device
+        self._grouped = reads_groups(self._reader)
+        self._of_step: Completions | None = None
+        self._batches: dict[tuple[int, ...], SequenceBatch] = {}
 
     def batch(self, texts: TokenPairs, rows: Sequence[int]) -> SequenceBatch:
-        """Batch some of the completions in the layout that the policy reads; reference and critic read the same."""
-        with self.models.policy() as model:
-            return SequenceBatch.for_model(
-                model, [texts.prompt_ids[row] for row in rows], [texts.completion_ids[row] for row in rows]
-            )
+        """Batch some of the completions in the layout that the policy reads; reference and critic read the same.
+
+        The batches of a step's completions are kept until the next step: with one minibatch, all epochs read the same.
+        """
+        if not isinstance(texts, Completions):
+            return self._new_batch(texts, rows)
+        if texts is not self._of_step:
+            self._of_step, self._batches = texts, {}
+        if (key := tuple(rows)) not in self._batches:
+            self._batches[key] = self._new_batch(texts, rows)
+        batch = self._batches[key]
+        # A layout holds the masks that attention made of it, which are large: each pass gets its own.
+        return batch if batch.layout is None else replace(batch, layout=replace(batch.layout))
+
+    def _new_batch(self, texts: TokenPairs, rows: Sequence[int]) -> SequenceBatch:
+        prompts, completions = ([ids[row] for row in rows] for ids in (texts.prompt_ids, texts.completion_ids))
+        return SequenceBatch.for_model(self._reader, prompts, completions)
 
     def micro_batches(self, completions: TokenPairs, rows: Sequence[int]) -> Iterator[list[int]]:
         """Yield this process's share of `rows` in micro-batches.
@@ -147,11 +169,23 @@ class ForwardPasses:
 
         ordered = sorted(rows, key=sort_key)
         # At most one process's share per micro-batch, so that every process gets work if there is enough of it.
-        size = min(self._micro_batch_size, -(-len(ordered) // self.processes.count))
-        parts = [ordered[start : start + size] for start in range(0, len(ordered), max(size, 1))]
-        for part in self.processes.shard(parts):
+        share = -(-len(ordered) // self.processes.count)
+        measure = partial(self._tokens, completions)
+        for part in self._cuts.own(self.processes.shard(self._cuts.cut(ordered, measure, most=share)), measure):
             yield part
             beat()
+
+    def _tokens(self, completions: TokenPairs, rows: Sequence[int]) -> int:
+        """Count the tokens that the policy reads in a pass over these rows."""
+        pairs = [(completions.prompt_ids[row], completions.completion_ids[row]) for row in rows]
+        if self._grouped:  # a prompt is read once; micro-batches are ordered by prompt
+            shared = sum(len(prompt) for prompt, _ in groupby(pairs, key=lambda pair: pair[0]))
+            return shared + sum(len(completion) for _, completion in pairs)
+        return len(pairs) * max(len(prompt) + len(completion) for prompt, completion in pairs)
+
+    def repeated(self, work: Callable[[], Result], undo: Callable[[], object] = lambda: None) -> Result:
+        """Return `work()`, repeated in smaller micro-batches if it gets no memory; see `MicroBatches.run`."""
+        return self._cuts.run(work, undo)
 
     def logprobs(
         self, model: PreTrainedModel, batch: SequenceBatch, *, temperature: float | None = None
@@ -165,12 +199,33 @@ class ForwardPasses:
             hidden = completion_hidden(model, batch)
             return Projection.of(model).token_logprobs(hidden, batch, temperature=temperature)
 
-    def values(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-        """Predict the value before each completion token: (N, T), 0 on padding."""
+    def values(self, model: PreTrainedModel, batch: SequenceBatch, *, trains_head_only: bool = False) -> Tensor:
+        """Predict the value before each completion token: (N, T), 0 on padding.
+
+        Gradient flows unless the caller disables it; with `trains_head_only` it ends at the value head.
+        """
+        with self.autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head_only):
+            hidden = completion_hidden(model, batch)
+        return self._values_of(hidden, batch)
+
+    def logprobs_and_values(self, model: PreTrainedModel, batch: SequenceBatch) -> tuple[TokenLogprobs, Tensor]:
+        """Compute what `logprobs` and `values` compute, from one pass of the model that both read."""
         with self.autocast():
             hidden = completion_hidden(model, batch)
+            found = Projection.of(model).token_logprobs(hidden, batch, temperature=self.temperature)
+        return found, self._values_of(hidden, batch)
+
+    def _values_of(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
         predicted = self.models.value_head(hidden.float()).squeeze(-1)
         return predicted.masked_fill(~batch.is_completion, 0.0)
+
+    def _policy_and_values(self, batch: SequenceBatch) -> tuple[TokenLogprobs, Tensor]:
+        with self.models.policy() as model:
+            if self.models.critic_is_head:
+                return self.logprobs_and_values(model, batch)
+            policy = self.logprobs(model, batch)
+        with self.models.critic() as model:
+            return policy, self.values(model, batch)
 
     @torch.no_grad()
     def rollout_tensors(
@@ -190,24 +245,29 @@ class ForwardPasses:
             name: torch.zeros(len(completions), longest, device=self.device)
             for name in ("policy", "ref", "value", "entropy")
         }
-        for part in self.micro_batches(completions, range(len(completions))):
-            batch = self.batch(completions, part)
-            width = batch.completion_ids.shape[1]
-            with self.models.policy() as model:
-                policy = self.logprobs(model, batch)
-            with self.models.reference() as model:
-                reference = self.logprobs(model, batch)
-            with self.models.critic() as model:
-                values = self.values(model, batch)
-            found = {"policy": policy.logprobs, "ref": reference.logprobs, "value": values, "entropy": policy.entropy}
-            for name, tensor in found.items():
-                rows[name][part, :width] = tensor
-            if progress is not None:
-                progress(len(part))
+        self.repeated(lambda: self._fill(rows, completions, progress))
         # One process filled each row and it is 0 on the others, so the sum is exact.
         self.processes.all_reduce(list(rows.values()))
         is_completion = (torch.arange(longest) < completions.lengths.unsqueeze(1)).to(self.device)
-        for name, tensor in rows.items():
-            if not torch.isfinite(tensor).all():
+        are_finite = torch.stack([torch.isfinite(tensor).all() for tensor in rows.values()]).tolist()
+        for name, is_finite in zip(rows, are_finite, strict=True):
+            if not is_finite:
                 raise DivergedError(f"the {name} pass over a step's completions gave values that are not finite")
         return RolloutTensors(rows["policy"], rows["ref"], rows["value"], rows["entropy"], is_completion)
+
+    def _fill(
+        self, rows: dict[str, Tensor], completions: Completions, progress: Callable[[int], object] | None
+    ) -> None:
+        """Run each model over this process's completions and put what it gives into `rows`."""
+        for part in self.micro_batches(completions, range(len(completions))):
+            batch = self.batch(completions, part)
+            index = torch.tensor(part, device=self.device)
+            width = batch.completion_ids.shape[1]
+            policy, values = self._policy_and_values(batch)
+            with self.models.reference() as model:
+                reference = self.logprobs(model, batch)
+            found = {"policy": policy.logprobs, "ref": reference.logprobs, "value": values, "entropy": policy.entropy}
+            for name, tensor in found.items():
+                rows[name][index, :width] = tensor
+            if progress is not None:
+                progress(len(part))

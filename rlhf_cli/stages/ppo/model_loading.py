@@ -23,7 +23,7 @@ from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
-from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic
+from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
 from rlhf_cli.stages.ppo.critic_initialization import DoesNotFit, shared_reward_config
 from rlhf_cli.stages.ppo.models import PPOModels, SeparateModels, SharedBackbone
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -96,7 +96,7 @@ def load_ppo_models(
     if is_lora:
         models, reward = _on_shared_backbone(source, policy, settings, critic, seed, reward_path)
     else:
-        assert isinstance(critic, FullCritic)
+        assert isinstance(critic, FullCritic | HeadStart)
         models = SeparateModels(policy, load_policy(source.in_full()), critic)
     if reward is None and reward_path is not None:
         reward = _separate_reward(source, reward_path, template)
@@ -112,7 +112,7 @@ def _on_shared_backbone(
     source: ModelSource,
     policy: PreTrainedModel,
     settings: PPOSettings,
-    critic: AdapterStart | FullCritic,
+    critic: AdapterStart | HeadStart | FullCritic,
     seed: int,
     reward_path: str | None,
 ) -> tuple[SharedBackbone, RewardModelHandle | None]:
@@ -137,9 +137,13 @@ def _critic(
     reward_path: str | None,
     template: str | None,
     longest: int,
-) -> tuple[AdapterStart | FullCritic, str]:
-    """Return the critic, or the start of its adapter, and a line that says where it starts."""
+) -> tuple[AdapterStart | HeadStart | FullCritic, str]:
+    """Return the critic, or the start of its adapter or head, and a line that says where it starts."""
     start, is_adapter = settings.critic_from, settings.critic_is_adapter
+    if settings.critic == "head":
+        if start in ("auto", "policy"):
+            return HeadStart(), "the critic's head predicts 0"
+        return critic_start.head_from_folder(Path(start)), f"the critic starts from {start}"
     fallback_reason = ""
     if start in ("auto", "reward-model"):
         try:
@@ -181,10 +185,13 @@ def _saved_critic(
 
 def _layout_note(settings: PPOSettings, reward: RewardModelHandle | None) -> str:
     if settings.adapter == "none":
+        if settings.critic == "head":
+            return "policy and reference are separate models, the critic is a head on the policy"
         return "policy, reference and critic are separate models, trained in full"
     shared = "policy, critic and reference share one backbone"
     if not settings.critic_is_adapter:
-        shared = "policy and reference share one backbone, the critic is a separate model"
+        critic = "a head on the policy" if settings.critic == "head" else "a separate model"
+        shared = f"policy and reference share one backbone, the critic is {critic}"
     if reward is None:
         return f"{shared}; there is no reward model"
     return f"{shared}; the reward model is {'an adapter on it too' if reward.is_shared else 'a separate model'}"

@@ -2,7 +2,8 @@
 
 `SharedBackbone` saves memory: it holds the SFT weights once, frozen. Policy and critic are adapters on them, the
 reference is the backbone with all adapters off (exactly the SFT model), and a reward model trained as an adapter is a
-third one. `SeparateModels` holds full copies, for full fine-tuning. Either takes a critic that is trained in full.
+third one. `SeparateModels` holds full copies, for full fine-tuning. Either takes a critic that is trained in full, or
+that is a head on the policy.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.settings.shared import LoraSettings
-from rlhf_cli.stages.ppo.critic import CRITIC, AdapterCritic, AdapterStart, Critic, FullCritic, Head
+from rlhf_cli.stages.ppo.critic import (
+    CRITIC,
+    AdapterCritic,
+    AdapterStart,
+    Critic,
+    FullCritic,
+    Head,
+    HeadCritic,
+    HeadStart,
+)
 
 POLICY, REWARD = "policy", "reward"
 
@@ -28,9 +38,14 @@ class PPOModels(Protocol):
     """Policy, reference and critic, as the PPO trainer uses them.
 
     Inside `policy()`, `reference()` or `critic()`, the yielded language model computes with the weights of that model.
+
+    Attributes:
+        value_head: on the critic's hidden states.
+        critic_is_head: those are the policy's, and the value loss trains the policy too.
     """
 
     value_head: nn.Linear
+    critic_is_head: bool
 
     def policy(self) -> AbstractContextManager[PreTrainedModel]:
         """Yield the model being trained."""
@@ -71,6 +86,7 @@ class _WithCritic:
     def __init__(self, critic: Critic) -> None:
         self._critic = critic
         self.value_head = critic.value_head
+        self.critic_is_head = isinstance(critic, HeadCritic)
 
     def critic(self) -> AbstractContextManager[PreTrainedModel]:
         """Yield the model under the value head."""
@@ -96,12 +112,14 @@ class _WithCritic:
 class SharedBackbone(_WithCritic):
     """Policy, reference and reward model on one frozen language model; the critic too, unless it is a separate model.
 
+    A critic that is a head on the policy needs no adapter of its own.
+
     Args:
         model: the SFT model; its weights are frozen.
         lora: of the policy's adapter, and of the critic's if that is new.
         seed: of the new adapters, independent of torch's global generator: every process draws the same.
         reward_adapter: folder of a reward model's adapter trained on this model.
-        critic: where the critic's adapter starts, or a critic that is a separate model.
+        critic: where the critic's adapter or its head on the policy starts, or a critic that is a separate model.
         source: where the model comes from, recorded in the saved critic.
 
     Raises:
@@ -115,7 +133,7 @@ class SharedBackbone(_WithCritic):
         *,
         seed: int = 0,
         reward_adapter: Path | None = None,
-        critic: AdapterStart | FullCritic = AdapterStart(),  # noqa: B008  (frozen)
+        critic: AdapterStart | HeadStart | FullCritic = AdapterStart(),  # noqa: B008  (frozen)
         source: ModelSource | None = None,
     ) -> None:
         self.model = model
@@ -129,8 +147,9 @@ class SharedBackbone(_WithCritic):
                 else:
                     self._adapters.load(CRITIC, critic.folder, is_trained=True)
             self._adapters.add(POLICY, lora)
-        is_separate = isinstance(critic, FullCritic)
-        super().__init__(critic if is_separate else AdapterCritic(self._adapters, critic.head, base=source))
+        if isinstance(critic, AdapterStart):
+            critic = AdapterCritic(self._adapters, critic.head, base=source)  # type: ignore[assignment]
+        super().__init__(HeadCritic(self.policy, critic.head) if isinstance(critic, HeadStart) else critic)  # type: ignore[arg-type]
         self._adapters.activate(POLICY)
 
     def policy(self) -> AbstractContextManager[PreTrainedModel]:
@@ -165,7 +184,8 @@ class SeparateModels(_WithCritic):
     Args:
         policy: a language model in float32; all its weights are trained.
         reference: the SFT model; its weights are frozen.
-        critic: a language model of any width, in float32; its backbone is trained.
+        critic: a language model of any width, in float32, whose backbone is trained, or where a head on the policy
+            starts.
         value_head: trained head to start from; None starts from a head that predicts 0.
     """
 
@@ -173,17 +193,17 @@ class SeparateModels(_WithCritic):
         self,
         policy: PreTrainedModel,
         reference: PreTrainedModel,
-        critic: PreTrainedModel | FullCritic,
+        critic: PreTrainedModel | FullCritic | HeadStart,
         *,
         value_head: Head | None = None,
     ) -> None:
         self._policy = policy.requires_grad_(True)
         self._reference = reference.requires_grad_(False)
-        if not isinstance(critic, FullCritic):
+        if isinstance(critic, PreTrainedModel):
             backbone = critic.base_model  # T5 nests its head and is its own backbone
             assert isinstance(backbone, PreTrainedModel)
             critic = FullCritic(backbone, value_head)
-        super().__init__(critic)
+        super().__init__(HeadCritic(self.policy, critic.head) if isinstance(critic, HeadStart) else critic)
 
     def policy(self) -> AbstractContextManager[PreTrainedModel]:
         """Yield the model being trained."""

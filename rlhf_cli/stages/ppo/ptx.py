@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.training.shuffle import EndlessShuffle
@@ -78,13 +80,13 @@ class SupervisedLoss:
         demonstrations = self._demonstrations
         rows = self._order.slice(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
         tokens = sum(len(demonstrations.completion_ids[row]) for row in rows)
-        loss, counted = 0.0, 0
+        loss, counted = torch.zeros((), dtype=torch.float64, device=self._forward_passes.device), 0
         for part in self._forward_passes.micro_batches(demonstrations, rows):
             batch = self._forward_passes.batch(demonstrations, part)
             with self._models.policy() as model:
                 # At temperature 1: demonstrations are not samples from the policy.
                 found = self._forward_passes.logprobs(model, batch, temperature=1.0)
                 (-self._coef * found.logprobs.sum() / tokens).backward()
-            loss -= float(found.logprobs.detach().sum())
-            counted += int(batch.is_completion.sum())
-        return loss, counted
+            loss -= found.logprobs.detach().sum()
+            counted += batch.tokens
+        return float(loss), counted

@@ -80,6 +80,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         models,
         autocast=mixed,
         micro_batch_size=settings.micro_batch_size,
+        micro_batch_tokens=settings.micro_batch_tokens,
         temperature=sampling.temperature,
         processes=processes,
     )

@@ -71,6 +71,9 @@ class PPOSettings(StageSection):
     """Optimizer steps per pass."""
     micro_batch_size: Effort = 8
     """Completions per forward and backward pass of a process. Affects memory and speed, not the result."""
+    micro_batch_tokens: Annotated[int | None, Field(ge=1), EffortOnly()] = None
+    """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null is
+    by `micro_batch_size`. Either way, a pass that runs out of memory is repeated with half the tokens."""
     rollout_batch_size: Effort = 64
     """Completions that a process generates at once. Affects memory and speed only."""
 
@@ -103,8 +106,9 @@ class PPOSettings(StageSection):
     """Maximum change of a value from its rollout value, in units of reward, before its loss is clipped; null does not
     clip."""
     value_coef: NonNegative = 0.1
-    """Weight of the value loss. Policy and critic train separate weights, so it scales the critic's gradient alone,
-    before `max_grad_norm`; 0 does not train the critic."""
+    """Weight of the value loss; 0 does not train the critic. With `critic: head` it weighs the value loss against the
+    policy's. Otherwise both train separate weights, and it scales the critic's gradient alone, before
+    `max_grad_norm`."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the loss (mean entropy per token, in nats; Schulman et al. 2017, eq. 9)."""
     gamma: Share = 1.0
@@ -170,12 +174,15 @@ class PPOSettings(StageSection):
     """`lora`: policy, critic and reward model are adapters on one frozen backbone. `none`: separate full models."""
     lora: LoraSettings = LoraSettings()
     """LoRA settings of the policy and the critic, with `adapter: lora`."""
-    critic: Literal["auto", "adapter", "separate"] = "auto"
-    """`adapter`: an adapter on the policy's backbone. `separate`: its own model, with all weights trained. `auto` is
-    `adapter` with `adapter: lora` and `separate` with `adapter: none`."""
+    critic: Literal["auto", "adapter", "head", "separate"] = "auto"
+    """`adapter`: an adapter on the policy's backbone. `separate`: its own model, with all weights trained. `head`: a
+    value head on the policy's hidden states, as in Ziegler et al. 2019; it needs no pass and no memory of its own, and
+    the value loss trains the policy's weights too. `auto` is `adapter` with `adapter: lora` and `separate` with
+    `adapter: none`."""
     critic_from: Annotated[str, External("critic")] = "auto"
     """Initial weights of the critic: `reward-model`, `policy` (with a value head that predicts 0), or the folder of a
-    saved critic (`runs/NAME/ppo/critic`). `auto` is the reward model if it is compatible, else the policy."""
+    saved critic (`runs/NAME/ppo/critic`). `auto` is the reward model if it is compatible, else the policy; with
+    `critic: head` it is the policy."""
     gradient_checkpointing: EffortFlag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: Effort = 10
@@ -212,6 +219,11 @@ class PPOSettings(StageSection):
     def critic_is_adapter(self) -> bool:
         """Whether the critic is an adapter on the policy's backbone, not a separate model."""
         return self.critic == "adapter" or (self.critic == "auto" and self.adapter == "lora")
+
+    @property
+    def critic_is_separate(self) -> bool:
+        """Whether the critic is a model of its own."""
+        return self.critic == "separate" or (self.critic == "auto" and self.adapter == "none")
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -287,4 +299,9 @@ class PPOSettings(StageSection):
             )
         if self.adapter == "none" and self.critic == "adapter":
             raise ValueError("`critic: adapter` needs `adapter: lora`: without LoRA there is no shared backbone")
+        if self.critic == "head" and self.critic_from == "reward-model":
+            raise ValueError(
+                "`critic_from: reward-model` needs `critic: adapter` or `critic: separate`: with `critic: head` the "
+                "weights under the value head are the policy's"
+            )
         return self

@@ -40,7 +40,7 @@ def _sizes(settings: PPOSettings, recipe: RunSettings) -> Sizes:
 
 def _disk_bytes(settings: PPOSettings, model_bytes: int) -> int:
     policy = int(settings.adapter == "none")
-    critic = int(not settings.critic_is_adapter)
+    critic = int(settings.critic_is_separate)
     best = model_bytes * (policy + critic) if settings.kl_budget is not None else 0
     return best + training_bytes(
         model_bytes, trained=policy + critic, written=1 + critic, kept=settings.keep_checkpoints

@@ -6,14 +6,14 @@ so neither of them changes the gradient (trap 2 of docs/ppo.md).
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.generation.logprobs import TokenLogprobs
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.masking import masked_sum
@@ -22,13 +22,11 @@ from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses, Rollo
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.ptx import SupervisedLoss
 from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.stages.ppo.update_statistics import DeviceSums, Sums, UpdateStatistics, WorstRatio
 from rlhf_cli.training.distributed import all_reduce_gradients
-from rlhf_cli.training.optimization import clip_and_step
+from rlhf_cli.training.optimization import adamw, clip_and_step
 from rlhf_cli.training.schedules import rate_factor
 from rlhf_cli.training.shuffle import shuffled
-
-Sums = defaultdict[str, float]
-"""Name -> sum, 0 for a name without one."""
 
 
 @dataclass(frozen=True)
@@ -49,56 +47,6 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class WorstRatio:
-    """The token whose probability changed the most.
-
-    Attributes:
-        log_ratio: |log pi_new / pi_old|, nats.
-        completion: number of its completion in the step.
-        token: number of the token in that completion.
-    """
-
-    log_ratio: float = 0.0
-    completion: int = 0
-    token: int = 0
-
-
-@dataclass
-class UpdateStatistics:
-    """Sums over the real tokens of an update, and the outcome of its optimizer steps.
-
-    Attributes:
-        sums: name -> sum over tokens (and epochs); `tokens`, `policy_tokens` and `ptx_tokens` count them.
-        epochs: per epoch, mean approx_kl, clip fraction and ratio, in that order.
-        policy_norms, critic_norms: gradient norms before clipping, per optimizer step that trained the model.
-        worst: the largest ratio.
-        skipped_steps: optimizer steps skipped because a gradient was not finite.
-        ratio_skips: optimizer steps skipped because the mean ratio exceeded its limit.
-        stopped: whether the update ended early because of its KL.
-    """
-
-    sums: Sums = field(default_factory=lambda: defaultdict(float))
-    epochs: list[tuple[float, float, float]] = field(default_factory=list)
-    policy_norms: list[float] = field(default_factory=list)
-    critic_norms: list[float] = field(default_factory=list)
-    worst: WorstRatio = WorstRatio()
-    skipped_steps: int = 0
-    ratio_skips: int = 0
-    stopped: bool = False
-
-    def mean(self, name: str, per: str = "tokens") -> float:
-        """Return the mean per token of those that `per` counts; NaN without any."""
-        return self.sums[name] / self.sums[per] if self.sums[per] else math.nan
-
-    def close_epoch(self, before: Sums) -> None:
-        """Add the means of an epoch, given the sums before it."""
-        tokens = self.sums["policy_tokens"] - before["policy_tokens"]
-        names = ("approx_kl", "clipped", "ratio")
-        kl, clipped, ratio = ((self.sums[name] - before[name]) / tokens if tokens else math.nan for name in names)
-        self.epochs.append((kl, clipped, ratio))
-
-
-@dataclass(frozen=True)
 class Minibatch:
     """Some completions of a step.
 
@@ -112,10 +60,31 @@ class Minibatch:
     experience: Experience
     kl_coef: float = 0.0
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Real tokens of its completions, over all processes."""
         return sum(len(self.experience.completions.completion_ids[row]) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch of a minibatch.
+
+    Attributes:
+        minibatch: to which it belongs.
+        rows: (B,) numbers of its completions, on the device.
+        batch: their tokens.
+        sums: receives what the losses add up.
+    """
+
+    minibatch: Minibatch
+    rows: Tensor
+    batch: SequenceBatch
+    sums: DeviceSums
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return its rows of a tensor (N, T) of the step, without columns that are padding in all of them."""
+        return tensor[self.rows, : self.batch.completion_ids.shape[1]]
 
 
 class Updater:
@@ -152,7 +121,7 @@ class Updater:
             {"params": critic, "peak": settings.critic_peak_rate, "begins": 0},
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate, eps=1e-5, weight_decay=0.0)
+        self.optimizer = adamw(groups, rate=settings.peak_rate, epsilon=1e-5)
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Return the learning rate of the policy at a 0-based optimizer step."""
@@ -206,13 +175,13 @@ class Updater:
         limit = settings.update_kl_limit
         if tokens and limit is not None and sums["approx_kl"] / tokens > limit:
             statistics.stopped = True
-            self.optimizer.zero_grad(set_to_none=True)
+            self._clear()
         elif tokens and sums["ratio"] / tokens > settings.ratio_limit:
             statistics.ratio_skips += 1
-            self.optimizer.zero_grad(set_to_none=True)
+            self._clear()
         else:
             if trains_policy and self.supervised is not None:
-                self._mix_in(self.supervised, optimizer_step, statistics)
+                self._mix_in(self.supervised, minibatch, optimizer_step, statistics)
             self._step(optimizer_step, trains_policy, statistics)
 
     def accumulate(self, minibatch: Minibatch, statistics: UpdateStatistics, *, trains_policy: bool = True) -> Sums:
@@ -220,17 +189,8 @@ class Updater:
 
         Returns the sums of the minibatch over all processes, and adds them to `statistics`.
         """
-        experience, tokens = minibatch.experience, minibatch.tokens
-        sums: Sums = defaultdict(float)
-        worst = WorstRatio()
-        for rows in self._forward_passes.micro_batches(experience.completions, minibatch.rows):
-            batch = self._forward_passes.batch(experience.completions, rows)
-            # Backward while the adapter is still active, since checkpointed activations are recomputed under it.
-            if trains_policy:
-                worst = max(worst, self._policy(minibatch, rows, batch, tokens, sums), key=lambda one: one.log_ratio)
-            self._critic(minibatch, rows, batch, tokens, sums)
-            sums["tokens"] += int(batch.is_completion.sum())
-        gathered = self._forward_passes.processes.all_gather_object([dict(sums), astuple(worst)])
+        own = self._repeated(minibatch, trains_policy)
+        gathered = self._forward_passes.processes.all_gather_object([own.sums(), astuple(own.worst())])
         found: Sums = defaultdict(float)
         for theirs, their_worst in gathered:
             for name, value in theirs.items():
@@ -240,53 +200,85 @@ class Updater:
             statistics.sums[name] += value
         return found
 
-    def _policy(
-        self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums
-    ) -> WorstRatio:
-        """Run forward and backward of the policy loss; returns the largest ratio in these rows."""
-        settings, experience = self._settings, minibatch.experience
-        width, is_completion = batch.completion_ids.shape[1], batch.is_completion
-        with self._models.policy() as model:
-            now = self._forward_passes.logprobs(model, batch)
-            old, advantages = experience.before.logprobs[rows, :width], experience.advantages[rows, :width]
-            policy = policy_loss(now.logprobs, old, advantages, is_completion, clip_range=settings.clip_range)
-            loss = policy.loss
-            if settings.kl_in == "loss":
-                reference = experience.before.reference_logprobs[rows, :width]
-                kl = masked_sum(kl_per_token(now.logprobs, reference, settings.kl_estimator), is_completion)
-                loss = loss + minibatch.kl_coef * kl
-                sums["kl_loss"] += float(kl.detach())
-            if settings.entropy_coef:
-                loss = loss - settings.entropy_coef * now.entropy.sum()
-            (loss / tokens).backward()
-        sums["policy_tokens"] += int(is_completion.sum())
-        sums["policy_loss"] += float(policy.loss.detach())
-        sums["approx_kl"] += float(policy.approx_kl)
-        sums["clipped"] += float(policy.clipped)
-        sums["ratio"] += float(policy.ratio)
-        sums["squared_ratio"] += float(policy.squared_ratio)
-        sums["entropy"] += float(now.entropy.detach().sum())
-        largest, row = policy.largest_log_ratio.max(dim=0)
-        return WorstRatio(float(largest), rows[int(row)], int(policy.largest_position[row]))
+    def _repeated(self, minibatch: Minibatch, trains_policy: bool) -> DeviceSums:
+        """Run `_accumulate`, from zero gradients again where a pass gets no memory."""
+        return self._forward_passes.repeated(lambda: self._accumulate(minibatch, trains_policy), self._clear)
 
-    def _critic(self, minibatch: Minibatch, rows: Sequence[int], batch: SequenceBatch, tokens: int, sums: Sums) -> None:
-        """Run forward and backward of the critic's loss."""
-        settings, experience = self._settings, minibatch.experience
-        width = batch.completion_ids.shape[1]
-        with self._models.critic() as model:
-            critic = value_loss(
-                self._forward_passes.values(model, batch),
-                experience.before.values[rows, :width],
-                experience.returns[rows, :width],
-                batch.is_completion,
-                clip_range=settings.value_clip_range,
-            )
-            (settings.value_coef * critic.loss / tokens).backward()
-        sums["value_loss"] += float(critic.loss.detach())
-        sums["value_clipped"] += float(critic.clipped)
+    def _clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def _mix_in(self, supervised: SupervisedLoss, optimizer_step: int, statistics: UpdateStatistics) -> None:
-        for loss, tokens in self._forward_passes.processes.all_gather_object(supervised.accumulate(optimizer_step)):
+    def _accumulate(self, minibatch: Minibatch, trains_policy: bool) -> DeviceSums:
+        """Run forward and backward of this process's micro-batches."""
+        models, passes, sums = self._models, self._forward_passes, DeviceSums()
+        completions = minibatch.experience.completions
+        for numbers in passes.micro_batches(completions, minibatch.rows):
+            batch = passes.batch(completions, numbers)
+            part = _Part(minibatch, torch.tensor(numbers, device=passes.device), batch, sums)
+            # Backward while the adapter is still active, since checkpointed activations are recomputed under it.
+            if trains_policy:
+                with models.policy() as model:
+                    if models.critic_is_head:
+                        now, values = passes.logprobs_and_values(model, batch)
+                        (self._policy_loss(part, now) + self._value_loss(part, values)).backward()
+                    else:
+                        self._policy_loss(part, passes.logprobs(model, batch)).backward()
+            if not (trains_policy and models.critic_is_head):
+                with models.critic() as model:
+                    values = passes.values(model, batch, trains_head_only=models.critic_is_head)
+                    self._value_loss(part, values).backward()
+            sums.count("tokens", batch.tokens)
+        return sums
+
+    def _policy_loss(self, part: _Part, now: TokenLogprobs) -> Tensor:
+        """Return a micro-batch's part of the minibatch's mean policy loss."""
+        settings, sums, is_completion = self._settings, part.sums, part.batch.is_completion
+        before = part.minibatch.experience.before
+        policy = policy_loss(
+            now.logprobs,
+            part.of(before.logprobs),
+            part.of(part.minibatch.experience.advantages),
+            is_completion,
+            clip_range=settings.clip_range,
+        )
+        loss = policy.loss
+        if settings.kl_in == "loss":
+            reference = part.of(before.reference_logprobs)
+            kl = masked_sum(kl_per_token(now.logprobs, reference, settings.kl_estimator), is_completion)
+            loss = loss + part.minibatch.kl_coef * kl
+            sums.add("kl_loss", kl)
+        if settings.entropy_coef:
+            loss = loss - settings.entropy_coef * now.entropy.sum()
+        sums.count("policy_tokens", part.batch.tokens)
+        for name in ("approx_kl", "clipped", "ratio", "squared_ratio"):
+            sums.add(name, getattr(policy, name))
+        sums.add("policy_loss", policy.loss)
+        sums.add("entropy", now.entropy.sum())
+        sums.see(policy.largest_log_ratio, part.rows, policy.largest_position)
+        return loss / part.minibatch.tokens
+
+    def _value_loss(self, part: _Part, values: Tensor) -> Tensor:
+        """Return a micro-batch's part of the minibatch's mean value loss."""
+        experience = part.minibatch.experience
+        critic = value_loss(
+            values,
+            part.of(experience.before.values),
+            part.of(experience.returns),
+            part.batch.is_completion,
+            clip_range=self._settings.value_clip_range,
+        )
+        part.sums.add("value_loss", critic.loss)
+        part.sums.add("value_clipped", critic.clipped)
+        return self._settings.value_coef * critic.loss / part.minibatch.tokens
+
+    def _mix_in(
+        self, supervised: SupervisedLoss, minibatch: Minibatch, optimizer_step: int, statistics: UpdateStatistics
+    ) -> None:
+        def again() -> None:
+            self._clear()
+            self._repeated(minibatch, trains_policy=True)
+
+        own = self._forward_passes.repeated(lambda: supervised.accumulate(optimizer_step), again)
+        for loss, tokens in self._forward_passes.processes.all_gather_object(own):
             statistics.sums["ptx_loss"] += loss
             statistics.sums["ptx_tokens"] += tokens
 

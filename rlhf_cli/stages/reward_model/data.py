@@ -60,7 +60,11 @@ class Batches:
         return self._order.slice(epoch * self._count + start, epoch * self._count + stop)
 
 
-def micro_batches(groups: Sequence[RankedGroup], chosen: Sequence[int], size: int) -> list[list[int]]:
-    """Cut the chosen groups into micro-batches of at most `size`, of similar length, so that little is padding."""
-    ordered = sorted(chosen, key=lambda number: groups[number].longest)
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+def by_length(groups: Sequence[RankedGroup], chosen: Sequence[int]) -> list[int]:
+    """Order the chosen groups by length, so that little of a micro-batch is padding."""
+    return sorted(chosen, key=lambda number: groups[number].longest)
+
+
+def padded_tokens(groups: Sequence[RankedGroup]) -> int:
+    """Count the tokens of a pass over some groups, padding included."""
+    return sum(len(group.sequences) for group in groups) * max(group.longest for group in groups)

@@ -17,12 +17,13 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.objectives.ranking import pairs_of, pairwise_ranking_loss, plackett_luce_loss
-from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, micro_batches
+from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, by_length, padded_tokens
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.training.distributed import all_reduce_gradients
 from rlhf_cli.training.loop import LoopState, TrainingLoop
+from rlhf_cli.training.micro_batches import MicroBatches
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
-from rlhf_cli.training.optimization import clip_and_step, scheduled_rate, set_rate
+from rlhf_cli.training.optimization import adamw, clip_and_step, scheduled_rate, set_rate
 from rlhf_cli.training.task import ProgressCallback, StepReport, TrainingTask
 
 
@@ -67,11 +68,12 @@ class RewardTrainer(TrainingTask):
         self.model, self.settings = model, settings
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=settings.peak_rate, weight_decay=settings.weight_decay
-        )
+        self.optimizer = adamw(self.trained.values(), rate=settings.peak_rate, weight_decay=settings.weight_decay)
         self._groups, self._rate_scale = groups, 1.0
         self._processes = processes or ProcessGroup(model.device)
+        self._cuts = MicroBatches(
+            settings.micro_batch_size, settings.micro_batch_tokens, setting="train_rm.micro_batch_tokens"
+        )
         self.loop = TrainingLoop(
             self,
             label="reward model",
@@ -128,22 +130,35 @@ class RewardTrainer(TrainingTask):
 
         Each process computes its share of the micro-batches, maybe none; all end with the same gradient and sums.
         """
-        sums = StepSums()
-        for numbers in self._processes.shard(micro_batches(self._groups, chosen, self.settings.micro_batch_size)):
-            losses = self._losses([self._groups[number] for number in numbers], sums)
-            (losses.sum() / len(chosen)).backward()
-            sums.loss += float(losses.detach().sum())
-            sums.groups += len(numbers)
+        parts = self._processes.shard(self._cuts.cut(by_length(self._groups, chosen), self._tokens))
+        sums = self._cuts.run(lambda: self._own_gradient(parts, len(chosen)), self.optimizer.zero_grad)
         return self._over_processes(sums)
 
-    def _losses(self, groups: list[RankedGroup], sums: StepSums) -> Tensor:
-        """Return the loss of each group: (G,), with gradient."""
+    def _own_gradient(self, parts: list[list[int]], groups: int) -> StepSums:
+        """Accumulate the gradient of this process's groups."""
+        sums, loss = StepSums(), torch.zeros((), dtype=torch.float64, device=self.model.device)
+        counts = torch.zeros(3, dtype=torch.float64, device=self.model.device)
+        for numbers in self._cuts.own(parts, self._tokens):
+            losses = self._losses([self._groups[number] for number in numbers], sums, counts)
+            (losses.sum() / groups).backward()
+            loss += losses.detach().sum()
+            sums.groups += len(numbers)
+        sums.loss, sums.right, pairs, sums.rewards = torch.cat([loss.unsqueeze(0), counts]).tolist()
+        sums.pairs = int(pairs)
+        return sums
+
+    def _tokens(self, numbers: Sequence[int]) -> int:
+        return padded_tokens([self._groups[number] for number in numbers])
+
+    def _losses(self, groups: list[RankedGroup], sums: StepSums, counts: Tensor) -> Tensor:
+        """Return the loss of each group: (G,), with gradient; adds to both sums, see `_count`."""
         model = self.model
         rewards = model(model.batch([sequence for group in groups for sequence in group.sequences]))
         levels = torch.tensor([level for group in groups for level in group.levels], device=rewards.device)
         sizes = torch.tensor([len(group.levels) for group in groups], device=rewards.device)
         members = torch.arange(len(groups), device=rewards.device).repeat_interleave(sizes)
-        _count(sums, rewards.detach(), levels, members)
+        counts += _count(rewards.detach(), levels, members)
+        sums.completions += len(rewards)
         if self.settings.loss == "plackett-luce":
             return plackett_luce_loss(rewards, levels, members)
         margins = torch.tensor([group.margin for group in groups], device=rewards.device)
@@ -158,12 +173,13 @@ class RewardTrainer(TrainingTask):
         return StepSums(**dict(zip(asdict(sums), values.tolist(), strict=True)))
 
 
-def _count(sums: StepSums, rewards: Tensor, levels: Tensor, members: Tensor) -> None:
-    """Add the pairs whose order agrees with the labels; an equal reward counts half, and a tie is not a pair."""
+def _count(rewards: Tensor, levels: Tensor, members: Tensor) -> Tensor:
+    """Count pairs whose order agrees with the labels, and pairs, and sum the rewards: (3,), on the device.
+
+    An equal reward counts half, and a tie is not a pair.
+    """
     first, second = pairs_of(members)
     agreement = (rewards[first] - rewards[second]).sign() * (levels[second] - levels[first]).sign()
     is_ordered = levels[first] != levels[second]
-    sums.right += float(((agreement + 1) / 2)[is_ordered].sum())
-    sums.pairs += int(is_ordered.sum())
-    sums.rewards += float(rewards.sum())
-    sums.completions += len(rewards)
+    right = ((agreement + 1) / 2).masked_fill(~is_ordered, 0.0).sum()
+    return torch.stack([right.double(), is_ordered.sum().double(), rewards.sum().double()])

@@ -83,30 +83,27 @@ def describe_turns(examples: Sequence[Example]) -> str | None:
 
 
 class BatchPlan:
-    """Which rows make up each optimizer step, and how a step is cut into micro-batches.
+    """Which rows make up each optimizer step.
 
     Every epoch has an order of its own. Epochs are concatenated before they are cut into steps, so each step but the
-    last has exactly `batch_size` rows, whatever the number of rows; the micro-batch size changes only where a step is
-    cut.
+    last has exactly `batch_size` rows, whatever the number of rows.
 
     Args:
         rows: number of rows.
         epochs: passes over the rows, not necessarily a whole number.
         batch_size: rows per optimizer step.
-        micro_batch_size: rows per forward and backward pass.
         seed: of the order.
     """
 
-    def __init__(self, rows: int, epochs: float, batch_size: int, micro_batch_size: int, seed: int) -> None:
-        self._rows, self._batch_size, self._micro_batch_size = rows, batch_size, micro_batch_size
+    def __init__(self, rows: int, epochs: float, batch_size: int, seed: int) -> None:
+        self._rows, self._batch_size = rows, batch_size
         self._total = max(1, round(rows * epochs))
         self._order = EndlessShuffle(rows, seed=seed, name="demonstrations")
         self.steps = ceil(self._total / batch_size)
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the row numbers of each micro-batch of the 0-based step."""
-        rows = self._order.slice(step * self._batch_size, min((step + 1) * self._batch_size, self._total))
-        return [rows[start : start + self._micro_batch_size] for start in range(0, len(rows), self._micro_batch_size)]
+    def rows_of(self, step: int) -> list[int]:
+        """Return the numbers of the rows of the 0-based step."""
+        return self._order.slice(step * self._batch_size, min((step + 1) * self._batch_size, self._total))
 
     def epoch_after(self, steps: int) -> float:
         """Return the passes over the rows that are done after `steps` steps."""

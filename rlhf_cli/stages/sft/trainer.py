@@ -7,7 +7,7 @@ change the gradient.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +30,15 @@ from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.seeding import seeded
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say, task
-from rlhf_cli.stages.sft.data import BatchPlan, Row, pack, pack_groups
+from rlhf_cli.stages.sft.data import Batch, BatchPlan, Row, pack, pack_groups
 from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, on_device, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.training.distributed import all_reduce_gradients
 from rlhf_cli.training.loop import TrainingLoop
+from rlhf_cli.training.micro_batches import MicroBatches
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog, read_rows
 from rlhf_cli.training.monitoring.run_logger import METRICS
-from rlhf_cli.training.optimization import clip_and_step, scheduled_rate, set_rate
+from rlhf_cli.training.optimization import adamw, clip_and_step, scheduled_rate, set_rate
 from rlhf_cli.training.task import ProgressCallback, StepReport, TrainingTask
 
 
@@ -163,14 +164,17 @@ class SFTTrainer(TrainingTask):
         log: Callable[..., MetricsLog] = MetricsLog,
     ) -> None:
         self.rows = _rows(model, examples, settings)
-        self.plan = BatchPlan(len(self.rows), settings.epochs, settings.batch_size, settings.micro_batch_size, seed)
+        self.plan = BatchPlan(len(self.rows), settings.epochs, settings.batch_size, seed)
         self._model, self._settings, self._precision, self._processes = model, settings, precision, processes
+        self._cuts = MicroBatches(
+            settings.micro_batch_size, settings.micro_batch_tokens, setting="sft.micro_batch_tokens"
+        )
         self._collate = collator_for(model, packed=settings.packing)
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._rate_scale = 1.0
         self._router = router_loss(model, settings)
         groups = _parameter_groups(self._trained, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate)
+        self.optimizer = adamw(groups, rate=settings.peak_rate)
         self._loop = TrainingLoop(
             self,
             label="fine-tuning",
@@ -215,12 +219,28 @@ class SFTTrainer(TrainingTask):
 
     def _accumulate(self, step: int) -> float:
         """Accumulate the gradient of the step's loss over micro-batches and processes; returns the loss."""
-        parts = self._processes.shard(self.plan.micro_batches(step))
-        batches = [self._collate([self.rows[number] for number in part]) for part in parts]
-        counts = TokenCounts.of(batches, self._processes)
+        rows = sorted(self.plan.rows_of(step), key=lambda number: self._tokens([number]))  # little padding
+        parts = self._processes.shard(self._cuts.cut(rows, self._tokens))
+        batches = {tuple(part): self._batch(part) for part in parts}
+        counts = TokenCounts.of(list(batches.values()), self._processes)
+        total = self._cuts.run(lambda: self._own_gradient(batches, counts), self.optimizer.zero_grad)
+        all_reduce_gradients(self._trained.values(), self._processes)
+        self._processes.all_reduce([total])
+        return float(total)
+
+    def _batch(self, part: Sequence[int]) -> Batch:
+        return self._collate([self.rows[number] for number in part])
+
+    def _tokens(self, part: Sequence[int]) -> int:
+        """Count the tokens of a pass over some rows, padding included."""
+        return len(part) * max(sum(len(example) for example in self.rows[number]) for number in part)
+
+    def _own_gradient(self, batches: Mapping[tuple[int, ...], Batch], counts: TokenCounts) -> Tensor:
+        """Accumulate the gradient of this process's micro-batches; returns their part of the loss."""
         device = self._model.device
         total = torch.zeros((), device=device)
-        for batch in batches:
+        for part in self._cuts.own(batches, self._tokens):
+            batch = batches[tuple(part)] if tuple(part) in batches else self._batch(part)
             with autocast(device, self._precision):
                 loss = sft_loss(
                     self._model,
@@ -232,9 +252,7 @@ class SFTTrainer(TrainingTask):
             loss.backward()
             total += loss.detach()
             beat()
-        all_reduce_gradients(self._trained.values(), self._processes)
-        self._processes.all_reduce([total])
-        return float(total)
+        return total
 
     def scale_learning_rates(self, factor: float) -> None:
         """See `TrainingTask`."""

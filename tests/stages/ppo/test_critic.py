@@ -147,7 +147,7 @@ def test_a_reward_model_loaded_apart_has_no_gradients_either(policy, tiny_llama,
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_t5", "tiny_bart"])
-@pytest.mark.parametrize("critic", ["adapter", "separate"])
+@pytest.mark.parametrize("critic", ["adapter", "separate", "head"])
 def test_a_saved_critic_gives_the_same_values_again(critic, name, request, tmp_path):
     base = request.getfixturevalue(name)
     first = load(base, critic=critic)
@@ -176,6 +176,7 @@ def _scaled(path: Path, name: str | None = None) -> None:
         ("adapter", "value_head.safetensors", "weight"),
         ("separate", "model.safetensors", None),
         ("separate", "value_head.safetensors", "bias"),
+        ("head", "value_head.safetensors", "weight"),
     ],
 )
 def test_a_critic_that_was_not_written_as_trained_is_refused(critic, file, tensor, tiny_llama, tmp_path, monkeypatch):
@@ -305,6 +306,72 @@ def test_what_is_no_saved_critic_is_refused(tiny_llama, tmp_path):
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "critic")
     with pytest.raises(ModelError, match=r"cannot read .*value_head\.safetensors"):
         load(tiny_llama, critic="separate", critic_from=str(tmp_path / "critic"))
+
+
+@pytest.mark.parametrize("policy", ["lora", "none"])
+def test_a_head_reads_the_policys_states_and_its_loss_reaches_the_policy(policy, tiny_llama):
+    made = load(tiny_llama, adapter=policy, critic="head")
+    models = made.models
+    assert [*models.critic_parameters()] == [*models.value_head.parameters()]
+    assert not values(models, tiny_llama).any(), "it starts at 0"
+    assert "the critic is a head on the policy" in made.notes[0]
+    move(models)
+    before = values(models, tiny_llama)
+    with torch.no_grad():
+        for parameter in models.policy_parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert not torch.allclose(values(models, tiny_llama), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["lora", "none"])
+def test_one_pass_for_policy_and_head_has_the_gradient_of_two(policy, tiny_llama):
+    """Both losses add up in the gradient of the policy's weights; in warm-up the head alone learns."""
+    models = load(tiny_llama, adapter=policy, critic="head").models
+    move(models)
+    passes = ForwardPasses(models, autocast=nullcontext, micro_batch_size=8, temperature=0.7)
+    given = Completions(["x"] * 2, [[5, 6], [7, 8, 9]], [[1, 2, 3], [4, 5]], ["y"] * 2, [True] * 2, torch.zeros(2))
+    batch = passes.batch(given, [0, 1])
+    trained = [*models.policy_parameters(), *models.critic_parameters()]
+
+    def gradient(*losses) -> list[torch.Tensor | None]:
+        for parameter in trained:
+            parameter.grad = None
+        for loss in losses:
+            loss().backward()
+        return [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
+
+    with models.policy() as model:
+        weights = torch.randn(2, 3)
+
+        def joint() -> torch.Tensor:
+            now, predicted = passes.logprobs_and_values(model, batch)
+            return (weights * now.logprobs).sum() + (weights * predicted).sum()
+
+        together = gradient(joint)
+        apart = gradient(
+            lambda: (weights * passes.logprobs(model, batch).logprobs).sum(),
+            lambda: (weights * passes.values(model, batch)).sum(),
+        )
+        for one, other in zip(together, apart, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        alone = gradient(lambda: (weights * passes.values(model, batch, trains_head_only=True)).sum())
+    policy_count = len(models.policy_parameters())
+    assert all(one is None for one in alone[:policy_count])
+    assert all(one is not None and one.any() for one in alone[policy_count:])
+
+
+def test_a_head_and_a_critic_with_weights_of_its_own_do_not_start_from_each_other(tiny_llama, tmp_path):
+    for kind in ("head", "adapter", "separate"):
+        load(tiny_llama, critic=kind).models.save_critic(tmp_path / kind)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / kind)
+    for kind, critic in (("adapter", "head"), ("separate", "head"), ("head", "adapter"), ("head", "separate")):
+        with pytest.raises(ModelError, match="a head on") as caught:
+            load(tiny_llama, critic=critic, critic_from=str(tmp_path / kind))
+        assert f"ppo.critic={kind}" in (caught.value.hint or "")
+    with pytest.raises(ValueError, match="`critic_from: reward-model` needs `critic: adapter`"):
+        PPOSettings(critic="head", critic_from="reward-model")
 
 
 def _with_head(folder: Path, weight: torch.Tensor) -> None:

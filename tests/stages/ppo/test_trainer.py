@@ -1,9 +1,13 @@
 """PPO's invariants on tiny models: ratio 1, KL 0, batch splitting, optimizer steps, what moves, and that it learns."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
+from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+from rlhf_cli.stages.ppo.ptx import Demonstrations
 from rlhf_cli.stages.ppo.update import Experience, Minibatch, UpdateStatistics
 
 
@@ -65,6 +69,93 @@ def test_cutting_the_batch_differently_changes_nothing(kind, changes, tiny_llama
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("failing", ["policy", "critic"])
+def test_a_pass_without_memory_changes_no_gradient_and_counts_nothing_twice(
+    failing, tiny_llama, tmp_path, make_trainer, monkeypatch, capsys
+):
+    """A critic's pass fails behind the policy's backward pass, whose gradient must not count twice."""
+    results = []
+    for is_short in (False, True):
+        trainer = make_trainer(tiny_llama, tmp_path / str(is_short))
+        torch.nn.init.normal_(trainer.models.value_head.weight, generator=torch.Generator().manual_seed(0))
+        passes = trainer.forward_passes
+        name = "logprobs" if failing == "policy" else "values"
+        plain = getattr(passes, name)
+
+        def limited(model, batch, plain=plain, is_short=is_short, **named):
+            if is_short and len(batch.completion_ids) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(model, batch, **named)
+
+        monkeypatch.setattr(passes, name, limited)
+        completions = completions_of(trainer)
+        before = passes.rollout_tensors(completions)
+        if is_short:
+            passes._cuts.limit = None  # as if the update needed more memory than the passes before it
+        torch.manual_seed(1)
+        advantages, returns = torch.randn(2, *before.values.shape)
+        minibatch = Minibatch(list(range(8)), Experience(completions, before, advantages, returns))
+        statistics = UpdateStatistics()
+        trainer.updater.accumulate(minibatch, statistics)
+        trained = [*trainer.models.policy_parameters(), *trainer.models.critic_parameters()]
+        results.append((before.values, statistics.sums, [one.grad for one in trained if one.grad is not None]))
+    (values, sums, gradients), (short_values, short_sums, short_gradients) = results
+    torch.testing.assert_close(short_values, values, atol=1e-5, rtol=1e-5)
+    assert short_sums == pytest.approx(sums, abs=1e-4)
+    for mine, theirs in zip(short_gradients, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "got no memory" in said
+    assert "`ppo.micro_batch_tokens:" in said
+
+
+def test_a_demonstration_pass_without_memory_keeps_the_gradient_of_ppo(tiny_llama, tmp_path, make_trainer, monkeypatch):
+    demonstrations = Demonstrations.of([([5, 6, 7], [8, 9, 0]), ([3], [10, 11, 0]), ([12], [13, 0]), ([4], [9, 8, 7])])
+    results = []
+    for is_short in (False, True):
+        trainer = make_trainer(
+            tiny_llama, tmp_path / str(is_short), demonstrations=demonstrations, ptx={"coef": 1.0, "batch_size": 4}
+        )
+        plain = trainer.forward_passes.logprobs
+
+        def limited(model, batch, *, temperature=None, plain=plain, is_short=is_short):
+            if is_short and temperature == 1.0 and len(batch.completion_ids) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(model, batch, temperature=temperature)
+
+        monkeypatch.setattr(trainer.forward_passes, "logprobs", limited)
+        seen = []
+        monkeypatch.setattr(
+            trainer.updater.optimizer,
+            "step",
+            lambda seen=seen, trainer=trainer: seen.extend(
+                one.grad.clone() for one in trainer.models.policy_parameters() if one.grad is not None
+            ),
+        )
+        trainer.step(0)
+        results.append(seen)
+    assert len(results[0]) == len(results[1]) > 0
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_a_token_budget_changes_no_gradient(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w")
+    completions = completions_of(trainer)
+    by_rows = trainer.forward_passes.rollout_tensors(completions)
+    lengths = [len(a) + len(b) for a, b in zip(completions.prompt_ids, completions.completion_ids, strict=True)]
+    budget = 2 * max(lengths)
+    passes = ForwardPasses(
+        trainer.models, autocast=nullcontext, micro_batch_size=1, micro_batch_tokens=budget, temperature=1.0
+    )
+    parts = list(passes.micro_batches(completions, range(8)))
+    assert all(sum(lengths[row] for row in part) <= budget for part in parts)
+    assert 1 < len(parts) < 8
+    again = passes.rollout_tensors(completions)
+    for name in ("logprobs", "reference_logprobs", "values", "entropy"):
+        torch.testing.assert_close(getattr(again, name), getattr(by_rows, name), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("minibatches", "epochs"), [(1, 2), (2, 2), (4, 2), (4, 1)])

@@ -14,7 +14,7 @@ from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import RewardModel, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings
-from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, encode_group, micro_batches
+from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, by_length, encode_group, padded_tokens
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
@@ -102,6 +102,28 @@ def test_micro_batches_change_no_gradient(loss, tiny_llama, tmp_path):
     assert gradients[0].norm() > 1e-3
     for other in gradients[1:]:
         assert torch.allclose(gradients[0], other, atol=1e-6, rtol=1e-4)
+
+
+def test_a_pass_without_memory_changes_no_gradient(tiny_llama, tmp_path, monkeypatch):
+    results = []
+    for memory in (8, 3):
+        trainer = trainer_of(tiny_llama, tmp_path / str(memory), micro_batch_size=8)
+        plain = trainer._losses
+
+        def limited(groups, *rest, plain=plain, memory=memory):
+            losses = plain(groups, *rest)
+            if len(groups) > memory:
+                (2.0 * losses.sum()).backward()
+                raise MemoryError
+            return losses
+
+        monkeypatch.setattr(trainer, "_losses", limited)
+        sums = trainer.accumulate(range(8))
+        results.append((sums, torch.cat([weight.grad.flatten() for weight in trainer.trained.values()])))
+    (sums, gradient), (short_sums, short_gradient) = results
+    assert short_sums.groups == 8
+    assert short_sums.loss == pytest.approx(sums.loss, rel=1e-5)
+    assert torch.allclose(gradient, short_gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_the_loss_of_a_step_is_the_mean_over_groups_of_the_mean_over_pairs(tiny_llama, tmp_path):
@@ -258,8 +280,9 @@ def test_every_group_is_seen_once_an_epoch_in_a_new_order():
     assert epochs[0] != [group for step in range(3) for group in Batches(10, 4, 2.0, seed=4).groups(step)]
 
 
-def test_micro_batches_hold_whole_groups_of_like_length():
+def test_groups_of_like_length_come_together():
     from rlhf_cli.models.reward_model.batch import Encoded
 
     groups = [RankedGroup((Encoded([1] * size), Encoded([1])), (0, 1), 0.0) for size in (9, 2, 7, 1, 8)]
-    assert micro_batches(groups, [0, 1, 2, 3, 4], 2) == [[3, 1], [2, 4], [0]]
+    assert by_length(groups, [0, 1, 2, 3, 4]) == [3, 1, 2, 4, 0]
+    assert padded_tokens([groups[2], groups[0]]) == 4 * 9

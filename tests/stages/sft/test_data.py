@@ -41,12 +41,10 @@ def test_packing_prefers_the_tightest_row():
     assert pack([7, 8, 2, 3], 10) == [[1, 2], [0, 3]]
 
 
-@pytest.mark.parametrize(("rows", "epochs", "batch", "micro"), [(10, 2.0, 4, 3), (5, 1.0, 8, 8), (7, 1.5, 2, 1)])
-def test_every_step_but_the_last_has_the_batch_size(rows: int, epochs: float, batch: int, micro: int):
-    plan = BatchPlan(rows, epochs, batch, micro, seed=0)
-    cut = [plan.micro_batches(step) for step in range(plan.steps)]
-    assert max(len(part) for parts in cut for part in parts) <= micro
-    steps = [[row for part in parts for row in part] for parts in cut]
+@pytest.mark.parametrize(("rows", "epochs", "batch"), [(10, 2.0, 4), (5, 1.0, 8), (7, 1.5, 2)])
+def test_every_step_but_the_last_has_the_batch_size(rows: int, epochs: float, batch: int):
+    plan = BatchPlan(rows, epochs, batch, seed=0)
+    steps = [plan.rows_of(step) for step in range(plan.steps)]
     assert [len(step) for step in steps[:-1]] == [batch] * (plan.steps - 1)
     assert 0 < len(steps[-1]) <= batch
     assert sum(map(len, steps)) == round(rows * epochs)
@@ -54,18 +52,18 @@ def test_every_step_but_the_last_has_the_batch_size(rows: int, epochs: float, ba
     assert set(seen.values()) <= {int(epochs), int(epochs) + 1}  # each row once per epoch
 
 
-def test_order_depends_on_seed_and_epoch_and_never_on_the_micro_batch():
-    def order(seed: int, micro: int) -> list[int]:
-        plan = BatchPlan(12, 2.0, 6, micro, seed)
-        return [row for step in range(plan.steps) for part in plan.micro_batches(step) for row in part]
+def test_order_depends_on_seed_and_epoch():
+    def order(seed: int) -> list[int]:
+        plan = BatchPlan(12, 2.0, 6, seed)
+        return [row for step in range(plan.steps) for row in plan.rows_of(step)]
 
-    assert order(0, 1) == order(0, 5) == order(0, 6)
-    assert order(0, 6) != order(1, 6)
-    assert order(0, 6)[:12] != order(0, 6)[12:]
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+    assert order(0)[:12] != order(0)[12:]
 
 
 def test_epoch_counts_rows():
-    plan = BatchPlan(6, 2.0, 4, 2, seed=0)
+    plan = BatchPlan(6, 2.0, 4, seed=0)
     assert [plan.epoch_after(step) for step in range(4)] == pytest.approx([0, 4 / 6, 8 / 6, 2.0])
 
 

@@ -108,6 +108,32 @@ def test_training_lowers_the_loss_and_leaves_an_ordinary_model(
     assert result.train_loss == pytest.approx(sum(row["loss"] for row in log(tmp_path)) / 18)
 
 
+def test_neither_a_token_budget_nor_a_pass_without_memory_changes_anything(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from rlhf_cli.stages.sft import trainer as sft_trainer
+
+    plain = sft_trainer.sft_loss
+
+    def limited(model, batch, *arguments, **named):
+        loss = plain(model, batch, *arguments, **named)
+        if len(batch["targets"]) > 40:
+            loss.backward()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    results = []
+    for changes in ({}, {"micro_batch_tokens": 40}, {"micro_batch_size": 8}):
+        options = with_(batch_size=8, lora=None, epochs=1.0, learning_rate=1e-3, **changes)
+        with monkeypatch.context() as patched:
+            if "micro_batch_size" in changes:
+                patched.setattr(sft_trainer, "sft_loss", limited)
+            model, _ = train(tiny_llama, tmp_path / str(len(results)), options)
+        results.append(weights(model))
+    for other in results[1:]:
+        assert torch.allclose(results[0], other, atol=2e-5)
+
+
 @pytest.mark.parametrize("lm_coef", [0.0, 0.5])
 def test_the_micro_batch_changes_nothing(lm_coef: float, tiny_llama: Path, tmp_path: Path):
     results = {}
