@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -162,7 +163,8 @@ def attention_mask(
 ) -> Tensor:
     """Make the mask of a forward pass; transformers calls this once per pass and hands the result to every layer.
 
-    The mask is (B, Lk), True on real keys, and carries a `Visibility` as an attribute.
+    The mask is (B, Lk), True on real keys, and carries a `_LazyVisibility` as an attribute. Its layout is made when a
+    layer asks for it: on a GPU that waits for the device, for nothing where the caller of the model passes a layout.
 
     Args:
         batch_size: B.
@@ -183,27 +185,47 @@ def attention_mask(
         return attention_mask  # `generate` has already made it, for a static cache
     if use_vmap:
         raise ModelError("the model adds its own mask, which attention layouts cannot express")
-    offset = int(q_offset)
+    # A static cache counts its tokens in place, before the first layer asks for the layout.
+    before = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
     columns = torch.arange(kv_offset, kv_offset + kv_length, device=device)
     is_cross = mask_function is bidirectional_mask_function  # or an encoder: outputs at padding are never used
-    is_written = torch.ones_like(columns, dtype=torch.bool) if is_cross else columns < offset + q_length
+    is_written = torch.ones_like(columns, dtype=torch.bool) if is_cross else columns < q_offset + q_length
     is_real = is_written.expand(batch_size, -1)
     if attention_mask is not None:
         is_real_token = attention_mask.to(device=device, dtype=torch.bool)
         length = is_real_token.shape[1]
         is_real = is_real & (columns < length) & is_real_token[:, columns.clamp(max=length - 1)]
     mask = is_real.contiguous()
-    if is_cross:
-        visibility = Visibility(Layout.cross(q_length, mask), False, None)
-    elif mask_function is causal_mask_function:
-        visibility = Visibility(padded_layout(mask, q_length, offset - kv_offset), True, None)
-    else:
-        function = MaskFunction(
-            mask_function, batch_size, offset, q_length, kv_offset, kv_length, local_size, torch.device(device)
-        )
-        visibility = function.visibility(mask)
-    setattr(mask, _ATTRIBUTE, visibility)
+
+    def visibility() -> Visibility:
+        is_real, offset = mask.cpu(), int(before)
+        if is_cross:
+            return Visibility(Layout.cross(q_length, is_real), False, None)
+        if mask_function is causal_mask_function:
+            return Visibility(padded_layout(is_real, q_length, offset - kv_offset), True, None)
+        function = MaskFunction(mask_function, batch_size, offset, q_length, kv_offset, kv_length, local_size)
+        return function.visibility(is_real)
+
+    setattr(mask, _ATTRIBUTE, _LazyVisibility(visibility))
     return mask
+
+
+class _LazyVisibility:
+    """The visibility of a mask, made once, when the first layer needs it.
+
+    Args:
+        make: makes it.
+
+    Attributes:
+        value: the visibility.
+    """
+
+    def __init__(self, make: Callable[[], Visibility]) -> None:
+        self._make = make
+
+    @cached_property
+    def value(self) -> Visibility:
+        return self._make()
 
 
 _ATTRIBUTE = "rlhf_visibility"
@@ -220,12 +242,13 @@ def _from_mask(mask: Tensor | None, default: Visibility) -> tuple[Visibility, Te
         return default, None
     if mask.dim() == 4:  # it already includes causality and windows
         return Visibility(default.layout, False, None), _mask_bias(mask)
-    found = getattr(mask, _ATTRIBUTE, None)
-    if not isinstance(found, Visibility):
+    lazy = getattr(mask, _ATTRIBUTE, None)
+    if not isinstance(lazy, _LazyVisibility):
         raise ModelError(
             "the model copied its attention mask, which lost the layout attached to it",
             hint="models spread over several devices copy masks; rerun with `--attention sdpa`",
         )
+    found = lazy.value
     return (found if default.window is None else found._replace(window=default.window)), None
 
 

@@ -17,7 +17,7 @@ Rows outside all segments are padding: no query sees them, their output is 0 and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -97,9 +97,8 @@ class Layout:
                 Segment(row * queries + first - query_offset, last - first, row * keys + start, end - start)
             )
         layout = Layout(batch, queries, keys, tuple(segments))
-        if (
-            queries == 1 and not is_real.is_cuda
-        ):  # fast path, called at every decoding step: one query sees all real keys
+        # fast path, called at every decoding step: one query sees all real keys
+        if queries == 1 and not is_real.is_cuda:
             sees = (is_real & (torch.arange(keys, device=is_real.device) <= query_offset)).unsqueeze(1)
             sees = sees & sees[:, :, query_offset : query_offset + 1]
             layout._masks.update({(causal, None, str(is_real.device)): sees for causal in (True, False)})
@@ -239,15 +238,15 @@ class Layout:
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Position of each query row in its sequence, 0 on padding: (B, Lq) int64, the `position_ids` of a model."""
-        return self._query_rows[1].clamp(min=0).to(device)
+        return self._on_device("positions", device, lambda: self._query_rows[1].clamp(min=0))
 
     def is_real(self, device: torch.device | str = "cpu") -> Tensor:
         """True on query rows that are not padding: (B, Lq) bool."""
-        return (self._query_rows[0] >= 0).to(device)
+        return self._on_device("is_real", device, lambda: self._query_rows[0] >= 0)
 
     def is_real_key(self, device: torch.device | str = "cpu") -> Tensor:
         """True on key rows that are not padding: (B, Lk) bool."""
-        return (self._key_rows[0] >= 0).to(device)
+        return self._on_device("is_real_key", device, lambda: self._key_rows[0] >= 0)
 
     def visible(self, *, causal: bool, window: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """True where a query sees a key: (B, Lq, Lk) bool. This is the definition that every backend implements.
@@ -279,6 +278,17 @@ class Layout:
             mask &= query_at - key_at < window
             mask &= key_at - query_at < window
         return mask
+
+    def _on_device(self, name: str, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor of this layout, uploaded once: every layer and every model of a pass asks for it."""
+        key = (name, str(device))
+        if key not in self._uploaded:
+            self._uploaded[key] = make().to(device)
+        return self._uploaded[key]
+
+    @cached_property
+    def _uploaded(self) -> dict[tuple[str, str], Tensor]:
+        return {}
 
     @cached_property
     def _masks(self) -> dict[tuple[bool, int | None, str], Tensor]:

@@ -41,7 +41,7 @@ def padded_layout(is_real: Tensor, query_length: int, query_offset: int) -> Layo
     """Build `Layout.padded`, or `Layout.dense` if nothing is padding.
 
     Args:
-        is_real: (B, Lk) True on real keys.
+        is_real: (B, Lk) True on real keys, on the CPU.
         query_length: Lq.
         query_offset: key row of the first query.
 
@@ -61,13 +61,14 @@ def padded_layout(is_real: Tensor, query_length: int, query_offset: int) -> Layo
 class MaskFunction:
     """A mask function of transformers with the range of its indices.
 
+    It is evaluated on the CPU: every check of a result on a GPU would wait for the device.
+
     Attributes:
         function: f(b, head, i, j), True where query i of batch row b sees key j; takes tensors of indices.
         batch: B.
         first_query, queries: index of the first query, and Lq.
         first_key, keys: index of the first key, and Lk.
         local_size: window or chunk size of the function, if it has one.
-        device: of the index tensors.
     """
 
     function: Callable[..., Any]
@@ -77,13 +78,12 @@ class MaskFunction:
     first_key: int
     keys: int
     local_size: int | None
-    device: torch.device
 
     def visibility(self, is_real: Tensor) -> Visibility:
         """Convert the function and a padding mask.
 
         Args:
-            is_real: (B, Lk) True on real keys.
+            is_real: (B, Lk) True on real keys, on the CPU.
 
         Raises:
             ModelError: the mask is not a layout.
@@ -111,12 +111,12 @@ class MaskFunction:
         return Visibility(layout, causal, window)
 
     def _indices(self, first: int, count: int) -> Tensor:
-        return torch.arange(first, first + count, device=self.device)
+        return torch.arange(first, first + count)
 
     def _sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Evaluate the function on indices that broadcast to (B, n): (B, n) bool."""
-        rows = torch.arange(self.batch, device=self.device).unsqueeze(1)
-        found = torch.as_tensor(self.function(rows, 0, query, key), device=self.device)
+        rows = torch.arange(self.batch).unsqueeze(1)
+        found = torch.as_tensor(self.function(rows, 0, query, key), device="cpu")
         return found.expand(self.batch, torch.broadcast_shapes(query.shape, key.shape)[-1])
 
     def _window(self) -> int | None:
@@ -159,7 +159,7 @@ class MaskFunction:
         query = self._indices(self.first_query, self.queries).expand(self.batch, -1)
         generator = torch.Generator().manual_seed(self.queries)
         for probe in range(_PROBES):
-            drawn = torch.rand(self.batch, self.queries, generator=generator).to(self.device)
+            drawn = torch.rand(self.batch, self.queries, generator=generator)
             last = query if causal else torch.full_like(query, self.first_query + self.queries - 1)
             reach = last - self.first_key + 1
             key = self.first_key + (drawn * reach).long() if probe else self._first_of(sequence)

@@ -14,11 +14,15 @@ _STATUS = {"done": "ran", "cached": "up to date"}
 
 def show_plan(result: RunResult) -> None:
     """Print what a run would do, one line per stage."""
+    from rlhf_cli.pipeline.disk_space import format_bytes
+
     width = max(len(row.name) for row in result.stages)
     for row in result.stages:
         status = "up to date" if row.status == "cached" else row.status
         why = "" if row.status == "cached" else f": {row.reason}"
-        say(f"{row.name:<{width}}  {status}{why}")
+        needs = None if row.status == "cached" else row.device_bytes
+        memory = "" if needs is None else f"; needs up to about {format_bytes(needs)} on a GPU"
+        say(f"{row.name:<{width}}  {status}{why}{memory}")
     say(f"run directory: {result.run_dir}")
 
 

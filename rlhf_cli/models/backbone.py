@@ -73,6 +73,8 @@ def last_hidden(
     if layout is not None:
         assert is_ours(backbone), "transformers' own attention would silently ignore a layout"
         arguments |= {"position_ids": layout.positions(input_ids.device), "attention_layout": layout}
+        # Without a mask, transformers looks for sequences in the positions, which waits for a GPU. The layout decides.
+        arguments["attention_mask"] = input_ids.new_ones(input_ids.shape)
     elif position_ids is not None:
         arguments |= {"position_ids": position_ids}
     output = backbone(input_ids=input_ids, use_cache=False, **arguments)

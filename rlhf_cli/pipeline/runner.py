@@ -19,6 +19,7 @@ from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.memory import free_memory, is_out_of_memory
+from rlhf_cli.models.memory_estimate import ModelShape
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
@@ -46,6 +47,7 @@ class StageResult:
         seconds: duration of the attempt that made the artifact; None in a dry run.
         metrics: metrics of the stage.
         summary: (metric, value) rows for the summary table.
+        device_bytes: in a dry run, most memory of a GPU that the stage needs, if the base model says its sizes.
     """
 
     name: str
@@ -55,6 +57,7 @@ class StageResult:
     seconds: float | None
     metrics: dict[str, float | None]
     summary: list[list[str]]
+    device_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,12 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     steps = Planner(recipe, directory, select(recipe, selection), selection).plan()
     preflight(recipe, _inputs_of(step for step in steps if step.action != "cached"))
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
+    path = recipe.model.path
+    shape = None if path is None or not Path(path).is_dir() else ModelShape.of(Path(path))
     rows = []
     for step in steps:
         made = step.manifest
+        need = None if shape is None else step.stage.device_need(recipe.section(step.stage.name), recipe, shape)
         rows.append(
             StageResult(
                 name=step.stage.name,
@@ -150,6 +156,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
                 seconds=None,
                 metrics={} if made is None else made.metrics,
                 summary=[] if made is None else made.summary,
+                device_bytes=None if need is None else need.total,
             )
         )
     return RunResult(folder, rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlhf_cli.distributed.signals import StopRequest
+from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.inputs import InputFinder, StageInputs
@@ -123,6 +124,11 @@ def no_bytes(settings: Any, model_bytes: int) -> int:
     return 0
 
 
+def no_need(settings: Any, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:
+    """Default of `Stage.device_need`: not estimated."""
+    return None
+
+
 @dataclass(frozen=True)
 class Stage(Generic[S, I]):
     """A stage of the pipeline, declared once.
@@ -138,6 +144,7 @@ class Stage(Generic[S, I]):
         sizes: (settings, recipe) -> sizes derived from the settings.
         check: raises `ValueError` if the section contradicts the shared settings.
         disk_bytes: (settings, bytes of the base model in float32) -> upper bound of the bytes written.
+        device_need: (settings, recipe, shape of the base model) -> upper bound of the memory on a GPU, per process.
         unaffected_by: dotted prefixes of shared settings that do not affect the result.
         keeps_earlier: an artifact that is replaced by one with other settings or inputs moves to `KEPT`.
     """
@@ -152,6 +159,7 @@ class Stage(Generic[S, I]):
     sizes: Callable[[S, RunSettings], Sizes] = no_sizes
     check: Callable[[S, RunSettings], None] = no_check
     disk_bytes: Callable[[S, int], int] = no_bytes
+    device_need: Callable[[S, RunSettings, ModelShape], MemoryNeed | None] = no_need
     unaffected_by: tuple[str, ...] = ()
     keeps_earlier: bool = False
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.progress import say
 
 SEED_STRIDE = 100_003
 """Distance between the seeds of two processes, as in lm-human-preferences."""
@@ -33,7 +34,7 @@ def random_states(processes: ProcessGroup) -> list[dict[str, Any]]:
 
 
 def restore_random_states(states: list[dict[str, Any]], processes: ProcessGroup, seed: int) -> None:
-    """Restore this process's generators; a rank that the checkpoint does not have is seeded instead.
+    """Restore this process's generators; what the checkpoint does not have is seeded from `seed` and rank, and said.
 
     Args:
         states: result of `random_states`, of perhaps fewer processes than run now.
@@ -43,6 +44,23 @@ def restore_random_states(states: list[dict[str, Any]], processes: ProcessGroup,
     seed_everything(seed, processes.index)
     if processes.index < len(states):
         restore_random_state(states[processes.index])
+    if difference := _difference(states, processes):
+        say(f"random generators: {difference}")
+
+
+def _difference(states: list[dict[str, Any]], processes: ProcessGroup) -> str:
+    """Say how this run's generators differ from those of a checkpoint; empty if they do not."""
+    found = []
+    if (new := processes.count - len(states)) > 0:
+        found.append(f"{new} of {processes.count} processes are new, and seeded")
+    elif new < 0:
+        found.append(f"those of {-new} of {len(states)} processes are dropped")
+    had_gpu, has_gpu = "cuda" in states[0], torch.cuda.is_initialized()
+    if has_gpu and not had_gpu:
+        found.append("the checkpoint was written without a GPU, whose generator is seeded")
+    if had_gpu and not has_gpu:
+        found.append("that of the checkpoint's GPU is dropped")
+    return "; ".join(found)
 
 
 def random_state() -> dict[str, Any]:

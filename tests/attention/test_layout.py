@@ -128,3 +128,10 @@ def test_a_window_counts_positions_and_not_rows():
 def test_invalid_segments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_layers_ask_for_is_made_once_for_a_device():
+    layout = Layout.packed([[2, 1]])
+    for ask in (layout.positions, layout.is_real, layout.is_real_key):
+        assert ask("cpu") is ask("cpu")
+    assert layout.positions("meta").device.type == "meta"

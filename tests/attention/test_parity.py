@@ -291,17 +291,23 @@ def test_a_window_or_chunks_defined_only_by_the_mask(family, settings, is_padded
         assert model.generate(ids, **generation).tolist() == expected_ids.tolist()
 
 
+def through_a_layer(mask: torch.Tensor, **arguments) -> torch.Tensor:
+    """Attention over ones, as a layer calls it with a mask."""
+    query = torch.ones(len(mask), 1, mask.shape[1], 4)
+    return hugging_face.attention_forward(torch.nn.Module(), query, query, query, mask, backend="torch", **arguments)[0]
+
+
 def test_a_mask_that_is_not_a_layout_is_refused():
     blocks = torch.tensor([[-1, 0, 0, -1, -1, -1]])
     mask_function = or_masks(causal_mask_function, blockwise_overlay(blocks))
     with pytest.raises(ModelError, match="lets only some tokens attend to the next one"):
-        hugging_face.attention_mask(1, 6, 6, mask_function=mask_function)
+        through_a_layer(hugging_face.attention_mask(1, 6, 6, mask_function=mask_function))
 
     def forgets_one(batch, head, query, key):
         return (key <= query) & ~((key == 2) & (query > 20))
 
     with pytest.raises(ModelError, match="hides tokens in a way that attention layouts cannot express"):
-        hugging_face.attention_mask(4, 64, 64, mask_function=forgets_one)
+        through_a_layer(hugging_face.attention_mask(4, 64, 64, mask_function=forgets_one))
 
 
 def test_any_exception_of_a_model_becomes_a_model_error(monkeypatch):
@@ -313,3 +319,11 @@ def test_any_exception_of_a_model_becomes_a_model_error(monkeypatch):
     monkeypatch.setattr(model, "forward", fails)
     with pytest.raises(ModelError, match="failed under our attention: IndexError: too many"):
         parity.require(model, "odd", hugging_face.implementation("torch"))
+
+
+def test_a_mask_that_is_no_layout_is_refused_by_the_layer_that_would_use_it():
+    """Where the caller passes a layout nobody reads the mask, and on a GPU nobody waits for it."""
+    mask = hugging_face.attention_mask(1, 3, 3, attention_mask=torch.tensor([[1, 0, 1]]))
+    with pytest.raises(ModelError, match="padding between real tokens"):
+        through_a_layer(mask)
+    assert torch.equal(through_a_layer(mask, attention_layout=Layout.dense(1, 3)), torch.ones(1, 3, 1, 4))

@@ -36,8 +36,16 @@ def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
 
-@pytest.mark.parametrize(("wrote", "reads"), [(False, False), (False, True), (True, False), (True, True)])
-def test_a_run_goes_on_with_or_without_a_gpu(wrote, reads, monkeypatch):
+@pytest.mark.parametrize(
+    ("wrote", "reads", "said"),
+    [
+        (False, False, ""),
+        (False, True, "written without a GPU, whose generator is seeded"),
+        (True, False, "that of the checkpoint's GPU is dropped"),
+        (True, True, ""),
+    ],
+)
+def test_a_run_goes_on_with_or_without_a_gpu(wrote, reads, said, monkeypatch, capsys):
     seed_everything(3, 0)
     FakeGPUs(monkeypatch, present=wrote)
     states = random_states(ProcessGroup())
@@ -48,10 +56,20 @@ def test_a_run_goes_on_with_or_without_a_gpu(wrote, reads, monkeypatch):
     restore_random_states(states, ProcessGroup(), seed=3)
     assert draws() == expected
     assert gpu.state.tolist() == (list(range(16)) if wrote and reads else [0] * 16)
+    text = capsys.readouterr().err
+    assert said in text
+    assert bool(text) == bool(said)
 
 
-@pytest.mark.parametrize(("wrote", "reads"), [(1, 2), (2, 1), (2, 4)])
-def test_a_rank_that_the_checkpoint_does_not_have_is_seeded(wrote, reads, monkeypatch):
+@pytest.mark.parametrize(
+    ("wrote", "reads", "said"),
+    [
+        (1, 2, "1 of 2 processes are new, and seeded"),
+        (2, 1, "those of 1 of 2 processes are dropped"),
+        (2, 4, "2 of 4 processes are new, and seeded"),
+    ],
+)
+def test_a_rank_that_the_checkpoint_does_not_have_is_seeded(wrote, reads, said, monkeypatch, capsys):
     FakeGPUs(monkeypatch, present=True)
     states = []
     for rank in range(wrote):
@@ -64,6 +82,7 @@ def test_a_rank_that_the_checkpoint_does_not_have_is_seeded(wrote, reads, monkey
         found = draws()
         seed_everything(5, rank)
         assert found == draws(), "a checkpoint of step 0: every rank is as it was seeded"
+    assert said in capsys.readouterr().err
 
 
 def test_a_gpu_that_the_run_does_not_use_is_left_alone(monkeypatch):

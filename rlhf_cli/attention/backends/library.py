@@ -199,7 +199,7 @@ def _with_mask(
         is_padding = ~layout.is_real_key(key.device)[:, None, :, None]
         key, value = key.masked_fill(is_padding, 0.0), value.masked_fill(is_padding, 0.0)
         output = _equation_or_kernel(query, key, value, mask, rules)
-    if not bool(sees.all()):
+    if query.is_cuda or not bool(sees.all()):  # here too
         output = output.masked_fill(~sees, 0.0)
     return AttentionOutput(output, None)
 

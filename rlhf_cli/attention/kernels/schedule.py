@@ -132,7 +132,9 @@ def on_device(device: torch.device, *tables: list[Any]) -> list[Tensor]:
         flat.extend([0] * (-len(flat) % 4))
         positions.append(len(flat))
         flat.extend(number for row in table for number in row)
-    everything = torch.tensor(flat, dtype=torch.int32).to(device)
+    # A plan is made at every decoded token: from pinned memory the host does not wait until it has arrived.
+    is_cuda = device.type == "cuda"
+    everything = torch.tensor(flat, dtype=torch.int32, pin_memory=is_cuda).to(device, non_blocking=is_cuda)
     found = []
     for table, at in zip(tables, positions, strict=True):
         width = len(table[0]) if table else 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, number_bytes
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext
 from rlhf_cli.stages.label.inputs import LabelInputs, find_inputs
@@ -15,6 +17,16 @@ def _sizes(settings: LabelSettings, recipe: RunSettings) -> Sizes:
         return {}
     count = settings.completions_per_prompt
     return {"completions per prompt": count, "pairs per prompt, without ties": math.comb(count, 2)}
+
+
+def _device_need(settings: LabelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:
+    if not settings.samples:
+        return None
+    size = number_bytes(recipe.model.precision)
+    sampled = settings.sampling.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
+    rows = settings.sampling.batch_size
+    decoding = shape.cache(rows, recipe.data.max_prompt_tokens + sampled, size) + shape.sampling(rows)
+    return MemoryNeed(weights=shape.weights * size, decoding=decoding)
 
 
 LabelContext = StageContext[LabelSettings, LabelInputs]
@@ -44,5 +56,6 @@ STAGE = Stage(
         Flag("--guidelines", "label.human.guidelines", "Instructions shown to annotators.", "FILE"),
     ),
     sizes=_sizes,
+    device_need=_device_need,
     unaffected_by=("model.build", "model.quantize"),
 )

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import math
 
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.memory_estimate import (
+    FLOAT32,
+    MemoryNeed,
+    ModelShape,
+    frozen_bytes,
+    number_bytes,
+    training_need,
+)
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.ppo.inputs import PPOInputs, find_inputs
@@ -47,6 +56,25 @@ def _disk_bytes(settings: PPOSettings, model_bytes: int) -> int:
     )
 
 
+def _device_need(settings: PPOSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
+    """Of policy, reference and critic; a reward model with a backbone of its own comes on top."""
+    model, is_full = recipe.model, settings.adapter == "none"
+    size = number_bytes(model.precision)
+    sampled = settings.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
+    longest = recipe.data.max_prompt_tokens + sampled
+    rows = min(settings.rollout_batch_size, settings.completions_per_step)
+    tokens = min(settings.micro_batch_size, math.ceil(settings.completions_per_step / settings.minibatches)) * longest
+    adapter = shape.adapter(settings.lora.rank)
+    policy, critic = shape.weights if is_full else adapter, adapter if settings.critic_is_adapter else shape.weights
+    return training_need(
+        trained=policy + critic,
+        frozen=shape.weights,
+        frozen_bytes=FLOAT32 if is_full else frozen_bytes(model.dtype, model.precision, model.quantize),
+        activations=shape.activations(tokens, size, recompute=settings.gradient_checkpointing) + shape.logits(tokens),
+        decoding=shape.cache(rows, longest, size) + shape.sampling(rows),
+    )
+
+
 PPOContext = StageContext[PPOSettings, PPOInputs]
 
 STAGE = Stage(
@@ -84,5 +112,6 @@ STAGE = Stage(
     ),
     sizes=_sizes,
     disk_bytes=_disk_bytes,
+    device_need=_device_need,
     unaffected_by=("model.build",),
 )

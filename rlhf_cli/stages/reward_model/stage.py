@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, frozen_bytes, number_bytes, training_need
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
@@ -56,6 +57,17 @@ def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
     return training_bytes(model_bytes, trained=full, written=full, kept=2)
 
 
+def _device_need(settings: RewardModelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
+    model, is_full = recipe.model, settings.adapter == "none"
+    tokens = min(settings.micro_batch_size, settings.batch_size) * settings.max_length * 2
+    return training_need(
+        trained=shape.weights if is_full else shape.adapter(settings.lora.rank),
+        frozen=0 if is_full else shape.weights,
+        frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
+        activations=shape.activations(tokens, number_bytes(model.precision)),
+    )
+
+
 RewardModelContext = StageContext[RewardModelSettings, RewardModelInputs]
 
 STAGE = Stage(
@@ -77,5 +89,6 @@ STAGE = Stage(
     sizes=_sizes,
     check=_check,
     disk_bytes=_disk_bytes,
+    device_need=_device_need,
     unaffected_by=("model.build",),
 )

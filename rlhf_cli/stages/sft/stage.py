@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, frozen_bytes, number_bytes, training_need
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
@@ -50,6 +51,17 @@ def _disk_bytes(settings: SFTSettings, model_bytes: int) -> int:
     return training_bytes(model_bytes, trained=int(settings.adapter == "none"), written=1, kept=2)
 
 
+def _device_need(settings: SFTSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
+    model, is_full = recipe.model, settings.adapter == "none"
+    tokens = min(settings.micro_batch_size, settings.batch_size) * settings.max_length
+    return training_need(
+        trained=shape.weights if is_full else shape.adapter(settings.lora.rank),
+        frozen=0 if is_full else shape.weights,
+        frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
+        activations=shape.activations(tokens, number_bytes(model.precision)) + shape.logits(tokens),
+    )
+
+
 SFTContext = StageContext[SFTSettings, SFTInputs]
 
 STAGE = Stage(
@@ -66,5 +78,6 @@ STAGE = Stage(
     sizes=_sizes,
     check=_check,
     disk_bytes=_disk_bytes,
+    device_need=_device_need,
     unaffected_by=("sampling",),  # recorded for the next stage; a change does not train again
 )
