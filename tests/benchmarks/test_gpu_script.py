@@ -1,0 +1,74 @@
+"""`benchmarks/gpu.sh`: every section on tiny shapes, and what it does about sections that fail or take too long."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.sh"
+
+pytestmark = pytest.mark.slow
+
+STUB = """#!/bin/bash
+# Stands for Python: only the report is real.
+case "$*" in
+    *" collect "*) exec {python} "$@" ;;
+    *find_spec*) exit 1 ;;
+    *ppo_vs_trl*) {ppo} ;;
+    *sft_vs_trl*) echo "no such model | nowhere"; exit 3 ;;
+esac
+exit 0
+"""
+
+
+def run(folder: Path, python: Path | str, *arguments: str) -> tuple[int, dict[str, dict], str]:
+    """Run the script; returns its exit status, its sections by name and the report."""
+    command = ["bash", SCRIPT, "--smoke", "--out", folder / "out", "--python", python, *arguments]
+    done = subprocess.run(command, env=os.environ | {"CI": "1"}, capture_output=True, text=True, check=False)
+    report = (folder / "out" / "results.md").read_text(encoding="utf-8")
+    assert done.stdout == report
+    sections = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))["sections"]
+    return done.returncode, {section["name"]: section for section in sections}, report
+
+
+def stub(folder: Path, ppo: str = "exit 0") -> Path:
+    path = folder / "python"
+    path.write_text(STUB.format(python=sys.executable, ppo=ppo), encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_every_section_runs_on_tiny_shapes(tmp_path):
+    status, sections, report = run(tmp_path, sys.executable)
+    failed = {name: each for name, each in sections.items() if each["status"] not in ("0", "skipped")}
+    logs = {name: (tmp_path / "out" / f"{name}.log").read_text(encoding="utf-8")[-2000:] for name in failed}
+    assert (failed, logs, status) == ({}, {}, 0)
+    measured = {name for name, section in sections.items() if section.get("result") and "report" in section["result"]}
+    assert {"ppo-1b", "ppo-8b", "train-rm", "sft"} <= measured
+    assert "### PPO, random Llama" in report
+    assert "### Kernels" in report
+    assert not list((tmp_path / "out").glob("rlhf-gpu-*"))  # the models are gone
+
+
+def test_a_section_that_fails_does_not_end_the_run(tmp_path):
+    status, sections, report = run(tmp_path, stub(tmp_path))
+    assert status == 1
+    assert {name: each["status"] for name, each in sections.items() if each["status"] not in ("0", "skipped")} == {
+        "sft": "3"
+    }
+    assert "| sft | **failed with status 3**: no such model / nowhere |" in report
+    assert list(sections)[-1] == "kernels"
+
+
+def test_a_section_over_its_time_ends_and_what_has_no_time_left_is_said(tmp_path):
+    status, sections, report = run(tmp_path, stub(tmp_path, ppo="sleep 60"), "--seconds", "12")
+    assert status == 1
+    assert sections["ppo-1b"]["status"] == "124"
+    assert "over its time limit" in report
+    assert sections["kernels"]["status"] == "out-of-time"
+    assert "| kernels | **no time left** |" in report
