@@ -225,6 +225,13 @@ def trainer_settings(task: Row, *, rows_per_record: int = 1) -> Row:
     }
 
 
+def peer_dtype(task: Row) -> Any:
+    """Return the data type in which TRL loads a model: float32 to train it, else that of the computation, as ours."""
+    import torch
+
+    return torch.bfloat16 if task["adapter"] and task["precision"] == "bfloat16" else torch.float32
+
+
 def train_peer(trainer: Any, result: Path) -> None:
     """Train with a trainer of TRL, measured, and write the result with the loss of every step."""
     clock = Clock()
@@ -307,13 +314,28 @@ def versions() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft"))
 
 
-def measure_stage(result: Path, arguments: list[str]) -> int:
-    """Run one stage of `rlhf` in this process and write its measures; returns its exit code."""
+def measure_stage(result: Path, arguments: list[str], *, is_train_only: bool) -> int:
+    """Run one stage of `rlhf` in this process and write its measures; returns its exit code.
+
+    Args:
+        result: file for the measures.
+        arguments: of the command.
+        is_train_only: end the process when training has ended, before the stage saves or evaluates anything.
+    """
     from rlhf_cli.cli import main as rlhf
     from rlhf_cli.training import loop
 
     training, saving = Clock(), Clock()
-    loop.TrainingLoop.run = training.around(loop.TrainingLoop.run)
+    run = training.around(loop.TrainingLoop.run)
+
+    def run_and_end(own: loop.TrainingLoop) -> loop.LoopState:
+        state = run(own)
+        if is_train_only:
+            result.write_text(json.dumps(measured(training, saving)), encoding="utf-8")
+            os._exit(0)
+        return state
+
+    loop.TrainingLoop.run = run_and_end
     loop.save_checkpoint = saving.around(loop.save_checkpoint)
     sys.argv = ["rlhf", *arguments]
     if code := rlhf():
@@ -329,10 +351,12 @@ class Runner:
     Attributes:
         work: folder for what they write.
         threads: CPU threads of each side.
+        is_train_only: our side ends when training has ended.
     """
 
     work: Path
     threads: int
+    is_train_only: bool = False
     _count: int = field(default=0, init=False)
 
     def call(self, command: Sequence[str | Path]) -> Row:
@@ -363,8 +387,9 @@ class Runner:
         folder.mkdir()
         file = folder / "recipe.yaml"
         file.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        found = self.call([sys.executable, __file__, "stage", RESULT, name, file, "--run-dir", folder / "run"])
-        output = folder / "run" / name
+        how = ["--train-only"] if self.is_train_only else []
+        found = self.call([sys.executable, __file__, "stage", RESULT, *how, name, file, "--run-dir", folder / "run"])
+        output = next((folder / "run").rglob("metrics.jsonl")).parent  # the work folder, if nothing was saved
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found["rows"] = [row for row in map(json.loads, lines) if row["step"] > 0]
         found["phases"] = phases(output)
@@ -400,6 +425,7 @@ def parser(description: str | None, *, adapter: str) -> argparse.ArgumentParser:
     found.add_argument("--pairs", type=int, default=5, help="rounds: each side runs once in each")
     found.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
     found.add_argument("--set", nargs="*", default=[], metavar="A=B", help="further settings of our stage's section")
+    found.add_argument("--train-only", action="store_true", help="measure no saving: our process ends after training")
     found.add_argument("--name", help="name of the model in the title")
     found.add_argument("--scratch", type=Path, help="folder for temporary files")
     found.add_argument("--json", type=Path, help="file for the results")
@@ -583,7 +609,8 @@ def publish(report: str, results: Mapping[str, list[Row]], file: Path | None) ->
 def main() -> int:
     """Make a model, or measure a stage."""
     if sys.argv[1:2] == ["stage"]:
-        return measure_stage(Path(sys.argv[2]), sys.argv[3:])
+        is_train_only = sys.argv[3] == "--train-only"
+        return measure_stage(Path(sys.argv[2]), sys.argv[3 + is_train_only :], is_train_only=is_train_only)
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("what", choices=("model",))
     found.add_argument("folder", type=Path)

@@ -57,7 +57,7 @@ def main() -> int:
         return 0
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        runner = comparison.Runner(Path(folder), options.threads)
+        runner = comparison.Runner(Path(folder), options.threads, options.train_only)
         task = prepare(options, runner.work)
         sides = {f"rlhf {one}": partial(ours, runner, task, one) for one in options.precision}
         if options.peer_env != "none":

@@ -31,7 +31,7 @@ def main() -> int:
         return 0
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        runner = comparison.Runner(Path(folder), options.threads)
+        runner = comparison.Runner(Path(folder), options.threads, options.train_only)
         task = prepare(options, runner.work)
         sides = {f"rlhf {one}": partial(ours, runner, task, one) for one in options.precision}
         sides |= {f"TRL {one}": partial(theirs, runner, task, one) for one in options.precision}
@@ -162,7 +162,7 @@ def peer(task: dict[str, Any], result: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(task["threads"])
-    model: Any = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(task["model"], dtype=comparison.peer_dtype(task))
     if task["adapter"] is not None:
         model = comparison.adapted(model, task["adapter"], task_type="CAUSAL_LM")
     tokenizer = AutoTokenizer.from_pretrained(task["model"])

@@ -41,7 +41,7 @@ def main() -> int:
         return 0
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        runner = comparison.Runner(Path(folder), options.threads)
+        runner = comparison.Runner(Path(folder), options.threads, options.train_only)
         task = prepare(options, runner.work)
         sides = {f"rlhf {one}": partial(ours, runner, task, one) for one in options.precision}
         sides |= {f"TRL {one}": partial(theirs, runner, task, one) for one in options.precision}
@@ -197,7 +197,7 @@ def peer(task: dict[str, Any], result: Path) -> None:
     from trl import RewardConfig, RewardTrainer
 
     torch.set_num_threads(task["threads"])
-    model: Any = AutoModelForSequenceClassification.from_pretrained(task["model"], dtype=torch.float32)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(task["model"], dtype=comparison.peer_dtype(task))
     if task["adapter"] is not None:
         model = comparison.adapted(model, task["adapter"], task_type="SEQ_CLS", modules_to_save=["score"])
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
