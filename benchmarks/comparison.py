@@ -359,7 +359,7 @@ class Runner:
     is_train_only: bool = False
     _count: int = field(default=0, init=False)
 
-    def call(self, command: Sequence[str | Path]) -> Row:
+    def call(self, command: Sequence[Any]) -> Row:
         """Run a command, which gets the path of its result as the last argument; returns the result.
 
         Raises:

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`: its first sections on tiny shapes, and what it does about sections that fail or take too long."""
+"""`benchmarks/gpu.sh`: its first sections on tiny shapes, and what it does about sections that fail or take long."""
 
 from __future__ import annotations
 
