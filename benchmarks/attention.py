@@ -1,6 +1,6 @@
 """Benchmark our attention against its targets, in under eight minutes on an H200.
 
-    python benchmarks/attention.py [--out DIR] [--smoke] [--backend NAME]
+    python benchmarks/attention.py [--out DIR] [--smoke] [--backend NAME] [--limit SECONDS]
 
 On CUDA it measures the `triton` backend; on the CPU it runs the sections that are meaningful there. `--smoke` runs
 every section on tiny shapes on any machine, to test the script. After each section it updates results.json, results.md
@@ -69,13 +69,14 @@ class Bench:
     dtype: torch.dtype
     backend: str
     is_smoke: bool
+    limit: float = LIMIT_SECONDS
     started: float = field(default_factory=time.perf_counter)
     curves: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         """Approximate time per comparison."""
-        return 0.05 if self.is_smoke else 2.0
+        return 0.05 if self.is_smoke else 2.0 * min(1.0, self.limit / LIMIT_SECONDS)
 
     @property
     def is_cuda(self) -> bool:
@@ -84,7 +85,7 @@ class Bench:
 
     def is_late(self) -> bool:
         """Whether the time limit is reached."""
-        return time.perf_counter() - self.started > LIMIT_SECONDS
+        return time.perf_counter() - self.started > self.limit
 
     def draw(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """Draw normal numbers that require a gradient."""
@@ -504,13 +505,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("attention-benchmark"), help="folder for the results")
     parser.add_argument("--smoke", action="store_true", help="run every section on tiny shapes")
     parser.add_argument("--backend", help="backend to measure; default: triton on CUDA, else tiled")
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds, after which no section starts")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_cuda = device.type == "cuda"
     backend = options.backend or ("triton" if built_in()["triton"].missing() is None else "tiled")
     torch.manual_seed(0)
     dtype = torch.bfloat16 if is_cuda else torch.float32
-    setting = Bench(device, dtype, backend, options.smoke)
+    setting = Bench(device, dtype, backend, options.smoke, options.limit)
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"machine": timing.machine_info(device), "backend": backend, "is_smoke": options.smoke, "failed": {}}
     findings: list[Finding] = []

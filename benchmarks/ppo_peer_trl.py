@@ -77,7 +77,7 @@ def train(folder: Path, output: Path, seed: int, kl_coef: float, settings: dict)
     data = Dataset.from_list([{"input_ids": prompt["ids"]} for prompt in prompts])
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=torch.float32) for _ in range(2))
     trainer = PPOTrainer(
-        args=_config(output, seed, kl_coef, settings),
+        args=ppo_config(output / "trl", settings, kl_coef=kl_coef, seed=seed),
         processing_class=tokenizer,
         model=policy,
         ref_model=reference,
@@ -93,14 +93,27 @@ def train(folder: Path, output: Path, seed: int, kl_coef: float, settings: dict)
     (output / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
-def _config(output: Path, seed: int, kl_coef: float, settings: dict) -> PPOConfig:
+def ppo_config(
+    output: Path, settings: dict, *, kl_coef: float, seed: int = 0, micro_batch: int | None = None, use_cpu: bool = True
+) -> PPOConfig:
+    """Map settings in our names to TRL's.
+
+    Args:
+        output: folder that TRL wants.
+        settings: see `ppo_peer.SETTINGS`.
+        kl_coef: coefficient of the KL penalty.
+        seed: of the run.
+        micro_batch: completions per forward and backward pass; None is all of a step. TRL then has one minibatch.
+        use_cpu: ignore a GPU.
+    """
     answers = settings["prompts_per_step"]
+    micro_batch = micro_batch or answers
     return PPOConfig(
-        output_dir=str(output / "trl"),
+        output_dir=str(output),
         seed=seed,
         total_episodes=settings["steps"] * answers,
-        per_device_train_batch_size=answers,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=answers // micro_batch,
         local_rollout_forward_batch_size=answers,
         num_mini_batches=settings["minibatches"],
         num_ppo_epochs=settings["epochs"],
@@ -128,7 +141,7 @@ def _config(output: Path, seed: int, kl_coef: float, settings: dict) -> PPOConfi
         disable_tqdm=True,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=use_cpu,
     )
 
 

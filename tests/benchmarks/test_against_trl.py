@@ -1,0 +1,81 @@
+"""The benchmarks against TRL, on tiny models: kept alive, and that both sides do the same work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+PEER = Path(os.environ.get("RLHF_PEER_ENV", Path.home() / ".cache" / "rlhf-bench" / "peer"))
+
+pytestmark = pytest.mark.slow
+
+
+def results(script: str, folder: Path, *arguments: object) -> dict:
+    """Run a benchmark for one round; returns its results and its report."""
+    file = folder / "results.json"
+    common = ["--pairs", 1, "--threads", 1, "--scratch", folder, "--json", file]
+    command = [sys.executable, BENCHMARKS / script, *map(str, [*arguments, *common])]
+    done = subprocess.run(command, env=os.environ | {"CI": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert done.stdout.strip() == found["report"].strip()
+    return found
+
+
+def check_curves(found: dict, steps: int) -> None:
+    """Both sides have the same losses, which are not the same at every step."""
+    ours, theirs = (found["results"][f"{side} float32"][0] for side in ("rlhf", "TRL"))
+    assert len(ours["losses"]) == steps
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-3)
+    assert max(ours["losses"]) - min(ours["losses"]) > 0.01
+    assert min(ours["seconds"], theirs["seconds"], ours["process_gb"], theirs["process_gb"]) > 0.0
+    assert "| rlhf float32 to TRL float32 |" in found["report"]
+
+
+def test_reward_models_take_the_same_steps_as_trls(tmp_path):
+    sizes = ["--steps", 3, "--batch", 4, "--micro-batch", 2, "--completions", 3, "--tokens", 8, 8]
+    found = results("train_rm_vs_trl.py", tmp_path, "--random", "--learning-rate", 1e-2, *sizes)
+    check_curves(found, steps=3)
+
+
+def test_sft_of_an_adapter_takes_the_same_steps_as_trls(tmp_path):
+    sizes = ["--steps", 3, "--batch", 4, "--micro-batch", 2, "--tokens", 8, 8]
+    found = results("sft_vs_trl.py", tmp_path, "--random", "--adapter", "lora", "--learning-rate", 1e-1, *sizes)
+    check_curves(found, steps=3)
+
+
+def ppo(tmp_path: Path, *arguments: object) -> dict:
+    sizes = ["--prompt-tokens", 8, "--response-tokens", 8, "--episodes", 8, "--micro-batch", 4, "--epochs", 2]
+    return results("ppo_vs_trl.py", tmp_path, *sizes, *arguments)
+
+
+def check_first_update(row: dict) -> None:
+    """Before the first optimizer step, policy, reference and sampling policy are one."""
+    assert row["ratio"] == pytest.approx(1.0, abs=1e-3)
+    assert abs(row["kl"]) <= 1e-3
+    assert row["seconds"] > 0.0
+
+
+def test_ppo_is_measured_alone_without_the_peers_environment(tmp_path):
+    found = ppo(tmp_path, "--peer-env", "none", "--steps", 2)
+    assert list(found["results"]) == ["rlhf float32"]
+    check_first_update(found["results"]["rlhf float32"][0])
+
+
+@pytest.mark.skipif(
+    not (PEER / "installed").is_file(),
+    reason="no environment with TRL 1.12.0: `benchmarks/ppo_vs_trl.py` installs one, and RLHF_PEER_ENV names it",
+)
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_ppo_and_trls_start_from_the_same_policy(tmp_path, adapter):
+    found = ppo(tmp_path, "--peer-env", PEER, "--adapter", adapter)
+    assert list(found["results"]) == ["rlhf float32", "TRL float32"]
+    for (row,) in found["results"].values():
+        check_first_update(row)
+    assert "trl 1.12.0" in found["report"]
