@@ -22,6 +22,7 @@ from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses, Rollo
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.ptx import SupervisedLoss
 from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.training.adamw import AdamW
 from rlhf_cli.training.distributed import all_reduce_gradients
 from rlhf_cli.training.optimization import clip_and_step
 from rlhf_cli.training.schedules import rate_factor
@@ -152,7 +153,7 @@ class Updater:
             {"params": critic, "peak": settings.critic_peak_rate, "begins": 0},
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate, eps=1e-5, weight_decay=0.0)
+        self.optimizer = AdamW(groups, lr=settings.peak_rate, eps=1e-5, weight_decay=0.0)
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Return the learning rate of the policy at a 0-based optimizer step."""
