@@ -20,6 +20,7 @@ from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, load_ada
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
+from rlhf_cli.models.split_weights import join_weights
 from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
 from rlhf_cli.settings.shared import LoraSettings
 
@@ -163,6 +164,7 @@ def _in_memory(
     # Not that of the source: weights from which an adapter was split off keep the dtype of the earlier stage.
     quantize, dtype = quantized(model), model.dtype
     if adapter is None or quantize == "none":
+        join_weights(model)
         model.to("cpu")  # pyright: ignore[reportArgumentType]
         if on_cpu.attention != source.attention:
             model.set_attn_implementation(on_cpu.attention)

@@ -68,5 +68,5 @@ def all_reduce_gradients(weights: Iterable[Tensor], processes: ProcessGroup) -> 
     shared = [weight for weight, count in zip(known, had.tolist(), strict=True) if count]
     for weight in shared:
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
     processes.all_reduce([weight.grad for weight in shared if weight.grad is not None])

@@ -11,6 +11,7 @@ from torch import nn
 
 from rlhf_cli.progress import warn
 from rlhf_cli.settings.shared import TrainingSettings
+from rlhf_cli.training.adamw import AdamW
 from rlhf_cli.training.schedules import rate_factor
 
 
@@ -26,7 +27,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def adamw(groups: Iterable[Any], *, rate: float, epsilon: float = 1e-8, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def adamw(groups: Iterable[Any], *, rate: float, epsilon: float = 1e-8, weight_decay: float = 0.0) -> AdamW:
     """Make the optimizer of a stage: one pass over weights, gradients and moments where torch has it for the device.
 
     Args:
@@ -35,7 +36,7 @@ def adamw(groups: Iterable[Any], *, rate: float, epsilon: float = 1e-8, weight_d
         epsilon: added to the root of the second moment.
         weight_decay: of groups that name none.
     """
-    return torch.optim.AdamW(groups, lr=rate, eps=epsilon, weight_decay=weight_decay, fused=True)
+    return AdamW(groups, lr=rate, eps=epsilon, weight_decay=weight_decay, fused=True)
 
 
 def clip_and_step(

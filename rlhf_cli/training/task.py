@@ -63,7 +63,7 @@ class TrainingTask(ABC):
     @torch.no_grad()
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy saved weights, among other tensors, into the trained ones."""
-        for name, weight in self.weights().items():
+        for name, weight in self.weights().items():  # each is, or shares the memory of, the trained one
             weight.copy_(tensors[name])
 
     def extra_state(self) -> dict[str, Any]:

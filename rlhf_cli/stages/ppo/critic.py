@@ -28,6 +28,7 @@ from rlhf_cli.models.lora import read_adapter, save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.policy_adapter import relative_base
 from rlhf_cli.models.saving import require_finite, writing
+from rlhf_cli.models.split_weights import join_weights, restore, stored
 from rlhf_cli.models.stored_weights import read_header
 from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
 from rlhf_cli.models.weight_loading import check_weights, empty_model, has_own_code, load_weights, open_weights
@@ -149,17 +150,16 @@ class FullCritic:
 
     def state(self) -> dict[str, Tensor]:
         """Return all weights of the backbone by name."""
-        return {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        return stored(self._model.named_parameters())
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the backbone."""
-        for name, parameter in self._model.named_parameters():
-            parameter.copy_(state[name])
+        restore(self._model.named_parameters(), state)
 
     def save(self, folder: Path) -> None:
         """Write the backbone as an ordinary model folder, the head and `critic.json`."""
         quiet_libraries()
+        join_weights(self._model)
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
             self._model.save_pretrained(folder)

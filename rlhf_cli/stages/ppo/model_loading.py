@@ -22,6 +22,7 @@ from rlhf_cli.models.loading import ModelSource, context_length, load_policy, lo
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.split_weights import round_weights, split_weights
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
 from rlhf_cli.stages.ppo.critic_initialization import DoesNotFit, shared_reward_config
@@ -98,6 +99,8 @@ def load_ppo_models(
     else:
         assert isinstance(critic, FullCritic | HeadStart)
         models = SeparateModels(policy, load_policy(source.in_full()), critic)
+    if source.precision != torch.float32:
+        _prepare_products(models, critic, is_lora=is_lora)
     if reward is None and reward_path is not None:
         reward = _separate_reward(source, reward_path, template)
     if settings.gradient_checkpointing:
@@ -106,6 +109,20 @@ def load_ppo_models(
             with critic.active_model() as model:
                 recompute_activations(model)
     return LoadedPPOModels(models, reward, (_layout_note(settings, reward), note))
+
+
+def _prepare_products(models: PPOModels, critic: AdapterStart | FullCritic, *, is_lora: bool) -> None:
+    """Store the weights of models in float32 as products read them, see `models.split_weights`.
+
+    The reference is rounded as the policy is, so that their KL is 0 at the first step.
+    """
+    if not is_lora:
+        with models.policy() as policy, models.reference() as reference:
+            split_weights(policy)
+            round_weights(reference)
+    if isinstance(critic, FullCritic):
+        with critic.active_model() as model:
+            split_weights(model)
 
 
 def _on_shared_backbone(

@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.seeding import seeded
+from rlhf_cli.models.split_weights import restore, stored
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.critic import (
     CRITIC,
@@ -219,13 +219,11 @@ class SeparateModels(_WithCritic):
 
     def state(self) -> dict[str, Tensor]:
         """Return the policy, the critic and the value head by name."""
-        return self._state({name: weight.detach() for name, weight in self._policy.named_parameters()})
+        return self._state(stored(self._policy.named_parameters()))
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the models."""
-        for name, parameter in self._policy.named_parameters():
-            parameter.copy_(state[f"policy.{name}"])
+        restore(self._policy.named_parameters(), _under("policy.", state))
         self._load_critic_state(state)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.models.reward_model.model import RewardModel
+from rlhf_cli.models.split_weights import join_weights, split_weights, stored
 from rlhf_cli.objectives.ranking import pairs_of, pairwise_ranking_loss, plackett_luce_loss
 from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, by_length, padded_tokens
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
@@ -67,6 +68,8 @@ class RewardTrainer(TrainingTask):
     ) -> None:
         self.model, self.settings = model, settings
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)
+        if settings.adapter == "none" and model.source.precision != torch.float32:
+            split_weights(model.backbone)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.optimizer = adamw(self.trained.values(), rate=settings.peak_rate, weight_decay=settings.weight_decay)
         self._groups, self._rate_scale = groups, 1.0
@@ -91,6 +94,7 @@ class RewardTrainer(TrainingTask):
         """Run all steps; see `TrainingLoop.run`."""
         self.model.train()
         state = self.loop.run()
+        join_weights(self.model)
         self.model.eval()
         return state
 
@@ -123,7 +127,7 @@ class RewardTrainer(TrainingTask):
 
     def weights(self) -> dict[str, Tensor]:
         """See `TrainingTask`."""
-        return dict(self.trained)
+        return stored(self.trained.items())
 
     def accumulate(self, chosen: Sequence[int]) -> StepSums:
         """Accumulate the gradient of the mean loss of these groups, one micro-batch at a time.

@@ -21,6 +21,7 @@ from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.decoding import check_decoding
+from rlhf_cli.memory import free_memory
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.loading import recompute_activations, store_activations
@@ -28,6 +29,7 @@ from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.router_loss import RouterLoss
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.seeding import seeded
+from rlhf_cli.models.split_weights import join_weights, split_weights, stored
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say, task
 from rlhf_cli.stages.sft.data import Batch, BatchPlan, Row, pack, pack_groups
@@ -108,16 +110,21 @@ def train_sft(
             add_lora(model, settings.lora)
     else:
         model.requires_grad_(True)
+        if precision != torch.float32:
+            split_weights(model)
     trainer = SFTTrainer(
         model, examples, settings, seed=seed, work=work, stop=stop, precision=precision, processes=processes, log=log
     )
-    skipped_steps = trainer.train()
+    skipped_steps, steps, rows = trainer.train(), trainer.plan.steps, len(trainer.rows)
+    del trainer  # moments take twice the memory of the weights
+    free_memory()
+    join_weights(model)
     require_finite(model, what="the trained model")
     after = evaluate("held-out loss after")
     losses = [row["loss"] for row in read_rows(work / METRICS) if row["loss"] is not None] if processes.is_main else []
     return SFTResult(
-        steps=trainer.plan.steps,
-        rows=len(trainer.rows),
+        steps=steps,
+        rows=rows,
         train_loss=sum(losses) / max(len(losses), 1),
         eval_loss_before=before,
         eval_loss=after,
@@ -260,7 +267,7 @@ class SFTTrainer(TrainingTask):
 
     def weights(self) -> dict[str, Tensor]:
         """See `TrainingTask`."""
-        return dict(self._trained)
+        return stored(self._trained.items())
 
 
 def router_loss(model: PreTrainedModel, settings: SFTSettings) -> RouterLoss | None:
