@@ -1,6 +1,7 @@
 """PPO's invariants on tiny models: ratio 1, KL 0, batch splitting, optimizer steps, what moves, and that it learns."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,8 +194,9 @@ def test_values_are_predicted_before_their_token(tiny_llama, tmp_path, make_trai
     completions = completions_of(trainer)
     row = max(range(8), key=lambda index: len(completions.completion_ids[index]))
     before = trainer.forward_passes.rollout_tensors(completions).values[row].clone()
-    completions.completion_ids[row][3] = 17 if completions.completion_ids[row][3] != 17 else 18
-    after = trainer.forward_passes.rollout_tensors(completions).values[row]
+    ids = [list(one) for one in completions.completion_ids]
+    ids[row][3] = 17 if ids[row][3] != 17 else 18
+    after = trainer.forward_passes.rollout_tensors(replace(completions, completion_ids=ids)).values[row]
     assert torch.equal(before[:4], after[:4])
     assert not torch.allclose(before[4], after[4])
 
