@@ -7,10 +7,12 @@ The layer stays PEFT's in every other respect: names, weights, saving, merging, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -40,7 +42,7 @@ class FusedLoraLinear(PeftLinear):
         return y.view(*x.shape[:-1], -1)
 
 
-def fuse_products(layers: list[nn.Module]) -> None:
+def fuse_products(layers: Iterable[LoraLayer]) -> None:
     """Give PEFT's adapted linear layers the forward pass of this module, in place; other layers stay as they are."""
     for layer in layers:
         if type(layer) is PeftLinear and type(layer.base_layer) is nn.Linear and not layer.lora_variant:
