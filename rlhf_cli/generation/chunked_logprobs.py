@@ -172,7 +172,7 @@ def _include(logits: Tensor, log_z: Tensor, entropy: Tensor) -> None:
     weights = shifted.exp()
     total = weights.sum(dim=-1)
     of_tile = top.squeeze(-1) + total.log()
-    entropy_of_tile = total.log() - torch.linalg.vecdot(weights, shifted) / total
+    entropy_of_tile = total.log() - weights.mul_(shifted).sum(dim=-1) / total
     new = torch.logaddexp(log_z, of_tile)
     before, now = (log_z - new).exp_(), (of_tile - new).exp_()
     entropy.mul_(before).add_(now * entropy_of_tile + torch.special.entr(before) + torch.special.entr(now))

@@ -7,10 +7,12 @@ The layer stays PEFT's in every other respect: names, weights, saving, merging, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -36,10 +38,11 @@ class FusedLoraLinear(PeftLinear):
         if not is_plain or base.weight.requires_grad or base.weight.dtype != matmul_dtype(x):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return LowRankProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        y = LowRankProduct.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[name])
+        return y.view(*x.shape[:-1], -1)
 
 
-def fuse_products(layers: list[nn.Module]) -> None:
+def fuse_products(layers: Iterable[LoraLayer]) -> None:
     """Give PEFT's adapted linear layers the forward pass of this module, in place; other layers stay as they are."""
     for layer in layers:
         if type(layer) is PeftLinear and type(layer.base_layer) is nn.Linear and not layer.lora_variant:
@@ -49,7 +52,7 @@ def fuse_products(layers: list[nn.Module]) -> None:
 class LowRankProduct(torch.autograd.Function):
     """(x, W, bias, A, B, s) -> W x + bias + s B (A x), in the precision of W.
 
-    x: (..., in); W: (out, in), frozen; bias: (out,) or None, frozen; A: (rank, in); B: (out, rank). Gradients flow to
+    x: (N, in); W: (out, in), frozen; bias: (out,) or None, frozen; A: (rank, in); B: (out, rank). Gradients flow to
     x, A and B.
     """
 
@@ -58,13 +61,13 @@ class LowRankProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         """Compute the output; A x is kept for the backward pass, and x."""
-        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        rows = x.to(weight.dtype)
         inner = rows @ a.to(weight.dtype).T
         y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         y.addmm_(inner, b.to(weight.dtype).T, alpha=scaling)
         ctx.save_for_backward(rows, weight, a, b, inner)
-        ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
-        return y.view(*x.shape[:-1], len(weight))
+        ctx.scaling, ctx.dtype = scaling, x.dtype
+        return y
 
     @staticmethod
     @once_differentiable
@@ -72,12 +75,12 @@ class LowRankProduct(torch.autograd.Function):
         """Compute the gradients by x, A and B."""
         rows, weight, a, b, inner = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        by_y = by_y.reshape(-1, by_y.shape[-1]).to(weight.dtype)
+        by_y = by_y.to(weight.dtype)
         by_inner = (by_y @ b.to(weight.dtype)).mul_(ctx.scaling)
         by_x = by_a = by_b = None
         if needs_x:
             by_x = by_y @ weight
-            by_x = by_x.addmm_(by_inner, a.to(weight.dtype)).view(ctx.shape).to(ctx.dtype)
+            by_x = by_x.addmm_(by_inner, a.to(weight.dtype)).to(ctx.dtype)
         if needs_a:
             by_a = (by_inner.T @ rows).to(a.dtype)
         if needs_b:

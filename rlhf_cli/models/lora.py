@@ -90,7 +90,7 @@ def add_lora(model: nn.Module, lora: LoraSettings, *, name: str = "default") -> 
                 hint="name other layers in `lora.target_modules`, or train all weights (`adapter: none`)",
             ) from error
     _check_adapted(model, name, targets)
-    fuse_products([layer for _, layer in adapter_layers(model, name)])
+    fuse_products(layer for _, layer in adapter_layers(model, name))
     _say_cost_of_experts(targets)
     added = [parameter for _, layer in adapter_layers(model, name) for parameter in _factors(layer, name).values()]
     for parameter in model.parameters():

@@ -29,7 +29,7 @@ def adapted(folder: Path, *, dropout: float = 0.0, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_gradients_are_those_of_finite_differences(has_bias: bool):
     torch.manual_seed(0)
-    x, weight, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 5), (4, 5), (2, 5), (4, 2)))
+    x, weight, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((6, 5), (4, 5), (2, 5), (4, 2)))
     bias = torch.randn(4, dtype=torch.float64) if has_bias else None
     inputs = [one.requires_grad_() for one in (x, a, b)]
     assert gradcheck(lambda x, a, b: LowRankProduct.apply(x, weight, bias, a, b, 0.7), inputs)

@@ -237,4 +237,4 @@ def test_nothing_is_quantized_unless_asked(tiny_llama):
     model = load_policy(ModelSource(str(tiny_llama)))
     add_lora(model, LoraSettings(rank=2, alpha=4.0))
     assert quantized(model) == "none"
-    assert {type(layer).__name__ for _, layer in adapter_layers(model)} == {"Linear"}
+    assert {type(layer).__name__ for _, layer in adapter_layers(model)} == {"FusedLoraLinear"}

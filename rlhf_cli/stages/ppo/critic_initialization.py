@@ -113,8 +113,7 @@ def _refuse_head(config: CriticConfig, folder: Path) -> None:
     if config.kind == "head":
         raise ModelError(
             f"the critic in {folder} is a head on its policy's hidden states, without weights under it",
-            hint="go on from that policy with `--set ppo.critic=head`, or start another critic: "
-            "`--set ppo.critic_from=policy`",
+            hint="keep it with `--set ppo.critic=head`, or start another critic: `--set ppo.critic_from=policy`",
         )
 
 

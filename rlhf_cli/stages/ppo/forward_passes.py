@@ -138,7 +138,8 @@ class ForwardPasses:
     def batch(self, texts: TokenPairs, rows: Sequence[int]) -> SequenceBatch:
         """Batch some of the completions in the layout that the policy reads; reference and critic read the same.
 
-        The batches of a step's completions are kept until the next step: with one minibatch, all epochs read the same.
+        The batches of a step's completions, which do not change, are kept until the next step: with one minibatch, all
+        epochs read the same.
         """
         if not isinstance(texts, Completions):
             return self._new_batch(texts, rows)

@@ -119,6 +119,7 @@ Batch = dict[str, Any]
     completions: (N,) number of examples in which the target is a token that is trained, of the completion or of an
         earlier turn of the assistant; above 1 where examples share it.
     texts: (N,) number of examples in which the target is any token but the first.
+    trained: (n,) where `completions` is above 0; found here, since on a GPU its length would have to be waited for.
 
 A decoder-only model also gets `layout` (groups), or `is_real` (B, L), False on padding, and, with several examples per
 row, `position_ids` (B, L); an encoder-decoder gets `encoder_ids` and `encoder_mask` (B, S).
@@ -193,6 +194,7 @@ class Seq2SeqCollator:
             "predicting": is_real.flatten().nonzero().squeeze(1),
             "targets": torch.tensor([token for completion in completions for token in completion]),
             "completions": once,
+            "trained": torch.arange(len(once)),
             "texts": once,
         }
 
@@ -213,9 +215,11 @@ def _predictions(examples: Sequence[Example], positions: Sequence[Tensor]) -> di
     vocabulary = int(target.max()) + 1 if len(target) else 1
     kept, index = (row * vocabulary + target).unique(return_inverse=True)
     none = torch.zeros(len(kept), dtype=torch.long)
+    completions = none.index_add(0, index, is_trained)
     return {
         "predicting": kept // vocabulary,
         "targets": kept % vocabulary,
-        "completions": none.index_add(0, index, is_trained),
+        "completions": completions,
+        "trained": completions.nonzero().squeeze(1),
         "texts": none.index_add(0, index, torch.ones_like(index)),
     }

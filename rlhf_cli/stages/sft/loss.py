@@ -30,9 +30,9 @@ def collator_for(model: PreTrainedModel, *, packed: bool) -> Collator:
 
 
 def token_logprobs(
-    model: PreTrainedModel, batch: Batch, is_scored: Tensor, router_logits: list[Tensor] | None = None
+    model: PreTrainedModel, batch: Batch, scored: Tensor, router_logits: list[Tensor] | None = None
 ) -> Tensor:
-    """Return the log-probabilities, in nats and float32, of the targets of a batch that `is_scored` (N,) marks.
+    """Return the log-probabilities, in nats and float32, of the targets of a batch whose numbers are `scored` (n,).
 
     Logits are computed for these positions only, in tiles, so no tensor of batch x length x vocabulary exists.
     Router logits are appended to `router_logits`, see `last_hidden`.
@@ -40,7 +40,7 @@ def token_logprobs(
     reads = ("layout", "position_ids", "encoder_ids", "encoder_mask")
     read = {name: batch.get(name) for name in reads}
     hidden = decoder_hidden(model, batch["input_ids"], router_logits=router_logits, **read)
-    logprobs, _ = Projection.of(model).logprobs(hidden[batch["predicting"][is_scored]], batch["targets"][is_scored])
+    logprobs, _ = Projection.of(model).logprobs(hidden[batch["predicting"][scored]], batch["targets"][scored])
     return logprobs
 
 
@@ -78,16 +78,16 @@ def sft_loss(
 
     Args:
         model: decoder-only or encoder-decoder.
-        batch: from the collator that `collator_for` returns.
+        batch: from the collator that `collator_for` returns, on the model's device.
         counts: tokens of the whole step.
         lm_coef: lambda.
         router: load-balancing loss of a mixture-of-experts model, which is added.
     """
     times, texts = batch["completions"], batch["texts"]
-    is_scored = times > 0 if lm_coef == 0.0 else torch.ones_like(times, dtype=torch.bool)
+    scored = batch["trained"] if lm_coef == 0.0 else torch.arange(len(times), device=times.device)
     router_logits: list[Tensor] | None = None if router is None else []
-    logprobs = token_logprobs(model, batch, is_scored, router_logits)
-    loss = -(logprobs * times[is_scored]).sum() / counts.completion
+    logprobs = token_logprobs(model, batch, scored, router_logits)
+    loss = -(logprobs * times[scored]).sum() / counts.completion
     if lm_coef > 0.0:
         loss = loss - lm_coef * (logprobs * texts).sum() / counts.text
     if router is not None and router_logits is not None:
@@ -119,25 +119,25 @@ def mean_completion_nll(
     was_training = model.training
     model.eval()
     collate = collator_for(model, packed=False)
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
     if isinstance(collate, GroupCollator):
         own.sort(key=lambda example: example.prompt_ids)  # completions of one prompt together
     else:
         own.sort(key=len)
     for start in range(0, len(own), batch_size):
         before_batch(start)
-        batch = on_device(collate([[example] for example in own[start : start + batch_size]]), model.device)
-        is_completion = batch["completions"] > 0
+        collated = collate([[example] for example in own[start : start + batch_size]])
+        count += int(collated["completions"].sum())
+        batch = on_device(collated, model.device)
         with autocast(model.device, precision):
-            logprobs = token_logprobs(model, batch, is_completion)
-        total -= float((logprobs.double() * batch["completions"][is_completion]).sum())
-        count += int(batch["completions"].sum())
+            logprobs = token_logprobs(model, batch, batch["trained"])
+        total -= (logprobs.double() * batch["completions"][batch["trained"]]).sum()
     model.train(was_training)
-    sums = torch.tensor([total, count], dtype=torch.float64)
+    sums = torch.tensor([float(total), count], dtype=torch.float64)
     if processes is not None:
         processes.all_reduce([sums])
-    total, count = sums.tolist()
-    return total / count
+    loss, tokens = sums.tolist()
+    return loss / tokens
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -182,7 +182,7 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
 
     def score(packed: bool, rows: Sequence[Row]) -> Tensor:
         batch = on_device(CausalCollator(packed)(rows), model.device)
-        return token_logprobs(model, batch, batch["completions"] > 0)
+        return token_logprobs(model, batch, batch["trained"])
 
     training, attention = model.training, model.config._attn_implementation
     model.eval()

@@ -103,6 +103,7 @@ def make_trainer(
         models,
         autocast=nullcontext,
         micro_batch_size=settings.micro_batch_size,
+        micro_batch_tokens=settings.micro_batch_tokens,
         temperature=sampling.temperature,
         processes=processes,
     )

@@ -57,6 +57,7 @@ DIFFERS = {
 ELSEWHERE = {
     "steps": "the length of the run",
     "micro_batch_size": "test_settings_of_effort_change_nothing_but_rounding",
+    "micro_batch_tokens": "test_settings_of_effort_change_nothing_but_rounding",
     "rollout_batch_size": "test_settings_of_effort_change_nothing_but_rounding",
     "checkpoint_steps": "test_settings_of_effort_change_nothing_but_rounding",
     "keep_checkpoints": "test_the_last_checkpoints_are_kept_and_no_others",
@@ -126,12 +127,14 @@ def test_the_same_settings_give_the_same_weights(tiny_llama, tmp_path, make_trai
 
 def test_settings_of_effort_change_nothing_but_rounding(tiny_llama, tmp_path, make_trainer):
     ends = []
-    for number, effort in enumerate(({}, {"micro_batch_size": 3, "rollout_batch_size": 2, "checkpoint_steps": 50})):
+    efforts = {}, {"micro_batch_size": 3, "rollout_batch_size": 2, "checkpoint_steps": 50}, {"micro_batch_tokens": 60}
+    for number, effort in enumerate(efforts):
         trainer = make_trainer(tiny_llama, tmp_path / str(number), steps=2, **effort)
         trainer.train()
         ends.append(weights(trainer))
     for name, tensor in ends[0].items():
-        torch.testing.assert_close(ends[1][name], tensor, atol=2e-4, rtol=1e-3)
+        for end in ends[1:]:
+            torch.testing.assert_close(end[name], tensor, atol=2e-4, rtol=1e-3)
 
 
 def test_a_larger_kl_penalty_keeps_the_policy_nearer(tiny_llama, tmp_path, make_trainer, rows_of):

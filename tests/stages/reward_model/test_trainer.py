@@ -105,19 +105,20 @@ def test_micro_batches_change_no_gradient(loss, tiny_llama, tmp_path):
 
 
 def test_a_pass_without_memory_changes_no_gradient(tiny_llama, tmp_path, monkeypatch):
-    results = []
+    from rlhf_cli.stages.reward_model import trainer as reward_trainer
+
+    plain, results = reward_trainer.pairwise_ranking_loss, []
     for memory in (8, 3):
         trainer = trainer_of(tiny_llama, tmp_path / str(memory), micro_batch_size=8)
-        plain = trainer._losses
 
-        def limited(groups, *rest, plain=plain, memory=memory):
-            losses = plain(groups, *rest)
-            if len(groups) > memory:
+        def limited(*arguments, memory=memory):
+            losses = plain(*arguments)
+            if len(losses) > memory:
                 (2.0 * losses.sum()).backward()
                 raise MemoryError
             return losses
 
-        monkeypatch.setattr(trainer, "_losses", limited)
+        monkeypatch.setattr(reward_trainer, "pairwise_ranking_loss", limited)
         sums = trainer.accumulate(range(8))
         results.append((sums, torch.cat([weight.grad.flatten() for weight in trainer.trained.values()])))
     (sums, gradient), (short_sums, short_gradient) = results
