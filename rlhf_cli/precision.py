@@ -1,6 +1,9 @@
-"""Mixed precision: torch's autocast for the whole package."""
+"""Mixed precision: torch's autocast for the whole package, and products that are not rounded, for checks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,3 +17,21 @@ def autocast(device: torch.device | str, precision: torch.dtype) -> torch.autoca
     """
     kind = device if isinstance(device, str) else device.type
     return torch.autocast(kind, dtype=precision, enabled=precision != torch.float32)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Context in which products of float32 are those of float32.
+
+    Elsewhere `torch.set_float32_matmul_precision` or an environment variable may round their inputs to TF32, or on a
+    CPU to bfloat16. A comparison of two ways to compute the same would mistake that rounding for a fault.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -16,6 +16,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, matmul_dtype, operand, product
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import decoder_hidden
+from rlhf_cli.precision import exact_products
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def _unpacked(flat: Tensor, is_completion: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@exact_products()
 def check_projection(model: PreTrainedModel, name: str) -> None:
     """Check on a few tokens that the model computes its logits as `Projection` does.
 

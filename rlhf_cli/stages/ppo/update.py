@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from rlhf_cli.generation.sequence_batch import SequenceBatch
