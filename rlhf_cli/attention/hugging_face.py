@@ -31,6 +31,9 @@ from rlhf_cli.errors import ModelError
 # transformers treats names containing "flash", "sdpa" or "flex" as its own, and names with a slash as hub kernels.
 _PREFIX = "rlhf_"
 
+_backends: dict[str, str] = {}
+"""Name of the backend of each value for `attn_implementation`."""
+
 _hooks: list[Callable[[nn.Module, dict[str, Any]], None]] = []
 
 
@@ -55,9 +58,15 @@ def implementation(name: str) -> str:
     def attend(module: nn.Module, *tensors: Any, **arguments: Any) -> tuple[Tensor, None]:
         return attention_forward(module, *tensors, backend=name, **arguments)  # pyright: ignore[reportCallIssue]
 
+    _backends[registered] = name
     AttentionInterface.register(registered, attend)
     AttentionMaskInterface.register(registered, attention_mask)  # pyright: ignore[reportArgumentType]
     return registered
+
+
+def backend_of(implementation: str) -> str:
+    """Return the backend that `implementation` registered under this name."""
+    return _backends[implementation]
 
 
 def is_ours(model: nn.Module) -> bool:

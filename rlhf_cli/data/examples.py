@@ -2,46 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Demonstration
+from rlhf_cli.data.token_lists import INT32
 
 
-@dataclass(frozen=True)
 class Example:
-    """A demonstration in token ids.
+    """A demonstration in token ids, which are held in four bytes each; do not change it.
 
-    Attributes:
+    Args:
         prompt_ids: the prompt.
         completion_ids: the completion; it ends with an end token.
         earlier_turns: (start, stop) of those of the assistant's earlier turns in `prompt_ids` that are trained, too.
         skipped_turns: number of its earlier turns that are not trained, because they cannot be located in the prompt.
     """
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    earlier_turns: tuple[tuple[int, int], ...] = ()
-    skipped_turns: int = 0
+    __slots__ = ("_ids", "_prompt_tokens", "earlier_turns", "skipped_turns")
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        earlier_turns: tuple[tuple[int, int], ...] = (),
+        skipped_turns: int = 0,
+    ) -> None:
+        self._ids, self._prompt_tokens = array(INT32, prompt_ids), len(prompt_ids)
+        self._ids.extend(completion_ids)
+        self.earlier_turns, self.skipped_turns = earlier_turns, skipped_turns
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt."""
+        return self._ids[: self._prompt_tokens].tolist()
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """The completion; it ends with an end token."""
+        return self._ids[self._prompt_tokens :].tolist()
 
     @property
     def ids(self) -> list[int]:
         """Prompt and completion concatenated."""
-        return self.prompt_ids + self.completion_ids
+        return self._ids.tolist()
+
+    @property
+    def prompt_key(self) -> bytes:
+        """What two examples have in common if their prompts have the same tokens; empty without a prompt."""
+        return self._ids[: self._prompt_tokens].tobytes()
 
     def is_trained(self) -> list[bool]:
         """For each of `ids`, whether it is trained: tokens of the completion and of trained earlier turns."""
-        found = [False] * len(self.prompt_ids) + [True] * len(self.completion_ids)
+        found = [False] * self._prompt_tokens + [True] * (len(self) - self._prompt_tokens)
         for start, stop in self.earlier_turns:
             found[start:stop] = [True] * (stop - start)
         return found
 
     def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
+        return len(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Example) and self._fields() == other._fields()
+
+    __hash__ = None  # type: ignore[assignment]  (its ids are an array)
+
+    def __repr__(self) -> str:
+        return f"Example{self._fields()}"
+
+    def _fields(self) -> tuple[object, ...]:
+        return self.prompt_ids, self.completion_ids, self.earlier_turns, self.skipped_turns
 
     def longest_side(self, is_encoder_decoder: bool) -> int:
         """Tokens of the longest sequence a model reads: both concatenated, or the longer one in an encoder-decoder."""
-        return max(len(self.prompt_ids), len(self.completion_ids)) if is_encoder_decoder else len(self)
+        prompt = self._prompt_tokens
+        return max(prompt, len(self) - prompt) if is_encoder_decoder else len(self)
 
 
 def reason_to_skip(

@@ -18,6 +18,7 @@ from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.backbone import decoder_of, is_recurrent
 from rlhf_cli.models.padding import pad
 from rlhf_cli.models.quantize import quantized
+from rlhf_cli.precision import exact_products
 
 
 def batches(model: PreTrainedModel, lengths: Sequence[int], size: int) -> Iterator[slice]:
@@ -106,6 +107,7 @@ class Decoding:
 
 
 @torch.no_grad()
+@exact_products()
 def check_decoding(model: PreTrainedModel, name: str) -> None:
     """Check on a few tokens that a language model can be sampled from and scored; see `check_projection` too.
 

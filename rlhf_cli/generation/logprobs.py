@@ -16,7 +16,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, operand, product
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import decoder_hidden
-from rlhf_cli.precision import matmul_dtype
+from rlhf_cli.precision import exact_products, matmul_dtype
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _unpacked(flat: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
+@exact_products()
 def check_projection(model: PreTrainedModel, name: str) -> None:
     """Check on a few tokens that the model computes its logits as `Projection` does.
 

@@ -207,6 +207,7 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
     """
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
+    from rlhf_cli.data.token_lists import TokenLists
     from rlhf_cli.generation.prompts import TokenizedPrompts
 
     data, source = context.recipe.data, context.inputs.prompts.source
@@ -214,7 +215,7 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
     loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
     check_records(policy.format, loaded.records)
     prompts: list[Prompt] = []
-    ids: list[list[int]] = []
+    ids = TokenLists()
     seen: set[str] = set()
     for record in loaded.records:
         if (key := prompt_key(record.prompt)) in seen:

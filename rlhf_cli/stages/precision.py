@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
@@ -18,6 +18,12 @@ from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import PRECISION_RECORD, StageContext
 from rlhf_cli.stages.common import trusts_code
 from rlhf_cli.stages.inputs import Input
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.precision_trial import Trains
+
+_TRAINS: dict[str | None, Trains] = {None: "nothing", "lora": "adapter", "none": "all"}
+"""By the setting `adapter` of a stage, which weights it trains."""
 
 Context = TypeVar("Context", bound=StageContext[Any, Any])
 
@@ -54,7 +60,8 @@ def _faster(context: StageContext[Any, Any]) -> tuple[str, str]:
     width = _hidden_size(context.recipe, list(context.inputs.by_name().values()))
     if width is None:
         return "float32", "no model of this stage says its size before it is loaded"
-    precision, reason = faster_precision(resolve_device(context.recipe.model.device), width)
+    trains = _TRAINS[getattr(context.settings, "adapter", None)]
+    precision, reason = faster_precision(resolve_device(context.recipe.model.device), width, trains)
     return str(precision).removeprefix("torch."), reason
 
 

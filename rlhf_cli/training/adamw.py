@@ -39,9 +39,7 @@ class AdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(weight, dtype=torch.float32)
         size = _PIECE.get(weight.device.type, _PIECE["cpu"])
         parts = (weight.data, low, gradient, state["exp_avg"], state["exp_avg_sq"])
-        for high, below, by_weight, mean, square in zip(
-            *(part.reshape(-1).split(size) for part in parts), strict=True
-        ):
+        for high, below, by_weight, mean, square in zip(*(part.reshape(-1).split(size) for part in parts), strict=True):
             whole = join(high, below)
             adamw(
                 [whole],

@@ -19,8 +19,10 @@ from transformers import (
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
 from rlhf_cli.attention import hugging_face, model_zoo, parity, registry
+from rlhf_cli.attention.contract import Request
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.generation.decoding import check_decoding
 
 SEQUENCES = parity.ProbeSequences.random(model_zoo.VOCAB_SIZE)
 
@@ -327,3 +329,67 @@ def test_a_mask_that_is_no_layout_is_refused_by_the_layer_that_would_use_it():
     with pytest.raises(ModelError, match="padding between real tokens"):
         through_a_layer(mask)
     assert torch.equal(through_a_layer(mask, attention_layout=Layout.dense(1, 3)), torch.ones(1, 3, 1, 4))
+
+
+class _WrongBeyondOneTile(torch.autograd.Function):
+    """The identity, whose gradient is lost from the 129th token on, as in a kernel that runs one tile only."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient[:, :, 128:] = 0
+        return gradient
+
+
+def one_tile(query, key, value, layout, **rules):
+    """A backend whose backward pass covers one tile of keys."""
+    key = _WrongBeyondOneTile.apply(key)
+    return registry.attention(query, key, value, layout, **rules, backend="reference").output
+
+
+def test_a_backward_pass_of_several_tiles_is_checked_at_loading():
+    model = model_zoo.tiny_model("llama")
+    with pytest.raises(ModelError, match="`theirs` gets other gradients under our attention: they differ by"):
+        parity.require(model, "theirs", hugging_face.implementation("our_own:one_tile"))
+
+
+@pytest.fixture
+def rounded_products():
+    """Products of float32 whose inputs are rounded: to TF32 on a GPU, to bfloat16 on a CPU that multiplies those."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    assert torch.get_float32_matmul_precision() == "medium"  # checks leave it as it was
+    torch.set_float32_matmul_precision(before)
+
+
+def test_rounding_that_users_allow_is_not_a_fault(rounded_products, monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    seen = []
+    attend = registry.attention
+
+    def spy(*tensors, **arguments):
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return attend(*tensors, **arguments)
+
+    monkeypatch.setattr(registry, "attention", spy)
+    implementation = hugging_face.implementation("reference")
+    parity.require(model, "llama", implementation)
+    model.set_attn_implementation(implementation)
+    check_decoding(model, "llama")
+    assert set(seen) == {("ieee", "ieee")}
+
+
+def test_on_a_gpu_gradients_have_a_fixed_order_of_sums():
+    query = torch.zeros(1, 2, 4, 8, requires_grad=True)
+    rules = {"causal": True, "window": None, "softcap": None, "sinks": None, "bias": None}
+    request = Request.of(query, query, query, Layout.dense(1, 4, 4), **rules)
+    assert registry._order(request)[0] == "torch"
+    on_gpu = replace(request, device=torch.device("cuda"))
+    assert registry._order(on_gpu)[0] == "triton"
+    assert registry._order(replace(on_gpu, needs_grad=False))[0] == "torch"

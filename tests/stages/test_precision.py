@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,8 +24,8 @@ def speeds(monkeypatch):
     """What the trial finds, by width; a list of the widths that were tried."""
     found, tried = {}, []
 
-    def speed(device, width):
-        tried.append(width)
+    def speed(device, width, trains):
+        tried.append(width if trains == "adapter" else (width, trains))
         return found[width]
 
     monkeypatch.setattr(precision_trial, "has_bfloat16", lambda device: True)
@@ -104,12 +106,44 @@ def test_the_trial_times_a_layer_in_both_precisions(monkeypatch):
     monkeypatch.setattr(precision_trial, "layer_seconds", lambda layer, precision: times[layer.dtype, precision])
     assert bfloat16_speed.__wrapped__(CPU, 48) == 1.5
     monkeypatch.undo()
-    assert 0.01 < bfloat16_speed(CPU, 20) < 100
+    for trains in ("nothing", "adapter", "all"):
+        assert 0.01 < bfloat16_speed(CPU, 20, trains) < 100
     assert faster_precision(torch.device("meta"), 64)[0] == torch.float32
 
 
-def test_a_trial_draws_no_random_number():
+@pytest.mark.parametrize(
+    ("trains", "trained"),
+    [
+        pytest.param("nothing", 0, id="frozen"),
+        pytest.param("adapter", 14, id="A and B"),
+        pytest.param("all", 11, id="all"),
+    ],
+)
+def test_the_trial_trains_what_the_stage_trains(trains, trained, monkeypatch):
+    """Of 7 linear layers, 2 norms of the layer, the last norm and the embeddings."""
+    seen = []
+    monkeypatch.setattr(
+        precision_trial, "layer_seconds", lambda layer, precision: seen.append((layer, precision)) or 1.0
+    )
+    bfloat16_speed.__wrapped__(CPU, 32, trains)
+    for layer, precision in seen[:2]:
+        assert sum(weight.requires_grad for weight in layer.parameters()) == trained
+        products = [module.weight.dtype for module in layer.modules() if type(module) is torch.nn.Linear]
+        assert precision in products
+
+
+def test_all_weights_are_tried_where_all_are_trained(tiny_llama, tmp_path, speeds):
+    found, tried = speeds
+    found[32] = 2.0
+    full = context(tmp_path, tiny_llama)
+    settings = full.settings.model_copy(update={"adapter": "none"})
+    decide_precision(replace(full, settings=settings))
+    assert tried == [(32, "all")]
+
+
+@pytest.mark.parametrize("trains", ["nothing", "adapter", "all"])
+def test_a_trial_draws_no_random_number(trains):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    bfloat16_speed.__wrapped__(CPU, 32)
+    bfloat16_speed.__wrapped__(CPU, 32, trains)
     assert torch.equal(torch.get_rng_state(), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,15 +11,44 @@ from torch import Tensor
 
 from rlhf_cli.attention.groups import plan_groups
 from rlhf_cli.attention.layout import Layout
+from rlhf_cli.data.token_lists import INT32
 from rlhf_cli.models.padding import pad
 
 
-@dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt with its completion; `types` are the token types of encoders that use them, else None."""
+    """Token ids of a prompt with its completion, which are held in four bytes each; do not change it.
 
-    ids: list[int]
-    types: list[int] | None = None
+    Args:
+        ids: token ids.
+        types: the token types of encoders that use them, else None.
+    """
+
+    __slots__ = ("_ids", "_types")
+
+    def __init__(self, ids: Sequence[int], types: Sequence[int] | None = None) -> None:
+        self._ids = array(INT32, ids)
+        self._types = None if types is None else array("b", types)
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids."""
+        return self._ids.tolist()
+
+    @property
+    def types(self) -> list[int] | None:
+        """Token types, None without."""
+        return None if self._types is None else self._types.tolist()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Encoded) and (self._ids, self._types) == (other._ids, other._types)
+
+    __hash__ = None  # type: ignore[assignment]  (its ids are an array)
+
+    def __repr__(self) -> str:
+        return f"Encoded({self.ids}, {self.types})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -147,7 +147,7 @@ class RewardModel(nn.Module):
             for prompt, completion, has_end in zip(prompts, completions, flags, strict=True)
         ]
         # Sort so that shared prefixes meet in one batch, or else so that similar lengths keep padding low.
-        by_ids, by_length = (lambda row: encoded[row].ids), (lambda row: len(encoded[row].ids))
+        by_ids, by_length = (lambda row: encoded[row].ids), (lambda row: len(encoded[row]))
         order = sorted(range(len(encoded)), key=by_ids if self.reads_groups else by_length)
         rewards = [0.0] * len(encoded)
         for start in range(0, len(order), batch_size):
@@ -164,16 +164,16 @@ class RewardModel(nn.Module):
         return (raw - self.mean) / self.std
 
     def _truncate(self, encoded: Encoded, prompt: Prompt) -> Encoded:
-        if len(encoded.ids) <= self.max_length:
+        if len(encoded) <= self.max_length:
             # A text without any token (no prompt, completion or end token) still needs a last token.
-            return encoded if encoded.ids else Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
+            return encoded if len(encoded) else Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
         if not self._warned:
             warn(f"the reward model reads at most {self.max_length} tokens; longer prompts are cut at their beginning")
             self._warned = True
         front = self.format.kept_in_front(prompt, encoded.ids, self.max_length)
-        surplus = len(encoded.ids) - self.max_length
-        types = None if encoded.types is None else encoded.types[:front] + encoded.types[front + surplus :]
-        return Encoded(encoded.ids[:front] + encoded.ids[front + surplus :], types)
+        surplus = len(encoded) - self.max_length
+        kept = [None if one is None else one[:front] + one[front + surplus :] for one in (encoded.ids, encoded.types)]
+        return Encoded(kept[0] or [], kept[1])
 
 
 def new_reward_model(

@@ -90,7 +90,7 @@ def largest_difference(trained: Sequence[float], written: Sequence[float]) -> fl
 
 def probe_texts(reward_model: RewardModel, texts: Sequence[tuple[Prompt, str]]) -> list[tuple[Prompt, str]]:
     """Return the `PROBE_SIZE` shortest of some prompts with completions, in tokens."""
-    return sorted(texts, key=lambda text: len(reward_model.encode(*text).ids))[:PROBE_SIZE]
+    return sorted(texts, key=lambda text: len(reward_model.encode(*text)))[:PROBE_SIZE]
 
 
 def _move_to_cpu(reward_model: RewardModel, source: ModelSource) -> None:

@@ -13,6 +13,7 @@ from rlhf_cli.stages.ppo.stage import PPOContext
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rlhf_cli.data.examples import Example
     from rlhf_cli.data.records import Prompt
     from rlhf_cli.data.skips import SkipLog
     from rlhf_cli.data.splits import Split
@@ -33,15 +34,16 @@ def load_data(context: PPOContext, policy: Policy) -> tuple[PPOData, SkipLog]:
         DataError: no prompt is left to train on, or none is held out to evaluate on.
         UsageError: completions are so long that no prompt fits.
     """
+    from rlhf_cli.data.token_lists import TokenLists
     from rlhf_cli.generation.prompts import TokenizedPrompts
     from rlhf_cli.stages.ppo.trainer import PPOData
 
     settings = context.settings
     loaded, skips = load_prompts(context, policy, "ppo.max_new_tokens")
-    ids = dict(zip(loaded.prompts, loaded.ids, strict=True))
+    numbers = {prompt: number for number, prompt in enumerate(loaded.prompts)}
     split = split_from(context, context.inputs.policy.source)
     training, held_out = (
-        TokenizedPrompts(prompts, [ids[prompt] for prompt in prompts], loaded.references)
+        TokenizedPrompts(prompts, TokenLists(loaded.ids[numbers[prompt]] for prompt in prompts), loaded.references)
         for prompts in _split(context, split, loaded)
     )
     records: list[Record] = [PromptRecord(prompt) for prompt in training.prompts]
@@ -99,7 +101,7 @@ def _demonstrations(
     is_encoder_decoder = bool(policy.config.is_encoder_decoder)
     longest = min(settings.ptx.max_length, context_length(policy.config))
     used: list[Demonstration] = []
-    pairs: list[tuple[list[int], list[int]]] = []
+    examples: list[Example] = []
     for record in records:
         example = tokenize(record, policy.format, is_encoder_decoder=is_encoder_decoder)
         if example.longest_side(is_encoder_decoder) > longest:
@@ -109,11 +111,11 @@ def _demonstrations(
             loaded.skips.add(skip)
         else:
             used.append(record)
-            pairs.append((example.prompt_ids, example.completion_ids))
+            examples.append(example)
     loaded.skips.check(loaded.total, recipe.data.max_skip, source)
     for skip in loaded.skips:
         skips.add(skip)
-    found = Demonstrations.of(pairs)
+    found = Demonstrations.of((example.prompt_ids, example.completion_ids) for example in examples)
     if not len(found):
         raise DataError(f"{source}: no demonstration is left for `ppo.ptx`", hint="give records that fit the policy")
     return found, used

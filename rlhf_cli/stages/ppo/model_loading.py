@@ -7,8 +7,9 @@ model is loaded as a separate model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import ModelError
+from rlhf_cli.memory import free_memory
+from rlhf_cli.models.idle_weights import idle_weights
 from rlhf_cli.models.loading import ModelSource, context_length, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
@@ -26,7 +29,7 @@ from rlhf_cli.models.split_weights import round_weights, split_weights
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
 from rlhf_cli.stages.ppo.critic_initialization import DoesNotFit, shared_reward_config
-from rlhf_cli.stages.ppo.models import PPOModels, SeparateModels, SharedBackbone
+from rlhf_cli.stages.ppo.models import PPOModels, SeparateModels, SharedBackbone, resting
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
@@ -73,6 +76,7 @@ def load_ppo_models(
     template: str | None,
     seed: int = 0,
     longest: int | None = None,
+    scratch: Path | None = None,
 ) -> LoadedPPOModels:
     """Load policy, reference, critic and reward model.
 
@@ -83,6 +87,8 @@ def load_ppo_models(
         template: template of plain-text prompts, for a reward model that does not record one.
         seed: of new adapters; the same in every process.
         longest: maximum tokens of a prompt with its completion; None is the context length of the policy.
+        scratch: folder for the weights of models that rest during updates, see `models.idle_weights`; None keeps them
+            in memory.
 
     Raises:
         ModelError: a model cannot be loaded, or the critic cannot start from `settings.critic_from`.
@@ -98,31 +104,22 @@ def load_ppo_models(
         models, reward = _on_shared_backbone(source, policy, settings, critic, seed, reward_path)
     else:
         assert isinstance(critic, FullCritic | HeadStart)
-        models = SeparateModels(policy, load_policy(source.in_full()), critic)
-    if source.precision != torch.float32:
-        _prepare_products(models, critic, is_lora=is_lora)
+        reference = load_policy(source.in_full()).requires_grad_(False)
+        if source.precision != torch.float32:
+            split_weights(policy)
+            round_weights(reference)  # as the policy is, so that their KL is 0 at the first step
+        models = SeparateModels(policy, reference, critic, rest=_rest(reference, scratch))
+    if isinstance(critic, FullCritic) and source.precision != torch.float32:
+        with critic.active_model() as model:
+            split_weights(model)
     if reward is None and reward_path is not None:
-        reward = _separate_reward(source, reward_path, template)
+        reward = _separate_reward(source, reward_path, template, scratch)
     if settings.gradient_checkpointing:
         recompute_activations(policy)
         if isinstance(critic, FullCritic):
             with critic.active_model() as model:
                 recompute_activations(model)
     return LoadedPPOModels(models, reward, (_layout_note(settings, reward), note))
-
-
-def _prepare_products(models: PPOModels, critic: AdapterStart | FullCritic, *, is_lora: bool) -> None:
-    """Store the weights of models in float32 as products read them, see `models.split_weights`.
-
-    The reference is rounded as the policy is, so that their KL is 0 at the first step.
-    """
-    if not is_lora:
-        with models.policy() as policy, models.reference() as reference:
-            split_weights(policy)
-            round_weights(reference)
-    if isinstance(critic, FullCritic):
-        with critic.active_model() as model:
-            split_weights(model)
 
 
 def _on_shared_backbone(
@@ -214,8 +211,18 @@ def _layout_note(settings: PPOSettings, reward: RewardModelHandle | None) -> str
     return f"{shared}; the reward model is {'an adapter on it too' if reward.is_shared else 'a separate model'}"
 
 
-def _separate_reward(source: ModelSource, path: str, template: str | None) -> RewardModelHandle:
-    return RewardModelHandle(load_reward_model(source.at(path), template=template), nullcontext, is_shared=False)
+def _separate_reward(source: ModelSource, path: str, template: str | None, scratch: Path | None) -> RewardModelHandle:
+    model = load_reward_model(source.at(path), template=template)
+    return RewardModelHandle(model, partial(resting, model, _rest(model, scratch)), is_shared=False)
+
+
+def _rest(model: nn.Module, scratch: Path | None) -> Callable[[], object]:
+    """Map the weights of a model, and return what to call when it is no longer used for a while."""
+    idle = idle_weights(model, scratch)
+    if idle is None:
+        return lambda: None
+    free_memory()
+    return idle.release
 
 
 def _shared_reward(

@@ -8,9 +8,10 @@ that is a head on the policy.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,6 +33,8 @@ from rlhf_cli.stages.ppo.critic import (
 )
 
 POLICY, REWARD = "policy", "reward"
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class PPOModels(Protocol):
@@ -187,6 +190,7 @@ class SeparateModels(_WithCritic):
         critic: a language model of any width, in float32, whose backbone is trained, or where a head on the policy
             starts.
         value_head: trained head to start from; None starts from a head that predicts 0.
+        rest: called when the reference is no longer used for a while.
     """
 
     def __init__(
@@ -196,7 +200,9 @@ class SeparateModels(_WithCritic):
         critic: PreTrainedModel | FullCritic | HeadStart,
         *,
         value_head: Head | None = None,
+        rest: Callable[[], object] = lambda: None,
     ) -> None:
+        self._rest = rest
         self._policy = policy.requires_grad_(True)
         self._reference = reference.requires_grad_(False)
         if isinstance(critic, PreTrainedModel):
@@ -211,7 +217,7 @@ class SeparateModels(_WithCritic):
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
         """Yield the SFT model."""
-        return nullcontext(self._reference)
+        return resting(self._reference, self._rest)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return all weights of the policy."""
@@ -225,6 +231,15 @@ class SeparateModels(_WithCritic):
         """Copy the weights that `state` returned back into the models."""
         restore(self._policy.named_parameters(), _under("policy.", state))
         self._load_critic_state(state)
+
+
+@contextmanager
+def resting(model: Model, rest: Callable[[], object]) -> Iterator[Model]:
+    """Yield a model that rests afterwards."""
+    try:
+        yield model
+    finally:
+        rest()
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

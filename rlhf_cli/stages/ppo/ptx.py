@@ -6,11 +6,12 @@ supervised loss, a mean over completion tokens, on demonstrations that the recip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from rlhf_cli.data.token_lists import TokenLists
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.training.shuffle import EndlessShuffle
@@ -29,17 +30,17 @@ class Demonstrations:
     completion_ids: Sequence[list[int]]
 
     @staticmethod
-    def of(pairs: Sequence[tuple[list[int], list[int]]]) -> Demonstrations:
+    def of(pairs: Iterable[tuple[list[int], list[int]]]) -> Demonstrations:
         """Make them from (prompt, completion) ids; text without a prompt is predicted from its own first token on.
 
         A completion of one token without a prompt predicts nothing, and is skipped.
         """
-        whole = [
-            (prompt, completion) if prompt else (completion[:1], completion[1:])
-            for prompt, completion in pairs
-            if prompt or len(completion) > 1
-        ]
-        return Demonstrations([prompt for prompt, _ in whole], [completion for _, completion in whole])
+        prompts, completions = TokenLists(), TokenLists()
+        for prompt, completion in pairs:
+            if prompt or len(completion) > 1:
+                prompts.append(prompt or completion[:1])
+                completions.append(completion if prompt else completion[1:])
+        return Demonstrations(prompts, completions)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

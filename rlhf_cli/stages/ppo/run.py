@@ -148,6 +148,7 @@ def _load_models(
         template=text_template(context.recipe.data, source.path),
         seed=context.recipe.seed,
         longest=longest,
+        scratch=context.work,
     )
     for note in loaded.notes:
         say(f"ppo: {note}")

@@ -11,7 +11,7 @@ from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.training.shuffle import EndlessShuffle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RankedGroup:
     """The K completions of one prompt; they stay together, so that all their pairs are in one batch element.
 
@@ -28,7 +28,7 @@ class RankedGroup:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(len(sequence.ids) for sequence in self.sequences)
+        return max(len(sequence) for sequence in self.sequences)
 
 
 def encode_group(model: RewardModel, ranking: Ranking) -> RankedGroup:

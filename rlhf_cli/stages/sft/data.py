@@ -56,10 +56,10 @@ def pack_groups(examples: Sequence[Example], capacity: int) -> list[list[int]]:
     Returns:
         Rows of example numbers.
     """
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    by_prompt: dict[bytes | int, list[int]] = {}
     for number, example in enumerate(examples):
         # Text without a prompt shares nothing.
-        by_prompt.setdefault(tuple(example.prompt_ids) or (-1 - number,), []).append(number)
+        by_prompt.setdefault(example.prompt_key or number, []).append(number)
     units: list[list[int]] = []
     lengths: list[int] = []
     for members in by_prompt.values():

@@ -16,7 +16,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.models.backbone import decoder_hidden, is_recurrent, reads_groups
 from rlhf_cli.models.router_loss import RouterLoss
-from rlhf_cli.precision import autocast
+from rlhf_cli.precision import autocast, exact_products
 from rlhf_cli.stages.sft.data import Batch, CausalCollator, GroupCollator, Row, Seq2SeqCollator
 
 Collator = GroupCollator | CausalCollator | Seq2SeqCollator
@@ -151,6 +151,7 @@ def perplexity(nll: float) -> float:
 
 
 @torch.no_grad()
+@exact_products()
 def check_packing(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose packed examples attend to each other, by comparing packed rows with single examples.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.models.split_weights import round_weights, split_weights
+from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
@@ -79,6 +81,10 @@ def make_models(source, kind="shared"):
     if kind == "shared":
         return SharedBackbone(load_policy(source), LoraSettings(rank=4, alpha=8.0))
     full = [load_policy(source, dtype=torch.float32) for _ in range(3)]
+    if kind == "bfloat16":
+        split_weights(full[0])
+        round_weights(full[1])
+        split_weights(full[2])
     return SeparateModels(full[0], full[1], full[2])
 
 
@@ -95,13 +101,13 @@ def make_trainer(
     processes=None,
     **changes,
 ):
-    source = ModelSource(str(folder))
+    source = ModelSource(str(folder), precision=torch.bfloat16 if kind == "bfloat16" else torch.float32)
     models = make_models(source, kind)
     settings = PPOSettings(**SETTINGS | changes)
     sampling = Sampling.resolve(own_sampling(settings))
     forward_passes = ForwardPasses(
         models,
-        autocast=nullcontext,
+        autocast=partial(autocast, source.device, source.precision),
         micro_batch_size=settings.micro_batch_size,
         micro_batch_tokens=settings.micro_batch_tokens,
         temperature=sampling.temperature,

@@ -158,6 +158,23 @@ def test_products_are_in_bfloat16_where_the_precision_says_so(
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
 
 
+def test_all_weights_trained_in_bfloat16_start_at_no_kl_and_keep_float32(tiny_llama, prompts, function, tmp_path):
+    """Trap 3: the reference is rounded as the policy is, and a step far below what bfloat16 resolves is not lost."""
+    written = run(
+        tmp_path, tiny_llama, prompts, shared={"precision": "bfloat16"}, adapter="none", learning_rate=1e-6,
+        rewards=[{"function": function}],
+    )  # fmt: skip
+    first = metrics_of(written)[0]
+    assert first["objective/kl"] == 0.0
+    assert first["val/first_epoch_ratio"] == pytest.approx(1.0, abs=1e-3)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_llama, written))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.float32
+    step = (after[name] - before[name]).abs()
+    assert 1e-8 < step.max() < 1e-5
+    assert (step > 0).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("settings", [{"adapter": "lora", "critic": "separate"}, {"adapter": "none"}])
 def test_gradient_checkpointing_computes_each_layer_of_an_update_twice(
     settings, tiny_llama, prompts, function, products, tmp_path

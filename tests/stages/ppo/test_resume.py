@@ -24,7 +24,7 @@ def same_weights(one, other):
         pytest.param({"eval_steps": 1, "kl_budget": 50.0, "show_steps": 1}, id="evaluation and budget"),
     ],
 )
-@pytest.mark.parametrize("kind", ["shared", "separate"])
+@pytest.mark.parametrize("kind", ["shared", "separate", "bfloat16"])
 def test_interrupted_and_resumed_ends_with_the_same_bytes(
     kind, changes, tiny_llama, tmp_path, make_trainer, stop_after
 ):

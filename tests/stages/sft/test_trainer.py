@@ -262,10 +262,8 @@ def test_precision_is_that_of_the_products(tiny_llama: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(LlamaMLP, "forward", watched)
     model, result = train(tiny_llama, tmp_path / "b", with_(lora=None), precision=torch.bfloat16)
-    assert seen == {
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-    }  # the first: the packing check's kin
+    # The first: the check of decoding.
+    assert seen == {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert result.skipped_steps == 0
 

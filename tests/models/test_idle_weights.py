@@ -1,0 +1,58 @@
+"""Weights that rest take no memory of the process, and come back as they were."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_cli.models.idle_weights import IdleWeights, idle_weights
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and other systems keep the pages")
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+
+def model(dtype: torch.dtype, width: int = 8) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    made = nn.Sequential(nn.Linear(width, 3), nn.Linear(3, width))
+    for weight in made.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator).to(dtype)
+    made[1].weight = made[0].weight  # tied
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_those_of_before(dtype, tmp_path):
+    expected, idle = model(dtype), model(dtype)
+    weights = IdleWeights(idle, tmp_path)
+    for _ in range(2):
+        assert all(torch.equal(*pair) for pair in zip(expected.parameters(), idle.parameters(), strict=True))
+        weights.release()
+    assert idle[1].weight is idle[0].weight
+    assert not list(tmp_path.iterdir())
+
+
+def test_resting_weights_take_no_memory(tmp_path):
+    large = nn.Linear(4096, 4096, bias=False).requires_grad_(False)  # 64 MiB
+    weights = IdleWeights(large, tmp_path)
+    total = large.weight.sum()
+    used = resident()
+    weights.release()
+    assert used - resident() > 60 << 20
+    assert large.weight.sum() == total
+
+
+def test_where_the_file_does_not_fit_weights_stay_in_memory(tmp_path):
+    expected, idle = model(torch.float32), model(torch.float32)
+    assert idle_weights(idle, tmp_path / "missing") is None
+    assert idle_weights(idle, None) is None
+    assert idle_weights(model(torch.float32).to("meta"), tmp_path) is None
+    assert all(torch.equal(*pair) for pair in zip(expected.parameters(), idle.parameters(), strict=True))
