@@ -148,6 +148,7 @@ def fake_gpus(devices: int = 1) -> Iterator[Host]:
             process.wait()
             log.seek(0)
             raise AssertionError(f"the host of the fake GPU did not start: {log.read()[-3000:]}")
-        yield Host(process)
-        assert process.stdin is not None
-        process.stdin.close()
+        try:
+            yield Host(process)
+        finally:
+            process.kill()  # an interrupted test may have left it waiting for a child

@@ -1,6 +1,6 @@
 """The kernels through Triton's own launcher, for three GPUs that are not there.
 
-What the machine code of every kernel and feature holds is tested in tests/attention/kernels/test_compilation.py.
+What the machine code of the kernels of training holds is tested in tests/attention/kernels/test_compilation.py.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def ask() -> Iterator[Callable[..., dict[str, Any]]]:
         yield ask
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("kind", ["tree", "packed", "decoding"])
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    ("capability", "kind", "head_size"),
+    [(80, "tree", 128), (89, "tree", 64), (90, "tree", 128), (90, "packed", 64),
+     (80, "decoding", 64), (89, "decoding", 128), (90, "decoding", 128)],
+)  # fmt: skip
 def test_lengths_do_not_recompile(capability: int, kind: str, head_size: int, ask: Callable[..., dict[str, Any]]):
     found = ask(capability=capability, layouts=kind, head_size=head_size, count=24)
     names = DECODING if kind == "decoding" else TRAINING
@@ -52,14 +54,13 @@ def test_lengths_do_not_recompile(capability: int, kind: str, head_size: int, as
     assert all(one["shared"] <= SHARED_MEMORY[capability] for made in found["binaries"].values() for one in made)
 
 
-@pytest.mark.parametrize("kind", ["tree", "decoding"])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_what_is_launched_does_not_spill(capability: int, kind: str, ask: Callable[..., dict[str, Any]]):
-    found = ask(capability=capability, layouts=kind, head_size=64, count=1, machine_code=True)
+def test_the_kernels_of_decoding_do_not_spill(capability: int, ask: Callable[..., dict[str, Any]]):
+    found = ask(capability=capability, layouts="decoding", head_size=64, count=1, machine_code=True)
+    assert set(found["binaries"]) == DECODING
     for name, made in found["binaries"].items():
         for one in made:
-            spilled = max(one["spill_stores"], one["spill_loads"], one["stack"] // 4)
-            assert spilled <= MOST_SPILLED[capability], (name, one)
+            assert max(one["spill_stores"], one["spill_loads"], one["stack"] // 4) <= MOST_SPILLED[capability], name
 
 
 def test_a_tile_that_does_not_fit_is_refused_by_the_launcher(ask: Callable[..., dict[str, Any]]):
