@@ -18,6 +18,7 @@ SLOW_PATHS = (
     "distributed",
     "end_to_end",
     "faults",
+    "gpu",
     "labeling/judges/test_kill.py",
     "labeling/terminal/test_pseudo_terminal.py",
     "labeling/web/test_browser.py",

@@ -1,0 +1,94 @@
+"""A process with fake GPUs and all libraries imported, which forks one child for every request on stdin.
+
+    host.py LIBRARY DEVICES
+
+A request is a line of JSON: `package`, the folder that holds the rlhf_cli to run; `folder`, the working directory;
+`answer`, the file that the child writes its answer to; and `arguments` of the command, or `call`, a function
+`module:name`, with `named`. The host replies with one line, the status of the child.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.gpu import guard
+
+LIBRARIES = ("numpy", "transformers", "peft", "accelerate", "safetensors.torch", "triton", "tokenizers", "datasets",
+             "transformers.models.llama.modeling_llama", "transformers.models.t5.modeling_t5", "typer")  # fmt: skip
+TIMEOUT = 240.0
+
+
+def main() -> None:
+    """Answer requests until stdin is closed."""
+    loaded = guard.load(Path(sys.argv[1]))
+    import torch
+
+    from tests.gpu import library
+
+    torch.set_num_threads(1)
+    library.install(loaded, int(sys.argv[2]))
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    replies = os.fdopen(os.dup(1), "w")
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            os._exit(_serve(json.loads(line)))
+        print(_wait(child), file=replies, flush=True)
+
+
+def _wait(child: int) -> int:
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return -9
+
+
+def _serve(request: dict[str, Any]) -> int:
+    """Run a request in this process, which is the child's; returns 0 once its answer is written."""
+    folder = Path(request["folder"])
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    os.environ.update(request.get("environment", {}))
+    sys.path.insert(0, request["package"])
+    answer: dict[str, Any] = {"code": 0, "result": None, "raised": ""}
+    try:
+        import tests.gpu.kernels as kernels
+        from tests.gpu.device import ledger
+
+        kernels.install()
+        ledger.follow = bool(request.get("follow"))
+        if "call" in request:
+            module, name = request["call"].split(":")
+            answer["result"] = getattr(importlib.import_module(module), name)(**request["named"])
+        else:
+            from rlhf_cli.cli import main as command
+
+            sys.argv = ["rlhf", *request["arguments"]]
+            answer["code"] = command()
+        events = [[*event, count] for event, count in ledger.events.items()]
+        answer |= {"events": events, "peak": dict(ledger.peak), "largest": ledger.largest}
+    except BaseException:
+        answer |= {"code": 99, "raised": traceback.format_exc()}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
