@@ -66,5 +66,6 @@ STAGE = Stage(
     sizes=_sizes,
     check=_check,
     disk_bytes=_disk_bytes,
-    unaffected_by=("sampling",),  # recorded for the next stage; a change does not train again
+    # `sampling` is recorded for the next stage; a change does not train again.
+    unaffected_by=("sampling", "generation"),
 )
