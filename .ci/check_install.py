@@ -2,10 +2,10 @@
 
     .venv/bin/python .ci/check_install.py [resolve] [wheel]
 
-`resolve` asks the package registry, by `uv pip compile`, whether `constraints.txt` has a solution for all extras: with
-torch as published for GPUs and with its CPU wheel, for each Python of `PYTHONS`. Every package of a solution must be
-pinned, and every pin must be in a solution. Only metadata is read. An installed environment says less: torch's CPU
-wheel asks for no Triton, so any fits beside it.
+`resolve` asks the package registry, by `uv pip compile`, whether `constraints.txt` has a solution for all extras but
+those of `APART`: with torch as published for GPUs and with its CPU wheel, for each Python of `PYTHONS`. Every package
+of a solution must be pinned, and every pin must be in a solution. Only metadata is read. An installed environment says
+less: torch's CPU wheel asks for no Triton, so any fits beside it. An extra of `APART` must have a solution of its own.
 
 `wheel` builds the wheel and installs it into a fresh environment, which sees what the wheel requires and nothing that
 only the extras bring, and runs commands from there outside of the checkout.
@@ -22,7 +22,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -33,6 +35,8 @@ UV = Path(sys.executable).with_name("uv")
 PYTHONS = ("3.11", "3.13")
 PLATFORM = "x86_64-manylinux_2_28"
 CONSTRAINTS = ROOT / "constraints.txt"
+APART = ("vllm",)
+"""Extras for an environment of their own: what they require excludes the tested set."""
 
 
 class FailedError(Exception):
@@ -63,11 +67,18 @@ def pins(text: str) -> set[str]:
     return {f"{canonicalize_name(line[1])}=={line[2]}" for line in found if line}
 
 
-def resolved(python: str, *more: str | Path) -> set[str]:
-    """The solution for all extras."""
-    how = ("--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:", "--python-platform", PLATFORM)
-    what = ("--constraints", CONSTRAINTS, "--all-extras", "pyproject.toml")
-    return pins(uv("pip", "compile", *how, "--python-version", python, *more, *what))
+def tested_extras() -> list[str]:
+    """Extras that the tested set holds for."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]["optional-dependencies"]
+    return [name for name in declared if name not in APART]
+
+
+def resolved(python: str, extras: list[str], *more: str | Path) -> set[str]:
+    """The solution for some extras."""
+    how = ("--quiet", "--no-header", "--no-annotate", "--python-platform", PLATFORM, "--python-version", python)
+    what = [argument for name in extras for argument in ("--extra", name)]
+    return pins(uv("pip", "compile", *how, *more, *what, "pyproject.toml"))
 
 
 def of_the_cpu_wheel(folder: Path) -> tuple[str | Path, ...]:
@@ -90,7 +101,8 @@ def check_resolution(folder: Path) -> None:
     reached: set[str] = set()
     for kind, options in (("GPU", ("--no-config",)), ("CPU", of_the_cpu_wheel(folder))):
         for python in PYTHONS:
-            found = {pin.replace("+cpu", "") for pin in resolved(python, *options)}
+            pinned = ("--constraints", CONSTRAINTS, "--only-binary", ":all:", *options)
+            found = {pin.replace("+cpu", "") for pin in resolved(python, tested_extras(), *pinned)}
             if free := sorted(found - wanted):
                 raise FailedError(f"not pinned (Python {python}, {kind} wheel of torch): {', '.join(free)}")
             brings_cuda = any(pin.startswith("nvidia-") for pin in found)
@@ -99,6 +111,11 @@ def check_resolution(folder: Path) -> None:
             reached |= found
             triton = next(pin for pin in found if pin.startswith("triton=="))
             print(f"resolves: Python {python}, {kind} wheel of torch: {len(found)} packages, {triton}", flush=True)
+    for extra, python in product(APART, PYTHONS):
+        found = resolved(python, [extra], "--no-config")
+        if torch := {pin for pin in found - wanted if pin.startswith("torch==")}:
+            raise FailedError(f"the extra `{extra}` brings another torch than the tested one: {', '.join(torch)}")
+        print(f"resolves apart: Python {python}, extra `{extra}`: {len(found)} packages", flush=True)
     if unused := sorted(wanted - reached):
         raise FailedError(f"pinned in constraints.txt, and nothing asks for it: {', '.join(unused)}")
 

@@ -31,11 +31,14 @@ class Completion:
         ids: token ids, including the stop token if there is one.
         text: the same as text, without special tokens.
         finished: True if the policy ended it with a stop token, False if it reached `max_new_tokens`.
+        logprobs: log-probability of each token in nats, under the distribution that the generator drew it from; None if
+            that is by construction the distribution that scoring computes.
     """
 
     ids: list[int]
     text: str
     finished: bool
+    logprobs: list[float] | None = None
 
 
 class Generator(Protocol):

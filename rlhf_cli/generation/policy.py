@@ -58,6 +58,7 @@ class Policy:
     ) -> None:
         self.source, self.config, self.format, self.sampling = source, config, format, sampling
         self._load, self._weights = load, weights
+        self._at_release: list[Callable[[], object]] = []
         self._model: PreTrainedModel | None = None
         self._extra_stop_ids = set(token_ids(sampling.stop_tokens, format))
 
@@ -126,8 +127,19 @@ class Policy:
 
     def release(self) -> None:
         """Free the memory of weights that `load` loaded; they are loaded again when they are next used."""
+        for callback in self._at_release:
+            callback()
         self._model = None
         free_memory()
+
+    def at_release(self, callback: Callable[[], object]) -> None:
+        """Call `callback` in `release` too; for a generator that keeps weights of its own."""
+        self._at_release.append(callback)
+
+    @property
+    def may_change(self) -> bool:
+        """Whether the weights may differ from one use to the next, as those of a policy that trains."""
+        return self._weights is not None
 
     def autocast(self) -> torch.autocast:
         """Context in which the model computes in its precision."""

@@ -127,6 +127,7 @@ class CompletionFile:
 def _line(prompt: int, completion: Completion) -> bytes:
     """Return a line with a checksum: after a flipped bit in a text, the line would still be JSON."""
     plain = {"prompt": prompt, **asdict(completion)}
+    del plain["logprobs"]  # of use to PPO alone, which keeps no completions
     return json.dumps(plain | {"crc32": _crc32(plain)}, ensure_ascii=False).encode() + b"\n"
 
 

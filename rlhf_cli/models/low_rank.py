@@ -55,12 +55,21 @@ def _change_class(layer: nn.Module, kind: type[nn.Module]) -> None:
     layer.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def low_rank_update(layer: nn.Module) -> Tensor | None:
+    """Return what `separate` took out of a layer's weight, shaped like it; None if it did not change the layer."""
+    if not isinstance(layer, LowRankLinear | LowRankConv1D):
+        return None
+    update = layer.low_rank_b @ layer.low_rank_a
+    return update.T if isinstance(layer, Conv1D) else update
+
+
 def join(layer: nn.Module) -> None:
     """Add B A to the weight of a layer that `separate` changed, in float32 and in place; others stay as they are."""
-    if not isinstance(layer, LowRankLinear | LowRankConv1D):
+    update = low_rank_update(layer)
+    if update is None:
         return
-    update = layer.low_rank_b @ layer.low_rank_a
-    layer.weight.data = layer.weight.data.float() + (update.T if isinstance(layer, Conv1D) else update)
+    assert isinstance(layer, nn.Linear | Conv1D)
+    layer.weight.data = layer.weight.data.float() + update
     delattr(layer, _A)
     delattr(layer, _B)
     _change_class(layer, Conv1D if isinstance(layer, Conv1D) else nn.Linear)

@@ -69,6 +69,26 @@ def policy_loss(
         )
 
 
+def truncated_importance_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, is_completion: Tensor, *, cap: float
+) -> Tensor:
+    """Truncated importance weights min(pi(y_t) / mu(y_t), C) of sampled tokens (Ionides 2008, Journal of Computational
+    and Graphical Statistics 17(2), eq. 3): (B, T), constant, 1 on padding.
+
+    Tokens were drawn from mu, which an inference engine computes, and their expectation is wanted under pi, which the
+    training computes from the same weights. The policy loss of each token is multiplied by its weight. A weight is not
+    negative, so this is the same as multiplying the token's advantage.
+
+    Args:
+        logprobs: (B, T) nats, log pi.
+        sampler_logprobs: (B, T) nats, log mu.
+        is_completion: (B, T) bool.
+        cap: C, at least 1.
+    """
+    log_ratio = (logprobs - sampler_logprobs).detach().masked_fill(~is_completion, 0.0)
+    return log_ratio.exp().clamp(max=cap)
+
+
 @dataclass(frozen=True)
 class ValueLoss:
     """The critic's loss; every field is a sum over real tokens.

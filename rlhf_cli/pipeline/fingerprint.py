@@ -31,7 +31,7 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Return the dotted settings that the stage's result depends on: its own and the relevant shared ones."""
     section = recipe.section(stage.name)
     assert section is not None
-    shared = (*values(recipe.data, ("data",)), *values(recipe.sampling, ("sampling",)))
+    shared = [found for name in ("data", "sampling", "generation") for found in values(getattr(recipe, name), (name,))]
     found = [*values(section, (stage.section,)), *shared]
     if section.loads_model:
         found += values(recipe.model, ("model",))

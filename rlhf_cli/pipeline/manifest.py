@@ -44,7 +44,7 @@ class Manifest:
         stage: stage that wrote the artifact.
         fingerprint: sha256 of `identity`.
         identity: settings and input digests that the result depends on.
-        settings: resolved settings: the stage's section, `model`, `data`, `sampling` and `seed`.
+        settings: resolved settings: the stage's section, `model`, `data`, `sampling`, `generation` and `seed`.
         outputs: path inside the folder -> {"sha256", "bytes"}.
         versions: versions of Python and relevant packages.
         skipped: reason -> number of skipped records.

@@ -41,6 +41,11 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             f"`model.quantize: {recipe.model.quantize}` needs bitsandbytes, which is not installed",
             hint="pip install 'rlhf-cli[quantized]', or remove `model.quantize`",
         )
+    if recipe.generation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UsageError(
+            "`generation.engine: vllm` needs vllm, which is not installed",
+            hint="docs/generation.md describes an environment with vllm; or use `--set generation.engine=auto`",
+        )
     seen: set[tuple[str, str | None]] = set()
     keys: dict[tuple[str, str | None], PromptKeys] = {}
     inputs = list(inputs)

@@ -26,7 +26,7 @@ from typing import IO
 from rlhf_cli.errors import DiskError, RunInUseError, UsageError
 from rlhf_cli.files import fsync_tree, lock, rename, replace_folder, write_whole
 from rlhf_cli.pipeline.manifest import FORMAT, DamagedArtifact, Identity, Manifest, check_format, read_manifest
-from rlhf_cli.stages.base import KEPT, PRECISION_RECORD
+from rlhf_cli.stages.base import ENGINE_RECORD, KEPT, PRECISION_RECORD
 from rlhf_cli.stages.registry import REGISTRY
 
 
@@ -212,4 +212,5 @@ def _sha256(identity: Identity) -> str:
 
 def has_files(folder: Path) -> bool:
     """Whether a work folder contains anything to resume from, at any depth."""
-    return folder.is_dir() and any(path.is_file() and path.name != PRECISION_RECORD for path in folder.rglob("*"))
+    decisions = (PRECISION_RECORD, ENGINE_RECORD)
+    return folder.is_dir() and any(path.is_file() and path.name not in decisions for path in folder.rglob("*"))

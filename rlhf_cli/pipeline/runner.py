@@ -31,7 +31,7 @@ from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import registry
-from rlhf_cli.stages.base import Stage, StageContext, StageOutcome
+from rlhf_cli.stages.base import ENGINE_RECORD, Stage, StageContext, StageOutcome
 from rlhf_cli.stages.inputs import Input, StageInputs
 
 
@@ -203,7 +203,7 @@ class _Executor:
             stage=step.stage.name,
             fingerprint=fingerprint(step.identity),
             identity=step.identity,
-            settings=_settings(self._recipe, step.stage),
+            settings=manifest_settings(self._recipe, step.stage, context.work / ENGINE_RECORD),
             outputs=outputs,
             versions=versions(),
             skipped=dict(outcome.skipped),
@@ -254,10 +254,18 @@ def _run_stage(context: StageContext[Any, Any]) -> StageOutcome:
     return outcome
 
 
-def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """Return the settings for the manifest."""
+def manifest_settings(recipe: Recipe, stage: Stage, engine: Path) -> dict[str, Any]:
+    """Return the settings for the manifest.
+
+    Args:
+        recipe: of the run.
+        stage: that ran.
+        engine: file with what drew its completions, which takes the place of `generation.engine`; need not exist.
+    """
     plain = recipe.model_dump(mode="json")
-    return {key: plain[key] for key in (stage.section, "model", "data", "sampling", "seed")}
+    if engine.is_file():
+        plain["generation"]["engine"] = engine.read_text(encoding="utf-8").strip()
+    return {key: plain[key] for key in (stage.section, "model", "data", "sampling", "generation", "seed")}
 
 
 @contextlib.contextmanager

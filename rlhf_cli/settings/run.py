@@ -10,7 +10,13 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from rlhf_cli.settings.base import EffortOnly, Positive, Section
-from rlhf_cli.settings.shared import DataSettings, ModelSettings, SamplingSettings, TrackingSettings
+from rlhf_cli.settings.shared import (
+    DataSettings,
+    GenerationSettings,
+    ModelSettings,
+    SamplingSettings,
+    TrackingSettings,
+)
 
 
 class RunSettings(Section):
@@ -26,6 +32,8 @@ class RunSettings(Section):
     """Data settings shared by the stages."""
     sampling: SamplingSettings = SamplingSettings()
     """How completions are sampled in all stages."""
+    generation: GenerationSettings = GenerationSettings()
+    """What computes the completions."""
     tracking: TrackingSettings = TrackingSettings()
     """Metric trackers in addition to `metrics.jsonl`."""
     stall_seconds: Annotated[Positive | None, EffortOnly()] = None

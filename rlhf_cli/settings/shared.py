@@ -268,6 +268,24 @@ class SamplingSettings(Section):
     default is none."""
 
 
+class GenerationSettings(Section):
+    """What computes completions, in every stage that samples; the section `sampling` says from which distribution."""
+
+    engine: Literal["auto", "torch", "vllm"] = "auto"
+    """`torch`: the policy itself, on any device. `vllm`: vLLM on the policy's GPU, with its weights handed over in
+    memory. `auto` is `vllm` if it is installed and can run the model here, else `torch`. The choice is kept when a
+    stage resumes."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0), EffortOnly()] = 0.3
+    """Share of the GPU's memory for vLLM: its copy of the weights and its key-value cache. Most of it is free again
+    while the policy trains."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.engine == "torch" and self.changed("gpu_memory_utilization"):
+            raise ValueError("`gpu_memory_utilization` has no effect with `engine: torch`")
+        return self
+
+
 class StageSamplingSettings(SamplingSettings):
     """How the stage's completions are sampled; null inherits (see the section `sampling`)."""
 

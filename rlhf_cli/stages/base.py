@@ -22,8 +22,10 @@ KEPT = "kept"
 """Folder of a run directory that no command deletes from."""
 
 PRECISION_RECORD = "precision.txt"
-"""File of the work folder with the precision that `model.precision: auto` stands for. Where there is no other file,
-there is nothing to resume from."""
+"""File of the work folder with the precision that `model.precision: auto` stands for."""
+
+ENGINE_RECORD = "engine.txt"
+"""File of the work folder with what draws the stage's completions: `torch`, or `vllm` and its version."""
 
 S = TypeVar("S", bound=StageSection)
 I = TypeVar("I", bound=StageInputs)  # noqa: E741  (the pair S, I is used as a type parameter list only)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def test_completions_come_back_in_the_order_of_the_prompts(tmp_path: Path):
     assert file.done == 10
     assert [[completion.ids[0] for completion in group] for group in file.read()] == [[n, n] for n in range(5)]
     assert file.read()[3][1] == Completion([3, 1], "à3\n1", finished=False)
+
+
+def test_log_probabilities_of_the_sampler_are_not_kept(tmp_path: Path):
+    def sample(chunk):
+        return [replace(one, logprobs=[-1.0, -2.0]) for one in sampler([])(chunk)]
+
+    file = CompletionFile(tmp_path / "drawn.jsonl", CHUNKS, 2)
+    file.fill(sample, lambda: None)
+    assert (tmp_path / "drawn.jsonl").read_bytes() == whole(tmp_path)
 
 
 def test_a_file_torn_at_any_byte_is_completed_to_the_same_bytes(tmp_path: Path):

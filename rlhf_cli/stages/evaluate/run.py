@@ -21,6 +21,7 @@ from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from, write_contract
 from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, load_policies, rewarded
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
+from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present, source_of
 from rlhf_cli.stages.precision import decide_precision
 
@@ -43,10 +44,8 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
 
     Args:
         context: of the stage.
-        generator: draws completions; None is `TorchGenerator`.
+        generator: draws completions; None is that of `generation.engine`.
     """
-    from rlhf_cli.generation.torch_generator import TorchGenerator
-
     context = decide_precision(context)
     settings = context.settings
     policy, baseline = load_policies(context)
@@ -55,7 +54,7 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
     processes = ProcessGroup(policy.source.device)
-    sampler = Sampler(context, generator or TorchGenerator(), repeated, numbers, processes)
+    sampler = Sampler(context, choose_generator(context, [policy, baseline], generator), repeated, numbers, processes)
     of_policy, of_baseline, kl = compare(sampler, policy, baseline)
     reward = rewarded(context, repeated, of_baseline, of_policy, processes=processes)
     if not processes.is_main:

@@ -48,7 +48,7 @@ def run(context: LabelContext, generator: Generator | None = None) -> StageOutco
 
     Args:
         context: of the stage.
-        generator: draws completions; None is `TorchGenerator`.
+        generator: draws completions; None is that of `generation.engine`.
     """
     settings = context.settings
     if settings.by == "import":

@@ -18,6 +18,7 @@ from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import say, task, warn
 from rlhf_cli.rewards.base import Columns, columns_of
 from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling, write_contract
+from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
 
@@ -88,17 +89,15 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     Args:
         context: of the stage.
         settings: its section.
-        generator: draws them; None is `TorchGenerator`.
+        generator: draws them; None is that of `generation.engine`.
     """
-    from rlhf_cli.generation.torch_generator import TorchGenerator
-
-    draws = generator or TorchGenerator()
     path, per_prompt = present(context.inputs.policy), settings.completions_per_prompt
     sampling = stage_sampling(context, settings.sampling, path)
     policy = load_policy(context, path, sampling)
     style = PromptStyle.of(policy.format)
     prompts, skips = load_prompts(context, policy, "label.sampling.max_new_tokens")
     processes = ProcessGroup(policy.source.device)
+    draws = choose_generator(context, [policy], generator)
     # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts.ids[number]))
     size = max(1, sampling.batch_size // per_prompt)

@@ -43,6 +43,8 @@ class Completions:
         scores: (N,) combined rewards before scaling; not finite where a reward was not finite.
         parts: reward name -> (N,) its scores before weighting.
         faults: one message per reward with scores that are not finite, naming the first such completion.
+        sampler_logprobs: N lists of log-probabilities under which the tokens were drawn; None if these are by
+            construction those of the policy.
     """
 
     prompts: list[Prompt]
@@ -53,6 +55,7 @@ class Completions:
     scores: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     faults: Sequence[str] = ()
+    sampler_logprobs: list[list[float]] | None = None
 
     @property
     def lengths(self) -> Tensor:

@@ -136,6 +136,7 @@ def _plain(drawn: Sequence[Completion], scores: Scores) -> dict[str, Any]:
         "ids": [completion.ids for completion in drawn],
         "finished": [completion.finished for completion in drawn],
         "texts": [completion.text for completion in drawn],
+        "logprobs": [completion.logprobs for completion in drawn],
         "scores": scores.total,
         "parts": scores.parts,
         "faults": scores.faults,
@@ -149,6 +150,7 @@ def _merged(source: TokenizedPrompts, rows: Sequence[int], shares: Sequence[dict
     def whole(get: Callable[[dict[str, Any]], Sequence[Any]]) -> list[Any]:
         return [get(shares[position % count])[position // count] for position in range(len(rows))]
 
+    sampled = whole(lambda share: share["logprobs"])
     # A process without rows called no reward, so it does not know their names.
     names = max((list(share["parts"]) for share in shares), key=len)
     return Completions(
@@ -163,4 +165,5 @@ def _merged(source: TokenizedPrompts, rows: Sequence[int], shares: Sequence[dict
             for name in names
         },
         faults=[fault for share in shares for fault in share["faults"]],
+        sampler_logprobs=None if None in sampled else sampled,
     )

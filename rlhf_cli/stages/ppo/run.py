@@ -23,6 +23,7 @@ from rlhf_cli.stages.common import (
     warn_of_rounding,
     write_contract,
 )
+from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
@@ -46,7 +47,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
 
     Args:
         context: of the stage.
-        generator: draws completions from the policy; None is `TorchGenerator`.
+        generator: draws completions from the policy; None is that of `generation.engine`.
     """
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.decoding import check_decoding
@@ -93,7 +94,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         reward.score,
         settings,
         policy=policy,
-        generator=generator,
+        generator=choose_generator(context, [policy], generator),
         seed=context.recipe.seed,
         work=context.work,
         stop=context.stop,

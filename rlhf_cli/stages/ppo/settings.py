@@ -122,6 +122,10 @@ class PPOSettings(StageSection):
     update_kl_limit: Positive | None = None
     """KL to the sampling policy, in nats per token of a minibatch, above which an update ends early; null never ends
     early."""
+    importance_cap: Annotated[float, Field(ge=1.0)] | None = 2.0
+    """C of truncated importance sampling: the loss of a token is multiplied by min(pi / mu, C), where the policy pi
+    computes its probability and the inference engine mu drew it; null does not correct. Without effect with
+    `generation.engine: torch`, which draws from the policy itself."""
     ratio_limit: Annotated[float, Field(gt=1.0)] = 10.0
     """A minibatch whose mean probability ratio exceeds this is skipped and counted, and its worst completion
     reported."""

@@ -39,6 +39,7 @@ from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import whiten
 from rlhf_cli.stages.ppo.evaluation import Evaluation, reward_shape
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
+from rlhf_cli.stages.ppo.importance import importance_correction
 from rlhf_cli.stages.ppo.metrics import all_finite, histograms, note, rollout_metrics, update_metrics
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.stages.ppo.ptx import Demonstrations, SupervisedLoss
@@ -166,6 +167,8 @@ class PPOTrainer(TrainingTask):
         )
         if settings.whiten_advantages:
             advantages = whiten(advantages, before.is_completion)
+        weights, drift = importance_correction(before, completions.sampler_logprobs, cap=settings.importance_cap)
+        advantages, metrics = advantages * weights, metrics | drift
         tell("updating")
         update = self.updater.update(step, Experience(completions, before, advantages, returns), kl_coef=beta)
         metrics |= update_metrics(before, returns, update)

@@ -12,7 +12,6 @@ from rlhf_cli.data.records import Prompt, Ranking, seed_for
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.generator import Generator, Request
 from rlhf_cli.generation.prompts import PromptStyle
-from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import context_length, load_config
 from rlhf_cli.models.reward_model.classifier import is_classifier
 from rlhf_cli.models.reward_model.model import RewardModel
@@ -20,6 +19,7 @@ from rlhf_cli.progress import say, task
 from rlhf_cli.settings.run import artifact_settings
 from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
+from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
@@ -47,7 +47,7 @@ def normalize(
         train: rankings it was trained on.
         style: how the SFT model is prompted.
         processes: of the run, which share the work.
-        generator: draws new completions; None is `TorchGenerator`.
+        generator: draws new completions; None is that of `generation.engine`.
     """
     chosen = random.Random(context.recipe.seed + 1).sample(list(train), min(len(train), _PROMPTS))
     sampled = (
@@ -98,11 +98,11 @@ def _sample(
     fitting = [prompt for prompt in prompts if len(policy.prompt_ids(prompt)) <= max_length]
     if not fitting:
         return None
+    draws = choose_generator(context, [policy], generator)
 
     def complete(own: list[Prompt]) -> list[str]:
         requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, context.recipe.seed, 0)) for prompt in own]
         with task("completions to normalize rewards", len(own), "completions") as bar:
-            draws = generator or TorchGenerator()
             drawn = draws.generate(policy, requests, progress=bar.advance, stop=context.stop.check)
         return [completion.text for completion in drawn]
 

@@ -45,7 +45,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
 
     Args:
         context: of the stage.
-        generator: draws the completions that rewards are normalized over; None is `TorchGenerator`.
+        generator: draws the completions that rewards are normalized over; None is that of `generation.engine`.
     """
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.models.loading import load_tokenizer

@@ -79,5 +79,6 @@ STAGE = Stage(
     check=_check,
     disk_bytes=_disk_bytes,
     device_need=_device_need,
-    unaffected_by=("sampling",),  # recorded for the next stage; a change does not train again
+    # `sampling` is recorded for the next stage; a change does not train again.
+    unaffected_by=("sampling", "generation"),
 )

@@ -67,6 +67,7 @@ ELSEWHERE = {
     "eval_prompts": "test_held_out_prompts_are_evaluated_when_due",
     "show_steps": "test_fixed_prompts_are_shown_when_due",
     "shown_prompts": "test_fixed_prompts_are_shown_when_due",
+    "importance_cap": "test_the_importance_cap_bounds_the_weight_of_a_token",
     "ptx": "test_ptx_is_the_mean_loss_of_a_completion_token",
 }
 """Settings whose effect is not other weights, or that another test shows."""

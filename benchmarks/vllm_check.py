@@ -1,0 +1,176 @@
+"""Run the vLLM engine for real, where a GPU and vLLM are: does it draw what the policy would, and how fast?
+
+    .venv-vllm/bin/python benchmarks/vllm_check.py [--model MODEL] [--completions 256] [--tokens 256]
+
+1. `interface`: every name and parameter of docs/generation.md exists in the installed vLLM. Needs no GPU.
+2. `rollout`: a policy with a random LoRA adapter draws completions twice, with the adapter changed in between; the
+   engine sleeps after each. Log-probabilities under vLLM are compared with those of the policy (drift), and tokens per
+   second with `TorchGenerator`.
+3. `distribution`: the first tokens that both engines draw after one prompt, compared by a chi-square test.
+4. `seeds`: the same requests again, in another order and alone; the share of completions that are equal.
+
+Prints one JSON object. Exit status 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+
+RELIED_ON = {
+    "vllm.entrypoints.llm:LLM.__init__": "model skip_tokenizer_init dtype seed gpu_memory_utilization",
+    "vllm.engine.arg_utils:EngineArgs.__init__": (
+        "load_format max_model_len max_num_batched_tokens enable_prefix_caching enable_sleep_mode logprobs_mode "
+        "generation_config model_impl distributed_executor_backend"
+    ),
+    "vllm.entrypoints.llm:LLM.collective_rpc": "method kwargs",
+    "vllm.entrypoints.llm:LLM.enqueue": "prompts sampling_params use_tqdm",
+    "vllm.entrypoints.llm:LLM.reset_prefix_cache": "",
+    "vllm.entrypoints.llm:LLM.sleep": "level",
+    "vllm.entrypoints.llm:LLM.wake_up": "tags",
+    "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests": "",
+    "vllm.v1.engine.llm_engine:LLMEngine.step": "",
+    "vllm.v1.engine.llm_engine:LLMEngine.abort_request": "request_ids internal",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": "weights_iterator",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights": "weights_iterator",
+    "vllm.sampling_params:SamplingParams": (
+        "n seed temperature top_p top_k min_p max_tokens ignore_eos stop_token_ids logprobs detokenize"
+    ),
+    "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason",
+    "vllm.outputs:RequestOutput.__init__": "request_id outputs finished",
+}
+"""Object -> parameters that the package uses."""
+
+
+def missing() -> list[str]:
+    """Names and parameters that the installed vLLM does not have."""
+    found = []
+    for where, parameters in RELIED_ON.items():
+        module, _, path = where.partition(":")
+        try:
+            known: Any = importlib.import_module(module)
+            for name in path.split("."):
+                known = getattr(known, name)
+        except (ImportError, AttributeError) as error:
+            found.append(f"{where}: {error}")
+            continue
+        accepted = inspect.signature(known).parameters
+        found += [f"{where}: {name}" for name in parameters.split() if name not in accepted]
+    return found
+
+
+def timed(draw: Any) -> tuple[Any, float]:
+    """What `draw` returns, and its seconds."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = draw()
+    torch.cuda.synchronize()
+    return result, time.perf_counter() - began
+
+
+def main() -> int:
+    """Run the checks and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--completions", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--memory", type=float, default=0.3)
+    given = parser.parse_args()
+    lacking = missing()
+    report: dict[str, Any] = {"interface": lacking or "complete"}
+    if torch.cuda.is_available():
+        report |= on_gpu(given)
+    else:
+        report["rollout"] = "skipped: there is no GPU"
+    print(json.dumps(report, indent=2))
+    is_far = max(report.get("drift_kl", [0.0]), key=abs)
+    return int(bool(lacking) or abs(is_far) > 0.05 or report.get("chi_square_p", 1.0) < 1e-4)
+
+
+def on_gpu(given: argparse.Namespace) -> dict[str, Any]:
+    """Draw with both engines from a policy with an adapter."""
+    from rlhf_cli.generation.generator import Request
+    from rlhf_cli.generation.policy import Policy
+    from rlhf_cli.generation.sampling import Sampling
+    from rlhf_cli.generation.torch_generator import TorchGenerator
+    from rlhf_cli.generation.vllm_generator import VLLMGenerator, obstacle
+    from rlhf_cli.models.loading import ModelSource, load_policy
+    from rlhf_cli.models.multi_adapter import MultiAdapterModel
+    from rlhf_cli.settings.shared import GenerationSettings, LoraSettings
+
+    source = ModelSource(given.model, dtype=torch.bfloat16, precision=torch.bfloat16, device=torch.device("cuda", 0))
+    adapters = MultiAdapterModel(load_policy(source))
+    adapters.add("policy", LoraSettings())
+    sampling = Sampling(max_new_tokens=given.tokens, batch_size=given.completions)
+    policy = Policy.load(source, sampling, weights=lambda: adapters.use_adapter("policy"))
+    if (found := obstacle(policy)) is not None:
+        return {"rollout": f"vllm cannot be used: {found.reason}"}
+    prompts = [
+        policy.prompt_ids(f"Write a story about the number {number}.") for number in range(given.completions // 8)
+    ]
+    requests = [Request(ids, 8 * row + k) for row, ids in enumerate(prompts) for k in range(8)]
+    vllm = VLLMGenerator(GenerationSettings(gpu_memory_utilization=given.memory), longest_prompt=64)
+    _, started = timed(lambda: vllm.start(policy))
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "seconds_to_start": round(started, 1),
+        "drift_kl": [],
+        "drift_max": [],
+        "vllm_tokens_per_second": [],
+        "asleep_bytes": [],
+    }
+    drawn: list[Any] = []
+    for std in (0.0, 0.01):
+        with torch.no_grad():
+            for weight in adapters.parameters("policy"):
+                weight.add_(std * torch.randn_like(weight))
+        drawn, seconds = timed(lambda: vllm.generate(policy, requests))
+        count = sum(len(one.ids) for one in drawn)
+        sums = policy.logprobs([request.prompt_ids for request in requests], drawn)
+        gaps = [sum(one.logprobs) - total for one, total in zip(drawn, sums, strict=True)]
+        report["drift_kl"].append(sum(gaps) / count)
+        report["drift_max"].append(max(abs(gap) / len(one.ids) for gap, one in zip(gaps, drawn, strict=True)))
+        report["vllm_tokens_per_second"].append(round(count / seconds))
+        report["asleep_bytes"].append(torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0])
+    ours, seconds = timed(lambda: TorchGenerator().generate(policy, requests))
+    report["torch_tokens_per_second"] = round(sum(len(one.ids) for one in ours) / seconds)
+    again = vllm.generate(policy, requests[::-1])[::-1]
+    alone = [vllm.generate(policy, [request])[0] for request in requests[:8]]
+    report["equal_in_another_order"] = share_equal(drawn, again)
+    report["equal_alone"] = share_equal(drawn[:8], alone)
+    first = [Request(prompts[0], seed) for seed in range(2_000)]
+    policy.sampling = Sampling(max_new_tokens=1, batch_size=500)
+    tokens = [Counter(one.ids[0] for one in engine.generate(policy, first)) for engine in (vllm, TorchGenerator())]
+    report["chi_square_p"] = chi_square_p(*tokens)
+    return report
+
+
+def share_equal(ours: list[Any], theirs: list[Any]) -> float:
+    """Share of completions with the same tokens."""
+    return sum(one.ids == other.ids for one, other in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def chi_square_p(ours: Counter[int], theirs: Counter[int]) -> float:
+    """p-value that two samples have one distribution; tokens drawn fewer than 20 times are one class."""
+    common = [token for token in ours | theirs if ours[token] + theirs[token] >= 20]
+    table = [[one[token] for token in common] for one in (ours, theirs)]
+    rest = [sum(one.values()) - sum(row) for one, row in zip((ours, theirs), table, strict=True)]
+    if sum(rest) >= 20:
+        table = [[*row, left] for row, left in zip(table, rest, strict=True)]
+    counts = torch.tensor(table, dtype=torch.float64)
+    expected = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / counts.sum()
+    statistic, degrees = ((counts - expected) ** 2 / expected).sum(), torch.tensor(len(table[0]) - 1.0).double()
+    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""`VLLMGenerator`: draws completions with vLLM on the GPU of the policy, which hands its weights over in memory.
+
+The same contract as `TorchGenerator`: prompts are token ids, each completion has its own seed, tokens are drawn from
+the policy's distribution at the sampling temperature, and the stop tokens of the policy end a completion. Only the
+arithmetic is another: vLLM rounds differently, and holds adapters merged in its own precision. So each completion keeps
+the log-probabilities under which it was drawn, from which PPO corrects for the difference (docs/generation.md).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_cli.distributed.watchdog import beat
+from rlhf_cli.errors import DivergedError, ModelError, RLHFError, is_raised_here
+from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.logprobs import Projection, completion_hidden
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.generation.vllm_engine import SUPPORTED, Engine, has_architecture, installed_version, shape_of
+from rlhf_cli.memory import is_out_of_memory
+from rlhf_cli.models.loading import context_length
+from rlhf_cli.models.merged_weights import merged_weights
+from rlhf_cli.models.quantize import quantized
+from rlhf_cli.settings.shared import GenerationSettings
+
+_LOWEST_TEMPERATURE = 0.01
+"""vLLM raises lower temperatures to this."""
+_TORCH = "use `--set generation.engine=torch`"
+
+# Mean difference in nats up to which log-probabilities of both engines are equal but for rounding. Wrong or missing
+# weights are off by whole nats.
+_ROUNDING = {torch.float32: 0.05, torch.bfloat16: 0.25}
+_PROBE = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=16)
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why vLLM cannot draw a policy's completions.
+
+    Attributes:
+        reason: a clause.
+        fix: how to remove it.
+    """
+
+    reason: str
+    fix: str = _TORCH
+
+
+def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
+    """Return why vLLM cannot draw the completions of a stage's policies here; None if it can, as far as is known before
+    it runs."""
+    shapes = {shape_of(policy.config, policy.source.precision) for policy in policies}
+    found = next((found for found in map(_obstacle, policies) if found is not None), None)
+    if found is None and len(shapes) > 1:
+        return Obstacle("the models differ in their architecture or size, and a process can have one engine")
+    return found
+
+
+def _obstacle(policy: Policy) -> Obstacle | None:
+    version = installed_version()
+    if policy.source.device.type != "cuda":
+        return Obstacle(f"the device is `{policy.source.device.type}`, and vllm is for CUDA here")
+    if version is None:
+        return Obstacle("vllm is not installed", "see docs/generation.md for an environment with vllm")
+    if not version.startswith(f"{SUPPORTED}."):
+        return Obstacle(
+            f"vllm {version} is installed, and {SUPPORTED} is supported",
+            f"install it with `pip install 'vllm=={SUPPORTED}.*'`",
+        )
+    if policy.config.is_encoder_decoder:
+        return Obstacle("the model is an encoder-decoder, which vllm does not support")
+    if policy.source.trust_remote_code:
+        return Obstacle("the model has code of its own, which vllm does not know")
+    if policy.sampling.temperature < _LOWEST_TEMPERATURE:
+        return Obstacle(f"vllm samples at a temperature of {_LOWEST_TEMPERATURE:g} or more")
+    with policy.model() as model:
+        if quantized(model) != "none":
+            return Obstacle("the policy's weights are quantized, and vllm gets them as they are")
+        if not has_architecture(type(model).__name__):
+            return Obstacle(f"vllm {version} has no implementation of {type(model).__name__}")
+    return None
+
+
+class VLLMGenerator:
+    """Completions by vLLM; implements `Generator`.
+
+    A process can have one engine, so all generators of a process share it. It sleeps while the policy trains, and after
+    `Policy.release`; its memory is then free but for CUDA graphs. Weights are handed over before the first completion
+    and after every sleep.
+
+    Args:
+        settings: section `generation` of the recipe.
+        longest_prompt: in tokens.
+    """
+
+    def __init__(self, settings: GenerationSettings, *, longest_prompt: int) -> None:
+        self._settings, self._longest_prompt = settings, longest_prompt
+        self._checked: weakref.WeakSet[Policy] = weakref.WeakSet()
+
+    def start(self, policy: Policy) -> None:
+        """Make the engine, hand the policy's weights over, and check that it computes the policy's probabilities.
+
+        In a run of several processes all of them must call this at the same time.
+
+        Raises:
+            ModelError: vLLM cannot be started, or computes something else.
+        """
+        self._loaded(policy)
+        self._rest(policy)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        policy: Policy,
+        requests: Sequence[Request],
+        *,
+        progress: Callable[[int], object] = lambda count: None,
+        stop: Callable[[], object] = lambda: None,
+    ) -> list[Completion]:
+        """Draw one completion per request; see `Generator.generate`.
+
+        Raises:
+            ModelError: a prompt is empty, or vLLM fails.
+            DivergedError: the policy's log-probabilities are not finite.
+        """
+        if not requests:
+            return []
+        if not all(request.prompt_ids for request in requests):
+            raise ModelError(
+                "a prompt has no tokens, and this tokenizer puts none in front",
+                hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
+            )
+
+        def after_step(ended: int) -> None:
+            beat()
+            progress(ended)
+            stop()
+
+        needed = max(len(request.prompt_ids) for request in requests) + policy.sampling.max_new_tokens
+        engine = self._loaded(policy, needed)
+        try:
+            with self._explained("sampling"):
+                outputs = engine.run(requests, policy.sampling, policy.stop_ids, after_step)
+        finally:
+            self._rest(policy)
+        return [_completion(policy, output) for output in outputs]
+
+    def _loaded(self, policy: Policy, needed: int = 0) -> Engine:
+        """Return the engine with the weights of a policy, awake."""
+        with policy.model() as model:
+            engine = self._engine(policy, model, needed)
+            if engine.is_asleep or engine.holds() is not policy:
+                with self._explained("taking the policy's weights"):
+                    engine.load(merged_weights(model))
+                engine.holds = weakref.ref(policy)
+            if policy not in self._checked:
+                self._check(policy, model, engine)
+                policy.at_release(engine.sleep)
+                self._checked.add(policy)
+        return engine
+
+    def _engine(self, policy: Policy, model: PreTrainedModel, needed: int) -> Engine:
+        """Return the engine of this process; makes it if there is none."""
+        global _engine
+        dtype, longest = policy.source.precision, context_length(policy.config)
+        shape = shape_of(policy.config, dtype)
+        length = min(longest, max(needed, self._longest_prompt + policy.sampling.max_new_tokens))
+        if _engine is None:
+            memory = self._settings.gpu_memory_utilization
+            with self._explained("starting"):
+                _engine = Engine(model, shape=shape, dtype=dtype, length=length, longest=longest, memory=memory)
+        if _engine.shape != shape or _engine.length < length:
+            raise ModelError(
+                "vllm runs in this process for another model or shorter sequences already, and a process can have one "
+                "engine",
+                hint=f"run this stage by a command of its own, or {_TORCH}",
+            )
+        return _engine
+
+    def _rest(self, policy: Policy) -> None:
+        """Give the memory back while the policy trains."""
+        if policy.may_change and _engine is not None:
+            _engine.sleep()
+
+    @torch.no_grad()
+    def _check(self, policy: Policy, model: PreTrainedModel, engine: Engine) -> None:
+        """Compare the log-probabilities of a few tokens that the engine draws with those that scoring finds.
+
+        Raises:
+            ModelError: they differ by more than rounding.
+        """
+        size = policy.config.get_text_config(decoder=True).vocab_size
+        requests = [Request([3 + 7 * step % (size - 3) for step in range(4 + seed)], seed) for seed in range(2)]
+        with self._explained("sampling"):
+            outputs = engine.run(requests, _PROBE, (), lambda ended: beat())
+        prompts, completions = [request.prompt_ids for request in requests], [list(one.token_ids) for one in outputs]
+        was_training = model.training
+        model.eval()
+        with policy.autocast():
+            batch = SequenceBatch.for_model(model, prompts, completions)
+            ours = Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs
+        model.train(was_training)
+        theirs = torch.tensor([value for one in outputs for value in _logprobs(one)])
+        difference = float((ours[batch.is_completion].cpu() - theirs).abs().mean())
+        if not difference <= _ROUNDING[policy.source.precision]:
+            raise ModelError(
+                f"vllm computes other probabilities than the policy `{policy.source.path}` itself: their logarithms "
+                f"differ by {difference:.2g} nats on average",
+                hint=f"{_TORCH}, and please report the architecture, {type(model).__name__}",
+            )
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turn what vLLM raises into an error that says what to do."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, RLHFError) or (is_raised_here(error) and not is_out_of_memory(error)):
+                raise
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            share = self._settings.gpu_memory_utilization
+            raise ModelError(
+                f"vllm failed while {what}: {type(error).__name__}: {reason}",
+                hint=f"{_TORCH}, or, if it is about memory, another `generation.gpu_memory_utilization` than {share:g}",
+            ) from error
+
+
+_engine: Engine | None = None
+"""The engine of this process: vLLM's sleep mode allows one."""
+
+
+def _completion(policy: Policy, output: Any) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise ModelError(f"vllm ended a completion for the reason `{output.finish_reason}`", hint=_TORCH)
+    ids = list(output.token_ids)
+    return Completion(ids, policy.decode(ids), output.finish_reason == "stop", _logprobs(output))
+
+
+def _logprobs(output: Any) -> list[float]:
+    """The log-probability of each token that was drawn."""
+    found = [float(row[token].logprob) for token, row in zip(output.token_ids, output.logprobs, strict=True)]
+    if not all(map(math.isfinite, found)):
+        raise DivergedError(
+            "the policy's log-probabilities are not finite in vllm",
+            hint="an earlier stage diverged: lower its learning rate, or try `--set model.precision=float32`",
+        )
+    return found

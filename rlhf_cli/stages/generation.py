@@ -1,0 +1,85 @@
+"""`generation.engine`: what draws a stage's completions, chosen once and kept until the stage is done.
+
+The choice is recorded in the work folder, so a resumed stage samples as it did before the interruption. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.errors import ModelError
+from rlhf_cli.files import write_whole
+from rlhf_cli.progress import say_once
+from rlhf_cli.stages.base import ENGINE_RECORD, StageContext
+
+if TYPE_CHECKING:
+    from rlhf_cli.generation.generator import Generator
+    from rlhf_cli.generation.policy import Policy
+
+
+def choose_generator(
+    context: StageContext[Any, Any], policies: Sequence[Policy], given: Generator | None = None
+) -> Generator:
+    """Return what draws the stage's completions, started; every process must call this before any of them samples.
+
+    Args:
+        context: of the stage.
+        policies: that it draws from.
+        given: a generator that takes the place of any choice.
+
+    Raises:
+        ModelError: vLLM is asked for, or drew completions before the interruption, and cannot be used.
+    """
+    if given is not None:
+        return given
+    processes = ProcessGroup(policies[0].source.device)
+    recorded = processes.all_gather_object(_recorded(context) if processes.is_main else None)[0]
+    chosen, name, reason = _chosen(context, policies, recorded, processes)
+    if processes.is_main and recorded is None:
+        write_whole(context.work / ENGINE_RECORD, f"{name}\n")
+    if recorded is not None:
+        reason = "as before the interruption"
+    say_once(f"{context.stage.name}: completions are drawn with {name}{reason and f': {reason}'}")
+    return chosen
+
+
+def _recorded(context: StageContext[Any, Any]) -> str | None:
+    """What drew completions before the interruption; None if nothing did."""
+    record = context.work / ENGINE_RECORD
+    found = record.read_text(encoding="utf-8").strip() if record.is_file() else ""
+    return found if found.partition(" ")[0] in ("torch", "vllm") else None
+
+
+def _chosen(
+    context: StageContext[Any, Any], policies: Sequence[Policy], recorded: str | None, processes: ProcessGroup
+) -> tuple[Generator, str, str]:
+    """Return a generator, its name and why it is taken."""
+    from rlhf_cli.generation.torch_generator import TorchGenerator
+
+    settings = context.recipe.generation
+    wanted = settings.engine if recorded is None else recorded.partition(" ")[0]
+    if wanted == "torch":
+        return TorchGenerator(), "torch", ""
+    from rlhf_cli.generation.vllm_engine import installed_version
+    from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle
+
+    found = obstacle(policies)
+    if processes.any(found is not None):
+        found = found or Obstacle("another process cannot use vllm")
+    else:
+        generator = VLLMGenerator(settings, longest_prompt=context.recipe.data.max_prompt_tokens)
+        try:
+            generator.start(policies[0])
+            return generator, f"vllm {installed_version()}", ""
+        except ModelError as error:
+            if wanted == "vllm" or processes.count > 1:  # the others may wait for this one
+                raise
+            found = Obstacle(error.message)
+    if wanted == "vllm":
+        said = "vllm drew completions before the interruption" if recorded else "`generation.engine: vllm`"
+        hint = f"{found.fix}; an unfinished stage needs `--force` with another engine" if recorded else found.fix
+        raise ModelError(f"{said}, but {found.reason}", hint=hint)
+    return TorchGenerator(), "torch", found.reason

@@ -1,0 +1,181 @@
+"""A stand-in for the part of vLLM that we call, with its names and parameters, on tiny models of transformers.
+
+docs/generation.md lists that part, read in the source of vLLM 0.32.0. Every parameter is named here, so another name in
+our calls is an error, and every call is written down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf_cli.generation import vllm_engine, vllm_generator
+
+VERSION = "0.32.0"
+
+
+@dataclasses.dataclass
+class SamplingParams:
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    detokenize: bool = True
+
+
+class ModelRegistry:
+    @staticmethod
+    def get_supported_archs() -> set[str]:
+        return {"LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM"}
+
+
+class LLM:
+    """Holds a model of its own. What ours needs of `LLM` and `LLMEngine` in one class."""
+
+    made: ClassVar[list[LLM]] = []
+    before_step: Callable[[], None] = staticmethod(lambda: None)
+    finish_reason: str | None = None
+    off_by = 0.0
+    """Added to every logit of token 5: an engine whose probabilities differ."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        skip_tokenizer_init: bool = False,
+        dtype: str = "auto",
+        seed: int = 0,
+        gpu_memory_utilization: float = 0.92,
+        load_format: str = "auto",
+        max_model_len: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool | None = None,
+        enable_sleep_mode: bool = False,
+        logprobs_mode: str = "raw_logprobs",
+        generation_config: str = "auto",
+        model_impl: str = "auto",
+        distributed_executor_backend: str | None = None,
+    ) -> None:
+        self.arguments = {name: value for name, value in locals().items() if name != "self"}
+        torch.manual_seed(seed)
+        self.config = AutoConfig.from_pretrained(model)
+        with torch.random.fork_rng():
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=getattr(torch, dtype)).eval()
+        self.calls: list[str] = []
+        self.awake = {"weights", "kv_cache"}
+        self.names: list[str] = []
+        self.parameters: list[SamplingParams] = []
+        self.aborted: list[str] = []
+        self.llm_engine = self
+        self._waiting: list[tuple[str, list[int], SamplingParams]] = []
+        self._count = 0
+        LLM.made.append(self)
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        assert tags
+        assert not self.awake & {*tags}, "what is awake is not woken"
+        self.calls.append(f"wake {tags[0]}")
+        self.awake |= {*tags}
+        return self.awake == {"weights", "kv_cache"}
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        self.calls.append(f"sleep {level}")
+        self.awake.clear()
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                weight.fill_(torch.nan)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        self.calls.append("reset")
+        return True
+
+    def collective_rpc(self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None) -> list[None]:
+        return [getattr(self, method)(*args, **(kwargs or {}))]
+
+    def reload_weights(self, weights_iterator: Any = None, weights_path: Any = None, is_checkpoint_format: bool = True):
+        assert "weights" in self.awake
+        self.calls.append("load")
+        own = self.model.state_dict(keep_vars=True)
+        self.names = []
+        with torch.no_grad():
+            for name, value in weights_iterator:
+                if name not in own:
+                    raise ValueError(f"There is no module or parameter named '{name}' in the model")
+                own[name].copy_(value)
+                self.names.append(name)
+
+    def enqueue(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True) -> list[str]:
+        assert self.awake == {"weights", "kv_cache"}
+        identifiers = []
+        for prompt, parameters in zip(prompts, sampling_params, strict=True):
+            assert len(prompt["prompt_token_ids"]) + parameters.max_tokens <= self.arguments["max_model_len"]
+            self._waiting.append((str(self._count), prompt["prompt_token_ids"], parameters))
+            self.parameters.append(parameters)
+            identifiers.append(f"{self._count}-random")
+            self._count += 1
+        return identifiers
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._waiting)
+
+    def step(self) -> list[Any]:
+        """The last request first: completions end in no order."""
+        LLM.before_step()
+        identifier, prompt, parameters = self._waiting.pop()
+        output = self.complete(prompt, parameters)
+        unfinished = SimpleNamespace(request_id=identifier, finished=False, outputs=[])
+        return [unfinished, SimpleNamespace(request_id=identifier, finished=True, outputs=[output])]
+
+    def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        assert internal
+        self.aborted += request_ids
+        self._waiting.clear()
+
+    @torch.no_grad()
+    def complete(self, prompt: list[int], parameters: SamplingParams) -> Any:
+        generator = torch.Generator().manual_seed(parameters.seed)
+        ids, rows, reason = list(prompt), [], "length"
+        for _ in range(parameters.max_tokens):
+            logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+            logits[5] += LLM.off_by
+            logprobs = (logits / parameters.temperature).log_softmax(-1)
+            token = int(torch.multinomial(logprobs.exp(), 1, generator=generator))
+            ids.append(token)
+            rows.append({token: SimpleNamespace(logprob=float(logprobs[token]), rank=1)})
+            if token in parameters.stop_token_ids or (not parameters.ignore_eos and token == self.config.eos_token_id):
+                reason = "stop"
+                break
+        return SimpleNamespace(
+            token_ids=ids[len(prompt) :], logprobs=rows, finish_reason=LLM.finish_reason or reason, text=""
+        )
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Installs the stand-in; yields its class `LLM`."""
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams, module.ModelRegistry = LLM, SamplingParams, ModelRegistry
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "1")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(vllm_generator, "installed_version", lambda: VERSION)
+    monkeypatch.setattr(vllm_engine, "installed_version", lambda: VERSION)
+    monkeypatch.setattr(vllm_generator, "_engine", None)
+    for name, value in (("made", []), ("before_step", staticmethod(lambda: None)), ("finish_reason", None)):
+        monkeypatch.setattr(LLM, name, value)
+    monkeypatch.setattr(LLM, "off_by", 0.0)
+    return LLM

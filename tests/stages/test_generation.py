@@ -1,0 +1,180 @@
+"""`generation.engine`: which generator a stage gets, what is said and recorded, and a stage with vLLM's stand-in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.generation.generator import Generator
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.generation.vllm_generator import VLLMGenerator
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.pipeline.fingerprint import settings_of
+from rlhf_cli.pipeline.preflight import preflight
+from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.runner import manifest_settings
+from rlhf_cli.progress import say_once
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.shared import GenerationSettings
+from rlhf_cli.stages.base import ENGINE_RECORD
+from rlhf_cli.stages.generation import choose_generator
+from rlhf_cli.stages.ppo import run as ppo
+from rlhf_cli.stages.registry import stage
+from tests.generation.scripted import ScriptedGenerator
+from tests.generation.vllm_stand_in import vllm
+from tests.stages.context import stage_context
+
+__all__ = ["vllm"]
+
+
+@pytest.fixture
+def usable(monkeypatch):
+    """Nothing speaks against vLLM, although there is no GPU."""
+    monkeypatch.setattr("rlhf_cli.generation.vllm_generator.obstacle", lambda policies: None)
+
+
+def choose(folder: Path, model: Path, engine: str, given: Generator | None = None) -> Generator:
+    say_once.cache_clear()
+    (folder / "work").mkdir(exist_ok=True)
+    recipe = Recipe.model_validate(
+        {"generation": {"engine": engine}, "label": {"by": "import", "data": "rankings.jsonl"}}
+    )
+    context = stage_context("label", recipe, output=folder / "output", work=folder / "work")
+    policy = Policy.load(ModelSource(str(model)), Sampling(max_new_tokens=4))
+    return choose_generator(context, [policy], given)
+
+
+def record(folder: Path) -> str:
+    return (folder / "work" / ENGINE_RECORD).read_text()
+
+
+def test_auto_is_torch_where_there_is_no_gpu_and_says_why(tiny_llama, tmp_path, capsys):
+    assert isinstance(choose(tmp_path, tiny_llama, "auto"), TorchGenerator)
+    said = capsys.readouterr().err
+    assert "label: completions are drawn with torch: the device is `cpu`, and vllm is for CUDA here\n" in said
+    assert record(tmp_path) == "torch\n"
+
+
+def test_auto_is_vllm_where_nothing_speaks_against_it(vllm, usable, tiny_llama, tmp_path, capsys):
+    assert isinstance(choose(tmp_path, tiny_llama, "auto"), VLLMGenerator)
+    assert "label: completions are drawn with vllm 0.32.0\n" in capsys.readouterr().err
+    assert record(tmp_path) == "vllm 0.32.0\n"
+    assert vllm.made[0].calls == ["load", "reset"], "it is started"
+
+
+def test_auto_is_torch_where_vllm_does_not_start(vllm, usable, tiny_llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vllm, "off_by", 9.0)
+    assert isinstance(choose(tmp_path, tiny_llama, "auto"), TorchGenerator)
+    assert "drawn with torch: vllm computes other probabilities" in " ".join(capsys.readouterr().err.split())
+
+
+def test_vllm_is_an_error_where_it_cannot_be(tiny_llama, tmp_path):
+    with pytest.raises(ModelError, match=r"`generation\.engine: vllm`, but the device is `cpu`") as caught:
+        choose(tmp_path, tiny_llama, "vllm")
+    assert "--set generation.engine=torch" in caught.value.hint
+    assert not (tmp_path / "work" / ENGINE_RECORD).exists()
+
+
+def test_vllm_that_does_not_start_is_an_error(vllm, usable, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "off_by", 9.0)
+    with pytest.raises(ModelError, match="other probabilities"):
+        choose(tmp_path, tiny_llama, "vllm")
+
+
+def test_torch_says_that_it_was_asked_for(vllm, usable, tiny_llama, tmp_path, capsys):
+    assert isinstance(choose(tmp_path, tiny_llama, "torch"), TorchGenerator)
+    assert "label: completions are drawn with torch\n" in capsys.readouterr().err
+    assert vllm.made == []
+
+
+@pytest.mark.parametrize("first", ["torch", "vllm"])
+def test_a_stage_that_resumes_keeps_its_engine(first, vllm, usable, tiny_llama, tmp_path, capsys):
+    choose(tmp_path, tiny_llama, first)
+    kind = type(choose(tmp_path, tiny_llama, "auto"))
+    assert kind is (TorchGenerator if first == "torch" else VLLMGenerator)
+    assert "as before the interruption" in capsys.readouterr().err
+
+
+def test_a_stage_that_resumes_without_its_engine_says_so(tiny_llama, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / ENGINE_RECORD).write_text("vllm 0.32.0\n")
+    with pytest.raises(ModelError, match="vllm drew completions before the interruption, but") as caught:
+        choose(tmp_path, tiny_llama, "auto")
+    assert "--force" in caught.value.hint
+
+
+def test_a_generator_that_is_given_takes_the_place_of_a_choice(tiny_llama, tmp_path):
+    given = ScriptedGenerator()
+    assert choose(tmp_path, tiny_llama, "vllm", given) is given
+
+
+def test_ppo_with_vllm(vllm, usable, tiny_llama, tmp_path):
+    """The engine follows the policy, whose probabilities are those under which it draws."""
+    (tmp_path / "judge.py").write_text(
+        "def score(prompts, completions):\n    return [len(one) for one in completions]\n"
+    )
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Q {n}?"}) + "\n" for n in range(12)))
+    section = {"steps": 3, "prompts_per_step": 4, "max_new_tokens": 6, "epochs": 1, "learning_rate": 0.1}
+    shared = {"model": {"precision": "float32", "device": "cpu"}, "generation": {"engine": "vllm"}}
+    rewards = {"rewards": [{"function": f"{tmp_path / 'judge.py'}:score"}], "ratio_limit": 1e6}
+    for part in ("output", "work"):
+        (tmp_path / part).mkdir()
+    ppo.run(
+        stage_context(
+            "ppo",
+            Recipe.model_validate(shared | {"ppo": section | rewards}),
+            output=tmp_path / "output",
+            work=tmp_path / "work",
+            policy=tiny_llama,
+            prompts=tmp_path / "prompts.jsonl",
+        )
+    )
+    rows = [json.loads(line) for line in (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert rows[-1]["objective/kl_per_token"] != pytest.approx(0.0, abs=1e-3), "the policy has moved"
+    for row in rows:
+        assert row["generation/drift_kl"] == pytest.approx(0.0, abs=1e-4)
+        assert row["generation/drift_max"] < 1e-3
+        assert row["generation/importance_weight"] == pytest.approx(1.0, abs=1e-3)
+        assert row["generation/truncated"] == 0.0
+    (llm,) = vllm.made
+    assert llm.calls.count("load") == 4
+    assert llm.calls[-1] == "sleep 2"
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ValueError, match="no effect with `engine: torch`"):
+        GenerationSettings(engine="torch", gpu_memory_utilization=0.5)
+
+
+@pytest.mark.parametrize("recorded", [None, "vllm 0.32.0"])
+def test_the_manifest_says_what_drew_completions(recorded, tmp_path):
+    if recorded is not None:
+        (tmp_path / ENGINE_RECORD).write_text(f"{recorded}\n")
+    recipe = Recipe.model_validate({"label": {"by": "import", "data": "rankings.jsonl"}})
+    settings = manifest_settings(recipe, stage("label"), tmp_path / ENGINE_RECORD)
+    assert settings["generation"] == {"engine": recorded or "auto", "gpu_memory_utilization": 0.3}
+
+
+def test_the_engine_counts_where_a_stage_samples_and_its_memory_does_not():
+    recipe = Recipe.model_validate({"sft": {"data": "d.jsonl"}, "ppo": {"rewards": [{"function": "f.py:f"}]}})
+    assert settings_of(stage("ppo"), recipe)["generation.engine"] == "auto"
+    assert "generation.gpu_memory_utilization" not in settings_of(stage("ppo"), recipe)
+    assert "generation.engine" not in settings_of(stage("sft"), recipe)
+
+
+def test_the_record_alone_is_no_work_to_resume(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.begin("ppo", {"settings": {}}, resume=False)
+    (run.work("ppo") / ENGINE_RECORD).write_text("torch\n")
+    assert run.began("ppo") is None
+
+
+def test_vllm_that_is_asked_for_and_not_installed_is_an_error_before_the_first_stage():
+    with pytest.raises(UsageError, match=r"`generation\.engine: vllm` needs vllm, which is not installed"):
+        preflight(Recipe.model_validate({"generation": {"engine": "vllm"}}), [])
