@@ -32,6 +32,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import Stage, StageContext, StageOutcome
 from rlhf_cli.stages.inputs import Input, StageInputs
+from rlhf_cli.training.monitoring.timing_log import show_table
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class StageResult:
         seconds: duration of the attempt that made the artifact; None in a dry run.
         metrics: metrics of the stage.
         summary: (metric, value) rows for the summary table.
+        timing: where the time of that attempt and of those it resumed went; see docs/metrics.md.
     """
 
     name: str
@@ -55,6 +57,7 @@ class StageResult:
     seconds: float | None
     metrics: dict[str, float | None]
     summary: list[list[str]]
+    timing: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class RunResult:
                 "path": str(row.path),
                 "seconds": None if row.seconds is None else round(row.seconds, 3),
                 "metrics": row.metrics,
+                "timing": row.timing,
             }
             for row in self.stages
         ]
@@ -150,6 +154,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
                 seconds=None,
                 metrics={} if made is None else made.metrics,
                 summary=[] if made is None else made.summary,
+                timing={} if made is None else made.timing,
             )
         )
     return RunResult(folder, rows)
@@ -181,6 +186,7 @@ class _Executor:
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
         self._run.publish(name, manifest, earlier=earlier)
+        show_table(name, manifest.timing, manifest.seconds)
         return self._result(step, "done", manifest)
 
     def _work(self, step: Step) -> Manifest:
@@ -205,6 +211,7 @@ class _Executor:
             started=started,
             finished=now(),
             seconds=round(time.monotonic() - clock, 3),
+            timing=dict(outcome.timing),
         )
 
     def _result(self, step: Step, status: str, manifest: Manifest) -> StageResult:
@@ -216,6 +223,7 @@ class _Executor:
             seconds=manifest.seconds,
             metrics=manifest.metrics,
             summary=manifest.summary,
+            timing=manifest.timing,
         )
 
 

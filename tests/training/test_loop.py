@@ -105,6 +105,10 @@ def rows(work: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
 
 
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def saved(work: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in work.glob("step-*"))
 
@@ -119,7 +123,15 @@ def test_killed_anywhere_and_resumed_ends_with_the_bytes_of_an_uninterrupted_run
         loop(killed, tmp_path / "cut").run()
     # What was bad before the checkpoint does not run again.
     loop(Walk({step: 1 for step in bad if step >= saved(tmp_path / "cut")[-1]}), tmp_path / "cut").run()
-    for name in ("metrics.jsonl", "step-00000008/tensors.safetensors", "step-00000008/state.json"):
+    whole, cut = (_files(tmp_path / name) for name in ("whole", "cut"))
+    assert whole == cut
+    # Times are no function of seed and step: they alone may differ, and they have one line a step.
+    assert whole == {"metrics.jsonl", "timing.jsonl"} | {
+        f"step-0000000{step}/{name}" for step in (6, 8) for name in ("tensors.safetensors", "state.json")
+    }
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/timing.jsonl").read_text().splitlines()]
+    assert steps == list(range(STEPS + 1))
+    for name in whole - {"timing.jsonl"}:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 

@@ -105,6 +105,9 @@ class ForwardPasses:
         micro_batch_size: completions per pass; affects memory and speed only.
         temperature: logits are divided by it, as in sampling.
         processes: processes that share the passes; by default this process alone.
+
+    Attributes:
+        count: called with the number of completion tokens of each micro-batch after its work, for progress.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class ForwardPasses:
         self.autocast = autocast
         self.temperature = temperature
         self.processes = processes or ProcessGroup()
+        self.count: Callable[[int], object] = lambda tokens: None
         self._micro_batch_size = micro_batch_size
         with models.policy() as model:
             self.device = model.device
@@ -152,6 +156,7 @@ class ForwardPasses:
         for part in self.processes.shard(parts):
             yield part
             beat()
+            self.count(sum(len(completions.completion_ids[row]) for row in part))
 
     def logprobs(
         self, model: PreTrainedModel, batch: SequenceBatch, *, temperature: float | None = None
