@@ -76,7 +76,7 @@ def model_size(
     if not all(weight.dtype.is_floating_point for weight in weights.values()):
         return None
     own = {id(weight) for weight in trained}
-    # Reading a row of the embedding is no product; the product with the vocabulary is one, tied to it or not.
+    # Reading a row of the embedding is not a product; the product with the vocabulary is one, tied to it or not.
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     around = {id(part.weight) for part in (embedding, head) if isinstance(getattr(part, "weight", None), nn.Parameter)}
     frozen = sum(
@@ -147,10 +147,11 @@ def peak(device: torch.device, precision: torch.dtype) -> Peak | None:
         return _measured(precision)
     if device.type != "cuda":
         return None
-    return _listed(torch.cuda.get_device_name(device), precision, tf32=torch.backends.cuda.matmul.allow_tf32)
+    return listed_peak(torch.cuda.get_device_name(device), precision, tf32=torch.backends.cuda.matmul.allow_tf32)
 
 
-def _listed(name: str, precision: torch.dtype, *, tf32: bool) -> Peak | None:
+def listed_peak(name: str, precision: torch.dtype, *, tf32: bool) -> Peak | None:
+    """Return the peak of the GPU that torch calls `name`; None for one that is not listed."""
     words = f" {name} ".replace("-", " ")
     found = next((gpu for part, gpu in _GPUS.items() if f" {part} " in words), None)
     if found is None:
@@ -161,7 +162,7 @@ def _listed(name: str, precision: torch.dtype, *, tf32: bool) -> Peak | None:
 
 
 def device_peak(device: torch.device, precision: torch.dtype, processes: ProcessGroup) -> float | None:
-    """Return `peak` per second and say where the number is from, or that utilization is left out.
+    """Return `peak` per second and say where the number is from, or that utilization is omitted.
 
     The main process alone needs it; others get None.
     """
@@ -169,7 +170,7 @@ def device_peak(device: torch.device, precision: torch.dtype, processes: Process
         return None
     found = peak(device, precision)
     if found is None:
-        say_once(f"`throughput/mfu` is left out: the peak of {_name(device)} is not known")
+        say_once(f"`throughput/mfu` is omitted: the peak of {_name(device)} is not known")
         return None
     say_once(f"`throughput/mfu` is the share of {found.flops / 1e12:,.3g} TFLOP/s per process, {found.source}")
     return found.flops

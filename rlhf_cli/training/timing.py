@@ -3,7 +3,7 @@
     with watch.phase("rollout", "sampling", total=4096):
         watch.count(tokens)
 
-Times are no function of seed and step. They go to a file of their own, `timing.jsonl`, so that all other files of a
+Times are not a function of seed and step. They go to a file of their own, `timing.jsonl`, so that all other files of a
 killed run end with the bytes of an uninterrupted one. Imports no torch.
 """
 
@@ -69,6 +69,8 @@ class StepEstimate:
     def end(self, phase: str, seconds: float) -> None:
         """A phase ends."""
         self._done[phase] = self._done.get(phase, 0.0) + seconds
+        self._sums[phase] += seconds
+        self._counts[phase] += 1
         self._phase = None
 
     def end_step(self, now: float) -> None:
@@ -77,9 +79,6 @@ class StepEstimate:
             return
         self._steps += 1
         self._seconds += now - self._began
-        for phase, seconds in self._done.items():
-            self._sums[phase] += seconds
-            self._counts[phase] += 1
         self._began = self._phase = None
 
     def step_left(self, now: float) -> float | None:
@@ -89,7 +88,7 @@ class StepEstimate:
         elapsed, names = now - self._phase_began, list(self._guess)
         later = names[names.index(self._phase) + 1 :]
         if self._steps:
-            mean = {name: self._sums[name] / max(self._counts[name], 1) for name in names}
+            mean = {name: self._mean(name) for name in names}
             here = mean[self._phase]
             left = (1.0 - self._fraction) * here if self._fraction else max(here - elapsed, 0.0)
             return left + sum(mean[name] for name in later)
@@ -108,10 +107,11 @@ class StepEstimate:
 
     def fraction(self, now: float) -> float:
         """Return how much of the running step is done."""
-        left = self.step_left(now)
-        if left is None or self._began is None:
+        if self._began is None:
             return 0.0
-        elapsed = now - self._began
+        elapsed, left = now - self._began, self.step_left(now)
+        if left is None:  # an evaluation or checkpoint, after the phases of the step
+            return 1.0 if set(self._guess) <= set(self._done) else 0.0
         return elapsed / (elapsed + left) if elapsed else 0.0
 
     def total_left(self, now: float, steps_after: int) -> float | None:
@@ -121,8 +121,21 @@ class StepEstimate:
         elapsed, left = now - self._began, self.step_left(now)
         if self._steps:
             mean = self.mean_seconds
-            return steps_after * mean + (max(mean - elapsed, 0.0) if left is None else left)
+            if left is None:
+                left = max(mean - elapsed, self._phase_left(now))
+            return steps_after * mean + left
         return None if left is None else left + steps_after * (elapsed + left)
+
+    def _phase_left(self, now: float) -> float:
+        """Return the seconds left of a phase that not every step has, such as an evaluation."""
+        if self._phase is None:
+            return 0.0
+        elapsed = now - self._phase_began
+        whole = elapsed / self._fraction if self._fraction else self._mean(self._phase)
+        return max(whole - elapsed, 0.0)
+
+    def _mean(self, phase: str) -> float:
+        return self._sums[phase] / max(self._counts[phase], 1)
 
 
 _SHORT = 2.0

@@ -343,7 +343,7 @@ class SmallRun:
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that training came to: the finished stage's files, and the last checkpoint's.
 
-        Manifest and `timing.jsonl` are left out: they hold times, which are no function of seed and step. The
+        Manifest and `timing.jsonl` are skipped: they hold times, which are not a function of seed and step. The
         checkpoint holds weights, critic, optimizer and the rest.
         """
         files = dict(_files(self.run_dir / "ppo", "ppo")) | dict(_files(self.caught, "last checkpoint"))

@@ -12,8 +12,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import LoraSettings
-from rlhf_cli.training import flops
-from rlhf_cli.training.flops import ModelSize, device_peak, model_size, peak
+from rlhf_cli.training.flops import ModelSize, device_peak, listed_peak, model_size, peak
 
 LAYER = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32
 """Weights of a layer of `tiny_llama`: queries, grouped keys and values, output, feed-forward, norms."""
@@ -68,7 +67,7 @@ def test_unknown_operations_are_none(llama, change):
     ],
 )
 def test_peaks_are_those_of_data_sheets(name, precision, tf32, expected):
-    found = flops._listed(name, precision, tf32=tf32)
+    found = listed_peak(name, precision, tf32=tf32)
     assert found is not None
     assert found.flops == expected
     assert name in found.source
@@ -76,7 +75,7 @@ def test_peaks_are_those_of_data_sheets(name, precision, tf32, expected):
 
 @pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA H1000", "Radeon"])
 def test_other_devices_have_no_peak(name):
-    assert flops._listed(name, torch.bfloat16, tf32=False) is None
+    assert listed_peak(name, torch.bfloat16, tf32=False) is None
 
 
 def test_a_cpu_is_measured_once_and_draws_no_random_number():
@@ -96,6 +95,6 @@ def test_what_the_peak_is_and_that_there_is_none_is_said_once(capsys):
     for _ in range(2):
         assert device_peak(torch.device("meta"), torch.float32, ProcessGroup()) is None
         assert device_peak(torch.device("cpu"), torch.float32, ProcessGroup())
-    left_out, measured = capsys.readouterr().err.splitlines()
-    assert left_out == "`throughput/mfu` is left out: the peak of the device `meta` is not known"
+    omitted, measured = capsys.readouterr().err.splitlines()
+    assert omitted == "`throughput/mfu` is omitted: the peak of the device `meta` is not known"
     assert "measured on this CPU in float32" in measured

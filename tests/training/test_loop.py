@@ -125,7 +125,7 @@ def test_killed_anywhere_and_resumed_ends_with_the_bytes_of_an_uninterrupted_run
     loop(Walk({step: 1 for step in bad if step >= saved(tmp_path / "cut")[-1]}), tmp_path / "cut").run()
     whole, cut = (_files(tmp_path / name) for name in ("whole", "cut"))
     assert whole == cut
-    # Times are no function of seed and step: they alone may differ, and they have one line a step.
+    # Times are not a function of seed and step: they alone may differ, and they have one line a step.
     assert whole == {"metrics.jsonl", "timing.jsonl"} | {
         f"step-0000000{step}/{name}" for step in (6, 8) for name in ("tensors.safetensors", "state.json")
     }

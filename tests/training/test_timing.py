@@ -101,6 +101,23 @@ def test_a_phase_that_is_no_part_of_a_step_leaves_the_whole_step_to_its_mean():
     estimate.begin("eval", now + 12.0)
     assert estimate.step_left(now + 12.0) is None
     assert estimate.total_left(now + 12.0, steps_after=1) == pytest.approx(8 + 20)
+    estimate.move(0.25)
+    assert estimate.total_left(now + 15.0, steps_after=1) == pytest.approx(9 + 20), "longer than the mean step allows"
+    estimate.end("eval", 12.0)
+    estimate.begin("eval", now + 30.0)
+    assert estimate.total_left(now + 34.0, steps_after=1) == pytest.approx(8 + 20), "as long as the one before"
+
+
+def test_the_bar_does_not_go_back_while_a_checkpoint_is_saved():
+    estimate = StepEstimate({"update": 1.0})
+    estimate.begin_step(0.0)
+    estimate.begin("checkpoint", 0.0)
+    assert estimate.fraction(1.0) == 0.0
+    estimate.end("checkpoint", 1.0)
+    estimate.begin("update", 1.0)
+    estimate.end("update", 4.0)
+    estimate.begin("checkpoint", 5.0)
+    assert estimate.fraction(6.0) == 1.0
 
 
 def test_a_phase_inside_another_is_part_of_it(clock):

@@ -74,7 +74,7 @@ class Sampler:
         stop = self.context.stop.check
         if file.left:
             with policy.model():
-                pass  # loads the weights, which is no sampling
+                pass  # loads the weights, which is not sampling
         with (
             task(f"{name} completions", file.done + file.left, "completions", done=file.done) as bar,
             self.watch.phase("rollout", "sampling"),

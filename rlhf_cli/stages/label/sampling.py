@@ -119,7 +119,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     watch = StepWatch(policy.source.device)
     if file.left:
         with policy.model():
-            pass  # loads the weights, which is no sampling
+            pass  # loads the weights, which is not sampling
     with (
         task("sampling completions", file.done + file.left, "completions", done=file.done) as bar,
         watch.phase("rollout", "sampling"),

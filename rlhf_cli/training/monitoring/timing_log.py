@@ -18,7 +18,7 @@ from rlhf_cli.training.monitoring.step_lines import StepLines, read_rows
 TIMING = "timing.jsonl"
 
 _BESIDE = ("checkpoint", "eval")
-"""Phases that are no training: they do not count in throughput and utilization."""
+"""Phases that are not training: they do not count in throughput and utilization."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def timing_row(
         row["episodes"] = episodes
     if peak is not None and work and all(done.flops is not None for done in work.values()):
         row["flops/possible"] = _busy(row) * peak
-    return row | throughput(row)
+    return _rounded(row | throughput(row))
 
 
 def throughput(row: Mapping[str, float]) -> dict[str, float]:
@@ -88,12 +88,12 @@ def _flops(row: Mapping[str, float]) -> dict[str, float]:
 
 def totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return sums of seconds, tokens, episodes and operations over rows of `timing.jsonl`, and rates over all."""
-    sums: defaultdict[str, float] = defaultdict(float)
+    sums: defaultdict[str, float] = defaultdict(int)
     for row in rows:
         for name, value in row.items():
             if name != "step" and not name.startswith("throughput/") and value is not None:
                 sums[name] += value
-    return dict(sums) | throughput(sums)
+    return _rounded(dict(sums) | throughput(sums))
 
 
 def read_totals(work: Path) -> dict[str, float]:
@@ -104,7 +104,7 @@ def read_totals(work: Path) -> dict[str, float]:
 class TimingLog:
     """Appends to a `timing.jsonl`; a resumed run continues it.
 
-    Unlike the metrics, it is no part of a checkpoint. A line that a kill tore or lost stays lost, and steps that run
+    Unlike the metrics, it is not part of a checkpoint. A line that a kill tore or lost stays lost, and steps that run
     again replace theirs.
 
     Args:
@@ -117,17 +117,16 @@ class TimingLog:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Append a line."""
-        finite = {name: value for name, value in row.items() if math.isfinite(value)}
-        self._lines.append({"step": step, **{name: _rounded(value) for name, value in finite.items()}})
+        self._lines.append({"step": step, **{name: value for name, value in row.items() if math.isfinite(value)}})
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._lines.close()
 
 
-def _rounded(value: float) -> float:
-    """Return a value with six significant digits, which is more than a clock can tell."""
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+def _rounded(row: Mapping[str, float]) -> dict[str, float]:
+    """Return values with six significant digits, which is more than clocks can tell; whole numbers stay."""
+    return {name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in row.items()}
 
 
 def append_evaluation(work: Path, step: int, seconds: Mapping[str, float]) -> None:
