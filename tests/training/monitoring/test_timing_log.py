@@ -78,6 +78,7 @@ def test_the_table_says_where_the_time_went(capsys):
     show_table("ppo", totals([timing_row(SECONDS, WORK, episodes=16, peak=2e7)]), 40.0)
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert max(map(len, captured.err.splitlines())) <= 80
     assert captured.err.splitlines() == [
         "ppo: where the time went    time  share  tokens/s    MFU",
         "sampling                   8.0 s    20%        50   0.6%",
