@@ -5,8 +5,8 @@
 Half of the kills are uniform over the run, from its first step to its end (publishing the artifact takes about as long
 as a step). The others are, in turn, inside rollout, scoring, update and saving of a random step. After each kill the
 command runs again. The result is compared byte by byte with that of an uninterrupted run: every file of the artifact
-(policy, critic, metrics) except the manifest, which contains times, and the checkpoint of the last step (weights,
-critic, optimizer, counters, random states), copied before the stage removes it.
+(policy, critic, metrics) except the manifest and `timing.jsonl`, which contain times, and the checkpoint of the last
+step (weights, critic, optimizer, counters, random states), copied before the stage removes it.
 
 Every run starts a new interpreter, about 12 s per kill on an idle core. With `--warm` all but one uninterrupted run are
 forked from a process that has imported everything, 3 s per kill. Exits with 1 if any result differs.

@@ -1,7 +1,8 @@
 """Progress and messages on stderr: bars on a terminal, plain lines elsewhere. stdout is for data.
 
-Bars show rate and time left. Under CI, or if stderr is not a terminal, a task prints one line when it starts, one every
-30 seconds and one when it ends, so that logs stay readable.
+Bars show rate and time left, and move within long units such as the steps of PPO (`Task.within`). A time left with `~`
+rests on a guess: not one unit has ended yet. Under CI, or if stderr is not a terminal, a task prints one line when it
+starts, one every 30 seconds and one when it ends, so that logs stay readable.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -40,36 +42,126 @@ console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(
 """stderr, for everything but data; silent in all processes except rank 0."""
 
 
+@dataclass(frozen=True)
+class _Inside:
+    """What is known of the units that are running; see `Task.within`."""
+
+    units: float = 0.0
+    doing: str = ""
+    rate: str = ""
+    left: float | None = None
+    is_guess: bool = True
+
+
 class Task:
     """Running work with a known number of units; created by `task`."""
 
     def __init__(self, label: str, total: int, unit: str, bar: Progress | None, done: int) -> None:
         self._label, self._total, self._unit, self._bar = label, total, unit, bar
-        self._done, self._before = done, done
-        self._began = self._spoke = time.monotonic()
-        self._note = ""
+        self._done, self._ran = done, 0
+        self._began = self._spoke = self._moved = time.monotonic()
+        self._note, self._inside = "", _Inside()
         self._id: TaskID | None = None
         if bar is not None:
-            self._id = bar.add_task(escape(label), total=total, completed=done, note="", rate="")
+            self._id = bar.add_task(escape(label), total=total, completed=done, owner=self, **self._fields())
 
     def advance(self, units: int = 1, note: str | None = None) -> None:
         """Count `units` as done; `note` replaces the text at the end of the bar."""
-        beat()
         self._done += units
+        self._ran += units
         self._note = self._note if note is None else note
+        if units:
+            self._inside = _Inside()
+            self._moved = time.monotonic()
+        self._show()
+
+    def back(self, units: int) -> None:
+        """Count `units` as not done: they run again. The time that they took still tells how long a unit takes."""
+        self._done -= units
+        self._inside = _Inside()
+        self._show()
+
+    def within(
+        self,
+        units: float,
+        doing: str,
+        *,
+        ended: int = 0,
+        rate: str = "",
+        left: float | None = None,
+        is_guess: bool | None = None,
+    ) -> None:
+        """Show how far the units are that are running.
+
+        Args:
+            units: how much of them is done, in units, such as 0.25 of a step.
+            doing: what is being done, in a few words.
+            ended: units to count as done, as `advance` does.
+            rate: how fast.
+            left: seconds left of the whole task; None takes the time per unit so far, parts of units included.
+            is_guess: whether the time left rests on more than what was measured; None where no unit is done.
+        """
+        self._done += ended
+        self._ran += ended
+        self._inside = _Inside(units, doing, rate, left, not self._ran if is_guess is None else is_guess)
+        self._moved = time.monotonic()
+        self._show()
+
+    def _show(self) -> None:
+        beat()
+        now = time.monotonic()
         if self._bar is not None and self._id is not None:
-            rate = f"{self._rate():,.1f} {self._unit}/s"
-            self._bar.update(self._id, advance=units, rate=rate, note=escape(self._note))
-        elif time.monotonic() - self._spoke > _LINE_EVERY and self._done < self._total:
-            self._spoke = time.monotonic()
-            rate = self._rate()
-            left = f"about {format_duration((self._total - self._done) / rate)} left" if rate else "none has ended yet"
-            parts = [f"{self._done:,} of {self._total:,} {self._unit}", left, self._note]
+            done = min(max(self._done + self._inside.units, 0), self._total)
+            self._bar.update(self._id, completed=done, **self._fields())
+        elif now - self._spoke > _LINE_EVERY and self._done < self._total:
+            self._spoke = now
+            known = self._left()
+            if known is None:
+                left = f"{format_duration(now - self._began)} so far"
+            else:
+                left = f"{'~' if known[1] else 'about '}{format_duration(known[0])} left"
+            inside = self._inside
+            doing = _listed(inside.doing, inside.rate)
+            parts = [f"{self._done:,} of {self._total:,} {self._unit}", doing, left, self._note]
             say(f"{self._label}: {', '.join(part for part in parts if part)}")
 
-    def _rate(self) -> float:
-        """Units per second in this process; units of an earlier attempt do not count."""
-        return (self._done - self._before) / max(time.monotonic() - self._began, 1e-9)
+    def _fields(self) -> dict[str, str]:
+        """Return the texts of the bar."""
+        inside = self._inside
+        return {
+            "count": f"{self._done:,}/{self._total:,}",
+            "rate": "" if inside.doing else self._rate(),
+            "note": escape(_listed(inside.doing, inside.rate, self._note)),
+        }
+
+    def _rate(self) -> str:
+        """Return units per second in this process; units of an earlier attempt do not count."""
+        rate = self._ran / max(self._moved - self._began, 1e-9)
+        return f"{rate:,.1f} {self._unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:,.0f} s each"
+
+    def _left(self) -> tuple[float, bool] | None:
+        """Return the seconds left and whether they are a guess; None without anything to go by."""
+        inside, now = self._inside, time.monotonic()
+        if inside.left is not None:
+            return max(inside.left - (now - self._moved), 0.0), inside.is_guess
+        ran = self._ran + inside.units
+        if ran <= 0:
+            return None
+        seconds_each = (self._moved - self._began) / ran
+        to_come = (self._total - self._done - inside.units) * seconds_each
+        return max(to_come - (now - self._moved), 0.0), not self._ran
+
+    def time_text(self) -> str:
+        """Return the time left; until that can be estimated, the time so far, which shows that work goes on."""
+        so_far = format_clock(time.monotonic() - self._began)
+        if self._done >= self._total:
+            return so_far
+        known = self._left()
+        return f"{so_far} so far" if known is None else f"{'~' if known[1] else ''}{format_clock(known[0])} left"
+
+
+def _listed(*texts: str) -> str:
+    return " \u00b7 ".join(text for text in texts if text)
 
 
 _LINE_EVERY = 30.0
@@ -90,34 +182,34 @@ def task(label: str, total: int, unit: str = "steps", done: int = 0) -> Iterator
 
 
 def _bar() -> Progress:
-    from rich.progress import (  # slow to import, and only tasks on a terminal need it
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn  # slow to import; only terminals need it
     from rich.table import Column
     from rich.text import Text
 
-    class TimeColumn(TimeRemainingColumn):
-        """The time left; until that can be estimated, the time so far, which shows that work goes on."""
+    class TimeColumn(ProgressColumn):
+        """See `Task.time_text`."""
 
         def render(self, task: RichTask) -> Text:
-            if task.finished or task.time_remaining is not None:
-                return super().render(task)
-            minutes, seconds = divmod(int(task.elapsed or 0), 60)
-            return Text(f"{minutes}:{seconds:02d} so far", style="progress.elapsed")
+            return Text(task.fields["owner"].time_text(), style="progress.remaining")
+
+    def column() -> Column:
+        return Column(no_wrap=True)
 
     columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", table_column=column()),
         BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
-        TimeColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[count]}", style="progress.download", table_column=column()),
+        TextColumn("{task.fields[rate]}", table_column=column()),
+        TimeColumn(table_column=column()),
         TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
     )
     return Progress(*columns, console=console, transient=False, expand=True)
+
+
+def format_clock(seconds: float) -> str:
+    """Format seconds as a clock does: 0:04, 12:05, 1:20:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def format_duration(seconds: float) -> str:

@@ -42,22 +42,68 @@ def test_a_line_before_anything_has_ended_guesses_no_time(capsys, clock):
     with progress.task("sampling", 100, "completions") as task:
         clock[0] += 31
         task.advance(0)
-    assert capsys.readouterr().err.splitlines()[1] == "sampling: 0 of 100 completions, none has ended yet"
+    assert capsys.readouterr().err.splitlines()[1] == "sampling: 0 of 100 completions, 31.0 s so far"
 
 
-@pytest.mark.parametrize(("ended", "expected"), [(0, "0:12 so far"), (20, "00:18")])
-def test_a_bar_shows_the_time_so_far_until_it_knows_the_time_left(ended, expected, monkeypatch):
-    now, screen = [100.0], io.StringIO()
-    watched = Console(file=screen, force_terminal=True, width=80, get_time=lambda: now[0])
+def test_a_part_of_the_first_unit_gives_a_guess(capsys, clock):
+    with progress.task("ppo", 4) as task:
+        clock[0] += 31
+        task.within(0.25, "sampling 8/32 tokens", rate="2 tokens/s")
+    line = "ppo: 0 of 4 steps, sampling 8/32 tokens \u00b7 2 tokens/s, ~7 min 45 s left"  # 124 s each, 3.75 to go
+    assert capsys.readouterr().err.splitlines()[1] == line
+
+
+def test_units_that_run_again_still_tell_how_long_a_unit_takes(capsys, clock):
+    with progress.task("ppo", 10) as task:
+        for _ in range(4):
+            clock[0] += 6
+            task.advance()
+        task.back(3)
+        clock[0] += 8
+        task.advance()
+    # Five units in 32 s, eight to go.
+    assert capsys.readouterr().err.splitlines()[1] == "ppo: 2 of 10 steps, about 51.2 s left"
+
+
+def test_the_time_left_counts_down_while_nothing_moves(clock):
+    running = progress.Task("ppo", 4, "steps", None, 0)
+    clock[0] += 10
+    running.advance()
+    assert running.time_text() == "0:30 left"
+    clock[0] += 12
+    assert running.time_text() == "0:18 left"
+    running.within(0.5, "updating", left=65.0)
+    clock[0] += 1
+    assert running.time_text() == "1:04 left"
+    clock[0] += 100
+    assert running.time_text() == "0:00 left"
+
+
+@pytest.mark.parametrize(
+    ("ended", "parts", "expected"),
+    [
+        pytest.param(0, 0, ["0/100", "0:12 so far"], id="nothing to go by"),
+        pytest.param(20, 0, ["40/100", "0:18 left"], id="units that ended"),
+        pytest.param(0, 10, ["0/100", "~1:48 left", "512 tokens"], id="a part of those that run"),
+        pytest.param(20, 20, ["40/100", "0:08 left", "512 tokens"], id="both"),
+    ],
+)
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_bar_shows_the_time_so_far_until_it_knows_the_time_left(width, ended, parts, expected, monkeypatch, clock):
+    screen = io.StringIO()
+    watched = Console(file=screen, force_terminal=True, width=width, get_time=lambda: clock[0])
     monkeypatch.setattr(progress, "console", watched)
     monkeypatch.setattr(progress, "interactive", lambda: True)
     with progress.task("sampling completions", 100, "completions") as task:
         for _ in range(2):
-            now[0] += 6
+            clock[0] += 6
             task.advance(ended)
+        if parts:
+            task.within(parts, "512 tokens")
     last = [line for line in screen.getvalue().replace("\r", "\n").splitlines() if "sampling" in line][-1]
-    assert expected in last
-    assert cell_len(Text.from_ansi(last).plain) <= 80
+    shown = Text.from_ansi(last).plain
+    assert all(part in shown for part in expected), shown
+    assert cell_len(shown) <= width
 
 
 def test_an_error_inside_is_not_called_done(capsys, clock):
@@ -85,3 +131,8 @@ def test_markup_in_what_users_wrote_is_text(capsys):
 )
 def test_durations_are_formatted_for_people(seconds, words):
     assert progress.format_duration(seconds) == words
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0:00"), (59.6, "1:00"), (725, "12:05"), (4800, "1:20:00")])
+def test_bars_show_times_as_clocks_do(seconds, words):
+    assert progress.format_clock(seconds) == words

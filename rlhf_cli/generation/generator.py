@@ -41,6 +41,22 @@ class Completion:
     logprobs: list[float] | None = None
 
 
+class Progress(Protocol):
+    """Is told how far generation is."""
+
+    def __call__(self, completions: int, tokens: int = 0, /) -> object:
+        """Take what was drawn since the last call.
+
+        Args:
+            completions: completions that ended, which may be 0.
+            tokens: tokens of all completions; 0 where a generator knows only the completions.
+        """
+
+
+def ignore(completions: int, tokens: int = 0, /) -> None:
+    """Tell nobody; the default `Progress`."""
+
+
 class Generator(Protocol):
     """Draws completions. Stages take any object with this method; `TorchGenerator` is the default."""
 
@@ -49,7 +65,7 @@ class Generator(Protocol):
         policy: Policy,
         requests: Sequence[Request],
         *,
-        progress: Callable[[int], object] = lambda count: None,
+        progress: Progress = ignore,
         stop: Callable[[], object] = lambda: None,
     ) -> list[Completion]:
         """Draw one completion per request.
@@ -60,7 +76,7 @@ class Generator(Protocol):
         Args:
             policy: the model that writes, with its stop tokens and sampling settings.
             requests: N requests, in any order.
-            progress: called with the number of completions that ended since the last call, which may be 0.
+            progress: called after every token of the batch, with what was drawn since the last call.
             stop: called after every token; may raise, and then the batch is lost.
 
         Returns:

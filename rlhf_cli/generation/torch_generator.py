@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError, ModelError
 from rlhf_cli.generation.decoding import Decoding, batches
-from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.expert_merging import merged_experts
@@ -41,7 +41,7 @@ class TorchGenerator:
         policy: Policy,
         requests: Sequence[Request],
         *,
-        progress: Callable[[int], object] = lambda count: None,
+        progress: Progress = ignore,
         stop: Callable[[], object] = lambda: None,
     ) -> list[Completion]:
         """Draw one completion per request; see `Generator.generate`.
@@ -80,7 +80,7 @@ class TorchGenerator:
 class _Told:
     """Who is told of every token; see `Generator.generate`."""
 
-    progress: Callable[[int], object]
+    progress: Progress
     stop: Callable[[], object]
 
 
@@ -122,9 +122,9 @@ def _decode(
             completions[row].append(token)
         staying = [index for index, token in enumerate(drawn) if token not in stop_ids]
         if not staying or step + 1 == limit:
-            told.progress(len(active))
+            told.progress(len(active), len(drawn))
             break
-        told.progress(len(active) - len(staying))
+        told.progress(len(active) - len(staying), len(drawn))
         told.stop()
         if len(staying) < len(active):
             # Finished rows leave at once: their share of every later step would be wasted.

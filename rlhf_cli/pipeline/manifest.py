@@ -24,7 +24,7 @@ FORMAT = 3
 """Version of the manifest and artifact format; increased when older artifacts could be misread."""
 
 NOT_CONTENT = frozenset(
-    {"metrics.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
+    {"metrics.jsonl", "timing.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
     | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
 )
 """Files that record how an artifact was made. They contain times, and no later stage reads them."""
@@ -53,6 +53,7 @@ class Manifest:
         started: time in UTC, ISO 8601.
         finished: time in UTC, ISO 8601.
         seconds: duration of the attempt that finished.
+        timing: seconds of each phase, throughput and what they come from; see docs/metrics.md.
     """
 
     stage: str
@@ -67,6 +68,7 @@ class Manifest:
     started: str
     finished: str
     seconds: float
+    timing: dict[str, float] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     @property

@@ -33,6 +33,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage, StageContext, StageOutcome
 from rlhf_cli.stages.inputs import Input, StageInputs
+from rlhf_cli.training.monitoring.timing_log import show_table
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class StageResult:
         seconds: duration of the attempt that made the artifact; None in a dry run.
         metrics: metrics of the stage.
         summary: (metric, value) rows for the summary table.
+        timing: where the time of that attempt and of those it resumed went; see docs/metrics.md.
         device_bytes: in a dry run, most memory of a GPU that the stage needs, if the base model says its sizes.
     """
 
@@ -57,6 +59,7 @@ class StageResult:
     seconds: float | None
     metrics: dict[str, float | None]
     summary: list[list[str]]
+    timing: dict[str, float]
     device_bytes: int | None = None
 
 
@@ -82,6 +85,7 @@ class RunResult:
                 "path": str(row.path),
                 "seconds": None if row.seconds is None else round(row.seconds, 3),
                 "metrics": row.metrics,
+                "timing": row.timing,
             }
             for row in self.stages
         ]
@@ -156,6 +160,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
                 seconds=None,
                 metrics={} if made is None else made.metrics,
                 summary=[] if made is None else made.summary,
+                timing={} if made is None else made.timing,
                 device_bytes=None if need is None else need.total,
             )
         )
@@ -188,6 +193,7 @@ class _Executor:
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
         self._run.publish(name, manifest, earlier=earlier)
+        show_table(name, manifest.timing, manifest.seconds)
         return self._result(step, "done", manifest)
 
     def _work(self, step: Step) -> Manifest:
@@ -212,6 +218,7 @@ class _Executor:
             started=started,
             finished=now(),
             seconds=round(time.monotonic() - clock, 3),
+            timing=dict(outcome.timing),
         )
 
     def _result(self, step: Step, status: str, manifest: Manifest) -> StageResult:
@@ -223,6 +230,7 @@ class _Executor:
             seconds=manifest.seconds,
             metrics=manifest.metrics,
             summary=manifest.summary,
+            timing=manifest.timing,
         )
 
 

@@ -71,11 +71,13 @@ class StageOutcome:
         metrics: metrics for the manifest and `--json`.
         skipped: reason -> number of skipped records.
         summary: (metric, value) rows for the summary table.
+        timing: where the time went, for the manifest, `--json` and a table; see docs/metrics.md.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     summary: list[tuple[str, str]] = field(default_factory=list)
+    timing: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,10 @@ from rlhf_cli.training.checkpoint.store import (
 from rlhf_cli.training.distributed import DistributedStop
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.run_logger import RunLogger
+from rlhf_cli.training.monitoring.timing_log import timing_row
 from rlhf_cli.training.random_state import random_states, restore_random_states, seed_everything
-from rlhf_cli.training.task import ProgressCallback, StepReport, TrainingTask
+from rlhf_cli.training.task import StepReport, TrainingTask
+from rlhf_cli.training.timing import StepWatch
 
 BAD_STEPS_IN_A_ROW = 3
 """Training has diverged after this many consecutive steps with a skipped optimizer step."""
@@ -76,6 +78,12 @@ class TrainingLoop:
         keep_checkpoints: newest checkpoints that are kept; the anchor is kept too.
         shows_samples: whether the task shows samples.
         log: makes the metrics log, from the arguments of `MetricsLog`.
+        watch: times the steps; it may have timed an evaluation before.
+        peak: operations per second that the device of one process can do; None is not known.
+
+    Attributes:
+        state: what the loop remembers.
+        watch: see above.
     """
 
     def __init__(
@@ -93,8 +101,12 @@ class TrainingLoop:
         keep_checkpoints: int = 2,
         shows_samples: bool = False,
         log: Callable[..., MetricsLog] = MetricsLog,
+        watch: StepWatch | None = None,
+        peak: float | None = None,
     ) -> None:
         self.state = LoopState()
+        self.watch = watch or StepWatch(guess=task.phases)
+        self._peak = None if peak is None else peak * processes.count
         self._task, self._label, self._steps = task, label, steps
         self._checkpoint_steps, self._keep_checkpoints = checkpoint_steps, keep_checkpoints
         self._seed, self._work, self._hint = seed, work, hint
@@ -112,26 +124,29 @@ class TrainingLoop:
         resumed = self._resume()
         try:
             with progress.task(self._label, self._steps, "steps", done=resumed or 0) as bar:
+                self.watch.show_on(bar)
                 self._run_steps(resumed, bar)
         finally:
+            self.watch.show_on(None)
             self._logger.close()
         return self.state
 
     def _run_steps(self, resumed: int | None, bar: progress.Task) -> None:
-        def tell(what: str) -> None:
-            bar.advance(0, note=what)
-
+        watch = self.watch
         if resumed is None:
-            self._task.before_first_step(self._logger, tell)
+            self._task.before_first_step(self._logger, watch)
             self._save(0)  # what a divergence in the first steps rolls back to
+            self._logger.time(0, timing_row(watch.end_step()))
         step = resumed or 0
         while step < self._steps and not self._task.has_ended:
+            watch.begin_step(self._steps - step)
             try:
-                report = self._task.step(step, tell)
-                self._finish_step(step + 1, report, tell)
+                report = self._task.step(step, watch)
+                self._finish_step(step + 1, report)
             except DivergedError as error:
                 anchor = self._roll_back(step + 1, error)
-                bar.advance(anchor - step)
+                watch.end_step()
+                bar.back(step - anchor)
                 step = anchor
                 continue
             step += 1
@@ -141,12 +156,14 @@ class TrainingLoop:
                     self._save(step)
                 self._stop.check()
 
-    def _finish_step(self, step: int, report: StepReport, tell: ProgressCallback) -> None:
+    def _finish_step(self, step: int, report: StepReport) -> None:
         self._count(step, report)
-        self._task.after_step(step, report, self._logger, tell)
+        self._task.after_step(step, report, self._logger, self.watch)
         self._logger.write(step, report.metrics, report.histograms)
         if self._is_due(step):
             self._save(step)
+        seconds = self.watch.end_step()
+        self._logger.time(step, timing_row(seconds, report.work, episodes=report.episodes, peak=self._peak))
 
     def _count(self, step: int, report: StepReport) -> None:
         """Count skipped optimizer steps; raise `DivergedError` where there are too many."""
@@ -178,15 +195,16 @@ class TrainingLoop:
             "random": random_states(processes),
             "log": self._logger.position(),
         }
-        save_checkpoint(
-            self._work,
-            step,
-            task.weights() | optimizer_tensors(task.optimizer, "optimizer"),
-            state,
-            keep=self._keep_checkpoints,
-            protected=self.state.anchor,
-            processes=processes,
-        )
+        with self.watch.phase("checkpoint", "saving"):
+            save_checkpoint(
+                self._work,
+                step,
+                task.weights() | optimizer_tensors(task.optimizer, "optimizer"),
+                state,
+                keep=self._keep_checkpoints,
+                protected=self.state.anchor,
+                processes=processes,
+            )
 
     def _resume(self) -> int | None:
         """Restore the newest whole checkpoint; returns its step, or None where there is none."""

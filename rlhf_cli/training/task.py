@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.training.monitoring.run_logger import RunLogger
-
-ProgressCallback = Callable[[str], object]
-"""Takes a few words on what is being done, for the progress bar."""
+from rlhf_cli.training.monitoring.timing_log import Work
+from rlhf_cli.training.timing import StepWatch
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class StepReport:
         fault: why they were skipped.
         hint: what to do about `fault`; empty takes the loop's own hint.
         histograms: name -> values, for the metrics log.
+        work: phase -> what it did, for throughput.
+        episodes: completions that were sampled and trained on.
     """
 
     metrics: dict[str, float]
@@ -37,6 +38,8 @@ class StepReport:
     fault: str = "losses or gradients were not finite"
     hint: str = ""
     histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    work: Mapping[str, Work] = field(default_factory=dict)
+    episodes: int = 0
 
 
 class TrainingTask(ABC):
@@ -44,17 +47,19 @@ class TrainingTask(ABC):
 
     Attributes:
         optimizer: its state is saved and restored.
+        phases: phases of a step in their order -> a guess of their relative durations.
     """
 
     optimizer: torch.optim.Optimizer
+    phases: Mapping[str, float] = {"update": 1.0}
 
     @abstractmethod
     def scale_learning_rates(self, factor: float) -> None:
         """Put a factor on all learning rates, in place of the one before: 1, or 0.5 after a roll-back."""
 
     @abstractmethod
-    def step(self, step: int, tell: ProgressCallback = lambda _: None) -> StepReport:
-        """Run the 0-based step `step`. May raise `DivergedError`, on which the loop rolls back."""
+    def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
+        """Run the 0-based step `step`, timed by `watch`. May raise `DivergedError`, on which the loop rolls back."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -78,11 +83,11 @@ class TrainingTask(ABC):
         """Whether training ends before its last step."""
         return False
 
-    def before_first_step(self, log: RunLogger, tell: ProgressCallback) -> None:  # noqa: B027  (optional)
+    def before_first_step(self, log: RunLogger, watch: StepWatch) -> None:  # noqa: B027  (optional)
         """Called once per run, before anything is trained or saved."""
 
     def after_step(  # noqa: B027  (optional)
-        self, step: int, report: StepReport, log: RunLogger, tell: ProgressCallback
+        self, step: int, report: StepReport, log: RunLogger, watch: StepWatch
     ) -> None:
         """Called with the number of steps done, before the report is logged and saved. May add metrics to it, and may
         raise `DivergedError`.

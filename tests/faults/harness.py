@@ -343,7 +343,8 @@ class SmallRun:
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that training came to: the finished stage's files, and the last checkpoint's.
 
-        The manifest is left out: it holds times. The checkpoint holds weights, critic, optimizer and the rest.
+        Manifest and `timing.jsonl` are skipped: they hold times, which are not a function of seed and step. The
+        checkpoint holds weights, critic, optimizer and the rest.
         """
         files = dict(_files(self.run_dir / "ppo", "ppo")) | dict(_files(self.caught, "last checkpoint"))
         return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -360,5 +361,5 @@ def _make_parts(parts: Path) -> None:
 
 def _files(folder: Path, name: str) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "manifest.json":
+        if path.is_file() and path.name not in ("manifest.json", "timing.jsonl"):
             yield f"{name}/{path.relative_to(folder)}", path.read_bytes()

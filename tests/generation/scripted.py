@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
 from rlhf_cli.generation.policy import Policy
 
 LINES = ("Bread is baked.", "The sky is blue.", "a", "The cat sat on the warm stone.")
@@ -18,7 +18,7 @@ class ScriptedGenerator:
         policy: Policy,
         requests: Sequence[Request],
         *,
-        progress: Callable[[int], object] = lambda count: None,
+        progress: Progress = ignore,
         stop: Callable[[], object] = lambda: None,
     ) -> list[Completion]:
         """See `Generator.generate`."""

@@ -132,8 +132,16 @@ def test_the_models_own_generation_settings_are_not_obeyed(tiny_llama):
 def test_progress_and_stop_are_called_after_every_token(tiny_llama):
     calls: list[object] = []
     policy, requests = policy_at(tiny_llama, batch_size=2), [Request(ids, 1) for ids in PROMPTS[:3]]
-    drawn = TorchGenerator().generate(policy, requests, progress=calls.append, stop=lambda: calls.append("stop"))
+    tokens: list[int] = []
+
+    def progress(completions: int, drawn: int = 0) -> None:
+        calls.append(completions)
+        tokens.append(drawn)
+
+    drawn = TorchGenerator().generate(policy, requests, progress=progress, stop=lambda: calls.append("stop"))
     lengths = [len(completion.ids) for completion in drawn]
+    assert sum(tokens) == sum(lengths)
+    assert min(tokens) > 0
     assert calls[1::2] == ["stop"] * (len(calls) // 2), "by turns"
     assert len(calls) // 2 == max(lengths[:2]) + lengths[2]
     assert sum(count for count in calls if count != "stop") == 3
@@ -145,7 +153,7 @@ def test_a_row_counts_when_it_ends(tiny_llama):
     (first, *_) = generate(policy, [1, 1, 1], PROMPTS[:3])
     policy.stop_ids.add(first.ids[1])  # ends this row after two tokens
     done: list[int] = []
-    drawn = TorchGenerator().generate(policy, requests, progress=done.append)
+    drawn = TorchGenerator().generate(policy, requests, progress=lambda count, _: done.append(count))
     assert [sum(done[:count]) for count in range(1, len(done) + 1)] == [
         sum(len(one.ids) <= count for one in drawn) for count in range(1, len(done) + 1)
     ]
@@ -158,8 +166,11 @@ def test_a_stop_within_a_batch_ends_it_within_a_token(tiny_llama):
         if len(tokens) == 2:
             raise KeyboardInterrupt
 
+    def progress(_: int, drawn: int = 0) -> None:
+        tokens.append(drawn)
+
     with pytest.raises(KeyboardInterrupt):
-        TorchGenerator().generate(policy_at(tiny_llama), [Request(PROMPTS[0], 1)], progress=tokens.append, stop=stop)
+        TorchGenerator().generate(policy_at(tiny_llama), [Request(PROMPTS[0], 1)], progress=progress, stop=stop)
     assert len(tokens) == 2
 
 

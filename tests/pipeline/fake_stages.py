@@ -55,7 +55,8 @@ def run(context: StageContext) -> StageOutcome:
     (context.output / FILES.get(name, "metrics.json")).write_text(f"{name} {hash_of(text)}\n")
     (context.output / "sub").mkdir()
     (context.output / "sub" / "metrics.jsonl").write_text(f"{time.time()}\n")
-    return StageOutcome({"score": 0.5, "undefined": float("nan")}, {"too long": 2}, [("score", "0.50")])
+    metrics, timing = {"score": 0.5, "undefined": float("nan")}, {"time/update": 2.5}
+    return StageOutcome(metrics, {"too long": 2}, [("score", "0.50")], timing)
 
 
 def hash_of(text: str) -> str:

@@ -53,7 +53,16 @@ def test_manifest_records_settings_and_inputs(finished):
     assert manifest["versions"]["torch"]
     assert manifest["started"].endswith("Z")
     assert manifest["seconds"] >= 0
+    assert manifest["timing"] == {"time/update": 2.5}
     assert str(finished.folder) not in json.dumps(manifest), "a manifest holds nothing of the machine it was made on"
+
+
+def test_json_and_a_table_say_where_the_time_went(toy):
+    first, again = toy.run(), toy.run()
+    for outcome in (first, again):  # a cached stage has the times of the attempt that made it
+        assert [row["timing"] for row in outcome.json["stages"]] == [{"time/update": 2.5}] * len(ALL)
+    assert "ppo: where the time went" in first.stderr
+    assert "where the time went" not in again.stderr
 
 
 def test_a_changed_setting_reruns_its_stage_and_later_ones(finished):

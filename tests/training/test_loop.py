@@ -16,6 +16,7 @@ from rlhf_cli.errors import DivergedError, Interrupted
 from rlhf_cli.training.loop import TrainingLoop
 from rlhf_cli.training.monitoring.run_logger import RunLogger
 from rlhf_cli.training.task import StepReport, TrainingTask
+from rlhf_cli.training.timing import StepWatch
 
 STEPS = 8
 
@@ -53,7 +54,7 @@ class Walk(TrainingTask):
     def scale_learning_rates(self, factor: float) -> None:
         self.scale = factor
 
-    def step(self, step: int, tell=lambda _: None) -> StepReport:
+    def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
         if step == self.kill_in:
             raise Kill
         self.ran.append(step)
@@ -78,10 +79,10 @@ class Walk(TrainingTask):
     def has_ended(self) -> bool:
         return self.count == self.ends_after
 
-    def before_first_step(self, log: RunLogger, tell) -> None:
+    def before_first_step(self, log: RunLogger, watch) -> None:
         log.write(0, {"start": 1.0})
 
-    def after_step(self, step: int, report: StepReport, log: RunLogger, tell) -> None:
+    def after_step(self, step: int, report: StepReport, log: RunLogger, watch) -> None:
         self.count += 1
         report.metrics["count"] = float(self.count)
 
@@ -105,6 +106,10 @@ def rows(work: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
 
 
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def saved(work: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in work.glob("step-*"))
 
@@ -119,7 +124,13 @@ def test_killed_anywhere_and_resumed_ends_with_the_bytes_of_an_uninterrupted_run
         loop(killed, tmp_path / "cut").run()
     # What was bad before the checkpoint does not run again.
     loop(Walk({step: 1 for step in bad if step >= saved(tmp_path / "cut")[-1]}), tmp_path / "cut").run()
-    for name in ("metrics.jsonl", "step-00000008/tensors.safetensors", "step-00000008/state.json"):
+    whole, cut = (_files(tmp_path / name) for name in ("whole", "cut"))
+    assert whole == cut
+    # Times are not a function of seed and step: they alone may differ, and they have one line a step.
+    assert {"metrics.jsonl", "timing.jsonl", "step-00000008/tensors.safetensors", "step-00000008/state.json"} <= whole
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/timing.jsonl").read_text().splitlines()]
+    assert steps == list(range(STEPS + 1))
+    for name in whole - {"timing.jsonl"}:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
@@ -194,8 +205,8 @@ def test_weights_that_are_not_finite_are_never_saved_and_roll_back(tmp_path):
     task = Walk()
     plain = task.step
 
-    def poisoned(step: int, tell) -> StepReport:
-        report = plain(step, tell)
+    def poisoned(step: int, watch) -> StepReport:
+        report = plain(step, watch)
         if step == 3 and task.scale == 1.0:
             task.weight.data.fill_(float("nan"))
         return report

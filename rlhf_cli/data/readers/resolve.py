@@ -20,7 +20,8 @@ from rlhf_cli.errors import DataError
 _READERS = {".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 _NO_DATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),  # written by `datasets`
-    *("manifest.json", "contract.json", "skips.jsonl", "metrics.jsonl", "metrics.json"),  # written by our own stages
+    *("manifest.json", "contract.json", "skips.jsonl"),  # written by our own stages
+    *("metrics.jsonl", "timing.jsonl", "metrics.json"),
 }
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 

@@ -24,6 +24,7 @@ from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present, source_of
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.training.timing import StepWatch
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt, PromptRecord
@@ -54,18 +55,24 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
     processes = ProcessGroup(policy.source.device)
-    sampler = Sampler(context, choose_generator(context, [policy, baseline], generator), repeated, numbers, processes)
+    watch = StepWatch(policy.source.device)
+    draws = choose_generator(context, [policy, baseline], generator)
+    sampler = Sampler(context, draws, repeated, numbers, processes, watch)
     of_policy, of_baseline, kl = compare(sampler, policy, baseline)
-    reward = rewarded(context, repeated, of_baseline, of_policy, processes=processes)
+    with sampler.watch.phase("scoring", "scoring"):
+        reward = rewarded(context, repeated, of_baseline, of_policy, processes=processes)
     if not processes.is_main:
         return StageOutcome()
-    gold = judge and judge.scores(repeated, (baseline, of_baseline), (policy, of_policy))
+    with sampler.watch.phase("scoring", "scoring"):
+        gold = judge and judge.scores(repeated, (baseline, of_baseline), (policy, of_policy))
     comparisons = _comparisons(repeated, of_baseline, of_policy, kl, gold, reward)
     shown = _shown_rows(len(repeated), settings)
     style = PromptStyle.of(policy.format)
     write_contract(context, context.inputs.policy.source, style, policy.sampling.settings(), ())
     _add_base(sampler, policy, settings, comparisons, shown, judge)
-    return _outcome(context, settings, comparisons, shown, loaded)
+    outcome = _outcome(context, settings, comparisons, shown, loaded)
+    outcome.timing.update(sampler.timing())
+    return outcome
 
 
 def _add_base(

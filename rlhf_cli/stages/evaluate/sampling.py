@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError, UsageError
+from rlhf_cli.generation.drawing import Drawing
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.labeling.completions import CompletionFile
-from rlhf_cli.progress import say, task, warn
+from rlhf_cli.progress import Task, say, task, warn
 from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
+from rlhf_cli.training.monitoring.timing_log import Work, timing_row
+from rlhf_cli.training.timing import StepWatch
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Prompt
@@ -35,6 +38,8 @@ class Sampler:
         prompts: N prompts; a prompt that is completed several times stands there several times.
         numbers: N; they tell completions of one prompt apart.
         processes: of the run, which share the prompts and all get all results.
+        watch: times sampling, forward passes and scoring.
+        drawn: of each sampling in this attempt.
     """
 
     context: EvaluateContext
@@ -42,6 +47,8 @@ class Sampler:
     prompts: Sequence[Prompt]
     numbers: Sequence[int]
     processes: ProcessGroup
+    watch: StepWatch = field(default_factory=StepWatch)
+    drawn: list[Drawing] = field(default_factory=list)
 
     def complete(self, policy: Policy, name: str) -> list[Completion]:
         """Return one completion per prompt; all processes call this.
@@ -65,11 +72,18 @@ class Sampler:
         if file.done:
             say(f"{file.done:,} {name} completions were sampled before")
         stop = self.context.stop.check
-        with task(f"{name} completions", file.done + file.left, "completions", done=file.done) as bar:
+        if file.left:
+            with policy.model():
+                pass  # loads the weights, which is not sampling
+        with (
+            task(f"{name} completions", file.done + file.left, "completions", done=file.done) as bar,
+            self.watch.phase("rollout", "sampling"),
+        ):
+            progress = self._drawing(file.left, policy, bar)
 
             def draw(rows: Sequence[int]) -> list[Completion]:
                 chosen = [requests[row] for row in rows]
-                return self.generator.generate(policy, chosen, progress=bar.advance, stop=stop)
+                return self.generator.generate(policy, chosen, progress=progress, stop=stop)
 
             file.fill(draw, stop)
         return [completion for (completion,) in file.read()]
@@ -77,9 +91,19 @@ class Sampler:
     def complete_alone(self, policy: Policy, rows: Sequence[int], label: str) -> list[Completion]:
         """Return completions of some prompts in this process alone, without keeping them; `label` is of the bar."""
         requests = self._requests(policy)
-        with task(label, len(rows), "completions") as bar:
+        with task(label, len(rows), "completions") as bar, self.watch.phase("rollout", "sampling"):
+            progress = self._drawing(len(rows), policy, bar)
             chosen = [requests[row] for row in rows]
-            return self.generator.generate(policy, chosen, progress=bar.advance, stop=self.context.stop.check)
+            return self.generator.generate(policy, chosen, progress=progress, stop=self.context.stop.check)
+
+    def _drawing(self, count: int, policy: Policy, bar: Task) -> Drawing:
+        self.drawn.append(Drawing(count, policy.sampling.max_new_tokens, bar))
+        return self.drawn[-1]
+
+    def timing(self) -> dict[str, float]:
+        """Return where the time of this attempt went."""
+        tokens = sum(one.tokens for one in self.drawn)
+        return timing_row(self.watch.end_step(), {"rollout": Work(tokens)})
 
     def _requests(self, policy: Policy) -> list[Request]:
         from rlhf_cli.data.records import seed_for
@@ -95,7 +119,8 @@ class Sampler:
             prompts, completions = [ids for ids, _ in own], [completion for _, completion in own]
             return policy.logprobs(prompts, completions, stop=self.context.stop.check)
 
-        return _map(self.processes, rows, score)
+        with self.watch.phase("passes", "passes"):
+            return _map(self.processes, rows, score)
 
 
 def _map(processes: ProcessGroup | None, items: Sequence[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:

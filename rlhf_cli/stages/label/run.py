@@ -37,6 +37,7 @@ from rlhf_cli.stages.label.sampling import (
 )
 from rlhf_cli.stages.label.stage import LabelContext
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.training.monitoring.timing_log import Work, timing_row
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.generator import Generator
@@ -71,10 +72,11 @@ def _scored(context: LabelContext, settings: LabelSettings, sampled: Sampled) ->
     """By a function or a reward model, which score each completion alone."""
     processes = sampled.processes
     pairs = [(row.prompt, list(row.completions)) for row in sampled.candidates]
-    if settings.by == "function":  # the user's code: it runs once, in one process
-        scores = _scores(context, settings, sampled, pairs) if processes.is_main else []
-    else:
-        scores = processes.map(pairs, partial(_scores, context, settings, sampled))
+    with sampled.watch.phase("scoring", "scoring"):
+        if settings.by == "function":  # the user's code: it runs once, in one process
+            scores = _scores(context, settings, sampled, pairs) if processes.is_main else []
+        else:
+            scores = processes.map(pairs, partial(_scores, context, settings, sampled))
     if not processes.is_main:
         return StageOutcome()
     rankings = [
@@ -111,7 +113,8 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
     else:
         from rlhf_cli.stages.label.judge import run_judges
 
-        found = run_judges(context, candidates, sampled.processes)
+        with sampled.watch.phase("scoring", "judging"):
+            found = run_judges(context, candidates, sampled.processes)
         skipped = found.skipped
     if not sampled.processes.is_main:
         return StageOutcome()
@@ -120,7 +123,12 @@ def _compared(context: LabelContext, settings: LabelSettings, sampled: Sampled) 
         raise DataError("no rankings were produced", hint="see the reasons in skips.jsonl")
     write_rankings(context.output / "rankings.jsonl", rankings)
     outcome = _outcome(context, rankings, sampled)
-    return StageOutcome(outcome.metrics | found.metrics, outcome.skipped | skipped, [*outcome.summary, *found.summary])
+    return StageOutcome(
+        outcome.metrics | found.metrics,
+        outcome.skipped | skipped,
+        [*outcome.summary, *found.summary],
+        outcome.timing,
+    )
 
 
 def _import(context: LabelContext) -> StageOutcome:
@@ -178,7 +186,8 @@ def _outcome(
         metrics["mean_score"] = sum(scores) / len(scores)
     if sampled.completions:
         metrics |= _of_completions([completion for group in sampled.completions for completion in group], summary)
-    return StageOutcome(metrics, sampled.skips.counts, summary)
+    timing = timing_row(sampled.watch.end_step(), {"rollout": Work(sampled.tokens)})
+    return StageOutcome(metrics, sampled.skips.counts, summary, timing)
 
 
 def _metrics_of(statistics: RankingStatistics) -> tuple[dict[str, float], list[tuple[str, str]]]:

@@ -11,6 +11,7 @@ from rlhf_cli.data.records import Candidates, Prompt, references_of, seed_for
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
+from rlhf_cli.generation.drawing import Drawing
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.labeling.completions import CompletionFile
@@ -21,6 +22,7 @@ from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling, wr
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
+from rlhf_cli.training.timing import StepWatch
 
 if TYPE_CHECKING:
     from rlhf_cli.generation.policy import Policy
@@ -43,6 +45,8 @@ class Sampled:
         processes: of the run.
         references: see `references_of`.
         policy: that sampled them; None if the user gave the completions.
+        watch: times sampling and scoring.
+        tokens: number of tokens that were sampled in this attempt, if the generator tells.
     """
 
     candidates: list[Candidates]
@@ -51,6 +55,8 @@ class Sampled:
     processes: ProcessGroup
     references: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
+    watch: StepWatch = field(default_factory=StepWatch)
+    tokens: int = 0
 
     def columns(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Columns:
         """Return what is known about completions besides their text; of equal texts of a prompt, about the first."""
@@ -109,7 +115,15 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     )
     if file.done:
         say(f"{file.done:,} completions were sampled before")
-    with task("sampling completions", file.done + file.left, "completions", done=file.done) as bar:
+    watch = StepWatch(policy.source.device)
+    if file.left:
+        with policy.model():
+            pass  # loads the weights, which is not sampling
+    with (
+        task("sampling completions", file.done + file.left, "completions", done=file.done) as bar,
+        watch.phase("rollout", "sampling"),
+    ):
+        progress = Drawing(file.left, sampling.max_new_tokens, bar)
 
         def draw(chunk: Sequence[int]) -> list[Completion]:
             requests = [
@@ -117,7 +131,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
                 for number in chunk
                 for k in range(per_prompt)
             ]
-            return draws.generate(policy, requests, progress=bar.advance, stop=context.stop.check)
+            return draws.generate(policy, requests, progress=progress, stop=context.stop.check)
 
         file.fill(draw, context.stop.check)
     policy.release()
@@ -128,7 +142,7 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
         Candidates(prompt, tuple(completion.text for completion in group))
         for prompt, group in zip(prompts.prompts, completions, strict=True)
     ]
-    return Sampled(candidates, completions, skips, processes, prompts.references, policy)
+    return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, progress.tokens)
 
 
 def distinct(candidates: Candidates) -> Candidates:

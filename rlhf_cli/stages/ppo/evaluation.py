@@ -10,7 +10,7 @@ from rlhf_cli.stages.ppo.metrics import completion_kl, rollout_metrics
 from rlhf_cli.stages.ppo.rollout import Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.monitoring.samples import ShownCompletion
-from rlhf_cli.training.task import ProgressCallback
+from rlhf_cli.training.timing import StepWatch
 
 _NUMBER = -1
 """Sample number of an evaluation's completions. No step has it, and it never changes, so that only the policy does."""
@@ -40,13 +40,13 @@ class Evaluation:
         self._prompts = held_out.first(settings.eval_prompts)
         self._fixed = held_out.first(settings.shown_prompts)
 
-    def metrics(self, *, kl_coef: float, tell: ProgressCallback) -> dict[str, float]:
+    def metrics(self, *, kl_coef: float, watch: StepWatch) -> dict[str, float]:
         """Return metrics of the held-out prompts under `eval/`, with one completion per prompt.
 
         `eval/objective/reward` is the mean of what is trained for: scores with the rules for missing ends and length,
         on the scale they are given in.
         """
-        completions, before = self._sample(self._prompts, tell)
+        completions, before = self._sample(self._prompts, watch)
         # Policies cannot be compared on a running scale; penalties and clip are in units of the scaled reward.
         scale = 1.0 if self._settings.reward_scale == "running" else self._settings.reward_scale
         shape = reward_shape(self._settings)
@@ -55,9 +55,9 @@ class Evaluation:
         found["objective/reward"] = float(rewards.mean())
         return {f"eval/{name}": value for name, value in found.items()}
 
-    def fixed(self, tell: ProgressCallback) -> list[ShownCompletion]:
+    def fixed(self, watch: StepWatch) -> list[ShownCompletion]:
         """Return completions of the fixed prompts."""
-        completions, before = self._sample(self._fixed, tell)
+        completions, before = self._sample(self._fixed, watch)
         kl = completion_kl(before).tolist()
         return [
             ShownCompletion(
@@ -71,8 +71,8 @@ class Evaluation:
             for row in range(len(completions))
         ]
 
-    def _sample(self, prompts: TokenizedPrompts, tell: ProgressCallback) -> tuple[Completions, RolloutTensors]:
+    def _sample(self, prompts: TokenizedPrompts, watch: StepWatch) -> tuple[Completions, RolloutTensors]:
         rows = range(len(prompts))
-        completions = self._rollouts.completions(prompts, rows, [_NUMBER] * len(rows), tell)
-        tell("evaluating")
-        return completions, self._forward_passes.rollout_tensors(completions)
+        with watch.phase("eval", "evaluating"):
+            completions = self._rollouts.completions(prompts, rows, [_NUMBER] * len(rows), watch)
+            return completions, self._forward_passes.rollout_tensors(completions)

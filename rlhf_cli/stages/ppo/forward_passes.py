@@ -114,6 +114,9 @@ class ForwardPasses:
         micro_batch_tokens: tokens per pass instead; None is by `micro_batch_size`.
         temperature: logits are divided by it, as in sampling.
         processes: processes that share the passes; by default this process alone.
+
+    Attributes:
+        count: called with the number of completion tokens of each micro-batch after its work, for progress.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class ForwardPasses:
         self.temperature = temperature
         self.processes = processes or ProcessGroup()
         self._cuts = MicroBatches(micro_batch_size, micro_batch_tokens, setting="ppo.micro_batch_tokens")
+        self.count: Callable[[int], object] = lambda tokens: None
         with models.policy() as model:
             self._reader = model  # only read: device, attention and configuration are those of policy and critic
         self.device = self._reader.device
@@ -178,6 +182,7 @@ class ForwardPasses:
         for part in self._cuts.own(self.processes.shard(self._cuts.cut(ordered, measure, most=share)), measure):
             yield part
             beat()
+            self.count(sum(len(completions.completion_ids[row]) for row in part))
 
     def _tokens(self, completions: TokenPairs, rows: Sequence[int]) -> int:
         """Count the tokens that the policy reads in a pass over these rows."""

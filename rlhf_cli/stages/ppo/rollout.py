@@ -24,7 +24,7 @@ from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.ppo.forward_passes import Completions
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.training.shuffle import EndlessShuffle
-from rlhf_cli.training.task import ProgressCallback
+from rlhf_cli.training.timing import StepWatch
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str], Columns], Scores]
 """N prompts, N completions as text, N >= 1, and what else is known of them -> one reward each, higher is better."""
@@ -82,7 +82,7 @@ class Rollouts:
         return [row for row in chosen for _ in range(self._settings.samples_per_prompt)]
 
     def completions(
-        self, source: TokenizedPrompts, rows: Sequence[int], numbers: Sequence[int], tell: ProgressCallback
+        self, source: TokenizedPrompts, rows: Sequence[int], numbers: Sequence[int], watch: StepWatch
     ) -> Completions:
         """Draw one completion per row and score it. Processes share the rows, and all of them get all completions.
 
@@ -90,22 +90,22 @@ class Rollouts:
             source: prompts.
             rows: N rows of `source`.
             numbers: N numbers that tell completions of one prompt apart: each gives another seed.
-            tell: receives what is being done.
+            watch: times sampling and scoring.
 
         Raises:
             DivergedError: the policy's logits are not finite in some process; raised in all of them.
         """
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
-        tell("sampling")
         try:
-            drawn, failure = self._draw(source, mine, tell), None
+            with watch.phase("rollout", "sampling"):
+                drawn, failure = self._draw(source, mine, watch), None
         except DivergedError as error:
             drawn, failure = [], error
         if self._processes.any(failure is not None):  # one alone must not leave the others waiting
             raise failure or DivergedError("the policy's logits are not finite in another process")
-        tell("scoring")
-        scores = self._score([source.prompts[row] for row, _ in mine], drawn, source) if mine else Scores([], {})
-        shares = self._processes.all_gather_object(_plain(drawn, scores))
+        with watch.phase("scoring", "scoring"):
+            scores = self._score([source.prompts[row] for row, _ in mine], drawn, source) if mine else Scores([], {})
+            shares = self._processes.all_gather_object(_plain(drawn, scores))
         for share in shares[1:]:  # the reward has reported the faults of the first process itself
             for fault in share["faults"]:
                 warn(fault)
@@ -115,18 +115,10 @@ class Rollouts:
         columns = columns_of(prompts, source.references, drawn, partial(self._policy.decode, raw=True))
         return self._reward(prompts, [completion.text for completion in drawn], columns)
 
-    def _draw(
-        self, source: TokenizedPrompts, mine: Sequence[tuple[int, int]], tell: ProgressCallback
-    ) -> list[Completion]:
+    def _draw(self, source: TokenizedPrompts, mine: Sequence[tuple[int, int]], watch: StepWatch) -> list[Completion]:
         # Numbers count completions over the whole run: a prompt that comes again gets a new seed.
         requests = [Request(source.ids[row], seed_for(source.prompts[row], self._seed, number)) for row, number in mine]
-        done = 0
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            tell(f"sampling {done} of {len(mine)}")
-
+        progress = watch.drawing(len(requests), self._policy.sampling.max_new_tokens)
         return self._generator.generate(self._policy, requests, progress=progress)
 
 

@@ -58,7 +58,10 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
+    from rlhf_cli.training.flops import device_peak
     from rlhf_cli.training.monitoring.metrics_log import read_rows
+    from rlhf_cli.training.monitoring.run_logger import METRICS
+    from rlhf_cli.training.monitoring.timing_log import read_totals
 
     context = decide_precision(context)
     settings = context.settings
@@ -99,11 +102,12 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         work=context.work,
         stop=context.stop,
         log=metrics_log(context),
+        peak=device_peak(source.device, source.precision, processes),
     )
     trainer.train()
     if not processes.is_main:
         return StageOutcome()
-    rows = read_rows(context.work / "metrics.jsonl")
+    rows = read_rows(context.work / METRICS)
     probe = sample_probe(policy, data.prompts)
     written_kl = save_ppo_models(
         models, source, settings, context.output, probe=probe, sampling=sampling, stop_ids=policy.stop_ids
@@ -115,7 +119,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
     if skips.total:
         skips.write(context.output / "skips.jsonl")
-    return _outcome(rows, dict(skips.counts), written_kl)
+    return _outcome(rows, dict(skips.counts), written_kl, read_totals(context.work))
 
 
 def _say_if_prompted_otherwise(reward_model: RewardModelHandle | None, style: PromptStyle) -> None:
@@ -160,8 +164,9 @@ def _keep_records(context: PPOContext, rows: list[dict[str, Any]]) -> None:
     """Metrics and samples beside the policy, and what they look like: a picture, and whether the curve is normal."""
     from rlhf_cli.training.monitoring.health import report as health
     from rlhf_cli.training.monitoring.plots import draw_curves
+    from rlhf_cli.training.monitoring.run_logger import METRICS, SAMPLES, TIMING
 
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in (METRICS, TIMING, SAMPLES):
         if (context.work / name).is_file():
             shutil.copyfile(context.work / name, context.output / name)
     if len(rows) > _FEWEST_ROWS:
@@ -171,7 +176,9 @@ def _keep_records(context: PPOContext, rows: list[dict[str, Any]]) -> None:
     health.show(findings)
 
 
-def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int], written_kl: float) -> StageOutcome:
+def _outcome(
+    rows: list[dict[str, Any]], skipped: dict[str, int], written_kl: float, timing: dict[str, float]
+) -> StageOutcome:
     """First and last tenth of the run, since a single step's mean is noisy."""
     steps = [row for row in rows if row["step"] > 0]
     width = max(1, len(steps) // 10)
@@ -200,4 +207,4 @@ def _outcome(rows: list[dict[str, Any]], skipped: dict[str, int], written_kl: fl
         metrics["eval/objective/scores"] = evaluated[-1]["eval/objective/scores"]
         first_score, last_score = (row["eval/objective/scores"] for row in (evaluated[0], evaluated[-1]))
         summary.insert(1, ("held-out reward", f"{first_score:.2f} -> {last_score:.2f}"))
-    return StageOutcome(metrics=metrics, skipped=skipped, summary=summary)
+    return StageOutcome(metrics=metrics, skipped=skipped, summary=summary, timing=timing)

@@ -47,12 +47,14 @@ from rlhf_cli.stages.ppo.rollout import RewardFunction, Rollouts
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.state import Best, RunState
 from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
+from rlhf_cli.stages.ppo.work import StepFlops, relative_durations, step_work
 from rlhf_cli.training.checkpoint.store import best_checkpoint, save_best
 from rlhf_cli.training.loop import TrainingLoop
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.run_logger import RunLogger
 from rlhf_cli.training.monitoring.samples import name_spike
-from rlhf_cli.training.task import ProgressCallback, StepReport, TrainingTask
+from rlhf_cli.training.task import StepReport, TrainingTask
+from rlhf_cli.training.timing import StepWatch
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class PPOTrainer(TrainingTask):
         work: folder of checkpoints, metrics and samples.
         stop: asked after every step.
         log: makes the metrics log, from the arguments of `MetricsLog`.
+        peak: operations per second that the device can do; None is not known.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class PPOTrainer(TrainingTask):
         work: Path,
         stop: StopRequest,
         log: Callable[..., MetricsLog] = MetricsLog,
+        peak: float | None = None,
     ) -> None:
         self.models, self.forward_passes, self.settings, self.data = models, forward_passes, settings, data
         self.state = RunState(settings.kl_coef)
@@ -115,6 +119,8 @@ class PPOTrainer(TrainingTask):
         held_out = data.held_out
         self._evaluation = None if held_out is None else Evaluation(self.rollouts, forward_passes, held_out, settings)
         self._work, self._processes, self._shape = work, forward_passes.processes, reward_shape(settings)
+        self._flops = StepFlops.of(models)
+        self.phases = relative_durations(settings)
         self._largest_log_ratio = 0.0  # so far, in this process; a log ratio far beyond it is a spike
         self.loop = TrainingLoop(
             self,
@@ -129,6 +135,8 @@ class PPOTrainer(TrainingTask):
             hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weight was saved",
             shows_samples=settings.show_steps is not None,
             log=log,
+            watch=StepWatch(forward_passes.device, self.phases),
+            peak=peak,
         )
 
     def _supervised(self, seed: int) -> SupervisedLoss | None:
@@ -145,14 +153,16 @@ class PPOTrainer(TrainingTask):
         self._load_best()
         return self.state
 
-    def step(self, step: int, tell: ProgressCallback = lambda _: None) -> StepReport:
+    def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
         """Run the 0-based step `step`."""
-        settings, beta = self.settings, self.state.kl_coef
+        settings, beta, watch = self.settings, self.state.kl_coef, watch or StepWatch()
         rows = self.rollouts.rows_of(step, len(self.data.prompts))
         numbers = range(step * len(rows), (step + 1) * len(rows))
-        completions = self.rollouts.completions(self.data.prompts, rows, numbers, tell)
-        tell("passes")
-        before = self.forward_passes.rollout_tensors(completions)
+        completions = self.rollouts.completions(self.data.prompts, rows, numbers, watch)
+        tokens = int(completions.lengths.sum()) / self._processes.count
+        self.forward_passes.count = watch.count
+        with watch.phase("passes", "passes", total=tokens):
+            before = self.forward_passes.rollout_tensors(completions)
         kl = kl_per_token(before.logprobs, before.reference_logprobs)
         scores = self.rewards(completions).to(kl.device)
         metrics = rollout_metrics(completions, before, scores, kl_coef=beta)
@@ -169,8 +179,8 @@ class PPOTrainer(TrainingTask):
             advantages = whiten(advantages, before.is_completion)
         weights, drift = importance_correction(before, completions.sampler_logprobs, cap=settings.importance_cap)
         advantages, metrics = advantages * weights, metrics | drift
-        tell("updating")
-        update = self.updater.update(step, Experience(completions, before, advantages, returns), kl_coef=beta)
+        with watch.phase("update", "updating", total=settings.epochs * tokens):
+            update = self.updater.update(step, Experience(completions, before, advantages, returns), kl_coef=beta)
         metrics |= update_metrics(before, returns, update)
         metrics["lr"] = self.updater.learning_rate((step + 1) * settings.optimizer_steps_per_step - 1)
         self._name_spike(step, completions, update)
@@ -183,6 +193,8 @@ class PPOTrainer(TrainingTask):
             of=settings.optimizer_steps_per_step,
             fault="gradients were not finite, or ratios exceeded `ppo.ratio_limit`",
             histograms=histograms(completions),
+            work=step_work(completions, update, self._flops),
+            episodes=len(completions),
         )
 
     def _broken(self, completions: Completions, metrics: dict[str, float]) -> StepReport:
@@ -264,32 +276,32 @@ class PPOTrainer(TrainingTask):
         """See `TrainingTask`."""
         return bool(self.state.ended)
 
-    def before_first_step(self, log: RunLogger, tell: ProgressCallback) -> None:
+    def before_first_step(self, log: RunLogger, watch: StepWatch) -> None:
         """Evaluate and show the SFT model."""
         metrics: dict[str, float] = {}
-        self._evaluate(0, metrics, log, tell)
+        self._evaluate(0, metrics, log, watch)
         if metrics:
             log.write(0, metrics)
 
-    def after_step(self, step: int, report: StepReport, log: RunLogger, tell: ProgressCallback) -> None:
+    def after_step(self, step: int, report: StepReport, log: RunLogger, watch: StepWatch) -> None:
         """End the run where the KL is too large, and evaluate what is due."""
         limit, kl = self.settings.kl_stop, report.metrics["objective/kl"]
         if limit is not None and kl > limit and step < self.settings.steps:
             self.state.ended = f"KL {kl:.1f} exceeded `kl_stop: {limit:g}` at step {step}"
             progress.say(f"ppo: {self.state.ended}; the run ends here")
-        self._evaluate(step, report.metrics, log, tell)
+        self._evaluate(step, report.metrics, log, watch)
 
-    def _evaluate(self, step: int, metrics: dict[str, float], log: RunLogger, tell: ProgressCallback) -> None:
+    def _evaluate(self, step: int, metrics: dict[str, float], log: RunLogger, watch: StepWatch) -> None:
         """Evaluate and show what is due after `step` steps; evaluation metrics are added to `metrics`."""
         settings, evaluation = self.settings, self._evaluation
         if evaluation is None:
             return
         is_last = step == settings.steps or self.has_ended
         if settings.eval_steps is not None and (step % settings.eval_steps == 0 or is_last):
-            metrics |= evaluation.metrics(kl_coef=self.state.kl_coef, tell=tell)
+            metrics |= evaluation.metrics(kl_coef=self.state.kl_coef, watch=watch)
             self._keep_best(step, metrics)
         if settings.show_steps is not None and (step % settings.show_steps == 0 or is_last):
-            log.show(step, evaluation.fixed(tell))
+            log.show(step, evaluation.fixed(watch))
 
     def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
         budget = self.settings.kl_budget

@@ -10,6 +10,7 @@ from statistics import fmean, pstdev
 
 from rlhf_cli.data.records import Prompt, Ranking, seed_for
 from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.generation.drawing import Drawing
 from rlhf_cli.generation.generator import Generator, Request
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.models.loading import context_length, load_config
@@ -103,7 +104,8 @@ def _sample(
     def complete(own: list[Prompt]) -> list[str]:
         requests = [Request(policy.prompt_ids(prompt), seed_for(prompt, context.recipe.seed, 0)) for prompt in own]
         with task("completions to normalize rewards", len(own), "completions") as bar:
-            drawn = draws.generate(policy, requests, progress=bar.advance, stop=context.stop.check)
+            progress = Drawing(len(own), sampling.max_new_tokens, bar)
+            drawn = draws.generate(policy, requests, progress=progress, stop=context.stop.check)
         return [completion.text for completion in drawn]
 
     texts = processes.map(fitting, complete)

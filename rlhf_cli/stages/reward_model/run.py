@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,9 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
     from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.stages.reward_model.trainer import RewardTrainer
+    from rlhf_cli.training.flops import device_peak
+    from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
+    from rlhf_cli.training.monitoring.timing_log import append_evaluation, read_totals
 
     context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
@@ -94,20 +98,24 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         stop=context.stop,
         processes=processes,
         log=metrics_log(context),
+        peak=device_peak(source.device, source.precision, processes),
     )
-    state = trainer.train()
+    state, steps, watch = trainer.train(), trainer.batches.steps, trainer.loop.watch
     del trainer
-    report, train_accuracy = _report(context, reward_model, train, held_out, processes)
-    if settings.normalize:
-        normalize(context, reward_model, train, style, processes, generator)
+    with watch.phase("eval", "evaluating"):
+        report, train_accuracy = _report(context, reward_model, train, held_out, processes)
+        if settings.normalize:
+            normalize(context, reward_model, train, style, processes, generator)
     if not processes.is_main:
         return StageOutcome()
+    append_evaluation(context.work, steps, watch.end_step())
     probe = probe_texts(
         reward_model, [(one.prompt, text) for one in held_out[:_PROMPTS_CHECKED] for text in one.completions]
     )
     difference = save_trained_reward_model(reward_model, context.output, probe=probe)
     write_contract(context, start, style, sampling, train)
-    (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
+    for name in (METRICS, TIMING):
+        shutil.copyfile(context.work / name, context.output / name)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
     if text := doubts(report):
@@ -116,7 +124,12 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         "rm/skipped_steps": float(state.skipped_steps),
         "rm/written_difference": difference,
     }
-    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(report, train_accuracy))
+    return StageOutcome(
+        metrics=metrics,
+        skipped=loaded.skips.counts,
+        summary=_summary(report, train_accuracy),
+        timing=read_totals(context.work),
+    )
 
 
 def _say_if_labeled_otherwise(context: RewardModelContext, style: PromptStyle) -> None:

@@ -21,11 +21,14 @@ from rlhf_cli.objectives.ranking import pairs_of, pairwise_ranking_loss, placket
 from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, by_length, padded_tokens
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.training.distributed import all_reduce_gradients
+from rlhf_cli.training.flops import model_size
 from rlhf_cli.training.loop import LoopState, TrainingLoop
 from rlhf_cli.training.micro_batches import MicroBatches
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+from rlhf_cli.training.monitoring.timing_log import Work
 from rlhf_cli.training.optimization import adamw, clip_and_step, scheduled_rate, set_rate
-from rlhf_cli.training.task import ProgressCallback, StepReport, TrainingTask
+from rlhf_cli.training.task import StepReport, TrainingTask
+from rlhf_cli.training.timing import StepWatch
 
 
 @dataclass
@@ -52,6 +55,7 @@ class RewardTrainer(TrainingTask):
         stop: asked after every step.
         processes: the processes of the run, all of which train the same; None finds them in the environment.
         log: makes the metrics log, from the arguments of `MetricsLog`.
+        peak: operations per second that the device can do; None is not known.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class RewardTrainer(TrainingTask):
         stop: StopRequest,
         processes: ProcessGroup | None = None,
         log: Callable[..., MetricsLog] = MetricsLog,
+        peak: float | None = None,
     ) -> None:
         self.model, self.settings = model, settings
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)
@@ -77,6 +82,7 @@ class RewardTrainer(TrainingTask):
         self._cuts = MicroBatches(
             settings.micro_batch_size, settings.micro_batch_tokens, setting="train_rm.micro_batch_tokens"
         )
+        self._size = model_size(model.backbone, list(self.trained.values()), has_vocabulary=False)
         self.loop = TrainingLoop(
             self,
             label="reward model",
@@ -88,6 +94,8 @@ class RewardTrainer(TrainingTask):
             processes=self._processes,
             hint="lower `train_rm.learning_rate`, or set `model.precision: float32`; no bad weight was saved",
             log=log,
+            watch=StepWatch(model.device, self.phases),
+            peak=peak,
         )
 
     def train(self) -> LoopState:
@@ -98,18 +106,22 @@ class RewardTrainer(TrainingTask):
         self.model.eval()
         return state
 
-    def step(self, step: int, tell: ProgressCallback = lambda _: None) -> StepReport:
+    def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
         """Take the 0-based optimizer step; metrics have the names of TRL's reward trainer."""
-        sums = self.accumulate(self.batches.groups(step))
-        rate = scheduled_rate(self.settings, step, self.batches.steps) * self._rate_scale
-        set_rate(self.optimizer, rate)
-        (norm,), is_taken = clip_and_step(
-            self.optimizer,
-            self.trained.values(),
-            max_grad_norm=self.settings.max_grad_norm,
-            step=step + 1,
-            loss=sums.loss,
-        )
+        watch, chosen = watch or StepWatch(), self.batches.groups(step)
+        lengths = [len(sequence.ids) for number in chosen for sequence in self._groups[number].sequences]
+        with watch.phase("update", "training", total=sum(lengths) / self._processes.count):
+            sums = self.accumulate(chosen, watch.count)
+            rate = scheduled_rate(self.settings, step, self.batches.steps) * self._rate_scale
+            set_rate(self.optimizer, rate)
+            (norm,), is_taken = clip_and_step(
+                self.optimizer,
+                self.trained.values(),
+                max_grad_norm=self.settings.max_grad_norm,
+                step=step + 1,
+                loss=sums.loss,
+            )
+        work = {"update": Work(sum(lengths), None if self._size is None else self._size.training(lengths))}
         metrics = {
             "loss": sums.loss / sums.groups,
             "accuracy": sums.right / sums.pairs if sums.pairs else float("nan"),
@@ -119,7 +131,7 @@ class RewardTrainer(TrainingTask):
             "skipped_steps": float(self.loop.state.skipped_steps + (not is_taken)),
         }
         note = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}"
-        return StepReport(metrics, note, skipped=int(not is_taken))
+        return StepReport(metrics, note, skipped=int(not is_taken), work=work)
 
     def scale_learning_rates(self, factor: float) -> None:
         """See `TrainingTask`."""
@@ -129,16 +141,20 @@ class RewardTrainer(TrainingTask):
         """See `TrainingTask`."""
         return stored(self.trained.items())
 
-    def accumulate(self, chosen: Sequence[int]) -> StepSums:
+    def accumulate(self, chosen: Sequence[int], count: Callable[[int], object] = lambda tokens: None) -> StepSums:
         """Accumulate the gradient of the mean loss of these groups, one micro-batch at a time.
 
         Each process computes its share of the micro-batches, maybe none; all end with the same gradient and sums.
+
+        Args:
+            chosen: numbers of the groups.
+            count: called with the tokens of each micro-batch after its work.
         """
         parts = self._processes.shard(self._cuts.cut(by_length(self._groups, chosen), self._tokens))
-        sums = self._cuts.run(lambda: self._own_gradient(parts, len(chosen)), self.optimizer.zero_grad)
+        sums = self._cuts.run(lambda: self._own_gradient(parts, len(chosen), count), self.optimizer.zero_grad)
         return self._over_processes(sums)
 
-    def _own_gradient(self, parts: list[list[int]], groups: int) -> StepSums:
+    def _own_gradient(self, parts: list[list[int]], groups: int, count: Callable[[int], object]) -> StepSums:
         """Accumulate the gradient of this process's groups."""
         sums, loss = StepSums(), torch.zeros((), dtype=torch.float64, device=self.model.device)
         counts = torch.zeros(3, dtype=torch.float64, device=self.model.device)
@@ -147,6 +163,7 @@ class RewardTrainer(TrainingTask):
             (losses.sum() / groups).backward()
             loss += losses.detach().sum()
             sums.groups += len(numbers)
+            count(sum(len(one.ids) for number in numbers for one in self._groups[number].sequences))
         sums.loss, sums.right, pairs, sums.rewards = torch.cat([loss.unsqueeze(0), counts]).tolist()
         sums.pairs = int(pairs)
         return sums

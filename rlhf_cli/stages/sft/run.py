@@ -43,6 +43,8 @@ def run(context: SFTContext) -> StageOutcome:
     from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
     from rlhf_cli.stages.sft.trainer import train_sft
+    from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
+    from rlhf_cli.training.monitoring.timing_log import read_totals
 
     context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
@@ -88,12 +90,14 @@ def run(context: SFTContext) -> StageOutcome:
         generation=Sampling.resolve(sampling).generation(model, tokenizer, {*own_stops, *chosen_stops}),
     )
     write_contract(context, source.path, style, sampling, train)
-    (context.output / "metrics.jsonl").write_bytes((context.work / "metrics.jsonl").read_bytes())
+    for name in (METRICS, TIMING):
+        shutil.copyfile(context.work / name, context.output / name)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
     tokens = sum(len(examples[id(record)]) for record in train)
     outcome = _outcome(result, len(train), len(held_out), tokens, loaded.skips.counts)
     outcome.metrics["written_kl"] = written_kl
+    outcome.timing.update(read_totals(context.work))
     return outcome
 
 

@@ -36,12 +36,15 @@ from rlhf_cli.stages.sft.data import Batch, BatchPlan, Row, pack, pack_groups
 from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, on_device, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
 from rlhf_cli.training.distributed import all_reduce_gradients
+from rlhf_cli.training.flops import device_peak, model_size
 from rlhf_cli.training.loop import TrainingLoop
 from rlhf_cli.training.micro_batches import MicroBatches
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog, read_rows
 from rlhf_cli.training.monitoring.run_logger import METRICS
+from rlhf_cli.training.monitoring.timing_log import Work, append_evaluation
 from rlhf_cli.training.optimization import adamw, clip_and_step, scheduled_rate, set_rate
-from rlhf_cli.training.task import ProgressCallback, StepReport, TrainingTask
+from rlhf_cli.training.task import StepReport, TrainingTask
+from rlhf_cli.training.timing import StepWatch
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def train_sft(
     _check(model, settings, name)
     processes = processes or ProcessGroup(model.device)
     evaluate = _Evaluation(model, held_out, settings.micro_batch_size, precision, stop, processes)
-    before = evaluate("held-out loss before")
+    watch = StepWatch(model.device, SFTTrainer.phases)
+    with watch.phase("eval", "evaluating"):
+        before = evaluate("held-out loss before")
     if settings.adapter == "lora":
         with seeded(seed, model.device):
             add_lora(model, settings.lora)
@@ -113,14 +118,26 @@ def train_sft(
         if precision != torch.float32:
             split_weights(model)
     trainer = SFTTrainer(
-        model, examples, settings, seed=seed, work=work, stop=stop, precision=precision, processes=processes, log=log
+        model,
+        examples,
+        settings,
+        seed=seed,
+        work=work,
+        stop=stop,
+        precision=precision,
+        processes=processes,
+        log=log,
+        watch=watch,
     )
     skipped_steps, steps, rows = trainer.train(), trainer.plan.steps, len(trainer.rows)
     del trainer  # moments take twice the memory of the weights
     free_memory()
     join_weights(model)
     require_finite(model, what="the trained model")
-    after = evaluate("held-out loss after")
+    with watch.phase("eval", "evaluating"):
+        after = evaluate("held-out loss after")
+    if processes.is_main:
+        append_evaluation(work, steps, watch.end_step())
     losses = [row["loss"] for row in read_rows(work / METRICS) if row["loss"] is not None] if processes.is_main else []
     return SFTResult(
         steps=steps,
@@ -155,6 +172,7 @@ class SFTTrainer(TrainingTask):
     Args:
         model: a language model with its adapter, if any.
         examples, settings, seed, work, stop, precision, processes, log: see `train_sft`.
+        watch: times the steps.
     """
 
     def __init__(
@@ -169,6 +187,7 @@ class SFTTrainer(TrainingTask):
         precision: torch.dtype,
         processes: ProcessGroup,
         log: Callable[..., MetricsLog] = MetricsLog,
+        watch: StepWatch | None = None,
     ) -> None:
         self.rows = _rows(model, examples, settings)
         self.plan = BatchPlan(len(self.rows), settings.epochs, settings.batch_size, seed)
@@ -180,6 +199,7 @@ class SFTTrainer(TrainingTask):
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._rate_scale = 1.0
         self._router = router_loss(model, settings)
+        self._size = model_size(model, list(self._trained.values()))
         groups = _parameter_groups(self._trained, settings.weight_decay)
         self.optimizer = adamw(groups, rate=settings.peak_rate)
         self._loop = TrainingLoop(
@@ -193,6 +213,8 @@ class SFTTrainer(TrainingTask):
             processes=processes,
             hint="lower `sft.learning_rate`, or compute in float32 (`--set model.precision=float32`)",
             log=log,
+            watch=watch,
+            peak=device_peak(model.device, precision, processes),
         )
 
     def train(self) -> int:
@@ -209,28 +231,33 @@ class SFTTrainer(TrainingTask):
         self._model.eval()
         return state.skipped_steps
 
-    def step(self, step: int, tell: ProgressCallback = lambda _: None) -> StepReport:
+    def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
         """Take the 0-based optimizer step."""
-        loss = self._accumulate(step)
-        rate = scheduled_rate(self._settings, step, self.plan.steps) * self._rate_scale
-        set_rate(self.optimizer, rate)
-        (norm,), is_taken = clip_and_step(
-            self.optimizer,
-            self._trained.values(),
-            max_grad_norm=self._settings.max_grad_norm,
-            step=step + 1,
-            loss=loss,
-        )
+        watch = watch or StepWatch()
+        rows = self.plan.rows_of(step)
+        lengths = [len(example) for number in rows for example in self.rows[number]]
+        with watch.phase("update", "training", total=sum(lengths) / self._processes.count):
+            loss = self._accumulate(rows, watch)
+            rate = scheduled_rate(self._settings, step, self.plan.steps) * self._rate_scale
+            set_rate(self.optimizer, rate)
+            (norm,), is_taken = clip_and_step(
+                self.optimizer,
+                self._trained.values(),
+                max_grad_norm=self._settings.max_grad_norm,
+                step=step + 1,
+                loss=loss,
+            )
+        work = {"update": Work(sum(lengths), None if self._size is None else self._size.training(lengths))}
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": self.plan.epoch_after(step + 1)}
-        return StepReport(metrics, f"loss {loss:.3f}", skipped=int(not is_taken))
+        return StepReport(metrics, f"loss {loss:.3f}", skipped=int(not is_taken), work=work)
 
-    def _accumulate(self, step: int) -> float:
+    def _accumulate(self, rows: Sequence[int], watch: StepWatch) -> float:
         """Accumulate the gradient of the step's loss over micro-batches and processes; returns the loss."""
-        rows = sorted(self.plan.rows_of(step), key=lambda number: self._tokens([number]))  # little padding
-        parts = self._processes.shard(self._cuts.cut(rows, self._tokens))
+        ordered = sorted(rows, key=lambda number: self._tokens([number]))  # little padding
+        parts = self._processes.shard(self._cuts.cut(ordered, self._tokens))
         batches = {tuple(part): self._batch(part) for part in parts}
         counts = TokenCounts.of(list(batches.values()), self._processes)
-        total = self._cuts.run(lambda: self._own_gradient(batches, counts), self.optimizer.zero_grad)
+        total = self._cuts.run(lambda: self._own_gradient(batches, counts, watch), self.optimizer.zero_grad)
         all_reduce_gradients(self._trained.values(), self._processes)
         self._processes.all_reduce([total])
         return float(total)
@@ -242,7 +269,7 @@ class SFTTrainer(TrainingTask):
         """Count the tokens of a pass over some rows, padding included."""
         return len(part) * max(sum(len(example) for example in self.rows[number]) for number in part)
 
-    def _own_gradient(self, batches: Mapping[tuple[int, ...], Batch], counts: TokenCounts) -> Tensor:
+    def _own_gradient(self, batches: Mapping[tuple[int, ...], Batch], counts: TokenCounts, watch: StepWatch) -> Tensor:
         """Accumulate the gradient of this process's micro-batches; returns their part of the loss."""
         device = self._model.device
         total = torch.zeros((), device=device)
@@ -259,6 +286,7 @@ class SFTTrainer(TrainingTask):
             loss.backward()
             total += loss.detach()
             beat()
+            watch.count(sum(len(example) for number in part for example in self.rows[number]))
         return total
 
     def scale_learning_rates(self, factor: float) -> None:

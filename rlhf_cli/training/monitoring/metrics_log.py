@@ -70,6 +70,11 @@ class MetricsLog:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self._trackers.write(step, finite, binned)
 
+    def track(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send finite metrics of a step to the trackers alone: the file holds what is the same in every run."""
+        if self._trackers is not None:
+            self._trackers.write(step, {name: value for name, value in metrics.items() if math.isfinite(value)}, {})
+
     def position(self) -> dict[str, Any]:
         """Make what was written durable and return how far it goes, for a checkpoint: `bytes` and their `sha256`."""
         self.sync()

@@ -1,4 +1,4 @@
-"""The files a training run writes as it goes: metrics and samples. Only the main process writes them."""
+"""The files a training run writes as it goes: metrics, times and samples. Only the main process writes them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.samples import SampleLog, ShownCompletion
+from rlhf_cli.training.monitoring.timing_log import TIMING, TimingLog
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+__all__ = ["METRICS", "SAMPLES", "TIMING", "RunLogger"]
 
 
 class RunLogger:
-    """Metrics and samples of a run.
+    """Metrics, times and samples of a run.
 
     Args:
-        work: folder of both files; None, in processes other than the main one, writes nothing.
+        work: folder of the files; None, in processes other than the main one, writes nothing.
         after_step: lines of later steps are dropped, because those steps run again.
         position: what `position` returned when that step was saved; None where nothing was saved.
         shows_samples: whether the run shows samples.
@@ -32,9 +34,10 @@ class RunLogger:
         shows_samples: bool = False,
         make: Callable[..., MetricsLog] = MetricsLog,
     ) -> None:
-        self._log = self._samples = None
+        self._log = self._samples = self._times = None
         if work is not None:
             self._log = make(work / METRICS, after_step=after_step, position=position)
+            self._times = TimingLog(work, after_step=after_step)
             self._samples = SampleLog(work / SAMPLES, after_step=after_step) if shows_samples else None
 
     def write(
@@ -43,6 +46,12 @@ class RunLogger:
         """Append the metrics of a step."""
         if self._log is not None:
             self._log.write(step, metrics, histograms)
+
+    def time(self, step: int, row: Mapping[str, float]) -> None:
+        """Append the times of a step, whose metrics were written; see `timing_row`."""
+        if self._log is not None and self._times is not None:
+            self._times.write(step, row)
+            self._log.track(step, {name: row[name] for name in row if name.startswith(("time/", "throughput/"))})
 
     def show(self, step: int, rows: Sequence[ShownCompletion]) -> None:
         """Append and print completions sampled after `step` steps."""
@@ -54,7 +63,7 @@ class RunLogger:
         return None if self._log is None else self._log.position()
 
     def close(self) -> None:
-        """Make what was written durable and close both files; a second call does nothing."""
-        for log in (self._log, self._samples):
+        """Make what was written durable and close the files; a second call does nothing."""
+        for log in (self._log, self._times, self._samples):
             if log is not None:
                 log.close()

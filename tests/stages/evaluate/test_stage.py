@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_cli.data.records import seed_for
 from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError, Interrupted
-from rlhf_cli.generation.generator import Completion, Request
+from rlhf_cli.generation.generator import Completion, Request, ignore
 from rlhf_cli.generation.logprobs import completion_hidden
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
@@ -368,7 +368,7 @@ class Counting:
     def __init__(self, last: int | None = None) -> None:
         self.batches, self._last = 0, last
 
-    def generate(self, policy, requests, *, progress=lambda count: None, stop=lambda: None) -> list[Completion]:
+    def generate(self, policy, requests, *, progress=ignore, stop=lambda: None) -> list[Completion]:
         if self.batches == self._last:
             raise Interrupted(signal.SIGTERM)
         self.batches += 1

@@ -10,6 +10,7 @@ from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.ptx import Demonstrations
 from rlhf_cli.stages.ppo.update import Experience, Minibatch, UpdateStatistics
+from rlhf_cli.training.timing import StepWatch
 
 
 def weights(trainer):
@@ -19,7 +20,7 @@ def weights(trainer):
 def completions_of(trainer, step=0):
     rows = trainer.rollouts.rows_of(step, len(trainer.data.prompts))
     numbers = range(step * len(rows), (step + 1) * len(rows))
-    return trainer.rollouts.completions(trainer.data.prompts, rows, numbers, lambda _: None)
+    return trainer.rollouts.completions(trainer.data.prompts, rows, numbers, StepWatch())
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])

@@ -177,10 +177,10 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(killed_in, lora, ti
     killed = trainer_of(tiny_llama, tmp_path / "killed", lora=lora)
     real_step = killed.step
 
-    def step(number: int, tell):
+    def step(number: int, watch):
         if number == killed_in:
             raise KeyboardInterrupt  # as kill -9 would: nothing more is written
-        return real_step(number, tell)
+        return real_step(number, watch)
 
     killed.step = step
     with pytest.raises(KeyboardInterrupt):
@@ -210,9 +210,9 @@ def poison(trainer: RewardTrainer, steps: set[int], times: int | None = None) ->
     real_step = trainer.step
     current = []
 
-    def step(number: int, tell):
+    def step(number: int, watch):
         current[:] = [number]
-        return real_step(number, tell)
+        return real_step(number, watch)
 
     def accumulate(chosen):
         sums = real_accumulate(chosen)

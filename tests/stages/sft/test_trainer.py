@@ -190,7 +190,7 @@ def test_checkpoints_hold_no_pickle_and_only_what_is_trained(tiny_llama: Path, t
     train(tiny_llama, tmp_path, with_(lora=LoraSettings(rank=2)))
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     names = ("SHA256SUMS", "state.json", "tensors.safetensors")
-    assert files == {"metrics.jsonl"} | {f"step-0000000{n}/{name}" for n in (4, 6) for name in names}
+    assert files == {"metrics.jsonl", "timing.jsonl"} | {f"step-0000000{n}/{name}" for n in (4, 6) for name in names}
     from safetensors.torch import load_file
 
     stored = load_file(tmp_path / "step-00000006" / "tensors.safetensors")

@@ -1,0 +1,107 @@
+"""What the phases of a PPO step do, by hand, and that a step times them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rlhf_cli.stages.ppo.forward_passes import Completions
+from rlhf_cli.stages.ppo.update import UpdateStatistics
+from rlhf_cli.stages.ppo.work import StepFlops, step_work
+from rlhf_cli.training.flops import ModelSize
+from rlhf_cli.training.timing import StepWatch
+
+SIZES = StepFlops(
+    policy=ModelSize(frozen=100, trained=10, layers=2, width=4),
+    reference=ModelSize(frozen=100, trained=0, layers=2, width=4),
+    critic=ModelSize(frozen=80, trained=5, layers=2, width=4),
+)
+COMPLETIONS = Completions(
+    prompts=["a", "b"],
+    prompt_ids=[[1, 2], [3]],
+    completion_ids=[[4, 5, 6], [7]],
+    texts=["", ""],
+    finished=[True, True],
+    scores=torch.zeros(2),
+)
+"""Five and two tokens, three and one of them sampled: 7 tokens, 25 + 4 = 29 squared."""
+
+
+def test_the_work_of_each_phase():
+    update = UpdateStatistics()
+    update.sums["tokens"], update.sums["policy_tokens"] = 8, 6  # two epochs, of which the policy had one and a half
+    work = step_work(COMPLETIONS, update, SIZES)
+    assert {name: done.tokens for name, done in work.items()} == {"rollout": 4, "passes": 7, "update": 14}
+    attention = 2 * 4 * 29  # L d T^2
+    assert work["rollout"].flops == 2 * 110 * 7 + 4 * attention
+    assert work["passes"].flops == 2 * (110 + 100 + 85) * 7 + 3 * 4 * attention
+    policy, critic = (4 * 100 + 6 * 10) * 7 + 12 * attention, (4 * 80 + 6 * 5) * 7 + 12 * attention
+    assert work["update"].flops == 1.5 * policy + 2 * critic
+
+
+def test_operations_that_are_not_known_are_left_out():
+    update = UpdateStatistics()
+    update.sums["tokens"] = update.sums["policy_tokens"] = 4
+    assert {done.flops for done in step_work(COMPLETIONS, update, None).values()} == {None}
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_the_sizes_of_the_models(kind, tiny_llama, tmp_path, make_trainer):
+    models = make_trainer(tiny_llama, tmp_path / "w", kind=kind).models
+    found = StepFlops.of(models)
+    assert found is not None
+    with models.reference() as model:
+        everything = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" not in name)
+    vocabulary = 32 * found_vocabulary(models)
+    policy = sum(weight.numel() for weight in models.policy_parameters())
+    assert found.reference == ModelSize(everything, 0, 2, 32)
+    if kind == "shared":
+        critic = sum(weight.numel() for weight in models.critic_parameters())
+        assert found.policy == ModelSize(everything, policy, 2, 32)
+        assert found.critic == ModelSize(everything - vocabulary, critic, 2, 32)
+    else:
+        assert found.policy == ModelSize(0, everything, 2, 32)
+        assert found.critic == ModelSize(0, everything - vocabulary + 33, 2, 32)  # with the value head
+
+
+def found_vocabulary(models) -> int:
+    with models.reference() as model:
+        return model.get_input_embeddings().weight.shape[0]
+
+
+def test_a_step_times_its_phases_and_shows_them(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w")
+    shown: list[str] = []
+
+    class Bar:
+        def within(self, units, doing, **_) -> None:
+            assert 0 <= units <= 1
+            shown.append(doing)
+
+    watch = StepWatch(guess=trainer.phases)
+    watch.show_on(Bar())  # pyright: ignore[reportArgumentType]
+    watch.begin_step(3)
+    report = trainer.step(0, watch)
+    seconds = watch.end_step()
+    assert set(seconds) == {"rollout", "scoring", "passes", "update", "step"}
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["step"], rel=0.2)
+    drawn = report.work["rollout"].tokens
+    assert drawn <= 8 * 8
+    assert report.episodes == 8
+    assert any(f"updating {2 * drawn:,}/{2 * drawn:,} tokens" in doing for doing in shown), "two epochs"
+    assert any(f"passes {drawn:,}/{drawn:,} tokens" in doing for doing in shown)
+    assert any("sampling" in doing and "tokens" in doing and "in step" in doing for doing in shown)
+
+
+def test_a_run_writes_its_times(tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w", eval_steps=2)
+    trainer.train()
+    before, *rows = [json.loads(line) for line in (tmp_path / "w/timing.jsonl").read_text().splitlines()]
+    assert before["time/eval"] > 0
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert {f"time/{name}" for name in ("rollout", "scoring", "passes", "update", "checkpoint")} <= set(row)
+        assert {"throughput/tokens_per_second", "throughput/generated_tokens_per_second"} <= set(row)
+    assert "time/eval" in rows[1]
