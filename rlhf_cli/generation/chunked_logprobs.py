@@ -5,8 +5,9 @@ Memory:    one tile of logits at a time, 2,048 tokens x 4,096 vocabulary entries
            pass computes each tile again.
 Precision: the product takes inputs in the precision of matrix products (that of autocast; without it that of h) and
            sums and returns float32. bfloat16 logits of size 25 would be off by 0.06. On a GPU, bfloat16 inputs use
-           tensor cores. A CPU product rounds its result to the type of its inputs, so there the inputs are float32, and
-           oneDNN may round them to bfloat16: a third of the time with AMX, and exact where they were bfloat16 before.
+           tensor cores. A CPU product rounds its result to the type of its inputs, so there the inputs are float32.
+           Where hidden states and weights were bfloat16 before, oneDNN may take them, and in the backward pass the
+           gradient, as bfloat16 again: a third of the time with AMX.
            Softmax, sums over tiles and gradients are float32.
 Oracle:    autograd in float64, tests/generation/test_chunked_logprobs.py.
 """
@@ -57,26 +58,26 @@ def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_cuda else tensor.float()
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def product(left: Tensor, right: Tensor, *, may_round: bool = False) -> Tensor:
     """Return the matrix product of two operands, summed and returned in float32, whatever autocast says.
 
     Args:
         left: an operand, see `operand`.
         right: an operand.
-        dtype: precision of matrix products, to which a CPU may round operands in float32.
+        may_round: a CPU may round operands in float32 to bfloat16, since that is what they hold.
     """
     if left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
-    with torch.autocast(left.device.type, enabled=False), _inputs_rounded_to(dtype):
+    with torch.autocast(left.device.type, enabled=False), _inputs_in_bfloat16(may_round):
         return left @ right
 
 
 @contextmanager
-def _inputs_rounded_to(dtype: torch.dtype) -> Iterator[None]:
-    """Let oneDNN round the inputs of float32 products on the CPU to bfloat16, if that is `dtype`."""
+def _inputs_in_bfloat16(may_round: bool) -> Iterator[None]:
+    """Let oneDNN round the inputs of float32 products on the CPU to bfloat16."""
     products = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = products.fp32_precision
-    if dtype == torch.bfloat16:
+    if may_round:
         products.fp32_precision = "bf16"
     try:
         yield
@@ -98,19 +99,20 @@ class ChunkedLogprobs(torch.autograd.Function):
         """Compute both outputs, tile by tile."""
         ctx.set_materialize_grads(False)  # an entropy that is only reported then costs nothing in the backward pass
         dtype = matmul_dtype(hidden)
+        may_round = hidden.dtype == weight.dtype == torch.bfloat16
         inputs = operand(hidden, dtype)
         log_z = inputs.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         entropy, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)
         for columns in _tiles(len(weight), VOCABULARY_TILE):
             weights = operand(weight[columns], dtype)
             for rows in _tiles(len(hidden), TOKEN_TILE):
-                logits, _ = _logits(product(inputs[rows], weights.T, dtype), bias, columns, transform)
+                logits, _ = _logits(product(inputs[rows], weights.T, may_round=may_round), bias, columns, transform)
                 column, is_here = _targets_in(targets[rows], columns)
                 found = logits.gather(1, column.unsqueeze(1)).squeeze(1)
                 chosen[rows] = torch.where(is_here, found, chosen[rows])
                 _include(logits, log_z[rows], entropy[rows])
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
-        ctx.dtype, ctx.transform = dtype, transform
+        ctx.dtype, ctx.transform, ctx.may_round = dtype, transform, may_round
         return chosen - log_z, entropy
 
     @staticmethod
@@ -125,7 +127,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         for columns in _tiles(len(weight), VOCABULARY_TILE):
             weights = operand(weight[columns], ctx.dtype)
             for rows in _tiles(len(hidden), TOKEN_TILE):
-                logits, slope = _logits(product(inputs[rows], weights.T, ctx.dtype), bias, columns, ctx.transform)
+                logits, slope = _logits(
+                    product(inputs[rows], weights.T, may_round=ctx.may_round), bias, columns, ctx.transform
+                )
                 by_logprob, by_entropy = (None if one is None else one[rows] for one in gradients)
                 hits = _targets_in(targets[rows], columns)
                 by_logits = _gradient(logits, log_z[rows], entropy[rows], hits, by_logprob, by_entropy) * slope
@@ -133,9 +137,9 @@ class ChunkedLogprobs(torch.autograd.Function):
                     by_bias[columns] += by_logits.sum(dim=0)
                 by_logits = operand(by_logits, ctx.dtype)
                 if by_hidden is not None:
-                    by_hidden[rows] += product(by_logits, weights, ctx.dtype)
+                    by_hidden[rows] += product(by_logits, weights, may_round=ctx.may_round)
                 if by_weight is not None:
-                    by_weight[columns] += product(by_logits.T, inputs[rows], ctx.dtype)
+                    by_weight[columns] += product(by_logits.T, inputs[rows], may_round=ctx.may_round)
         found = zip((by_hidden, by_weight, by_bias), (hidden, weight, bias), strict=True)
         return *(None if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in found), None, None
 

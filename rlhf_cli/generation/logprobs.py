@@ -58,12 +58,14 @@ class Projection:
         bias: (V,) or None.
         scale: factor on the logits (Cohere, Granite) or the hidden state (T5 with tied embeddings).
         softcap: c in c tanh(logits / c) (Gemma 2), or None.
+        is_bfloat16: the weights were bfloat16 in the model, whatever `weight` is.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    is_bfloat16: bool = False
 
     @staticmethod
     def of(model: PreTrainedModel) -> Projection:
@@ -78,7 +80,8 @@ class Projection:
         bias = getattr(head, "bias", None)
         if bias is None and isinstance(shift := getattr(model, "final_logits_bias", None), Tensor):  # BART
             bias = shift[0]
-        return Projection(head.weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+        softcap, is_bfloat16 = getattr(config, "final_logit_softcapping", None), head.weight.dtype == torch.bfloat16
+        return Projection(head.weight, bias, float(scale), softcap, is_bfloat16)
 
     def as_operand(self, dtype: torch.dtype) -> Projection:
         """Return this projection with its weight converted once, for repeated calls of `logits`.
@@ -92,7 +95,8 @@ class Projection:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits whose log-softmax `logprobs` is, for a few hidden states (N, d): (N, V) float32."""
         dtype = matmul_dtype(hidden)
-        y = product(operand(hidden, dtype), operand(self.weight, dtype).T, dtype)
+        may_round = self.is_bfloat16 and hidden.dtype == torch.bfloat16
+        y = product(operand(hidden, dtype), operand(self.weight, dtype).T, may_round=may_round)
         if self.bias is not None:
             y += self.bias
         return LogitTransform(self.scale, self.softcap).apply_(y)[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.generation import chunked_logprobs
+from rlhf_cli.generation import logprobs as logprobs_module
 from rlhf_cli.generation.chunked_logprobs import ChunkedLogprobs, LogitTransform, matmul_dtype, operand, product
 from rlhf_cli.generation.logprobs import Projection
 
@@ -135,30 +136,52 @@ def test_autocast_does_not_round_logits():
     assert (rounded.gather(-1, given.targets.unsqueeze(-1)).squeeze(-1) - exact).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_product_in_bfloat16_rounds_its_inputs_alone(dtype):
+def test_a_product_of_bfloat16_values_returns_float32():
     """At a size at which oneDNN takes over; bfloat16 logits of this size are off by 0.06."""
     torch.manual_seed(0)
-    left, right = (torch.randn(*shape).to(dtype) for shape in ((64, 256), (256, 128)))
+    left, right = (torch.randn(*shape).bfloat16() for shape in ((64, 256), (256, 128)))
     before = torch.backends.mkldnn.matmul.fp32_precision
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = product(operand(left, torch.bfloat16), operand(right, torch.bfloat16), torch.bfloat16)
-    exact, rounded = left.double() @ right.double(), left.bfloat16().double() @ right.bfloat16().double()
+        got = product(operand(left, torch.bfloat16), operand(right, torch.bfloat16), may_round=True)
+    exact = left.double() @ right.double()
     assert got.dtype == torch.float32
-    # A CPU without bfloat16 products computes them in float32.
-    assert min((got - exact).abs().max(), (got - rounded).abs().max()) < 1e-4
-    assert ((left.bfloat16() @ right.bfloat16()).double() - rounded).abs().max() > 0.03
+    assert (got - exact).abs().max() < 1e-4
+    assert ((left @ right).double() - exact).abs().max() > 0.03
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    exactly = product(left.float(), right.float(), torch.float32)
-    assert (exactly - exact).abs().max() < 1e-4, "float32 stays float32"
+
+
+@pytest.mark.parametrize(("hidden", "weight", "may_round"), [
+    (torch.bfloat16, torch.bfloat16, True),
+    (torch.float32, torch.bfloat16, False),
+    (torch.bfloat16, torch.float32, False),
+    (torch.float32, torch.float32, False),
+])  # fmt: skip
+def test_only_bfloat16_values_are_rounded(hidden, weight, may_round, monkeypatch):
+    """Weights that train are float32, and a small change of theirs must not be lost."""
+    given, seen = case(torch.float32), []
+    given = Case(given.hidden.detach().to(hidden), given.weight.detach().to(weight), None, given.targets)
+    given.hidden.requires_grad_()
+    plain_product = chunked_logprobs.product
+
+    def watched(left, right, *, may_round=False):
+        seen.append(may_round)
+        return plain_product(left, right, may_round=may_round)
+
+    for module in (chunked_logprobs, logprobs_module):
+        monkeypatch.setattr(module, "product", watched)
+    head = Projection(given.weight, None, 1.0, None, weight == torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weighted(ours(given)).backward()
+        head.as_operand(torch.bfloat16).logits(given.hidden.detach())
+    assert set(seen) == {may_round}
 
 
 def test_no_tensor_has_a_column_per_vocabulary_entry_and_a_row_per_token(monkeypatch):
     sizes = []
     plain_product = chunked_logprobs.product
 
-    def watched(left, right, dtype):
-        made = plain_product(left, right, dtype)
+    def watched(left, right, **named):
+        made = plain_product(left, right, **named)
         sizes.append(tuple(made.shape))
         return made
 

@@ -16,6 +16,7 @@ from rlhf_cli.models.split_weights import round_weights, split_weights
 from rlhf_cli.precision import autocast
 from rlhf_cli.rewards.base import Scores
 from rlhf_cli.settings.shared import LoraSettings
+from rlhf_cli.stages.ppo.critic import HeadStart
 from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
 from rlhf_cli.stages.ppo.models import SeparateModels, SharedBackbone
 from rlhf_cli.stages.ppo.rollout import own_sampling
@@ -80,6 +81,10 @@ def make_models(source, kind="shared"):
     torch.manual_seed(0)
     if kind == "shared":
         return SharedBackbone(load_policy(source), LoraSettings(rank=4, alpha=8.0))
+    if kind == "shared head":
+        return SharedBackbone(load_policy(source), LoraSettings(rank=4, alpha=8.0), critic=HeadStart())
+    if kind == "separate head":
+        return SeparateModels(load_policy(source, dtype=torch.float32), load_policy(source), HeadStart())
     full = [load_policy(source, dtype=torch.float32) for _ in range(3)]
     if kind == "bfloat16":
         split_weights(full[0])

@@ -54,7 +54,7 @@ def test_the_reference_stays_the_sft_model(kind, tiny_llama, tmp_path, make_trai
         pytest.param({"kl_in": "loss", "kl_estimator": "k3", "entropy_coef": 0.1}, id="KL and entropy in the loss"),
     ],
 )
-@pytest.mark.parametrize("kind", ["shared", "separate"])
+@pytest.mark.parametrize("kind", ["shared", "separate", "shared head"])
 def test_cutting_the_batch_differently_changes_nothing(kind, changes, tiny_llama, tmp_path, make_trainer):
     """8x1, 4x2, 3+3+2 and 1x8 give one and the same gradient."""
     results = []
@@ -185,6 +185,18 @@ def test_policy_and_critic_both_learn_and_nothing_else(tiny_llama, tmp_path, mak
             assert torch.equal(parameter, frozen[name]), name
     trainer.step(1)
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("critic."))
+
+
+@pytest.mark.parametrize("kind", ["shared head", "separate head"])
+def test_a_head_learns_alone_in_warm_up_and_then_with_the_policy(kind, tiny_llama, tmp_path, make_trainer):
+    trainer = make_trainer(tiny_llama, tmp_path / "w", kind=kind, critic_warmup_steps=1, epochs=1)
+    for expected in ({"value_head"}, {"policy", "value_head"}):
+        before = weights(trainer)
+        metrics = trainer.step(len(expected) - 1).metrics
+        after = trainer.models.state()
+        assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == expected
+    assert metrics["val/first_epoch_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["loss/value_avg"] > 0.0
 
 
 def test_values_are_predicted_before_their_token(tiny_llama, tmp_path, make_trainer):
