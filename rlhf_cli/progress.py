@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -125,7 +125,7 @@ class Task:
             parts = [f"{self._done:,} of {self._total:,} {self._unit}", doing, left, self._note]
             say(f"{self._label}: {', '.join(part for part in parts if part)}")
 
-    def _fields(self) -> dict[str, str]:
+    def _fields(self) -> dict[str, Any]:
         """Return the texts of the bar."""
         inside = self._inside
         return {

@@ -77,13 +77,13 @@ def model_size(
         return None
     own = {id(weight) for weight in trained}
     # Reading a row of the embedding is not a product; the product with the vocabulary is one, tied to it or not.
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    around = {id(part.weight) for part in (embedding, head) if isinstance(getattr(part, "weight", None), nn.Parameter)}
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    vocabulary = getattr(model.get_output_embeddings(), "weight", None)
+    around = {id(embedding), id(vocabulary)}
     frozen = sum(
         weight.numel() for name, weight in weights.items() if id(weight) not in own | around and "lora_" not in name
     )
     learned = sum(weight.numel() for weight in trained if id(weight) not in around)
-    vocabulary = getattr(head, "weight", None)
     if has_vocabulary and isinstance(vocabulary, nn.Parameter):
         if id(vocabulary) in own:
             learned += vocabulary.numel()
@@ -147,7 +147,7 @@ def peak(device: torch.device, precision: torch.dtype) -> Peak | None:
         return _measured(precision)
     if device.type != "cuda":
         return None
-    return listed_peak(torch.cuda.get_device_name(device), precision, tf32=torch.backends.cuda.matmul.allow_tf32)
+    return listed_peak(torch.cuda.get_device_name(device), precision, tf32=bool(torch.backends.cuda.matmul.allow_tf32))
 
 
 def listed_peak(name: str, precision: torch.dtype, *, tf32: bool) -> Peak | None:
