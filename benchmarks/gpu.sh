@@ -68,9 +68,9 @@ skip() { # name, reason
 
 if [ "$smoke" = 1 ]; then
     shape=tiny dtype=float32
-    ppo=(--prompt-tokens 16 --response-tokens 8 --episodes 4 --micro-batch 2 --epochs 1)
-    train_rm=(--adapter lora --steps 1 --batch 2 --micro-batch 1 --tokens 8 8 --completions 3)
-    sft=(--adapter lora --steps 1 --batch 4 --micro-batch 2 --tokens 8 8)
+    ppo=(--prompt-tokens 16 --response-tokens 8 --episodes 4 --micro-batch 2 --epochs 1 --steps 2)
+    train_rm=(--adapter lora --steps 2 --batch 2 --micro-batch 1 --tokens 8 8 --completions 3 --learning-rate 1e-2)
+    sft=(--adapter lora --steps 2 --batch 4 --micro-batch 2 --tokens 8 8 --learning-rate 1e-1)
     decode=(--prompts 2 --completions 2 --prompt-tokens 8 --tokens 8)
 else
     shape=1b dtype=bfloat16

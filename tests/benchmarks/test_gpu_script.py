@@ -62,6 +62,15 @@ def test_the_first_sections_run_on_tiny_shapes(tmp_path):
     measured = {name for name, section in sections.items() if section.get("result") and "report" in section["result"]}
     assert {"ppo-1b", "train-rm", "sft"} <= measured
     assert "### PPO, random Llama" in report
+    results = {name: sections[name]["result"]["results"] for name in measured}
+    assert list(results["ppo-1b"]) == ["rlhf float32"]
+    (ppo,) = results["ppo-1b"]["rlhf float32"]
+    assert ppo["ratio"] == pytest.approx(1.0, abs=1e-3)
+    assert abs(ppo["kl"]) <= 1e-3
+    for name in ("train-rm", "sft"):  # both sides start from the same adapter and take the same steps
+        ours, theirs = (results[name][f"{side} float32"][0]["losses"] for side in ("rlhf", "TRL"))
+        assert len(set(ours)) == 2
+        assert ours == pytest.approx(theirs, abs=1e-3)
     assert not list(tmp_path.glob("rlhf-gpu-*"))  # the models are gone
 
 
