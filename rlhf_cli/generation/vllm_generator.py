@@ -57,16 +57,8 @@ class Obstacle:
 
 def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
     """Return why vLLM cannot draw the completions of a stage's policies here; None if it can, as far as is known before
-    it runs."""
-    shapes = {shape_of(policy.config, policy.source.precision) for policy in policies}
-    found = next((found for found in map(_obstacle, policies) if found is not None), None)
-    if found is None and len(shapes) > 1:
-        return Obstacle("the models differ in their architecture or size, and a process can have one engine")
-    return found
-
-
-def _obstacle(policy: Policy) -> Obstacle | None:
-    version = installed_version()
+    it runs. Loads the weights of the first policy alone, and only if nothing else speaks against vLLM."""
+    policy, version = policies[0], installed_version()
     if policy.source.device.type != "cuda":
         return Obstacle(f"the device is `{policy.source.device.type}`, and vllm is for CUDA here")
     if version is None:
@@ -82,6 +74,8 @@ def _obstacle(policy: Policy) -> Obstacle | None:
         return Obstacle("the model has code of its own, which vllm does not know")
     if policy.sampling.temperature < _LOWEST_TEMPERATURE:
         return Obstacle(f"vllm samples at a temperature of {_LOWEST_TEMPERATURE:g} or more")
+    if len({shape_of(one.config, one.source.precision) for one in policies}) > 1:
+        return Obstacle("the models differ in their architecture or size, and a process can have one engine")
     with policy.model() as model:
         if quantized(model) != "none":
             return Obstacle("the policy's weights are quantized, and vllm gets them as they are")
@@ -114,7 +108,12 @@ class VLLMGenerator:
         Raises:
             ModelError: vLLM cannot be started, or computes something else.
         """
-        self._loaded(policy)
+        try:
+            self._loaded(policy)
+        except RLHFError:
+            for engine in engines:
+                engine.sleep()  # it takes no memory from what is used in its place
+            raise
         self._rest(policy)
 
     @torch.no_grad()
@@ -170,26 +169,26 @@ class VLLMGenerator:
 
     def _engine(self, policy: Policy, model: PreTrainedModel, needed: int) -> Engine:
         """Return the engine of this process; makes it if there is none."""
-        global _engine
         dtype, longest = policy.source.precision, context_length(policy.config)
         shape = shape_of(policy.config, dtype)
         length = min(longest, max(needed, self._longest_prompt + policy.sampling.max_new_tokens))
-        if _engine is None:
+        if not engines:
             memory = self._settings.gpu_memory_utilization
             with self._explained("starting"):
-                _engine = Engine(model, shape=shape, dtype=dtype, length=length, longest=longest, memory=memory)
-        if _engine.shape != shape or _engine.length < length:
+                engines.append(Engine(model, shape=shape, dtype=dtype, length=length, longest=longest, memory=memory))
+        (engine,) = engines
+        if engine.shape != shape or engine.length < length:
             raise ModelError(
                 "vllm runs in this process for another model or shorter sequences already, and a process can have one "
                 "engine",
                 hint=f"run this stage by a command of its own, or {_TORCH}",
             )
-        return _engine
+        return engine
 
     def _rest(self, policy: Policy) -> None:
         """Give the memory back while the policy trains."""
-        if policy.may_change and _engine is not None:
-            _engine.sleep()
+        for engine in engines if policy.may_change else ():
+            engine.sleep()
 
     @torch.no_grad()
     def _check(self, policy: Policy, model: PreTrainedModel, engine: Engine) -> None:
@@ -234,8 +233,8 @@ class VLLMGenerator:
             ) from error
 
 
-_engine: Engine | None = None
-"""The engine of this process: vLLM's sleep mode allows one."""
+engines: list[Engine] = []
+"""The engine of this process, if it has been made: vLLM's sleep mode allows one."""
 
 
 def _completion(policy: Policy, output: Any) -> Completion:

@@ -60,8 +60,8 @@ def _chosen(
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
     settings = context.recipe.generation
-    wanted = settings.engine if recorded is None else recorded.partition(" ")[0]
-    if wanted == "torch":
+    asked = settings.engine if recorded is None else recorded.partition(" ")[0]
+    if asked == "torch":
         return TorchGenerator(), "torch", ""
     from rlhf_cli.generation.vllm_engine import installed_version
     from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle
@@ -75,10 +75,10 @@ def _chosen(
             generator.start(policies[0])
             return generator, f"vllm {installed_version()}", ""
         except ModelError as error:
-            if wanted == "vllm" or processes.count > 1:  # the others may wait for this one
+            if asked == "vllm" or processes.count > 1:  # the others may wait for this one
                 raise
             found = Obstacle(error.message)
-    if wanted == "vllm":
+    if asked == "vllm":
         said = "vllm drew completions before the interruption" if recorded else "`generation.engine: vllm`"
         hint = f"{found.fix}; an unfinished stage needs `--force` with another engine" if recorded else found.fix
         raise ModelError(f"{said}, but {found.reason}", hint=hint)

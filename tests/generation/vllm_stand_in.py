@@ -174,7 +174,7 @@ def vllm(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setattr(vllm_generator, "installed_version", lambda: VERSION)
     monkeypatch.setattr(vllm_engine, "installed_version", lambda: VERSION)
-    monkeypatch.setattr(vllm_generator, "_engine", None)
+    monkeypatch.setattr(vllm_generator, "engines", [])
     for name, value in (("made", []), ("before_step", staticmethod(lambda: None)), ("finish_reason", None)):
         monkeypatch.setattr(LLM, name, value)
     monkeypatch.setattr(LLM, "off_by", 0.0)

@@ -71,6 +71,7 @@ def test_auto_is_torch_where_vllm_does_not_start(vllm, usable, tiny_llama, tmp_p
     monkeypatch.setattr(vllm, "off_by", 9.0)
     assert isinstance(choose(tmp_path, tiny_llama, "auto"), TorchGenerator)
     assert "drawn with torch: vllm computes other probabilities" in " ".join(capsys.readouterr().err.split())
+    assert vllm.made[0].calls[-1] == "sleep 2", "its memory is free again"
 
 
 def test_vllm_is_an_error_where_it_cannot_be(tiny_llama, tmp_path):
