@@ -114,11 +114,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of frozen weights; `auto` uses `precision`, but `label` and `evaluate` keep weights stored in float32.
     A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always
-    float32, in memory and on disk."""
+    float32, in memory and on disk; products in bfloat16 read their upper halves."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and a layer of the
-    model's width is at least 1.1 times as fast in it, measured when a stage starts and kept when it resumes, else
-    float32."""
+    model's width, with what the stage trains, is at least 1.1 times as fast in it, measured when a stage starts and
+    kept when it resumes, else float32."""
     attention: str = "auto"
     """Attention backend: a built-in one (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list` says which run
     on this machine), `auto` for the fastest one available, `package.module:function` for your own, or one of

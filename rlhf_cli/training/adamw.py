@@ -49,6 +49,7 @@ class AdamW(torch.optim.AdamW):
                 [],
                 [state["step"].clone()],
                 foreach=False,
+                fused=weight.device.type == "cpu",  # one pass over the piece
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

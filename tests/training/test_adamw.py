@@ -47,11 +47,11 @@ def test_steps_are_those_of_float32_weights(monkeypatch):
     monkeypatch.setitem(adamw._PIECE, "cpu", 10)
     plain, halves = pairs()
     start = [weight.detach().clone() for weight in plain]
-    take_steps(torch.optim.AdamW(plain, lr=RATE, weight_decay=0.1, foreach=False), plain, range(5))
+    take_steps(torch.optim.AdamW(plain, lr=RATE, weight_decay=0.1, fused=True), plain, range(5))
     take_steps(AdamW(halves, lr=RATE, weight_decay=0.1), halves, range(5))
     for before, expected, weight in zip(start, plain, halves, strict=True):
-        assert torch.equal(whole(weight), expected)
-        assert not torch.equal(whole(weight), before)
+        torch.testing.assert_close(whole(weight), expected, rtol=2e-7, atol=0.0)  # one unit in the last place
+        assert (whole(weight) - before).abs().mean() > RATE
 
 
 def test_a_resumed_optimizer_takes_the_same_steps():

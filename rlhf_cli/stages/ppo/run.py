@@ -51,6 +51,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     """
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.decoding import check_decoding
+    from rlhf_cli.memory import free_memory
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
@@ -105,6 +106,8 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         peak=device_peak(source.device, source.precision, processes),
     )
     trainer.train()
+    del trainer  # with the moments of its optimizer: what follows loads what was written
+    free_memory()
     if not processes.is_main:
         return StageOutcome()
     rows = read_rows(context.work / METRICS)

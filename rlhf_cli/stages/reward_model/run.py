@@ -49,6 +49,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
         generator: draws the completions that rewards are normalized over; None is that of `generation.engine`.
     """
     from rlhf_cli.data.chat_format import check_records
+    from rlhf_cli.memory import free_memory
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.models.reward_model.model import new_reward_model
     from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
@@ -102,6 +103,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     )
     state, steps, watch = trainer.train(), trainer.batches.steps, trainer.loop.watch
     del trainer
+    free_memory()
     with watch.phase("eval", "evaluating"):
         report, train_accuracy = _report(context, reward_model, train, held_out, processes)
         if settings.normalize:
