@@ -100,8 +100,10 @@ class ModelShape:
             number_bytes: size of a number under autocast; norms and residuals stay in float32.
             recompute: keep only the input of each layer, and one layer's activations at a time.
         """
-        norms = 8 * self.hidden * FLOAT32  # two norms with three intermediate results each, and two residual sums
-        products = (self.hidden * 2 + 3 * self.queries + 3 * self.keys + 4 * self.feed_forward) * number_bytes
+        norms = 4 * self.hidden * FLOAT32  # of two norms, each its input and its normalized input
+        # What products and attention read: two outputs of norms; queries, keys, values and what attention returns; gate,
+        # its activation, the other half and their product.
+        products = (2 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.feed_forward) * number_bytes
         if recompute:
             return tokens * (self.layers * self.hidden * FLOAT32 + norms + products)
         return tokens * self.layers * (norms + products)

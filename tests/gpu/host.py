@@ -22,7 +22,7 @@ from tests.gpu import guard
 
 LIBRARIES = ("numpy", "transformers", "peft", "accelerate", "safetensors.torch", "triton", "tokenizers", "datasets",
              "transformers.models.llama.modeling_llama", "transformers.models.t5.modeling_t5", "typer")  # fmt: skip
-TIMEOUT = 240.0
+TIMEOUT = 570.0
 
 
 def main() -> None:
