@@ -71,21 +71,23 @@ if [ "$smoke" = 1 ]; then
     ppo=(--prompt-tokens 16 --response-tokens 8 --episodes 4 --micro-batch 2 --epochs 1 --steps 2)
     train_rm=(--adapter lora --steps 2 --batch 2 --micro-batch 1 --tokens 8 8 --completions 3 --learning-rate 1e-2)
     sft=(--adapter lora --steps 2 --batch 4 --micro-batch 2 --tokens 8 8 --learning-rate 1e-1)
-    decode=(--prompts 2 --completions 2 --prompt-tokens 8 --tokens 8)
+    decode=(--prompts 2 --completions 2 --prompt-length 8 --max-new-tokens 8)
+    generate=(--batch 2 --mean 4 --pairs 1)
 else
     shape=1b dtype=bfloat16
     ppo=(--prompt-tokens 256 --response-tokens 128 --episodes 64 --micro-batch 16 --steps 2)
     ppo_large=(--prompt-tokens 256 --response-tokens 128 --episodes 32 --micro-batch 8)
     train_rm=(--adapter lora --steps 8 --batch 8 --micro-batch 4 --tokens 256 256 --max-length 1024)
     sft=(--adapter lora --steps 8 --batch 32 --micro-batch 16 --tokens 256 256 --max-length 1024)
-    decode=(--prompts 16 --completions 8 --prompt-tokens 512 --tokens 256)
+    decode=(--prompts 16 --completions 8 --prompt-length 512 --max-new-tokens 256)
+    generate=(--batch 64 --mean 128 --pairs 2)
 fi
 once=(--pairs 1 --precision "$dtype" --threads "$([ "$smoke" = 1 ] && echo 1 || nproc)" --scratch "$models" --train-only)
 
 section environment 30 "$python" "$here/gpu_report.py" environment "$out/environment.json"
 section models-1b 60 "$python" "$here/comparison.py" model "$models/1b" --shape "$shape" --dtype "$dtype" --classifier
 if [ -f "$here/generate.py" ]; then
-    section decode 60 "$python" "$here/generate.py" --model "$models/1b" --json "$out/decode.json" "${decode[@]}"
+    section decode 60 "$python" "$here/generate.py" --model "$models/1b" --dtype "$dtype" "${decode[@]}" "${generate[@]}"
 else
     skip decode "benchmarks/generate.py is absent"
 fi

@@ -1,7 +1,7 @@
 """The Python parts of `gpu.sh`: what the machine is, decoding with vLLM, and the folder of results.
 
 python benchmarks/gpu_report.py environment FILE.json
-python benchmarks/gpu_report.py vllm MODEL FILE.json --prompts 16 --completions 8 --prompt-tokens 512 --tokens 256
+python benchmarks/gpu_report.py vllm MODEL FILE.json --prompts 16 --completions 8 --prompt-length 512 ...
 python benchmarks/gpu_report.py collect FOLDER            results.json and results.md from what sections left so far
 """
 
@@ -30,7 +30,7 @@ def main() -> int:
     decode = parts.add_parser("vllm")
     decode.add_argument("model")
     decode.add_argument("file", type=Path)
-    for name in ("prompts", "completions", "prompt-tokens", "tokens"):
+    for name in ("prompts", "completions", "prompt-length", "max-new-tokens"):
         decode.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     if options.part == "environment":
@@ -86,10 +86,10 @@ def vllm_speed(options: argparse.Namespace) -> dict[str, Any]:
 
     engine = LLM(options.model, dtype="bfloat16", gpu_memory_utilization=0.5, max_model_len=4096, seed=0)
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(300, 1000, (options.prompts, options.prompt_tokens), generator=draw).tolist()
+    ids = torch.randint(300, 1000, (options.prompts, options.prompt_length), generator=draw).tolist()
     prompts = [{"prompt_token_ids": row} for row in ids]
     sampling = SamplingParams(
-        n=options.completions, temperature=1.0, max_tokens=options.tokens, ignore_eos=True, seed=0
+        n=options.completions, temperature=1.0, max_tokens=options.max_new_tokens, ignore_eos=True, seed=0
     )
     engine.generate(prompts[:1], sampling)
     seconds = []
@@ -133,6 +133,9 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
     for one in results["sections"]:
         if one["result"] is not None and "report" in one["result"]:
             text += ["", one["result"]["report"].strip()]
+        elif one["name"] == "decode" and one["status"] == "0":  # prints its results, and writes no file
+            said = (folder / "decode.log").read_text(encoding="utf-8", errors="replace").strip()
+            text += ["", "### Generation", "", "```", said, "```"]
     if (folder / "kernels" / "results.md").is_file():
         text += ["", "### Kernels", "", (folder / "kernels" / "results.md").read_text(encoding="utf-8").strip()]
     return "\n".join(text) + "\n"
