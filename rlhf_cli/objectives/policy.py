@@ -72,8 +72,8 @@ def policy_loss(
 def truncated_importance_weights(
     logprobs: Tensor, sampler_logprobs: Tensor, is_completion: Tensor, *, cap: float
 ) -> Tensor:
-    """Truncated importance weights min(pi(y_t) / mu(y_t), C) of sampled tokens (Ionides 2008, Journal of Computational
-    and Graphical Statistics 17(2), eq. 3): (B, T), constant, 1 on padding.
+    """Truncated importance weights min(pi(y_t) / mu(y_t), C) of sampled tokens (Ionides 2008, "Truncated importance
+    sampling"): (B, T), constant, 1 on padding.
 
     Tokens were drawn from mu, which an inference engine computes, and their expectation is wanted under pi, which the
     training computes from the same weights. The policy loss of each token is multiplied by its weight. A weight is not

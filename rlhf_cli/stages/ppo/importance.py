@@ -15,7 +15,7 @@ from rlhf_cli.progress import warn
 from rlhf_cli.stages.ppo.forward_passes import RolloutTensors
 
 LARGE_DRIFT = 0.05
-"""Drift in nats per token that is worth a warning: rounding to bfloat16 in both engines causes less than a tenth."""
+"""Drift in nats per token that is worth a warning."""
 
 
 def importance_correction(
