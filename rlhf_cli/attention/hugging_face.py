@@ -3,7 +3,7 @@
 A model that supports transformers' `AttentionInterface` calls our function in every layer. The layout comes from the
 first of these sources that is present:
 
-1. `attention_layout`, passed by the caller of the model (packed rows and prefix trees);
+1. `attention_layout`, passed by the caller of the model (packed rows and prefix trees; in decoding a `SlotCache`);
 2. `cu_seq_lens_q` and `cu_seq_lens_k`, the sequence boundaries of TRL's packing;
 3. the mask made by our mask function from a padding mask, a cache, or position ids that restart;
 4. the shapes of queries and keys.
@@ -26,6 +26,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from rlhf_cli.attention import registry
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.attention.masks import MaskFunction, Visibility, padded_layout
+from rlhf_cli.attention.slot_cache import SlotCache
 from rlhf_cli.errors import ModelError
 
 # transformers treats names containing "flash", "sdpa" or "flex" as its own, and names with a slash as hub kernels.
@@ -74,6 +75,12 @@ def is_ours(model: nn.Module) -> bool:
     return str(getattr(model.config, "_attn_implementation", "")).startswith(_PREFIX)
 
 
+def is_built_in(model: nn.Module) -> bool:
+    """Return whether a Hugging Face model uses one of our backends, and not a user's function."""
+    used = str(getattr(model.config, "_attn_implementation", ""))
+    return used in {_PREFIX + name for name in (registry.AUTO, *registry.built_in())}
+
+
 @contextmanager
 def attention_hook(hook: Callable[[nn.Module, dict[str, Any]], None]) -> Iterator[None]:
     """Inside the context, call `hook` with the module and the arguments of every attention call."""
@@ -100,7 +107,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    attention_layout: Layout | None = None,
+    attention_layout: Layout | SlotCache | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     **_: Any,
@@ -119,7 +126,8 @@ def attention_forward(
         is_causal: overrides the attribute of the module.
         s_aux: (H,) sinks.
         position_bias: added to the scores, broadcastable to (B, H, Lq, Lk) (T5).
-        attention_layout: passed by the caller of the model.
+        attention_layout: passed by the caller of the model; in decoding a `SlotCache`, which computes attention itself,
+            whatever the backend.
         cu_seq_lens_q, cu_seq_lens_k: (S + 1,) boundaries of packed sequences, B = 1.
 
     Returns:
@@ -129,6 +137,9 @@ def attention_forward(
         ModelError: dropout is not 0, or the layout or mask does not fit the shapes.
     """
     _refuse_dropout(dropout)
+    if isinstance(attention_layout, SlotCache):
+        rules = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        return attention_layout.attend(query, key, value, **rules), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bias = position_bias
     if attention_layout is not None:

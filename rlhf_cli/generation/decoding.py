@@ -1,55 +1,131 @@
-"""Cached decoding of a batch of prompts, on any Hugging Face language model."""
+"""Cached decoding of prompts, on any Hugging Face language model.
+
+`Decoding` is a batch that is being decoded. There are two kinds. `slots.SlotDecoding` lets prompts enter while others
+are decoded, and takes models whose attention is one of our backends. `BatchDecoding` takes all others: layers with a
+recurrent state, encoder-decoders, transformers' own attention and users' functions.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from rlhf_cli.errors import ModelError, is_raised_here
-from rlhf_cli.generation.chunked_logprobs import matmul_dtype
 from rlhf_cli.generation.logprobs import Projection, check_projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.generation.slots import SlotDecoding, takes_slots
 from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.backbone import decoder_of, is_recurrent
 from rlhf_cli.models.padding import pad
 from rlhf_cli.models.quantize import quantized
-from rlhf_cli.precision import exact_products
+from rlhf_cli.precision import exact_products, matmul_dtype
 
 
-def batches(model: PreTrainedModel, lengths: Sequence[int], size: int) -> Iterator[slice]:
+class Decoding(Protocol):
+    """A batch of rows that are being decoded. Prompts enter in the order in which they were given."""
+
+    def admit(self) -> Tensor | None:
+        """Let prompts that wait enter free rows, behind all others: (rows, V) logits of their first tokens.
+
+        None if nothing enters.
+        """
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token (B,) to every row; return the logits of the next: (B, V)."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Drop all other rows of the batch.
+
+        Args:
+            rows: ascending.
+
+        Returns:
+            The row that each row was before.
+        """
+        ...
+
+
+def decoding_of(model: PreTrainedModel, prompts: Sequence[list[int]], size: int) -> Decoding:
+    """Return the fastest decoding that a model supports.
+
+    Args:
+        model: a language model in evaluation mode.
+        prompts: in the order in which they enter; equal ones follow one another, so that they are read once.
+        size: most rows at a time.
+    """
+    return (SlotDecoding if takes_slots(model) else BatchDecoding)(model, prompts, size)
+
+
+Choice = tuple[Tensor, Sequence[int]]
+"""The next token of every row (B,), and the rows that go on, ascending."""
+
+
+def decode(
+    decoding: Decoding, choose: Callable[[Tensor, list[int], Tensor, Tensor], Choice], device: torch.device
+) -> None:
+    """Decode all prompts.
+
+    Args:
+        decoding: of the prompts.
+        choose: (logits (B, V), number of the prompt of each row, the same as a tensor (B,), tokens that each row has
+            already (B,)) -> next tokens, and rows that go on.
+        device: of the model.
+    """
+    rows: list[int] = []
+    started = 0
+    numbers = ages = torch.zeros(0, dtype=torch.long, device=device)
+    tokens = numbers
+    while True:
+        parts = [decoding.step(tokens)] if rows else []
+        if (entered := decoding.admit()) is not None:
+            parts.append(entered)
+            new = torch.arange(started, started + len(entered), device=device)
+            numbers, ages = torch.cat([numbers, new]), torch.cat([ages, torch.zeros_like(new)])
+            rows += range(started, started + len(entered))
+            started += len(entered)
+        if not parts:
+            return
+        tokens, staying = choose(parts[0] if len(parts) == 1 else torch.cat(parts), rows, numbers, ages)
+        ages = ages + 1
+        if len(staying) < len(rows):
+            order = decoding.keep(staying)
+            rows = [rows[row] for row in order]
+            moved = torch.tensor(order, dtype=torch.long, device=device)
+            tokens, numbers, ages = tokens[moved], numbers[moved], ages[moved]
+
+
+def _batches(model: PreTrainedModel, prompts: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
     """Cut prompts into batches of at most `size`.
 
     Prompts of a batch have equal lengths if the model has layers that carry a state from token to token: these would
     read the padding before a shorter prompt as text.
-
-    Args:
-        model: that decodes them.
-        lengths: of the prompts, ascending.
-        size: largest number of prompts in a batch.
     """
-    start, is_equal = 0, is_recurrent(model)
-    while start < len(lengths):
-        end = min(start + size, len(lengths))
-        while is_equal and lengths[end - 1] != lengths[start]:
-            end -= 1
-        yield slice(start, end)
-        start = end
+    is_equal = is_recurrent(model)
+    for _, group in groupby(prompts, key=lambda prompt: len(prompt) if is_equal else 0):
+        rows = list(group)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-class Decoding:
-    """A batch being decoded: its key-value cache, masks and positions.
+class BatchDecoding:
+    """Batches one after another: a batch begins when all rows of the one before have ended; implements `Decoding`.
 
     Decoder-only prompts are padded on the left, so that the newest token of every row is last; positions count real
-    tokens only (trap 6 of docs/ppo.md).
+    tokens only (trap 6 of docs/ppo.md). The cache is transformers' own.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]], size: int) -> None:
         self._model, self._decoder = model, decoder_of(model)
+        self._waiting = _batches(model, prompts, size)
+        self._count = 0  # rows of the batch
         self._head: Projection | None = None
         self._accepts = inspect.signature(self._decoder.forward).parameters
         # State-space models without attention have a name of their own for it.
@@ -57,12 +133,25 @@ class Decoding:
         # Prompts of a recurrent model have equal lengths. Some such models cannot read a mask longer than their input.
         self._has_mask = not is_recurrent(model)
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        ids, is_real = pad(prompts, side="right" if self._is_encoder_decoder else "left")
-        self._ids, self._mask = ids.to(model.device), is_real.long().to(model.device)
+
+    def admit(self) -> Tensor | None:
+        """See `Decoding.admit`; prompts enter an empty batch only."""
+        prompts = next(self._waiting, None) if not self._count else None
+        if prompts is None:
+            return None
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        number = {prompt: row for row, prompt in enumerate(distinct)}
+        ids, is_real = pad(distinct, side="right" if self._is_encoder_decoder else "left")
+        self._ids, self._mask = ids.to(self._model.device), is_real.long().to(self._model.device)
         self._encoded: Tensor | None = None
         self._cache: Cache | None = None
+        logits = self._read()
+        self._count = len(prompts)
+        if len(distinct) == len(prompts):
+            return logits
+        return logits[self._select([number[tuple(prompt)] for prompt in prompts])]
 
-    def prefill(self) -> Tensor:
+    def _read(self) -> Tensor:
         """Read the prompts; return the logits of the first new token: (B, V)."""
         if self._is_encoder_decoder:
             self._encoded = self._model.get_encoder()(self._ids, attention_mask=self._mask).last_hidden_state
@@ -71,20 +160,27 @@ class Decoding:
         return self._forward(self._ids)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token (B,) to every row; return the logits of the next: (B, V)."""
+        """See `Decoding.step`."""
         if not self._is_encoder_decoder:
             self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         return self._forward(tokens.unsqueeze(-1))
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows of the batch."""
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """See `Decoding.keep`."""
+        if rows:
+            self._select(rows)
+        self._count = len(rows)
+        return list(rows)
+
+    def _select(self, rows: Sequence[int]) -> Tensor:
+        """Make these the rows of the batch; the same one may be there several times."""
         indices = torch.tensor(rows, device=self._ids.device)
         self._mask = self._mask[indices]
-        self._ids = self._ids[indices]
         if self._encoded is not None:
             self._encoded = self._encoded[indices]
         # Not `batch_select_indices`, which layers with a recurrent state do not have.
         self._cache.reorder_cache(indices)  # pyright: ignore
+        return indices
 
     def _forward(self, ids: Tensor) -> Tensor:
         arguments: dict[str, object] = {"use_cache": True, self._cache_name: self._cache}
@@ -111,8 +207,8 @@ class Decoding:
 def check_decoding(model: PreTrainedModel, name: str) -> None:
     """Check on a few tokens that a language model can be sampled from and scored; see `check_projection` too.
 
-    Two completions are decoded in one batch, which the shorter one leaves first. Their tokens must have the
-    log-probabilities that scoring finds, in one batch and alone.
+    Two completions are decoded in one batch. The shorter one leaves first, and a third enters, at once or afterwards.
+    Their tokens must have the log-probabilities that scoring finds, in one batch and alone.
 
     Args:
         model: a language model.
@@ -124,8 +220,8 @@ def check_decoding(model: PreTrainedModel, name: str) -> None:
     check_projection(model, name)
     count = Projection.of(model).weight.shape[0]
     tokens = [3 + 7 * step % (count - 3) for step in range(16)]
-    prompts = [tokens[:4], tokens[4:8] if is_recurrent(model) else tokens[4:6]]
-    completions = [tokens[8:10], tokens[10:14]]
+    prompts = [tokens[:4], tokens[4:8] if is_recurrent(model) else tokens[4:6], tokens[4:8]]
+    completions = [tokens[8:10], tokens[10:14], tokens[13:16]]
     label = f"the {model.config.model_type} model `{name}`"
     hint = "choose another base model; this one's family is not supported"
     try:
@@ -160,19 +256,17 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def decoded_logprobs(model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
-    """Log-probabilities of given tokens as they are drawn: one tensor (length,) per completion."""
-    decoding = Decoding(model, prompts)
-    rows, logits = list(range(len(prompts))), decoding.prefill()
+    """Log-probabilities of given tokens as they are drawn, in two rows: one tensor (length,) per completion."""
     found: list[list[Tensor]] = [[] for _ in prompts]
-    for step in range(max(map(len, completions))):
-        staying = [index for index, row in enumerate(rows) if len(completions[row]) > step]
-        if step:
-            if len(staying) < len(rows):
-                decoding.keep(staying)
-                rows = [rows[index] for index in staying]
-            logits = decoding.step(torch.tensor([completions[row][step - 1] for row in rows], device=model.device))
-        for row, values in zip(rows, logits.log_softmax(-1), strict=True):
-            found[row].append(values[completions[row][step]])
+
+    def choose(logits: Tensor, rows: list[int], *_: Tensor) -> Choice:
+        tokens = [completions[row][len(found[row])] for row in rows]
+        for row, token, values in zip(rows, tokens, logits.log_softmax(-1), strict=True):
+            found[row].append(values[token])
+        staying = [index for index, row in enumerate(rows) if len(found[row]) < len(completions[row])]
+        return torch.tensor(tokens, device=model.device), staying
+
+    decode(decoding_of(model, prompts, size=2), choose, model.device)
     return [torch.stack(values) for values in found]
 
 

@@ -1,74 +1,66 @@
-"""How far completions are that are being drawn, in tokens: what bars show of them. Imports no torch."""
+"""Draw tokens from logits, by inverting the cumulative distribution."""
 
 from __future__ import annotations
 
-import time
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from rlhf_cli.progress import Task
+_BLOCK = 128
+"""Tokens whose masses are summed before the cumulative sum."""
 
 
-class Drawing:
-    """Counts what a generator draws and estimates how much is to come; a `Progress` of `Generator.generate`.
+def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
+    """Draw one token per row by inverting the cumulative distribution: the first whose cumulative mass exceeds u.
 
-    Until completions have ended, each is expected to have `limit` tokens. Then their mean length is estimated as all
-    tokens per completion that ended, at most `limit`. If every token is as likely as any other to end a completion,
-    this is the maximum likelihood estimate from ended and running ones together.
+    The cumulative sum goes over blocks of tokens first, and then over the tokens of the block that was found: one of
+    the whole vocabulary in float64 takes ten times as long. Masses of blocks are float32 sums, whose rounding is that
+    of the probabilities themselves.
+
+    Nothing here waits for the device: a row whose logits are not finite has no such token, and gets V.
 
     Args:
-        count: completions to draw.
-        limit: largest number of tokens of one.
-        bar: shows them, in units of completions; None shows nothing.
+        logits: (B, V) float32.
+        uniforms: (B,) in [0, 1), float64.
+        temperature: logits are divided by it.
+        top_p: keep the smallest set of tokens with at least this probability (Holtzman et al. 2019, section 3.1).
 
-    Attributes:
-        ended: completions that ended.
-        tokens: tokens drawn, also of running ones; 0 if the generator does not tell.
+    Returns:
+        (B,) token ids; V in rows whose logits are not finite.
     """
+    probabilities = torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    if top_p < 1.0:
+        descending, indices = probabilities.sort(dim=-1, descending=True)
+        # A token is outside once the mass before it already reaches top_p; the first is always inside.
+        is_outside = descending.cumsum(dim=-1) - descending >= top_p
+        probabilities = probabilities.scatter(-1, indices, descending.masked_fill(is_outside, 0.0))
+    rows, count = probabilities.shape
+    if padding := -count % _BLOCK:
+        probabilities = F.pad(probabilities, (0, padding))
+    blocks = probabilities.view(rows, -1, _BLOCK)
+    masses = blocks.sum(-1)
+    block, rest = _inverted(masses, uniforms)
+    picked = torch.arange(rows, device=logits.device), block
+    # `rest` is a share of the block's mass as it was summed above; the sum of its tokens may be rounded otherwise.
+    token, _ = _inverted(blocks[picked], rest / masses[picked].double())
+    return torch.where(masses.sum(-1).isfinite(), block * _BLOCK + token, count)
 
-    def __init__(self, count: int, limit: int, bar: Task | None = None) -> None:
-        self.ended = self.tokens = 0
-        self._count, self._limit, self._bar = count, limit, bar
-        self._began: float | None = None
-        self._first = 0
 
-    def __call__(self, completions: int, tokens: int = 0, /) -> None:
-        """Count what was drawn since the last call."""
-        now = time.monotonic()
-        self.ended += completions
-        self.tokens += tokens
-        if self._began is None:  # the first call also took the time to load the model
-            self._began, self._first = now, self.tokens
-        if self._bar is None:
-            return
-        if not self.tokens or self.ended >= self._count:
-            self._bar.advance(completions)
-            return
-        rate = self.per_second(now)
-        self._bar.within(
-            self.fraction * self._count - self.ended,
-            f"{self.tokens:,} tokens",
-            ended=completions,
-            rate=f"{rate:,.0f} tokens/s" if rate else "",
-            left=(self.expected - self.tokens) / rate if rate else None,
-            is_guess=not self.ended,
-        )
+def _inverted(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first index whose cumulative mass exceeds u times the total, and how far into its mass that is.
 
-    def per_second(self, now: float) -> float:
-        """Return tokens per second; 0 where that is not known yet."""
-        if self._began is None or now <= self._began:
-            return 0.0
-        return (self.tokens - self._first) / (now - self._began)
+    Args:
+        masses: (B, N), not negative.
+        uniforms: (B,) in [0, 1], float64.
 
-    @property
-    def expected(self) -> float:
-        """Expected number of tokens of all completions, those drawn included."""
-        mean = min(self._limit, self.tokens / self.ended) if self.ended else self._limit
-        running = self._count - self.ended
-        # Those that run need a token each at least, and all need no more than the limit allows.
-        return min(max(self._count * mean, self.tokens + running), self.tokens + running * self._limit)
-
-    @property
-    def fraction(self) -> float:
-        """Share of the work that is done."""
-        if self.ended >= self._count:
-            return 1.0
-        return self.tokens / self.expected if self.tokens else self.ended / self._count
+    Returns:
+        Indices (B,), of entries whose mass is not 0, and (B,) float64.
+    """
+    cumulative = masses.double().cumsum(-1)
+    total = cumulative[:, -1]
+    # Rounding must not reach the total, which no cumulative mass exceeds.
+    threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, threshold.unsqueeze(-1), right=True).squeeze(-1)
+    index = index.clamp_(max=masses.shape[-1] - 1)  # only where masses are not finite
+    before = cumulative.gather(-1, index.unsqueeze(-1)).squeeze(-1) - masses.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    return index, (threshold - before).clamp_(min=0.0)

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_cli.generation.drawing import Drawing
 from rlhf_cli.generation.generator import Progress
+from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.progress import Task, format_clock
 
 if TYPE_CHECKING:

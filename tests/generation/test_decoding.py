@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf_cli.attention.hugging_face import implementation
+from rlhf_cli.attention.slot_cache import SlotCache
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation import decoding
-from rlhf_cli.generation.decoding import Decoding, batches, check_decoding
+from rlhf_cli.generation.decoding import BatchDecoding, Choice, check_decoding, decode, decoding_of
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.slots import SlotDecoding, takes_slots
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.backbone import is_recurrent
 from rlhf_cli.models.loading import ModelSource, recompute_activations
@@ -37,11 +40,95 @@ def test_recurrent_layers_are_found_in_the_configuration(family, expected):
     assert is_recurrent(tiny_model(family, byte_level_tokenizer(pad=True))) is expected
 
 
-def test_batches_of_a_recurrent_model_have_prompts_of_one_length(monkeypatch):
-    lengths = [1, 1, 1, 2, 4, 4]
-    for recurrent, expected in ((True, [(0, 2), (2, 3), (3, 4), (4, 6)]), (False, [(0, 2), (2, 4), (4, 6)])):
-        monkeypatch.setattr(decoding, "is_recurrent", lambda model, found=recurrent: found)
-        assert [(span.start, span.stop) for span in batches(None, lengths, 2)] == expected  # pyright: ignore
+@pytest.mark.parametrize(("family", "expected"), [("mamba", [2, 1, 1, 2]), ("t5", [2, 2, 2])])
+def test_prompts_of_a_batch_have_one_length_if_the_model_is_recurrent(family, expected, monkeypatch):
+    model = tiny_model(family, byte_level_tokenizer(pad=True)).eval()
+    counts: list[int] = []
+    admit = BatchDecoding.admit
+
+    def counting(self):
+        if (logits := admit(self)) is not None:
+            counts.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(BatchDecoding, "admit", counting)
+    prompts = [[5], [6], [7], [8, 9], [1, 2, 3, 4], [1, 2, 3, 4]]
+    decode(decoding_of(model, prompts, 2), lambda logits, *_: (logits.argmax(-1), []), model.device)
+    assert counts == expected
+
+
+def model_of(family: str):
+    """A tiny model with our attention, as loading sets it."""
+    model = tiny_model(family, byte_level_tokenizer(pad=True)).eval()
+    model.set_attn_implementation(implementation("auto"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        *((family, True) for family in ("llama", "mistral", "gemma3", "gpt_oss")),
+        *((family, False) for family in ("llama4_text", "jamba", "t5", "bloom")),
+    ],
+)
+def test_which_models_decode_continuously(family, expected):
+    assert takes_slots(model_of(family)) is expected
+
+
+def test_a_user_s_attention_and_transformers_own_are_left_in_charge():
+    model = tiny_model("llama", byte_level_tokenizer(pad=True))
+    assert not takes_slots(model)
+    model.set_attn_implementation(implementation("rlhf_cli.attention.backends.library:attend"))
+    assert not takes_slots(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral", "gpt_oss", "gpt2"])
+@torch.no_grad()
+def test_rows_that_enter_and_leave_have_the_logits_of_whole_passes(family):
+    """Seven completions of four prompts in three slots, longer than windows, a block and the mask's alignment."""
+    model, generator = model_of(family), torch.Generator().manual_seed(0)
+    prompts = [[9, 8, 7, 6, 5], [9, 8, 7, 6, 5], [9, 8, 7, 6, 5], [9, 8, 7, 6, 5], [3], [11, 12], [40] * 30]
+    targets = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (1, 30, 4, 9, 2, 12, 1)]
+    done: list[list[torch.Tensor]] = [[] for _ in prompts]
+    largest = 0
+
+    def choose(logits: torch.Tensor, rows: list[int], numbers: torch.Tensor, ages: torch.Tensor) -> Choice:
+        nonlocal largest
+        largest = max(largest, len(rows))
+        assert numbers.tolist() == rows
+        assert ages.tolist() == [len(done[row]) for row in rows]
+        tokens = [targets[row][len(done[row])] for row in rows]
+        for row, values in zip(rows, logits, strict=True):
+            done[row].append(values)
+        return torch.tensor(tokens), [i for i, row in enumerate(rows) if len(done[row]) < len(targets[row])]
+
+    decoding = decoding_of(model, prompts, 3)
+    assert isinstance(decoding, SlotDecoding)
+    decode(decoding, choose, model.device)
+    assert largest == 3
+    model.set_attn_implementation("eager")
+    for prompt, target, found in zip(prompts, targets, done, strict=True):
+        whole = model(torch.tensor([prompt + target[:-1]])).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(torch.stack(found), whole, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_once_and_the_next_ones_with_it():
+    model, shapes = model_of("llama"), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [[1, 2, 3]] * 4 + [[4, 5]] * 4 + [[6]]
+    left = [1, 3, 2, 2, 1, 1, 1, 1, 1]
+
+    def choose(logits: torch.Tensor, rows: list[int], *_: torch.Tensor) -> Choice:
+        for row in rows:
+            left[row] -= 1
+        return logits.argmax(-1), [index for index, row in enumerate(rows) if left[row]]
+
+    decode(decoding_of(model, prompts, 2), choose, model.device)
+    # 13 tokens, of which 9 are drawn from what was read. Row 0 ends at once, and row 2 enters beside row 1, and so on.
+    assert shapes == [(1, 6), (1, 1), (2, 1), (1, 1)]
 
 
 def test_a_model_with_a_state_of_its_own_is_refused_by_name():
@@ -52,12 +139,21 @@ def test_a_model_with_a_state_of_its_own_is_refused_by_name():
 def test_a_model_that_samples_otherwise_than_it_scores_is_refused(monkeypatch):
     model = tiny_model("llama", byte_level_tokenizer(pad=True))
     check_decoding(model, "it")
-    monkeypatch.setattr(Decoding, "keep", lambda self, rows: keep(self, [0] * len(rows)))
+    select = BatchDecoding._select
+    monkeypatch.setattr(BatchDecoding, "_select", lambda self, rows: select(self, [0] * len(rows)))
     with pytest.raises(ModelError, match="scores tokens otherwise when it is sampled than when it is scored"):
         check_decoding(model, "it")
 
 
-keep = Decoding.keep
+def test_a_model_whose_rows_see_others_columns_is_refused(monkeypatch):
+    model = model_of("llama")
+    check_decoding(model, "it")
+    everything = torch.ones(2, 1, 1, 1, dtype=torch.bool)
+    monkeypatch.setattr(
+        SlotCache, "_mask", lambda self, window: everything[: self.live].expand(-1, -1, -1, self._width)
+    )
+    with pytest.raises(ModelError, match="scores tokens otherwise when it is sampled than when it is scored"):
+        check_decoding(model, "it")
 
 
 def test_the_check_does_not_mind_recomputed_activations_and_leaves_training_mode():

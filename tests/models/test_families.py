@@ -65,7 +65,7 @@ def completions(models: PPOModels, folder: Path, *, length: int = 5) -> tuple[Co
         patch.setattr(torch_generator, "draw", watched)
         requests = [Request(ids, seed) for seed, ids in enumerate(prompts)]
         samples = torch_generator.TorchGenerator().generate(policy, requests)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found = torch.zeros(len(prompts), length)
     found[order] = torch.stack(drawn, dim=1)
     ids = [sample.ids for sample in samples]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import lora as lora_module
-from rlhf_cli.models.expert_merging import merged_experts
+from rlhf_cli.models.adapter_merging import merged_adapters
 from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter, merge_lora, save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.progress import say_once
@@ -148,19 +148,19 @@ def test_experts_are_merged_once_for_many_passes(family: str, monkeypatch):
     with several.use_adapter("policy"):
         before = logits(model)
         count = len(made_whole)
-        with merged_experts(model):
+        with merged_adapters(model):
             assert all(torch.equal(logits(model), before) for _ in range(3))
         assert len(made_whole) == 2 * count > 0, "once for all passes"
-        with pytest.raises(RuntimeError, match="within"), merged_experts(model):
+        with pytest.raises(RuntimeError, match="within"), merged_adapters(model):
             raise RuntimeError("within")
         assert torch.equal(logits(model), before)
         with torch.no_grad():
             several.parameters("policy")[-1].add_(0.3)
-        with merged_experts(model):
+        with merged_adapters(model):
             changed = logits(model)
         assert not torch.equal(changed, before), "the adapter has other weights"
         assert torch.equal(changed, logits(model))
-    with merged_experts(model):
+    with merged_adapters(model):
         assert torch.equal(logits(model), plain), "no adapter is active"
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], weight) for name, weight in weights.items() if "lora" not in name)

@@ -72,7 +72,7 @@ def _prefers_loop(layout: Layout, causal: bool) -> bool:
 def _one_call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
     if _is_short_in_half(query, key):
         mask = _triangle(query.shape[2], key.shape[2], str(query.device)) if causal else None
-        return _equation(query, key, value, mask, scale, None, None)
+        return equation(query, key, value, mask, scale, None, None)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
 
@@ -80,7 +80,7 @@ def _one_call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attention with a mask, bool (True: visible) or additive, broadcastable to (B, H, Lq, Lk)."""
     if _is_short_in_half(query, key):
-        return _equation(query, key, value, mask, scale, None, None)
+        return equation(query, key, value, mask, scale, None, None)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
@@ -206,11 +206,11 @@ def _with_mask(
 
 def _equation_or_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: _Equation) -> Tensor:
     if rules.softcap is not None or rules.sinks is not None:
-        return _equation(query, key, value, mask, rules.scale, rules.softcap, rules.sinks)
+        return equation(query, key, value, mask, rules.scale, rules.softcap, rules.sinks)
     return _masked(query, key, value, mask, rules.scale)
 
 
-def _equation(
+def equation(
     query: Tensor,
     key: Tensor,
     value: Tensor,

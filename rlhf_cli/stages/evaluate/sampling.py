@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError, UsageError
-from rlhf_cli.generation.drawing import Drawing
 from rlhf_cli.generation.generator import Completion, Generator, Request
+from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.progress import Task, say, task, warn

@@ -11,8 +11,8 @@ from rlhf_cli.data.records import Candidates, Prompt, references_of, seed_for
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.generation.drawing import Drawing
 from rlhf_cli.generation.generator import Completion, Generator, Request
+from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS

@@ -10,8 +10,8 @@ from statistics import fmean, pstdev
 
 from rlhf_cli.data.records import Prompt, Ranking, seed_for
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.generation.drawing import Drawing
 from rlhf_cli.generation.generator import Generator, Request
+from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.models.loading import context_length, load_config
 from rlhf_cli.models.reward_model.classifier import is_classifier

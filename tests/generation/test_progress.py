@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_cli import progress
-from rlhf_cli.generation.drawing import Drawing
+from rlhf_cli.generation.progress import Drawing
 
 
 def test_before_any_ends_each_may_reach_the_limit():
