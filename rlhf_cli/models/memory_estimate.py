@@ -101,8 +101,8 @@ class ModelShape:
             recompute: keep only the input of each layer, and one layer's activations at a time.
         """
         norms = 4 * self.hidden * FLOAT32  # of two norms, each its input and its normalized input
-        # What products and attention read: two outputs of norms; queries, keys, values and what attention returns; gate,
-        # its activation, the other half and their product.
+        # What products and attention read: two outputs of norms; queries, keys, values and what attention returns;
+        # gate, its activation, the other half and their product.
         products = (2 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.feed_forward) * number_bytes
         if recompute:
             return tokens * (self.layers * self.hidden * FLOAT32 + norms + products)
