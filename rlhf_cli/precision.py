@@ -33,7 +33,7 @@ def exact_products() -> Iterator[None]:
     Elsewhere `torch.set_float32_matmul_precision` or an environment variable may round their inputs to TF32, or on a
     CPU to bfloat16. A comparison of two ways to compute the same would mistake that rounding for a fault.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

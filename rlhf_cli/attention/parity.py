@@ -161,7 +161,7 @@ def gradient_deviation(call: Mapping[str, Any], backend: str) -> float:
     def gradients(name: str) -> list[Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         with torch.enable_grad(), exact_products():
-            output = registry.attention(*leaves, layout, backend=name, **rules).output
+            output = registry.attention(*leaves, layout, backend=name, **rules).output  # pyright: ignore[reportCallIssue]
             return list(torch.autograd.grad((output * weights).sum(), leaves))
 
     return relative_error(gradients(backend), gradients("reference"))

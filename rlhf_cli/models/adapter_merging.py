@@ -118,7 +118,7 @@ def _lean(layer: Linear) -> Iterator[None]:
         return
     name, dtype = layer.active_adapters[0], torch.get_autocast_dtype(kind)
     a, b = (factors[name].weight.detach().to(dtype) for factors in (layer.lora_A, layer.lora_B))
-    base: Callable[[Tensor], Tensor] = layer.get_base_layer()
+    base: Callable[[Tensor], Tensor] = layer.get_base_layer()  # type: ignore[assignment]
     scale = layer.scaling[name]
 
     def forward(x: Tensor) -> Tensor:

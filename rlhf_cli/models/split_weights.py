@@ -106,4 +106,4 @@ def _product_weights(model: PreTrainedModel) -> Iterator[nn.Parameter]:
         if isinstance(module, (nn.Linear, Conv1D)) and (weight := module.weight) not in seen:
             seen.add(weight)
             if weight.dtype == torch.float32:
-                yield weight
+                yield weight  # type: ignore[misc]
