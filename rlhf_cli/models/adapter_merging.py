@@ -118,11 +118,11 @@ def _lean(layer: Linear) -> Iterator[None]:
         return
     name, dtype = layer.active_adapters[0], torch.get_autocast_dtype(kind)
     a, b = (factors[name].weight.detach().to(dtype) for factors in (layer.lora_A, layer.lora_B))
-    base: Callable[[Tensor], Tensor] = layer.get_base_layer()  # type: ignore[assignment]
+    base = layer.get_base_layer()
     scale = layer.scaling[name]
 
     def forward(x: Tensor) -> Tensor:
-        output = base(x)
+        output = base(x)  # pyright: ignore[reportCallIssue]
         return torch.add(output, functional.linear(functional.linear(x.to(dtype), a), b), alpha=scale).to(output.dtype)
 
     layer.forward = forward
