@@ -8,8 +8,8 @@
 
 Both sides draw `--prompts` x `--completions` completions of random prompts. The lengths are ragged: a
 random set of tokens with a probability of about one in `--mean` ends them. `generate` runs `num_return_sequences=K` on
-batches of `--batch` rows, each until its longest completion ends. Ours has the same number of rows. Sides alternate; the
-ratio is the median of the ratios of adjacent runs.
+batches of `--batch` rows, each until its longest completion ends. Ours has the same number of rows. Sides alternate;
+the ratio is the median of the ratios of adjacent runs.
 
 Before that, greedy tokens of both sides are compared (they must be equal), and the first tokens that ours draws are
 compared with the model's probabilities (chi-square).
@@ -271,9 +271,8 @@ def _print_setting(options: argparse.Namespace, policy: Policy, model: PreTraine
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     print(
         f"{policy.config.model_type}, {parameters / 1e6:.1f} M parameters, {options.dtype}, {where}, torch "
-        f"{torch.__version__}; {options.prompts} prompts of about {options.prompt_length} tokens, {options.completions} "
-        "completions each, "
-        f"{options.batch} rows, at most {options.max_new_tokens} new tokens"
+        f"{torch.__version__}; {options.prompts} prompts of about {options.prompt_length} tokens, "
+        f"{options.completions} completions each, {options.batch} rows, at most {options.max_new_tokens} new tokens"
     )
 
 
