@@ -93,7 +93,7 @@ def choose(request: Request, name: str = AUTO) -> Choice:
 
     Args:
         request: the call.
-        name: name of a backend, `package.module:function`, or `auto` for the first of `order_of` that supports the call.
+        name: name of a backend, `package.module:function`, or `auto` for the first of `order_of` that supports it.
 
     Raises:
         UsageError: the backend is unknown, unavailable on this machine, or does not support the call.
