@@ -93,7 +93,7 @@ def choose(request: Request, name: str = AUTO) -> Choice:
 
     Args:
         request: the call.
-        name: name of a backend, `package.module:function`, or `auto` for the first of `_order` that supports the call.
+        name: name of a backend, `package.module:function`, or `auto` for the first of `order_of` that supports it.
 
     Raises:
         UsageError: the backend is unknown, unavailable on this machine, or does not support the call.
@@ -104,7 +104,7 @@ def choose(request: Request, name: str = AUTO) -> Choice:
             raise UsageError(f"attention backend `{name}`: {reason}", hint="rerun with `--attention auto`")
         return Choice(backend, "requested by name")
     rejected: list[str] = []
-    for candidate in _order(request):
+    for candidate in order_of(request):
         backend = find(candidate)
         if (reason := backend.missing() or backend.unsupported(request)) is None:
             reason = "; ".join(rejected) or "first choice for this call"
@@ -114,7 +114,7 @@ def choose(request: Request, name: str = AUTO) -> Choice:
     raise UsageError(f"no attention backend supports this call: {'; '.join(rejected)}")
 
 
-def _order(request: Request) -> tuple[str, ...]:
+def order_of(request: Request) -> tuple[str, ...]:
     """The order in which `auto` tries backends: torch first for plain dense calls, else our kernels first.
 
     On a GPU the gradients of torch's kernels are sums in no fixed order; those of ours are, and a run that resumes has

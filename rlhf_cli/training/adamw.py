@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from rlhf_cli.models.split_weights import join, low_bits, split
 
-_PIECE = {"cpu": 1 << 18, "cuda": 1 << 26}
+PIECE = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Numbers that are joined, stepped and split at once: on a CPU few enough to stay in its cache."""
 
 
@@ -37,7 +37,7 @@ class AdamW(torch.optim.AdamW):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(weight, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(weight, dtype=torch.float32)
-        size = _PIECE.get(weight.device.type, _PIECE["cpu"])
+        size = PIECE.get(weight.device.type, PIECE["cpu"])
         parts = (weight.data, low, gradient, state["exp_avg"], state["exp_avg_sq"])
         for high, below, by_weight, mean, square in zip(*(part.reshape(-1).split(size) for part in parts), strict=True):
             whole = join(high, below)

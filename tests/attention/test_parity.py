@@ -389,7 +389,7 @@ def test_on_a_gpu_gradients_have_a_fixed_order_of_sums():
     query = torch.zeros(1, 2, 4, 8, requires_grad=True)
     rules = {"causal": True, "window": None, "softcap": None, "sinks": None, "bias": None}
     request = Request.of(query, query, query, Layout.dense(1, 4, 4), **rules)
-    assert registry._order(request)[0] == "torch"
+    assert registry.order_of(request)[0] == "torch"
     on_gpu = replace(request, device=torch.device("cuda"))
-    assert registry._order(on_gpu)[0] == "triton"
-    assert registry._order(replace(on_gpu, needs_grad=False))[0] == "torch"
+    assert registry.order_of(on_gpu)[0] == "triton"
+    assert registry.order_of(replace(on_gpu, needs_grad=False))[0] == "torch"

@@ -44,7 +44,7 @@ def take_steps(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], st
 
 
 def test_steps_are_those_of_float32_weights(monkeypatch):
-    monkeypatch.setitem(adamw._PIECE, "cpu", 10)
+    monkeypatch.setitem(adamw.PIECE, "cpu", 10)
     plain, halves = pairs()
     start = [weight.detach().clone() for weight in plain]
     take_steps(torch.optim.AdamW(plain, lr=RATE, weight_decay=0.1, fused=True), plain, range(5))
