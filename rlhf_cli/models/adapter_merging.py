@@ -14,7 +14,7 @@ Afterwards each weight is the tensor it was before, so that training sees no cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -117,7 +117,7 @@ def _lean(layer: Linear) -> Iterator[None]:
         yield
         return
     name, dtype = layer.active_adapters[0], torch.get_autocast_dtype(kind)
-    a, b = (factors[name].weight.detach().to(dtype) for factors in (layer.lora_A, layer.lora_B))
+    a, b = (factors[name].get_parameter("weight").detach().to(dtype) for factors in (layer.lora_A, layer.lora_B))
     base = layer.get_base_layer()
     scale = layer.scaling[name]
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rlhf_cli.attention.hugging_face import implementation
-from rlhf_cli.attention.slot_cache import SlotCache
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation import decoding
 from rlhf_cli.generation.decoding import BatchDecoding, Choice, check_decoding, decode, decoding_of
@@ -136,22 +135,17 @@ def test_a_model_with_a_state_of_its_own_is_refused_by_name():
         check_decoding(tiny_model("recurrent_gemma", byte_level_tokenizer(pad=True)), "it")
 
 
-def test_a_model_that_samples_otherwise_than_it_scores_is_refused(monkeypatch):
-    model = tiny_model("llama", byte_level_tokenizer(pad=True))
+@pytest.mark.parametrize("kind", [BatchDecoding, SlotDecoding])
+def test_a_model_that_samples_otherwise_than_it_scores_is_refused(kind, monkeypatch):
+    model = model_of("llama") if kind is SlotDecoding else tiny_model("llama", byte_level_tokenizer(pad=True))
     check_decoding(model, "it")
-    select = BatchDecoding._select
-    monkeypatch.setattr(BatchDecoding, "_select", lambda self, rows: select(self, [0] * len(rows)))
-    with pytest.raises(ModelError, match="scores tokens otherwise when it is sampled than when it is scored"):
-        check_decoding(model, "it")
+    keep = kind.keep
 
+    def wrong(self, rows):
+        keep(self, list(range(len(rows))))
+        return list(rows)
 
-def test_a_model_whose_rows_see_others_columns_is_refused(monkeypatch):
-    model = model_of("llama")
-    check_decoding(model, "it")
-    everything = torch.ones(2, 1, 1, 1, dtype=torch.bool)
-    monkeypatch.setattr(
-        SlotCache, "_mask", lambda self, window: everything[: self.live].expand(-1, -1, -1, self._width)
-    )
+    monkeypatch.setattr(kind, "keep", wrong)
     with pytest.raises(ModelError, match="scores tokens otherwise when it is sampled than when it is scored"):
         check_decoding(model, "it")
 
