@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
@@ -134,7 +135,8 @@ def products(monkeypatch):
     monkeypatch.setattr(policy_saving, "completion_logits", unwatched)
 
     def watch(module: nn.Module, inputs: object, output: object) -> None:
-        if isinstance(module, nn.Linear) and module.out_features > 1 and isinstance(output, torch.Tensor):
+        is_linear = isinstance(module, nn.Linear) and module.out_features > 1
+        if (is_linear or isinstance(module, LoraLayer)) and isinstance(output, torch.Tensor):
             seen[output.dtype, torch.is_grad_enabled()] += 1
 
     handle = nn.modules.module.register_module_forward_hook(watch)

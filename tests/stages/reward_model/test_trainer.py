@@ -214,8 +214,8 @@ def poison(trainer: RewardTrainer, steps: set[int], times: int | None = None) ->
         current[:] = [number]
         return real_step(number, watch)
 
-    def accumulate(chosen):
-        sums = real_accumulate(chosen)
+    def accumulate(chosen, count):
+        sums = real_accumulate(chosen, count)
         runs.update(current)
         if current[0] in steps and (times is None or runs[current[0]] <= times):
             sums.loss = float("nan")

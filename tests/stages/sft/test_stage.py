@@ -89,6 +89,8 @@ def test_held_out_prompts_are_not_trained_on(tiny_llama: Path, tmp_path: Path, m
     def watched(model, examples, held_out, settings, **named):
         seen["train"] = {tokenizer.decode(example.prompt_ids) for example in examples}
         seen["held out"] = {tokenizer.decode(example.prompt_ids) for example in held_out}
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            (named["work"] / name).touch()
         return engine.SFTResult(1, 1, 0.0, None, None, 0)
 
     monkeypatch.setattr(engine, "train_sft", watched)
