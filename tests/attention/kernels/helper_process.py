@@ -13,8 +13,8 @@ from pathlib import Path
 
 @contextmanager
 def answers_of(program: str, environment: dict[str, str], *arguments: str) -> Iterator[Callable[[str], dict]]:
-    """Ask a program of this folder, which finds nothing that others compiled."""
-    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
+    """Ask a program, by its path from this folder, which finds nothing that others compiled."""
+    command = [sys.executable, str(Path(__file__).parent / program), *arguments]
     with (
         tempfile.TemporaryDirectory() as cache,
         tempfile.TemporaryFile("w+") as log,
