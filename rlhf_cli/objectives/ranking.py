@@ -3,6 +3,9 @@
 Completions lie flat, N of them, each with the number of its group (its prompt), so groups may differ in size and
 nothing is padded. Every function gives one loss per group: the mean over the groups of an optimizer step is then the
 same however the step was split into micro-batches.
+
+Labels are known on the host. With `levels`, `groups` and `margins` on the CPU and rewards on a GPU, the pairwise loss
+does not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -32,16 +35,19 @@ def pairwise_ranking_loss(rewards: Tensor, levels: Tensor, groups: Tensor, margi
     first, second = pairs_of(groups)
     better = torch.where(levels[first] <= levels[second], first, second)
     worse = first + second - better
-    difference = rewards[better] - rewards[worse]
     is_tie = levels[first] == levels[second]
+    count = int(groups.max()) + 1
+    group = groups[first]
+    pairs = torch.bincount(group, minlength=count)
+    device = rewards.device
+    difference = rewards[better.to(device)] - rewards[worse.to(device)]
     if margins is not None:
         has_margin = (levels[better] == 0) & ~is_tie
-        difference = difference - torch.where(has_margin, margins[groups[better]], 0.0)
+        difference = difference - torch.where(has_margin, margins[groups[better]], 0.0).to(device)
     won, lost = F.logsigmoid(difference), F.logsigmoid(-difference)
-    losses = torch.where(is_tie, -(won + lost) / 2, -won)
-    count = int(groups.max()) + 1
-    sums = torch.zeros(count, dtype=losses.dtype, device=losses.device).index_add(0, groups[first], losses)
-    return sums / torch.bincount(groups[first], minlength=count)
+    losses = torch.where(is_tie.to(device), -(won + lost) / 2, -won)
+    sums = torch.zeros(count, dtype=losses.dtype, device=device).index_add(0, group.to(device), losses)
+    return sums / pairs.to(device)
 
 
 def pairs_of(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from tests.gpu.device import DeviceMode, FakeCudaTensor, is_pinned, ledger, pinned, random_states
 
@@ -73,7 +74,7 @@ def _devices(library: ctypes.CDLL, devices: int) -> None:
         _lazy_init=lambda: None,
         init=lambda: None,
         is_available=lambda: True,
-        is_initialized=lambda: True,
+        is_initialized=lambda: bool(ledger.peak),  # as torch, once something was on a device
         device_count=lambda: devices,
         current_device=lambda: library.fake_cuda_current_device(),
         set_device=set_device,
@@ -235,6 +236,8 @@ def _transfers() -> None:
 
 
 def _constructors() -> None:
+    # `with torch.device(...)` remembers which functions make tensors when it first asks: those of torch, not ours.
+    _device_constructors()
     tensor, as_tensor = torch.tensor, torch.as_tensor
 
     def made(data: Any, *, device: Any = None, requires_grad: bool = False, pin_memory: bool = False, **named: Any):

@@ -175,14 +175,14 @@ class RewardTrainer(TrainingTask):
         """Return the loss of each group: (G,), with gradient; adds to both sums, see `_count`."""
         model = self.model
         rewards = model(model.batch([sequence for group in groups for sequence in group.sequences]))
-        levels = torch.tensor([level for group in groups for level in group.levels], device=rewards.device)
-        sizes = torch.tensor([len(group.levels) for group in groups], device=rewards.device)
-        members = torch.arange(len(groups), device=rewards.device).repeat_interleave(sizes)
+        # Labels stay on the host, see `objectives.ranking`.
+        levels = torch.tensor([level for group in groups for level in group.levels])
+        members = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group.levels) for group in groups]))
         counts += _count(rewards.detach(), levels, members)
         sums.completions += len(rewards)
         if self.settings.loss == "plackett-luce":
             return plackett_luce_loss(rewards, levels, members)
-        margins = torch.tensor([group.margin for group in groups], device=rewards.device)
+        margins = torch.tensor([group.margin for group in groups])
         return pairwise_ranking_loss(rewards, levels, members, margins if self.settings.use_margin else None)
 
     def _over_processes(self, sums: StepSums) -> StepSums:
@@ -200,7 +200,8 @@ def _count(rewards: Tensor, levels: Tensor, members: Tensor) -> Tensor:
     An equal reward counts half, and a tie is not a pair.
     """
     first, second = pairs_of(members)
-    agreement = (rewards[first] - rewards[second]).sign() * (levels[second] - levels[first]).sign()
-    is_ordered = levels[first] != levels[second]
+    order, device = (levels[second] - levels[first]).sign(), rewards.device
+    agreement = (rewards[first.to(device)] - rewards[second.to(device)]).sign() * order.to(device)
+    is_ordered = (order != 0).to(device)
     right = ((agreement + 1) / 2).masked_fill(~is_ordered, 0.0).sum()
     return torch.stack([right.double(), is_ordered.sum().double(), rewards.sum().double()])
