@@ -92,8 +92,9 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         sys.exit(f"{len(chosen)} demonstrations of at most {options.max_length} tokens; {count} are needed")
     lines = (json.dumps({"prompt": record.prompt, "completion": record.completion}) for record, _ in chosen)
     (work / "demonstrations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plan = BatchPlan(count, 1.0, options.batch, options.micro_batch, 0)
-    order = [number for step in range(plan.steps) for part in plan.micro_batches(step) for number in part]
+    plan = BatchPlan(count, 1.0, options.batch, 0)
+    lengths = [len(example) for _, example in chosen]
+    order = [number for step in range(plan.steps) for number in sorted(plan.rows_of(step), key=lengths.__getitem__)]
     examples = [chosen[number][1] for number in order]
     rows = [{"input_ids": one.ids, "completion_mask": list(map(int, one.is_trained()))} for one in examples]
     (work / "rows.json").write_text(json.dumps(rows), encoding="utf-8")

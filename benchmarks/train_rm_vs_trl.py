@@ -78,7 +78,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.models.reward_model.model import new_reward_model
     from rlhf_cli.settings.shared import LoraSettings
-    from rlhf_cli.stages.reward_model.data import Batches, encode_group, micro_batches
+    from rlhf_cli.stages.reward_model.data import Batches, by_length, encode_group
 
     shape = comparison.SHAPES["tiny"]
     model = str(options.model or comparison.random_llama(work / "tiny", shape))
@@ -95,11 +95,10 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     batches = Batches(len(groups), options.batch, 1.0, 0)
     pairs = []
     for step in range(batches.steps):
-        for part in micro_batches(groups, batches.groups(step), options.micro_batch):
-            for group in (groups[number] for number in part):
-                better = sorted(range(len(group.levels)), key=lambda index: group.levels[index])
-                ids = [group.sequences[index].ids for index in better]
-                pairs += [{"chosen_ids": first, "rejected_ids": second} for first, second in combinations(ids, 2)]
+        for group in (groups[number] for number in by_length(groups, batches.groups(step))):
+            better = sorted(range(len(group.levels)), key=lambda index: group.levels[index])
+            ids = [group.sequences[index].ids for index in better]
+            pairs += [{"chosen_ids": first, "rejected_ids": second} for first, second in combinations(ids, 2)]
     (work / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
     lengths = [len(sequence.ids) for group in groups for sequence in group.sequences]
     return {

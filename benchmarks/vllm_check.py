@@ -111,7 +111,7 @@ def on_gpu(given: argparse.Namespace) -> dict[str, Any]:
     adapters.add("policy", LoraSettings())
     sampling = Sampling(max_new_tokens=given.tokens, batch_size=given.completions)
     policy = Policy.load(source, sampling, weights=lambda: adapters.use_adapter("policy"))
-    if (found := obstacle(policy)) is not None:
+    if (found := obstacle([policy])) is not None:
         return {"rollout": f"vllm cannot be used: {found.reason}"}
     prompts = [
         policy.prompt_ids(f"Write a story about the number {number}.") for number in range(given.completions // 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 
@@ -9,17 +10,24 @@ import sys
 def free_memory() -> None:
     """Free models that nothing refers to any more, on the CPU and in CUDA's cache. Imports no torch."""
     gc.collect()
+    # glibc keeps freed blocks of up to 32 MiB, as most weights are, and they count as memory of the process.
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch's allocator of the CPU, or that of a GPU got no memory."""
+    """Whether Python, torch's allocator of the CPU, or a GPU got no memory."""
     # torch.OutOfMemoryError is recognized by its name, since torch may not be imported; on the CPU torch raises a
     # RuntimeError that only its text tells.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY))
     )
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""In messages of torch's allocator of the CPU, of cuBLAS, and of a kernel's launch."""

@@ -216,9 +216,10 @@ def attention_mask(
         length = is_real_token.shape[1]
         is_real = is_real & (columns < length) & is_real_token[:, columns.clamp(max=length - 1)]
     mask = is_real.contiguous()
+    plain = mask.detach()  # another object: what the mask carries must not refer to the mask
 
     def visibility() -> Visibility:
-        is_real, offset = mask.cpu(), int(before)
+        is_real, offset = plain.cpu(), int(before)
         if is_cross:
             return Visibility(Layout.cross(q_length, is_real), False, None)
         if mask_function is causal_mask_function:

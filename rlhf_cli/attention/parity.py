@@ -162,7 +162,7 @@ def gradient_deviation(call: Mapping[str, Any], backend: str) -> float:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         with torch.enable_grad(), exact_products():
             output = registry.attention(*leaves, layout, backend=name, **rules).output  # pyright: ignore[reportCallIssue]
-            return list(torch.autograd.grad((output * weights).sum(), leaves))
+            return list(torch.autograd.grad((output * weights).sum(), leaves, materialize_grads=True))
 
     return relative_error(gradients(backend), gradients("reference"))
 

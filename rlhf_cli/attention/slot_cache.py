@@ -14,8 +14,10 @@ prompt into as many slots as it has completions. In `step` the model reads one t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,7 +53,9 @@ class SlotCache(Cache):
     """
 
     def __init__(self, slots: int, device: torch.device) -> None:
-        super().__init__(layer_class_to_replicate=self._layer)  # pyright: ignore[reportArgumentType]
+        # Layers refer to the cache weakly, so that its memory is free as soon as sampling has ended.
+        layer = partial(_SlotLayer, weakref.proxy(self))
+        super().__init__(layer_class_to_replicate=layer)  # pyright: ignore[reportArgumentType]
         self._slots, self._capacity = slots, 0
         self._host_lengths: list[int] = []  # of the live rows; the same as `_lengths`, readable without waiting
         self._lengths = torch.zeros(slots, dtype=torch.long, device=device)
@@ -59,9 +63,6 @@ class SlotCache(Cache):
         self._columns = torch.arange(0, device=device)
         self._packed: Packed | None = None  # of the pass that reads prompts
         self._masks: dict[int | None, Tensor] = {}  # of this step, per window
-
-    def _layer(self) -> _SlotLayer:
-        return _SlotLayer(self)
 
     @property
     def live(self) -> int:
@@ -148,7 +149,10 @@ class SlotCache(Cache):
         query, mask = query.to(key.dtype), self._mask(window)
         if softcap is not None or sinks is not None:
             factor = size**-0.5 if scale is None else scale
-            output = equation(query, key, value, mask, factor, softcap, sinks)
+            # In float32, as the kernels that score: a soft cap of bfloat16 scores is off by up to 1/16 of a nat.
+            with torch.autocast(query.device.type, enabled=False):
+                output = equation(query.float(), key.float(), value.float(), mask, factor, softcap, sinks)
+            output = output.to(value.dtype)
         else:
             grouped = query.reshape(count, key.shape[1], -1, size)
             output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)

@@ -34,7 +34,7 @@ from rlhf_cli.settings.shared import GenerationSettings
 
 _LOWEST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this."""
-_TORCH = "use `--set generation.engine=torch`"
+_TORCH = "use `--set generation.engine=torch` (an unfinished stage then starts again: `--force`)"
 
 # Mean difference in nats up to which log-probabilities of both engines are equal but for rounding. Wrong or missing
 # weights are off by whole nats.

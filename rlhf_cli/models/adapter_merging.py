@@ -14,9 +14,11 @@ Afterwards each weight is the tensor it was before, so that training sees no cha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import psutil  # a dependency of accelerate
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.layer import Linear
@@ -27,14 +29,14 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_cli.models.lora import adapter_layers
 
 _SHARE = 0.5
-"""Share of the free memory of a GPU that the merged copy may take."""
+"""Share of the memory beside the model that the merged copy may take."""
 
 
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """Compute as the module's docstring says, for all forward passes in the context, which need no gradient.
 
-    What is merged is a second copy of the adapted weights; where a GPU has no memory for that, nothing is merged. Which
+    What is merged is a second copy of the adapted weights; where there is no memory for that, nothing is merged. Which
     adapter is active must not change inside the context, nor whether autocast is on.
 
     Args:
@@ -42,8 +44,10 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for _, layer in adapter_layers(model) if _is_active(layer)]
     mergeable = {layer: weight for layer in layers if (weight := _mergeable(layer)) is not None}
+    uses = Counter(map(id, mergeable.values()))  # a weight of two layers cannot hold the sums of both
+    mergeable = {layer: weight for layer, weight in mergeable.items() if uses[id(weight)] == 1}
     with ExitStack() as stack:
-        for layer, weight in mergeable.items() if _fits(list(mergeable.values())) else ():
+        for layer, weight in mergeable.items() if _fits(model, list(mergeable.values())) else ():
             stack.enter_context(_merged(layer, weight))
         for layer in layers:
             if isinstance(layer, Linear) and layer not in mergeable and _is_plain(layer):
@@ -75,12 +79,24 @@ def _mergeable(layer: LoraLayer) -> nn.Parameter | None:
     return weight if is_exact else None
 
 
-def _fits(weights: list[nn.Parameter]) -> bool:
-    needed = sum(weight.numel() * weight.element_size() for weight in weights)
-    if not weights or weights[0].device.type != "cuda":
+def _fits(model: nn.Module, weights: list[nn.Parameter]) -> bool:
+    """Whether the copies take at most `_SHARE` of the memory that the model leaves.
+
+    By sizes alone: what is free at the moment differs from step to step, and a resumed run must decide as the first.
+    """
+    if not weights:
         return True
-    free, _ = torch.cuda.mem_get_info(weights[0].device)
-    return needed <= _SHARE * free
+    needed = _bytes_of(weights)
+    device = weights[0].device
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = psutil.virtual_memory().total
+    return needed <= _SHARE * (total - _bytes_of(model.parameters()))
+
+
+def _bytes_of(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class FusedLoraLinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         y = LowRankProduct.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[name])
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def fuse_products(layers: Iterable[LoraLayer]) -> None:

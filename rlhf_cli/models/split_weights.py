@@ -50,7 +50,7 @@ def low_bits(weight: Tensor) -> Tensor | None:
 def split_weights(model: PreTrainedModel) -> None:
     """Split the weights of the linear layers of a trained float32 model, in place; see the module's docstring."""
     for weight in _product_weights(model):
-        weight.data, low = split(weight.data)
+        weight.data, low = split(weight.data.contiguous())
         weight.grad_dtype = torch.float32
         setattr(weight, LOW, low)
 
@@ -88,13 +88,6 @@ def restore(weights: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]) 
         weight.copy_(state[name])
         if (low := low_bits(weight)) is not None:
             low.copy_(state[f"{name}.{LOW}"])
-
-
-def float32_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield named weights in float32, one at a time."""
-    for name, weight in weights:
-        low = low_bits(weight)
-        yield name, weight.detach() if low is None else join(weight.detach(), low)
 
 
 def _product_weights(model: PreTrainedModel) -> Iterator[nn.Parameter]:

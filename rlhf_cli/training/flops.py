@@ -58,8 +58,7 @@ def model_size(
 ) -> ModelSize | None:
     """Return the size of a decoder, or None where its operations per token are not known.
 
-    They are not for encoder-decoders, for mixtures of experts (a token passes a few of them) and for weights in less
-    than 8 bits, of which several share a number.
+    They are not for encoder-decoders, for mixtures of experts (a token passes a few of them) and for quantized weights.
 
     Args:
         model: may carry adapters; only those in `trained` count.
@@ -147,7 +146,9 @@ def peak(device: torch.device, precision: torch.dtype) -> Peak | None:
         return _measured(precision)
     if device.type != "cuda":
         return None
-    return listed_peak(torch.cuda.get_device_name(device), precision, tf32=bool(torch.backends.cuda.matmul.allow_tf32))
+    return listed_peak(
+        torch.cuda.get_device_name(device), precision, tf32=torch.get_float32_matmul_precision() != "highest"
+    )
 
 
 def listed_peak(name: str, precision: torch.dtype, *, tf32: bool) -> Peak | None:

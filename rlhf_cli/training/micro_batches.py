@@ -74,13 +74,14 @@ class MicroBatches:
                 if not is_out_of_memory(error) or rows < 2:
                     raise
             # Behind the handler, since the error holds the activations of the pass.
-            undo()
             free_memory()
-            self.limit = max(tokens // 2, 1)
+            half = max(tokens // 2, 1)
+            self.limit = half if self.limit is None else min(self.limit, half)
             warn(
                 f"a pass over {tokens:,} tokens got no memory: passes of this process now have at most {self.limit:,}; "
                 f"`{self._setting}: {self.limit}` begins so"
             )
+            undo()  # which may run passes itself
 
 
 def _cut(rows: Sequence[int], tokens_of: TokensOf, most_rows: int, most_tokens: int | None) -> list[list[int]]:

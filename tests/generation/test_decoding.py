@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from rlhf_cli.attention.hugging_face import implementation
+from rlhf_cli.attention.slot_cache import SlotCache
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation import decoding
 from rlhf_cli.generation.decoding import BatchDecoding, Choice, check_decoding, decode, decoding_of
@@ -128,6 +132,23 @@ def test_a_prompt_is_read_once_and_the_next_ones_with_it():
     decode(decoding_of(model, prompts, 2), choose, model.device)
     # 13 tokens, of which 9 are drawn from what was read. Row 0 ends at once, and row 2 enters beside row 1, and so on.
     assert shapes == [(1, 6), (1, 1), (2, 1), (1, 1)]
+
+
+@torch.no_grad()
+def test_the_cache_is_freed_when_decoding_has_ended():
+    """Without waiting for the garbage collector: on a GPU the update needs its memory."""
+    model = model_of("llama")
+    decoding = decoding_of(model, [[1, 2, 3]], 1)
+    decode(decoding, lambda logits, rows, *_: (logits.argmax(-1), []), model.device)
+    caches = [weakref.ref(one) for one in vars(decoding).values() if isinstance(one, SlotCache)]
+    gc.collect()
+    gc.disable()
+    try:
+        del decoding
+        assert caches
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_model_with_a_state_of_its_own_is_refused_by_name():

@@ -209,10 +209,10 @@ def base_completions(sampler: Sampler, of: Policy, rows: Sequence[int]) -> tuple
             return None
         with policy.model():
             pass  # loads the weights
+        completions = sampler.complete_alone(policy, rows, "base completions")
     except ModelError as error:
         warn(f"completions of the base model are not shown: {error.message}")
         return None
-    completions = sampler.complete_alone(policy, rows, "base completions")
     policy.release()
     return policy, completions
 

@@ -104,7 +104,7 @@ def head_from_folder(folder: Path) -> HeadStart:
         raise ModelError(
             f"the critic in {folder} is {'an adapter' if kind == 'adapter' else 'a whole model'}, and `critic: head` "
             "has only a head on the policy's hidden states",
-            hint=f"`--set ppo.critic={'adapter' if kind == 'adapter' else 'separate'}`",
+            hint="`--set ppo.critic=separate`",
         )
     return HeadStart(load_value_head(folder))
 

@@ -182,7 +182,8 @@ class ForwardPasses:
         for part in self._cuts.own(self.processes.shard(self._cuts.cut(ordered, measure, most=share)), measure):
             yield part
             beat()
-            self.count(sum(len(completions.completion_ids[row]) for row in part))
+            if isinstance(completions, Completions):  # not the demonstrations of PPO-ptx
+                self.count(sum(len(completions.completion_ids[row]) for row in part))
 
     def _tokens(self, completions: TokenPairs, rows: Sequence[int]) -> int:
         """Count the tokens that the policy reads in a pass over these rows."""

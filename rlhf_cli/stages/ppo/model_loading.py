@@ -119,6 +119,7 @@ def load_ppo_models(
         if isinstance(critic, FullCritic):
             with critic.active_model() as model:
                 recompute_activations(model)
+    free_memory()  # tensors that were read in other precisions
     return LoadedPPOModels(models, reward, (_layout_note(settings, reward), note))
 
 

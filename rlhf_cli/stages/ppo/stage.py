@@ -63,9 +63,12 @@ def _device_need(settings: PPOSettings, recipe: RunSettings, shape: ModelShape) 
     sampled = settings.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     longest = recipe.data.max_prompt_tokens + sampled
     rows = min(settings.rollout_batch_size, settings.completions_per_step)
-    tokens = min(settings.micro_batch_size, math.ceil(settings.completions_per_step / settings.minibatches)) * longest
+    minibatch = math.ceil(settings.completions_per_step / settings.minibatches) * longest
+    most = settings.micro_batch_tokens
+    tokens = min(minibatch, settings.micro_batch_size * longest if most is None else max(longest, most))
     adapter = shape.adapter(settings.lora.rank)
-    policy, critic = shape.weights if is_full else adapter, adapter if settings.critic_is_adapter else shape.weights
+    policy = shape.weights if is_full else adapter
+    critic = adapter if settings.critic_is_adapter else shape.weights if settings.critic_is_separate else 0
     return training_need(
         trained=policy + critic,
         frozen=shape.weights,

@@ -16,19 +16,25 @@ from rlhf_cli.training.monitoring.timing_log import Work
 def relative_durations(settings: PPOSettings) -> dict[str, float]:
     """Return a guess of the phases' relative durations, for the time left before the first step has ended.
 
-    Forward passes are the unit: three models pass in `passes`. In an update, policy and critic go forward and backward,
-    which takes three times a forward pass. Sampling, one token at a time, takes about ten.
+    Forward passes are the unit: three models pass in `passes`, or two where the critic is a head on the policy. In an
+    update, policy and critic go forward and backward, which takes three times a forward pass. Sampling, one token at a
+    time, takes about ten.
     """
-    return {"rollout": 10.0, "scoring": 0.5, "passes": 3.0, "update": 6.0 * settings.epochs}
+    trained = 1.0 if settings.critic == "head" else 2.0
+    return {"rollout": 10.0, "scoring": 0.5, "passes": 1.0 + trained, "update": 3.0 * trained * settings.epochs}
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """The models of PPO, as their operations depend on them; see `training.flops`."""
+    """The models of PPO, as their operations depend on them; see `training.flops`.
+
+    `critic_is_head`: the critic reads the hidden states of the policy's own pass.
+    """
 
     policy: ModelSize
     reference: ModelSize
     critic: ModelSize
+    critic_is_head: bool = False
 
     @staticmethod
     def of(models: PPOModels) -> StepFlops | None:
@@ -41,7 +47,7 @@ class StepFlops:
             critic = model_size(model, models.critic_parameters(), has_vocabulary=False)
         if policy is None or reference is None or critic is None:
             return None
-        return StepFlops(policy, reference, critic)
+        return StepFlops(policy, reference, critic, models.critic_is_head)
 
     def rollout(self, lengths: Sequence[int]) -> float:
         """Return the operations of sampling sequences, prompts included."""
@@ -49,11 +55,15 @@ class StepFlops:
 
     def passes(self, lengths: Sequence[int]) -> float:
         """Return the operations of the passes before the update."""
-        return sum(size.forward(lengths) for size in (self.policy, self.reference, self.critic))
+        sizes = (self.policy, self.reference) if self.critic_is_head else (self.policy, self.reference, self.critic)
+        return sum(size.forward(lengths) for size in sizes)
 
     def update(self, lengths: Sequence[int], *, policy_epochs: float, critic_epochs: float) -> float:
         """Return the operations of an update; epochs may be parts."""
-        return policy_epochs * self.policy.training(lengths) + critic_epochs * self.critic.training(lengths)
+        learned = policy_epochs * self.policy.training(lengths)
+        if self.critic_is_head:  # trained in the policy's pass; in the warm-up the gradient ends at the head
+            return learned + (critic_epochs - policy_epochs) * self.critic.forward(lengths)
+        return learned + critic_epochs * self.critic.training(lengths)
 
 
 def step_work(completions: Completions, update: UpdateStatistics, flops: StepFlops | None) -> Mapping[str, Work]:

@@ -150,7 +150,8 @@ class RewardTrainer(TrainingTask):
             chosen: numbers of the groups.
             count: called with the tokens of each micro-batch after its work.
         """
-        parts = self._processes.shard(self._cuts.cut(by_length(self._groups, chosen), self._tokens))
+        share = -(-len(chosen) // self._processes.count)  # so that every process gets work
+        parts = self._processes.shard(self._cuts.cut(by_length(self._groups, chosen), self._tokens, most=share))
         sums = self._cuts.run(lambda: self._own_gradient(parts, len(chosen), count), self.optimizer.zero_grad)
         return self._over_processes(sums)
 

@@ -254,7 +254,8 @@ class SFTTrainer(TrainingTask):
     def _accumulate(self, rows: Sequence[int], watch: StepWatch) -> float:
         """Accumulate the gradient of the step's loss over micro-batches and processes; returns the loss."""
         ordered = sorted(rows, key=lambda number: self._tokens([number]))  # little padding
-        parts = self._processes.shard(self._cuts.cut(ordered, self._tokens))
+        share = -(-len(ordered) // self._processes.count)  # so that every process gets work
+        parts = self._processes.shard(self._cuts.cut(ordered, self._tokens, most=share))
         batches = {tuple(part): self._batch(part) for part in parts}
         counts = TokenCounts.of(list(batches.values()), self._processes)
         total = self._cuts.run(lambda: self._own_gradient(batches, counts, watch), self.optimizer.zero_grad)

@@ -200,8 +200,10 @@ def test_the_command_tells_what_came_out_and_nothing_else(
     assert len((tmp_path / "run" / "label" / "rankings.jsonl").read_text().splitlines()) == 12
     beginnings = (
         "label",
-        "sampling completions",
-        "scoring completions",
+        "sampling",
+        "scoring",
+        "other ",
+        "whole stage ",
         "warning: ",
         "attention: ",
         "the model is prompted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,3 +106,15 @@ def test_a_run_writes_its_times(tiny_llama, tmp_path, make_trainer):
         assert {f"time/{name}" for name in ("rollout", "scoring", "passes", "update", "checkpoint")} <= set(row)
         assert {"throughput/tokens_per_second", "throughput/generated_tokens_per_second"} <= set(row)
     assert "time/eval" in rows[1]
+
+
+def test_a_critic_that_is_a_head_has_no_pass_of_its_own():
+    """In the warm-up, here half an epoch, the policy goes forward for it."""
+    head = replace(SIZES, critic_is_head=True)
+    lengths = [5, 2]
+    attention = 2 * 4 * 29
+    assert head.passes(lengths) == 2 * (110 + 100) * 7 + 2 * 4 * attention
+    trained = (4 * 100 + 6 * 10) * 7 + 12 * attention
+    assert head.update(lengths, policy_epochs=1.5, critic_epochs=2.0) == 1.5 * trained + 0.5 * (
+        2 * 85 * 7 + 4 * attention
+    )
