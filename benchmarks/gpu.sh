@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All measurements that need a GPU, in one command of under eight minutes on an H200.
+# All measurements that need a GPU, in one command, limited to eight minutes.
 #
 #     benchmarks/gpu.sh [--out DIR] [--python PYTHON] [--peer-env DIR] [--scratch DIR] [--smoke]
 #

@@ -230,7 +230,7 @@ class TrainingSettings(StageSection):
     """Records per forward and backward pass, per process. Affects memory and speed, not the result."""
     micro_batch_tokens: Annotated[int | None, Field(ge=1), EffortOnly()] = None
     """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null is
-    by `micro_batch_size`. Either way, a pass that runs out of memory is repeated with half the tokens."""
+    by `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive = 1.0

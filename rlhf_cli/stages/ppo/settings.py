@@ -73,7 +73,7 @@ class PPOSettings(StageSection):
     """Completions per forward and backward pass of a process. Affects memory and speed, not the result."""
     micro_batch_tokens: Annotated[int | None, Field(ge=1), EffortOnly()] = None
     """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null is
-    by `micro_batch_size`. Either way, a pass that runs out of memory is repeated with half the tokens."""
+    by `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
     rollout_batch_size: Effort = 64
     """Completions that a process generates at once. Affects memory and speed only."""
 
