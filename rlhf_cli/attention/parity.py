@@ -141,7 +141,7 @@ def gradient_deviation(call: Mapping[str, Any], backend: str) -> float:
 
     Args:
         call: arguments of the call, as `hugging_face.attention_hook` gets them. Of the heads, those of one key head are
-            enough; a bias is left out, since it has the length of the call.
+            enough; a bias is skipped, since it has the length of the call.
         backend: name of the backend.
     """
     query, key, value = call["query"], call["key"], call["value"]
