@@ -64,6 +64,6 @@ WAITS = Mutant(
 KEEPS = Mutant(
     "generation/logprobs.py",
     r"^( +)(return hidden\[batch\.predicting\])$",
-    r"\1globals().setdefault('_KEPT', []).append(hidden.repeat(16, 1))\n\1\2",
+    r"\1globals().setdefault('_KEPT', []).append(hidden.repeat(256, 1))\n\1\2",
 )
 """The hidden states of every pass are kept: memory grows from step to step."""
