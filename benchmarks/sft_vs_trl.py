@@ -56,7 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="records per optimizer step")
     parser.add_argument("--micro-batch", type=int, default=8, help="records per forward and backward pass")
-    parser.add_argument("--max-length", type=int, default=512, help="longer records are left out")
+    parser.add_argument("--max-length", type=int, default=512, help="longer records are skipped")
     parser.add_argument("--tokens", type=int, nargs=2, default=[32, 32], help="of random prompts and completions")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     options = parser.parse_args()

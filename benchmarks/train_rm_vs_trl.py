@@ -6,7 +6,7 @@
 Both start from the same classifier and take the same optimizer steps on the same token ids, so their loss curves are
 equal but for rounding; the table gives the largest difference. Ours reads a ranking of K completions as one group, the
 prompt once. TRL reads its K(K - 1)/2 pairs, two sequences each. The loss of a group is the mean over its pairs, so
-with the same groups in a micro-batch, the means are the same. Rankings with ties are left out: TRL has none.
+with the same groups in a micro-batch, the means are the same. Rankings with ties are skipped: TRL has none.
 
 Sides alternate, each in a process of its own, once per round. Timed is the training without loading: of `rlhf train-rm`
 the training loop without its checkpoints, of TRL `trainer.train()`, which writes none here.
@@ -64,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=4, help="groups per optimizer step")
     parser.add_argument("--micro-batch", type=int, default=1, help="groups per forward and backward pass")
-    parser.add_argument("--max-length", type=int, default=512, help="rankings with a longer completion are left out")
+    parser.add_argument("--max-length", type=int, default=512, help="rankings with a longer completion are skipped")
     parser.add_argument("--completions", type=int, default=4, help="K of random rankings")
     parser.add_argument("--tokens", type=int, nargs=2, default=[32, 32], help="of random prompts and completions")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
