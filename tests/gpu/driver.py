@@ -3,7 +3,8 @@
 Run as a program, since Triton must not be the interpreter: it answers every line of stdin, a question in JSON, with a
 line of JSON. A kernel goes the way that it goes on a GPU, from the call to the launch: specialization of arguments,
 cache of variants, compilation, the check of shared memory. It is not run. Without `machine_code`, compilation ends
-before ptxas, which takes most of the time.
+before ptxas, which takes most of the time; what is then cached on disk is kept apart, or a later question with `machine_code`
+would find it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
@@ -142,10 +144,12 @@ def main() -> None:
     """Answer the lines of stdin."""
     fake, make_cubin = FakeDriver(), CUDABackend.make_cubin
     driver.set_active(fake)
+    cache = Path(triton.knobs.cache.dir)
     for line in sys.stdin:
         question = json.loads(line)
         wants_code = question.get("machine_code", False)
         CUDABackend.make_cubin = make_cubin if wants_code else (lambda *_, **__: b"")
+        triton.knobs.cache.dir = str(cache / ("whole" if wants_code else "without_machine_code"))
         for kernel in (launch.forward_kernel, launch.row_sums_kernel, launch.dq_kernel, launch.dkdv_kernel,
                        decode.partial_kernel, decode.merge_kernel):  # fmt: skip
             kernel.device_caches.clear()
