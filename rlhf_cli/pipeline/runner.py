@@ -18,7 +18,7 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RLHFError
-from rlhf_cli.memory import free_memory, is_out_of_memory
+from rlhf_cli.memory import free_memory, is_out_of_memory, keep_freed_memory
 from rlhf_cli.models.memory_estimate import ModelShape
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
@@ -103,6 +103,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     chosen = select(recipe, selection)
     directory = RunDirectory(folder)
     limit_threads(recipe.model.threads)
+    keep_freed_memory()
     join_launched()
     coordinator = Coordinator()
     if not is_main():

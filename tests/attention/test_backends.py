@@ -58,12 +58,20 @@ def gradients(outputs, inputs):
     return torch.autograd.grad(total, inputs, materialize_grads=True, retain_graph=True)
 
 
-@pytest.fixture(params=["tiled", "torch, a loop", "torch, a mask"])
+@pytest.fixture(params=["tiled", "torch, a loop", "torch, groups", "torch, groups of one", "torch, a mask"])
 def backend(request, monkeypatch):
-    """Tiny tiles, so that short sequences span several of them; torch with a loop over segments and with a mask."""
+    """Tiny tiles, so that short sequences span several of them; torch with a loop over segments, in groups of them and
+    with a mask."""
     monkeypatch.setattr("rlhf_cli.attention.backends.tiled.QUERY_TILE", 2)
     monkeypatch.setattr("rlhf_cli.attention.backends.tiled.KEY_TILE", 3)
     monkeypatch.setattr("rlhf_cli.attention.backends.library.SHORT_SEGMENT", 1000 if "mask" in request.param else 0)
+    if "groups" in request.param:
+        floating = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        monkeypatch.setattr("rlhf_cli.attention.backends.library.GROUPED", dict.fromkeys(floating, 100))
+    else:
+        monkeypatch.setattr("rlhf_cli.attention.backends.library.GROUPED", {})
+    if "one" in request.param:
+        monkeypatch.setattr("rlhf_cli.attention.backends.short_segments.FREE_PADDING", 0)
     return request.param.split(",")[0]
 
 

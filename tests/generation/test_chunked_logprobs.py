@@ -111,6 +111,49 @@ def test_one_output_alone_has_its_own_gradient(output):
     torch.testing.assert_close(given.hidden.grad.double(), exact.hidden.grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("kind", "transform"), CASES)
+def test_a_frozen_head_has_the_same_gradients_in_fewer_products(kind, transform, dtype, tolerance, monkeypatch):
+    given = case(dtype, **kind)
+    exact = given.to(torch.float64)
+    frozen = Case(given.hidden, *(None if one is None else one.detach() for one in given[1:3]), given.targets)
+    products, plain_product = [], chunked_logprobs.product
+    monkeypatch.setattr(
+        chunked_logprobs, "product", lambda *given, **named: products.append(1) or plain_product(*given, **named)
+    )
+    factors = torch.linspace(-1, 2, N)
+    (ours(frozen, transform)[0] * factors).sum().backward()
+    (plain(exact, transform)[0] * factors).sum().backward()
+    assert len(products) == 9 * (3 if transform.softcap else 2)  # 3 x 3 tiles
+    error = (given.hidden.grad.double() - exact.hidden.grad).norm()
+    assert error < tolerance * exact.hidden.grad.norm()
+
+
+def test_a_frozen_head_has_gradients_of_the_entropy():
+    given = case(torch.float32)
+    exact = given.to(torch.float64)
+    weighted(ours(Case(given.hidden, given.weight.detach(), None, given.targets))).backward()
+    weighted(plain(exact, PLAIN)).backward()
+    torch.testing.assert_close(given.hidden.grad.double(), exact.hidden.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_that_is_almost_certain_keeps_its_small_gradient(monkeypatch):
+    """The gradient of a probability of 0.9995 is a difference of 0.0005; a GPU rounds masses to bfloat16."""
+    plain_product = chunked_logprobs.product
+
+    def rounding(left: Tensor, right: Tensor, **named: bool) -> Tensor:
+        return plain_product(left.bfloat16().float(), right, **named)
+
+    monkeypatch.setattr(chunked_logprobs, "product", rounding)
+    hidden = torch.tensor([[7.0, 0.0]]).requires_grad_()
+    weight = torch.tensor([[1.0, 0.5], [0.0, -1.0], [0.0, 1.0]])
+    given = Case(hidden, weight, None, torch.tensor([0]))
+    exact = given.to(torch.float64)
+    ours(given, LogitTransform(scale=1.2))[0].sum().backward()
+    plain(exact, LogitTransform(scale=1.2))[0].sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), exact.hidden.grad, rtol=1e-2, atol=1e-7)
+
+
 def test_tied_weights_add_their_gradients():
     """With tied embeddings the weights receive a gradient as the input's table too."""
     given = case(torch.float32)

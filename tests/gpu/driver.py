@@ -3,8 +3,8 @@
 Run as a program, since Triton must not be the interpreter: it answers every line of stdin, a question in JSON, with a
 line of JSON. A kernel goes the way that it goes on a GPU, from the call to the launch: specialization of arguments,
 cache of variants, compilation, the check of shared memory. It is not run. Without `machine_code`, compilation ends
-before ptxas, which takes most of the time; what is then cached on disk is kept apart, or a later question with `machine_code`
-would find it.
+before ptxas, which takes most of the time; what is then cached on disk is kept apart, or a later question with
+`machine_code` would find it.
 """
 
 from __future__ import annotations
