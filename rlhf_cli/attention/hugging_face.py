@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ _PREFIX = "rlhf_"
 
 _backends: dict[str, str] = {}
 """Name of the backend of each value for `attn_implementation`."""
+
+_untold: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Window or chunk size of attention modules that tell it to their mask and not to the attention function."""
 
 _hooks: list[Callable[[nn.Module, dict[str, Any]], None]] = []
 
@@ -134,9 +138,12 @@ def attention_forward(
         Output (B, Lq, H, Dv), and None instead of the weights.
 
     Raises:
-        ModelError: dropout is not 0, or the layout or mask does not fit the shapes.
+        ModelError: dropout is not 0, the layout or mask does not fit the shapes, or a sequence of a layout is longer
+            than a window that only the model's mask knows.
     """
     _refuse_dropout(dropout)
+    if attention_layout is not None and sliding_window is None and module in _untold:
+        _refuse_longer(attention_layout.longest, _untold[module])
     if isinstance(attention_layout, SlotCache):
         rules = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
         return attention_layout.attend(query, key, value, **rules), None
@@ -150,6 +157,9 @@ def attention_forward(
     else:
         layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
         visibility, mask_bias = _from_mask(attention_mask, Visibility(layout, causal, sliding_window))
+        local_size = getattr(getattr(attention_mask, _ATTRIBUTE, None), "local_size", None)
+        if sliding_window is None and local_size is not None:
+            _untold[module] = local_size
         if mask_bias is not None:
             bias = mask_bias.to(query.dtype) if bias is None else bias + mask_bias.to(bias.dtype)
     _check_shapes(visibility.layout, query, key)
@@ -227,7 +237,7 @@ def attention_mask(
         function = MaskFunction(mask_function, batch_size, offset, q_length, kv_offset, kv_length, local_size)
         return function.visibility(is_real)
 
-    setattr(mask, _ATTRIBUTE, _LazyVisibility(visibility))
+    setattr(mask, _ATTRIBUTE, _LazyVisibility(visibility, local_size))
     return mask
 
 
@@ -236,13 +246,15 @@ class _LazyVisibility:
 
     Args:
         make: makes it.
+        local_size: window or chunk size of the mask.
 
     Attributes:
         value: the visibility.
     """
 
-    def __init__(self, make: Callable[[], Visibility]) -> None:
+    def __init__(self, make: Callable[[], Visibility], local_size: int | None) -> None:
         self._make = make
+        self.local_size = local_size
 
     @cached_property
     def value(self) -> Visibility:
@@ -293,6 +305,15 @@ def _refuse_dropout(dropout: float) -> None:
         raise ModelError(
             f"attention dropout of {dropout:g} is not supported by our backends",
             hint="set attention dropout to 0 in the model's config.json",
+        )
+
+
+def _refuse_longer(length: int, size: int) -> None:
+    if length > size:
+        raise ModelError(
+            f"a sequence of {length} tokens is longer than the window or chunk of {size} that this model defines in "
+            "its mask alone, which packed and grouped sequences do not have",
+            hint="rerun with `--attention sdpa`; batches are then padded",
         )
 
 

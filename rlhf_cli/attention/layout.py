@@ -232,6 +232,12 @@ class Layout:
         return tuple(sum(self.segments[number].key_length for number in chain) for chain in self.ancestors)
 
     @cached_property
+    def longest(self) -> int:
+        """Length of the longest sequence in keys, including ancestors."""
+        lengths = (offset + segment.key_length for offset, segment in zip(self.offsets, self.segments, strict=True))
+        return max(lengths, default=0)
+
+    @cached_property
     def real_tokens(self) -> int:
         """Number of query rows that are not padding."""
         return sum(segment.query_length for segment in self.segments)

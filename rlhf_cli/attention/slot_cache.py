@@ -70,6 +70,11 @@ class SlotCache(Cache):
         return len(self._host_lengths)
 
     @property
+    def longest(self) -> int:
+        """Length of the longest row with the token of a step."""
+        return max(self._host_lengths) + 1
+
+    @property
     def positions(self) -> Tensor:
         """Position of the next token of every live row: (n, 1)."""
         return self._lengths[: self.live, None]
@@ -161,8 +166,7 @@ class SlotCache(Cache):
     @property
     def _width(self) -> int:
         """Columns that the live rows need in a step."""
-        longest = max(self._host_lengths) + 1
-        return -(-longest // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.longest // _ALIGNMENT) * _ALIGNMENT
 
     def _mask(self, window: int | None) -> Tensor:
         """True where the next token of a live row sees a column: (n, 1, 1, columns)."""

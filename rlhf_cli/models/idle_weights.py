@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rlhf_cli.progress import warn
+
 _ALIGNMENT = 64
 """Bytes; what vector instructions like."""
 
@@ -52,8 +54,8 @@ class IdleWeights:
 def idle_weights(model: nn.Module, folder: Path | None) -> IdleWeights | None:
     """Map the frozen weights of a model, in place; None where they stay as they are.
 
-    They do on a GPU, where the system cannot release pages in this way (Windows), and where the file does not fit on
-    the disk.
+    They do on a GPU, where the system cannot release pages in this way (Windows), and where the file cannot be written,
+    which is said.
 
     Args:
         model: a frozen model.
@@ -64,5 +66,6 @@ def idle_weights(model: nn.Module, folder: Path | None) -> IdleWeights | None:
         return None
     try:
         return IdleWeights(model, folder)
-    except OSError:
+    except OSError as error:
+        warn(f"the weights of models that rest stay in memory during updates: {folder}: {error.strerror or error}")
         return None

@@ -117,7 +117,7 @@ class ModelShape:
         return 2 * rows * tokens * self.keys * number_bytes * (self.layers + 1)
 
     def sampling(self, rows: int) -> int:
-        """Bytes of logits, probabilities and their float64 sums while a token is drawn for each row."""
+        """Bytes of logits, probabilities and float64 sums of blocks of them while a token is drawn for each row."""
         return rows * self.vocabulary * (3 * FLOAT32 + 2 * 8)
 
 

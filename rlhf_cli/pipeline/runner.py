@@ -30,6 +30,7 @@ from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.base import Section
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage, StageContext, StageOutcome
 from rlhf_cli.stages.inputs import Input, StageInputs
@@ -257,7 +258,7 @@ def _context(
 def _run_stage(context: StageContext[Any, Any]) -> StageOutcome:
     module = importlib.import_module(context.stage.module)
     name, patience = context.stage.name, context.recipe.stall_seconds
-    with contextlib.redirect_stdout(sys.stderr), _explained(context.stage), watching(patience, name):
+    with contextlib.redirect_stdout(sys.stderr), _explained(context.stage, context.settings), watching(patience, name):
         outcome: StageOutcome = module.run(context)
     free_memory()
     return outcome
@@ -278,24 +279,24 @@ def manifest_settings(recipe: Recipe, stage: Stage, engine: Path) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _explained(stage: Stage):
+def _explained(stage: Stage, settings: Section):
     """Turn running out of memory into an error with a hint."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            setting = _memory_settings(stage)
-            raise RLHFError(
-                f"out of memory in `{stage.name}`",
-                hint=f"lower {setting}; the result stays the same, and the run resumes from its last checkpoint",
-            ) from error
+            raise RLHFError(f"out of memory in `{stage.name}`", hint=_memory_hint(stage, settings)) from error
         raise
 
 
-def _memory_settings(stage: Stage) -> str:
-    """Name the settings that lower a stage's memory, for messages."""
-    names = [
-        name for name in ("micro_batch_size", "rollout_batch_size", "sampling") if name in stage.settings.model_fields
-    ]
-    full = [f"`{stage.section}.{name}{'.batch_size' if name == 'sampling' else ''}`" for name in names]
-    return " or ".join(full) or "the size of the model"
+def _memory_hint(stage: Stage, settings: Section) -> str:
+    """Name the settings that lower a stage's memory and not its result; a pass has been halved down to one row."""
+    recomputed = f"{stage.section}.gradient_checkpointing"
+    lower = {"rollout_batch_size": "rollout_batch_size", "sampling": "sampling.batch_size"}
+    ways = [f"`{stage.section}.{setting}`" for field, setting in lower.items() if field in type(settings).model_fields]
+    ways = [f"lower {' or '.join(ways)}"] if ways else []
+    if getattr(settings, "gradient_checkpointing", True) is False:
+        ways.insert(0, f"set `{recomputed}` to true")
+    if not ways:
+        return "use a smaller model, or `model.quantize`; the run resumes from its last checkpoint"
+    return f"{', or '.join(ways)}; the result stays the same, and the run resumes from its last checkpoint"

@@ -22,7 +22,8 @@ from rlhf_cli.attention import hugging_face, model_zoo, parity, registry
 from rlhf_cli.attention.contract import Request
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import ModelError, UsageError
-from rlhf_cli.generation.decoding import check_decoding
+from rlhf_cli.generation.decoding import check_decoding, decoded_logprobs
+from rlhf_cli.generation.slots import takes_slots
 
 SEQUENCES = parity.ProbeSequences.random(model_zoo.VOCAB_SIZE)
 
@@ -264,17 +265,16 @@ def other_model(family: str, **settings):
     return model
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("qwen2_moe", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2,
-                       "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-                       "shared_expert_intermediate_size": 16}),
-        ("phimoe", {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),
-        ("llama4_text", {"intermediate_size_mlp": 48, "attention_chunk_size": 8, "num_local_experts": 2,
-                         "head_dim": 8}),
-    ],
-)  # fmt: skip
+ONLY_IN_THE_MASK = [
+    ("qwen2_moe", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2,
+                   "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 16}),
+    ("phimoe", {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    ("llama4_text", {"intermediate_size_mlp": 48, "attention_chunk_size": 8, "num_local_experts": 2, "head_dim": 8}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "settings"), ONLY_IN_THE_MASK)
 @pytest.mark.parametrize("is_padded", [True, False])
 def test_a_window_or_chunks_defined_only_by_the_mask(family, settings, is_padded):
     """These models pass no window to the attention function; ours must hide the same keys as their own."""
@@ -291,6 +291,30 @@ def test_a_window_or_chunks_defined_only_by_the_mask(family, settings, is_padded
         found = model(ids, attention_mask=mask, use_cache=False).logits
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-3)
         assert model.generate(ids, **generation).tolist() == expected_ids.tolist()
+
+
+@pytest.mark.parametrize(("family", "settings"), ONLY_IN_THE_MASK)
+def test_sequences_longer_than_such_a_window_are_refused_in_groups_and_in_slots(family, settings):
+    """There, no mask is made, and attention would see all keys."""
+    model, implementation = other_model(family, **settings), hugging_face.implementation("torch")
+    parity.require(model, family, implementation)
+    model.set_attn_implementation(implementation)
+    prompts = [[5, 9, 11, 20, 7], [4, 8]]
+
+    def scored(*lengths: int) -> None:
+        layout = Layout.tree([(3, list(lengths))])
+        ids = torch.full((1, layout.query_length), 7)
+        model(ids, position_ids=layout.positions(), attention_layout=layout, use_cache=False)
+
+    scored(5, 2)  # 8 tokens are no more than the window
+    decoded_logprobs(model, prompts, [[3, 4, 5], [6]])
+    with pytest.raises(ModelError, match="a sequence of 9 tokens is longer than the window or chunk of 8"):
+        scored(6, 2)
+    if takes_slots(model):
+        with pytest.raises(ModelError, match="a sequence of 9 tokens is longer"):
+            decoded_logprobs(model, prompts, [[3, 4, 5, 6, 7], [6]])
+    else:
+        assert family == "llama4_text"
 
 
 def through_a_layer(mask: torch.Tensor, **arguments) -> torch.Tensor:

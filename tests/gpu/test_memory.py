@@ -97,15 +97,25 @@ def estimated(stderr: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("stage", "adapter"),
-    [("sft", "lora"), ("sft", "none"), ("train-rm", "lora"), ("ppo", "lora"), ("ppo", "none"), ("label", None)],
+    ("stage", "adapter", "recomputes"),
+    [
+        ("sft", "lora", False),
+        ("sft", "lora", True),
+        ("sft", "none", False),
+        ("train-rm", "lora", False),
+        ("train-rm", "lora", True),
+        ("ppo", "lora", False),
+        ("ppo", "none", False),
+        ("label", None, False),
+    ],
 )
-def test_the_peak_is_near_what_a_dry_run_says(stage, adapter, gpu: Host, small_llama: Path, tmp_path: Path):
+def test_the_peak_is_near_what_a_dry_run_says(stage, adapter, recomputes, gpu: Host, small_llama: Path, tmp_path: Path):
     section = stage.replace("-", "_")
     lengths = write_long_texts(tmp_path, small_llama)
     own = (section, "data", "sampling")
     changes = {name: value for name, value in lengths.items() if name.split(".")[0] in own}
     changes |= {} if adapter is None else {f"{section}.adapter": adapter}
+    changes |= {f"{section}.gradient_checkpointing": True} if recomputes else {}
     command = [stage, "--set", f"model.path={small_llama}", *COMMANDS[stage], *options(stage, changes)]
     needed = estimated(gpu.command(tmp_path, *command, "--dry-run").stderr)
     outcome = gpu.command(tmp_path, *command, follow=True)

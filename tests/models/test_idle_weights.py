@@ -50,9 +50,13 @@ def test_resting_weights_take_no_memory(tmp_path):
     assert large.weight.sum() == total
 
 
-def test_where_the_file_does_not_fit_weights_stay_in_memory(tmp_path):
+def test_where_the_file_does_not_fit_weights_stay_in_memory_which_is_said(tmp_path, capsys):
     expected, idle = model(torch.float32), model(torch.float32)
-    assert idle_weights(idle, tmp_path / "missing") is None
     assert idle_weights(idle, None) is None
+    assert capsys.readouterr().err == ""
+    assert idle_weights(idle, tmp_path / "missing") is None
+    said = capsys.readouterr().err
+    assert "stay in memory during updates" in said
+    assert f"{tmp_path}/missing: No such file or directory" in said
     assert idle_weights(model(torch.float32).to("meta"), tmp_path) is None
     assert all(torch.equal(*pair) for pair in zip(expected.parameters(), idle.parameters(), strict=True))

@@ -258,6 +258,19 @@ def test_failures_of_a_stage(toy, kind, code, said):
     assert not (toy.run_dir / "sft").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "given", "hint"),
+    [
+        ("sft", (), "hint: set `sft.gradient_checkpointing` to true; the result stays the same"),
+        ("sft", ("--set", "sft.gradient_checkpointing=true"), "hint: use a smaller model, or `model.quantize`;"),
+        ("ppo", (), "set `ppo.gradient_checkpointing` to true, or lower `ppo.rollout_batch_size`; the result"),
+        ("evaluate", (), "hint: lower `evaluate.sampling.batch_size`; the result stays the same"),
+    ],
+)
+def test_the_hint_without_memory_names_settings_that_are_still_to_try(toy, stage, given, hint):
+    assert hint in toy.run(*given, FAKE_RAISE=f"{stage}:memory").stderr
+
+
 def test_a_bug_shows_its_traceback(toy):
     outcome = toy.run(FAKE_RAISE="sft:bug")
     assert outcome.code == 1

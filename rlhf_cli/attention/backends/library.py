@@ -47,7 +47,7 @@ def attend(
     bias: Tensor | None,
 ) -> AttentionOutput:
     """Compute attention with torch; see `contract`. Returns no log-sum-exp."""
-    if window is not None and window >= _longest(layout):
+    if window is not None and window >= layout.longest:
         window = None
     if softcap is not None or sinks is not None:
         return _with_mask(query, key, value, layout, causal, window, bias, _Equation(scale, softcap, sinks))
@@ -56,16 +56,10 @@ def attend(
     if is_plain and layout.is_dense and (not causal or layout.query_length in (1, layout.key_length)):
         return AttentionOutput(_one_call(query, key, value, causal and layout.query_length > 1, scale), None)
     if is_plain and query.device.type == "cpu" and _prefers_loop(layout, causal):
-        if _longest(layout) <= GROUPED.get(query.dtype, 0):
+        if layout.longest <= GROUPED.get(query.dtype, 0):
             return AttentionOutput(short_segments.attend(query, key, value, layout, scale=scale, causal=causal), None)
         return AttentionOutput(_by_segment(query, key, value, layout, causal, scale), None)
     return _with_mask(query, key, value, layout, causal, window, bias, _Equation(scale, None, None))
-
-
-def _longest(layout: Layout) -> int:
-    """Length of the longest sequence, including ancestors."""
-    lengths = (offset + segment.key_length for offset, segment in zip(layout.offsets, layout.segments, strict=True))
-    return max(lengths, default=0)
 
 
 def _prefers_loop(layout: Layout, causal: bool) -> bool:

@@ -59,12 +59,13 @@ def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
 
 def _device_need(settings: RewardModelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
     model, is_full = recipe.model, settings.adapter == "none"
-    tokens = min(settings.micro_batch_size, settings.batch_size) * settings.max_length * 2
+    rows, most, group = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens, 2
+    tokens = rows * group * settings.max_length if most is None else max(group * settings.max_length, most)
     return training_need(
         trained=shape.weights if is_full else shape.adapter(settings.lora.rank),
         frozen=0 if is_full else shape.weights,
         frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
-        activations=shape.activations(tokens, number_bytes(model.precision)),
+        activations=shape.activations(tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing),
     )
 
 

@@ -53,12 +53,14 @@ def _disk_bytes(settings: SFTSettings, model_bytes: int) -> int:
 
 def _device_need(settings: SFTSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
     model, is_full = recipe.model, settings.adapter == "none"
-    tokens = min(settings.micro_batch_size, settings.batch_size) * settings.max_length
+    rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
+    tokens = rows * settings.max_length if most is None else max(settings.max_length, most)
+    activations = shape.activations(tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing)
     return training_need(
         trained=shape.weights if is_full else shape.adapter(settings.lora.rank),
         frozen=0 if is_full else shape.weights,
         frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
-        activations=shape.activations(tokens, number_bytes(model.precision)) + shape.logits(tokens),
+        activations=activations + shape.logits(tokens),
     )
 
 
