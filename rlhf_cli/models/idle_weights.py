@@ -1,8 +1,9 @@
 """Frozen weights that are in memory only while they are used: reference and reward model rest during an update.
 
 On a CPU they lie in a file that is mapped into memory. The system reads a page when it is first used, and gives it back
-when `release` says that the model rests; while there is memory to spare it keeps the file's pages itself, so using the
-weights again costs no reading. During an update, gradients and activations take the place of these weights.
+when `rest` says that the model rests; while there is memory to spare it keeps the file's pages itself, so using the
+weights again costs no reading. Of a model on a GPU they lie in the memory of the host and are copied when the model is
+used. During an update, gradients and activations take the place of these weights.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import mmap
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_cli.progress import warn
 
@@ -20,7 +22,19 @@ _ALIGNMENT = 64
 """Bytes; what vector instructions like."""
 
 
-class IdleWeights:
+class IdleWeights(Protocol):
+    """The weights of a model that rests between its uses."""
+
+    def use(self) -> None:
+        """Have the weights ready for passes; called before each use."""
+        ...
+
+    def rest(self) -> None:
+        """Give their memory back until the next use."""
+        ...
+
+
+class MappedWeights:
     """Maps the frozen weights of a model, in place.
 
     Args:
@@ -46,26 +60,60 @@ class IdleWeights:
             flat = torch.frombuffer(self._pages, dtype=weight.dtype, count=weight.numel(), offset=offset)
             weight.data = flat.view(weight.shape)
 
-    def release(self) -> None:
-        """Give the memory back until the weights are used again."""
+    def use(self) -> None:
+        """Do nothing: the system reads the pages that passes use."""
+
+    def rest(self) -> None:
+        """Give the pages back."""
         self._pages.madvise(mmap.MADV_DONTNEED)
 
 
-def idle_weights(model: nn.Module, folder: Path | None) -> IdleWeights | None:
-    """Map the frozen weights of a model, in place; None where they stay as they are.
+class OffloadedWeights:
+    """Keeps the frozen weights of a model on a GPU in pinned memory of the host, and on the GPU while they are used.
 
-    They do on a GPU, where the system cannot release pages in this way (Windows), and where the file cannot be written,
-    which is said.
+    Args:
+        model: on a GPU; its weights must not change. It rests at first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = list(model.parameters())
+        self._on_host = [weight.detach().to("cpu").pin_memory() for weight in self._weights]
+        self.rest()
+
+    def use(self) -> None:
+        """Copy the weights to the GPU, which the host does not wait for."""
+        for weight, host in zip(self._weights, self._on_host, strict=True):
+            weight.data = host.to(weight.device, non_blocking=True)
+
+    def rest(self) -> None:
+        """Free the weights on the GPU. The allocator gives their memory to no one before pending passes have ended."""
+        for weight in self._weights:
+            weight.data = _nothing(weight)
+
+
+def _nothing(weight: Tensor) -> Tensor:
+    return torch.empty(0, dtype=weight.dtype, device=weight.device)
+
+
+def idle_weights(model: nn.Module, folder: Path | None, *, offloads: bool = False) -> IdleWeights | None:
+    """Let the frozen weights of a model rest between its uses, in place; None where they stay as they are.
+
+    They do on a GPU without `offloads`, where they are quantized, where the system cannot release pages in this way
+    (Windows), and where the file cannot be written, which is said.
 
     Args:
         model: a frozen model.
-        folder: see `IdleWeights`; None leaves the model as it is.
+        folder: see `MappedWeights`; None leaves a model on a CPU as it is.
+        offloads: keep the weights of a model on a GPU in memory of the host.
     """
-    is_on_cpu = all(weight.device.type == "cpu" and weight.numel() for weight in model.parameters())
+    weights = list(model.parameters())
+    if offloads and all(weight.is_cuda and weight.dtype.is_floating_point for weight in weights):
+        return OffloadedWeights(model)
+    is_on_cpu = all(weight.device.type == "cpu" and weight.numel() for weight in weights)
     if folder is None or not is_on_cpu or not hasattr(mmap, "MADV_DONTNEED"):
         return None
     try:
-        return IdleWeights(model, folder)
+        return MappedWeights(model, folder)
     except OSError as error:
         warn(f"the weights of models that rest stay in memory during updates: {folder}: {error.strerror or error}")
         return None

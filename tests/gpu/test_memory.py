@@ -123,6 +123,24 @@ def test_the_peak_is_near_what_a_dry_run_says(stage, adapter, recomputes, gpu: H
     assert needed / FACTOR <= outcome.peak <= needed * FACTOR, (needed, outcome.peak, largest)
 
 
+def test_a_reference_that_is_offloaded_frees_its_weights_and_changes_nothing(
+    gpu: Host, small_llama: Path, tmp_path: Path
+):
+    lengths = write_long_texts(tmp_path, small_llama)
+    changes = {name: value for name, value in lengths.items() if name.split(".")[0] in ("ppo", "data", "sampling")}
+    peaks, found = {}, {}
+    for offloads in (False, True):
+        own = options("ppo", changes | {"ppo.adapter": "none", "ppo.offload_frozen": offloads})
+        command = ["ppo", "--set", f"model.path={small_llama}", *REWARD, *own, "--run-dir", tmp_path / str(offloads)]
+        needed = estimated(gpu.command(tmp_path, *command, "--dry-run").stderr)
+        peaks[offloads] = gpu.command(tmp_path, *command).peak
+        assert needed / FACTOR <= peaks[offloads] <= needed * FACTOR
+        found[offloads] = (tmp_path / str(offloads) / "ppo" / "metrics.jsonl").read_bytes()
+    assert found[True] == found[False]
+    weights = (small_llama / "model.safetensors").stat().st_size
+    assert peaks[False] - peaks[True] > 0.9 * weights
+
+
 def peak_of_ppo(gpu: Host, folder: Path, model: Path, steps: int, **request: Any) -> Outcome:
     """Run PPO for some steps."""
     changes = {"ppo.steps": steps, "ppo.checkpoint_steps": 9, "ppo.schedule": "constant"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_cli.models.idle_weights import IdleWeights, idle_weights
+from rlhf_cli.models.idle_weights import MappedWeights, idle_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and other systems keep the pages")
 
@@ -32,20 +32,20 @@ def model(dtype: torch.dtype, width: int = 8) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_those_of_before(dtype, tmp_path):
     expected, idle = model(dtype), model(dtype)
-    weights = IdleWeights(idle, tmp_path)
+    weights = MappedWeights(idle, tmp_path)
     for _ in range(2):
         assert all(torch.equal(*pair) for pair in zip(expected.parameters(), idle.parameters(), strict=True))
-        weights.release()
+        weights.rest()
     assert idle[1].weight is idle[0].weight
     assert not list(tmp_path.iterdir())
 
 
 def test_resting_weights_take_no_memory(tmp_path):
     large = nn.Linear(4096, 4096, bias=False).requires_grad_(False)  # 64 MiB
-    weights = IdleWeights(large, tmp_path)
+    weights = MappedWeights(large, tmp_path)
     total = large.weight.sum()
     used = resident()
-    weights.release()
+    weights.rest()
     assert used - resident() > 60 << 20
     assert large.weight.sum() == total
 

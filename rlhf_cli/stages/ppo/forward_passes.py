@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -238,14 +239,10 @@ class ForwardPasses:
             return policy, self.values(model, batch)
 
     @torch.no_grad()
-    def rollout_tensors(
-        self, completions: Completions, progress: Callable[[int], object] | None = None
-    ) -> RolloutTensors:
+    def rollout_tensors(self, completions: Completions) -> RolloutTensors:
         """Run each model once over all completions; each process takes its share and receives every result.
 
-        Args:
-            completions: completions of the step.
-            progress: called with the number of completions just passed.
+        Completions are counted twice, since the reference passes them after the others.
 
         Raises:
             DivergedError: a log-probability or a value is not finite.
@@ -255,7 +252,7 @@ class ForwardPasses:
             name: torch.zeros(len(completions), longest, device=self.device)
             for name in ("policy", "ref", "value", "entropy")
         }
-        self.repeated(lambda: self._fill(rows, completions, progress))
+        self.repeated(lambda: self._fill(rows, completions))
         # One process filled each row and it is 0 on the others, so the sum is exact.
         self.processes.all_reduce(list(rows.values()))
         is_completion = (torch.arange(longest) < completions.lengths.unsqueeze(1)).to(self.device)
@@ -265,19 +262,21 @@ class ForwardPasses:
                 raise DivergedError(f"the {name} pass over a step's completions gave values that are not finite")
         return RolloutTensors(rows["policy"], rows["ref"], rows["value"], rows["entropy"], is_completion)
 
-    def _fill(
-        self, rows: dict[str, Tensor], completions: Completions, progress: Callable[[int], object] | None
-    ) -> None:
+    def _fill(self, rows: dict[str, Tensor], completions: Completions) -> None:
         """Run each model over this process's completions and put what it gives into `rows`."""
+        found: dict[str, list[Tensor]] = {name: [] for name in rows}
+        order: list[int] = []
         for part in self.micro_batches(completions, range(len(completions))):
-            batch = self.batch(completions, part)
-            index = torch.tensor(part, device=self.device)
-            width = batch.completion_ids.shape[1]
-            policy, values = self._policy_and_values(batch)
-            with self.models.reference() as model:
-                reference = self.logprobs(model, batch)
-            found = {"policy": policy.logprobs, "ref": reference.logprobs, "value": values, "entropy": policy.entropy}
-            for name, tensor in found.items():
-                rows[name][index, :width] = tensor
-            if progress is not None:
-                progress(len(part))
+            policy, values = self._policy_and_values(self.batch(completions, part))
+            for name, tensor in (("policy", policy.logprobs), ("value", values), ("entropy", policy.entropy)):
+                found[name].append(tensor)
+            order += part
+        with self.models.reference() as model:  # once: its weights may have to be copied to the device
+            for part in self.micro_batches(completions, range(len(completions))):
+                found["ref"].append(self.logprobs(model, self.batch(completions, part)).logprobs)
+        if not order:
+            return
+        index = torch.tensor(order, device=self.device)
+        for name, tensors in found.items():
+            longest = rows[name].shape[1]
+            rows[name][index] = torch.cat([F.pad(tensor, (0, longest - tensor.shape[1])) for tensor in tensors])

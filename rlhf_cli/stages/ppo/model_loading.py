@@ -20,7 +20,7 @@ from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.errors import ModelError
 from rlhf_cli.memory import free_memory
-from rlhf_cli.models.idle_weights import idle_weights
+from rlhf_cli.models.idle_weights import IdleWeights, idle_weights
 from rlhf_cli.models.loading import ModelSource, context_length, load_policy, load_tokenizer, recompute_activations
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
@@ -29,7 +29,7 @@ from rlhf_cli.models.split_weights import round_weights, split_weights
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
 from rlhf_cli.stages.ppo.critic_initialization import DoesNotFit, shared_reward_config
-from rlhf_cli.stages.ppo.models import PPOModels, SeparateModels, SharedBackbone, resting
+from rlhf_cli.stages.ppo.models import PPOModels, SeparateModels, SharedBackbone, used
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
@@ -108,12 +108,12 @@ def load_ppo_models(
         if source.precision != torch.float32:
             split_weights(policy)
             round_weights(reference)  # as the policy is, so that their KL is 0 at the first step
-        models = SeparateModels(policy, reference, critic, rest=_rest(reference, scratch))
+        models = SeparateModels(policy, reference, critic, idle=_idle(reference, settings, scratch))
     if isinstance(critic, FullCritic) and source.precision != torch.float32:
         with critic.active_model() as model:
             split_weights(model)
     if reward is None and reward_path is not None:
-        reward = _separate_reward(source, reward_path, template, scratch)
+        reward = _separate_reward(source, reward_path, template, settings, scratch)
     if settings.gradient_checkpointing:
         recompute_activations(policy)
         if isinstance(critic, FullCritic):
@@ -212,18 +212,18 @@ def _layout_note(settings: PPOSettings, reward: RewardModelHandle | None) -> str
     return f"{shared}; the reward model is {'an adapter on it too' if reward.is_shared else 'a separate model'}"
 
 
-def _separate_reward(source: ModelSource, path: str, template: str | None, scratch: Path | None) -> RewardModelHandle:
+def _separate_reward(
+    source: ModelSource, path: str, template: str | None, settings: PPOSettings, scratch: Path | None
+) -> RewardModelHandle:
     model = load_reward_model(source.at(path), template=template)
-    return RewardModelHandle(model, partial(resting, model, _rest(model, scratch)), is_shared=False)
+    return RewardModelHandle(model, partial(used, model, _idle(model, settings, scratch)), is_shared=False)
 
 
-def _rest(model: nn.Module, scratch: Path | None) -> Callable[[], object]:
-    """Map the weights of a model, and return what to call when it is no longer used for a while."""
-    idle = idle_weights(model, scratch)
-    if idle is None:
-        return lambda: None
-    free_memory()
-    return idle.release
+def _idle(model: nn.Module, settings: PPOSettings, scratch: Path | None) -> IdleWeights | None:
+    idle = idle_weights(model, scratch, offloads=settings.offload_frozen)
+    if idle is not None:
+        free_memory()
+    return idle
 
 
 def _shared_reward(

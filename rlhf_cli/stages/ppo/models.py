@@ -8,7 +8,7 @@ that is a head on the policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_cli.models.idle_weights import IdleWeights
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.seeding import seeded
@@ -190,7 +191,7 @@ class SeparateModels(_WithCritic):
         critic: a language model of any width, in float32, whose backbone is trained, or where a head on the policy
             starts.
         value_head: trained head to start from; None starts from a head that predicts 0.
-        rest: called when the reference is no longer used for a while.
+        idle: what lets the reference's weights rest, if anything does.
     """
 
     def __init__(
@@ -200,9 +201,9 @@ class SeparateModels(_WithCritic):
         critic: PreTrainedModel | FullCritic | HeadStart,
         *,
         value_head: Head | None = None,
-        rest: Callable[[], object] = lambda: None,
+        idle: IdleWeights | None = None,
     ) -> None:
-        self._rest = rest
+        self._idle = idle
         self._policy = policy.requires_grad_(True)
         self._reference = reference.requires_grad_(False)
         if isinstance(critic, PreTrainedModel):
@@ -217,7 +218,7 @@ class SeparateModels(_WithCritic):
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
         """Yield the SFT model."""
-        return resting(self._reference, self._rest)
+        return used(self._reference, self._idle)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return all weights of the policy."""
@@ -234,12 +235,16 @@ class SeparateModels(_WithCritic):
 
 
 @contextmanager
-def resting(model: Model, rest: Callable[[], object]) -> Iterator[Model]:
-    """Yield a model that rests afterwards."""
+def used(model: Model, idle: IdleWeights | None) -> Iterator[Model]:
+    """Yield a model whose weights rest before and afterwards."""
+    if idle is None:
+        yield model
+        return
+    idle.use()
     try:
         yield model
     finally:
-        rest()
+        idle.rest()
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

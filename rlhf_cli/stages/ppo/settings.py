@@ -189,6 +189,9 @@ class PPOSettings(StageSection):
     `critic: head` it is the policy."""
     gradient_checkpointing: EffortFlag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_frozen: EffortFlag = False
+    """On a GPU: keep the weights of a separate reference and reward model in host memory while they are not used.
+    Updates then have their memory; each step copies them to the GPU once. On a CPU they always rest, in a file."""
     checkpoint_steps: Effort = 10
     """Steps between checkpoints. An interrupted run resumes from the last one; a diverged run rolls back to one."""
     keep_checkpoints: Effort = 2

@@ -161,7 +161,7 @@ class PPOTrainer(TrainingTask):
         completions = self.rollouts.completions(self.data.prompts, rows, numbers, watch)
         tokens = int(completions.lengths.sum()) / self._processes.count
         self.forward_passes.count = watch.count
-        with watch.phase("passes", "passes", total=tokens):
+        with watch.phase("passes", "passes", total=2 * tokens):
             before = self.forward_passes.rollout_tensors(completions)
         kl = kl_per_token(before.logprobs, before.reference_logprobs)
         scores = self.rewards(completions).to(kl.device)
