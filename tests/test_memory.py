@@ -6,11 +6,17 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(
+        HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text(), reason="pages of 2 MiB: few faults either way"
+    ),
     pytest.mark.skipif(
         sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc"
     ),

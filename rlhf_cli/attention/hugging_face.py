@@ -36,8 +36,10 @@ _PREFIX = "rlhf_"
 _backends: dict[str, str] = {}
 """Name of the backend of each value for `attn_implementation`."""
 
-_untold: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Window or chunk size of attention modules that tell it to their mask and not to the attention function."""
+_mask_only_windows: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Window or chunk size of attention modules that define it in their mask and do not pass it to the attention function.
+
+Known from the first pass with a mask, which the check of every loaded model makes."""
 
 _hooks: list[Callable[[nn.Module, dict[str, Any]], None]] = []
 
@@ -139,27 +141,28 @@ def attention_forward(
 
     Raises:
         ModelError: dropout is not 0, the layout or mask does not fit the shapes, or a sequence of a layout is longer
-            than a window that only the model's mask knows.
+            than a window that the model defines in its mask alone.
     """
     _refuse_dropout(dropout)
-    if attention_layout is not None and sliding_window is None and module in _untold:
-        _refuse_longer(attention_layout.longest, _untold[module])
     if isinstance(attention_layout, SlotCache):
+        _check_window(module, sliding_window, attention_layout)
         rules = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
         return attention_layout.attend(query, key, value, **rules), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bias = position_bias
     if attention_layout is not None:
+        _check_window(module, sliding_window, attention_layout)
         visibility = Visibility(attention_layout, causal, sliding_window)
     elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         layout = _from_boundaries(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2])
+        _check_window(module, sliding_window, layout)
         visibility = Visibility(layout, causal, sliding_window)
     else:
         layout = Layout.dense(query.shape[0], query.shape[2], key.shape[2])
         visibility, mask_bias = _from_mask(attention_mask, Visibility(layout, causal, sliding_window))
         local_size = getattr(getattr(attention_mask, _ATTRIBUTE, None), "local_size", None)
         if sliding_window is None and local_size is not None:
-            _untold[module] = local_size
+            _mask_only_windows[module] = local_size
         if mask_bias is not None:
             bias = mask_bias.to(query.dtype) if bias is None else bias + mask_bias.to(bias.dtype)
     _check_shapes(visibility.layout, query, key)
@@ -308,11 +311,13 @@ def _refuse_dropout(dropout: float) -> None:
         )
 
 
-def _refuse_longer(length: int, size: int) -> None:
-    if length > size:
+def _check_window(module: nn.Module, window: int | None, layout: Layout | SlotCache) -> None:
+    """Refuse sequences without a mask that are longer than a window that only the mask defines."""
+    size = _mask_only_windows.get(module) if window is None else None
+    if size is not None and layout.longest > size:
         raise ModelError(
-            f"a sequence of {length} tokens is longer than the window or chunk of {size} that this model defines in "
-            "its mask alone, which packed and grouped sequences do not have",
+            f"a sequence of {layout.longest} tokens is longer than the window or chunk of {size} that this model "
+            "defines in its mask alone, which packed and grouped sequences do not have",
             hint="rerun with `--attention sdpa`; batches are then padded",
         )
 

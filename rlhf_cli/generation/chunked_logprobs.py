@@ -2,10 +2,11 @@
 
 Function:  log softmax(z)[target] and the entropy of softmax(z), where z = softcap(scale (h W^T + b)) / temperature.
 Memory:    one tile of logits at a time, 2,048 tokens x 4,096 vocabulary entries; no logits are saved. The backward
-           pass computes each tile again, unless the forward pass could prepare it: of a frozen W,
+           pass computes each tile again, unless W is frozen and the entropy is only reported. Then
                d log softmax(z)[t] / dh = scale / temperature (W_t - sum over v of p_v W_v),
-           whose sum the forward pass collects, so that two products remain of three. A p_t near 1 is the largest of
-           its tile, and masses are relative to that one: it is exact in bfloat16 too.
+           whose sum the forward pass collects, so that two products per tile remain of three. A p_t near 1 is the
+           largest of its tile, and masses are relative to that one: it is exact in bfloat16 too, and the difference
+           from W_t, as the product read it, is small.
 Precision: the product takes inputs in the precision of matrix products (that of autocast; without it that of h) and
            sums and returns float32. bfloat16 logits of size 25 would be off by 0.06. On a GPU, bfloat16 inputs use
            tensor cores. A CPU product rounds its result to the type of its inputs, so there the inputs are float32.
@@ -89,15 +90,23 @@ def _inputs_in_bfloat16(may_round: bool) -> Iterator[None]:
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """(hidden, weight, bias, targets, transform) -> (log-probabilities, entropy), both (N,) nats, float32.
+    """(hidden, weight, bias, targets, transform, trains_entropy) -> (log-probabilities, entropy), both (N,) nats,
+    float32.
 
-    hidden: (N, d); weight: (V, d); bias: (V,) or None; targets: (N,) tokens; transform: a `LogitTransform`. Gradients
+    hidden: (N, d); weight: (V, d); bias: (V,) or None; targets: (N,) tokens; transform: a `LogitTransform`;
+    trains_entropy: whether a gradient by the entropy is expected. Without it that is right too, but slower. Gradients
     flow to hidden, weight and bias, from both outputs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        trains_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         """Compute both outputs, tile by tile."""
         ctx.set_materialize_grads(False)  # an entropy that is only reported then costs nothing in the backward pass
@@ -107,7 +116,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         log_z = inputs.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         entropy, chosen = torch.zeros_like(log_z), torch.zeros_like(log_z)
         by_hidden, *by_others = ctx.needs_input_grad[:3]
-        is_prepared = by_hidden and not any(by_others) and transform.softcap is None
+        is_prepared = by_hidden and not any(by_others) and transform.softcap is None and not trains_entropy
         mean = torch.zeros_like(hidden, dtype=torch.float32) if is_prepared else None
         for columns in _tiles(len(weight), VOCABULARY_TILE):
             weights = operand(weight[columns], dtype)
@@ -130,8 +139,9 @@ class ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, log_z, entropy, mean = ctx.saved_tensors
         if mean is not None and gradients[1] is None and gradients[0] is not None:
             slope = ctx.transform.scale / ctx.transform.temperature
-            found = (weight[targets].float() - mean) * (slope * gradients[0].unsqueeze(1))
-            return found.to(hidden.dtype), None, None, None, None
+            chosen = operand(weight[targets], ctx.dtype).float()
+            found = (chosen - mean) * (slope * gradients[0].unsqueeze(1))
+            return found.to(hidden.dtype), None, None, None, None, None
         inputs = operand(hidden, ctx.dtype)
         by_hidden, by_weight, by_bias = (
             torch.zeros_like(tensor, dtype=torch.float32) if is_needed else None
@@ -154,7 +164,12 @@ class ChunkedLogprobs(torch.autograd.Function):
                 if by_weight is not None:
                     by_weight[columns] += product(by_logits.T, inputs[rows], may_round=ctx.may_round)
         found = zip((by_hidden, by_weight, by_bias), (hidden, weight, bias), strict=True)
-        return *(None if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in found), None, None
+        return (
+            *(None if gradient is None else gradient.to(tensor.dtype) for gradient, tensor in found),
+            None,
+            None,
+            None,
+        )
 
 
 def _tiles(count: int, size: int) -> Iterator[slice]:

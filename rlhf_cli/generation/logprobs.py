@@ -101,7 +101,9 @@ class Projection:
             y += self.bias
         return LogitTransform(self.scale, self.softcap).apply_(y)[0]
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, trains_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of tokens, and the entropies of their distributions: (N,) and (N,), nats, float32.
 
         Products are in the precision of autocast, so call this in the context that `hidden` was computed in.
@@ -110,21 +112,26 @@ class Projection:
             hidden: (N, d) last hidden states.
             targets: (N,) the token that each predicts.
             temperature: logits are divided by it, as in sampling.
+            trains_entropy: a gradient by the entropies is expected; without it that is slower.
         """
         transform = LogitTransform(self.scale, self.softcap, temperature)
-        return ChunkedLogprobs.apply(hidden, self.weight, self.bias, targets, transform)
+        return ChunkedLogprobs.apply(hidden, self.weight, self.bias, targets, transform, trains_entropy)
 
-    def token_logprobs(self, hidden: Tensor, batch: SequenceBatch, *, temperature: float) -> TokenLogprobs:
+    def token_logprobs(
+        self, hidden: Tensor, batch: SequenceBatch, *, temperature: float, trains_entropy: bool = False
+    ) -> TokenLogprobs:
         """Return the log-probability of each completion token, and the entropy of its distribution; see `logprobs`.
 
         Args:
             hidden: (N, T, d) from `completion_hidden`.
             batch: the completions.
             temperature: logits are divided by it, as in sampling.
+            trains_entropy: see `logprobs`.
         """
         positions, shape = batch.positions, batch.completion_ids.shape
         targets = batch.completion_ids.flatten()[positions]
-        found = self.logprobs(hidden.flatten(0, 1)[positions], targets, temperature=temperature)
+        chosen = hidden.flatten(0, 1)[positions]
+        found = self.logprobs(chosen, targets, temperature=temperature, trains_entropy=trains_entropy)
         return TokenLogprobs(*(_unpacked(flat, positions, shape) for flat in found))
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rlhf_cli.memory import free_memory, is_out_of_memory
 from rlhf_cli.progress import warn
 
 _ALIGNMENT = 64
-"""Bytes; what vector instructions like."""
+"""Bytes; the size of a vector register and of a cache line."""
 
 
 class IdleWeights(Protocol):
@@ -69,30 +70,45 @@ class MappedWeights:
 
 
 class OffloadedWeights:
-    """Keeps the frozen weights of a model on a GPU in pinned memory of the host, and on the GPU while they are used.
+    """Keeps the frozen weights of a model on a GPU in host memory, and on the GPU while they are used.
+
+    The host memory is not pinned: torch rounds each pinned tensor up to a power of two, and what is pinned cannot be
+    swapped out. A copy then takes about three times as long, which is little beside a step of PPO.
 
     Args:
-        model: on a GPU; its weights must not change. It rests at first.
+        model: on a GPU; its weights must not change. They are offloaded at first.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = list(model.parameters())
-        self._on_host = [weight.detach().to("cpu").pin_memory() for weight in self._weights]
+        self._on_host = [weight.detach().to("cpu") for weight in self._weights]
         self.rest()
 
     def use(self) -> None:
-        """Copy the weights to the GPU, which the host does not wait for."""
-        for weight, host in zip(self._weights, self._on_host, strict=True):
-            weight.data = host.to(weight.device, non_blocking=True)
+        """Copy the weights to the GPU."""
+        if not self._copied():
+            free_memory()
+            self._copy()
 
     def rest(self) -> None:
-        """Free the weights on the GPU. The allocator gives their memory to no one before pending passes have ended."""
+        """Free the weights on the GPU; passes that are pending there run before anything that takes their memory."""
         for weight in self._weights:
-            weight.data = _nothing(weight)
+            weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
+    def _copied(self) -> bool:
+        """Whether the weights could be copied; those that were are freed again if not."""
+        try:
+            self._copy()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.rest()
+            return False
+        return True
 
-def _nothing(weight: Tensor) -> Tensor:
-    return torch.empty(0, dtype=weight.dtype, device=weight.device)
+    def _copy(self) -> None:
+        for weight, host in zip(self._weights, self._on_host, strict=True):
+            weight.data = host.to(weight.device)
 
 
 def idle_weights(model: nn.Module, folder: Path | None, *, offloads: bool = False) -> IdleWeights | None:

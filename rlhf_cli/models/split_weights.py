@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_cli.memory import free_memory
+
 LOW = "low_bits"
 """Suffix of the name of a weight's lower half in a checkpoint, and the attribute of the parameter that holds it."""
 
@@ -53,6 +55,7 @@ def split_weights(model: PreTrainedModel) -> None:
         weight.data, low = split(weight.data.contiguous())
         weight.grad_dtype = torch.float32
         setattr(weight, LOW, low)
+    free_memory()  # of the float32 weights, whose blocks the halves have only partly filled
 
 
 def round_weights(model: PreTrainedModel) -> None:

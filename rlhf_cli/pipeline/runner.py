@@ -290,13 +290,17 @@ def _explained(stage: Stage, settings: Section):
 
 
 def _memory_hint(stage: Stage, settings: Section) -> str:
-    """Name the settings that lower a stage's memory and not its result; a pass has been halved down to one row."""
-    recomputed = f"{stage.section}.gradient_checkpointing"
-    lower = {"rollout_batch_size": "rollout_batch_size", "sampling": "sampling.batch_size"}
-    ways = [f"`{stage.section}.{setting}`" for field, setting in lower.items() if field in type(settings).model_fields]
-    ways = [f"lower {' or '.join(ways)}"] if ways else []
+    """Name the settings that lower a stage's memory; a pass has been halved down to one row."""
+    fields, is_lora = type(settings).model_fields, getattr(settings, "adapter", "lora") == "lora"
+    torch = sys.modules.get("torch")
+    ways = []
     if getattr(settings, "gradient_checkpointing", True) is False:
-        ways.insert(0, f"set `{recomputed}` to true")
-    if not ways:
-        return "use a smaller model, or `model.quantize`; the run resumes from its last checkpoint"
-    return f"{', or '.join(ways)}; the result stays the same, and the run resumes from its last checkpoint"
+        ways.append(f"set `{stage.section}.gradient_checkpointing` to true")
+    if getattr(settings, "offload_frozen", True) is False and not is_lora and torch and torch.cuda.is_available():
+        ways.append(f"set `{stage.section}.offload_frozen` to true")
+    lower = {"rollout_batch_size": "rollout_batch_size", "sampling": "sampling.batch_size"}
+    ways += [f"lower `{stage.section}.{setting}`" for field, setting in lower.items() if field in fields]
+    if ways:
+        return f"{', or '.join(ways)}; the result stays the same, and the run resumes from its last checkpoint"
+    smaller = "`model.quantize`" if is_lora else f"`{stage.section}.adapter: lora`"
+    return f"use {smaller}, or a smaller model; the stage then starts from its first step"

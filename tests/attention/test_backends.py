@@ -58,7 +58,7 @@ def gradients(outputs, inputs):
     return torch.autograd.grad(total, inputs, materialize_grads=True, retain_graph=True)
 
 
-@pytest.fixture(params=["tiled", "torch, a loop", "torch, groups", "torch, groups of one", "torch, a mask"])
+@pytest.fixture(params=["tiled", "torch, a loop", "torch, groups", "torch, small groups", "torch, a mask"])
 def backend(request, monkeypatch):
     """Tiny tiles, so that short sequences span several of them; torch with a loop over segments, in groups of them and
     with a mask."""
@@ -70,7 +70,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr("rlhf_cli.attention.backends.library.GROUPED", dict.fromkeys(floating, 100))
     else:
         monkeypatch.setattr("rlhf_cli.attention.backends.library.GROUPED", {})
-    if "one" in request.param:
+    if "small" in request.param:
         monkeypatch.setattr("rlhf_cli.attention.backends.short_segments.FREE_PADDING", 0)
     return request.param.split(",")[0]
 

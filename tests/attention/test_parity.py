@@ -310,6 +310,9 @@ def test_sequences_longer_than_such_a_window_are_refused_in_groups_and_in_slots(
     decoded_logprobs(model, prompts, [[3, 4, 5], [6]])
     with pytest.raises(ModelError, match="a sequence of 9 tokens is longer than the window or chunk of 8"):
         scored(6, 2)
+    ends = torch.tensor([0, 9, 11])
+    with pytest.raises(ModelError, match="a sequence of 9 tokens is longer"):  # as TRL packs
+        model(torch.full((1, 11), 7), cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)
     if takes_slots(model):
         with pytest.raises(ModelError, match="a sequence of 9 tokens is longer"):
             decoded_logprobs(model, prompts, [[3, 4, 5, 6, 7], [6]])

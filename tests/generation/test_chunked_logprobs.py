@@ -57,8 +57,8 @@ def plain(given: Case, transform: LogitTransform) -> tuple[Tensor, Tensor]:
     return logp.gather(-1, given.targets.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
-def ours(given: Case, transform: LogitTransform = PLAIN) -> tuple[Tensor, Tensor]:
-    return ChunkedLogprobs.apply(*given, transform)
+def ours(given: Case, transform: LogitTransform = PLAIN, *, trains_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    return ChunkedLogprobs.apply(*given, transform, trains_entropy)
 
 
 def weighted(outputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -129,26 +129,28 @@ def test_a_frozen_head_has_the_same_gradients_in_fewer_products(kind, transform,
     assert error < tolerance * exact.hidden.grad.norm()
 
 
-def test_a_frozen_head_has_gradients_of_the_entropy():
+@pytest.mark.parametrize(("trains_entropy", "products"), [(True, 3), (False, 4)])
+def test_a_frozen_head_has_gradients_of_the_entropy(trains_entropy, products, monkeypatch):
     given = case(torch.float32)
     exact = given.to(torch.float64)
-    weighted(ours(Case(given.hidden, given.weight.detach(), None, given.targets))).backward()
+    made, plain_product = [], chunked_logprobs.product
+    monkeypatch.setattr(
+        chunked_logprobs, "product", lambda *given, **named: made.append(1) or plain_product(*given, **named)
+    )
+    frozen = Case(given.hidden, given.weight.detach(), None, given.targets)
+    weighted(ours(frozen, trains_entropy=trains_entropy)).backward()
+    assert len(made) == 9 * products  # 3 x 3 tiles
     weighted(plain(exact, PLAIN)).backward()
     torch.testing.assert_close(given.hidden.grad.double(), exact.hidden.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_a_token_that_is_almost_certain_keeps_its_small_gradient(monkeypatch):
-    """The gradient of a probability of 0.9995 is a difference of 0.0005; a GPU rounds masses to bfloat16."""
-    plain_product = chunked_logprobs.product
-
-    def rounding(left: Tensor, right: Tensor, **named: bool) -> Tensor:
-        return plain_product(left.bfloat16().float(), right, **named)
-
-    monkeypatch.setattr(chunked_logprobs, "product", rounding)
+    """The gradient of a probability of 0.9995 is a difference of 0.0005; a GPU rounds both operands to bfloat16."""
+    monkeypatch.setattr(chunked_logprobs, "operand", lambda tensor, dtype: tensor.bfloat16().float())
     hidden = torch.tensor([[7.0, 0.0]]).requires_grad_()
-    weight = torch.tensor([[1.0, 0.5], [0.0, -1.0], [0.0, 1.0]])
+    weight = torch.tensor([[1.001, 0.503], [0.0, -1.007], [0.0, 1.003]])  # not numbers of bfloat16
     given = Case(hidden, weight, None, torch.tensor([0]))
-    exact = given.to(torch.float64)
+    exact = Case(hidden, weight.bfloat16(), None, torch.tensor([0])).to(torch.float64)
     ours(given, LogitTransform(scale=1.2))[0].sum().backward()
     plain(exact, LogitTransform(scale=1.2))[0].sum().backward()
     torch.testing.assert_close(hidden.grad.double(), exact.hidden.grad, rtol=1e-2, atol=1e-7)

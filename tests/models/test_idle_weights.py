@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_cli.models.idle_weights import MappedWeights, idle_weights
+from rlhf_cli.models.idle_weights import MappedWeights, OffloadedWeights, idle_weights
+from rlhf_cli.stages.ppo.models import used
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and other systems keep the pages")
 
@@ -60,3 +61,35 @@ def test_where_the_file_does_not_fit_weights_stay_in_memory_which_is_said(tmp_pa
     assert f"{tmp_path}/missing: No such file or directory" in said
     assert idle_weights(model(torch.float32).to("meta"), tmp_path) is None
     assert all(torch.equal(*pair) for pair in zip(expected.parameters(), idle.parameters(), strict=True))
+
+
+def test_offloaded_weights_come_back_for_each_use():
+    expected, idle = model(torch.bfloat16), model(torch.bfloat16)
+    weights = OffloadedWeights(idle)
+    assert all(weight.numel() == 0 for weight in idle.parameters())
+    for _ in range(2):
+        with used(idle, weights) as ready:
+            assert all(torch.equal(*pair) for pair in zip(expected.parameters(), ready.parameters(), strict=True))
+            assert ready[1].weight is ready[0].weight
+        assert all(weight.numel() == 0 for weight in idle.parameters())
+
+
+@pytest.mark.parametrize(("failures", "works"), [(1, True), (2, False)])
+def test_a_copy_that_gets_no_memory_is_tried_once_more_and_leaves_nothing(failures, works, monkeypatch):
+    idle = model(torch.float32)
+    weights, copy, calls = OffloadedWeights(idle), torch.Tensor.to, []
+
+    def failing(tensor: torch.Tensor, *given: object) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) % 2 == 0 and len(calls) <= 2 * failures:  # after the first weight
+            raise RuntimeError("CUDA error: out of memory")
+        return copy(tensor, *given)
+
+    monkeypatch.setattr(torch.Tensor, "to", failing)
+    if works:
+        with used(idle, weights):
+            assert all(weight.numel() for weight in idle.parameters())
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"), used(idle, weights):
+            pytest.fail("was used")
+    assert all(weight.numel() == 0 for weight in idle.parameters())

@@ -262,7 +262,16 @@ def test_failures_of_a_stage(toy, kind, code, said):
     ("stage", "given", "hint"),
     [
         ("sft", (), "hint: set `sft.gradient_checkpointing` to true; the result stays the same"),
-        ("sft", ("--set", "sft.gradient_checkpointing=true"), "hint: use a smaller model, or `model.quantize`;"),
+        (
+            "sft",
+            ("--set", "sft.gradient_checkpointing=true"),
+            "hint: use `model.quantize`, or a smaller model; the stage then",
+        ),
+        (
+            "sft",
+            ("--set", "sft.gradient_checkpointing=true", "--set", "sft.adapter=none"),
+            "hint: use `sft.adapter: lora`, or a smaller model; the stage then",
+        ),
         ("ppo", (), "set `ppo.gradient_checkpointing` to true, or lower `ppo.rollout_batch_size`; the result"),
         ("evaluate", (), "hint: lower `evaluate.sampling.batch_size`; the result stays the same"),
     ],

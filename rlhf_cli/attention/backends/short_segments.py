@@ -1,8 +1,9 @@
 """Attention of many short segments on a CPU: segments of similar lengths are computed together, padded.
 
 Function:  softmax(scale Q K^T) V for each segment, over the keys of its ancestors and its own.
-Padding:   segments are sorted by size and split into groups in which padding at most doubles the work. One matrix
-           product then serves a whole group, instead of a dozen small calls per segment and layer.
+Padding:   segments are sorted by size and split into groups in which padding at most doubles the query-key pairs, or
+           adds 20,000 per head. One matrix product then serves a whole group, instead of a dozen small calls per
+           segment and layer.
 Precision: products take and return the dtype of the inputs; softmax is float32, or float64 for float64.
 Backward:  written out, with the weights of the forward pass. Gradients of keys that several segments see are summed
            in a fixed order.
@@ -23,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from rlhf_cli.attention.layout import Layout
 
 FREE_PADDING = 20_000
-"""Padded query-key pairs that cost less than the calls for another group."""
+"""Padded query-key pairs per head that cost less than the calls for another group."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, causal: bool) -> Tensor:
@@ -74,7 +75,7 @@ class Plan:
                 first = segment.query_start
                 found.append((list(range(first, first + segment.query_length)), keys))
         found.sort(key=lambda rows: (len(rows[0]), len(rows[1])))
-        parts = [found[part.start : part.stop] for part in _split([(len(q), len(k)) for q, k in found])]
+        parts = [found[part.start : part.stop] for part in split_by_size([(len(q), len(k)) for q, k in found])]
         self.groups = [_group([len(q) for q, _ in part], [len(k) for _, k in part], causal) for part in parts]
         self._of_queries = _Slots([[q for q, _ in part] for part in parts], layout.batch * layout.query_length)
         self._of_keys = _Slots([[k for _, k in part] for part in parts], layout.batch * layout.key_length)
@@ -130,7 +131,7 @@ class _Slots:
 _PLANS: WeakKeyDictionary[Layout, dict[bool, Plan]] = WeakKeyDictionary()
 
 
-def _split(sizes: Sequence[tuple[int, int]]) -> list[range]:
+def split_by_size(sizes: Sequence[tuple[int, int]]) -> list[range]:
     """Split segments, sorted by their numbers of queries and keys, into groups with little padding."""
     found, start, real, widest = [], 0, 0, 0
     for at, (queries, keys) in enumerate(sizes):
@@ -176,7 +177,7 @@ class _Attention(torch.autograd.Function):
             scores = torch.bmm(q, k.transpose(1, 2)).view(group.size, -1, group.queries, group.keys)
             weights = scores.masked_fill_(group.is_hidden, -torch.inf).softmax(-1, dtype=precise)
             outputs.append(torch.bmm(weights.to(v.dtype).view(len(q), -1, group.keys), v))
-            kept += [q, k, v, weights]
+            kept += [q, k, v, weights] if any(ctx.needs_input_grad) else []
         ctx.save_for_backward(*kept)
         ctx.plan, ctx.scale = plan, scale
         ctx.shapes = query.shape, key.shape, value.shape

@@ -114,6 +114,7 @@ class ForwardPasses:
         micro_batch_size: completions per pass; affects memory and speed only.
         micro_batch_tokens: tokens per pass instead; None is by `micro_batch_size`.
         temperature: logits are divided by it, as in sampling.
+        trains_entropy: the loss has a term with the entropy.
         processes: processes that share the passes; by default this process alone.
 
     Attributes:
@@ -128,11 +129,13 @@ class ForwardPasses:
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
         temperature: float,
+        trains_entropy: bool = False,
         processes: ProcessGroup | None = None,
     ) -> None:
         self.models = models
         self.autocast = autocast
         self.temperature = temperature
+        self._trains_entropy = trains_entropy
         self.processes = processes or ProcessGroup()
         self._cuts = MicroBatches(micro_batch_size, micro_batch_tokens, setting="ppo.micro_batch_tokens")
         self.count: Callable[[int], object] = lambda tokens: None
@@ -208,7 +211,7 @@ class ForwardPasses:
         temperature = self.temperature if temperature is None else temperature
         with self.autocast():
             hidden = completion_hidden(model, batch)
-            return Projection.of(model).token_logprobs(hidden, batch, temperature=temperature)
+            return self._token_logprobs(model, hidden, batch, temperature)
 
     def values(self, model: PreTrainedModel, batch: SequenceBatch, *, trains_head_only: bool = False) -> Tensor:
         """Predict the value before each completion token: (N, T), 0 on padding.
@@ -223,8 +226,15 @@ class ForwardPasses:
         """Compute what `logprobs` and `values` compute, from one pass of the model that both read."""
         with self.autocast():
             hidden = completion_hidden(model, batch)
-            found = Projection.of(model).token_logprobs(hidden, batch, temperature=self.temperature)
+            found = self._token_logprobs(model, hidden, batch, self.temperature)
         return found, self._values_of(hidden, batch)
+
+    def _token_logprobs(
+        self, model: PreTrainedModel, hidden: Tensor, batch: SequenceBatch, temperature: float
+    ) -> TokenLogprobs:
+        return Projection.of(model).token_logprobs(
+            hidden, batch, temperature=temperature, trains_entropy=self._trains_entropy
+        )
 
     def _values_of(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
         predicted = self.models.value_head(hidden.float()).squeeze(-1)
@@ -271,11 +281,11 @@ class ForwardPasses:
             for name, tensor in (("policy", policy.logprobs), ("value", values), ("entropy", policy.entropy)):
                 found[name].append(tensor)
             order += part
+        if not order:
+            return
         with self.models.reference() as model:  # once: its weights may have to be copied to the device
             for part in self.micro_batches(completions, range(len(completions))):
                 found["ref"].append(self.logprobs(model, self.batch(completions, part)).logprobs)
-        if not order:
-            return
         index = torch.tensor(order, device=self.device)
         for name, tensors in found.items():
             longest = rows[name].shape[1]

@@ -120,7 +120,10 @@ def load_ppo_models(
             with critic.active_model() as model:
                 recompute_activations(model)
     free_memory()  # tensors that were read in other precisions
-    return LoadedPPOModels(models, reward, (_layout_note(settings, reward), note))
+    notes = [_layout_note(settings, reward), note]
+    if settings.offload_frozen and is_lora and (reward is None or reward.is_shared):
+        notes.append("`ppo.offload_frozen` has no effect: neither reference nor reward model is a model of its own")
+    return LoadedPPOModels(models, reward, tuple(notes))
 
 
 def _on_shared_backbone(

@@ -236,12 +236,12 @@ class SeparateModels(_WithCritic):
 
 @contextmanager
 def used(model: Model, idle: IdleWeights | None) -> Iterator[Model]:
-    """Yield a model whose weights rest before and afterwards."""
+    """Yield a model with its weights in memory; before and afterwards they may be elsewhere."""
     if idle is None:
         yield model
         return
-    idle.use()
     try:
+        idle.use()
         yield model
     finally:
         idle.rest()

@@ -87,6 +87,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         micro_batch_size=settings.micro_batch_size,
         micro_batch_tokens=settings.micro_batch_tokens,
         temperature=sampling.temperature,
+        trains_entropy=settings.entropy_coef != 0,
         processes=processes,
     )
     reward = build_rewards(settings, reward_model, source, policy.format.template, stop=context.stop)

@@ -190,8 +190,9 @@ class PPOSettings(StageSection):
     gradient_checkpointing: EffortFlag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     offload_frozen: EffortFlag = False
-    """On a GPU: keep the weights of a separate reference and reward model in host memory while they are not used.
-    Updates then have their memory; each step copies them to the GPU once. On a CPU they always rest, in a file."""
+    """On a GPU: keep the weights of the reference and of `reward_model` in host memory while they are not used, where
+    they are models of their own and not quantized. They are copied to the GPU for each step and evaluation. On a CPU
+    this is always so, with a file in place of host memory."""
     checkpoint_steps: Effort = 10
     """Steps between checkpoints. An interrupted run resumes from the last one; a diverged run rolls back to one."""
     keep_checkpoints: Effort = 2

@@ -59,8 +59,12 @@ def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
 
 def _device_need(settings: RewardModelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
     model, is_full = recipe.model, settings.adapter == "none"
-    rows, most, group = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens, 2
-    tokens = rows * group * settings.max_length if most is None else max(group * settings.max_length, most)
+    rows, most, longest = (
+        min(settings.micro_batch_size, settings.batch_size),
+        settings.micro_batch_tokens,
+        2 * settings.max_length,
+    )
+    tokens = rows * longest if most is None else min(settings.batch_size * longest, max(longest, most))
     return training_need(
         trained=shape.weights if is_full else shape.adapter(settings.lora.rank),
         frozen=0 if is_full else shape.weights,

@@ -54,7 +54,8 @@ def _disk_bytes(settings: SFTSettings, model_bytes: int) -> int:
 def _device_need(settings: SFTSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
     model, is_full = recipe.model, settings.adapter == "none"
     rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
-    tokens = rows * settings.max_length if most is None else max(settings.max_length, most)
+    whole, longest = settings.batch_size * settings.max_length, settings.max_length
+    tokens = rows * longest if most is None else min(whole, max(longest, most))
     activations = shape.activations(tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing)
     return training_need(
         trained=shape.weights if is_full else shape.adapter(settings.lora.rank),

@@ -94,6 +94,13 @@ def test_a_reward_model_on_another_base_is_loaded_apart(tiny_llama, tiny_gpt2, t
     assert reward.score(PROMPTS, ANSWERS) == alone
 
 
+def test_offloading_says_where_nothing_can_be_offloaded(tiny_llama, tiny_gpt2, tmp_path):
+    shared, other = reward_model(tiny_llama, tmp_path / "rm"), reward_model(tiny_gpt2, tmp_path / "other")
+    notes = {folder: load(tiny_llama, folder, offload_frozen=True).notes for folder in (None, shared, other)}
+    said = {folder: any("`ppo.offload_frozen` has no effect" in note for note in notes[folder]) for folder in notes}
+    assert said == {None: True, shared: True, other: False}
+
+
 @pytest.mark.parametrize("policy", ["lora", "none"], ids=["adapters", "full"])
 def test_gradient_checkpointing_recomputes_and_changes_nothing(policy, tiny_llama):
     gradients = []
