@@ -75,8 +75,8 @@ OF_THE_STAGE = {
     "model", "reward_model", "rewards", "reward_combination", "reward_std_coef", "prompts", "stop_tokens", "adapter",
     "lora", "critic", "critic_from", "gradient_checkpointing", "offload_frozen",
 }  # fmt: skip
-"""Settings that choose what the trainer is given: see test_stage, test_data, test_rewards and test_model_loading; `offload_frozen`:
-tests/gpu/test_memory.py."""
+"""Settings that choose what the trainer is given: see test_stage, test_data, test_rewards and test_model_loading;
+`offload_frozen`: tests/gpu/test_memory.py."""
 NEEDS = {
     # The first step has no KL, and a head of zeros no value: their settings show from the second update on.
     "reward_scale": {"whiten_advantages": False},
