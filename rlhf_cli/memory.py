@@ -11,9 +11,9 @@ import sys
 def keep_freed_memory() -> None:
     """Let glibc keep what a pass frees for the next one, until `free_memory`.
 
-    Activations and gradients are allocated and freed again and again. By default glibc returns blocks of 32 MiB and more
-    to the system each time, and every page of the next block is a fault: in full fine-tuning of a small model on a CPU a
-    fifth of the time. Up to 2 GiB of a process stay resident so. What a user set in the environment stays.
+    Activations and gradients are allocated and freed again and again. By default glibc returns blocks of 32 MiB and
+    more to the system each time, and every page of the next block is a fault: in full fine-tuning of a small model on a
+    CPU a fifth of the time. Up to 2 GiB of a process stay resident so. What a user set in the environment stays.
     """
     chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if sys.platform != "linux" or chosen or (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
