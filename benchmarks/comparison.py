@@ -23,10 +23,12 @@ import statistics
 import string
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -543,6 +545,85 @@ def markdown(
     for name, times in timed.items():
         lines += ["", f"{name}: " + ", ".join(f"`{key}` {value:.4g}" for key, value in times.items())]
     return "\n".join(lines) + "\n"
+
+
+def losses_parser(
+    description: str | None, *, file: str, unit: str, batch: int, micro_batch: int, learning_rate: float
+) -> argparse.ArgumentParser:
+    """Return a parser for a comparison of loss curves.
+
+    Args:
+        description: of the script.
+        file: its data, by name in the shared folder.
+        unit: what a line of them is called.
+        batch, micro_batch, learning_rate: defaults.
+    """
+    found = parser(description, adapter="none")
+    found.add_argument("--data", type=Path, default=shared_data(file), help=f"{unit}; without them random words")
+    found.add_argument("--random", action="store_true", help="random words in place of `--data`")
+    found.add_argument("--steps", type=int, default=4, help="optimizer steps")
+    found.add_argument("--batch", type=int, default=batch, help=f"{unit} per optimizer step")
+    found.add_argument("--micro-batch", type=int, default=micro_batch, help=f"{unit} per forward and backward pass")
+    found.add_argument("--max-length", type=int, default=512, help="tokens; what is longer is skipped")
+    found.add_argument("--tokens", type=int, nargs=2, default=[32, 32], help="of random prompts and completions")
+    found.add_argument("--learning-rate", type=float, default=learning_rate)
+    return found
+
+
+def stage_settings(task: Row) -> Row:
+    """Return settings of our stage in a comparison of loss curves."""
+    return {
+        "data": task["data"],
+        "batch_size": task["batch"],
+        "micro_batch_size": task["micro_batch"],
+        "max_length": task["max_length"],
+        "learning_rate": task["learning_rate"],
+        "schedule": "constant",
+        "warmup_share": 0.0,
+        "adapter": "none" if task["adapter"] is None else "lora",
+    }
+
+
+def train_as_peer(peer: Callable[[Row, Path], None]) -> bool:
+    """Train once as the other side's process, where this process was started as that; see `Runner.peer`."""
+    if sys.argv[1:2] != ["--as-peer"]:
+        return False
+    peer(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), Path(sys.argv[3]))
+    return True
+
+
+def compare_losses(
+    options: argparse.Namespace,
+    prepare: Callable[[argparse.Namespace, Path], Row],
+    ours: Callable[[Runner, Row, str], Row],
+    *,
+    script: str,
+    title: str,
+    unit: str,
+) -> None:
+    """Run our side and TRL's in rounds, at each precision, and print the tables and loss curves.
+
+    Args:
+        options: of `losses_parser`.
+        prepare: writes the inputs of both sides into a folder; returns their work.
+        ours: runs our side once.
+        script: that trains as the other side, in this environment: it has the pinned version of TRL.
+        title: what is trained.
+        unit: what a batch counts.
+    """
+    options.data = None if options.random else options.data
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        runner = Runner(Path(folder), options.threads, options.train_only)
+        task = prepare(options, runner.work)
+        sides = {f"rlhf {one}": partial(ours, runner, task, one) for one in options.precision}
+        sides |= {f"TRL {one}": partial(runner.peer, script, task | {"precision": one}) for one in options.precision}
+        results = alternate(sides, options.pairs)
+    heading = (
+        f"{title}, {options.name or task['name']}, adapter: {options.adapter}, {task['steps']} steps of "
+        f"{options.batch} {unit}, {options.micro_batch} per micro-batch, {task['tokens']:.0f} tokens per sequence"
+    )
+    count = task["steps"] * options.batch
+    publish(report(heading, results, unit=unit, count=count, threads=options.threads), results, options.json)
 
 
 def report(title: str, results: Mapping[str, list[Row]], *, unit: str, count: int, threads: int) -> str:

@@ -52,8 +52,7 @@ SETTINGS: dict[str, Any] = {
 
 def main() -> int:
     """Run the rounds and print the tables; or, as the other side's process, train once."""
-    if sys.argv[1:2] == ["--as-peer"]:
-        peer(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), Path(sys.argv[3]))
+    if comparison.train_as_peer(peer):
         return 0
     options = _options()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:

@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +24,14 @@ import comparison
 
 def main() -> int:
     """Run the rounds and print the tables; or, as the other side's process, train once."""
-    if sys.argv[1:2] == ["--as-peer"]:
-        peer(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), Path(sys.argv[3]))
+    if comparison.train_as_peer(peer):
         return 0
-    options = _options()
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        runner = comparison.Runner(Path(folder), options.threads, options.train_only)
-        task = prepare(options, runner.work)
-        sides = {f"rlhf {one}": partial(ours, runner, task, one) for one in options.precision}
-        sides |= {f"TRL {one}": partial(theirs, runner, task, one) for one in options.precision}
-        results = comparison.alternate(sides, options.pairs)
-    title = (
-        f"SFT, {options.name or task['name']}, adapter: {options.adapter}, {options.steps} steps of {options.batch} "
-        f"records, {options.micro_batch} per micro-batch, {task['tokens']:.0f} tokens per record"
+    parser = comparison.losses_parser(
+        __doc__, file="qa_demonstrations.jsonl", unit="records", batch=16, micro_batch=8, learning_rate=2e-5
     )
-    report = comparison.report(
-        title, results, unit="records", count=options.steps * options.batch, threads=task["threads"]
-    )
-    comparison.publish(report, results, options.json)
-    return 0
-
-
-def _options() -> argparse.Namespace:
-    parser = comparison.parser(__doc__, adapter="none")
-    parser.add_argument(
-        "--data", type=Path, default=comparison.shared_data("qa_demonstrations.jsonl"), help="demonstrations"
-    )
-    parser.add_argument("--random", action="store_true", help="random words instead of `--data`")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=16, help="records per optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=8, help="records per forward and backward pass")
-    parser.add_argument("--max-length", type=int, default=512, help="longer records are skipped")
-    parser.add_argument("--tokens", type=int, nargs=2, default=[32, 32], help="of random prompts and completions")
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
     options = parser.parse_args()
-    options.data = None if options.random else options.data
-    return options
+    comparison.compare_losses(options, prepare, ours, script=__file__, title="SFT", unit="records")
+    return 0
 
 
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -105,6 +75,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "rows": str(work / "rows.json"),
         "pad_token": comparison.padding_token(tokenizer, []),
         "adapter": _adapter(model, work) if options.adapter == "lora" else None,
+        "steps": options.steps,
         "batch": options.batch,
         "micro_batch": options.micro_batch,
         "learning_rate": options.learning_rate,
@@ -131,28 +102,13 @@ def _adapter(model: str, work: Path) -> str:
 
 def ours(runner: comparison.Runner, task: dict[str, Any], precision: str) -> comparison.Row:
     """Run `rlhf sft` once."""
-    settings = {
-        "data": task["data"],
-        "batch_size": task["batch"],
-        "micro_batch_size": task["micro_batch"],
-        "max_length": task["max_length"],
-        "learning_rate": task["learning_rate"],
-        "schedule": "constant",
-        "warmup_share": 0.0,
-        "adapter": "none" if task["adapter"] is None else "lora",
-    }
     recipe = {
         "model": comparison.model_section(task["model"], precision, task["threads"]),
         "data": {"holdout": 0.0},
-        "sft": settings | task["changes"],
+        "sft": comparison.stage_settings(task) | task["changes"],
     }
     found = runner.stage("sft", recipe)
     return found | {"losses": [row["loss"] for row in found.pop("rows")]}
-
-
-def theirs(runner: comparison.Runner, task: dict[str, Any], precision: str) -> comparison.Row:
-    """Run TRL's trainer once, in this environment: it is the pinned version."""
-    return runner.peer(__file__, task | {"precision": precision})
 
 
 def peer(task: dict[str, Any], result: Path) -> None:

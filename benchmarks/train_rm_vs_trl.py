@@ -18,8 +18,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,41 +34,15 @@ HOLDOUT = 0.1
 
 def main() -> int:
     """Run the rounds and print the tables; or, as the other side's process, train once."""
-    if sys.argv[1:2] == ["--as-peer"]:
-        peer(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), Path(sys.argv[3]))
+    if comparison.train_as_peer(peer):
         return 0
-    options = _options()
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        runner = comparison.Runner(Path(folder), options.threads, options.train_only)
-        task = prepare(options, runner.work)
-        sides = {f"rlhf {one}": partial(ours, runner, task, one) for one in options.precision}
-        sides |= {f"TRL {one}": partial(theirs, runner, task, one) for one in options.precision}
-        results = comparison.alternate(sides, options.pairs)
-    title = (
-        f"Reward model, {options.name or task['name']}, adapter: {options.adapter}, {task['steps']} steps of "
-        f"{options.batch} groups, {options.micro_batch} per micro-batch, {task['tokens']:.0f} tokens per completion"
+    parser = comparison.losses_parser(
+        __doc__, file="qa_rankings.jsonl", unit="groups", batch=4, micro_batch=1, learning_rate=1e-5
     )
-    report = comparison.report(
-        title, results, unit="groups", count=task["steps"] * options.batch, threads=task["threads"]
-    )
-    comparison.publish(report, results, options.json)
-    return 0
-
-
-def _options() -> argparse.Namespace:
-    parser = comparison.parser(__doc__, adapter="none")
-    parser.add_argument("--data", type=Path, default=comparison.shared_data("qa_rankings.jsonl"), help="rankings")
-    parser.add_argument("--random", action="store_true", help="random words instead of `--data`")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=4, help="groups per optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=1, help="groups per forward and backward pass")
-    parser.add_argument("--max-length", type=int, default=512, help="rankings with a longer completion are skipped")
     parser.add_argument("--completions", type=int, default=4, help="K of random rankings")
-    parser.add_argument("--tokens", type=int, nargs=2, default=[32, 32], help="of random prompts and completions")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
     options = parser.parse_args()
-    options.data = None if options.random else options.data
-    return options
+    comparison.compare_losses(options, prepare, ours, script=__file__, title="Reward model", unit="groups")
+    return 0
 
 
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -161,19 +133,7 @@ def _record(ranking: Ranking) -> dict[str, Any]:
 
 def ours(runner: comparison.Runner, task: dict[str, Any], precision: str) -> comparison.Row:
     """Run `rlhf train-rm` once."""
-    settings = {
-        "model": task["model"],
-        "data": task["data"],
-        "batch_size": task["batch"],
-        "micro_batch_size": task["micro_batch"],
-        "epochs": 1,
-        "max_length": task["max_length"],
-        "learning_rate": task["learning_rate"],
-        "schedule": "constant",
-        "warmup_share": 0.0,
-        "adapter": "none" if task["adapter"] is None else "lora",
-        "normalize": False,
-    }
+    settings = comparison.stage_settings(task) | {"model": task["model"], "epochs": 1, "normalize": False}
     recipe = {
         "model": comparison.model_section(task["model"], precision, task["threads"]),
         "data": {"holdout": HOLDOUT, "split_seed": 0},
@@ -181,11 +141,6 @@ def ours(runner: comparison.Runner, task: dict[str, Any], precision: str) -> com
     }
     found = runner.stage("train-rm", recipe)
     return found | {"losses": [row["loss"] for row in found.pop("rows")]}
-
-
-def theirs(runner: comparison.Runner, task: dict[str, Any], precision: str) -> comparison.Row:
-    """Run TRL's trainer once, in this environment: it is the pinned version."""
-    return runner.peer(__file__, task | {"precision": precision})
 
 
 def peer(task: dict[str, Any], result: Path) -> None:
