@@ -91,7 +91,8 @@ def test_a_wrapped_policy_is_the_policy(prefix: str, tiny_gpt2: Path, tmp_path: 
 def test_a_reward_model_under_other_names_gives_the_same_rewards(change, classifier: Path, tmp_path: Path):
     folder = changed(classifier, tmp_path / "renamed", change)
     assert check_classifier(ModelSource(str(folder)))
-    assert scores(folder) == scores(folder) == scores(classifier)
+    # Weights lie elsewhere in memory, and on some CPUs a product's rounding depends on where.
+    assert scores(folder) == pytest.approx(scores(classifier), abs=1e-5)
 
 
 def test_a_stored_bias_of_the_head_counts(classifier: Path, tmp_path: Path):
