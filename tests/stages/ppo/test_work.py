@@ -92,7 +92,7 @@ def test_a_step_times_its_phases_and_shows_them(tiny_llama, tmp_path, make_train
     assert drawn <= 8 * 8
     assert report.episodes == 8
     assert any(f"updating {2 * drawn:,}/{2 * drawn:,} tokens" in doing for doing in shown), "two epochs"
-    assert any(f"passes {drawn:,}/{drawn:,} tokens" in doing for doing in shown)
+    assert any(f"passes {2 * drawn:,}/{2 * drawn:,} tokens" in doing for doing in shown), "policy, then reference"
     assert any("sampling" in doing and "tokens" in doing and "in step" in doing for doing in shown)
 
 
