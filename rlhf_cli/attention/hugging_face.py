@@ -87,6 +87,11 @@ def is_built_in(model: nn.Module) -> bool:
     return used in {_PREFIX + name for name in (registry.AUTO, *registry.built_in())}
 
 
+def has_mask_only_windows(model: nn.Module) -> bool:
+    """Return whether a window or chunk of a loaded model is in its mask alone, so that its passes need one."""
+    return bool(_mask_only_windows) and any(module in _mask_only_windows for module in model.modules())
+
+
 @contextmanager
 def attention_hook(hook: Callable[[nn.Module, dict[str, Any]], None]) -> Iterator[None]:
     """Inside the context, call `hook` with the module and the arguments of every attention call."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlhf_cli.attention.hugging_face import is_built_in
+from rlhf_cli.attention.hugging_face import has_mask_only_windows, is_built_in
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.attention.slot_cache import Packed, SlotCache
 from rlhf_cli.generation.logprobs import Projection
@@ -26,8 +26,8 @@ PROMPT_TOKENS = 2048
 
 def takes_slots(model: PreTrainedModel) -> bool:
     """Return whether rows of a model can enter and leave a running batch: every layer is attention through one of our
-    backends, full or with a window, at positions that it is given."""
-    if not is_built_in(model) or model.config.is_encoder_decoder:
+    backends, full or with a window that it passes to them, at positions that it is given."""
+    if not is_built_in(model) or model.config.is_encoder_decoder or has_mask_only_windows(model):
         return False
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return False

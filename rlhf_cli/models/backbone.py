@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from rlhf_cli.attention.hugging_face import is_ours
+from rlhf_cli.attention.hugging_face import has_mask_only_windows, is_ours
 from rlhf_cli.attention.layout import Layout
 
 
@@ -46,9 +46,10 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 def reads_groups(model: PreTrainedModel) -> bool:
     """Return whether a language model or a causal backbone reads groups with shared prefixes.
 
-    The parity check at loading has shown that such a model keeps the sequences of a group apart.
+    The parity check at loading has shown that such a model keeps the sequences of a group apart. Groups have no mask,
+    so a model that defines a window in its mask alone reads padded rows.
     """
-    return is_ours(model) and not model.config.is_encoder_decoder
+    return is_ours(model) and not model.config.is_encoder_decoder and not has_mask_only_windows(model)
 
 
 def last_hidden(

@@ -22,8 +22,9 @@ from rlhf_cli.attention import hugging_face, model_zoo, parity, registry
 from rlhf_cli.attention.contract import Request
 from rlhf_cli.attention.layout import Layout
 from rlhf_cli.errors import ModelError, UsageError
-from rlhf_cli.generation.decoding import check_decoding, decoded_logprobs
+from rlhf_cli.generation.decoding import check_decoding, decoded_logprobs, scored_logprobs
 from rlhf_cli.generation.slots import takes_slots
+from rlhf_cli.models.backbone import reads_groups
 
 SEQUENCES = parity.ProbeSequences.random(model_zoo.VOCAB_SIZE)
 
@@ -294,30 +295,25 @@ def test_a_window_or_chunks_defined_only_by_the_mask(family, settings, is_padded
 
 
 @pytest.mark.parametrize(("family", "settings"), ONLY_IN_THE_MASK)
-def test_sequences_longer_than_such_a_window_are_refused_in_groups_and_in_slots(family, settings):
+def test_such_a_model_reads_padded_rows_and_refuses_longer_sequences_without_a_mask(family, settings):
     """There, no mask is made, and attention would see all keys."""
     model, implementation = other_model(family, **settings), hugging_face.implementation("torch")
+    prompts, completions = [[5, 9, 11, 20, 7], [4, 8]], [[3, 4, 5, 6, 7, 9], [6]]
+    expected = scored_logprobs(model, prompts, completions)
     parity.require(model, family, implementation)
     model.set_attn_implementation(implementation)
-    prompts = [[5, 9, 11, 20, 7], [4, 8]]
+    assert not reads_groups(model)
+    assert not takes_slots(model)
+    for found in (scored_logprobs(model, prompts, completions), decoded_logprobs(model, prompts, completions)):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
-    def scored(*lengths: int) -> None:
-        layout = Layout.tree([(3, list(lengths))])
-        ids = torch.full((1, layout.query_length), 7)
-        model(ids, position_ids=layout.positions(), attention_layout=layout, use_cache=False)
-
-    scored(5, 2)  # 8 tokens are no more than the window
-    decoded_logprobs(model, prompts, [[3, 4, 5], [6]])
+    layout = Layout.tree([(3, [6, 2])])
+    ids = torch.full((1, layout.query_length), 7)
     with pytest.raises(ModelError, match="a sequence of 9 tokens is longer than the window or chunk of 8"):
-        scored(6, 2)
+        model(ids, position_ids=layout.positions(), attention_layout=layout, use_cache=False)
     ends = torch.tensor([0, 9, 11])
     with pytest.raises(ModelError, match="a sequence of 9 tokens is longer"):  # as TRL packs
-        model(torch.full((1, 11), 7), cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)
-    if takes_slots(model):
-        with pytest.raises(ModelError, match="a sequence of 9 tokens is longer"):
-            decoded_logprobs(model, prompts, [[3, 4, 5, 6, 7], [6]])
-    else:
-        assert family == "llama4_text"
+        model(ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)
 
 
 def through_a_layer(mask: torch.Tensor, **arguments) -> torch.Tensor:
