@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM
 
 from rlhf_cli.models.loading import ModelSource, load_policy
 from tests.models.test_checkpoints import changed, to_fp8
@@ -41,8 +41,7 @@ def run_recipe(rlhf_here, folder: Path, model: Path, more: str = "attention: sdp
     return folder / "run"
 
 
-def test_a_model_with_its_own_code(tiny_llama: Path, rlhf_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_model_with_its_own_code(tiny_llama: Path, rlhf_here, tmp_path: Path, own_modules: Path):
     folder = tmp_path / "own-model"
     shutil.copytree(tiny_llama, folder)
     (folder / "configuration_own.py").write_text(_CONFIGURATION)

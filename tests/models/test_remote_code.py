@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, dynamic_module_utils
+from transformers import AutoModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.loading import ModelSource, check_policy, load_config, load_policy, load_tokenizer
@@ -42,12 +41,8 @@ _TOKENIZER = (
 
 
 @pytest.fixture
-def own(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Llama under classes of its own; modules that transformers copies stay in the test's folder."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])  # to which transformers adds that folder
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
+def own(tiny_llama: Path, tmp_path: Path, own_modules: Path) -> Path:
+    """A Llama under classes of its own."""
     folder = tmp_path / "own-model"
     shutil.copytree(tiny_llama, folder)
     (folder / "configuration_own.py").write_text(_CONFIGURATION)
