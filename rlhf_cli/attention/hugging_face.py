@@ -149,14 +149,14 @@ def attention_forward(
             than a window that the model defines in its mask alone.
     """
     _refuse_dropout(dropout)
-    if isinstance(attention_layout, SlotCache):
+    if attention_layout is not None:
         _check_window(module, sliding_window, attention_layout)
+    if isinstance(attention_layout, SlotCache):
         rules = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
         return attention_layout.attend(query, key, value, **rules), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bias = position_bias
     if attention_layout is not None:
-        _check_window(module, sliding_window, attention_layout)
         visibility = Visibility(attention_layout, causal, sliding_window)
     elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         layout = _from_boundaries(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2])

@@ -1,13 +1,12 @@
 """How much memory of a GPU a stage needs, from shapes and settings, before any weight is loaded. Imports no torch.
 
-    needed = weights + optimizer + max(gradients + activations, cache + logits, idle)
+    needed = weights + optimizer + max(gradients + activations, cache + logits)
 
     weights      held numbers x bytes of each; float32 where they are trained
     optimizer    two float32 moments of AdamW per trained number
     gradients    float32, per trained number
     activations  what one micro-batch saves for its backward pass, per token and layer; and a tile of logits
     cache        keys and values of all tokens of a batch that is being decoded
-    idle         weights that are on the device only while they are used
 
 It is exact for weights, gradients and optimizer. Activations are those of a gated decoder layer as transformers
 computes it (Llama), with an attention that saves no scores. tests/gpu/test_memory.py compares it with what stages hold.
@@ -132,7 +131,6 @@ class MemoryNeed:
         optimizer: its moments.
         activations: of one micro-batch, with its logits.
         decoding: cache and logits of a batch that is being decoded.
-        idle: weights that are offloaded during updates, with what a pass of theirs needs.
     """
 
     weights: int = 0
@@ -140,12 +138,11 @@ class MemoryNeed:
     optimizer: int = 0
     activations: int = 0
     decoding: int = 0
-    idle: int = 0
 
     @property
     def total(self) -> int:
         """Most bytes at any one time."""
-        return self.weights + self.optimizer + max(self.gradients + self.activations, self.decoding, self.idle)
+        return self.weights + self.optimizer + max(self.gradients + self.activations, self.decoding)
 
 
 def training_need(
@@ -159,17 +156,15 @@ def training_need(
         frozen_bytes: bytes of each.
         activations: bytes of one micro-batch.
         decoding: bytes of a batch that is being decoded.
-        offloads: frozen weights are on the device only while they are used. What their pass needs is taken for that of
-            a training pass, which is more.
+        offloads: frozen weights are on the device only while they are used; they are no more than the gradients, which
+            are not there then.
     """
-    held = int(frozen * frozen_bytes)
     return MemoryNeed(
-        weights=trained * FLOAT32 + (0 if offloads else held),
+        weights=trained * FLOAT32 + (0 if offloads else int(frozen * frozen_bytes)),
         gradients=trained * FLOAT32,
         optimizer=trained * FLOAT32 * _MOMENTS,
         activations=activations,
         decoding=decoding,
-        idle=held + activations if offloads else 0,
     )
 
 

@@ -86,10 +86,16 @@ def test_a_copy_that_gets_no_memory_is_tried_once_more_and_leaves_nothing(failur
         return copy(tensor, *given)
 
     monkeypatch.setattr(torch.Tensor, "to", failing)
+    held: list[int] = []
+    monkeypatch.setattr(
+        "rlhf_cli.models.idle_weights.free_memory",
+        lambda: held.append(sum(weight.numel() for weight in idle.parameters())),
+    )
     if works:
         with used(idle, weights):
             assert all(weight.numel() for weight in idle.parameters())
     else:
         with pytest.raises(RuntimeError, match="out of memory"), used(idle, weights):
             pytest.fail("was used")
+    assert held == [0]  # what was copied is free again before the second attempt
     assert all(weight.numel() == 0 for weight in idle.parameters())
