@@ -3,7 +3,7 @@
     needed = weights + optimizer + max(gradients + activations, cache + logits)
 
     weights      held numbers x bytes of each; float32 where they are trained
-    optimizer    two float32 moments of AdamW per trained number
+    optimizer    two moments of AdamW per trained number, in float32 or in 8 bits
     gradients    float32, per trained number
     activations  what one micro-batch saves for its backward pass, per token and layer; and a tile of logits
     cache        keys and values of all tokens of a batch that is being decoded
@@ -21,9 +21,12 @@ from pathlib import Path
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.stored_weights import read_stored_weights
+from rlhf_cli.settings.shared import Optimizer
 
 FLOAT32 = 4
 _MOMENTS = 2
+_EIGHT_BITS = 1 + FLOAT32 / 256
+"""Bytes of a number of a moment in 8 bits: a scale per 256 numbers."""
 _LOGITS_TILE = (2_048, 4_096)
 """Tokens and vocabulary entries of `generation.chunked_logprobs`."""
 
@@ -40,6 +43,7 @@ class ModelShape:
         queries: size of all query heads together.
         keys: size of all key heads together.
         vocabulary: number of tokens.
+        embeddings: number of weights of the embedding and of the projection to the vocabulary.
     """
 
     weights: int
@@ -49,13 +53,14 @@ class ModelShape:
     queries: int
     keys: int
     vocabulary: int
+    embeddings: int = 0
 
     @staticmethod
     def of(folder: Path) -> ModelShape | None:
         """Read the sizes from a model folder; None where its configuration or weights do not say them."""
         try:
             config = read_json(folder / "config.json")
-            weights = sum(prod(weight.shape) for weight in read_stored_weights(folder).values())
+            shapes = [weight.shape for weight in read_stored_weights(folder).values()]
         except ModelError:  # reported where the model is loaded
             return None
         config = config.get("text_config", config)
@@ -65,7 +70,8 @@ class ModelShape:
             return next((int(value) for value in found if isinstance(value, int) and value > 0), default)
 
         hidden, heads = first("hidden_size", "d_model", "n_embd"), first("num_attention_heads", "num_heads", "n_head")
-        layers = first("num_hidden_layers", "num_layers", "n_layer")
+        layers, vocabulary = first("num_hidden_layers", "num_layers", "n_layer"), first("vocab_size")
+        weights = sum(map(prod, shapes))
         if not (weights and hidden and heads and layers):
             return None
         head = first("head_dim", "d_kv", default=hidden // heads)
@@ -76,7 +82,8 @@ class ModelShape:
             feed_forward=first("intermediate_size", "d_ff", "n_inner", default=4 * hidden),
             queries=heads * head,
             keys=first("num_key_value_heads", default=heads) * head,
-            vocabulary=first("vocab_size"),
+            vocabulary=vocabulary,
+            embeddings=sum(prod(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary),
         )
 
     def adapter(self, rank: int) -> int:
@@ -146,7 +153,15 @@ class MemoryNeed:
 
 
 def training_need(
-    *, trained: int, frozen: int, frozen_bytes: float, activations: int, decoding: int = 0, offloads: bool = False
+    *,
+    trained: int,
+    frozen: int,
+    frozen_bytes: float,
+    activations: int,
+    optimizer: Optimizer = "adamw",
+    embeddings: int = 0,
+    decoding: int = 0,
+    offloads: bool = False,
 ) -> MemoryNeed:
     """Return the need of a stage that trains.
 
@@ -155,14 +170,17 @@ def training_need(
         frozen: number of frozen weights, of all models together.
         frozen_bytes: bytes of each.
         activations: bytes of one micro-batch.
+        optimizer: the setting `optimizer`.
+        embeddings: number of trained weights whose moments are float32 in any case.
         decoding: bytes of a batch that is being decoded.
         offloads: frozen weights are on the device only while they are used; they are no more than the gradients, which
             are not there then.
     """
+    small = trained - embeddings if optimizer == "adamw-8bit" else 0
     return MemoryNeed(
         weights=trained * FLOAT32 + (0 if offloads else int(frozen * frozen_bytes)),
         gradients=trained * FLOAT32,
-        optimizer=trained * FLOAT32 * _MOMENTS,
+        optimizer=int(_MOMENTS * ((trained - small) * FLOAT32 + small * _EIGHT_BITS)),
         activations=activations,
         decoding=decoding,
     )

@@ -93,11 +93,16 @@ def restore(weights: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]) 
             low.copy_(state[f"{name}.{LOW}"])
 
 
-def _product_weights(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """Yield the float32 weights with which linear layers of the backbone multiply under autocast, each once."""
+def vocabulary_weights(model: PreTrainedModel) -> set[Tensor]:
+    """Return the weights of embeddings and of the projection to the vocabulary."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
-    seen = {*embeddings, *([] if head is None else head.parameters())}
+    return {*embeddings, *([] if head is None else head.parameters())}
+
+
+def _product_weights(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Yield the float32 weights with which linear layers of the backbone multiply under autocast, each once."""
+    seen = vocabulary_weights(model)
     for module in model.base_model.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and (weight := module.weight) not in seen:
             seen.add(weight)

@@ -21,6 +21,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import trusts_code
 from rlhf_cli.stages.inputs import Input
+from rlhf_cli.stages.registry import stages
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -36,11 +37,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
     """
     _check_attention(recipe.model.attention)
     check_trackers(recipe.tracking.trackers)
-    if recipe.model.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            f"`model.quantize: {recipe.model.quantize}` needs bitsandbytes, which is not installed",
-            hint="pip install 'rlhf-cli[quantized]', or remove `model.quantize`",
-        )
+    _check_bitsandbytes(recipe)
     if recipe.generation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UsageError(
             "`generation.engine: vllm` needs vllm, which is not installed",
@@ -68,6 +65,22 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
     _check_evaluation(recipe, inputs, keys)
     check_models_of_run(recipe, inputs)
+
+
+def _check_bitsandbytes(recipe: Recipe) -> None:
+    """Check that bitsandbytes is installed if a setting needs it."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return
+    sections = {stage.section: recipe.section(stage.name) for stage in stages()}
+    needs = {f"{name}.optimizer": getattr(section, "optimizer", "adamw") for name, section in sections.items()}
+    used = {setting: value for setting, value in needs.items() if value == "adamw-8bit"}
+    if recipe.model.quantize != "none":
+        used["model.quantize"] = recipe.model.quantize
+    for setting, value in used.items():
+        raise UsageError(
+            f"`{setting}: {value}` needs bitsandbytes, which is not installed",
+            hint=f"pip install 'rlhf-cli[quantized]', or remove `{setting}`",
+        )
 
 
 def check_models_of_run(recipe: Recipe, inputs: Sequence[Input]) -> None:

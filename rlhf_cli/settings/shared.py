@@ -213,6 +213,9 @@ class LoraSettings(Section):
 
 Adapter = Literal["lora", "none"]
 
+Optimizer = Literal["adamw", "adamw-8bit"]
+"""AdamW with its moments in float32 or in 8 bits, see `training.adamw`."""
+
 
 def default_rate(adapter: Adapter, *, lora: float, full: float) -> float:
     """Return the default peak learning rate of LoRA or of full fine-tuning (docs/decisions/0011)."""
@@ -231,6 +234,9 @@ class TrainingSettings(StageSection):
     micro_batch_tokens: Annotated[int | None, Field(ge=1), EffortOnly()] = None
     """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null is
     by `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
+    optimizer: Optimizer = "adamw"
+    """`adamw-8bit` stores the moments of AdamW in 8 bits: a quarter of their memory (Dettmers et al. 2021,
+    arXiv:2110.02861). Those of embeddings stay in float32. Needs bitsandbytes."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Positive = 1.0

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import write_whole
-from rlhf_cli.progress import say
+from rlhf_cli.progress import say, warn
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import ModelSettings
 from rlhf_cli.stages.base import PRECISION_RECORD, StageContext
 from rlhf_cli.stages.common import trusts_code
 from rlhf_cli.stages.inputs import Input
@@ -31,12 +33,31 @@ Context = TypeVar("Context", bound=StageContext[Any, Any])
 def decide_precision(context: Context) -> Context:
     """Return the context of a stage with `model.precision` other than `auto`; every process must call this."""
     model = context.recipe.model
-    if model.precision != "auto" or not context.settings.loads_model:
+    if not context.settings.loads_model:
+        return context
+    if model.precision != "auto":
+        if is_main():
+            _warn_of_emulation(model)
         return context
     processes = ProcessGroup()
     chosen = processes.all_gather_object(_decided(context) if processes.is_main else None)[0]
     model = model.model_copy(update={"precision": chosen})
     return replace(context, recipe=context.recipe.model_copy(update={"model": model}))
+
+
+def _warn_of_emulation(model: ModelSettings) -> None:
+    """Warn where the recipe asks for a precision that this machine only emulates, many times slower."""
+    from rlhf_cli.models.loading import resolve_device
+    from rlhf_cli.models.precision_trial import has_bfloat16
+
+    if model.precision != "bfloat16":
+        return
+    device = resolve_device(model.device)
+    if device.type in ("cpu", "cuda") and not has_bfloat16(device):
+        warn(
+            f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no bfloat16 instructions, so `model.precision: "
+            "bfloat16` can be many times slower than float32: `--set model.precision=auto` takes the faster one"
+        )
 
 
 def _decided(context: StageContext[Any, Any]) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from rlhf_cli.models.split_weights import vocabulary_weights
 from rlhf_cli.progress import warn
-from rlhf_cli.settings.shared import TrainingSettings
-from rlhf_cli.training.adamw import AdamW
+from rlhf_cli.settings.shared import Optimizer, TrainingSettings
+from rlhf_cli.training.adamw import AdamW, EightBitMoments
 from rlhf_cli.training.schedules import rate_factor
 
 
@@ -27,16 +29,29 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def adamw(groups: Iterable[Any], *, rate: float, epsilon: float = 1e-8, weight_decay: float = 0.0) -> AdamW:
+def adamw(
+    kind: Optimizer,
+    groups: Iterable[Any],
+    *models: PreTrainedModel,
+    rate: float,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> AdamW:
     """Make the optimizer of a stage: one pass over weights, gradients and moments where torch has it for the device.
 
     Args:
+        kind: the setting `optimizer`.
         groups: weights, or parameter groups.
+        models: whose weights they are; with 8 bits, moments of their embeddings stay in float32.
         rate: learning rate, until `set_rate`.
         epsilon: added to the root of the second moment.
         weight_decay: of groups that name none.
     """
-    return AdamW(groups, lr=rate, eps=epsilon, weight_decay=weight_decay, fused=True)
+    options = {"lr": rate, "eps": epsilon, "weight_decay": weight_decay, "fused": True}
+    if kind == "adamw":
+        return AdamW(groups, **options)
+    precise = set[Tensor]().union(*map(vocabulary_weights, models))
+    return AdamW(groups, moments=EightBitMoments(), precise=precise, **options)
 
 
 def clip_and_step(

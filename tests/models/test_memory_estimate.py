@@ -22,6 +22,7 @@ def test_sizes_are_read_from_configuration_and_headers(tiny_llama: Path):
     assert shape is not None
     assert (shape.layers, shape.hidden, shape.feed_forward, shape.queries, shape.keys) == (2, 32, 64, 32, 16)
     assert shape.vocabulary == vocabulary
+    assert shape.embeddings == sum(size[0] * size[1] for size in shapes if size[0] == vocabulary)
     assert shape.weights == sum(size[0] * (size[1] if len(size) > 1 else 1) for size in shapes)
 
 
@@ -43,6 +44,8 @@ def test_sums_by_hand():
     need = training_need(trained=10, frozen=100, frozen_bytes=2, activations=7, decoding=50)
     assert need == MemoryNeed(weights=240, gradients=40, optimizer=80, activations=7, decoding=50)
     assert need.total == 240 + 80 + 50, "gradients and activations are gone while tokens are drawn"
+    small = training_need(trained=1034, frozen=0, frozen_bytes=2, activations=0, optimizer="adamw-8bit", embeddings=10)
+    assert small.optimizer == 2 * (10 * 4 + 1024 * 1 + 1024 // 256 * 4), "a byte per number and a scale per 256"
     shape = ModelShape(weights=1, layers=2, hidden=8, feed_forward=16, queries=8, keys=4, vocabulary=100)
     assert shape.cache(rows=3, tokens=5, number_bytes=2) == 2 * 3 * 5 * 4 * 2 * 3
     assert shape.activations(10, 2, recompute=True) < shape.activations(10, 2) < shape.activations(10, 4)

@@ -79,3 +79,14 @@ def test_quantized_weights_without_bitsandbytes_are_refused_before_the_first_sta
     assert "`model.quantize: 4bit` needs bitsandbytes, which is not installed" in outcome.stderr
     assert "hint: pip install 'rlhf-cli[quantized]'" in outcome.stderr
     assert toy.ran() == []
+
+
+@pytest.mark.parametrize("section", ["sft", "train_rm", "ppo"])
+def test_moments_in_8_bits_without_bitsandbytes_are_refused_before_the_first_stage(toy, monkeypatch, section):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name))
+    outcome = toy.run("--set", f"{section}.optimizer=adamw-8bit")
+    assert outcome.code == 2
+    assert f"`{section}.optimizer: adamw-8bit` needs bitsandbytes, which is not installed" in outcome.stderr
+    assert f"or remove `{section}.optimizer`" in outcome.stderr
+    assert toy.ran() == []

@@ -76,6 +76,16 @@ def test_nothing_is_tried_where_nothing_is_to_decide(tiny_llama, tmp_path, speed
     assert tried == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "emulates", "warns"),
+    [("bfloat16", True, True), ("bfloat16", False, False), ("float32", True, False)],
+)
+def test_an_emulated_precision_is_warned_of(tiny_llama, tmp_path, monkeypatch, capsys, asked, emulates, warns):
+    monkeypatch.setattr(precision_trial, "has_bfloat16", lambda device: not emulates)
+    assert decided(tmp_path, tiny_llama, precision=asked) == asked
+    assert ("has no bfloat16 instructions" in capsys.readouterr().err) == warns
+
+
 def test_a_model_that_is_yet_to_be_built_has_the_width_of_its_settings(tmp_path, speeds):
     found, tried = speeds
     found[64] = 3.0

@@ -21,7 +21,7 @@ from rlhf_cli.settings.base import (
     StageSection,
 )
 from rlhf_cli.settings.rewards import PPORewardSettings
-from rlhf_cli.settings.shared import Adapter, LoraSettings, default_rate
+from rlhf_cli.settings.shared import Adapter, LoraSettings, Optimizer, default_rate
 
 _KL_HORIZON = 10_000.0
 
@@ -89,6 +89,9 @@ class PPOSettings(StageSection):
     `adapter: none`."""
     critic_learning_rate: Positive | None = None
     """Peak learning rate of the critic's AdamW; null is `learning_rate`, or 1e-5 if that is null too."""
+    optimizer: Optimizer = "adamw"
+    """`adamw-8bit` stores the moments of AdamW in 8 bits: a quarter of their memory (Dettmers et al. 2021,
+    arXiv:2110.02861). Those of embeddings stay in float32. Needs bitsandbytes."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning-rate schedule over the run; `linear` falls to zero."""
     warmup_share: Share = 0.0

@@ -75,6 +75,8 @@ def _device_need(settings: PPOSettings, recipe: RunSettings, shape: ModelShape) 
         frozen_bytes=FLOAT32 if is_full else frozen_bytes(model.dtype, model.precision, model.quantize),
         activations=shape.activations(tokens, size, recompute=settings.gradient_checkpointing) + shape.logits(tokens),
         decoding=shape.cache(rows, longest, size) + shape.sampling(rows),
+        optimizer=settings.optimizer,
+        embeddings=shape.embeddings * (int(is_full) + int(settings.critic_is_separate)),
         offloads=is_full and settings.offload_frozen,
     )
 

@@ -7,11 +7,13 @@ so neither of them changes the gradient (trap 2 of docs/ppo.md).
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_cli.generation.logprobs import TokenLogprobs
 from rlhf_cli.generation.sequence_batch import SequenceBatch
@@ -121,7 +123,8 @@ class Updater:
             {"params": critic, "peak": settings.critic_peak_rate, "begins": 0},
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
-        self.optimizer = adamw(groups, rate=settings.peak_rate, epsilon=1e-5)
+        trained = _model(models.policy()), _model(models.critic())
+        self.optimizer = adamw(settings.optimizer, groups, *trained, rate=settings.peak_rate, epsilon=1e-5)
 
     def learning_rate(self, optimizer_step: int) -> float:
         """Return the learning rate of the policy at a 0-based optimizer step."""
@@ -299,3 +302,8 @@ class Updater:
             statistics.critic_norms.append(critic_norm)
         else:
             statistics.skipped_steps += 1
+
+
+def _model(used: AbstractContextManager[PreTrainedModel]) -> PreTrainedModel:
+    with used as model:
+        return model

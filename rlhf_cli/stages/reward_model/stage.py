@@ -70,6 +70,8 @@ def _device_need(settings: RewardModelSettings, recipe: RunSettings, shape: Mode
         frozen=0 if is_full else shape.weights,
         frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
         activations=shape.activations(tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing),
+        optimizer=settings.optimizer,
+        embeddings=shape.embeddings if is_full else 0,
     )
 
 

@@ -76,7 +76,13 @@ class RewardTrainer(TrainingTask):
         if settings.adapter == "none" and model.source.precision != torch.float32:
             split_weights(model.backbone)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.optimizer = adamw(self.trained.values(), rate=settings.peak_rate, weight_decay=settings.weight_decay)
+        self.optimizer = adamw(
+            settings.optimizer,
+            self.trained.values(),
+            model.backbone,
+            rate=settings.peak_rate,
+            weight_decay=settings.weight_decay,
+        )
         self._groups, self._rate_scale = groups, 1.0
         self._processes = processes or ProcessGroup(model.device)
         self._cuts = MicroBatches(

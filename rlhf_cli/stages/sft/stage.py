@@ -62,6 +62,8 @@ def _device_need(settings: SFTSettings, recipe: RunSettings, shape: ModelShape) 
         frozen=0 if is_full else shape.weights,
         frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
         activations=activations + shape.logits(tokens),
+        optimizer=settings.optimizer,
+        embeddings=shape.embeddings if is_full else 0,
     )
 
 

@@ -201,7 +201,7 @@ class SFTTrainer(TrainingTask):
         self._router = router_loss(model, settings)
         self._size = model_size(model, list(self._trained.values()))
         groups = _parameter_groups(self._trained, settings.weight_decay)
-        self.optimizer = adamw(groups, rate=settings.peak_rate)
+        self.optimizer = adamw(settings.optimizer, groups, model, rate=settings.peak_rate)
         self._loop = TrainingLoop(
             self,
             label="fine-tuning",

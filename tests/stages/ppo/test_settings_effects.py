@@ -1,12 +1,15 @@
 """Each setting of PPO has the effect its docstring says: a setting without effect is a bug (trap 3 of docs/ppo.md)."""
 
+import importlib.util
 import math
 
 import pytest
 import torch
 
+from rlhf_cli.models.split_weights import vocabulary_weights
 from rlhf_cli.stages.ppo.ptx import Demonstrations
 from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.training import adamw
 
 
 def run(make_trainer, rows_of, model, folder, **changes):
@@ -68,6 +71,7 @@ ELSEWHERE = {
     "show_steps": "test_fixed_prompts_are_shown_when_due",
     "shown_prompts": "test_fixed_prompts_are_shown_when_due",
     "importance_cap": "test_the_importance_cap_bounds_the_weight_of_a_token",
+    "optimizer": "test_moments_in_8_bits",
     "ptx": "test_ptx_is_the_mean_loss_of_a_completion_token",
 }
 """Settings whose effect is not other weights, or that another test shows."""
@@ -346,6 +350,20 @@ def test_ptx_is_the_mean_loss_of_a_completion_token(tiny_llama, tmp_path, make_t
     assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
     for mine, theirs in zip(found, by_hand, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_moments_in_8_bits(tiny_llama, tmp_path, make_trainer, monkeypatch):
+    """Of all weights but embeddings and the projection to the vocabulary, of policy and critic."""
+    monkeypatch.setattr(adamw, "SMALLEST", 1)
+    trainer = make_trainer(tiny_llama, tmp_path / "w", kind="separate", optimizer="adamw-8bit", steps=1)
+    trainer.train()
+    with trainer.models.policy() as policy, trainer.models.critic() as critic:
+        precise = vocabulary_weights(policy) | vocabulary_weights(critic)
+    moments = {weight: state["exp_avg"].dtype for weight, state in trainer.updater.optimizer.state.items()}
+    assert len(precise & moments.keys()) == 2, "the tied embedding of each"
+    assert {dtype for weight, dtype in moments.items() if weight in precise} == {torch.float32}
+    assert {dtype for weight, dtype in moments.items() if weight not in precise} == {torch.uint8}
 
 
 def test_the_running_scale_divides_by_the_spread_so_far(tiny_llama, tmp_path, make_trainer, scores):
