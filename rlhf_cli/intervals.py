@@ -185,6 +185,15 @@ def _student(z: float, freedom: int) -> float:
     return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
+def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of the mean of independent values by Student's t; without width for a single value."""
+    mean, freedom = float(np.mean(values)), len(values) - 1
+    if freedom < 1:
+        return mean, mean
+    half = _student(NormalDist().inv_cdf(0.975), freedom) * float(np.std(values, ddof=1) / len(values) ** 0.5)
+    return mean - half, mean + half
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean of independent values; 0 for a single value."""
     if len(values) < 2:

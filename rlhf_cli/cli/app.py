@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("rlhf_cli.cli.init:init", "Write starter recipes and sample data to a folder."),
     "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe; resume an interrupted run."),
     **{name: _STAGES.get(name, ("rlhf_cli.cli.label.commands:app", REGISTRY[name][1])) for name in REGISTRY},
+    "overopt": ("rlhf_cli.cli.overopt:overopt", "Find how far proxies of a gold reward can be optimized."),
     "recipe": ("rlhf_cli.cli.recipe:app", "Show and validate recipes; print their JSON schema."),
     "data": ("rlhf_cli.cli.data:app", "Show data as the stages read it, in tokens."),
     "transformer": ("rlhf_cli.cli.transformer:app", "Convert models to the built-in transformer and back."),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from rlhf_cli.settings.base import EffortOnly, Positive, Section
+from rlhf_cli.settings.overopt import OveroptSettings
 from rlhf_cli.settings.shared import (
     DataSettings,
     GenerationSettings,
@@ -36,6 +37,8 @@ class RunSettings(Section):
     """What computes the completions."""
     tracking: TrackingSettings = TrackingSettings()
     """Metric trackers in addition to `metrics.jsonl`."""
+    overopt: OveroptSettings | None = None
+    """Settings of `rlhf overopt`, which no stage reads; null is the same as a section with defaults."""
     stall_seconds: Annotated[Positive | None, EffortOnly()] = None
     """Seconds without progress after which a stage prints its stack traces and ends; null waits forever."""
 

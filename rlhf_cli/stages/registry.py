@@ -16,6 +16,7 @@ REGISTRY: dict[str, tuple[str, str]] = {
         "rlhf_cli.stages.evaluate.stage",
         "Compare a policy with a baseline, by default PPO with SFT, on held-out prompts.",
     ),
+    "best-of-n": ("rlhf_cli.stages.best_of_n.stage", "Measure the best of n completions of held-out prompts."),
 }
 """Name of a stage and its command -> module that defines `STAGE`, and the line that `rlhf --help` shows."""
 

@@ -7,18 +7,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.data.records import Candidates, Prompt, references_of, seed_for
+from rlhf_cli.data.records import Candidates, Prompt, references_of
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
-from rlhf_cli.generation.generator import Completion, Generator, Request
-from rlhf_cli.generation.progress import Drawing
+from rlhf_cli.generation.generator import Completion, Generator
 from rlhf_cli.generation.prompts import PromptStyle
-from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
-from rlhf_cli.progress import say, task, warn
+from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Columns, columns_of
 from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling, write_contract
+from rlhf_cli.stages.completions import draw_completions
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
@@ -104,45 +103,17 @@ def sample_completions(context: LabelContext, settings: LabelSettings, generator
     prompts, skips = load_prompts(context, policy, "label.sampling.max_new_tokens")
     processes = ProcessGroup(policy.source.device)
     draws = choose_generator(context, [policy], generator)
-    # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts.ids[number]))
-    size = max(1, sampling.batch_size // per_prompt)
-    file = CompletionFile(
-        context.work / "samples.jsonl",
-        [order[start : start + size] for start in range(0, len(order), size)],
-        per_prompt,
-        processes,
-    )
-    if file.done:
-        say(f"{file.done:,} completions were sampled before")
     watch = StepWatch(policy.source.device)
-    if file.left:
-        with policy.model():
-            pass  # loads the weights, which is not sampling
-    with (
-        task("sampling completions", file.done + file.left, "completions", done=file.done) as bar,
-        watch.phase("rollout", "sampling"),
-    ):
-        progress = Drawing(file.left, sampling.max_new_tokens, bar)
-
-        def draw(chunk: Sequence[int]) -> list[Completion]:
-            requests = [
-                Request(prompts.ids[number], seed_for(prompts.prompts[number], context.recipe.seed, k))
-                for number in chunk
-                for k in range(per_prompt)
-            ]
-            return draws.generate(policy, requests, progress=progress, stop=context.stop.check)
-
-        file.fill(draw, context.stop.check)
-    policy.release()
+    completions, tokens = draw_completions(
+        context, policy, prompts, per_prompt, generator=draws, processes=processes, watch=watch
+    )
     if processes.is_main:
         write_contract(context, path, style, sampling.settings(), ())
-    completions = file.read()
     candidates = [
         Candidates(prompt, tuple(completion.text for completion in group))
         for prompt, group in zip(prompts.prompts, completions, strict=True)
     ]
-    return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, progress.tokens)
+    return Sampled(candidates, completions, skips, processes, prompts.references, policy, watch, tokens)
 
 
 def distinct(candidates: Candidates) -> Candidates:
