@@ -100,6 +100,12 @@ class DivergedError(RLHFError):
     exit_code = EXIT_DIVERGED
 
 
+class DetectorStopError(RLHFError):
+    """A detector of PPO passed its `stop` threshold. The state is saved: a higher threshold lets the run continue."""
+
+    exit_code = EXIT_DIVERGED
+
+
 class DiskError(RLHFError):
     """The disk is full or cannot be written; the last good state is kept."""
 

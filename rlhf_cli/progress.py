@@ -122,7 +122,7 @@ class Task:
                 left = f"{'~' if known[1] else 'about '}{format_duration(known[0])} left"
             inside = self._inside
             doing = _listed(inside.doing, inside.rate)
-            parts = [f"{self._done:,} of {self._total:,} {self._unit}", doing, left, self._note]
+            parts = [f"{self._done:,} of {_counted(self._total, self._unit)}", doing, left, self._note]
             say(f"{self._label}: {', '.join(part for part in parts if part)}")
 
     def _fields(self) -> dict[str, Any]:
@@ -164,6 +164,11 @@ def _listed(*texts: str) -> str:
     return " \u00b7 ".join(text for text in texts if text)
 
 
+def _counted(count: int, units: str) -> str:
+    """Return a number with its unit, given in the plural."""
+    return f"{count:,} {units.removesuffix('s') if count == 1 else units}"
+
+
 _LINE_EVERY = 30.0
 """Seconds between two lines of a task in a log."""
 
@@ -172,7 +177,7 @@ _LINE_EVERY = 30.0
 def task(label: str, total: int, unit: str = "steps", done: int = 0) -> Iterator[Task]:
     """Show the progress of `total` units of work; `done` of them are from an earlier attempt (a resumed stage)."""
     if not interactive():
-        say(f"{label}: {total - done:,} {unit}")
+        say(f"{label}: {_counted(total - done, unit)}")
         running = Task(label, total, unit, None, done)
         yield running
         say(f"{label}: done in {format_duration(time.monotonic() - running._began)}")

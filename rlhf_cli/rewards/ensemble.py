@@ -61,32 +61,38 @@ class CombinedReward:
     """Several weighted rewards, combined into one.
 
     Args:
-        members: (reward, weight) pairs, at least one.
+        members: (reward, weight) pairs, at least one with a weight other than 0. Those with weight 0 are scored and
+            reported, and not combined.
         combination: see `combined`.
         std_coef: lambda of mean-std.
+
+    Attributes:
+        names: of the members, each once.
+        weights: name -> weight.
     """
 
     def __init__(
         self, members: Sequence[tuple[Reward, float]], combination: Combination = "sum", *, std_coef: float = 1.0
     ) -> None:
-        if not members:
-            raise ValueError("there must be at least one reward to combine")
+        if not any(weight for _, weight in members):
+            raise ValueError("there must be at least one reward to combine, with a weight other than 0")
         if combination not in get_args(Combination):
             raise ValueError(f"unknown combination `{combination}`")
         self._members = list(members)
         self._combination: Combination = combination
         self._std_coef = std_coef
         self.names = _unique([reward.name for reward, _ in members])
+        self.weights = dict(zip(self.names, (weight for _, weight in members), strict=True))
 
     def described(self) -> str:
         """Describe the combination for people, such as `the min of reward-model and 2 x gold.py:score`."""
-        weights = [weight for _, weight in self._members]
-        named = zip(self.names, weights, strict=True)
-        parts = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in named]
+        named = self.weights.items()
+        parts = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in named if weight]
+        logged = "".join(f"; {name} is logged only" for name, weight in named if not weight)
         if len(parts) == 1:
-            return parts[0]
+            return f"{parts[0]}{logged}"
         how = {"mean-std": f"mean - {self._std_coef:g} std"}.get(self._combination, self._combination)
-        return f"the {how} of {', '.join(parts[:-1])} and {parts[-1]}"
+        return f"the {how} of {', '.join(parts[:-1])} and {parts[-1]}{logged}"
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS) -> Scores:
         """Score N completions; N may be 0.
@@ -102,10 +108,10 @@ class CombinedReward:
             name: reward.score(prompts, completions, columns) if completions else []
             for name, (reward, _) in zip(self.names, self._members, strict=True)
         }
-        weights = [weight for _, weight in self._members]
         weighted = {
-            name: [weight * score if _is_finite(score) else math.nan for score in scores]
-            for (name, scores), weight in zip(parts.items(), weights, strict=True)
+            name: [weight * score if _is_finite(score) else math.nan for score in parts[name]]
+            for name, weight in self.weights.items()
+            if weight
         }
         total = [
             combined(scores, self._combination, std_coef=self._std_coef)
@@ -127,10 +133,10 @@ def _faults(
     """Describe scores that are not finite, one message per reward, then results that only the combination broke."""
     found = []
     explained: set[int] = set()
-    for name, scores in parts.items():
-        bad = [position for position, score in enumerate(weighted[name]) if not _is_finite(score)]
+    for name, scores in weighted.items():
+        bad = [position for position, score in enumerate(scores) if not _is_finite(score)]
         if bad:
-            first = scores[bad[0]]
+            first = parts[name][bad[0]]
             size = " (too large for float32, before or after weighting)" if math.isfinite(first) else ""
             found.append(_fault(f"the reward `{name}`", bad, f"{first}{size}", prompts, completions))
         explained.update(bad)

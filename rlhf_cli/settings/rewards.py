@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from rlhf_cli.settings.base import Address, Effort, EffortOnly, External, ModelName, Positive, Section, VariableName
 
@@ -21,7 +21,8 @@ class PPORewardSettings(Section):
     url: Address = None
     """URL of an HTTP endpoint; docs/rewards.md describes request and response."""
     weight: float = 1.0
-    """Factor applied to this reward before rewards are combined; not 0."""
+    """Factor applied to this reward before rewards are combined. A reward with weight 0 is logged and watched by
+    `ppo.detectors.gold`, but not trained on."""
     send: list[Literal["references", "completion_ids", "raw_completions"]] = Field(default_factory=list)
     """What a request to `url` holds besides prompts and completions; docs/rewards.md describes each."""
     token_env: VariableName = None
@@ -32,13 +33,6 @@ class PPORewardSettings(Section):
     """Retries per request to `url` after a temporary failure."""
     request_size: Effort = 64
     """Completions per request to `url`."""
-
-    @field_validator("weight")
-    @classmethod
-    def _has_effect(cls, weight: float) -> float:
-        if weight == 0.0:
-            raise ValueError("a reward with weight 0 has no effect; remove the reward")
-        return weight
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -6,7 +6,7 @@ A stage says what one step does (`TrainingTask`); everything around a step is he
   step       count steps that were skipped because something was not finite
   roll back  after three such steps in a row, once, to the last regular checkpoint, with half the learning rate
   save       weights, optimizer, random states, loop state and log position, every `checkpoint_steps` and at the end
-  stop       on a signal to any process, after saving the step that was running
+  stop       on a signal to any process, or because the task says so, after saving the step that was running
 
 A killed run ends with the bytes of an uninterrupted one, provided that the task's steps are functions of the step, the
 weights, the optimizer, the task's state and the global random generators.
@@ -14,6 +14,8 @@ weights, the optimizer, the task's state and the global random generators.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +24,8 @@ from typing import Any
 from rlhf_cli import progress
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
-from rlhf_cli.errors import DivergedError
+from rlhf_cli.errors import DivergedError, RLHFError
+from rlhf_cli.files import write_whole
 from rlhf_cli.training.checkpoint.store import (
     Checkpoint,
     latest_checkpoint,
@@ -32,7 +35,7 @@ from rlhf_cli.training.checkpoint.store import (
 )
 from rlhf_cli.training.distributed import DistributedStop
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
-from rlhf_cli.training.monitoring.run_logger import RunLogger
+from rlhf_cli.training.monitoring.run_logger import ENDED, RunLogger
 from rlhf_cli.training.monitoring.timing_log import timing_row
 from rlhf_cli.training.random_state import random_states, restore_random_states, seed_everything
 from rlhf_cli.training.task import StepReport, TrainingTask
@@ -119,17 +122,31 @@ class TrainingLoop:
 
         Raises:
             DivergedError: training diverged again after a roll-back, or had no checkpoint to roll back to.
-            Interrupted: a signal arrived; the step that was running is saved.
+            DetectorStopError: a detector of the task stopped the run; the last step is saved.
+        Interrupted: a signal arrived; the step that was running is saved.
         """
         resumed = self._resume()
+        if self._processes.is_main:
+            (self._work / ENDED).unlink(missing_ok=True)
         try:
             with progress.task(self._label, self._steps, "steps", done=resumed or 0) as bar:
                 self.watch.show_on(bar)
                 self._run_steps(resumed, bar)
+        except Exception as error:
+            self._record_end(error)
+            raise
         finally:
             self.watch.show_on(None)
             self._logger.close()
         return self.state
+
+    def _record_end(self, error: Exception) -> None:
+        """Write why the run ended, for `rlhf diagnose`. Where even that cannot be written, `error` says why."""
+        if self._processes.is_main:
+            known = isinstance(error, RLHFError)
+            told = {"error": type(error).__name__, "message": error.message if known else str(error)}
+            with contextlib.suppress(OSError):
+                write_whole(self._work / ENDED, json.dumps(told | {"hint": error.hint if known else None}))
 
     def _run_steps(self, resumed: int | None, bar: progress.Task) -> None:
         watch = self.watch
@@ -138,6 +155,8 @@ class TrainingLoop:
             self._save(0)  # what a divergence in the first steps rolls back to
             self._logger.time(0, timing_row(watch.end_step()))
         step = resumed or 0
+        if self._task.halt is not None:
+            raise self._task.halt
         while step < self._steps and not self._task.has_ended:
             watch.begin_step(self._steps - step)
             try:
@@ -151,10 +170,13 @@ class TrainingLoop:
                 continue
             step += 1
             bar.advance(note=report.note)
-            if self._stop.requested:
+            halt = self._task.halt
+            if self._stop.requested or halt is not None:
                 if not self._is_due(step):
                     self._save(step)
                 self._stop.check()
+            if halt is not None:
+                raise halt
 
     def _finish_step(self, step: int, report: StepReport) -> None:
         self._count(step, report)
@@ -202,7 +224,7 @@ class TrainingLoop:
                 task.weights() | optimizer_tensors(task.optimizer, "optimizer"),
                 state,
                 keep=self._keep_checkpoints,
-                protected=self.state.anchor,
+                protected={self.state.anchor, *task.kept_steps},
                 processes=processes,
             )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_cli.errors import RLHFError
 from rlhf_cli.training.monitoring.run_logger import RunLogger
 from rlhf_cli.training.monitoring.timing_log import Work
 from rlhf_cli.training.timing import StepWatch
@@ -82,6 +83,16 @@ class TrainingTask(ABC):
     def has_ended(self) -> bool:
         """Whether training ends before its last step."""
         return False
+
+    @property
+    def halt(self) -> RLHFError | None:
+        """Why training must not go on after the last step; it is saved and raised. Asked on resuming too."""
+        return None
+
+    @property
+    def kept_steps(self) -> Collection[int]:
+        """Steps whose checkpoints stay, however old."""
+        return ()
 
     def before_first_step(self, log: RunLogger, watch: StepWatch) -> None:  # noqa: B027  (optional)
         """Called once per run, before anything is trained or saved."""

@@ -41,6 +41,7 @@ def folder(tmp_path: Path) -> Path:
         ["--help"],
         ["--version"],
         ["ppo", "--help"],
+        ["diagnose", "--help"],
         ["recipe", "show", "r.yaml"],
         ["recipe", "validate", "r.yaml"],
         ["recipe", "schema"],
@@ -67,7 +68,7 @@ def test_help_does_not_even_import_the_schema():
 def test_no_arguments_show_help():
     done = rlhf()
     assert done.returncode == 0
-    for command in ("init", "run", "sft", "label", "train-rm", "ppo", "evaluate", "recipe", "doctor"):
+    for command in ("init", "run", "sft", "label", "train-rm", "ppo", "evaluate", "diagnose", "recipe", "doctor"):
         assert f"\n  {command} " in done.stdout
 
 

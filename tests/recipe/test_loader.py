@@ -139,8 +139,8 @@ def test_invalid_recipe_files(tmp_path):
             "`ppo.rewards.0`: expected exactly one of `function`, `model` and `url`; got none",
         ),
         (
-            "ppo: {rewards: [{function: f, weight: 0}]}\n",
-            "`ppo.rewards.0.weight`: a reward with weight 0 has no effect; remove the reward",
+            "ppo: {detectors: {kl: {stop: 20}}}\n",
+            "`ppo.detectors`: `kl.stop: 20` is reached before `kl.warn: 30`: it must be at least that",
         ),
         (
             'ppo: {rewards: [{url: "https://host/score?key=word"}]}\n',

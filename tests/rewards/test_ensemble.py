@@ -48,6 +48,21 @@ def test_rewards_are_combined_as_by_hand(combination, std_coef, expected):
     assert scores.parts == {"a": [1.0], "b": [2.0], "c": [-7.0]}  # before their weights
 
 
+@pytest.mark.parametrize("combination", ["sum", "mean", "min", "mean-std"])
+def test_a_reward_with_weight_0_is_reported_and_changes_nothing(combination, capsys):
+    gold = (Fixed("gold", -50.0, math.nan), 0.0)
+    alone = CombinedReward(MEMBERS, combination).score(["p"], ["c"])
+    beside = CombinedReward([*MEMBERS, gold], combination)
+    assert beside.score(["p"], ["c"]).total == alone.total
+    assert beside.score(["p"], ["c"]).parts["gold"] == [-50.0]
+    assert beside.weights == {"a": 1.0, "b": 2.0, "c": -1.0, "gold": 0.0}
+    assert beside.described().endswith("; gold is logged only")
+    found = CombinedReward([(Fixed("a", 1.0, 2.0), 1.0), gold], combination).score(["p", "q"], ["c", "d"])
+    assert found.total == [1.0, 2.0]  # no step is skipped because of a reward that is not trained on
+    assert found.faults == []
+    assert capsys.readouterr().err == ""
+
+
 def test_each_answer_is_combined_on_its_own():
     members = [(Fixed("a", 1.0, 5.0, -2.0), 1.0), (Fixed("b", 3.0, 1.0, -2.0), 1.0)]
     assert CombinedReward(members, "min").score(["p"] * 3, ["x", "y", "z"]).total == [1.0, 1.0, -2.0]
@@ -147,5 +162,7 @@ def test_a_process_without_a_share_asks_nobody():
 def test_nothing_to_combine_is_a_mistake_of_ours():
     with pytest.raises(ValueError, match="at least one reward"):
         CombinedReward([])
+    with pytest.raises(ValueError, match="other than 0"):
+        CombinedReward([(Fixed("a", 1.0), 0.0)])
     with pytest.raises(ValueError, match="median"):
         CombinedReward(MEMBERS, "median")  # pyright: ignore[reportArgumentType]

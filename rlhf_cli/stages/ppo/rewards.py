@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf_cli.errors import UsageError
+
 if TYPE_CHECKING:
     from rlhf_cli.distributed.signals import StopRequest
     from rlhf_cli.models.loading import ModelSource
@@ -41,6 +43,11 @@ def build_rewards(
     if model is not None:
         members.append((ModelReward("reward-model", model), 1.0))
     members += [(_reward(entry, source, template, stop), entry.weight) for entry in settings.rewards]
+    if not any(weight for _, weight in members):
+        raise UsageError(
+            "`ppo` has no reward to train on: every reward of `ppo.rewards` has weight 0, with which it is only logged",
+            hint="give one of them a weight, or name a reward model with `--set ppo.reward_model=PATH`",
+        )
     return CombinedReward(members, settings.reward_combination, std_coef=settings.reward_std_coef)
 
 

@@ -7,10 +7,11 @@ import json
 import math
 import shutil
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import DetectorStopError, UsageError
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.progress import say
 from rlhf_cli.stages.base import StageOutcome
@@ -30,12 +31,16 @@ from rlhf_cli.stages.ppo.stage import PPOContext
 from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
+    from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.generator import Generator
     from rlhf_cli.generation.sampling import Sampling
     from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.rewards.ensemble import CombinedReward
     from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
     from rlhf_cli.stages.ppo.models import PPOModels
     from rlhf_cli.stages.ppo.settings import PPOSettings
+    from rlhf_cli.stages.ppo.trainer import PPOData, PPOTrainer
+    from rlhf_cli.training.monitoring.detectors.detectors import Rewards
 
 
 _FEWEST_ROWS = 2
@@ -60,6 +65,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.flops import device_peak
+    from rlhf_cli.training.monitoring.detectors.detectors import Detectors
     from rlhf_cli.training.monitoring.metrics_log import read_rows
     from rlhf_cli.training.monitoring.run_logger import METRICS
     from rlhf_cli.training.monitoring.timing_log import read_totals
@@ -100,13 +106,14 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         settings,
         policy=policy,
         generator=choose_generator(context, [policy], generator),
+        detectors=Detectors(settings.detectors, _watched(context, reward, data)),
         seed=context.recipe.seed,
         work=context.work,
         stop=context.stop,
         log=metrics_log(context),
         peak=device_peak(source.device, source.precision, processes),
     )
-    trainer.train()
+    _train(trainer, context.work, processes)
     del trainer  # with the moments of its optimizer: what follows loads what was written
     free_memory()
     if not processes.is_main:
@@ -124,6 +131,28 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     if skips.total:
         skips.write(context.output / "skips.jsonl")
     return _outcome(rows, dict(skips.counts), written_kl, read_totals(context.work))
+
+
+def _watched(context: PPOContext, reward: CombinedReward, data: PPOData) -> Rewards:
+    """Return what the detectors know of the rewards."""
+    from rlhf_cli.stages.ppo.detection import watched_rewards
+
+    return watched_rewards(
+        context.settings,
+        reward.weights,
+        reward_model=source_of(context.inputs.reward_model),
+        held_out=0 if data.held_out is None else len(data.held_out),
+    )
+
+
+def _train(trainer: PPOTrainer, work: Path, processes: ProcessGroup) -> None:
+    """Train; where a detector stops the run, say what its metrics look like."""
+    try:
+        trainer.train()
+    except DetectorStopError:
+        if processes.is_main:
+            _judge(work, work)
+        raise
 
 
 def _say_if_prompted_otherwise(reward_model: RewardModelHandle | None, style: PromptStyle) -> None:
@@ -166,17 +195,25 @@ def _load_models(
 
 def _keep_records(context: PPOContext, rows: list[dict[str, Any]]) -> None:
     """Metrics and samples beside the policy, and what they look like: a picture, and whether the curve is normal."""
-    from rlhf_cli.training.monitoring.health import report as health
     from rlhf_cli.training.monitoring.plots import draw_curves
-    from rlhf_cli.training.monitoring.run_logger import METRICS, SAMPLES, TIMING
+    from rlhf_cli.training.monitoring.run_logger import DETECTIONS, METRICS, SAMPLES, TIMING
 
-    for name in (METRICS, TIMING, SAMPLES):
+    for name in (METRICS, TIMING, SAMPLES, DETECTIONS):
         if (context.work / name).is_file():
             shutil.copyfile(context.work / name, context.output / name)
     if len(rows) > _FEWEST_ROWS:
         draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
-    findings = health.judge(rows)
-    health.write(context.output / "health.json", findings)
+    _judge(context.work, context.output)
+
+
+def _judge(work: Path, folder: Path) -> None:
+    """Say whether the curve is normal, and write it to `health.json` in a folder."""
+    from rlhf_cli.training.monitoring.health import report as health
+    from rlhf_cli.training.monitoring.metrics_log import read_rows
+    from rlhf_cli.training.monitoring.run_logger import DETECTIONS, METRICS
+
+    findings = health.judge(read_rows(work / METRICS), read_rows(work / DETECTIONS))
+    health.write(folder / "health.json", findings)
     health.show(findings)
 
 

@@ -20,6 +20,7 @@ from rlhf_cli.settings.base import (
     Share,
     StageSection,
 )
+from rlhf_cli.settings.detectors import DetectorSettings
 from rlhf_cli.settings.rewards import PPORewardSettings
 from rlhf_cli.settings.shared import Adapter, LoraSettings, Optimizer, default_rate
 
@@ -176,6 +177,9 @@ class PPOSettings(StageSection):
     """Steps between samples for a few fixed prompts, printed and saved in `samples.jsonl`; null shows none."""
     shown_prompts: Effort = 3
     """Number of these fixed prompts."""
+
+    detectors: DetectorSettings = DetectorSettings()
+    """Thresholds at which the run warns, or stops, because its completions look as if they exploit the reward."""
 
     adapter: Adapter = "lora"
     """`lora`: policy, critic and reward model are adapters on one frozen backbone. `none`: separate full models."""

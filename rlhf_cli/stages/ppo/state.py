@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_cli.objectives.shaping import RunningMoments
+from rlhf_cli.training.monitoring.detectors.observation import DetectorState
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,20 @@ class RunState:
         moments: of all rewards so far.
         best: the best policy within the KL budget, if any was evaluated.
         ended: why the run ended before its last step, or "".
+        detectors: what the detectors remember.
     """
 
     kl_coef: float
     moments: RunningMoments = field(default_factory=RunningMoments)
     best: Best | None = None
     ended: str = ""
+    detectors: DetectorState = field(default_factory=DetectorState)
 
     @staticmethod
     def of(state: dict[str, Any]) -> RunState:
         """Inverse of `dataclasses.asdict`."""
         best = None if state["best"] is None else Best(**state["best"])
-        fields: dict[str, Any] = {**state, "moments": RunningMoments(**state["moments"]), "best": best}
+        detectors = DetectorState(**state.get("detectors", {}))
+        known = {"moments": RunningMoments(**state["moments"]), "best": best, "detectors": detectors}
+        fields: dict[str, Any] = {**state, **known}
         return RunState(**fields)

@@ -18,8 +18,9 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor
 from rlhf_cli import progress
 from rlhf_cli.data.records import Record
 from rlhf_cli.distributed.signals import StopRequest
-from rlhf_cli.errors import DataError
+from rlhf_cli.errors import DataError, RLHFError
 from rlhf_cli.generation.generator import Generator
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
@@ -37,6 +38,7 @@ from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.objectives.advantages import generalized_advantages, token_rewards
 from rlhf_cli.objectives.kl import adapted_kl_coef, kl_per_token
 from rlhf_cli.objectives.masking import whiten
+from rlhf_cli.stages.ppo.detection import observation, stop_error
 from rlhf_cli.stages.ppo.evaluation import Evaluation, reward_shape
 from rlhf_cli.stages.ppo.forward_passes import Completions, ForwardPasses
 from rlhf_cli.stages.ppo.importance import importance_correction
@@ -50,9 +52,11 @@ from rlhf_cli.stages.ppo.update import Experience, Updater, UpdateStatistics
 from rlhf_cli.stages.ppo.work import StepFlops, relative_durations, step_work
 from rlhf_cli.training.checkpoint.store import best_checkpoint, save_best
 from rlhf_cli.training.loop import TrainingLoop
+from rlhf_cli.training.monitoring.detectors.detectors import Detectors
+from rlhf_cli.training.monitoring.detectors.observation import Observation
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
 from rlhf_cli.training.monitoring.run_logger import RunLogger
-from rlhf_cli.training.monitoring.samples import name_spike
+from rlhf_cli.training.monitoring.samples import warn_of_detection, warn_of_ratio
 from rlhf_cli.training.task import StepReport, TrainingTask
 from rlhf_cli.training.timing import StepWatch
 
@@ -85,6 +89,7 @@ class PPOTrainer(TrainingTask):
         settings: section `ppo` of the recipe.
         policy: samples; its weights are the policy's of `models`.
         generator: draws completions from it; None is `TorchGenerator`.
+        detectors: watch the completions; None is those of `settings`, which then know nothing of the rewards.
         seed: of prompt order, sampling and shuffles.
         work: folder of checkpoints, metrics and samples.
         stop: asked after every step.
@@ -102,6 +107,7 @@ class PPOTrainer(TrainingTask):
         *,
         policy: Policy,
         generator: Generator | None = None,
+        detectors: Detectors | None = None,
         seed: int,
         work: Path,
         stop: StopRequest,
@@ -121,7 +127,8 @@ class PPOTrainer(TrainingTask):
         self._work, self._processes, self._shape = work, forward_passes.processes, reward_shape(settings)
         self._flops = StepFlops.of(models)
         self.phases = relative_durations(settings)
-        self._largest_log_ratio = 0.0  # so far, in this process; a log ratio far beyond it is a spike
+        self._detectors = detectors or Detectors(settings.detectors)
+        self._seen: Observation | None = None  # the completions of the step that is running
         self.loop = TrainingLoop(
             self,
             label="ppo",
@@ -167,6 +174,7 @@ class PPOTrainer(TrainingTask):
         scores = self.rewards(completions).to(kl.device)
         metrics = rollout_metrics(completions, before, scores, kl_coef=beta)
         metrics |= {"objective/kl_coef": beta, "episode": float((step + 1) * settings.completions_per_step)}
+        self._seen = None
         if not all_finite(scores):
             return self._broken(completions, metrics)
         rewards = token_rewards(scores, kl, before.is_completion, kl_coef=beta if settings.kl_in == "reward" else 0.0)
@@ -183,7 +191,8 @@ class PPOTrainer(TrainingTask):
             update = self.updater.update(step, Experience(completions, before, advantages, returns), kl_coef=beta)
         metrics |= update_metrics(before, returns, update)
         metrics["lr"] = self.updater.learning_rate((step + 1) * settings.optimizer_steps_per_step - 1)
-        self._name_spike(step, completions, update)
+        self._warn_of_ratio(step, completions, update)
+        self._seen = observation(step + 1, completions, before, metrics)
         if step >= settings.critic_warmup_steps:  # before, the policy cannot move, and its KL says nothing about beta
             self._adapt(metrics["objective/kl"], len(completions))
         return StepReport(
@@ -220,21 +229,23 @@ class PPOTrainer(TrainingTask):
             scale = 1.0 / self.state.moments.std
         return self._shape.apply(completions.scores, completions.finished_flags, completions.lengths, scale=scale)
 
-    def _name_spike(self, step: int, completions: Completions, update: UpdateStatistics) -> None:
-        """Warn of the completion with the largest ratio where a minibatch was skipped or the ratio is a spike."""
+    def _warn_of_ratio(self, step: int, completions: Completions, update: UpdateStatistics) -> None:
+        """Warn of the completion with the largest ratio where a minibatch was skipped.
+
+        A large ratio of a single token is not a reason: in most updates of a healthy run a rare token has one.
+        """
         worst = update.worst
-        usual = max(math.log(self.settings.ratio_limit), 2 * self._largest_log_ratio)
-        if update.ratio_skips or worst.log_ratio > usual:
-            name_spike(
+        if update.ratio_skips:
+            warn_of_ratio(
                 step=step + 1,
+                skipped=update.ratio_skips,
+                limit=self.settings.ratio_limit,
                 prompt=completions.prompts[worst.completion],
                 completion=completions.texts[worst.completion],
                 token=str(
                     self.policy.format.tokenizer.decode([completions.completion_ids[worst.completion][worst.token]])
                 ),
-                log_ratio=worst.log_ratio,
             )
-        self._largest_log_ratio = max(self._largest_log_ratio, worst.log_ratio)
 
     def _adapt(self, kl: float, episodes: int) -> None:
         if self.settings.kl_target is not None:
@@ -281,15 +292,39 @@ class PPOTrainer(TrainingTask):
         metrics: dict[str, float] = {}
         self._evaluate(0, metrics, log, watch)
         if metrics:
+            self._detectors.evaluate_start(metrics, self.state.detectors)
             log.write(0, metrics)
 
     def after_step(self, step: int, report: StepReport, log: RunLogger, watch: StepWatch) -> None:
-        """End the run where the KL is too large, and evaluate what is due."""
+        """End the run where the KL is too large, evaluate what is due, and show the step to the detectors."""
         limit, kl = self.settings.kl_stop, report.metrics["objective/kl"]
         if limit is not None and kl > limit and step < self.settings.steps:
             self.state.ended = f"KL {kl:.1f} exceeded `kl_stop: {limit:g}` at step {step}"
             progress.say(f"ppo: {self.state.ended}; the run ends here")
         self._evaluate(step, report.metrics, log, watch)
+        self._detect(report.metrics, log)
+
+    def _detect(self, metrics: dict[str, float], log: RunLogger) -> None:
+        """Let the detectors look at the step; a step whose rewards are not finite is not looked at."""
+        if self._seen is None:
+            return
+        seen = dataclasses.replace(self._seen, metrics=metrics)
+        measured, found = self._detectors.observe(seen, self.state.detectors, checkpoint=self.loop.state.anchor)
+        metrics |= measured
+        log.detect(found)
+        for detection in found:
+            warn_of_detection(detection)
+
+    @property
+    def kept_steps(self) -> Collection[int]:
+        """See `TrainingTask`: the last checkpoint before a detector warned."""
+        safe = self.state.detectors.safe_step
+        return () if safe is None else (safe,)
+
+    @property
+    def halt(self) -> RLHFError | None:
+        """See `TrainingTask`."""
+        return stop_error(self._detectors, self.state, self.settings, self._work)
 
     def _evaluate(self, step: int, metrics: dict[str, float], log: RunLogger, watch: StepWatch) -> None:
         """Evaluate and show what is due after `step` steps; evaluation metrics are added to `metrics`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class RankingReport:
         prompts: prompts with at least one pair.
         pairs: pairs that are not ties.
         ties: pairs that were skipped as ties.
+        lowest: smallest reward of a completion.
+        highest: largest one.
     """
 
     accuracy: float
@@ -67,6 +70,8 @@ class RankingReport:
     prompts: int
     pairs: int
     ties: int
+    lowest: float = math.nan
+    highest: float = math.nan
 
 
 def ranking_report(rankings: Sequence[Ranking], rewards: Sequence[Sequence[float]]) -> RankingReport:
@@ -110,6 +115,8 @@ def ranking_report(rankings: Sequence[Ranking], rewards: Sequence[Sequence[float
         prompts=len(by_prompt),
         pairs=len(pairs),
         ties=ties,
+        lowest=min(map(min, rewards)),
+        highest=max(map(max, rewards)),
     )
 
 

@@ -243,6 +243,8 @@ def _metrics(report: RankingReport, train_accuracy: float, reward_model: RewardM
         "rm/calibration_error": report.calibration_error,
         "rm/mean_best": (report.mean_best - reward_model.mean) / reward_model.std,
         "rm/mean_worst": (report.mean_worst - reward_model.mean) / reward_model.std,
+        "rm/lowest": (report.lowest - reward_model.mean) / reward_model.std,
+        "rm/highest": (report.highest - reward_model.mean) / reward_model.std,
         "rm/prompts": float(report.prompts),
         "rm/pairs": float(report.pairs),
         "rm/ties": float(report.ties),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep: int = 2,
-    protected: int | None = None,
+    protected: Collection[int] = (),
     processes: ProcessGroup | None = None,
 ) -> None:
     """Write the checkpoint of `step` and remove all but the newest `keep`.
@@ -70,7 +70,7 @@ def save_checkpoint(
         tensors: name -> tensor on any device; those on the CPU are not copied.
         state: anything JSON can express.
         keep: number of checkpoints that stay.
-        protected: step whose checkpoint stays too, however old.
+        protected: steps whose checkpoints stay too, however old.
         processes: the processes of the run, all of which call this; process 0's tensors and state are written.
 
     Raises:
@@ -184,14 +184,14 @@ def _by_main(write: Callable[[], None], processes: ProcessGroup | None) -> None:
         raise failure
 
 
-def _rotate(folder: Path, step: int, keep: int, protected: int | None) -> None:
+def _rotate(folder: Path, step: int, keep: int, protected: Collection[int]) -> None:
     """Remove all but the newest `keep`, and those newer than `step`, which were damaged and skipped."""
     folders = _folders(folder, _STEP)
     for path in [path for path in folders if _number(path) > step]:
         if not is_of_another_format(path):
             _remove(path)
     for path in [path for path in folders if _number(path) <= step][keep:]:
-        if _number(path) != protected:
+        if _number(path) not in protected:
             _remove(path)
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.training.monitoring.detectors.observation import Detection
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+from rlhf_cli.training.monitoring.run_files import DETECTIONS, ENDED, METRICS, SAMPLES
 from rlhf_cli.training.monitoring.samples import SampleLog, ShownCompletion
+from rlhf_cli.training.monitoring.step_lines import StepLines
 from rlhf_cli.training.monitoring.timing_log import TIMING, TimingLog
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-__all__ = ["METRICS", "SAMPLES", "TIMING", "RunLogger"]
+__all__ = ["DETECTIONS", "ENDED", "METRICS", "SAMPLES", "TIMING", "RunLogger"]
 
 
 class RunLogger:
@@ -34,10 +36,13 @@ class RunLogger:
         shows_samples: bool = False,
         make: Callable[..., MetricsLog] = MetricsLog,
     ) -> None:
-        self._log = self._samples = self._times = None
+        self._log = self._samples = self._times = self._detections = None
+        self._work, self._after_step = work, after_step
         if work is not None:
             self._log = make(work / METRICS, after_step=after_step, position=position)
             self._times = TimingLog(work, after_step=after_step)
+            if (work / DETECTIONS).exists():
+                self._detections = StepLines(work / DETECTIONS, after_step=after_step, sparse=True)
             self._samples = SampleLog(work / SAMPLES, after_step=after_step) if shows_samples else None
 
     def write(
@@ -58,12 +63,22 @@ class RunLogger:
         if self._samples is not None:
             self._samples.show(step, rows)
 
+    def detect(self, found: Sequence[Detection]) -> None:
+        """Append detectors that changed their state."""
+        if self._work is None or not found:
+            return
+        if self._detections is None:
+            self._detections = StepLines(self._work / DETECTIONS, after_step=self._after_step, sparse=True)
+        for detection in found:
+            self._detections.append(detection.as_json())
+        self._detections.sync()
+
     def position(self) -> dict[str, Any] | None:
         """Make what was written durable and return how far it goes, for a checkpoint."""
         return None if self._log is None else self._log.position()
 
     def close(self) -> None:
         """Make what was written durable and close the files; a second call does nothing."""
-        for log in (self._log, self._times, self._samples):
+        for log in (self._log, self._times, self._samples, self._detections):
             if log is not None:
                 log.close()

@@ -1,4 +1,4 @@
-"""Completions to look at: of a few fixed prompts during training, and the one behind a ratio spike."""
+"""Completions to look at: of a few fixed prompts during training, and those behind a warning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from rich.padding import Padding
 from rich.text import Text
 
 from rlhf_cli.data.records import Prompt, prompt_text
-from rlhf_cli.progress import console, printable, warn
+from rlhf_cli.progress import console, printable, say, warn
+from rlhf_cli.training.monitoring.detectors.observation import Detection
 from rlhf_cli.training.monitoring.step_lines import StepLines
 
 _LINES_SHOWN = 12
 """Lines of a completion that are printed; the file has all of it."""
 _PROMPT_EXCERPT, _COMPLETION_EXCERPT = 60, 120
+_QUOTES_PRINTED = 2
+"""Completions that a warning quotes; `detections.jsonl` has more."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +88,38 @@ def view(step: int, rows: Sequence[ShownCompletion]) -> RenderableType:
     return Group(*parts, Text())
 
 
-def name_spike(*, step: int, prompt: Prompt, completion: str, token: str, log_ratio: float) -> None:
-    """Warn of the completion with the token whose probability changed the most in the update of a step.
+def warn_of_ratio(*, step: int, skipped: int, limit: float, prompt: Prompt, completion: str, token: str) -> None:
+    """Warn of optimizer steps that were skipped because their mean ratio exceeded a limit.
 
     Args:
         step: 1-based.
-        prompt: text or turns.
+        skipped: number of optimizer steps.
+        limit: `ppo.ratio_limit`.
+        prompt: text or turns, of the completion with the largest ratio.
         completion: as text.
-        token: the token, as text.
-        log_ratio: log pi_new / pi_old of that token, or its magnitude, in nats.
+        token: its token with that ratio, as text.
     """
-    factor = math.exp(min(abs(log_ratio), 700.0))
-    much = f"{factor:,.0f}" if factor < 1e6 else f"{factor:.1e}"
+    steps = f"{skipped:,} optimizer step{' was' if skipped == 1 else 's were'}"
     warn(
-        f"step {step:,}: the probability of a token changed {much}-fold in one update (log ratio {log_ratio:.1f}): "
-        f"{_quoted(token, 30)} in {_quoted(completion, _COMPLETION_EXCERPT)}, the completion of "
+        f"step {step:,}: {steps} skipped, because the mean probability ratio exceeded `ppo.ratio_limit: {limit:g}`; "
+        f"it is largest at {_quoted(token, 30)} in {_quoted(completion, _COMPLETION_EXCERPT)}, the completion of "
         f"{_quoted(prompt_text(prompt), _PROMPT_EXCERPT)}"
     )
+
+
+def warn_of_detection(found: Detection) -> None:
+    """Say in a warning that a detector passed a threshold, or in a line that it is back under it."""
+    subject = f"step {found.step:,}: detector `{found.detector}`"
+    if found.threshold is None:
+        say(f"{subject}: back to normal: {found.seen}")
+        return
+    lines = [f"{subject}: {found.seen} (`ppo.detectors.{found.detector}.{found.status}: {found.threshold:g}`)"]
+    lines += [
+        f"  {_quoted(one.completion, _COMPLETION_EXCERPT)} (reward {one.score:+.2f}), the completion of "
+        f"{_quoted(one.prompt, _PROMPT_EXCERPT)}"
+        for one in found.completions[:_QUOTES_PRINTED]
+    ]
+    warn("\n".join(lines))
 
 
 def _indented(text: Text, columns: int, *, above: int = 0) -> Padding:

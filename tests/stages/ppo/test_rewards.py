@@ -190,6 +190,20 @@ def test_an_ensemble_of_reward_models_is_combined_answer_by_answer(combination, 
     assert row["objective/scores"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_gold_reward_with_weight_0_is_logged_and_not_trained_on(ppo, tmp_path, metrics):
+    function = written(tmp_path, "    return [2.0 * len(c) for c in completions]\n")
+    (tmp_path / "gold.py").write_text("def score(prompts, completions):\n    return [-1.0] * len(prompts)\n")
+    gold = {"function": f"{tmp_path}/gold.py:score", "weight": 0}
+    code, said = ppo(rewards=[{"function": function}, gold])
+    assert code == 0, said
+    (row,) = metrics()
+    assert row["objective/scores/gold.py:score"] == -1.0
+    assert row["objective/scores"] == row["objective/scores/rate.py:score"]
+    code, said = ppo(rewards=[gold])
+    assert code == 2
+    assert "every reward of `ppo.rewards` has weight 0" in said
+
+
 def test_a_nan_leaves_its_step_out_and_names_the_sample(ppo, tmp_path, metrics):
     function = written(
         tmp_path,

@@ -222,7 +222,7 @@ def test_findings_are_sorted_and_written_as_json(tmp_path):
     read = json.loads((tmp_path / "health.json").read_text())
     assert read["verdict"] == "bad"
     assert read["findings"][0]["subject"] == "reward spread"
-    assert set(read["findings"][0]) == {"subject", "severity", "seen", "means", "change", "steps"}
+    assert set(read["findings"][0]) == {"subject", "severity", "seen", "means", "change", "steps", "completions"}
     assert health.verdict([]) == "fine"
 
 

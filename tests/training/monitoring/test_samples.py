@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rlhf_cli.data.records import Message
 from rlhf_cli.training.monitoring import samples
-from rlhf_cli.training.monitoring.samples import SampleLog, ShownCompletion, name_spike
+from rlhf_cli.training.monitoring.samples import SampleLog, ShownCompletion, warn_of_ratio
 from rlhf_cli.training.monitoring.step_lines import read_rows
 
 COMPLETION = ShownCompletion("What is the capital of France?", "Paris.", score=1.25, kl=3.21, tokens=4, ended=True)
@@ -115,18 +115,18 @@ def test_an_empty_completion_is_named():
     assert [line.strip() for line in lines][2:4] == ["(an empty prompt)", "(an empty completion)"]
 
 
-def test_a_spike_names_its_step_prompt_completion_and_token(capsys):
+def test_skipped_optimizer_steps_name_their_completion_and_token(capsys):
     prompt = (Message("system", "be [red]kind[/red]"), Message("user", "how \x1b[31mare\x1b[0m you?"))
-    name_spike(step=1_012, prompt=prompt, completion="fine " * 100, token=" fine", log_ratio=5.3)
+    warn_of_ratio(step=1_012, skipped=2, limit=10.0, prompt=prompt, completion="fine " * 100, token=" fine")
     said = " ".join(capsys.readouterr().err.split())
-    assert said.startswith("warning: step 1,012: the probability of a token changed 200-fold in one update")
-    assert '(log ratio 5.3): "fine" in "fine fine' in said
+    assert said.startswith("warning: step 1,012: 2 optimizer steps were skipped, because the mean probability ratio")
+    assert '`ppo.ratio_limit: 10`; it is largest at "fine" in "fine fine' in said
     assert 'fine...", the completion of "system: be [red]kind[/red] user: how are you?"' in said
     assert len(said) < 500
 
 
-def test_a_spike_of_white_space_and_of_any_size_can_be_named(capsys):
-    name_spike(step=1, prompt="p", completion="a", token="\n", log_ratio=-5000.0)
+def test_a_token_of_white_space_can_be_named(capsys):
+    warn_of_ratio(step=1, skipped=1, limit=1.5, prompt="p", completion="a", token="\n")
     said = " ".join(capsys.readouterr().err.split())
-    assert "1.0e+304-fold" in said
+    assert "1 optimizer step was skipped" in said
     assert r'"\n" in "a"' in said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rlhf_cli.training.monitoring.curves import Curve
@@ -29,6 +29,7 @@ class Finding:
         means: what it usually means; empty where all is well.
         change: what to change, with the names of settings.
         steps: first and last step in which it was seen.
+        completions: that show it, as in `detections.jsonl`.
     """
 
     subject: str
@@ -37,6 +38,14 @@ class Finding:
     means: str = ""
     change: tuple[str, ...] = ()
     steps: tuple[int, int] = (0, 0)
+    completions: tuple[Mapping[str, Any], ...] = ()
+
+    def with_evidence(self, other: Finding | None) -> Finding:
+        """Return this finding with the severity of another one if that is worse, and with its completions."""
+        if other is None:
+            return self
+        severity = "bad" if "bad" in (self.severity, other.severity) else self.severity
+        return replace(self, severity=severity, completions=other.completions)
 
     def as_json(self) -> dict[str, Any]:
         """Return the form in `health.json`."""

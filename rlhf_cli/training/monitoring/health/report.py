@@ -14,7 +14,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli.progress import console
+from rlhf_cli.progress import console, printable
+from rlhf_cli.training.monitoring.health.detection_findings import detection_findings, merged
 from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, Finding, Run, Severity
 from rlhf_cli.training.monitoring.health.rules import COMPLETION_RULES
 from rlhf_cli.training.monitoring.health.update_rules import UPDATE_RULES
@@ -22,22 +23,30 @@ from rlhf_cli.training.monitoring.health.update_rules import UPDATE_RULES
 _ORDER: tuple[Severity, ...] = ("bad", "look", "fine")
 SHORT = "length of the run"
 """Subject of the finding that there are too few steps to judge trends."""
+_QUOTED = 120
+"""Characters of a completion that are printed; `health.json` has more."""
 _COLORS: Mapping[Severity, str] = {"bad": "bold red", "look": "yellow", "fine": "green"}
 
 RULES: tuple[Callable[[Run], Iterable[Finding]], ...] = (*COMPLETION_RULES, *UPDATE_RULES)
 
 
-def judge(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def judge(rows: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
     """Return findings about a run, the worst first.
 
     Args:
         rows: rows of `metrics.jsonl`, in the order of their steps. A metric that no row has is not judged.
+        detections: rows of `detections.jsonl`.
     """
     run = Run.of(rows)
     findings = [finding for rule in RULES for finding in rule(run)]
     if len(run) < MIN_STEPS:
         seen = f"{len(run):,} step{'' if len(run) == 1 else 's'}"
         findings.append(Finding(SHORT, "fine", f"{seen}: judging trends takes {MIN_STEPS}", steps=run.span))
+    return by_severity(merged(findings, detection_findings(detections)))
+
+
+def by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """Return findings with the worst first."""
     return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
 
 
@@ -61,13 +70,6 @@ def show(findings: Sequence[Finding]) -> None:
 def view(findings: Sequence[Finding]) -> RenderableType:
     """Return the findings as they are printed: severity, subject, what was seen, what it means, and what to change."""
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _ORDER}
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        severity = Text(finding.severity, style=_COLORS[finding.severity])
-        table.add_row(severity, Text(finding.subject), _explained(finding))
     is_short = any(finding.subject == SHORT for finding in findings)
     title = "is the curve normal? " + (
         ("too short to tell" if is_short else "nothing stands out")
@@ -77,8 +79,20 @@ def view(findings: Sequence[Finding]) -> RenderableType:
     whole = Table.grid()
     whole.add_column()
     whole.add_row(Text(title, style="bold"))
-    whole.add_row(table)
+    whole.add_row(table_of(findings))
     return whole
+
+
+def table_of(findings: Sequence[Finding]) -> RenderableType:
+    """Return one row per finding: severity, subject, and the finding in words."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        severity = Text(finding.severity, style=_COLORS[finding.severity])
+        table.add_row(severity, Text(finding.subject), _explained(finding))
+    return table
 
 
 def _explained(finding: Finding) -> Text:
@@ -87,4 +101,12 @@ def _explained(finding: Finding) -> Text:
         text.append(f"\nusually: {finding.means}", style="dim")
     for change in finding.change:
         text.append(f"\n- {change}", style="dim")
+    for one in finding.completions:
+        text.append(f'\n"{excerpt(one["completion"], _QUOTED)}" (reward {one["score"]:+.2f})')
     return text
+
+
+def excerpt(text: str, length: int) -> str:
+    """Return a text as it is quoted: on one line, cut to `length` characters, without control characters."""
+    plain = " ".join(printable(text).split())
+    return plain if len(plain) <= length else f"{plain[:length].rstrip()}..."

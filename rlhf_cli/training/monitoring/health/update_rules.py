@@ -73,14 +73,12 @@ def spikes(run: Run) -> Iterator[Finding]:
     steps |= {step for step, value in variance if value > SPIKE_VARIANCE}
     if not steps:
         return
-    largest = max(run.curve("val/largest_log_ratio"), key=lambda point: point[1], default=None)
-    worst = "" if largest is None else f"; the largest log ratio is {largest[1]:.1f}, in step {largest[0]:,}"
     listed = ", ".join(f"{step:,}" for step in sorted(steps)[:5]) + (", ..." if len(steps) > 5 else "")
     yield Finding(
         "ratio",
         "bad" if len(steps) > max(1, OFTEN * len(run)) else "look",
-        f"spikes in {len(steps):,} of {len(run):,} steps ({listed}){worst}",
-        "the probabilities of a few tokens change many-fold in one update; the warning at that step quotes one",
+        f"the mean or the variance of a step's ratios spikes in {len(steps):,} of {len(run):,} steps ({listed})",
+        "the probabilities of many tokens, or of a few extremely, change many-fold in one update",
         (
             "lower `ppo.learning_rate` or `ppo.epochs`, or bound an update with `ppo.update_kl_limit` (0.02)",
             "raise `ppo.temperature` if it is far below 1, which makes rare tokens less rare",
