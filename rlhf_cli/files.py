@@ -40,12 +40,16 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+MODEL_CARD = "README.md"
+"""It describes a model, and no result depends on it."""
+
+
 def hash_folder(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's files, without hidden ones (`.cache`, `.git`)."""
+    """sha256 over the names and contents of a folder's files, without hidden ones (`.cache`, `.git`) and the card."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+        if path.is_file() and path.name != MODEL_CARD and not any(part.startswith(".") for part in relative.parts):
             total.update(f"{relative.as_posix()}\0{hash_file(path)}\n".encode())
     return total.hexdigest()
 

@@ -112,10 +112,30 @@ def run_stages(
         if not is_main():  # rank 0 reports for all ranks
             return
         show_outcome(result)
+        if section is None:
+            _report(folder, [row.name for row in result.stages])
     if given["as_json"]:
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
     elif not given["dry_run"]:
         typer.echo(result.stages[-1].path)
+
+
+def _report(folder: Path, stages: Sequence[str]) -> None:
+    """Write the report of a run that was evaluated, and say what comes next."""
+    if "evaluate" not in stages:
+        return
+    from rlhf_cli.errors import RLHFError
+    from rlhf_cli.progress import say, warn
+    from rlhf_cli.report.build import REPORT, write_report
+
+    try:
+        found = write_report([folder], folder / REPORT)
+    except RLHFError as error:  # the run itself is done
+        warn(f"no report: {error.message}")
+        return
+    say(f"{found.page.verdict.headline}. {found.page.verdict.reason}")
+    say(f"report: {found.html}")
+    say(f"talk to it: rlhf chat {folder}")
 
 
 def _overrides(flags: Sequence[Flag], given: Mapping[str, Any]) -> list[Override]:

@@ -32,7 +32,13 @@ class TorchGenerator:
 
     At most `sampling.batch_size` completions are drawn at a time. The next ones enter as others end, if the model
     allows that; see `decoding`.
+
+    Args:
+        on_token: called with the number of a request and its token ids so far, after each of its tokens.
     """
+
+    def __init__(self, on_token: Callable[[int, Sequence[int]], object] | None = None) -> None:
+        self._on_token = on_token
 
     @torch.no_grad()
     def generate(
@@ -56,7 +62,7 @@ class TorchGenerator:
                     hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
                 )
         order = _order(requests)
-        told = _Told(progress, stop)
+        told = _Told(progress, stop, self._on_token and _by_row(self._on_token, order))
         with policy.model() as model, policy.autocast(), merged_adapters(model):
             # In training mode a model that recomputes activations drops its cache, without a word.
             was_training = model.training
@@ -78,6 +84,11 @@ class _Told:
 
     progress: Progress
     stop: Callable[[], object]
+    on_token: Callable[[int, Sequence[int]], object] | None = None
+
+
+def _by_row(on_token: Callable[[int, Sequence[int]], object], order: Sequence[int]) -> Callable[..., object]:
+    return lambda row, ids: on_token(order[row], ids)
 
 
 class _Drawing:
@@ -118,6 +129,8 @@ class _Drawing:
         for index, (row, token) in enumerate(zip(rows, drawn, strict=True)):
             written = self.completions[row]
             written.append(token)
+            if self._told.on_token is not None:
+                self._told.on_token(row, written)
             if token not in self._stop_ids and len(written) < sampling.max_new_tokens:
                 staying.append(index)
         self._told.progress(len(rows) - len(staying), len(rows))

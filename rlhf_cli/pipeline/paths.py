@@ -38,6 +38,23 @@ def resolve_paths(loaded: LoadedRecipe) -> Recipe:
     return Recipe.model_validate(plain)
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return a resolved recipe in which the paths of local files and functions are absolute."""
+    plain = recipe.model_dump()
+    for key_path, setting, value in values(recipe):
+        if setting.external is None or value is None or not setting.external.applies_to(value):
+            continue
+        found = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
+        _put(plain, key_path, found)
+    return Recipe.model_validate(plain)
+
+
+def _absolute(name: str) -> str:
+    """Return the absolute path of a local file, of `file.py:function` too; other names as they are."""
+    file, colon, function = name.partition(":") if ".py:" in name else (name, "", "")
+    return f"{Path(file).absolute()}{colon}{function}" if Path(file).exists() else name
+
+
 def _with_revision(name: str, revision: str | None) -> str:
     """Put the revision of a model on the hub into its name; raises `UsageError` if the name has another."""
     if revision is None or Path(name).exists():

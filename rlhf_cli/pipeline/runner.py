@@ -26,6 +26,7 @@ from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, vers
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
+from rlhf_cli.pipeline.record import record
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
@@ -118,6 +119,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         preflight(recipe, _inputs_of(to_run))
         if to_run:
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
+        record(folder, loaded, recipe)
         executor = _Executor(recipe, directory, stop, coordinator)
         rows = [executor.execute(planner.update(step) if step.is_pending else step) for step in steps]
         coordinator.broadcast(None)

@@ -1,0 +1,35 @@
+"""`rlhf report`: one HTML file about a run, or about several that are compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_cli.cli.options import Json
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="HTML file; default: RUN/report.html, or comparison.html."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML file: did it work, how sure is that, curves, completions side by side, how to repeat it.
+
+    The file needs nothing else, and loads nothing. A JSON file with the same figures is written beside it.
+    """
+    from rlhf_cli.report.build import REPORT, write_report
+
+    where = output or (runs[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
+    found = write_report(runs, where)
+    if as_json:
+        typer.echo(
+            json.dumps({"html": str(found.html), "json": str(found.plain), "verdict": found.page.verdict.headline})
+        )
+    else:
+        typer.echo(found.html)

@@ -1,0 +1,68 @@
+"""What a run directory says of how it was made: `recipe.yaml` with all values, `command.txt` and `environment.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.files import append, write_whole
+from rlhf_cli.pipeline.manifest import now, versions
+from rlhf_cli.pipeline.paths import with_absolute_paths
+from rlhf_cli.recipe.loader import LoadedRecipe
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.show import as_yaml
+
+RECIPE, COMMAND, ENVIRONMENT = "recipe.yaml", "command.txt", "environment.json"
+
+_GIT_SECONDS = 5
+
+
+def record(folder: Path, loaded: LoadedRecipe, recipe: Recipe) -> None:
+    """Write how a run is made to its directory, before its first stage.
+
+    The recipe holds every value with its origin, and absolute paths, so that it runs from anywhere. Commands are
+    appended: a run directory may be the work of several.
+
+    Args:
+        folder: run directory; exists.
+        loaded: the recipe with the origins of its values.
+        recipe: the same with resolved paths.
+    """
+    whole = replace(loaded, recipe=with_absolute_paths(recipe))
+    write_whole(folder / RECIPE, as_yaml(whole, folder))
+    append(folder / COMMAND, f"{now()}  cd {shlex.quote(str(Path.cwd()))} && {_command()}\n".encode())
+    write_whole(folder / ENVIRONMENT, json.dumps(_environment(loaded.path), indent=2) + "\n")
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _environment(recipe: Path | None) -> dict[str, Any]:
+    """Return versions, the machine, and the commit of the recipe's repository, if it is in one."""
+    found: dict[str, Any] = {"time": now(), "versions": versions()}
+    found |= {"platform": platform.platform(), "machine": platform.machine()}
+    if recipe is not None and (commit := _git(recipe.parent, "rev-parse", "HEAD")):
+        changes = _git(recipe.parent, "status", "--porcelain", "--", recipe.name)
+        found["recipe"] = {"file": str(recipe), "commit": commit, "is_changed": bool(changes)}
+    return found
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what a git command prints; None without git, or outside of a repository."""
+    if (git := shutil.which("git")) is None:
+        return None
+    try:
+        found = subprocess.run(  # noqa: S603  (our own arguments)
+            [git, "-C", str(folder), *arguments], capture_output=True, text=True, timeout=_GIT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -1,0 +1,357 @@
+"""Compare evaluated runs: groups that differ in settings, each of one or several seeds, on the same prompts.
+
+It reads what `evaluate` wrote, and computes nothing anew. Only figures that mean the same in all runs are compared:
+gold scores if all come from one judge function, rewards if all come from one reward model.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.errors import DataError, UsageError
+from rlhf_cli.intervals import Measure
+from rlhf_cli.pipeline.manifest import DamagedArtifact, Manifest
+from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.seed_intervals import GroupDifference, group_difference
+from rlhf_cli.stages.registry import REGISTRY
+
+MEASURES: Mapping[str, str] = {
+    "gold": "gold score",
+    "reward": "reward",
+    "preferred": "preferred to its baseline",
+    "kl": "KL to its baseline, nats",
+    "tokens": "length in tokens",
+    "finished": "finished",
+}
+"""Name -> what it measures, in the order in which they decide and are shown."""
+
+_BETTER = ("gold", "reward", "preferred")
+"""Measures of which more is better."""
+
+_LETTERS = string.ascii_uppercase
+_WIDTH = 80
+
+_POINTS = {"policy": 1.0, "tie": 0.5, "baseline": 0.0}
+_SOURCES = {"gold": ("judge_function", "judge functions"), "reward": ("reward_model", "reward models")}
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """An evaluated run.
+
+    Attributes:
+        folder: run directory.
+        seed: of the run.
+        settings: dotted setting -> value, of all stages of the run, without the seed.
+        inputs: digests of what `evaluate` read.
+        scores: prompt -> measure -> mean over the completions of the prompt.
+    """
+
+    folder: Path
+    seed: int
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    scores: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same settings.
+
+    Attributes:
+        name: what distinguishes it from the other groups.
+        runs: in the order of their seeds.
+    """
+
+    name: str
+    runs: tuple[EvaluatedRun, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs, in ascending order."""
+        return [run.seed for run in self.runs]
+
+
+@dataclass(frozen=True)
+class PairOfGroups:
+    """Two groups compared.
+
+    Attributes:
+        first: name of the first group.
+        second: name of the second group.
+        measures: measure -> difference, second - first.
+        says: what can be told, in a sentence.
+    """
+
+    first: str
+    second: str
+    measures: Mapping[str, GroupDifference]
+    says: str
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """All groups compared with the first.
+
+    Attributes:
+        groups: in the order of the command line.
+        prompts: number of prompts that all runs were evaluated on.
+        pairs: first group with each other.
+        notes: what is not compared, and why.
+    """
+
+    groups: tuple[Group, ...]
+    prompts: int
+    pairs: tuple[PairOfGroups, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints; every difference has its intervals."""
+        return {
+            "prompts": self.prompts,
+            "groups": [
+                {"name": group.name, "runs": [str(run.folder) for run in group.runs], "seeds": group.seeds}
+                for group in self.groups
+            ],
+            "comparisons": [
+                {
+                    "first": pair.first,
+                    "second": pair.second,
+                    "says": pair.says,
+                    "measures": {name: _as_json(difference) for name, difference in pair.measures.items()},
+                }
+                for pair in self.pairs
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def _as_json(difference: GroupDifference) -> dict[str, Any]:
+    intervals = {"prompts": difference.prompts, "seeds": difference.seeds, "both": difference.both}
+    return {"first": difference.first, "second": difference.second} | {
+        f"difference_over_{name}": measure.to_json() for name, measure in intervals.items()
+    }
+
+
+def compare_runs(names: Sequence[str]) -> RunComparison:
+    """Compare runs.
+
+    Args:
+        names: run directories. Runs whose settings differ in nothing but the seed are a group; a name with commas is a
+            group of the runs in it, whatever their settings.
+
+    Raises:
+        UsageError: there are not two groups, or a run is not evaluated.
+        DataError: an evaluation is damaged, or the runs have no prompt in common.
+    """
+    groups = _groups(names)
+    runs = [run for group in groups for run in group.runs]
+    common = set.intersection(*(set(run.scores) for run in runs))
+    if not common:
+        raise DataError(
+            f"{runs[0].folder} and the other runs were evaluated on different prompts: none is in all of them",
+            hint="evaluate them on the same prompts with `--set evaluate.prompts=PATH`",
+        )
+    prompts = sorted(common)
+    notes = [*_notes(runs), *_dropped(runs, common)]
+    measures = [name for name in MEASURES if _is_comparable(runs, name, prompts)]
+    pairs = [_pair(groups[0], other, measures, prompts) for other in groups[1:]]
+    return RunComparison(tuple(groups), len(prompts), tuple(pairs), tuple(notes))
+
+
+def _groups(names: Sequence[str]) -> list[Group]:
+    given = [[Path(part).expanduser() for part in name.split(",") if part] for name in names]
+    if any(len(parts) > 1 for parts in given):
+        together = [[_read(folder) for folder in parts] for parts in given]
+    else:
+        found: dict[str, list[EvaluatedRun]] = defaultdict(list)
+        for (folder,) in given:
+            run = _read(folder)
+            found[json.dumps(run.settings, sort_keys=True)].append(run)
+        together = list(found.values())
+    if len(together) < 2:
+        raise UsageError(
+            f"the settings of {' and '.join(names)} differ in nothing but the seed, so there is nothing to compare",
+            hint="name the groups yourself, with commas: `rlhf compare runs/a-0,runs/a-1 runs/b-0,runs/b-1`",
+        )
+    for runs in together:
+        _check_seeds(runs)
+    titles = _titles([runs[0].settings for runs in together], together)
+    return [
+        Group(title, tuple(sorted(runs, key=lambda run: run.seed)))
+        for title, runs in zip(titles, together, strict=True)
+    ]
+
+
+def _check_seeds(runs: Sequence[EvaluatedRun]) -> None:
+    """Raise if two runs of a group are the same training run: an interval over seeds would be too narrow."""
+    seen: dict[int, EvaluatedRun] = {}
+    for run in runs:
+        if (other := seen.setdefault(run.seed, run)) is not run:
+            raise UsageError(
+                f"{other.folder} and {run.folder} are in one group and have the same seed ({run.seed})",
+                hint="give each run of a group another `--seed`, or name one of them",
+            )
+
+
+def _titles(settings: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
+    """Name the groups by the settings in which they differ, or by their folders if these are many or none."""
+    names = {name for one in settings for name in one}
+    differing = sorted(name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1)
+    if not 0 < len(differing) <= 3:
+        return [", ".join(run.folder.name for run in runs) for runs in groups]
+    return [", ".join(f"{name} {json.dumps(one.get(name))}" for name in differing) for one in settings]
+
+
+def _read(folder: Path) -> EvaluatedRun:
+    directory = RunDirectory(folder)
+    try:
+        manifests = {stage: directory.read_manifest(stage) for stage in REGISTRY} if folder.is_dir() else {}
+        evaluation = manifests.get("evaluate")
+        if evaluation is None:
+            raise UsageError(
+                f"{folder}: {'no finished evaluation' if folder.is_dir() else 'no such run directory'}",
+                hint="`rlhf compare` reads what `rlhf evaluate` or `rlhf run` wrote; name their run directories",
+            )
+        evaluation.verify(directory.artifact("evaluate"))
+    except DamagedArtifact as damage:
+        raise DataError(f"{damage}", hint="evaluate again with `rlhf evaluate --force`") from None
+    settings: dict[str, Any] = {}
+    for manifest in manifests.values():
+        settings |= {} if manifest is None else manifest.identity["settings"]
+    seed = int(settings.pop("seed", 0))
+    path = directory.artifact("evaluate") / "samples.jsonl"
+    return EvaluatedRun(folder, seed, settings, _digests(evaluation), _scores(path))
+
+
+def _digests(evaluation: Manifest) -> dict[str, str]:
+    return dict(evaluation.identity["inputs"])
+
+
+def _scores(samples: Path) -> dict[str, dict[str, float]]:
+    """Read prompt -> measure -> mean."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with samples.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            own = found[json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)]
+            for name, value in _measured(row).items():
+                own[name].append(value)
+    return {prompt: {name: float(np.mean(values)) for name, values in own.items()} for prompt, own in found.items()}
+
+
+def _measured(row: Mapping[str, Any]) -> dict[str, float]:
+    values = {
+        "gold": row.get("gold_policy"),
+        "reward": row.get("reward_policy"),
+        "preferred": _POINTS[row["winner"]],
+        "kl": row.get("kl_nats"),
+        "tokens": row["tokens_policy"],
+        "finished": row["finished_policy"],
+    }
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def _is_comparable(runs: Sequence[EvaluatedRun], name: str, prompts: Sequence[str]) -> bool:
+    """Whether every run has this measure on all prompts, by the same function or model."""
+    if not all(name in run.scores[prompt] for run in runs for prompt in prompts):
+        return False
+    source = _SOURCES.get(name)
+    return source is None or len({run.inputs.get(source[0]) for run in runs}) == 1
+
+
+def _notes(runs: Sequence[EvaluatedRun]) -> list[str]:
+    return [
+        f"{MEASURES[name]}s are not compared: they come from different {what}"
+        for name, (given, what) in _SOURCES.items()
+        if all(run.inputs.get(given) for run in runs) and len({run.inputs[given] for run in runs}) > 1
+    ]
+
+
+def _dropped(runs: Sequence[EvaluatedRun], common: set[str]) -> list[str]:
+    everything = set.union(*(set(run.scores) for run in runs))
+    left = len(everything) - len(common)
+    return (
+        [f"{left:,} of {len(everything):,} prompts are left out: not all runs were evaluated on them"] if left else []
+    )
+
+
+def _pair(first: Group, second: Group, measures: Sequence[str], prompts: Sequence[str]) -> PairOfGroups:
+    is_paired = first.seeds == second.seeds
+    found = {
+        name: group_difference(
+            *(
+                np.array([[run.scores[prompt][name] for prompt in prompts] for run in group.runs])
+                for group in (first, second)
+            ),
+            is_paired=is_paired,
+        )
+        for name in measures
+    }
+    return PairOfGroups(first.name, second.name, found, _sentence(first, second, found, len(prompts)))
+
+
+def _sentence(first: Group, second: Group, measures: Mapping[str, GroupDifference], prompts: int) -> str:
+    """Say which group is better, how sure that is, and what it does not hold for."""
+    name = next(name for name in _BETTER if name in measures)
+    found = measures[name]
+    size = found.second - found.first
+    better, other = (second.name, first.name) if size > 0 else (first.name, second.name)
+    by = f"{better} is better than {other} by {abs(size):.3g} ({MEASURES[name]})"
+    runs = min(len(first.runs), len(second.runs))
+    if _excludes_0(found.both):
+        return f"{by}, also for other prompts and other seeds (95 % intervals)"
+    if not _excludes_0(found.prompts):
+        return f"no difference of the {MEASURES[name]} can be told from {prompts:,} prompts: {_span(found.prompts)}"
+    if found.seeds.low is None:
+        return f"{by} on these trained models; one run per group cannot tell it from the noise of the seed"
+    return (
+        f"{by} on these trained models; {runs} seeds per group are too few to say that others agree: "
+        f"{_span(found.both)}"
+    )
+
+
+def _excludes_0(measure: Measure) -> bool:
+    return measure.low is not None and measure.high is not None and not measure.low <= 0.0 <= measure.high
+
+
+def _span(measure: Measure) -> str:
+    return "" if measure.low is None or measure.high is None else f"{measure.low:+.3g} to {measure.high:+.3g}"
+
+
+def comparison_text(found: RunComparison) -> str:
+    """Return the comparison for people: the groups, a table per pair, and what can be told; fits 80 columns."""
+    lines = []
+    for letter, group in zip(_LETTERS, found.groups, strict=False):
+        seeds = ", ".join(map(str, group.seeds))
+        lines.append(f"{letter}  {group.name}  ({'seeds' if len(group.seeds) > 1 else 'seed'} {seeds})")
+    for letter, pair in zip(_LETTERS[1:], found.pairs, strict=False):
+        lines += ["", *_table(pair, _LETTERS[0], letter, found.prompts), "", *textwrap.wrap(pair.says, _WIDTH)]
+    for note in found.notes:
+        lines += ["", *textwrap.wrap(f"note: {note}", _WIDTH)]
+    return "\n".join(lines)
+
+
+def _table(pair: PairOfGroups, first: str, second: str, prompts: int) -> list[str]:
+    shared = f"{prompts:,} {'prompt' if prompts == 1 else 'prompts'}"
+    lines = [f"{shared:<26}{first:>9}{second:>9}{f'{second} - {first}':>10}   95 % interval for"]
+    for name, found in pair.measures.items():
+        size = found.second - found.first
+        start = f"{MEASURES[name]:<26}{found.first:>9.3g}{found.second:>9.3g}{size:>+10.3g}   "
+        for number, (measure, label) in enumerate(
+            ((found.prompts, "other prompts"), (found.seeds, "other seeds"), (found.both, "both"))
+        ):
+            if measure.low is not None and measure.high is not None:
+                lines.append(f"{start if number == 0 else ' ' * len(start)}{label:<14}{_span(measure)}")
+            elif number == 0:
+                lines.append(start + (measure.missing or ""))
+    return lines

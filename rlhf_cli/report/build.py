@@ -1,0 +1,89 @@
+"""Writes reports: `report.html`, one file that needs nothing else, and `report.json` with its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_cli.errors import DiskError, RLHFError
+from rlhf_cli.files import write_whole
+from rlhf_cli.pipeline.run_comparison import RunComparison, compare_runs, comparison_text
+from rlhf_cli.progress import warn
+from rlhf_cli.report.gather import RunFiles, read_run
+from rlhf_cli.report.model_card import write_cards
+from rlhf_cli.report.page import Page, page_of, render
+
+REPORT, PLAIN = "report.html", "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A report that was written.
+
+    Attributes:
+        page: what it shows.
+        html: the page.
+        plain: the same figures as JSON, beside it.
+    """
+
+    page: Page
+    html: Path
+    plain: Path
+
+
+def write_report(folders: Sequence[Path], output: Path) -> Report:
+    """Write the report of a run, or of several that are compared, and the cards of their models.
+
+    Args:
+        folders: run directories.
+        output: the HTML file; the JSON file beside it has the same name with `.json`.
+
+    Raises:
+        UsageError: a folder is no run directory.
+        DataError: an artifact is damaged.
+        DiskError: the files cannot be written.
+    """
+    runs = [read_run(folder) for folder in folders]
+    comparison = _comparison(runs) if len(runs) > 1 else None
+    page = page_of(runs, comparison, "" if comparison is None else comparison_text(comparison))
+    plain = output.with_suffix(".json")
+    content = {"verdict": dataclasses.asdict(page.verdict), "runs": [_plain(run) for run in runs]}
+    if comparison is not None:
+        content["comparison"] = comparison.to_json()
+    try:
+        write_whole(output, render(page))
+        write_whole(plain, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        for run in runs:
+            write_cards(run)
+    except OSError as error:
+        raise DiskError(
+            f"cannot write {output}: {error.strerror or error}", hint="name another file with `--output FILE`"
+        ) from error
+    return Report(page, output, plain)
+
+
+def _comparison(runs: Sequence[RunFiles]) -> RunComparison | None:
+    """Compare the runs, if they can be; else the report shows them side by side, and a warning says why."""
+    try:
+        return compare_runs([str(run.folder) for run in runs])
+    except RLHFError as error:
+        warn(f"the runs are not compared: {error.message}")
+        return None
+
+
+def _plain(run: RunFiles) -> dict[str, object]:
+    return {
+        "run": run.name,
+        "stages": {
+            stage: {"metrics": manifest.metrics, "content_sha256": manifest.content_digest, "seconds": manifest.seconds}
+            for stage, manifest in run.manifests.items()
+        },
+        "evaluation": run.evaluation,
+        "reward_model": run.quality,
+        "best_of_n": run.best_of_n,
+        "health": run.health,
+        "detections": list(run.detections),
+        "settings": run.settings,
+    }

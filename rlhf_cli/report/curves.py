@@ -1,0 +1,173 @@
+"""Figures of a report: training curves, reward against KL, and the calibration of the reward model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_cli.report.charts import Mark, Series, chart
+from rlhf_cli.report.gather import RunFiles
+from rlhf_cli.training.monitoring.curves import Curve
+
+_POINTS = 400
+"""Points of a curve on the page: more cannot be seen."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its caption: a title, and what is seen."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One figure over the steps of a stage.
+
+    Attributes:
+        title: of the figure.
+        unit: of the vertical axis.
+        metric: in `metrics.jsonl`.
+        evaluated: metric of held-out data in the same figure.
+        mark: a height that is drawn, with its label.
+        shows: values that the axis includes.
+    """
+
+    title: str
+    unit: str
+    metric: str
+    evaluated: str | None = None
+    mark: tuple[float, str] | None = None
+    shows: tuple[float, ...] = ()
+
+
+_PANELS: Mapping[str, tuple[_Panel, ...]] = {
+    "ppo": (
+        _Panel("Reward", "mean of completions", "objective/scores", "eval/objective/scores"),
+        _Panel("KL", "nats per completion", "objective/kl", "eval/objective/kl", shows=(0.0,)),
+        _Panel("Length", "tokens", "length/mean", "eval/length/mean", shows=(0.0,)),
+        _Panel("Entropy", "nats per token", "policy/entropy_avg", shows=(0.0,)),
+        _Panel("Clipped", "share of tokens", "policy/clipfrac_avg", mark=(0.2, "steps too large"), shows=(0.0,)),
+        _Panel(
+            "Critic", "explained variance", "val/explained_variance", mark=(0.0, "as good as a constant"), shows=(0.0,)
+        ),
+    ),
+    "train-rm": (
+        _Panel("Loss", "nats per pair", "loss", "eval/loss", mark=(math.log(2), "chance")),
+        _Panel("Accuracy", "share of pairs", "accuracy", "eval/accuracy", mark=(0.5, "chance"), shows=(0.5,)),
+    ),
+    "sft": (_Panel("Loss", "nats per token", "loss", "eval/loss"),),
+}
+
+
+def training_figures(runs: Sequence[RunFiles], stage: str) -> list[Figure]:
+    """Return the curves of a stage; of several runs, the smoothed curve of each."""
+    found = [_panel(runs, stage, panel) for panel in _PANELS[stage]]
+    return [figure for figure in found if figure is not None]
+
+
+def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Figure | None:
+    series: list[Series] = []
+    captions = []
+    for number, run in enumerate(runs):
+        rows = run.metrics.get(stage, ())
+        curve = Curve.of([row for row in rows if row["step"] > 0], panel.metric)
+        if not len(curve):
+            continue
+        width = max(1, len(curve) // 15)
+        smooth = list(zip(curve.steps, curve.running_mean(width), strict=True))
+        if len(runs) == 1 and width > 1:
+            series.append(Series("", _thinned(list(curve)), "muted"))
+        name = run.name if len(runs) > 1 else "training"
+        series.append(Series(name, _thinned(smooth), number % 5, "line"))
+        if panel.evaluated is not None and len(runs) == 1:
+            held_out = Curve.of(rows, panel.evaluated)
+            series.append(Series("held out" if len(held_out) else "", list(held_out), 1, "both"))
+        captions.append(f"{_value(curve.first(0.1).mean)} → {_value(curve.last(0.1).mean)}")
+    mark = () if panel.mark is None else (Mark(*panel.mark, axis="y"),)
+    svg = chart(
+        series, title=f"{panel.title} of {stage} by step", x="step", y=panel.unit, marks=mark, shows=panel.shows
+    )
+    return Figure(panel.title, f"{panel.unit}: {'; '.join(captions)}", svg) if svg else None
+
+
+def _value(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    step = -(-len(points) // _POINTS)
+    return [*points[::step], *(points[-1:] if (len(points) - 1) % step else ())]
+
+
+def reward_against_kl(runs: Sequence[RunFiles]) -> Figure | None:
+    """Return reward over the square root of the KL: of training, of held-out evaluations, and of best-of-n.
+
+    In Gao et al. 2022 (arXiv:2210.10760), both PPO and best-of-n are smooth in this quantity.
+    """
+    series: list[Series] = []
+    for number, run in enumerate(runs):
+        name = run.name if len(runs) > 1 else "training"
+        series.append(Series(name, _against_kl(run, "objective/kl", "objective/scores"), number % 5, "dots"))
+        if len(runs) == 1:
+            held_out = _against_kl(run, "eval/objective/kl", "eval/objective/scores")
+            series.append(Series("held out", held_out, 1, "both"))
+            series += _best_of_n(run.best_of_n)
+    stop = _kept(runs[0]) if len(runs) == 1 else None
+    marks = () if stop is None else (Mark(stop, "written policy"),)
+    title, x = "Reward against the square root of the KL", "√KL, square root of nats per completion"
+    svg = chart(series, title=title, x=x, y="reward", marks=marks)
+    if not svg:
+        return None
+    return Figure(title, "Each dot is a step; further right is further from the starting model.", svg)
+
+
+def _against_kl(run: RunFiles, kl: str, reward: str) -> list[tuple[float, float]]:
+    rows = run.metrics.get("ppo", ())
+    found = [(row.get(kl), row.get(reward)) for row in rows]
+    points = [(math.sqrt(max(0.0, a)), b) for a, b in found if isinstance(a, float) and isinstance(b, float)]
+    return _thinned(sorted(points))
+
+
+def _best_of_n(found: Mapping[str, Any] | None) -> list[Series]:
+    """Return the curves of best-of-n; their KL is an upper bound."""
+    points = [] if found is None else found["points"]
+    series = []
+    for name, label, color in (("reward", "best of n (KL at most)", 2), ("gold", "best of n, gold", 3)):
+        known = [(math.sqrt(one["kl_bound"]), one[name]) for one in points if one.get(name) is not None]
+        intervals = [(x, one["low"], one["high"]) for x, one in known if one.get("low") is not None]
+        values = [(x, one["value"]) for x, one in known]
+        if values:
+            series.append(Series(label, values, color, "both", intervals=intervals))
+    return series
+
+
+def _kept(run: RunFiles) -> float | None:
+    """Return the square root of the KL of the policy that PPO wrote, if it is not the last one."""
+    metrics = run.manifests["ppo"].metrics if "ppo" in run.manifests else {}
+    kl = metrics.get("best/kl")
+    return None if kl is None else math.sqrt(max(0.0, kl))
+
+
+def quality_figures(run: RunFiles) -> list[Figure]:
+    """Return the reliability plot of the reward model."""
+    if run.quality is None or not run.quality.get("reliability"):
+        return []
+    bins = [one for one in run.quality["reliability"] if one.get("accuracy", {}).get("value") is not None]
+    points = [(one["mean"], one["accuracy"]["value"]) for one in bins]
+    intervals = [(one["mean"], one["accuracy"]["low"], one["accuracy"]["high"]) for one in bins]
+    title = "Is its confidence right?"
+    svg = chart(
+        [Series("", points, 0, "both", intervals=intervals)],
+        title="Accuracy of the reward model by its confidence",
+        x="confidence: sigmoid of the difference of two rewards",
+        y="accuracy, share of pairs",
+        shows=(0.5, 1.0),
+        diagonal=True,
+    )
+    caption = "On the dashed line, pairs of which it is 80 % sure are right 80 % of the time; below it, it is too sure."
+    return [Figure(title, caption, svg)] if svg else []

@@ -1,0 +1,315 @@
+"""The page of a report: tiles, sections, samples and how to repeat it, as plain values that the template prints."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+
+from rlhf_cli.data.records import Message, prompt_text
+from rlhf_cli.pipeline.manifest import Manifest
+from rlhf_cli.pipeline.run_comparison import RunComparison
+from rlhf_cli.report.curves import Figure, quality_figures, reward_against_kl, training_figures
+from rlhf_cli.report.gather import RunFiles, differing
+from rlhf_cli.report.texts import Pieces, shortened, side_by_side
+from rlhf_cli.report.verdict import Verdict, first_pair, interval, percent, verdict
+
+_LONGEST_PROMPT = 600
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top of the page."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the first cell of a row names it."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Text, tables and charts under one heading."""
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    charts: Sequence[Figure] = ()
+
+
+@dataclass(frozen=True)
+class Side:
+    """A completion of a sample."""
+
+    label: str
+    won: bool
+    pieces: Pieces
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with the completions of both models."""
+
+    winner: str
+    why: str
+    prompt: str
+    sides: Sequence[Side]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How to repeat a run."""
+
+    text: Sequence[str]
+    commands: str
+    stages: Sequence[Sequence[str]]
+    settings: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison of several runs: sentences, and the table as the terminal shows it."""
+
+    says: Sequence[str]
+    table: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that the template prints."""
+
+    title: str
+    subtitle: str
+    names: Sequence[str]
+    verdict: Verdict
+    tiles: Sequence[Tile]
+    sections: Sequence[Section]
+    samples: Sequence[Sample]
+    samples_note: str
+    repeat: Repeat
+    footer: str
+    comparison: Compared | None = None
+    differing: Sequence[tuple[str, Sequence[str]]] = field(default=())
+
+
+def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: str) -> Page:
+    """Return the page of one run, or of the first of several with a comparison of all.
+
+    Args:
+        runs: at least one.
+        comparison: of several runs that are evaluated.
+        table: the comparison as text.
+    """
+    run = runs[0]
+    last = list(run.manifests.values())[-1]
+    versions = last.versions
+    return Page(
+        title=" and ".join(one.name for one in runs) if len(runs) <= 3 else f"{run.name} and {len(runs) - 1} others",
+        subtitle=f"RLHF run, finished {last.finished[:10]}",
+        names=[one.name for one in runs],
+        verdict=verdict(run),
+        tiles=tiles(run),
+        sections=[section for section in _sections(runs) if section.charts or section.tables],
+        samples=samples(run),
+        samples_note=_samples_note(run),
+        repeat=repeat(run),
+        footer=f"Written by rlhf {versions['rlhf']} from the files of {run.folder}. This page loads nothing.",
+        comparison=None if comparison is None else Compared([pair.says for pair in comparison.pairs], table),
+        differing=[(name, [_short(value) for value in values]) for name, values in differing(runs)]
+        if len(runs) > 1
+        else (),
+    )
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML; every value is escaped but our own charts."""
+    assets = importlib.resources.files("rlhf_cli.report") / "assets"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
+    style = (assets / "report.css").read_text(encoding="utf-8")
+    return template.render(page=page, style=jinja2.utils.markupsafe.Markup(style))
+
+
+def tiles(run: RunFiles) -> list[Tile]:
+    """Return the figures at the top."""
+    found = []
+    pair = first_pair(run)
+    if pair is not None:
+        assert run.evaluation is not None
+        rate, models = pair["win_rate"], run.evaluation["models"]
+        found.append(
+            Tile("preferred to the baseline", percent(rate["value"]), f"95 %: {interval(rate)}; 50 % is equal")
+        )
+        for name, label in (("gold", "gold score"), ("reward", "reward")):
+            if name in pair["differences"]:
+                change = pair["differences"][name]
+                sides = " → ".join(f"{models[pair[side]][name]['value']:.2f}" for side in ("baseline", "policy"))
+                found.append(Tile(label, f"{_difference(change):+.2f}", f"{sides}; 95 %: {_span(change)}"))
+        if (kl := pair.get("kl_nats", {}).get("k1")) is not None:
+            found.append(Tile("KL to the baseline", f"{kl['value']:.1f} nats", f"per completion; 95 %: {_span(kl)}"))
+        length = [models[pair[side]]["tokens"]["value"] for side in ("baseline", "policy")]
+        found.append(
+            Tile("length", f"{length[1] / max(length[0], 1e-9):.2f} times", f"{length[0]:.0f} → {length[1]:.0f} tokens")
+        )
+    if "train-rm" in run.manifests:
+        metrics = run.manifests["train-rm"].metrics
+        if (accuracy := metrics.get("rm/accuracy")) is not None:
+            low, high = metrics.get("rm/accuracy_low"), metrics.get("rm/accuracy_high")
+            note = f"95 %: {interval({'low': low, 'high': high})}; 50 % is chance"
+            found.append(Tile("accuracy of the reward model", percent(accuracy), note))
+    return found
+
+
+def _difference(change: Mapping[str, Any]) -> float:
+    return float(change["value"])
+
+
+def _span(measure: Mapping[str, Any]) -> str:
+    if measure.get("low") is None:
+        return "not known"
+    return f"{measure['low']:.2f} to {measure['high']:.2f}"
+
+
+def _sections(runs: Sequence[RunFiles]) -> list[Section]:
+    run = runs[0]
+    found = [Section("Is it better?", _pair_texts(run), _model_tables(run))]
+    against = reward_against_kl(runs)
+    if against is not None:
+        found.append(
+            Section(
+                "Reward against distance from the starting model",
+                [
+                    "Reward that rises while the judge's score falls is over-optimization: stop at the peak of the score."
+                ],
+                charts=[against],
+            )
+        )
+    found.append(Section("PPO", _detections(run), charts=training_figures(runs, "ppo")))
+    found.append(Section("Reward model", charts=[*quality_figures(run), *training_figures(runs, "train-rm")]))
+    found.append(Section("Supervised fine-tuning", charts=training_figures(runs, "sft")))
+    found.append(Section("Labels", tables=_summary_table(run.manifests.get("label"))))
+    return found
+
+
+def _pair_texts(run: RunFiles) -> list[str]:
+    return [] if run.evaluation is None else [pair["conclusion"] for pair in run.evaluation["pairs"]]
+
+
+_FIGURES = (
+    ("gold", "gold score", "{:.2f}"),
+    ("reward", "reward", "{:.2f}"),
+    ("tokens", "length in tokens", "{:.1f}"),
+    ("finished", "finished", "{:.1%}"),
+    ("entropy", "entropy, nats per token", "{:.2f}"),
+    ("perplexity", "perplexity of demonstrations", "{:.2f}"),
+    ("repeated_4", "repeated sequences of 4 words", "{:.1%}"),
+    ("distinct_2", "distinct word pairs", "{:.2f}"),
+    ("most_common_share", "most common completion", "{:.1%}"),
+)
+
+
+def _model_tables(run: RunFiles) -> list[Table]:
+    """Return the figures of all models, with their intervals."""
+    if run.evaluation is None:
+        return []
+    models: Mapping[str, Mapping[str, Any]] = run.evaluation["models"]
+    rows = []
+    for name, label, pattern in _FIGURES:
+        if any(name in figures for figures in models.values()):
+            rows.append([label, *(_figure(figures.get(name), pattern) for figures in models.values())])
+    return [Table(["mean (95 % interval)", *models], rows)]
+
+
+def _figure(measure: Mapping[str, Any] | None, pattern: str) -> str:
+    if measure is None or measure["value"] is None:
+        return ""
+    value = pattern.format(measure["value"])
+    if measure.get("low") is None:
+        return value
+    return f"{value} ({pattern.format(measure['low'])} to {pattern.format(measure['high'])})"
+
+
+def _detections(run: RunFiles) -> list[str]:
+    found = []
+    for row in run.detections:
+        quotes = "; ".join(f"“{one['completion']}”" for one in row.get("completions", [])[:2])
+        found.append(f"Step {row['step']:,}, `{row['detector']}`: {row['seen']}{f': {quotes}' if quotes else ''}")
+    return found
+
+
+def _summary_table(manifest: Manifest | None) -> list[Table]:
+    return [] if manifest is None or not manifest.summary else [Table((), manifest.summary)]
+
+
+def samples(run: RunFiles) -> list[Sample]:
+    """Return the samples that are shown."""
+    pair = first_pair(run)
+    if pair is None:
+        return []
+    return [_sample(row, pair) for row in run.samples.rows]
+
+
+def _sample(row: Mapping[str, Any], pair: Mapping[str, Any]) -> Sample:
+    prompt, rest = shortened(_prompt(row["prompt"]), _LONGEST_PROMPT)
+    pieces = side_by_side(row["baseline"], row["policy"])
+    sides = [
+        Side(f"{pair[side]}{_score(row, side)}", row["winner"] == side, own)
+        for side, own in zip(("baseline", "policy"), pieces, strict=True)
+    ]
+    return Sample(row["winner"], row["chosen_as"], f"{prompt}{rest}", sides)
+
+
+def _prompt(plain: Any) -> str:
+    if isinstance(plain, str):
+        return plain
+    return prompt_text(tuple(Message(turn["role"], turn["content"]) for turn in plain))
+
+
+def _score(row: Mapping[str, Any], side: str) -> str:
+    found = [f"{name} {row[f'{name}_{side}']:.2f}" for name in ("gold", "reward") if f"{name}_{side}" in row]
+    return f" · {' · '.join(found)}" if found else ""
+
+
+def _samples_note(run: RunFiles) -> str:
+    shown, count = len(run.samples.rows), run.samples.of
+    which = (
+        "All of them."
+        if shown == count
+        else (
+            f"{shown:,} of {count:,}: the largest gains, the largest losses, others at random; all are in samples.jsonl."
+        )
+    )
+    return f"{which} What only one of the two wrote is marked."
+
+
+def repeat(run: RunFiles) -> Repeat:
+    """Return how to repeat a run."""
+    last = list(run.manifests.values())[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last.versions.items())
+    return Repeat(
+        text=[
+            f"With the same data and versions ({versions}) on the same kind of machine, the hashes below are the same."
+        ],
+        commands=f"rlhf reproduce {run.folder}",
+        stages=[
+            (stage, manifest.finished, f"{manifest.seconds:,.0f}", manifest.content_digest)
+            for stage, manifest in run.manifests.items()
+        ],
+        settings=[(name, _short(value)) for name, value in run.settings.items()],
+    )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return shortened(text, 200)[0]

@@ -1,0 +1,134 @@
+"""Did it work, how sure is that, and what should be distrusted: in sentences, from the figures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_cli.report.gather import RunFiles
+
+Outcome = Literal["better", "worse", "undecided", "unknown"]
+
+_LONGER, _SHORTER = 1.25, 0.8
+"""Ratios of mean lengths from which length is named as a reason to distrust a win rate."""
+_FAR = 30.0
+"""Nats per completion from which the KL is named."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The first lines of a report.
+
+    Attributes:
+        outcome: of PPO, or of what was evaluated.
+        headline: in a few words.
+        reason: the figure behind it, with its interval.
+        doubts: what to distrust, each a sentence.
+    """
+
+    outcome: Outcome
+    headline: str
+    reason: str
+    doubts: tuple[str, ...]
+
+
+def verdict(run: RunFiles) -> Verdict:
+    """Return the verdict on a run."""
+    doubts = tuple(_doubts(run))
+    pair = first_pair(run)
+    if pair is None:
+        return Verdict("unknown", "Not evaluated", _not_evaluated(run), doubts)
+    rate = pair["win_rate"]
+    policy, baseline = pair["policy"], pair["baseline"]
+    reason = (
+        f"{policy} is preferred to {baseline} on {percent(rate['value'])} of {rate['n']:,} held-out prompts "
+        f"(95 % interval {interval(rate)})."
+    )
+    if rate["low"] is None or rate["low"] <= 0.5 <= rate["high"]:
+        return Verdict("undecided", "It cannot be told whether it worked", reason, doubts)
+    if rate["high"] < 0.5:
+        return Verdict("worse", f"It did not work: {baseline} was better", reason, doubts)
+    controlled = pair["length_controlled_win_rate"]
+    if controlled.get("low") is not None and controlled["low"] <= 0.5:
+        headline = "It worked by this judge, perhaps by length alone"
+    elif is_judged_by_its_own_reward(run):
+        headline = "It worked by its own reward model"
+    else:
+        headline = "It worked"
+    return Verdict("better", headline, reason, doubts)
+
+
+def first_pair(run: RunFiles) -> Mapping[str, Any] | None:
+    """Return the comparison of the policy with the baseline, if it was evaluated."""
+    return run.evaluation["pairs"][0] if run.evaluation is not None else None
+
+
+def is_judged_by_its_own_reward(run: RunFiles) -> bool:
+    """Whether a reward model decided which completion wins."""
+    return run.evaluation is not None and run.evaluation["judge"] == "reward model"
+
+
+def percent(value: float) -> str:
+    """Return a share for people."""
+    return f"{100 * value:.1f} %"
+
+
+def interval(measure: Mapping[str, Any]) -> str:
+    """Return the interval of a share for people."""
+    if measure.get("low") is None:
+        return "not known"
+    return f"{100 * measure['low']:.0f} % to {100 * measure['high']:.0f} %"
+
+
+def _not_evaluated(run: RunFiles) -> str:
+    if "ppo" in run.manifests:
+        return (
+            "PPO is finished, but its completions were not compared with those of the model it started from: "
+            f"run `rlhf evaluate --run-dir {run.folder}`."
+        )
+    return f"Finished so far: {', '.join(run.manifests)}."
+
+
+def _doubts(run: RunFiles) -> Iterator[str]:
+    pair = first_pair(run)
+    if pair is not None:
+        yield from _doubts_of_pair(run, pair)
+    if run.health is not None:
+        for finding in run.health["findings"]:
+            if finding["severity"] != "fine":
+                yield f"Training, {finding['subject']}: {finding['seen']}. Usually: {finding['means']}."
+    if run.quality is not None and run.quality.get("warning"):
+        yield f"Reward model: {run.quality['warning']}."
+    for stage, manifest in run.manifests.items():
+        if skipped := sum(manifest.skipped.values()):
+            reasons = "; ".join(f"{reason} ({count:,})" for reason, count in manifest.skipped.items())
+            yield f"`{stage}` skipped {skipped:,} {'record' if skipped == 1 else 'records'}: {reasons}."
+    yield "It is one training run: another seed may give another result. `rlhf compare` measures how much they differ."
+
+
+def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
+    assert run.evaluation is not None
+    rate = pair["win_rate"]
+    if rate["low"] is not None and rate["low"] <= 0.5 <= rate["high"]:
+        yield f"{rate['n']:,} prompts are too few to tell models apart that are this close: evaluate on more."
+    if is_judged_by_its_own_reward(run):
+        yield (
+            "The judge is a reward model. Where PPO was trained against it, a win shows that training worked, not that "
+            "people would prefer the completions."
+        )
+    else:
+        yield "The judge is a function: it sees only what it was written to see. Read the samples."
+    models = run.evaluation["models"]
+    ratio = models[pair["policy"]]["tokens"]["value"] / max(1e-9, models[pair["baseline"]]["tokens"]["value"])
+    if not _SHORTER <= ratio <= _LONGER:
+        controlled = pair["length_controlled_win_rate"]
+        found = (
+            ""
+            if controlled.get("value") is None
+            else f" At equal lengths the win rate is {percent(controlled['value'])}."
+        )
+        yield f"Completions have {ratio:.2f} times the length of the baseline's, and judges often prefer length.{found}"
+    kl = pair.get("kl_nats", {}).get("k1", {}).get("value")
+    if kl is not None and kl > _FAR:
+        yield f"The KL is {kl:.0f} nats per completion: rewards are unreliable this far from the starting model."

@@ -1,0 +1,123 @@
+"""`rlhf chat` as people use it: on a run, in a pseudo-terminal, through a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import time
+from fcntl import ioctl
+from pathlib import Path
+from termios import TIOCSWINSZ
+
+import pytest
+
+from tests.end_to_end.test_quickstart import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+RLHF = str(Path(sys.executable).with_name("rlhf"))
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The quickstart in small, up to PPO."""
+    folder = tmp_path_factory.mktemp("chat") / "small"
+    changes = [part for setting in SMALL for part in ("--set", setting)]
+    recipe = str(ROOT / "recipes" / "quickstart.yaml")
+    command = [RLHF, "run", recipe, "--run-dir", str(folder), "--to", "ppo", *changes]
+    subprocess.run(command, check=True, env=ENVIRONMENT | {"CI": "1"}, capture_output=True)
+    return folder
+
+
+def chat(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RLHF, "chat", *arguments], input=stdin or "", capture_output=True, text=True, env=ENVIRONMENT
+    )
+
+
+@pytest.mark.slow
+def test_one_prompt_as_json(run):
+    outcome = chat(str(run), "--prompt", "Tell me about cats.", "--json", "--max-new-tokens", "6")
+    assert outcome.returncode == 0, outcome.stderr
+    turn = json.loads(outcome.stdout)
+    assert turn["prompt"] == "Tell me about cats."
+    sft, ppo = turn["answers"]
+    assert (sft["model"], ppo["model"], ppo["kl_to"]) == ("sft", "ppo", "sft"), "a built base model is noise"
+    assert isinstance(sft["reward"], float)
+    assert isinstance(ppo["kl_nats"], float)
+    assert not (run / "kept" / "chat").exists()
+
+
+@pytest.mark.slow
+def test_a_prompt_from_a_pipe_is_answered_in_text(run):
+    outcome = chat(str(run), "--models", "ppo", stdin="Tell me about cats.\n")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.startswith("ppo\n")
+    assert "reward" in outcome.stdout
+    assert "\x1b" not in outcome.stdout
+
+
+@pytest.mark.slow
+def test_what_cannot_be_answered_is_said(run, tmp_path):
+    assert "the prompt is empty" in chat(str(run)).stderr
+    assert "no model `dpo` to talk to" in chat(str(run), "--models", "dpo", "-p", "x").stderr
+    assert "no such" in chat(str(tmp_path / "absent"), "-p", "x").stderr
+
+
+class Terminal:
+    """The command in a pseudo-terminal."""
+
+    def __init__(self, width: int, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
+        environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("COLUMNS", "LINES", "CI")}
+        self.process = subprocess.Popen(
+            [RLHF, "chat", *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+        )
+        os.close(slave)
+        self.text = ""
+
+    def until(self, pattern: str, seconds: float = 120) -> str:
+        """Read until the screen shows a pattern; returns what came since the last call."""
+        start, deadline = len(self.text), time.monotonic() + seconds
+        while not re.search(pattern, self.text[start:]):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[start:]!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                raw = os.read(self.master, 65536).decode(errors="replace")
+                self.text += re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", raw)
+        return self.text[start:]
+
+    def type(self, line: str) -> None:
+        """Type a line."""
+        os.write(self.master, f"{line}\n".encode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_chat_in_a_terminal(run, width, tmp_path):
+    transcript = tmp_path / "turns.jsonl"
+    terminal = Terminal(width, str(run), "--transcript", str(transcript), "--max-new-tokens", "8")
+    assert "sft, ppo answer" in terminal.until(r"\n> ")
+    terminal.type("Tell me about cats.")
+    shown = terminal.until(r"KL to sft[^>]*> ")
+    assert "reward" in shown
+    assert re.search(r"sft {30,}ppo", shown), "side by side, two of them also at 80 columns"
+    terminal.type("/best ppo")
+    shown = terminal.until("learns from it")
+    rankings = run / "kept" / "chat" / "rankings.jsonl"
+    assert str(rankings.name) in shown
+    label = json.loads(rankings.read_text().splitlines()[-1])
+    assert (label["ranking"], len(label["completions"])) == ([[0], [1]], 2)
+    terminal.type("/rank nobody > ppo")
+    terminal.until("`nobody` did not answer")
+    terminal.type("/help")
+    terminal.until("Ctrl-D")
+    terminal.type("/quit")
+    assert terminal.process.wait(timeout=60) == 0
+    assert json.loads(transcript.read_text())["answers"][1]["model"] == "ppo"
