@@ -82,6 +82,7 @@ def chart(
     marks: Sequence[Mark] = (),
     shows: Sequence[float] = (),
     diagonal: bool = False,
+    has_whole_x: bool = False,
 ) -> str:
     """Return a chart as one `<svg>` element; "" without any point.
 
@@ -93,13 +94,14 @@ def chart(
         marks: lines across the chart.
         shows: values that the vertical axis includes in any case.
         diagonal: draw the line y = x.
+        has_whole_x: x counts something, so that only whole numbers are named.
     """
     series = [one for one in series if one.points]
     if not series:
         return ""
     longest = max((len(one.name) for one in series), default=0)
     frame = _frame(series, marks, shows, _WIDTH - max(14.0, min(190.0, longest * _CHARACTER + 12)))
-    parts = [*_axes(frame, x, y)]
+    parts = _axes(frame, x, y, least=1.0 if has_whole_x else 0.0)
     if diagonal:
         low, high = max(frame.x[0], frame.y[0]), min(frame.x[1], frame.y[1])
         parts.append(_path([(low, low), (high, high)], frame, "mark"))
@@ -112,9 +114,9 @@ def chart(
     )
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers between two values, both ends included where they are round."""
-    step = _round_step((high - low) / max(1, count))
+def ticks(low: float, high: float, count: int = 5, *, least: float = 0.0) -> list[float]:
+    """Return about `count` round numbers between two values, at least `least` apart; both ends where they are round."""
+    step = _round_step(max(least, (high - low) / max(1, count)))
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -140,10 +142,10 @@ def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def _axes(frame: _Frame, x: str, y: str) -> list[str]:
+def _axes(frame: _Frame, x: str, y: str, *, least: float) -> list[str]:
     bottom = _HEIGHT - _BOTTOM
     parts = []
-    vertical, horizontal = ticks(*frame.y), ticks(*frame.x, 6)
+    vertical, horizontal = ticks(*frame.y), ticks(*frame.x, 6, least=least)
     for value in vertical:
         height = frame.at_y(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{height:.1f}" x2="{frame.right:.1f}" y2="{height:.1f}"/>')

@@ -100,7 +100,7 @@ def _value(value: float) -> str:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    step = -(-len(points) // _POINTS)
+    step = max(1, -(-len(points) // _POINTS))
     return [*points[::step], *(points[-1:] if (len(points) - 1) % step else ())]
 
 

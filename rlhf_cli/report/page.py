@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from rlhf_cli.data.records import Message, prompt_text
 from rlhf_cli.pipeline.manifest import Manifest
@@ -136,9 +138,15 @@ def render(page: Page) -> str:
     """Return the page as HTML; every value is escaped but our own charts."""
     assets = importlib.resources.files("rlhf_cli.report") / "assets"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["code"] = _code
     template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
     style = (assets / "report.css").read_text(encoding="utf-8")
-    return template.render(page=page, style=jinja2.utils.markupsafe.Markup(style))
+    return template.render(page=page, style=Markup(style))  # noqa: S704  (our own)
+
+
+def _code(text: str) -> Markup:
+    """Return a text with what stands between backquotes as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704  (escaped)
 
 
 def tiles(run: RunFiles) -> list[Tile]:
@@ -148,9 +156,7 @@ def tiles(run: RunFiles) -> list[Tile]:
     if pair is not None:
         assert run.evaluation is not None
         rate, models = pair["win_rate"], run.evaluation["models"]
-        found.append(
-            Tile("preferred to the baseline", percent(rate["value"]), f"95 %: {interval(rate)}; 50 % is equal")
-        )
+        found.append(Tile("preferred to the baseline", percent(rate["value"]), f"95 %: {interval(rate)}; 50% is equal"))
         for name, label in (("gold", "gold score"), ("reward", "reward")):
             if name in pair["differences"]:
                 change = pair["differences"][name]
@@ -166,7 +172,7 @@ def tiles(run: RunFiles) -> list[Tile]:
         metrics = run.manifests["train-rm"].metrics
         if (accuracy := metrics.get("rm/accuracy")) is not None:
             low, high = metrics.get("rm/accuracy_low"), metrics.get("rm/accuracy_high")
-            note = f"95 %: {interval({'low': low, 'high': high})}; 50 % is chance"
+            note = f"95 %: {interval({'low': low, 'high': high})}; 50% is chance"
             found.append(Tile("accuracy of the reward model", percent(accuracy), note))
     return found
 
@@ -189,9 +195,7 @@ def _sections(runs: Sequence[RunFiles]) -> list[Section]:
         found.append(
             Section(
                 "Reward against distance from the starting model",
-                [
-                    "Reward that rises while the judge's score falls is over-optimization: stop at the peak of the score."
-                ],
+                ["Reward that rises while the judge's score falls is over-optimization: stop at its peak."],
                 charts=[against],
             )
         )
@@ -286,9 +290,7 @@ def _samples_note(run: RunFiles) -> str:
     which = (
         "All of them."
         if shown == count
-        else (
-            f"{shown:,} of {count:,}: the largest gains, the largest losses, others at random; all are in samples.jsonl."
-        )
+        else (f"{shown:,} of {count:,}: the largest gains, the largest losses, others at random.")
     )
     return f"{which} What only one of the two wrote is marked."
 

@@ -71,14 +71,14 @@ def is_judged_by_its_own_reward(run: RunFiles) -> bool:
 
 def percent(value: float) -> str:
     """Return a share for people."""
-    return f"{100 * value:.1f} %"
+    return f"{value:.1%}"
 
 
 def interval(measure: Mapping[str, Any]) -> str:
     """Return the interval of a share for people."""
     if measure.get("low") is None:
         return "not known"
-    return f"{100 * measure['low']:.0f} % to {100 * measure['high']:.0f} %"
+    return f"{measure['low']:.0%} to {measure['high']:.0%}"
 
 
 def _not_evaluated(run: RunFiles) -> str:
