@@ -6,7 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,35 @@ _STILL = 1e-18
 _CONVERGED = 1e-12
 ENOUGH_PROMPTS = 100
 """Prompts whose share has an interval of about +-10 points, if each counts once."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure with its 95 % interval.
+
+    Attributes:
+        value: the estimate; None if there is none.
+        low: low end; None if there is no interval.
+        high: high end; None if there is no interval.
+        n: number of independent observations behind it, in general prompts.
+        missing: why there is no value or no interval.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    missing: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return `{value, low, high, n}`, and `missing` if there is a reason; figures that are not finite are null."""
+        plain: dict[str, Any] = {"value": finite(self.value), "low": finite(self.low), "high": finite(self.high)}
+        return plain | {"n": self.n} | ({"missing": self.missing} if self.missing else {})
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold, else None."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -81,9 +112,9 @@ def percentiles(values: NDArray[np.float64], level: float = 0.95) -> tuple[float
 def share_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
     """95 % interval of sum(numerators) / sum(denominators), a share of observations that are grouped by prompt.
 
-    `exact_interval` with the effective number of observations (Korn and Graubard 1998). A percentile bootstrap is too
-    narrow for few prompts: it contains a share of 0.9 of 10 prompts in 64 % of data sets, and it has no width if all
-    prompts were won.
+    `jeffreys_interval` with the effective number of observations (Korn and Graubard 1998). A percentile bootstrap is
+    too narrow for few prompts: it contains a share of 0.9 of 10 prompts in 64 % of data sets, and it has no width if
+    all prompts were won.
 
     Args:
         numerators: one per prompt, between 0 and its denominator, for example its correctly ordered pairs.
@@ -94,11 +125,16 @@ def share_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     """
     values = np.column_stack([numerators, denominators]).astype(np.float64)
     above, below = values.sum(axis=0).tolist()
-    return exact_interval(min(1.0, above / below), worth_of(PromptSums(np.arange(len(values)), values)))
+    return jeffreys_interval(min(1.0, above / below), worth_of(PromptSums(np.arange(len(values)), values)))
 
 
-def exact_interval(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
-    """Interval that contains the true share at least as often as `level` says (Clopper and Pearson 1934).
+def jeffreys_interval(share: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Interval that contains the true share about as often as `level` says.
+
+    Quantiles of the posterior with Jeffreys' prior, Beta(won + 1/2, lost + 1/2), modified near 0 and 1 (Brown, Cai and
+    DasGupta 2001, section 4.1.2): it reaches 0 or 1 where at most one observation is won or lost; where none is, the
+    other end is that of the exact interval of Clopper and Pearson 1934. That one contains the truth at least as often
+    as it says everywhere, so in general more often, and is wider; docs/evaluation.md compares them.
 
     Args:
         share: between 0 and 1.
@@ -107,9 +143,26 @@ def exact_interval(share: float, count: float, level: float = 0.95) -> tuple[flo
     """
     tail, won = (1.0 - level) / 2, share * count
     lost = count - won
-    low = _beta_quantile(tail, won, lost + 1) if won > _STILL else 0.0
-    high = _beta_quantile(1.0 - tail, won + 1, lost) if lost > _STILL else 1.0
+    low = _beta_quantile(tail, count - max(lost, 0.5) + 0.5, max(lost, 0.5) + 0.5) if won > 1 or lost < _STILL else 0.0
+    high = (
+        _beta_quantile(1.0 - tail, max(won, 0.5) + 0.5, count - max(won, 0.5) + 0.5)
+        if lost > 1 or won < _STILL
+        else 1.0
+    )
     return low, high
+
+
+def half_width(prompts: int) -> float:
+    """Half of the width of `share_interval` if each of `prompts` prompts counts once and half of them are won."""
+    low, high = jeffreys_interval(0.5, prompts)
+    return (high - low) / 2
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of independent values, at least two of them different."""
+    mean, error = float(np.mean(values)), standard_error(values)
+    reach = student_quantile(1.0 - (1.0 - level) / 2, len(values) - 1) * error
+    return mean - reach, mean + reach
 
 
 def _beta_quantile(share: float, a: float, b: float) -> float:
@@ -171,18 +224,34 @@ def worth_of(sums: PromptSums) -> float:
     if prompts < 3 or spread < _STILL:
         return least
     z = NormalDist().inv_cdf(0.975)
-    worth = share * (1 - share) * (prompts - 1) / (prompts * spread) * (z / _student(z, prompts - 1)) ** 2
+    worth = share * (1 - share) * (prompts - 1) / (prompts * spread) * (z / student_quantile(0.975, prompts - 1)) ** 2
     return min(max(worth, least), total)
 
 
-def _student(z: float, freedom: int) -> float:
-    """Quantile of Student's t at the level where the normal quantile is z (Abramowitz and Stegun 1964, 26.7.5)."""
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+@cache
+def student_quantile(share: float, freedom: int) -> float:
+    """Quantile of Student's t above the median: t with P(T <= t) = share, from the beta distribution.
+
+    Args:
+        share: above 1/2 and below 1.
+        freedom: degrees of freedom, at least 1.
+    """
+    x = _beta_quantile(2.0 * (1.0 - share), freedom / 2, 0.5)
+    return math.sqrt(freedom * (1.0 - x) / x)
+
+
+def student_p_value(t: float, freedom: int) -> float:
+    """P(|T| >= |t|) of Student's t (Abramowitz and Stegun 1964, 26.7.1 and 26.5.27)."""
+    return _beta_distribution(freedom / (freedom + t * t), freedom / 2, 0.5) if t else 1.0
+
+
+def binomial_p_value(won: int, lost: int) -> float:
+    """Exact two-sided p-value of `won` against `lost` if both are equally likely: twice the smaller tail, at most 1."""
+    fewer, more = sorted((won, lost))
+    if fewer == more:
+        return 1.0
+    # P(X <= k) of n draws is I_1/2(n - k, k + 1) (Abramowitz and Stegun 1964, 26.5.24).
+    return min(1.0, 2.0 * _beta_distribution(0.5, more, fewer + 1))
 
 
 def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.intervals import Measure
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.seed_intervals import GroupDifference, group_difference
+from rlhf_cli.statistics.seeds import GroupDifference, group_difference
 from rlhf_cli.stages.registry import REGISTRY
 
 MEASURES: Mapping[str, str] = {

@@ -89,9 +89,8 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Figure | None
             series.append(Series("held out" if len(held_out) else "", list(held_out), 1, "both"))
         captions.append(f"{_value(curve.first(0.1).mean)} → {_value(curve.last(0.1).mean)}")
     mark = () if panel.mark is None else (Mark(*panel.mark, axis="y"),)
-    svg = chart(
-        series, title=f"{panel.title} of {stage} by step", x="step", y=panel.unit, marks=mark, shows=panel.shows
-    )
+    title = f"{panel.title} of {stage} by step"
+    svg = chart(series, title=title, x="step", y=panel.unit, marks=mark, shows=panel.shows, has_whole_x=True)
     return Figure(panel.title, f"{panel.unit}: {'; '.join(captions)}", svg) if svg else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_cli.intervals import PromptSums, exact_interval, percentiles, resampled_sums, worth_of
+from rlhf_cli.intervals import PromptSums, jeffreys_interval, percentiles, resampled_sums, worth_of
 from rlhf_cli.labeling.statistics.agreement import Coefficient, mirrored_alpha
 from rlhf_cli.labeling.statistics.report import Estimate
 
@@ -71,5 +71,5 @@ def _share(sums: PromptSums, missing: str) -> Estimate:
         return Estimate(missing=missing)
     value, prompts = min(1.0, max(0.0, float(above.sum()) / count)), int(np.count_nonzero(below > _STILL))
     worth = worth_of(sums)
-    low, high = exact_interval(value, worth)
+    low, high = jeffreys_interval(value, worth)
     return Estimate(value, low, high, round(count), prompts, worth)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from rlhf_cli.data.records import prompt_key, prompt_text
-from rlhf_cli.intervals import exact_interval
+from rlhf_cli.intervals import jeffreys_interval
 from rlhf_cli.labeling.label_records import LabelRecord
 from rlhf_cli.labeling.statistics.descriptive import NO_GUIDELINES
 from rlhf_cli.labeling.statistics.report import (
@@ -216,7 +216,7 @@ def _favors_a_position(first_shown: Estimate, level: float = 0.95) -> bool:
 
 def _bounds(estimate: Estimate, level: float) -> tuple[float, float] | None:
     """Interval at another level, from the effective number of observations."""
-    return None if estimate.value is None else exact_interval(estimate.value, estimate.worth, level)
+    return None if estimate.value is None else jeffreys_interval(estimate.value, estimate.worth, level)
 
 
 def _value(estimate: Estimate) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_cli.seed_intervals import group_difference
+from rlhf_cli.statistics.seeds import group_difference
 
 
 def test_a_paired_difference_by_hand():

@@ -1,0 +1,1 @@
+"""Statistics of evaluations, as pure functions of numbers."""

@@ -1,0 +1,59 @@
+"""What can be told from a number of prompts, before and after an evaluation, in plain sentences."""
+
+from __future__ import annotations
+
+from rlhf_cli.intervals import ENOUGH_PROMPTS, Measure, half_width, is_undecided
+
+_MOST_PROMPTS = 1_000_000
+
+
+def expected_precision(prompts: int) -> str:
+    """Return how precisely a win rate near one half will be known, such as "about +- 12.3 points"."""
+    return f"about +- {100 * half_width(prompts):.0f} points"
+
+
+def prompts_for(reach: float) -> int:
+    """Return the smallest number of prompts with which a win rate near one half is known to +- `reach`.
+
+    Args:
+        reach: half of the interval's width, above 0, as a share.
+    """
+    low, high = 1, 1
+    while half_width(high) > reach and high < _MOST_PROMPTS:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if half_width(middle) > reach else (low, middle)
+    return high
+
+
+def conclusion(win_rate: Measure, policy: str, baseline: str) -> str:
+    """Return one sentence: which model is better, or that these prompts do not show it and how many would.
+
+    Args:
+        win_rate: of the policy against the baseline, with its interval.
+        policy: name of the policy.
+        baseline: name of the baseline.
+    """
+    value, low, high = win_rate.value, win_rate.low, win_rate.high
+    assert value is not None and low is not None and high is not None  # noqa: PT018
+    prompts = f"{win_rate.n:,} prompt{'' if win_rate.n == 1 else 's'}"
+    if not is_undecided(low, high):
+        better, worse, least = (policy, baseline, low) if value > 0.5 else (baseline, policy, 1.0 - high)
+        return f"{better} is better than {worse}: preferred on at least {int(100 * least)}% of such prompts ({prompts})"
+    verb, them = ("is", "it") if win_rate.n == 1 else ("are", "them")
+    found = f"{verb} too few to say" if win_rate.n < ENOUGH_PROMPTS else "do not show"
+    sentence = (
+        f"{prompts} {found} which of {policy} and {baseline} is better: a win rate from {low:.0%} to {high:.0%} is "
+        f"compatible with {them}"
+    )
+    distance = abs(value - 0.5)
+    if distance < 0.005:
+        return sentence
+    return f"{sentence}; if it is really {value:.0%}, about {_rounded(prompts_for(distance)):,} would show it"
+
+
+def _rounded(count: int) -> int:
+    """Round up to two digits: the number is an estimate."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
