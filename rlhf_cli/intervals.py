@@ -158,9 +158,11 @@ def half_width(prompts: int) -> float:
     return (high - low) / 2
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of independent values, at least two of them different."""
+def mean_interval(values: Sequence[float] | NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of independent values; without width for a single value."""
     mean, error = float(np.mean(values)), standard_error(values)
+    if len(values) < 2:
+        return mean, mean
     reach = student_quantile(1.0 - (1.0 - level) / 2, len(values) - 1) * error
     return mean - reach, mean + reach
 
@@ -229,7 +231,7 @@ def worth_of(sums: PromptSums) -> float:
 
 
 @cache
-def student_quantile(share: float, freedom: int) -> float:
+def student_quantile(share: float, freedom: float) -> float:
     """Quantile of Student's t above the median: t with P(T <= t) = share, from the beta distribution.
 
     Args:
@@ -254,16 +256,7 @@ def binomial_p_value(won: int, lost: int) -> float:
     return min(1.0, 2.0 * _beta_distribution(0.5, more, fewer + 1))
 
 
-def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of the mean of independent values by Student's t; without width for a single value."""
-    mean, freedom = float(np.mean(values)), len(values) - 1
-    if freedom < 1:
-        return mean, mean
-    half = _student(NormalDist().inv_cdf(0.975), freedom) * float(np.std(values, ddof=1) / len(values) ** 0.5)
-    return mean - half, mean + half
-
-
-def standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float:
     """Standard error of the mean of independent values; 0 for a single value."""
     if len(values) < 2:
         return 0.0

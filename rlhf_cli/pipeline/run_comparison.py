@@ -21,8 +21,8 @@ from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.intervals import Measure
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.statistics.seeds import GroupDifference, group_difference
 from rlhf_cli.stages.registry import REGISTRY
+from rlhf_cli.statistics.seeds import GroupDifference, group_difference
 
 MEASURES: Mapping[str, str] = {
     "gold": "gold score",
@@ -343,15 +343,15 @@ def comparison_text(found: RunComparison) -> str:
 
 def _table(pair: PairOfGroups, first: str, second: str, prompts: int) -> list[str]:
     shared = f"{prompts:,} {'prompt' if prompts == 1 else 'prompts'}"
-    lines = [f"{shared:<26}{first:>9}{second:>9}{f'{second} - {first}':>10}   95 % interval for"]
+    lines = [f"{shared:<25}{first:>8}{second:>8}{f'{second} - {first}':>9}  95 % interval over"]
     for name, found in pair.measures.items():
         size = found.second - found.first
-        start = f"{MEASURES[name]:<26}{found.first:>9.3g}{found.second:>9.3g}{size:>+10.3g}   "
+        start = f"{MEASURES[name]:<25}{found.first:>8.3g}{found.second:>8.3g}{size:>+9.3g}  "
         for number, (measure, label) in enumerate(
-            ((found.prompts, "other prompts"), (found.seeds, "other seeds"), (found.both, "both"))
+            ((found.prompts, "prompts"), (found.seeds, "seeds"), (found.both, "both"))
         ):
             if measure.low is not None and measure.high is not None:
-                lines.append(f"{start if number == 0 else ' ' * len(start)}{label:<14}{_span(measure)}")
+                lines.append(f"{start if number == 0 else ' ' * len(start)}{label:<9}{_span(measure)}")
             elif number == 0:
                 lines.append(start + (measure.missing or ""))
     return lines

@@ -17,7 +17,7 @@ def test_a_paired_difference_by_hand():
     # Residuals are +-1/2, mean square 1, over 4 entries 0.25: 1.5^2 + 1 - 0.25 = 3, and 3^2 / (2.25^2 + 1 + 0.25^2).
     freedom = 9 / (2.25**2 + 1 + 0.25**2)
     assert freedom == pytest.approx(1.469, rel=1e-3)
-    assert found.both.high == pytest.approx(3 + 6.106 * 3**0.5, rel=1e-2)
+    assert found.both.high == pytest.approx(3 + 6.1954 * 3**0.5, rel=1e-3)
     assert found.seeds.n == found.both.n == found.prompts.n == 2
 
 
