@@ -48,7 +48,7 @@ def _command() -> str:
 def _environment(recipe: Path | None) -> dict[str, Any]:
     """Return versions, the machine, and the commit of the recipe's repository, if it is in one."""
     found: dict[str, Any] = {"time": now(), "versions": versions()}
-    found |= {"platform": platform.platform(), "machine": platform.machine()}
+    found |= {"platform": f"{platform.system()} {platform.release()}", "machine": platform.machine()}
     if recipe is not None and (commit := _git(recipe.parent, "rev-parse", "HEAD")):
         changes = _git(recipe.parent, "status", "--porcelain", "--", recipe.name)
         found["recipe"] = {"file": str(recipe), "commit": commit, "is_changed": bool(changes)}
@@ -57,7 +57,8 @@ def _environment(recipe: Path | None) -> dict[str, Any]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     """Return what a git command prints; None without git, or outside of a repository."""
-    if (git := shutil.which("git")) is None:
+    is_inside = any((parent / ".git").exists() for parent in (folder.absolute(), *folder.absolute().parents))
+    if not is_inside or (git := shutil.which("git")) is None:
         return None
     try:
         found = subprocess.run(  # noqa: S603  (our own arguments)

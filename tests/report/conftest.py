@@ -1,0 +1,136 @@
+"""Run directories for reports, without training anything."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.pipeline.manifest import Manifest, list_outputs, versions
+
+HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m" + "x" * 100_000
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "its", "sky", "while", "rain", "came", "down"]
+
+
+def measure(value: float, low: float | None, high: float | None, n: int = 60) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+@dataclass
+class Runs:
+    """Writes run directories as the stages do."""
+
+    folder: Path
+
+    def write(
+        self,
+        name: str = "good",
+        *,
+        win_rate=(0.8, 0.68, 0.89),
+        controlled=(0.78, 0.65, 0.88),
+        judge: str = "function",
+        length: float = 24.0,
+        kl: float = 6.9,
+        evaluated: bool = True,
+        seed: int = 0,
+        hostile: bool = False,
+        **settings: Any,
+    ) -> Path:
+        run = self.folder / name
+        accuracy = {"rm/accuracy": 0.71, "rm/accuracy_low": 0.6, "rm/accuracy_high": 0.8}
+        self.stage(run, "sft", settings={"sft.epochs": 1.0}, files={"config.json": "{}"}, rows=_rows("loss"))
+        self.stage(run, "train-rm", settings={}, rows=_rows("loss", "accuracy"), metrics=accuracy)
+        ppo = {"ppo.kl_coef": 0.05} | settings
+        health = {"verdict": "look", "findings": [_finding("look", "length"), _finding("fine", "reward")]}
+        written = {"config.json": "{}", "health.json": json.dumps(health)}
+        names = ("objective/scores", "objective/kl", "length/mean", "policy/entropy_avg")
+        self.stage(
+            run, "ppo", settings=ppo, rows=_rows(*names), files=written,
+            seed=seed,
+        )  # fmt: skip
+        if evaluated:
+            evaluation = _evaluation(name, win_rate, controlled, judge, length, kl)
+            files = {"evaluation.json": json.dumps(evaluation), "samples.jsonl": _samples(seed, hostile=hostile)}
+            self.stage(
+                run, "evaluate", settings={}, files=files, skipped={"prompt longer than 512 tokens": 2}, seed=seed
+            )
+        return run
+
+    def stage(self, run, stage, *, settings, files=None, rows=(), metrics=None, skipped=None, seed=0) -> None:
+        folder = run / stage
+        folder.mkdir(parents=True)
+        content = dict(files or {"weights": "w"})
+        if rows:
+            content["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+        for name, text in content.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        identity = {
+            "stage": stage, "settings": settings | {"seed": seed}, "inputs": {"judge_function": "abc"}, "upstream": {},
+        }  # fmt: skip
+        Manifest(
+            stage=stage, fingerprint="f", identity=identity, settings={"model": {"path": "org/base"}},
+            outputs=list_outputs(folder), versions=versions(), skipped=skipped or {}, metrics=metrics or {},
+            summary=[["figure", "1 | 2"]], started="2026-11-30T15:00:00Z", finished="2026-11-30T15:10:00Z",
+            seconds=12.0,
+        ).write(folder)  # fmt: skip
+
+
+def _rows(*names: str) -> list[dict[str, Any]]:
+    return [{"step": step} | dict.fromkeys(names, 0.1 * step + 0.5) for step in range(1, 41)]
+
+
+def _finding(severity: str, subject: str) -> dict[str, Any]:
+    return {"subject": subject, "severity": severity, "seen": "twice as long", "means": "the reward pays for length"}
+
+
+def _evaluation(name, win_rate, controlled, judge, length, kl) -> dict[str, Any]:
+    policy, baseline = f"{name}/ppo", f"{name}/sft"
+    models = {
+        model: {
+            "gold": measure(gold, gold - 0.2, gold + 0.2), "tokens": measure(tokens, tokens - 2, tokens + 2),
+            "finished": measure(0.9, 0.8, 0.97), "distinct_2": measure(0.6, None, None),
+        }
+        for model, gold, tokens in ((baseline, 0.2, 22.0), (policy, 0.9, length))
+    }  # fmt: skip
+    pair = {
+        "policy": policy, "baseline": baseline, "win_rate": measure(*win_rate),
+        "length_controlled_win_rate": measure(*controlled), "sign_test": {"p_value": 0.001},
+        "differences": {"gold": measure(0.7, 0.4, 1.0)}, "kl_nats": {"k1": measure(kl, kl - 1, kl + 1)},
+        "conclusion": f"{policy} is better.",
+    }  # fmt: skip
+    return {
+        "judge": judge,
+        "prompts": 60,
+        "samples_per_prompt": 1,
+        "baseline": baseline,
+        "models": models,
+        "pairs": [pair],
+    }
+
+
+def _samples(seed: int, *, hostile: bool) -> str:
+    drawn = random.Random(seed)
+    rows = []
+    for number in range(60):
+        first = [drawn.choice(WORDS) for _ in range(20)]
+        second = [*first[:10], *(drawn.choice(WORDS) for _ in range(10))]
+        gold = (drawn.gauss(0.2, 1), drawn.gauss(0.9, 1))
+        row = {
+            "prompt": f"Question {number}?", "baseline": " ".join(first), "policy": " ".join(second),
+            "gold_baseline": gold[0], "gold_policy": gold[1], "tokens_baseline": 20, "tokens_policy": 20,
+            "finished_policy": True, "winner": "policy" if gold[1] > gold[0] else "baseline",
+        }  # fmt: skip
+        if hostile:
+            row |= {"prompt": HOSTILE, "baseline": HOSTILE, "policy": HOSTILE[::-1]}
+        rows.append(json.dumps(row) + "\n")
+    return "".join(rows)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    """Writes run directories."""
+    return Runs(tmp_path)

@@ -1,0 +1,163 @@
+"""Reports: the verdict, what is doubted, hostile texts, cards, and several runs on one page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from typer.testing import CliRunner
+
+from rlhf_cli.cli.app import app
+from rlhf_cli.errors import UsageError
+from rlhf_cli.pipeline.manifest import read_manifest
+from rlhf_cli.report.build import write_report
+from rlhf_cli.report.gather import read_run
+from rlhf_cli.report.verdict import verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "headline"),
+    [
+        ({}, "better", "It worked"),
+        ({"judge": "reward model"}, "better", "It worked by its own reward model"),
+        ({"win_rate": (0.55, 0.42, 0.67)}, "undecided", "It cannot be told whether it worked"),
+        ({"win_rate": (0.2, 0.1, 0.32)}, "worse", "It did not work: good/sft was better"),
+        ({"controlled": (0.55, 0.43, 0.66)}, "better", "It worked by this judge, perhaps by length alone"),
+        ({"evaluated": False}, "unknown", "Not evaluated"),
+    ],
+)
+def test_the_verdict(runs, changes, outcome, headline):
+    found = verdict(read_run(runs.write(**changes)))
+    assert (found.outcome, found.headline) == (outcome, headline)
+    if changes.get("evaluated", True):
+        assert "held-out prompts (95 % interval" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "doubt"),
+    [
+        ({}, "The judge is a function"),
+        ({"judge": "reward model"}, "The judge is a reward model"),
+        ({"win_rate": (0.55, 0.42, 0.67)}, "60 prompts are too few"),
+        ({"length": 44.0}, "2.00 times the length"),
+        ({"kl": 45.0}, "The KL is 45 nats"),
+        ({}, "Training, length: twice as long"),
+        ({}, "`evaluate` skipped 2 records"),
+        ({}, "another seed may give another result"),
+    ],
+)
+def test_what_is_doubted(runs, changes, doubt):
+    found = "\n".join(verdict(read_run(runs.write(**changes))).doubts)
+    assert doubt in found
+    assert "Training, reward" not in found, "which was fine"
+
+
+def test_nothing_unusual_is_not_doubted(runs):
+    found = "\n".join(verdict(read_run(runs.write())).doubts)
+    assert not re.search("too few|times the length|The KL is", found)
+
+
+def test_the_page_needs_nothing_else_and_shows_hostile_texts_as_text(runs):
+    run = runs.write(hostile=True)
+    report = write_report([run], run / "report.html")
+    page = report.html.read_text(encoding="utf-8")
+    assert len(page.encode()) < 1_000_000
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\u202e" not in page
+    assert "\x1b" not in page
+    assert "more characters" in page
+    assert not re.search(r"""(src|href|url\()\s*=?\s*["']?https?:""", page)
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+
+
+def test_every_figure_of_the_json_is_that_of_the_files(runs):
+    run = runs.write()
+    plain = json.loads(write_report([run], run / "report.html").plain.read_text())
+    assert plain["verdict"]["outcome"] == "better"
+    (only,) = plain["runs"]
+    assert only["evaluation"] == json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert only["stages"]["train-rm"]["metrics"]["rm/accuracy"] == 0.71
+
+
+def test_samples_are_the_best_the_worst_and_others(runs):
+    shown = read_run(runs.write()).samples
+    assert (len(shown.rows), shown.of) == (36, 60)
+    reasons = [row["chosen_as"] for row in shown.rows]
+    assert {reason: reasons.count(reason) for reason in set(reasons)} == {
+        "largest gain": 12, "largest loss": 12, "random": 12,
+    }  # fmt: skip
+    gains = [row["gold_policy"] - row["gold_baseline"] for row in shown.rows]
+    best = max(gains)
+    assert shown.rows[gains.index(best)]["chosen_as"] == "largest gain"
+
+
+def test_cards_are_what_the_hub_reads_and_change_no_artifact(runs):
+    run = runs.write()
+    before = read_manifest(run / "ppo").content_digest
+    write_report([run], run / "report.html")
+    read_manifest(run / "ppo").verify(run / "ppo")
+    assert read_manifest(run / "ppo").content_digest == before
+    metadata = metadata_load(run / "ppo" / "README.md")
+    assert metadata["base_model"] == "org/base"
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert name == "good/ppo"
+    assert {result.metric_type: result.metric_value for result in results} == {"win_rate": 0.8, "kl": 6.9}
+    text = (run / "ppo" / "README.md").read_text()
+    assert "## Limits" in text
+    assert r"1 \| 2" in text
+    accuracy = metadata_load(run / "train-rm" / "README.md")["model-index"][0]["results"][0]["metrics"][0]
+    assert accuracy["value"] == 0.71
+
+
+def test_several_runs_are_compared_on_one_page(runs):
+    names = [runs.write("a"), runs.write("b", seed=0, **{"ppo.kl_coef": 0.2})]
+    page = write_report(names, names[0].parent / "both.html").html.read_text()
+    assert "The runs compared" in page
+    assert "Settings that differ" in page
+    assert "<code>ppo.kl_coef</code>" in page
+    assert ">a</text>" in page, "curves are named by their run"
+
+
+def test_the_command(runs, tmp_path):
+    run = runs.write()
+    shown = CliRunner().invoke(app, ["report", str(run), "--json"])
+    assert json.loads(shown.stdout)["verdict"] == "It worked"
+    assert (run / "report.html").is_file()
+    with pytest.raises(UsageError, match="no such run directory"):
+        write_report([tmp_path / "absent"], tmp_path / "report.html")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"no manifest\.json of a finished stage"):
+        read_run(tmp_path / "empty")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_without_errors_or_requests(runs, browser, width, scheme):
+    run = runs.write(hostile=True)
+    report = write_report([run], run / "report.html")
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=True)
+    messages: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(report.html.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing overflows"
+    wins = page.locator(".sample.policy").count()
+    page.locator("label", has_text="policy better").click()
+    assert page.locator(".sample:visible").count() == wins > 0
+    assert messages == []
+    assert requests == [report.html.as_uri()]
+    page.close()
+
+
+def test_the_report_of_a_run_that_only_trained_says_so(runs):
+    run = runs.write(evaluated=False)
+    page = Path(write_report([run], run / "report.html").html).read_text()
+    assert "Not evaluated" in page
+    assert "rlhf evaluate --run-dir" in page
