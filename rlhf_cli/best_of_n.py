@@ -70,4 +70,4 @@ def _weights(count: int, n: int) -> NDArray[np.float64]:
     """
     ranks = np.arange(count, 1, -1, dtype=np.float64)
     factors = np.concatenate([[n / count], np.maximum(ranks - n, 0.0) / (ranks - 1)])
-    return np.cumprod(factors)[::-1]
+    return np.multiply.accumulate(factors)[::-1]

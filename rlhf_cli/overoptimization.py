@@ -78,6 +78,11 @@ class Fit:
         """Whether the gold reward of the curve falls before the last point."""
         return self.peak.value < self.farthest
 
+    @property
+    def falls_from_start(self) -> bool:
+        """Whether the gold reward falls from the first point that the fit uses: where before it, is not known."""
+        return self.peak.value < (FEWEST_NATS**0.5 if self.method == "rl" else _SMALL)
+
     def at(self, distances: Array) -> Array:
         """Return R(d) of the curve."""
         first, second = _terms(self.method, distances)
@@ -86,8 +91,8 @@ class Fit:
     def said(self) -> str:
         """Return in words where the gold reward is highest."""
         peak, share = self.peak, f"in {self.turned:.0%} of resamples"
-        if peak.value <= 0:
-            return "gold falls from the start"
+        if self.falls_from_start:
+            return f"gold falls from the start ({share})"
         if not self.turns_over:
             return f"no turnover up to {self.farthest**2:.1f} nats (one before it {share})"
         to = "beyond the data" if peak.high >= self.farthest else f"{peak.high**2:.1f}"

@@ -79,7 +79,11 @@ def test_gold_that_falls_from_the_start_is_said():
     found = fit("best-of-n", *simulated("best-of-n", -0.5, 0.1, seed=1))
     assert found is not None
     assert found.peak.value == 0.0
-    assert found.said() == "gold falls from the start"
+    assert found.said() == "gold falls from the start (in 100% of resamples)"
+    rl = fit("rl", *simulated("rl", -0.2, 0.5, seed=1))
+    assert rl is not None
+    assert 0 < rl.peak.value < 1
+    assert rl.said().startswith("gold falls from the start")
 
 
 def test_rl_uses_points_from_1_nat_alone():

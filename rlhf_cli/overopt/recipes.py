@@ -68,6 +68,11 @@ class Recipes:
                 "completions",
                 hint="set `label.by` to `function` or `reward-model`",
             )
+        if recipe.data.prompts is None:
+            raise UsageError(
+                "`rlhf overopt` needs `data.prompts`: some of them are held out to measure on",
+                hint="specify a file, folder or hub data set with `--set data.prompts=PATH`",
+            )
         self._plain, self._folder = recipe.model_dump(), folder
         self.settings: OveroptSettings = recipe.overopt or OveroptSettings()
 

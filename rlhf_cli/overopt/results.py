@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from rlhf_cli.overopt.measurements import Course
@@ -130,23 +129,36 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Return one row per proxy and way of optimization."""
-    rows = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("labels", "noise", "accuracy"):
+    """Return one row per proxy and way of optimization.
+
+    KL, proxy and gold are those of the last point; `turns` is the share of resamples in which gold turns over.
+    """
+    rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("labels", "swapped", "accuracy"):
         rows.add_column(name, justify="right", no_wrap=True)
     rows.add_column("by", no_wrap=True)
-    for name in ("KL at the end", "proxy", "gold"):
+    for name in ("KL", "proxy", "gold"):
         rows.add_column(name, justify="right", no_wrap=True)
-    rows.add_column("where to stop", overflow="fold")
+    for name in ("gold highest at KL", "turns", "stop at"):
+        rows.add_column(name, no_wrap=True)
     for result in results:
         known = [one for one in result.accuracy if one is not None]
         accuracy = f"{sum(known) / len(known):.0%}" if known else "not known"
         proxy = (f"{result.proxy.labels:,}", f"{result.proxy.noise:.0%}", accuracy)
-        for one in (result.best_of_n, result.ppo):
-            if one is None:
-                rows.add_row(*proxy, "ppo", "", "", "", "PPO diverged in every seed")
-                continue
-            name = "ppo" if one.method == "rl" else "best of n"
-            ends = (f"{one.kl[-1].value:.1f}", f"{one.proxy[-1].value:+.2f}", f"{one.gold[-1].value:+.2f}")
-            rows.add_row(*proxy, name, *ends, one.said())
+        rows.add_row(*proxy, "best of n", *_cells(result.best_of_n))
+        rows.add_row("", "", "", "ppo", *(("diverged",) if result.ppo is None else _cells(result.ppo)))
     return rows
+
+
+def _cells(one: Optimized) -> tuple[str, ...]:
+    ends = (f"{one.kl[-1].value:.1f}", f"{one.proxy[-1].value:+.2f}", f"{one.gold[-1].value:+.2f}")
+    if (fitted := one.fit) is None:
+        return (*ends, "too few points")
+    turned = f"{fitted.turned:.0%}"
+    if one.stop is None:
+        return (*ends, f"not up to {fitted.farthest**2:.1f}", turned)
+    if fitted.falls_from_start:
+        return (*ends, "at the start", turned, "the start")
+    high = "end" if fitted.peak.high >= fitted.farthest else f"{fitted.peak.high**2:.1f}"
+    point = f"{'n =' if one.method == 'best-of-n' else 'step'} {one.course.points[one.stop]:,}"
+    return (*ends, f"{fitted.peak.value**2:.1f} ({fitted.peak.low**2:.1f} to {high})", turned, point)

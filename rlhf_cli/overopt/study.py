@@ -110,6 +110,7 @@ class Study:
 
         data = self._recipe.data
         source = self._recipe.value("ppo.prompts") or data.prompts
+        assert source is not None  # `Recipes` checks it
         return read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip).records
 
     def _optimized(self, proxy: Proxy, seed: int, records: Sequence[PromptRecord]) -> bool:

@@ -59,5 +59,7 @@ def test_what_a_study_needs_is_said(rlhf):
     assert "`rlhf overopt` needs the section `train_rm` of the recipe" in said
     said = rlhf("overopt", recipe, "--set", "label={by: human}", code=2).stderr
     assert "`label.by: human` cannot be the gold reward" in said
+    said = rlhf("overopt", recipe, "--set", "data.prompts=null", code=2).stderr
+    assert "`rlhf overopt` needs `data.prompts`" in said
     said = rlhf("overopt", recipe, "--set", "overopt.noise=[0.5]", code=2).stderr
     assert "overopt.noise" in said

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from rlhf_cli.best_of_n import kl_bound
 from rlhf_cli.data.records import Message, PromptRecord
@@ -15,7 +17,7 @@ from rlhf_cli.errors import DataError
 from rlhf_cli.overopt.measurements import Checkpoints, Course, best_of_n_course, ppo_course
 from rlhf_cli.overopt.plot import draw
 from rlhf_cli.overopt.recipes import Proxy
-from rlhf_cli.overopt.results import Optimized, Result
+from rlhf_cli.overopt.results import Optimized, Result, table
 from rlhf_cli.stages.best_of_n.samples import read_samples
 
 STEPS = (0, 2, 4)
@@ -112,12 +114,26 @@ def test_where_to_stop_is_the_last_point_before_the_peak():
     assert len(falls.to_json()["fit_by_seed"]) == 2
 
 
-def test_results_are_json_and_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    results = [
+@pytest.fixture
+def results() -> list[Result]:
+    return [
         Result(Proxy(m, 10 * m, 0.2), [0.6, None], optimized("best-of-n", 1.0, 0.3), ppo, diverged)
         for m, ppo, diverged in ((1, optimized("rl", 1.0, 0.5), []), (4, None, [0, 1]))
     ]
+
+
+def test_the_table_says_where_gold_is_highest(results):
+    screen = Console(width=110, record=True, file=io.StringIO())
+    screen.print(table(results))
+    lines = [" ".join(line.split()) for line in screen.export_text().splitlines()]
+    assert any(line.startswith("10 20% 60% best of n 2.5") for line in lines)
+    (falls,) = [line for line in lines if line.startswith("ppo 144.0")]
+    assert "100% step 2" in falls
+    assert "ppo diverged" in lines
+
+
+def test_results_are_json_and_a_picture(results, tmp_path):
+    pytest.importorskip("matplotlib")
     plain = json.loads(json.dumps([one.to_json() for one in results], allow_nan=False))
     assert [one["labels"] for one in plain] == [10, 40]
     assert plain[1]["ppo"] is None
