@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("rlhf_cli.cli.init:init", "Write starter recipes and sample data to a folder."),
     "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe; resume an interrupted run."),
     **{name: _STAGES.get(name, ("rlhf_cli.cli.label.commands:app", REGISTRY[name][1])) for name in REGISTRY},
+    "benchmark-rm": ("rlhf_cli.cli.benchmark_rm:benchmark_rm", "Score a reward model on RewardBench and similar data."),
     "recipe": ("rlhf_cli.cli.recipe:app", "Show and validate recipes; print their JSON schema."),
     "data": ("rlhf_cli.cli.data:app", "Show data as the stages read it, in tokens."),
     "transformer": ("rlhf_cli.cli.transformer:app", "Convert models to the built-in transformer and back."),
@@ -98,8 +99,9 @@ def rlhf(
       0    done                   75   run directory in use
       2    usage or recipe error  76   waiting for human labels
       65   bad data               77   cost limit of a judge reached
-      70   training diverged      124  stalled
-      74   disk full or failing   130, 143  interrupted; can be resumed
+      70   training diverged      78   a requirement of the recipe is not met
+      74   disk full or failing   124  stalled
+                                  130, 143  interrupted; can be resumed
     """
     from rlhf_cli.distributed.ranks import check_launcher_environment
 
