@@ -19,6 +19,7 @@ EXIT_DISK = 74
 EXIT_IN_USE = 75
 EXIT_WAITING = 76
 EXIT_COST = 77
+EXIT_REQUIREMENT = 78
 EXIT_STALLED = 124
 
 
@@ -138,6 +139,12 @@ class CostLimitError(RLHFError):
     """The next judgment could exceed the cost limit of the recipe; those paid for are kept."""
 
     exit_code = EXIT_COST
+
+
+class RequirementError(RLHFError):
+    """A finished artifact does not meet what the recipe requires of it; it is kept, and the stages after it wait."""
+
+    exit_code = EXIT_REQUIREMENT
 
 
 class ProcessDiedError(RLHFError):

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("rlhf_cli.cli.report:report", "Write a report of a run, or of several compared, as HTML."),
     "reproduce": ("rlhf_cli.cli.reproduce:reproduce", "Run a run again and compare the hashes."),
     "compare": ("rlhf_cli.cli.compare:compare", "Compare evaluated runs, over prompts and over seeds."),
+    "benchmark-rm": ("rlhf_cli.cli.benchmark_rm:benchmark_rm", "Score a reward model on RewardBench and similar data."),
     "recipe": ("rlhf_cli.cli.recipe:app", "Show and validate recipes; print their JSON schema."),
     "data": ("rlhf_cli.cli.data:app", "Show data as the stages read it, in tokens."),
     "transformer": ("rlhf_cli.cli.transformer:app", "Convert models to the built-in transformer and back."),
@@ -104,8 +105,9 @@ def rlhf(
       0    done                   75   run directory in use
       2    usage or recipe error  76   waiting for human labels
       65   bad data               77   cost limit of a judge reached
-      70   diverged or stopped    124  stalled
-      74   disk full or failing   130, 143  interrupted; can be resumed
+      70   diverged or stopped    78   a requirement of the recipe is not met
+      74   disk full or failing   124  stalled
+                                  130, 143  interrupted; can be resumed
     """
     from rlhf_cli.distributed.ranks import check_launcher_environment
 

@@ -50,6 +50,51 @@ def pairwise_ranking_loss(rewards: Tensor, levels: Tensor, groups: Tensor, margi
     return sums / pairs.to(device)
 
 
+def centering_penalty(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Mean over the pairs of each group of (r_i + r_j)^2, least where rewards are around 0.
+
+    Eisenstein et al. 2023 (arXiv:2312.09244), eq. 2; TRL's `center_rewards_coefficient`. Ranking losses do not change
+    when all rewards of a prompt move together: this fixes where they are.
+
+    Args:
+        rewards: (N,) carries gradient.
+        groups: (N,) group of each completion, see `pairwise_ranking_loss`.
+
+    Returns:
+        (G,) squared rewards.
+    """
+    first, second = pairs_of(groups)
+    group, device = groups[first], rewards.device
+    pairs = torch.bincount(group, minlength=int(groups.max()) + 1)
+    squares = (rewards[first.to(device)] + rewards[second.to(device)]).square()
+    sums = torch.zeros(len(pairs), dtype=squares.dtype, device=device).index_add(0, group.to(device), squares)
+    return sums / pairs.to(device)
+
+
+def batch_mean_penalty(rewards: Tensor, groups: Tensor, *, mean: float, completions: int, count: int) -> Tensor:
+    """Squared mean of all rewards of an optimizer step, as one share for each group of a part of it.
+
+    Batch-wise sum-to-zero regularization (Hong et al. 2025, arXiv:2505.07271): lambda B (mean of the 2 B rewards of B
+    pairs)^2 in the authors' code. A square of a sum does not split into micro-batches, but its tangent does: with the
+    mean m known, m^2 = 2 m sum(r) / N - m^2, with the same value and gradient. The mean of the shares over the groups
+    of the step is m^2.
+
+    Args:
+        rewards: (N,) of a part of the step; carries gradient.
+        groups: (N,) group of each completion, 0 to G - 1.
+        mean: m, the mean of the rewards of the whole step.
+        completions: number of those rewards.
+        count: number of groups of the whole step.
+
+    Returns:
+        (G,) squared rewards.
+    """
+    device = rewards.device
+    sums = torch.zeros(int(groups.max()) + 1, dtype=rewards.dtype, device=device)
+    sums = sums.index_add(0, groups.to(device), rewards)
+    return 2 * mean * count / completions * sums - mean**2
+
+
 def pairs_of(groups: Tensor) -> tuple[Tensor, Tensor]:
     """All unordered pairs of completions that share a group.
 

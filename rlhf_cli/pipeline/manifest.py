@@ -27,6 +27,7 @@ NOT_CONTENT = frozenset(
     {"metrics.jsonl", "timing.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
     | {"detections.jsonl"}
     | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
+    | {"quality.json", "quality.png"}
 )
 """Files that record how an artifact was made. They contain times, and no later stage reads them."""
 

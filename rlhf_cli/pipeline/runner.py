@@ -17,7 +17,7 @@ from rlhf_cli.distributed.process_group import join_launched
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
-from rlhf_cli.errors import RLHFError
+from rlhf_cli.errors import RequirementError, RLHFError
 from rlhf_cli.memory import free_memory, is_out_of_memory, keep_freed_memory
 from rlhf_cli.models.memory_estimate import ModelShape
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
@@ -154,6 +154,8 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     rows = []
     for step in steps:
         made = step.manifest
+        if made is not None:
+            _accept(recipe, directory, step.stage, made)
         need = None if shape is None else step.stage.device_need(recipe.section(step.stage.name), recipe, shape)
         rows.append(
             StageResult(
@@ -185,6 +187,7 @@ class _Executor:
         name = step.stage.name
         if step.manifest is not None:
             say(f"{name}: up to date")
+            self._accept(step, step.manifest)
             return self._result(step, "cached", step.manifest)
         self._stop.check()
         if step.reason.startswith("damaged: "):
@@ -198,7 +201,16 @@ class _Executor:
         manifest = self._work(step)
         self._run.publish(name, manifest, earlier=earlier)
         show_table(name, manifest.timing, manifest.seconds)
+        self._accept(step, manifest)
         return self._result(step, "done", manifest)
+
+    def _accept(self, step: Step, manifest: Manifest) -> None:
+        """Raise `RequirementError` if the recipe requires more of an artifact, after letting the other ranks end."""
+        try:
+            _accept(self._recipe, self._run, step.stage, manifest)
+        except RequirementError:
+            self._coordinator.broadcast(None)
+            raise
 
     def _work(self, step: Step) -> Manifest:
         context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)
@@ -236,6 +248,10 @@ class _Executor:
             summary=manifest.summary,
             timing=manifest.timing,
         )
+
+
+def _accept(recipe: Recipe, run: RunDirectory, stage: Stage, manifest: Manifest) -> None:
+    stage.accept(recipe.section(stage.name), manifest.metrics, run.artifact(stage.name))
 
 
 def _inputs_of(steps: Iterable[Step]) -> Iterator[Input]:

@@ -128,6 +128,10 @@ def no_bytes(settings: Any, model_bytes: int) -> int:
     return 0
 
 
+def accept_all(settings: Any, metrics: Mapping[str, float | None], folder: Path) -> None:
+    """Default of `Stage.accept`: nothing is required of the artifact."""
+
+
 def no_need(settings: Any, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:
     """Default of `Stage.device_need`: not estimated."""
     return None
@@ -150,6 +154,8 @@ class Stage(Generic[S, I]):
         disk_bytes: (settings, bytes of the base model in float32) -> upper bound of the bytes written.
         device_need: (settings, recipe, shape of the base model) -> upper bound of the memory on a GPU, per process.
         unaffected_by: dotted prefixes of shared settings that do not affect the result.
+        accept: (settings, metrics, folder of the artifact) -> None; raises `RequirementError` if the recipe requires
+            more of the finished artifact, and then no later stage runs. What it reads of the settings is effort only.
         keeps_earlier: an artifact that is replaced by one with other settings or inputs moves to `KEPT`.
     """
 
@@ -165,6 +171,7 @@ class Stage(Generic[S, I]):
     disk_bytes: Callable[[S, int], int] = no_bytes
     device_need: Callable[[S, RunSettings, ModelShape], MemoryNeed | None] = no_need
     unaffected_by: tuple[str, ...] = ()
+    accept: Callable[[S, Mapping[str, float | None], Path], None] = accept_all
     keeps_earlier: bool = False
 
     @property

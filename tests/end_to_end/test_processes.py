@@ -33,7 +33,7 @@ sft: {{data: demonstrations.jsonl, epochs: 2, batch_size: 5, micro_batch_size: 2
 label: {{by: function, function: gold.py:score, completions_per_prompt: 3,
         sampling: {{max_new_tokens: 8, batch_size: 6}}}}
 train_rm: {{epochs: 1, batch_size: 5, micro_batch_size: 2, learning_rate: 1.0e-3, checkpoint_steps: 2,
-           lora: {{rank: 4}}}}
+           eval_steps: 1, center_coef: 0.01, batch_sum_coef: 0.01, lora: {{rank: 4}}}}
 ppo: {{steps: 4, prompts_per_step: 5, micro_batch_size: 2, max_new_tokens: 8, epochs: 2, learning_rate: 1.0e-3,
       checkpoint_steps: 1, lora: {{rank: 4}}}}
 evaluate: {{judge_function: gold.py:score, sampling: {{max_new_tokens: 8, batch_size: 2}}}}

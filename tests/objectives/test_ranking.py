@@ -8,7 +8,13 @@ import math
 import pytest
 import torch
 
-from rlhf_cli.objectives.ranking import pairs_of, pairwise_ranking_loss, plackett_luce_loss
+from rlhf_cli.objectives.ranking import (
+    batch_mean_penalty,
+    centering_penalty,
+    pairs_of,
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+)
 
 
 def tensors(rewards, levels, groups=None):
@@ -186,3 +192,41 @@ def test_a_step_against_the_gradient_puts_the_better_answer_ahead(loss):
     loss(rewards, levels, groups).sum().backward()
     moved = (-rewards.grad).tolist()
     assert moved[1] > moved[2] > moved[0]
+
+
+def test_centering_is_the_mean_over_pairs_of_the_squared_sum():
+    # A pair: (2 - 0.5)^2. Three: ((1 + 3)^2 + (1 - 2)^2 + (3 - 2)^2) / 3.
+    rewards, _, groups = tensors([2.0, -0.5, 1.0, 3.0, -2.0], [0] * 5, [0, 0, 1, 1, 1])
+    assert centering_penalty(rewards, groups).tolist() == pytest.approx([2.25, 6.0], abs=1e-12)
+
+
+def test_centering_of_pairs_is_the_term_of_trl():
+    chosen, rejected = torch.randn(2, 6, dtype=torch.float64)
+    rewards, groups = torch.stack([chosen, rejected], dim=1).flatten(), torch.arange(6).repeat_interleave(2)
+    expected = torch.mean((chosen + rejected) ** 2)
+    assert float(centering_penalty(rewards, groups).mean()) == pytest.approx(float(expected))
+
+
+def test_centering_gradient():
+    rewards, _, groups = tensors([2.0, -0.5, 1.0, 3.0, -2.0], [0] * 5, [0, 0, 1, 1, 1])
+    assert torch.autograd.gradcheck(lambda x: centering_penalty(x, groups), rewards.requires_grad_(True))
+
+
+def test_the_shares_of_a_batch_mean_average_to_its_square_with_its_gradient():
+    rewards, _, groups = tensors([2.0, -0.5, 1.0, 3.0, -2.0], [0] * 5, [0, 0, 1, 1, 1])
+    rewards.requires_grad_(True)
+    square = rewards.mean().square()
+    (expected,) = torch.autograd.grad(square, rewards)
+    shares = batch_mean_penalty(rewards, groups, mean=0.7, completions=5, count=2)
+    (found,) = torch.autograd.grad(shares.mean(), rewards)
+    assert float(shares.mean().detach()) == pytest.approx(float(square.detach())) == pytest.approx(0.49)
+    assert expected.tolist() == pytest.approx([2 * 0.7 / 5] * 5)
+    assert found.tolist() == pytest.approx(expected.tolist())
+
+
+def test_a_batch_mean_is_the_same_in_parts():
+    rewards, _, groups = tensors([2.0, -0.5, 1.0, 3.0, -2.0], [0] * 5, [0, 0, 1, 1, 1])
+    whole = batch_mean_penalty(rewards, groups, mean=0.7, completions=5, count=2)
+    first = batch_mean_penalty(rewards[:2], groups[:2], mean=0.7, completions=5, count=2)
+    second = batch_mean_penalty(rewards[2:], groups[2:] - 1, mean=0.7, completions=5, count=2)
+    assert torch.cat([first, second]).tolist() == pytest.approx(whole.tolist())

@@ -56,6 +56,9 @@ def run(context: StageContext) -> StageOutcome:
     (context.output / "sub").mkdir()
     (context.output / "sub" / "metrics.jsonl").write_text(f"{time.time()}\n")
     metrics, timing = {"score": 0.5, "undefined": float("nan")}, {"time/update": 2.5}
+    if name == "train-rm":
+        metrics |= {"rm/accuracy": 0.55, "rm/accuracy_low": 0.42, "rm/accuracy_high": 0.68, "rm/prompts": 60.0}
+        metrics |= {"rm/calibration_error": 0.2}
     return StageOutcome(metrics, {"too long": 2}, [("score", "0.50")], timing)
 
 

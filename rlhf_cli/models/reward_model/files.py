@@ -148,10 +148,10 @@ def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
             )
 
 
-def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path) -> None:
+def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path, depth: int = 1) -> None:
     """Write `reward.json` and the weights; see `model.save_reward_model`."""
     base, revision = reward_model.source.pinned
-    base = relative_base(base, final)
+    base = relative_base(base, final, depth=depth)
     config = RewardModelConfig(
         kind="encoder" if reward_model.is_encoder else "decoder",
         adapter=reward_model.is_adapter,

@@ -253,7 +253,7 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
     return reward_model.requires_grad_(False).eval()
 
 
-def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | None = None) -> None:
+def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | None = None, depth: int = 1) -> None:
     """Write a reward model; `load_reward_model` restores one with the same rewards.
 
     Trained in full, it becomes a folder for `AutoModelForSequenceClassification` (for an explicit transformer of
@@ -264,12 +264,13 @@ def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | 
         reward_model: the reward model to write.
         folder: an existing folder.
         final: the folder's final path if it is renamed later; the adapter's base is named relative to it.
+        depth: of the folder below the run directory, see `policy_adapter.relative_base`.
 
     Raises:
         DivergedError: a weight is not finite.
         DiskError: the disk is full or cannot be written.
     """
-    save_artifact(reward_model, folder, final=final or folder)
+    save_artifact(reward_model, folder, final=final or folder, depth=depth)
 
 
 def reward_format(

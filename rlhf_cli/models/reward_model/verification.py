@@ -32,7 +32,12 @@ MAX_REWARD_DIFFERENCE = 1e-4
 
 
 def save_trained_reward_model(
-    reward_model: RewardModel, folder: Path, *, probe: Sequence[tuple[Prompt, str]], final: Path | None = None
+    reward_model: RewardModel,
+    folder: Path,
+    *,
+    probe: Sequence[tuple[Prompt, str]],
+    final: Path | None = None,
+    depth: int = 1,
 ) -> float:
     """Write a reward model as `save_reward_model` does, read it back, and return the largest difference of a reward.
 
@@ -45,6 +50,7 @@ def save_trained_reward_model(
         folder: an existing folder.
         probe: prompts with completions to compare on, see `probe_texts`.
         final: the folder's final path, see `save_reward_model`.
+        depth: of the folder below the run directory, see `save_reward_model`.
 
     Returns:
         max |r_trained - r_written| over the probe, in normalized rewards.
@@ -59,7 +65,7 @@ def save_trained_reward_model(
     if not is_quantized:
         _move_to_cpu(reward_model, source)
     expected = [] if is_quantized else _rewards(reward_model, probe)
-    save_reward_model(reward_model, folder, final=final)
+    save_reward_model(reward_model, folder, final=final, depth=depth)
     check_float32(folder)
     check_tokenizer(reward_model.format.tokenizer, folder, source)
     if reward_model.is_adapter:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.models.reward_model.members import further_members
 from rlhf_cli.settings.base import External
 from rlhf_cli.settings.rewards import PPORewardSettings
 from rlhf_cli.settings.run import RunSettings
@@ -35,6 +37,26 @@ class PPOInputs(StageInputs):
     rewards: tuple[Input, ...]
 
 
+def check_combination(settings: PPOSettings, members: int | None) -> None:
+    """Raise `ValueError` for a combination that does nothing, or that adds up the members of an ensemble.
+
+    Args:
+        settings: section `ppo`.
+        members: number of members of the reward model; None if it is not known yet.
+    """
+    combination = settings.reward_combination
+    if members is not None and members > 1 and combination == "sum":
+        raise ValueError(
+            f"the reward model is an ensemble of {members} members, and `ppo.reward_combination: sum` would add their "
+            "rewards: set it to mean, min or mean-std"
+        )
+    if members == 1 and not settings.rewards and combination != "sum":
+        raise ValueError(
+            f"`ppo.reward_combination: {combination}` has no effect without `ppo.rewards` or an ensemble "
+            "(`train_rm.members`)"
+        )
+
+
 def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -> PPOInputs:
     """Find the inputs of the stage; raises `UsageError` if one is missing."""
     start = settings.critic_from
@@ -51,8 +73,11 @@ def find_inputs(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -
 
 def _reward_model(settings: PPOSettings, recipe: RunSettings, find: InputFinder) -> Input | None:
     if settings.reward_model is not None:
+        _check_members(settings, Path(settings.reward_model))
         return find.named("model", settings.reward_model, "reward_model", role="reward model")
     if recipe.value("train_rm") is not None or (not settings.rewards and find.artifacts.has("train-rm")):
+        if recipe.value("train_rm") is None:
+            _check_members(settings, find.artifacts.folder("train-rm"))
         return find.artifact("train-rm", "reward_model", also=_OTHER_REWARDS)
     if not settings.rewards:
         raise find.missing("train-rm", "reward_model", also=_OTHER_REWARDS)
@@ -62,6 +87,14 @@ def _reward_model(settings: PPOSettings, recipe: RunSettings, find: InputFinder)
             hint="remove it, or add another entry to `ppo.rewards` or a reward model",
         )
     return None
+
+
+def _check_members(settings: PPOSettings, folder: Path) -> None:
+    """Check the combination against the members of an ensemble that is there already; raises `UsageError`."""
+    try:
+        check_combination(settings, 1 + len(further_members(folder)) if folder.is_dir() else None)
+    except ValueError as error:
+        raise UsageError(str(error), hint="such as `--set ppo.reward_combination=mean`") from None
 
 
 def _demonstrations(settings: PPOSettings, recipe: RunSettings) -> Input | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import UsageError
@@ -22,6 +24,7 @@ def build_rewards(
     source: ModelSource,
     template: str | None,
     *,
+    members: Sequence[Path] = (),
     stop: StopRequest | None = None,
 ) -> CombinedReward:
     """Load the rewards of PPO and combine them.
@@ -31,24 +34,28 @@ def build_rewards(
         model: reward model of `ppo.reward_model` or of `train-rm`; it comes first, with weight 1.
         source: of the policy; further reward models use its device and precisions.
         template: template of plain-text prompts, for reward models that do not record their own.
+        members: folders of the other members of an ensemble, whose first member is `model`; each with weight 1.
         stop: ends the wait for an endpoint that does not respond.
 
     Raises:
         RLHFError: a reward cannot be loaded, or the token of an endpoint is not in the environment.
     """
     from rlhf_cli.rewards.ensemble import CombinedReward
-    from rlhf_cli.rewards.reward_model import ModelReward
+    from rlhf_cli.rewards.reward_model import ModelReward, load_model_reward
 
-    members: list[tuple[Reward, float]] = []
+    rewards: list[tuple[Reward, float]] = []
     if model is not None:
-        members.append((ModelReward("reward-model", model), 1.0))
-    members += [(_reward(entry, source, template, stop), entry.weight) for entry in settings.rewards]
-    if not any(weight for _, weight in members):
+        rewards.append((ModelReward("reward-model", model), 1.0))
+    for folder in members:
+        loaded = load_model_reward(source.at(str(folder)), template=template)
+        rewards.append((ModelReward(f"reward-model-{folder.name}", loaded.model), 1.0))
+    rewards += [(_reward(entry, source, template, stop), entry.weight) for entry in settings.rewards]
+    if not any(weight for _, weight in rewards):
         raise UsageError(
             "`ppo` has no reward to train on: every reward of `ppo.rewards` has weight 0, with which it is only logged",
             hint="give one of them a weight, or name a reward model with `--set ppo.reward_model=PATH`",
         )
-    return CombinedReward(members, settings.reward_combination, std_coef=settings.reward_std_coef)
+    return CombinedReward(rewards, settings.reward_combination, std_coef=settings.reward_std_coef)
 
 
 def _reward(entry: PPORewardSettings, source: ModelSource, template: str | None, stop: StopRequest | None) -> Reward:

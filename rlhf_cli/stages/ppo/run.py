@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import DetectorStopError, UsageError
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
+from rlhf_cli.models.reward_model.members import further_members
 from rlhf_cli.progress import say
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import (
@@ -96,7 +97,9 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         trains_entropy=settings.entropy_coef != 0,
         processes=processes,
     )
-    reward = build_rewards(settings, reward_model, source, policy.format.template, stop=context.stop)
+    path = source_of(context.inputs.reward_model)
+    members = [] if path is None else further_members(source.at(path).folder)
+    reward = build_rewards(settings, reward_model, source, policy.format.template, members=members, stop=context.stop)
     say(f"ppo: the reward is {reward.described()}")
     trainer = PPOTrainer(
         models,

@@ -53,7 +53,8 @@ class PPOSettings(StageSection):
     """Additional rewards: functions, models or HTTP endpoints. They are combined with the reward model, whose weight is
     1."""
     reward_combination: Literal["sum", "mean", "min", "mean-std"] = "sum"
-    """How several weighted rewards are combined. `min` and `mean-std` are conservative where the members of an ensemble
+    """How several weighted rewards are combined, those of the members of an ensemble (`train_rm.members`) included, for
+    which `sum` is refused. `min` and `mean-std` are conservative where the members of an ensemble
     disagree (Coste et al. 2023, arXiv:2310.02743)."""
     reward_std_coef: NonNegative = 1.0
     """Lambda in mean - lambda std, with `reward_combination: mean-std`."""
@@ -284,8 +285,6 @@ class PPOSettings(StageSection):
     def _rewards(self) -> Self:
         if self.reward_combination != "mean-std" and self.reward_std_coef != 1.0:
             raise ValueError("`reward_std_coef` has no effect without `reward_combination: mean-std`")
-        if not self.rewards and self.reward_combination != "sum":
-            raise ValueError(f"`reward_combination: {self.reward_combination}` has no effect without `rewards`")
         penalties = self.missing_eos_reward is not None or self.missing_eos_penalty or self.length_penalty
         is_shaped = self.reward_clip is not None or penalties
         if self.kl_budget is not None and self.reward_scale == "running" and is_shaped:

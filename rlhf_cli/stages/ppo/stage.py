@@ -15,7 +15,7 @@ from rlhf_cli.models.memory_estimate import (
 )
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
-from rlhf_cli.stages.ppo.inputs import PPOInputs, find_inputs
+from rlhf_cli.stages.ppo.inputs import PPOInputs, check_combination, find_inputs
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
@@ -45,6 +45,11 @@ def _sizes(settings: PPOSettings, recipe: RunSettings) -> Sizes:
     if settings.eval_steps is not None:
         sizes["evaluations"] = 1 + math.ceil(settings.steps / settings.eval_steps)
     return sizes
+
+
+def _check(settings: PPOSettings, recipe: RunSettings) -> None:
+    members = None if settings.reward_model is not None else recipe.value("train_rm.members")
+    check_combination(settings, members)
 
 
 def _disk_bytes(settings: PPOSettings, model_bytes: int) -> int:
@@ -117,6 +122,7 @@ STAGE = Stage(
         Flag("--prompts", "ppo.prompts", "Prompts: a file, folder or hub data set.", "DATA"),
     ),
     sizes=_sizes,
+    check=_check,
     disk_bytes=_disk_bytes,
     device_need=_device_need,
     unaffected_by=("model.build",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.data.records import Ranking
+from rlhf_cli.data.records import Ranking, split_key
 from rlhf_cli.models.reward_model.batch import Encoded
 from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.training.shuffle import EndlessShuffle
@@ -35,6 +35,16 @@ def encode_group(model: RewardModel, ranking: Ranking) -> RankedGroup:
     """Encode a ranking; every completion is one that ended, as it is when it is scored."""
     sequences = tuple(model.encode(ranking.prompt, completion) for completion in ranking.completions)
     return RankedGroup(sequences, tuple(ranking.levels()), ranking.margin or 0.0)
+
+
+def halves(rankings: Sequence[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+    """Divide rankings by their questions, in the order of the hashes: every second one is in the second half."""
+    keys = sorted({split_key(ranking.prompt) for ranking in rankings})
+    second = frozenset(keys[1::2])
+    return (
+        [ranking for ranking in rankings if split_key(ranking.prompt) not in second],
+        [ranking for ranking in rankings if split_key(ranking.prompt) in second],
+    )
 
 
 class Batches:

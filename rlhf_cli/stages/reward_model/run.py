@@ -1,266 +1,200 @@
-"""The `train-rm` stage: from rankings to a reward model that says how far it can be trusted."""
+"""The `train-rm` stage: from rankings to a reward model, or several, that say how far they can be trusted."""
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import DataError
-from rlhf_cli.generation.contract import read_contract
-from rlhf_cli.generation.prompts import PromptStyle, prompt_style, token_ids
-from rlhf_cli.intervals import ENOUGH_PROMPTS
-from rlhf_cli.progress import task, warn
+from rlhf_cli.models.reward_model.members import MEMBER_DEPTH, member_folder
+from rlhf_cli.progress import say, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import (
-    inherited_sampling,
-    metrics_log,
-    model_source,
-    split_from,
-    warn_of_rounding,
-    warn_of_trained,
-    write_contract,
-)
+from rlhf_cli.stages.common import metrics_log, write_contract
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.reward_model.plan import PROMPTS_CHECKED, Plan, make_plan, member_seed, new_member
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Ranking
-    from rlhf_cli.data.sources import LoadedRecords
     from rlhf_cli.generation.generator import Generator
     from rlhf_cli.models.reward_model.model import RewardModel
-    from rlhf_cli.stages.reward_model.data import RankedGroup
-    from rlhf_cli.stages.reward_model.evaluation import RankingReport
-    from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+    from rlhf_cli.rewards.estimates import Measured
+    from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 
-_PROMPTS_CHECKED = 64
-"""Training prompts whose accuracy is reported beside the held-out accuracy, and held-out ones that the written model is
-compared on."""
+
+@dataclass(frozen=True)
+class Member:
+    """A reward model that was trained, measured and written.
+
+    Attributes:
+        held_out: raw rewards of the held-out rankings.
+        checked: raw rewards of some training rankings.
+        mean: of the normalization.
+        std: of the normalization.
+        metrics: of its training.
+    """
+
+    held_out: list[list[float]]
+    checked: list[list[float]]
+    mean: float
+    std: float
+    metrics: dict[str, float]
 
 
 def run(context: RewardModelContext, generator: Generator | None = None) -> StageOutcome:
-    """Train the reward model, measure it on held-out prompts, normalize its rewards and write it.
+    """Train the reward model or the members of an ensemble, measure, normalize and write them.
 
     Args:
         context: of the stage.
         generator: draws the completions that rewards are normalized over; None is that of `generation.engine`.
     """
-    from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.memory import free_memory
-    from rlhf_cli.models.loading import load_tokenizer
-    from rlhf_cli.models.reward_model.model import new_reward_model
-    from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
-    from rlhf_cli.stages.reward_model.normalization import normalize
-    from rlhf_cli.stages.reward_model.trainer import RewardTrainer
-    from rlhf_cli.training.flops import device_peak
-    from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
-    from rlhf_cli.training.monitoring.timing_log import append_evaluation, read_totals
+    from rlhf_cli.training.monitoring.timing_log import read_totals
 
     context = decide_precision(context)
-    recipe, settings = context.recipe, context.settings
-    loaded = _rankings(context, settings)
-    start = context.inputs.policy.source
-    source = model_source(recipe, start, quantized=True)
-    style = prompt_style(recipe.data, start, load_tokenizer(source))
-    _say_if_labeled_otherwise(context, style)
-    warn_of_rounding(context, source)
-    reward_model = new_reward_model(
-        source,
-        template=style.template,
-        template_kwargs=style.kwargs,
-        lora=settings.lora if settings.adapter == "lora" else None,
-        seed=recipe.seed,
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
-    check_records(reward_model.format, loaded.records)
-    sampling = inherited_sampling(recipe, start)
-    if not reward_model.is_encoder:  # completions may be drawn after training, and a wrong token must not end that
-        token_ids(sampling.stop_tokens or (), reward_model.format)
-    rankings, groups = _fitting(context, settings, reward_model, loaded)
-    split = split_from(context, start)
-    train, held_out = split.divide(rankings)
-    if not held_out:
-        raise DataError(
-            f"{context.inputs.rankings.source}: none of its {len(rankings):,} rankings has a held-out prompt "
-            f"(`data.holdout: {split.holdout:g}`), so nothing could say how good the reward model is",
-            hint="give more prompts, or hold out more with `--set data.holdout=0.2`",
-        )
-    warn_of_trained(held_out, start, "its accuracy on them")
-    processes = ProcessGroup(source.device)
-    trainer = RewardTrainer(
-        reward_model,
-        [groups[id(ranking)] for ranking in train],
-        settings,
-        seed=recipe.seed,
-        work=context.work,
-        stop=context.stop,
-        processes=processes,
-        log=metrics_log(context),
-        peak=device_peak(source.device, source.precision, processes),
-    )
-    state, steps, watch = trainer.train(), trainer.batches.steps, trainer.loop.watch
-    del trainer
-    free_memory()
-    with watch.phase("eval", "evaluating"):
-        report, train_accuracy = _report(context, reward_model, train, held_out, processes)
-        if settings.normalize:
-            normalize(context, reward_model, train, style, processes, generator)
-    if not processes.is_main:
+    plan, reward_model = make_plan(context)
+    members: list[Member] = []
+    for number in range(1, context.settings.members + 1):
+        if number > 1:
+            reward_model = new_member(context, plan.source, plan.style, number)
+        members.append(_member(context, plan, number, reward_model, generator))
+        del reward_model
+        free_memory()
+    curve = _data_curve(context, plan)
+    if not plan.processes.is_main:
         return StageOutcome()
-    append_evaluation(context.work, steps, watch.end_step())
-    probe = probe_texts(
-        reward_model, [(one.prompt, text) for one in held_out[:_PROMPTS_CHECKED] for text in one.completions]
-    )
-    difference = save_trained_reward_model(reward_model, context.output, probe=probe)
-    write_contract(context, start, style, sampling, train)
-    for name in (METRICS, TIMING):
-        shutil.copyfile(context.work / name, context.output / name)
-    if loaded.skips.total:
-        loaded.skips.write(context.output / "skips.jsonl")
-    if text := doubts(report):
-        warn(text)
-    metrics = _metrics(report, train_accuracy, reward_model) | {
-        "rm/skipped_steps": float(state.skipped_steps),
-        "rm/written_difference": difference,
-    }
+    write_contract(context, context.inputs.policy.source, plan.style, plan.sampling, plan.train)
+    if plan.loaded.skips.total:
+        plan.loaded.skips.write(context.output / "skips.jsonl")
+    metrics, summary = _report(context, plan, members, curve)
     return StageOutcome(
-        metrics=metrics,
-        skipped=loaded.skips.counts,
-        summary=_summary(report, train_accuracy),
-        timing=read_totals(context.work),
+        metrics=metrics, skipped=plan.loaded.skips.counts, summary=summary, timing=read_totals(context.work)
     )
-
-
-def _say_if_labeled_otherwise(context: RewardModelContext, style: PromptStyle) -> None:
-    """Say where the completions that were ranked had been drawn from a model that was prompted in another way."""
-    labeled = read_contract(Path(context.inputs.rankings.source).parent)
-    if labeled is None:
-        return
-    given = PromptStyle(labeled.prompt_template, labeled.template_kwargs)
-    if given != style:
-        warn(f"the ranked completions were drawn with prompts {given}; the reward model reads prompts {style}")
-
-
-def _rankings(context: RewardModelContext, settings: RewardModelSettings) -> LoadedRecords:
-    from rlhf_cli.data.sources import read_records
-
-    data = context.recipe.data
-    # Our own rankings have our own names of fields and may hold empty completions; the mapping is for users' files.
-    is_ours = settings.data is None
-    columns = {} if is_ours else data.columns
-    loaded = read_records(
-        context.inputs.rankings.source, "ranking", columns=columns, max_skip=data.max_skip, keep_blank=is_ours
-    )
-    for line in loaded.warnings:
-        warn(line)
-    if settings.use_margin and all(ranking.margin is None for ranking in loaded.records):
-        raise DataError(
-            f"{context.inputs.rankings.source}: `train_rm.use_margin` is set and no record has a `margin`",
-            hint="leave `use_margin` out, or give each preference a number in `margin`",
-        )
-    return loaded
-
-
-def _fitting(
-    context: RewardModelContext, settings: RewardModelSettings, reward_model: RewardModel, loaded: LoadedRecords
-) -> tuple[list[Ranking], dict[int, RankedGroup]]:
-    """Rankings whose completions all fit the model, and their ids; the others are skipped and counted."""
-    from rlhf_cli.data.records import prompt_text
-    from rlhf_cli.data.sources import Skip
-    from rlhf_cli.stages.reward_model.data import encode_group
-
-    max_length = min(settings.max_length, reward_model.max_length)
-    source = context.inputs.rankings.source
-    kept: list[Ranking] = []
-    groups: dict[int, RankedGroup] = {}
-    with task("tokenizing rankings", len(loaded.records), "prompts") as bar:
-        for ranking in loaded.records:
-            group = encode_group(reward_model, ranking)
-            bar.advance()
-            if group.longest > max_length:
-                excerpt = prompt_text(ranking.prompt)[:80]
-                loaded.skips.add(
-                    Skip(
-                        ranking.location or source, f"prompt and completion longer than {max_length:,} tokens", excerpt
-                    )
-                )
-                continue
-            kept.append(ranking)
-            groups[id(ranking)] = group
-    loaded.skips.check(loaded.total, context.recipe.data.max_skip, source)
-    return kept, groups
 
 
 def _report(
-    context: RewardModelContext,
-    reward_model: RewardModel,
-    train: Sequence[Ranking],
-    held_out: Sequence[Ranking],
-    processes: ProcessGroup,
-) -> tuple[RankingReport, float]:
-    """Agreement with the held-out rankings, and accuracy on some that were trained on."""
-    from rlhf_cli.stages.reward_model.evaluation import accuracy, ranking_report, ranking_rewards
-
-    seed = context.recipe.seed
-    checked = random.Random(seed).sample(list(train), min(len(train), _PROMPTS_CHECKED))
-    scores = ranking_rewards(context, reward_model, held_out, "scoring held-out rankings", processes)
-    report = ranking_report(held_out, scores)
-    return report, accuracy(
-        checked, ranking_rewards(context, reward_model, checked, "scoring training rankings", processes)
+    context: RewardModelContext, plan: Plan, members: Sequence[Member], curve: dict[float, Measured]
+) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Write and say how good the reward model is; of several members, the mean of their rewards is."""
+    from rlhf_cli.stages.reward_model.evaluation import accuracy, ranking_report
+    from rlhf_cli.stages.reward_model.quality import (
+        curve_json,
+        doubts,
+        members_json,
+        quality_metrics,
+        quality_summary,
+        write_quality,
     )
 
-
-def doubts(report: RankingReport) -> str | None:
-    """Return a sentence about an accuracy that shows no preference learned; None if it is above chance."""
-    accuracy = f"{report.accuracy:.1%} ({report.low:.1%} to {report.high:.1%})"
-    if report.low > 0.5:
-        return None
-    if report.high < 0.5:
-        return (
-            f"the held-out accuracy of {accuracy} is below chance: the rewards contradict the held-out rankings; check "
-            "that the best completion stands first (or is `chosen`) in all of the data"
-        )
-    if report.prompts < ENOUGH_PROMPTS:
-        return (
-            f"{report.prompts:,} held-out {'prompt is' if report.prompts == 1 else 'prompts are'} too few to say "
-            f"whether an accuracy of {report.accuracy:.1%} is better than chance; about {ENOUGH_PROMPTS} give an "
-            "interval of +-10 points: label more, or raise `data.holdout`"
-        )
-    return f"the held-out accuracy of {accuracy} is no better than chance"
+    report = ranking_report(plan.held_out, mean_rewards([member.held_out for member in members]))
+    train_accuracy = accuracy(plan.checked, mean_rewards([member.checked for member in members]))
+    scale = fmean(member.mean for member in members), fmean(member.std for member in members)
+    metrics = quality_metrics(report, train_accuracy, *scale) | members[0].metrics
+    more: dict[str, Any] = {}
+    if len(members) > 1:
+        more = members_json(plan.held_out, [member.held_out for member in members])
+        metrics["rm/disagreement"] = more["disagreement"]["value"]
+    if curve:
+        whole = curve | {1.0: report.accuracy}
+        more["data_curve"] = curve_json(whole, {share: len(plan.part(share)) for share in whole})
+        metrics |= {f"rm/accuracy_data_{share:g}": measured.value for share, measured in curve.items()}
+    write_quality(report, context.output, more)
+    if text := doubts(report):
+        warn(text)
+    return metrics, quality_summary(report, train_accuracy)
 
 
-def _metrics(report: RankingReport, train_accuracy: float, reward_model: RewardModel) -> dict[str, float]:
-    metrics = {
-        "rm/accuracy": report.accuracy,
-        "rm/accuracy_low": report.low,
-        "rm/accuracy_high": report.high,
-        "rm/always_longer": report.always_longer,
-        "rm/always_shorter": report.always_shorter,
-        "rm/train_accuracy": train_accuracy,
-        "rm/calibration_error": report.calibration_error,
-        "rm/mean_best": (report.mean_best - reward_model.mean) / reward_model.std,
-        "rm/mean_worst": (report.mean_worst - reward_model.mean) / reward_model.std,
-        "rm/lowest": (report.lowest - reward_model.mean) / reward_model.std,
-        "rm/highest": (report.highest - reward_model.mean) / reward_model.std,
-        "rm/prompts": float(report.prompts),
-        "rm/pairs": float(report.pairs),
-        "rm/ties": float(report.ties),
-        "rm/mean": reward_model.mean,
-        "rm/std": reward_model.std,
-    }
-    return metrics | {f"rm/accuracy_distance_{gap}": share for gap, (share, _) in report.by_distance.items()}
+def mean_rewards(members: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Return the mean over members of the reward of each completion, by ranking."""
+    return [[fmean(rewards) for rewards in zip(*ranking, strict=True)] for ranking in zip(*members, strict=True)]
 
 
-def _summary(report: RankingReport, train_accuracy: float) -> list[tuple[str, str]]:
-    return [
-        (
-            "held-out accuracy",
-            f"{report.accuracy:.1%} ({report.low:.1%} to {report.high:.1%}, {report.pairs:,} pairs of "
-            f"{report.prompts:,} prompts)",
-        ),
-        ("always the longer completion", f"{report.always_longer:.1%}; the shorter {report.always_shorter:.1%}"),
-        ("accuracy in training", f"{train_accuracy:.1%}"),
-    ]
+def _member(
+    context: RewardModelContext, plan: Plan, number: int, reward_model: RewardModel, generator: Generator | None
+) -> Member:
+    """Train, measure, normalize and write a member; one that an earlier attempt finished is only measured again."""
+    from rlhf_cli.memory import free_memory
+    from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
+    from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
+    from rlhf_cli.stages.reward_model.normalization import normalize
+    from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
+    from rlhf_cli.training.monitoring.timing_log import append_evaluation
+
+    settings, processes = context.settings, plan.processes
+    work, folder = member_folder(context.work, number), member_folder(context.output, number)
+    if number > 1:
+        say(f"reward model: member {number} of {settings.members}")
+    trainer = _trained(context, plan, reward_model, plan.train, number, work)
+    metrics = {"rm/skipped_steps": float(trainer.loop.state.skipped_steps)}
+    if trainer.best.found is not None:
+        metrics["rm/best_step"] = float(trainer.best.found.step)
+    steps, watch = trainer.batches.steps, trainer.loop.watch
+    del trainer  # with the moments of its optimizer
+    free_memory()
+    with watch.phase("eval", "evaluating"):
+        held_out = ranking_rewards(context, reward_model, plan.held_out, "scoring held-out rankings", processes)
+        checked = ranking_rewards(context, reward_model, plan.checked, "scoring training rankings", processes)
+        if settings.normalize:
+            normalize(context, reward_model, plan.train, plan.style, processes, generator)
+    if processes.is_main:
+        append_evaluation(work, steps, watch.end_step())
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [(one.prompt, text) for one in plan.held_out[:PROMPTS_CHECKED] for text in one.completions]
+        probe = probe_texts(reward_model, texts)
+        depth = 1 if number == 1 else MEMBER_DEPTH
+        metrics["rm/written_difference"] = save_trained_reward_model(reward_model, folder, probe=probe, depth=depth)
+        for name in (METRICS, TIMING):
+            shutil.copyfile(work / name, folder / name)
+    return Member(held_out, checked, reward_model.mean, reward_model.std, metrics)
+
+
+def _trained(
+    context: RewardModelContext,
+    plan: Plan,
+    reward_model: RewardModel,
+    rankings: Sequence[Ranking],
+    number: int,
+    work: Path,
+) -> RewardTrainer:
+    """Train a reward model on rankings, with the seed of member `number` and checkpoints in `work`."""
+    from rlhf_cli.stages.reward_model.trainer import RewardTrainer
+    from rlhf_cli.training.flops import device_peak
+    from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+
+    work.mkdir(parents=True, exist_ok=True)
+    trainer = RewardTrainer(
+        reward_model,
+        [plan.groups[id(ranking)] for ranking in rankings],
+        context.settings,
+        held_out=[plan.groups[id(ranking)] for ranking in plan.watched],
+        seed=member_seed(context, number),
+        work=work,
+        stop=context.stop,
+        processes=plan.processes,
+        log=metrics_log(context) if work == context.work else MetricsLog,  # trackers show one training
+        peak=device_peak(plan.source.device, plan.source.precision, plan.processes),
+    )
+    trainer.train()
+    return trainer
+
+
+def _data_curve(context: RewardModelContext, plan: Plan) -> dict[float, Measured]:
+    """Return the held-out accuracy of reward models trained on shares of the prompts, which are not written."""
+    from rlhf_cli.memory import free_memory
+    from rlhf_cli.stages.reward_model.evaluation import ranking_report, ranking_rewards
+
+    found: dict[float, Measured] = {}
+    for share in context.settings.data_curve:
+        rankings = plan.part(share)
+        say(f"reward model: {share:g} of the training prompts ({len(rankings):,} rankings), for the data-size curve")
+        reward_model = new_member(context, plan.source, plan.style, 1)
+        _trained(context, plan, reward_model, rankings, 1, context.work / f"data-{share:g}")
+        label = "scoring held-out rankings"
+        rewards = ranking_rewards(context, reward_model, plan.held_out, label, plan.processes)
+        found[share] = ranking_report(plan.held_out, rewards).accuracy
+        del reward_model
+        free_memory()
+    return found

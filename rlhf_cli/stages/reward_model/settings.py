@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlhf_cli.settings.base import (
     Count,
     DataName,
     Effort,
+    EffortOnly,
     ModelName,
+    NonNegative,
     Positive,
+    Section,
+    Share,
 )
 from rlhf_cli.settings.shared import Adapter, LoraSettings, TrainingSettings, default_rate
+
+
+class RequiredQuality(Section):
+    """What is required of the reward model on held-out prompts. It is trained, measured and written in any case; if a
+    requirement is not met, the run then stops with exit code 78. Requirements may change without training again."""
+
+    accuracy: Annotated[Share | None, EffortOnly()] = None
+    """Minimum of the accuracy, `rm/accuracy`; null requires nothing, as for all of these."""
+    accuracy_low: Annotated[Share | None, EffortOnly()] = None
+    """Minimum of the lower end of the accuracy's 95 % interval; 0.5 requires more than chance."""
+    accuracy_longer_chosen: Annotated[Share | None, EffortOnly()] = None
+    """Minimum of the accuracy on pairs whose preferred completion is the longer one."""
+    accuracy_shorter_chosen: Annotated[Share | None, EffortOnly()] = None
+    """Minimum of the accuracy on pairs whose preferred completion is the shorter one."""
+    calibration_error: Annotated[Share | None, EffortOnly()] = None
+    """Maximum of the expected calibration error."""
 
 
 class RewardModelSettings(TrainingSettings):
@@ -39,6 +59,19 @@ class RewardModelSettings(TrainingSettings):
     a tier."""
     use_margin: bool = False
     """Subtract the record's `margin` from the reward difference inside the sigmoid (Llama 2, eq. 2)."""
+    center_coef: NonNegative = 0.0
+    """Weight of (r_i + r_j)^2, averaged over the pairs of a group: keeps rewards around 0, which ranking losses do not
+    (Eisenstein et al. 2023, arXiv:2312.09244, eq. 2). TRL recommends 0.01."""
+    batch_sum_coef: NonNegative = 0.0
+    """Weight of the squared mean reward of an optimizer step: batch-wise sum-to-zero regularization (Hong et al. 2025,
+    arXiv:2505.07271), whose lambda is this divided by `batch_size`. Needs one more forward pass per step."""
+    eval_steps: Count | None = None
+    """Evaluate the held-out loss and accuracy every this many optimizer steps and after the last; null is never while
+    training."""
+    keep_best: Literal["none", "loss", "accuracy"] = "loss"
+    """Which of the weights evaluated by `eval_steps` are written: those with the lowest held-out loss, with the highest
+    accuracy, or, with `none`, the last. Half of the held-out prompts choose, and the figures of the finished reward
+    model are of the other half."""
     adapter: Adapter = "lora"
     """`lora` trains an adapter that PPO can load on the policy's backbone; `none` trains all weights."""
     lora: LoraSettings = LoraSettings()
@@ -46,11 +79,30 @@ class RewardModelSettings(TrainingSettings):
     normalize: bool = True
     """Shift and scale rewards to mean 0 and standard deviation 1 over completions of the SFT model, or over the labeled
     completions of training prompts if there is no SFT model."""
+    members: Count = 1
+    """Train an ensemble of this many reward models, which differ in the seed of head, adapter and order of the data.
+    `ppo` combines all of them by `ppo.reward_combination`; reported figures are of the mean of their rewards."""
+    data_curve: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[])
+    """Shares of the training prompts, such as `[0.25, 0.5]`: for each, a further reward model is trained on them and
+    measured, to see what more labels would bring. It is not kept."""
+    require: RequiredQuality = RequiredQuality()
+    """What is required of the reward model before later stages use it."""
 
     @property
     def peak_rate(self) -> float:
         """See `TrainingSettings`."""
         return self.learning_rate or default_rate(self.adapter, lora=1e-4, full=1e-5)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether held-out prompts choose the weights that are written."""
+        return self.eval_steps is not None and self.keep_best != "none"
+
+    @model_validator(mode="after")
+    def _best_has_an_effect(self) -> Self:
+        if self.eval_steps is None and self.changed("keep_best"):
+            raise ValueError("`keep_best` has no effect without `eval_steps`")
+        return self
 
     @model_validator(mode="after")
     def _margin_has_an_effect(self) -> Self:

@@ -9,6 +9,7 @@ from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, frozen_bytes
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
+from rlhf_cli.stages.reward_model.requirements import check_requirements
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 
 
@@ -54,7 +55,9 @@ def _check(settings: RewardModelSettings, recipe: RunSettings) -> None:
 
 def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
     full = int(settings.adapter == "none")
-    return training_bytes(model_bytes, trained=full, written=full, kept=2)
+    best = 2 * model_bytes * full if settings.chooses else 0  # two, while a better one is written
+    trainings = settings.members + len(settings.data_curve)
+    return trainings * (best + training_bytes(model_bytes, trained=full, written=full, kept=2))
 
 
 def _device_need(settings: RewardModelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
@@ -98,4 +101,5 @@ STAGE = Stage(
     disk_bytes=_disk_bytes,
     device_need=_device_need,
     unaffected_by=("model.build",),
+    accept=check_requirements,
 )

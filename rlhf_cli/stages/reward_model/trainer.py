@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,14 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.models.reward_model.model import RewardModel
 from rlhf_cli.models.split_weights import join_weights, split_weights, stored
-from rlhf_cli.objectives.ranking import pairs_of, pairwise_ranking_loss, plackett_luce_loss
+from rlhf_cli.objectives.ranking import (
+    batch_mean_penalty,
+    centering_penalty,
+    pairs_of,
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+)
+from rlhf_cli.stages.reward_model.best_weights import BestWeights
 from rlhf_cli.stages.reward_model.data import Batches, RankedGroup, by_length, padded_tokens
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.training.distributed import all_reduce_gradients
@@ -25,10 +33,26 @@ from rlhf_cli.training.flops import model_size
 from rlhf_cli.training.loop import LoopState, TrainingLoop
 from rlhf_cli.training.micro_batches import MicroBatches
 from rlhf_cli.training.monitoring.metrics_log import MetricsLog
+from rlhf_cli.training.monitoring.run_logger import RunLogger
 from rlhf_cli.training.monitoring.timing_log import Work
 from rlhf_cli.training.optimization import adamw, clip_and_step, scheduled_rate, set_rate
 from rlhf_cli.training.task import StepReport, TrainingTask
 from rlhf_cli.training.timing import StepWatch
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the loss of one group of a step depends on besides the group.
+
+    Attributes:
+        groups: number of groups of the step.
+        completions: number of completions of the step.
+        mean_reward: mean of their rewards, if `batch_sum_coef` needs it, else 0.
+    """
+
+    groups: int
+    completions: int
+    mean_reward: float
 
 
 @dataclass
@@ -49,6 +73,7 @@ class RewardTrainer(TrainingTask):
     Args:
         model: the reward model.
         groups: ranked groups to train on.
+        held_out: ranked groups to evaluate on while training, with `eval_steps`.
         settings: section `train_rm` of the recipe.
         seed: of the order, and of dropout in an adapter.
         work: folder of checkpoints and metrics.
@@ -56,6 +81,9 @@ class RewardTrainer(TrainingTask):
         processes: the processes of the run, all of which train the same; None finds them in the environment.
         log: makes the metrics log, from the arguments of `MetricsLog`.
         peak: operations per second that the device can do; None is not known.
+
+    Attributes:
+        best: the weights that were best on `held_out` so far.
     """
 
     def __init__(
@@ -64,6 +92,7 @@ class RewardTrainer(TrainingTask):
         groups: Sequence[RankedGroup],
         settings: RewardModelSettings,
         *,
+        held_out: Sequence[RankedGroup] = (),
         seed: int,
         work: Path,
         stop: StopRequest,
@@ -83,12 +112,13 @@ class RewardTrainer(TrainingTask):
             rate=settings.peak_rate,
             weight_decay=settings.weight_decay,
         )
-        self._groups, self._rate_scale = groups, 1.0
+        self._groups, self._held_out, self._rate_scale = groups, held_out, 1.0
         self._processes = processes or ProcessGroup(model.device)
         self._cuts = MicroBatches(
             settings.micro_batch_size, settings.micro_batch_tokens, setting="train_rm.micro_batch_tokens"
         )
         self._size = model_size(model.backbone, list(self.trained.values()), has_vocabulary=False)
+        self.best = BestWeights(settings.keep_best if settings.eval_steps else "none", work, self._processes)
         self.loop = TrainingLoop(
             self,
             label="reward model",
@@ -105,9 +135,12 @@ class RewardTrainer(TrainingTask):
         )
 
     def train(self) -> LoopState:
-        """Run all steps; see `TrainingLoop.run`."""
+        """Run all steps, see `TrainingLoop.run`; the model then has the best weights, where they are kept."""
         self.model.train()
+        self.best.resume()
         state = self.loop.run()
+        if (tensors := self.best.tensors()) is not None:
+            self.load_weights(tensors)
         join_weights(self.model)
         self.model.eval()
         return state
@@ -139,6 +172,25 @@ class RewardTrainer(TrainingTask):
         note = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}"
         return StepReport(metrics, note, skipped=int(not is_taken), work=work)
 
+    def after_step(self, step: int, report: StepReport, log: RunLogger, watch: StepWatch) -> None:
+        """Evaluate on held-out groups if that is due, and keep the weights if they are the best."""
+        every = self.settings.eval_steps
+        if every is None or (step % every and step != self.batches.steps):
+            return
+        with watch.phase("eval", "evaluating"):
+            found = self.evaluate()
+            report.metrics.update(found)
+            self.best.offer(step, found["eval/loss"], found["eval/accuracy"], self.weights)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return ranking loss and accuracy on the held-out groups; dropout is off and no random number is drawn."""
+        self.model.eval()
+        sums = self._passes(self._held_out, range(len(self._held_out)))
+        self.model.train()
+        accuracy = sums.right / sums.pairs if sums.pairs else float("nan")
+        return {"eval/loss": sums.loss / sums.groups, "eval/accuracy": accuracy}
+
     def scale_learning_rates(self, factor: float) -> None:
         """See `TrainingTask`."""
         self._rate_scale = factor
@@ -156,49 +208,90 @@ class RewardTrainer(TrainingTask):
             chosen: numbers of the groups.
             count: called with the tokens of each micro-batch after its work.
         """
+        step = Step(len(chosen), sum(len(self._groups[number].levels) for number in chosen), self._mean_reward(chosen))
+        return self._passes(self._groups, chosen, step, count)
+
+    def _mean_reward(self, chosen: Sequence[int]) -> float:
+        """Mean reward of a step before its update, without dropout; 0 if nothing depends on it."""
+        if not self.settings.batch_sum_coef:
+            return 0.0
+        self.model.eval()
+        with torch.no_grad():
+            sums = self._passes(self._groups, chosen)
+        self.model.train()
+        return sums.rewards / sums.completions
+
+    def _passes(
+        self,
+        groups: Sequence[RankedGroup],
+        chosen: Sequence[int],
+        step: Step | None = None,
+        count: Callable[[int], object] = lambda tokens: None,
+    ) -> StepSums:
+        """Pass over chosen groups, shared by the processes, all of which get the sums over all of the groups.
+
+        Args:
+            groups: those that `chosen` numbers.
+            chosen: numbers of groups.
+            step: accumulate its gradient; None computes ranking losses without one.
+            count: called with the tokens of each micro-batch after its work.
+        """
+        tokens = partial(_tokens, groups)
         share = -(-len(chosen) // self._processes.count)  # so that every process gets work
-        parts = self._processes.shard(self._cuts.cut(by_length(self._groups, chosen), self._tokens, most=share))
-        sums = self._cuts.run(lambda: self._own_gradient(parts, len(chosen), count), self.optimizer.zero_grad)
-        return self._over_processes(sums)
+        parts = self._processes.shard(self._cuts.cut(by_length(groups, chosen), tokens, most=share))
 
-    def _own_gradient(self, parts: list[list[int]], groups: int, count: Callable[[int], object]) -> StepSums:
-        """Accumulate the gradient of this process's groups."""
-        sums, loss = StepSums(), torch.zeros((), dtype=torch.float64, device=self.model.device)
-        counts = torch.zeros(3, dtype=torch.float64, device=self.model.device)
-        for numbers in self._cuts.own(parts, self._tokens):
-            losses = self._losses([self._groups[number] for number in numbers], sums, counts)
-            (losses.sum() / groups).backward()
-            loss += losses.detach().sum()
-            sums.groups += len(numbers)
-            count(sum(len(one.ids) for number in numbers for one in self._groups[number].sequences))
-        sums.loss, sums.right, pairs, sums.rewards = torch.cat([loss.unsqueeze(0), counts]).tolist()
-        sums.pairs = int(pairs)
-        return sums
+        def work() -> StepSums:
+            sums, loss = StepSums(), torch.zeros((), dtype=torch.float64, device=self.model.device)
+            counts = torch.zeros(3, dtype=torch.float64, device=self.model.device)
+            for numbers in self._cuts.own(parts, tokens):
+                losses = self._losses([groups[number] for number in numbers], sums, counts, step)
+                if step is not None:
+                    (losses.sum() / step.groups).backward()
+                loss += losses.detach().sum()
+                sums.groups += len(numbers)
+                count(sum(len(one.ids) for number in numbers for one in groups[number].sequences))
+            sums.loss, sums.right, pairs, sums.rewards = torch.cat([loss.unsqueeze(0), counts]).tolist()
+            sums.pairs = int(pairs)
+            return sums
 
-    def _tokens(self, numbers: Sequence[int]) -> int:
-        return padded_tokens([self._groups[number] for number in numbers])
+        sums = self._cuts.run(work, self.optimizer.zero_grad if step is not None else lambda: None)
+        return self._over_processes(sums, has_gradient=step is not None)
 
-    def _losses(self, groups: list[RankedGroup], sums: StepSums, counts: Tensor) -> Tensor:
+    def _losses(self, groups: list[RankedGroup], sums: StepSums, counts: Tensor, step: Step | None) -> Tensor:
         """Return the loss of each group: (G,), with gradient; adds to both sums, see `_count`."""
-        model = self.model
+        model, settings = self.model, self.settings
         rewards = model(model.batch([sequence for group in groups for sequence in group.sequences]))
         # Labels stay on the host, see `objectives.ranking`.
         levels = torch.tensor([level for group in groups for level in group.levels])
         members = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group.levels) for group in groups]))
         counts += _count(rewards.detach(), levels, members)
         sums.completions += len(rewards)
-        if self.settings.loss == "plackett-luce":
-            return plackett_luce_loss(rewards, levels, members)
-        margins = torch.tensor([group.margin for group in groups])
-        return pairwise_ranking_loss(rewards, levels, members, margins if self.settings.use_margin else None)
+        if settings.loss == "plackett-luce":
+            losses = plackett_luce_loss(rewards, levels, members)
+        else:
+            margins = torch.tensor([group.margin for group in groups])
+            losses = pairwise_ranking_loss(rewards, levels, members, margins if settings.use_margin else None)
+        if step is not None and settings.center_coef:
+            losses = losses + settings.center_coef * centering_penalty(rewards, members)
+        if step is not None and settings.batch_sum_coef:
+            penalty = batch_mean_penalty(
+                rewards, members, mean=step.mean_reward, completions=step.completions, count=step.groups
+            )
+            losses = losses + settings.batch_sum_coef * penalty
+        return losses
 
-    def _over_processes(self, sums: StepSums) -> StepSums:
+    def _over_processes(self, sums: StepSums, *, has_gradient: bool) -> StepSums:
         if self._processes.count == 1:
             return sums
-        all_reduce_gradients(self.trained.values(), self._processes)
+        if has_gradient:
+            all_reduce_gradients(self.trained.values(), self._processes)
         values = torch.tensor(list(asdict(sums).values()), dtype=torch.float64)
         self._processes.all_reduce([values])
         return StepSums(**dict(zip(asdict(sums), values.tolist(), strict=True)))
+
+
+def _tokens(groups: Sequence[RankedGroup], numbers: Sequence[int]) -> int:
+    return padded_tokens([groups[number] for number in numbers])
 
 
 def _count(rewards: Tensor, levels: Tensor, members: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.reward_model import run as train_rm
 from rlhf_cli.stages.reward_model.evaluation import ranking_report
+from rlhf_cli.stages.reward_model.quality import doubts
 from tests.stages.context import stage_context
 
 
@@ -77,6 +78,11 @@ def test_it_learns_and_reports_on_prompts_it_never_saw(model, adapter, request, 
     better, worse = scorer.score(["Question 31 about bread?"] * 2, ["water water bread 31", "bread 31"])
     assert better > worse
     assert (context.output / "metrics.jsonl").is_file()
+    quality = json.loads((context.output / "quality.json").read_text())
+    assert quality["verdict"] == "better than chance"
+    assert quality["metrics"]["accuracy"]["value"] == outcome.metrics["rm/accuracy"]
+    assert quality["metrics"]["accuracy_longer_chosen"]["count"] == 3 * held_out
+    assert (context.output / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_it_learns_and_reports_on_prompts_it_never_saw(model, adapter, request, 
 def test_an_accuracy_that_shows_nothing_is_said_to(right, prompts, expected):
     rankings = [Ranking(f"p{number}", ("better", "worse"), ((0,), (1,))) for number in range(prompts)]
     report = ranking_report(rankings, [[float(number < right), 0.5] for number in range(prompts)])
-    found = train_rm.doubts(report)
+    found = doubts(report)
     assert found is None if expected is None else expected in found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -88,11 +89,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("loss", ["pairwise", "plackett-luce"])
-def test_micro_batches_change_no_gradient(loss, tiny_llama, tmp_path):
+REGULARIZED = {"center_coef": 0.3, "batch_sum_coef": 2.0}
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "plackett-luce"}, REGULARIZED], ids=str)
+def test_micro_batches_change_no_gradient(changes, tiny_llama, tmp_path):
     gradients = []
     for size in (8, 4, 3, 1):
-        trainer = trainer_of(tiny_llama, tmp_path / str(size), micro_batch_size=size, loss=loss)
+        trainer = trainer_of(tiny_llama, tmp_path / str(size), micro_batch_size=size, **changes)
         for name, weight in trainer.trained.items():
             if "lora_B" in name:
                 torch.nn.init.constant_(weight, 0.01)
@@ -157,9 +161,41 @@ def test_it_learns_what_the_labels_prefer(tiny_llama, tmp_path):
     assert not trainer.model.training
 
 
+def test_regularization_is_added_to_the_loss_and_its_gradient(tiny_llama, tmp_path):
+    plain, regularized = (
+        trainer_of(tiny_llama, tmp_path / name, **changes) for name, changes in (("a", {}), ("b", REGULARIZED))
+    )
+    groups = [encode_group(plain.model, ranking) for ranking in rankings()[:8]]
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    rewards = plain.model(plain.model.batch(sequences))
+    parts = rewards.split([len(group.sequences) for group in groups])
+    squares = [torch.stack([(a + b) ** 2 for a, b in itertools.combinations(part, 2)]).mean() for part in parts]
+    penalty = 0.3 * torch.stack(squares).mean() + 2.0 * rewards.mean() ** 2
+    expected = torch.autograd.grad(penalty, list(plain.trained.values()))
+    before = plain.accumulate(range(8))
+    after = regularized.accumulate(range(8))
+    assert after.loss / 8 == pytest.approx(before.loss / 8 + float(penalty.detach()), abs=1e-5)
+    for name, gradient in zip(plain.trained, expected, strict=True):
+        difference = regularized.trained[name].grad - plain.trained[name].grad
+        assert torch.allclose(difference, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_regularization_keeps_rewards_around_0(tiny_llama, tmp_path):
+    means = []
+    for name, changes in (("a", {}), ("b", {"center_coef": 0.5}), ("c", {"batch_sum_coef": 5.0})):
+        trainer = trainer_of(tiny_llama, tmp_path / name, epochs=8.0, **changes)
+        torch.nn.init.constant_(trainer.model.head.weight, 0.2)
+        trainer.train()
+        prompts = [ranking.prompt for ranking in rankings() for _ in ranking.completions]
+        scores = trainer.model.score(prompts, [text for ranking in rankings() for text in ranking.completions])
+        means.append(abs(sum(scores) / len(scores)))
+    assert max(means[1:]) < means[0] / 2
+
+
 @pytest.mark.parametrize("change", [{"loss": "plackett-luce"}, {"use_margin": True}, {"weight_decay": 0.5},
                                     {"max_grad_norm": 1e-3}, {"warmup_share": 0.9}, {"schedule": "constant"},
-                                    {"epochs": 4.0}, {"batch_size": 4}, {"learning_rate": 2e-2}])  # fmt: skip
+                                    {"epochs": 4.0}, {"batch_size": 4}, {"learning_rate": 2e-2},
+                                    {"center_coef": 0.1}, {"batch_sum_coef": 0.1}])  # fmt: skip
 def test_every_setting_has_an_effect(change, tiny_llama, tmp_path):
     plain, changed = trainer_of(tiny_llama, tmp_path / "a"), trainer_of(tiny_llama, tmp_path / "b", **change)
     plain.train()
