@@ -97,8 +97,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         trains_entropy=settings.entropy_coef != 0,
         processes=processes,
     )
-    path = source_of(context.inputs.reward_model)
-    members = [] if path is None else further_members(source.at(path).folder)
+    members = _further_members(context, source)
     reward = build_rewards(settings, reward_model, source, policy.format.template, members=members, stop=context.stop)
     say(f"ppo: the reward is {reward.described()}")
     trainer = PPOTrainer(
@@ -134,6 +133,12 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     if skips.total:
         skips.write(context.output / "skips.jsonl")
     return _outcome(rows, dict(skips.counts), written_kl, read_totals(context.work))
+
+
+def _further_members(context: PPOContext, source: ModelSource) -> list[Path]:
+    """Return the folders of the members of the reward model after the first."""
+    path = source_of(context.inputs.reward_model)
+    return [] if path is None else further_members(source.at(path).folder)
 
 
 def _watched(context: PPOContext, reward: CombinedReward, data: PPOData) -> Rewards:
