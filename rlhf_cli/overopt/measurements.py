@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_cli.best_of_n import expected_best, kl_bound, sizes_up_to
 from rlhf_cli.data.records import Prompt, PromptRecord, prompt_text
 from rlhf_cli.errors import DataError
 from rlhf_cli.files import write_whole
-from rlhf_cli.overoptimization import Array
 from rlhf_cli.stages.best_of_n.samples import SAMPLES, SampleRow, read_samples
+from rlhf_cli.statistics.best_of_n import expected_best, kl_bound, sizes_up_to
+from rlhf_cli.statistics.overoptimization import Array
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rlhf_cli.overopt.measurements import Course
 from rlhf_cli.overopt.recipes import Proxy
-from rlhf_cli.overoptimization import Estimate, Fit, Method, fit, mean_over_seeds_and_prompts
+from rlhf_cli.statistics.overoptimization import Estimate, Fit, Method, fit, mean_over_seeds_and_prompts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rlhf_cli.best_of_n import kl_bound
 from rlhf_cli.data.records import Message, PromptRecord
 from rlhf_cli.errors import DataError
 from rlhf_cli.overopt.measurements import Checkpoints, Course, best_of_n_course, ppo_course
@@ -19,6 +18,7 @@ from rlhf_cli.overopt.plot import draw
 from rlhf_cli.overopt.recipes import Proxy
 from rlhf_cli.overopt.results import Optimized, Result, table
 from rlhf_cli.stages.best_of_n.samples import read_samples
+from rlhf_cli.statistics.best_of_n import kl_bound
 
 STEPS = (0, 2, 4)
 

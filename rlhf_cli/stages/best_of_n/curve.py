@@ -10,9 +10,9 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from rlhf_cli.best_of_n import expected_best, kl_bound, sizes_up_to
 from rlhf_cli.intervals import mean_interval
-from rlhf_cli.overoptimization import Array, Estimate, Fit, fit
+from rlhf_cli.statistics.best_of_n import expected_best, kl_bound, sizes_up_to
+from rlhf_cli.statistics.overoptimization import Array, Estimate, Fit, fit
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlhf_cli.best_of_n import kl_bound
 from rlhf_cli.data.splits import Split
 from rlhf_cli.errors import DataError, Interrupted
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.best_of_n import run as best_of_n
+from rlhf_cli.statistics.best_of_n import kl_bound
 from tests.stages.context import NeverStop, stage_context
 
 CODE = """

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_cli.overoptimization import Method, fit, least_squares
+from rlhf_cli.statistics.overoptimization import Method, fit, least_squares
 
 PEAKS = {"best-of-n": lambda a, b: a / (2 * b), "rl": lambda a, b: math.exp(a / b - 1)}
 

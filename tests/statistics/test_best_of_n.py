@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_cli.best_of_n import expected_best, kl_bound, sizes_up_to
+from rlhf_cli.statistics.best_of_n import expected_best, kl_bound, sizes_up_to
 
 
 def over_all_subsets(rewards, values, n: int) -> float:
