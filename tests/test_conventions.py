@@ -175,7 +175,7 @@ WORDS = [
     # Decimal places.
     Word("places?", "location, path", in_text=False, allowed=("rlhf_cli/labeling/statistics/table.py",)),
     Word("shell", "classifier", in_text=False),
-    Word("card", "config", in_text=False),
+    Word("card", "config", in_text=False, allowed=("rlhf_cli/files.py", "rlhf_cli/report/model_card.py")),
     Word("room", "max_length, free space", in_text=False),
     # Hugging Face.
     Word("face", "app", in_text=False, allowed=("rlhf_cli/attention/hugging_face.py",)),

@@ -1,6 +1,6 @@
-"""A conversation that several models answer: every model answers the same turns, and one answer becomes the history.
+"""A conversation with several models: all reply to the same turns, and one reply becomes the history.
 
-So the answers of a turn are completions of one prompt, and an order of them is a ranking to train on.
+So the replies of a turn are completions of one prompt, and an order of them is a ranking to train on.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
 
 Show = Callable[[str], object]
-"""Is given the whole text of an answer so far, after each token."""
+"""Is given the whole text of a reply so far, after each token."""
 
 _SETTING = "--max-new-tokens"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model answered.
+class Reply:
+    """What a model replied.
 
     Attributes:
         model: its name.
         completion: what it wrote.
         reward: normalized reward; None without a reward model.
         kl: log pi - log pi_reference of this completion, in nats: its expectation over completions is the KL; None if
-            the reference does not answer or reads text differently.
+            the reference does not reply or reads text differently.
         reference: name of the model that `kl` is measured to.
     """
 
@@ -44,7 +44,7 @@ class Answer:
     reference: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the answer as the transcript holds it."""
+        """Return the reply as the transcript holds it."""
         plain = {"model": self.model, "text": self.completion.text, "tokens": len(self.completion.ids)}
         plain |= {"finished": self.completion.finished, "reward": self.reward, "kl_nats": self.kl}
         return plain | {"kl_to": self.reference if self.kl is not None else None}
@@ -52,13 +52,13 @@ class Answer:
 
 @dataclass
 class Conversation:
-    """The turns so far, and the models that answer the next.
+    """The turns so far, and the models that reply to the next.
 
     Attributes:
-        models: that answer.
+        models: that reply.
         seed: of all random numbers.
         system: system message, or "".
-        history: (what the person wrote, the answer that the conversation goes on with).
+        history: (what the person wrote, the reply that the conversation goes on with).
         forgotten: earliest turns that no longer fit into the context of a model.
     """
 
@@ -70,7 +70,7 @@ class Conversation:
     _reward_model: RewardModel | None = None
     _prompt: Prompt = ""
     _text: str = ""
-    _answers: list[Answer] = field(default_factory=list)
+    _replies: list[Reply] = field(default_factory=list)
     _round: int = 0
 
     @property
@@ -83,12 +83,12 @@ class Conversation:
         self._settle()
         self.history.clear()
 
-    def ask(self, text: str, show: Callable[[ChatModel], Show]) -> Iterator[Answer]:
-        """Yield the answer of one model after another; the turn before is settled now.
+    def ask(self, text: str, show: Callable[[ChatModel], Show]) -> Iterator[Reply]:
+        """Yield the reply of one model after another; the turn before is settled now.
 
         Args:
             text: what the person wrote.
-            show: given the model that is about to answer, returns what is told of its tokens.
+            show: given the model that is about to reply, returns what is told of its tokens.
 
         Raises:
             DataError: the prompt alone is too long for a model.
@@ -96,48 +96,48 @@ class Conversation:
         self._settle()
         self._text, self._round = text, 0
         self._prompt = self._fitting(text)
-        yield from self._answer(show)
+        yield from self._reply(show)
 
-    def again(self, show: Callable[[ChatModel], Show]) -> Iterator[Answer]:
-        """Yield other answers to the same turn; raises `DataError` if there is none."""
+    def again(self, show: Callable[[ChatModel], Show]) -> Iterator[Reply]:
+        """Yield other replies to the same turn; raises `DataError` if there is none."""
         if not self._text:
-            raise DataError("there is nothing to answer again", hint="write a prompt first")
+            raise DataError("there is nothing to reply to again", hint="write a prompt first")
         self._round += 1
-        yield from self._answer(show)
+        yield from self._reply(show)
 
     def prefer(self, tiers: Sequence[Sequence[str]]) -> Ranking:
-        """Return the order of the last answers as a ranking; the conversation goes on with the best.
+        """Return the order of the last replies as a ranking; the conversation goes on with the best.
 
         Args:
-            tiers: names of models, best first; a tier is a tie. Models that are not named are left out.
+            tiers: names of models, best first; a tier is a tie. Models that are not named are omitted.
 
         Raises:
-            DataError: a name is not that of an answer, appears twice, or fewer than two are named.
+            DataError: a name is not that of a reply, appears twice, or fewer than two are named.
         """
-        answers = {answer.model: answer for answer in self._answers}
+        replies = {reply.model: reply for reply in self._replies}
         names = [name for tier in tiers for name in tier]
-        unknown = [name for name in names if name not in answers]
+        unknown = [name for name in names if name not in replies]
         if unknown or len(set(names)) < len(names) or len(names) < 2:
-            problem = f"`{unknown[0]}` did not answer" if unknown else "name at least two answers, each once"
-            raise DataError(problem, hint=f"the answers are those of {', '.join(answers) or 'no model yet'}")
+            problem = f"`{unknown[0]}` did not reply" if unknown else "name at least two replies, each once"
+            raise DataError(problem, hint=f"the replies are those of {', '.join(replies) or 'no model yet'}")
         best = tiers[0][0]
-        self._answers.sort(key=lambda answer: answer.model == best)
+        self._replies.sort(key=lambda reply: reply.model == best)
         numbers = iter(range(len(names)))
         return Ranking(
             self._prompt,
-            tuple(answers[name].completion.text for name in names),
+            tuple(replies[name].completion.text for name in names),
             tuple(tuple(next(numbers) for _ in tier) for tier in tiers),
         )
 
     def turn_to_json(self) -> dict[str, Any]:
         """Return the last turn as the transcript holds it."""
-        return {"prompt": prompt_to_json(self._prompt), "answers": [answer.to_json() for answer in self._answers]}
+        return {"prompt": prompt_to_json(self._prompt), "replies": [reply.to_json() for reply in self._replies]}
 
     def _settle(self) -> None:
-        """Put the last turn into the history, with the answer that was preferred, else that of the last model."""
-        if self._answers:
-            self.history.append((self._text, self._answers[-1].completion.text))
-        self._answers, self._text = [], ""
+        """Put the last turn into the history, with the reply that was preferred, else that of the last model."""
+        if self._replies:
+            self.history.append((self._text, self._replies[-1].completion.text))
+        self._replies, self._text = [], ""
 
     def _fitting(self, text: str) -> Prompt:
         """Return the prompt, without the earliest turns where a model has no room for all."""
@@ -157,8 +157,8 @@ class Conversation:
         if not kept and not self.system:
             return text
         turns = [Message("system", self.system)] if self.system else []
-        for question, answer in kept:
-            turns += [Message("user", question), Message("assistant", answer)]
+        for question, reply in kept:
+            turns += [Message("user", question), Message("assistant", reply)]
         return (*turns, Message("user", text))
 
     def _too_long(self, prompt: Prompt) -> str | None:
@@ -168,9 +168,9 @@ class Conversation:
                 return f"the prompt has {length:,} tokens, and `{model.name}` has room for {longest:,}"
         return None
 
-    def _answer(self, show: Callable[[ChatModel], Show]) -> Iterator[Answer]:
+    def _reply(self, show: Callable[[ChatModel], Show]) -> Iterator[Reply]:
         self._load()
-        self._answers = []
+        self._replies = []
         for model in self.models.models:
             told = show(model)
             policy = model.policy
@@ -180,8 +180,8 @@ class Conversation:
 
             request = Request(policy.prompt_ids(self._prompt), seed_for(self._prompt, self.seed, self._round))
             (completion,) = TorchGenerator(on_token=stream).generate(policy, [request])
-            self._answers.append(self._scored(model, completion))
-            yield self._answers[-1]
+            self._replies.append(self._scored(model, completion))
+            yield self._replies[-1]
 
     def _load(self) -> None:
         """Load all weights that are not loaded yet, before anything is shown."""
@@ -191,14 +191,14 @@ class Conversation:
         if self.models.reward is not None and self._reward_model is None:
             self._reward_model = self.models.load_reward_model()
 
-    def _scored(self, model: ChatModel, completion: Completion) -> Answer:
-        answer = Answer(model.name, completion, reference=model.reference)
+    def _scored(self, model: ChatModel, completion: Completion) -> Reply:
+        reply = Reply(model.name, completion, reference=model.reference)
         if self._reward_model is not None:
             (reward,) = self._reward_model.score([self._prompt], [completion.text], ended=[completion.finished])
-            answer = replace(answer, reward=reward)
+            reply = replace(reply, reward=reward)
         reference = next((one for one in self.models.models if one.name == model.reference), None)
         if reference is None or reference.policy.reading != model.policy.reading or model.policy.sampling.top_p < 1.0:
-            return answer
+            return reply
         prompt = [model.policy.prompt_ids(self._prompt)]
         own, other = (one.policy.logprobs(prompt, [completion])[0] for one in (model, reference))
-        return replace(answer, kl=own - other)
+        return replace(reply, kl=own - other)

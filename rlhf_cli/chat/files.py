@@ -1,4 +1,4 @@
-"""What a chat keeps: a transcript, and rankings of answers in the form that `train-rm` reads."""
+"""What a chat keeps: a transcript, and rankings of replies in the form that `train-rm` reads."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ _REWARD_MODEL = "train-rm"
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model that answers.
+    """A model that replies.
 
     Attributes:
         name: unique in the chat.
-        policy: the model; its weights are loaded at its first answer.
-        reference: name of the model that its KL is measured to, if that answers too.
+        policy: the model; its weights are loaded at its first reply.
+        reference: name of the model that its KL is measured to, if that replies too.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ChatModels:
     """All models of a chat.
 
     Attributes:
-        models: that answer, the least trained first.
+        models: that reply, the least trained first.
         reward: source of the reward model, if there is one.
         run: run directory that they come from, if it is one.
     """
@@ -86,7 +86,7 @@ def find_models(
 
     Args:
         where: run directories, model folders or hub ids.
-        only: names of the models that answer; empty takes all.
+        only: names of the models that reply; empty takes all.
         sampling: how completions are drawn; what is null is how each model was trained.
         device: `auto`, or as `model.device`; None is that of the run.
 
@@ -154,7 +154,7 @@ def _is_there(base: str) -> bool:
     try:
         load_config(ModelSource(base))
     except ModelError as error:
-        say(f"the base model does not answer: {error.message}")
+        say(f"the base model does not reply: {error.message}")
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""The loop of `rlhf chat` in a terminal: a prompt or a command, then the answers."""
+"""The loop of `rlhf chat` in a terminal: a prompt or a command, then the replies."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from rlhf_cli.chat.conversation import Answer, Conversation
+from rlhf_cli.chat.conversation import Conversation, Reply
 from rlhf_cli.chat.display import Display
 from rlhf_cli.chat.files import ChatFiles
 from rlhf_cli.errors import DataError, RLHFError
 
 _HELP = """\
-/best NAME         the answer of NAME is the best; keeps labels
-/rank A > B = C    order answers, best first, = for a tie; keeps a label
-/again             answer again, with other random numbers
+/best NAME         the reply of NAME is the best; keeps labels
+/rank A > B = C    order replies, best first, = for a tie; keeps a label
+/again             reply again, with other random numbers
 /new               start a new conversation
 /system TEXT       set the system message, and start over
 /help, /quit       this list; leave (also Ctrl-D)
 A line that ends with \\ goes on in the next. The conversation goes on with
-the answer you prefer, else with the last one."""
+the reply you prefer, else with the last one."""
 
 
 class Chat:
@@ -38,11 +38,11 @@ class Chat:
         self._display = Display(console, [model.name for model in conversation.models.models])
 
     def run(self) -> None:
-        """Read and answer until the person leaves."""
+        """Read and reply until the person leaves."""
         with contextlib.suppress(ImportError):  # arrow keys and history in `input`; Windows has them without it
             import readline  # noqa: F401
         names = ", ".join(model.name for model in self._conversation.models.models)
-        self._say(f"{names} answer. /help lists commands, Ctrl-D leaves.")
+        self._say(f"{names} reply. /help lists commands, Ctrl-D leaves.")
         if not self._conversation.keeps_history:
             self._say("not all of them have a chat template: each prompt stands alone, without what was said before")
         if self._files.transcript is not None:
@@ -64,19 +64,19 @@ class Chat:
             except RLHFError as error:
                 self._say(f"{error.message}{f' ({error.hint})' if error.hint else ''}")
 
-    def answer(self, answers: Iterator[Answer]) -> None:
-        """Show answers as they come, and keep the turn."""
+    def reply(self, replies: Iterator[Reply]) -> None:
+        """Show replies as they come, and keep the turn."""
         with self._display.turn():
-            for answer in answers:
-                self._display.finish(answer)
+            for reply in replies:
+                self._display.finish(reply)
         self._files.add_turn(self._conversation.turn_to_json())
         if forgotten := self._conversation.forgotten:
             turns = "1 turn does" if forgotten == 1 else f"{forgotten:,} turns do"
             self._say(f"the earliest {turns} not fit into the context any more")
 
     def ask(self, prompt: str) -> None:
-        """Answer a prompt."""
-        self.answer(self._conversation.ask(prompt, self._display.show))
+        """Reply to a prompt."""
+        self.reply(self._conversation.ask(prompt, self._display.show))
 
     def _read(self) -> str:
         line = input("> ")
@@ -85,7 +85,7 @@ class Chat:
         return line.strip()
 
     def _obey(self, line: str) -> bool:
-        """Carry out a command or answer a prompt; return whether the chat goes on."""
+        """Carry out a command or reply to a prompt; return whether the chat goes on."""
         command, _, rest = line.partition(" ")
         if not line:
             return True
@@ -96,7 +96,7 @@ class Chat:
         elif command == "/help":
             self._say(_HELP)
         elif command == "/again":
-            self.answer(self._conversation.again(self._display.show))
+            self.reply(self._conversation.again(self._display.show))
         elif command == "/new":
             self._conversation.start_over()
             self._say("a new conversation")

@@ -1,4 +1,4 @@
-"""`rlhf chat`: the models of a run answer side by side, with reward and KL under each answer."""
+"""`rlhf chat`: the models of a run reply side by side, with reward and KL under each reply."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def chat(
         list[str], typer.Argument(metavar="RUN|MODEL...", help="Run directory, model folder or hub id; repeatable.")
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit; repeatable.")
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Reply to this and exit; repeatable.")
     ] = None,
     models: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Models that answer, such as sft,ppo; default: all.")
+        str | None, typer.Option(metavar="NAMES", help="Models that reply, such as sft,ppo; default: all.")
     ] = None,
     system: Annotated[str, typer.Option(metavar="TEXT", help="System message.")] = "",
     temperature: Annotated[
@@ -33,7 +33,7 @@ def chat(
     top_p: Annotated[
         float | None, typer.Option(metavar="P", min=1e-6, max=1.0, help="Nucleus sampling; there is no KL below 1.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Random seed.")] = 0,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda; default: that of the run.")
@@ -43,9 +43,9 @@ def chat(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Talk to the models of a run: base, SFT and PPO answer the same prompts.
+    """Talk to the models of a run: base, SFT and PPO reply to the same prompts.
 
-    Under each answer are its reward, and the log-probability ratio to the model before (its mean is the KL). Without a
+    Under each reply are its reward, and the log-probability ratio to the model before (its mean is the KL). Without a
     terminal, the prompt is read from stdin. `/best NAME` in the chat keeps a label that `train-rm` can learn from.
     """
     from rlhf_cli.chat.conversation import Conversation
@@ -61,10 +61,10 @@ def chat(
     if not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read().strip()]
     files = ChatFiles.of(found.run, transcript) if transcript is not None or not prompts else ChatFiles(None, None)
-    _answer(conversation, files, prompts, as_json)
+    _reply(conversation, files, prompts, as_json)
 
 
-def _answer(conversation: Conversation, files: ChatFiles, prompts: list[str], as_json: bool) -> None:
+def _reply(conversation: Conversation, files: ChatFiles, prompts: list[str], as_json: bool) -> None:
     from rich.console import Console
 
     from rlhf_cli.chat.terminal import Chat

@@ -171,24 +171,23 @@ def compare_runs(names: Sequence[str]) -> RunComparison:
 def _groups(names: Sequence[str]) -> list[Group]:
     given = [[Path(part).expanduser() for part in name.split(",") if part] for name in names]
     if any(len(parts) > 1 for parts in given):
-        together = [[_read(folder) for folder in parts] for parts in given]
+        grouped = [[_read(folder) for folder in parts] for parts in given]
     else:
         found: dict[str, list[EvaluatedRun]] = defaultdict(list)
         for (folder,) in given:
             run = _read(folder)
             found[json.dumps(run.settings, sort_keys=True)].append(run)
-        together = list(found.values())
-    if len(together) < 2:
+        grouped = list(found.values())
+    if len(grouped) < 2:
         raise UsageError(
             f"the settings of {' and '.join(names)} differ in nothing but the seed, so there is nothing to compare",
             hint="name the groups yourself, with commas: `rlhf compare runs/a-0,runs/a-1 runs/b-0,runs/b-1`",
         )
-    for runs in together:
+    for runs in grouped:
         _check_seeds(runs)
-    titles = _titles([runs[0].settings for runs in together], together)
+    titles = _titles([runs[0].settings for runs in grouped], grouped)
     return [
-        Group(title, tuple(sorted(runs, key=lambda run: run.seed)))
-        for title, runs in zip(titles, together, strict=True)
+        Group(title, tuple(sorted(runs, key=lambda run: run.seed))) for title, runs in zip(titles, grouped, strict=True)
     ]
 
 
@@ -280,9 +279,7 @@ def _notes(runs: Sequence[EvaluatedRun]) -> list[str]:
 def _dropped(runs: Sequence[EvaluatedRun], common: set[str]) -> list[str]:
     everything = set.union(*(set(run.scores) for run in runs))
     left = len(everything) - len(common)
-    return (
-        [f"{left:,} of {len(everything):,} prompts are left out: not all runs were evaluated on them"] if left else []
-    )
+    return [f"{left:,} of {len(everything):,} prompts are skipped: not all runs were evaluated on them"] if left else []
 
 
 def _pair(first: Group, second: Group, measures: Sequence[str], prompts: Sequence[str]) -> PairOfGroups:

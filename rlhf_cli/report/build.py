@@ -41,7 +41,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
         output: the HTML file; the JSON file beside it has the same name with `.json`.
 
     Raises:
-        UsageError: a folder is no run directory.
+        UsageError: a folder is not a run directory.
         DataError: an artifact is damaged.
         DiskError: the files cannot be written.
     """

@@ -1,6 +1,6 @@
 """Charts of a report as inline SVG: no library, no script, and colors by CSS class, so that they follow light and dark.
 
-Series are named at their ends in place of a legend, which would hide data. Colors are near those of Okabe and Ito 2008,
+Series are named at their ends in left of a legend, which would hide data. Colors are near those of Okabe and Ito 2008,
 which people with any color vision can tell apart; the style sheet of the page defines them.
 """
 
@@ -87,7 +87,7 @@ def chart(
     """Return a chart as one `<svg>` element; "" without any point.
 
     Args:
-        series: those without points are left out.
+        series: those without points are omitted.
         title: what is seen, for people who hear the page; it is not drawn.
         x: label of the horizontal axis, with its unit.
         y: label of the vertical axis, with its unit.
@@ -151,9 +151,9 @@ def _axes(frame: _Frame, x: str, y: str, *, least: float) -> list[str]:
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{height:.1f}" x2="{frame.right:.1f}" y2="{height:.1f}"/>')
         parts.append(_text(_LEFT - 6, height + 4, _number(value, vertical), "tick", "end"))
     for value in horizontal:
-        place = frame.at_x(value)
-        parts.append(f'<line class="axis" x1="{place:.1f}" y1="{bottom}" x2="{place:.1f}" y2="{bottom + 4}"/>')
-        parts.append(_text(place, bottom + 16, _number(value, horizontal), "tick", "middle"))
+        left = frame.at_x(value)
+        parts.append(f'<line class="axis" x1="{left:.1f}" y1="{bottom}" x2="{left:.1f}" y2="{bottom + 4}"/>')
+        parts.append(_text(left, bottom + 16, _number(value, horizontal), "tick", "middle"))
     parts.append(f'<line class="axis" x1="{_LEFT}" y1="{bottom}" x2="{frame.right:.1f}" y2="{bottom}"/>')
     parts.append(_text((_LEFT + frame.right) / 2, _HEIGHT - 6, x, "label", "middle"))
     middle = (_TOP + bottom) / 2
@@ -178,8 +178,8 @@ def _series(one: Series, frame: _Frame) -> list[str]:
         back = [(px, high) for px, _, high in reversed(one.band)]
         parts.append(f'<path class="band {name}" d="{_points([*there, *back], frame)}Z"/>')
     for px, low, high in one.intervals:
-        place, top, bottom = frame.at_x(px), frame.at_y(high), frame.at_y(low)
-        parts.append(f'<path class="bar {name}" d="M{place:.1f} {top:.1f}V{bottom:.1f}"/>')
+        left, top, bottom = frame.at_x(px), frame.at_y(high), frame.at_y(low)
+        parts.append(f'<path class="bar {name}" d="M{left:.1f} {top:.1f}V{bottom:.1f}"/>')
     if one.kind != "dots" and len(one.points) > 1:
         parts.append(_path(one.points, frame, f"line {name}"))
     if one.kind != "line" or len(one.points) == 1:
@@ -195,8 +195,8 @@ def _labels(series: Sequence[Series], frame: _Frame) -> list[str]:
     named = sorted((one for one in series if one.name), key=lambda one: frame.at_y(one.points[-1][1]))
     heights: list[float] = []
     for one in named:
-        wanted = frame.at_y(one.points[-1][1]) + 4
-        heights.append(wanted if not heights else max(wanted, heights[-1] + _LINE))
+        height = frame.at_y(one.points[-1][1]) + 4
+        heights.append(height if not heights else max(height, heights[-1] + _LINE))
     over = (heights[-1] - (_HEIGHT - _BOTTOM)) if heights else 0.0
     if over > 0:
         heights = [height - over for height in heights]
@@ -208,12 +208,12 @@ def _labels(series: Sequence[Series], frame: _Frame) -> list[str]:
 
 def _mark(mark: Mark, frame: _Frame) -> list[str]:
     if mark.axis == "x":
-        place = frame.at_x(mark.value)
-        is_right = place > (frame.right + _LEFT) / 2
-        line = f'<path class="mark" d="M{place:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
+        left = frame.at_x(mark.value)
+        is_right = left > (frame.right + _LEFT) / 2
+        line = f'<path class="mark" d="M{left:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
         return [
             line,
-            _text(place + (-5 if is_right else 5), _TOP + 10, mark.label, "note", "end" if is_right else "start"),
+            _text(left + (-5 if is_right else 5), _TOP + 10, mark.label, "note", "end" if is_right else "start"),
         ]
     if not frame.y[0] < mark.value < frame.y[1]:
         return []

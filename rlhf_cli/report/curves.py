@@ -16,7 +16,7 @@ _POINTS = 400
 
 
 @dataclass(frozen=True)
-class Figure:
+class Picture:
     """A chart with its caption: a title, and what is seen."""
 
     title: str
@@ -64,13 +64,13 @@ _PANELS: Mapping[str, tuple[_Panel, ...]] = {
 }
 
 
-def training_figures(runs: Sequence[RunFiles], stage: str) -> list[Figure]:
+def training_charts(runs: Sequence[RunFiles], stage: str) -> list[Picture]:
     """Return the curves of a stage; of several runs, the smoothed curve of each."""
     found = [_panel(runs, stage, panel) for panel in _PANELS[stage]]
-    return [figure for figure in found if figure is not None]
+    return [picture for picture in found if picture is not None]
 
 
-def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Figure | None:
+def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Picture | None:
     series: list[Series] = []
     captions = []
     for number, run in enumerate(runs):
@@ -91,7 +91,7 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Figure | None
     mark = () if panel.mark is None else (Mark(*panel.mark, axis="y"),)
     title = f"{panel.title} of {stage} by step"
     svg = chart(series, title=title, x="step", y=panel.unit, marks=mark, shows=panel.shows, has_whole_x=True)
-    return Figure(panel.title, f"{panel.unit}: {'; '.join(captions)}", svg) if svg else None
+    return Picture(panel.title, f"{panel.unit}: {'; '.join(captions)}", svg) if svg else None
 
 
 def _value(value: float) -> str:
@@ -103,7 +103,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [*points[::step], *(points[-1:] if (len(points) - 1) % step else ())]
 
 
-def reward_against_kl(runs: Sequence[RunFiles]) -> Figure | None:
+def reward_against_kl(runs: Sequence[RunFiles]) -> Picture | None:
     """Return reward over the square root of the KL: of training, of held-out evaluations, and of best-of-n.
 
     In Gao et al. 2022 (arXiv:2210.10760), both PPO and best-of-n are smooth in this quantity.
@@ -122,7 +122,7 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Figure | None:
     svg = chart(series, title=title, x=x, y="reward", marks=marks)
     if not svg:
         return None
-    return Figure(title, "Each dot is a step; further right is further from the starting model.", svg)
+    return Picture(title, "Each dot is a step; further right is further from the starting model.", svg)
 
 
 def _against_kl(run: RunFiles, kl: str, reward: str) -> list[tuple[float, float]]:
@@ -152,7 +152,7 @@ def _kept(run: RunFiles) -> float | None:
     return None if kl is None else math.sqrt(max(0.0, kl))
 
 
-def quality_figures(run: RunFiles) -> list[Figure]:
+def quality_charts(run: RunFiles) -> list[Picture]:
     """Return the reliability plot of the reward model."""
     if run.quality is None or not run.quality.get("reliability"):
         return []
@@ -169,4 +169,4 @@ def quality_figures(run: RunFiles) -> list[Figure]:
         diagonal=True,
     )
     caption = "On the dashed line, pairs of which it is 80 % sure are right 80 % of the time; below it, it is too sure."
-    return [Figure(title, caption, svg)] if svg else []
+    return [Picture(title, caption, svg)] if svg else []

@@ -82,7 +82,7 @@ def read_run(folder: Path) -> RunFiles:
     """Read the files of a run.
 
     Raises:
-        UsageError: the folder is no run directory, or no stage of it is finished.
+        UsageError: the folder is not a run directory, or no stage of it is finished.
         DataError: an artifact is damaged.
     """
     if not folder.is_dir():

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from rlhf_cli.data.records import Message, prompt_text
 from rlhf_cli.pipeline.manifest import Manifest
 from rlhf_cli.pipeline.run_comparison import RunComparison
-from rlhf_cli.report.curves import Figure, quality_figures, reward_against_kl, training_figures
+from rlhf_cli.report.curves import Picture, quality_charts, reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles, differing
 from rlhf_cli.report.texts import Pieces, shortened, side_by_side
 from rlhf_cli.report.verdict import Verdict, first_pair, interval, percent, verdict
@@ -47,7 +47,7 @@ class Section:
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    charts: Sequence[Figure] = ()
+    charts: Sequence[Picture] = ()
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,9 @@ def _sections(runs: Sequence[RunFiles]) -> list[Section]:
                 charts=[against],
             )
         )
-    found.append(Section("PPO", _detections(run), charts=training_figures(runs, "ppo")))
-    found.append(Section("Reward model", charts=[*quality_figures(run), *training_figures(runs, "train-rm")]))
-    found.append(Section("Supervised fine-tuning", charts=training_figures(runs, "sft")))
+    found.append(Section("PPO", _detections(run), charts=training_charts(runs, "ppo")))
+    found.append(Section("Reward model", charts=[*quality_charts(run), *training_charts(runs, "train-rm")]))
+    found.append(Section("Supervised fine-tuning", charts=training_charts(runs, "sft")))
     found.append(Section("Labels", tables=_summary_table(run.manifests.get("label"))))
     return found
 
@@ -210,7 +210,7 @@ def _pair_texts(run: RunFiles) -> list[str]:
     return [] if run.evaluation is None else [pair["conclusion"] for pair in run.evaluation["pairs"]]
 
 
-_FIGURES = (
+_METRICS = (
     ("gold", "gold score", "{:.2f}"),
     ("reward", "reward", "{:.2f}"),
     ("tokens", "length in tokens", "{:.1f}"),
@@ -229,13 +229,13 @@ def _model_tables(run: RunFiles) -> list[Table]:
         return []
     models: Mapping[str, Mapping[str, Any]] = run.evaluation["models"]
     rows = []
-    for name, label, pattern in _FIGURES:
-        if any(name in figures for figures in models.values()):
-            rows.append([label, *(_figure(figures.get(name), pattern) for figures in models.values())])
+    for name, label, pattern in _METRICS:
+        if any(name in measures for measures in models.values()):
+            rows.append([label, *(_measured(measures.get(name), pattern) for measures in models.values())])
     return [Table(["mean (95 % interval)", *models], rows)]
 
 
-def _figure(measure: Mapping[str, Any] | None, pattern: str) -> str:
+def _measured(measure: Mapping[str, Any] | None, pattern: str) -> str:
     if measure is None or measure["value"] is None:
         return ""
     value = pattern.format(measure["value"])

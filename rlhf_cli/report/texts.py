@@ -16,7 +16,7 @@ _COMPARED = 600
 """Words up to which differences are marked: the work grows with the product of both lengths."""
 
 Pieces = list[tuple[str, str]]
-"""("", text as it is), ("del", text of the baseline alone), ("ins", text of the policy alone), ("em", a remark)."""
+"""("", text as it is), ("del", text of the baseline alone), ("ins", text of the policy alone), ("em", our own note)."""
 
 
 def visible(text: str) -> str:
@@ -25,7 +25,7 @@ def visible(text: str) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST) -> tuple[str, str]:
-    """Return the beginning of a text, visible, and a remark on what is left out, or ""."""
+    """Return the beginning of a text, visible, and a note on what is omitted, or ""."""
     if len(text) <= longest:
         return visible(text), ""
     return visible(text[:longest]), f" … {len(text) - longest:,} more characters"

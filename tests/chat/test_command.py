@@ -47,7 +47,7 @@ def test_one_prompt_as_json(run):
     assert outcome.returncode == 0, outcome.stderr
     turn = json.loads(outcome.stdout)
     assert turn["prompt"] == "Tell me about cats."
-    sft, ppo = turn["answers"]
+    sft, ppo = turn["replies"]
     assert (sft["model"], ppo["model"], ppo["kl_to"]) == ("sft", "ppo", "sft"), "a built base model is noise"
     assert isinstance(sft["reward"], float)
     assert isinstance(ppo["kl_nats"], float)
@@ -103,7 +103,7 @@ class Terminal:
 def test_a_chat_in_a_terminal(run, width, tmp_path):
     transcript = tmp_path / "turns.jsonl"
     terminal = Terminal(width, str(run), "--transcript", str(transcript), "--max-new-tokens", "8")
-    assert "sft, ppo answer" in terminal.until(r"\n> ")
+    assert "sft, ppo reply" in terminal.until(r"\n> ")
     terminal.type("Tell me about cats.")
     shown = terminal.until(r"KL to sft[^>]*> ")
     assert "reward" in shown
@@ -115,9 +115,9 @@ def test_a_chat_in_a_terminal(run, width, tmp_path):
     label = json.loads(rankings.read_text().splitlines()[-1])
     assert (label["ranking"], len(label["completions"])) == ([[0], [1]], 2)
     terminal.type("/rank nobody > ppo")
-    terminal.until("`nobody` did not answer")
+    terminal.until("`nobody` did not reply")
     terminal.type("/help")
     terminal.until("Ctrl-D")
     terminal.type("/quit")
     assert terminal.process.wait(timeout=60) == 0
-    assert json.loads(transcript.read_text())["answers"][1]["model"] == "ppo"
+    assert json.loads(transcript.read_text())["replies"][1]["model"] == "ppo"

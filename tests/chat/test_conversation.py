@@ -1,4 +1,4 @@
-"""Answers of several models to the same turns, what is measured of them, and what becomes a label."""
+"""Replies of several models to the same turns, what is measured of them, and what becomes a label."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def test_all_models_answer_the_same_prompt_as_the_generator_draws_it(models):
     assert second.kl == pytest.approx(0.0, abs=1e-5)
     assert first.kl is None
     assert first.reward is None
-    (again,) = {answer.completion.text for answer in conversation.again(ignore)}
+    (again,) = {reply.completion.text for reply in conversation.again(ignore)}
     assert again != first.completion.text
 
 
 def test_the_text_is_shown_token_by_token(models):
     seen: list[str] = []
     conversation = Conversation(ChatModels(models.models[:1]))
-    (answer,) = conversation.ask("Hello", lambda model: seen.append)
-    assert len(seen) == len(answer.completion.ids)
-    assert seen[-1].strip("\ufffd") == answer.completion.text.strip("\ufffd")
+    (reply,) = conversation.ask("Hello", lambda model: seen.append)
+    assert len(seen) == len(reply.completion.ids)
+    assert seen[-1].strip("\ufffd") == reply.completion.text.strip("\ufffd")
 
 
 def test_tokens_are_told_of_the_request_that_they_belong_to(models):
@@ -64,7 +64,7 @@ def test_tokens_are_told_of_the_request_that_they_belong_to(models):
 def test_the_conversation_goes_on_with_the_preferred_answer_else_the_last(models, tiny_llama, best):
     hot = find_models([str(tiny_llama)], only=(), sampling=SHORT.model_copy(update={"temperature": 3.0})).models[0]
     conversation = Conversation(ChatModels((models.models[0], replace(hot, name="ppo"))), system="Be brief.")
-    texts = {answer.model: answer.completion.text for answer in conversation.ask("one", ignore)}
+    texts = {reply.model: reply.completion.text for reply in conversation.ask("one", ignore)}
     assert texts["sft"] != texts["ppo"]
     if best is not None:
         ranking = conversation.prefer([[best], [name for name in texts if name != best]])
@@ -82,7 +82,7 @@ def test_the_conversation_goes_on_with_the_preferred_answer_else_the_last(models
 
 @pytest.mark.parametrize(
     ("tiers", "said"),
-    [([["sft"]], "at least two"), ([["sft"], ["sft"]], "at least two"), ([["sft"], ["gpt"]], "`gpt` did not answer")],
+    [([["sft"]], "at least two"), ([["sft"], ["sft"]], "at least two"), ([["sft"], ["gpt"]], "`gpt` did not reply")],
 )
 def test_an_order_that_is_none_is_refused(models, tiers, said):
     conversation = Conversation(models)
@@ -115,7 +115,7 @@ def test_labels_are_rankings_that_train_rm_reads(models, tmp_path):
     assert record.tiers == ((0, 1),)
     assert record.prompt == (Message("system", "Be brief."), Message("user", "one"))
     turn = json.loads(files.transcript.read_text())
-    assert turn["answers"][1] | {"text": "", "tokens": 0, "finished": None, "kl_nats": 0} == {
+    assert turn["replies"][1] | {"text": "", "tokens": 0, "finished": None, "kl_nats": 0} == {
         "model": "ppo", "text": "", "tokens": 0, "finished": None, "reward": None, "kl_nats": 0, "kl_to": "sft",
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Answers on the screen: columns where there is room, safe text, figures below each answer."""
+"""Replies on the screen: columns where there is room, safe text, metrics below each reply."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from rlhf_cli.chat.conversation import Answer
-from rlhf_cli.chat.display import Display, figures
+from rlhf_cli.chat.conversation import Reply
+from rlhf_cli.chat.display import Display, metrics
 from rlhf_cli.generation.generator import Completion
 
-TEXTS = {"base": "word " * 40, "sft": "An answer.\n\nIn two parts.", "ppo": "\x1b[2Jcleared \u202e"}
+TEXTS = {"base": "word " * 40, "sft": "An reply.\n\nIn two parts.", "ppo": "\x1b[2Jcleared \u202e"}
 
 
-def answer(name: str, **changes) -> Answer:
-    return Answer(name, Completion([1] * 12, TEXTS[name], True), reward=0.5, **changes)
+def reply(name: str, **changes) -> Reply:
+    return Reply(name, Completion([1] * 12, TEXTS[name], True), reward=0.5, **changes)
 
 
 def shown(width: int, *, terminal: bool = False) -> str:
@@ -27,7 +27,7 @@ def shown(width: int, *, terminal: bool = False) -> str:
         for name in TEXTS:
             told = display.show(SimpleNamespace(name=name))
             told(TEXTS[name][:5])
-            display.finish(answer(name))
+            display.finish(reply(name))
     return file.getvalue()
 
 
@@ -50,7 +50,7 @@ def test_a_terminal_shows_an_answer_while_it_is_written():
 
 
 def test_figures():
-    assert figures(answer("sft")) == "reward +0.50 · 12 tokens"
-    assert figures(answer("ppo", kl=-0.26, reference="sft")) == "reward +0.50 · KL to sft -0.3 nats · 12 tokens"
-    cut = Answer("sft", Completion([1], "x", False))
-    assert figures(cut) == "1 token · cut at the limit"
+    assert metrics(reply("sft")) == "reward +0.50 · 12 tokens"
+    assert metrics(reply("ppo", kl=-0.26, reference="sft")) == "reward +0.50 · KL to sft -0.3 nats · 12 tokens"
+    cut = Reply("sft", Completion([1], "x", False))
+    assert metrics(cut) == "1 token · cut at the limit"

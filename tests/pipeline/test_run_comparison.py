@@ -121,7 +121,7 @@ def test_prompts_that_not_all_share_are_left_out_and_counted(runs):
     names = [runs.write("a", 0.0), runs.write("b", 3.0, prompts=[*PROMPTS[10:], "new"], **{"ppo.kl_coef": 0.2})]
     found = compare_runs(names)
     assert found.prompts == 30
-    assert found.notes == ("11 of 41 prompts are left out: not all runs were evaluated on them",)
+    assert found.notes == ("11 of 41 prompts are skipped: not all runs were evaluated on them",)
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):
