@@ -133,7 +133,7 @@ def _loss(features: Array, won: Array, coefficients: Array) -> float:
 
 
 def _jackknife_error(features: Array, won: Array, coefficients: Array, groups: NDArray[np.intp], count: int) -> float:
-    """Standard error of the first coefficient over prompts; infinite if a prompt cannot be left out.
+    """Standard error of the first coefficient over prompts; infinite if a prompt cannot be omitted.
 
     Args:
         features: (N, 2).

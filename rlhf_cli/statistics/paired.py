@@ -16,7 +16,7 @@ NOT_FINITE = "a value is not finite"
 
 @dataclass(frozen=True)
 class SignTest:
-    """An exact sign test over prompts (Conover 1999, section 3.4); ties say nothing and are left out.
+    """An exact sign test over prompts (Conover 1999, section 3.4); ties say nothing and are omitted.
 
     Attributes:
         wins: prompts with a positive difference.
