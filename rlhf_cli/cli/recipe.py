@@ -16,15 +16,16 @@ app = typer.Typer(
 @app.command()
 def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
     """Print all settings, their origins and the derived sizes."""
+    from rlhf_cli.pipeline.paths import resolve_paths
     from rlhf_cli.recipe import show as view
     from rlhf_cli.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, settings or [])
-    folder = run_dir or loaded.recipe.default_run_dir
+    folder, resolved = run_dir or loaded.recipe.default_run_dir, resolve_paths(loaded)
     if as_json:
-        typer.echo(json.dumps(view.as_json(loaded, folder), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(view.as_json(loaded, folder, resolved), indent=2, ensure_ascii=False))
     else:
-        typer.echo(view.as_yaml(loaded, folder), nl=False)
+        typer.echo(view.as_yaml(loaded, folder, resolved), nl=False)
 
 
 @app.command()

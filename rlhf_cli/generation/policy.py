@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +30,19 @@ from rlhf_cli.precision import autocast
 
 Weights = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Makes the context in which a policy's weights are the active ones of the model it yields."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a policy says of one completion.
+
+    Attributes:
+        logprobs: (T,) log-probability of each token, in nats.
+        entropy: entropy of the next-token distributions, in nats, summed over the tokens.
+    """
+
+    logprobs: list[float]
+    entropy: float
 
 
 class Policy:
@@ -196,7 +211,6 @@ class Policy:
         assert isinstance(text, str)
         return text
 
-    @torch.no_grad()
     def logprobs(
         self,
         prompts: Sequence[list[int]],
@@ -204,17 +218,31 @@ class Policy:
         *,
         stop: Callable[[], object] = lambda: None,
     ) -> list[float]:
-        """Return log pi(completion | prompt) of each completion, in nats: the sum over its tokens, stop token included.
+        """Return log pi(completion | prompt) of each completion, in nats: the sum of its `token_scores`."""
+        return [math.fsum(one.logprobs) for one in self.token_scores(prompts, completions, stop=stop)]
+
+    @torch.no_grad()
+    def token_scores(
+        self,
+        prompts: Sequence[list[int]],
+        completions: Sequence[Completion],
+        *,
+        temperature: float | None = None,
+        stop: Callable[[], object] = lambda: None,
+    ) -> list[TokenScores]:
+        """Return the log-probability of each token of completions, stop token included, and the policy's entropy there.
 
         Args:
             prompts: token ids of N prompts.
             completions: N completions, of any policy with equal `reading`.
+            temperature: logits are divided by it; None is the temperature of `sampling`.
             stop: called between batches; may raise.
         """
+        heat = self.sampling.temperature if temperature is None else temperature
         with self.model() as model:
             projection = Projection.of(model)
             order = sorted(range(len(completions)), key=_batch_order(model, prompts, completions))
-            sums = [0.0] * len(completions)
+            scores: list[TokenScores] = [TokenScores([], 0.0)] * len(completions)
             for first in range(0, len(order), self.sampling.batch_size):
                 stop()
                 beat()
@@ -224,10 +252,12 @@ class Policy:
                 )
                 with self.autocast():
                     hidden = completion_hidden(model, batch)
-                    found = projection.token_logprobs(hidden, batch, temperature=self.sampling.temperature).logprobs
-                for row, value in zip(rows, found.double().sum(dim=1).tolist(), strict=True):
-                    sums[row] = value
-        return sums
+                    found = projection.token_logprobs(hidden, batch, temperature=heat)
+                both = torch.stack((found.logprobs, found.entropy)).double().tolist()
+                for row, logprobs, entropy in zip(rows, *both, strict=True):
+                    length = len(completions[row].ids)
+                    scores[row] = TokenScores(logprobs[:length], math.fsum(entropy[:length]))
+        return scores
 
 
 def _batch_order(

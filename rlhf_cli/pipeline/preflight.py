@@ -43,6 +43,11 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             "`generation.engine: vllm` needs vllm, which is not installed",
             hint="docs/generation.md describes an environment with vllm; or use `--set generation.engine=auto`",
         )
+    if recipe.value("evaluate.tasks") and importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(
+            f"`evaluate.tasks: {recipe.value('evaluate.tasks')}` needs lm-eval, which is not installed",
+            hint="pip install 'lm-eval[hf]', or remove `evaluate.tasks`",
+        )
     seen: set[tuple[str, str | None]] = set()
     keys: dict[tuple[str, str | None], PromptKeys] = {}
     inputs = list(inputs)

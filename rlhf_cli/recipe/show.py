@@ -20,26 +20,32 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./~][\w./~@+-]*(:[\w./~@+-]+)*( [\w./~@+-]+)*")
 """Text that needs no quotes, in block and flow style; all other text is quoted."""
 
 
-def as_json(loaded: LoadedRecipe, run_dir: Path) -> dict[str, Any]:
-    """Return settings, origin of each leaf, derived sizes, run directory and stages that run."""
+def as_json(loaded: LoadedRecipe, run_dir: Path, resolved: Recipe | None = None) -> dict[str, Any]:
+    """Return settings, origin of each leaf, derived sizes, run directory and stages that run.
+
+    Args:
+        loaded: the recipe.
+        run_dir: of the run.
+        resolved: the recipe with paths valid from here, to derive sizes from files; None looks where the recipe says.
+    """
     recipe = loaded.recipe
     return {
         "settings": recipe.model_dump(mode="json"),
         "origins": {dotted(key_path): loaded.origin(key_path) for key_path, _, _ in values(recipe)},
-        "derived": derived_sizes(recipe),
+        "derived": derived_sizes(resolved or recipe),
         "run_dir": str(run_dir),
         "stages": [stage.name for stage in stages() if recipe.section(stage.name) is not None],
     }
 
 
-def as_yaml(loaded: LoadedRecipe, run_dir: Path) -> str:
-    """Return a valid recipe whose comments give the origin of each value and the derived sizes."""
+def as_yaml(loaded: LoadedRecipe, run_dir: Path, resolved: Recipe | None = None) -> str:
+    """Return a valid recipe whose comments give the origin of each value and the derived sizes; see `as_json`."""
     recipe = loaded.recipe
     lines = _section(recipe, (), loaded)
     running = [stage.name for stage in stages() if recipe.section(stage.name) is not None]
     absent = [name for name in REGISTRY if name not in running]
     lines += ["", "# derived sizes"]
-    for section, rows in derived_sizes(recipe).items():
+    for section, rows in derived_sizes(resolved or recipe).items():
         lines += [
             f"#   {section}: {quantity}: {f'{size:,}' if isinstance(size, int) else size}"
             for quantity, size in rows.items()

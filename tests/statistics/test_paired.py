@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_cli.statistics.paired import by_prompt, mean_of, paired_difference, sign_test
+from rlhf_cli.statistics.paired import by_prompt, mean_of, paired_difference, ratio_of_sums, sign_test
 
 
 def test_the_sign_test_by_hand():
@@ -57,3 +57,21 @@ def test_intervals_of_differences_hold_the_truth(prompts):
 
 def test_completions_of_a_prompt_are_one_value():
     assert by_prompt(["p", "q", "p"], [1.0, 5.0, 3.0]) == [2.0, 5.0]
+
+
+def test_a_ratio_of_sums_by_hand():
+    # r = 9 / 6; the moves a - r b are -0.5, 1, -0.5: deviation 0.866, error 3^0.5 0.866 / 6 = 0.25; t is 4.303.
+    found = ratio_of_sums([1.0, 4.0, 4.0], [1.0, 2.0, 3.0])
+    assert (found.value, found.n) == (1.5, 3)
+    assert found.high - found.value == pytest.approx(4.30265 * 0.25, abs=1e-4)
+    assert found.value - found.low == pytest.approx(4.30265 * 0.25, abs=1e-4)
+
+
+def test_the_interval_of_a_ratio_holds_the_truth():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(500):
+        tokens = rng.integers(5, 50, 40)
+        nats = tokens * rng.gamma(4.0, 0.25, 40) * 2.0
+        found = ratio_of_sums(nats.tolist(), tokens.tolist())
+        held += found.low <= 2.0 <= found.high
+    assert held / 500 == pytest.approx(0.95, abs=0.03)

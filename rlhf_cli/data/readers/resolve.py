@@ -21,7 +21,7 @@ _READERS = {".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows, ".csv
 _NO_DATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),  # written by `datasets`
     *("manifest.json", "contract.json", "skips.jsonl"),  # written by our own stages
-    *("metrics.jsonl", "timing.jsonl", "metrics.json"),
+    *("metrics.jsonl", "timing.jsonl", "metrics.json", "evaluation.json"),
 }
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 

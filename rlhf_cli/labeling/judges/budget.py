@@ -37,9 +37,13 @@ class Budget:
         limit: `max_cost`; None means no limit.
         spent: cost of earlier runs.
         unheard: part of `spent` that went to attempts without a reply.
+        section: of the recipe that holds the limit, for messages.
     """
 
-    def __init__(self, limit: float | None, spent: float = 0.0, unheard: float = 0.0) -> None:
+    def __init__(
+        self, limit: float | None, spent: float = 0.0, unheard: float = 0.0, *, section: str = "label.judge"
+    ) -> None:
+        self._section = section
         self._limit, self.spent, self.unheard = limit, spent, unheard
         self._reserved: list[float] = []
 
@@ -71,8 +75,8 @@ class Budget:
         unheard = f" ({self.unheard:.4g} of it for attempts without a reply)" if self.unheard else ""
         return CostLimitError(
             f"the verdicts have cost {self.spent:.4g}{unheard}, and the next one may cost up to {most:.4g}: more than "
-            f"`label.judge.max_cost: {self._limit:g}`",
-            hint="all verdicts are kept: raise the limit with `--set label.judge.max_cost=...` and run the same "
+            f"`{self._section}.max_cost: {self._limit:g}`",
+            hint=f"all verdicts are kept: raise the limit with `--set {self._section}.max_cost=...` and run the same "
             "command again",
         )
 

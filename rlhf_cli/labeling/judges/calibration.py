@@ -48,14 +48,19 @@ class Calibration:
         if found is None:
             raise DataError(
                 f"{source}: all human rankings are ties, so judges cannot be compared with them",
-                hint="set `label.judge.calibration` to rankings with more than one tier",
+                hint="set `judge.calibration` to rankings with more than one tier",
             )
         judges = {ballot.judge.name: agreement(candidates, ballot.verdicts) for ballot in ballots}
         known = {name: each for name, each in judges.items() if each is not None}
         return Calibration(source, found, by_subset(candidates, verdicts), known)
 
-    def check(self, floor: float | None) -> None:
-        """Raise `DataError` if the panel's agreement with the human rankings is below `floor`."""
+    def check(self, floor: float | None, section: str = "label.judge") -> None:
+        """Raise `DataError` if the panel's agreement with the human rankings is below `floor`.
+
+        Args:
+            floor: least agreement; None accepts any.
+            section: of the recipe that holds the floor, for messages.
+        """
         rate = self.panel.rate
         assert rate.value is not None
         if floor is None or rate.value >= floor:
@@ -63,7 +68,7 @@ class Calibration:
         each = "; ".join(f"{name} {one.rate.value or 0.0:.1%}" for name, one in self.judges.items())
         raise DataError(
             f"{self.source}: the judges agree with the human rankings on {rate.value:.1%} of {rate.count:,} untied "
-            f"pairs (95% interval {rate.low:.1%} to {rate.high:.1%}), below `label.judge.floor: {floor:g}`; nothing "
+            f"pairs (95% interval {rate.low:.1%} to {rate.high:.1%}), below `{section}.floor: {floor:g}`; nothing "
             f"was labeled ({each})",
             hint="try another judge or rubric, or lower the floor if this is enough; the verdicts are kept, so a rerun "
             "costs nothing",

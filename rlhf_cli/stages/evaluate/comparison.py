@@ -29,6 +29,7 @@ class Comparison:
         reward: normalized rewards (baseline, policy), or None.
         base: completion of the model before any training, for the few prompts that are shown.
         base_score: its gold score, or its reward if there is no gold score.
+        verdict: which is better by a panel of judges; None if scores decide.
     """
 
     prompt: Prompt
@@ -39,12 +40,15 @@ class Comparison:
     reward: tuple[float, float] | None
     base: Completion | None = None
     base_score: float | None = None
+    verdict: Winner | None = None
 
     def winner(self, tie_margin: float) -> Winner:
-        """Return which has the higher gold score, or reward if there is no gold score.
+        """Return which is better by the judges, else which has the higher gold score, or reward if there is none.
 
         It is a tie within `tie_margin`, and where both wrote the same: another batch rounds a reward otherwise.
         """
+        if self.verdict is not None:
+            return self.verdict
         judged = self.gold if self.gold is not None else self.reward
         assert judged is not None
         baseline, policy = judged
@@ -65,6 +69,17 @@ class Comparison:
                 row |= {f"{name}_{side}": score for side, score in zip(sides, scores, strict=True)}
         row |= {f"tokens_{side}": len(completion.ids) for side, completion in sides.items()}
         row |= {f"finished_{side}": completion.finished for side, completion in sides.items()}
+        if self.kl is not None:
+            row["kl_nats"] = self.kl
+        return row | {"winner": self.winner(tie_margin)}
+
+    def policy_to_json(self, tie_margin: float) -> dict[str, object]:
+        """Return what a line of samples.jsonl says of a further policy."""
+        row: dict[str, object] = {"completion": self.policy.text}
+        row |= {
+            name: scores[1] for name, scores in (("gold", self.gold), ("reward", self.reward)) if scores is not None
+        }
+        row |= {"tokens": len(self.policy.ids), "finished": self.policy.finished}
         if self.kl is not None:
             row["kl_nats"] = self.kl
         return row | {"winner": self.winner(tie_margin)}

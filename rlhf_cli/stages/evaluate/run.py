@@ -1,47 +1,47 @@
-"""The `evaluate` stage: a policy against a baseline, on prompts that neither was trained on."""
+"""The `evaluate` stage: policies against a baseline, on prompts that none was trained on."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import random
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.errors import DataError
-from rlhf_cli.generation.contract import keys_of, read_contract
+from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.intervals import ENOUGH_PROMPTS, is_undecided
-from rlhf_cli.models.hub import local_folder
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
-from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from, write_contract
-from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, compare, load_policies, rewarded
+from rlhf_cli.stages.common import write_contract
+from rlhf_cli.stages.evaluate.demonstrations import load_demonstrations
+from rlhf_cli.stages.evaluate.judge import Judge, load_judge, panel_verdicts
+from rlhf_cli.stages.evaluate.prompts import load_prompts
+from rlhf_cli.stages.evaluate.rewards import rewarded
+from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, load_policies, measure
+from rlhf_cli.stages.evaluate.scores import ScoreFile
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.generation import choose_generator
-from rlhf_cli.stages.inputs import present, source_of
 from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.training.timing import StepWatch
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.records import Prompt, PromptRecord
-    from rlhf_cli.data.sources import LoadedRecords
-    from rlhf_cli.generation.generator import Completion, Generator
-    from rlhf_cli.generation.policy import Policy
-    from rlhf_cli.rewards.base import Reward
-    from rlhf_cli.stages.evaluate.comparison import Comparison
-    from rlhf_cli.stages.evaluate.settings import EvaluateSettings
+    from rich.console import RenderableType
 
-_MAX_NEW_TOKENS = "evaluate.sampling.max_new_tokens"
+    from rlhf_cli.data.sources import LoadedRecords
+    from rlhf_cli.generation.generator import Generator
+    from rlhf_cli.stages.evaluate.comparison import Comparison
+    from rlhf_cli.stages.evaluate.results import Evaluation, Pair, PanelVerdicts
+    from rlhf_cli.stages.evaluate.settings import EvaluateSettings
+    from rlhf_cli.stages.evaluate.sides import Side
+
 _WIDEST = 100
 """Columns of what is printed: longer lines are tiring to read."""
 
 
 def run(context: EvaluateContext, generator: Generator | None = None) -> StageOutcome:
-    """Sample completions of both models, score them, print and save the results.
+    """Sample completions of all models, score them, print and save the results.
 
     Args:
         context: of the stage.
@@ -49,173 +49,115 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     """
     context = decide_precision(context)
     settings = context.settings
-    policy, baseline = load_policies(context)
-    prompts, loaded = _prompts(context, settings, (baseline, policy))
-    judge = _judge(context, settings, loaded)
+    policies, baseline = load_policies(context)
+    names = names_of(context)
+    prompts, loaded = load_prompts(context, settings, (baseline, *policies))
+    demonstrations = load_demonstrations(context, (baseline, *policies))
+    judge = load_judge(context, loaded)
+    _announce(len(prompts))
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     numbers = list(range(settings.samples_per_prompt)) * len(prompts)
-    processes = ProcessGroup(policy.source.device)
-    watch = StepWatch(policy.source.device)
-    draws = choose_generator(context, [policy, baseline], generator)
-    sampler = Sampler(context, draws, repeated, numbers, processes, watch)
-    of_policy, of_baseline, kl = compare(sampler, policy, baseline)
+    device = policies[0].source.device
+    processes = ProcessGroup(device)
+    draws = choose_generator(context, [*policies, baseline], generator)
+    sampler = Sampler(context, draws, repeated, numbers, processes, StepWatch(device))
+    of_baseline, of_policies = measure(
+        sampler, list(zip(names[1:], policies, strict=True)), (names[0], baseline), demonstrations
+    )
     with sampler.watch.phase("scoring", "scoring"):
-        reward = rewarded(context, repeated, of_baseline, of_policy, processes=processes)
+        of_baseline, *of_policies = _scored(sampler, [of_baseline, *of_policies], judge)
+        verdicts = panel_verdicts(context, repeated, [of_baseline, *of_policies], processes)
     if not processes.is_main:
         return StageOutcome()
-    with sampler.watch.phase("scoring", "scoring"):
-        gold = judge and judge.scores(repeated, (baseline, of_baseline), (policy, of_policy))
-    comparisons = _comparisons(repeated, of_baseline, of_policy, kl, gold, reward)
-    shown = _shown_rows(len(repeated), settings)
-    style = PromptStyle.of(policy.format)
-    write_contract(context, context.inputs.policy.source, style, policy.sampling.settings(), ())
-    _add_base(sampler, policy, settings, comparisons, shown, judge)
-    outcome = _outcome(context, settings, comparisons, shown, loaded)
+    style = PromptStyle.of(policies[0].format)
+    write_contract(context, context.inputs.policy.source, style, policies[0].sampling.settings(), ())
+    outcome = _outcome(sampler, of_baseline, of_policies, judge, verdicts, loaded)
     outcome.timing.update(sampler.timing())
     return outcome
 
 
+def _announce(prompts: int) -> None:
+    """Say how precise the result will be, while it can still be changed."""
+    from rlhf_cli.statistics.wording import expected_precision
+
+    count = f"{prompts:,} prompt{'' if prompts == 1 else 's'}"
+    say(f"evaluate: {count}: a win rate near 50 % will be known to {expected_precision(prompts)}")
+
+
+def _scored(sampler: Sampler, sides: list[Side], judge: Judge | None) -> list[Side]:
+    """Add rewards and gold scores to what was measured; all processes call this."""
+    context, processes = sampler.context, sampler.processes
+    file = ScoreFile(context.work / "rewards.jsonl", processes)
+    completions = [side.completions for side in sides]
+    if (rewards := rewarded(context, sampler.prompts, *completions, file=file, processes=processes)) is not None:
+        sides = [dataclasses.replace(side, reward=own) for side, own in zip(sides, rewards, strict=True)]
+    return sides if judge is None else [_judged(sampler, side, number, judge) for number, side in enumerate(sides)]
+
+
+def _judged(sampler: Sampler, side: Side, number: int, judge: Judge) -> Side:
+    """Add gold scores, which rank 0 computes: the function is the user's own."""
+
+    def score(rows: list[int]) -> list[float]:
+        own = judge.scores(sampler.prompts, side.policy, side.completions) if sampler.processes.is_main else []
+        return sampler.processes.all_gather_object(own)[0]
+
+    count = len(sampler.prompts)
+    file = ScoreFile(sampler.context.work / f"gold_{number}.jsonl", sampler.processes)
+    return dataclasses.replace(side, gold=file.fill(count, score, chunk=count))
+
+
 def _add_base(
-    sampler: Sampler,
-    policy: Policy,
-    settings: EvaluateSettings,
-    comparisons: list[Comparison],
-    shown: Sequence[int],
-    judge: Judge | None,
+    sampler: Sampler, of: Side, comparisons: list[Comparison], shown: Sequence[int], judge: Judge | None
 ) -> None:
     """Add completions of the model before any training, with their scores, to the rows that are shown."""
-    base = base_completions(sampler, policy, shown)
+    base = base_completions(sampler, of.policy, shown)
     if base is None:
         return
-    _, completions = base
+    policy, completions = base
     prompts = [sampler.prompts[row] for row in shown]
-    scores = judge.scores(prompts, base) if judge else rewarded(sampler.context, prompts, completions)
-    assert scores is not None
-    for row, completion, (score,) in zip(shown, completions, scores, strict=True):
+    scores: Sequence[float | None]
+    if judge is not None:
+        scores = judge.scores(prompts, policy, completions)
+    else:
+        (scores,) = rewarded(sampler.context, prompts, completions) or ([None] * len(prompts),)
+    for row, completion, score in zip(shown, completions, scores, strict=True):
         comparisons[row] = dataclasses.replace(comparisons[row], base=completion, base_score=score)
 
 
 def _outcome(
-    context: EvaluateContext,
-    settings: EvaluateSettings,
-    comparisons: Sequence[Comparison],
-    shown: Sequence[int],
+    sampler: Sampler,
+    baseline: Side,
+    policies: Sequence[Side],
+    judge: Judge | None,
+    verdicts: PanelVerdicts | None,
     loaded: LoadedRecords,
 ) -> StageOutcome:
-    """Compute the metrics, save and print them with the samples."""
+    """Compute the results, save and print them with the samples."""
     from rlhf_cli.stages.evaluate.comparison import comparison_metrics
+    from rlhf_cli.stages.evaluate.results import comparisons_of, evaluation_of
 
-    metrics = comparison_metrics(comparisons, tie_margin=settings.tie_margin)
-    names = model_names(context.inputs.baseline.source, context.inputs.policy.source)
-    _save(context.output, comparisons, metrics, settings)
+    context, prompts = sampler.context, sampler.prompts
+    settings = context.settings
+    comparisons = [
+        comparisons_of(prompts, policy, baseline, None if verdicts is None else verdicts[0, number])
+        for number, policy in enumerate(policies, start=1)
+    ]
+    shown = _shown_rows(len(prompts), settings)
+    _add_base(sampler, policies[0], comparisons[0], shown, judge)
+    evaluation = evaluation_of(
+        prompts, baseline, policies, decided_by=settings.decided_by, tie_margin=settings.tie_margin, verdicts=verdicts
+    )
+    metrics = comparison_metrics(comparisons[0], tie_margin=settings.tie_margin) | evaluation.flat_metrics()
+    rows = [
+        dict(zip((policy.name for policy in policies[1:]), row, strict=True))
+        for row in zip(*comparisons[1:], strict=True)
+    ]
+    others = rows or [{} for _ in prompts]
+    _save(context.output, comparisons[0], others, metrics, evaluation, settings)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
-    _print(metrics, [comparisons[row] for row in shown], settings, names)
-    if text := _undecided(metrics, settings):
-        warn(text)
-    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, settings, names))
-
-
-def not_trained_on(context: EvaluateContext, records: list[PromptRecord]) -> list[PromptRecord]:
-    """Return the records that `evaluate.trained_prompts` allows.
-
-    Raises:
-        DataError: policy or baseline was trained on some of them, and the setting refuses that, or none is left.
-    """
-    from rlhf_cli.data.records import split_key
-
-    inputs, action = context.inputs, context.settings.trained_prompts
-    contracts = [read_contract(model.source) for model in (inputs.policy, inputs.baseline)]
-    trained = frozenset[str]().union(*(contract.trained_prompts for contract in contracts if contract is not None))
-    _warn_of_reward_model(context, records)
-    left = [record for record in records if split_key(record.prompt) not in trained]
-    if not (seen := len(records) - len(left)):
-        return records
-    found = f"{seen:,} of the {len(records):,} prompts to evaluate on were in the training of the policy or baseline"
-    if action == "use":
-        warn(f"{found}: the result says nothing about new prompts")
-        return records
-    if action == "refuse" or not left:
-        raise DataError(
-            f"{inputs.prompts.source}: {found}",
-            hint=f"evaluate on the other {len(left):,} with `--set evaluate.trained_prompts=skip`"
-            if left
-            else "name prompts that no stage trained on with `--set evaluate.prompts=PATH`",
-        )
-    say(f"evaluate: {found}; they are skipped")
-    return left
-
-
-def _warn_of_reward_model(context: EvaluateContext, records: Sequence[PromptRecord]) -> None:
-    """Warn of prompts that the reward model was trained on, where it decides which completion wins."""
-    path = source_of(context.inputs.reward_model)
-    if path is None or context.settings.judge_function is not None:
-        return
-    contract = read_contract(path)
-    if contract is not None and (seen := len(keys_of(records) & contract.trained_prompts)):
-        warn(f"the reward model that judges was trained on {seen:,} of the {len(records):,} prompts to evaluate on")
-
-
-def not_chosen_on(records: list[PromptRecord], policy: Path) -> list[PromptRecord]:
-    """Return the records without those whose prompts decided which policy PPO wrote: on these it looks too good."""
-    from rlhf_cli.data.records import prompt_key
-
-    if not (policy / CHOSEN_ON).is_file():
-        return records
-    chosen_on = set(json.loads((policy / CHOSEN_ON).read_text(encoding="utf-8")))
-    left = [record for record in records if prompt_key(record.prompt) not in chosen_on]
-    if len(left) < len(records):
-        say(f"evaluate: {len(records) - len(left):,} prompts chose the policy (`ppo.kl_budget`) and are skipped")
-    return left
-
-
-def _prompts(
-    context: EvaluateContext, settings: EvaluateSettings, policies: Sequence[Policy]
-) -> tuple[list[Prompt], LoadedRecords]:
-    """Read the held-out prompts, each once, that leave room for a completion in both models."""
-    from rlhf_cli.data.records import prompt_key, prompt_text
-    from rlhf_cli.data.sources import Skip, read_records
-
-    recipe, source = context.recipe, context.inputs.prompts.source
-    loaded = read_records(source, "prompt", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
-    for line in loaded.warnings:
-        warn(line)
-    records = loaded.records
-    split = split_from(context, context.inputs.policy.source)
-    if settings.prompts is None:
-        records = [record for record in records if split.holds_out(record.prompt)]
-    records = not_trained_on(context, records)
-    held_out, records = records, not_chosen_on(records, local_folder(context.inputs.policy.source, with_weights=False))
-    if held_out and not records:
-        raise DataError(
-            f"{source}: all of its {len(held_out):,} held-out prompts decided which policy PPO wrote (`ppo.kl_budget`)",
-            hint="name other prompts with `--set evaluate.prompts=PATH`, or hold out more",
-        )
-    if not records:
-        raise DataError(
-            f"{source}: none of its {len(loaded.records):,} prompts is held out (`data.holdout: {split.holdout:g}`)",
-            hint="name prompts that no stage trained on with `--set evaluate.prompts=PATH`, or hold out more",
-        )
-    limit = recipe.data.max_prompt_tokens
-    longest = [min(limit, policy.longest_prompt(_MAX_NEW_TOKENS)) for policy in policies]
-    kept: dict[str, Prompt] = {}
-    for record in records:
-        lengths = [len(policy.prompt_ids(record.prompt)) for policy in policies]
-        if all(length <= most for length, most in zip(lengths, longest, strict=True)):
-            kept.setdefault(prompt_key(record.prompt), record.prompt)
-        else:
-            reason = f"prompt longer than {min(longest):,} tokens"
-            loaded.skips.add(Skip(record.location or source, reason, prompt_text(record.prompt)[:EXCERPT]))
-    loaded.skips.check(loaded.total, recipe.data.max_skip, source)
-    if not kept:
-        raise DataError(
-            f"{source}: all {len(records):,} held-out prompts are too long", hint="raise `data.max_prompt_tokens`"
-        )
-    prompts = list(kept.values())
-    if settings.max_prompts is not None and settings.max_prompts < len(prompts):
-        chosen = random.Random(recipe.seed).sample(range(len(prompts)), settings.max_prompts)
-        prompts = [prompts[position] for position in sorted(chosen)]
-    return prompts, loaded
+    _print(metrics, [(comparisons[0][row], others[row]) for row in shown], evaluation, settings)
+    return StageOutcome(metrics=metrics, skipped=loaded.skips.counts, summary=_summary(metrics, evaluation, settings))
 
 
 def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
@@ -224,82 +166,58 @@ def _shown_rows(count: int, settings: EvaluateSettings) -> list[int]:
     return [position * count // shown for position in range(shown)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """The judge function.
-
-    Attributes:
-        function: the function.
-        references: see `references_of`.
-    """
-
-    function: Reward
-    references: Mapping[str, Any]
-
-    def scores(self, prompts: Sequence[Prompt], *sides: tuple[Policy, Sequence[Completion]]) -> list[tuple[float, ...]]:
-        """Return the gold scores of each prompt's completions.
-
-        Args:
-            prompts: N prompts.
-            sides: policies with their N completions.
-        """
-        from rlhf_cli.rewards.base import columns_of
-        from rlhf_cli.rewards.validation import finite_scores
-
-        found = []
-        for policy, completions in sides:
-            columns = columns_of(prompts, self.references, completions, partial(policy.decode, raw=True))
-            texts = [completion.text for completion in completions]
-            found.append(finite_scores(self.function, prompts, texts, columns))
-        return list(zip(*found, strict=True))
-
-
-def _judge(context: EvaluateContext, settings: EvaluateSettings, loaded: LoadedRecords) -> Judge | None:
-    """Load the judge function before anything is sampled; None if the reward model decides."""
-    from rlhf_cli.data.records import references_of
-    from rlhf_cli.rewards.python_function import load_scoring_function
-
-    if settings.judge_function is None:
-        return None
-    return Judge(load_scoring_function(present(context.inputs.judge_function)), references_of(loaded.records))
-
-
-def _comparisons(
-    prompts: Sequence[Prompt],
-    baseline: Sequence[Completion],
-    policy: Sequence[Completion],
-    kl: Sequence[float] | None,
-    gold: Sequence[tuple[float, ...]] | None,
-    reward: Sequence[tuple[float, ...]] | None,
-) -> list[Comparison]:
-    from rlhf_cli.stages.evaluate.comparison import Comparison
-
-    return [
-        Comparison(
-            prompt=prompt,
-            baseline=baseline[row],
-            policy=policy[row],
-            kl=None if kl is None else kl[row],
-            gold=None if gold is None else (gold[row][0], gold[row][1]),
-            reward=None if reward is None else (reward[row][0], reward[row][1]),
-        )
-        for row, prompt in enumerate(prompts)
-    ]
-
-
 def _save(
-    output: Path, comparisons: Sequence[Comparison], metrics: dict[str, float], settings: EvaluateSettings
+    output: Path,
+    comparisons: Sequence[Comparison],
+    others: Sequence[dict[str, Comparison]],
+    metrics: dict[str, float],
+    evaluation: Evaluation,
+    settings: EvaluateSettings,
 ) -> None:
     with (output / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for comparison in comparisons:
-            file.write(json.dumps(comparison.to_json(settings.tie_margin), ensure_ascii=False) + "\n")
+        for comparison, more in zip(comparisons, others, strict=True):
+            row = comparison.to_json(settings.tie_margin)
+            if more:
+                row["policies"] = {name: one.policy_to_json(settings.tie_margin) for name, one in more.items()}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    (output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
 
 
-def model_names(baseline: str, policy: str) -> tuple[str, str]:
-    """Return what people call two models: `RUN/STAGE` for an artifact, else the folder's name or the hub id."""
-    short = (_model_name(baseline), _model_name(policy))
-    return short if short[0] != short[1] or baseline == policy else (baseline, policy)
+def names_of(context: EvaluateContext) -> list[str]:
+    """Return the names of the baseline and of the policies.
+
+    Raises:
+        UsageError: two policies have the same name.
+    """
+    inputs = context.inputs
+    evaluated = [one.source for one in inputs.evaluated]
+    names = list(model_names(inputs.baseline.source, *evaluated))
+    given = [one.name for one in context.settings.policies]
+    # `policies` fills the last inputs; without a policy of its own its first entry is the first input.
+    for position, name in enumerate(given, start=len(names) - len(given)):
+        names[position] = name or names[position]
+    names[1:] = [f"{name} (policy)" if name == names[0] else name for name in names[1:]]
+    for position, name in enumerate(names):
+        if name in names[:position]:
+            raise UsageError(
+                f"two models of the evaluation are called `{name}`",
+                hint="give each a name of its own: `--also NAME=MODEL`, or `name` in `evaluate.policies`",
+            )
+    return names
+
+
+def model_names(*sources: str) -> tuple[str, ...]:
+    """Return what people call models: `RUN/STAGE` for an artifact, else the folder's name or the hub id.
+
+    Different models that would be called the same are called by their whole paths.
+    """
+    short = [_model_name(source) for source in sources]
+    alike = {
+        name for name in short if len({source for source, own in zip(sources, short, strict=True) if own == name}) > 1
+    }
+    return tuple(source if name in alike else name for source, name in zip(sources, short, strict=True))
 
 
 def _model_name(source: str) -> str:
@@ -311,40 +229,58 @@ def _model_name(source: str) -> str:
 
 
 def _print(
-    metrics: dict[str, float], shown: Sequence[Comparison], settings: EvaluateSettings, names: tuple[str, str]
+    metrics: dict[str, float],
+    shown: Sequence[tuple[Comparison, dict[str, Comparison]]],
+    evaluation: Evaluation,
+    settings: EvaluateSettings,
 ) -> None:
-    from rlhf_cli.stages.evaluate.tables import metrics_table, side_by_side
+    from rlhf_cli.stages.evaluate.tables import metrics_table, models_table, pairs_table, side_by_side, tasks_table
 
     width = min(console.width, _WIDEST)
-    for number, comparison in enumerate(shown, start=1):
-        console.print(side_by_side(comparison, settings.tie_margin, number=number), width=width, soft_wrap=False)
-    console.print(metrics_table(metrics, names), width=width, soft_wrap=False)
-    if settings.judge_function is None:
+
+    def show(what: RenderableType) -> None:
+        console.print(what, width=width, soft_wrap=False)
+
+    for number, (comparison, others) in enumerate(shown, start=1):
+        show(side_by_side(comparison, settings.tie_margin, number=number, others=others))
+    if len(evaluation.against_baseline) == 1:
+        show(metrics_table(metrics, tuple(evaluation.models)))
+    else:
+        show(models_table(evaluation))
+        show(pairs_table(evaluation))
+    if (tasks := tasks_table(evaluation)) is not None:
+        show(tasks)
+    if settings.decided_by == "reward model":
         say("judged by a reward model: where PPO was trained against it, this is a check of training, not of quality")
+    for pair in evaluation.pairs:
+        _tell(pair, settings)
 
 
-def _undecided(metrics: dict[str, float], settings: EvaluateSettings) -> str | None:
-    """Return a sentence about a win rate that does not say which model is better; None if it does."""
-    prompts, low, high = int(metrics["prompts"]), metrics["win_rate_low"], metrics["win_rate_high"]
-    if not is_undecided(low, high):
-        return None
-    if prompts >= ENOUGH_PROMPTS:
-        return f"a win rate of {metrics['win_rate']:.1%} of {prompts:,} prompts does not show which model is better"
-    if settings.max_prompts == prompts:
+def _tell(pair: Pair, settings: EvaluateSettings) -> None:
+    """Say what a win rate shows; warn where it does not show which model is better."""
+    rate = pair.win_rate
+    assert rate.low is not None
+    assert rate.high is not None
+    if not is_undecided(rate.low, rate.high):
+        say(pair.conclusion)
+        return
+    if settings.max_prompts == rate.n:
         more = "raise `evaluate.max_prompts`"
     else:
         more = "add to `evaluate.prompts`" if settings.prompts else "raise `data.holdout` or set `evaluate.prompts`"
-    return (
-        f"{prompts:,} {'prompt is' if prompts == 1 else 'prompts are'} too few to say which model is better; about "
-        f"{ENOUGH_PROMPTS} give an interval of +-10 points: {more}"
-    )
+    few = f"; about {ENOUGH_PROMPTS} give an interval of +-10 points" if rate.n < ENOUGH_PROMPTS else ""
+    warn(f"{pair.conclusion}{few}: {more}")
 
 
-def _summary(metrics: dict[str, float], settings: EvaluateSettings, names: tuple[str, str]) -> list[tuple[str, str]]:
-    judge = "judge" if settings.judge_function is not None else "reward model"
-    win = f"{metrics['win_rate']:.1%} ({metrics['win_rate_low']:.1%} to {metrics['win_rate_high']:.1%}) by the {judge}"
-    baseline, policy = names
-    rows = [(f"{policy} preferred to {baseline}", win)]
+def _summary(metrics: dict[str, float], evaluation: Evaluation, settings: EvaluateSettings) -> list[tuple[str, str]]:
+    judge = {"function": "judge", "judges": "judges", "reward model": "reward model"}[settings.decided_by]
+    rows = []
+    for pair in evaluation.against_baseline:
+        rate = pair.win_rate
+        win = f"{rate.value:.1%} ({rate.low:.1%} to {rate.high:.1%}) by the {judge}"
+        rows.append((f"{pair.policy} preferred to {pair.baseline}", win))
+    if len(rows) > 1:
+        return rows
     if "gold/policy_mean" in metrics:
         rows.append(("gold score", f"{metrics['gold/baseline_mean']:.2f} -> {metrics['gold/policy_mean']:.2f}"))
     if "reward/policy_mean" in metrics:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,19 +12,23 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.progress import Drawing
-from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
+from rlhf_cli.generation.prompts import PromptStyle, prompt_style
+from rlhf_cli.intervals import Measure
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.progress import Task, say, task, warn
 from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
+from rlhf_cli.stages.evaluate.demonstrations import tokenized
+from rlhf_cli.stages.evaluate.scores import ScoreFile
+from rlhf_cli.stages.evaluate.sides import Side
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
+from rlhf_cli.stages.evaluate.tasks import task_measures
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.training.monitoring.timing_log import Work, timing_row
 from rlhf_cli.training.timing import StepWatch
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.records import Prompt
-    from rlhf_cli.generation.policy import Policy
-    from rlhf_cli.models.reward_model.model import RewardModel
+    from rlhf_cli.data.records import Demonstration, Prompt
+    from rlhf_cli.generation.policy import Policy, TokenScores
 
 
 @dataclass(frozen=True)
@@ -50,21 +55,22 @@ class Sampler:
     watch: StepWatch = field(default_factory=StepWatch)
     drawn: list[Drawing] = field(default_factory=list)
 
-    def complete(self, policy: Policy, name: str) -> list[Completion]:
+    def complete(self, policy: Policy, slot: str, name: str) -> list[Completion]:
         """Return one completion per prompt; all processes call this.
 
         Each batch is on disk before the next begins, so that an interrupted evaluation resumes after it.
 
         Args:
             policy: the model that writes.
-            name: of the file in the work folder, and of the progress bar.
+            slot: name of the file in the work folder.
+            name: of the model, for the progress bar.
         """
         requests = self._requests(policy)
         # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
         order = sorted(range(len(requests)), key=lambda row: len(requests[row].prompt_ids))
         size = policy.sampling.batch_size
         file = CompletionFile(
-            self.context.work / f"{name}.jsonl",
+            self.context.work / f"{slot}.jsonl",
             [order[start : start + size] for start in range(0, len(order), size)],
             per_prompt=1,
             processes=self.processes,
@@ -111,80 +117,164 @@ class Sampler:
         seed, rows = self.context.recipe.seed, zip(self.prompts, self.numbers, strict=True)
         return [Request(policy.prompt_ids(prompt), seed_for(prompt, seed, number)) for prompt, number in rows]
 
-    def logprobs(self, policy: Policy, prompt_ids: Sequence[list[int]], given: Sequence[Completion]) -> list[float]:
-        """Return log pi(completion | prompt) of each completion in nats."""
-        rows = list(zip(prompt_ids, given, strict=True))
+    def scores(
+        self,
+        policy: Policy,
+        slot: str,
+        prompt_ids: Sequence[list[int]],
+        given: Sequence[list[int]],
+        *,
+        temperature: float | None = None,
+    ) -> list[TokenScores]:
+        """Return what a policy says of each token of completions; those of finished chunks are read from disk.
 
-        def score(own: Sequence[tuple[list[int], Completion]]) -> list[float]:
-            prompts, completions = [ids for ids, _ in own], [completion for _, completion in own]
-            return policy.logprobs(prompts, completions, stop=self.context.stop.check)
+        Args:
+            policy: that reads.
+            slot: name of the file in the work folder.
+            prompt_ids: (N,) token ids of prompts.
+            given: (N,) token ids of completions.
+            temperature: see `Policy.token_scores`.
+        """
+        from rlhf_cli.generation.policy import TokenScores
 
+        stop = self.context.stop.check
+
+        def share(rows: list[int]) -> list[tuple[list[float], float]]:
+            completions = [Completion(given[row], "", finished=True) for row in rows]
+            prompts = [prompt_ids[row] for row in rows]
+            found = policy.token_scores(prompts, completions, temperature=temperature, stop=stop)
+            return [(one.logprobs, one.entropy) for one in found]
+
+        file = ScoreFile(self.context.work / f"{slot}_scores.jsonl", self.processes)
         with self.watch.phase("passes", "passes"):
-            return _map(self.processes, rows, score)
+            found = file.fill(len(given), partial(self.processes.map, work=share), chunk=8 * policy.sampling.batch_size)
+        return [TokenScores(logprobs, entropy) for logprobs, entropy in found]
+
+    def tasks(self, policy: Policy, slot: str) -> dict[str, Measure]:
+        """Return the figures of `evaluate.tasks`; rank 0 runs them, and those of finished tasks are read from disk."""
+        names, processes = self.context.settings.tasks, self.processes
+
+        def score(rows: list[int]) -> list[dict[str, Any]]:
+            seed = self.context.recipe.seed
+            own = [task_measures(policy, names[row], seed) for row in rows] if processes.is_main else []
+            return processes.all_gather_object(own)[0]
+
+        file = ScoreFile(self.context.work / f"{slot}_tasks.jsonl", processes)
+        found = file.fill(len(names), score, chunk=1, before_chunk=self.context.stop.check)
+        return {name: Measure(**one) for each in found for name, one in each.items()}
 
 
-def _map(processes: ProcessGroup | None, items: Sequence[Any], work: Callable[[list[Any]], list[Any]]) -> list[Any]:
-    """Do `work` in this process alone, or see `ProcessGroup.map`."""
-    return work(list(items)) if processes is None else processes.map(items, work)
+def measure(
+    sampler: Sampler,
+    policies: Sequence[tuple[str, Policy]],
+    baseline: tuple[str, Policy],
+    demonstrations: Sequence[Demonstration],
+) -> tuple[Side, list[Side]]:
+    """Complete the prompts with all models, one in memory at a time, and take log-probabilities.
 
-
-def compare(
-    sampler: Sampler, policy: Policy, baseline: Policy
-) -> tuple[list[Completion], list[Completion], list[float] | None]:
-    """Complete the prompts with both models, one in memory at a time.
+    Args:
+        sampler: with the prompts.
+        policies: name and policy of each model under evaluation.
+        baseline: name and policy of the baseline.
+        demonstrations: to measure perplexity on; may be empty.
 
     Returns:
-        Completions of the policy, completions of the baseline, and log pi_policy - log pi_baseline of each completion
-        of the policy in nats; None if the KL cannot be estimated.
+        The baseline, and the policies with their log-ratios to it.
     """
-    of_policy = sampler.complete(policy, "policy")
-    prompt_ids = [policy.prompt_ids(prompt) for prompt in sampler.prompts]
-    refusal = _no_kl(policy, baseline)
-    under_policy = [] if refusal else sampler.logprobs(policy, prompt_ids, of_policy)
-    policy.release()
+    sides = [
+        _measured(sampler, name, policy, _slot("policy", number), demonstrations)
+        for number, (name, policy) in enumerate(policies)
+    ]
+    of_baseline = _measured(sampler, *baseline, "baseline", demonstrations, keep=True)
+    compared = []
+    for number, side in enumerate(sides):
+        if refusal := _no_kl(side, of_baseline, alone=len(sides) == 1):
+            warn(refusal)
+            compared.append(side)
+            continue
+        given = [completion.ids for completion in side.completions]
+        slot = f"{_slot('policy', number)}_by_baseline"
+        other = sampler.scores(baseline[1], slot, _ids(sampler, side.policy), given)
+        ratios = [
+            [own - base for own, base in zip(mine.logprobs, theirs.logprobs, strict=True)]
+            for mine, theirs in zip(side.scores, other, strict=True)
+        ]
+        compared.append(dataclasses.replace(side, log_ratios=ratios))
+    baseline[1].release()
     sampler.context.stop.check()
-    of_baseline = sampler.complete(baseline, "baseline")
-    under_baseline = [] if refusal else sampler.logprobs(baseline, prompt_ids, of_policy)
-    baseline.release()
-    sampler.context.stop.check()
-    if refusal:
-        warn(refusal)
-        return of_policy, of_baseline, None
-    return of_policy, of_baseline, [own - other for own, other in zip(under_policy, under_baseline, strict=True)]
+    return of_baseline, compared
 
 
-def _no_kl(policy: Policy, baseline: Policy) -> str | None:
+def _slot(role: str, number: int) -> str:
+    return f"{role}_{number + 1}" if number else role
+
+
+def _ids(sampler: Sampler, policy: Policy) -> list[list[int]]:
+    return [policy.prompt_ids(prompt) for prompt in sampler.prompts]
+
+
+def _measured(
+    sampler: Sampler,
+    name: str,
+    policy: Policy,
+    slot: str,
+    demonstrations: Sequence[Demonstration],
+    *,
+    keep: bool = False,
+) -> Side:
+    """Return a model's completions with its own scores of them; its weights are released unless `keep`."""
+    completions = sampler.complete(policy, slot, name)
+    scores = sampler.scores(policy, slot, _ids(sampler, policy), [completion.ids for completion in completions])
+    examples = [tokenized(record, policy) for record in demonstrations]
+    read = sampler.scores(
+        policy,
+        f"{slot}_demonstrations",
+        [example.prompt_ids for example in examples],
+        [example.completion_ids for example in examples],
+        temperature=1.0,
+    )
+    tasks = sampler.tasks(policy, slot)
+    if not keep:
+        policy.release()
+    sampler.context.stop.check()
+    return Side(name, policy, completions, scores, [one.logprobs for one in read], tasks=tasks)
+
+
+def _no_kl(policy: Side, baseline: Side, *, alone: bool) -> str | None:
     """Return why the KL cannot be estimated from completions of the policy; None if it can."""
-    if policy.sampling.top_p < 1.0:
+    if policy.policy.sampling.top_p < 1.0:
         # The estimate needs completions drawn from the very distribution whose log-probabilities are taken.
         return "the KL cannot be estimated with a `top_p` below 1: it is not reported"
-    if policy.reading != baseline.reading:
-        return "the two models read text differently (tokenizer or chat template), so their KL is not defined"
+    if policy.policy.reading != baseline.policy.reading:
+        which = "the two models" if alone else f"{policy.name} and {baseline.name}"
+        return f"{which} read text differently (tokenizer or chat template), so their KL is not defined"
     return None
 
 
-def load_policies(context: EvaluateContext) -> tuple[Policy, Policy]:
-    """Return policy and baseline. Both are sampled as the policy was trained, or as the recipe says.
+def load_policies(context: EvaluateContext) -> tuple[list[Policy], Policy]:
+    """Return the policies and the baseline. All are sampled as the first policy was trained, or as the recipe says.
 
     Raises:
-        UsageError: the two are prompted in different ways.
+        UsageError: two of them are prompted in different ways.
     """
     from rlhf_cli.models.loading import load_tokenizer
 
-    paths = [context.inputs.policy.source, context.inputs.baseline.source]
+    paths = [*(one.source for one in context.inputs.evaluated), context.inputs.baseline.source]
     sampling = stage_sampling(context, context.settings.sampling, paths[0])
+    roles = ["the policy"] * (len(paths) - 1) + ["the baseline"]
     styles = []
-    for name, path in zip(("the policy", "the baseline"), paths, strict=True):
+    for role, path in zip(roles, paths, strict=True):
         tokenizer = load_tokenizer(model_source(context.recipe, path))
-        styles.append(prompt_style(context.recipe.data, path, tokenizer, name=name, may_differ=True))
-    if styles[0] != styles[1]:
-        raise UsageError(
-            f"the policy `{paths[0]}` is prompted {styles[0]} and the baseline `{paths[1]}` {styles[1]}",
-            hint="prompt both alike: `--set data.prompt_template=null --set data.template_kwargs={}` uses plain text; "
-            "if both have a chat template, write `chat` in place of `null`",
-        )
-    policy, baseline = (load_policy(context, path, sampling, style=styles[0]) for path in paths)
-    return policy, baseline
+        styles.append(prompt_style(context.recipe.data, path, tokenizer, name=role, may_differ=True))
+    for role, path, style in zip(roles, paths, styles, strict=True):
+        if style != styles[0]:
+            raise UsageError(
+                f"the policy `{paths[0]}` is prompted {styles[0]} and {role} `{path}` {style}",
+                hint="prompt both alike: `--set data.prompt_template=null --set data.template_kwargs={}` uses plain "
+                "text; if both have a chat template, write `chat` in place of `null`",
+            )
+    *policies, baseline = (load_policy(context, path, sampling, style=styles[0]) for path in paths)
+    return policies, baseline
 
 
 def base_policy(context: EvaluateContext, of: Policy) -> Policy | None:
@@ -215,35 +305,3 @@ def base_completions(sampler: Sampler, of: Policy, rows: Sequence[int]) -> tuple
         return None
     policy.release()
     return policy, completions
-
-
-def rewarded(
-    context: EvaluateContext,
-    prompts: Sequence[Prompt],
-    *sides: Sequence[Completion],
-    processes: ProcessGroup | None = None,
-) -> list[tuple[float, ...]] | None:
-    """Return the normalized rewards of each prompt's completions, as PPO saw them; None if there is no reward model.
-
-    If `processes` is given, all of them call this and each scores its share.
-    """
-    from rlhf_cli.memory import free_memory
-    from rlhf_cli.models.reward_model.model import load_reward_model
-
-    if (path := source_of(context.inputs.reward_model)) is None:
-        return None
-    template = text_template(context.recipe.data, context.inputs.baseline.source)
-    reward_model = load_reward_model(model_source(context.recipe, path), template=template)
-    rows = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
-    share = partial(_score, reward_model)
-    scores = _map(processes, rows, share)
-    del reward_model, share
-    free_memory()
-    return list(
-        zip(*(scores[start : start + len(prompts)] for start in range(0, len(rows), len(prompts))), strict=True)
-    )
-
-
-def _score(reward_model: RewardModel, rows: list[tuple[Prompt, str]]) -> list[float]:
-    with task("rewards", len(rows), "completions") as bar:
-        return reward_model.score([prompt for prompt, _ in rows], [text for _, text in rows], progress=bar.advance)

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_cli.settings.base import (
     Count,
     DataName,
     Effort,
+    External,
     FunctionName,
     ModelName,
     NonNegative,
+    Section,
     StageSection,
 )
+from rlhf_cli.settings.judges import JudgeSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
+
+
+class PolicySettings(Section):
+    """One more policy to evaluate."""
+
+    model: Annotated[str, External("model")]
+    """Folder or hub id of the model, such as the output of another run, or a PPO policy that was written earlier."""
+    name: str | None = None
+    """Its name in tables and results; null is `RUN/STAGE` for the output of a stage, else the folder's name or the hub
+    id. `--also NAME=MODEL` sets both."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """Read `NAME=MODEL`, as an option gives it."""
+        model = given.get("model") if isinstance(given, dict) else None
+        if isinstance(model, str) and given.get("name") is None and (found := re.fullmatch(r"([^=/\\]+)=(.+)", model)):
+            return {"name": found[1], "model": found[2]}
+        return given
+
+    @field_validator("name")
+    @classmethod
+    def _short(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[\w.@+-][\w .@+/-]{0,39}", name):
+            raise ValueError(f"expected up to 40 letters, digits, spaces or any of `_.@+-/`; got `{name}`")
+        return name
 
 
 class EvaluateSettings(StageSection):
@@ -23,7 +55,9 @@ class EvaluateSettings(StageSection):
     baseline: ModelName = None
     """Model to compare with; null is `ppo.model` if given, else the output of `sft`."""
     policy: ModelName = None
-    """Model to evaluate; null is the output of `ppo`."""
+    """Model to evaluate; null is the output of `ppo`, or the first of `policies` if there is none."""
+    policies: list[PolicySettings] = Field(default=[])
+    """More models to evaluate, each compared with the baseline and with the others on the same prompts."""
     reward_model: ModelName = None
     """Reward model whose mean reward is reported; null is the output of `train-rm`, else `ppo.reward_model`, else
     none."""
@@ -36,6 +70,15 @@ class EvaluateSettings(StageSection):
     """Function that scores completions and decides which model wins, as `file.py:function` or
     `package.module:function`. Null decides by the reward model; PPO was trained against it, so such a win shows that
     training worked, not that quality improved."""
+    demonstrations: DataName = None
+    """Demonstration records on which the perplexity of every model is measured: what training for rewards costs
+    elsewhere (the alignment tax). Those whose prompts a model was trained on are skipped. Null measures none."""
+    tasks: list[str] = Field(default=[])
+    """Tasks of lm-evaluation-harness to run on every model, such as `[arc_easy]`; `lm-eval ls tasks` lists them. Needs
+    the package lm-eval, which has prompts, data and metrics of its own."""
+    judge: JudgeSettings | None = None
+    """Language models that compare the completions of each prompt and decide which model wins, in place of a
+    `judge_function`."""
     tie_margin: NonNegative = 0.0
     """Scores that differ by at most this much are a tie; a tie counts 1/2."""
     max_prompts: Count | None = None
@@ -46,3 +89,27 @@ class EvaluateSettings(StageSection):
     """How completions are sampled, of both models; null is how the policy was trained."""
     shown_samples: Effort = 5
     """Number of prompts whose completions are shown side by side in the terminal; all are saved."""
+
+    @property
+    def decided_by(self) -> Literal["function", "judges", "reward model"]:
+        """What decides which completion wins."""
+        if self.judge is not None:
+            return "judges"
+        return "reward model" if self.judge_function is None else "function"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [one.name for one in self.policies if one.name is not None]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two `policies` are named `{repeated}`")
+        return self
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if self.judge is not None and self.judge_function is not None:
+            raise ValueError(
+                "`judge` and `judge_function` are mutually exclusive: one of them decides which model wins"
+            )
+        if self.judge is not None and self.tie_margin:
+            raise ValueError("`tie_margin` has no effect with `judge`, which gives no scores")
+        return self

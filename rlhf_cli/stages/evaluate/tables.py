@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rlhf_cli.data.records import prompt_text
 from rlhf_cli.stages.evaluate.comparison import Comparison
+from rlhf_cli.stages.evaluate.results import Evaluation
 from rlhf_cli.stages.evaluate.text_statistics import printable
 
 _ROWS = (
@@ -21,10 +22,21 @@ _ROWS = (
     ("most common completion", "diversity/{}_most_common_share", "{:.1%}"),
     ("distinct word pairs", "diversity/{}_distinct_2", "{:.2f}"),
     ("repeated 4-grams", "diversity/{}_repeated_4", "{:.1%}"),
+    ("entropy, nats per token", "entropy/{}", "{:.2f}"),
+    ("perplexity of demonstrations", "perplexity/{}", "{:.2f}"),
+)
+_LONGEST_NAME = 24
+_COLUMNS = (
+    ("gold", "gold", "{:.2f}"),
+    ("reward", "reward", "{:.2f}"),
+    ("tokens", "tokens", "{:.1f}"),
+    ("ended", "finished", "{:.0%}"),
+    ("entropy", "entropy", "{:.2f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
 )
 
 
-def metrics_table(metrics: Mapping[str, float], names: tuple[str, str]) -> Table:
+def metrics_table(metrics: Mapping[str, float], names: Sequence[str]) -> Table:
     """Return a table with the metrics of both models; fits 80 columns.
 
     Args:
@@ -44,22 +56,80 @@ def metrics_table(metrics: Mapping[str, float], names: tuple[str, str]) -> Table
     interval = f"{metrics['win_rate_low']:.1%} to {metrics['win_rate_high']:.1%}"
     table.add_row("policy preferred (ties 1/2)", "", f"{metrics['win_rate']:.1%}")
     table.add_row("  95 % interval", "", interval)
+    if "win_rate_length_controlled" in metrics:
+        table.add_row("  at equal lengths", "", f"{metrics['win_rate_length_controlled']:.1%}")
     if "kl_nats" in metrics:
         table.add_row("KL to baseline, nats per completion", "", f"{metrics['kl_nats']:z.1f}")
     return table
 
 
-def side_by_side(comparison: Comparison, tie_margin: float, *, number: int, longest: int = 600) -> RenderableType:
+def models_table(evaluation: Evaluation) -> Table:
+    """Return a table with a row per model; fits 80 columns."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column(f"{evaluation.pairs[0].win_rate.n:,} prompts", overflow="fold")
+    columns = [one for one in _COLUMNS if any(one[1] in found for found in evaluation.models.values())]
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("KL", justify="right", no_wrap=True)
+    kl = {pair.policy: pair.kl[0].mean for pair in evaluation.against_baseline if pair.kl}
+    for name, found in evaluation.models.items():
+        cells = [pattern.format(found[key].value) if key in found else "" for _, key, pattern in columns]
+        table.add_row(Text(name), *cells, f"{kl[name].value:z.1f}" if name in kl else "")
+    return table
+
+
+def pairs_table(evaluation: Evaluation) -> Table:
+    """Return a table with the win rate of each pair of models; fits 80 columns."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("preferred (ties 1/2)", "to"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("win rate", "95 % interval", "equal lengths", "sign p"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for pair in evaluation.pairs:
+        rate, controlled = pair.win_rate, pair.length_controlled.win_rate.value
+        table.add_row(
+            Text(pair.policy),
+            Text(pair.baseline),
+            f"{rate.value:.1%}",
+            f"{rate.low:.0%} to {rate.high:.0%}",
+            "" if controlled is None else f"{controlled:.1%}",
+            f"{pair.sign_test.p_value:.3f}",
+        )
+    return table
+
+
+def tasks_table(evaluation: Evaluation) -> Table | None:
+    """Return a table with the figures of `evaluate.tasks`; None without tasks. Fits 80 columns."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("task", "model"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("value", "95 % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task in (name for name in evaluation.models[evaluation.baseline] if name.startswith("task/")):
+        for model, measures in evaluation.models.items():
+            found = measures[task]
+            interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+            table.add_row(Text(task.removeprefix("task/")), Text(model), f"{found.value:.3f}", interval)
+    return table if table.row_count else None
+
+
+def side_by_side(
+    comparison: Comparison,
+    tie_margin: float,
+    *,
+    number: int,
+    others: Mapping[str, Comparison] = {},
+    longest: int = 600,
+) -> RenderableType:
     """Return a prompt with the completion of every model below it, each with its score.
 
     Args:
         comparison: what to show.
         tie_margin: see `Comparison.winner`.
         number: of the sample, 1-based.
+        others: name -> comparison of further policies with the baseline.
         longest: characters shown of each text.
     """
-    scores = comparison.gold if comparison.gold is not None else comparison.reward
-    assert scores is not None
     winner = comparison.winner(tie_margin)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(justify="right", no_wrap=True)
@@ -68,11 +138,22 @@ def side_by_side(comparison: Comparison, tie_margin: float, *, number: int, long
     if comparison.base is not None:
         label = "base" if comparison.base_score is None else f"base {comparison.base_score:.2f}"
         grid.add_row(Text(label, style="dim"), Text(_cut(comparison.base.text, longest // 3), style="dim"))
-    sides = (("baseline", comparison.baseline, scores[0]), ("policy", comparison.policy, scores[1]))
-    for name, completion, score in sides:
-        style = "green" if winner == name else ""
-        grid.add_row(Text(f"{name} {score:.2f}", style=style), Text(_cut(completion.text, longest)))
+    sides = [("baseline", comparison.baseline, _score(comparison, 0), winner == "baseline")]
+    sides += [("policy", comparison.policy, _score(comparison, 1), winner == "policy")]
+    sides += [
+        (name[:_LONGEST_NAME], other.policy, _score(other, 1), other.winner(tie_margin) == "policy")
+        for name, other in others.items()
+    ]
+    for name, completion, score, is_better in sides:
+        label = Text(f"{name}{score}", style="green" if is_better else "")
+        grid.add_row(label, Text(_cut(completion.text, longest)))
     return Group(grid, Text(""))
+
+
+def _score(comparison: Comparison, side: int) -> str:
+    """Return the score that decides, if there is one, as it follows a name."""
+    scores = comparison.gold if comparison.gold is not None else comparison.reward
+    return "" if scores is None else f" {scores[side]:.2f}"
 
 
 def _cut(text: str, longest: int) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
-from rlhf_cli.stages.label.settings import HumanSettings, JudgeModelSettings, JudgeSettings, LabelSettings
+from rlhf_cli.stages.label.settings import HumanSettings, LabelSettings
+from rlhf_cli.stages.panel import judge_inputs
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,8 @@ def find_inputs(settings: LabelSettings, recipe: RunSettings, find: InputFinder)
         reward_model=find.named("model", settings.reward_model, "reward_model", role="reward model"),
         guidelines=find.named("file", human.guidelines, "human.guidelines"),
         gold=find.named("data", human.gold, "human.gold", records="ranking"),
-        judges=_judges(judge),
-        rubric=None if judge is None else find.named("file", judge.rubric_file, "judge.rubric_file"),
-        calibration=None
-        if judge is None
-        else find.named("data", judge.calibration, "judge.calibration", records="ranking"),
+        **judge_inputs(judge, "label", find),
         active_learning=tuple(
             Input("model", model, "label.active_learning.reward_models", role="reward model") for model in models
         ),
     )
-
-
-def _judges(settings: JudgeSettings | None) -> tuple[Input, ...]:
-    panel = () if settings is None else settings.panel
-    return tuple(_judge(f"label.judge.panel.{number}", judge) for number, judge in enumerate(panel))
-
-
-def _judge(name: str, judge: JudgeModelSettings) -> Input:
-    if judge.model is not None:
-        return Input("model", judge.model, f"{name}.model", role="judge")
-    assert judge.url is not None
-    return Input("endpoint", judge.url, f"{name}.url", matters=False, token_env=judge.token_env)

@@ -125,7 +125,9 @@ def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp
     context = judged(tmp_path, tiny_llama, tiny_llama, prompts, judge)
     metrics = evaluate.run(context).metrics
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{metrics['prompts']:.0f} prompts are too few to say which model is better" in said
+    name = tiny_llama.name
+    assert f"{metrics['prompts']:.0f} prompts are too few to say which of {name} (policy) and {name} is better" in said
+    assert f"evaluate: {metrics['prompts']:.0f} prompts: a win rate near 50 % will be known to about +- " in said
     assert "about 100 give an interval of +-10 points: raise `data.holdout` or set `evaluate.prompts`" in said
     assert metrics["win_rate"] == 0.5
     assert metrics["tie_rate"] == 1.0, "the same seeds for both"

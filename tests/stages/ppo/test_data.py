@@ -83,7 +83,7 @@ def test_demonstrations_for_ptx_are_not_held_out_and_fit(load):
 
 def test_evaluation_leaves_out_prompts_that_chose_the_policy(tmp_path, capsys):
     from rlhf_cli.data.records import PromptRecord, prompt_key
-    from rlhf_cli.stages.evaluate.run import not_chosen_on
+    from rlhf_cli.stages.evaluate.prompts import not_chosen_on
 
     records = [PromptRecord(text) for text in TEXTS[:5]]
     assert not_chosen_on(records, tmp_path) == records

@@ -1,0 +1,73 @@
+"""Rewards of completions, as PPO saw them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.generation.generator import Completion
+from rlhf_cli.generation.prompts import text_template
+from rlhf_cli.progress import task
+from rlhf_cli.stages.common import model_source
+from rlhf_cli.stages.evaluate.scores import ScoreFile
+from rlhf_cli.stages.evaluate.stage import EvaluateContext
+from rlhf_cli.stages.inputs import source_of
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.records import Prompt
+
+_CHUNK = 256
+"""Completions whose rewards are written to disk at once."""
+
+
+def rewarded(
+    context: EvaluateContext,
+    prompts: Sequence[Prompt],
+    *sides: Sequence[Completion],
+    file: ScoreFile | None = None,
+    processes: ProcessGroup | None = None,
+) -> list[list[float]] | None:
+    """Return the normalized rewards of each side's completions, as PPO saw them; None if there is no reward model.
+
+    Args:
+        context: of the stage.
+        prompts: N prompts.
+        sides: N completions each.
+        file: keeps the rewards of finished chunks; None keeps none.
+        processes: all of which call this and score a share each; None scores everything here.
+    """
+    from rlhf_cli.memory import free_memory
+
+    if (path := source_of(context.inputs.reward_model)) is None:
+        return None
+    texts = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
+    scores = _rewards(context, path, texts, file, processes)
+    free_memory()
+    return [scores[start : start + len(prompts)] for start in range(0, len(texts), len(prompts))]
+
+
+def _rewards(
+    context: EvaluateContext,
+    path: str,
+    texts: Sequence[tuple[Prompt, str]],
+    file: ScoreFile | None,
+    processes: ProcessGroup | None,
+) -> list[float]:
+    """Return the normalized rewards of (prompt, completion); the reward model is in memory meanwhile."""
+    from rlhf_cli.models.reward_model.model import load_reward_model
+
+    template = text_template(context.recipe.data, context.inputs.baseline.source)
+    reward_model = load_reward_model(model_source(context.recipe, path), template=template)
+    with task("rewards", len(texts), "completions") as bar:
+
+        def share(rows: list[int]) -> list[float]:
+            prompts, completions = [texts[row][0] for row in rows], [texts[row][1] for row in rows]
+            return reward_model.score(prompts, completions, progress=bar.advance)
+
+        def score(rows: list[int]) -> list[float]:
+            return share(rows) if processes is None else processes.map(rows, share)
+
+        if file is None:
+            return score(list(range(len(texts))))
+        return file.fill(len(texts), score, chunk=_CHUNK, before_chunk=context.stop.check)
