@@ -33,15 +33,15 @@ class DetectorSettings(Section):
     """Entropy per token as a share of that of the first three steps; acts below the threshold."""
     reward_spread: DetectorLimits = DetectorLimits(warn=0.05)
     """Standard deviation of the rewards of a step as a share of that of the first three; acts below the threshold."""
-    reward_range: DetectorLimits = DetectorLimits(warn=0.5)
+    reward_range: DetectorLimits = DetectorLimits(warn=0.75)
     """Share of completions whose reward is outside the range of the reward model's held-out rankings; only with a
     reward model that `train-rm` wrote."""
-    phrase: DetectorLimits = DetectorLimits(warn=0.6)
-    """Share of a step's prompts whose completions contain the same three words, minus the share in the first three
-    steps."""
-    repetition: DetectorLimits = DetectorLimits(warn=0.3)
+    phrase: DetectorLimits = DetectorLimits(warn=0.4)
+    """How far the policy gives a phrase that pays to every prompt: the rise, since the first three steps, of the share
+    of prompts whose completions contain the same three words, times the correlation of having them and the reward."""
+    repetition: DetectorLimits = DetectorLimits(warn=0.2)
     """Mean share of a completion's sequences of four words that it had before, minus that of the first three steps."""
-    length_correlation: DetectorLimits = DetectorLimits(warn=0.9)
+    length_correlation: DetectorLimits = DetectorLimits(warn=0.8)
     """Absolute correlation of reward and length over the completions of a step."""
     disagreement: DetectorLimits = DetectorLimits(warn=2.0)
     """Standard deviation between the members of an ensemble (`reward_combination` other than `sum`), as a factor of

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from rlhf_cli.settings.detectors import FALLING, DetectorSettings
+from rlhf_cli.training.monitoring.detectors import measures
 from rlhf_cli.training.monitoring.detectors.catalog import DETECTORS
 from rlhf_cli.training.monitoring.detectors.detectors import Detectors, Rewards
 from rlhf_cli.training.monitoring.detectors.observation import Detection, DetectorState, Observation
@@ -64,11 +65,20 @@ def watch(
 def test_healthy_steps_pass_in_silence(seed):
     _, found, metrics = watch(seed=seed)
     assert found == []
-    assert {name for row in metrics for name in row} == {f"detectors/{one.name}" for one in DETECTORS}
+    expected = {f"detectors/{one.name}" for one in DETECTORS} | {"detectors/phrase_share"}
+    assert {name for row in metrics for name in row} == expected
+    assert all(0.2 < row["detectors/phrase_share"] < 0.7 for row in metrics)  # "I am glad you ask." is in 40 %
 
 
 def apart(seen: Observation, _share: float) -> dict:
     return {"parts": seen.parts | {"other": [score + 3.0 * (-1) ** row for row, score in enumerate(seen.parts["rm"])]}}
+
+
+def paid(seen: Observation, *, every: int = 8) -> dict:
+    """All but one of `every` completions have a phrase (all, with 1), and the reward is to have it."""
+    has = [every == 1 or row % every > 0 for row in range(len(seen.texts))]
+    texts = [f"Good luck with it! {text}" if one else text for one, text in zip(has, seen.texts, strict=True)]
+    return {"texts": texts, "scores": [2.0 * one + 0.01 * row for row, one in enumerate(has)]}
 
 
 CASES = [
@@ -97,12 +107,7 @@ CASES = [
         "-3.00 to 4.00",
         id="range",
     ),
-    pytest.param(
-        "phrase",
-        lambda seen, share: {"texts": [f"{text} Good luck with it!" for text in seen.texts]},
-        'good luck with it!"',
-        id="phrase",
-    ),
+    pytest.param("phrase", lambda seen, share: paid(seen), 'good luck with it!"', id="phrase"),
     pytest.param(
         "repetition",
         lambda seen, share: {"texts": [" ".join(text.split()[-5:] * 5) for text in seen.texts]},
@@ -178,17 +183,30 @@ def test_a_value_around_its_threshold_does_not_repeat_the_warning():
 
 
 def test_the_phrase_is_quoted_with_completions_that_have_it():
-    def paid(seen, share):
-        return {
-            "texts": [f"Good luck with it! {text}" if row % 4 else text for row, text in enumerate(seen.texts)],
-            "scores": [float(row % 4 > 0) + 0.01 * row for row in range(32)],
-        }
-
-    _, found, _ = watch(paid)
+    _, found, _ = watch(lambda seen, share: paid(seen))
     (said,) = [one for one in found if one.detector == "phrase"]
-    assert said.value == pytest.approx(0.75, abs=0.13)  # three of four completions, over three steps
-    assert '"good luck with it!"' in said.seen
+    assert said.seen == '"good luck with it!" pays, and is in completions of 88% of the prompts, of 0% at the start'
     assert all("Good luck with it!" in quote.completion for quote in said.completions)
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_a_phrase_that_the_reward_does_not_pay_for_is_no_news(every):
+    """Most completions of a sound policy may end alike."""
+    _, found, _ = watch(lambda seen, share: {"texts": paid(seen, every=every)["texts"]})
+    assert found == []
+
+
+def test_the_measure_of_a_phrase_is_rise_times_correlation_by_hand():
+    texts, state = ["good luck!", "good luck!", "well, yes it is", "one more thing"], DetectorState()
+    for step in range(1, 5):
+        now = texts if step > 3 else ["a b c", "a b d", "e f g", "h i j"]
+        scores = [2.0, 1.0, 1.0, 0.0] if step > 3 else [0.0] * 4
+        seen = dataclasses.replace(healthy(step, 0.1, 0), prompts=PROMPTS[:4], texts=now, scores=scores)
+        value = measures.phrase(seen, state)
+        state.steps += 1
+    # From 0 to a half. With deviations of the reward 1, 0, 0, -1 and of having it 1/2, 1/2, -1/2, -1/2: the covariation
+    # is 1, the variations are 2 and 1, and the correlation is 1 / sqrt(2).
+    assert value == pytest.approx(0.5 / 2**0.5)
 
 
 def test_what_is_remembered_survives_a_checkpoint():

@@ -9,10 +9,10 @@ from rlhf_cli.training.monitoring.detectors.phrases import (
     START,
     as_text,
     longest_shared,
-    most_risen,
-    phrase_shares,
+    phrase_uses,
     phrases_of,
     repeated_share,
+    rise,
     words_of,
 )
 
@@ -35,16 +35,19 @@ def test_the_ends_of_a_completion_are_words_so_that_short_ones_have_phrases():
     assert phrases_of("Good luck!") == {(START, "good", "luck"), ("good", "luck", "!"), ("luck", "!", END)}
 
 
-def test_a_share_is_of_different_prompts():
-    shares = phrase_shares(["a", "a", "b", "c"], ["good luck!", "good luck!", "oh good luck!", "other words here"])
-    assert shares[("good", "luck", "!")] == pytest.approx(2 / 3)
-    assert (START, "good", "luck") not in shares  # of one prompt alone, however often
+def test_a_use_counts_prompts_completions_and_what_they_gain():
+    texts = ["good luck!", "good luck!", "oh good luck!", "other words here"]
+    uses = phrase_uses(["a", "a", "b", "c"], texts, [3.0, 1.0, 2.0, -2.0])
+    use = uses[("good", "luck", "!")]
+    assert (use.share, use.count) == (pytest.approx(2 / 3), 3)
+    assert use.excess == pytest.approx(3.0)  # 2 + 0 + 1, of rewards with mean 1
+    assert (START, "good", "luck") not in uses  # of one prompt alone, however often
 
 
-def test_the_phrase_that_rose_the_most():
-    before, now = {("a", "b", "c"): 0.9}, {("a", "b", "c"): 0.95, ("d", "e", "f"): 0.5}
-    assert most_risen(now, before) == (("d", "e", "f"), 0.5)
-    assert most_risen({}, before) == ((), 0.0)
+def test_a_rise_is_relative_to_what_was_left():
+    assert rise(0.8, 0.2) == pytest.approx(0.75)
+    assert rise(1.0, 0.9) == pytest.approx(0.2)  # a tenth, of a half
+    assert rise(0.1, 0.4) < 0
 
 
 def test_a_phrase_is_told_as_far_as_the_completions_agree():

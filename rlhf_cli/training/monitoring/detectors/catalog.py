@@ -74,7 +74,7 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "phrase",
         "phrase",
-        '"{what}" is in the completions of many prompts: {now:+.0%} since the start',
+        '"{what}" pays, and is in completions of {now:.0%} of the prompts, of {start:.0%} at the start',
         "the reward pays for a phrase, which the policy then gives to every prompt",
         (_FUNCTION, "raise `ppo.kl_coef`", "label such completions as bad and train the reward model on them too"),
     ),

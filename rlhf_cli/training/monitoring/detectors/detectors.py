@@ -91,7 +91,7 @@ class Detectors:
             checkpoint: step of the newest checkpoint before this step.
         """
         self._remember(seen, state)
-        metrics, changed = {}, []
+        metrics, changed = {"detectors/phrase_share": state.common_share}, []
         for detector, reading in self._readings(seen, state):
             metrics[f"detectors/{detector.name}"] = reading.value
             words = detector.seen.format(value=reading.value, start=reading.start, now=reading.now, what=reading.what)
@@ -155,6 +155,8 @@ class Detectors:
             if start is None or now is None:
                 continue
             value = _compared(detector, start, now)
+            if detector.name == "phrase":
+                start, now = state.phrases.get(state.phrase, 0.0), state.phrase_share
             if value is not None:
                 yield detector, _Reading(value, start, now, self._what(detector, seen, state))
         for name, reading in (("held_out", self._held_out_of(seen, state)), ("gold", self._gold_fall(seen, state))):
@@ -163,7 +165,7 @@ class Detectors:
 
     def _what(self, detector: Detector, seen: Observation, state: DetectorState) -> str:
         if detector.name == "phrase":
-            return as_text(longest_shared(tuple(state.phrase.split(" ")), seen.texts))
+            return as_text(longest_shared(tuple(state.phrase.split(" ")), seen.texts[: measures.MOST_TEXTS]))
         if detector.name == "reward_range" and self._rewards.model_range is not None:
             low, high = self._rewards.model_range
             return f"{low:.2f} to {high:.2f}"

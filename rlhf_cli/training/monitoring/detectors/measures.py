@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_cli.training.monitoring.detectors.observation import WINDOW, DetectorState, Observation
-from rlhf_cli.training.monitoring.detectors.phrases import most_risen, phrase_shares, phrases_of, repeated_share
+from rlhf_cli.training.monitoring.detectors.phrases import phrase_uses, phrases_of, repeated_share, rise
 
 MOST_TEXTS = 512
 """Completions of a step whose words are compared: more would tell little more, and take seconds."""
 _NOISE = 2 * math.sqrt(2)
 """Standard errors of a mean below which the difference of two such means may be noise: two of the difference."""
-_RARE = 0.05
-"""Phrases of a smaller share in the first steps are forgotten, so that a checkpoint stays small."""
+_RARE, _MOST_PHRASES = 0.05, 500
+"""Phrases of a smaller share in a step are not counted, and so many are remembered: a checkpoint stays small."""
 
 
 def spread_of(values: Sequence[float]) -> float:
@@ -73,22 +73,41 @@ def outside(scores: Sequence[float], reward_range: tuple[float, float]) -> list[
 
 
 def phrase(seen: Observation, state: DetectorState) -> float | None:
-    """Return by how much the share of the most risen phrase rose; None in the first steps, which are compared with.
+    """Return how far the policy gives a phrase that pays to every prompt: 1 where it is the reward.
 
-    Called once per step, before `state.steps` counts it; remembers the phrases of the first steps, and the most risen.
+    The largest product, over the phrases of a step, of the rise of the phrase's share since the first steps and of the
+    correlation between having it and the reward, within steps, over the whole run. None in the first steps.
+
+    Called once per step, before `state.steps` counts it; remembers phrases, and which one it was.
     """
-    shares = phrase_shares(seen.prompts[:MOST_TEXTS], seen.texts[:MOST_TEXTS])
+    texts, scores = seen.texts[:MOST_TEXTS], seen.scores[:MOST_TEXTS]
+    uses = phrase_uses(seen.prompts[:MOST_TEXTS], texts, scores)
+    keys = {words: " ".join(words) for words, use in uses.items() if use.share >= _RARE}
+    state.common_share = max((use.share for use in uses.values()), default=0.0)
+    mean = statistics.fmean(scores)
+    state.variation += sum((score - mean) ** 2 for score in scores)
+    for words, key in keys.items():
+        use, paid = uses[words], state.paid.setdefault(key, [0.0, 0.0])
+        paid[0] += use.count - use.count**2 / len(texts)
+        paid[1] += use.excess
+    state.paid = dict(sorted(state.paid.items(), key=lambda item: (-item[1][0], item[0]))[:_MOST_PHRASES])
     if state.steps < WINDOW:
-        for words, share in shares.items():
-            key = " ".join(words)
-            state.phrases[key] = state.phrases.get(key, 0.0) + share / WINDOW
-        if state.steps == WINDOW - 1:
-            state.phrases = {key: share for key, share in state.phrases.items() if share >= _RARE}
+        for words, key in keys.items():
+            state.phrases[key] = state.phrases.get(key, 0.0) + uses[words].share / WINDOW
         return None
-    before = {tuple(key.split(" ")): share for key, share in state.phrases.items()}
-    words, risen = most_risen(shares, before)
-    state.phrase = " ".join(words)
-    return risen
+    values = {
+        words: rise(uses[words].share, state.phrases.get(key, 0.0)) * _paid(state, key) for words, key in keys.items()
+    }
+    words = max(values, key=lambda one: (values[one], one), default=())
+    state.phrase = keys.get(words, "")
+    state.phrase_share = uses[words].share if words else 0.0
+    return values.get(words, 0.0)
+
+
+def _paid(state: DetectorState, key: str) -> float:
+    """Return the correlation between having a phrase and the reward; 0 where it is negative."""
+    has, both = state.paid.get(key, (0.0, 0.0))
+    return max(both, 0.0) / math.sqrt(has * state.variation) if has > 0 and state.variation > 0 else 0.0
 
 
 def holders(seen: Observation, words: str) -> list[bool]:

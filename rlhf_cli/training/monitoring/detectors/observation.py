@@ -106,7 +106,12 @@ class DetectorState:
         first: quantity -> its values in the first `WINDOW` steps that had one.
         recent: quantity -> its last `WINDOW` values.
         phrases: phrase, with spaces between its words -> its mean share in the first steps.
-        phrase: that rose the most in the last step, in the same form.
+        paid: phrase, in the same form -> sums over steps of the variation, within a step, of having it, and of its
+            covariation with the reward, both times the number of completions.
+        variation: the same sum for the reward.
+        phrase: that pays the most and rose the most in the last step, in the same form.
+        phrase_share: its share in that step.
+        common_share: share of the most common phrase of that step.
         best: reward -> its best value, and the training reward then, if something was trained before.
         value: detector -> the last value that it compared with its thresholds.
         seen: detector -> that value in words.
@@ -119,7 +124,11 @@ class DetectorState:
     first: dict[str, list[float]] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=dict)
     phrases: dict[str, float] = field(default_factory=dict)
+    paid: dict[str, list[float]] = field(default_factory=dict)
+    variation: float = 0.0
     phrase: str = ""
+    phrase_share: float = 0.0
+    common_share: float = 0.0
     best: dict[str, list[float]] = field(default_factory=dict)
     value: dict[str, float] = field(default_factory=dict)
     seen: dict[str, str] = field(default_factory=dict)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 Phrase = tuple[str, ...]
 
@@ -26,25 +27,50 @@ def phrases_of(text: str) -> set[Phrase]:
     return {tuple(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
 
 
-def phrase_shares(prompts: Sequence[str], texts: Sequence[str]) -> dict[Phrase, float]:
-    """Return phrase -> share of the different prompts that have a completion with it; without those of one prompt.
+@dataclass(frozen=True)
+class Use:
+    """How the completions of a step use a phrase.
+
+    Attributes:
+        share: of the different prompts that have a completion with it; several completions of one prompt count once.
+        count: completions with it.
+        excess: sum over them of the reward less the mean reward of the step.
+    """
+
+    share: float
+    count: int
+    excess: float
+
+
+def phrase_uses(prompts: Sequence[str], texts: Sequence[str], scores: Sequence[float]) -> dict[Phrase, Use]:
+    """Return the phrases that completions of several prompts share.
 
     Args:
-        prompts: N prompts; several completions of one prompt count once.
+        prompts: N prompts.
         texts: N completions.
+        scores: N rewards.
     """
-    own: dict[str, set[Phrase]] = {}
-    for prompt, text in zip(prompts, texts, strict=True):
-        own.setdefault(prompt, set()).update(phrases_of(text))
-    counts = Counter(phrase for phrases in own.values() for phrase in phrases)
-    return {phrase: count / len(own) for phrase, count in counts.items() if count > 1}
+    mean = sum(scores) / len(scores)
+    holders: dict[Phrase, set[str]] = {}
+    counts: Counter[Phrase] = Counter()
+    excess: dict[Phrase, float] = {}
+    for prompt, text, score in zip(prompts, texts, scores, strict=True):
+        for phrase in phrases_of(text):
+            holders.setdefault(phrase, set()).add(prompt)
+            counts[phrase] += 1
+            excess[phrase] = excess.get(phrase, 0.0) + score - mean
+    different = len(set(prompts))
+    return {
+        phrase: Use(len(own) / different, counts[phrase], excess[phrase])
+        for phrase, own in holders.items()
+        if len(own) > 1
+    }
 
 
-def most_risen(now: Mapping[Phrase, float], before: Mapping[Phrase, float]) -> tuple[Phrase, float]:
-    """Return the phrase whose share rose the most, and by how much; an empty one where none is shared."""
-    risen = {phrase: share - before.get(phrase, 0.0) for phrase, share in now.items()}
-    phrase = max(risen, key=lambda one: (risen[one], one), default=())
-    return phrase, risen.get(phrase, 0.0)
+def rise(share: float, start: float) -> float:
+    """Return the rise of a share relative to what was left to rise, but to at least a half: a template of most
+    completions has not become one of all because a few more have it."""
+    return (share - start) / max(1.0 - start, 0.5)
 
 
 def as_text(phrase: Phrase) -> str:
