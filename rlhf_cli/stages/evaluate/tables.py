@@ -59,7 +59,8 @@ def metrics_table(metrics: Mapping[str, float], names: Sequence[str]) -> Table:
     if "win_rate_length_controlled" in metrics:
         table.add_row("  at equal lengths", "", f"{metrics['win_rate_length_controlled']:.1%}")
     if "kl_nats" in metrics:
-        table.add_row("KL to baseline, nats per completion", "", f"{metrics['kl_nats']:z.1f}")
+        kl = f"{metrics['kl_nats']:z.1f} +- {metrics['kl_nats_se']:.1f}"
+        table.add_row("KL to baseline, nats per completion", "", kl)
     return table
 
 
@@ -81,7 +82,7 @@ def models_table(evaluation: Evaluation) -> Table:
 def pairs_table(evaluation: Evaluation) -> Table:
     """Return a table with the win rate of each pair of models; fits 80 columns."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("preferred (ties 1/2)", "to"):
+    for heading in ("preferred", "to"):
         table.add_column(heading, overflow="fold")
     for heading in ("win rate", "95 % interval", "equal lengths", "sign p"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -93,7 +94,7 @@ def pairs_table(evaluation: Evaluation) -> Table:
             f"{rate.value:.1%}",
             f"{rate.low:.0%} to {rate.high:.0%}",
             "" if controlled is None else f"{controlled:.1%}",
-            f"{pair.sign_test.p_value:.3f}",
+            "<0.001" if pair.sign_test.p_value < 0.001 else f"{pair.sign_test.p_value:.3f}",
         )
     return table
 
