@@ -36,7 +36,7 @@ class DetectorSettings(Section):
     reward_range: DetectorLimits = DetectorLimits(warn=0.75)
     """Share of completions whose reward is outside the range of the reward model's held-out rankings; only with a
     reward model that `train-rm` wrote."""
-    phrase: DetectorLimits = DetectorLimits(warn=0.4)
+    phrase: DetectorLimits = DetectorLimits(warn=0.5)
     """How far the policy gives a phrase that pays to every prompt: the rise, since the first three steps, of the share
     of prompts whose completions contain the same three words, times the correlation of having them and the reward."""
     repetition: DetectorLimits = DetectorLimits(warn=0.2)

@@ -46,12 +46,11 @@ def policy(tmp_path_factory) -> Path:
 
 
 def ppo(folder: Path, policy: Path, *, code: int = 0, **changes: object) -> subprocess.CompletedProcess[str]:
-    common = {"ppo.steps": 30, "ppo.prompts_per_step": 32, "ppo.micro_batch_size": 32, "ppo.missing_eos_reward": "null"}
+    common = {"ppo.steps": 16, "ppo.prompts_per_step": 32, "ppo.micro_batch_size": 32, "ppo.missing_eos_reward": "null"}
     changed = {f"ppo.{name}": value for name, value in changes.items()}
-    rewards = [] if "rewards" in changes else ["--function", "reward.py:score"]
     return command(
-        folder, "ppo", RECIPE, "--run-dir", "run", "--model", policy, *rewards,
-        *sets(**{"train_rm": "null", "label": "null", "sft": "null", "evaluate": "null"} | common | changed), code=code,
+        folder, "ppo", RECIPE, "--run-dir", "run", "--model", policy, "--function", "reward.py:score",
+        *sets(**{"train_rm": "null", "label": "null", "evaluate": "null"} | common | changed), code=code,
     )  # fmt: skip
 
 
@@ -64,7 +63,7 @@ def test_a_function_that_pays_for_one_phrase_is_flagged_with_the_completions_tha
     (tmp_path / "reward.py").write_text(PHRASE)
     done = ppo(tmp_path, policy, kl_coef=0.01, learning_rate="4e-3")
     found = detected(tmp_path)["phrase"]
-    assert found["step"] < 30
+    assert found["step"] < 16
     assert "good luck" in found["seen"]
     assert len(found["completions"]) == 3
     assert all("good luck" in quote["completion"].lower() for quote in found["completions"])
@@ -81,15 +80,19 @@ def test_a_function_that_pays_for_one_phrase_is_flagged_with_the_completions_tha
 def test_a_function_that_pays_for_length_is_flagged(policy, tmp_path):
     (tmp_path / "reward.py").write_text(LENGTH)
     ppo(tmp_path, policy, kl_coef=0.01, learning_rate="4e-3", max_new_tokens=90)
-    found = detected(tmp_path)
-    assert "length_correlation" in found
-    assert "length" in found
-    assert found["length"]["completions"][0]["tokens"] > 60
+    found = detected(tmp_path)["length_correlation"]
+    lengths = [quote["tokens"] for quote in found["completions"]]
+    rows = read_rows(tmp_path / "run" / "ppo" / "metrics.jsonl")
+    assert min(lengths) > rows[found["step"] - 1]["length/mean"]  # those that are quoted are the longest
+    assert rows[-1]["detectors/length"] > 1.3
+    told = " ".join(command(tmp_path, "diagnose", "run", code=0).stdout.split())
+    assert "the reward is mostly a function of length" in told
+    assert "`ppo.length_penalty`" in told
 
 
 def test_without_a_penalty_the_kl_runs_away_the_run_stops_and_goes_on(policy, tmp_path):
     (tmp_path / "reward.py").write_text(PHRASE)
-    far = {"kl_coef": 0, "learning_rate": "1e-2", "checkpoint_steps": 5, "detectors.kl.warn": 15}
+    far = {"kl_coef": 0, "learning_rate": "5e-3", "checkpoint_steps": 5, "detectors.kl.warn": 15}
     done = ppo(tmp_path, policy, code=70, **far, **{"detectors.kl.stop": 20})
     said = " ".join(done.stderr.split())
     assert "error: ppo: the detector `kl` stopped the run" in said
@@ -105,5 +108,5 @@ def test_without_a_penalty_the_kl_runs_away_the_run_stops_and_goes_on(policy, tm
     assert finding["severity"] == "bad"
     assert finding["completions"]
     done = ppo(tmp_path, policy, **far, **{"detectors.kl.stop": "null"})
-    assert f"resuming from step {stopped['step']} of 30" in " ".join(done.stderr.split())
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "ppo" / "metrics.jsonl")] == list(range(1, 31))
+    assert f"resuming from step {stopped['step']} of 16" in " ".join(done.stderr.split())
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "ppo" / "metrics.jsonl")] == list(range(1, 17))

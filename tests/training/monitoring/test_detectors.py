@@ -67,7 +67,7 @@ def test_healthy_steps_pass_in_silence(seed):
     assert found == []
     expected = {f"detectors/{one.name}" for one in DETECTORS} | {"detectors/phrase_share"}
     assert {name for row in metrics for name in row} == expected
-    assert all(0.2 < row["detectors/phrase_share"] < 0.7 for row in metrics)  # "I am glad you ask." is in 40 %
+    assert all(0.1 < row["detectors/phrase_share"] < 0.9 for row in metrics)  # "I am glad you ask." is in 40 %
 
 
 def apart(seen: Observation, _share: float) -> dict:

@@ -46,8 +46,8 @@ def judge(rows: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[str, A
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """Return findings with the worst first."""
-    return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
+    """Return findings with the worst first, and of these the ones that completions show."""
+    return sorted(findings, key=lambda finding: (_ORDER.index(finding.severity), not finding.completions))
 
 
 def verdict(findings: Iterable[Finding]) -> Severity:
