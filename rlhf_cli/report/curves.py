@@ -116,10 +116,8 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Picture | None:
             held_out = _against_kl(run, "eval/objective/kl", "eval/objective/scores")
             series.append(Series("held out", held_out, 1, "both"))
             series += _best_of_n(run.best_of_n)
-    stop = _kept(runs[0]) if len(runs) == 1 else None
-    marks = () if stop is None else (Mark(stop, "written policy"),)
     title, x = "Reward against the square root of the KL", "√KL, square root of nats per completion"
-    svg = chart(series, title=title, x=x, y="reward", marks=marks)
+    svg = chart(series, title=title, x=x, y="reward")
     if not svg:
         return None
     return Picture(title, "Each dot is a step; further right is further from the starting model.", svg)
@@ -143,13 +141,6 @@ def _best_of_n(found: Mapping[str, Any] | None) -> list[Series]:
         if values:
             series.append(Series(label, values, color, "both", intervals=intervals))
     return series
-
-
-def _kept(run: RunFiles) -> float | None:
-    """Return the square root of the KL of the policy that PPO wrote, if it is not the last one."""
-    metrics = run.manifests["ppo"].metrics if "ppo" in run.manifests else {}
-    kl = metrics.get("best/kl")
-    return None if kl is None else math.sqrt(max(0.0, kl))
 
 
 def quality_charts(run: RunFiles) -> list[Picture]:
