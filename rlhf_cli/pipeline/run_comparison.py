@@ -310,7 +310,7 @@ def _sentence(first: Group, second: Group, measures: Mapping[str, GroupDifferenc
     if not _excludes_0(found.prompts):
         return f"no difference of the {MEASURES[name]} can be told from {prompts:,} prompts: {_span(found.prompts)}"
     if found.seeds.low is None:
-        return f"{by} on these trained models; one run per group cannot tell it from the noise of the seed"
+        return f"{by} on these trained models; with one run in a group, it cannot be told from the noise of the seed"
     return (
         f"{by} on these trained models; {runs} seeds per group are too few to say that others agree: "
         f"{_span(found.both)}"
