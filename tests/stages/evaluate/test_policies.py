@@ -7,6 +7,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def others(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
         folder = tmp_path_factory.mktemp("models") / f"other-{number}"
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         with torch.no_grad():
-            model.get_output_embeddings().weight += 0.05 * torch.randn_like(model.get_output_embeddings().weight)
+            weight: Any = model.lm_head.weight
+            weight += 0.05 * torch.randn_like(weight)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
         folders.append(folder)
@@ -116,7 +118,8 @@ def side(name: str, number: int) -> Side:
     scores = [TokenScores([-1.0] * len(text), 1.5 * len(text)) for text in texts]
     gold = [float((7 * row + number) % 5) for row in range(24)]
     task = {"a_long_name_of_a_task/acc_norm (strict-match)": Measure(0.5, 0.4, 0.6, 20)}
-    return Side(name, None, completions, scores, log_ratios=[[0.1, -0.2]] * 24, gold=gold, reward=gold, tasks=task)
+    policy: Any = None
+    return Side(name, policy, completions, scores, log_ratios=[[0.1, -0.2]] * 24, gold=gold, reward=gold, tasks=task)
 
 
 def test_the_tables_fit_80_columns():
