@@ -204,7 +204,8 @@ class PPOSettings(StageSection):
     checkpoint_steps: Effort = 10
     """Steps between checkpoints. An interrupted run resumes from the last one; a diverged run rolls back to one."""
     keep_checkpoints: Effort = 2
-    """Number of recent checkpoints to keep; with `kl_budget`, the best policy is kept as well."""
+    """Number of recent checkpoints to keep; with `kl_budget`, the best policy is kept as well, and after a warning of a
+    detector the last checkpoint before it."""
 
     @property
     def completions_per_step(self) -> int:
