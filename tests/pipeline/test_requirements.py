@@ -42,6 +42,20 @@ def test_requirements_are_minima_but_for_the_calibration_error(required, expecte
     assert f"--set train_rm.require.{next(iter(required))}=" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "limit", "suggested"),
+    [("accuracy", 0.7947, 0.9, 0.794), ("calibration_error", 0.1502, 0.1, 0.151)],
+)
+def test_the_suggested_requirement_is_met(name, value, limit, suggested, tmp_path):
+    with pytest.raises(RequirementError) as caught:
+        check_requirements(
+            RewardModelSettings(require=RequiredQuality(**{name: limit})), {f"rm/{name}": value}, tmp_path
+        )
+    assert f"`--set train_rm.require.{name}={suggested}`" in (caught.value.hint or "")
+    relaxed = RewardModelSettings(require=RequiredQuality(**{name: suggested}))
+    check_requirements(relaxed, {f"rm/{name}": value}, tmp_path)
+
+
 def test_all_failures_are_named_at_once(tmp_path):
     settings = RewardModelSettings(require=RequiredQuality(accuracy=0.6, calibration_error=0.1))
     with pytest.raises(RequirementError, match=r"accuracy is .*; calibration_error is "):

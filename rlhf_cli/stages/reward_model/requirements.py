@@ -5,6 +5,7 @@ The reward model is finished by then. A run with lower requirements continues wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def check_requirements(settings: RewardModelSettings, metrics: Mapping[str, floa
         return
     first = next(iter(failed))
     reached = metrics.get(f"rm/{first}")
-    other = "null" if reached is None else f"{reached:.3f}"
+    # Rounded to the side on which it is met.
+    rounded = math.ceil if first in _MAXIMA else math.floor
+    other = "null" if reached is None else f"{rounded(reached * 1000) / 1000:.3f}"
     raise RequirementError(
         f"the reward model in {folder} does not meet `train_rm.require`: {'; '.join(failed.values())}",
         hint="label more prompts, or look for the cause in its `quality.json`; the reward model is kept: to continue "
