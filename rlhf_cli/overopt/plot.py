@@ -87,6 +87,6 @@ def _panel(axes: Axes, optimized: Optimized | None) -> None:
         return
     along = np.linspace(0.0 if is_bound else 1.0, fitted.farthest, 100)
     axes.plot(along, fitted.at(along), color=_FIT, linestyle="--", linewidth=1.4, label="fit of gold")
-    if fitted.turns_over:
+    if fitted.turns_over and not fitted.falls_from_start:
         axes.axvline(fitted.peak.value, color=_STOP, linestyle=":", linewidth=1.4, label="gold is highest, 95 %")
         axes.axvspan(fitted.peak.low, min(fitted.peak.high, fitted.farthest), color=_STOP, alpha=0.12, linewidth=0)

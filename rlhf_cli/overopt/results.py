@@ -129,12 +129,13 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Return one row per proxy and way of optimization.
+    """Return one row per proxy and way of optimization, in 80 columns.
 
-    KL, proxy and gold are those of the last point; `turns` is the share of resamples in which gold turns over.
+    `acc.` is the accuracy on held-out prompts. KL, proxy and gold are those of the last point; `turns` is the share of
+    resamples in which gold turns over.
     """
-    rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("labels", "swapped", "accuracy"):
+    rows = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("labels", "noise", "acc."):
         rows.add_column(name, justify="right", no_wrap=True)
     rows.add_column("by", no_wrap=True)
     for name in ("KL", "proxy", "gold"):
@@ -143,7 +144,7 @@ def table(results: Sequence[Result]) -> Table:
         rows.add_column(name, no_wrap=True)
     for result in results:
         known = [one for one in result.accuracy if one is not None]
-        accuracy = f"{sum(known) / len(known):.0%}" if known else "not known"
+        accuracy = f"{sum(known) / len(known):.0%}" if known else "?"
         proxy = (f"{result.proxy.labels:,}", f"{result.proxy.noise:.0%}", accuracy)
         rows.add_row(*proxy, "best of n", *_cells(result.best_of_n))
         rows.add_row("", "", "", "ppo", *(("diverged",) if result.ppo is None else _cells(result.ppo)))

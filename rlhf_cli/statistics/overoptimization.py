@@ -141,14 +141,14 @@ def fit(method: Method, kl: Array, gold: Array, *, seed: int = 0) -> Fit | None:
     if not known.any():
         return None
     alphas, betas, farthest = alphas[known], betas[known], float(distance.max())
-    peaks = _peaks(method, alphas, betas)
+    peaks = _peaks(method, alphas, betas, farthest)
     first, second = _terms(method, distance[used])
     distances_to_curve = reward[used] - (alpha * first - beta * second)
     return Fit(
         method=method,
         alpha=Estimate(alpha, *percentiles(alphas)),
         beta=Estimate(beta, *percentiles(betas)),
-        peak=Estimate(float(_peaks(method, np.array([alpha]), np.array([beta]))[0]), *_ends(peaks)),
+        peak=Estimate(float(_peaks(method, np.array([alpha]), np.array([beta]), farthest)[0]), *_ends(peaks)),
         points=int(used.sum()),
         farthest=farthest,
         turned=float((peaks < farthest).mean()),
@@ -187,15 +187,20 @@ def _used(method: Method, distances: Array) -> NDArray[np.bool_]:
     return distances >= least
 
 
-def _peaks(method: Method, alpha: Array, beta: Array) -> Array:
-    """Return d of the highest reward of curves: infinite for beta <= 0, unless they fall from the start."""
+def _peaks(method: Method, alpha: Array, beta: Array, farthest: float) -> Array:
+    """Return d of the highest reward of curves.
+
+    A curve with beta <= 0 has no maximum inside: it is highest at its end (infinite), or at its start (0) if the reward
+    at `farthest` is below that.
+    """
     turns = beta > _SMALL * np.maximum(1.0, np.abs(alpha))
     safe = np.where(turns, beta, 1.0)
     if method == "best-of-n":
         peak = np.maximum(alpha / (2 * safe), 0.0)
     else:
         peak = np.exp(np.minimum(alpha / safe - 1.0, _LARGEST_EXPONENT))
-    return np.where(turns, peak, np.where(alpha > 0, np.inf, 0.0))
+    first, second = _terms(method, np.array(farthest))
+    return np.where(turns, peak, np.where(alpha * first - beta * second > 0, np.inf, 0.0))
 
 
 def _ends(peaks: Array) -> tuple[float, float]:

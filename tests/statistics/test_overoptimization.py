@@ -86,6 +86,18 @@ def test_gold_that_falls_from_the_start_is_said():
     assert rl.said().startswith("gold falls from the start")
 
 
+@pytest.mark.parametrize("method", ["best-of-n", "rl"])
+def test_a_curve_that_falls_and_then_rises_has_no_turnover(method: Method):
+    found = fit(method, *simulated(method, -0.3, -0.5, seed=1))
+    assert found is not None
+    assert found.peak.value == math.inf
+    assert "no turnover" in found.said()
+    falls = fit(method, *simulated(method, -1.0, -0.01, seed=1, noise=0.1))
+    assert falls is not None
+    assert falls.peak.value < 1
+    assert falls.said().startswith("gold falls from the start")
+
+
 def test_rl_uses_points_from_1_nat_alone():
     distance = np.array([0.1, 0.5, 0.9, 1.0, 2.0, 3.0])
     reward = curve("rl", 1.0, 0.4, distance)
