@@ -47,6 +47,8 @@ TIES = [
     ("tied:0", [6, 5], [3, 1]),  # gap 2, spread 1
     ("ref:1", [4], [5]),  # gap -1
     ("tied:1", [9, 3], [2]),  # gap 1, spread 6
+    ("ref:2", [5], [4.5]),  # gap 0.5
+    ("tied:2", [6, 5], [2]),  # gap 3, spread 1
 ]
 RM_BENCH = [
     # domain, rewards of the chosen styles, rewards of the rejected styles
@@ -137,18 +139,19 @@ def test_rewardbench_2_takes_the_best_of_4_and_shares_an_equal_best(tmp_path):
 def test_ties_of_rewardbench_2(tmp_path):
     report = report_of(write(tmp_path / "r.jsonl", ties_rows()))
     found = values(report)
-    # 0: gaps 3 and 2, both above the spread 1, m = 2. 1: gaps -1 and 1, spread 6, m = -1.
-    margin = (math.tanh(2 / 1 - 1) + math.tanh(-1 / 6 - 1)) / 2
-    assert found.pop("Ties") == pytest.approx(0.3 * 1.0 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin)
+    # 0: gaps 3 and 2, both above the spread 1, m = 2. 1: gaps -1 and 1, spread 6, m = -1. 2: only the gap of the tied
+    # row is above the spread 1, m = 0.5.
+    margin = (math.tanh(2 / 1 - 1) + math.tanh(-1 / 6 - 1) + math.tanh(0.5 / 1 - 1)) / 3
+    assert found.pop("Ties") == pytest.approx(0.3 * 1.0 + 0.3 * 2 / 3 + 0.2 * 2 / 3 + 0.2 * 1 / 3 + 0.01 * margin)
     assert found == pytest.approx(
         {
             "Ties: tied accuracy": 1.0,
-            "Ties: reference accuracy": 0.5,
-            "Ties: gap above spread": 0.5,
-            "Ties: both gaps above spread": 0.5,
+            "Ties: reference accuracy": 2 / 3,
+            "Ties: gap above spread": 2 / 3,
+            "Ties: both gaps above spread": 1 / 3,
         }
     )
-    assert report.score.prompts == 2, "a `ref` row and its `tied` row are one observation"
+    assert report.score.prompts == 3, "a `ref` row and its `tied` row are one observation"
 
 
 @pytest.mark.parametrize(
