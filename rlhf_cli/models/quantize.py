@@ -46,12 +46,12 @@ def failure_reason(how: Quantize, device: str) -> str | None:
     # bitsandbytes warns at every product that it casts the inputs, which is intended.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports]
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt  # pyright: ignore[reportMissingImports]
 
         if how == "4bit":
-            layer: nn.Module = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+            layer: nn.Module = Linear4bit(64, 64, bias=False, quant_type="nf4")
         else:
-            layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+            layer = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
         product = layer.to(device)(torch.ones(2, 64, device=device))
     except Exception as error:  # a compiled library can raise anything
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
