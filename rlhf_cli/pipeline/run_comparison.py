@@ -90,12 +90,14 @@ class PairOfGroups:
         second: name of the second group.
         measures: measure -> difference, second - first.
         says: what can be told, in a sentence.
+        better: name of the better group, also for other prompts and seeds; None if that cannot be told.
     """
 
     first: str
     second: str
     measures: Mapping[str, GroupDifference]
     says: str
+    better: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class RunComparison:
                     "first": pair.first,
                     "second": pair.second,
                     "says": pair.says,
+                    "better": pair.better,
                     "measures": {name: _as_json(difference) for name, difference in pair.measures.items()},
                 }
                 for pair in self.pairs
@@ -294,7 +297,15 @@ def _pair(first: Group, second: Group, measures: Sequence[str], prompts: Sequenc
         )
         for name in measures
     }
-    return PairOfGroups(first.name, second.name, found, _sentence(first, second, found, len(prompts)))
+    says = _sentence(first, second, found, len(prompts))
+    return PairOfGroups(first.name, second.name, found, says, _better(first, second, found))
+
+
+def _better(first: Group, second: Group, measures: Mapping[str, GroupDifference]) -> str | None:
+    found = next(measures[name] for name in _BETTER if name in measures)
+    if not _excludes_0(found.both):
+        return None
+    return second.name if found.second > found.first else first.name
 
 
 def _sentence(first: Group, second: Group, measures: Mapping[str, GroupDifference], prompts: int) -> str:

@@ -73,7 +73,7 @@ def training_charts(runs: Sequence[RunFiles], stage: str) -> list[Picture]:
 def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Picture | None:
     series: list[Series] = []
     captions = []
-    for number, run in enumerate(runs):
+    for run in runs:
         rows = run.metrics.get(stage, ())
         curve = Curve.of([row for row in rows if row["step"] > 0], panel.metric)
         if not len(curve):
@@ -83,7 +83,7 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Picture | Non
         if len(runs) == 1 and width > 1:
             series.append(Series("", _thinned(list(curve)), "muted"))
         name = run.name if len(runs) > 1 else "training"
-        series.append(Series(name, _thinned(smooth), number % 5, "line"))
+        series.append(Series(name, _thinned(smooth), run.group % 5, "line"))
         if panel.evaluated is not None and len(runs) == 1:
             held_out = Curve.of(rows, panel.evaluated)
             series.append(Series("held out" if len(held_out) else "", list(held_out), 1, "both"))
@@ -91,7 +91,8 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Picture | Non
     mark = () if panel.mark is None else (Mark(*panel.mark, axis="y"),)
     title = f"{panel.title} of {stage} by step"
     svg = chart(series, title=title, x="step", y=panel.unit, marks=mark, shows=panel.shows, has_whole_x=True)
-    return Picture(panel.title, f"{panel.unit}: {'; '.join(captions)}", svg) if svg else None
+    seen = f"{panel.unit}: {'; '.join(captions)}" if len(runs) <= 2 else panel.unit
+    return Picture(panel.title, seen, svg) if svg else None
 
 
 def _value(value: float) -> str:
@@ -109,9 +110,9 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Picture | None:
     In Gao et al. 2022 (arXiv:2210.10760), both PPO and best-of-n are smooth in this quantity.
     """
     series: list[Series] = []
-    for number, run in enumerate(runs):
+    for run in runs:
         name = run.name if len(runs) > 1 else "training"
-        series.append(Series(name, _against_kl(run, "objective/kl", "objective/scores"), number % 5, "dots"))
+        series.append(Series(name, _against_kl(run, "objective/kl", "objective/scores"), run.group % 5, "dots"))
         if len(runs) == 1:
             held_out = _against_kl(run, "eval/objective/kl", "eval/objective/scores")
             series.append(Series("held out", held_out, 1, "both"))

@@ -50,6 +50,7 @@ class RunFiles:
         best_of_n: `best_of_n.json`, or None.
         health: `health.json` of PPO, or None.
         detections: rows of PPO's `detections.jsonl`.
+        group: number of its color; runs that differ in their seeds alone share it.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class RunFiles:
     best_of_n: Row | None = None
     health: Row | None = None
     detections: Sequence[Row] = field(default=())
+    group: int = 0
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -18,7 +18,7 @@ from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.report.curves import Picture, quality_charts, reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles, differing
 from rlhf_cli.report.texts import Pieces, shortened, side_by_side
-from rlhf_cli.report.verdict import Verdict, first_pair, interval, percent, verdict
+from rlhf_cli.report.verdict import Verdict, first_pair, interval, percent, verdict, verdict_on_comparison
 
 _LONGEST_PROMPT = 600
 
@@ -113,6 +113,7 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
         comparison: of several runs that are evaluated.
         table: the comparison as text.
     """
+    runs = _in_colors(runs, comparison)
     run = runs[0]
     last = list(run.manifests.values())[-1]
     versions = last.versions
@@ -120,10 +121,10 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
         title=" and ".join(one.name for one in runs) if len(runs) <= 3 else f"{run.name} and {len(runs) - 1} others",
         subtitle=f"RLHF run, finished {last.finished[:10]}",
         names=[one.name for one in runs],
-        verdict=verdict(run),
-        tiles=tiles(run),
+        verdict=verdict(run) if comparison is None else verdict_on_comparison(runs, comparison),
+        tiles=tiles(run) if len(runs) == 1 else (),
         sections=[section for section in _sections(runs) if section.charts or section.tables],
-        samples=samples(run),
+        samples=samples(run) if len(runs) == 1 else (),
         samples_note=_samples_note(run),
         repeat=repeat(run),
         footer=f"Written by rlhf {versions['rlhf']} from the files of {run.folder}. This page loads nothing.",
@@ -132,6 +133,14 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
         if len(runs) > 1
         else (),
     )
+
+
+def _in_colors(runs: Sequence[RunFiles], comparison: RunComparison | None) -> list[RunFiles]:
+    """Give the runs of a group one color, or each its own where they are not compared."""
+    if comparison is None:
+        return [replace(run, group=number) for number, run in enumerate(runs)]
+    groups = {run.folder: number for number, group in enumerate(comparison.groups) for run in group.runs}
+    return [replace(run, group=groups[run.folder]) for run in runs]
 
 
 def render(page: Page) -> str:
@@ -189,7 +198,7 @@ def _span(measure: Mapping[str, Any]) -> str:
 
 def _sections(runs: Sequence[RunFiles]) -> list[Section]:
     run = runs[0]
-    found = [Section("Is it better?", _pair_texts(run), _model_tables(run))]
+    found = [Section("Is it better?", _pair_texts(run), _model_tables(run))] if len(runs) == 1 else []
     against = reward_against_kl(runs)
     if against is not None:
         found.append(
@@ -199,10 +208,13 @@ def _sections(runs: Sequence[RunFiles]) -> list[Section]:
                 charts=[against],
             )
         )
-    found.append(Section("PPO", _detections(run), charts=training_charts(runs, "ppo")))
+    found.append(
+        Section("PPO", [line for one in runs for line in _detections(one)], charts=training_charts(runs, "ppo"))
+    )
     found.append(Section("Reward model", charts=[*quality_charts(run), *training_charts(runs, "train-rm")]))
     found.append(Section("Supervised fine-tuning", charts=training_charts(runs, "sft")))
-    found.append(Section("Labels", tables=_summary_table(run.manifests.get("label"))))
+    if len(runs) == 1:
+        found.append(Section("Labels", tables=_summary_table(run.manifests.get("label"))))
     return found
 
 
@@ -248,7 +260,8 @@ def _detections(run: RunFiles) -> list[str]:
     found = []
     for row in run.detections:
         quotes = "; ".join(f"“{one['completion']}”" for one in row.get("completions", [])[:2])
-        found.append(f"Step {row['step']:,}, `{row['detector']}`: {row['seen']}{f': {quotes}' if quotes else ''}")
+        seen = f"step {row['step']:,}, `{row['detector']}`: {row['seen']}{f': {quotes}' if quotes else ''}"
+        found.append(f"`{run.name}`, {seen}")
     return found
 
 

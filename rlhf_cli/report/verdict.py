@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.report.gather import RunFiles
 
 Outcome = Literal["better", "worse", "undecided", "unknown"]
 
 _LONGER, _SHORTER = 1.25, 0.8
 """Ratios of mean lengths from which length is named as a reason to distrust a win rate."""
+_ONE_SEED = (
+    "It is one training run: another seed may give another result. `rlhf compare` measures how much they differ."
+)
 _FAR = 30.0
 """Nats per completion from which the KL is named."""
 
@@ -59,6 +63,19 @@ def verdict(run: RunFiles) -> Verdict:
     return Verdict("better", headline, reason, doubts)
 
 
+def verdict_on_comparison(runs: Sequence[RunFiles], comparison: RunComparison) -> Verdict:
+    """Return the verdict on several runs: whether a group of them is better than the first."""
+    doubts = [f"`{run.name}`: {doubt}" for run in runs for doubt in _doubts(run) if doubt != _ONE_SEED]
+    if any(len(group.runs) == 1 for group in comparison.groups):
+        doubts.append(_ONE_SEED)
+    decided = [pair for pair in comparison.pairs if pair.better is not None]
+    reason = ". ".join(f"{pair.says[0].upper()}{pair.says[1:]}" for pair in comparison.pairs) + "."
+    if not decided:
+        return Verdict("undecided", "It cannot be told which is better", reason, tuple(doubts))
+    headline = "; ".join(f"{pair.better} is better" for pair in decided)
+    return Verdict("better", headline, reason, tuple(doubts))
+
+
 def first_pair(run: RunFiles) -> Mapping[str, Any] | None:
     """Return the comparison of the policy with the baseline, if it was evaluated."""
     return run.evaluation["pairs"][0] if run.evaluation is not None else None
@@ -104,7 +121,7 @@ def _doubts(run: RunFiles) -> Iterator[str]:
         if skipped := sum(manifest.skipped.values()):
             reasons = "; ".join(f"{reason} ({count:,})" for reason, count in manifest.skipped.items())
             yield f"`{stage}` skipped {skipped:,} {'record' if skipped == 1 else 'records'}: {reasons}."
-    yield "It is one training run: another seed may give another result. `rlhf compare` measures how much they differ."
+    yield _ONE_SEED
 
 
 def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:

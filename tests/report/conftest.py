@@ -38,6 +38,7 @@ class Runs:
         evaluated: bool = True,
         seed: int = 0,
         hostile: bool = False,
+        gain: float = 0.7,
         **settings: Any,
     ) -> Path:
         run = self.folder / name
@@ -54,7 +55,7 @@ class Runs:
         )  # fmt: skip
         if evaluated:
             evaluation = _evaluation(name, win_rate, controlled, judge, length, kl)
-            files = {"evaluation.json": json.dumps(evaluation), "samples.jsonl": _samples(seed, hostile=hostile)}
+            files = {"evaluation.json": json.dumps(evaluation), "samples.jsonl": _samples(seed, gain, hostile=hostile)}
             self.stage(
                 run, "evaluate", settings={}, files=files, skipped={"prompt longer than 512 tokens": 2}, seed=seed
             )
@@ -112,13 +113,13 @@ def _evaluation(name, win_rate, controlled, judge, length, kl) -> dict[str, Any]
     }
 
 
-def _samples(seed: int, *, hostile: bool) -> str:
+def _samples(seed: int, gain: float, *, hostile: bool) -> str:
     drawn = random.Random(seed)
     rows = []
     for number in range(60):
         first = [drawn.choice(WORDS) for _ in range(20)]
         second = [*first[:10], *(drawn.choice(WORDS) for _ in range(10))]
-        gold = (drawn.gauss(0.2, 1), drawn.gauss(0.9, 1))
+        gold = (drawn.gauss(0.2, 1), drawn.gauss(0.2 + gain, 1))
         row = {
             "prompt": f"Question {number}?", "baseline": " ".join(first), "policy": " ".join(second),
             "gold_baseline": gold[0], "gold_policy": gold[1], "tokens_baseline": 20, "tokens_policy": 20,

@@ -121,6 +121,18 @@ def test_several_runs_are_compared_on_one_page(runs):
     assert "Settings that differ" in page
     assert "<code>ppo.kl_coef</code>" in page
     assert ">a</text>" in page, "curves are named by their run"
+    assert "It cannot be told which is better" in page, "one run per group"
+    assert "<code>b</code>: The judge is a function" in page
+
+
+def test_seeds_of_a_setting_share_a_color_and_a_clear_difference_is_said(runs):
+    low = [runs.write(f"low{seed}", seed=seed) for seed in range(3)]
+    high = [runs.write(f"high{seed}", seed=seed, gain=3.0, **{"ppo.kl_coef": 0.2}) for seed in range(3)]
+    page = write_report([*low, *high], low[0].parent / "all.html").html.read_text()
+    assert "ppo.kl_coef 0.2 is better" in page
+    assert page.count('class="line c0"') == page.count('class="line c1"') > 0
+    assert 'class="line c2"' not in page
+    assert "It is one training run" not in page
 
 
 def test_the_command(runs, tmp_path):
