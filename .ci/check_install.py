@@ -3,9 +3,10 @@
     .venv/bin/python .ci/check_install.py [resolve] [wheel]
 
 `resolve` asks the package registry, by `uv pip compile`, whether `constraints.txt` has a solution for all extras but
-those of `APART`: with torch as published for GPUs and with its CPU wheel, for each Python of `PYTHONS`. Every package
+those of `APART` and `BESIDE`: with torch as published for GPUs and with its CPU wheel, for each Python of `PYTHONS`. Every package
 of a solution must be pinned, and every pin must be in a solution. Only metadata is read. An installed environment says
-less: torch's CPU wheel asks for no Triton, so any fits beside it. An extra of `APART` must have a solution of its own.
+less: torch's CPU wheel asks for no Triton, so any fits beside it. An extra of `APART` must have a solution of its own,
+and one of `BESIDE` one with the pinned set.
 
 `wheel` builds the wheel and installs it into a fresh environment, which sees what the wheel requires and nothing that
 only the extras bring, and runs commands from there outside of the checkout.
@@ -37,6 +38,8 @@ PLATFORM = "x86_64-manylinux_2_28"
 CONSTRAINTS = ROOT / "constraints.txt"
 APART = ("vllm",)
 """Extras for an environment of their own: what they require excludes the tested set."""
+BESIDE = ("tasks",)
+"""Extras that install beside the tested set, which does not pin the many packages that they bring."""
 
 
 class FailedError(Exception):
@@ -71,7 +74,7 @@ def tested_extras() -> list[str]:
     """Extras that the tested set holds for."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         declared = tomllib.load(file)["project"]["optional-dependencies"]
-    return [name for name in declared if name not in APART]
+    return [name for name in declared if name not in (*APART, *BESIDE)]
 
 
 def resolved(python: str, extras: list[str], *more: str | Path) -> set[str]:
@@ -116,6 +119,9 @@ def check_resolution(folder: Path) -> None:
         if torch := {pin for pin in found - wanted if pin.startswith("torch==")}:
             raise FailedError(f"the extra `{extra}` brings another torch than the tested one: {', '.join(torch)}")
         print(f"resolves apart: Python {python}, extra `{extra}`: {len(found)} packages", flush=True)
+    for extra, python in product(BESIDE, PYTHONS):
+        found = resolved(python, [extra], "--constraints", CONSTRAINTS, "--no-config")
+        print(f"resolves beside: Python {python}, extra `{extra}`: {len(found)} packages", flush=True)
     if unused := sorted(wanted - reached):
         raise FailedError(f"pinned in constraints.txt, and nothing asks for it: {', '.join(unused)}")
 

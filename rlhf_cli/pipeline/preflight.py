@@ -46,7 +46,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
     if recipe.value("evaluate.tasks") and importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             f"`evaluate.tasks: {recipe.value('evaluate.tasks')}` needs lm-eval, which is not installed",
-            hint="pip install 'lm-eval[hf]', or remove `evaluate.tasks`",
+            hint="pip install 'rlhf-cli[tasks]', or remove `evaluate.tasks`",
         )
     seen: set[tuple[str, str | None]] = set()
     keys: dict[tuple[str, str | None], PromptKeys] = {}

@@ -134,6 +134,8 @@ def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
             "The judge is a reward model. Where PPO was trained against it, a win shows that training worked, not that "
             "people would prefer the completions."
         )
+    elif run.evaluation["judge"] == "judges":
+        yield "The judges are language models, which have biases of their own: compare them with labels of people."
     else:
         yield "The judge is a function: it sees only what it was written to see. Read the samples."
     models = run.evaluation["models"]

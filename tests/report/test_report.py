@@ -42,6 +42,7 @@ def test_the_verdict(runs, changes, outcome, headline):
     [
         ({}, "The judge is a function"),
         ({"judge": "reward model"}, "The judge is a reward model"),
+        ({"judge": "judges"}, "The judges are language models"),
         ({"win_rate": (0.55, 0.42, 0.67)}, "60 prompts are too few"),
         ({"length": 44.0}, "2.00 times the length"),
         ({"kl": 45.0}, "The KL is 45 nats"),

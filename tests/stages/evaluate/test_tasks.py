@@ -101,5 +101,5 @@ def test_without_the_package_nothing_starts(evaluate, monkeypatch):
     code, said = evaluate("[first]")
     assert code == 2
     assert "`evaluate.tasks: ['first']` needs lm-eval, which is not installed" in said
-    assert "pip install 'lm-eval[hf]'" in said
+    assert "pip install 'rlhf-cli[tasks]'" in said
     assert "completions" not in said
