@@ -194,7 +194,7 @@ class Conversation:
     def _scored(self, model: ChatModel, completion: Completion) -> Reply:
         reply = Reply(model.name, completion, reference=model.reference)
         if self._reward_model is not None:
-            (reward,) = self._reward_model.score([self._prompt], [completion.text], ended=[completion.finished])
+            (reward,) = self._reward_model.score([self._prompt], [completion.text])
             reply = replace(reply, reward=reward)
         reference = next((one for one in self.models.models if one.name == model.reference), None)
         if reference is None or reference.policy.reading != model.policy.reading or model.policy.sampling.top_p < 1.0:

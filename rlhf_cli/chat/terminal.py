@@ -122,9 +122,10 @@ class Chat:
         for ranking in [self._conversation.prefer(tiers) for tiers in orders]:
             kept = self._files.add_ranking(ranking)
         count = "1 label" if len(orders) == 1 else f"{len(orders)} labels"
-        where = (
-            f"kept in {kept}: `rlhf train-rm --data {kept}` learns from it" if kept else "not kept: no `--transcript`"
-        )
+        where = "not kept: no `--transcript`"
+        if kept:
+            model = self._conversation.models.models[0].policy.source.path
+            where = f"kept in {kept}; with more of them: `rlhf train-rm --model {model} --data {kept}`"
         self._say(f"{count} {where}")
 
     def _say(self, text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_cli.data.records import Prompt, PromptRecord, prompt_text
+from rlhf_cli.data.records import PromptRecord, prompt_text
 from rlhf_cli.errors import DataError
 from rlhf_cli.files import write_whole
 from rlhf_cli.stages.best_of_n.samples import SAMPLES, SampleRow, read_samples
@@ -117,8 +117,11 @@ class Checkpoints:
             path: of the file.
             records: all prompts of the run, of which text alone is in PPO's samples.
         """
-        known: dict[str, Prompt] = {prompt_text(record.prompt): record.prompt for record in records}
-        rows = [SampleRow(known[prompt], texts) for prompt, texts in zip(self.prompts, self.texts, strict=True)]
+        known = {prompt_text(record.prompt): record for record in records}
+        rows = [
+            SampleRow(known[prompt].prompt, texts, reference=known[prompt].reference)
+            for prompt, texts in zip(self.prompts, self.texts, strict=True)
+        ]
         write_whole(path, "".join(row.to_line() for row in rows))
 
 

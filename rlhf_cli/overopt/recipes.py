@@ -73,6 +73,11 @@ class Recipes:
                 "`rlhf overopt` needs `data.prompts`: some of them are held out to measure on",
                 hint="specify a file, folder or hub data set with `--set data.prompts=PATH`",
             )
+        if recipe.value("train_rm.members") > 1:
+            raise UsageError(
+                "`rlhf overopt` needs `train_rm.members: 1`: best of n would go by one member, and PPO by all",
+                hint="remove `train_rm.members`",
+            )
         self._plain, self._folder = recipe.model_dump(), folder
         self.settings: OveroptSettings = recipe.overopt or OveroptSettings()
 
@@ -111,10 +116,19 @@ class Recipes:
         shown = {"show_steps": settings.eval_steps, "shown_prompts": settings.eval_prompts}
         sections = {
             "train_rm": train_rm | {"data": str(self.labels(proxy, seed)), "model": train_rm["model"] or self.policy},
-            "ppo": self._plain["ppo"] | {"model": self.policy, "reward_model": None, **shown},
+            "ppo": self._plain["ppo"] | {"model": self.policy, "reward_model": None, **shown, **self._unstopped()},
             "best_of_n": {"samples": str(self.base / "best-of-n" / "samples.jsonl")},
         }
         return self._derived(sections, {"seed": self._plain["seed"] + seed})
+
+    def _unstopped(self) -> dict[str, Any]:
+        """Settings of PPO without which a seed would end early: those that go too far are what is studied."""
+        detectors = self._plain["ppo"]["detectors"]
+        return {
+            "kl_stop": None,
+            "kl_budget": None,
+            "detectors": {name: {**limits, "stop": None} for name, limits in detectors.items()},
+        }
 
     def for_gold(self, samples: Path) -> LoadedRecipe:
         """Recipe that scores the completions in `samples` with the gold reward."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cli.data.records import PromptRecord
-from rlhf_cli.errors import EXIT_DIVERGED, RLHFError
+from rlhf_cli.errors import DivergedError, RLHFError
 from rlhf_cli.files import write_whole
 from rlhf_cli.generation.contract import read_contract, split_of
 from rlhf_cli.overopt.labels import LabelPool
@@ -119,9 +119,7 @@ class Study:
         folder = self._recipes.run_dir(proxy, seed)
         try:
             self._execute(self._recipes.for_proxy(proxy, seed), folder, first="ppo", last="ppo")
-        except RLHFError as error:
-            if error.exit_code != EXIT_DIVERGED:
-                raise
+        except DivergedError as error:
             warn(f"PPO of {proxy.name}, seed {seed}, is not part of the result: {error.message}")
             return False
         samples = folder / "ppo-samples.jsonl"

@@ -26,6 +26,8 @@ _STATES: Mapping[str, State] = {
     "Interrupted": "interrupted",
 }
 _RULES = {"sft": judge_sft, "train-rm": judge_reward_model, "evaluate": judge_evaluation}
+_SAY_WHY = frozenset({"sft", "train-rm", "ppo"})
+"""Stages with a training loop, which writes why it ended."""
 _SHOWN = 3
 """Sample completions that are quoted."""
 
@@ -134,7 +136,8 @@ def _diagnose(run: RunDirectory, stage: str, is_running: bool) -> StageDiagnosis
     work, artifact = run.work(stage), run.artifact(stage)
     if has_files(work):
         ended = _ended(work)
-        state: State = _STATES.get(ended["error"], "failed") if ended else "running" if is_running else "killed"
+        without_word: State = "killed" if stage in _SAY_WHY else "interrupted"
+        state: State = _STATES.get(ended["error"], "failed") if ended else "running" if is_running else without_word
         return _judge(stage, work, state, {}, told=ended.get("message") or "", hint=ended.get("hint") or "")
     if not artifact.is_dir():
         return None

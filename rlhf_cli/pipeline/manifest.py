@@ -26,6 +26,7 @@ FORMAT = 3
 NOT_CONTENT = frozenset(
     {"metrics.jsonl", "timing.jsonl", "skips.jsonl", "samples.jsonl", "health.json", "curves.png"}
     | {"detections.jsonl"}
+    | {"evaluation.json"}  # names models after their run; `metrics.json` holds the same measures
     | {"chosen.jsonl", "labels.jsonl", "votes.jsonl", "judge.json"}
     | {"quality.json", "quality.png"}
 )

@@ -1,4 +1,10 @@
-"""What a run directory says of how it was made: `recipe.yaml` with all values, `command.txt` and `environment.json`."""
+"""What a run directory says of how it was made.
+
+recipe.yaml         all values of the last `rlhf run`, each with its origin
+recipes/STAGE.yaml  the same of the command that ran a stage last, which may have been `rlhf STAGE`
+command.txt         all commands
+environment.json    versions, machine and the commit of the recipe's repository, of the last command
+"""
 
 from __future__ import annotations
 
@@ -20,25 +26,45 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.show import as_yaml
 
 RECIPE, COMMAND, ENVIRONMENT = "recipe.yaml", "command.txt", "environment.json"
+_OF_STAGES = "recipes"
 
 _GIT_SECONDS = 5
 
 
-def record(folder: Path, loaded: LoadedRecipe, recipe: Recipe) -> None:
-    """Write how a run is made to its directory, before its first stage.
+class Record:
+    """Writes how a run is made to its directory.
 
-    The recipe holds every value with its origin, and absolute paths, so that it runs from anywhere. Commands are
+    A recipe holds every value with its origin, and absolute paths, so that it runs from anywhere. Commands are
     appended: a run directory may be the work of several.
 
     Args:
-        folder: run directory; exists.
+        folder: run directory.
         loaded: the recipe with the origins of its values.
         recipe: the same with resolved paths.
+        is_whole: the command is `rlhf run`, not that of one stage.
     """
-    whole = replace(loaded, recipe=with_absolute_paths(recipe))
-    write_whole(folder / RECIPE, as_yaml(whole, folder))
-    append(folder / COMMAND, f"{now()}  cd {shlex.quote(str(Path.cwd()))} && {_command()}\n".encode())
-    write_whole(folder / ENVIRONMENT, json.dumps(_environment(loaded.path), indent=2) + "\n")
+
+    def __init__(self, folder: Path, loaded: LoadedRecipe, recipe: Recipe, *, is_whole: bool) -> None:
+        self._folder, self._path, self._is_whole = folder, loaded.path, is_whole
+        self._text = as_yaml(replace(loaded, recipe=with_absolute_paths(recipe)), folder)
+
+    def begin(self) -> None:
+        """Record the command, before its first stage."""
+        if self._is_whole:
+            write_whole(self._folder / RECIPE, self._text)
+        append(self._folder / COMMAND, f"{now()}  cd {shlex.quote(str(Path.cwd()))} && {_command()}\n".encode())
+        write_whole(self._folder / ENVIRONMENT, json.dumps(_environment(self._path), indent=2) + "\n")
+
+    def begin_stage(self, stage: str) -> None:
+        """Record the recipe of a stage that is about to run."""
+        path = recipe_of(self._folder, stage)
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, self._text)
+
+
+def recipe_of(folder: Path, stage: str) -> Path:
+    """Return the file with the recipe that a stage of a run was run with last."""
+    return folder / _OF_STAGES / f"{stage}.yaml"
 
 
 def _command() -> str:

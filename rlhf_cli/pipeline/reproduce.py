@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from rlhf_cli.errors import DataError, RLHFError, UsageError
 from rlhf_cli.pipeline import runner
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Manifest, versions
 from rlhf_cli.pipeline.planner import Selection
-from rlhf_cli.pipeline.record import ENVIRONMENT, RECIPE
+from rlhf_cli.pipeline.record import RECIPE, recipe_of
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import load_recipe
@@ -41,32 +41,30 @@ class Reproduced:
 def reproduce(folder: Path, again: Path) -> list[Reproduced]:
     """Run everything that is finished in a run directory again, in another one.
 
-    What people labeled is copied, since no one labels twice for this.
+    What people labeled and what judges replied is copied.
 
     Args:
         folder: run directory.
         again: run directory of the repetition; an interrupted one is resumed.
 
     Raises:
-        UsageError: the run has no recorded recipe or no finished stage, or both directories are the same.
+        UsageError: a stage has no recorded recipe, none is finished, or both directories are the same.
         DataError: an artifact is damaged.
     """
     if again.resolve() == folder.resolve():
         raise UsageError(f"{again} is the run itself", hint="name another directory with `--run-dir DIR`")
-    if not (folder / RECIPE).is_file():
-        raise UsageError(
-            f"{folder} has no {RECIPE}, which `rlhf run` writes", hint="name a run directory, such as runs/NAME"
-        )
     before = _manifests(folder)
-    if not before:
-        raise UsageError(f"no stage of {folder} is finished", hint=f"finish it with `rlhf run {folder / RECIPE}`")
-    _warn_of_versions(folder)
-    _copy_labels(folder, again)
-    stages = list(before)
-    loaded = load_recipe(folder / RECIPE)
-    runner.run(loaded, again, Selection(stages[0], stages[-1], frozenset(), names_stages=False))
+    missing = [stage for stage in before if not recipe_of(folder, stage).is_file()]
+    if not before or missing:
+        what = f"the recipe of `{missing[0]}` is not recorded" if missing else "no stage is finished"
+        raise UsageError(f"{folder}: {what} in it", hint="name the directory of a finished run, such as runs/NAME")
+    _warn_of_versions(before)
+    _copy_kept(folder, again)
+    for stage in before:
+        loaded = load_recipe(recipe_of(folder, stage))
+        runner.run(loaded, again, Selection(stage, stage, frozenset(), names_stages=False))
     after = _manifests(again)
-    return [Reproduced(stage, before[stage].content_digest, after[stage].content_digest) for stage in stages]
+    return [Reproduced(stage, one.content_digest, after[stage].content_digest) for stage, one in before.items()]
 
 
 def check_equal(found: list[Reproduced]) -> None:
@@ -88,17 +86,23 @@ def _manifests(folder: Path) -> dict[str, Manifest]:
     return {stage: manifest for stage, manifest in found.items() if manifest is not None}
 
 
-def _warn_of_versions(folder: Path) -> None:
-    path = folder / ENVIRONMENT
-    then = json.loads(path.read_text(encoding="utf-8"))["versions"] if path.is_file() else {}
-    changed = [f"{name} {then[name]} -> {now}" for name, now in versions().items() if then.get(name, now) != now]
+def _warn_of_versions(before: Mapping[str, Manifest]) -> None:
+    here = versions()
+    changed = dict.fromkeys(
+        f"{name} {then} -> {here[name]}"
+        for manifest in before.values()
+        for name, then in manifest.versions.items()
+        if here.get(name, then) != then
+    )
     if changed:
         warn(f"versions have changed since: {', '.join(changed)}; hashes may differ")
 
 
-def _copy_labels(folder: Path, again: Path) -> None:
-    kept, target = RunDirectory(folder).kept("label"), RunDirectory(again).kept("label")
-    if kept.is_dir() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(kept, target)
-        say(f"labels are copied from {kept}")
+def _copy_kept(folder: Path, again: Path) -> None:
+    """Copy what people labeled and what judges replied: nobody labels or pays twice for this."""
+    for stage in ("label", "evaluate"):
+        kept, target = RunDirectory(folder).kept(stage), RunDirectory(again).kept(stage)
+        if kept.is_dir() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(kept, target)
+            say(f"labels and replies of judges are copied from {kept}")

@@ -40,6 +40,8 @@ _BETTER = ("gold", "reward", "preferred")
 _LETTERS = string.ascii_uppercase
 _WIDTH = 80
 
+_RELATIVE = ("preferred", "kl")
+"""Measures of a policy relative to its baseline."""
 _POINTS = {"policy": 1.0, "tie": 0.5, "baseline": 0.0}
 _SOURCES = {"gold": ("judge_function", "judge functions"), "reward": ("reward_model", "reward models")}
 
@@ -51,7 +53,8 @@ class EvaluatedRun:
     Attributes:
         folder: run directory.
         seed: of the run.
-        settings: dotted setting -> value, of all stages of the run, without the seed.
+        settings: dotted setting -> value, of all stages of the run, without the seed; and the digest of every input of
+            its training from outside, such as data and base model.
         inputs: digests of what `evaluate` read.
         scores: prompt -> measure -> mean over the completions of the prompt.
     """
@@ -173,7 +176,7 @@ def compare_runs(names: Sequence[str]) -> RunComparison:
 
 def _groups(names: Sequence[str]) -> list[Group]:
     given = [[Path(part).expanduser() for part in name.split(",") if part] for name in names]
-    if any(len(parts) > 1 for parts in given):
+    if any("," in name for name in names):
         grouped = [[_read(folder) for folder in parts] for parts in given]
     else:
         found: dict[str, list[EvaluatedRun]] = defaultdict(list)
@@ -228,8 +231,13 @@ def _read(folder: Path) -> EvaluatedRun:
     except DamagedArtifact as damage:
         raise DataError(f"{damage}", hint="evaluate again with `rlhf evaluate --force`") from None
     settings: dict[str, Any] = {}
-    for manifest in manifests.values():
-        settings |= {} if manifest is None else manifest.identity["settings"]
+    for stage, manifest in manifests.items():
+        if manifest is None:
+            continue
+        settings |= manifest.identity["settings"]
+        if stage != "evaluate":
+            own = set(manifest.identity["inputs"]) - set(manifest.identity["upstream"])
+            settings |= {f"{stage}: {name}": manifest.identity["inputs"][name] for name in sorted(own)}
     seed = int(settings.pop("seed", 0))
     path = directory.artifact("evaluate") / "samples.jsonl"
     return EvaluatedRun(folder, seed, settings, _digests(evaluation), _scores(path))
@@ -267,8 +275,29 @@ def _is_comparable(runs: Sequence[EvaluatedRun], name: str, prompts: Sequence[st
     """Whether every run has this measure on all prompts, by the same function or model."""
     if not all(name in run.scores[prompt] for run in runs for prompt in prompts):
         return False
-    source = _SOURCES.get(name)
-    return source is None or len({run.inputs.get(source[0]) for run in runs}) == 1
+    if name in _SOURCES:
+        return len({run.inputs.get(_SOURCES[name][0]) for run in runs}) == 1
+    return name not in _RELATIVE or _has_equal_baselines(runs, is_judged=name == "preferred")
+
+
+def _has_equal_baselines(runs: Sequence[EvaluatedRun], *, is_judged: bool) -> bool:
+    """Whether runs of equal seeds have the same baseline and, if that matters, the same judge; all runs otherwise."""
+
+    def source(run: EvaluatedRun) -> tuple[tuple[str, str], ...]:
+        judges = {name for name in run.inputs if name.startswith("judge")} or {"reward_model"}
+        names = {"baseline", *(judges if is_judged else ())}
+        return tuple(sorted((name, digest) for name, digest in run.inputs.items() if name in names))
+
+    by_seed: dict[int, set[Any]] = defaultdict(set)
+    for run in runs:
+        by_seed[run.seed].add(source(run))
+    return all(len(found) == 1 for found in by_seed.values()) and (
+        len(set().union(*by_seed.values())) == 1 or all(_count(runs, seed) > 1 for seed in by_seed)
+    )
+
+
+def _count(runs: Sequence[EvaluatedRun], seed: int) -> int:
+    return sum(run.seed == seed for run in runs)
 
 
 def _notes(runs: Sequence[EvaluatedRun]) -> list[str]:
@@ -276,6 +305,10 @@ def _notes(runs: Sequence[EvaluatedRun]) -> list[str]:
         f"{MEASURES[name]}s are not compared: they come from different {what}"
         for name, (given, what) in _SOURCES.items()
         if all(run.inputs.get(given) for run in runs) and len({run.inputs[given] for run in runs}) > 1
+    ] + [
+        f"`{MEASURES[name]}` is not compared: runs with the same seed have different baselines or judges"
+        for name in _RELATIVE
+        if not _has_equal_baselines(runs, is_judged=name == "preferred")
     ]
 
 
@@ -302,15 +335,17 @@ def _pair(first: Group, second: Group, measures: Sequence[str], prompts: Sequenc
 
 
 def _better(first: Group, second: Group, measures: Mapping[str, GroupDifference]) -> str | None:
-    found = next(measures[name] for name in _BETTER if name in measures)
-    if not _excludes_0(found.both):
+    found = next((measures[name] for name in _BETTER if name in measures), None)
+    if found is None or not _excludes_0(found.both):
         return None
     return second.name if found.second > found.first else first.name
 
 
 def _sentence(first: Group, second: Group, measures: Mapping[str, GroupDifference], prompts: int) -> str:
     """Say which group is better, how sure that is, and what it does not hold for."""
-    name = next(name for name in _BETTER if name in measures)
+    name = next((name for name in _BETTER if name in measures), None)
+    if name is None:
+        return "nothing says which is better: the runs share neither a judge function nor a reward model nor baselines"
     found = measures[name]
     size = found.second - found.first
     better, other = (second.name, first.name) if size > 0 else (first.name, second.name)

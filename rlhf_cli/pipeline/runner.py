@@ -26,7 +26,7 @@ from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, vers
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
-from rlhf_cli.pipeline.record import record
+from rlhf_cli.pipeline.record import Record
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
@@ -119,8 +119,9 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         preflight(recipe, _inputs_of(to_run))
         if to_run:
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
-        record(folder, loaded, recipe)
-        executor = _Executor(recipe, directory, stop, coordinator)
+        record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
+        record.begin()
+        executor = _Executor(recipe, directory, stop, coordinator, record)
         rows = [executor.execute(planner.update(step) if step.is_pending else step) for step in steps]
         coordinator.broadcast(None)
         return RunResult(folder, rows)
@@ -176,8 +177,11 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
 class _Executor:
     """Executes the steps of a plan."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, stop: StopRequest, coordinator: Coordinator) -> None:
+    def __init__(
+        self, recipe: Recipe, run: RunDirectory, stop: StopRequest, coordinator: Coordinator, record: Record
+    ) -> None:
         self._recipe = recipe
+        self._record = record
         self._run = run
         self._stop = stop
         self._coordinator = coordinator
@@ -187,7 +191,7 @@ class _Executor:
         name = step.stage.name
         if step.manifest is not None:
             say(f"{name}: up to date")
-            self._accept(step, step.manifest)
+            self._accept(step.stage, step.manifest)
             return self._result(step, "cached", step.manifest)
         self._stop.check()
         if step.reason.startswith("damaged: "):
@@ -197,20 +201,30 @@ class _Executor:
         earlier = self._run.location_of_earlier(name, fingerprint(step.identity)) if step.stage.keeps_earlier else None
         if earlier is not None:
             say(f"{name}: the earlier results will move to {earlier}; another --run-dir keeps both in place")
+        self._accept_inputs(step)
+        self._record.begin_stage(name)
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
         self._run.publish(name, manifest, earlier=earlier)
         show_table(name, manifest.timing, manifest.seconds)
-        self._accept(step, manifest)
+        self._accept(step.stage, manifest)
         return self._result(step, "done", manifest)
 
-    def _accept(self, step: Step, manifest: Manifest) -> None:
+    def _accept(self, stage: Stage, manifest: Manifest) -> None:
         """Raise `RequirementError` if the recipe requires more of an artifact, after letting the other ranks end."""
         try:
-            _accept(self._recipe, self._run, step.stage, manifest)
+            _accept(self._recipe, self._run, stage, manifest)
         except RequirementError:
             self._coordinator.broadcast(None)
             raise
+
+    def _accept_inputs(self, step: Step) -> None:
+        """Check what the recipe requires of finished artifacts that a stage reads, whichever command wrote them."""
+        upstream = {given.upstream for given in step.inputs.by_name().values() if given.upstream is not None}
+        for stage in map(registry.stage, sorted(upstream)):
+            manifest = self._run.read_manifest(stage.name)
+            if manifest is not None and self._recipe.section(stage.name) is not None:
+                self._accept(stage, manifest)
 
     def _work(self, step: Step) -> Manifest:
         context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)

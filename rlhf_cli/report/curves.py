@@ -136,7 +136,7 @@ def _best_of_n(found: Mapping[str, Any] | None) -> list[Series]:
     points = [] if found is None else found["points"]
     series = []
     for name, label, color in (("reward", "best of n (KL at most)", 2), ("gold", "best of n, gold", 3)):
-        known = [(math.sqrt(one["kl_bound"]), one[name]) for one in points if one.get(name) is not None]
+        known = [(math.sqrt(one["kl_upper_bound"]), one[name]) for one in points if one.get(name) is not None]
         intervals = [(x, one["low"], one["high"]) for x, one in known if one.get("low") is not None]
         values = [(x, one["value"]) for x, one in known]
         if values:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.report.gather import RunFiles
 
@@ -102,7 +103,7 @@ def _not_evaluated(run: RunFiles) -> str:
     if "ppo" in run.manifests:
         return (
             "PPO is finished, but its completions were not compared with those of the model it started from: "
-            f"run `rlhf evaluate --run-dir {run.folder}`."
+            f"run `rlhf evaluate {run.folder / RECIPE} --run-dir {run.folder}`."
         )
     return f"Finished so far: {', '.join(run.manifests)}."
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_cli.intervals import Measure, student_quantile
+from rlhf_cli.statistics.paired import NO_SPREAD
 
 Scores = NDArray[np.float64]
 """(S, P): score of each run on each prompt."""
@@ -115,7 +116,9 @@ def _freedom(parts: list[_Variance], value: float) -> float:
 
 
 def _measure(difference: float, variance: _Variance, n: int, missing: str | None) -> Measure:
+    if missing is None and not variance.value:
+        missing = NO_SPREAD
     if missing is not None:
         return Measure(difference, None, None, n, missing)
-    reach = student_quantile(0.975, variance.freedom) * variance.value**0.5 if variance.value else 0.0
+    reach = student_quantile(0.975, variance.freedom) * variance.value**0.5
     return Measure(difference, difference - reach, difference + reach, n)

@@ -109,7 +109,7 @@ def test_a_chat_in_a_terminal(run, width, tmp_path):
     assert "reward" in shown
     assert re.search(r"sft {30,}ppo", shown), "side by side, two of them also at 80 columns"
     terminal.type("/best ppo")
-    shown = terminal.until("learns from it")
+    shown = terminal.until("with more of them")
     rankings = run / "kept" / "chat" / "rankings.jsonl"
     assert str(rankings.name) in shown
     label = json.loads(rankings.read_text().splitlines()[-1])

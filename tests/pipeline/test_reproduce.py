@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rlhf_cli.pipeline.record import COMMAND, ENVIRONMENT, RECIPE
+from rlhf_cli.pipeline.record import COMMAND, ENVIRONMENT, RECIPE, recipe_of
 
 
 def test_a_run_records_recipe_commands_and_environment(toy):
@@ -27,6 +27,24 @@ def test_a_run_records_recipe_commands_and_environment(toy):
 def absolute(toy) -> list[str]:
     functions = ("label.function", "evaluate.judge_function")
     return [part for name in functions for part in ("--set", f"{name}={toy.folder}/gold.py:score")]
+
+
+def test_the_command_of_a_stage_records_that_stage_alone(toy):
+    toy.run("--set", "ppo.steps=4")
+    toy.rlhf("ppo", "recipe.yaml", "--run-dir", "runs/toy", "--set", "ppo.steps=7")
+    assert "steps: 4" in (toy.run_dir / RECIPE).read_text()
+    assert "steps: 7" in recipe_of(toy.run_dir, "ppo").read_text()
+    assert "steps: 4" in recipe_of(toy.run_dir, "sft").read_text()
+
+
+def test_a_directory_made_stage_by_stage_is_reproduced(toy):
+    own = ("--run-dir", "runs/own", "--set", f"model.path={toy.folder}/base")
+    assert toy.rlhf("sft", "--data", f"{toy.folder}/demos.jsonl", *own).code == 0
+    prompts = ("--set", f"data.prompts={toy.folder}/prompts.jsonl")
+    assert toy.rlhf("label", "--by", "function", "--function", f"{toy.folder}/gold.py:score", *prompts, *own).code == 0
+    outcome = toy.rlhf("reproduce", "runs/own")
+    assert outcome.code == 0, outcome.stderr
+    assert [line.split()[:2] for line in outcome.stdout.splitlines()] == [["sft", "equal"], ["label", "equal"]]
 
 
 def test_a_dry_run_records_nothing(toy):
@@ -60,7 +78,7 @@ def test_a_hash_that_differs_is_named_and_fails(toy):
     ("arguments", "said"),
     [
         (("runs/toy", "--run-dir", "runs/toy"), "is the run itself"),
-        (("elsewhere",), "has no recipe.yaml"),
+        (("elsewhere",), "no stage is finished"),
     ],
 )
 def test_what_cannot_be_reproduced_is_refused(toy, arguments, said):

@@ -24,7 +24,10 @@ class Runs:
 
     folder: Path
 
-    def write(self, name: str, gold: float, *, seed: int = 0, prompts=PROMPTS, judge="judge", reward="rm", **settings):
+    def write(
+        self, name: str, gold: float, *, seed: int = 0, prompts=PROMPTS, judge="judge", reward="rm", baseline="sft",
+        data="data", **settings,
+    ):  # fmt: skip
         run = self.folder / name
         generator = np.random.default_rng([seed, int(1000 * gold)])
         rows = [
@@ -35,8 +38,8 @@ class Runs:
             for prompt in prompts
         ]  # fmt: skip
         ppo = {"ppo.kl_coef": 0.05, "seed": seed} | settings
-        inputs = {"judge_function": judge, "reward_model": reward, "policy": name}
-        self._artifact(run / "ppo", "ppo", ppo, {}, {"weights": "w"})
+        inputs = {"judge_function": judge, "reward_model": reward, "policy": name, "baseline": baseline}
+        self._artifact(run / "ppo", "ppo", ppo, {"prompts": data}, {"weights": "w"})
         evaluate = {"evaluate.tie_margin": 0.0, "seed": seed}
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         self._artifact(run / "evaluate", "evaluate", evaluate, inputs, {"samples.jsonl": lines})
@@ -109,12 +112,42 @@ def test_groups_can_be_named_with_commas(runs):
     assert [group.name for group in found.groups] == ["a0, a1", "b0, b1"]
 
 
+def test_runs_that_differ_in_their_data_alone_are_two_groups(runs):
+    found = compare_runs([runs.write("a", 1.0), runs.write("b", 2.0, data="other")])
+    assert [group.name for group in found.groups] == ['ppo: prompts "data"', 'ppo: prompts "other"']
+
+
+def test_a_comma_makes_a_group_of_one_run(runs):
+    found = compare_runs([f"{runs.write('a', 1.0)},", runs.write("b", 1.0, seed=1)])
+    assert [group.name for group in found.groups] == ["a", "b"]
+
+
+def test_preferences_over_different_baselines_decide_nothing(runs):
+    """Each of two single runs has its own SFT model and its own judge, as after two whole pipelines."""
+    changed = {"judge": "x", "baseline": "other", "reward": "own", "ppo.kl_coef": 0.2}
+    found = compare_runs([runs.write("a", 0.0), runs.write("b", 3.0, **changed)])
+    (pair,) = found.pairs
+    assert not {"gold", "reward", "preferred", "kl"} & pair.measures.keys()
+    assert pair.better is None
+    assert pair.says.startswith("nothing says which is better")
+    assert any("different baselines or judges" in note for note in found.notes)
+
+
+def test_each_seed_may_have_its_own_baseline_in_both_groups(runs):
+    def written(kl_coef: float, gold: float) -> list[str]:
+        changes = [{"seed": seed, "baseline": f"sft-{seed}", "ppo.kl_coef": kl_coef} for seed in range(3)]
+        return [runs.write(f"{kl_coef}-{number}", gold, **one) for number, one in enumerate(changes)]
+
+    (pair,) = compare_runs([*written(0.1, 1.0), *written(0.02, 2.0)]).pairs
+    assert {"preferred", "kl"} <= pair.measures.keys()
+
+
 def test_scores_of_different_judges_are_not_compared_and_it_is_said(runs):
     names = [runs.write("a", 0.0), runs.write("b", 3.0, judge="other", **{"ppo.kl_coef": 0.2})]
     found = compare_runs(names)
     assert "gold" not in found.pairs[0].measures
     assert "reward" in found.pairs[0].measures
-    assert found.notes == ("gold scores are not compared: they come from different judge functions",)
+    assert "gold scores are not compared: they come from different judge functions" in found.notes
 
 
 def test_prompts_that_not_all_share_are_left_out_and_counted(runs):

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -17,6 +18,7 @@ from rlhf_cli.pipeline.manifest import read_manifest
 from rlhf_cli.report.build import write_report
 from rlhf_cli.report.gather import read_run
 from rlhf_cli.report.verdict import verdict
+from rlhf_cli.stages.best_of_n.curve import measure
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,16 @@ def test_seeds_of_a_setting_share_a_color_and_a_clear_difference_is_said(runs):
     assert "It is one training run" not in page
 
 
+def test_best_of_n_is_drawn_from_what_its_stage_writes(runs):
+    run = runs.write()
+    rewards = np.random.default_rng(0).normal(size=(20, 8))
+    found = measure(rewards.tolist(), (-rewards).tolist()).to_json()
+    runs.stage(run, "best-of-n", settings={}, files={"best_of_n.json": json.dumps(found)})
+    page = write_report([run], run / "report.html").html.read_text()
+    assert "best of n (KL at most)" in page
+    assert "best of n, gold" in page
+
+
 def test_the_command(runs, tmp_path):
     run = runs.write()
     shown = CliRunner().invoke(app, ["report", str(run), "--json"])
@@ -173,4 +185,4 @@ def test_the_report_of_a_run_that_only_trained_says_so(runs):
     run = runs.write(evaluated=False)
     page = Path(write_report([run], run / "report.html").html).read_text()
     assert "Not evaluated" in page
-    assert "rlhf evaluate --run-dir" in page
+    assert "recipe.yaml --run-dir" in page

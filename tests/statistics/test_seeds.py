@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rlhf_cli.statistics.paired import NO_SPREAD
 from rlhf_cli.statistics.seeds import group_difference
 
 
@@ -26,7 +27,7 @@ def test_unpaired_runs_are_compared_as_welch_does():
     found = group_difference(first, second, is_paired=False)
     assert found.seeds.value == 4.0
     assert found.seeds.high == pytest.approx(4 + 12.706, rel=1e-4), "variance 2 / 2 of one degree, and 0"
-    assert (found.prompts.low, found.prompts.high) == (4.0, 4.0)
+    assert found.prompts.missing == NO_SPREAD, "the same difference on every prompt has no interval"
 
 
 @pytest.mark.parametrize("is_paired", [True, False])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_cli.data.records import Prompt, prompt_to_json
+from rlhf_cli.data.records import Prompt, prompt_key, prompt_to_json
 from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.labeling.scoring import FunctionScorer, RewardModelScorer, score_completions
 from rlhf_cli.memory import free_memory
@@ -43,7 +43,13 @@ def run(context: BestOfNContext, generator: Generator | None = None) -> StageOut
     if not samples.processes.is_main:
         return StageOutcome()
     rows = [
-        SampleRow(prompt, list(texts), list(rewards[row]), None if gold is None else list(gold[row]))
+        SampleRow(
+            prompt,
+            list(texts),
+            list(rewards[row]),
+            None if gold is None else list(gold[row]),
+            samples.references.get(prompt_key(prompt)),
+        )
         for row, (prompt, texts) in enumerate(zip(samples.prompts, samples.texts, strict=True))
     ]
     with (context.output / SAMPLES).open("w", encoding="utf-8") as file:
@@ -109,12 +115,17 @@ def _write_best(path: Path, rows: Sequence[SampleRow], n: int) -> None:
             file.write(json.dumps(plain, ensure_ascii=False) + "\n")
 
 
+def _described(given: Input | None) -> str | None:
+    """Return the stage of the same run that wrote an input, else its name; None without one."""
+    return None if given is None else given.upstream or given.source
+
+
 def _outcome(context: BestOfNContext, curve: Curve, samples: Samples, timing: dict[str, float]) -> StageOutcome:
     """Save the curve and print it."""
     inputs = context.inputs
     names = {
-        "chosen_by": source_of(inputs.reward_model) or source_of(inputs.function),
-        "measured_by": source_of(inputs.gold_model) or source_of(inputs.gold_function),
+        "chosen_by": _described(inputs.reward_model or inputs.function),
+        "measured_by": _described(inputs.gold_model or inputs.gold_function),
     }
     plain = json.dumps(names | curve.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     (context.output / "best_of_n.json").write_text(plain + "\n", encoding="utf-8")

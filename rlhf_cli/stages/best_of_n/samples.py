@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.data.records import Message, Prompt, PromptRecord, prompt_to_json
+from rlhf_cli.data.records import Message, Prompt, PromptRecord, prompt_key, prompt_to_json
 from rlhf_cli.data.skips import SkipLog
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
@@ -139,7 +139,9 @@ def earlier_samples(context: BestOfNContext) -> Samples:
         from rlhf_cli.models.loading import resolve_device
 
         device = resolve_device(context.recipe.model.device)
-    return Samples([row.prompt for row in rows], [row.completions for row in rows], ProcessGroup(device))
+    references = {prompt_key(row.prompt): row.reference for row in rows if row.reference is not None}
+    texts = [row.completions for row in rows]
+    return Samples([row.prompt for row in rows], texts, ProcessGroup(device), references=references)
 
 
 @dataclass(frozen=True)
@@ -151,18 +153,21 @@ class SampleRow:
         completions: N texts; equal ones stand there several times.
         rewards: (N,) by what chose.
         gold: (N,) by what measured; None without.
+        reference: of the prompt's record, for functions that compare with it; None without.
     """
 
     prompt: Prompt
     completions: list[str]
     rewards: list[float] = field(default_factory=list)
     gold: list[float] | None = None
+    reference: Any = None
 
     def to_line(self) -> str:
         """Return the line."""
         plain: dict[str, Any] = {"prompt": prompt_to_json(self.prompt), "completions": self.completions}
         plain |= {"rewards": self.rewards} if self.rewards else {}
         plain |= {} if self.gold is None else {"gold": self.gold}
+        plain |= {} if self.reference is None else {"reference": self.reference}
         return json.dumps(plain, ensure_ascii=False) + "\n"
 
 
@@ -185,5 +190,6 @@ def read_samples(path: Path) -> list[SampleRow]:
                 f"{path}:{number}: expected a prompt with two or more completions; got {line[:80]!r}",
                 hint="name the `samples.jsonl` of an earlier `rlhf best-of-n`",
             ) from error
-        rows.append(SampleRow(prompt, completions, plain.get("rewards", []), plain.get("gold")))
+        found = plain.get("rewards", []), plain.get("gold"), plain.get("reference")
+        rows.append(SampleRow(prompt, completions, *found))
     return rows

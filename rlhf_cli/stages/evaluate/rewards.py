@@ -1,4 +1,4 @@
-"""Rewards of completions, as PPO saw them."""
+"""Rewards of completions, on the scale that PPO saw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.prompts import text_template
-from rlhf_cli.progress import task
+from rlhf_cli.models.reward_model.members import further_members
+from rlhf_cli.progress import say_once, task
 from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.evaluate.scores import ScoreFile
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
@@ -28,7 +29,9 @@ def rewarded(
     file: ScoreFile | None = None,
     processes: ProcessGroup | None = None,
 ) -> list[list[float]] | None:
-    """Return the normalized rewards of each side's completions, as PPO saw them; None if there is no reward model.
+    """Return the normalized rewards of each side's completions; None if there is no reward model.
+
+    Of an ensemble it takes the first member, and says so.
 
     Args:
         context: of the stage.
@@ -41,6 +44,8 @@ def rewarded(
 
     if (path := source_of(context.inputs.reward_model)) is None:
         return None
+    if further_members(model_source(context.recipe, path).folder):
+        say_once("evaluate: rewards are those of the first member of the reward model, not of all that PPO combined")
     texts = [(prompt, side[row].text) for side in sides for row, prompt in enumerate(prompts)]
     scores = _rewards(context, path, texts, file, processes)
     free_memory()

@@ -81,11 +81,16 @@ def stop_error(detectors: Detectors, state: RunState, settings: PPOSettings, wor
         return None
     detector, threshold = passed
     setting = f"ppo.detectors.{detector.name}.stop"
-    best = "" if state.best is None else f", and so is the best policy within `kl_budget`, of step {state.best.step:,}"
+    kept = ""
+    if watched.safe_step is not None:
+        folder = work / f"step-{watched.safe_step:08d}"
+        kept = f"; the last checkpoint before a detector warned, of step {watched.safe_step:,}, is kept: {folder}"
+    best = (
+        "" if state.best is None else f"; the best policy within `kl_budget`, of step {state.best.step:,}, is kept too"
+    )
     return DetectorStopError(
         f"ppo: the detector `{detector.name}` stopped the run after step {watched.step:,} of {settings.steps:,}: "
-        f"{watched.seen[detector.name]} (`{setting}: {threshold:g}`); the last checkpoint before a detector warned, "
-        f"of step {watched.safe_step or 0:,}, is kept: {work / f'step-{watched.safe_step or 0:08d}'}{best}",
+        f"{watched.seen[detector.name]} (`{setting}: {threshold:g}`){kept}{best}",
         hint=f"{detector.change[0]}; `rlhf diagnose {work.parent}` quotes completions; to resume from here, repeat the "
         f"command with `--set {setting}=null` or a threshold beyond {watched.value[detector.name]:.3g}",
     )

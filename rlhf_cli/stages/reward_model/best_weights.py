@@ -59,7 +59,8 @@ class BestWeights:
 
     def offer(self, step: int, loss: float, accuracy: float, weights: Callable[[], dict[str, Tensor]]) -> None:
         """Keep the weights if they are better than those that are kept."""
-        if self._by == "none" or not math.isfinite(loss) or not self._is_better(loss, accuracy):
+        is_known = math.isfinite(loss) and (self._by != "accuracy" or math.isfinite(accuracy))
+        if self._by == "none" or not is_known or not self._is_better(loss, accuracy):
             return
         self.found = Best(step, loss, accuracy)
         save_best(self._work, step, weights(), asdict(self.found), processes=self._processes)

@@ -132,6 +132,19 @@ class RankingReport:
         }
 
 
+def check_has_preference(rankings: Sequence[Ranking]) -> None:
+    """Check that a pair of the held-out rankings is not a tie.
+
+    Raises:
+        DataError: every pair is a tie.
+    """
+    if all(len(ranking.tiers) < 2 for ranking in rankings):
+        raise DataError(
+            f"the {len(rankings):,} held-out rankings have no preference: every pair is a tie",
+            hint="hold out more prompts with `--set data.holdout=...`, or label with a smaller `tie_margin`",
+        )
+
+
 def ranking_report(rankings: Sequence[Ranking], rewards: Sequence[Sequence[float]]) -> RankingReport:
     """Compare raw rewards with rankings.
 
@@ -142,12 +155,8 @@ def ranking_report(rankings: Sequence[Ranking], rewards: Sequence[Sequence[float
     Raises:
         DataError: every pair is a tie.
     """
+    check_has_preference(rankings)
     pairs, ties = preferred_pairs(rankings, rewards)
-    if not pairs:
-        raise DataError(
-            f"the {len(rankings):,} held-out rankings have no preference: every pair is a tie",
-            hint="hold out more prompts with `--set data.holdout=...`, or label with a smaller `tie_margin`",
-        )
     ends = [_first_and_last(ranking, given) for ranking, given in zip(rankings, rewards, strict=True)]
     return RankingReport(
         accuracy=_present(_accuracy(pairs)),

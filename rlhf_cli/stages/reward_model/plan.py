@@ -72,6 +72,7 @@ def make_plan(context: RewardModelContext) -> tuple[Plan, RewardModel]:
     """Read, check, encode and divide the rankings; also returns the first member, not trained yet."""
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.models.loading import load_tokenizer
+    from rlhf_cli.stages.reward_model.evaluation import check_has_preference
 
     recipe, settings = context.recipe, context.settings
     loaded = _rankings(context, settings)
@@ -96,6 +97,7 @@ def make_plan(context: RewardModelContext) -> tuple[Plan, RewardModel]:
         )
     warn_of_trained(held_out, start, "its accuracy on them")
     watched, held_out = _watched(settings, held_out)
+    check_has_preference(held_out)
     checked = random.Random(recipe.seed).sample(list(train), min(len(train), PROMPTS_CHECKED))
     processes = ProcessGroup(source.device)
     return Plan(source, style, sampling, loaded, groups, train, checked, watched, held_out, processes), first

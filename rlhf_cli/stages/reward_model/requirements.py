@@ -44,21 +44,25 @@ def check_requirements(settings: RewardModelSettings, metrics: Mapping[str, floa
             failed[name] = f"{name} is {_with_interval(name, value, metrics)}, and at {word} {limit:g} is required"
     if not failed:
         return
-    first = next(iter(failed))
-    reached = metrics.get(f"rm/{first}")
-    # Rounded to the side on which it is met.
-    rounded = math.ceil if first in _MAXIMA else math.floor
-    other = "null" if reached is None else f"{rounded(reached * 1000) / 1000:.3f}"
+    relaxed = " ".join(f"--set train_rm.require.{name}={_reached(name, metrics)}" for name in failed)
     raise RequirementError(
         f"the reward model in {folder} does not meet `train_rm.require`: {'; '.join(failed.values())}",
         hint="label more prompts, or look for the cause in its `quality.json`; the reward model is kept: to continue "
-        f"with it, without training again, relax the requirement, as in `--set train_rm.require.{first}={other}`",
+        f"with it, without training again, relax the requirement, as in `{relaxed}`",
     )
+
+
+def _reached(name: str, metrics: Mapping[str, float | None]) -> str:
+    """Return a requirement that is met, rounded to that side; null where there is no value."""
+    value = metrics.get(f"rm/{name}")
+    if value is None:
+        return "null"
+    return f"{(math.ceil if name in _MAXIMA else math.floor)(value * 1000) / 1000:.3f}"
 
 
 def _with_interval(name: str, value: float, metrics: Mapping[str, float | None]) -> str:
     low, high = metrics.get(f"rm/{name}_low"), metrics.get(f"rm/{name}_high")
-    prompts = metrics.get("rm/prompts")
     if low is None or high is None:
         return f"{value:.3f}"
-    return f"{value:.3f} ({low:.3f} to {high:.3f}, {prompts:,.0f} prompts)"
+    prompts = "" if name in _SUBSETS else f", {metrics.get('rm/prompts'):,.0f} prompts"
+    return f"{value:.3f} ({low:.3f} to {high:.3f}{prompts})"

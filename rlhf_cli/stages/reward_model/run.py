@@ -78,7 +78,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
 def _report(
     context: RewardModelContext, plan: Plan, members: Sequence[Member], curve: dict[float, Measured]
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """Write and say how good the reward model is; of several members, the mean of their rewards is."""
+    """Write and say how good the reward model is; of several members, the mean of their normalized rewards."""
     from rlhf_cli.stages.reward_model.evaluation import accuracy, ranking_report
     from rlhf_cli.stages.reward_model.quality import (
         curve_json,
@@ -89,13 +89,17 @@ def _report(
         write_quality,
     )
 
-    report = ranking_report(plan.held_out, mean_rewards([member.held_out for member in members]))
-    train_accuracy = accuracy(plan.checked, mean_rewards([member.checked for member in members]))
     scale = fmean(member.mean for member in members), fmean(member.std for member in members)
+    held_out = [on_scale(member.held_out, (member.mean, member.std), scale) for member in members]
+    checked = [on_scale(member.checked, (member.mean, member.std), scale) for member in members]
+    report = ranking_report(plan.held_out, mean_rewards(held_out))
+    train_accuracy = accuracy(plan.checked, mean_rewards(checked))
     metrics = quality_metrics(report, train_accuracy, *scale) | members[0].metrics
     more: dict[str, Any] = {}
     if len(members) > 1:
-        more = members_json(plan.held_out, [member.held_out for member in members])
+        first = [reward for ranking in on_scale(held_out[0], scale, (0.0, 1.0)) for reward in ranking]
+        metrics |= {"rm/lowest": min(first), "rm/highest": max(first)}  # PPO watches the first member alone
+        more = members_json(plan.held_out, held_out)
         metrics["rm/disagreement"] = more["disagreement"]["value"]
     if curve:
         whole = curve | {1.0: report.accuracy}
@@ -105,6 +109,17 @@ def _report(
     if text := doubts(report):
         warn(text)
     return metrics, quality_summary(report, train_accuracy)
+
+
+def on_scale(
+    rewards: Sequence[Sequence[float]], own: tuple[float, float], other: tuple[float, float]
+) -> list[list[float]]:
+    """Return rewards of one (mean, standard deviation) on the scale of another, by ranking.
+
+    PPO combines normalized rewards, so members with a larger spread must not count more.
+    """
+    (mean, std), (new_mean, new_std) = own, other
+    return [[new_mean + new_std * (reward - mean) / std for reward in ranking] for ranking in rewards]
 
 
 def mean_rewards(members: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:

@@ -220,9 +220,16 @@ class Detectors:
         if name == "disagreement":
             return measures.spreads(self._members(seen))
         if name == "gold":
-            gold = _standard(seen.parts[self._gold(seen)[0]])
+            fell = max(self._gold(seen), key=lambda one: _fallen(f"gold/{one}", state))
+            gold = _standard(seen.parts[fell])
             return [score - other for score, other in zip(_standard(seen.scores), gold, strict=True)]
         return seen.scores
+
+
+def _fallen(name: str, state: DetectorState) -> float:
+    """Return how far a reward is below its best."""
+    best, now = state.best.get(name), state.now(name)
+    return 0.0 if best is None or now is None else best[0] - now
 
 
 def _training(seen: Observation, state: DetectorState) -> measures.Estimate | None:

@@ -145,7 +145,9 @@ def fall(
     if best is None or value > best[0]:
         state.best[name] = [value] if training is None else [value, training.mean]
         return None if best is None else 0.0
-    fell_too = training is not None and len(best) > 1 and training.mean < best[1] - _NOISE * training.error
+    # The best may be that before training, when no training reward was measured.
+    before = best[1] if len(best) > 1 else state.start("training")
+    fell_too = training is not None and before is not None and training.mean < before - _NOISE * training.error
     if training is None or fell_too or spread <= 0:
         return 0.0
     return max(best[0] - value - _NOISE * error, 0.0) / spread
