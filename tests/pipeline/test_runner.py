@@ -29,7 +29,8 @@ def test_a_run_writes_every_stage_and_a_second_does_nothing(toy):
 
 
 def test_no_hidden_folders_remain(finished):
-    assert sorted(path.name for path in finished.run_dir.iterdir()) == sorted([".lock", *ALL])
+    record = ["command.txt", "environment.json", "recipe.yaml", "recipes", "report.html", "report.json"]
+    assert sorted(path.name for path in finished.run_dir.iterdir()) == sorted([".lock", *ALL, *record])
 
 
 def test_stdout_is_only_the_last_artifact(toy):

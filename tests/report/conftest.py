@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.pipeline.manifest import Manifest, list_outputs, versions
+from tests.labeling.web.conftest import browser as browser
 
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m" + "x" * 100_000
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "its", "sky", "while", "rain", "came", "down"]
