@@ -3,10 +3,10 @@
     .venv/bin/python .ci/check_install.py [resolve] [wheel]
 
 `resolve` asks the package registry, by `uv pip compile`, whether `constraints.txt` has a solution for all extras but
-those of `APART` and `BESIDE`: with torch as published for GPUs and with its CPU wheel, for each Python of `PYTHONS`. Every package
-of a solution must be pinned, and every pin must be in a solution. Only metadata is read. An installed environment says
-less: torch's CPU wheel asks for no Triton, so any fits beside it. An extra of `APART` must have a solution of its own,
-and one of `BESIDE` one with the pinned set.
+those of `APART` and `BESIDE`: with torch as published for GPUs and with its CPU wheel, for each Python of `PYTHONS`.
+Every package of a solution must be pinned, and every pin must be in a solution. Only metadata is read. An installed
+environment says less: torch's CPU wheel asks for no Triton, so any fits beside it. An extra of `APART` must have a
+solution of its own, and one of `BESIDE` one with the pinned set.
 
 `wheel` builds the wheel and installs it into a fresh environment, which sees what the wheel requires and nothing that
 only the extras bring, and runs commands from there outside of the checkout.

@@ -80,8 +80,9 @@ def _best_of_n(number: int, row: Ranked) -> Ranked:
     best, *others = row["ranking"]
     chosen, rejected = ([row["completions"][index] for index in tier] for tier in (best, _flat(others)))
     counts = {"num_correct": len(chosen), "num_rejected": len(rejected), "total_completions": len(row["completions"])}
-    subset = "Ties" if len(chosen) > 1 else "Everyday"
-    return {"id": str(number), "prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **counts} | {
+    # The score of ties compares a prompt with several good completions with one that has a single good one.
+    name, subset = {0: ("tied:0", "Ties"), 1: ("ref:0", "Ties")}.get(number, (str(number), "Everyday"))
+    return {"id": name, "prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **counts} | {
         "models": ["sample"] * len(row["completions"]),
         "subset": subset,
     }

@@ -116,6 +116,8 @@ class Conversation:
         """
         replies = {reply.model: reply for reply in self._replies}
         names = [name for tier in tiers for name in tier]
+        if "" in names:
+            raise DataError("a name is missing", hint="write all of them, such as `/rank ppo > sft`")
         unknown = [name for name in names if name not in replies]
         if unknown or len(set(names)) < len(names) or len(names) < 2:
             problem = f"`{unknown[0]}` did not reply" if unknown else "name at least two replies, each once"

@@ -125,7 +125,7 @@ def metrics(reply: Reply) -> str:
     count = len(reply.completion.ids)
     parts = [] if reply.reward is None else [f"reward {reply.reward:+.2f}"]
     if reply.kl is not None:
-        parts.append(f"KL to {reply.reference} {reply.kl:+.1f} nats")
+        parts.append(f"log-ratio to {reply.reference} {reply.kl:+.1f} nats")
     parts.append(f"{count:,} {'token' if count == 1 else 'tokens'}")
     if not reply.completion.finished:
         parts.append("cut at the limit")

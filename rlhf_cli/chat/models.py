@@ -102,6 +102,7 @@ def find_models(
             found += own
             reward = reward or own_reward
         else:
+            _check_model(Path(one))
             found.append(_Named(_short(one), one, RunSettings()))
     found = _unique(found)
     if only:
@@ -114,6 +115,21 @@ def find_models(
 
 def _is_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / stage / FILE_NAME).is_file() for stage in (*_STAGES, _REWARD_MODEL))
+
+
+def _check_model(folder: Path) -> None:
+    """Check that what is named can be talked to, as far as its path says."""
+    if folder.is_absolute() and not folder.exists():
+        raise UsageError(
+            f"{folder}: no such run directory or model folder", hint="name runs/NAME, a model folder or a hub id"
+        )
+    if (folder / "reward.json").is_file():
+        raise UsageError(
+            f"{folder} is a reward model, which scores and does not reply",
+            hint=f"name {folder.parent}, whose models reply with its rewards"
+            if (folder.parent / "sft").is_dir()
+            else "name the model that it was trained for",
+        )
 
 
 def _short(source: str) -> str:

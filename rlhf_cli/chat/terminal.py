@@ -20,8 +20,9 @@ _HELP = """\
 /new               start a new conversation
 /system TEXT       set the system message, and start over
 /help, /quit       this list; leave (also Ctrl-D)
-A line that ends with \\ goes on in the next. The conversation goes on with
-the reply you prefer, else with the last one."""
+A line that ends with \\ continues in the next."""
+_CONTINUES = """
+The conversation continues with the reply you prefer, else with the last one."""
 
 
 class Chat:
@@ -94,7 +95,7 @@ class Chat:
         elif command == "/quit":
             return False
         elif command == "/help":
-            self._say(_HELP)
+            self._say(_HELP + (_CONTINUES if self._conversation.keeps_history else ""))
         elif command == "/again":
             self.reply(self._conversation.again(self._display.show))
         elif command == "/new":

@@ -15,7 +15,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="HTML file; default: RUN/report.html, or comparison.html."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="HTML file; default: report.html in RUN, of several comparison.html beside RUN.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -23,10 +28,12 @@ def report(
 
     The file needs nothing else, and loads nothing. A JSON file with the same figures is written beside it.
     """
+    from rlhf_cli.progress import say
     from rlhf_cli.report.build import REPORT, write_report
 
-    where = output or (runs[0] / REPORT if len(runs) == 1 else Path("comparison.html"))
+    where = output or (runs[0] / REPORT if len(runs) == 1 else runs[0].parent / "comparison.html")
     found = write_report(runs, where)
+    say(f"{found.page.verdict.headline}: {found.page.verdict.reason}")
     if as_json:
         typer.echo(
             json.dumps({"html": str(found.html), "json": str(found.plain), "verdict": found.page.verdict.headline})

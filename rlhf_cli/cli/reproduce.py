@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli.options import Json, RunDir
+from rlhf_cli.cli.options import Json
 
 
 def reproduce(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
-    run_dir: RunDir = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory of the repetition; default: RUN-again.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run RUN again from its recorded recipe, in RUN-again or `--run-dir`, and compare the hashes of all stages.

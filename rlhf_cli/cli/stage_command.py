@@ -133,7 +133,7 @@ def _report(folder: Path, stages: Sequence[str]) -> None:
     except RLHFError as error:  # the run itself is done
         warn(f"no report: {error.message}")
         return
-    say(f"{found.page.verdict.headline}. {found.page.verdict.reason}")
+    say(f"{found.page.verdict.headline}: {found.page.verdict.reason}")
     say(f"report: {found.html}")
     say(f"talk to it: rlhf chat {folder}")
 

@@ -172,6 +172,9 @@ def has_own_code(part: PretrainedConfig | PreTrainedModel) -> bool:
     return type(part).__module__.startswith("transformers_modules")
 
 
+_VOCABULARY_HEAD = "lm_head"
+"""Part of a language model that a classifier replaces by its own head."""
+
 IsNew = Callable[[PreTrainedModel], frozenset[str]]
 """Returns the names of weights of an empty model that are drawn at random where the checkpoint lacks them."""
 
@@ -200,8 +203,9 @@ def check_weights(
     empty = empty_model(kind, source, config)
     report = compare(empty, shapes).allowing(is_new(empty) if is_new is not None else ())
     report.check(source.path, config.model_type)
-    # The backbone of a language model has no head by design, which needs no line.
-    if kind is not AutoModel and (line := report.describe_unused(source.path)) is not None:
+    # The backbone of a language model has no head by design, nor has a classifier that is made of one.
+    dropped = () if is_new is None else (_VOCABULARY_HEAD,)
+    if kind is not AutoModel and (line := report.describe_unused(source.path, but=dropped)) is not None:
         say_once(line)
     return empty
 

@@ -75,11 +75,12 @@ class WeightReport:
         """Return this report without missing weights of these names."""
         return replace(self, missing=tuple(name for name in self.missing if name not in names))
 
-    def describe_unused(self, path: str) -> str | None:
-        """Return a line that says which stored weights are not used; None if all are."""
-        if not self.unused:
+    def describe_unused(self, path: str, *, but: Collection[str] = ()) -> str | None:
+        """Return a line that says which stored weights are not used; None if all are, or are those of parts in `but`."""
+        unused = {part: count for part, count in self.unused.items() if part not in but}
+        if not unused:
             return None
-        parts = ", ".join(f"{count:,} of `{part}`" for part, count in sorted(self.unused.items()))
+        parts = ", ".join(f"{count:,} of `{part}`" for part, count in sorted(unused.items()))
         return f"{path}: stored weights that this model does not have are not used: {parts}"
 
 

@@ -97,7 +97,7 @@ def diagnose(folder: Path) -> Diagnosis:
     if not stages:
         raise UsageError(
             f"{folder} is not a run directory: no stage has written anything in it",
-            hint="name the folder of a run, such as runs/quickstart: `--run-dir`, or runs/NAME with the recipe's name",
+            hint="name the directory of a run: what `rlhf run` got as `--run-dir`, else runs/NAME",
         )
     return Diagnosis(folder, stages)
 

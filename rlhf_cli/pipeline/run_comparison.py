@@ -175,6 +175,10 @@ def compare_runs(names: Sequence[str]) -> RunComparison:
 
 
 def _groups(names: Sequence[str]) -> list[Group]:
+    if len(names) < 2:
+        raise UsageError(
+            f"there is one run to compare: {names[0]}", hint="name two or more: `rlhf compare runs/a runs/b`"
+        )
     given = [[Path(part).expanduser() for part in name.split(",") if part] for name in names]
     if any("," in name for name in names):
         grouped = [[_read(folder) for folder in parts] for parts in given]
@@ -349,16 +353,18 @@ def _sentence(first: Group, second: Group, measures: Mapping[str, GroupDifferenc
     found = measures[name]
     size = found.second - found.first
     better, other = (second.name, first.name) if size > 0 else (first.name, second.name)
-    by = f"{better} is better than {other} by {abs(size):.3g} ({MEASURES[name]})"
+    by = f"higher than {other} by {abs(size):.3g} ({MEASURES[name]})"
     runs = min(len(first.runs), len(second.runs))
     if _excludes_0(found.both):
-        return f"{by}, also for other prompts and other seeds (95 % intervals)"
+        return f"{better} is {by}, also for other prompts and other seeds (95 % intervals)"
     if not _excludes_0(found.prompts):
         return f"no difference of the {MEASURES[name]} can be told from {prompts:,} prompts: {_span(found.prompts)}"
     if found.seeds.low is None:
-        return f"{by} on these trained models; with one run in a group, it cannot be told from the noise of the seed"
+        return (
+            f"these models of {better} are {by}; with one run in a group, it cannot be told from the noise of the seed"
+        )
     return (
-        f"{by} on these trained models; {runs} seeds per group are too few to say that others agree: "
+        f"these models of {better} are {by}; {runs} seeds per group are too few to say that others would be: "
         f"{_span(found.both)}"
     )
 
@@ -371,14 +377,15 @@ def _span(measure: Measure) -> str:
     return "" if measure.low is None or measure.high is None else f"{measure.low:+.3g} to {measure.high:+.3g}"
 
 
-def comparison_text(found: RunComparison) -> str:
+def comparison_text(found: RunComparison, *, has_sentences: bool = True) -> str:
     """Return the comparison for people: the groups, a table per pair, and what can be told; fits 80 columns."""
     lines = []
     for letter, group in zip(_LETTERS, found.groups, strict=False):
         seeds = ", ".join(map(str, group.seeds))
         lines.append(f"{letter}  {group.name}  ({'seeds' if len(group.seeds) > 1 else 'seed'} {seeds})")
     for letter, pair in zip(_LETTERS[1:], found.pairs, strict=False):
-        lines += ["", *_table(pair, _LETTERS[0], letter, found.prompts), "", *textwrap.wrap(pair.says, _WIDTH)]
+        lines += ["", *_table(pair, _LETTERS[0], letter, found.prompts)]
+        lines += ["", *textwrap.wrap(pair.says, _WIDTH)] if has_sentences else []
     for note in found.notes:
         lines += ["", *textwrap.wrap(f"note: {note}", _WIDTH)]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
     """
     runs = [read_run(folder) for folder in folders]
     comparison = _comparison(runs) if len(runs) > 1 else None
-    page = page_of(runs, comparison, "" if comparison is None else comparison_text(comparison))
+    page = page_of(runs, comparison, "" if comparison is None else comparison_text(comparison, has_sentences=False))
     plain = output.with_suffix(".json")
     content = {"verdict": dataclasses.asdict(page.verdict), "runs": [_plain(run) for run in runs]}
     if comparison is not None:

@@ -89,6 +89,10 @@ def read_run(folder: Path) -> RunFiles:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run directory", hint="name the folder that `rlhf run` wrote")
+    if folder.name in REGISTRY and (folder / FILE_NAME).is_file():
+        raise UsageError(
+            f"{folder} is the artifact of one stage, not a run directory", hint=f"name {folder.parent}, the run"
+        )
     run = RunDirectory(folder)
     try:
         found = {stage: run.read_manifest(stage) for stage in REGISTRY}

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from rlhf_cli.data.records import Message, prompt_text
 from rlhf_cli.pipeline.manifest import Manifest
+from rlhf_cli.pipeline.record import recipe_of
 from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.report.curves import Picture, quality_charts, reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles, differing
@@ -81,9 +82,8 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison of several runs: sentences, and the table as the terminal shows it."""
+    """A comparison of several runs: the table as the terminal shows it."""
 
-    says: Sequence[str]
     table: str
 
 
@@ -119,16 +119,16 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
     versions = last.versions
     return Page(
         title=" and ".join(one.name for one in runs) if len(runs) <= 3 else f"{run.name} and {len(runs) - 1} others",
-        subtitle=f"RLHF run, finished {last.finished[:10]}",
+        subtitle=f"{'RLHF run' if len(runs) == 1 else 'RLHF runs'}, finished {last.finished[:10]}",
         names=[one.name for one in runs],
         verdict=verdict(run) if comparison is None else verdict_on_comparison(runs, comparison),
         tiles=tiles(run) if len(runs) == 1 else (),
-        sections=[section for section in _sections(runs) if section.charts or section.tables],
+        sections=[section for section in _sections(runs, comparison) if section.charts or section.tables],
         samples=samples(run) if len(runs) == 1 else (),
         samples_note=_samples_note(run),
-        repeat=repeat(run),
+        repeat=repeat(runs),
         footer=f"Written by rlhf {versions['rlhf']} from the files of {run.folder}. This page loads nothing.",
-        comparison=None if comparison is None else Compared([pair.says for pair in comparison.pairs], table),
+        comparison=None if comparison is None else Compared(table),
         differing=[(name, [_short(value) for value in values]) for name, values in differing(runs)]
         if len(runs) > 1
         else (),
@@ -196,20 +196,24 @@ def _span(measure: Mapping[str, Any]) -> str:
     return f"{measure['low']:.2f} to {measure['high']:.2f}"
 
 
-def _sections(runs: Sequence[RunFiles]) -> list[Section]:
+def _sections(runs: Sequence[RunFiles], comparison: RunComparison | None) -> list[Section]:
     run = runs[0]
+    own_rewards = comparison is not None and any("reward" not in pair.measures for pair in comparison.pairs)
+    apart = ["The runs have different reward models: their rewards are not on one scale."] if own_rewards else []
     found = [Section("Is it better?", _pair_texts(run), _model_tables(run))] if len(runs) == 1 else []
     against = reward_against_kl(runs)
     if against is not None:
         found.append(
             Section(
                 "Reward against distance from the starting model",
-                ["Reward that rises while the judge's score falls is over-optimization: stop at its peak."],
+                apart or ["Reward that rises while the judge's score falls is over-optimization: stop at its peak."],
                 charts=[against],
             )
         )
     found.append(
-        Section("PPO", [line for one in runs for line in _detections(one)], charts=training_charts(runs, "ppo"))
+        Section(
+            "PPO", [*apart, *(line for one in runs for line in _detections(one))], charts=training_charts(runs, "ppo")
+        )
     )
     found.append(Section("Reward model", charts=[*quality_charts(run), *training_charts(runs, "train-rm")]))
     found.append(Section("Supervised fine-tuning", charts=training_charts(runs, "sft")))
@@ -308,20 +312,23 @@ def _samples_note(run: RunFiles) -> str:
     return f"{which} What only one of the two wrote is marked."
 
 
-def repeat(run: RunFiles) -> Repeat:
-    """Return how to repeat a run."""
-    last = list(run.manifests.values())[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in last.versions.items())
+def repeat(runs: Sequence[RunFiles]) -> Repeat:
+    """Return how to repeat the runs; hashes and settings are those of a single one."""
+    run = runs[0]
+    versions = ", ".join(f"{name} {version}" for name, version in list(run.manifests.values())[-1].versions.items())
+    equal = f"With the same data and versions ({versions}) on the same kind of machine, all hashes are the same."
+    recorded = [one for one in runs if all(recipe_of(one.folder, stage).is_file() for stage in one.manifests)]
+    missing = "The run directory does not hold the recipes of all stages, so no command repeats it."
+    is_single = len(runs) == 1
     return Repeat(
-        text=[
-            f"With the same data and versions ({versions}) on the same kind of machine, the hashes below are the same."
-        ],
-        commands=f"rlhf reproduce {run.folder}",
+        text=[equal if recorded else missing],
+        commands="\n".join(f"rlhf reproduce {one.folder}" for one in recorded),
         stages=[
             (stage, manifest.finished, f"{manifest.seconds:,.0f}", manifest.content_digest)
             for stage, manifest in run.manifests.items()
+            if is_single
         ],
-        settings=[(name, _short(value)) for name, value in run.settings.items()],
+        settings=[(name, _short(value)) for name, value in run.settings.items() if is_single],
     )
 
 

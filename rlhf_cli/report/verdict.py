@@ -43,7 +43,8 @@ def verdict(run: RunFiles) -> Verdict:
     doubts = tuple(_doubts(run))
     pair = first_pair(run)
     if pair is None:
-        return Verdict("unknown", "Not evaluated", _not_evaluated(run), doubts)
+        headline = "Evaluated by an earlier version" if "evaluate" in run.manifests else "Not evaluated"
+        return Verdict("unknown", headline, _not_evaluated(run), doubts)
     rate = pair["win_rate"]
     policy, baseline = pair["policy"], pair["baseline"]
     reason = (
@@ -70,9 +71,9 @@ def verdict_on_comparison(runs: Sequence[RunFiles], comparison: RunComparison) -
     if any(len(group.runs) == 1 for group in comparison.groups):
         doubts.append(_ONE_SEED)
     decided = [pair for pair in comparison.pairs if pair.better is not None]
-    reason = ". ".join(f"{pair.says[0].upper()}{pair.says[1:]}" for pair in comparison.pairs) + "."
+    reason = "; ".join(pair.says for pair in comparison.pairs)
     if not decided:
-        return Verdict("undecided", "It cannot be told which is better", reason, tuple(doubts))
+        return Verdict("undecided", "It cannot be told which setting is better", reason, tuple(doubts))
     headline = "; ".join(f"{pair.better} is better" for pair in decided)
     return Verdict("better", headline, reason, tuple(doubts))
 
@@ -100,10 +101,14 @@ def interval(measure: Mapping[str, Any]) -> str:
 
 
 def _not_evaluated(run: RunFiles) -> str:
+    recorded = f"{run.folder / RECIPE} " if (run.folder / RECIPE).is_file() else "RECIPE "
+    command = f"`rlhf evaluate {recorded}--run-dir {run.folder}`"
+    if "evaluate" in run.manifests:
+        return f"Its `evaluation.json` is missing. To write it, run {command[:-1]} --force`."
     if "ppo" in run.manifests:
         return (
-            "PPO is finished, but its completions were not compared with those of the model it started from: "
-            f"run `rlhf evaluate {run.folder / RECIPE} --run-dir {run.folder}`."
+            "PPO is finished, but its completions were not compared with those of the model it started from: run "
+            f"{command}."
         )
     return f"Finished so far: {', '.join(run.manifests)}."
 

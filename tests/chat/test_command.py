@@ -105,7 +105,7 @@ def test_a_chat_in_a_terminal(run, width, tmp_path):
     terminal = Terminal(width, str(run), "--transcript", str(transcript), "--max-new-tokens", "8")
     assert "sft, ppo reply" in terminal.until(r"\n> ")
     terminal.type("Tell me about cats.")
-    shown = terminal.until(r"KL to sft[^>]*> ")
+    shown = terminal.until(r"log-ratio to[^>]*> ")
     assert "reward" in shown
     assert re.search(r"sft {30,}ppo", shown), "side by side, two of them also at 80 columns"
     terminal.type("/best ppo")

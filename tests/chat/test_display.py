@@ -51,6 +51,6 @@ def test_a_terminal_shows_an_answer_while_it_is_written():
 
 def test_figures():
     assert metrics(reply("sft")) == "reward +0.50 · 12 tokens"
-    assert metrics(reply("ppo", kl=-0.26, reference="sft")) == "reward +0.50 · KL to sft -0.3 nats · 12 tokens"
+    assert metrics(reply("ppo", kl=-0.26, reference="sft")) == "reward +0.50 · log-ratio to sft -0.3 nats · 12 tokens"
     cut = Reply("sft", Completion([1], "x", False))
     assert metrics(cut) == "1 token · cut at the limit"

@@ -80,7 +80,7 @@ def test_seeds_of_two_settings_are_two_groups_named_by_the_setting(runs):
     for measure in (gold.prompts, gold.seeds, gold.both):
         assert measure.low is not None
         assert 0.5 < measure.low < 1.0
-    assert pair.says.startswith("ppo.kl_coef 0.02 is better than ppo.kl_coef 0.1")
+    assert pair.says.startswith("ppo.kl_coef 0.02 is higher than ppo.kl_coef 0.1")
     assert "other seeds" in pair.says
 
 

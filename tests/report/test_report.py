@@ -124,7 +124,7 @@ def test_several_runs_are_compared_on_one_page(runs):
     assert "Settings that differ" in page
     assert "<code>ppo.kl_coef</code>" in page
     assert ">a</text>" in page, "curves are named by their run"
-    assert "It cannot be told which is better" in page, "one run per group"
+    assert "It cannot be told which setting is better" in page, "one run per group"
     assert "<code>b</code>: The judge is a function" in page
 
 
