@@ -185,4 +185,4 @@ def test_the_report_of_a_run_that_only_trained_says_so(runs):
     run = runs.write(evaluated=False)
     page = Path(write_report([run], run / "report.html").html).read_text()
     assert "Not evaluated" in page
-    assert "recipe.yaml --run-dir" in page
+    assert "rlhf evaluate RECIPE --run-dir" in page, "none is recorded"
