@@ -76,7 +76,7 @@ class WeightReport:
         return replace(self, missing=tuple(name for name in self.missing if name not in names))
 
     def describe_unused(self, path: str, *, but: Collection[str] = ()) -> str | None:
-        """Return a line that says which stored weights are not used; None if there are none but those of parts `but`."""
+        """Return a line that says which stored weights, other than those of parts in `but`, are not used, or None."""
         unused = {part: count for part, count in self.unused.items() if part not in but}
         if not unused:
             return None
