@@ -227,15 +227,15 @@ def _pair_texts(run: RunFiles) -> list[str]:
 
 
 _METRICS = (
-    ("gold", "gold score", "{:.2f}"),
-    ("reward", "reward", "{:.2f}"),
+    ("gold", "gold score", "{:z.2f}"),
+    ("reward", "reward", "{:z.2f}"),
     ("tokens", "length in tokens", "{:.1f}"),
-    ("finished", "finished", "{:.1%}"),
-    ("entropy", "entropy, nats per token", "{:.2f}"),
-    ("perplexity", "perplexity of demonstrations", "{:.2f}"),
-    ("repeated_4", "repeated sequences of 4 words", "{:.1%}"),
-    ("distinct_2", "distinct word pairs", "{:.2f}"),
-    ("most_common_share", "most common completion", "{:.1%}"),
+    ("finished", "finished", "{:z.1%}"),
+    ("entropy", "entropy, nats per token", "{:z.2f}"),
+    ("perplexity", "perplexity of demonstrations", "{:z.2f}"),
+    ("repeated_4", "repeated sequences of 4 words", "{:z.1%}"),
+    ("distinct_2", "distinct word pairs", "{:z.2f}"),
+    ("most_common_share", "most common completion", "{:z.1%}"),
 )
 
 
