@@ -140,6 +140,8 @@ def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
             "The judge is a reward model. Where PPO was trained against it, a win shows that training worked, not that "
             "people would prefer the completions."
         )
+    elif run.evaluation["judge"] == "people":
+        yield "The judges are people: `rlhf label stats` says how far they agree, with one another and with themselves."
     elif run.evaluation["judge"] == "judges":
         yield "The judges are language models, which have biases of their own: compare them with labels of people."
     else:

@@ -35,6 +35,7 @@ class EvaluateInputs(StageInputs):
     judge_function: Input | None
     prompts: Input
     demonstrations: Input | None
+    labels: Input | None = None
     judges: tuple[Input, ...] = ()
     rubric: Input | None = None
     calibration: Input | None = None
@@ -55,7 +56,7 @@ def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFind
     ]
     evaluated = [one for one in [_policy(settings, find), *policies] if one is not None]
     reward_model = _reward_model(settings, recipe, find)
-    if reward_model is None and settings.judge_function is None and settings.judge is None:
+    if reward_model is None and settings.decided_by == "reward model":
         raise UsageError(
             "`evaluate` has neither a reward model nor `evaluate.judge_function` nor `evaluate.judge`",
             hint="set `--set evaluate.judge_function=FILE.py:FUNCTION` or `--set evaluate.reward_model=PATH`",
@@ -69,6 +70,7 @@ def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFind
         judge_function=find.named("function", settings.judge_function, "judge_function"),
         prompts=replace(find.prompts(settings.prompts), use=None if settings.prompts is None else "evaluate"),
         demonstrations=find.named("data", settings.demonstrations, "demonstrations", records="demonstration"),
+        labels=find.named("data", settings.labels, "labels", records="ranking"),
         **judge_inputs(settings.judge, "evaluate", find),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from rlhf_cli.generation.contract import keys_of, read_contract
 from rlhf_cli.models.hub import local_folder
 from rlhf_cli.progress import say, warn
 from rlhf_cli.stages.common import CHOSEN_ON, EXCERPT, split_from
+from rlhf_cli.stages.evaluate.people import ITEMS, PeopleLabels
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.inputs import source_of
 
@@ -89,9 +90,12 @@ def _models(context: EvaluateContext) -> str:
 
 
 def load_prompts(
-    context: EvaluateContext, settings: EvaluateSettings, policies: Sequence[Policy]
+    context: EvaluateContext,
+    settings: EvaluateSettings,
+    policies: Sequence[Policy],
+    labels: PeopleLabels | None = None,
 ) -> tuple[list[Prompt], LoadedRecords]:
-    """Read the held-out prompts, each once, that leave room for a completion in all models.
+    """Read the held-out prompts, each once, that leave room for a completion in all models; with labels, those labeled.
 
     Raises:
         DataError: none is left, or some must not be used.
@@ -136,8 +140,21 @@ def load_prompts(
         raise DataError(
             f"{source}: all {len(records):,} held-out prompts are too long", hint="raise `data.max_prompt_tokens`"
         )
-    prompts = list(kept.values())
+    prompts = list(kept.values()) if labels is None else _labeled(kept, labels)
     if settings.max_prompts is not None and settings.max_prompts < len(prompts):
         chosen = random.Random(recipe.seed).sample(range(len(prompts)), settings.max_prompts)
         prompts = [prompts[position] for position in sorted(chosen)]
     return prompts, loaded
+
+
+def _labeled(prompts: Mapping[str, Prompt], labels: PeopleLabels) -> list[Prompt]:
+    """Return the prompts that people labeled, by `prompt_key`."""
+    found = [prompt for key, prompt in prompts.items() if key in labels.rankings]
+    if not found:
+        raise DataError(
+            f"{labels.source}: none of the {len(prompts):,} prompts to evaluate on is labeled in it",
+            hint=f"label the {ITEMS} that an evaluation on these prompts wrote",
+        )
+    if len(found) < len(prompts):
+        say(f"evaluate: {len(found):,} of {len(prompts):,} prompts are labeled and used")
+    return found

@@ -168,7 +168,7 @@ class Evaluation:
     """All results.
 
     Attributes:
-        decided_by: "function", "judges" or "reward model": what decided which completion won.
+        decided_by: "function", "judges", "people" or "reward model": what decided which completion won.
         samples_per_prompt: completions of each model per prompt.
         baseline: name of the baseline.
         models: name -> figure -> value, the baseline first.

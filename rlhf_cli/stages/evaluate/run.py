@@ -17,6 +17,7 @@ from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import write_contract
 from rlhf_cli.stages.evaluate.demonstrations import load_demonstrations
 from rlhf_cli.stages.evaluate.judge import Judge, load_judge, panel_verdicts
+from rlhf_cli.stages.evaluate.people import ITEMS, items_of, load_labels, people_verdicts
 from rlhf_cli.stages.evaluate.prompts import load_prompts
 from rlhf_cli.stages.evaluate.rewards import rewarded
 from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, load_policies, measure
@@ -51,7 +52,8 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     settings = context.settings
     policies, baseline = load_policies(context)
     names = names_of(context)
-    prompts, loaded = load_prompts(context, settings, (baseline, *policies))
+    labels = load_labels(context)
+    prompts, loaded = load_prompts(context, settings, (baseline, *policies), labels)
     demonstrations = load_demonstrations(context, (baseline, *policies))
     judge = load_judge(context, loaded)
     _announce(len(prompts))
@@ -66,7 +68,10 @@ def run(context: EvaluateContext, generator: Generator | None = None) -> StageOu
     )
     with sampler.watch.phase("scoring", "scoring"):
         of_baseline, *of_policies = _scored(sampler, [of_baseline, *of_policies], judge)
-        verdicts = panel_verdicts(context, repeated, [of_baseline, *of_policies], processes)
+        sides = [of_baseline, *of_policies]
+        verdicts = panel_verdicts(context, repeated, sides, processes)
+        if labels is not None:
+            verdicts = people_verdicts(labels, repeated, sides)
     if not processes.is_main:
         return StageOutcome()
     style = PromptStyle.of(policies[0].format)
@@ -154,6 +159,8 @@ def _outcome(
     ]
     others = rows or [{} for _ in prompts]
     _save(context.output, comparisons[0], others, metrics, evaluation, settings)
+    with (context.output / ITEMS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in items_of(prompts, [baseline, *policies]))
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")
     _print(metrics, [(comparisons[0][row], others[row]) for row in shown], evaluation, settings)
@@ -273,7 +280,7 @@ def _tell(pair: Pair, settings: EvaluateSettings) -> None:
 
 
 def _summary(metrics: dict[str, float], evaluation: Evaluation, settings: EvaluateSettings) -> list[tuple[str, str]]:
-    judge = {"function": "judge", "judges": "judges", "reward model": "reward model"}[settings.decided_by]
+    judge = {"function": "judge"}.get(settings.decided_by, settings.decided_by)
     rows = []
     for pair in evaluation.against_baseline:
         rate = pair.win_rate

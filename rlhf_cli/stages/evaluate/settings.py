@@ -79,6 +79,10 @@ class EvaluateSettings(StageSection):
     judge: JudgeSettings | None = None
     """Language models that compare the completions of each prompt and decide which model wins, in place of a
     `judge_function`."""
+    labels: DataName = None
+    """Rankings by people of the completions of this evaluation: its `items.jsonl`, labeled with `label.items`. They
+    decide which model wins, on the prompts that were labeled: not on those on which all models wrote the same. Of
+    several annotators, the majority counts."""
     tie_margin: NonNegative = 0.0
     """Scores that differ by at most this much are a tie; a tie counts 1/2."""
     max_prompts: Count | None = None
@@ -91,8 +95,10 @@ class EvaluateSettings(StageSection):
     """Number of prompts whose completions are shown side by side in the terminal; all are saved."""
 
     @property
-    def decided_by(self) -> Literal["function", "judges", "reward model"]:
+    def decided_by(self) -> Literal["function", "judges", "people", "reward model"]:
         """What decides which completion wins."""
+        if self.labels is not None:
+            return "people"
         if self.judge is not None:
             return "judges"
         return "reward model" if self.judge_function is None else "function"
@@ -106,10 +112,10 @@ class EvaluateSettings(StageSection):
 
     @model_validator(mode="after")
     def _one_judge(self) -> Self:
-        if self.judge is not None and self.judge_function is not None:
-            raise ValueError(
-                "`judge` and `judge_function` are mutually exclusive: one of them decides which model wins"
-            )
-        if self.judge is not None and self.tie_margin:
-            raise ValueError("`tie_margin` has no effect with `judge`, which gives no scores")
+        given = [name for name in ("judge", "judge_function", "labels") if getattr(self, name) is not None]
+        if len(given) > 1:
+            names = " and ".join(f"`{name}`" for name in given)
+            raise ValueError(f"{names} are mutually exclusive: one of them decides which model wins")
+        if self.tie_margin and given and given != ["judge_function"]:
+            raise ValueError(f"`tie_margin` has no effect with `{given[0]}`, which gives no scores")
         return self
