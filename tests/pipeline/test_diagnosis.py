@@ -198,7 +198,7 @@ def test_an_evaluation_is_judged_by_its_interval(low, high, severity):
     [
         ("none", "no such run directory", "runs/a"),
         ("r.yaml", "is a file", "runs/NAME"),
-        ("empty", "no stage has written anything", "name the folder of a run"),
+        ("empty", "no stage has written anything", "name the directory of a run"),
         ("runs/a/sft", "is the artifact of one stage", "name runs/a, the run"),
     ],
 )
