@@ -19,9 +19,7 @@ import numpy as np
 
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.intervals import Measure
-from rlhf_cli.pipeline.manifest import DamagedArtifact, Manifest
-from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.stages.registry import REGISTRY
+from rlhf_cli.pipeline.evaluated_run import EvaluatedRun, read_evaluated_run
 from rlhf_cli.statistics.seeds import GroupDifference, group_difference
 
 MEASURES: Mapping[str, str] = {
@@ -42,28 +40,7 @@ _WIDTH = 80
 
 _RELATIVE = ("preferred", "kl")
 """Measures of a policy relative to its baseline."""
-_POINTS = {"policy": 1.0, "tie": 0.5, "baseline": 0.0}
 _SOURCES = {"gold": ("judge_function", "judge functions"), "reward": ("reward_model", "reward models")}
-
-
-@dataclass(frozen=True)
-class EvaluatedRun:
-    """An evaluated run.
-
-    Attributes:
-        folder: run directory.
-        seed: of the run.
-        settings: dotted setting -> value, of all stages of the run, without the seed; and the digest of every input of
-            its training from outside, such as data and base model.
-        inputs: digests of what `evaluate` read.
-        scores: prompt -> measure -> mean over the completions of the prompt.
-    """
-
-    folder: Path
-    seed: int
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    scores: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -181,11 +158,11 @@ def _groups(names: Sequence[str]) -> list[Group]:
         )
     given = [[Path(part).expanduser() for part in name.split(",") if part] for name in names]
     if any("," in name for name in names):
-        grouped = [[_read(folder) for folder in parts] for parts in given]
+        grouped = [[read_evaluated_run(folder) for folder in parts] for parts in given]
     else:
         found: dict[str, list[EvaluatedRun]] = defaultdict(list)
         for (folder,) in given:
-            run = _read(folder)
+            run = read_evaluated_run(folder)
             found[json.dumps(run.settings, sort_keys=True)].append(run)
         grouped = list(found.values())
     if len(grouped) < 2:
@@ -219,60 +196,6 @@ def _titles(settings: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Eva
     if not 0 < len(differing) <= 3:
         return [", ".join(run.folder.name for run in runs) for runs in groups]
     return [", ".join(f"{name} {json.dumps(one.get(name))}" for name in differing) for one in settings]
-
-
-def _read(folder: Path) -> EvaluatedRun:
-    directory = RunDirectory(folder)
-    try:
-        manifests = {stage: directory.read_manifest(stage) for stage in REGISTRY} if folder.is_dir() else {}
-        evaluation = manifests.get("evaluate")
-        if evaluation is None:
-            raise UsageError(
-                f"{folder}: {'no finished evaluation' if folder.is_dir() else 'no such run directory'}",
-                hint="`rlhf compare` reads what `rlhf evaluate` or `rlhf run` wrote; name their run directories",
-            )
-        evaluation.verify(directory.artifact("evaluate"))
-    except DamagedArtifact as damage:
-        raise DataError(f"{damage}", hint="evaluate again with `rlhf evaluate --force`") from None
-    settings: dict[str, Any] = {}
-    for stage, manifest in manifests.items():
-        if manifest is None:
-            continue
-        settings |= manifest.identity["settings"]
-        if stage != "evaluate":
-            own = set(manifest.identity["inputs"]) - set(manifest.identity["upstream"])
-            settings |= {f"{stage}: {name}": manifest.identity["inputs"][name] for name in sorted(own)}
-    seed = int(settings.pop("seed", 0))
-    path = directory.artifact("evaluate") / "samples.jsonl"
-    return EvaluatedRun(folder, seed, settings, _digests(evaluation), _scores(path))
-
-
-def _digests(evaluation: Manifest) -> dict[str, str]:
-    return dict(evaluation.identity["inputs"])
-
-
-def _scores(samples: Path) -> dict[str, dict[str, float]]:
-    """Read prompt -> measure -> mean."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with samples.open(encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            own = found[json.dumps(row["prompt"], ensure_ascii=False, sort_keys=True)]
-            for name, value in _measured(row).items():
-                own[name].append(value)
-    return {prompt: {name: float(np.mean(values)) for name, values in own.items()} for prompt, own in found.items()}
-
-
-def _measured(row: Mapping[str, Any]) -> dict[str, float]:
-    values = {
-        "gold": row.get("gold_policy"),
-        "reward": row.get("reward_policy"),
-        "preferred": _POINTS[row["winner"]],
-        "kl": row.get("kl_nats"),
-        "tokens": row["tokens_policy"],
-        "finished": row["finished_policy"],
-    }
-    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _is_comparable(runs: Sequence[EvaluatedRun], name: str, prompts: Sequence[str]) -> bool:

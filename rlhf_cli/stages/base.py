@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlhf_cli.distributed.signals import StopRequest
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, number_bytes
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.inputs import InputFinder, StageInputs
 
 KEPT = "kept"
@@ -130,6 +132,21 @@ def no_bytes(settings: Any, model_bytes: int) -> int:
 
 def accept_all(settings: Any, metrics: Mapping[str, float | None], folder: Path) -> None:
     """Default of `Stage.accept`: nothing is required of the artifact."""
+
+
+def sampling_need(sampling: StageSamplingSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
+    """Return the need of a stage that only samples, one model at a time.
+
+    Args:
+        sampling: of the stage's section.
+        recipe: of the run.
+        shape: of the base model.
+    """
+    size = number_bytes(recipe.model.precision)
+    sampled = sampling.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
+    rows = sampling.batch_size
+    decoding = shape.cache(rows, recipe.data.max_prompt_tokens + sampled, size) + shape.sampling(rows)
+    return MemoryNeed(weights=shape.weights * size, decoding=decoding)
 
 
 def no_need(settings: Any, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.data.records import seed_for
+from rlhf_cli.data.records import Prompt, seed_for
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.progress import Drawing
 from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.progress import say, task
+from rlhf_cli.rewards.base import Columns, columns_of
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.training.timing import StepWatch
 
@@ -72,3 +74,27 @@ def draw_completions(
         file.fill(draw, context.stop.check)
     policy.release()
     return file.read(), progress.tokens
+
+
+def columns_of_drawn(
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    drawn: Iterable[tuple[Prompt, Sequence[Completion]]],
+    *,
+    policy: Policy | None,
+    references: Mapping[str, Any],
+) -> Columns:
+    """Return what is known about completions besides their text; of equal texts of a prompt, about the first.
+
+    Args:
+        prompts: N prompts.
+        texts: N completions of them.
+        drawn: the completions of each prompt, as they were drawn.
+        policy: that drew them; None if someone gave them, and then only references are known.
+        references: see `references_of`.
+    """
+    if policy is None:
+        return columns_of(prompts, references, None, None)
+    known = {(prompt, completion.text): completion for prompt, group in drawn for completion in reversed(group)}
+    chosen = [known[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
+    return columns_of(prompts, references, chosen, partial(policy.decode, raw=True))

@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Generator
 from rlhf_cli.generation.prompts import PromptStyle
-from rlhf_cli.rewards.base import Columns, columns_of
+from rlhf_cli.rewards.base import Columns
 from rlhf_cli.stages.best_of_n.stage import BestOfNContext
 from rlhf_cli.stages.common import (
     load_policy,
@@ -26,7 +25,7 @@ from rlhf_cli.stages.common import (
     warn_of_trained,
     write_contract,
 )
-from rlhf_cli.stages.completions import draw_completions
+from rlhf_cli.stages.completions import columns_of_drawn, draw_completions
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.training.timing import StepWatch
@@ -67,15 +66,8 @@ class Samples:
 
     def columns(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Columns:
         """Return what is known about completions besides their text; of equal texts of a prompt, about the first."""
-        if self.policy is None:
-            return columns_of(prompts, self.references, None, None)
-        known = {
-            (prompt, completion.text): completion
-            for prompt, group in zip(self.prompts, self.drawn, strict=True)
-            for completion in reversed(group)
-        }
-        chosen = [known[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
-        return columns_of(prompts, self.references, chosen, partial(self.policy.decode, raw=True))
+        drawn = zip(self.prompts, self.drawn, strict=True)
+        return columns_of_drawn(prompts, texts, drawn, policy=self.policy, references=self.references)
 
 
 def draw_samples(context: BestOfNContext, generator: Generator | None = None) -> Samples:

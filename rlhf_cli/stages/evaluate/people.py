@@ -91,7 +91,7 @@ def people_verdicts(labels: PeopleLabels, prompts: Sequence[Prompt], sides: Sequ
 
 
 def items_of(prompts: Sequence[Prompt], sides: Sequence[Side]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of `items.jsonl`: per prompt, all different completions of all models; one alone is no choice."""
+    """Yield the lines of `items.jsonl`: per prompt, the different completions of all models, if there are several."""
     from rlhf_cli.data.records import prompt_key, prompt_to_json
 
     rows: dict[str, list[int]] = defaultdict(list)

@@ -7,10 +7,9 @@ from pathlib import Path
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.generation.contract import split_of
-from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, number_bytes
+from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape
 from rlhf_cli.settings.run import RunSettings
-from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext
+from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_need
 from rlhf_cli.stages.evaluate.inputs import EvaluateInputs, find_inputs
 from rlhf_cli.stages.evaluate.settings import EvaluateSettings
 
@@ -59,11 +58,7 @@ def _prompts_in_file(settings: EvaluateSettings, recipe: RunSettings) -> int | N
 
 
 def _device_need(settings: EvaluateSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
-    size = number_bytes(recipe.model.precision)
-    sampled = settings.sampling.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
-    rows = settings.sampling.batch_size
-    decoding = shape.cache(rows, recipe.data.max_prompt_tokens + sampled, size) + shape.sampling(rows)
-    return MemoryNeed(weights=shape.weights * size, decoding=decoding)
+    return sampling_need(settings.sampling, recipe, shape)
 
 
 EvaluateContext = StageContext[EvaluateSettings, EvaluateInputs]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import Candidates, Prompt, references_of
@@ -15,9 +14,9 @@ from rlhf_cli.generation.generator import Completion, Generator
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.labeling.session.types import COMPLETION_LETTERS
 from rlhf_cli.progress import warn
-from rlhf_cli.rewards.base import Columns, columns_of
+from rlhf_cli.rewards.base import Columns
 from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling, write_contract
-from rlhf_cli.stages.completions import draw_completions
+from rlhf_cli.stages.completions import columns_of_drawn, draw_completions
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
@@ -59,15 +58,8 @@ class Sampled:
 
     def columns(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Columns:
         """Return what is known about completions besides their text; of equal texts of a prompt, about the first."""
-        if self.policy is None:
-            return columns_of(prompts, self.references, None, None)
-        drawn = {
-            (row.prompt, completion.text): completion
-            for row, group in zip(self.candidates, self.completions, strict=True)
-            for completion in reversed(group)
-        }
-        chosen = [drawn[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
-        return columns_of(prompts, self.references, chosen, partial(self.policy.decode, raw=True))
+        drawn = zip((row.prompt for row in self.candidates), self.completions, strict=True)
+        return columns_of_drawn(prompts, texts, drawn, policy=self.policy, references=self.references)
 
 
 def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled:

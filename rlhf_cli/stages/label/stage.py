@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, number_bytes
+from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape
 from rlhf_cli.settings.run import RunSettings
-from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext
+from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_need
 from rlhf_cli.stages.label.inputs import LabelInputs, find_inputs
 from rlhf_cli.stages.label.settings import LabelSettings
 
@@ -20,13 +19,7 @@ def _sizes(settings: LabelSettings, recipe: RunSettings) -> Sizes:
 
 
 def _device_need(settings: LabelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:
-    if not settings.samples:
-        return None
-    size = number_bytes(recipe.model.precision)
-    sampled = settings.sampling.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
-    rows = settings.sampling.batch_size
-    decoding = shape.cache(rows, recipe.data.max_prompt_tokens + sampled, size) + shape.sampling(rows)
-    return MemoryNeed(weights=shape.weights * size, decoding=decoding)
+    return sampling_need(settings.sampling, recipe, shape) if settings.samples else None
 
 
 LabelContext = StageContext[LabelSettings, LabelInputs]
