@@ -32,7 +32,6 @@ class Series:
         color: number of the color, or "muted".
         kind: joined by a line, single dots, or dots that a line joins.
         intervals: (x, low, high) of points, drawn as error bars.
-        band: (x, low, high), drawn as a band behind the line.
     """
 
     name: str
@@ -40,22 +39,14 @@ class Series:
     color: int | Literal["muted"] = 0
     kind: Literal["line", "dots", "both"] = "line"
     intervals: Sequence[tuple[float, float, float]] = field(default=())
-    band: Sequence[tuple[float, float, float]] = field(default=())
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A straight dashed line across the chart with a label.
-
-    Attributes:
-        value: where it crosses the axis.
-        label: what it stands for.
-        axis: the axis that it crosses.
-    """
+    """A dashed line across the chart at a height, with a label for what it stands for."""
 
     value: float
     label: str
-    axis: Literal["x", "y"] = "x"
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def chart(
     if not series:
         return ""
     longest = max((len(one.name) for one in series), default=0)
-    frame = _frame(series, marks, shows, _WIDTH - max(14.0, min(190.0, longest * _CHARACTER + 12)))
+    frame = _frame(series, shows, _WIDTH - max(14.0, min(190.0, longest * _CHARACTER + 12)))
     parts = _axes(frame, x, y, least=1.0 if has_whole_x else 0.0)
     if diagonal:
         low, high = max(frame.x[0], frame.y[0]), min(frame.x[1], frame.y[1])
@@ -126,11 +117,10 @@ def _round_step(size: float) -> float:
     return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= size * (1 - 1e-9))
 
 
-def _frame(series: Sequence[Series], marks: Sequence[Mark], shows: Sequence[float], right: float) -> _Frame:
+def _frame(series: Sequence[Series], shows: Sequence[float], right: float) -> _Frame:
     xs = [px for one in series for px, _ in one.points]
     ys = [py for one in series for _, py in one.points] + list(shows)
-    ys += [end for one in series for _, low, high in (*one.intervals, *one.band) for end in (low, high)]
-    xs += [mark.value for mark in marks if mark.axis == "x"]
+    ys += [end for one in series for _, low, high in one.intervals for end in (low, high)]
     return _Frame(_range(xs, 0.0), _range(ys, 0.06), right)
 
 
@@ -173,10 +163,6 @@ def _number(value: float, among: Sequence[float]) -> str:
 def _series(one: Series, frame: _Frame) -> list[str]:
     name = f"c{one.color}"
     parts = []
-    if one.band:
-        there = [(px, low) for px, low, _ in one.band]
-        back = [(px, high) for px, _, high in reversed(one.band)]
-        parts.append(f'<path class="band {name}" d="{_points([*there, *back], frame)}Z"/>')
     for px, low, high in one.intervals:
         left, top, bottom = frame.at_x(px), frame.at_y(high), frame.at_y(low)
         parts.append(f'<path class="bar {name}" d="M{left:.1f} {top:.1f}V{bottom:.1f}"/>')
@@ -207,14 +193,6 @@ def _labels(series: Sequence[Series], frame: _Frame) -> list[str]:
 
 
 def _mark(mark: Mark, frame: _Frame) -> list[str]:
-    if mark.axis == "x":
-        left = frame.at_x(mark.value)
-        is_right = left > (frame.right + _LEFT) / 2
-        line = f'<path class="mark" d="M{left:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
-        return [
-            line,
-            _text(left + (-5 if is_right else 5), _TOP + 10, mark.label, "note", "end" if is_right else "start"),
-        ]
     if not frame.y[0] < mark.value < frame.y[1]:
         return []
     height = frame.at_y(mark.value)

@@ -88,7 +88,7 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Picture | Non
             held_out = Curve.of(rows, panel.evaluated)
             series.append(Series("held out" if len(held_out) else "", list(held_out), 1, "both"))
         captions.append(f"{_value(curve.first(0.1).mean)} → {_value(curve.last(0.1).mean)}")
-    mark = () if panel.mark is None else (Mark(*panel.mark, axis="y"),)
+    mark = () if panel.mark is None else (Mark(*panel.mark),)
     title = f"{panel.title} of {stage} by step"
     svg = chart(series, title=title, x="step", y=panel.unit, marks=mark, shows=panel.shows, has_whole_x=True)
     seen = f"{panel.unit}: {'; '.join(captions)}" if len(runs) <= 2 else panel.unit
