@@ -29,6 +29,8 @@ def labels(*orders: tuple[tuple[int, ...], ...]) -> PeopleLabels:
         ((((0, 1), (2,)),), "zero", "one", "tie"),
         ((((0,), (1, 2)), ((1,), (0, 2)), ((0,), (2,), (1,))), "zero", "one", "policy"),
         ((((0,), (1,), (2,)), ((1,), (0,), (2,))), "zero", "one", "tie"),
+        # Each annotator has one vote: how far apart they put two completions does not count.
+        ((((0,), (2,), (1,)), ((1,), (0,), (2,)), ((1,), (0,), (2,))), "zero", "one", "baseline"),
         ((((0,), (1,), (2,)),), "same", "same", "tie"),
         ((((0,), (1,), (2,)),), "zero", "unknown", None),
     ],
