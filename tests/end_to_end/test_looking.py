@@ -44,4 +44,11 @@ def test_a_ppo_run_can_be_looked_at(tiny_llama, tmp_path, rlhf):
     assert [event.step for event in found.Scalars("objective/kl")] == [1, 2]
     assert [event.step for event in found.Scalars("eval/objective/kl")] == [0, 1, 2]
     assert found.Histograms("histograms/length")[-1].step == 2
-    assert {path.name for path in run.iterdir()} == {".lock", "ppo", "tracking"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "command.txt",
+        "environment.json",
+        "ppo",
+        "recipes",
+        "tracking",
+    }

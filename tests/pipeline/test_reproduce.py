@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from rlhf_cli.pipeline import reproduce
+from rlhf_cli.pipeline.manifest import versions
 from rlhf_cli.pipeline.record import COMMAND, ENVIRONMENT, RECIPE, recipe_of
 
 
@@ -72,6 +74,26 @@ def test_a_hash_that_differs_is_named_and_fails(toy):
     assert outcome.code == 1
     assert "stages differ, the first is `sft`" in outcome.stderr
     assert "sft        DIFFERS" in outcome.stdout
+
+
+@pytest.mark.parametrize("torch", [None, "1.0"])
+def test_versions_that_have_changed_since_a_stage_ran_are_named(toy, monkeypatch, torch):
+    toy.run()
+    if torch is not None:
+        monkeypatch.setattr(reproduce, "versions", lambda: versions() | {"torch": torch})
+    said = toy.rlhf("reproduce", "runs/toy").stderr
+    assert (f"versions have changed since: torch {versions()['torch']} -> 1.0;" in said) == (torch is not None)
+    assert ("versions have changed" in said) == (torch is not None)
+
+
+def test_labels_and_replies_of_judges_are_not_asked_for_again(toy):
+    toy.run()
+    for stage in ("label", "evaluate"):
+        toy.write(f"runs/toy/kept/{stage}/replies.jsonl", stage)
+    said = toy.rlhf("reproduce", "runs/toy").stderr
+    assert said.count("labels and replies of judges are copied") == 2
+    kept = toy.folder / "runs" / "toy-again" / "kept"
+    assert [(kept / stage / "replies.jsonl").read_text() for stage in ("label", "evaluate")] == ["label", "evaluate"]
 
 
 @pytest.mark.parametrize(

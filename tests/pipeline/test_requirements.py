@@ -58,8 +58,10 @@ def test_the_suggested_requirement_is_met(name, value, limit, suggested, tmp_pat
 
 def test_all_failures_are_named_at_once(tmp_path):
     settings = RewardModelSettings(require=RequiredQuality(accuracy=0.6, calibration_error=0.1))
-    with pytest.raises(RequirementError, match=r"accuracy is .*; calibration_error is "):
+    with pytest.raises(RequirementError, match=r"accuracy is .*; calibration_error is ") as caught:
         check_requirements(settings, METRICS, tmp_path)
+    both = "--set train_rm.require.accuracy=0.550 --set train_rm.require.calibration_error=0.200"
+    assert both in (caught.value.hint or "")
 
 
 def test_a_run_stops_after_the_reward_model_and_continues_once_less_is_required(toy):
@@ -72,6 +74,8 @@ def test_a_run_stops_after_the_reward_model_and_continues_once_less_is_required(
     again = toy.rlhf("run", "recipe.yaml", "--set", "train_rm.require.accuracy=0.6")
     assert (again.code, toy.ran()) == (78, []), "a finished stage is held to it too"
     assert toy.rlhf("run", "recipe.yaml", "--dry-run", "--set", "train_rm.require.accuracy=0.6").code == 78
+    alone = toy.rlhf("ppo", "recipe.yaml", "--run-dir", "runs/toy", "--set", "train_rm.require.accuracy=0.6")
+    assert (alone.code, toy.ran()) == (78, []), "so is one that another command wrote"
     assert toy.run("--set", "train_rm.require.accuracy=0.5").code == 0
     assert [line.split()[0] for line in toy.ran()] == ["ppo", "evaluate"]
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_cli.intervals import exact_interval, share_interval
+from rlhf_cli.intervals import jeffreys_interval, share_interval
 from rlhf_cli.rewards.estimates import measured_share
 
 
-def test_one_observation_per_prompt_has_the_exact_interval():
+def test_one_observation_per_prompt_has_the_interval_of_independent_ones():
     share = measured_share([(f"p{n}", float(n < 7), 1.0) for n in range(10)])
     assert share is not None
     assert (share.value, share.prompts, share.count) == (pytest.approx(0.7), 10, 10)
-    low, high = exact_interval(0.7, 10)
-    assert share.low == pytest.approx(low, abs=0.03)
-    assert share.high == pytest.approx(high, abs=0.03)
+    assert (share.low, share.high) == pytest.approx(jeffreys_interval(0.7, 10))
 
 
 def test_observations_of_one_prompt_are_added():

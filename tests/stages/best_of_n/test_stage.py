@@ -15,6 +15,7 @@ from rlhf_cli.errors import DataError, Interrupted
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.best_of_n import run as best_of_n
+from rlhf_cli.stages.best_of_n.samples import SampleRow, read_samples
 from rlhf_cli.statistics.best_of_n import kl_bound
 from tests.stages.context import NeverStop, stage_context
 
@@ -228,3 +229,9 @@ def test_the_command_with_a_reward_model_and_a_gold_one(rlhf, tiny_llama, tiny_b
     said = rlhf("best-of-n", "--policy", tiny_llama, "--prompts", prompts, "--run-dir", "empty", code=2).stderr
     assert "no reward model in empty: `best-of-n` reads the output of `train-rm`" in said
     assert "best_of_n.function=FILE.py:FUNCTION" in said
+
+
+def test_references_of_prompts_are_kept_for_the_next_scoring(tmp_path):
+    rows = [SampleRow("q", ["a", "b"], reference={"result": 7}), SampleRow("r", ["c", "d"], [1.0, 2.0])]
+    (tmp_path / "samples.jsonl").write_text("".join(row.to_line() for row in rows))
+    assert read_samples(tmp_path / "samples.jsonl") == rows

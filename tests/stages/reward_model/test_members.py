@@ -21,7 +21,7 @@ from rlhf_cli.stages.ppo.inputs import find_inputs
 from rlhf_cli.stages.ppo.rewards import build_rewards
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.reward_model import run as train_rm
-from rlhf_cli.stages.reward_model.run import mean_rewards
+from rlhf_cli.stages.reward_model.run import mean_rewards, on_scale
 from tests.stages.reward_model.test_stage import context_of, write_rankings
 
 FEW = {"epochs": 2.0, "checkpoint_steps": 1, "normalize": False}
@@ -181,3 +181,13 @@ def test_a_data_curve_measures_models_on_shares_of_the_prompts_and_keeps_none(ti
     assert curve[1]["accuracy"]["value"] == outcome.metrics["rm/accuracy_data_0.5"]
     assert curve[2]["accuracy"]["value"] == outcome.metrics["rm/accuracy"]
     assert not list(context.output.glob("data-*"))
+
+
+def test_a_member_with_a_larger_spread_counts_no_more():
+    """Normalized rewards are 1, -1 and -2, 1: their mean prefers the second completion; raw ones the first."""
+    small, large = [[2.0, -1.0]], [[30.0, -30.0]]
+    assert on_scale(small, (0.5, 1.5), (0.0, 1.0)) == [[1.0, -1.0]]
+    first, second = on_scale(small, (0.5, 1.5), (10.0, 2.0)), on_scale(large, (70.0, 20.0), (10.0, 2.0))
+    assert first == [[12.0, 8.0]]
+    assert second == [[6.0, 0.0]]
+    assert mean_rewards([first, second]) == [[9.0, 4.0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from pydantic import ValidationError
 
 from rlhf_cli.data.records import Ranking, split_key
 from rlhf_cli.data.splits import Split
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.reward_model import run as train_rm
+from rlhf_cli.stages.reward_model.best_weights import BestWeights
 from rlhf_cli.stages.reward_model.data import encode_group, halves
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
@@ -175,3 +178,10 @@ def test_one_held_out_prompt_cannot_both_choose_and_measure(tiny_llama, tmp_path
 def test_keep_best_without_evaluations_has_no_effect_and_is_refused():
     with pytest.raises(ValidationError, match="no effect without `eval_steps`"):
         RewardModelSettings(keep_best="accuracy")
+
+
+@pytest.mark.parametrize(("by", "kept"), [("accuracy", None), ("loss", 1)])
+def test_an_accuracy_that_no_pair_says_does_not_choose(by, kept, tmp_path):
+    best = BestWeights(by, tmp_path, ProcessGroup(torch.device("cpu")))
+    best.offer(1, 0.5, math.nan, lambda: {"w": torch.zeros(1)})
+    assert (None if best.found is None else best.found.step) == kept

@@ -242,3 +242,15 @@ def test_thresholds_have_an_order_and_keep_their_defaults():
         inverted = {"warn": 0.5, "stop": 0.9 if name in FALLING else 0.1}
         with pytest.raises(ValueError, match="is reached before"):
             DetectorSettings.model_validate({name: inverted})
+
+
+@pytest.mark.parametrize(("training", "expected"), [(0.2, 0.0), (1.1, 2.2 - 2 * 2**0.5 * 0.1)])
+def test_a_best_before_training_is_compared_with_the_first_training_reward(training, expected):
+    """Held-out reward falls from 3 to 0.8, less two standard errors of the difference, per standard deviation of 1."""
+    state = DetectorState()
+    for _ in range(3):
+        state.add("training", 1.0)
+    assert measures.fall(state, "held_out", 3.0, error=0.1, spread=1.0, training=None) is None
+    now = measures.Estimate(training, 0.01)
+    found = measures.fall(state, "held_out", 0.8, error=0.1, spread=1.0, training=now)
+    assert found == pytest.approx(expected)
