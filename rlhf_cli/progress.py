@@ -2,11 +2,14 @@
 
 Bars show rate and time left, and move within long units such as the steps of PPO (`Task.within`). A time left with `~`
 rests on a guess: not one unit has ended yet. Under CI, or if stderr is not a terminal, a task prints one line when it
-starts, one every 30 seconds and one when it ends, so that logs stay readable.
+starts, one every 30 seconds and one when it ends, so that logs stay readable. `recorded` also writes the running tasks
+to a file, from which another process shows them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import sys
@@ -15,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -109,6 +113,7 @@ class Task:
 
     def _show(self) -> None:
         beat()
+        _record.write()
         now = time.monotonic()
         if self._bar is not None and self._id is not None:
             done = min(max(self._done + self._inside.units, 0), self._total)
@@ -151,6 +156,19 @@ class Task:
         to_come = (self._total - self._done - inside.units) * seconds_each
         return max(to_come - (now - self._moved), 0.0), not self._ran
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what the bar shows, for another process; `seconds_left` is null until it can be estimated."""
+        known, inside = self._left(), self._inside
+        return {
+            "label": self._label,
+            "done": self._done,
+            "total": self._total,
+            "unit": self._unit,
+            "doing": _listed(inside.doing, inside.rate, self._note),
+            "seconds_left": None if known is None else round(known[0], 1),
+            "is_guess": known is not None and known[1],
+        }
+
     def time_text(self) -> str:
         """Return the time left; until that can be estimated, the time so far, which shows that work goes on."""
         so_far = format_clock(time.monotonic() - self._began)
@@ -173,9 +191,69 @@ _LINE_EVERY = 30.0
 """Seconds between two lines of a task in a log."""
 
 
+class _Record:
+    """The file of `recorded`: which tasks are running, and how far they are."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.stage = ""
+        self.running: list[Task] = []
+        self._wrote = 0.0
+
+    def write(self, *, at_once: bool = False) -> None:
+        """Write the file, unless that was done within the last second."""
+        now = time.monotonic()
+        if self.path is None or (now - self._wrote < _RECORD_EVERY and not at_once):
+            return
+        self._wrote = now
+        content = {"stage": self.stage, "time": time.time(), "tasks": [task.as_json() for task in self.running]}
+        temporary = self.path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # it is only for display; the stage itself reports a failing disk
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+            temporary.replace(self.path)  # not durable, which `write_whole` would wait for
+
+
+_record = _Record()
+_RECORD_EVERY = 1.0
+"""Seconds between two writes of the file of `recorded`, at least."""
+
+
+@contextmanager
+def recorded(path: Path, stage: str) -> Iterator[None]:
+    """Keep a file with the running tasks while a stage runs, in the main process; it is removed at the end.
+
+    Args:
+        path: the file: `{stage, time, tasks}`, time in seconds since 1970, tasks as in `Task.as_json`.
+        stage: name of the stage.
+    """
+    if not is_main():
+        yield
+        return
+    _record.path, _record.stage = path, stage
+    _record.write(at_once=True)
+    try:
+        yield
+    finally:
+        _record.path = None
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def task(label: str, total: int, unit: str = "steps", done: int = 0) -> Iterator[Task]:
     """Show the progress of `total` units of work; `done` of them are from an earlier attempt (a resumed stage)."""
+    with _shown(label, total, unit, done) as running:
+        _record.running.append(running)
+        _record.write(at_once=True)
+        try:
+            yield running
+        finally:
+            _record.running.remove(running)
+            _record.write(at_once=True)
+
+
+@contextmanager
+def _shown(label: str, total: int, unit: str, done: int) -> Iterator[Task]:
     if not interactive():
         say(f"{label}: {_counted(total - done, unit)}")
         running = Task(label, total, unit, None, done)

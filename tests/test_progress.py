@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from rich.cells import cell_len
@@ -136,3 +137,52 @@ def test_durations_are_formatted_for_people(seconds, words):
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0:00"), (59.6, "1:00"), (725, "12:05"), (4800, "1:20:00")])
 def test_bars_show_times_as_clocks_do(seconds, words):
     assert progress.format_clock(seconds) == words
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_file_tells_other_processes_how_far_the_running_tasks_are(tmp_path, clock):
+    path = tmp_path / ".progress.json"
+    with progress.recorded(path, "ppo"):
+        assert read(path) | {"time": 0} == {"stage": "ppo", "time": 0, "tasks": []}
+        with progress.task("ppo", 10, done=2) as steps:
+            clock[0] += 6
+            steps.advance(3, note="KL 3.2")
+            (shown,) = read(path)["tasks"]
+            assert shown == {
+                "label": "ppo", "done": 5, "total": 10, "unit": "steps", "doing": "KL 3.2", "seconds_left": 10.0,
+                "is_guess": False,
+            }  # fmt: skip
+            with progress.task("evaluation", 4, "prompts"):
+                assert [one["label"] for one in read(path)["tasks"]] == ["ppo", "evaluation"]
+            assert [one["label"] for one in read(path)["tasks"]] == ["ppo"]
+        assert read(path)["tasks"] == []
+    assert list(tmp_path.iterdir()) == []
+    with progress.task("later", 1):
+        assert list(tmp_path.iterdir()) == [], "outside of a stage nothing is written"
+
+
+def test_the_file_is_written_once_per_second_at_most(tmp_path, clock):
+    path = tmp_path / ".progress.json"
+    with progress.recorded(path, "sft"), progress.task("sft", 100) as steps:
+        for after, expected in ((0.3, 0), (0.3, 0), (0.5, 3), (0.9, 3), (0.2, 5)):
+            clock[0] += after
+            steps.advance()
+            assert read(path)["tasks"][0]["done"] == expected
+
+
+def test_a_stage_goes_on_where_the_file_cannot_be_written_or_removed(tmp_path):
+    folder = tmp_path / "gone"
+    with progress.recorded(folder / ".progress.json", "sft"), progress.task("sft", 2) as steps:
+        steps.advance(2)
+    with pytest.raises(ZeroDivisionError), progress.recorded(tmp_path / ".progress.json", "sft"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_main_process_writes_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "is_main", lambda: False)
+    with progress.recorded(tmp_path / ".progress.json", "sft"), progress.task("sft", 2):
+        assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe; resume an interrupted run."),
     **{name: _STAGES.get(name, ("rlhf_cli.cli.label.commands:app", REGISTRY[name][1])) for name in REGISTRY},
     "overopt": ("rlhf_cli.cli.overopt:overopt", "Find how far proxies of a gold reward can be optimized."),
+    "watch": ("rlhf_cli.cli.watch:watch", "Show a run while it goes on: progress, curves, health, completions."),
     "diagnose": ("rlhf_cli.cli.diagnose:diagnose", "Say what is wrong with a run, the evidence, and what to try."),
     "chat": ("rlhf_cli.cli.chat:chat", "Talk to the models of a run, side by side."),
     "report": ("rlhf_cli.cli.report:report", "Write a report of a run, or of several compared, as HTML."),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.files import lock
 from rlhf_cli.pipeline.manifest import DamagedArtifact, read_manifest
 from rlhf_cli.pipeline.run_directory import RunDirectory, has_files
 from rlhf_cli.stages.registry import REGISTRY
@@ -90,10 +89,8 @@ def diagnose(folder: Path) -> Diagnosis:
     Raises:
         UsageError: the folder is not a run directory.
     """
-    _check(folder)
-    run, is_running = RunDirectory(folder), _is_locked(folder)
-    found = [_diagnose(run, stage, is_running) for stage in REGISTRY]
-    stages = [one for one in found if one is not None]
+    check_run_directory(folder)
+    stages = diagnose_stages(folder, is_running=RunDirectory(folder).is_in_use)
     if not stages:
         raise UsageError(
             f"{folder} is not a run directory: no stage has written anything in it",
@@ -102,7 +99,19 @@ def diagnose(folder: Path) -> Diagnosis:
     return Diagnosis(folder, stages)
 
 
-def _check(folder: Path) -> None:
+def diagnose_stages(folder: Path, *, is_running: bool) -> list[StageDiagnosis]:
+    """Diagnose the stages of a run directory that left something.
+
+    Args:
+        folder: run directory.
+        is_running: whether a process works on the run; else an unfinished stage was interrupted or killed.
+    """
+    found = [_diagnose(RunDirectory(folder), stage, is_running) for stage in REGISTRY]
+    return [one for one in found if one is not None]
+
+
+def check_run_directory(folder: Path) -> None:
+    """Raise `UsageError` if the folder cannot be a run directory."""
     if folder.is_file():
         raise UsageError(
             f"{folder} is a file, not a run directory",
@@ -118,18 +127,6 @@ def _check(folder: Path) -> None:
         raise UsageError(
             f"{folder} is the artifact of one stage, not a run directory", hint=f"name {folder.parent}, the run"
         )
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a process is using the run directory."""
-    try:
-        with (folder / ".lock").open("rb+") as file:
-            lock(file)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock file, or one that may not be opened
-        return False
-    return False
 
 
 def _diagnose(run: RunDirectory, stage: str, is_running: bool) -> StageDiagnosis | None:

@@ -8,6 +8,7 @@
     runs/NAME/kept/label/     what cannot be computed again: human labels, paid verdicts
     runs/NAME/kept/evaluate/  earlier evaluations, each in a folder named by its fingerprint
     runs/NAME/.lock           locked while a process uses the run directory
+    runs/NAME/.progress.json  how far the running stage is, for `rlhf watch`
 
 `.ppo.output` is at the same depth as `ppo`, so that relative paths inside an artifact stay valid after the rename.
 """
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,8 @@ from rlhf_cli.files import fsync_tree, lock, rename, replace_folder, write_whole
 from rlhf_cli.pipeline.manifest import FORMAT, DamagedArtifact, Identity, Manifest, check_format, read_manifest
 from rlhf_cli.stages.base import ENGINE_RECORD, KEPT, PRECISION_RECORD
 from rlhf_cli.stages.registry import REGISTRY
+
+_LOCK_TRIES, _LOCK_PAUSE = 3, 0.05
 
 
 class RunDirectory:
@@ -60,6 +64,11 @@ class RunDirectory:
         """Return the file that records what an unfinished stage was started with."""
         return self.path / f".{stage}.began.json"
 
+    @property
+    def progress_file(self) -> Path:
+        """File with the progress of the running stage."""
+        return self.path / ".progress.json"
+
     def _old(self, stage: str) -> Path:
         return self.path / f".{stage}.old"
 
@@ -72,7 +81,7 @@ class RunDirectory:
         self._make()
         with self._lock_file() as file:
             try:
-                lock(file)
+                _lock_patiently(file)
             except BlockingIOError:  # a lock file left by a dead process is not locked
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
@@ -90,6 +99,18 @@ class RunDirectory:
             file.write(f"{os.getpid()}\n")
             file.flush()
             yield
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a process is using the run directory."""
+        try:
+            with (self.path / ".lock").open("rb+") as file:
+                lock(file)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock file, or one that may not be opened
+            return False
+        return False
 
     def _lock_file(self) -> IO[str]:
         try:
@@ -204,6 +225,16 @@ class RunDirectory:
     def _swap_in(self, stage: str) -> None:
         replace_folder(self.output(stage), self.artifact(stage), old=self._old(stage))
         self.discard(stage)
+
+
+def _lock_patiently(file: IO[str]) -> None:
+    """Lock a file; `is_in_use` of another process may hold the lock for a moment."""
+    for _ in range(_LOCK_TRIES - 1):
+        try:
+            return lock(file)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE)
+    return lock(file)
 
 
 def _sha256(identity: Identity) -> str:

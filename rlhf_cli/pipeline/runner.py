@@ -28,7 +28,7 @@ from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.record import Record
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.progress import say, warn
+from rlhf_cli.progress import recorded, say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.base import Section
@@ -230,7 +230,8 @@ class _Executor:
         context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)
         started, clock = now(), time.monotonic()
         self._coordinator.broadcast(StageStart(step.stage.name, step.inputs.to_json()))
-        outcome = _run_stage(context)
+        with recorded(self._run.progress_file, step.stage.name):
+            outcome = _run_stage(context)
         self._coordinator.barrier()
         outputs = list_outputs(context.output)
         if not outputs:

@@ -13,7 +13,7 @@ from html import escape
 from typing import Literal
 
 _WIDTH, _HEIGHT = 560, 280
-_LEFT, _TOP, _BOTTOM = 52, 12, 40
+_LEFT, _TOP, _BOTTOM = 58, 12, 40
 _CHARACTER = 6.4
 """Width of a character of a label, in the units of the picture."""
 _LINE = 13.0

@@ -25,7 +25,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     """One figure over the steps of a stage.
 
     Attributes:
@@ -45,49 +45,74 @@ class _Panel:
     shows: tuple[float, ...] = ()
 
 
-_PANELS: Mapping[str, tuple[_Panel, ...]] = {
+PANELS: Mapping[str, tuple[Panel, ...]] = {
     "ppo": (
-        _Panel("Reward", "mean of completions", "objective/scores", "eval/objective/scores"),
-        _Panel("KL", "nats per completion", "objective/kl", "eval/objective/kl", shows=(0.0,)),
-        _Panel("Length", "tokens", "length/mean", "eval/length/mean", shows=(0.0,)),
-        _Panel("Entropy", "nats per token", "policy/entropy_avg", shows=(0.0,)),
-        _Panel("Clipped", "share of tokens", "policy/clipfrac_avg", mark=(0.2, "steps too large"), shows=(0.0,)),
-        _Panel(
+        Panel("Reward", "mean of completions", "objective/scores", "eval/objective/scores"),
+        Panel("KL", "nats per completion", "objective/kl", "eval/objective/kl", shows=(0.0,)),
+        Panel("Length", "tokens", "length/mean", "eval/length/mean", shows=(0.0,)),
+        Panel("Entropy", "nats per token", "policy/entropy_avg", shows=(0.0,)),
+        Panel("Clipped", "share of tokens", "policy/clipfrac_avg", mark=(0.2, "steps too large"), shows=(0.0,)),
+        Panel(
             "Critic", "explained variance", "val/explained_variance", mark=(0.0, "as good as a constant"), shows=(0.0,)
         ),
     ),
     "train-rm": (
-        _Panel("Loss", "nats per pair", "loss", "eval/loss", mark=(math.log(2), "chance")),
-        _Panel("Accuracy", "share of pairs", "accuracy", "eval/accuracy", mark=(0.5, "chance"), shows=(0.5,)),
+        Panel("Loss", "nats per pair", "loss", "eval/loss", mark=(math.log(2), "chance")),
+        Panel("Accuracy", "share of pairs", "accuracy", "eval/accuracy", mark=(0.5, "chance"), shows=(0.5,)),
     ),
-    "sft": (_Panel("Loss", "nats per token", "loss", "eval/loss"),),
+    "sft": (Panel("Loss", "nats per token", "loss", "eval/loss"),),
 }
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A metric over the steps of a stage.
+
+    Attributes:
+        raw: (step, value) of each step.
+        smooth: the same as a running mean, over a fifteenth of the steps.
+        held_out: (step, value) of held-out data.
+        caption: where it began and where it is, as means over a tenth of the steps.
+    """
+
+    raw: Sequence[tuple[float, float]]
+    smooth: Sequence[tuple[float, float]]
+    held_out: Sequence[tuple[float, float]]
+    caption: str
+
+
+def trace(rows: Sequence[Mapping[str, Any]], panel: Panel) -> Trace | None:
+    """Return what a panel shows of rows of a `metrics.jsonl`; None if they do not have its metric."""
+    curve = Curve.of([row for row in rows if row["step"] > 0], panel.metric)
+    if not len(curve):
+        return None
+    smooth = zip(curve.steps, curve.running_mean(max(1, len(curve) // 15)), strict=True)
+    held_out = [] if panel.evaluated is None else list(Curve.of(rows, panel.evaluated))
+    return Trace(
+        list(curve), list(smooth), held_out, f"{_value(curve.first(0.1).mean)} → {_value(curve.last(0.1).mean)}"
+    )
 
 
 def training_charts(runs: Sequence[RunFiles], stage: str) -> list[Picture]:
     """Return the curves of a stage; of several runs, the smoothed curve of each."""
-    found = [_panel(runs, stage, panel) for panel in _PANELS[stage]]
+    found = [_panel(runs, stage, panel) for panel in PANELS[stage]]
     return [picture for picture in found if picture is not None]
 
 
-def _panel(runs: Sequence[RunFiles], stage: str, panel: _Panel) -> Picture | None:
+def _panel(runs: Sequence[RunFiles], stage: str, panel: Panel) -> Picture | None:
     series: list[Series] = []
     captions = []
     for run in runs:
-        rows = run.metrics.get(stage, ())
-        curve = Curve.of([row for row in rows if row["step"] > 0], panel.metric)
-        if not len(curve):
+        found = trace(run.metrics.get(stage, ()), panel)
+        if found is None:
             continue
-        width = max(1, len(curve) // 15)
-        smooth = list(zip(curve.steps, curve.running_mean(width), strict=True))
-        if len(runs) == 1 and width > 1:
-            series.append(Series("", _thinned(list(curve)), "muted"))
+        if len(runs) == 1 and found.smooth != found.raw:
+            series.append(Series("", _thinned(found.raw), "muted"))
         name = run.name if len(runs) > 1 else "training"
-        series.append(Series(name, _thinned(smooth), run.group % 5, "line"))
-        if panel.evaluated is not None and len(runs) == 1:
-            held_out = Curve.of(rows, panel.evaluated)
-            series.append(Series("held out" if len(held_out) else "", list(held_out), 1, "both"))
-        captions.append(f"{_value(curve.first(0.1).mean)} → {_value(curve.last(0.1).mean)}")
+        series.append(Series(name, _thinned(found.smooth), run.group % 5, "line"))
+        if found.held_out and len(runs) == 1:
+            series.append(Series("held out", found.held_out, 1, "both"))
+        captions.append(found.caption)
     mark = () if panel.mark is None else (Mark(*panel.mark),)
     title = f"{panel.title} of {stage} by step"
     svg = chart(series, title=title, x="step", y=panel.unit, marks=mark, shows=panel.shows, has_whole_x=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from huggingface_hub import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from typer.testing import CliRunner
@@ -178,6 +179,7 @@ def test_a_browser_shows_it_without_errors_or_requests(runs, browser, width, sch
     assert page.locator(".sample:visible").count() == wins > 0
     assert messages == []
     assert requests == [report.html.as_uri()]
+    assert Axe().run(page).response["violations"] == []
     page.close()
 
 

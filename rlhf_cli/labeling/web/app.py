@@ -32,9 +32,9 @@ from rlhf_cli.labeling.session.types import (
 from rlhf_cli.labeling.web.admin import AdminSnapshots
 from rlhf_cli.labeling.web.pages import page_routes
 from rlhf_cli.labeling.web.request_schema import RequestError, read_object
-from rlhf_cli.labeling.web.security import RequestGuard
 from rlhf_cli.labeling.web.tokens import ServerLinks, Tokens, claimed_annotator
 from rlhf_cli.labeling.web.writer import Writer
+from rlhf_cli.web.security import RequestGuard
 
 _LABEL_FIELDS = {"task": int, "key": str, "active_seconds": float}
 _STATUS = ((UnknownTaskError, 404), (LabelConflictError, 409), (PlanChangedError, 412), (LabelRefusedError, 422))

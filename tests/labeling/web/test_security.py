@@ -12,9 +12,9 @@ import pytest
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.labeling.session.types import Annotator
-from rlhf_cli.labeling.web.security import RequestGuard, is_loopback
 from rlhf_cli.labeling.web.serving import serve
 from rlhf_cli.labeling.web.tokens import ServerLinks, Tokens, claimed_annotator, read_secret, secret_path
+from rlhf_cli.web.security import RequestGuard, is_loopback
 from tests.labeling.web.web_support import Client, make_store, numbered_items, served, token_of, whole_answer
 
 

@@ -1,0 +1,59 @@
+"""`rlhf watch`: what a run is doing, from its files."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_WIDTH = 100
+"""Columns where stdout is not a terminal."""
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")]
+Serve = Annotated[bool, typer.Option("--serve", help="Show it in a browser: start a web server and print its address.")]
+Once = Annotated[bool, typer.Option("--once", help="Print its state once, and end.")]
+Host = Annotated[str, typer.Option("--host", help="With --serve: address to listen on.")]
+Port = Annotated[int, typer.Option("--port", help="With --serve: 0 picks a free port.")]
+
+
+def watch(run: Run, serve: Serve = False, once: Once = False, host: Host = "127.0.0.1", port: Port = 8200) -> None:
+    """Show a run while it goes on: progress, time left, curves, health, completions of fixed prompts.
+
+    It reads the files of the run alone, so the run may be that of another process, or a folder of another machine.
+    Ctrl-C ends the watching, not the run.
+    """
+    from rlhf_cli.errors import Interrupted, UsageError
+
+    folder = run.expanduser()
+    if serve:
+        if once:
+            raise UsageError("`--once` has no effect with `--serve`", hint="use one of them")
+        from rlhf_cli.progress import say, warn
+        from rlhf_cli.watch import page
+        from rlhf_cli.web.security import is_loopback
+
+        if not is_loopback(host):
+            warn(f"listening on {host}: everyone on that network can read the prompts and completions of this run")
+        signum = page.serve(
+            folder, host=host, port=port, announce=lambda link: say(f"{link} shows {folder}; Ctrl-C stops the server")
+        )
+        if signum not in (None, signal.SIGINT):
+            raise Interrupted(signum)
+        return
+    from rich.console import Console
+
+    from rlhf_cli.watch import terminal
+    from rlhf_cli.watch.state import read_live
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if is_terminal else _WIDTH)
+    if once or not is_terminal:
+        console.print(terminal.picture(read_live(folder), console.width))
+        return
+    try:
+        terminal.watch(folder, console)
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
