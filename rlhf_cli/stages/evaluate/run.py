@@ -205,6 +205,10 @@ def names_of(context: EvaluateContext) -> list[str]:
     # `policies` fills the last inputs; without a policy of its own its first entry is the first input.
     for position, name in enumerate(given, start=len(names) - len(given)):
         names[position] = name or names[position]
+    best_of = context.settings.best_of(len(evaluated))
+    for position, n in enumerate(best_of, start=1):
+        if n > 1 and given[position - len(names)] is None:
+            names[position] = f"best of {n} of {names[position]}"
     names[1:] = [f"{name} (policy)" if name == names[0] else name for name in names[1:]]
     for position, name in enumerate(names):
         if name in names[:position]:

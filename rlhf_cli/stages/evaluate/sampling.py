@@ -18,6 +18,7 @@ from rlhf_cli.labeling.completions import CompletionFile
 from rlhf_cli.progress import Task, say, task, warn
 from rlhf_cli.stages.common import load_policy, model_source, stage_sampling
 from rlhf_cli.stages.evaluate.demonstrations import tokenized
+from rlhf_cli.stages.evaluate.rewards import rewarded
 from rlhf_cli.stages.evaluate.scores import ScoreFile
 from rlhf_cli.stages.evaluate.sides import Side
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
@@ -55,8 +56,8 @@ class Sampler:
     watch: StepWatch = field(default_factory=StepWatch)
     drawn: list[Drawing] = field(default_factory=list)
 
-    def complete(self, policy: Policy, slot: str, name: str) -> list[Completion]:
-        """Return one completion per prompt; all processes call this.
+    def complete(self, policy: Policy, slot: str, name: str, *, best_of: int = 1) -> list[list[Completion]]:
+        """Return `best_of` completions per prompt; all processes call this.
 
         Each batch is on disk before the next begins, so that an interrupted evaluation resumes after it.
 
@@ -64,15 +65,16 @@ class Sampler:
             policy: the model that writes.
             slot: name of the file in the work folder.
             name: of the model, for the progress bar.
+            best_of: completions per prompt.
         """
-        requests = self._requests(policy)
+        requests = self._requests(policy, best_of)
         # Prompts of similar length are sampled together; which ones is settled before anything is sampled.
-        order = sorted(range(len(requests)), key=lambda row: len(requests[row].prompt_ids))
-        size = policy.sampling.batch_size
+        order = sorted(range(len(requests)), key=lambda row: len(requests[row][0].prompt_ids))
+        size = max(1, policy.sampling.batch_size // best_of)
         file = CompletionFile(
             self.context.work / f"{slot}.jsonl",
             [order[start : start + size] for start in range(0, len(order), size)],
-            per_prompt=1,
+            per_prompt=best_of,
             processes=self.processes,
         )
         if file.done:
@@ -88,18 +90,33 @@ class Sampler:
             progress = self._drawing(file.left, policy, bar)
 
             def draw(rows: Sequence[int]) -> list[Completion]:
-                chosen = [requests[row] for row in rows]
+                chosen = [request for row in rows for request in requests[row]]
                 return self.generator.generate(policy, chosen, progress=progress, stop=stop)
 
             file.fill(draw, stop)
-        return [completion for (completion,) in file.read()]
+        return file.read()
+
+    def best(self, drawn: Sequence[Sequence[Completion]], slot: str) -> list[Completion]:
+        """Return the completion of each prompt with the highest reward, the first of equal ones.
+
+        Args:
+            drawn: (N, n) completions.
+            slot: name of the file in the work folder.
+        """
+        prompts = [prompt for prompt, own in zip(self.prompts, drawn, strict=True) for _ in own]
+        completions = [completion for own in drawn for completion in own]
+        file = ScoreFile(self.context.work / f"{slot}_rewards.jsonl", self.processes)
+        found = rewarded(self.context, prompts, completions, file=file, processes=self.processes)
+        assert found is not None, "the stage does not start without a reward model"
+        rewards = iter(found[0])
+        return [max(own, key=lambda _: next(rewards)) for own in drawn]
 
     def complete_alone(self, policy: Policy, rows: Sequence[int], label: str) -> list[Completion]:
         """Return completions of some prompts in this process alone, without keeping them; `label` is of the bar."""
         requests = self._requests(policy)
         with task(label, len(rows), "completions") as bar, self.watch.phase("rollout", "sampling"):
             progress = self._drawing(len(rows), policy, bar)
-            chosen = [requests[row] for row in rows]
+            chosen = [requests[row][0] for row in rows]
             return self.generator.generate(policy, chosen, progress=progress, stop=self.context.stop.check)
 
     def _drawing(self, count: int, policy: Policy, bar: Task) -> Drawing:
@@ -111,11 +128,17 @@ class Sampler:
         tokens = sum(one.tokens for one in self.drawn)
         return timing_row(self.watch.end_step(), {"rollout": Work(tokens)})
 
-    def _requests(self, policy: Policy) -> list[Request]:
+    def _requests(self, policy: Policy, best_of: int = 1) -> list[list[Request]]:
         from rlhf_cli.data.records import seed_for
 
-        seed, rows = self.context.recipe.seed, zip(self.prompts, self.numbers, strict=True)
-        return [Request(policy.prompt_ids(prompt), seed_for(prompt, seed, number)) for prompt, number in rows]
+        seed = self.context.recipe.seed
+        return [
+            [
+                Request(policy.prompt_ids(prompt), seed_for(prompt, seed, draw))
+                for draw in range(number * best_of, (number + 1) * best_of)
+            ]
+            for prompt, number in zip(self.prompts, self.numbers, strict=True)
+        ]
 
     def scores(
         self,
@@ -181,13 +204,17 @@ def measure(
     Returns:
         The baseline, and the policies with their log-ratios to it.
     """
+    best_of = sampler.context.settings.best_of(len(policies))
     sides = [
-        _measured(sampler, name, policy, _slot("policy", number), demonstrations)
+        _measured(sampler, name, policy, _slot("policy", number), demonstrations, best_of=best_of[number])
         for number, (name, policy) in enumerate(policies)
     ]
     of_baseline = _measured(sampler, *baseline, "baseline", demonstrations, keep=True)
     compared = []
     for number, side in enumerate(sides):
+        if side.best_of > 1:
+            compared.append(side)
+            continue
         if refusal := _no_kl(side, of_baseline, alone=len(sides) == 1):
             warn(refusal)
             compared.append(side)
@@ -220,10 +247,15 @@ def _measured(
     slot: str,
     demonstrations: Sequence[Demonstration],
     *,
+    best_of: int = 1,
     keep: bool = False,
 ) -> Side:
     """Return a model's completions with its own scores of them; its weights are released unless `keep`."""
-    completions = sampler.complete(policy, slot, name)
+    drawn = sampler.complete(policy, slot, name, best_of=best_of)
+    if best_of > 1:
+        policy.release()
+        return Side(name, policy, sampler.best(drawn, slot), [], best_of=best_of)
+    completions = [completion for (completion,) in drawn]
     scores = sampler.scores(policy, slot, _ids(sampler, policy), [completion.ids for completion in completions])
     examples = [tokenized(record, policy) for record in demonstrations]
     read = sampler.scores(

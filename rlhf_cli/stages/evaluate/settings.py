@@ -30,6 +30,9 @@ class PolicySettings(Section):
     name: str | None = None
     """Its name in tables and results; null is `RUN/STAGE` for the output of a stage, else the folder's name or the hub
     id. `--also NAME=MODEL` sets both."""
+    best_of: Count = 1
+    """Number of completions per prompt of which the reward model's best is taken (best-of-n); 1 takes each as it is.
+    The KL of best-of-n is not measured, but bounded."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +105,11 @@ class EvaluateSettings(StageSection):
         if self.judge is not None:
             return "judges"
         return "reward model" if self.judge_function is None else "function"
+
+    def best_of(self, evaluated: int) -> list[int]:
+        """Return the `best_of` of each evaluated policy; `policies` are the last of them."""
+        given = [one.best_of for one in self.policies]
+        return [1] * (evaluated - len(given)) + given
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

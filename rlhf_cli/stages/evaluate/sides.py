@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.intervals import Measure, share_interval
 from rlhf_cli.stages.evaluate.text_statistics import distinct, most_common_share, repeated_share
+from rlhf_cli.statistics.best_of_n import kl_bound
 from rlhf_cli.statistics.paired import by_prompt, mean_of, ratio_of_sums
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rlhf_cli.generation.policy import Policy, TokenScores
 
 _OF_THE_SET = "a figure of all completions together: it has no interval over prompts"
+
+_BOUND = "an upper bound of the KL to the model that the completions are drawn from, not an estimate"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Side:
         gold: (N,) scores of the judge function, or None.
         reward: (N,) normalized rewards, or None.
         tasks: "task/metric" -> figure of `evaluate.tasks`.
+        best_of: number of completions of which each is the best by the reward model. If it is above 1, `scores` is
+            empty: the model's log-probabilities are not those of its best-of-n completions.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Side:
     gold: Sequence[float] | None = None
     reward: Sequence[float] | None = None
     tasks: Mapping[str, Measure] = field(default_factory=dict)
+    best_of: int = 1
 
     @property
     def perplexity(self) -> Measure | None:
@@ -66,11 +72,15 @@ class Side:
             "tokens": mean(tokens),
             "characters": mean([float(len(text)) for text in texts]),
             "finished": _share(keys, [float(completion.finished) for completion in self.completions]),
-            "entropy": ratio_of_sums(by_prompt(keys, [one.entropy for one in self.scores]), by_prompt(keys, tokens)),
             "repeated_4": mean([repeated_share([text], 4) for text in texts]),
             "distinct_2": Measure(distinct(texts, 2), None, None, len(texts), _OF_THE_SET),
             "most_common_share": Measure(most_common_share(texts), None, None, len(texts), _OF_THE_SET),
         }
+        if self.best_of > 1:
+            found["kl_upper_bound"] = Measure(kl_bound(self.best_of), None, None, len(texts), _BOUND)
+        else:
+            entropy = by_prompt(keys, [one.entropy for one in self.scores])
+            found["entropy"] = ratio_of_sums(entropy, by_prompt(keys, tokens))
         if self.gold is not None:
             found["gold"] = mean(self.gold)
         if self.reward is not None:

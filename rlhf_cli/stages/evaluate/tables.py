@@ -72,10 +72,14 @@ def models_table(evaluation: Evaluation) -> Table:
     for heading, _, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("KL", justify="right", no_wrap=True)
-    kl = {pair.policy: pair.kl[0].mean for pair in evaluation.against_baseline if pair.kl}
+    kl = {pair.policy: f"{pair.kl[0].mean.value:z.1f}" for pair in evaluation.against_baseline if pair.kl}
+    bounds = {
+        name: found["kl_upper_bound"].value for name, found in evaluation.models.items() if "kl_upper_bound" in found
+    }
+    kl |= {name: f"<= {bound:.1f}" for name, bound in bounds.items()}
     for name, found in evaluation.models.items():
         cells = [pattern.format(found[key].value) if key in found else "" for _, key, pattern in columns]
-        table.add_row(Text(name), *cells, f"{kl[name].value:z.1f}" if name in kl else "")
+        table.add_row(Text(name), *cells, kl.get(name, ""))
     return table
 
 
@@ -108,6 +112,8 @@ def tasks_table(evaluation: Evaluation) -> Table | None:
         table.add_column(heading, justify="right", no_wrap=True)
     for task in (name for name in evaluation.models[evaluation.baseline] if name.startswith("task/")):
         for model, measures in evaluation.models.items():
+            if task not in measures:
+                continue  # best-of-n completions are not what a task asks a model for
             found = measures[task]
             interval = "" if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
             table.add_row(Text(task.removeprefix("task/")), Text(model), f"{found.value:.3f}", interval)

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_cli.errors import RecipeError
+from rlhf_cli.errors import Interrupted, RecipeError
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.policy import TokenScores
 from rlhf_cli.intervals import Measure
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.show import derived_sizes
 from rlhf_cli.stages.evaluate.results import evaluation_of
+from rlhf_cli.stages.evaluate.sampling import Sampler
 from rlhf_cli.stages.evaluate.sides import Side
 from rlhf_cli.stages.evaluate.tables import models_table, pairs_table, tasks_table
 
@@ -273,3 +274,81 @@ def test_recipe_show_finds_prompts_beside_the_recipe(rlhf, tmp_path):
     assert "#   evaluate: precision of a win rate near 50 %: about +- 12 points" in shown
     plain = json.loads(rlhf("recipe", "show", "here/r.yaml", "--json").stdout)
     assert plain["derived"]["evaluate"]["prompts to evaluate on, at most"] == 60
+
+
+@pytest.fixture
+def reward_model(tiny_bert: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=1)
+    with torch.no_grad():
+        weight: Any = model.classifier.weight
+        weight.normal_(std=5.0)
+    model.save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def test_best_of_n_of_a_model_is_a_policy(rlhf_here, tiny_llama, others, files, reward_model, tmp_path):
+    """Each of its completions is the reward model's best of the same draws that the plain policy makes."""
+    shared = ("--set", f"evaluate.reward_model={reward_model}", "--run-dir")
+    best = f'[{{model: "{others[0]}", best_of: 4}}, {{model: "{others[0]}", best_of: 3, name: three}}]'
+    code, said = rlhf_here(
+        *arguments(tiny_llama, others[0], "--demonstrations", "d.jsonl"), "--set", f"evaluate.policies={best}",
+        "--set", "evaluate.samples_per_prompt=1", *shared, "best",
+    )  # fmt: skip
+    assert code == 0, said
+    code, said = rlhf_here(
+        *arguments(tiny_llama, others[0]), "--set", "evaluate.samples_per_prompt=4", *shared, "plain"
+    )
+    assert code == 0, said
+    rows, plain = results(tmp_path / "best/evaluate")[2], results(tmp_path / "plain/evaluate")[2]
+    name = f"best of 4 of {others[0].name}"
+    for number, row in enumerate(rows):
+        draws = plain[4 * number : 4 * number + 4]
+        rewards = [draw["reward_policy"] for draw in draws]
+        assert row["policy"] == draws[0]["policy"]
+        assert row["policies"][name]["reward"] == pytest.approx(max(rewards), abs=1e-5)
+        assert row["policies"][name]["completion"] == draws[rewards.index(max(rewards))]["policy"]
+        assert row["policies"]["three"]["reward"] == pytest.approx(max(rewards[:3]), abs=1e-5)
+    evaluation, metrics, _ = results(tmp_path / "best/evaluate")
+    measures = evaluation["models"][name]
+    assert measures["kl_upper_bound"]["value"] == pytest.approx(math.log(4) - 3 / 4)
+    assert "an upper bound" in measures["kl_upper_bound"]["missing"]
+    assert not {"entropy", "perplexity"} & set(measures), "those of the model are not those of its best completions"
+    assert [("kl_nats" in pair) for pair in evaluation["pairs"][:3]] == [True, False, False]
+    assert f"{name}/kl_nats" not in metrics
+
+
+def test_scores_of_draws_outlive_a_kill(rlhf_here, tiny_llama, others, files, reward_model, tmp_path, monkeypatch):
+    best = f'[{{model: "{others[0]}", best_of: 4}}]'
+    given = (
+        *arguments(tiny_llama, others[1]), "--set", f"evaluate.policies={best}", "--set",
+        f"evaluate.reward_model={reward_model}", "--run-dir",
+    )  # fmt: skip
+    assert rlhf_here(*given, "whole")[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("rlhf_cli.stages.evaluate.sampling.Sampler.best", stopped_after(Sampler.best))
+        assert rlhf_here(*given, "killed")[0] == 130
+    work = tmp_path / "killed/.evaluate.work"
+    before = (work / "policy_2_rewards.jsonl").read_bytes()
+    assert (work / "policy_2.jsonl").is_file()
+    assert len(before) > 0
+    assert rlhf_here(*given, "killed")[0] == 0
+    whole, again = (tmp_path / f"{name}/evaluate/samples.jsonl" for name in ("whole", "killed"))
+    assert whole.read_bytes() == again.read_bytes()
+
+
+def stopped_after(function):
+    def stopped(*given, **named):
+        function(*given, **named)
+        raise Interrupted(signal.SIGINT)
+
+    return stopped
+
+
+def test_best_of_n_without_a_reward_model_is_refused(rlhf_here, tiny_llama, others, files):
+    best = f'[{{model: "{others[0]}", best_of: 4}}]'
+    code, said = rlhf_here(*arguments(tiny_llama, others[1]), "--set", f"evaluate.policies={best}")
+    assert code == 2
+    assert "`best_of` of `evaluate.policies` takes the best by a reward model, and there is none" in said
+    assert "--set evaluate.reward_model=PATH" in said
