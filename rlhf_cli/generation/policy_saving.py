@@ -20,7 +20,7 @@ from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, load_ada
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
-from rlhf_cli.models.split_weights import join_weights
+from rlhf_cli.models.split_weights import copy_weights, join_weights
 from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
 from rlhf_cli.settings.shared import LoraSettings
 
@@ -57,6 +57,7 @@ def save_policy(
     probe: Sequence[Example],
     adapter: TrainedAdapter | None = None,
     generation: GenerationConfig | None = None,
+    depth: int = 1,
 ) -> float:
     """Write a policy as an ordinary model folder in float32, and return the KL from the trained to the written policy.
 
@@ -73,6 +74,7 @@ def save_policy(
         probe: sequences to compare on, see `probe_examples`.
         adapter: the adapter that was trained; None if all weights were.
         generation: how completions are drawn; see `Sampling.generation`.
+        depth: of `folder` below the run directory.
 
     Returns:
         KL(trained || written) in nats per token, over the tokens of the completions, computed in float32: in bfloat16
@@ -90,7 +92,7 @@ def save_policy(
     if adapter is not None:
         path, commit = source.pinned
         base = AdapterBase(
-            path=relative_base(path, folder) if adapter.has_base else None,
+            path=relative_base(path, folder, depth=depth) if adapter.has_base else None,
             revision=commit,
             sha256=hash_weights(path),
             dtype=str(base_dtype).removeprefix("torch."),
@@ -112,6 +114,29 @@ def save_policy(
             folder, f"their KL is {kl:.2g} nats per token, and at most {MAX_WRITTEN_KL:.0e} can be due to rounding"
         )
     return kl
+
+
+def copy_policy(model: PreTrainedModel, source: ModelSource, adapter: TrainedAdapter | None) -> PreTrainedModel:
+    """Return a policy on the CPU with the weights that it has now, for `save_policy`, while its training goes on.
+
+    A quantized model is returned itself: `save_policy` leaves it as it is.
+
+    Args:
+        model: as it is being trained; an adapter is active.
+        source: what it was loaded from.
+        adapter: the adapter that is trained; None if all weights are.
+    """
+    if quantized(model) != "none":
+        return model
+    if adapter is None:
+        copied = load_policy(source.on_cpu().in_full())
+        copy_weights(copied, model)
+        return copied
+    copied = load_policy(source.on_cpu())
+    with torch.random.fork_rng(devices=[]):  # a new adapter is initialized at random
+        add_lora(copied, adapter.lora, name=adapter.name)
+    load_adapter_state(copied, adapter_state(model, adapter.name), adapter.name)
+    return copied
 
 
 def probe_examples(examples: Sequence[Example]) -> list[Example]:

@@ -74,6 +74,15 @@ def join_weights(model: nn.Module) -> None:
             delattr(weight, LOW)
 
 
+@torch.no_grad()
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Copy the weights of a model that may be split into a float32 model of the same architecture."""
+    weights = dict(target.named_parameters())
+    for name, weight in source.named_parameters():
+        low = low_bits(weight)
+        weights[name].copy_(weight if low is None else join(weight.data, low))
+
+
 def stored(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return named weights for a checkpoint; a weight that is split under two names, without a copy."""
     found: dict[str, Tensor] = {}

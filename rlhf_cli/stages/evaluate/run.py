@@ -222,7 +222,7 @@ def names_of(context: EvaluateContext) -> list[str]:
 def model_names(*sources: str) -> tuple[str, ...]:
     """Return what people call models: `RUN/STAGE` for an artifact, else the folder's name or the hub id.
 
-    Different models that would be called the same are called by their whole paths.
+    A model in an artifact is called `RUN/ppo/steps/20`. Different models that would be called the same are called by their whole paths.
     """
     short = [_model_name(source) for source in sources]
     alike = {
@@ -236,7 +236,8 @@ def _model_name(source: str) -> str:
     if not folder.is_dir():
         return source
     folder = folder.resolve()
-    return f"{folder.parent.name}/{folder.name}" if (folder / "manifest.json").is_file() else folder.name
+    artifact = next((one for one in (folder, *folder.parents[:2]) if (one / "manifest.json").is_file()), None)
+    return folder.name if artifact is None else folder.relative_to(artifact.parents[1]).as_posix()
 
 
 def _print(

@@ -28,8 +28,8 @@ class PolicySettings(Section):
     model: Annotated[str, External("model")]
     """Folder or hub id of the model, such as the output of another run, or a PPO policy that was written earlier."""
     name: str | None = None
-    """Its name in tables and results; null is `RUN/STAGE` for the output of a stage, else the folder's name or the hub
-    id. `--also NAME=MODEL` sets both."""
+    """Its name in tables and results; null is `RUN/STAGE` for the output of a stage, `RUN/ppo/steps/20` for a policy
+    of `ppo.save_steps`, else the folder's name or the hub id. `--also NAME=MODEL` sets both."""
     best_of: Count = 1
     """Number of completions per prompt of which the reward model's best is taken (best-of-n); 1 takes each as it is.
     The KL of best-of-n is not measured, but bounded."""

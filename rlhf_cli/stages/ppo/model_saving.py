@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Sequence
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.data.examples import Example
+from rlhf_cli.files import fsync_tree, rename
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy import Policy
-from rlhf_cli.generation.policy_saving import PROBE_SIZE, PROBE_TOKENS, TrainedAdapter, save_policy
+from rlhf_cli.generation.policy_saving import PROBE_SIZE, PROBE_TOKENS, TrainedAdapter, copy_policy, save_policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
@@ -18,6 +21,11 @@ from rlhf_cli.models.loading import ModelSource, load_tokenizer
 from rlhf_cli.models.verification import check_tokenizer
 from rlhf_cli.stages.ppo.models import POLICY, PPOModels
 from rlhf_cli.stages.ppo.settings import PPOSettings
+
+STEPS = "steps"
+"""Folder of the policies of `ppo.save_steps`, in the artifact and in the work folder."""
+STEP_DEPTH = 3
+"""Depth of such a policy below the run directory."""
 
 
 def save_ppo_models(
@@ -60,6 +68,52 @@ def save_ppo_models(
     with models.policy() as model:
         generation = sampling.generation(model, tokenizer, stop_ids)
         return save_policy(model, tokenizer, folder, source=source, probe=probe, adapter=adapter, generation=generation)
+
+
+@dataclass(frozen=True)
+class StepPolicies:
+    """Writes the policy of some steps while training goes on, in the main process.
+
+    Attributes:
+        models: being trained.
+        source: the SFT model.
+        settings: with which the models were loaded.
+        folder: gets a folder per step.
+        sampling: how completions are drawn in training.
+        stop_ids: tokens that end completions in training.
+        finish: called with each written folder, to add what else an artifact has.
+    """
+
+    models: PPOModels
+    source: ModelSource
+    settings: PPOSettings
+    folder: Path
+    sampling: Sampling
+    stop_ids: Collection[int]
+    finish: Callable[[Path], None]
+
+    def save(self, step: int, probe: Sequence[Example]) -> None:
+        """Write the policy after `step` steps; a folder that is there has all of it.
+
+        Raises:
+            DivergedError, DiskError, ModelError: see `save_policy`.
+        """
+        tokenizer = load_tokenizer(self.source)
+        adapter = TrainedAdapter(POLICY, self.settings.lora) if self.settings.adapter == "lora" else None
+        target = self.folder / str(step)
+        partial = self.folder / f".{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        with self.models.policy() as model:
+            copied = copy_policy(model, self.source, adapter)
+            generation = self.sampling.generation(model, tokenizer, self.stop_ids)
+        save_policy(
+            copied, tokenizer, partial, source=self.source, probe=probe, adapter=adapter, generation=generation,
+            depth=STEP_DEPTH,
+        )  # fmt: skip
+        self.finish(partial)
+        fsync_tree(partial)
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt that is repeated from an earlier checkpoint
+        rename(partial, target)
 
 
 def sample_probe(policy: Policy, prompts: TokenizedPrompts) -> list[Example]:

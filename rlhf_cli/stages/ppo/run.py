@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import DetectorStopError, UsageError
+from rlhf_cli.files import rename
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.models.reward_model.members import further_members
 from rlhf_cli.progress import say
@@ -61,14 +62,12 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.precision import autocast
     from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
-    from rlhf_cli.stages.ppo.model_saving import sample_probe, save_ppo_models
+    from rlhf_cli.stages.ppo.model_saving import STEPS, StepPolicies, sample_probe, save_ppo_models
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.flops import device_peak
     from rlhf_cli.training.monitoring.detectors.detectors import Detectors
-    from rlhf_cli.training.monitoring.metrics_log import read_rows
-    from rlhf_cli.training.monitoring.run_logger import METRICS
     from rlhf_cli.training.monitoring.timing_log import read_totals
 
     context = decide_precision(context)
@@ -100,6 +99,10 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     members = _further_members(context, source)
     reward = build_rewards(settings, reward_model, source, policy.format.template, members=members, stop=context.stop)
     say(f"ppo: the reward is {reward.described()}")
+    steps = StepPolicies(
+        models, source, settings, context.work / STEPS, sampling, policy.stop_ids,
+        lambda folder: _write_contract(context, folder, style, sampling, data),
+    )  # fmt: skip
     trainer = PPOTrainer(
         models,
         forward_passes,
@@ -113,6 +116,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         work=context.work,
         stop=context.stop,
         log=metrics_log(context),
+        save_policy=lambda step: steps.save(step, sample_probe(policy, data.prompts)),
         peak=device_peak(source.device, source.precision, processes),
     )
     _train(trainer, context.work, processes)
@@ -120,19 +124,22 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     free_memory()
     if not processes.is_main:
         return StageOutcome()
-    rows = read_rows(context.work / METRICS)
     probe = sample_probe(policy, data.prompts)
     written_kl = save_ppo_models(
         models, source, settings, context.output, probe=probe, sampling=sampling, stop_ids=policy.stop_ids
     )
-    write_contract(context, start, style, sampling.settings(), data.records, samples_in_training=True)
-    _keep_records(context, rows)
-    if settings.kl_budget is not None and data.held_out is not None:
-        keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
-        (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
+    _write_contract(context, context.output, style, sampling, data)
     if skips.total:
         skips.write(context.output / "skips.jsonl")
+    rows = _keep_records(context, data)
     return _outcome(rows, dict(skips.counts), written_kl, read_totals(context.work))
+
+
+def _write_contract(context: PPOContext, folder: Path, style: PromptStyle, sampling: Sampling, data: PPOData) -> None:
+    """Write the contract of a policy that this stage trained to its folder."""
+    start = context.inputs.policy.source
+    of_folder = dataclasses.replace(context, output=folder)
+    write_contract(of_folder, start, style, sampling.settings(), data.records, samples_in_training=True)
 
 
 def _further_members(context: PPOContext, source: ModelSource) -> list[Path]:
@@ -201,17 +208,29 @@ def _load_models(
     return loaded.models, loaded.reward_model
 
 
-def _keep_records(context: PPOContext, rows: list[dict[str, Any]]) -> None:
-    """Metrics and samples beside the policy, and what they look like: a picture, and whether the curve is normal."""
+def _keep_records(context: PPOContext, data: PPOData) -> list[dict[str, Any]]:
+    """Put beside the policy what the run wrote as it went, and what that looks like; return the rows of its metrics.
+
+    These are the policies of `save_steps`, metrics, samples, a picture, and whether the curve is normal.
+    """
+    from rlhf_cli.stages.ppo.model_saving import STEPS
+    from rlhf_cli.training.monitoring.metrics_log import read_rows
     from rlhf_cli.training.monitoring.plots import draw_curves
     from rlhf_cli.training.monitoring.run_logger import DETECTIONS, METRICS, SAMPLES, TIMING
 
+    settings, rows = context.settings, read_rows(context.work / METRICS)
+    if (context.work / STEPS).is_dir():
+        rename(context.work / STEPS, context.output / STEPS)
+    if settings.kl_budget is not None and data.held_out is not None:
+        keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
+        (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
     for name in (METRICS, TIMING, SAMPLES, DETECTIONS):
         if (context.work / name).is_file():
             shutil.copyfile(context.work / name, context.output / name)
     if len(rows) > _FEWEST_ROWS:
         draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
     _judge(context.work, context.output)
+    return rows
 
 
 def _judge(work: Path, folder: Path) -> None:

@@ -201,6 +201,9 @@ class PPOSettings(StageSection):
     """On a GPU: keep the weights of the reference and of `reward_model` in host memory while they are not used, where
     they are models of their own and not quantized. They are copied to the GPU for each step and evaluation. On a CPU
     this is always so, with a file in place of host memory."""
+    save_steps: Count | None = None
+    """Steps between policies that are written as they are then, to `ppo/steps/STEP`: model folders that `evaluate`,
+    `chat` and transformers read. Null writes the last one alone."""
     checkpoint_steps: Effort = 10
     """Steps between checkpoints. An interrupted run resumes from the last one; a diverged run rolls back to one."""
     keep_checkpoints: Effort = 2

@@ -56,8 +56,9 @@ def _disk_bytes(settings: PPOSettings, model_bytes: int) -> int:
     policy = int(settings.adapter == "none")
     critic = int(settings.critic_is_separate)
     best = model_bytes * (policy + critic) if settings.kl_budget is not None else 0
+    steps = 0 if settings.save_steps is None else (settings.steps - 1) // settings.save_steps
     return best + training_bytes(
-        model_bytes, trained=policy + critic, written=1 + critic, kept=settings.keep_checkpoints
+        model_bytes, trained=policy + critic, written=1 + critic + steps, kept=settings.keep_checkpoints
     )
 
 

@@ -95,6 +95,7 @@ class PPOTrainer(TrainingTask):
         stop: asked after every step.
         log: makes the metrics log, from the arguments of `MetricsLog`.
         peak: operations per second that the device can do; None is not known.
+        save_policy: writes the policy after a number of steps, where `ppo.save_steps` asks for it.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class PPOTrainer(TrainingTask):
         stop: StopRequest,
         log: Callable[..., MetricsLog] = MetricsLog,
         peak: float | None = None,
+        save_policy: Callable[[int], None] | None = None,
     ) -> None:
+        self._save_policy = save_policy
         self.models, self.forward_passes, self.settings, self.data = models, forward_passes, settings, data
         self.state = RunState(settings.kl_coef)
         self.policy = policy
@@ -303,6 +306,12 @@ class PPOTrainer(TrainingTask):
             progress.say(f"ppo: {self.state.ended}; the run ends here")
         self._evaluate(step, report.metrics, log, watch)
         self._detect(report.metrics, log)
+        every = self.settings.save_steps
+        if every is not None and self._save_policy is not None and step % every == 0 and step < self.settings.steps:
+            with watch.phase("checkpoint", "saving"):
+                if self._processes.is_main:
+                    self._save_policy(step)
+                self._processes.barrier()
 
     def _detect(self, metrics: dict[str, float], log: RunLogger) -> None:
         """Let the detectors look at the step; a step whose rewards are not finite is not looked at."""

@@ -73,6 +73,7 @@ ELSEWHERE = {
     "importance_cap": "test_the_importance_cap_bounds_the_weight_of_a_token",
     "optimizer": "test_moments_in_8_bits",
     "detectors": "test_a_passed_stop_saves_names_what_is_kept_and_a_higher_one_continues",
+    "save_steps": "test_each_policy_is_that_of_a_shorter_run",
     "ptx": "test_ptx_is_the_mean_loss_of_a_completion_token",
 }
 """Settings whose effect is not other weights, or that another test shows."""
