@@ -222,7 +222,8 @@ def names_of(context: EvaluateContext) -> list[str]:
 def model_names(*sources: str) -> tuple[str, ...]:
     """Return what people call models: `RUN/STAGE` for an artifact, else the folder's name or the hub id.
 
-    A model in an artifact is called `RUN/ppo/steps/20`. Different models that would be called the same are called by their whole paths.
+    A model in an artifact is called `RUN/ppo/steps/20`. Different models that would be called the same are called by
+    their whole paths.
     """
     short = [_model_name(source) for source in sources]
     alike = {
