@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.report.charts import Mark, Series, chart
 from rlhf_cli.report.gather import RunFiles
-from rlhf_cli.training.monitoring.curves import Curve
+from rlhf_cli.training.monitoring.panels import PANELS, Panel, trace
 
 _POINTS = 400
 """Points of a curve on the page: more cannot be seen."""
@@ -22,75 +22,6 @@ class Picture:
     title: str
     caption: str
     svg: str
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure over the steps of a stage.
-
-    Attributes:
-        title: of the figure.
-        unit: of the vertical axis.
-        metric: in `metrics.jsonl`.
-        evaluated: metric of held-out data in the same figure.
-        mark: a height that is drawn, with its label.
-        shows: values that the axis includes.
-    """
-
-    title: str
-    unit: str
-    metric: str
-    evaluated: str | None = None
-    mark: tuple[float, str] | None = None
-    shows: tuple[float, ...] = ()
-
-
-PANELS: Mapping[str, tuple[Panel, ...]] = {
-    "ppo": (
-        Panel("Reward", "mean of completions", "objective/scores", "eval/objective/scores"),
-        Panel("KL", "nats per completion", "objective/kl", "eval/objective/kl", shows=(0.0,)),
-        Panel("Length", "tokens", "length/mean", "eval/length/mean", shows=(0.0,)),
-        Panel("Entropy", "nats per token", "policy/entropy_avg", shows=(0.0,)),
-        Panel("Clipped", "share of tokens", "policy/clipfrac_avg", mark=(0.2, "steps too large"), shows=(0.0,)),
-        Panel(
-            "Critic", "explained variance", "val/explained_variance", mark=(0.0, "as good as a constant"), shows=(0.0,)
-        ),
-    ),
-    "train-rm": (
-        Panel("Loss", "nats per pair", "loss", "eval/loss", mark=(math.log(2), "chance")),
-        Panel("Accuracy", "share of pairs", "accuracy", "eval/accuracy", mark=(0.5, "chance"), shows=(0.5,)),
-    ),
-    "sft": (Panel("Loss", "nats per token", "loss", "eval/loss"),),
-}
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A metric over the steps of a stage.
-
-    Attributes:
-        raw: (step, value) of each step.
-        smooth: the same as a running mean, over a fifteenth of the steps.
-        held_out: (step, value) of held-out data.
-        caption: where it began and where it is, as means over a tenth of the steps.
-    """
-
-    raw: Sequence[tuple[float, float]]
-    smooth: Sequence[tuple[float, float]]
-    held_out: Sequence[tuple[float, float]]
-    caption: str
-
-
-def trace(rows: Sequence[Mapping[str, Any]], panel: Panel) -> Trace | None:
-    """Return what a panel shows of rows of a `metrics.jsonl`; None if they do not have its metric."""
-    curve = Curve.of([row for row in rows if row["step"] > 0], panel.metric)
-    if not len(curve):
-        return None
-    smooth = zip(curve.steps, curve.running_mean(max(1, len(curve) // 15)), strict=True)
-    held_out = [] if panel.evaluated is None else list(Curve.of(rows, panel.evaluated))
-    return Trace(
-        list(curve), list(smooth), held_out, f"{_value(curve.first(0.1).mean)} → {_value(curve.last(0.1).mean)}"
-    )
 
 
 def training_charts(runs: Sequence[RunFiles], stage: str) -> list[Picture]:
@@ -118,10 +49,6 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: Panel) -> Picture | None
     svg = chart(series, title=title, x="step", y=panel.unit, marks=mark, shows=panel.shows, has_whole_x=True)
     seen = f"{panel.unit}: {'; '.join(captions)}" if len(runs) <= 2 else panel.unit
     return Picture(panel.title, seen, svg) if svg else None
-
-
-def _value(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

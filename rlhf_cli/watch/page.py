@@ -10,9 +10,10 @@ from pathlib import Path
 
 import jinja2
 
-from rlhf_cli.report.curves import PANELS, Picture, reward_against_kl, training_charts
+from rlhf_cli.report.curves import Picture, reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles
 from rlhf_cli.report.texts import Pieces, shortened, side_by_side
+from rlhf_cli.training.monitoring.panels import PANELS
 from rlhf_cli.watch.state import Completions, LiveRun, read_live
 from rlhf_cli.web.security import RequestGuard
 from rlhf_cli.web.server import address_of, listen, require_packages, run_until_stopped

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.progress import printable
-from rlhf_cli.report.curves import PANELS, Panel, Trace, trace
 from rlhf_cli.training.monitoring.health.report import excerpt
+from rlhf_cli.training.monitoring.panels import PANELS, Panel, Trace, trace
 from rlhf_cli.watch.state import Completions, LiveRun, RunningTask, read_live
 
 EVERY = 2.0

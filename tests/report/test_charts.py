@@ -37,7 +37,7 @@ def test_a_line_goes_where_the_values_are():
     picture = drawn(Series("one", [(0, 0.0), (10, 1.0)]))
     (line,) = [path for path in picture.iter("path") if path.get("class") == "line c0"]
     (x1, y1), (x2, y2) = [tuple(map(float, pair.split())) for pair in line.get("d")[1:].split("L")]
-    assert (x1, x2 > x1, y2 < y1) == (52.0, True, True), "y grows upward"
+    assert (x1, x2 > x1, y2 < y1) == (58.0, True, True), "y grows upward"
     heights = {text.text: float(text.get("y")) for text in texts(picture, "tick")}
     zero, one = heights["0.00"], heights["1.00"]
     assert (y1, y2) == pytest.approx((zero - 4, one - 4), abs=0.1)

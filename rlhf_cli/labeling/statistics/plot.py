@@ -16,12 +16,13 @@ from rlhf_cli.labeling.statistics.report import (
     LabelReport,
 )
 from rlhf_cli.labeling.warnings import one_line
+from rlhf_cli.plotting import BLUE, GRAY, GREEN, ORANGE, PURPLE, new_picture, prepare, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREEN, _GRAY, _BAND = "#1f5a8c", "#d1622b", "#3b8a5a", "#8a8a8a", "#dbe7f1"
-_LINES = ("#1f5a8c", "#d1622b", "#3b8a5a", "#8f5aa5", "#b3902d", "#4aa3b5", "#a8485a", "#6b6b6b")
+_BAND = "#dbe7f1"
+_LINES = (BLUE, ORANGE, GREEN, PURPLE, "#b3902d", "#4aa3b5", "#a8485a", GRAY)
 _MOST_PEOPLE = 20
 _LONGEST_NAME = 16
 _EVERYBODY = "all annotators"
@@ -42,13 +43,13 @@ def draw_report(report: LabelReport, path: Path, *, title: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Picture
-
     people = sorted(report.annotators, key=lambda person: (-person.labels, person.name))[:_MOST_PEOPLE]
     people.sort(key=lambda person: person.name)
-    # A figure without pyplot: needs no display, and nothing has to be closed.
-    picture = Picture(figsize=(13.5, 6.2 + 0.24 * max(0, len(people) - 4)), layout="constrained")
+    counts = report.counts
+    shown = "" if len(people) == len(report.annotators) else f"; the {len(people)} annotators with most labels"
+    count = len(report.annotators)
+    heading = f"{one_line(title)}: {counts.ordinary:,} labels, {counts.items:,} items, {count} annotators{shown}"
+    picture = new_picture(13.5, 6.2 + 0.24 * max(0, len(people) - 4), heading)
     picture.get_layout_engine().set(w_pad=0.12, h_pad=0.10)  # type: ignore[union-attr]
     (agreement, consistency, biases), (pace, positions, tiers) = picture.subplots(
         2, 3, height_ratios=[1 + 0.09 * max(0, len(people) - 4), 1]
@@ -59,16 +60,10 @@ def draw_report(report: LabelReport, path: Path, *, title: str) -> None:
     _pace(pace, people)
     _positions(positions, report)
     _tiers(tiers, report)
-    counts = report.counts
-    shown = "" if len(people) == len(report.annotators) else f"; the {len(people)} annotators with most labels"
-    count = len(report.annotators)
-    heading = f"{one_line(title)}: {counts.ordinary:,} labels, {counts.items:,} items, {count} annotators{shown}"
-    picture.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    FigureCanvasAgg(picture)
     with warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; do not warn about it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        picture.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
+        save(picture, path)
 
 
 def _agreement(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport]) -> None:
@@ -76,8 +71,8 @@ def _agreement(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport
     tied = _rows(report.agreement.with_ties, people, lambda person: person.agreement)
     if _frame(axes, "agreement with others", "share of pairs of completions", untied + tied, with_names=True):
         axes.axvspan(*USUAL_AGREEMENT, color=_BAND, linewidth=0, zorder=0, label="published, 63-77%")
-        _dots(axes, untied, _BLUE, "o", "ties excluded", shift=-0.13)
-        _dots(axes, tied, _ORANGE, "s", "ties included", shift=0.13)
+        _dots(axes, untied, BLUE, "o", "ties excluded", shift=-0.13)
+        _dots(axes, tied, ORANGE, "s", "ties included", shift=0.13)
         _legend(axes, columns=3)
 
 
@@ -85,8 +80,8 @@ def _consistency(axes: Axes, report: LabelReport, people: Sequence[AnnotatorRepo
     own = _rows(report.self_consistency, people, lambda person: person.self_consistency)
     gold = _rows(report.gold, people, lambda person: person.gold)
     if _frame(axes, "self-consistency and gold", "share of pairs of completions", own + gold, with_names=with_names):
-        _dots(axes, own, _BLUE, "o", "self-consistency", shift=-0.13)
-        _dots(axes, gold, _GREEN, "D", "gold accuracy", shift=0.13)
+        _dots(axes, own, BLUE, "o", "self-consistency", shift=-0.13)
+        _dots(axes, gold, GREEN, "D", "gold accuracy", shift=0.13)
         _legend(axes)
 
 
@@ -94,10 +89,10 @@ def _biases(axes: Axes, report: LabelReport, people: Sequence[AnnotatorReport], 
     first = _rows(report.first_shown, people, lambda person: person.first_shown)
     longer = _rows(report.longer, people, lambda person: person.longer)
     if _frame(axes, "biases", "share of untied pairs", first + longer, with_names=with_names):
-        axes.axvline(0.5, color=_GRAY, linewidth=1.0, label="no position bias")
-        axes.axvline(ALWAYS_LONGER, color=_ORANGE, linewidth=1.0, linestyle=":", label="longer wins at AlpacaEval")
-        _dots(axes, first, _BLUE, "o", "earlier shown wins", shift=-0.13)
-        _dots(axes, longer, _ORANGE, "s", "longer wins", shift=0.13)
+        axes.axvline(0.5, color=GRAY, linewidth=1.0, label="no position bias")
+        axes.axvline(ALWAYS_LONGER, color=ORANGE, linewidth=1.0, linestyle=":", label="longer wins at AlpacaEval")
+        _dots(axes, first, BLUE, "o", "earlier shown wins", shift=-0.13)
+        _dots(axes, longer, ORANGE, "s", "longer wins", shift=0.13)
         _legend(axes)
 
 
@@ -124,7 +119,7 @@ def _frame(axes: Axes, title: str, unit: str, rows: Sequence[_Row], *, with_name
     names = [name for name, _ in rows[:count]] if with_names else []
     axes.set_yticks(range(count), names or [""] * count, parse_math=False)
     axes.get_yticklabels()[0].set_fontweight("bold")
-    axes.axhline(0.5, color=_GRAY, linewidth=0.6, alpha=0.6)
+    axes.axhline(0.5, color=GRAY, linewidth=0.6, alpha=0.6)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel(unit, fontsize=9)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
@@ -155,10 +150,10 @@ def _pace(axes: Axes, people: Sequence[AnnotatorReport]) -> None:
     few = len(timed) <= len(_LINES)
     for position, (person, pace) in enumerate(timed):
         labels, seconds = zip(*pace.course, strict=True)
-        color = _LINES[position] if few else _GRAY
+        color = _LINES[position] if few else GRAY
         axes.plot(labels, seconds, color=color, linewidth=1.5, alpha=0.9 if few else 0.35, marker=".", markersize=4,
                   label=_name(person) if few else None)  # fmt: skip
-    axes.axhline(SECONDS_PER_LABEL, color=_GRAY, linewidth=0.9, linestyle="--", label="AlpacaEval")
+    axes.axhline(SECONDS_PER_LABEL, color=GRAY, linewidth=0.9, linestyle="--", label="AlpacaEval")
     low, high = axes.get_ylim()
     if high > 8 * max(low, 0.1) and min(second for _, pace in timed for _, second in pace.course) > 0:
         axes.set_yscale("log")
@@ -180,10 +175,10 @@ def _positions(axes: Axes, report: LabelReport) -> None:
 
     size = max(report.distribution.winners, key=lambda size: report.distribution.completions.get(size, 0))
     shares = report.distribution.winners[size]
-    bars = axes.bar(range(size), shares, color=_BLUE, width=0.62)
+    bars = axes.bar(range(size), shares, color=BLUE, width=0.62)
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=8, padding=3, bbox=behind, zorder=4)
-    axes.axhline(1 / size, color=_ORANGE, linewidth=1.2, linestyle="--", label="expected in random order", zorder=3)
+    axes.axhline(1 / size, color=ORANGE, linewidth=1.2, linestyle="--", label="expected in random order", zorder=3)
     axes.set_ylim(0, max(*shares, 1 / size) * 1.3)
     axes.set_xticks(range(size), [str(position + 1) for position in range(size)])
     axes.set_xlabel(f"position shown, of {size} completions", fontsize=9)
@@ -200,7 +195,7 @@ def _tiers(axes: Axes, report: LabelReport) -> None:
     from matplotlib.ticker import PercentFormatter
 
     total, names = sum(found.values()), list(found)
-    bars = axes.bar(range(len(names)), [times / total for times in found.values()], color=_GREEN, width=0.62)
+    bars = axes.bar(range(len(names)), [times / total for times in found.values()], color=GREEN, width=0.62)
     axes.bar_label(bars, [f"{times:,}" for times in found.values()], fontsize=8, padding=2)
     axes.set_ylim(0, max(found.values()) / total * 1.2)
     axes.set_xlim(-0.8, max(len(names), 3) - 0.2)
@@ -211,13 +206,12 @@ def _tiers(axes: Axes, report: LabelReport) -> None:
 
 
 def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=_LEGEND_SPACE)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    prepare(axes, title, pad=_LEGEND_SPACE)
+    axes.grid(visible=False)
 
 
 def _nothing(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", va="center", color=_GRAY)
+    axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", va="center", color=GRAY)
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -228,7 +228,7 @@ def _keep_records(context: PPOContext, data: PPOData) -> list[dict[str, Any]]:
         if (context.work / name).is_file():
             shutil.copyfile(context.work / name, context.output / name)
     if len(rows) > _FEWEST_ROWS:
-        draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
+        draw_curves(rows, context.output / "curves.png", stage="ppo", title=f"{context.recipe.name}: PPO")
     _judge(context.work, context.output)
     return rows
 

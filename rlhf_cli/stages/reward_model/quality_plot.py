@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_cli.plotting import BLUE, GRAY, ORANGE, has_matplotlib, new_picture, prepare, save
 from rlhf_cli.progress import say
 from rlhf_cli.rewards.estimates import Measured
 from rlhf_cli.stages.reward_model.evaluation import Bin, RankingReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_BLUE, _ORANGE, _GRAY = "#1f5a8c", "#d1622b", "#8a8a8a"
 
 
 def draw_quality(report: RankingReport, path: Path, *, title: str) -> bool:
@@ -28,29 +26,24 @@ def draw_quality(report: RankingReport, path: Path, *, title: str) -> bool:
     Returns:
         Whether it was drawn: not without matplotlib, which a message says.
     """
-    if find_spec("matplotlib") is None:
+    if not has_matplotlib():
         say(f"no {path.name}: matplotlib is not installed (`pip install 'rlhf-cli[plots]'`)")
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(13, 4.2), layout="constrained")
+    pairs = f"{report.accuracy.count:,} pairs of {report.accuracy.prompts:,} held-out prompts"
+    picture = new_picture(13, 4.2, f"{title}: {pairs}")
     reliability, margins, lengths = picture.subplots(1, 3)
     _reliability(reliability, report)
     _margins(margins, report)
     _lengths(lengths, report)
-    heading = f"{title}: {report.accuracy.count:,} pairs of {report.accuracy.prompts:,} held-out prompts"
-    picture.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-    FigureCanvasAgg(picture)
-    picture.savefig(path, dpi=110, metadata={"Software": None})
+    save(picture, path)
     return True
 
 
 def _reliability(axes: Axes, report: RankingReport) -> None:
     error = report.calibration
     _style(axes, "reliability", "confidence: sigmoid of the reward difference")
-    axes.plot([0.5, 1.0], [0.5, 1.0], color=_GRAY, linewidth=1.0, linestyle="--", label="calibrated")
-    _points(axes, [one.mean for one in report.reliability], report.reliability, _BLUE)
+    axes.plot([0.5, 1.0], [0.5, 1.0], color=GRAY, linewidth=1.0, linestyle="--", label="calibrated")
+    _points(axes, [one.mean for one in report.reliability], report.reliability, BLUE)
     axes.set_xlim(0.49, 1.01)
     text = f"calibration error {error.error.value:.3f}\n(about {error.if_calibrated:.3f} if calibrated)"
     axes.text(0.97, 0.05, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=8)
@@ -63,8 +56,8 @@ def _margins(axes: Axes, report: RankingReport) -> None:
     if len(bins) < 2:
         bins, unit = report.by_predicted_margin, "difference of the two rewards"
     _style(axes, "accuracy by margin", unit)
-    axes.axhline(0.5, color=_GRAY, linewidth=1.0, linestyle="--", label="chance")
-    _points(axes, [one.mean for one in bins], bins, _BLUE)
+    axes.axhline(0.5, color=GRAY, linewidth=1.0, linestyle="--", label="chance")
+    _points(axes, [one.mean for one in bins], bins, BLUE)
     if unit == "tiers between the two":
         axes.set_xticks([one.mean for one in bins])
     axes.legend(loc="lower right", fontsize=8, frameon=False)
@@ -73,13 +66,13 @@ def _margins(axes: Axes, report: RankingReport) -> None:
 def _lengths(axes: Axes, report: RankingReport) -> None:
     _style(axes, "length", "")
     rows: list[tuple[str, Measured | None, str]] = [
-        ("all pairs", report.accuracy, _BLUE),
-        ("longer\nchosen", report.longer_chosen, _BLUE),
-        ("shorter\nchosen", report.shorter_chosen, _BLUE),
-        ("always the\nlonger", report.always_longer, _ORANGE),
+        ("all pairs", report.accuracy, BLUE),
+        ("longer\nchosen", report.longer_chosen, BLUE),
+        ("shorter\nchosen", report.shorter_chosen, BLUE),
+        ("always the\nlonger", report.always_longer, ORANGE),
     ]
     known = [(name, measured, color) for name, measured, color in rows if measured is not None]
-    axes.axhline(0.5, color=_GRAY, linewidth=1.0, linestyle="--")
+    axes.axhline(0.5, color=GRAY, linewidth=1.0, linestyle="--")
     for number, (_, measured, color) in enumerate(known):
         _whisker(axes, float(number), measured, color)
     axes.set_xticks(range(len(known)), [name for name, _, _ in known], fontsize=8)
@@ -100,11 +93,6 @@ def _whisker(axes: Axes, center: float, measured: Measured, color: str) -> None:
 def _style(axes: Axes, title: str, unit: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    axes.set_xlabel(unit, fontsize=9)
-    axes.set_ylabel("accuracy", fontsize=9)
+    prepare(axes, title, unit, "accuracy")
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
