@@ -175,7 +175,12 @@ def check_wheel(folder: Path) -> None:
     if not Path(call(python, "-c", "import rlhf_cli; print(rlhf_cli.__file__)").strip()).is_relative_to(packages):
         raise FailedError("the fresh environment imports the checkout, not the wheel")
     rlhf = folder / "fresh" / "bin" / "rlhf"
-    for command in (("--help",), ("init", "mine"), ("recipe", "validate", "mine/recipes/quickstart.yaml")):
+    for command in (
+        ("--help",),
+        ("init", "mine"),
+        ("recipe", "validate", "mine/recipes/quickstart.yaml"),
+        ("quickstart", "--dry-run"),
+    ):
         call(rlhf, *command)
         print(f"from {wheel.name}: rlhf {' '.join(command)}", flush=True)
 

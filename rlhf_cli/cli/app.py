@@ -17,6 +17,7 @@ _STAGES = {
     if name != "label"
 }
 COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("rlhf_cli.cli.quickstart:quickstart", "Run the whole pipeline on a tiny model, in minutes."),
     "init": ("rlhf_cli.cli.init:init", "Write starter recipes and sample data to a folder."),
     "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe; resume an interrupted run."),
     **{name: _STAGES.get(name, ("rlhf_cli.cli.label.commands:app", REGISTRY[name][1])) for name in REGISTRY},
@@ -96,8 +97,7 @@ def rlhf(
 
     \b
     To start:
-      rlhf init my-run
-      rlhf run my-run/recipes/quickstart.yaml
+      rlhf quickstart
 
     Results are printed on stdout, messages and progress on stderr.
 

@@ -15,8 +15,21 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; created if missing.")],
 ) -> None:
     """Write starter recipes and sample data to a folder; existing files are never overwritten."""
-    from rlhf_cli.errors import DiskError, UsageError
     from rlhf_cli.progress import say
+
+    count = write_starter(folder)
+    say(f"wrote {count} files; next, run\n\n  cd {folder}\n  rlhf run recipes/quickstart.yaml\n")
+    typer.echo(folder)
+
+
+def write_starter(folder: Path) -> int:
+    """Write the starter files to a folder, and return their number.
+
+    Raises:
+        UsageError: one of them exists, or this installation has none.
+        DiskError: a file cannot be written.
+    """
+    from rlhf_cli.errors import DiskError, UsageError
 
     source = _starter_folder()
     files = [path for part in _PARTS for path in sorted((source / part).rglob("*")) if _is_starter_file(path)]
@@ -34,8 +47,7 @@ def init(
         raise UsageError(f"{error.filename} must be a folder, but is a file") from None
     except OSError as error:
         raise DiskError(f"cannot write {error.filename}: {(error.strerror or str(error)).lower()}") from error
-    say(f"wrote {len(targets)} files; next, run\n\n  cd {folder}\n  rlhf run recipes/quickstart.yaml\n")
-    typer.echo(folder)
+    return len(targets)
 
 
 def _is_starter_file(path: Path) -> bool:

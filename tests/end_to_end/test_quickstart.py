@@ -80,3 +80,27 @@ def test_killed_in_every_stage_it_completes_and_redoes_nothing(tmp_path: Path):
     again = subprocess.run(command(run_dir), env=environment(), capture_output=True, text=True, check=False)
     assert [row["status"] for row in json.loads(again.stdout)["stages"]] == ["cached"] * 5
     assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+
+
+def test_the_quickstart_command_needs_nothing_but_a_folder(tmp_path: Path):
+    """What somebody has who installed the package: recipe and data are written first, then all stages run."""
+    rlhf = str(Path(sys.executable).with_name("rlhf"))
+    changes = [part for setting in SMALL for part in ("--set", setting)]
+    first = subprocess.run(
+        [rlhf, "quickstart", *changes], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "rlhf-quickstart"
+    assert (folder / "runs" / "quickstart" / "report.html").is_file()
+    assert "talk to it: rlhf chat rlhf-quickstart/runs/quickstart" in first.stderr
+    recipe = folder / "recipes" / "quickstart.yaml"
+    recipe.write_text(recipe.read_text() + "# changed by its user\n")
+    again = subprocess.run(
+        [rlhf, "quickstart", *changes], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (again.returncode, "everything is up to date" in again.stderr) == (0, True)
+    assert recipe.read_text().endswith("# changed by its user\n"), "files that exist are never overwritten"
+    shown = subprocess.run(
+        [rlhf, "watch", "rlhf-quickstart/runs/quickstart"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "evaluate finished" in shown.stdout
