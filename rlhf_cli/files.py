@@ -54,15 +54,19 @@ def hash_folder(folder: Path) -> str:
     return total.hexdigest()
 
 
-def lock(file: IO[Any]) -> None:
+def lock(file: IO[Any], *, shared: bool = False) -> None:
     """Lock an open file until it is closed or the process ends, however it ends.
+
+    Args:
+        file: the file.
+        shared: let other shared locks be, where the system has such.
 
     Raises:
         BlockingIOError: another process has locked it.
         OSError: the file system has no locks.
     """
     if sys.platform != "win32":
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return
     position = file.tell()
     file.seek(_LOCKED_BYTE)
@@ -104,6 +108,14 @@ def rename(source: Path, target: Path) -> None:
     """Rename a file or folder durably. A file at `target` is replaced atomically (POSIX rename)."""
     source.replace(target)
     fsync(target.parent)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links; see `shutil.copytree`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def replace_folder(new: Path, target: Path, *, old: Path) -> None:

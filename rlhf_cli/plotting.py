@@ -76,7 +76,7 @@ def prepare(axes: Axes, title: str, x: str = "", y: str = "", *, pad: float = 6.
 
 
 def save(picture: Figure, path: Path) -> None:
-    """Write a picture in the format of the path's suffix; equal pictures give equal bytes.
+    """Write a picture in the format of the path's suffix; equal pictures give equal bytes as PNG.
 
     Raises:
         OSError: the file cannot be written.

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -196,7 +197,7 @@ class _Record:
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self.stage = ""
+        self.stage: str | None = None
         self.running: list[Task] = []
         self._wrote = 0.0
 
@@ -206,7 +207,8 @@ class _Record:
         if self.path is None or (now - self._wrote < _RECORD_EVERY and not at_once):
             return
         self._wrote = now
-        content = {"stage": self.stage, "time": time.time(), "tasks": [task.as_json() for task in self.running]}
+        content = {"host": socket.gethostname(), "time": time.time(), "stage": self.stage}
+        content["tasks"] = [task.as_json() for task in self.running]
         temporary = self.path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # it is only for display; the stage itself reports a failing disk
             temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -219,17 +221,16 @@ _RECORD_EVERY = 1.0
 
 
 @contextmanager
-def recorded(path: Path, stage: str) -> Iterator[None]:
-    """Keep a file with the running tasks while a stage runs, in the main process; it is removed at the end.
+def recorded(path: Path) -> Iterator[None]:
+    """Keep a file with the running tasks during a run, in the main process; it is removed at the end.
 
     Args:
-        path: the file: `{stage, time, tasks}`, time in seconds since 1970, tasks as in `Task.as_json`.
-        stage: name of the stage.
+        path: the file: `{host, time, stage, tasks}`, time in seconds since 1970, tasks as in `Task.as_json`.
     """
     if not is_main():
         yield
         return
-    _record.path, _record.stage = path, stage
+    _record.path, _record.stage = path, None
     _record.write(at_once=True)
     try:
         yield
@@ -237,6 +238,12 @@ def recorded(path: Path, stage: str) -> Iterator[None]:
         _record.path = None
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def begin_stage(name: str) -> None:
+    """Name the stage that begins, in the file of `recorded`."""
+    _record.stage = name
+    _record.write(at_once=True)
 
 
 @contextmanager

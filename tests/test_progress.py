@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 
 import pytest
 from rich.cells import cell_len
@@ -145,8 +146,10 @@ def read(path):
 
 def test_a_file_tells_other_processes_how_far_the_running_tasks_are(tmp_path, clock):
     path = tmp_path / ".progress.json"
-    with progress.recorded(path, "ppo"):
-        assert read(path) | {"time": 0} == {"stage": "ppo", "time": 0, "tasks": []}
+    with progress.recorded(path):
+        assert read(path) | {"time": 0} == {"host": socket.gethostname(), "stage": None, "time": 0, "tasks": []}
+        progress.begin_stage("ppo")
+        assert read(path)["stage"] == "ppo"
         with progress.task("ppo", 10, done=2) as steps:
             clock[0] += 6
             steps.advance(3, note="KL 3.2")
@@ -166,7 +169,7 @@ def test_a_file_tells_other_processes_how_far_the_running_tasks_are(tmp_path, cl
 
 def test_the_file_is_written_once_per_second_at_most(tmp_path, clock):
     path = tmp_path / ".progress.json"
-    with progress.recorded(path, "sft"), progress.task("sft", 100) as steps:
+    with progress.recorded(path), progress.task("sft", 100) as steps:
         for after, expected in ((0.3, 0), (0.3, 0), (0.5, 3), (0.9, 3), (0.2, 5)):
             clock[0] += after
             steps.advance()
@@ -175,14 +178,14 @@ def test_the_file_is_written_once_per_second_at_most(tmp_path, clock):
 
 def test_a_stage_goes_on_where_the_file_cannot_be_written_or_removed(tmp_path):
     folder = tmp_path / "gone"
-    with progress.recorded(folder / ".progress.json", "sft"), progress.task("sft", 2) as steps:
+    with progress.recorded(folder / ".progress.json"), progress.task("sft", 2) as steps:
         steps.advance(2)
-    with pytest.raises(ZeroDivisionError), progress.recorded(tmp_path / ".progress.json", "sft"):
+    with pytest.raises(ZeroDivisionError), progress.recorded(tmp_path / ".progress.json"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_main_process_writes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "is_main", lambda: False)
-    with progress.recorded(tmp_path / ".progress.json", "sft"), progress.task("sft", 2):
+    with progress.recorded(tmp_path / ".progress.json"), progress.task("sft", 2):
         assert list(tmp_path.iterdir()) == []

@@ -15,11 +15,15 @@ _WIDTH = 100
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")]
 Serve = Annotated[bool, typer.Option("--serve", help="Show it in a browser: start a web server and print its address.")]
 Once = Annotated[bool, typer.Option("--once", help="Print its state once, and end.")]
-Host = Annotated[str, typer.Option("--host", help="With --serve: address to listen on.")]
-Port = Annotated[int, typer.Option("--port", help="With --serve: 0 picks a free port.")]
+Host = Annotated[str | None, typer.Option("--host", help="With --serve: address to listen on.  [default: 127.0.0.1]")]
+Port = Annotated[
+    int | None,
+    typer.Option("--port", min=0, max=65_535, help="With --serve: 0 picks a free port.  [default: 8200]"),
+]
+_HOST, _PORT = "127.0.0.1", 8200
 
 
-def watch(run: Run, serve: Serve = False, once: Once = False, host: Host = "127.0.0.1", port: Port = 8200) -> None:
+def watch(run: Run, serve: Serve = False, once: Once = False, host: Host = None, port: Port = None) -> None:
     """Show a run while it goes on: progress, time left, curves, health, completions of fixed prompts.
 
     It reads the files of the run alone, so the run may be that of another process, or a folder of another machine.
@@ -28,9 +32,13 @@ def watch(run: Run, serve: Serve = False, once: Once = False, host: Host = "127.
     from rlhf_cli.errors import Interrupted, UsageError
 
     folder = run.expanduser()
+    options = (("--host", host), ("--port", port))
+    if given := [name for name, value in options if value is not None and not serve]:
+        raise UsageError(f"`{given[0]}` has no effect without `--serve`", hint=f"add `--serve`, or remove `{given[0]}`")
     if serve:
         if once:
             raise UsageError("`--once` has no effect with `--serve`", hint="use one of them")
+        host, port = host or _HOST, _PORT if port is None else port
         from rlhf_cli.progress import say, warn
         from rlhf_cli.watch import page
         from rlhf_cli.web.security import is_loopback

@@ -19,6 +19,7 @@ from rlhf_cli.training.monitoring.run_files import DETECTIONS, ENDED, METRICS, S
 from rlhf_cli.training.monitoring.step_lines import read_rows
 
 State = Literal["finished", "running", "stopped", "diverged", "interrupted", "failed", "killed", "damaged"]
+Row = dict[str, Any]
 _STATES: Mapping[str, State] = {
     "DetectorStopError": "stopped",
     "DivergedError": "diverged",
@@ -29,6 +30,27 @@ _SAY_WHY = frozenset({"sft", "train-rm", "ppo"})
 """Stages with a training loop, which writes why it ended."""
 _SHOWN = 3
 """Sample completions that are quoted."""
+
+
+@dataclass(frozen=True)
+class StageState:
+    """Where a stage of a run is.
+
+    Attributes:
+        stage: its name.
+        folder: with its files: the work folder of an unfinished stage, else its artifact.
+        state: see `StageDiagnosis`.
+        metrics: of its manifest; empty for an unfinished stage.
+        told: the message it ended with, if it did not finish.
+        hint: that of the message.
+    """
+
+    stage: str
+    folder: Path
+    state: State
+    metrics: Mapping[str, float | None]
+    told: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,24 +112,16 @@ def diagnose(folder: Path) -> Diagnosis:
         UsageError: the folder is not a run directory.
     """
     check_run_directory(folder)
-    stages = diagnose_stages(folder, is_running=RunDirectory(folder).is_in_use)
+    run = RunDirectory(folder)
+    is_running = run.is_in_use
+    states = [state_of(run, stage, is_running=is_running) for stage in REGISTRY]
+    stages = [_diagnose(one) for one in states if one is not None]
     if not stages:
         raise UsageError(
             f"{folder} is not a run directory: no stage has written anything in it",
             hint="name the directory of a run: what `rlhf run` got as `--run-dir`, else runs/NAME",
         )
     return Diagnosis(folder, stages)
-
-
-def diagnose_stages(folder: Path, *, is_running: bool) -> list[StageDiagnosis]:
-    """Diagnose the stages of a run directory that left something.
-
-    Args:
-        folder: run directory.
-        is_running: whether a process works on the run; else an unfinished stage was interrupted or killed.
-    """
-    found = [_diagnose(RunDirectory(folder), stage, is_running) for stage in REGISTRY]
-    return [one for one in found if one is not None]
 
 
 def check_run_directory(folder: Path) -> None:
@@ -129,35 +143,49 @@ def check_run_directory(folder: Path) -> None:
         )
 
 
-def _diagnose(run: RunDirectory, stage: str, is_running: bool) -> StageDiagnosis | None:
+def state_of(run: RunDirectory, stage: str, *, is_running: bool) -> StageState | None:
+    """Return where a stage is; None if it has left nothing.
+
+    Args:
+        run: run directory.
+        stage: name of the stage.
+        is_running: whether a process works on the stage; else an unfinished one was interrupted or killed.
+    """
     work, artifact = run.work(stage), run.artifact(stage)
     if has_files(work):
         ended = _ended(work)
         without_word: State = "killed" if stage in _SAY_WHY else "interrupted"
         state: State = _STATES.get(ended["error"], "failed") if ended else "running" if is_running else without_word
-        return _judge(stage, work, state, {}, told=ended.get("message") or "", hint=ended.get("hint") or "")
+        return StageState(stage, work, state, {}, ended.get("message") or "", ended.get("hint") or "")
     if not artifact.is_dir():
         return None
     try:
-        return _judge(stage, artifact, "finished", read_manifest(artifact).metrics)
+        return StageState(stage, artifact, "finished", read_manifest(artifact).metrics)
     except DamagedArtifact as damage:
-        hint = f"run again with `--force {stage}`"
-        return _judge(stage, artifact, "damaged", {}, told=str(damage), hint=hint)
+        return StageState(stage, artifact, "damaged", {}, str(damage), f"run again with `--force {stage}`")
 
 
-def _judge(
-    stage: str, folder: Path, state: State, metrics: Mapping[str, float | None], *, told: str = "", hint: str = ""
-) -> StageDiagnosis:
-    rows = read_rows(folder / METRICS)
-    if stage == "ppo":
-        findings = health.judge(rows, read_rows(folder / DETECTIONS))
-    else:
-        rule = _RULES.get(stage)
-        findings = [] if rule is None else health.by_severity(rule(rows, metrics))
-    is_unusual = health.verdict(findings) != "fine" or state not in ("finished", "running")
-    samples = _last_samples(folder) if is_unusual else ()
+def findings_of(one: StageState, rows: Sequence[Row], detections: Sequence[Row]) -> list[Finding]:
+    """Return what the metrics of a stage show, the worst first.
+
+    Args:
+        one: the stage.
+        rows: of its `metrics.jsonl`.
+        detections: of its `detections.jsonl`.
+    """
+    if one.stage == "ppo":
+        return health.judge(rows, detections)
+    rule = _RULES.get(one.stage)
+    return [] if rule is None else health.by_severity(rule(rows, one.metrics))
+
+
+def _diagnose(one: StageState) -> StageDiagnosis:
+    rows = read_rows(one.folder / METRICS)
+    findings = findings_of(one, rows, read_rows(one.folder / DETECTIONS))
+    is_unusual = health.verdict(findings) != "fine" or one.state not in ("finished", "running")
+    samples = _last_samples(one.folder) if is_unusual else ()
     steps = max((row["step"] for row in rows), default=0)
-    return StageDiagnosis(stage, state, steps, told, hint, findings, samples)
+    return StageDiagnosis(one.stage, one.state, steps, one.told, one.hint, findings, samples)
 
 
 def _ended(work: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@
     runs/NAME/kept/label/     what cannot be computed again: human labels, paid verdicts
     runs/NAME/kept/evaluate/  earlier evaluations, each in a folder named by its fingerprint
     runs/NAME/.lock           locked while a process uses the run directory
-    runs/NAME/.progress.json  how far the running stage is, for `rlhf watch`
+    runs/NAME/.progress.json  how far a process is, for `rlhf watch`
 
 `.ppo.output` is at the same depth as `ppo`, so that relative paths inside an artifact stay valid after the rename.
 """
@@ -66,7 +66,7 @@ class RunDirectory:
 
     @property
     def progress_file(self) -> Path:
-        """File with the progress of the running stage."""
+        """File with the progress of the process that uses the run directory."""
         return self.path / ".progress.json"
 
     def _old(self, stage: str) -> Path:
@@ -105,7 +105,7 @@ class RunDirectory:
         """Whether a process is using the run directory."""
         try:
             with (self.path / ".lock").open("rb+") as file:
-                lock(file)
+                lock(file, shared=True)
         except BlockingIOError:
             return True
         except OSError:  # no lock file, or one that may not be opened
@@ -244,4 +244,5 @@ def _sha256(identity: Identity) -> str:
 def has_files(folder: Path) -> bool:
     """Whether a work folder contains anything to resume from, at any depth."""
     decisions = (PRECISION_RECORD, ENGINE_RECORD)
-    return folder.is_dir() and any(path.is_file() and path.name not in decisions for path in folder.rglob("*"))
+    # Unlike `rglob`, `walk` passes over a folder that another process removes meanwhile.
+    return any(name not in decisions for _, _, names in os.walk(folder) for name in names)

@@ -28,7 +28,7 @@ from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.record import Record
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.progress import recorded, say, warn
+from rlhf_cli.progress import begin_stage, recorded, say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.base import Section
@@ -111,7 +111,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     if not is_main():
         _follow(recipe, directory, coordinator)
         return RunResult(folder, [])
-    with directory.lock(), SignalStop() as stop, disk_errors(folder):
+    with directory.lock(), SignalStop() as stop, disk_errors(folder), recorded(directory.progress_file):
         directory.recover()
         planner = Planner(recipe, directory, chosen, selection)
         steps = planner.plan()
@@ -203,6 +203,7 @@ class _Executor:
             say(f"{name}: the earlier results will move to {earlier}; another --run-dir keeps both in place")
         self._accept_inputs(step)
         self._record.begin_stage(name)
+        begin_stage(name)
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
         self._run.publish(name, manifest, earlier=earlier)
@@ -230,8 +231,7 @@ class _Executor:
         context = _context(self._recipe, self._run, step.stage, step.inputs, self._stop)
         started, clock = now(), time.monotonic()
         self._coordinator.broadcast(StageStart(step.stage.name, step.inputs.to_json()))
-        with recorded(self._run.progress_file, step.stage.name):
-            outcome = _run_stage(context)
+        outcome = _run_stage(context)
         self._coordinator.barrier()
         outputs = list_outputs(context.output)
         if not outputs:

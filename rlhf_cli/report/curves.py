@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.report.charts import Mark, Series, chart
 from rlhf_cli.report.gather import RunFiles
-from rlhf_cli.training.monitoring.panels import PANELS, Panel, trace
+from rlhf_cli.training.monitoring.panels import PANELS, Panel, thinned, trace
 
 _POINTS = 400
 """Points of a curve on the page: more cannot be seen."""
@@ -38,9 +38,9 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: Panel) -> Picture | None
         if found is None:
             continue
         if len(runs) == 1 and found.smooth != found.raw:
-            series.append(Series("", _thinned(found.raw), "muted"))
+            series.append(Series("", thinned(found.raw, _POINTS), "muted"))
         name = run.name if len(runs) > 1 else "training"
-        series.append(Series(name, _thinned(found.smooth), run.group % 5, "line"))
+        series.append(Series(name, thinned(found.smooth, _POINTS), run.group % 5, "line"))
         if found.held_out and len(runs) == 1:
             series.append(Series("held out", found.held_out, 1, "both"))
         captions.append(found.caption)
@@ -49,11 +49,6 @@ def _panel(runs: Sequence[RunFiles], stage: str, panel: Panel) -> Picture | None
     svg = chart(series, title=title, x="step", y=panel.unit, marks=mark, shows=panel.shows, has_whole_x=True)
     seen = f"{panel.unit}: {'; '.join(captions)}" if len(runs) <= 2 else panel.unit
     return Picture(panel.title, seen, svg) if svg else None
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    step = max(1, -(-len(points) // _POINTS))
-    return [*points[::step], *(points[-1:] if (len(points) - 1) % step else ())]
 
 
 def reward_against_kl(runs: Sequence[RunFiles]) -> Picture | None:
@@ -80,7 +75,7 @@ def _against_kl(run: RunFiles, kl: str, reward: str) -> list[tuple[float, float]
     rows = run.metrics.get("ppo", ())
     found = [(row.get(kl), row.get(reward)) for row in rows]
     points = [(math.sqrt(max(0.0, a)), b) for a, b in found if isinstance(a, float) and isinstance(b, float)]
-    return _thinned(sorted(points))
+    return thinned(sorted(points), _POINTS)
 
 
 def _best_of_n(found: Mapping[str, Any] | None) -> list[Series]:

@@ -232,7 +232,7 @@ _METRICS = (
     ("tokens", "length in tokens", "{:.1f}"),
     ("finished", "finished", "{:z.1%}"),
     ("entropy", "entropy, nats per token", "{:z.2f}"),
-    ("kl_upper_bound", "KL of best-of-n, nats, at most", "{:z.1f}"),
+    ("kl_upper_bound", "KL to the model it draws from, nats, at most", "{:z.1f}"),
     ("perplexity", "perplexity of demonstrations", "{:z.2f}"),
     ("repeated_4", "repeated sequences of 4 words", "{:z.1%}"),
     ("distinct_2", "distinct word pairs", "{:z.2f}"),

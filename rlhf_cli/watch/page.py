@@ -14,7 +14,7 @@ from rlhf_cli.report.curves import Picture, reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles
 from rlhf_cli.report.texts import Pieces, shortened, side_by_side
 from rlhf_cli.training.monitoring.panels import PANELS
-from rlhf_cli.watch.state import Completions, LiveRun, read_live
+from rlhf_cli.watch.state import Completions, LiveRun, Watcher
 from rlhf_cli.web.security import RequestGuard
 from rlhf_cli.web.server import address_of, listen, require_packages, run_until_stopped
 
@@ -42,7 +42,7 @@ def render(run: LiveRun) -> str:
 def _charts(run: LiveRun) -> list[Picture]:
     if run.stage is None or run.stage not in PANELS:
         return []
-    files = RunFiles(run.folder, {}, metrics={run.stage: [dict(row) for row in run.rows]})
+    files = RunFiles(run.folder, {}, metrics={run.stage: run.rows})
     found = training_charts([files], run.stage)
     against = reward_against_kl([files]) if run.stage == "ppo" else None
     return [*found, *([against] if against is not None else [])]
@@ -81,14 +81,17 @@ def serve(folder: Path, *, host: str, port: int, announce: Callable[[str], None]
     require_packages("the page of `rlhf watch`")
     from starlette.applications import Starlette
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, Response
+    from starlette.responses import HTMLResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    read_live(folder)
+    watcher = Watcher(folder)
     style = _asset("rlhf_cli.report", "report.css")
 
     def page(_: Request) -> Response:
-        return HTMLResponse(render(read_live(folder)))
+        try:
+            return HTMLResponse(render(watcher.look()))
+        except OSError as error:  # of a mounted folder, perhaps for a moment
+            return PlainTextResponse(f"cannot read {folder}: {error}", 503, {"Refresh": str(_EVERY)})
 
     def stylesheet(_: Request) -> Response:
         return Response(style, media_type="text/css")

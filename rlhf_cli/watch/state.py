@@ -1,29 +1,37 @@
-"""What a run is doing, from its files alone: those of a process on this machine, or a folder of another one."""
+"""What a run is doing, from its files alone: those of a process on this machine, or of another one's folder."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import socket
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rlhf_cli.pipeline.diagnosis import StageDiagnosis, check_run_directory, diagnose_stages
+from pydantic import AfterValidator, BaseModel, ValidationError
+
+from rlhf_cli.pipeline.diagnosis import StageState, check_run_directory, findings_of, state_of
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.progress import format_clock
+from rlhf_cli.progress import format_clock, printable
+from rlhf_cli.stages.registry import REGISTRY
 from rlhf_cli.training.monitoring.health.findings import Finding
-from rlhf_cli.training.monitoring.run_files import METRICS, SAMPLES
-from rlhf_cli.training.monitoring.step_lines import read_rows
+from rlhf_cli.training.monitoring.run_files import DETECTIONS, METRICS, SAMPLES
+from rlhf_cli.training.monitoring.step_lines import readable_rows
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
+Shown = Annotated[str, AfterValidator(printable)]
+"""Text that another process wrote, without terminal control characters."""
 
 _SILENT = 300.0
-"""Seconds without progress after which a run whose lock is not seen here has ended: loading a model takes minutes."""
+"""Seconds without progress after which a run of another machine has ended: hashing a large model takes minutes."""
+FRESH = 1.0
+"""Seconds for which one look serves all who ask: several pages, or several requests of one."""
 
 
-@dataclass(frozen=True)
-class RunningTask:
+class RunningTask(BaseModel):
     """What a progress bar of the run shows.
 
     Attributes:
@@ -36,22 +44,38 @@ class RunningTask:
         is_guess: no unit has ended yet.
     """
 
-    label: str
+    label: Shown
     done: int
     total: int
-    unit: str
-    doing: str
-    seconds_left: float | None
-    is_guess: bool
+    unit: Shown
+    doing: Shown = ""
+    seconds_left: float | None = None
+    is_guess: bool = False
 
     @property
     def text(self) -> str:
         """All of it in a line, without the label."""
-        left = (
-            "" if self.seconds_left is None else f"{'~' if self.is_guess else ''}{format_clock(self.seconds_left)} left"
-        )
+        about = "~" if self.is_guess else ""
+        left = "" if self.seconds_left is None else f"{about}{format_clock(self.seconds_left)} left"
         count = f"{self.done:,} of {self.total:,} {self.unit}"
         return ", ".join(part for part in (count, left, self.doing) if part)
+
+
+class _Progress(BaseModel):
+    """The progress record of a run, see `progress.recorded`; without one, and if it cannot be read, it has no time."""
+
+    host: str = ""
+    time: float = 0.0
+    stage: str | None = None
+    tasks: tuple[RunningTask, ...] = ()
+
+    @staticmethod
+    def read(path: Path) -> _Progress:
+        try:
+            found = _Progress.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return _Progress()
+        return found if found.stage in (None, *REGISTRY) else _Progress()
 
 
 @dataclass(frozen=True)
@@ -82,76 +106,130 @@ class LiveRun:
     Attributes:
         folder: run directory.
         is_running: whether a process works on it.
-        stages: that have begun, in order.
+        states: stage -> state, of those that have begun, in order.
         stage: the running one, else the last one with metrics; None before any stage has begun.
         tasks: what is running in it.
         rows: its `metrics.jsonl`.
+        findings: what stands out in them.
         completions: of its fixed prompts.
     """
 
     folder: Path
     is_running: bool
-    stages: Sequence[StageDiagnosis]
+    states: dict[str, str]
     stage: str | None
     tasks: Sequence[RunningTask]
     rows: Sequence[Row]
+    findings: Sequence[Finding]
     completions: Sequence[Completions]
 
     @property
-    def findings(self) -> Sequence[Finding]:
-        """What stands out in the stage that is shown."""
-        found = [finding for one in self.stages if one.stage == self.stage for finding in one.findings]
-        return [finding for finding in found if finding.severity != "fine"]
-
-    @property
     def summary(self) -> str:
-        """Whether it is running, and the state of each stage, in a line."""
-        states = [f"{one.stage} {one.state}" for one in self.stages]
-        begun = {one.stage for one in self.stages}
-        if self.is_running and self.stage is not None and self.stage not in begun:
-            states.append(f"{self.stage} running")
-        return ", ".join(states) or ("no stage has begun" if self.is_running else "nothing is running, nothing is done")
+        """The state of each stage, in a line."""
+        found = ", ".join(f"{stage} {state}" for stage, state in self.states.items())
+        return found or ("no stage has begun" if self.is_running else "no process is running, and no stage is done")
 
 
-def read_live(folder: Path) -> LiveRun:
-    """Read the state of a run.
+class Watcher:
+    """Looks at the files of a run again and again; only what was added since the last look is read.
+
+    Args:
+        folder: run directory.
 
     Raises:
         UsageError: the folder cannot be a run directory.
     """
-    check_run_directory(folder)
-    run = RunDirectory(folder)
-    progress = _progress(run.progress_file)
-    is_fresh = time.time() - progress.get("time", 0.0) < _SILENT
-    is_running = run.is_in_use or is_fresh
-    stages = diagnose_stages(folder, is_running=is_running)
-    with_metrics = [one.stage for one in stages if one.steps]
-    stage = progress.get("stage") if is_running else None
-    shown = stage or (with_metrics[-1] if with_metrics else None)
-    files = _files(run, shown) if shown is not None else None
-    return LiveRun(
-        folder=folder,
-        is_running=is_running,
-        stages=stages,
-        stage=shown,
-        tasks=[RunningTask(**one) for one in progress.get("tasks", ())] if is_running else (),
-        rows=[] if files is None else read_rows(files / METRICS),
-        completions=[] if files is None else _completions(read_rows(files / SAMPLES)),
-    )
+
+    def __init__(self, folder: Path) -> None:
+        check_run_directory(folder)
+        self._run = RunDirectory(folder)
+        self._files: dict[Path, _GrowingFile] = {}
+        self._judged: tuple[tuple[Any, ...], list[Finding]] = ((), [])
+        self._lock = threading.Lock()
+        self._last: LiveRun | None = None
+        self._looked = 0.0
+
+    def look(self) -> LiveRun:
+        """Return what the run is doing; for a second, what the last call returned."""
+        with self._lock:
+            if self._last is None or time.monotonic() - self._looked > FRESH:
+                try:
+                    self._last = self._read()
+                except OSError:  # a stage was published, or a checkpoint removed, between two looks at its folder
+                    time.sleep(0.2)
+                    self._last = self._read()
+                self._looked = time.monotonic()
+            return self._last
+
+    def _read(self) -> LiveRun:
+        run = self._run
+        progress = _Progress.read(run.progress_file)
+        is_fresh = progress.host != socket.gethostname() and abs(time.time() - progress.time) < _SILENT
+        is_running = run.is_in_use or is_fresh
+        running = progress.stage if is_running else None
+        found = {stage: state_of(run, stage, is_running=is_running and running in (None, stage)) for stage in REGISTRY}
+        if running is not None:  # before it has written anything, an earlier artifact or nothing is there
+            found[running] = StageState(running, run.work(running), "running", {})
+        begun = {stage: one for stage, one in found.items() if one is not None}
+        with_metrics = [one for one in begun.values() if (one.folder / METRICS).is_file()]
+        shown = found.get(running or "") or (with_metrics[-1] if with_metrics else None)
+        rows = [] if shown is None else self._rows(shown.folder / METRICS)
+        samples = [] if shown is None else self._rows(shown.folder / SAMPLES)
+        return LiveRun(
+            folder=run.path,
+            is_running=is_running,
+            states={stage: one.state for stage, one in begun.items()},
+            stage=None if shown is None else shown.stage,
+            tasks=progress.tasks if is_running else (),
+            rows=rows,
+            findings=[] if shown is None else self._findings(shown, rows),
+            completions=_completions(samples),
+        )
+
+    def _rows(self, path: Path) -> list[Row]:
+        return self._files.setdefault(path, _GrowingFile(path)).read()
+
+    def _findings(self, shown: StageState, rows: Sequence[Row]) -> list[Finding]:
+        detections = self._rows(shown.folder / DETECTIONS)
+        key = (shown.folder, shown.state, len(rows), rows[-1:], len(detections))
+        if key != self._judged[0]:
+            found = [one for one in findings_of(shown, rows, detections) if one.severity != "fine"]
+            self._judged = key, [dataclasses.replace(one, seen=printable(one.seen)) for one in found]
+        return self._judged[1]
 
 
-def _progress(path: Path) -> dict[str, Any]:
-    """Return the progress record; empty without one, or if it cannot be read."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+class _GrowingFile:
+    """The rows of a file of one JSON object per line that another process appends to, or replaces."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._clear(None)
+
+    def _clear(self, file: tuple[int, int] | None) -> None:
+        self._file, self._bytes = file, 0
+        self._rows: list[Row] = []
+
+    def read(self) -> list[Row]:
+        """Return all rows; of a file that grew, only the new lines are read."""
+        try:
+            with self._path.open("rb") as file:
+                stat = self._path.stat()
+                if self._file != (stat.st_dev, stat.st_ino) or stat.st_size < self._bytes:
+                    self._clear((stat.st_dev, stat.st_ino))
+                file.seek(self._bytes)
+                added = file.read()
+        except FileNotFoundError:
+            self._clear(None)
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        self._bytes += len(whole)
+        self._rows = [*self._rows, *readable_rows(whole)] if whole else self._rows
+        return self._rows
 
 
-def _files(run: RunDirectory, stage: str) -> Path:
-    """Return the folder with the files that a stage writes as it runs, or wrote."""
-    return run.work(stage) if (run.work(stage) / METRICS).exists() else run.artifact(stage)
+def read_live(folder: Path) -> LiveRun:
+    """Return the state of a run at one moment; see `Watcher`."""
+    return Watcher(folder).look()
 
 
 def _completions(rows: Sequence[Row]) -> list[Completions]:
@@ -160,9 +238,8 @@ def _completions(rows: Sequence[Row]) -> list[Completions]:
     for row in rows:
         if isinstance(row.get("completion"), str) and isinstance(row.get("prompt"), str):
             found.setdefault(row["prompt"], []).append(row)
-    return [
-        Completions(
-            prompt, own[0]["step"], own[0]["completion"], own[-1]["step"], own[-1]["completion"], own[-1].get("score")
-        )
-        for prompt, own in found.items()
-    ]
+    return [_first_and_last(prompt, own[0], own[-1]) for prompt, own in found.items()]
+
+
+def _first_and_last(prompt: str, first: Row, last: Row) -> Completions:
+    return Completions(prompt, first["step"], first["completion"], last["step"], last["completion"], last.get("score"))

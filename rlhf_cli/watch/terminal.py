@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -15,11 +15,13 @@ from rich.text import Text
 
 from rlhf_cli.progress import printable
 from rlhf_cli.training.monitoring.health.report import excerpt
-from rlhf_cli.training.monitoring.panels import PANELS, Panel, Trace, trace
-from rlhf_cli.watch.state import Completions, LiveRun, RunningTask, read_live
+from rlhf_cli.training.monitoring.panels import PANELS, Panel, Trace, thinned, trace
+from rlhf_cli.watch.state import Completions, LiveRun, RunningTask, Watcher
 
 EVERY = 2.0
-"""Seconds between two looks at the files."""
+"""Seconds between two pictures, at least."""
+_IDLE = 5
+"""Seconds of rest per second of drawing: the run needs the processor more."""
 _TWO_COLUMNS = 100
 """Columns of a terminal from which two charts stand side by side."""
 _CHART, _LOWEST_CHART = 9, 5
@@ -31,7 +33,7 @@ _FINDINGS, _PROMPTS = 3, 2
 
 
 def watch(folder: Path, console: Console) -> LiveRun:
-    """Show a run until nothing works on it any more, and leave its last state on the terminal.
+    """Show a run until no process works on it any more, and leave its last state on the terminal.
 
     Args:
         folder: run directory.
@@ -40,13 +42,16 @@ def watch(folder: Path, console: Console) -> LiveRun:
     Raises:
         UsageError: the folder cannot be a run directory.
     """
-    run = read_live(folder)
+    watcher = Watcher(folder)
+    run = watcher.look()
     if run.is_running:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while run.is_running:
+                began = time.monotonic()
                 live.update(picture(run, console.width, console.height), refresh=True)
-                time.sleep(EVERY)
-                run = read_live(folder)
+                spent = time.monotonic() - began
+                time.sleep(max(EVERY, _IDLE * spent))
+                run = watcher.look()
     console.print(picture(run, console.width))
     return run
 
@@ -57,15 +62,28 @@ def picture(run: LiveRun, width: int, height: int | None = None) -> RenderableTy
     Args:
         run: its state.
         width: columns.
-        height: lines that it may take, in which charts are lower and fewer; None is without a limit.
+        height: lines that it may take: first what is running, then a chart, findings and completions, then more
+            charts; None is without a limit.
     """
+    folder = printable(str(run.folder))
     head: list[RenderableType] = [
-        Text.assemble((printable(str(run.folder)), "bold"), f": {run.summary}"),
+        Text.assemble((folder, "bold"), f": {run.summary}"),
         *(_progress(task, width) for task in run.tasks),
     ]
-    foot = [*_findings(run), *_completions(run.completions)]
-    free = None if height is None else height - _lines([*head, *foot], width) - 1
-    return Group(*head, *_charts(run, width, free), *foot)
+    found = [(panel, trace(run.rows, panel)) for panel in PANELS.get(run.stage or "", ())]
+    traces = [(panel, one) for panel, one in found if one is not None]
+    foot = [*_findings(run, folder), *_completions(run.completions)]
+    if height is None:
+        return Group(*head, *_charts(traces, width, None), *foot)
+    free = height - _lines(head, width) - 1
+    least = _LOWEST_CHART + _FRAME if traces else 0
+    kept: list[RenderableType] = []
+    for part in foot:
+        if _lines([*kept, part], width) > free - (least if free >= least else 0):
+            break
+        kept.append(part)
+    free -= _lines(kept, width)
+    return Group(*head, *(_charts(traces, width, free) if free >= least else ()), *kept)
 
 
 def _lines(parts: Sequence[RenderableType], width: int) -> int:
@@ -83,11 +101,8 @@ def _progress(task: RunningTask, width: int) -> RenderableType:
     return line
 
 
-def _charts(run: LiveRun, width: int, free: int | None) -> list[RenderableType]:
+def _charts(traces: Sequence[tuple[Panel, Trace]], width: int, free: int | None) -> list[RenderableType]:
     """Return the curves of the stage, as many as fit into the free lines."""
-    traces = [
-        (panel, found) for panel in PANELS.get(run.stage or "", ()) if (found := trace(run.rows, panel)) is not None
-    ]
     columns = 2 if width >= _TWO_COLUMNS else 1
     column = (width - _GAP * (columns - 1)) // columns
     lines = _CHART
@@ -112,7 +127,8 @@ def _chart(panel: Panel, found: Trace, width: int, height: int) -> RenderableTyp
         return title
     from uniplot import plot_to_string
 
-    steps, values = zip(*found.smooth, strict=True)
+    points = thinned(found.smooth, 2 * width)
+    steps, values = zip(*points, strict=True)
     low, high = _range(values)
     drawn = plot_to_string(
         xs=[list(steps)],
@@ -138,24 +154,26 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high - low >= least else (low - least, high + least)
 
 
-def _findings(run: LiveRun) -> list[RenderableType]:
+def _findings(run: LiveRun, folder: str) -> list[RenderableType]:
     if not run.rows:
         return []
     if not run.findings:
         return [Text("health: nothing stands out")]
     shown = [Text(f"health: {one.severity}, {one.subject}: {one.seen}") for one in run.findings[:_FINDINGS]]
     more = len(run.findings) - len(shown)
-    return [*shown, *([Text(f"health: {more:,} more, see `rlhf diagnose {run.folder}`")] if more else [])]
+    return [*shown, *([Text(f"health: {more:,} more, see `rlhf diagnose {folder}`")] if more else [])]
 
 
 def _completions(found: Sequence[Completions]) -> list[RenderableType]:
-    parts: list[RenderableType] = []
-    for one in found[:_PROMPTS]:
-        parts.append(Text(excerpt(one.prompt, 200), style="cyan", no_wrap=True, overflow="ellipsis"))
-        sides = [(one.last_step, one.last)]
-        if one.first_step < one.last_step:
-            sides.insert(0, (one.first_step, one.first))
-        for step, completion in sides:
-            text = f"{'before training' if step == 0 else f'step {step:,}'}: {excerpt(completion, 240)}"
-            parts.append(Padding(Text(text), (0, 0, 0, 2)))
-    return parts
+    """Return each prompt with its first and its newest completion."""
+    return [Group(*_of_prompt(one)) for one in found[:_PROMPTS]]
+
+
+def _of_prompt(one: Completions) -> Iterator[RenderableType]:
+    yield Text(excerpt(one.prompt, 200), style="cyan", no_wrap=True, overflow="ellipsis")
+    sides = [(one.last_step, one.last)]
+    if one.first_step < one.last_step:
+        sides.insert(0, (one.first_step, one.first))
+    for step, completion in sides:
+        text = f"{'before training' if step == 0 else f'step {step:,}'}: {excerpt(completion, 240)}"
+        yield Padding(Text(text), (0, 0, 0, 2))

@@ -58,13 +58,15 @@ class PPORun:
     def _write(self, name: str, rows: list[dict]) -> None:
         (self.work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def progress(self, *, age: float = 0.0) -> None:
-        """Write the progress record of a process that wrote it `age` seconds ago."""
+    def progress(
+        self, *, age: float = 0.0, host: str = "another", stage: str | None = "ppo", **changes: object
+    ) -> None:
+        """Write the progress record of a process that wrote it `age` seconds ago, by default of another machine."""
         shown = {
             "label": "ppo", "done": 30, "total": 60, "unit": "steps", "doing": "updates", "seconds_left": 65.2,
             "is_guess": False,
         }  # fmt: skip
-        content = {"stage": "ppo", "time": time.time() - age, "tasks": [shown]}
+        content = {"host": host, "time": time.time() - age, "stage": stage, "tasks": [shown]} | changes
         (self.folder / ".progress.json").write_text(json.dumps(content))
 
     @contextmanager

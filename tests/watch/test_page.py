@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from rlhf_cli.watch.page import render
-from rlhf_cli.watch.state import read_live
+from rlhf_cli.watch.state import FRESH, read_live
 
 
 def test_it_shows_hostile_texts_as_text_and_reloads_while_the_run_goes_on(ppo_run):
@@ -31,6 +32,19 @@ def test_it_shows_hostile_texts_as_text_and_reloads_while_the_run_goes_on(ppo_ru
     assert len(page) < 1_000_000
     (ppo_run.folder / ".progress.json").unlink()
     assert "http-equiv" not in render(read_live(ppo_run.folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "9"], "`--port` has no effect without `--serve`"),
+        (["--host", "evil"], "`--host` has no effect without `--serve`"),
+        (["--serve", "--once"], "`--once` has no effect with `--serve`"),
+    ],
+)
+def test_options_without_effect_are_refused(ppo_run, rlhf_here, options, said):
+    code, message = rlhf_here("watch", ppo_run.folder, *options)
+    assert (code, said in message) == (2, True)
 
 
 @contextmanager
@@ -56,7 +70,8 @@ def test_the_command_serves_it_to_this_machine_alone(ppo_run):
         refused = httpx.get(link, headers={"Host": "evil.example"})
         assert (refused.status_code, "unknown Host" in refused.text) == (403, True)
         ppo_run.steps(40)
-        assert "after step 40" in httpx.get(link).text, "each request reads the files anew"
+        time.sleep(1.1 * FRESH)
+        assert "after step 40" in httpx.get(link).text, "the files are read again"
 
 
 @pytest.mark.slow

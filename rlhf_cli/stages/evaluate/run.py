@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.evaluate.settings import EvaluateSettings
     from rlhf_cli.stages.evaluate.sides import Side
 
+_STEPS = "steps"
 _WIDEST = 100
 """Columns of what is printed: longer lines are tiring to read."""
 
@@ -237,8 +238,11 @@ def _model_name(source: str) -> str:
     if not folder.is_dir():
         return source
     folder = folder.resolve()
-    artifact = next((one for one in (folder, *folder.parents[:2]) if (one / "manifest.json").is_file()), None)
-    return folder.name if artifact is None else folder.relative_to(artifact.parents[1]).as_posix()
+    parts = [folder.name]
+    if folder.parent.name == _STEPS:  # a policy of `ppo.save_steps`
+        folder = folder.parents[1]
+        parts = [folder.name, _STEPS, *parts]
+    return "/".join([folder.parent.name, *parts] if (folder / "manifest.json").is_file() else parts[-1:])
 
 
 def _print(
@@ -265,6 +269,8 @@ def _print(
         show(tasks)
     if settings.decided_by == "reward model":
         say("judged by a reward model: where PPO was trained against it, this is a check of training, not of quality")
+        if any(one.best_of > 1 for one in settings.policies):
+            warn("the reward model that judges has also chosen the best of n: they win for that reason alone")
     for pair in evaluation.pairs:
         _tell(pair, settings)
 

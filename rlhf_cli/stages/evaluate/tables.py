@@ -73,10 +73,6 @@ def models_table(evaluation: Evaluation) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("KL", justify="right", no_wrap=True)
     kl = {pair.policy: f"{pair.kl[0].mean.value:z.1f}" for pair in evaluation.against_baseline if pair.kl}
-    bounds = {
-        name: found["kl_upper_bound"].value for name, found in evaluation.models.items() if "kl_upper_bound" in found
-    }
-    kl |= {name: f"<= {bound:.1f}" for name, bound in bounds.items()}
     for name, found in evaluation.models.items():
         cells = [pattern.format(found[key].value) if key in found else "" for _, key, pattern in columns]
         table.add_row(Text(name), *cells, kl.get(name, ""))

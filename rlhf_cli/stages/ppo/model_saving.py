@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.data.examples import Example
+from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.files import fsync_tree, rename
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.policy import Policy
@@ -95,9 +96,12 @@ class StepPolicies:
     def save(self, step: int, probe: Sequence[Example]) -> None:
         """Write the policy after `step` steps; a folder that is there has all of it.
 
+        A copy is made on the CPU, and what is read back is compared with that copy.
+
         Raises:
             DivergedError, DiskError, ModelError: see `save_policy`.
         """
+        beat()
         tokenizer = load_tokenizer(self.source)
         adapter = TrainedAdapter(POLICY, self.settings.lora) if self.settings.adapter == "lora" else None
         target = self.folder / str(step)
@@ -106,14 +110,22 @@ class StepPolicies:
         with self.models.policy() as model:
             copied = copy_policy(model, self.source, adapter)
             generation = self.sampling.generation(model, tokenizer, self.stop_ids)
+        beat()
         save_policy(
             copied, tokenizer, partial, source=self.source, probe=probe, adapter=adapter, generation=generation,
             depth=STEP_DEPTH,
         )  # fmt: skip
         self.finish(partial)
+        beat()
         fsync_tree(partial)
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that is repeated from an earlier checkpoint
         rename(partial, target)
+
+
+def saved_steps(folder: Path, *, up_to: int) -> list[Path]:
+    """Return the folders of the policies of steps up to `up_to`: a roll-back may have left later ones."""
+    found = [path for path in folder.glob("*") if path.name.isdecimal() and int(path.name) <= up_to]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def sample_probe(policy: Policy, prompts: TokenizedPrompts) -> list[Example]:

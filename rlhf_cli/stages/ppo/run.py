@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import DetectorStopError, UsageError
-from rlhf_cli.files import rename
+from rlhf_cli.files import link_or_copy
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.models.reward_model.members import further_members
 from rlhf_cli.progress import say
@@ -213,14 +213,15 @@ def _keep_records(context: PPOContext, data: PPOData) -> list[dict[str, Any]]:
 
     These are the policies of `save_steps`, metrics, samples, a picture, and whether the curve is normal.
     """
-    from rlhf_cli.stages.ppo.model_saving import STEPS
+    from rlhf_cli.stages.ppo.model_saving import STEPS, saved_steps
     from rlhf_cli.training.monitoring.metrics_log import read_rows
     from rlhf_cli.training.monitoring.plots import draw_curves
     from rlhf_cli.training.monitoring.run_logger import DETECTIONS, METRICS, SAMPLES, TIMING
 
     settings, rows = context.settings, read_rows(context.work / METRICS)
-    if (context.work / STEPS).is_dir():
-        rename(context.work / STEPS, context.output / STEPS)
+    # Linked, not moved: a kill before the artifact is in place must not lose them.
+    for folder in saved_steps(context.work / STEPS, up_to=rows[-1]["step"] if rows else 0):
+        shutil.copytree(folder, context.output / STEPS / folder.name, copy_function=link_or_copy)
     if settings.kl_budget is not None and data.held_out is not None:
         keys = [prompt_key(prompt) for prompt in data.held_out.first(settings.eval_prompts).prompts]
         (context.output / CHOSEN_ON).write_text(json.dumps(keys), encoding="utf-8")
@@ -228,7 +229,7 @@ def _keep_records(context: PPOContext, data: PPOData) -> list[dict[str, Any]]:
         if (context.work / name).is_file():
             shutil.copyfile(context.work / name, context.output / name)
     if len(rows) > _FEWEST_ROWS:
-        draw_curves(rows, context.output / "curves.png", stage="ppo", title=f"{context.recipe.name}: PPO")
+        draw_curves(rows, context.output / "curves.png", title=f"{context.recipe.name}: PPO")
     _judge(context.work, context.output)
     return rows
 

@@ -203,7 +203,8 @@ class PPOSettings(StageSection):
     this is always so, with a file in place of host memory."""
     save_steps: Count | None = None
     """Steps between policies that are written as they are then, to `ppo/steps/STEP`: model folders that `evaluate`,
-    `chat` and transformers read. Null writes the last one alone."""
+    `chat` and transformers read. Null writes the last one alone. To write one, the model is loaded again on the CPU,
+    and written and read back in float32."""
     checkpoint_steps: Effort = 10
     """Steps between checkpoints. An interrupted run resumes from the last one; a diverged run rolls back to one."""
     keep_checkpoints: Effort = 2
@@ -244,6 +245,15 @@ class PPOSettings(StageSection):
     def critic_is_separate(self) -> bool:
         """Whether the critic is a model of its own."""
         return self.critic == "separate" or (self.critic == "auto" and self.adapter == "none")
+
+    @model_validator(mode="after")
+    def _some_step_is_saved(self) -> Self:
+        if self.save_steps is not None and self.save_steps >= self.steps:
+            raise ValueError(
+                f"`save_steps: {self.save_steps}` has no effect with `steps: {self.steps}`: the last policy is always "
+                "written"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -20,7 +20,7 @@ class Panel:
         metric: in `metrics.jsonl`.
         evaluated: metric of held-out data in the same figure.
         mark: a height that is drawn, with its label.
-        shows: values that the axis includes.
+        shows: values that the axis includes, so that noise does not fill it.
         spread: name of the metric's standard deviation within a step.
     """
 
@@ -38,10 +38,10 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
         Panel(
             "Reward", "mean of completions", "objective/scores", "eval/objective/scores", spread="objective/scores_std"
         ),
-        Panel("KL", "nats per completion", "objective/kl", "eval/objective/kl", shows=(0.0,)),
-        Panel("Length", "tokens", "length/mean", "eval/length/mean", shows=(0.0,)),
-        Panel("Entropy", "nats per token", "policy/entropy_avg", shows=(0.0,)),
-        Panel("Clipped", "share of tokens", "policy/clipfrac_avg", mark=(0.2, "steps too large"), shows=(0.0,)),
+        Panel("KL", "nats per completion", "objective/kl", "eval/objective/kl", shows=(0.0, 1.0)),
+        Panel("Length", "tokens", "length/mean", "eval/length/mean", shows=(0.0, 1.0)),
+        Panel("Entropy", "nats per token", "policy/entropy_avg", shows=(0.0, 0.1)),
+        Panel("Clipped", "share of tokens", "policy/clipfrac_avg", mark=(0.2, "steps too large"), shows=(0.0, 0.05)),
         Panel(
             "Critic", "explained variance", "val/explained_variance", mark=(0.0, "as good as a constant"), shows=(0.0,)
         ),
@@ -85,3 +85,9 @@ def trace(rows: Sequence[Mapping[str, Any]], panel: Panel) -> Trace | None:
 
 def _value(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Return at most about `most` points of a curve, evenly spread, the last one among them."""
+    step = max(1, -(-len(points) // most))
+    return [*points[::step], *(points[-1:] if (len(points) - 1) % step else ())]

@@ -1,4 +1,4 @@
-"""A picture of the curves of a training run, where matplotlib is installed."""
+"""A picture of the curves of a PPO run, where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ _WIDTH, _HEIGHT = 3.7, 3.1
 Rows = Sequence[Mapping[str, Any]]
 
 
-def draw_curves(rows: Rows, path: Path, *, stage: str, title: str) -> bool:
-    """Draw what `PANELS` names of a stage over its steps, and of PPO the reward over the square root of the KL.
+def draw_curves(rows: Rows, path: Path, *, title: str) -> bool:
+    """Draw what `PANELS` names of PPO over its steps, and the reward over the square root of the KL.
 
     Args:
         rows: rows of a `metrics.jsonl`.
         path: of the PNG file.
-        stage: "sft", "train-rm" or "ppo".
         title: title of the picture.
 
     Returns:
@@ -36,19 +35,18 @@ def draw_curves(rows: Rows, path: Path, *, stage: str, title: str) -> bool:
     if not has_matplotlib():
         say(f"no {path.name}: matplotlib is not installed (`pip install 'rlhf-cli[plots]'`)")
         return False
-    found = [(panel, trace(rows, panel)) for panel in PANELS[stage]]
+    found = [(panel, trace(rows, panel)) for panel in PANELS["ppo"]]
     traces = [(panel, one) for panel, one in found if one is not None]
     if not traces:
         return False
-    count = len(traces) + (stage == "ppo") + 1  # the last one is the legend
+    count = len(traces) + 2  # the last one is the legend
     columns = min(_COLUMNS, count)
     lines = -(-count // columns)
     picture = new_picture(_WIDTH * columns, _HEIGHT * lines, title)
     grid = list(picture.subplots(lines, columns, squeeze=False).flat)
     for axes, (panel, one) in zip(grid, traces, strict=False):
         _draw(axes, panel, one, rows)
-    if stage == "ppo":
-        _against_kl(grid[len(traces)], rows)
+    _against_kl(grid[len(traces)], rows)
     for axes in grid[count - 1 :]:
         axes.set_axis_off()
     named = {}
@@ -67,10 +65,13 @@ def _draw(axes: Axes, panel: Panel, found: Trace, rows: Rows) -> None:
     if panel.spread is not None:
         _band(axes, found, {row["step"]: row.get(panel.spread) for row in rows})
     steps, values = zip(*found.smooth, strict=True)
-    if found.smooth != found.raw:
+    is_smooth = found.smooth != found.raw
+    if is_smooth:
         axes.plot(*zip(*found.raw, strict=True), color=MUTED, linewidth=0.8, label="one step")
     marker = "." if len(steps) < 3 else ""
-    axes.plot(steps, values, color=BLUE, linewidth=1.8, marker=marker, label="training, running mean")
+    axes.plot(
+        steps, values, color=BLUE, linewidth=1.8, marker=marker, label="running mean" if is_smooth else "training"
+    )
     if found.held_out:
         steps, values = zip(*found.held_out, strict=True)
         axes.plot(steps, values, color=ORANGE, linewidth=1.2, marker="o", markersize=4, label="held out")

@@ -99,8 +99,16 @@ class StepLines:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of such a file; unreadable lines are skipped, and a missing file has no rows."""
-    found = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line, step in _numbered(found) if step is not None]
+    try:
+        found = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return readable_rows(found)
+
+
+def readable_rows(data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a part of such a file; unreadable lines are skipped."""
+    return [json.loads(line) for line, step in _numbered(data) if step is not None]
 
 
 def _numbered(data: bytes) -> Iterable[tuple[bytes, int | None]]:

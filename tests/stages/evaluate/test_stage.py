@@ -342,6 +342,9 @@ def test_models_are_called_by_run_and_stage_and_apart(tmp_path, monkeypatch):
     assert evaluate.model_names("models/base", "acme/chat") == ("base", "acme/chat")
     assert evaluate.model_names("runs/a/ppo", "other/a/ppo") == ("runs/a/ppo", "other/a/ppo")
     assert evaluate.model_names("runs/a/ppo", "runs/a/ppo") == ("a/ppo", "a/ppo")
+    (tmp_path / "runs/a/ppo/steps/20").mkdir(parents=True)
+    assert evaluate.model_names("runs/a/ppo/steps/20") == ("a/ppo/steps/20",)
+    assert evaluate.model_names("/") == ("",), "a model directly below the root has no run"
 
 
 def test_the_table_fits_80_columns_with_long_names():

@@ -8,10 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from rlhf_cli.errors import Interrupted
-from rlhf_cli.stages.ppo.model_saving import StepPolicies
+from rlhf_cli.stages.ppo.model_saving import StepPolicies, saved_steps
+from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
 @pytest.fixture
@@ -76,6 +78,29 @@ def test_they_outlive_a_kill_and_those_of_repeated_steps_are_replaced(rlhf_here,
     for step in range(1, 5):
         first, second = (load_file(tmp_path / run / f"ppo/steps/{step}/model.safetensors") for run in ("whole", "run"))
         assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_a_kill_while_the_artifact_is_completed_loses_none(rlhf_here, files, tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rlhf_cli.stages.ppo.run._judge", killed)
+        assert rlhf_here(*arguments("run", ppo__save_steps=2))[0] == 143
+    code, said = rlhf_here(*arguments("run", ppo__save_steps=2))
+    assert code == 0, said
+    assert sorted(path.name for path in (tmp_path / "run/ppo/steps").iterdir()) == ["2", "4"]
+
+
+def test_partial_ones_and_those_beyond_the_last_step_are_not_published(tmp_path):
+    for name in ("2", "10", "12", ".14", "notes"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in saved_steps(tmp_path, up_to=10)] == ["2", "10"]
+
+
+def test_a_save_that_never_comes_is_refused():
+    with pytest.raises(ValidationError, match="`save_steps: 40` has no effect with `steps: 40`"):
+        PPOSettings(steps=40, save_steps=40)
 
 
 @pytest.mark.slow

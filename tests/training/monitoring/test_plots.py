@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from rlhf_cli import report
 from rlhf_cli.plotting import BLUE, GRAY, GREEN, MUTED, ORANGE, PURPLE
 from rlhf_cli.training.monitoring import plots
@@ -19,22 +17,16 @@ ROWS = read_rows(Path(__file__).with_name("quickstart_metrics.jsonl"))
 def test_a_picture_is_drawn_and_the_same_one_each_time(tmp_path):
     evaluated = [row | ({"eval/objective/scores": 0.5} if row["step"] % 10 == 0 else {}) for row in ROWS]
     rows = [{"step": 0, "eval/objective/kl": 0.0}, *evaluated]
-    assert plots.draw_curves(rows, tmp_path / "a.png", stage="ppo", title="a $100_000 run [x]")
-    assert plots.draw_curves(rows, tmp_path / "b.png", stage="ppo", title="a $100_000 run [x]")
+    assert plots.draw_curves(rows, tmp_path / "a.png", title="a $100_000 run [x]")
+    assert plots.draw_curves(rows, tmp_path / "b.png", title="a $100_000 run [x]")
     picture = (tmp_path / "a.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert picture == (tmp_path / "b.png").read_bytes()
 
 
-def test_a_metric_that_was_not_measured_leaves_its_place_empty(tmp_path):
+def test_a_metric_that_was_not_measured_has_no_plot(tmp_path):
     rows = [{"step": 1, "objective/scores": 0.5, "objective/scores_std": None, "objective/kl": None}]
-    assert plots.draw_curves(rows, tmp_path / "a.png", stage="ppo", title="one step")
-
-
-@pytest.mark.parametrize(("stage", "metric"), [("sft", "loss"), ("train-rm", "accuracy")])
-def test_other_stages_have_panels_of_their_own(stage, metric, tmp_path):
-    rows = [{"step": step, metric: 1 / step} for step in range(1, 40)]
-    assert plots.draw_curves(rows, tmp_path / "a.png", stage=stage, title=stage)
+    assert plots.draw_curves(rows, tmp_path / "a.png", title="one step")
 
 
 def test_the_colors_are_those_of_the_report():
@@ -45,13 +37,13 @@ def test_the_colors_are_those_of_the_report():
 
 
 def test_no_steps_no_picture(tmp_path):
-    assert not plots.draw_curves([], tmp_path / "a.png", stage="ppo", title="nothing")
+    assert not plots.draw_curves([], tmp_path / "a.png", title="nothing")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_it_is_said_and_nothing_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
-    assert not plots.draw_curves(ROWS, tmp_path / "curves.png", stage="ppo", title="t")
+    assert not plots.draw_curves(ROWS, tmp_path / "curves.png", title="t")
     assert "no curves.png: matplotlib is not installed (`pip install 'rlhf-cli[plots]'`)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
