@@ -85,7 +85,7 @@ def test_a_kill_while_the_artifact_is_completed_loses_none(rlhf_here, files, tmp
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr("rlhf_cli.stages.ppo.run._judge", killed)
+        patched.setattr("rlhf_cli.training.monitoring.health.report.write", killed)
         assert rlhf_here(*arguments("run", ppo__save_steps=2))[0] == 143
     code, said = rlhf_here(*arguments("run", ppo__save_steps=2))
     assert code == 0, said
