@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rlhf_cli.generation.torch_generator import TorchGenerator
-from rlhf_cli.objectives.policy import policy_loss, truncated_importance_weights
 from rlhf_cli.stages.ppo.forward_passes import RolloutTensors
 from rlhf_cli.stages.ppo.importance import importance_correction
 
@@ -17,38 +16,6 @@ from rlhf_cli.stages.ppo.importance import importance_correction
 def tensors(logprobs, is_completion) -> RolloutTensors:
     values = torch.tensor(logprobs)
     return RolloutTensors(values, values, values, values, torch.tensor(is_completion))
-
-
-def test_weights_are_ratios_up_to_the_cap():
-    """min(pi / mu, 2): 0.5 / 0.4, 0.1 / 0.4, 0.9 / 0.1 cut, padding 1."""
-    pi = torch.tensor([[0.5, 0.1], [0.9, math.nan]], dtype=torch.float64).log()
-    mu = torch.tensor([[0.4, 0.4], [0.1, math.nan]], dtype=torch.float64).log()
-    real = torch.tensor([[True, True], [True, False]])
-    weights = truncated_importance_weights(pi.requires_grad_(), mu, real, cap=2.0)
-    expected = torch.tensor([[1.25, 0.25], [2.0, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(weights, expected, atol=1e-12, rtol=0)
-    assert not weights.requires_grad
-
-
-def test_the_mean_of_untruncated_weights_over_the_sampler_is_one():
-    pi = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    mu = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
-    real = torch.ones(1, 3, dtype=torch.bool)
-    weights = truncated_importance_weights(pi.log()[None], mu.log()[None], real, cap=10.0)
-    assert float((mu * weights[0]).sum()) == pytest.approx(1.0, abs=1e-12)
-
-
-@pytest.mark.parametrize("advantage", [1.5, -1.5])
-@pytest.mark.parametrize("log_ratio", [-0.7, 0.0, 0.1, 0.7])
-def test_weighting_the_advantage_is_weighting_the_loss(advantage, log_ratio):
-    real, weight = torch.ones(1, 1, dtype=torch.bool), 0.3
-    now = torch.tensor([[log_ratio - 2.0]], dtype=torch.float64)
-    old = torch.tensor([[-2.0]], dtype=torch.float64)
-    of = torch.tensor([[advantage]], dtype=torch.float64)
-    plain = policy_loss(now, old, of, real, clip_range=0.2)
-    weighted = policy_loss(now, old, of * weight, real, clip_range=0.2)
-    assert float(weighted.loss) == pytest.approx(weight * float(plain.loss), abs=1e-12)
-    assert weighted.clipped == plain.clipped
 
 
 def test_drift_is_measured_in_nats_per_token_of_the_sampler():
