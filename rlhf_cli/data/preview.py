@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.examples import reason_to_skip, tokenize
+from rlhf_cli.data.parsing.fields import NO_COLUMNS, Columns
 from rlhf_cli.data.records import Candidates, Demonstration, Kind, Prompt, PromptRecord, Ranking, Record, prompt_text
 from rlhf_cli.data.rendering import common_length
 from rlhf_cli.data.skips import Skip
@@ -82,7 +83,7 @@ def preview_records(
     *,
     count: int,
     all_turns: bool = True,
-    columns: Mapping[str, str] = {},
+    columns: Columns = NO_COLUMNS,
 ) -> list[RecordPreview]:
     """Tokenize the first records of a source, including skipped ones, as the stage that reads them does.
 
@@ -107,11 +108,18 @@ def preview_records(
             break
     for line in warnings.lines(source):
         warn(line)
+    first = found[0]
+    if isinstance(first, Skip) and first.error is not None:
+        raise first.error
     builder = _Builder(prompt_format, limits, all_turns)
     return [
-        RecordPreview(one.location, {}, one.reason, one.excerpt) if isinstance(one, Skip) else builder.preview(one)
+        RecordPreview(one.location, {}, _reason(one), one.excerpt) if isinstance(one, Skip) else builder.preview(one)
         for one in found[:count]
     ]
+
+
+def _reason(skip: Skip) -> str:
+    return skip.reason if skip.error is None else f"{skip.reason}: {skip.error.message}"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ name `file:line`; skipped records are counted; warnings are returned, never prin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import cast
 
 from rlhf_cli.data.checks import (
@@ -18,6 +17,7 @@ from rlhf_cli.data.checks import (
     distinct_candidates,
     latest_annotations,
 )
+from rlhf_cli.data.parsing.fields import NO_COLUMNS, Columns
 from rlhf_cli.data.readers.hub import HubSource
 from rlhf_cli.data.readers.resolve import resolve, rows_of, source_digest
 from rlhf_cli.data.records import Candidates, Kind, Ranking, Record
@@ -38,8 +38,9 @@ __all__ = [
     "validate_source",
 ]
 
-_NONE: Mapping[str, str] = MappingProxyType({})
 _SKIPS_KEPT = 1_000
+_INVALID_AT_MOST = 1_000
+"""Records at the beginning of a source that may all be invalid before reading ends: the file is then another one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def iter_records(
     source: str,
     kind: Kind,
     *,
-    columns: Mapping[str, str] = _NONE,
+    columns: Columns = NO_COLUMNS,
     on_skip: Callable[[Skip], None],
     warnings: WarningLog | None = None,
     keep_blank: bool = False,
@@ -96,25 +97,28 @@ def iter_records(
         source: file, folder or hub data set.
         kind: "preference" and "ranking" both yield `Ranking`, from both formats; "candidates" yields `Candidates`,
             from these formats and from unranked completions.
-        columns: our field -> the file's.
-        on_skip: called with each skipped record.
+        columns: our field -> the file's, or several of the file's.
+        on_skip: called with each skipped record, invalid ones included.
         warnings: collects the warnings.
         keep_blank: keep blank completions in lists of K completions, as a model may have sampled them.
 
     Raises:
-        DataError: the source cannot be read, a record is wrong, or there is none.
+        DataError: the source cannot be read, all of its first records are invalid, or there is no record.
         UsageError: `columns` names a field that records do not have.
     """
     warnings = WarningLog() if warnings is None else warnings
     parser = RowParser(kind, columns, warnings, keep_blank=keep_blank)
-    count = 0
+    count = valid = 0
     for row in rows_of(source):
         for record in parser.records(row):
             count += 1
-            if isinstance(record, Skip):
-                on_skip(record)
-            else:
+            if not isinstance(record, Skip):
+                valid += 1
                 yield record
+                continue
+            if record.error is not None and count >= _INVALID_AT_MOST and not valid:
+                raise record.error
+            on_skip(record)
     if not count:
         skipped = "".join(f"; {line}" for line in warnings.lines(source))
         raise DataError(f"{source}: no usable records{skipped}", hint="check that this is the file you meant")
@@ -124,7 +128,7 @@ def read_records(
     source: str,
     kind: Kind,
     *,
-    columns: Mapping[str, str] = _NONE,
+    columns: Columns = NO_COLUMNS,
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> LoadedRecords:
@@ -156,7 +160,7 @@ def validate_source(
     source: str,
     kind: Kind,
     *,
-    columns: Mapping[str, str] = _NONE,
+    columns: Columns = NO_COLUMNS,
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> ValidationReport:

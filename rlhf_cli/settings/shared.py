@@ -165,8 +165,9 @@ class DataSettings(Section):
     """Seed of the held-out selection. Null is that of the model that the stage starts from, else 0."""
     max_skip: Annotated[Share, EffortOnly()] = 0.01
     """Maximum share of a file's records that may be skipped; above it the run fails."""
-    columns: dict[str, str] = Field(default={})
-    """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`."""
+    columns: dict[str, str | list[str]] = Field(default={})
+    """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`. Several
+    names are joined by blank lines: `{prompt: [context, question]}`."""
     prompt_template: str | None = "auto"
     """Format of plain-text prompts. `chat` makes a prompt one user message in the tokenizer's chat template; text that
     contains `{prompt}` once is put around it; null uses the prompt as it is. `auto` is the format that the model was

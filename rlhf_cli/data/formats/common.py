@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf_cli.data.parsing.fields import Columns
 from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.warnings import WarningLog
@@ -25,7 +26,7 @@ class ImportOptions:
         unranked: also yield completions without a ranking.
     """
 
-    columns: Mapping[str, str]
+    columns: Columns
     warnings: WarningLog
     unranked: bool = False
 
@@ -39,7 +40,7 @@ def new_row(row: Row, location: str, fields: Mapping[str, object], *, may_be_bla
 def prompt_name(row: Row, fields: Mapping[str, object], completions: Iterable[str], options: ImportOptions) -> str:
     """Name of the prompt field: the mapped one, `prompt`, another usual name, or the only one that is left."""
     mapped = options.columns.get("prompt")
-    if mapped is not None and mapped in fields:
+    if isinstance(mapped, str) and mapped in fields:
         return mapped
     taken = set(completions)
     left = [name for name, value in fields.items() if name not in taken and isinstance(value, str | list)]

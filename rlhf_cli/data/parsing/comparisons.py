@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rlhf_cli.data.parsing.cells import decoded_cell, refuse_notation
 from rlhf_cli.data.parsing.conversations import (
     HUMAN,
-    decoded_cell,
     is_conversation,
     is_transcript,
     split_common_beginning,
@@ -21,7 +21,6 @@ from rlhf_cli.data.parsing.values import (
     GOES_ON,
     NO_COMPLETION,
     PROMPTS_DIFFER,
-    SkipRecordError,
     annotator_of,
     check_completion,
     margin_of,
@@ -30,6 +29,7 @@ from rlhf_cli.data.parsing.values import (
 )
 from rlhf_cli.data.readers.rows import Row, shown
 from rlhf_cli.data.records import Candidates, Prompt, Ranking
+from rlhf_cli.data.skips import SkipRecordError
 from rlhf_cli.data.warnings import WarningLog
 
 Tiers = tuple[tuple[int, ...], ...]
@@ -132,6 +132,9 @@ class ComparisonReader:
         """The prompt of a preference, and its chosen and rejected completion."""
         chosen, rejected = row.fields["chosen"], row.fields["rejected"]
         if is_conversation(chosen) != is_conversation(rejected):
+            for name, value in (("chosen", chosen), ("rejected", rejected)):
+                if isinstance(value, str):
+                    refuse_notation(row, name, value)
             raise row.error(
                 f"mixed: one of `chosen` ({shown(chosen, 30)}) and `rejected` ({shown(rejected, 30)}) is a string and "
                 "the other a list of messages",

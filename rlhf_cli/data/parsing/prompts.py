@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from rlhf_cli.data.parsing.conversations import decoded_cell, is_conversation, messages_of, text_of, unusual_turns
+from rlhf_cli.data.parsing.cells import decoded_cell
+from rlhf_cli.data.parsing.conversations import is_conversation, messages_of, text_of, unusual_turns
 from rlhf_cli.data.readers.rows import Row, shown
 from rlhf_cli.data.records import Message, Prompt
+from rlhf_cli.data.skips import OmitRecordError
 from rlhf_cli.data.warnings import WarningLog
 
 
@@ -47,9 +49,14 @@ class PromptReader:
     def split_conversation(self, row: Row, field: str) -> tuple[tuple[Message, ...], str | None]:
         """Split a conversation before its last assistant turn, which is returned too; None if there is none."""
         messages = self.conversation(row, field)
-        last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
-        if last is None:
+        replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        if not replies:
             return messages, None
+        last = max((i for i in replies if messages[i].is_trained), default=None)
+        if last is None:
+            raise OmitRecordError("weight 0")
+        if not all(messages[i].is_trained for i in replies if i < last):
+            self._warnings.add("turns not trained", row.location)
         if last == 0:
             raise row.error(
                 f"`{field}` begins with the assistant: there is no prompt",

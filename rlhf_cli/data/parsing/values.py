@@ -8,6 +8,7 @@ import math
 from rlhf_cli.data.parsing.conversations import text_of
 from rlhf_cli.data.readers.rows import Row, shown
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.data.skips import SkipRecordError
 
 EMPTY, BLANK = "empty completion", "completion of white space only"
 EQUAL = "chosen equal to rejected"
@@ -16,14 +17,6 @@ EQUAL_RANKED = "the same completion in two tiers"
 NO_COMPLETION = "no assistant turn"
 PROMPTS_DIFFER = "chosen and rejected differ before the last reply"
 GOES_ON = "transcript does not end with a reply"
-
-
-class SkipRecordError(Exception):
-    """A record that is skipped and counted; the user sees no error."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def is_blank(prompt: Prompt) -> bool:
