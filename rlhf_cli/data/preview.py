@@ -15,6 +15,7 @@ from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.sources import iter_records
 from rlhf_cli.data.warnings import WarningLog
 from rlhf_cli.progress import warn
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +85,7 @@ def preview_records(
     count: int,
     all_turns: bool = True,
     columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
 ) -> list[RecordPreview]:
     """Tokenize the first records of a source, including skipped ones, as the stage that reads them does.
 
@@ -96,13 +98,16 @@ def preview_records(
         count: number of records.
         all_turns: SFT trains earlier turns of the assistant, too.
         columns: our field -> the file's.
+        comparison: completion columns and a verdict.
 
     Raises:
         DataError: the source cannot be read, or the chat template refuses a record.
     """
     found: list[Record | Skip] = []
     warnings = WarningLog()
-    for record in iter_records(source, kind, columns=columns, on_skip=found.append, warnings=warnings):
+    for record in iter_records(
+        source, kind, columns=columns, comparison=comparison, on_skip=found.append, warnings=warnings
+    ):
         found.append(record)
         if len(found) >= count:
             break

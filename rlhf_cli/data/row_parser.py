@@ -18,6 +18,7 @@ from rlhf_cli.data.records import Candidates, Demonstration, Kind, PromptRecord,
 from rlhf_cli.data.skips import OmitRecordError, Skip, SkipRecordError
 from rlhf_cli.data.warnings import WarningLog
 from rlhf_cli.errors import DataError
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 
 class RowParser:
@@ -27,15 +28,24 @@ class RowParser:
         kind: what the rows should be.
         columns: our field -> the file's.
         warnings: collects the warnings.
+        comparison: how the user says that comparisons are read; null reads the forms that are recognized.
         keep_blank: rankings may hold empty completions: a model sampled them, and a low rank for them is a signal.
     """
 
-    def __init__(self, kind: Kind, columns: Columns, warnings: WarningLog, *, keep_blank: bool = False) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        columns: Columns,
+        warnings: WarningLog,
+        *,
+        comparison: ComparisonSettings | None = None,
+        keep_blank: bool = False,
+    ) -> None:
         check_columns(columns)
         self._keep_blank = keep_blank
         self._kind: Kind = kind
         self._columns, self._mapped, self._warnings = columns, mapped_columns(columns), warnings
-        self._options = ImportOptions(columns, warnings, unranked=kind == "candidates")
+        self._options = ImportOptions(columns, warnings, kind in ("candidates", "prompt"), comparison)
         self._prompts = PromptReader(warnings)
         self._comparisons = ComparisonReader(self._prompts, warnings, self._require)
 
@@ -91,7 +101,11 @@ class RowParser:
             return Demonstration("", check_completion(text_of(row, "text", row.fields["text"])), row.location)
         self._require(row, "prompt", "completion")
         prompt = self._prompts.prompt(row)
-        return Demonstration(prompt, check_completion(self._prompts.reply(row, "completion", prompt)), row.location)
+        return Demonstration(
+            prompt,
+            check_completion(self._prompts.reply(row, "completion", row.fields["completion"], prompt)),
+            row.location,
+        )
 
     def _prompt_record(self, row: Row) -> PromptRecord:
         if name := _conversation_field(row) if not has(row, "prompt") else None:
@@ -104,6 +118,8 @@ class RowParser:
             return PromptRecord(messages, row.location)
         if "prompt" not in row.fields and has(row, "chosen", "rejected"):  # HH has its prompts only inside its pairs
             return PromptRecord(self._ranking(row).prompt, row.location)
+        if "prompt" not in row.fields and "completions" in row.fields:
+            return PromptRecord(self._candidates(row).prompt, row.location)
         self._require(row, "prompt")
         return PromptRecord(self._prompts.prompt(row), row.location)
 

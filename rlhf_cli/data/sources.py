@@ -25,6 +25,7 @@ from rlhf_cli.data.row_parser import RowParser
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.data.warnings import WarningLog
 from rlhf_cli.errors import DataError
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 __all__ = [
     "LoadedRecords",
@@ -87,6 +88,7 @@ def iter_records(
     kind: Kind,
     *,
     columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
     on_skip: Callable[[Skip], None],
     warnings: WarningLog | None = None,
     keep_blank: bool = False,
@@ -98,6 +100,7 @@ def iter_records(
         kind: "preference" and "ranking" both yield `Ranking`, from both formats; "candidates" yields `Candidates`,
             from these formats and from unranked completions.
         columns: our field -> the file's, or several of the file's.
+        comparison: completion columns and a verdict; None reads the forms that are recognized.
         on_skip: called with each skipped record, invalid ones included.
         warnings: collects the warnings.
         keep_blank: keep blank completions in lists of K completions, as a model may have sampled them.
@@ -107,7 +110,7 @@ def iter_records(
         UsageError: `columns` names a field that records do not have.
     """
     warnings = WarningLog() if warnings is None else warnings
-    parser = RowParser(kind, columns, warnings, keep_blank=keep_blank)
+    parser = RowParser(kind, columns, warnings, comparison=comparison, keep_blank=keep_blank)
     count = valid = 0
     for row in rows_of(source):
         for record in parser.records(row):
@@ -129,6 +132,7 @@ def read_records(
     kind: Kind,
     *,
     columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> LoadedRecords:
@@ -142,7 +146,15 @@ def read_records(
     """
     skips, warnings, checks = SkipLog(), WarningLog(), _checks(kind)
     records = list(
-        iter_records(source, kind, columns=columns, on_skip=skips.add, warnings=warnings, keep_blank=keep_blank)
+        iter_records(
+            source,
+            kind,
+            columns=columns,
+            comparison=comparison,
+            on_skip=skips.add,
+            warnings=warnings,
+            keep_blank=keep_blank,
+        )
     )
     total = len(records) + skips.total
     skips.check(total, max_skip, source)
@@ -161,6 +173,7 @@ def validate_source(
     kind: Kind,
     *,
     columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> ValidationReport:
@@ -172,7 +185,13 @@ def validate_source(
     skips, warnings, checks, prompts = SkipLog(keep=_SKIPS_KEPT), WarningLog(), _checks(kind), PromptKeys()
     count = 0
     for record in iter_records(
-        source, kind, columns=columns, on_skip=skips.add, warnings=warnings, keep_blank=keep_blank
+        source,
+        kind,
+        columns=columns,
+        comparison=comparison,
+        on_skip=skips.add,
+        warnings=warnings,
+        keep_blank=keep_blank,
     ):
         count += 1
         prompts.add(record)

@@ -47,8 +47,9 @@ def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
         (question, value, user) for question, value, user in _responses(row, options) if _is_ranking(value, names)
     ]
     questions = list(dict.fromkeys(question for question, _, _ in rankings))
-    if len(questions) > 1 and (chosen_question := options.columns.get("ranking")) in questions:
-        rankings, questions = [one for one in rankings if one[0] == chosen_question], [chosen_question]
+    named = options.columns.get("ranking")
+    if len(questions) > 1 and isinstance(named, str) and named in questions:
+        rankings, questions = [one for one in rankings if one[0] == named], [named]
     if len(questions) > 1:
         raise row.error(
             f"two questions are rankings: {listed(questions)}", "name one: `--set 'data.columns={ranking: NAME}'`"

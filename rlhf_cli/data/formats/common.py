@@ -10,6 +10,7 @@ from rlhf_cli.data.parsing.fields import Columns
 from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.warnings import WarningLog
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 Part = Row | Skip
 UNRANKED = "completions left unranked"
@@ -24,11 +25,13 @@ class ImportOptions:
         columns: our field -> theirs, also for nested fields.
         warnings: collects the warnings.
         unranked: also yield completions without a ranking.
+        comparison: how the user says that comparisons are read.
     """
 
     columns: Columns
     warnings: WarningLog
     unranked: bool = False
+    comparison: ComparisonSettings | None = None
 
 
 def new_row(row: Row, location: str, fields: Mapping[str, object], *, may_be_blank: bool = False) -> Row:

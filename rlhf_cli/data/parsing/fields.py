@@ -82,7 +82,7 @@ def columns_hint(columns: Columns) -> str:
 def is_empty(value: object) -> bool:
     """Whether a cell holds nothing: null, NaN, blank text, or an empty list or object, also written as text."""
     if isinstance(value, str):
-        return value.strip().lower() in ("", "[]", "{}", "null", "none", "nan")
+        return value.strip().lower() in ("", "[]", "{}", "null", "none", "nan", "n/a")
     return value is None or value != value or (isinstance(value, list | dict) and not value)
 
 

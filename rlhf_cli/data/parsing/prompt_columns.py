@@ -22,6 +22,7 @@ QUESTIONS = ("question", "instruction", "query", "input", "problem", "conversati
 _ADDED = ("input", "context")
 """Columns that complete an `instruction`."""
 _UNREAD = (*SYSTEM, *_ADDED, "instruction", "question", "history", "tools", "functions", "documents")
+_REJECTED = ("rejected_response", "rejected_messages")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 CONTEXT = (*_UNREAD, *_MEDIA)
 """Columns that say something about the prompt."""
@@ -54,7 +55,7 @@ def with_whole_prompt(row: Row, mapped: Iterable[str], warnings: WarningLog) -> 
     if "prompt" not in fields:
         used |= _add_prompt(row, fields, warnings)
     used |= _add_system(row, fields)
-    for name in _UNREAD:
+    for name in (*_UNREAD, *_REJECTED):
         if name not in used and not is_empty(fields.get(name)):
             warnings.add("column not read", row.location, subject=name)
     return replace(row, fields=fields)
