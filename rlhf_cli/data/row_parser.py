@@ -12,7 +12,7 @@ from rlhf_cli.data.parsing.conversations import text_of
 from rlhf_cli.data.parsing.fields import Columns, apply_columns, check_columns, mapped_columns, missing
 from rlhf_cli.data.parsing.prompt_columns import omit_if_excluded, with_whole_prompt
 from rlhf_cli.data.parsing.prompts import PromptReader
-from rlhf_cli.data.parsing.values import NO_COMPLETION, check_completion, is_blank
+from rlhf_cli.data.parsing.values import NO_COMPLETION, check_completion, is_blank, reference_of
 from rlhf_cli.data.readers.rows import Row
 from rlhf_cli.data.records import Candidates, Demonstration, Kind, PromptRecord, Ranking, Record
 from rlhf_cli.data.skips import OmitRecordError, Skip, SkipRecordError
@@ -51,6 +51,8 @@ class RowParser:
 
     def records(self, row: Row) -> Iterator[Record | Skip]:
         """Yield the records of one row: several if it is in another tool's format; invalid ones are skipped."""
+        if row.encoding != "utf-8":
+            self._warnings.add("windows", row.location)
         try:
             for converted in convert_row(decode_cells(row), self._kind, self._options):
                 yield converted if isinstance(converted, Skip) else self._parsed(converted)
@@ -81,8 +83,8 @@ class RowParser:
             "candidates": self._candidates,
         }[self._kind]
         record = parse(row)
-        if isinstance(record, PromptRecord | Candidates) and row.fields.get("reference") is not None:
-            record = replace(record, reference=row.fields["reference"])
+        if isinstance(record, PromptRecord | Candidates) and (reference := reference_of(row)) is not None:
+            record = replace(record, reference=reference)
         is_plain_text = isinstance(record, Demonstration) and not has(row, "prompt")
         if is_blank(record.prompt) and not is_plain_text:
             self._warnings.add("empty prompt", row.location)

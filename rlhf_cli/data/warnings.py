@@ -8,6 +8,7 @@ from rlhf_cli.data.readers.rows import printable
 
 _RECORD_WARNINGS = {
     "form": "read as {subject},",
+    "windows": "text in Windows-1252 (western languages; check its accents), converted to UTF-8,",
     "prompt column": "no `prompt`: `{subject}` is used as the prompt,",
     "column not read": "`{subject}`, which is not read,",
     "empty prompt": "an empty prompt",

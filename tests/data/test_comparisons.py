@@ -229,3 +229,82 @@ def test_import_takes_the_setting(write):
         "completions": ["a", "b"],
         "ranking": [[1], [0]],
     }
+
+
+# Other tools
+
+
+TASK = {"prompt": "q", "answer1": "a", "answer2": "b"}
+
+
+def task(*results: dict, **more: object) -> dict:
+    return {"data": TASK, "annotations": [{"completed_by": 7, "result": list(results), **more}]}
+
+
+def rating(name: str, stars: int) -> dict:
+    return {"type": "rating", "to_name": name, "value": {"rating": stars}}
+
+
+@pytest.mark.parametrize(
+    ("row", "tiers"),
+    [
+        pytest.param(task({"type": "choices", "value": {"choices": ["answer2"]}}), SECOND, id="choices"),
+        pytest.param(task({"type": "choices", "value": {"choices": ["Left"]}}), FIRST, id="choices: a side"),
+        pytest.param(task({"type": "choices", "value": {"choices": ["tie"]}}), TIE, id="choices: a tie"),
+        pytest.param(task({"type": "choices", "value": {"choices": ["fluent"]}}, {"type": "choices", "value": {"choices": ["A"]}}), FIRST, id="choices about something else beside it"),
+        pytest.param(task(rating("answer1", 2), rating("answer2", 5)), SECOND, id="ratings"),
+        pytest.param(task(rating("answer1", 3), rating("answer2", 3)), TIE, id="equal ratings"),
+        pytest.param(TASK | {"pw": "right", "annotation_id": 1, "annotator": 7, "lead_time": 1.5}, SECOND, id="JSON-MIN"),
+        pytest.param(TASK | {"pref": "answer1", "annotation_id": 1, "annotator": 7, "id": 2}, FIRST, id="JSON-MIN, choices"),
+    ],
+)  # fmt: skip
+def test_label_studio_is_read_by_any_control(read, row, tiers):
+    assert read("ranking", row).records == [Ranking("q", ("a", "b"), tiers, annotator="7")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        task({"type": "choices", "value": {"choices": ["fluent"]}}),
+        task(rating("answer1", 2)),
+        task({"type": "choices", "value": {"choices": ["answer1"]}}, was_cancelled=True),
+        TASK | {"pw": "", "annotation_id": 1},
+    ],
+)
+def test_label_studio_without_a_verdict_is_counted(read, row):
+    with pytest.raises(DataError, match=r"skipped: (no ranking|no verdict|canceled)"):
+        read("ranking", row)
+
+
+def test_label_studio_tables_are_read(write):
+    source = write("a.csv", "id,prompt,answer1,answer2,pw,annotator,annotation_id\n1,q,a,b,left,7,3\n")
+    assert read_records(source, "ranking").records == [Ranking("q", ("a", "b"), FIRST, annotator="7")]
+
+
+def argilla(**responses: object) -> dict:
+    fields = {"prompt": "q", "gold": "x", "response-1": "a", "response-2": "b"}
+    return {"fields": fields, "responses": {name.replace("_", "-"): [{"value": value, "user_id": "u", "status": "submitted"}] for name, value in responses.items()}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "tiers"),
+    [
+        (argilla(order=[{"value": "2", "rank": 1}, {"value": "1", "rank": 2}]), SECOND),
+        (argilla(order=[{"value": "A", "rank": 1}, {"value": "B", "rank": 1}]), TIE),
+        (argilla(order=["b", "a"]), SECOND),
+        (argilla(rating_1=2, rating_2=5), SECOND),
+        (argilla(rating_2=2, rating_1=5, quality=3), FIRST),
+        (argilla(rating_1=4, rating_2=4), TIE),
+        (argilla(preference="response-2", comment="good"), SECOND),
+    ],
+)
+def test_argilla_ranks_by_name_number_letter_or_rating(read, row, tiers):
+    kept = {"prompt", "response-1", "response-2"}
+    row = row | {"fields": {name: text for name, text in row["fields"].items() if name in kept}}
+    assert read("ranking", row).records == [Ranking("q", ("a", "b"), tiers, annotator="u")]
+
+
+def test_argilla_without_a_verdict_is_counted(read):
+    for row in (argilla(rating_1=4), argilla(quality=4), argilla(comment="fine")):
+        with pytest.raises(DataError, match="no ranking of its completions"):
+            read("ranking", row)

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.data.formats.common import ImportOptions, Part, completion_names, new_row
+from rlhf_cli.data.formats.common import PROMPT_NAMES, ImportOptions, Part, completion_names, new_row
 from rlhf_cli.data.formats.paths import ABSENT, column_of, value_at
-from rlhf_cli.data.formats.verdicts import Verdict, by_numbers, by_strength, by_winner
+from rlhf_cli.data.formats.verdicts import Verdict, by_numbers, by_strength, by_winner, is_winner
 from rlhf_cli.data.parsing.fields import is_empty
 from rlhf_cli.data.parsing.prompt_columns import CONTEXT
 from rlhf_cli.data.readers.rows import Row, listed, shown
+from rlhf_cli.data.skips import OmitRecordError
 from rlhf_cli.settings.comparison import ComparisonSettings, Reading
 
 
@@ -101,14 +102,19 @@ def recognize(row: Row) -> Known | None:
     for known in KNOWN:
         if all(value_at(fields, path) is not ABSENT for path in _paths(known.how)):
             return known
-    verdict = next((name for name in fields if name.lower() in _WINNERS), None)
-    if verdict is None:
-        return None
     completions = completion_names([name for name in fields if _COMPLETION.match(name)])
     if not completions or not all(isinstance(fields[name], str | list) for name in completions):
         return None
-    how = ComparisonSettings(completions=completions, verdict=verdict)
-    return Known("a comparison", how)
+    verdict = next((name for name in fields if name.lower() in _WINNERS), None)
+    if "annotation_id" in fields:
+        taken = {*completions, *PROMPT_NAMES}
+        others = [name for name in fields if name not in taken and is_winner(fields[name], completions)]
+        if not others:
+            raise OmitRecordError("no verdict")
+        return Known("Label Studio", ComparisonSettings(completions=completions, verdict=others[0]))
+    return (
+        None if verdict is None else Known("a comparison", ComparisonSettings(completions=completions, verdict=verdict))
+    )
 
 
 def _paths(how: ComparisonSettings) -> list[str]:

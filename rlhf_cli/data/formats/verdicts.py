@@ -69,11 +69,10 @@ def _winner(row: Row, field: str, value: object, names: Sequence[str], values: M
         return list(names).index(meant)
     if text in values and meant.isdigit() and int(meant) < len(names):
         return int(meant)
-    plain = re.sub(r"[^a-z0-9]", "", meant.lower())
-    if plain in _TIES or plain.startswith("tie"):
+    if _is_tie(meant):
         return None
-    known = _aliases(names)
-    for key in (plain, _STEMS.sub("", plain)):
+    known = aliases(names)
+    for key in _keys(meant):
         if key in known:
             return known[key]
     raise row.error(
@@ -95,9 +94,9 @@ def _text(value: object) -> str:
 _BOOLEANS = ("True", "False")
 
 
-def _aliases(names: Sequence[str]) -> dict[str, int]:
+def aliases(names: Sequence[str]) -> dict[str, int]:
     """What else may be said for a completion: the plain name, its letter, its own number, and its side of two."""
-    ends = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
+    ends = [_plain(name) for name in names]
     known = {end: index for index, end in enumerate(ends)}
     suffixes = [re.search(r"(\d+|[a-z])$", end) for end in ends]
     has_numbers = all(found is not None and found[0].isdigit() for found in suffixes)
@@ -108,6 +107,29 @@ def _aliases(names: Sequence[str]) -> dict[str, int]:
     if len(names) == 2:
         known |= {side: index for side, index in _SIDES.items() if side not in known}
     return known
+
+
+def is_winner(value: object, names: Sequence[str]) -> bool:
+    """Whether a value, or each of a list, says by itself which completion is best, or that they tie."""
+    values = value if isinstance(value, list) else [value]
+    known = aliases(names)
+    return bool(values) and all(
+        isinstance(one, str) and (_is_tie(one) or not known.keys().isdisjoint(_keys(one))) for one in values
+    )
+
+
+def _keys(text: str) -> tuple[str, str]:
+    """What a value is looked up by: as it is, and without a word such as `response` before it."""
+    plain = _plain(text)
+    return plain, _STEMS.sub("", plain)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _is_tie(text: str) -> bool:
+    return _plain(text) in _TIES or _plain(text).startswith("tie")
 
 
 def by_strength(row: Row, field: str, value: object, count: int) -> Verdict | None:

@@ -80,6 +80,20 @@ def annotator_of(row: Row) -> str | None:
     return text_of(row, "annotator", str(value))
 
 
+def reference_of(row: Row) -> object:
+    """`reference`, any value without NaN and infinity, or None if it is absent."""
+    value = row.fields.get("reference")
+    if not _is_finite(value):
+        raise row.error(f"`reference` is {shown(value)}; NaN and infinity are not values", "leave it empty there")
+    return value
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def subset_of(row: Row) -> str | None:
     """`subset`, or None if it is absent: a part of the data set whose results are reported separately."""
     value = row.fields.get("subset")
