@@ -173,6 +173,26 @@ def test_a_hint_loses_nothing_of_the_prompt_and_works(read, kind, row):
     assert loaded.warnings == []
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [user], "chosen": [reply], "rejected": [other]},
+        {"chosen": [user, reply], "rejected": [user, other]},
+        {"question": "q", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_the_hint_to_train_on_the_chosen_completions_works(read, row):
+    from rlhf_cli.recipe.loader import load_recipe
+
+    with pytest.raises(DataError) as caught:
+        read("demonstration", row)
+    setting = str(caught.value.hint).rpartition("--set '")[2].partition("'")[0]
+    columns = load_recipe(None, [setting], []).recipe.data.columns
+    [record] = read("demonstration", row, columns=columns).records
+    assert record.completion == "a"
+
+
 def test_one_bad_value_ends_no_file_that_may_skip_it(write):
     rows = [{"prompt": "p", "completion": "c"}] * 99
     source = write("a.jsonl", [*rows, {"prompt": "p", "completion": None}])

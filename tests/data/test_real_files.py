@@ -138,6 +138,15 @@ def test_prompts_one_a_line(write):
         read_records(source, "demonstration")
 
 
+def test_other_data_named_txt_is_not_taken_for_prompts(write):
+    lines = "".join(json.dumps(one) + "\n" for one in RECORDS)
+    for text in (lines, "\ufeff" + lines, json.dumps(RECORDS)):
+        assert [one.prompt for one in read_records(write("a.txt", text), "prompt").records] == ["p0", "p1", "p2"]
+    with pytest.raises(DataError, match="is a table with a header") as caught:
+        read_records(write("a.txt", "id;Prompt;completion\n1;p;c\n"), "prompt")
+    assert ".csv" in str(caught.value.hint)
+
+
 def test_a_readme_in_a_folder_is_no_data(write, tmp_path):
     write("data/a.jsonl", RECORDS)
     write("data/README.txt", "about\n")

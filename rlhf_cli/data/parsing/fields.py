@@ -125,7 +125,7 @@ def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Columns) ->
     if look := looks_like(row.fields):
         return row.error(
             f"{message}: it looks like {look}, and {_article(kind)} {'are' if kind == 'candidates' else 'is'} expected",
-            _elsewhere(look, kind),
+            _elsewhere(look, kind, row.fields),
         )
     return row.error(message, _expected_fields(kind))
 
@@ -175,7 +175,7 @@ def looks_like(fields: Mapping[str, object]) -> str | None:
         return "completions without a ranking"
     if any(name in fields for name in _CONVERSATION_FIELDS):
         return "a demonstration (a conversation)"
-    if {"prompt", "completion"} <= fields.keys():
+    if "prompt" in fields and any(name in fields for name in ("completion", *_OTHER_NAMES["completion"])):
         return "a demonstration"
     if "text" in fields:
         return "a demonstration (plain text)"
@@ -184,10 +184,12 @@ def looks_like(fields: Mapping[str, object]) -> str | None:
     return None
 
 
-def _elsewhere(look: str, kind: Kind) -> str:
+def _elsewhere(look: str, kind: Kind, fields: Mapping[str, object]) -> str:
     """Hint: the stage that reads such records."""
     if look.startswith(("a preference", "a ranking")):
-        extra = ", or train on the chosen completions with `--set 'data.columns={completion: chosen}'`"
+        chosen = fields.get("chosen")
+        ours = "messages" if isinstance(chosen, list) and len(chosen) > 1 else "completion"
+        extra = f", or train on the chosen completions with `--set 'data.columns={{{ours}: chosen}}'`"
         return f"give it to `train-rm`{extra if kind == 'demonstration' and look == 'a preference' else ''}"
     if look == "completions without a ranking":
         return f"to rank them, give them to `label` as `label.items`; {_expected_fields(kind)}"

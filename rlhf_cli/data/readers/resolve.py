@@ -110,7 +110,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if suffix is None:
         raise DataError(
             f"{path}: unknown file type",
-            hint=f"name it {_NAMES}, each also with .gz",
+            hint=f"name it {_NAMES}; an Arrow file is written as Parquet with `to_parquet`",
         )
     reader = _READERS[suffix]
     if reader is parquet_rows:
@@ -199,9 +199,7 @@ def _no_files(folder: Path, entries: list[Path], names: set[str]) -> DataError:
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     return DataError(
         f"{folder}: is a directory without data files; it {f'has {listed(sorted(names))}' if names else 'is empty'}",
-        hint=f"name a folder in it, such as `{folder / folders[0]}`"
-        if folders
-        else f"data files end in {_NAMES}, each also with .gz",
+        hint=f"name a folder in it, such as `{folder / folders[0]}`" if folders else f"data files end in {_NAMES}",
     )
 
 

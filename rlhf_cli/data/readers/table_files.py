@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -17,7 +17,7 @@ from rlhf_cli.data.readers.text_files import MAX_RECORD_BYTES, LineDecoder, numb
 from rlhf_cli.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _ROWS_AT_ONCE = 256
 
@@ -185,11 +185,11 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     number = 0
     try:
         parquet = pq.ParquetFile(file)
-        names = [field.name for field in parquet.schema_arrow if _is_plain(field.type)]
+        names = _plain_leaves(parquet)
         for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
             for fields in batch.to_pylist():
                 number += 1
-                yield Row(f"{path}:row {number}", fields)
+                yield Row(f"{path}:row {number}", {name: _decoded(value) for name, value in fields.items()})
     except (pa.ArrowException, OSError) as error:
         where = f"{path}:row {number + 1}" if number else str(path)
         raise DataError(
@@ -198,26 +198,27 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         ) from error
 
 
-def _is_plain(kind: pa.DataType) -> bool:
-    """Whether a column holds text, numbers or lists of them; images, times and extension types are not read."""
-    import pyarrow.types as types
+def _plain_leaves(parquet: pq.ParquetFile) -> list[str]:
+    """Paths of what holds text, numbers or booleans; times and bytes inside of columns are not read."""
+    schema, columns = parquet.schema, set(parquet.schema_arrow.names)
+    leaves = [schema.column(index) for index in range(len(schema))]
+    return [leaf.path for leaf in leaves if _is_plain(leaf.physical_type, leaf.logical_type.type, leaf.path in columns)]
 
-    if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _is_plain(kind.value_type)
-    if types.is_struct(kind):
-        return all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
-    tests: tuple[Callable[[pa.DataType], bool], ...] = (
-        types.is_string,
-        types.is_large_string,
-        types.is_string_view,
-        types.is_boolean,
-        types.is_integer,
-        types.is_floating,
-        types.is_null,
-    )
-    return any(test(kind) for test in tests)
+
+def _is_plain(physical: str, logical: str, is_column: bool) -> bool:
+    if physical == "BYTE_ARRAY":
+        return logical in ("STRING", "JSON", "ENUM") or (logical == "NONE" and is_column)
+    return physical in ("BOOLEAN", "FLOAT", "DOUBLE", "INT32", "INT64") and logical in ("NONE", "INT", "NULL")
+
+
+def _decoded(value: object) -> object:
+    """Text that a column holds as bytes; other bytes stay as they are."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
 
 
 def _first_sentence(error: BaseException) -> str:
