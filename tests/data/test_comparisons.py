@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -192,6 +193,24 @@ def test_other_comparisons_are_mapped_by_one_setting(read, setting, row, record)
         return
     how = load_recipe(None, [f"data.comparison={setting}"], []).recipe.data.comparison
     assert read("ranking", row, comparison=how).records == [record]
+
+
+def test_a_mapping_of_columns_goes_before_what_is_recognized(read):
+    row = {"question": "q", "response_j": "a", "response_k": "b"}
+    columns = {"chosen": "response_k", "rejected": "response_j", "prompt": "question"}
+    assert read("ranking", row, columns=columns).records == [Ranking("q", ("b", "a"), FIRST)]
+    named = {"ask": "q", "response_a": "a", "response_b": "b", "winner": "b"}
+    assert read("ranking", named, columns={"prompt": "ask"}).records == [Ranking("q", ("a", "b"), SECOND)]
+
+
+def test_the_settings_in_the_documentation_are_read():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "label-formats.md").read_text(encoding="utf-8")
+    settings = [
+        line.strip().partition("    ")[0] for line in text.splitlines() if line.startswith("    data.comparison=")
+    ]
+    assert len(settings) == 5
+    for setting in settings:
+        assert load_recipe(None, [setting], []).recipe.data.comparison is not None
 
 
 def test_the_setting_is_only_for_the_rows_that_have_its_columns(read):

@@ -39,6 +39,7 @@ _FORMATS = (
     LabelFormat("a Label Studio task", label_studio.matches, label_studio.convert),
     LabelFormat("an Argilla record", argilla.matches, argilla.convert),
 )
+_COMPARED = frozenset({"chosen", "rejected", "completions", "ranking"})
 _DEMONSTRATION = frozenset({"messages", "conversations", "text", "completion", "output"})
 """Fields that make a row a demonstration, whatever else it holds."""
 
@@ -90,7 +91,8 @@ def convert_row(row: Row, kind: Kind, options: ImportOptions) -> Iterator[Part]:
 
 
 def _comparison_or_row(row: Row, kind: Kind, options: ImportOptions) -> Iterator[Part]:
-    known = comparisons.recognize(row)
+    is_mapped = not _COMPARED.isdisjoint(options.columns)  # what the user says goes before what is recognized
+    known = None if is_mapped else comparisons.recognize(row)
     if known is None or (kind == "demonstration" and not _DEMONSTRATION.isdisjoint(row.fields)):
         yield row
     elif kind == "demonstration":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rlhf_cli.data.formats.common import PROMPT_NAMES, ImportOptions, Part, completion_names, new_row
 from rlhf_cli.data.formats.paths import ABSENT, column_of, value_at
 from rlhf_cli.data.formats.verdicts import Verdict, by_numbers, by_strength, by_winner, is_winner
-from rlhf_cli.data.parsing.fields import is_empty
+from rlhf_cli.data.parsing.fields import is_empty, mapped_columns
 from rlhf_cli.data.parsing.prompt_columns import CONTEXT
 from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import OmitRecordError
@@ -157,7 +157,8 @@ def convert(row: Row, known: Known, options: ImportOptions) -> Iterator[Part]:
         options.warnings.add("no verdict", row.location)
         return
     taken = {column_of(path) for path in _paths(how)}
-    kept = {name: value for name, value in row.fields.items() if name in CONTEXT and name not in taken}
+    context = {*CONTEXT, *mapped_columns(options.columns)} - taken
+    kept = {name: value for name, value in row.fields.items() if name in context}
     if how.prompt is not None and isinstance(around := row.fields.get(column_of(how.prompt)), Mapping):
         kept |= {name: value for name, value in around.items() if name in ("tools", "functions")}
     annotator = value_at(row.fields, how.annotator) if how.annotator else row.fields.get("annotator")

@@ -149,7 +149,7 @@ def _refuse_other_compression(path: Path, magic: bytes) -> None:
 
 
 class LineDecoder:
-    """Decodes lines as UTF-8, or as Windows-1252 if that is allowed and the first line that is not ASCII is no UTF-8.
+    """Decodes lines as UTF-8, or as Windows-1252 if that is allowed and the first line beyond ASCII is not UTF-8.
 
     Attributes:
         encoding: of the lines so far.

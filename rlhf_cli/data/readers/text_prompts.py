@@ -1,4 +1,4 @@
-"""Reads prompts from plain text, one a line; JSON and tables that are named .txt are told apart."""
+"""Reads prompts from plain text, one per line; JSON and tables that are named .txt are told apart."""
 
 from __future__ import annotations
 
