@@ -110,10 +110,27 @@ def test_a_winner_that_is_not_clear_is_refused_with_a_hint_that_works(read, winn
     with pytest.raises(DataError, match=r"`winner` is .* not clear") as caught:
         read("ranking", row)
     hint = str(caught.value.hint).partition("--set '")[2].partition("'")[0]
-    described = ["data.comparison={completions: [response_a, response_b], verdict: winner}", hint]
-    how = load_recipe(None, described, []).recipe.data.comparison
+    how = load_recipe(None, [hint], []).recipe.data.comparison
     [ranking] = read("ranking", row, comparison=how).records
     assert ranking.tiers == FIRST
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        SHP | {"labels": 2},
+        ARENA | {"winner": "gpt: 4"},
+        SUMMARIES | {"choice": "x"},
+        {"prompt": "q", "answer yes": "a", "answer no": "b", "answer 1": "c", "answer 2": "d", "winner": "x"},
+    ],
+)
+def test_the_hint_keeps_how_a_row_was_recognized(read, row):
+    with pytest.raises(DataError, match="not clear") as caught:
+        read("ranking", row)
+    hint = str(caught.value.hint).partition("--set '")[2].partition("'`")[0]
+    how = load_recipe(None, [hint], []).recipe.data.comparison
+    [ranking] = read("ranking", row, comparison=how).records
+    assert (ranking.tiers[0], ranking.completions[0]) == ((0,), "c" if "answer 1" in row else "a")
 
 
 @pytest.mark.parametrize("winner", [None, "", " ", "nan"])

@@ -159,6 +159,7 @@ def test_empty_columns_bring_no_warning(read, row):
         ("demonstration", {"question": "q", "context": "x", "answer": "a"}),
         ("ranking", {"question": "q", "context": "x", "chosen": "a", "rejected": "b"}),
         ("ranking", {"query": "q", "input": "x", "chosen": "a", "rejected": "b"}),
+        ("demonstration", {" Question": "x\n\nq", "Response ": "a"}),
     ],
 )
 def test_a_hint_loses_nothing_of_the_prompt_and_works(read, kind, row):

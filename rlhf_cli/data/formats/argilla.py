@@ -96,7 +96,7 @@ def _other_verdicts(
             numbers = [ratings[index] for index in range(len(compared))]
             verdict = by_numbers(row, "responses", numbers, len(compared), highest_first=True)
         elif len(winners) == 1:
-            verdict = by_winner(row, "responses", winners[0], compared, {})
+            verdict = by_winner(row, "responses", winners[0], compared)
         if verdict is not None:
             yield verdict, user
 

@@ -231,7 +231,7 @@ def _verdict(row: Row, how: ComparisonSettings, names: list[str]) -> Verdict | N
     else:
         field, value = how.verdict, value_at(row.fields, how.verdict)
     if how.read_as == "winner":
-        return by_winner(row, field, value, names, how.values)
+        return by_winner(row, field, value, names, how)
     if how.read_as == "strength":
         return by_strength(row, field, value, len(names))
     return by_numbers(row, field, value, len(names), highest_first=how.read_as == "scores")

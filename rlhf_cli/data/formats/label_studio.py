@@ -128,7 +128,7 @@ def _verdict_over_fields(
     winners = [value for value in choices if is_winner(value, fields)] if fields else []
     if len(winners) != 1:
         return None
-    verdict = by_winner(row, f"{name}.result", winners[0], fields, {})
+    verdict = by_winner(row, f"{name}.result", winners[0], fields)
     return None if verdict is None else (fields, verdict)
 
 

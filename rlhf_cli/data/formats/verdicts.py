@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.data.parsing.fields import is_empty
+from rlhf_cli.data.parsing.fields import is_empty, yaml_name
 from rlhf_cli.data.readers.rows import Row, shown
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 Tiers = list[list[int]]
 _TIES = frozenset({"tie", "tied", "ties", "equal", "same", "draw", "both", "neither", "bothbad", "bothgood"})
@@ -30,7 +31,9 @@ class Verdict:
     margin: float | None = None
 
 
-def by_winner(row: Row, field: str, value: object, names: Sequence[str], values: Mapping[str, str]) -> Verdict | None:
+def by_winner(
+    row: Row, field: str, value: object, names: Sequence[str], how: ComparisonSettings | None = None
+) -> Verdict | None:
     """The winner above all others, or all in one tier; None without a verdict.
 
     Args:
@@ -38,15 +41,15 @@ def by_winner(row: Row, field: str, value: object, names: Sequence[str], values:
         field: name of the verdict, for messages.
         value: a winner, or a list of them.
         names: of the completions.
-        values: what values mean that are not names, letters, numbers or sides of the completions.
+        how: says what values mean that are not names, letters, numbers or sides of the completions.
     """
     if is_empty(value):
         return None
     winners: set[int] = set()
     for one in _listed(value):
-        if values.get(_text(one)) == "skip":
+        if how is not None and how.values.get(_text(one)) == "skip":
             return None
-        found = _winner(row, field, one, names, values)
+        found = _winner(row, field, one, names, how)
         winners |= set(range(len(names))) if found is None else {found}
     others = [index for index in range(len(names)) if index not in winners]
     return Verdict([tier for tier in (sorted(winners), others) if tier])
@@ -61,9 +64,9 @@ def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
-def _winner(row: Row, field: str, value: object, names: Sequence[str], values: Mapping[str, str]) -> int | None:
+def _winner(row: Row, field: str, value: object, names: Sequence[str], how: ComparisonSettings | None) -> int | None:
     """Index of the winner; None is a tie."""
-    text = _text(value)
+    text, values = _text(value), {} if how is None else how.values
     meant = values.get(text, text)
     if meant in names:
         return list(names).index(meant)
@@ -77,9 +80,20 @@ def _winner(row: Row, field: str, value: object, names: Sequence[str], values: M
             return known[key]
     raise row.error(
         f"`{field}` is {shown(value)}, and which of {', '.join(f'`{name}`' for name in names)} that means is not clear",
-        f"say so with `--set 'data.comparison.values={{{text or 'VALUE'}: {names[0]}}}'` beside the other settings of "
-        "`data.comparison`; `tie` is a value, too",
+        _values_hint(text, names, how),
     )
+
+
+def _values_hint(text: str, names: Sequence[str], how: ComparisonSettings | None) -> str:
+    if how is None:
+        return f"name one of them, or `tie`: {', '.join(names)}"
+    columns = ", ".join(map(yaml_name, how.completions))
+    first = names[0] if len(how.completions) > 1 else "0"
+    known = "".join(f"{yaml_name(value)}: {yaml_name(meant)}, " for value, meant in how.values.items())
+    parts = [f"completions: [{columns}]", f"verdict: {yaml_name(str(how.verdict))}"]
+    parts += [f"{name}: {yaml_name(value)}" for name in ("prompt", "annotator") if (value := getattr(how, name))]
+    parts.append(f"values: {{{known}{yaml_name(text)}: {yaml_name(first)}}}")
+    return f"say what each value means, a completion or `tie`: `--set 'data.comparison={{{', '.join(parts)}}}'`"
 
 
 def _text(value: object) -> str:

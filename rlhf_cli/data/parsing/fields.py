@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -50,6 +52,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
     "text": ("content", "document", "body"),
 }
+_YAML_WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
 _CONVERSATION_FIELDS = ("conversations", "messages")  # ShareGPT writes the first
 
 
@@ -73,10 +76,16 @@ def mapped_columns(columns: Columns) -> set[str]:
 def columns_hint(columns: Columns) -> str:
     """A hint that maps columns."""
     pairs = ", ".join(
-        f"{ours}: {theirs if isinstance(theirs, str) else '[' + ', '.join(theirs) + ']'}"
+        f"{ours}: {yaml_name(theirs) if isinstance(theirs, str) else '[' + ', '.join(map(yaml_name, theirs)) + ']'}"
         for ours, theirs in columns.items()
     )
     return f"if these are the same under other names: `--set 'data.columns={{{pairs}}}'`"
+
+
+def yaml_name(name: str) -> str:
+    """A column as a recipe and `--set` write it: in quotes if YAML would read something else."""
+    is_plain = re.fullmatch(r"[A-Za-z_][\w .-]*", name) and name.lower() not in _YAML_WORDS and name == name.strip()
+    return name if is_plain else json.dumps(name, ensure_ascii=False)
 
 
 def is_empty(value: object) -> bool:
