@@ -92,8 +92,9 @@ def convert_row(row: Row, kind: Kind, options: ImportOptions) -> Iterator[Part]:
 
 def _comparison_or_row(row: Row, kind: Kind, options: ImportOptions) -> Iterator[Part]:
     is_mapped = not _COMPARED.isdisjoint(options.columns)  # what the user says goes before what is recognized
-    known = None if is_mapped else comparisons.recognize(row)
-    if known is None or (kind == "demonstration" and not _DEMONSTRATION.isdisjoint(row.fields)):
+    is_demonstration = kind == "demonstration" and not _DEMONSTRATION.isdisjoint(row.fields)
+    known = None if is_mapped or is_demonstration else comparisons.recognize(row)
+    if known is None:
         yield row
     elif kind == "demonstration":
         raise _other_kind(row, f"a comparison ({known.name})", kind)

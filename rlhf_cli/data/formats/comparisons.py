@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlhf_cli.data.formats.common import PROMPT_NAMES, ImportOptions, Part, completion_names, new_row
 from rlhf_cli.data.formats.paths import ABSENT, column_of, value_at
@@ -33,6 +34,11 @@ class Known:
     name: str
     how: ComparisonSettings
     turns: str | None = None
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """The columns that its paths begin in; most rows are told apart by them alone."""
+        return frozenset(map(column_of, _paths(self.how)))
 
 
 def _known(
@@ -100,7 +106,7 @@ def recognize(row: Row) -> Known | None:
     if "chosen" in fields or "rejected" in fields or "ranking" in fields:
         return None
     for known in KNOWN:
-        if all(value_at(fields, path) is not ABSENT for path in _paths(known.how)):
+        if known.columns <= fields.keys() and all(value_at(fields, path) is not ABSENT for path in _paths(known.how)):
             return known
     completions = completion_names([name for name in fields if _COMPLETION.match(name)])
     if not completions or not all(isinstance(fields[name], str | list) for name in completions):
@@ -156,8 +162,7 @@ def convert(row: Row, known: Known, options: ImportOptions) -> Iterator[Part]:
     if verdict is None and not options.unranked:
         options.warnings.add("no verdict", row.location)
         return
-    taken = {column_of(path) for path in _paths(how)}
-    context = {*CONTEXT, *mapped_columns(options.columns)} - taken
+    context = {*CONTEXT, *mapped_columns(options.columns)} - known.columns
     kept = {name: value for name, value in row.fields.items() if name in context}
     if how.prompt is not None and isinstance(around := row.fields.get(column_of(how.prompt)), Mapping):
         kept |= {name: value for name, value in around.items() if name in ("tools", "functions")}
