@@ -21,6 +21,9 @@ ALLOWED = {
     "RewardShape": "`objectives/` imports torch alone, so its pure functions cannot take a section",
     "AdapterBase": "stored beside an adapter: what it was trained on outlives the recipe",
     "Sampling": "the resolved form of `sampling`: nothing is left to inherit",
+    "Ranking": "a record; `data.comparison` names the columns that hold its fields",
+    "LabelRecord": "a record; `data.comparison` names the columns that hold its fields",
+    "LabelTable": "records; `data.comparison` names the columns that hold their fields",
     "LabelPlan": "stored with a session: labels outlive the recipe under which they were made",
 }
 

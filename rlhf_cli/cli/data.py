@@ -54,6 +54,7 @@ def preview(
         count=count,
         all_turns=loaded.sft is None or loaded.sft.assistant_turns == "all",
         columns=loaded.data.columns,
+        comparison=loaded.data.comparison,
     )
     if as_json:
         shown = {"kind": kind, "model": loaded.model.path, "records": [record.to_json() for record in records]}

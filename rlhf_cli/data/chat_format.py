@@ -277,6 +277,8 @@ class PromptFormat:
     def assistant_spans(self, prompt: Prompt) -> list[tuple[int, int] | None]:
         """Find the assistant's earlier turns in `prompt_ids(prompt)`, as (start, stop) with their turn-end token.
 
+        Turns that the data excludes from training are not returned.
+
         None stands for a turn that cannot be located, because the template renders the beginning of a conversation
         differently once it is longer.
         """
@@ -295,7 +297,8 @@ class PromptFormat:
         text, ids = self._prompt_text(prompt), self.prompt_ids(prompt)
         return [
             None if span is None else (self._tokens(text[: span[0]], ids), self._tokens(text[: span[1]], ids))
-            for span in locate_turns(text, openings, self._special, self._turn_end)
+            for at, span in zip(numbers, locate_turns(text, openings, self._special, self._turn_end), strict=True)
+            if prompt[at].is_trained
         ]
 
     def _header(self, prompt: tuple[Message, ...], at: int) -> str | None:

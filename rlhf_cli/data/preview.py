@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.examples import reason_to_skip, tokenize
+from rlhf_cli.data.parsing.fields import NO_COLUMNS, Columns
 from rlhf_cli.data.records import Candidates, Demonstration, Kind, Prompt, PromptRecord, Ranking, Record, prompt_text
 from rlhf_cli.data.rendering import common_length
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.sources import iter_records
 from rlhf_cli.data.warnings import WarningLog
 from rlhf_cli.progress import warn
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +84,8 @@ def preview_records(
     *,
     count: int,
     all_turns: bool = True,
-    columns: Mapping[str, str] = {},
+    columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
 ) -> list[RecordPreview]:
     """Tokenize the first records of a source, including skipped ones, as the stage that reads them does.
 
@@ -95,23 +98,33 @@ def preview_records(
         count: number of records.
         all_turns: SFT trains earlier turns of the assistant, too.
         columns: our field -> the file's.
+        comparison: completion columns and a verdict.
 
     Raises:
         DataError: the source cannot be read, or the chat template refuses a record.
     """
     found: list[Record | Skip] = []
     warnings = WarningLog()
-    for record in iter_records(source, kind, columns=columns, on_skip=found.append, warnings=warnings):
+    for record in iter_records(
+        source, kind, columns=columns, comparison=comparison, on_skip=found.append, warnings=warnings
+    ):
         found.append(record)
         if len(found) >= count:
             break
     for line in warnings.lines(source):
         warn(line)
+    first = found[0]
+    if isinstance(first, Skip) and first.error is not None:
+        raise first.error
     builder = _Builder(prompt_format, limits, all_turns)
     return [
-        RecordPreview(one.location, {}, one.reason, one.excerpt) if isinstance(one, Skip) else builder.preview(one)
+        RecordPreview(one.location, {}, _reason(one), one.excerpt) if isinstance(one, Skip) else builder.preview(one)
         for one in found[:count]
     ]
+
+
+def _reason(skip: Skip) -> str:
+    return skip.reason if skip.error is None else f"{skip.reason}: {skip.error.message}"
 
 
 @dataclass(frozen=True)

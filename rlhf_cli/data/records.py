@@ -17,10 +17,15 @@ MARGINS = (0.0, 1 / 3, 2 / 3, 1.0)
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        is_trained: False for a turn that the file excludes from training (`weight: 0`).
+    """
 
     role: str
     content: str
+    is_trained: bool = field(default=True, compare=False)
 
 
 Prompt = str | tuple[Message, ...]

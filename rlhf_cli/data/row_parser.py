@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from rlhf_cli.data.formats import ImportOptions, convert_row
+from rlhf_cli.data.parsing.cells import decode_cells
 from rlhf_cli.data.parsing.comparisons import ComparisonReader, has
 from rlhf_cli.data.parsing.conversations import text_of
-from rlhf_cli.data.parsing.fields import apply_columns, check_columns, missing
+from rlhf_cli.data.parsing.fields import Columns, apply_columns, check_columns, mapped_columns, missing
+from rlhf_cli.data.parsing.prompt_columns import omit_if_excluded, with_whole_prompt
 from rlhf_cli.data.parsing.prompts import PromptReader
-from rlhf_cli.data.parsing.values import NO_COMPLETION, SkipRecordError, check_completion, is_blank
+from rlhf_cli.data.parsing.values import NO_COMPLETION, check_completion, is_blank, reference_of
 from rlhf_cli.data.readers.rows import Row
 from rlhf_cli.data.records import Candidates, Demonstration, Kind, PromptRecord, Ranking, Record
-from rlhf_cli.data.skips import Skip
+from rlhf_cli.data.skips import OmitRecordError, Skip, SkipRecordError
 from rlhf_cli.data.warnings import WarningLog
+from rlhf_cli.errors import DataError
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 
 class RowParser:
@@ -24,34 +28,53 @@ class RowParser:
         kind: what the rows should be.
         columns: our field -> the file's.
         warnings: collects the warnings.
+        comparison: how the user says that comparisons are read; null reads the forms that are recognized.
         keep_blank: rankings may hold empty completions: a model sampled them, and a low rank for them is a signal.
     """
 
     def __init__(
-        self, kind: Kind, columns: Mapping[str, str], warnings: WarningLog, *, keep_blank: bool = False
+        self,
+        kind: Kind,
+        columns: Columns,
+        warnings: WarningLog,
+        *,
+        comparison: ComparisonSettings | None = None,
+        keep_blank: bool = False,
     ) -> None:
         check_columns(columns)
         self._keep_blank = keep_blank
         self._kind: Kind = kind
-        self._columns, self._warnings = columns, warnings
-        self._options = ImportOptions(columns, warnings, unranked=kind == "candidates")
+        self._columns, self._mapped, self._warnings = columns, mapped_columns(columns), warnings
+        self._options = ImportOptions(columns, warnings, kind in ("candidates", "prompt"), comparison)
         self._prompts = PromptReader(warnings)
         self._comparisons = ComparisonReader(self._prompts, warnings, self._require)
 
     def records(self, row: Row) -> Iterator[Record | Skip]:
-        """Yield the records of one row: several if it is in another tool's format; raises `DataError`."""
-        for converted in convert_row(row, self._kind, self._options):
-            if isinstance(converted, Skip):
-                yield converted
-                continue
-            try:
-                yield self.parse(converted)
-            except SkipRecordError as skip:
-                yield Skip(converted.location, skip.reason, converted.excerpt())
+        """Yield the records of one row: several if it is in another tool's format; invalid ones are skipped."""
+        if row.encoding != "utf-8":
+            self._warnings.add("windows", row.location)
+        try:
+            for converted in convert_row(decode_cells(row), self._kind, self._options):
+                yield converted if isinstance(converted, Skip) else self._parsed(converted)
+        except OmitRecordError as omitted:
+            self._warnings.add(omitted.kind, row.location)
+        except DataError as error:
+            yield Skip.of(error, row.location, row.excerpt())
+
+    def _parsed(self, row: Row) -> Record | Skip:
+        try:
+            return self.parse(row)
+        except SkipRecordError as skip:
+            return Skip(row.location, skip.reason, row.excerpt())
+        except DataError as error:
+            return Skip.of(error, row.location, row.excerpt())
 
     def parse(self, row: Row) -> Record:
-        """Parse one record; raises `DataError` if it is wrong and `SkipRecordError` if it is to be skipped."""
+        """Parse one record; raises `DataError` if it is wrong, else an exception of `skips` if it is not to be used."""
         row = apply_columns(row, self._columns)
+        row = with_whole_prompt(row, self._mapped, self._warnings)
+        if self._kind == "demonstration":
+            omit_if_excluded(row)
         parse: Callable[[Row], Record] = {
             "demonstration": self._demonstration,
             "prompt": self._prompt_record,
@@ -60,8 +83,8 @@ class RowParser:
             "candidates": self._candidates,
         }[self._kind]
         record = parse(row)
-        if isinstance(record, PromptRecord | Candidates) and row.fields.get("reference") is not None:
-            record = replace(record, reference=row.fields["reference"])
+        if isinstance(record, PromptRecord | Candidates) and (reference := reference_of(row)) is not None:
+            record = replace(record, reference=reference)
         is_plain_text = isinstance(record, Demonstration) and not has(row, "prompt")
         if is_blank(record.prompt) and not is_plain_text:
             self._warnings.add("empty prompt", row.location)
@@ -80,7 +103,11 @@ class RowParser:
             return Demonstration("", check_completion(text_of(row, "text", row.fields["text"])), row.location)
         self._require(row, "prompt", "completion")
         prompt = self._prompts.prompt(row)
-        return Demonstration(prompt, check_completion(self._prompts.reply(row, "completion", prompt)), row.location)
+        return Demonstration(
+            prompt,
+            check_completion(self._prompts.reply(row, "completion", row.fields["completion"], prompt)),
+            row.location,
+        )
 
     def _prompt_record(self, row: Row) -> PromptRecord:
         if name := _conversation_field(row) if not has(row, "prompt") else None:
@@ -93,6 +120,8 @@ class RowParser:
             return PromptRecord(messages, row.location)
         if "prompt" not in row.fields and has(row, "chosen", "rejected"):  # HH has its prompts only inside its pairs
             return PromptRecord(self._ranking(row).prompt, row.location)
+        if "prompt" not in row.fields and "completions" in row.fields:
+            return PromptRecord(self._candidates(row).prompt, row.location)
         self._require(row, "prompt")
         return PromptRecord(self._prompts.prompt(row), row.location)
 

@@ -6,9 +6,8 @@ name `file:line`; skipped records are counted; warnings are returned, never prin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import cast
 
 from rlhf_cli.data.checks import (
@@ -18,6 +17,7 @@ from rlhf_cli.data.checks import (
     distinct_candidates,
     latest_annotations,
 )
+from rlhf_cli.data.parsing.fields import NO_COLUMNS, Columns
 from rlhf_cli.data.readers.hub import HubSource
 from rlhf_cli.data.readers.resolve import resolve, rows_of, source_digest
 from rlhf_cli.data.records import Candidates, Kind, Ranking, Record
@@ -25,6 +25,7 @@ from rlhf_cli.data.row_parser import RowParser
 from rlhf_cli.data.skips import Skip, SkipLog
 from rlhf_cli.data.warnings import WarningLog
 from rlhf_cli.errors import DataError
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 __all__ = [
     "LoadedRecords",
@@ -38,8 +39,9 @@ __all__ = [
     "validate_source",
 ]
 
-_NONE: Mapping[str, str] = MappingProxyType({})
 _SKIPS_KEPT = 1_000
+_INVALID_AT_MOST = 1_000
+"""Records at the beginning of a source that may all be invalid before reading ends: the file is then another one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def iter_records(
     source: str,
     kind: Kind,
     *,
-    columns: Mapping[str, str] = _NONE,
+    columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
     on_skip: Callable[[Skip], None],
     warnings: WarningLog | None = None,
     keep_blank: bool = False,
@@ -96,25 +99,29 @@ def iter_records(
         source: file, folder or hub data set.
         kind: "preference" and "ranking" both yield `Ranking`, from both formats; "candidates" yields `Candidates`,
             from these formats and from unranked completions.
-        columns: our field -> the file's.
-        on_skip: called with each skipped record.
+        columns: our field -> the file's, or several of the file's.
+        comparison: completion columns and a verdict; None reads the forms that are recognized.
+        on_skip: called with each skipped record, invalid ones included.
         warnings: collects the warnings.
         keep_blank: keep blank completions in lists of K completions, as a model may have sampled them.
 
     Raises:
-        DataError: the source cannot be read, a record is wrong, or there is none.
+        DataError: the source cannot be read, all of its first records are invalid, or there is no record.
         UsageError: `columns` names a field that records do not have.
     """
     warnings = WarningLog() if warnings is None else warnings
-    parser = RowParser(kind, columns, warnings, keep_blank=keep_blank)
-    count = 0
+    parser = RowParser(kind, columns, warnings, comparison=comparison, keep_blank=keep_blank)
+    count = valid = 0
     for row in rows_of(source):
         for record in parser.records(row):
             count += 1
-            if isinstance(record, Skip):
-                on_skip(record)
-            else:
+            if not isinstance(record, Skip):
+                valid += 1
                 yield record
+                continue
+            if record.error is not None and count >= _INVALID_AT_MOST and not valid:
+                raise record.error
+            on_skip(record)
     if not count:
         skipped = "".join(f"; {line}" for line in warnings.lines(source))
         raise DataError(f"{source}: no usable records{skipped}", hint="check that this is the file you meant")
@@ -124,7 +131,8 @@ def read_records(
     source: str,
     kind: Kind,
     *,
-    columns: Mapping[str, str] = _NONE,
+    columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> LoadedRecords:
@@ -138,7 +146,15 @@ def read_records(
     """
     skips, warnings, checks = SkipLog(), WarningLog(), _checks(kind)
     records = list(
-        iter_records(source, kind, columns=columns, on_skip=skips.add, warnings=warnings, keep_blank=keep_blank)
+        iter_records(
+            source,
+            kind,
+            columns=columns,
+            comparison=comparison,
+            on_skip=skips.add,
+            warnings=warnings,
+            keep_blank=keep_blank,
+        )
     )
     total = len(records) + skips.total
     skips.check(total, max_skip, source)
@@ -156,7 +172,8 @@ def validate_source(
     source: str,
     kind: Kind,
     *,
-    columns: Mapping[str, str] = _NONE,
+    columns: Columns = NO_COLUMNS,
+    comparison: ComparisonSettings | None = None,
     max_skip: float = 0.01,
     keep_blank: bool = False,
 ) -> ValidationReport:
@@ -168,7 +185,13 @@ def validate_source(
     skips, warnings, checks, prompts = SkipLog(keep=_SKIPS_KEPT), WarningLog(), _checks(kind), PromptKeys()
     count = 0
     for record in iter_records(
-        source, kind, columns=columns, on_skip=skips.add, warnings=warnings, keep_blank=keep_blank
+        source,
+        kind,
+        columns=columns,
+        comparison=comparison,
+        on_skip=skips.add,
+        warnings=warnings,
+        keep_blank=keep_blank,
     ):
         count += 1
         prompts.add(record)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rlhf_cli.data.readers.rows import printable
+
 _RECORD_WARNINGS = {
+    "form": "read as {subject},",
+    "windows": "text in Windows-1252 (western languages; check its accents), converted to UTF-8,",
+    "prompt column": "no `prompt`: `{subject}` is used as the prompt,",
+    "column not read": "`{subject}`, which is not read,",
     "empty prompt": "an empty prompt",
     "sharegpt": "ShareGPT format (`from`, `value`), converted to `role`, `content`,",
     "after completion": "turns after the last completion, which are ignored,",
+    "turns not trained": "earlier turns with `weight: 0`, which are read and not trained,",
     "completion dropped": "a completion at the end of the prompt, which is ignored,",
     "common beginning": "no `prompt`: the common beginning of `chosen` and `rejected` is used as the prompt,",
     "equal completions": "the same completion more than once, which is shown once,",
@@ -26,6 +33,10 @@ _SKIP_WARNINGS = {
     "annotations not given": ("Label Studio annotation", "canceled or without a ranking"),
     "records without": ("Argilla record", "no ranking of its completions"),
     "responses not submitted": ("Argilla response", "draft or discarded"),
+    "label false": ("demonstration", "marked as bad by its `label`"),
+    "weight 0": ("demonstration", "no assistant turn is to be trained (`weight: 0`)"),
+    "not accepted": ("record", "not accepted by its annotator"),
+    "no verdict": ("comparison", "no verdict"),
     "labels not used": ("label", "skipped, flagged, a hidden repeat or a gold item"),
 }
 """Kind -> name and reason of what is skipped although it is not a record: "2 <names> skipped: <reason>"."""
@@ -45,10 +56,10 @@ class WarningLog:
     """Counts warnings by kind and remembers the first location of each."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._first: dict[tuple[str, str], str] = {}
 
-    def add(self, kind: str, location: str = "", detail: str = "", *, count: int = 1) -> None:
+    def add(self, kind: str, location: str = "", detail: str = "", *, count: int = 1, subject: str = "") -> None:
         """Count a warning.
 
         Args:
@@ -56,25 +67,26 @@ class WarningLog:
             location: `file:line`; empty for warnings about the source as a whole.
             detail: text that is shown after the location.
             count: how many to add; 0 adds nothing.
+            subject: what the warning is about, such as a column; those about other subjects are counted apart.
         """
         if count:
-            self._counts[kind] += count
-            self._first.setdefault(kind, f"{location} {detail}".strip())
+            self._counts[kind, subject] += count
+            self._first.setdefault((kind, subject), f"{location} {detail}".strip())
 
     def lines(self, source: str) -> list[str]:
         """One line per kind, in the order in which the kinds first came."""
         return [
-            f"{source}: {_line(kind, count)}" + (f" (first: {first})" if (first := self._first[kind]) else "")
-            for kind, count in self._counts.items()
+            f"{source}: {_line(*key, count)}" + (f" (first: {first})" if (first := self._first[key]) else "")
+            for key, count in self._counts.items()
         ]
 
 
-def _line(kind: str, count: int) -> str:
+def _line(kind: str, subject: str, count: int) -> str:
     plural = "s" if count > 1 else ""
     if kind in _SOURCE_WARNINGS:
         return _SOURCE_WARNINGS[kind].format(count=f"{count:,}", s=plural)
     if kind in _RECORD_WARNINGS:
-        return f"{_RECORD_WARNINGS[kind]} in {count:,} record{plural}"
+        return f"{_RECORD_WARNINGS[kind].format(subject=printable(subject))} in {count:,} record{plural}"
     name, reason = _SKIP_WARNINGS[kind]
     names = name if count == 1 else name.removesuffix("y") + "ies" if name.endswith("y") else f"{name}s"
     return f"{count:,} {names} skipped: {reason}"

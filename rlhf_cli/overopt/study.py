@@ -111,7 +111,9 @@ class Study:
         data = self._recipe.data
         source = self._recipe.value("ppo.prompts") or data.prompts
         assert source is not None  # `Recipes` checks it
-        return read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip).records
+        return read_records(
+            source, "prompt", columns=data.columns, comparison=data.comparison, max_skip=data.max_skip
+        ).records
 
     def _optimized(self, proxy: Proxy, seed: int, records: Sequence[PromptRecord]) -> bool:
         """Run PPO against a proxy and score what its policies wrote with gold; return False if it diverged."""

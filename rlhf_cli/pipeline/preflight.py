@@ -225,7 +225,13 @@ def _check_records(recipe: Recipe, given: Input) -> PromptKeys:
     if is_hub(given.source):  # checked by the stage while it reads
         return PromptKeys()
     assert given.records is not None
-    report = validate_source(given.source, given.records, columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    report = validate_source(
+        given.source,
+        given.records,
+        columns=recipe.data.columns,
+        comparison=recipe.data.comparison,
+        max_skip=recipe.data.max_skip,
+    )
     for warning in report.warnings:
         warn(warning)
     return report.prompts

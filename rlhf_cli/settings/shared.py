@@ -22,6 +22,7 @@ from rlhf_cli.settings.base import (
     Share,
     StageSection,
 )
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 OUR_ATTENTION = ("auto", "reference", "tiled", "torch", "triton")
 """The names in `rlhf_cli.attention.registry`, repeated here to avoid importing torch."""
@@ -165,8 +166,12 @@ class DataSettings(Section):
     """Seed of the held-out selection. Null is that of the model that the stage starts from, else 0."""
     max_skip: Annotated[Share, EffortOnly()] = 0.01
     """Maximum share of a file's records that may be skipped; above it the run fails."""
-    columns: dict[str, str] = Field(default={})
-    """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`."""
+    columns: dict[str, str | list[str]] = Field(default={})
+    """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`. Several
+    names are joined by blank lines: `{prompt: [context, question]}`."""
+    comparison: ComparisonSettings | None = None
+    """Comparisons in your files that are two or K completion columns and a verdict, such as `{completions: [left,
+    right], verdict: winner}`. Null reads the published forms that are recognized, see docs/label-formats.md."""
     prompt_template: str | None = "auto"
     """Format of plain-text prompts. `chat` makes a prompt one user message in the tokenizer's chat template; text that
     contains `{prompt}` once is put around it; null uses the prompt as it is. `auto` is the format that the model was

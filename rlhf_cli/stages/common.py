@@ -212,7 +212,7 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
 
     data, source = context.recipe.data, context.inputs.prompts.source
     longest = min(data.max_prompt_tokens, policy.longest_prompt(setting))
-    loaded = read_records(source, "prompt", columns=data.columns, max_skip=data.max_skip)
+    loaded = read_records(source, "prompt", columns=data.columns, comparison=data.comparison, max_skip=data.max_skip)
     check_records(policy.format, loaded.records)
     prompts: list[Prompt] = []
     ids = TokenLists()

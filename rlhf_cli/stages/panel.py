@@ -261,7 +261,9 @@ def _human_rankings(context: StageContext[Any, Any], settings: JudgeSettings, so
     data, skips = context.recipe.data, SkipLog(keep=1)
     too_many = f"more than {len(LETTERS)} completions, which `method: listwise` cannot show"
     records: list[Candidates] = []
-    for record in iter_records(source, "candidates", columns=data.columns, on_skip=skips.add, keep_blank=True):
+    for record in iter_records(
+        source, "candidates", columns=data.columns, comparison=data.comparison, on_skip=skips.add, keep_blank=True
+    ):
         if not isinstance(record, Candidates):
             continue
         if settings.method == "listwise" and is_too_many(record.completions):

@@ -36,6 +36,8 @@ def failure(source: str, kind: str = "demonstration") -> DataError:
         pytest.param('[{"prompt":"a","completion":"b"},{"prompt":"c","completion":"d"}]', ["1", "1"], id="array on a line"),
         pytest.param('\ufeff\n[\n {"prompt": "a",\n "completion": "b"}\n,\n{"prompt": "c", "completion": "d"}]\n', ["3", "6"],
                      id="array over lines: where each record begins"),
+        pytest.param(GOOD.replace("\n", "\r") * 2, ["1", "2"], id="CR"),
+        pytest.param('\n{\n"prompt": "a",\n"completion": "b"\n}\n{"prompt": "a",\n"completion": "b", "score": NaN}\n', ["2", "6"], id="objects over several lines"),
         pytest.param('{"prompt": "\u2028 \x85", "completion": "line\u2029"}\n' + GOOD, ["1", "2"], id="unicode line ends are text"),
     ],
 )  # fmt: skip
@@ -57,8 +59,8 @@ def test_json_lines_and_arrays_are_read_with_their_lines(write, content, expecte
         pytest.param('"hello"\n', 1, ['"hello"', "must be an object"], id="bare text"),
         pytest.param("null\n", 1, ["null", "must be an object"], id="bare null"),
         pytest.param(GOOD + "[1]\n", 2, ["[1]", "must be an object"], id="list on a later line"),
-        pytest.param(GOOD + '{"prompt": "a", "x": {"y": [1, NaN]}}\n', 2, ["`x` is NaN"], id="NaN names its field"),
-        pytest.param('{"margin": -Infinity}\n', 1, ["`margin` is -Infinity"], id="Infinity"),
+        pytest.param(GOOD + '{"prompt": NaN, "completion": "b"}\n', 2, ["`prompt` is NaN"], id="NaN names its field"),
+        pytest.param('{"prompt": "a", "completion": -Infinity}\n', 1, ["`completion` is -Infinity"], id="Infinity"),
         pytest.param(GOOD + '{"prompt": "a", "prompt": "b"}\n', 2, ['"prompt"', "twice"], id="a key twice"),
         pytest.param('{"prompt": "a\tb"}\n', 1, ["control character", "column 14"], id="raw tab in a string"),
         pytest.param('{"n": ' + "9" * 5000 + "}\n", 1, ["thousands of digits"], id="a number of 5,000 digits"),
@@ -71,14 +73,12 @@ def test_json_lines_and_arrays_are_read_with_their_lines(write, content, expecte
         pytest.param('[{"prompt":"a","completion":"b"},\n{"prompt":"a', 2, ["truncated?"], id="array: cut in a record"),
         pytest.param('[{"prompt":"a","completion":"b"}]\n{"a":1}', 2, ["follows the end"], id="array: more behind it"),
         pytest.param('[{"prompt":"a","completion":"b"},\n\n42]', 3, ["42"], id="array: bare number"),
-        pytest.param('[{"prompt":"a","completion":"b"},\n{"m": NaN}]', 2, ["`m` is NaN"], id="array: NaN"),
+        pytest.param('[{"prompt":"a","completion":"b"},\n{"prompt": "a", "completion": NaN}]', 2, ["`completion` is NaN"], id="array: NaN"),
         pytest.param("[\n{'prompt': 'a'}]", 2, ["single quotes", "column 2"], id="array: single quotes"),
-        pytest.param('{\n  "prompt": "a"\n}\n', 1, ["ends in the middle"], id="an object over several lines"),
+        pytest.param('{\n  "prompt": "a"\n}\n', 1, ["`completion` is missing"], id="an object over several lines"),
+        pytest.param('{\n  "prompt": "a",\n "completion": "b', 3, ["ends in the middle"], id="an object over several lines, cut"),
         pytest.param(GOOD.encode() + '{"prompt": "café"}\n'.encode("latin-1"), 2, ["0xe9", "column 16"], id="Latin-1"),
         pytest.param(b'[\n{"prompt": "\xe9"}]', 2, ["0xe9", "column 13"], id="array: Latin-1"),
-        pytest.param(GOOD.encode("utf-16"), 1, ["UTF-16"], id="UTF-16 with BOM"),
-        pytest.param(GOOD.encode("utf-16-le"), 1, ["UTF-16"], id="UTF-16 without BOM"),
-        pytest.param(GOOD.encode("utf-32-be"), 1, ["UTF-16 or UTF-32"], id="UTF-32"),
         pytest.param(GOOD.encode() + b"\x00" * 100, 2, ["zero bytes"], id="zeroes after a crash"),
     ],
 )  # fmt: skip
@@ -97,9 +97,9 @@ def test_a_file_without_records_is_refused(write, content):
 
 def test_a_bad_line_far_down_has_its_own_number(write):
     lines = [GOOD] * 300_000
-    lines[250_000] = '{"prompt": 1, "completion": "b"}\n'
+    lines[250_000] = '{"prompt": 1, "completion": b}\n'
     source = write("a.jsonl", "".join(lines))
-    with pytest.raises(DataError, match=r"a\.jsonl:250001: `prompt` is 1"):
+    with pytest.raises(DataError, match=r"a\.jsonl:250001: not JSON at column 29"):
         for _ in iter_records(source, "demonstration", on_skip=lambda skip: None):
             pass
 

@@ -64,7 +64,7 @@ def test_a_pipe_is_refused(tmp_path):
 
 
 def test_unknown_suffixes_and_empty_directories_are_refused(write, tmp_path):
-    assert "unknown file type" in failure(write("a.txt", GOOD)).message
+    assert "unknown file type" in failure(write("a.text", GOOD)).message
     (tmp_path / "empty.jsonl").mkdir()
     assert "is a directory without data files" in failure(tmp_path / "empty.jsonl").message
     write("parent/child/train.jsonl", GOOD)

@@ -152,7 +152,7 @@ def test_invalid_recipe_files(tmp_path):
             "ppo: {lora: {target_modules: [3]}}\n",
             "`ppo.lora.target_modules` must be text or a list of text; got a list",
         ),
-        ("data: {columns: {prompt: 3}}\n", "`data.columns.prompt` must be text; got 3"),
+        ("data: {columns: {prompt: 3}}\n", "`data.columns.prompt` must be text or a list of text; got 3"),
         ("sft: {epochs: 2}\n", "r.yaml:1: `sft` needs `data`: demonstration records"),
         ("label: {by: function}\n", "r.yaml:1: `label`: `by: function` needs `function`"),
         ("label: {by: import, data: d, function: f}\n", "`function` has no effect with `by: import`"),

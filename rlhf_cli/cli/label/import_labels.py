@@ -27,7 +27,7 @@ def import_(
 ) -> None:
     """Convert labels in any supported format into rankings, and report what is skipped.
 
-    `--set` accepts `data.columns` and `data.max_skip`.
+    `--set` accepts `data.columns`, `data.comparison` and `data.max_skip`.
     """
     from rlhf_cli.cli.label.output import write_text
     from rlhf_cli.data.sources import read_records
@@ -40,13 +40,14 @@ def import_(
     if as_json and out is None:
         raise UsageError("`--json` needs an output file, because the data goes to stdout", hint="add `--out FILE`")
     for text in settings or ():
-        if not text.startswith(("data.columns", "data.max_skip")):
+        if not text.startswith(("data.columns", "data.comparison", "data.max_skip")):
             raise UsageError(
-                f"`--set {text}` has no effect here", hint="`label import` accepts `data.columns` and `data.max_skip`"
+                f"`--set {text}` has no effect here",
+                hint="`label import` accepts `data.columns`, `data.comparison` and `data.max_skip`",
             )
     given = [] if max_skip is None else [override("data.max_skip", max_skip, f"--max-skip {max_skip}")]
     data = load_recipe(None, settings or (), given).recipe.data
-    loaded = read_records(source, "ranking", columns=data.columns, max_skip=data.max_skip)
+    loaded = read_records(source, "ranking", columns=data.columns, comparison=data.comparison, max_skip=data.max_skip)
     for line in [*loaded.warnings, *loaded.skips.warnings(loaded.total, source)]:
         warn(line)
     write_text(export_rankings(loaded.records, "rankings").text(), out)

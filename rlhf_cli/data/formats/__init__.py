@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_cli.data.formats import argilla, label_studio, labels, oasst
+from rlhf_cli.data.formats import argilla, comparisons, label_studio, labels, oasst
 from rlhf_cli.data.formats.common import ImportOptions, Part
 from rlhf_cli.data.readers.rows import Row
 from rlhf_cli.data.records import Kind
+from rlhf_cli.errors import DataError
 
 __all__ = ["ImportOptions", "Part", "convert_row", "format_of"]
 
@@ -38,6 +39,9 @@ _FORMATS = (
     LabelFormat("a Label Studio task", label_studio.matches, label_studio.convert),
     LabelFormat("an Argilla record", argilla.matches, argilla.convert),
 )
+_COMPARED = frozenset({"chosen", "rejected", "completions", "ranking"})
+_DEMONSTRATION = frozenset({"messages", "conversations", "text", "completion", "output"})
+"""Fields that make a row a demonstration, whatever else it holds."""
 
 
 def format_of(row: Row) -> LabelFormat | None:
@@ -70,15 +74,36 @@ def convert_row(row: Row, kind: Kind, options: ImportOptions) -> Iterator[Part]:
     Raises:
         DataError: the row breaks the rules of its format, or holds no records of this kind.
     """
+    if options.comparison is not None and kind != "demonstration":
+        described = comparisons.given(row, options.comparison, is_prompt=kind == "prompt")
+        if described is not None:
+            yield from comparisons.convert(row, described, options)
+            return
     found = format_of(row)
     if found is None:
-        yield row
+        yield from _comparison_or_row(row, kind, options)
     elif kind in ("preference", "ranking", "candidates"):
         yield from found.convert(row, options)
     elif found is _OURS:
         yield row  # its `prompt` is the same field as in our own records
     else:
-        raise row.error(
-            f"this is {found.name}, which holds no {kind}s",
-            "`rlhf label import FILE --out rankings.jsonl` converts it to rankings, whose prompts every stage can read",
-        )
+        raise _other_kind(row, found.name, kind)
+
+
+def _comparison_or_row(row: Row, kind: Kind, options: ImportOptions) -> Iterator[Part]:
+    is_mapped = not _COMPARED.isdisjoint(options.columns)  # what the user says goes before what is recognized
+    is_demonstration = kind == "demonstration" and not _DEMONSTRATION.isdisjoint(row.fields)
+    known = None if is_mapped or is_demonstration else comparisons.recognize(row)
+    if known is None:
+        yield row
+    elif kind == "demonstration":
+        raise _other_kind(row, f"a comparison ({known.name})", kind)
+    else:
+        yield from comparisons.convert(row, known, options)
+
+
+def _other_kind(row: Row, name: str, kind: Kind) -> DataError:
+    return row.error(
+        f"this is {name}, which holds no {kind}s",
+        "`rlhf label import FILE --out rankings.jsonl` converts it to rankings, whose prompts every stage can read",
+    )

@@ -2,7 +2,8 @@
 
 It reads records of Argilla 2 (`to_json`, `to_list`), flattened or nested as in data sets of the hub, and feedback
 records of Argilla 1. A ranking is a list of `{"value": name, "rank": 1}`, where equal ranks are a tie, or a list of
-names, best first. Each name is the name of a field (`response-1`, also written `response_1` or `Response 1`).
+names, best first. Each name is the name of a field (`response-1`, also written `response_1` or `Response 1`), its
+number or its letter. Without a ranking, ratings of the fields (`rating-1`) or a question that names the best are read.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rlhf_cli.data.formats.common import (
     prompt_name,
     tiers_by_rank,
 )
+from rlhf_cli.data.formats.verdicts import Verdict, aliases, by_numbers, by_winner, is_winner
 from rlhf_cli.data.parsing.conversations import text_of
 from rlhf_cli.data.readers.rows import Row, listed, printable, shown
 from rlhf_cli.data.skips import Skip
@@ -42,13 +44,15 @@ def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
     nested = row.fields.get("fields")
     fields = nested if isinstance(nested, dict) else _fields_of_flat_record(row.fields)
     options.warnings.add("argilla", row.location)
-    names = {_plain(name): name for name in fields}
-    rankings = [
-        (question, value, user) for question, value, user in _responses(row, options) if _is_ranking(value, names)
-    ]
+    compared = completion_names(fields)
+    names = {alias: compared[index] for alias, index in aliases(compared).items()} if compared else {}
+    names |= {_plain(name): name for name in fields}
+    responses = list(_responses(row, options))
+    rankings = [(question, value, user) for question, value, user in responses if _is_ranking(value, names)]
     questions = list(dict.fromkeys(question for question, _, _ in rankings))
-    if len(questions) > 1 and (chosen_question := options.columns.get("ranking")) in questions:
-        rankings, questions = [one for one in rankings if one[0] == chosen_question], [chosen_question]
+    named = options.columns.get("ranking")
+    if len(questions) > 1 and isinstance(named, str) and named in questions:
+        rankings, questions = [one for one in rankings if one[0] == named], [named]
     if len(questions) > 1:
         raise row.error(
             f"two questions are rankings: {listed(questions)}", "name one: `--set 'data.columns={ranking: NAME}'`"
@@ -57,21 +61,54 @@ def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
         yield _ranking(
             row, fields, names, (f" ({printable(question)[:40]}, response {number + 1})", value, user), options
         )
-    if rankings:
+    others = [] if rankings else list(_other_verdicts(row, compared, responses))
+    for number, (verdict, user) in enumerate(others, start=1):
+        ours = _compared(row, fields, compared, user, options) | {"ranking": verdict.tiers}
+        yield new_row(row, f" (response {number})", ours)
+    if rankings or others:
         return
     if not options.unranked:
         options.warnings.add("records without", row.location)
     else:
-        completions = completion_names(fields)
-        if not completions:
+        if not compared:
             raise row.error(
                 f"which fields hold the completions is not clear: there are {listed(fields)}",
                 "name them alike, for example `response-1` and `response-2`",
             )
-        prompt = fields[prompt_name(row, fields, completions, options)]
-        yield new_row(
-            row, "", {"prompt": prompt, "completions": [_completion(row, fields, name) for name in completions]}
-        )
+        yield new_row(row, "", _compared(row, fields, compared, None, options))
+
+
+def _other_verdicts(
+    row: Row, compared: Sequence[str], responses: Sequence[_Response]
+) -> Iterator[tuple[Verdict, object]]:
+    """What each user said of the completions without ranking them: a rating of each, or which is best."""
+    known = aliases(compared) if compared else {}
+    for user in dict.fromkeys(str(user) for _, _, user in responses):
+        own = [(question, value) for question, value, of in responses if str(of) == user]
+        ratings: dict[int, object] = {}
+        for question, value in own:
+            end = re.search(r"(\d+|(?<=[-_ ])[a-z])$", question.lower())
+            if end and end[1] in known and isinstance(value, int | float) and not isinstance(value, bool):
+                ratings[known[end[1]]] = value
+        winners = [value for _, value in own if is_winner(value, compared)] if compared else []
+        verdict = None
+        if len(ratings) == len(compared) > 1:
+            numbers = [ratings[index] for index in range(len(compared))]
+            verdict = by_numbers(row, "responses", numbers, len(compared), highest_first=True)
+        elif len(winners) == 1:
+            verdict = by_winner(row, "responses", winners[0], compared)
+        if verdict is not None:
+            yield verdict, user
+
+
+def _compared(
+    row: Row, fields: Mapping[str, object], compared: Sequence[str], user: object, options: ImportOptions
+) -> dict[str, object]:
+    return {
+        "prompt": fields[prompt_name(row, fields, compared, options)],
+        "completions": [_completion(row, fields, name) for name in compared],
+        "annotator": None if user in ("", "None") else user,
+    }
 
 
 def _ranking(

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf_cli.data.parsing.fields import Columns
 from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import Skip
 from rlhf_cli.data.warnings import WarningLog
+from rlhf_cli.settings.comparison import ComparisonSettings
 
 Part = Row | Skip
 UNRANKED = "completions left unranked"
@@ -23,11 +25,13 @@ class ImportOptions:
         columns: our field -> theirs, also for nested fields.
         warnings: collects the warnings.
         unranked: also yield completions without a ranking.
+        comparison: how the user says that comparisons are read.
     """
 
-    columns: Mapping[str, str]
+    columns: Columns
     warnings: WarningLog
     unranked: bool = False
+    comparison: ComparisonSettings | None = None
 
 
 def new_row(row: Row, location: str, fields: Mapping[str, object], *, may_be_blank: bool = False) -> Row:
@@ -39,7 +43,7 @@ def new_row(row: Row, location: str, fields: Mapping[str, object], *, may_be_bla
 def prompt_name(row: Row, fields: Mapping[str, object], completions: Iterable[str], options: ImportOptions) -> str:
     """Name of the prompt field: the mapped one, `prompt`, another usual name, or the only one that is left."""
     mapped = options.columns.get("prompt")
-    if mapped is not None and mapped in fields:
+    if isinstance(mapped, str) and mapped in fields:
         return mapped
     taken = set(completions)
     left = [name for name, value in fields.items() if name not in taken and isinstance(value, str | list)]

@@ -1,4 +1,7 @@
-"""Tasks as Label Studio exports them (JSON, not JSON-MIN): `Ranker` over a `List`, and `Pairwise`.
+"""Tasks as Label Studio exports them (JSON): `Ranker` over a `List`, `Pairwise`, `Choices` and `Rating`.
+
+`Choices` name the best of similarly named fields (`answer1`), or a tie; a `Rating` belongs to the field it rates. The
+tables of JSON-MIN and CSV are comparisons, see `comparisons`.
 
 A ranker without buckets holds one list of ids under its own name, best first. With buckets, their names give the order:
 `1`, `2`, `3` or `tier 1`, `tier 2`, best first; completions in one bucket are tied. Other names are refused, since they
@@ -19,6 +22,7 @@ from rlhf_cli.data.formats.common import (
     objects_of,
     prompt_name,
 )
+from rlhf_cli.data.formats.verdicts import Verdict, by_numbers, by_winner, is_winner
 from rlhf_cli.data.parsing.conversations import text_of
 from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import Skip
@@ -42,11 +46,12 @@ def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
         if annotation.get("was_cancelled"):
             options.warnings.add("annotations not given", row.location)
             continue
-        results = [
-            (where, result)
-            for where, result in objects_of(row, f"{name}.result", annotation.get("result"))
-            if result.get("type") in _CONTROLS
-        ]
+        given = objects_of(row, f"{name}.result", annotation.get("result"))
+        results = [(where, result) for where, result in given if result.get("type") in _CONTROLS]
+        if not results and (verdict := _verdict_over_fields(row, data, name, [result for _, result in given])):
+            count += 1
+            yield _compared_fields(row, data, name, annotation, verdict, options)
+            continue
         if not results:
             options.warnings.add("annotations not given", row.location)
             continue
@@ -102,6 +107,52 @@ def _annotator(completed_by: object) -> object:
     if isinstance(completed_by, dict):
         return completed_by.get("email") or completed_by.get("id")
     return completed_by
+
+
+# Choices and Rating
+
+
+def _verdict_over_fields(
+    row: Row, data: Mapping[str, object], name: str, results: Sequence[Mapping[str, object]]
+) -> tuple[list[str], Verdict] | None:
+    """The completions and the verdict that choices or ratings give; None if they are about something else."""
+    rated = {
+        str(result.get("to_name")): _value(result, "rating") for result in results if result.get("type") == "rating"
+    }
+    rated = {field: number for field, number in rated.items() if field in data}
+    if len(rated) > 1:
+        verdict = by_numbers(row, f"{name}.result", list(rated.values()), len(rated), highest_first=True)
+        return None if verdict is None else (list(rated), verdict)
+    fields = completion_names(data)
+    choices = [_value(result, "choices") for result in results if result.get("type") == "choices"]
+    winners = [value for value in choices if is_winner(value, fields)] if fields else []
+    if len(winners) != 1:
+        return None
+    verdict = by_winner(row, f"{name}.result", winners[0], fields)
+    return None if verdict is None else (fields, verdict)
+
+
+def _value(result: Mapping[str, object], name: str) -> object:
+    value = result.get("value")
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _compared_fields(
+    row: Row,
+    data: Mapping[str, object],
+    name: str,
+    annotation: Mapping[str, object],
+    compared: tuple[list[str], Verdict],
+    options: ImportOptions,
+) -> Row:
+    fields, verdict = compared
+    ours: dict[str, object] = {
+        "prompt": data[prompt_name(row, data, fields, options)],
+        "completions": [text_of(row, f"data.{field}", data[field]) for field in fields],
+        "ranking": verdict.tiers,
+        "annotator": _annotator(annotation.get("completed_by")),
+    }
+    return new_row(row, f" ({name})", ours)
 
 
 # Ranker

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rlhf_cli.data.parsing.cells import decoded_cell, refuse_notation
 from rlhf_cli.data.parsing.conversations import (
     HUMAN,
-    decoded_cell,
     is_conversation,
     is_transcript,
     split_common_beginning,
@@ -21,7 +21,6 @@ from rlhf_cli.data.parsing.values import (
     GOES_ON,
     NO_COMPLETION,
     PROMPTS_DIFFER,
-    SkipRecordError,
     annotator_of,
     check_completion,
     margin_of,
@@ -30,6 +29,7 @@ from rlhf_cli.data.parsing.values import (
 )
 from rlhf_cli.data.readers.rows import Row, shown
 from rlhf_cli.data.records import Candidates, Prompt, Ranking
+from rlhf_cli.data.skips import SkipRecordError
 from rlhf_cli.data.warnings import WarningLog
 
 Tiers = tuple[tuple[int, ...], ...]
@@ -57,7 +57,7 @@ class ComparisonReader:
             expected: fields that the error names if it is none of these.
         """
         if "completions" in row.fields and not has(row, "chosen", "rejected"):
-            self._require(row, "prompt", "completions", "ranking")
+            self._require(row, *_prompt_of(row), "completions", "ranking")
             prompt, completions = self._listed(row)
             tiers = tiers_of(row, decoded_cell(row, "ranking", row.fields["ranking"]), len(completions))
         else:
@@ -81,7 +81,7 @@ class ComparisonReader:
             ranking = self.ranking(row, keep_blank=keep_blank, expected=("prompt", "completions"))
             prompt, completions, known = ranking.prompt, ranking.completions, ranking.tiers
         else:
-            self._require(row, "prompt", "completions")
+            self._require(row, *_prompt_of(row), "completions")
             prompt, completions = self._listed(row)
             known = None
             if not keep_blank:
@@ -106,14 +106,33 @@ class ComparisonReader:
     # A list of completions
 
     def _listed(self, row: Row) -> tuple[Prompt, tuple[str, ...]]:
-        prompt = self._prompts.prompt(row)
         completions = decoded_cell(row, "completions", row.fields["completions"])
         if not isinstance(completions, list) or len(completions) < 2:
             raise row.error(
                 f"`completions` is {shown(completions)}; a list of at least two completions is expected",
                 '`"completions": ["one completion", "another"]`',
             )
-        return prompt, tuple(text_of(row, f"completions[{i}]", value) for i, value in enumerate(completions))
+        named = [(f"completions[{i}]", value) for i, value in enumerate(completions)]
+        if not any(_is_whole(value) for value in completions):
+            prompt = self._prompts.prompt(row)
+            return prompt, tuple(self._prompts.reply(row, name, value, prompt) for name, value in named)
+        prompts: set[Prompt] = set()
+        replies: dict[str, str] = {}
+        for name, value in named:
+            if not _is_whole(value):
+                continue
+            before, reply = self._prompts.split_conversation(row, name, value)
+            if reply is None:
+                raise SkipRecordError(NO_COMPLETION)
+            prompts.add(before)
+            replies[name] = reply
+        if len(prompts) > 1:
+            raise SkipRecordError(PROMPTS_DIFFER)
+        [prompt] = prompts
+        for name, value in named:
+            if name not in replies:
+                replies[name] = self._prompts.reply(row, name, value, prompt)
+        return prompt, tuple(replies[name] for name, _ in named)
 
     # Chosen and rejected
 
@@ -132,6 +151,9 @@ class ComparisonReader:
         """The prompt of a preference, and its chosen and rejected completion."""
         chosen, rejected = row.fields["chosen"], row.fields["rejected"]
         if is_conversation(chosen) != is_conversation(rejected):
+            for name, value in (("chosen", chosen), ("rejected", rejected)):
+                if isinstance(value, str):
+                    refuse_notation(row, name, value)
             raise row.error(
                 f"mixed: one of `chosen` ({shown(chosen, 30)}) and `rejected` ({shown(rejected, 30)}) is a string and "
                 "the other a list of messages",
@@ -156,8 +178,8 @@ class ComparisonReader:
         if "prompt" in row.fields and not whole:
             prompt = self._prompts.prompt(row)
             return prompt, (
-                self._prompts.reply(row, "chosen", prompt),
-                self._prompts.reply(row, "rejected", prompt),
+                self._prompts.reply(row, "chosen", chosen, prompt),
+                self._prompts.reply(row, "rejected", rejected, prompt),
             )
         if is_conversation(chosen):
             return self._split_conversations(row)
@@ -195,6 +217,12 @@ def has(row: Row, *names: str) -> bool:
     return all(row.fields.get(name) is not None for name in names)
 
 
+def _prompt_of(row: Row) -> tuple[str, ...]:
+    """The field of the prompt, unless the completions are whole conversations, which begin with it."""
+    completions = row.fields.get("completions")
+    return () if isinstance(completions, list) and any(map(_is_whole, completions)) else ("prompt",)
+
+
 def _refuse_blank(completions: tuple[str, ...]) -> None:
     for completion in completions:
         check_completion(completion)
@@ -213,5 +241,5 @@ def _is_texts(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    """Whether a list of messages is a whole conversation rather than the completion alone."""
-    return isinstance(value, list) and len(value) > 1
+    """Whether a value is a whole conversation rather than the completion alone."""
+    return isinstance(value, list) and len(value) > 1 and isinstance(value[0], dict)

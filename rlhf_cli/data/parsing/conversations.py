@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import re
 from typing import NamedTuple
 
+from rlhf_cli.data.parsing.cells import refuse_notation
 from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.records import Message
+from rlhf_cli.data.skips import SkipRecordError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
+_ROLES = {
+    **{role: role for role in ROLES},
     "human": "user",
-    "user": "user",
     "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
     "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
 }
+"""Role in files of several tools -> ours."""
+TOOL_CALLS = "tool calls, which are not read"
+MEDIA = "images, audio or video, which are not read"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -32,8 +36,13 @@ def text_of(row: Row, field: str, value: object) -> str:
         raise row.error(f"`{field}` is null; text is expected", f"give `{field}` a text, or remove the record")
     if not isinstance(value, str):
         raise row.error(
-            f"`{field}` is {shown(value)}, {_type(value)}; text is expected", 'put text in double quotes: "…"'
+            f"`{field}` is {shown(value)}, {_type(value)}; text is expected",
+            'put text in double quotes: "…"'
+            if not isinstance(value, list | dict)
+            else "name the column that holds the text with `--set 'data.columns={ours: yours}'`, or write this one as "
+            "text",
         )
+    refuse_notation(row, field, value)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -60,6 +69,8 @@ def messages_of(row: Row, field: str, value: object) -> tuple[tuple[Message, ...
     if value is None:
         raise row.error(f"`{field}` is null; a list of messages is expected", f"give `{field}` messages, or remove it")
     if not isinstance(value, list):
+        if isinstance(value, str):
+            refuse_notation(row, field, value)
         raise row.error(
             f"`{field}` is {shown(value)}, {_type(value)}; a list of messages is expected",
             '`[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]`',
@@ -75,24 +86,37 @@ def _message(row: Row, field: str, value: object) -> tuple[Message, bool]:
         raise row.error(
             f"`{field}` is {shown(value)}, which is not a message", 'a message is `{"role": "user", "content": "…"}`'
         )
-    is_sharegpt = "from" in value and "value" in value and "role" not in value
-    role_name, content_name = ("from", "value") if is_sharegpt else ("role", "content")
+    is_sharegpt = "from" in value and "role" not in value
+    role_name = "from" if is_sharegpt else "role"
+    content_name = "value" if "value" in value and "content" not in value else "content"
+    if value.get("tool_calls") or value.get("function_call"):
+        raise SkipRecordError(TOOL_CALLS)
     for name in (role_name, content_name):
         if name not in value:
             raise row.error(
                 f"`{field}` has no `{name}`: it has {listed(value)}", 'a message is `{"role": "user", "content": "…"}`'
             )
     role = text_of(row, f"{field}.{role_name}", value[role_name])
-    known = _SHAREGPT_ROLES.get(role.lower()) if is_sharegpt else (role if role in ROLES else None)
+    known = _ROLES.get(role.strip().lower())
     if known is None:
-        choices = sorted(_SHAREGPT_ROLES) if is_sharegpt else list(ROLES)
-        near = difflib.get_close_matches(role.lower(), choices, n=1)
+        near = difflib.get_close_matches(role.lower(), _ROLES, n=1)
         raise row.error(
             f"`{field}.{role_name}` is {shown(role)}"
             + (f", did you mean `{near[0]}`?" if near else ", an unknown role"),
-            f"roles are {', '.join(choices)}",
+            f"roles are {', '.join(_ROLES)}",
         )
-    return Message(known, text_of(row, f"{field}.{content_name}", value[content_name])), is_sharegpt
+    content = text_of(row, f"{field}.{content_name}", _joined_parts(value[content_name]))
+    return Message(known, content, value.get("weight") not in (0, "0")), is_sharegpt
+
+
+def _joined_parts(content: object) -> object:
+    """The text of a content in parts (`[{"type": "text", "text": "…"}]`); another value is returned as it is."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        return content
+    if any(part.get("type", "text") not in ("text", "input_text", "output_text") for part in content):
+        raise SkipRecordError(MEDIA)
+    texts = [part.get("text") for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content  # type: ignore[arg-type]
 
 
 def unusual_turns(messages: tuple[Message, ...]) -> str | None:
@@ -146,16 +170,3 @@ def split_common_beginning(first: str, second: str) -> tuple[SplitText, SplitTex
     while at > 0 and (at == shortest or not (first[at].isspace() and second[at].isspace())):
         at -= 1
     return SplitText(first[:at], first[at:]), SplitText(second[:at], second[at:])
-
-
-def decoded_cell(row: Row, field: str, value: object) -> object:
-    """Decode a list that is written as JSON in a cell of a text-only format (CSV)."""
-    if not row.is_text or not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise row.error(
-            f"`{field}` is {shown(value)}, which is not a JSON list",
-            "lists in CSV are written as JSON; JSONL is easier to write",
-        ) from error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
-from rlhf_cli.data.readers.rows import Row, listed
+from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import DataError, UsageError
 
@@ -23,8 +26,13 @@ FIELDS = (
     "annotator",
     "subset",
     "reference",
+    "system",
+    "history",
 )
-"""Fields that are read; others are ignored."""
+"""Fields that are read; others are ignored, and counted if they could belong to the prompt."""
+Columns = Mapping[str, str | Sequence[str]]
+"""Our field -> the file's, or several of the file's, which are joined."""
+NO_COLUMNS: Columns = MappingProxyType({})
 
 EXPECTED_FIELDS: Mapping[Kind, str] = {
     "demonstration": '{"prompt", "completion"}, {"messages"} or {"text"}',
@@ -44,19 +52,66 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
     "text": ("content", "document", "body"),
 }
+_YAML_WORDS = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")
 _CONVERSATION_FIELDS = ("conversations", "messages")  # ShareGPT writes the first
 
 
-def apply_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Rename the columns of a row; `columns` maps our names to the file's. Columns that a row lacks are ignored."""
+def apply_columns(row: Row, columns: Columns) -> Row:
+    """Rename the columns of a row, and join those that make one field. Columns that a row lacks are ignored."""
     fields = dict(row.fields)
     for ours, theirs in columns.items():
-        if theirs in row.fields:
+        if not isinstance(theirs, str):
+            if (joined := join_texts(row, theirs)) is not None:
+                fields[ours] = joined
+        elif theirs in row.fields:
             fields[ours] = row.fields[theirs]
     return replace(row, fields=fields)
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
+def mapped_columns(columns: Columns) -> set[str]:
+    """The file's columns that a mapping names."""
+    return {name for theirs in columns.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
+
+
+def columns_hint(columns: Columns) -> str:
+    """A hint that maps columns."""
+    pairs = ", ".join(
+        f"{ours}: {yaml_name(theirs) if isinstance(theirs, str) else '[' + ', '.join(map(yaml_name, theirs)) + ']'}"
+        for ours, theirs in columns.items()
+    )
+    return f"if these are the same under other names: `--set 'data.columns={{{pairs}}}'`"
+
+
+def yaml_name(name: str) -> str:
+    """A column as a recipe and `--set` write it: in quotes if YAML would read something else."""
+    is_plain = re.fullmatch(r"[A-Za-z_][\w .-]*", name) and name.lower() not in _YAML_WORDS and name == name.strip()
+    return name if is_plain else json.dumps(name, ensure_ascii=False)
+
+
+def is_empty(value: object) -> bool:
+    """Whether a cell holds nothing: null, NaN, blank text, or an empty list or object, also written as text."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "[]", "{}", "null", "none", "nan", "n/a")
+    return value is None or value != value or (isinstance(value, list | dict) and not value)
+
+
+def join_texts(row: Row, names: Sequence[str]) -> str | None:
+    """The texts of several columns, separated by blank lines; None if none of them holds anything."""
+    texts = []
+    for name in names:
+        value = row.fields.get(name)
+        if is_empty(value):
+            continue
+        if not isinstance(value, str):
+            raise row.error(
+                f"`{name}` is {shown(value)}, and a column that is joined with others holds text",
+                "write it as text, or map the other columns alone",
+            )
+        texts.append(value)
+    return "\n\n".join(texts) if texts else None
+
+
+def check_columns(columns: Columns) -> None:
     """Raise `UsageError` if a mapping names a field that records do not have."""
     for ours in columns:
         if ours not in FIELDS:
@@ -68,7 +123,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
             )
 
 
-def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Mapping[str, str]) -> DataError:
+def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Columns) -> DataError:
     """The error for a row that lacks fields: what it has, what it looks like, and how to map its columns."""
     names = " and ".join(f"`{name}`" for name in lacking)
     verb = "is" if len(lacking) == 1 else "are"
@@ -79,7 +134,7 @@ def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Mapping[str
     if look := looks_like(row.fields):
         return row.error(
             f"{message}: it looks like {look}, and {_article(kind)} {'are' if kind == 'candidates' else 'is'} expected",
-            _elsewhere(look, kind),
+            _elsewhere(look, kind, row.fields),
         )
     return row.error(message, _expected_fields(kind))
 
@@ -103,8 +158,11 @@ def _mapping_hint(row: Row, kind: Kind, lacking: tuple[str, ...]) -> str | None:
     found = {name: _other_name(row.fields, name) for name in names}
     if not all(found[name] for name in lacking if name in found) or not any(found.values()):
         return None
-    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items() if theirs)
-    return f"if these are the same under other names: `--set 'data.columns={{{pairs}}}'`"
+    pairs: dict[str, str | Sequence[str]] = {ours: theirs for ours, theirs in found.items() if theirs}
+    if isinstance(question := pairs.get("prompt"), str):  # a hint must not lose what completes the question
+        added = [name for name in ("context", "input") if name != question and not is_empty(row.fields.get(name))]
+        pairs["prompt"] = [*added, question] if added else question
+    return columns_hint(pairs)
 
 
 def _other_name(fields: Mapping[str, object], ours: str) -> str | None:
@@ -126,7 +184,7 @@ def looks_like(fields: Mapping[str, object]) -> str | None:
         return "completions without a ranking"
     if any(name in fields for name in _CONVERSATION_FIELDS):
         return "a demonstration (a conversation)"
-    if {"prompt", "completion"} <= fields.keys():
+    if "prompt" in fields and any(name in fields for name in ("completion", *_OTHER_NAMES["completion"])):
         return "a demonstration"
     if "text" in fields:
         return "a demonstration (plain text)"
@@ -135,10 +193,12 @@ def looks_like(fields: Mapping[str, object]) -> str | None:
     return None
 
 
-def _elsewhere(look: str, kind: Kind) -> str:
+def _elsewhere(look: str, kind: Kind, fields: Mapping[str, object]) -> str:
     """Hint: the stage that reads such records."""
     if look.startswith(("a preference", "a ranking")):
-        extra = ", or train on the chosen completions with `--set 'data.columns={completion: chosen}'`"
+        chosen = fields.get("chosen")
+        ours = "messages" if isinstance(chosen, list) and len(chosen) > 1 else "completion"
+        extra = f", or train on the chosen completions with `--set 'data.columns={{{ours}: chosen}}'`"
         return f"give it to `train-rm`{extra if kind == 'demonstration' and look == 'a preference' else ''}"
     if look == "completions without a ranking":
         return f"to rank them, give them to `label` as `label.items`; {_expected_fields(kind)}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from rlhf_cli.data.parsing.conversations import decoded_cell, is_conversation, messages_of, text_of, unusual_turns
+from rlhf_cli.data.parsing.cells import decoded_cell
+from rlhf_cli.data.parsing.conversations import is_conversation, messages_of, text_of, unusual_turns
 from rlhf_cli.data.readers.rows import Row, shown
 from rlhf_cli.data.records import Message, Prompt
+from rlhf_cli.data.skips import OmitRecordError
 from rlhf_cli.data.warnings import WarningLog
 
 
@@ -33,9 +35,9 @@ class PromptReader:
             )
         return messages
 
-    def conversation(self, row: Row, field: str) -> tuple[Message, ...]:
-        """Read a list of messages."""
-        value = decoded_cell(row, field, row.fields[field])
+    def conversation(self, row: Row, field: str, value: object = None) -> tuple[Message, ...]:
+        """Read a list of messages: the field, or the value if one is given."""
+        value = decoded_cell(row, field, row.fields[field]) if value is None else value
         messages, is_sharegpt = messages_of(row, field, value)
         self.check_style(row, "messages")
         if is_sharegpt:
@@ -44,12 +46,23 @@ class PromptReader:
             self._warnings.add("turn order", row.location, unusual)
         return messages
 
-    def split_conversation(self, row: Row, field: str) -> tuple[tuple[Message, ...], str | None]:
-        """Split a conversation before its last assistant turn, which is returned too; None if there is none."""
-        messages = self.conversation(row, field)
-        last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
-        if last is None:
+    def split_conversation(self, row: Row, field: str, value: object = None) -> tuple[tuple[Message, ...], str | None]:
+        """Split a conversation before its last assistant turn, which is returned too; None if there is none.
+
+        Args:
+            row: of the conversation.
+            field: its name.
+            value: the conversation, if the field is not it.
+        """
+        messages = self.conversation(row, field, value)
+        replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        if not replies:
             return messages, None
+        last = max((i for i in replies if messages[i].is_trained), default=None)
+        if last is None:
+            raise OmitRecordError("weight 0")
+        if not all(messages[i].is_trained for i in replies if i < last):
+            self._warnings.add("turns not trained", row.location)
         if last == 0:
             raise row.error(
                 f"`{field}` begins with the assistant: there is no prompt",
@@ -59,9 +72,8 @@ class PromptReader:
             self._warnings.add("after completion", row.location)
         return messages[:last], messages[last].content
 
-    def reply(self, row: Row, field: str, prompt: Prompt) -> str:
+    def reply(self, row: Row, field: str, value: object, prompt: Prompt) -> str:
         """Read the completion of an explicit prompt: text, or one assistant message if the prompt is a conversation."""
-        value = row.fields[field]
         if not is_conversation(value):
             return text_of(row, field, value)
         messages, _ = messages_of(row, field, value)

@@ -8,6 +8,7 @@ import math
 from rlhf_cli.data.parsing.conversations import text_of
 from rlhf_cli.data.readers.rows import Row, shown
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.data.skips import SkipRecordError
 
 EMPTY, BLANK = "empty completion", "completion of white space only"
 EQUAL = "chosen equal to rejected"
@@ -16,14 +17,6 @@ EQUAL_RANKED = "the same completion in two tiers"
 NO_COMPLETION = "no assistant turn"
 PROMPTS_DIFFER = "chosen and rejected differ before the last reply"
 GOES_ON = "transcript does not end with a reply"
-
-
-class SkipRecordError(Exception):
-    """A record that is skipped and counted; the user sees no error."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def is_blank(prompt: Prompt) -> bool:
@@ -85,6 +78,20 @@ def annotator_of(row: Row) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise row.error(f"`annotator` is {shown(value)}; a name or a number is expected")
     return text_of(row, "annotator", str(value))
+
+
+def reference_of(row: Row) -> object:
+    """`reference`, any value without NaN and infinity, or None if it is absent."""
+    value = row.fields.get("reference")
+    if not _is_finite(value):
+        raise row.error(f"`reference` is {shown(value)}; NaN and infinity are not values", "leave it empty there")
+    return value
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def subset_of(row: Row) -> str | None:

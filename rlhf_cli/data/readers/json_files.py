@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from rlhf_cli.data.readers.rows import Row, printable, shown
-from rlhf_cli.data.readers.text_files import MAX_RECORD_BYTES, numbered_lines, opened, text_chunks
+from rlhf_cli.data.readers.rows import Row, shown
+from rlhf_cli.data.readers.text_files import MAX_RECORD_BYTES, numbered_lines, opened_text, text_chunks
+from rlhf_cli.data.readers.wrapped_rows import unwrapped_rows
 from rlhf_cli.errors import DataError
 
 _JSON_SPACE = " \t\r\n"
 
 
-class _NotFiniteError(ValueError):
-    pass
-
-
 class _RepeatedKeyError(ValueError):
     pass
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _NotFiniteError(name)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -36,26 +28,27 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return fields
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
-_lenient_decoder = json.JSONDecoder()
+_decoder = json.JSONDecoder(object_pairs_hook=_unique)  # NaN is refused where it is used
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """Yield the records of a file of JSON lines or of one JSON array; the first character decides, not the name."""
-    with opened(path) as file:
-        is_array = _starts_array(file.read(4096))
-    if is_array:
-        yield from _array_rows(path)
+    """Yield the records of JSON lines, of one array, of objects over several lines, or of an object around a list.
+
+    The beginning of the text decides, not the name.
+    """
+    with opened_text(path) as file:
+        beginning = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
+    if beginning.startswith(b"["):
+        rows = _array_rows(path)
+    elif re.match(rb"\{([^\n]*[\[{,:])?[ \t\r]*\n", beginning):  # its first line ends within an object
+        rows = _object_rows(path)
     else:
-        yield from _line_rows(path)
-
-
-def _starts_array(beginning: bytes) -> bool:
-    return beginning.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"[")
+        rows = _line_rows(path)
+    yield from unwrapped_rows(rows)
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
-    with opened(path) as file:
+    with opened_text(path) as file:
         for number, line in numbered_lines(path, file):
             text = line.strip(_JSON_SPACE)
             if not text:
@@ -92,12 +85,6 @@ def _as_object(location: str, value: object) -> dict[str, object]:
 
 def _explained(location: str, text: str, error: ValueError, column_of) -> DataError:
     """The decoder's error with the probable cause and how to fix it."""
-    if isinstance(error, _NotFiniteError):
-        field = _field_not_finite(text)
-        return DataError(
-            f"{location}: {f'`{printable(field)}` is ' if field else ''}{error}, which is not a JSON value",
-            hint="write a finite number, or remove the field",
-        )
     if isinstance(error, _RepeatedKeyError):
         return DataError(
             f"{location}: the field {shown(str(error))} stands twice in one record", hint="keep one of them"
@@ -125,21 +112,6 @@ def _explained(location: str, text: str, error: ValueError, column_of) -> DataEr
         f"{shown(rest[:40], 30)}",
         hint="fix the line by hand, or write the file with a JSON library",
     )
-
-
-def _field_not_finite(text: str) -> str | None:
-    """Name of the first field of a record that holds NaN or infinity, also nested."""
-
-    def has_it(value: object) -> bool:
-        if isinstance(value, dict | list):
-            return any(map(has_it, value.values() if isinstance(value, dict) else value))
-        return isinstance(value, float) and not math.isfinite(value)
-
-    try:
-        value, _ = _lenient_decoder.raw_decode(text)
-    except ValueError:
-        return None  # the rest is broken too; the message then reports only the first problem
-    return next((name for name, held in value.items() if has_it(held)), None) if isinstance(value, dict) else None
 
 
 class _Window:
@@ -194,8 +166,17 @@ class _Window:
             self.more()
 
 
+def _object_rows(path: Path) -> Iterator[Row]:
+    """Objects one after the other, each over any number of lines."""
+    with opened_text(path) as file:
+        window = _Window(path, text_chunks(path, file))
+        while window.next_character():
+            location = window.location()
+            yield Row(location, _as_object(location, _next_value(window)))
+
+
 def _array_rows(path: Path) -> Iterator[Row]:
-    with opened(path) as file:
+    with opened_text(path) as file:
         window = _Window(path, text_chunks(path, file))
         window.next_character()
         window.move(window.at + 1)

@@ -14,10 +14,19 @@ from rlhf_cli.data.readers.hub import HubSource, hub_rows
 from rlhf_cli.data.readers.json_files import json_rows
 from rlhf_cli.data.readers.rows import Row, listed
 from rlhf_cli.data.readers.table_files import csv_rows, parquet_rows
-from rlhf_cli.data.readers.text_files import head, refuse_non_utf8
+from rlhf_cli.data.readers.text_files import head, refuse_other_files, refuse_zero_bytes
+from rlhf_cli.data.readers.text_prompts import prompt_rows
+from rlhf_cli.data.readers.xlsx_files import xlsx_rows
 from rlhf_cli.errors import DataError
 
-_READERS = {".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+_READERS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), json_rows),
+    **dict.fromkeys((".csv", ".tsv"), csv_rows),
+    ".parquet": parquet_rows,
+    ".xlsx": xlsx_rows,
+    ".txt": prompt_rows,
+}
+_NAMES = ".jsonl, .json, .csv, .tsv, .parquet, .xlsx, or .txt for prompts"
 _NO_DATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),  # written by `datasets`
     *("manifest.json", "contract.json", "skips.jsonl"),  # written by our own stages
@@ -91,21 +100,24 @@ def _file_digest(path: Path) -> str:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
+    if _data_suffix(path) == ".xlsx":
+        return xlsx_rows(path)
     beginning = head(path)
+    refuse_other_files(path, beginning)
     if beginning.startswith(b"PAR1"):
         return parquet_rows(path)
     suffix = _data_suffix(path)
     if suffix is None:
         raise DataError(
             f"{path}: unknown file type",
-            hint="name it .jsonl, .json, .csv or .parquet, each also with .gz",
+            hint=f"name it {_NAMES}; an Arrow file is written as Parquet with `to_parquet`",
         )
     reader = _READERS[suffix]
     if reader is parquet_rows:
         if not beginning:
             raise DataError(f"{path}: the file is empty", hint="check the program that wrote it")
         return parquet_rows(path)
-    refuse_non_utf8(path, beginning)
+    refuse_zero_bytes(path, beginning)
     return reader(path)
 
 
@@ -151,7 +163,7 @@ def _folder_files(folder: Path, split: str | None) -> tuple[Path, ...]:
         entry
         for entry in entries
         if entry.is_file()
-        and _data_suffix(entry)
+        and _data_suffix(entry) not in (None, ".txt")  # which may be a README
         and entry.name not in _NO_DATA
         and not entry.name.startswith((".", "_"))
     ]
@@ -187,9 +199,7 @@ def _no_files(folder: Path, entries: list[Path], names: set[str]) -> DataError:
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     return DataError(
         f"{folder}: is a directory without data files; it {f'has {listed(sorted(names))}' if names else 'is empty'}",
-        hint=f"name a folder in it, such as `{folder / folders[0]}`"
-        if folders
-        else "data files end in .jsonl, .json, .csv or .parquet, each also with .gz",
+        hint=f"name a folder in it, such as `{folder / folders[0]}`" if folders else f"data files end in {_NAMES}",
     )
 
 

@@ -17,6 +17,7 @@ class Row:
         location: `file:line`, 1-based; `file:row N` in formats without lines.
         fields: name -> value.
         is_text: the format is text-only (CSV), so every value is text and lists are written as JSON.
+        encoding: of the file.
         may_be_blank: the completions were sampled by a model and kept by `rlhf label`; they may be empty.
     """
 
@@ -24,6 +25,7 @@ class Row:
     fields: Mapping[str, object]
     is_text: bool = False
     may_be_blank: bool = False
+    encoding: str = "utf-8"
 
     def error(self, message: str, hint: str | None = None) -> DataError:
         """A `DataError` at this row."""

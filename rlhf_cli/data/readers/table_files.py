@@ -1,48 +1,72 @@
-"""Reads CSV and Parquet row by row, in memory bounded by a row or a row group."""
+"""Reads CSV, TSV and Parquet row by row, in memory bounded by a row or a row group."""
 
 from __future__ import annotations
 
 import csv
+import itertools
+import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from rlhf_cli.data.readers.rows import Row, listed, shown
-from rlhf_cli.data.readers.text_files import MAX_RECORD_BYTES, numbered_lines, opened
+from rlhf_cli.data.readers.text_files import MAX_RECORD_BYTES, LineDecoder, numbered_lines, opened, opened_text
 from rlhf_cli.errors import DataError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _ROWS_AT_ONCE = 256
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a CSV file (RFC 4180: commas, double quotes, a header), numbered by their first line."""
+    """Yield the rows of a CSV file (RFC 4180: double quotes, a header), numbered by their first line.
+
+    The delimiter is what splits the header into the most fields, or what a first line `sep=;` says. Rows without any
+    text are not yielded. Windows-1252 is read if no text before it was UTF-8.
+    """
     csv.field_size_limit(MAX_RECORD_BYTES)
-    with opened(path) as file:
-        lines = _Remembered(numbered_lines(path, file))
-        reader = csv.reader(lines, strict=True)
+    with opened_text(path) as file:
+        decoder = LineDecoder(allows_windows=True)
+        delimiter, numbered = _delimited(numbered_lines(path, file, decoder))
+        lines = _Remembered(numbered)
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
         header: list[str] | None = None
         while True:
             start = lines.begin_record()
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise _broken_csv(path, start, lines.record, error) from error
+                raise _broken_csv(path, start, lines.record, delimiter, error) from error
             if cells is None:
                 return
-            if not cells:
+            if not any(map(str.strip, cells)):
                 continue
             if header is None:
                 header = _checked_header(path, start, cells)
             elif len(cells) != len(header):
                 raise _wrong_width(path, start, cells, header)
             else:
-                yield Row(f"{path}:{start}", dict(zip(header, cells, strict=True)), is_text=True)
+                fields = dict(zip(header, cells, strict=True))
+                fields.pop("", None)
+                yield Row(f"{path}:{start}", fields, is_text=True, encoding=decoder.encoding)
+
+
+def _delimited(lines: Iterator[tuple[int, str]]) -> tuple[str, Iterator[tuple[int, str]]]:
+    """The delimiter, and the lines from the header on."""
+    first: list[tuple[int, str]] = []
+    for number, line in lines:
+        if said := re.fullmatch(r'"?sep=(.)"?\s*', line):
+            return said[1], lines
+        first.append((number, line))
+        if line.strip():
+            break
+    header = first[-1][1] if first else ""
+    fields = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in ",;\t|"}
+    return max(fields, key=lambda delimiter: fields[delimiter]), itertools.chain(first, lines)
 
 
 class _Remembered:
@@ -50,20 +74,23 @@ class _Remembered:
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
-        self._last = 0
+        self._next = next(lines, None)
         self.record: deque[str] = deque()
         self._size = 0
 
     def begin_record(self) -> int:
         self.record.clear()
         self._size = 0
-        return self._last + 1
+        return self._next[0] if self._next else 0
 
     def __iter__(self) -> _Remembered:
         return self
 
     def __next__(self) -> str:
-        self._last, line = next(self._lines)
+        if self._next is None:
+            raise StopIteration
+        _, line = self._next
+        self._next = next(self._lines, None)
         self.record.append(line)
         self._size += len(line)
         if self._size > MAX_RECORD_BYTES:
@@ -72,15 +99,8 @@ class _Remembered:
 
 
 def _checked_header(path: Path, start: int, names: list[str]) -> list[str]:
-    if len(names) == 1:
-        for delimiter, name in ((";", "`;`"), ("\t", "a tab"), ("|", "`|`")):
-            if delimiter in names[0]:
-                raise DataError(
-                    f"{path}:{start}: the header is one column, {shown(names[0])}: is the delimiter {name}?",
-                    hint="fields are separated by commas here; save the file so, or as JSONL",
-                )
     for name in names:
-        if names.count(name) > 1:
+        if name and names.count(name) > 1:
             raise DataError(f"{path}:{start}: the column {shown(name)} occurs twice", hint="rename one of them")
     return names
 
@@ -93,18 +113,23 @@ def _wrong_width(path: Path, start: int, cells: list[str], header: list[str]) ->
     )
 
 
-def _broken_csv(path: Path, start: int, record: deque[str], error: csv.Error) -> DataError:
-    opened_at = _line_of_open_quote(record)
+def _broken_csv(path: Path, start: int, record: deque[str], delimiter: str, error: csv.Error) -> DataError:
+    opened_at = _line_of_open_quote(record, delimiter)
     if opened_at is not None:
         return DataError(
             f"{path}:{start + opened_at}: a quote opens on this line and is not closed where a field ends ({error}): "
             f"{shown(record[opened_at].strip(), 40)}",
             hint='close it; a quote inside a quoted field is written `""`',
         )
+    if "new-line character" in str(error):
+        return DataError(
+            f"{path}:{start}: the lines end in different ways: CR, and LF or CRLF",
+            hint="save the file again as CSV in UTF-8, or as JSONL",
+        )
     return DataError(f"{path}:{start}: not CSV: {error}", hint="save the file as CSV with commas, or as JSONL")
 
 
-def _line_of_open_quote(record: deque[str]) -> int | None:
+def _line_of_open_quote(record: deque[str], delimiter: str) -> int | None:
     """Index of the line where the unclosed quoted field of a broken record begins; None if there is none."""
     inside, opened_at, at_field_start = False, None, True
     for index, line in enumerate(record):
@@ -116,11 +141,11 @@ def _line_of_open_quote(record: deque[str]) -> int | None:
                     position += 1
                 elif character == '"':
                     inside = False
-                    if line[position + 1 : position + 2] not in (",", "\r", "\n", ""):
+                    if line[position + 1 : position + 2] not in (delimiter, "\r", "\n", ""):
                         return opened_at
             elif character == '"' and at_field_start:
                 inside, opened_at = True, index
-            at_field_start = not inside and character in ",\r\n"
+            at_field_start = not inside and character in (delimiter, "\r", "\n")
             position += 1
     return opened_at if inside else None
 
@@ -160,11 +185,11 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     number = 0
     try:
         parquet = pq.ParquetFile(file)
-        names = [field.name for field in parquet.schema_arrow if _is_plain(field.type)]
+        names = _plain_leaves(parquet)
         for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
             for fields in batch.to_pylist():
                 number += 1
-                yield Row(f"{path}:row {number}", fields)
+                yield Row(f"{path}:row {number}", {name: _decoded(value) for name, value in fields.items()})
     except (pa.ArrowException, OSError) as error:
         where = f"{path}:row {number + 1}" if number else str(path)
         raise DataError(
@@ -173,26 +198,27 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         ) from error
 
 
-def _is_plain(kind: pa.DataType) -> bool:
-    """Whether a column holds text, numbers or lists of them; images, times and extension types are not read."""
-    import pyarrow.types as types
+def _plain_leaves(parquet: pq.ParquetFile) -> list[str]:
+    """Paths of what holds text, numbers or booleans; times and bytes inside of columns are not read."""
+    schema, columns = parquet.schema, set(parquet.schema_arrow.names)
+    leaves = [schema.column(index) for index in range(len(schema))]
+    return [leaf.path for leaf in leaves if _is_plain(leaf.physical_type, leaf.logical_type.type, leaf.path in columns)]
 
-    if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _is_plain(kind.value_type)
-    if types.is_struct(kind):
-        return all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
-    tests: tuple[Callable[[pa.DataType], bool], ...] = (
-        types.is_string,
-        types.is_large_string,
-        types.is_string_view,
-        types.is_boolean,
-        types.is_integer,
-        types.is_floating,
-        types.is_null,
-    )
-    return any(test(kind) for test in tests)
+
+def _is_plain(physical: str, logical: str, is_column: bool) -> bool:
+    if physical == "BYTE_ARRAY":
+        return logical in ("STRING", "JSON", "ENUM") or (logical == "NONE" and is_column)
+    return physical in ("BOOLEAN", "FLOAT", "DOUBLE", "INT32", "INT64") and logical in ("NONE", "INT", "NULL")
+
+
+def _decoded(value: object) -> object:
+    """Text that a column holds as bytes; other bytes stay as they are."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -1,9 +1,11 @@
-"""Reads files as numbered UTF-8 lines: detects gzip by its magic bytes, ignores a BOM, refuses other encodings."""
+"""Reads files as numbered lines: detects gzip by its magic bytes, UTF-16 and UTF-32, and lines that end in CR."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import re
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,64 @@ MAX_RECORD_BYTES = 64 * 1024 * 1024
 """Longest line or record, so that a file without line ends does not fill the memory."""
 
 CHUNK_BYTES = 1 << 20
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order mark -> encoding; that of UTF-32 begins as that of UTF-16."""
+WINDOWS = "cp1252"
 _OTHER_COMPRESSION = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+
+
+@contextmanager
+def opened_text(path: Path) -> Iterator[BinaryIO]:
+    """Open a text file as UTF-8 with LF or CRLF; another form is rewritten into a temporary file first."""
+    with opened(path) as file:
+        beginning = file.read(4096)
+        file.seek(0)
+        encoding = _wide_encoding(beginning)
+        ends_in_cr = encoding is None and _ends_in_cr(beginning)
+        if encoding is None and not ends_in_cr:
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            try:
+                for piece in _decoded(file, encoding):
+                    copy.write(piece.replace("\r", "\n").encode() if ends_in_cr else piece.encode())
+            except UnicodeError as error:
+                name = encoding or "UTF-8"
+                raise DataError(f"{path}: is not {name} throughout: {error}", hint="save it as UTF-8") from error
+            copy.seek(0)
+            yield copy  # type: ignore[misc]
+
+
+def _decoded(file: BinaryIO, encoding: str | None) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
+    while piece := file.read(CHUNK_BYTES):
+        yield decoder.decode(piece)
+    yield decoder.decode(b"", final=True)
+
+
+def _wide_encoding(beginning: bytes) -> str | None:
+    """UTF-16 or UTF-32, by its mark or by the zero bytes of western text; None for encodings of single bytes."""
+    for mark, encoding in _WIDE_MARKS.items():
+        if beginning.startswith(mark):
+            return encoding
+    sample = beginning[: min(256, len(beginning) // 4 * 4)]
+    if len(sample) < 8:
+        return None
+    zero = [sample[offset::4].count(0) > 0.8 * len(sample) / 4 for offset in range(4)]
+    patterns = {(False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be"}
+    patterns |= {(False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be"}
+    return patterns.get(tuple(zero))  # type: ignore[arg-type]
+
+
+def _ends_in_cr(beginning: bytes) -> bool:
+    """Whether the first line ends in a bare CR, as old programs write and some still do."""
+    at = beginning.find(b"\r")
+    return 0 <= at < len(beginning) - 1 and beginning[at + 1] != 0x0A and b"\n" not in beginning[:at]
 
 
 @contextmanager
@@ -56,35 +115,66 @@ def head(path: Path, size: int = 4096) -> bytes:
         return file.read(size)
 
 
-def refuse_non_utf8(path: Path, beginning: bytes) -> None:
-    """Raise `DataError` if the first bytes are UTF-16, UTF-32 or not text."""
-    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _looks_like_utf16(beginning):
+def refuse_other_files(path: Path, beginning: bytes) -> None:
+    """Raise `DataError` if the first bytes are those of a Git LFS pointer or of a web page."""
+    if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
         raise DataError(
-            f"{path}:1: the text must be UTF-8, got UTF-16 or UTF-32",
-            hint=f"convert it: `iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}`",
+            f"{path}: is a Git LFS pointer, not the data itself",
+            hint=f"fetch the data: `git lfs pull --include {path.name}` in its repository",
         )
-    if b"\x00" in beginning:
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head)\b", beginning, re.IGNORECASE):
+        raise DataError(
+            f"{path}: is a web page (HTML), not data",
+            hint="the download needed a login or another address: open the file in a browser to see what it says",
+        )
+
+
+def refuse_zero_bytes(path: Path, beginning: bytes) -> None:
+    """Raise `DataError` if the first bytes are not text."""
+    if b"\x00" in beginning and _wide_encoding(beginning) is None:
         line = beginning[: beginning.index(0)].count(b"\n") + 1
         raise DataError(
             f"{path}:{line}: contains zero bytes: not a text file, or damaged",
-            hint="JSONL, JSON, CSV and Parquet can be read, each also as .gz",
+            hint="JSONL, JSON, CSV, TSV, XLSX, TXT and Parquet can be read, each also as .gz",
         )
-
-
-def _looks_like_utf16(beginning: bytes) -> bool:
-    """Whether every other byte is zero, as in UTF-16 of a western script without a BOM."""
-    sample = beginning[:64]
-    return len(sample) >= 4 and any(sample[i::2].count(0) == len(sample[i::2]) for i in (0, 1)) and any(sample)
 
 
 def _refuse_other_compression(path: Path, magic: bytes) -> None:
     for mark, name in _OTHER_COMPRESSION.items():
         if magic.startswith(mark):
-            raise DataError(f"{path}: is compressed with {name}", hint="unpack it first; only gzip is supported")
+            spreadsheet = "; a spreadsheet must be named .xlsx" if name == "zip" else ""
+            raise DataError(
+                f"{path}: is compressed with {name}", hint=f"unpack it first; only gzip is supported{spreadsheet}"
+            )
 
 
-def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+class LineDecoder:
+    """Decodes lines as UTF-8, or as Windows-1252 if that is allowed and the first line beyond ASCII is not UTF-8.
+
+    Attributes:
+        encoding: of the lines so far.
+    """
+
+    def __init__(self, *, allows_windows: bool = False) -> None:
+        self.encoding = "utf-8"
+        self._is_decided = not allows_windows
+
+    def decode(self, line: bytes) -> str:
+        """Decode a line; raises `UnicodeDecodeError`."""
+        if line.isascii():
+            return line.decode("ascii")
+        if not self._is_decided:
+            self._is_decided = True
+            try:
+                return line.decode("utf-8")
+            except UnicodeDecodeError:
+                self.encoding = WINDOWS
+        return line.decode(self.encoding)
+
+
+def numbered_lines(path: Path, file: BinaryIO, decoder: LineDecoder | None = None) -> Iterator[tuple[int, str]]:
     """Yield 1-based numbers and lines, with line ends and blank lines."""
+    decoder = decoder or LineDecoder()
     number = 0
     while True:
         number += 1
@@ -94,7 +184,7 @@ def numbered_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
         if number == 1 and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
         try:
-            yield number, line.decode("utf-8")
+            yield number, decoder.decode(line)
         except UnicodeDecodeError as error:
             raise not_utf8(path, number, error) from error
 
@@ -117,8 +207,9 @@ def not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> DataError:
     line_start = error.object.rfind(b"\n", 0, error.start) + 1
     column = len(error.object[line_start : error.start].decode("utf-8", "replace")) + 1
     return DataError(
-        f"{path}:{number}: byte 0x{error.object[error.start]:02x} at column {column} is not UTF-8",
-        hint=f"if the text is Latin-1: `iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}`",
+        f"{path}:{number}: byte 0x{error.object[error.start]:02x} at column {column} is not "
+        f"{'Windows-1252' if error.encoding in (WINDOWS, 'charmap') else 'UTF-8'}",
+        hint=f"if it was written on Windows: `iconv -f CP1252 -t UTF-8 {path.name} > utf8-{path.name}`",
     )
 
 

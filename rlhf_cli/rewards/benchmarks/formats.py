@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_cli.data.parsing.conversations import decoded_cell, text_of
+from rlhf_cli.data.parsing.cells import decoded_cell
+from rlhf_cli.data.parsing.conversations import text_of
 from rlhf_cli.data.parsing.prompts import PromptReader
 from rlhf_cli.data.readers.resolve import rows_of
 from rlhf_cli.data.readers.rows import Row, listed, shown

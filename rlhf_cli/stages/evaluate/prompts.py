@@ -104,7 +104,9 @@ def load_prompts(
     from rlhf_cli.data.sources import Skip, read_records
 
     recipe, source = context.recipe, context.inputs.prompts.source
-    loaded = read_records(source, "prompt", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
+    loaded = read_records(
+        source, "prompt", columns=recipe.data.columns, comparison=recipe.data.comparison, max_skip=recipe.data.max_skip
+    )
     for line in loaded.warnings:
         warn(line)
     records = loaded.records

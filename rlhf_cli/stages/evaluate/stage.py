@@ -49,7 +49,15 @@ def _prompts_in_file(settings: EvaluateSettings, recipe: RunSettings) -> int | N
     if not source.is_file() or source.stat().st_size > _LARGEST_FILE:
         return None
     try:
-        records = list(iter_records(str(source), "prompt", columns=recipe.data.columns, on_skip=lambda skip: None))
+        records = list(
+            iter_records(
+                str(source),
+                "prompt",
+                columns=recipe.data.columns,
+                comparison=recipe.data.comparison,
+                on_skip=lambda skip: None,
+            )
+        )
     except RLHFError:
         return None  # the run reports it
     split = split_of(recipe.data, None)

@@ -115,7 +115,7 @@ def _gold(context: LabelContext) -> list[Candidates]:
     from rlhf_cli.data.sources import read_records
 
     data = context.recipe.data
-    loaded = read_records(source, "ranking", columns=data.columns, max_skip=data.max_skip)
+    loaded = read_records(source, "ranking", columns=data.columns, comparison=data.comparison, max_skip=data.max_skip)
     known = [
         distinct(Candidates(row.prompt, row.completions, row.tiers, location=row.location)) for row in loaded.records
     ]

@@ -135,7 +135,13 @@ def _import(context: LabelContext) -> StageOutcome:
     from rlhf_cli.data.sources import read_records
 
     data = context.recipe.data
-    loaded = read_records(present(context.inputs.rankings), "ranking", columns=data.columns, max_skip=data.max_skip)
+    loaded = read_records(
+        present(context.inputs.rankings),
+        "ranking",
+        columns=data.columns,
+        comparison=data.comparison,
+        max_skip=data.max_skip,
+    )
     write_rankings(context.output / "rankings.jsonl", loaded.records)
     if loaded.skips.total:
         loaded.skips.write(context.output / "skips.jsonl")

@@ -73,7 +73,12 @@ def given_completions(context: LabelContext, settings: LabelSettings) -> Sampled
         device = resolve_device(context.recipe.model.device)
     data = context.recipe.data
     loaded = read_records(
-        present(context.inputs.items), "candidates", columns=data.columns, max_skip=data.max_skip, keep_blank=True
+        present(context.inputs.items),
+        "candidates",
+        columns=data.columns,
+        comparison=data.comparison,
+        max_skip=data.max_skip,
+        keep_blank=True,
     )
     for warning in loaded.warnings:
         warn(warning)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import split_key
 from rlhf_cli.distributed.process_group import ProcessGroup
@@ -160,9 +160,9 @@ def _rankings(context: RewardModelContext, settings: RewardModelSettings) -> Loa
     data = context.recipe.data
     # Our own rankings have our own names of fields and may hold empty completions; the mapping is for users' files.
     is_ours = settings.data is None
-    columns = {} if is_ours else data.columns
+    mapping: dict[str, Any] = {} if is_ours else {"columns": data.columns, "comparison": data.comparison}
     loaded = read_records(
-        context.inputs.rankings.source, "ranking", columns=columns, max_skip=data.max_skip, keep_blank=is_ours
+        context.inputs.rankings.source, "ranking", max_skip=data.max_skip, keep_blank=is_ours, **mapping
     )
     for line in loaded.warnings:
         warn(line)

@@ -1,0 +1,84 @@
+"""Structure that a file holds as text, as tables do: JSON is decoded, Python's notation is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rlhf_cli.data.readers.rows import Row, shown
+
+_ROLE, _CONTENT = ("role", "from"), ("content", "value")
+_PYTHON = re.compile(r"(array\(|[\s\[(])*\{\s*'\w+'\s*:")
+_PYTHON_TEXTS = re.compile(r"\s*(array\()?\[\s*'")
+_JSON_TURNS = re.compile(r'[\s\[]*\{\s*"(role|from|content|value)"\s*:')
+TO_JSON = (
+    "this is how Python prints a list: write the file as JSON lines, with `to_json(FILE, orient='records', lines=True)`"
+)
+
+
+def decode_cells(row: Row) -> Row:
+    """Decode messages that are written as JSON text, and put a single message into a list.
+
+    Text that is not a whole conversation in JSON stays text, so that a completion may be any other JSON.
+    """
+    changed = {name: found for name, value in row.fields.items() if (found := _turns(value)) is not None}
+    return replace(row, fields={**row.fields, **changed}) if changed else row
+
+
+def _turns(value: object) -> list[object] | None:
+    """The messages that a value holds in another way than as a list; None if it holds none."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        if isinstance(value, list) and value and all(map(is_turn, value)):
+            return value
+    return [value] if is_turn(value) else None
+
+
+def is_turn(value: object) -> bool:
+    """Whether a value has the fields of a message."""
+    if not isinstance(value, Mapping):
+        return False
+    return any(name in value for name in _ROLE) and any(name in value for name in (*_CONTENT, "tool_calls"))
+
+
+def refuse_notation(row: Row, field: str, text: str) -> None:
+    """Raise `DataError` if a text is messages in Python's notation, or in JSON that is cut off.
+
+    Training on it would teach brackets and quotes in place of the conversation.
+    """
+    beginning = text[:4000]
+    if _PYTHON.match(beginning) and re.search(r"'(role|from)'\s*:", text) and re.search(r"'(content|value)'\s*:", text):
+        raise row.error(f"`{field}` holds messages in Python's notation, {shown(text, 40)}", TO_JSON)
+    if _JSON_TURNS.match(beginning) and re.search(r'"(role|from)"\s*:', text) and not _is_json(text):
+        raise row.error(
+            f"`{field}` begins as messages in JSON and is not JSON, {shown(text, 40)}: cut off?",
+            "spreadsheets cut cells after 32,767 characters; write the file as JSON lines",
+        )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def decoded_cell(row: Row, field: str, value: object) -> object:
+    """Decode a list that is written as JSON in a cell of a text-only format (CSV)."""
+    if not row.is_text or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise row.error(
+            f"`{field}` is {shown(value)}, which is not a JSON list",
+            TO_JSON
+            if _PYTHON.match(value) or _PYTHON_TEXTS.match(value)
+            else "lists in CSV are written as JSON; JSONL is easier to write",
+        ) from error
