@@ -22,6 +22,11 @@ from rlhf_cli.report.texts import Pieces, shortened, side_by_side
 from rlhf_cli.report.verdict import Verdict, first_pair, interval, percent, verdict, verdict_on_comparison
 
 _LONGEST_PROMPT = 600
+_AGAINST_KL = (
+    "A reward that rises while the judge's score falls is over-optimization. Where `rlhf best-of-n` was run with a "
+    "gold function, its score is drawn here too; stop where it is highest."
+)
+_LINES = "Gray: single steps. Blue: running mean. Orange: held-out prompts. Numbers: means of the first and last tenth."
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ def tiles(run: RunFiles) -> list[Tile]:
     if pair is not None:
         assert run.evaluation is not None
         rate, models = pair["win_rate"], run.evaluation["models"]
-        found.append(Tile("preferred to the baseline", percent(rate["value"]), f"95 %: {interval(rate)}; 50% is equal"))
+        note = f"95 % over prompts: {interval(rate)}; 50% is equal"
+        found.append(Tile("preferred to the baseline", percent(rate["value"]), note))
         for name, label in (("gold", "gold score"), ("reward", "reward")):
             if name in pair["differences"]:
                 change = pair["differences"][name]
@@ -206,15 +212,12 @@ def _sections(runs: Sequence[RunFiles], comparison: RunComparison | None) -> lis
         found.append(
             Section(
                 "Reward against distance from the starting model",
-                apart or ["Reward that rises while the judge's score falls is over-optimization: stop at its peak."],
+                apart or [_AGAINST_KL],
                 charts=[against],
             )
         )
-    found.append(
-        Section(
-            "PPO", [*apart, *(line for one in runs for line in _detections(one))], charts=training_charts(runs, "ppo")
-        )
-    )
+    lines = [*apart, *(line for one in runs for line in _detections(one)), *([_LINES] if len(runs) == 1 else [])]
+    found.append(Section("PPO", lines, charts=training_charts(runs, "ppo")))
     found.append(Section("Reward model", charts=[*quality_charts(run), *training_charts(runs, "train-rm")]))
     found.append(Section("Supervised fine-tuning", charts=training_charts(runs, "sft")))
     if len(runs) == 1:
@@ -305,12 +308,14 @@ def _score(row: Mapping[str, Any], side: str) -> str:
 
 def _samples_note(run: RunFiles) -> str:
     shown, count = len(run.samples.rows), run.samples.of
+    each = 1 if run.evaluation is None else run.evaluation["samples_per_prompt"]
+    pairs = f"{count:,} pairs of completions" + (f", {each:,} per prompt" if each > 1 else "")
     which = (
-        "All of them."
+        f"All {pairs}."
         if shown == count
-        else (f"{shown:,} of {count:,}: the largest gains, the largest losses, others at random.")
+        else f"{shown:,} of {pairs}: the largest gains and losses of the score that decides, and others at random."
     )
-    return f"{which} What only one of the two wrote is marked."
+    return f"{which} Words that only the baseline wrote are marked in red, those that only the policy wrote in green."
 
 
 def repeat(runs: Sequence[RunFiles]) -> Repeat:

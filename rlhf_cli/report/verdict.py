@@ -17,6 +17,8 @@ _LONGER, _SHORTER = 1.25, 0.8
 _ONE_SEED = (
     "It is one training run: another seed may give another result. `rlhf compare` measures how much they differ."
 )
+_VARIED = 0.75
+"""Ratio of distinct word pairs below which the loss of variety is named."""
 _FAR = 30.0
 """Nats per completion from which the KL is named."""
 
@@ -146,7 +148,10 @@ def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
         yield "The judges are language models, which have biases of their own: compare them with labels of people."
     else:
         yield "The judge is a function: it sees only what it was written to see. Read the samples."
+        if _labeled_by_its_judge(run):
+            yield "The same function ranked the training labels: that it prefers the policy is what training aims at."
     models = run.evaluation["models"]
+    yield from _doubts_of_variety(models[pair["policy"]], models[pair["baseline"]])
     ratio = models[pair["policy"]]["tokens"]["value"] / max(1e-9, models[pair["baseline"]]["tokens"]["value"])
     if not _SHORTER <= ratio <= _LONGER:
         controlled = pair["length_controlled_win_rate"]
@@ -159,3 +164,21 @@ def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
     kl = pair.get("kl_nats", {}).get("k1", {}).get("value")
     if kl is not None and kl > _FAR:
         yield f"The KL is {kl:.0f} nats per completion: rewards are unreliable this far from the starting model."
+
+
+def _labeled_by_its_judge(run: RunFiles) -> bool:
+    """Whether one function ranked the training labels and judges the evaluation."""
+    digests = [
+        run.manifests[stage].identity["inputs"].get(name) if stage in run.manifests else None
+        for stage, name in (("label", "function"), ("evaluate", "judge_function"))
+    ]
+    return digests[0] is not None and digests[0] == digests[1]
+
+
+def _doubts_of_variety(policy: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[str]:
+    found, before = (one.get("distinct_2", {}).get("value") for one in (policy, baseline))
+    if found is not None and before and found < _VARIED * before:
+        yield (
+            f"The completions are less varied than the baseline's: {found:.2f} distinct word pairs per word pair, in "
+            f"place of {before:.2f}. Read some in a row."
+        )

@@ -62,7 +62,9 @@ class Runs:
             )
         return run
 
-    def stage(self, run, stage, *, settings, files=None, rows=(), metrics=None, skipped=None, seed=0) -> None:
+    def stage(
+        self, run, stage, *, settings, files=None, rows=(), metrics=None, skipped=None, seed=0, inputs=None
+    ) -> None:
         folder = run / stage
         folder.mkdir(parents=True)
         content = dict(files or {"weights": "w"})
@@ -71,7 +73,8 @@ class Runs:
         for name, text in content.items():
             (folder / name).write_text(text, encoding="utf-8")
         identity = {
-            "stage": stage, "settings": settings | {"seed": seed}, "inputs": {"judge_function": "abc"}, "upstream": {},
+            "stage": stage, "settings": settings | {"seed": seed}, "inputs": inputs or {"judge_function": "abc"},
+            "upstream": {},
         }  # fmt: skip
         Manifest(
             stage=stage, fingerprint="f", identity=identity, settings={"model": {"path": "org/base"}},

@@ -60,9 +60,26 @@ def test_what_is_doubted(runs, changes, doubt):
     assert "Training, reward" not in found, "which was fine"
 
 
+def test_a_judge_that_also_ranked_the_labels_is_named(runs):
+    run = runs.write()
+    assert "The same function ranked" not in "\n".join(verdict(read_run(run)).doubts)
+    runs.stage(run, "label", settings={}, inputs={"function": "abc"})
+    assert "The same function ranked the training labels" in "\n".join(verdict(read_run(run)).doubts)
+
+
+def test_a_loss_of_variety_is_named(runs):
+    run = runs.write()
+    path = run / "evaluate" / "evaluation.json"
+    plain = json.loads(path.read_text())
+    plain["models"]["good/ppo"]["distinct_2"]["value"] = 0.4
+    path.write_text(json.dumps(plain))
+    found = "\n".join(verdict(read_run(run)).doubts)
+    assert "0.40 distinct word pairs per word pair, in place of 0.60" in found
+
+
 def test_nothing_unusual_is_not_doubted(runs):
     found = "\n".join(verdict(read_run(runs.write())).doubts)
-    assert not re.search("too few|times the length|The KL is", found)
+    assert not re.search("too few|times the length|The KL is|less varied|The same function", found)
 
 
 def test_the_page_needs_nothing_else_and_shows_hostile_texts_as_text(runs):
