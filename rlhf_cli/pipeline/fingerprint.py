@@ -133,8 +133,13 @@ def identity(stage: Stage, recipe: Recipe, inputs: StageInputs, digests: Digests
 
 
 def fingerprint(what: Identity) -> str:
-    """Return the sha256 of an identity."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """Return the sha256 of an identity.
+
+    Settings that are null are not part of it: a version of rlhf that adds an optional one leaves artifacts as they are.
+    """
+    settings = {name: value for name, value in what["settings"].items() if value is not None}
+    counted = {**what, "settings": settings}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def differences(old: Identity, new: Identity, inputs: StageInputs) -> list[str]:

@@ -239,7 +239,7 @@ class Planner:
             if pending:
                 return None, f"{' and '.join(f'`{name}`' for name in sorted(pending))} runs again"
             if manifest.fingerprint != fingerprint(what):
-                return None, "its fingerprint differs"
+                return None, "another version of rlhf wrote it"
             manifest.verify(self._run.artifact(stage.name))
         except DamagedArtifact as damage:
             return None, f"damaged: {damage}"

@@ -124,6 +124,11 @@ class LiveRun:
     completions: Sequence[Completions]
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all stages that have begun are finished; more may be to come."""
+        return not self.is_running and bool(self.states) and set(self.states.values()) == {"finished"}
+
+    @property
     def summary(self) -> str:
         """The state of each stage, in a line."""
         found = ", ".join(f"{stage} {state}" for stage, state in self.states.items())

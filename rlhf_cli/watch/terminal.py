@@ -52,7 +52,7 @@ def watch(folder: Path, console: Console) -> LiveRun:
                 spent = time.monotonic() - began
                 time.sleep(max(EVERY, _IDLE * spent))
                 run = watcher.look()
-    console.print(picture(run, console.width))
+    console.print(picture(run, console.width, console.height))
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,3 +102,10 @@ def page_with_style(page: str, style: str) -> str:
     """Return the page with its style inside, without the reload: axe needs its script, which the server forbids."""
     page = re.sub("<meta http-equiv.*>", "", page)
     return page.replace('<link rel="stylesheet" href="/style.css">', f"<style>{style}</style>")
+
+
+def test_a_run_whose_stages_are_all_finished_is_called_so(ppo_run):
+    shutil.rmtree(ppo_run.work)
+    page = render(read_live(ppo_run.folder))
+    assert "<strong>Finished</strong>" in page
+    assert "when it resumes" not in page

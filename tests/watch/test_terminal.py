@@ -52,6 +52,11 @@ def test_a_curve_that_does_not_change_does_not_fill_the_chart(ppo_run):
     assert len(drawn) == 1
 
 
+def test_a_short_run_shows_where_it_began_and_where_it_is(ppo_run):
+    ppo_run.steps(2)
+    assert "Reward (mean of completions): 1 → 1.69" in "\n".join(shown(ppo_run, 80))
+
+
 def test_a_single_step_has_a_value_and_no_chart(ppo_run):
     ppo_run.steps(1)
     text = "\n".join(shown(ppo_run, 80))

@@ -78,9 +78,9 @@ def trace(rows: Sequence[Mapping[str, Any]], panel: Panel) -> Trace | None:
         return None
     smooth = zip(curve.steps, curve.running_mean(max(1, len(curve) // 15)), strict=True)
     held_out = [] if panel.evaluated is None else list(Curve.of(rows, panel.evaluated))
-    return Trace(
-        list(curve), list(smooth), held_out, f"{_value(curve.first(0.1).mean)} → {_value(curve.last(0.1).mean)}"
-    )
+    least = 3 if len(curve) > 8 else 1  # steps at either end, which must not be the same ones
+    first, last = curve.first(0.1, least=least), curve.last(0.1, least=least)
+    return Trace(list(curve), list(smooth), held_out, f"{_value(first.mean)} → {_value(last.mean)}")
 
 
 def _value(value: float) -> str:
