@@ -279,15 +279,13 @@ def _sentence(first: Group, second: Group, measures: Mapping[str, GroupDifferenc
     by = f"higher than {other} by {abs(size):.3g} ({MEASURES[name]})"
     runs = min(len(first.runs), len(second.runs))
     if _excludes_0(found.both):
-        return f"{better} is {by}, also for other prompts and other seeds (95 % intervals)"
+        return f"{better} scores {by}, also for other prompts and other seeds (95 % intervals)"
     if not _excludes_0(found.prompts):
         return f"no difference of the {MEASURES[name]} can be told from {prompts:,} prompts: {_span(found.prompts)}"
     if found.seeds.low is None:
-        return (
-            f"these models of {better} are {by}; with one run in a group, it cannot be told from the noise of the seed"
-        )
+        return f"{better} scores {by} in these runs; with one run per group, other seeds may order them otherwise"
     return (
-        f"these models of {better} are {by}; {runs} seeds per group are too few to say that others would be: "
+        f"{better} scores {by} in these runs; {runs} seeds per group are too few to say so of others: "
         f"{_span(found.both)}"
     )
 

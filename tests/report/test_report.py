@@ -96,6 +96,15 @@ def test_the_page_needs_nothing_else_and_shows_hostile_texts_as_text(runs):
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
 
 
+def test_what_scrolls_can_be_reached_by_keyboard(runs):
+    folders = [runs.write("a"), runs.write("b", **{"ppo.kl_coef": 0.2})]
+    both = write_report(folders, folders[0].parent / "both.html")
+    for report, least in ((write_report(folders[:1], folders[0] / "report.html"), 3), (both, 2)):
+        found = re.findall(r'<(?:pre|div class="scroll")[^>]*>', report.html.read_text())
+        assert len(found) >= least
+        assert all('tabindex="0"' in one and "aria-label" in one for one in found)
+
+
 def test_every_figure_of_the_json_is_that_of_the_files(runs):
     run = runs.write()
     plain = json.loads(write_report([run], run / "report.html").plain.read_text())
