@@ -73,14 +73,13 @@ def feed(rlhf, tmp_path, tiny_llama, reward_model):
         pytest.param(DEMO * 250_000 + b"{}}\n" + DEMO * 49_999, "data.jsonl:250001", "column 3", id="line 250,001 of 300,000"),
         pytest.param(b'{"prompt": "Why?" "completion": "So."}\n', "data.jsonl:1", "column 19", id="missing comma"),
         pytest.param(b"{'prompt': 'Why?', 'completion': 'So.'}\n", "data.jsonl:1", "not JSON: single quotes", id="single quotes"),
-        pytest.param(DEMO.decode().encode("utf-16"), "data.jsonl:1", "UTF-16", id="UTF-16"),
         pytest.param(DEMO + '{"prompt": "Où?", "completion": "Là."}\n'.encode("latin-1"), "data.jsonl:2", "0xf9", id="Latin-1"),
         pytest.param(b"", "data.jsonl", "no records", id="empty file"),
         pytest.param(b"\n", "data.jsonl", "no records", id="only a newline"),
         pytest.param(DEMO + b"42\n", "data.jsonl:2", "must be an object with fields, got 42", id="bare number"),
         pytest.param(b'"hello"\n', "data.jsonl:1", 'must be an object with fields, got "hello"', id="bare text"),
         pytest.param(b'{"prompt": "Why?", "completion": NaN}\n', "data.jsonl:1", "`completion` is NaN", id="NaN"),
-        pytest.param(DEMO + b'{"prompt": "Why?", "x": -Infinity}\n', "data.jsonl:2", "`x` is -Infinity", id="Infinity"),
+        pytest.param(DEMO + b'{"prompt": "Why?", "completion": -Infinity}\n', "data.jsonl:2", "`completion` is -Infinity", id="Infinity"),
         pytest.param(gzip.compress(DEMO * 9000)[:60], "data.jsonl:", "truncated", id="truncated gzip"),
         pytest.param(b'[{"prompt": "Why?",\n"completion": "So."},\n{"prompt": 1}]', "data.jsonl:3", "missing", id="array: line"),
         pytest.param(b"\r\n\r\n \n" + DEMO.replace(b"\n", b"\r\n") + b'{"prompt": 1, "completion": "b"}', "data.jsonl:5",
@@ -97,9 +96,8 @@ def test_broken_jsonl(feed, content, place, said):
     ("name", "content", "place", "said"),
     [
         pytest.param("data.parquet", parquet()[:-20], "data.parquet", "truncated", id="truncated Parquet"),
-        pytest.param("data.csv", b"prompt;completion\nWhy?;So.\n", "data.csv:1", "delimiter `;`?", id="CSV with semicolons"),
         pytest.param("data.csv", b'prompt,completion\na,b\nWhy?,"So.\nc,d\ne,f\n', "data.csv:3", "a quote opens", id="unclosed quote"),
-        pytest.param("data.txt", DEMO, "data.txt", "unknown file type", id="unknown suffix"),
+        pytest.param("data.docx", DEMO, "data.docx", "unknown file type", id="unknown suffix"),
     ],
 )  # fmt: skip
 def test_broken_files_of_other_kinds(feed, name, content, place, said):
@@ -117,6 +115,13 @@ def test_broken_files_of_other_kinds(feed, name, content, place, said):
         pytest.param("data.jsonl", gzip.compress(DEMO), id="gzip named .jsonl"),
         pytest.param("data.csv.gz", gzip.compress(b"prompt,completion\nWhy?,So.\n"), id="CSV, gzip"),
         pytest.param("data.parquet", parquet(), id="Parquet"),
+        pytest.param("data.jsonl", DEMO.decode().encode("utf-16"), id="UTF-16"),
+        pytest.param(
+            "data.jsonl",
+            DEMO + b'{"prompt": "Why?", "completion": "So.", "x": -Infinity}\n',
+            id="Infinity nobody reads",
+        ),
+        pytest.param("data.csv", b"prompt;completion\nWhy?;So.\n", id="CSV with semicolons"),
     ],
 )
 def test_accepted_files(feed, name, content):

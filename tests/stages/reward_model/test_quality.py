@@ -37,7 +37,7 @@ def test_the_verdict_is_in_the_file_and_a_bad_one_in_the_summary(right, prompts,
 
 
 def test_without_matplotlib_there_is_no_picture_and_a_line_says_why(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quality_plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(quality_plot, "has_matplotlib", lambda: False)
     write_quality(report_of(3, 4), tmp_path)
     assert not (tmp_path / "quality.png").exists()
     assert "no quality.png: matplotlib is not installed" in capsys.readouterr().err
