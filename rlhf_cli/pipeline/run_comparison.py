@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli.errors import DataError, UsageError
-from rlhf_cli.intervals import Measure
+from rlhf_cli.intervals import Measure, joint_level
 from rlhf_cli.pipeline.evaluated_run import EvaluatedRun, read_evaluated_run
 from rlhf_cli.statistics.seeds import GroupDifference, group_difference
 
@@ -68,8 +68,8 @@ class PairOfGroups:
     Attributes:
         first: name of the first group.
         second: name of the second group.
-        measures: measure -> difference, second - first.
-        says: what can be told, in a sentence.
+        measures: measure -> difference, second - first, with 95 % intervals for this pair alone.
+        says: what can be told, in a sentence; it holds for all pairs of the comparison together.
         better: name of the better group, also for other prompts and seeds; None if that cannot be told.
     """
 
@@ -147,7 +147,7 @@ def compare_runs(names: Sequence[str]) -> RunComparison:
     prompts = sorted(common)
     notes = [*_notes(runs), *_dropped(runs, common)]
     measures = [name for name in MEASURES if _is_comparable(runs, name, prompts)]
-    pairs = [_pair(groups[0], other, measures, prompts) for other in groups[1:]]
+    pairs = [_pair(groups[0], other, measures, prompts, len(groups) - 1) for other in groups[1:]]
     return RunComparison(tuple(groups), len(prompts), tuple(pairs), tuple(notes))
 
 
@@ -245,35 +245,33 @@ def _dropped(runs: Sequence[EvaluatedRun], common: set[str]) -> list[str]:
     return [f"{left:,} of {len(everything):,} prompts are skipped: not all runs were evaluated on them"] if left else []
 
 
-def _pair(first: Group, second: Group, measures: Sequence[str], prompts: Sequence[str]) -> PairOfGroups:
-    is_paired = first.seeds == second.seeds
-    found = {
-        name: group_difference(
-            *(
-                np.array([[run.scores[prompt][name] for prompt in prompts] for run in group.runs])
-                for group in (first, second)
-            ),
-            is_paired=is_paired,
+def _pair(
+    first: Group, second: Group, measures: Sequence[str], prompts: Sequence[str], comparisons: int
+) -> PairOfGroups:
+    def difference(name: str, level: float) -> GroupDifference:
+        scores = (
+            np.array([[run.scores[prompt][name] for prompt in prompts] for run in group.runs])
+            for group in (first, second)
         )
-        for name in measures
-    }
-    says = _sentence(first, second, found, len(prompts))
-    return PairOfGroups(first.name, second.name, found, says, _better(first, second, found))
+        return group_difference(*scores, is_paired=first.seeds == second.seeds, level=level)
+
+    found = {name: difference(name, joint_level(1)) for name in measures}
+    decides = next((name for name in _BETTER if name in measures), None)
+    if decides is None:
+        says = "nothing says which is better: the runs share neither a judge function nor a reward model nor baselines"
+        return PairOfGroups(first.name, second.name, found, says)
+    joint = difference(decides, joint_level(comparisons))
+    better = None
+    if _excludes_0(joint.both):
+        better = second.name if joint.second > joint.first else first.name
+    says = _sentence(first, second, decides, joint, len(prompts))
+    if comparisons > 1:
+        says += f"; 95 % holds for all {comparisons} comparisons together"
+    return PairOfGroups(first.name, second.name, found, says, better)
 
 
-def _better(first: Group, second: Group, measures: Mapping[str, GroupDifference]) -> str | None:
-    found = next((measures[name] for name in _BETTER if name in measures), None)
-    if found is None or not _excludes_0(found.both):
-        return None
-    return second.name if found.second > found.first else first.name
-
-
-def _sentence(first: Group, second: Group, measures: Mapping[str, GroupDifference], prompts: int) -> str:
+def _sentence(first: Group, second: Group, name: str, found: GroupDifference, prompts: int) -> str:
     """Say which group is better, how sure that is, and what it does not hold for."""
-    name = next((name for name in _BETTER if name in measures), None)
-    if name is None:
-        return "nothing says which is better: the runs share neither a judge function nor a reward model nor baselines"
-    found = measures[name]
     size = found.second - found.first
     better, other = (second.name, first.name) if size > 0 else (first.name, second.name)
     by = f"higher than {other} by {abs(size):.3g} ({MEASURES[name]})"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_cli.intervals import Measure, finite, standard_error
+from rlhf_cli.intervals import Measure, finite, mean_interval, standard_error
 from rlhf_cli.statistics.paired import by_prompt, mean_of
 
 Estimator = Literal["k1", "k3"]
@@ -63,3 +63,31 @@ def kl_estimate(
     values = by_prompt(prompts, [completion_kl(own, estimator) for own in log_ratios])
     error = standard_error(values) if np.isfinite(values).all() else float("inf")
     return KLEstimate(estimator, mean_of(values), error)
+
+
+_SURE = 0.999
+"""Coverage of the interval by which `disagreement` decides: it warns of one sound evaluation in a thousand."""
+
+
+def disagreement(prompts: Sequence[Hashable], log_ratios: Sequence[Sequence[float]]) -> str | None:
+    """Say why the two estimators differ, or return None where chance explains the difference.
+
+    k1 - k3 of a token is 1 - exp(-x), whose mean under the policy is 0. Its mean over completions is above 0 if tokens
+    that the policy made rare never came up: exp(-x) of those is large. It is below 0 if the completions were drawn from
+    another distribution than the one with these probabilities.
+
+    Args:
+        prompts: (N,) key of the prompt of each completion.
+        log_ratios: N lists, log policy - log baseline of each token in nats.
+    """
+    with np.errstate(over="ignore"):
+        differences = [-float(np.expm1(-np.asarray(own, dtype=np.float64)).sum()) for own in log_ratios]
+    values = by_prompt(prompts, differences)
+    if not np.isfinite(values).all():
+        return "k3 is infinite, because the baseline's probability of a token is too many times the policy's"
+    low, high = mean_interval(values, _SURE)
+    if len(values) < 2 or low <= 0.0 <= high:
+        return None
+    if low > 0.0:
+        return "k3 misses tokens that the policy made rare: read k1"
+    return "the completions do not follow the policy's probabilities: neither is the KL"

@@ -47,13 +47,14 @@ class _Variance:
     freedom: float
 
 
-def group_difference(first: Scores, second: Scores, *, is_paired: bool) -> GroupDifference:
+def group_difference(first: Scores, second: Scores, *, is_paired: bool, level: float = 0.95) -> GroupDifference:
     """Compare two groups of runs on the same prompts.
 
     Args:
         first: of the first group.
         second: of the second group, on the same prompts in the same order.
         is_paired: run i of both groups has the same seed, so the difference of each pair counts.
+        level: coverage of the intervals.
 
     Returns:
         The difference; without an interval where there are fewer than two prompts or runs.
@@ -71,12 +72,13 @@ def group_difference(first: Scores, second: Scores, *, is_paired: bool) -> Group
     runs = min(len(first), len(second))
     few_prompts = None if prompts > 1 else "there is one prompt"
     few_runs = None if runs > 1 else "there is one run per group" if is_paired else "a group has one run"
+    over_both = _total(over_prompts, over_seeds, rest)
     return GroupDifference(
         first=float(first.mean()),
         second=float(second.mean()),
-        prompts=_measure(difference, over_prompts, prompts, few_prompts),
-        seeds=_measure(difference, over_seeds, runs, few_runs),
-        both=_measure(difference, _total(over_prompts, over_seeds, rest), runs, few_runs or few_prompts),
+        prompts=_measure(difference, over_prompts, prompts, few_prompts, level),
+        seeds=_measure(difference, over_seeds, runs, few_runs, level),
+        both=_measure(difference, over_both, runs, few_runs or few_prompts, level),
     )
 
 
@@ -115,10 +117,10 @@ def _freedom(parts: list[_Variance], value: float) -> float:
     return max(1.0, value**2 / spread) if spread else 1.0
 
 
-def _measure(difference: float, variance: _Variance, n: int, missing: str | None) -> Measure:
+def _measure(difference: float, variance: _Variance, n: int, missing: str | None, level: float) -> Measure:
     if missing is None and not variance.value:
         missing = NO_SPREAD
     if missing is not None:
         return Measure(difference, None, None, n, missing)
-    reach = student_quantile(0.975, variance.freedom) * variance.value**0.5
+    reach = student_quantile(1.0 - (1.0 - level) / 2, variance.freedom) * variance.value**0.5
     return Measure(difference, difference - reach, difference + reach, n)

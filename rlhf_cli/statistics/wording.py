@@ -27,14 +27,20 @@ def prompts_for(reach: float) -> int:
     return high
 
 
-def conclusion(win_rate: Measure, policy: str, baseline: str) -> str:
+def conclusion(win_rate: Measure, policy: str, baseline: str, *, comparisons: int = 1) -> str:
     """Return one sentence: which model is better, or that these prompts do not show it and how many would.
 
     Args:
-        win_rate: of the policy against the baseline, with its interval.
+        win_rate: of the policy against the baseline, with the interval that decides: that of `joint_level`.
         policy: name of the policy.
         baseline: name of the baseline.
+        comparisons: number of pairs that were compared; their sentences hold together.
     """
+    together = f"; 95 % holds for all {comparisons} pairs together" if comparisons > 1 else ""
+    return _conclusion(win_rate, policy, baseline) + together
+
+
+def _conclusion(win_rate: Measure, policy: str, baseline: str) -> str:
     value, low, high = win_rate.value, win_rate.low, win_rate.high
     assert value is not None and low is not None and high is not None  # noqa: PT018
     prompts = f"{win_rate.n:,} prompt{'' if win_rate.n == 1 else 's'}"

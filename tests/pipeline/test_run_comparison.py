@@ -104,6 +104,19 @@ def test_two_single_runs_say_that_the_seed_is_not_known(runs):
     assert pair.measures["gold"].seeds.low is None
 
 
+def test_several_comparisons_need_more_to_be_sure(runs):
+    # Seeds that differ by 0.16 decide between 1.0 and 1.75 for one comparison, and not where there are four.
+    noise = (0.0, 0.16, -0.16)
+    first, second = seeds_of(runs, 1.0, 0.1), seeds_of(runs, 1.75, 0.02, noise)
+    (alone,) = compare_runs([*first, *second]).pairs
+    others = [name for number in range(3) for name in seeds_of(runs, 1.0 + number / 100, 0.2 + number / 10)]
+    among = compare_runs([*first, *second, *others]).pairs[0]
+    assert (alone.better, among.better) == ("ppo.kl_coef 0.02", None)
+    assert "together" not in alone.says
+    assert among.says.endswith("95 % holds for all 4 comparisons together")
+    assert among.measures == alone.measures, "the table shows each pair alone"
+
+
 def test_groups_can_be_named_with_commas(runs):
     first, second = (
         [runs.write(f"{name}{seed}", gold, seed=seed) for seed in (0, 1)] for name, gold in (("a", 1.0), ("b", 2.0))

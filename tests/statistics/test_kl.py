@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_cli.statistics.kl import completion_kl, kl_estimate
+from rlhf_cli.statistics.kl import completion_kl, disagreement, kl_estimate
 
 P, Q = np.array([0.5, 0.3, 0.2]), np.array([0.3, 0.3, 0.4])
 EXACT = float((P * np.log(P / Q)).sum())
@@ -66,3 +66,28 @@ def test_prompts_are_the_units_of_the_error():
 
 def test_a_kl_that_is_not_finite_is_null_in_json():
     assert kl_estimate(["p", "q"], [[-1000.0], [1.0]], "k3").to_json()["value"] is None
+
+
+def rows_of(rng, drawn, policy, baseline, count=200):
+    tokens = rng.choice(len(drawn), size=(count, 8), p=drawn)
+    return np.log(np.array(policy) / np.array(baseline))[tokens].tolist()
+
+
+def test_estimators_that_agree_are_not_warned_of():
+    rng = np.random.default_rng(2)
+    found = [disagreement(range(200), rows_of(rng, P, P, Q)) for _ in range(300)]
+    assert sum(one is not None for one in found) <= 3, "of sound evaluations one in a thousand is warned of"
+    assert disagreement(["p"], [[1.0, 1.0]]) is None, "one prompt shows nothing"
+
+
+def test_tokens_that_the_policy_made_rare():
+    policy, baseline = [1 - 1e-9, 1e-9], [0.5, 0.5]
+    rows = rows_of(np.random.default_rng(3), policy, policy, baseline)
+    rows[0][0] -= 1e-6  # not all alike: else there is no interval
+    assert "read k1" in disagreement(range(200), rows)
+
+
+def test_completions_of_another_distribution():
+    rows = rows_of(np.random.default_rng(4), Q, P, Q)  # drawn from the baseline
+    assert "neither is the KL" in disagreement(range(200), rows)
+    assert "infinite" in disagreement(["p", "q"], [[-1000.0], [1.0]])

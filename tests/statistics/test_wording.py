@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_cli.intervals import Measure, half_width, share_interval
+from rlhf_cli.intervals import Measure, half_width, joint_level, share_interval
 from rlhf_cli.statistics.wording import conclusion, expected_precision, prompts_for
 
 
@@ -44,3 +44,14 @@ def test_after_the_run():
     )
     assert conclusion(single(5, 10), "p", "b").endswith("is compatible with them"), "no number shows a half"
     assert conclusion(rate(0.5, 1), "p", "b").startswith("1 prompt is too few")
+
+
+def test_several_pairs_have_wider_intervals_that_hold_together():
+    won = [1.0] * 40 + [0.0] * 24  # 62.5 %, which 64 prompts show for one pair but not for three
+    alone, joint = (share_interval(won, [1.0] * 64, joint_level(pairs)) for pairs in (1, 3))
+    assert joint_level(1) == 0.95
+    assert joint_level(5) == pytest.approx(0.99)
+    assert alone[0] > 0.5 > joint[0]
+    said = conclusion(Measure(0.625, *joint, 64), "p", "b", comparisons=3)
+    assert said.startswith("64 prompts are too few to say")
+    assert said.endswith("; 95 % holds for all 3 pairs together")

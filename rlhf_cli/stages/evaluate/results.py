@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_cli.data.records import Prompt, prompt_key
-from rlhf_cli.intervals import Measure, share_interval
+from rlhf_cli.intervals import Measure, is_undecided, joint_level, share_interval
 from rlhf_cli.stages.evaluate.comparison import Comparison, Winner
 from rlhf_cli.stages.evaluate.sides import Side, measures_to_json
-from rlhf_cli.statistics.kl import KLEstimate, kl_estimate
+from rlhf_cli.statistics.kl import KLEstimate, disagreement, kl_estimate
 from rlhf_cli.statistics.length_control import LengthControlled, length_controlled_win_rate
 from rlhf_cli.statistics.paired import (
     PairedDifference,
@@ -36,11 +36,14 @@ class Pair:
     Attributes:
         policy: name of one.
         baseline: name of the other.
-        win_rate: of the policy over prompts, ties 1/2.
+        win_rate: of the policy over prompts, ties 1/2, with the 95 % interval of this pair alone.
+        joint: the win rate with the interval that decides: those of all pairs hold together with 95 %.
+        pairs: number of pairs of the evaluation.
         length_controlled: the win rate at equal lengths, in characters.
         sign_test: over prompts.
         differences: policy minus baseline of "gold" and "reward" as far as there are scores, and of "characters".
         kl: of the policy from the baseline in nats per completion, by both estimators; empty if it is not defined.
+        kl_disagreement: why the two estimators differ by more than chance explains; None if they do not.
         alignment_tax: by how much the policy's negative log-probability of the demonstrations is larger, in nats per
             token; None without demonstrations or if the two read text differently.
     """
@@ -48,16 +51,26 @@ class Pair:
     policy: str
     baseline: str
     win_rate: Measure
+    joint: Measure
+    pairs: int
     length_controlled: LengthControlled
     sign_test: SignTest
     differences: dict[str, PairedDifference]
     kl: tuple[KLEstimate, ...] = ()
+    kl_disagreement: str | None = None
     alignment_tax: Measure | None = None
 
     @property
     def conclusion(self) -> str:
         """What the win rate says, in a sentence."""
-        return conclusion(self.win_rate, self.policy, self.baseline)
+        return conclusion(self.joint, self.policy, self.baseline, comparisons=self.pairs)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it can be told which model is better."""
+        assert self.joint.low is not None
+        assert self.joint.high is not None
+        return not is_undecided(self.joint.low, self.joint.high)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain values."""
@@ -65,12 +78,14 @@ class Pair:
             "policy": self.policy,
             "baseline": self.baseline,
             "win_rate": self.win_rate.to_json(),
+            "win_rate_joint": {**self.joint.to_json(), "pairs": self.pairs},
             "length_controlled_win_rate": self.length_controlled.to_json(),
             "sign_test": self.sign_test.to_json(),
             "differences": {name: found.to_json() for name, found in self.differences.items()},
         }
         if self.kl:
             plain["kl_nats"] = {found.estimator: found.to_json() for found in self.kl}
+            plain["kl_nats"]["disagreement"] = self.kl_disagreement
         if self.alignment_tax is not None:
             plain["alignment_tax_nats_per_token"] = self.alignment_tax.to_json()
         return plain | {"conclusion": self.conclusion}
@@ -114,6 +129,7 @@ def pair_of(
     *,
     tie_margin: float,
     is_baseline: bool,
+    pairs: int = 1,
     verdicts: Sequence[Winner] | None = None,
 ) -> Pair:
     """Compare two models.
@@ -124,13 +140,19 @@ def pair_of(
         baseline: the other.
         tie_margin: see `Comparison.winner`.
         is_baseline: whether the other is the baseline of the evaluation, to which the log-ratios refer.
+        pairs: number of pairs of the evaluation.
         verdicts: (N,) of judges; None if scores decide.
     """
     keys = [prompt_key(prompt) for prompt in prompts]
     wins = [_POINTS[one.winner(tie_margin)] for one in comparisons_of(prompts, policy, baseline, verdicts)]
     shares = by_prompt(keys, wins)
     per_prompt = len(wins) / len(shares)
-    low, high = share_interval([share * per_prompt for share in shares], [per_prompt] * len(shares))
+
+    def win_rate(level: float) -> Measure:
+        won = [share * per_prompt for share in shares]
+        ends = share_interval(won, [per_prompt] * len(shares), level)
+        return Measure(sum(shares) / len(shares), *ends, len(shares))
+
     lengths = [[float(len(completion.text)) for completion in side.completions] for side in (policy, baseline)]
     longer_by = [own - other for own, other in zip(*lengths, strict=True)]
     scores = {"gold": (policy.gold, baseline.gold), "reward": (policy.reward, baseline.reward), "characters": lengths}
@@ -143,11 +165,14 @@ def pair_of(
     return Pair(
         policy.name,
         baseline.name,
-        Measure(sum(shares) / len(shares), low, high, len(shares)),
+        win_rate(joint_level(1)),
+        win_rate(joint_level(pairs)),
+        pairs,
         length_controlled_win_rate(keys, wins, longer_by),
         sign_test([share - 0.5 for share in shares]),
         differences,
         () if ratios is None else (kl_estimate(keys, ratios, "k1"), kl_estimate(keys, ratios, "k3")),
+        None if ratios is None else disagreement(keys, ratios),
         _alignment_tax(policy, baseline),
     )
 
@@ -253,6 +278,7 @@ def evaluation_of(
             sides[earlier],
             tie_margin=tie_margin,
             is_baseline=earlier == 0,
+            pairs=len(order),
             verdicts=None if verdicts is None else verdicts[earlier, later],
         )
         for earlier, later in order

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.prompts import PromptStyle
-from rlhf_cli.intervals import ENOUGH_PROMPTS, is_undecided
+from rlhf_cli.intervals import ENOUGH_PROMPTS
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import write_contract
@@ -276,11 +276,12 @@ def _print(
 
 
 def _tell(pair: Pair, settings: EvaluateSettings) -> None:
-    """Say what a win rate shows; warn where it does not show which model is better."""
+    """Say what a pair shows; warn where its estimates of the KL differ, or which model is better is not shown."""
+    if pair.kl_disagreement is not None:
+        k1, k3 = (found.mean.value for found in pair.kl)
+        warn(f"KL of {pair.policy}: {k1:.3g} nats by k1, {k3:.3g} by k3, more than chance: {pair.kl_disagreement}")
     rate = pair.win_rate
-    assert rate.low is not None
-    assert rate.high is not None
-    if not is_undecided(rate.low, rate.high):
+    if pair.is_decided:
         say(pair.conclusion)
         return
     if settings.max_prompts == rate.n:

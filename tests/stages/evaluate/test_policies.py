@@ -129,6 +129,10 @@ def test_the_tables_fit_80_columns():
     prompts = [f"p{row // 2}" for row in range(24)]
     evaluation = evaluation_of(prompts, sides[0], sides[1:], decided_by="function", tie_margin=0.0)
     assert len(evaluation.pairs) == 6
+    for pair in evaluation.pairs:
+        assert pair.joint.high - pair.joint.low > pair.win_rate.high - pair.win_rate.low, "of six pairs"
+        assert pair.to_json()["win_rate_joint"]["pairs"] == 6
+        assert pair.conclusion.endswith("all 6 pairs together")
     screen = io.StringIO()
     for table in (models_table(evaluation), pairs_table(evaluation), tasks_table(evaluation)):
         Console(width=80, file=screen).print(table)
