@@ -110,3 +110,27 @@ def test_without_a_penalty_the_kl_runs_away_the_run_stops_and_goes_on(policy, tm
     done = ppo(tmp_path, policy, **far, **{"detectors.kl.stop": "null"})
     assert f"resuming from step {stopped['step']} of 16" in " ".join(done.stderr.split())
     assert [row["step"] for row in read_rows(tmp_path / "run" / "ppo" / "metrics.jsonl")] == list(range(1, 17))
+
+
+def test_an_ensemble_that_disagrees_is_flagged(policy, tmp_path):
+    # Two reward models of few labels, and a function that pays for a phrase, which the models do not value.
+    (tmp_path / "reward.py").write_text(PHRASE)
+    prompts = (ROOT / "data_samples" / "prompts.jsonl").read_text().splitlines(keepends=True)[:24]
+    (tmp_path / "few.jsonl").write_text("".join(prompts))
+    changes = {
+        "sft": "null", "evaluate": "null", "model.build": "null", "label.prompts": "few.jsonl",
+        "label.completions_per_prompt": 4, "train_rm.members": 2, "train_rm.epochs": 1, "ppo.steps": 12,
+        "ppo.prompts_per_step": 32, "ppo.micro_batch_size": 32, "ppo.kl_coef": 0.01, "ppo.learning_rate": "4e-3",
+        "ppo.rewards": "[{function: reward.py:score, weight: 6}]", "ppo.reward_combination": "mean",
+    }  # fmt: skip
+    command(tmp_path, "run", RECIPE, "--run-dir", "run", "--model", policy, *sets(**changes), code=0)
+    rows = read_rows(tmp_path / "run" / "ppo" / "metrics.jsonl")
+    names = [name for name in rows[0] if name.startswith("objective/scores/")]
+    assert sorted(names)[:2] == ["objective/scores/reward-model", "objective/scores/reward-model-2"]
+    assert len(names) == 3
+    found = detected(tmp_path)["disagreement"]
+    assert "the rewards of an ensemble differ" in found["seen"]
+    assert all("good luck" in quote["completion"].lower() for quote in found["completions"])
+    told = " ".join(command(tmp_path, "diagnose", "run", code=0).stdout.split())
+    assert "the policy has found completions on which some members are wrong" in told
+    assert "`ppo.reward_combination: min`" in told
