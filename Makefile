@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: the models of the tests are too small to profit from more threads.
 WORKERS ?= 2
 
-.PHONY: help install quickstart test test-fast lint check-install format clean
+.PHONY: help install quickstart test test-fast verify-kernels lint check-install format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,10 @@ test: install  ## all tests; those on real data say so where it is absent
 
 test-fast: install  ## the tests that start no process, in under three minutes on two cores
 	$(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal
+
+verify-kernels: install  ## all default cases of the attention kernels; their sources then count as verified
+	RLHF_VERIFY_KERNELS=1 $(BIN)/pytest tests/attention/kernels --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m tests.attention.kernels.verified
 
 lint: install  ## ruff, pyright, the import contracts
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_cli.attention.kernels import tiles
 from tests.attention.kernels.helper_process import answers_of
+from tests.attention.kernels.verified import runs_all, sample
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 KERNELS = [":".join(parts) for parts in itertools.product(("forward", "dkdv", "dq"), ("64", "128"), ("dense", "tree"))]
@@ -22,14 +23,14 @@ MOST_SPILLED_BEFORE_HOPPER = 8
 
 
 def _with_features() -> list[str]:
-    """Lines with features, for all GPUs: all with RLHF_ALL_KERNEL_CASES, else those with the most registers."""
+    """Lines with features, for all GPUs: all with RLHF_ALL_KERNEL_CASES=1, else those with the most registers."""
     everything = [
         f"{kernel}:bfloat16:{features}:{capability}"
         for kernel, features, capability in itertools.product(KERNELS, FEATURES, SHARED_MEMORY)
     ]
-    if os.environ.get("RLHF_ALL_KERNEL_CASES"):
+    if runs_all():
         return everything
-    return [line for line in everything if ":128:" in line and "sinks" in line and "dkdv:128:tree" not in line]
+    return sample([line for line in everything if ":128:" in line and "sinks" in line and "dkdv:128:tree" not in line])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_the_case_with_the_smaller_tile_decides():
     assert (plain, tree, bias, both) == ((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", sample(KERNELS))
 def test_hopper_gets_tensor_cores_and_no_spills(kernel, ask):
     found = ask(kernel)
     assert found["hgmma"] > 0
@@ -93,7 +94,7 @@ def test_hopper_gets_tensor_cores_and_no_spills(kernel, ask):
 
 
 @pytest.mark.parametrize("capability", [80, 89])
-@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "dkdv:128:tree"])
+@pytest.mark.parametrize("kernel", sample([kernel for kernel in KERNELS if kernel != "dkdv:128:tree"]))
 def test_older_gpus_get_tensor_cores_and_few_spills(kernel, capability, ask):
     found = ask(f"{kernel}:bfloat16::{capability}")
     assert found["hmma"] > 0

@@ -1,11 +1,13 @@
 """The kernels against the reference by FlashAttention's rule, over layouts, features, dtypes and head sizes.
 
-A part runs by default; RLHF_ALL_KERNEL_CASES=1 runs all. Without a GPU Triton's interpreter runs the kernels.
+A part runs by default, and of verified sources one in five; RLHF_ALL_KERNEL_CASES=1 runs all. Without a GPU Triton's
+interpreter runs the kernels.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.attention.kernels import verified
 from tests.attention.kernels.cases import CASES, chosen
 from tests.attention.kernels.helper_process import answers_of
 from tests.attention.kernels.oracle import check_finite
+from tests.attention.kernels.verified import runs_all, sample
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-NAMES = list(CASES) if os.environ.get("RLHF_ALL_KERNEL_CASES") == "1" else chosen()
+NAMES = list(CASES) if runs_all() else sample(chosen())
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,25 @@ def ask() -> Iterator[Callable[[str, str], dict]]:
 def test_the_grid_is_as_large_as_promised():
     assert len(CASES) >= 400
     assert len(chosen()) >= 100
+
+
+def test_all_cases_run_unless_these_very_sources_were_verified(monkeypatch, tmp_path):
+    monkeypatch.delenv("RLHF_ALL_KERNEL_CASES", raising=False)
+    monkeypatch.delenv("RLHF_VERIFY_KERNELS", raising=False)
+    monkeypatch.setattr(verified, "ROOT", tmp_path)
+    monkeypatch.setattr(verified, "RECORD", tmp_path / "verified.json")
+    source = tmp_path / "rlhf_cli" / "attention" / "kernels" / "forward.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("TILE = 64\n")
+    names = [str(number) for number in range(12)]
+    assert sample(names) == names, "no record"
+    (tmp_path / "verified.json").write_text(json.dumps({"digest": verified.digest()}))
+    assert sample(names) == ["0", "5", "10"]
+    source.write_text("TILE = 32\n")
+    assert sample(names) == names, "a changed kernel"
+    source.write_text("TILE = 64\n")
+    monkeypatch.setenv("RLHF_VERIFY_KERNELS", "1")
+    assert sample(names) == names, "make verify-kernels"
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
