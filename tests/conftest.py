@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests import preloaded
 from tests.speed import (
     pytest_collection_modifyitems,
     pytest_configure,
@@ -314,7 +315,7 @@ def rlhf_here(tmp_path: Path) -> Callable[..., tuple[int, str]]:
 
 @pytest.fixture
 def rlhf(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the real command in a process of its own: `rlhf("sft", "--model", folder, code=0)`.
+    """Runs the real command in a process of its own (`preloaded`): `rlhf("sft", "--model", folder, code=0)`.
 
     `code` is the exit status to insist on (None: any); `env` adds variables; the working directory is `tmp_path`.
     """
@@ -326,14 +327,11 @@ def rlhf(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         cwd: Path | None = None,
         timeout: float = 300,
     ) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("rlhf")), *map(str, arguments)]
         variables = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
-        result = subprocess.run(
-            command, cwd=cwd or tmp_path, env=variables, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        result = preloaded.run(arguments, cwd=cwd or tmp_path, env=variables, timeout=timeout)
         if code is not None and result.returncode != code:
             pytest.fail(
-                f"{' '.join(command)} ended with {result.returncode}, not {code}\n"
+                f"{' '.join(result.args)} ended with {result.returncode}, not {code}\n"
                 f"--- stdout\n{result.stdout}\n--- stderr\n{result.stderr}"
             )
         return result

@@ -17,11 +17,12 @@ from termios import TIOCSWINSZ
 
 import pytest
 
+from tests import preloaded
 from tests.end_to_end.test_quickstart import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 RLHF = str(Path(sys.executable).with_name("rlhf"))
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def chat(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [RLHF, "chat", *arguments], input=stdin or "", capture_output=True, text=True, env=ENVIRONMENT
-    )
+    return preloaded.run(["chat", *arguments], stdin=stdin or "", env=ENVIRONMENT)
 
 
 @pytest.mark.slow

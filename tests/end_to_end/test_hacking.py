@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf_cli.training.monitoring.step_lines import read_rows
+from tests import preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
@@ -21,14 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def command(folder: Path, *arguments: object, code: int) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("rlhf")), *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | {"CI": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = preloaded.run(arguments, cwd=folder, env=os.environ | {"CI": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == code, done.stderr
     return done
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource
+from tests import preloaded
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "contract.md"
 STOP = "."
@@ -88,12 +87,9 @@ class Commands:
         fast = {name: value for name, value in FAST.items() if name.split(".")[0] in sections}
         chosen = fast | settings if stage != "run" else settings
         options = [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
-        command = [str(Path(sys.executable).with_name("rlhf")), stage, *map(str, arguments), "--run-dir", run, *options]
-        variables = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        found = subprocess.run(
-            command, cwd=self._folder, env=variables, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert found.returncode == code, f"{command}\n{found.stderr}"
+        variables = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1"}
+        found = preloaded.run([stage, *arguments, "--run-dir", run, *options], cwd=self._folder, env=variables)
+        assert found.returncode == code, f"{found.args}\n{found.stderr}"
         return found.stderr
 
     def write(self, name: str, text: str) -> None:

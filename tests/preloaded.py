@@ -1,0 +1,170 @@
+"""Runs the real command in a process of its own that need not import torch and transformers first.
+
+On a slow machine the imports of a stage take ten seconds, and its work on a tiny model one. A server process per worker
+of pytest imports the libraries, and nothing of `rlhf_cli`; each command is a fork of it, with arguments, folder,
+environment and streams of its own. A server is started when an environment comes up for the second time, as far as
+libraries read it on import; until then, and where processes cannot be forked, commands are started as usual. All forks
+of a server hash strings alike; tests that runs are equal to the byte start processes of their own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+RLHF = str(Path(sys.executable).with_name("rlhf"))
+_READ_ON_IMPORT = (
+    "HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH", "TRITON", "OMP_", "MKL_", "OPENBLAS_", "CUDA",
+    "PYTHON", "LD_", "MALLOC_", "GLIBC_", "HOME", "XDG_", "ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TMPDIR",
+)  # fmt: skip
+_servers: dict[str, subprocess.Popen[str] | None] = {}
+"""What libraries read on import -> server; None after the first command."""
+
+
+def run(
+    arguments: Sequence[object],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: str = "",
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run `rlhf` with arguments and wait for its end, as `subprocess.run` does with captured text.
+
+    Args:
+        arguments: of the command.
+        cwd: its working directory; None is the present one.
+        env: all its environment variables; None are those of this process.
+        stdin: what it reads.
+        timeout: seconds until it is killed.
+
+    Raises:
+        subprocess.TimeoutExpired: it did not end in time.
+    """
+    command, variables = [RLHF, *map(str, arguments)], dict(os.environ if env is None else env)
+    folder = str(cwd or Path.cwd())
+    server = _server(variables)
+    if server is None:
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=variables,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    with tempfile.TemporaryDirectory() as streams:
+        paths = {name: str(Path(streams, name)) for name in ("stdin", "stdout", "stderr")}
+        Path(paths["stdin"]).write_text(stdin, encoding="utf-8")
+        answer = _ask(server, {"argv": command, "cwd": folder, "env": variables, **paths}, timeout)
+        out, err = (Path(paths[name]).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr"))
+    if answer is None:
+        raise subprocess.TimeoutExpired(command, timeout, out, err)
+    return subprocess.CompletedProcess(command, answer, out, err)
+
+
+def _server(variables: Mapping[str, str]) -> subprocess.Popen[str] | None:
+    """Return the server whose libraries were imported with these variables; None if there is none yet."""
+    key = json.dumps({name: value for name, value in sorted(variables.items()) if name.startswith(_READ_ON_IMPORT)})
+    is_first = key not in _servers
+    if is_first or not hasattr(os, "fork") or variables.get("OMP_NUM_THREADS") != "1":
+        _servers[key] = None
+        return None
+    server = _servers[key]
+    if server is None or server.poll() is not None:
+        server = subprocess.Popen(
+            [sys.executable, __file__], env=dict(variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(server.terminate)
+        _servers[key] = server
+    return server
+
+
+def _ask(server: subprocess.Popen[str], question: Mapping[str, Any], timeout: float) -> int | None:
+    """Return the exit code of a command; None if it had to be killed."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps({**question, "timeout": timeout}) + "\n")
+    server.stdin.flush()
+    line = server.stdout.readline()
+    assert line, "the server ended"
+    return json.loads(line)
+
+
+def _serve(questions: IO[str], answers: IO[str]) -> None:
+    """Fork for each question, and answer with the exit code of the fork."""
+    import peft  # noqa: F401
+
+    # Names that transformers imports when they are first asked for, among them those that take longest.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    tasks = Path("/proc/self/task")
+    assert not tasks.is_dir() or len(list(tasks.iterdir())) == 1, "a fork of a process with threads may hang"
+    for line in questions:
+        question = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(question)
+        signal.alarm(max(1, round(question["timeout"])))
+        try:
+            code: int | None = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except TimeoutError:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            code = None
+        signal.alarm(0)
+        answers.write(json.dumps(code) + "\n")
+        answers.flush()
+
+
+def _become(question: Mapping[str, Any]) -> None:
+    """Turn this fork into the command; never returns."""
+    code = 1
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        os.chdir(question["cwd"])
+        os.environ.clear()
+        os.environ.update(question["env"])
+        random.seed()  # from the system, as a new process would
+        for number, (name, flags) in enumerate(
+            (("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY | os.O_CREAT), ("stderr", os.O_WRONLY | os.O_CREAT))
+        ):
+            os.dup2(os.open(question[name], flags), number)
+        sys.argv = question["argv"]
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        from rlhf_cli.cli import main
+
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()
+        os._exit(code)
+
+
+def _timed_out(signum: int, frame: object) -> None:
+    raise TimeoutError
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGALRM, _timed_out)
+    # What libraries print while they are imported is no answer.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _serve(sys.stdin, channel)
