@@ -67,7 +67,7 @@ def test_turns_are_the_templates_to_allow(sft, tiny_llama, tmp_path):
 
 
 def test_prompts_longer_than_the_models_room(sft, tiny_llama, tmp_path):
-    """The model has 256 positions: one such prompt among many is left out, and nothing but such prompts is an error."""
+    """The model has 256 positions: one such prompt among many is skipped, and nothing but such prompts is an error."""
     long = json.dumps({"prompt": "Why is the sky blue? " * 100, "completion": "Because."}) + "\n"
     stderr = sft(tiny_llama, long * 3, code=65).stderr
     assert "none of its 3 records can be used (3 prompt" in stderr

@@ -123,7 +123,7 @@ def test_tensorboard_reads_back_what_was_written(run, tmp_path):
     write(tmp_path / "metrics.jsonl", Trackers(["tensorboard"], run), range(1, 4))
     found = read_tensorboard(run.folder)
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert found.Tags()["scalars"] == ["loss"]  # what is not finite is left out
+    assert found.Tags()["scalars"] == ["loss"]  # what is not finite is omitted
     newest = found.Histograms("histograms/length")[-1]
     value = newest.histogram_value
     assert (newest.step, value.min, value.max, value.num, value.sum) == (3, 2.5, 4.5, 3, 11)
