@@ -44,6 +44,16 @@ class Measure:
         return plain | {"n": self.n} | ({"missing": self.missing} if self.missing else {})
 
 
+def percent(share: float) -> str:
+    """Return a share as tables, pages, cards and sentences write it, such as "83.7%"."""
+    return f"{share:z.1%}"
+
+
+def percent_span(low: float | None, high: float | None) -> str:
+    """Return the interval of a share, such as "77.9% to 88.4%"; "not known" without one."""
+    return "not known" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+
+
 def finite(value: float | None) -> float | None:
     """Return a number that JSON can hold, else None."""
     return value if value is not None and math.isfinite(value) else None

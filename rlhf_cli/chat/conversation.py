@@ -6,6 +6,7 @@ So the replies of a turn are completions of one prompt, and an order of them is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ from rlhf_cli.chat.models import ChatModel, ChatModels
 from rlhf_cli.data.records import Message, Prompt, Ranking, prompt_to_json, seed_for
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Request
-from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.generation.torch_generator import stream
 
 if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
 
-Show = Callable[[str], object]
-"""Is given the whole text of a reply so far, after each token."""
+Show = Callable[[str, str], object]
+"""Is given the name of a model and the whole text of its reply so far, after each of its tokens."""
 
 _SETTING = "--max-new-tokens"
 
@@ -83,12 +84,12 @@ class Conversation:
         self._settle()
         self.history.clear()
 
-    def ask(self, text: str, show: Callable[[ChatModel], Show]) -> Iterator[Reply]:
-        """Yield the reply of one model after another; the turn before is settled now.
+    def ask(self, text: str, show: Show) -> Iterator[Reply]:
+        """Let all models reply at once, a token of each in turn; yield their replies. The turn before is settled now.
 
         Args:
             text: what the person wrote.
-            show: given the model that is about to reply, returns what is told of its tokens.
+            show: is told of every token.
 
         Raises:
             DataError: the prompt alone is too long for a model.
@@ -98,7 +99,7 @@ class Conversation:
         self._prompt = self._fitting(text)
         yield from self._reply(show)
 
-    def again(self, show: Callable[[ChatModel], Show]) -> Iterator[Reply]:
+    def again(self, show: Show) -> Iterator[Reply]:
         """Yield other replies to the same turn; raises `DataError` if there is none."""
         if not self._text:
             raise DataError("there is nothing to reply to again", hint="write a prompt first")
@@ -170,20 +171,34 @@ class Conversation:
                 return f"the prompt has {length:,} tokens, and `{model.name}` has room for {longest:,}"
         return None
 
-    def _reply(self, show: Callable[[ChatModel], Show]) -> Iterator[Reply]:
+    def _reply(self, show: Show) -> Iterator[Reply]:
         self._load()
         self._replies = []
+        completions = self._draw(show)
         for model in self.models.models:
-            told = show(model)
-            policy = model.policy
-
-            def stream(_: int, ids: Sequence[int], policy: Any = policy, told: Show = told) -> None:
-                told(policy.decode(ids).rstrip("\ufffd"))
-
-            request = Request(policy.prompt_ids(self._prompt), seed_for(self._prompt, self.seed, self._round))
-            (completion,) = TorchGenerator(on_token=stream).generate(policy, [request])
-            self._replies.append(self._scored(model, completion))
+            self._replies.append(self._scored(model, completions[model.name]))
             yield self._replies[-1]
+
+    def _draw(self, show: Show) -> dict[str, Completion]:
+        """Draw a token of each model in turn, until all replies have ended; return them by model."""
+        found: dict[str, Completion] = {}
+        seed = seed_for(self._prompt, self.seed, self._round)
+        with ExitStack() as opened:
+            streams = {
+                model.name: opened.enter_context(
+                    closing(stream(model.policy, Request(model.policy.prompt_ids(self._prompt), seed)))
+                )
+                for model in self.models.models
+            }
+            while streams:
+                for name, drawn in list(streams.items()):
+                    completion = next(drawn, None)
+                    if completion is None:
+                        del streams[name]
+                    else:
+                        found[name] = completion
+                        show(name, completion.text.rstrip("\ufffd"))
+        return found
 
     def _load(self) -> None:
         """Load all weights that are not loaded yet, before anything is shown."""

@@ -12,24 +12,26 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli.chat.conversation import Reply, Show
-from rlhf_cli.chat.models import ChatModel
+from rlhf_cli.chat.conversation import Reply
 from rlhf_cli.labeling.terminal.wrapping import wrap
 
-_COLUMN = 36
-"""Fewest cells of a column."""
+_SIDE_BY_SIDE, _COLUMN = 100, 22
+"""Fewest cells of a terminal in which replies are side by side, and of each column."""
 _GAP = 3
+_NAME = "bold cyan"
 _WIDEST = 100
 """Cells of a reply below the other: longer lines are tiring to read."""
 _REDRAW = 0.08
-"""Seconds between two pictures of a reply that is being written."""
-_HEADS = 4
-"""Lines around the text of a reply while it is written."""
+"""Seconds between two pictures of replies that are being written."""
+_HEADS = 6
+"""Lines around the texts of replies side by side while they are written."""
+_BETWEEN = 4
+"""Lines around the text of a reply below the other."""
 
 
 @dataclass
 class _Block:
-    """An reply on the screen: its text so far, and the line below it."""
+    """A reply on the screen: its text so far, and the line below it."""
 
     text: str = ""
     metrics: str = ""
@@ -55,69 +57,68 @@ class Display:
         """Cells of a column; 0 if replies go one below the other."""
         count = len(self._names)
         width = (self._console.width - _GAP * (count - 1)) // count
-        return width if count > 1 and width >= _COLUMN else 0
+        return width if count > 1 and self._console.width >= _SIDE_BY_SIDE and width >= _COLUMN else 0
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Context of the replies to one prompt."""
+        """Context of the replies to one prompt: what they are at its end, even if it is interrupted, stays."""
         self._blocks = {name: _Block() for name in self._names}
         try:
             yield
         finally:
-            self._end_live()
-            if self._column and any(block.text or block.metrics for block in self._blocks.values()):
-                self._console.print(self._columns(height=None))
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+            if any(block.text or block.metrics for block in self._blocks.values()):
+                self._console.print(self._picture(is_whole=True))
                 self._console.print()
 
-    def show(self, model: ChatModel) -> Show:
-        """Return what is told of the tokens of a model's reply."""
-        block = self._blocks[model.name]
-        if self._console.is_terminal and self._live is None:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-
-        def told(text: str) -> None:
-            block.text = text
-            now = time.monotonic()
-            if self._live is not None and now - self._drawn >= _REDRAW:
-                self._drawn = now
-                self._live.update(self._picture(model.name), refresh=True)
-
-        told("")
-        return told
+    def show(self, name: str, text: str) -> None:
+        """Show the text of a model's reply so far."""
+        self._blocks[name].text = text
+        self._redraw()
 
     def finish(self, reply: Reply) -> None:
         """Show a whole reply with its metrics."""
         block = self._blocks[reply.model]
         block.text, block.metrics, block.is_written = reply.completion.text, metrics(reply), True
-        if not self._column:
-            self._end_live()
-            self._console.print(self._one(reply.model, height=None))
-            self._console.print()
+        self._redraw()
 
-    def _end_live(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    def _redraw(self) -> None:
+        """Draw what is written so far, on a terminal and not too often."""
+        if self._console.is_terminal and self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        now = time.monotonic()
+        if self._live is not None and now - self._drawn >= _REDRAW:
+            self._drawn = now
+            self._live.update(self._picture(is_whole=False), refresh=True)
 
-    def _picture(self, name: str) -> RenderableType:
-        """Return what is on the screen while a model replies; its last lines, if it is longer than the screen."""
-        height = max(3, self._console.height - _HEADS)
-        return self._columns(height=height) if self._column else self._one(name, height=height)
+    def _picture(self, *, is_whole: bool) -> RenderableType:
+        """Return all replies; while they are written, their last lines, as many as the screen has room for."""
+        room = self._console.height
+        if self._column:
+            return self._columns(None if is_whole else max(3, room - _HEADS))
+        height = None if is_whole else max(1, room // len(self._names) - _BETWEEN)
+        return Group(*(part for name in self._names for part in self._one(name, height)))
 
-    def _columns(self, *, height: int | None) -> RenderableType:
+    def _columns(self, height: int | None) -> RenderableType:
         table = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
         for _ in self._names:
             table.add_column(width=self._column, no_wrap=True)
-        table.add_row(*(Text(name, style="bold cyan") for name in self._names))
+        table.add_row(*(_wrapped(name, self._column, _NAME) for name in self._names))
         table.add_row(*(_body(self._blocks[name], self._column, height) for name in self._names))
         table.add_row(*(_wrapped(self._blocks[name].metrics, self._column, "dim") for name in self._names))
         return table
 
-    def _one(self, name: str, *, height: int | None) -> RenderableType:
+    def _one(self, name: str, height: int | None) -> Iterator[RenderableType]:
         width, block = min(self._console.width, _WIDEST), self._blocks[name]
-        parts = [Text(name, style="bold cyan"), _body(block, width, height)]
-        return Group(*parts, *([_wrapped(block.metrics, width, "dim")] if block.metrics else []))
+        if name != self._names[0]:
+            yield Text("")
+        yield _wrapped(name, width, _NAME)
+        yield _body(block, width, height)
+        if block.metrics:
+            yield _wrapped(block.metrics, width, "dim")
 
 
 def metrics(reply: Reply) -> str:

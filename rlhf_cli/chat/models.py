@@ -22,6 +22,7 @@ from rlhf_cli.progress import say
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import trusts_code
+from rlhf_cli.stages.model_names import model_names
 
 if TYPE_CHECKING:
     from rlhf_cli.models.reward_model.model import RewardModel
@@ -103,7 +104,7 @@ def find_models(
             reward = reward or own_reward
         else:
             _check_model(Path(one))
-            found.append(_Named(_short(one), one, RunSettings()))
+            found.append(_Named(model_names(one)[0], one, RunSettings()))
     found = _unique(found)
     if only:
         found = _chosen(found, only)
@@ -130,14 +131,6 @@ def _check_model(folder: Path) -> None:
             if (folder.parent / "sft").is_dir()
             else "name the model that it was trained for",
         )
-
-
-def _short(source: str) -> str:
-    folder = Path(source)
-    if not folder.is_dir():
-        return source
-    folder = folder.resolve()
-    return f"{folder.parent.name}/{folder.name}" if (folder / FILE_NAME).is_file() else folder.name
 
 
 def _of_run(folder: Path, *, prefix: str) -> tuple[list[_Named], ModelSource | None]:

@@ -78,7 +78,7 @@ def _reply(conversation: Conversation, files: ChatFiles, prompts: list[str], as_
     for one in prompts:
         conversation.start_over()
         if as_json:
-            for _ in conversation.ask(one, lambda model: lambda text: None):
+            for _ in conversation.ask(one, lambda name, text: None):
                 pass
             typer.echo(json.dumps(conversation.turn_to_json(), ensure_ascii=False))
             files.add_turn(conversation.turn_to_json())

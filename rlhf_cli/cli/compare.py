@@ -21,7 +21,8 @@ def compare(
 
     Runs whose settings differ in nothing but the seed form a group. Every other group is compared with the first.
     """
-    from rlhf_cli.pipeline.run_comparison import compare_runs, comparison_text
+    from rlhf_cli.pipeline.comparison_text import comparison_text
+    from rlhf_cli.pipeline.run_comparison import compare_runs
 
     found = compare_runs(runs)
     typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False) if as_json else comparison_text(found))

@@ -26,17 +26,28 @@ def report(
 ) -> None:
     """Write one HTML file: did it work, how sure is that, curves, completions side by side, how to repeat it.
 
-    The file needs nothing else, and loads nothing. A JSON file with the same figures is written beside it.
+    The file needs nothing else, and loads nothing. A JSON file with the same figures is written beside
+    it, and every chart as a PNG file, if matplotlib is installed.
     """
     from rlhf_cli.progress import say
-    from rlhf_cli.report.build import REPORT, write_report
+    from rlhf_cli.report.build import REPORT, write_charts, write_report
 
     where = output or (runs[0] / REPORT if len(runs) == 1 else runs[0].parent / "comparison.html")
     found = write_report(runs, where)
+    charts = write_charts(found)
     say(f"{found.page.verdict.headline}: {found.page.verdict.reason}")
+    if charts is not None:
+        say(f"charts as PNG files: {charts}")
     if as_json:
         typer.echo(
-            json.dumps({"html": str(found.html), "json": str(found.plain), "verdict": found.page.verdict.headline})
+            json.dumps(
+                {
+                    "html": str(found.html),
+                    "json": str(found.plain),
+                    "charts": charts and str(charts),
+                    "verdict": found.page.verdict.headline,
+                }
+            )
         )
     else:
         typer.echo(found.html)

@@ -126,10 +126,11 @@ def _report(folder: Path, stages: Sequence[str]) -> None:
         return
     from rlhf_cli.errors import RLHFError
     from rlhf_cli.progress import say, warn
-    from rlhf_cli.report.build import REPORT, write_report
+    from rlhf_cli.report.build import REPORT, write_charts, write_report
 
     try:
         found = write_report([folder], folder / REPORT)
+        write_charts(found)
     except RLHFError as error:  # the run itself is done
         warn(f"no report: {error.message}")
         return

@@ -69,15 +69,23 @@ Choice = tuple[Tensor, Sequence[int]]
 """The next token of every row (B,), and the rows that go on, ascending."""
 
 
-def decode(
-    decoding: Decoding, choose: Callable[[Tensor, list[int], Tensor, Tensor], Choice], device: torch.device
-) -> None:
-    """Decode all prompts.
+Choose = Callable[[Tensor, list[int], Tensor, Tensor], Choice]
+"""Takes logits (B, V), the number of the prompt of each row, the same as a tensor (B,), and how many tokens each row
+has (B,)."""
+
+
+def decode(decoding: Decoding, choose: Choose, device: torch.device) -> None:
+    """Decode all prompts; see `decoding_steps`."""
+    for _ in decoding_steps(decoding, choose, device):
+        pass
+
+
+def decoding_steps(decoding: Decoding, choose: Choose, device: torch.device) -> Iterator[None]:
+    """Decode all prompts, and yield after each token of the batch.
 
     Args:
         decoding: of the prompts.
-        choose: (logits (B, V), number of the prompt of each row, the same as a tensor (B,), tokens that each row has
-            already (B,)) -> next tokens, and rows that go on.
+        choose: draws the next tokens.
         device: of the model.
     """
     rows: list[int] = []
@@ -101,6 +109,7 @@ def decode(
             rows = [rows[row] for row in order]
             moved = torch.tensor(order, dtype=torch.long, device=device)
             tokens, numbers, ages = tokens[moved], numbers[moved], ages[moved]
+        yield
 
 
 def _batches(model: PreTrainedModel, prompts: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
@@ -225,8 +234,7 @@ def check_decoding(model: PreTrainedModel, name: str) -> None:
     label = f"the {model.config.model_type} model `{name}`"
     hint = "choose another base model; this one's family is not supported"
     try:
-        # In training mode a model that recomputes activations drops its cache, without a word.
-        with _evaluating(model):
+        with evaluating(model):
             drawn = decoded_logprobs(model, prompts, completions)
         scored = scored_logprobs(model, prompts, completions)
         alone = [scored_logprobs(model, [one], [other])[0] for one, other in zip(prompts, completions, strict=True)]
@@ -246,7 +254,8 @@ def check_decoding(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Context with a model in evaluation mode: in training mode, one that recomputes activations drops its cache."""
     was_training = model.training
     model.eval()
     try:

@@ -12,15 +12,15 @@ differently draws the same completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DivergedError, ModelError
-from rlhf_cli.generation.decoding import Choice, decode, decoding_of
+from rlhf_cli.generation.decoding import Choice, decode, decoding_of, decoding_steps, evaluating
 from rlhf_cli.generation.drawing import draw
 from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
 from rlhf_cli.generation.policy import Policy
@@ -32,13 +32,7 @@ class TorchGenerator:
 
     At most `sampling.batch_size` completions are drawn at a time. The next ones enter as others end, if the model
     allows that; see `decoding`.
-
-    Args:
-        on_token: called with the number of a request and its token ids so far, after each of its tokens.
     """
-
-    def __init__(self, on_token: Callable[[int, Sequence[int]], object] | None = None) -> None:
-        self._on_token = on_token
 
     @torch.no_grad()
     def generate(
@@ -55,40 +49,43 @@ class TorchGenerator:
             ModelError: a prompt is empty.
             DivergedError: the model's logits are not finite.
         """
-        for index, request in enumerate(requests):
-            if not request.prompt_ids:
-                raise ModelError(
-                    f"prompt {index} has no tokens, and this tokenizer puts none in front",
-                    hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
-                )
         order = _order(requests)
-        told = _Told(progress, stop, self._on_token and _by_row(self._on_token, order))
-        with policy.model() as model, policy.autocast(), merged_adapters(model):
-            # In training mode a model that recomputes activations drops its cache, without a word.
-            was_training = model.training
-            model.eval()
-            try:
-                drawing = _Drawing(policy, [requests[row].seed for row in order], model.device, told)
-                prompts = [requests[row].prompt_ids for row in order]
-                decode(decoding_of(model, prompts, policy.sampling.batch_size), drawing.choose, model.device)
-            finally:
-                model.train(was_training)
+        with policy.model() as model, policy.autocast(), merged_adapters(model), evaluating(model):
+            drawing = _Drawing(policy, [requests[row].seed for row in order], model.device, progress, stop)
+            prompts = [requests[row].prompt_ids for row in order]
+            decode(decoding_of(model, prompts, policy.sampling.batch_size), drawing.choose, model.device)
         drawn = dict(zip(order, drawing.completions, strict=True))
-        found = (drawn[row] for row in range(len(requests)))
-        return [Completion(ids, policy.decode(ids), ids[-1] in policy.stop_ids) for ids in found]
+        return [_completion(policy, drawn[row]) for row in range(len(requests))]
 
 
-@dataclass(frozen=True)
-class _Told:
-    """Who is told of every token; see `Generator.generate`."""
+def stream(policy: Policy, request: Request) -> Generator[Completion]:
+    """Yield a completion after each of its tokens; the last one is what `TorchGenerator` draws for the request.
 
-    progress: Progress
-    stop: Callable[[], object]
-    on_token: Callable[[int, Sequence[int]], object] | None = None
+    Between two tokens the caller may draw from other policies. Until the iterator ends or is closed, the weights of
+    this one hold its merged adapters, so nothing else may use them.
+
+    Raises:
+        ModelError: the prompt is empty.
+        DivergedError: the model's logits are not finite.
+    """
+    _order([request])
+    with ExitStack() as kept:
+        model = kept.enter_context(policy.model())
+        kept.enter_context(evaluating(model))
+        with torch.no_grad(), policy.autocast():  # entered anew for each token: other models compute in between
+            kept.enter_context(merged_adapters(model))
+            drawing = _Drawing(policy, [request.seed], model.device)
+            decoding = decoding_of(model, [request.prompt_ids], 1)
+        steps = decoding_steps(decoding, drawing.choose, model.device)
+        while True:
+            with torch.no_grad(), policy.autocast():
+                if next(steps, steps) is steps:
+                    return
+            yield _completion(policy, list(drawing.completions[0]))
 
 
-def _by_row(on_token: Callable[[int, Sequence[int]], object], order: Sequence[int]) -> Callable[..., object]:
-    return lambda row, ids: on_token(order[row], ids)
+def _completion(policy: Policy, ids: list[int]) -> Completion:
+    return Completion(ids, policy.decode(ids), ids[-1] in policy.stop_ids)
 
 
 class _Drawing:
@@ -98,14 +95,23 @@ class _Drawing:
         policy: with its sampling settings and stop tokens.
         seeds: of N completions.
         device: of the model.
-        told: of completions that ended.
+        progress: see `Generator.generate`.
+        stop: likewise.
 
     Attributes:
         completions: N lists of token ids.
     """
 
-    def __init__(self, policy: Policy, seeds: Sequence[int], device: torch.device, told: _Told) -> None:
-        self._sampling, self._stop_ids, self._told = policy.sampling, policy.stop_ids, told
+    def __init__(
+        self,
+        policy: Policy,
+        seeds: Sequence[int],
+        device: torch.device,
+        progress: Progress = ignore,
+        stop: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._sampling, self._stop_ids = policy.sampling, policy.stop_ids
+        self._progress, self._stop = progress, stop
         self._uniforms = _uniforms(seeds, policy.sampling.max_new_tokens).to(device)
         self.completions: list[list[int]] = [[] for _ in seeds]
 
@@ -129,17 +135,25 @@ class _Drawing:
         for index, (row, token) in enumerate(zip(rows, drawn, strict=True)):
             written = self.completions[row]
             written.append(token)
-            if self._told.on_token is not None:
-                self._told.on_token(row, written)
             if token not in self._stop_ids and len(written) < sampling.max_new_tokens:
                 staying.append(index)
-        self._told.progress(len(rows) - len(staying), len(rows))
-        self._told.stop()
+        self._progress(len(rows) - len(staying), len(rows))
+        self._stop()
         return tokens, staying
 
 
 def _order(requests: Sequence[Request]) -> list[int]:
-    """The longest prompts first, so that what does not fit into memory shows at once; equal ones side by side."""
+    """Return the longest prompts first, so that what does not fit into memory shows at once; equal ones side by side.
+
+    Raises:
+        ModelError: a prompt is empty.
+    """
+    for index, request in enumerate(requests):
+        if not request.prompt_ids:
+            raise ModelError(
+                f"prompt {index} has no tokens, and this tokenizer puts none in front",
+                hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
+            )
     return sorted(range(len(requests)), key=lambda row: (-len(requests[row].prompt_ids), requests[row].prompt_ids))
 
 

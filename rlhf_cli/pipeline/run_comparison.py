@@ -7,8 +7,6 @@ gold scores if all come from one judge function, rewards if all come from one re
 from __future__ import annotations
 
 import json
-import string
-import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,11 +30,11 @@ MEASURES: Mapping[str, str] = {
 }
 """Name -> what it measures, in the order in which they decide and are shown."""
 
+SHARES = ("preferred", "finished")
+"""Measures that are shares; differences of shares are in percentage points."""
+
 _BETTER = ("gold", "reward", "preferred")
 """Measures of which more is better."""
-
-_LETTERS = string.ascii_uppercase
-_WIDTH = 80
 
 _RELATIVE = ("preferred", "kl")
 """Measures of a policy relative to its baseline."""
@@ -274,17 +272,19 @@ def _sentence(first: Group, second: Group, name: str, found: GroupDifference, pr
     """Say which group is better, how sure that is, and what it does not hold for."""
     size = found.second - found.first
     better, other = (second.name, first.name) if size > 0 else (first.name, second.name)
-    by = f"higher than {other} by {abs(size):.3g} ({MEASURES[name]})"
+    by = f"higher than {other} by {_size(name, abs(size))} ({MEASURES[name]})"
     runs = min(len(first.runs), len(second.runs))
     if _excludes_0(found.both):
-        return f"{better} scores {by}, also for other prompts and other seeds (95 % intervals)"
+        return f"{better} scores {by}, also for other prompts and other seeds (95% intervals)"
     if not _excludes_0(found.prompts):
-        return f"no difference of the {MEASURES[name]} can be told from {prompts:,} prompts: {_span(found.prompts)}"
+        return (
+            f"no difference of the {MEASURES[name]} can be told from {prompts:,} prompts: {span(name, found.prompts)}"
+        )
     if found.seeds.low is None:
         return f"{better} scores {by} in these runs; with one run per group, other seeds may order them otherwise"
     return (
         f"{better} scores {by} in these runs; {runs} seeds per group are too few to say so of others: "
-        f"{_span(found.both)}"
+        f"{span(name, found.both)}"
     )
 
 
@@ -292,35 +292,19 @@ def _excludes_0(measure: Measure) -> bool:
     return measure.low is not None and measure.high is not None and not measure.low <= 0.0 <= measure.high
 
 
-def _span(measure: Measure) -> str:
-    return "" if measure.low is None or measure.high is None else f"{measure.low:+.3g} to {measure.high:+.3g}"
+def _size(name: str, difference: float) -> str:
+    """Return a difference for people, with its sign only if it is negative."""
+    return f"{100 * difference:.1f} points" if name in SHARES else f"{difference:.3g}"
 
 
-def comparison_text(found: RunComparison, *, has_sentences: bool = True) -> str:
-    """Return the comparison for people: the groups, a table per pair, and what can be told; fits 80 columns."""
-    lines = []
-    for letter, group in zip(_LETTERS, found.groups, strict=False):
-        seeds = ", ".join(map(str, group.seeds))
-        lines.append(f"{letter}  {group.name}  ({'seeds' if len(group.seeds) > 1 else 'seed'} {seeds})")
-    for letter, pair in zip(_LETTERS[1:], found.pairs, strict=False):
-        lines += ["", *_table(pair, _LETTERS[0], letter, found.prompts)]
-        lines += ["", *textwrap.wrap(pair.says, _WIDTH)] if has_sentences else []
-    for note in found.notes:
-        lines += ["", *textwrap.wrap(f"note: {note}", _WIDTH)]
-    return "\n".join(lines)
+def signed(name: str, difference: float) -> str:
+    """Return a difference for people; that of a share in percentage points."""
+    return f"{100 * difference:+.1f}" if name in SHARES else f"{difference:+.3g}"
 
 
-def _table(pair: PairOfGroups, first: str, second: str, prompts: int) -> list[str]:
-    shared = f"{prompts:,} {'prompt' if prompts == 1 else 'prompts'}"
-    lines = [f"{shared:<25}{first:>8}{second:>8}{f'{second} - {first}':>9}  95 % interval over"]
-    for name, found in pair.measures.items():
-        size = found.second - found.first
-        start = f"{MEASURES[name]:<25}{found.first:>8.3g}{found.second:>8.3g}{size:>+9.3g}  "
-        for number, (measure, label) in enumerate(
-            ((found.prompts, "prompts"), (found.seeds, "seeds"), (found.both, "both"))
-        ):
-            if measure.low is not None and measure.high is not None:
-                lines.append(f"{start if number == 0 else ' ' * len(start)}{label:<9}{_span(measure)}")
-            elif number == 0:
-                lines.append(start + (measure.missing or ""))
-    return lines
+def span(name: str, measure: Measure) -> str:
+    """Return the interval of a difference for people, "" without one."""
+    if measure.low is None or measure.high is None:
+        return ""
+    unit = " points" if name in SHARES else ""
+    return f"{signed(name, measure.low)} to {signed(name, measure.high)}{unit}"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from rlhf_cli.errors import DiskError, RLHFError
 from rlhf_cli.files import write_whole
-from rlhf_cli.pipeline.run_comparison import RunComparison, compare_runs, comparison_text
-from rlhf_cli.progress import warn
+from rlhf_cli.pipeline.comparison_text import comparison_text
+from rlhf_cli.pipeline.run_comparison import RunComparison, compare_runs
+from rlhf_cli.plotting import has_matplotlib
+from rlhf_cli.progress import say, warn
 from rlhf_cli.report.gather import RunFiles, read_run
 from rlhf_cli.report.model_card import write_cards
 from rlhf_cli.report.page import Page, page_of, render
@@ -49,7 +51,11 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
     comparison = _comparison(runs) if len(runs) > 1 else None
     page = page_of(runs, comparison, "" if comparison is None else comparison_text(comparison, has_sentences=False))
     plain = output.with_suffix(".json")
-    content = {"verdict": dataclasses.asdict(page.verdict), "runs": [_plain(run) for run in runs]}
+    content = {
+        "verdict": dataclasses.asdict(page.verdict),
+        "made": list(page.made),
+        "runs": [_plain(run) for run in runs],
+    }
     if comparison is not None:
         content["comparison"] = comparison.to_json()
     try:
@@ -62,6 +68,35 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
             f"cannot write {output}: {error.strerror or error}", hint="name another file with `--output FILE`"
         ) from error
     return Report(page, output, plain)
+
+
+def write_charts(report: Report) -> Path | None:
+    """Write every chart of a report as a PNG file, into the folder `NAME-charts` beside `NAME.html`.
+
+    Returns:
+        The folder; None if there is no chart, or without matplotlib, which a message says.
+
+    Raises:
+        DiskError: a file cannot be written.
+    """
+    charts = [chart for section in report.page.sections for chart in section.charts]
+    folder = report.html.with_name(f"{report.html.stem}-charts")
+    if not charts:
+        return None
+    if not has_matplotlib():
+        say(f"no {folder.name}/*.png: matplotlib is not installed (`pip install 'rlhf-cli[plots]'`)")
+        return None
+    from rlhf_cli.charts.png import write_png
+
+    try:
+        folder.mkdir(exist_ok=True)
+        for chart in charts:
+            write_png(chart, folder / f"{chart.file_name}.png")
+    except OSError as error:
+        raise DiskError(
+            f"cannot write to {folder}: {error.strerror or error}", hint="name another file with `--output FILE`"
+        ) from error
+    return folder
 
 
 def _comparison(runs: Sequence[RunFiles]) -> RunComparison | None:

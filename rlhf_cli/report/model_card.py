@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_cli.files import MODEL_CARD, write_whole
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.report.gather import RunFiles
+from rlhf_cli.report.made import how_it_was_made
 from rlhf_cli.report.verdict import Verdict, first_pair, verdict
 
 _MODELS = {
@@ -45,6 +46,7 @@ def card(run: RunFiles, stage: str, found: Verdict) -> str:
     """
     manifest = run.manifests[stage]
     lines = [f"---\n{_metadata(run, stage)}\n---", f"# {run.name}/{stage}", f"This is {_MODELS[stage]}, by `rlhf`."]
+    lines += [made] if (made := how_it_was_made(run)) else []
     if stage == "ppo":
         lines += ["## Did it work?", f"{found.headline}. {found.reason}"]
     if manifest.summary:

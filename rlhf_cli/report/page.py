@@ -12,21 +12,26 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from rlhf_cli.data.records import Message, prompt_text
+from rlhf_cli.charts.chart import Chart
+from rlhf_cli.charts.svg import svg
+from rlhf_cli.intervals import percent, percent_span
 from rlhf_cli.pipeline.manifest import Manifest
 from rlhf_cli.pipeline.record import recipe_of
 from rlhf_cli.pipeline.run_comparison import RunComparison
-from rlhf_cli.report.curves import Picture, quality_charts, reward_against_kl, training_charts
+from rlhf_cli.report.curves import reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles, differing
-from rlhf_cli.report.texts import Pieces, shortened, side_by_side
-from rlhf_cli.report.verdict import Verdict, first_pair, interval, percent, verdict, verdict_on_comparison
+from rlhf_cli.report.made import how_it_was_made
+from rlhf_cli.report.samples import Sample, samples, samples_note
+from rlhf_cli.report.tables import Table, changes, score_tables, text_tables
+from rlhf_cli.report.texts import shortened
+from rlhf_cli.report.verdict import Verdict, deciding, first_pair, outcomes_of, verdict, verdict_on_comparison
+from rlhf_cli.stages.reward_model.quality_charts import quality_charts
+from rlhf_cli.training.monitoring.stage_charts import HOW_TO_READ
 
-_LONGEST_PROMPT = 600
 _AGAINST_KL = (
     "A reward that rises while the judge's score falls is over-optimization. Where `rlhf best-of-n` was run with a "
     "gold function, its score is drawn here too; stop where it is highest."
 )
-_LINES = "Gray: single steps. Blue: running mean. Orange: held-out prompts. Numbers: means of the first and last tenth."
 
 
 @dataclass(frozen=True)
@@ -39,40 +44,13 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of cells; the first cell of a row names it."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
 class Section:
     """Text, tables and charts under one heading."""
 
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
-    charts: Sequence[Picture] = ()
-
-
-@dataclass(frozen=True)
-class Side:
-    """A completion of a sample."""
-
-    label: str
-    won: bool
-    pieces: Pieces
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt with the completions of both models."""
-
-    winner: str
-    why: str
-    prompt: str
-    sides: Sequence[Side]
+    charts: Sequence[Chart] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +76,7 @@ class Page:
 
     title: str
     subtitle: str
+    made: Sequence[str]
     names: Sequence[str]
     verdict: Verdict
     tiles: Sequence[Tile]
@@ -125,12 +104,13 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
     return Page(
         title=" and ".join(one.name for one in runs) if len(runs) <= 3 else f"{run.name} and {len(runs) - 1} others",
         subtitle=f"{'RLHF run' if len(runs) == 1 else 'RLHF runs'}, finished {last.finished[:10]}",
+        made=_made(runs),
         names=[one.name for one in runs],
         verdict=verdict(run) if comparison is None else verdict_on_comparison(runs, comparison),
         tiles=tiles(run) if len(runs) == 1 else (),
         sections=[section for section in _sections(runs, comparison) if section.charts or section.tables],
         samples=samples(run) if len(runs) == 1 else (),
-        samples_note=_samples_note(run),
+        samples_note=samples_note(run),
         repeat=repeat(runs),
         footer=f"Written by rlhf {versions['rlhf']} from the files of {run.folder}. This page loads nothing.",
         comparison=None if comparison is None else Compared(table),
@@ -138,6 +118,14 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
         if len(runs) > 1
         else (),
     )
+
+
+def _made(runs: Sequence[RunFiles]) -> list[str]:
+    """Return how the models were made: of several runs by name, unless it is the same for all."""
+    found = {run.name: how_it_was_made(run) for run in runs}
+    if len(set(found.values())) == 1:
+        return [text for text in list(found.values())[:1] if text]
+    return [f"`{name}`: {text}" for name, text in found.items() if text]
 
 
 def _in_colors(runs: Sequence[RunFiles], comparison: RunComparison | None) -> list[RunFiles]:
@@ -152,7 +140,7 @@ def render(page: Page) -> str:
     """Return the page as HTML; every value is escaped but our own charts."""
     assets = importlib.resources.files("rlhf_cli.report") / "assets"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["code"] = _code
+    environment.filters |= {"code": _code, "svg": svg}
     template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
     style = (assets / "report.css").read_text(encoding="utf-8")
     return template.render(page=page, style=Markup(style))  # noqa: S704  (our own)
@@ -169,16 +157,16 @@ def tiles(run: RunFiles) -> list[Tile]:
     pair = first_pair(run)
     if pair is not None:
         assert run.evaluation is not None
-        rate, models = pair["win_rate"], run.evaluation["models"]
-        note = f"95 % over prompts: {interval(rate)}; 50% is equal"
+        rate, models = deciding(pair), run.evaluation["models"]
+        note = f"95% interval over prompts: {percent_span(rate['low'], rate['high'])}; 50% is equal{_outcomes(pair)}"
         found.append(Tile("preferred to the baseline", percent(rate["value"]), note))
         for name, label in (("gold", "gold score"), ("reward", "reward")):
             if name in pair["differences"]:
                 change = pair["differences"][name]
                 sides = " → ".join(f"{models[pair[side]][name]['value']:.2f}" for side in ("baseline", "policy"))
-                found.append(Tile(label, f"{_difference(change):+.2f}", f"{sides}; 95 %: {_span(change)}"))
+                found.append(Tile(label, f"{_difference(change):+.2f}", f"{sides}; 95%: {_span(change)}"))
         if (kl := pair.get("kl_nats", {}).get("k1")) is not None:
-            found.append(Tile("KL to the baseline", f"{kl['value']:.1f} nats", f"per completion; 95 %: {_span(kl)}"))
+            found.append(Tile("KL to the baseline", f"{kl['value']:.1f} nats", f"per completion; 95%: {_span(kl)}"))
         length = [models[pair[side]]["tokens"]["value"] for side in ("baseline", "policy")]
         found.append(
             Tile("length", f"{length[1] / max(length[0], 1e-9):.2f} times", f"{length[0]:.0f} → {length[1]:.0f} tokens")
@@ -186,10 +174,14 @@ def tiles(run: RunFiles) -> list[Tile]:
     if "train-rm" in run.manifests:
         metrics = run.manifests["train-rm"].metrics
         if (accuracy := metrics.get("rm/accuracy")) is not None:
-            low, high = metrics.get("rm/accuracy_low"), metrics.get("rm/accuracy_high")
-            note = f"95 %: {interval({'low': low, 'high': high})}; 50% is chance"
+            span = percent_span(metrics.get("rm/accuracy_low"), metrics.get("rm/accuracy_high"))
+            note = f"95%: {span}; 50% is chance"
             found.append(Tile("accuracy of the reward model", percent(accuracy), note))
     return found
+
+
+def _outcomes(pair: Mapping[str, Any]) -> str:
+    return f". {outcomes_of(pair)}" if pair.get("outcomes") else ""
 
 
 def _difference(change: Mapping[str, Any]) -> float:
@@ -206,7 +198,10 @@ def _sections(runs: Sequence[RunFiles], comparison: RunComparison | None) -> lis
     run = runs[0]
     own_rewards = comparison is not None and any("reward" not in pair.measures for pair in comparison.pairs)
     apart = ["The runs have different reward models: their rewards are not on one scale."] if own_rewards else []
-    found = [Section("Is it better?", _pair_texts(run), _model_tables(run))] if len(runs) == 1 else []
+    found = []
+    if len(runs) == 1:
+        found.append(Section("Is it better?", _pair_texts(run), score_tables(run)))
+        found.append(Section("What changed in the completions", changes(run), text_tables(run)))
     against = reward_against_kl(runs)
     if against is not None:
         found.append(
@@ -216,9 +211,9 @@ def _sections(runs: Sequence[RunFiles], comparison: RunComparison | None) -> lis
                 charts=[against],
             )
         )
-    lines = [*apart, *(line for one in runs for line in _detections(one)), *([_LINES] if len(runs) == 1 else [])]
+    lines = [*apart, *(line for one in runs for line in _detections(one)), *([HOW_TO_READ] if len(runs) == 1 else [])]
     found.append(Section("PPO", lines, charts=training_charts(runs, "ppo")))
-    found.append(Section("Reward model", charts=[*quality_charts(run), *training_charts(runs, "train-rm")]))
+    found.append(Section("Reward model", charts=[*_quality(runs), *training_charts(runs, "train-rm")]))
     found.append(Section("Supervised fine-tuning", charts=training_charts(runs, "sft")))
     if len(runs) == 1:
         found.append(Section("Labels", tables=_summary_table(run.manifests.get("label"))))
@@ -229,39 +224,8 @@ def _pair_texts(run: RunFiles) -> list[str]:
     return [] if run.evaluation is None else [pair["conclusion"] for pair in run.evaluation["pairs"]]
 
 
-_METRICS = (
-    ("gold", "gold score", "{:z.2f}"),
-    ("reward", "reward", "{:z.2f}"),
-    ("tokens", "length in tokens", "{:.1f}"),
-    ("finished", "finished", "{:z.1%}"),
-    ("entropy", "entropy, nats per token", "{:z.2f}"),
-    ("kl_upper_bound", "KL to the model it draws from, nats, at most", "{:z.1f}"),
-    ("perplexity", "perplexity of demonstrations", "{:z.2f}"),
-    ("repeated_4", "repeated sequences of 4 words", "{:z.1%}"),
-    ("distinct_2", "distinct word pairs", "{:z.2f}"),
-    ("most_common_share", "most common completion", "{:z.1%}"),
-)
-
-
-def _model_tables(run: RunFiles) -> list[Table]:
-    """Return the figures of all models, with their intervals."""
-    if run.evaluation is None:
-        return []
-    models: Mapping[str, Mapping[str, Any]] = run.evaluation["models"]
-    rows = []
-    for name, label, pattern in _METRICS:
-        if any(name in measures for measures in models.values()):
-            rows.append([label, *(_measured(measures.get(name), pattern) for measures in models.values())])
-    return [Table(["mean (95 % interval)", *models], rows)]
-
-
-def _measured(measure: Mapping[str, Any] | None, pattern: str) -> str:
-    if measure is None or measure["value"] is None:
-        return ""
-    value = pattern.format(measure["value"])
-    if measure.get("low") is None:
-        return value
-    return f"{value} ({pattern.format(measure['low'])} to {pattern.format(measure['high'])})"
+def _quality(runs: Sequence[RunFiles]) -> list[Chart]:
+    return quality_charts(runs[0].quality) if len(runs) == 1 and runs[0].quality is not None else []
 
 
 def _detections(run: RunFiles) -> list[str]:
@@ -275,47 +239,6 @@ def _detections(run: RunFiles) -> list[str]:
 
 def _summary_table(manifest: Manifest | None) -> list[Table]:
     return [] if manifest is None or not manifest.summary else [Table((), manifest.summary)]
-
-
-def samples(run: RunFiles) -> list[Sample]:
-    """Return the samples that are shown."""
-    pair = first_pair(run)
-    if pair is None:
-        return []
-    return [_sample(row, pair) for row in run.samples.rows]
-
-
-def _sample(row: Mapping[str, Any], pair: Mapping[str, Any]) -> Sample:
-    prompt, rest = shortened(_prompt(row["prompt"]), _LONGEST_PROMPT)
-    pieces = side_by_side(row["baseline"], row["policy"])
-    sides = [
-        Side(f"{pair[side]}{_score(row, side)}", row["winner"] == side, own)
-        for side, own in zip(("baseline", "policy"), pieces, strict=True)
-    ]
-    return Sample(row["winner"], row["chosen_as"], f"{prompt}{rest}", sides)
-
-
-def _prompt(plain: Any) -> str:
-    if isinstance(plain, str):
-        return plain
-    return prompt_text(tuple(Message(turn["role"], turn["content"]) for turn in plain))
-
-
-def _score(row: Mapping[str, Any], side: str) -> str:
-    found = [f"{name} {row[f'{name}_{side}']:.2f}" for name in ("gold", "reward") if f"{name}_{side}" in row]
-    return f" · {' · '.join(found)}" if found else ""
-
-
-def _samples_note(run: RunFiles) -> str:
-    shown, count = len(run.samples.rows), run.samples.of
-    each = 1 if run.evaluation is None else run.evaluation["samples_per_prompt"]
-    pairs = f"{count:,} pairs of completions" + (f", {each:,} per prompt" if each > 1 else "")
-    which = (
-        f"All {pairs}."
-        if shown == count
-        else f"{shown:,} of {pairs}: the largest gains and losses of the score that decides, and others at random."
-    )
-    return f"{which} Words that only the baseline wrote are marked in red, those that only the policy wrote in green."
 
 
 def repeat(runs: Sequence[RunFiles]) -> Repeat:

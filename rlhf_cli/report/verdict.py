@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_cli.intervals import percent, percent_span
 from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.report.gather import RunFiles
@@ -47,12 +48,14 @@ def verdict(run: RunFiles) -> Verdict:
     if pair is None:
         headline = "Evaluated by an earlier version" if "evaluate" in run.manifests else "Not evaluated"
         return Verdict("unknown", headline, _not_evaluated(run), doubts)
-    rate = pair["win_rate"]
+    rate = deciding(pair)
     policy, baseline = pair["policy"], pair["baseline"]
+    jointly = f" for all {rate['pairs']} pairs of models together" if rate.get("pairs", 1) > 1 else ""
     reason = (
-        f"{policy} is preferred to {baseline} on {percent(rate['value'])} of {rate['n']:,} held-out prompts "
-        f"(95 % interval {interval(rate)})."
+        f"{policy} is preferred to {baseline} in {percent(rate['value'])} of comparisons on {rate['n']:,} held-out "
+        f"prompts (95% interval{jointly} {percent_span(rate['low'], rate['high'])})"
     )
+    reason += f": {outcomes_of(pair)}." if pair.get("outcomes") else "."
     if rate["low"] is None or rate["low"] <= 0.5 <= rate["high"]:
         return Verdict("undecided", "It cannot be told whether it worked", reason, doubts)
     if rate["high"] < 0.5:
@@ -85,21 +88,21 @@ def first_pair(run: RunFiles) -> Mapping[str, Any] | None:
     return run.evaluation["pairs"][0] if run.evaluation is not None else None
 
 
+def deciding(pair: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the win rate with the interval that decides: with several pairs of models, all of theirs hold together."""
+    return pair.get("win_rate_joint", pair["win_rate"])
+
+
 def is_judged_by_its_own_reward(run: RunFiles) -> bool:
     """Whether a reward model decided which completion wins."""
     return run.evaluation is not None and run.evaluation["judge"] == "reward model"
 
 
-def percent(value: float) -> str:
-    """Return a share for people."""
-    return f"{value:.1%}"
-
-
-def interval(measure: Mapping[str, Any]) -> str:
-    """Return the interval of a share for people."""
-    if measure.get("low") is None:
-        return "not known"
-    return f"{measure['low']:.0%} to {measure['high']:.0%}"
+def outcomes_of(pair: Mapping[str, Any]) -> str:
+    """Return how many comparisons a policy won, tied and lost, such as "48 wins, 1 tie and 11 losses"."""
+    wins, ties, losses = (pair["outcomes"][name] for name in ("wins", "ties", "losses"))
+    lost = f"{losses:,} {'loss' if losses == 1 else 'losses'}"
+    return f"{wins:,} {'win' if wins == 1 else 'wins'}, {ties:,} {'tie' if ties == 1 else 'ties'} and {lost}"
 
 
 def _not_evaluated(run: RunFiles) -> str:
@@ -134,7 +137,7 @@ def _doubts(run: RunFiles) -> Iterator[str]:
 
 def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
     assert run.evaluation is not None
-    rate = pair["win_rate"]
+    rate = deciding(pair)
     if rate["low"] is not None and rate["low"] <= 0.5 <= rate["high"]:
         yield f"{rate['n']:,} prompts are too few to tell models apart that are this close: evaluate on more."
     if is_judged_by_its_own_reward(run):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf_cli.intervals import share_interval
+from rlhf_cli.intervals import percent, percent_span, share_interval
 
 Term = tuple[str, float, float]
 """Key of a prompt, what was won, and what there was to win."""
@@ -31,7 +31,7 @@ class Measured:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+        return f"{percent(self.value)} ({percent_span(self.low, self.high)})"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields by name."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rlhf_cli.intervals import ENOUGH_PROMPTS, Measure, half_width, is_undecided
+import math
+
+from rlhf_cli.intervals import ENOUGH_PROMPTS, Measure, half_width, is_undecided, percent, percent_span
 
 _MOST_PROMPTS = 1_000_000
 
@@ -46,17 +48,18 @@ def _conclusion(win_rate: Measure, policy: str, baseline: str) -> str:
     prompts = f"{win_rate.n:,} prompt{'' if win_rate.n == 1 else 's'}"
     if not is_undecided(low, high):
         better, worse, least = (policy, baseline, low) if value > 0.5 else (baseline, policy, 1.0 - high)
-        return f"{better} is better than {worse}: preferred on at least {int(100 * least)}% of such prompts ({prompts})"
+        at_least = percent(math.floor(1000 * least) / 1000)
+        return f"{better} is better than {worse}: preferred on at least {at_least} of such prompts ({prompts})"
     verb, them = ("is", "it") if win_rate.n == 1 else ("are", "them")
     found = f"{verb} too few to say" if win_rate.n < ENOUGH_PROMPTS else "do not show"
     sentence = (
-        f"{prompts} {found} which of {policy} and {baseline} is better: a win rate from {low:.0%} to {high:.0%} is "
+        f"{prompts} {found} which of {policy} and {baseline} is better: a win rate from {percent_span(low, high)} is "
         f"compatible with {them}"
     )
     distance = abs(value - 0.5)
     if distance < 0.005:
         return sentence
-    return f"{sentence}; if it is really {value:.0%}, about {_rounded(prompts_for(distance)):,} would show it"
+    return f"{sentence}; if it is really {percent(value)}, about {_rounded(prompts_for(distance)):,} would show it"
 
 
 def _rounded(count: int) -> int:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import jinja2
 
-from rlhf_cli.report.curves import Picture, reward_against_kl, training_charts
+from rlhf_cli.charts.chart import Chart
+from rlhf_cli.charts.svg import svg
+from rlhf_cli.report.curves import reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles
 from rlhf_cli.report.texts import Pieces, shortened, side_by_side
 from rlhf_cli.training.monitoring.panels import PANELS
@@ -34,12 +36,13 @@ class Shown:
 def render(run: LiveRun) -> str:
     """Return the page of a run; every value is escaped but our own charts."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["svg"] = svg
     template = environment.from_string(_asset("rlhf_cli.watch", "watch.html.j2"))
     shown = [_shown(one) for one in run.completions[:_PROMPTS]]
     return template.render(run=run, charts=_charts(run), shown=shown, every=_EVERY)
 
 
-def _charts(run: LiveRun) -> list[Picture]:
+def _charts(run: LiveRun) -> list[Chart]:
     if run.stage is None or run.stage not in PANELS:
         return []
     files = RunFiles(run.folder, {}, metrics={run.stage: run.rows})

@@ -106,7 +106,7 @@ def test_a_chat_in_a_terminal(run, width, tmp_path):
     terminal.type("Tell me about cats.")
     shown = terminal.until(r"log-ratio to[^>]*> ")
     assert "reward" in shown
-    assert re.search(r"sft {30,}ppo", shown), "side by side, two of them also at 80 columns"
+    assert bool(re.search(r"sft {30,}ppo", shown)) is (width >= 100), "side by side where there is room"
     terminal.type("/best ppo")
     shown = terminal.until("with more of them")
     rankings = run / "kept" / "chat" / "rankings.jsonl"

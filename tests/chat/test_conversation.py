@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+from copy import copy
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rlhf_cli.chat.conversation import Conversation
 from rlhf_cli.chat.files import ChatFiles
 from rlhf_cli.chat.models import ChatModels, find_models
-from rlhf_cli.data.records import Message
+from rlhf_cli.data.records import Message, seed_for
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.generation.generator import Request
-from rlhf_cli.generation.torch_generator import TorchGenerator
+from rlhf_cli.generation.torch_generator import TorchGenerator, stream
 from rlhf_cli.settings.shared import SamplingSettings
 
 SHORT = SamplingSettings(max_new_tokens=8)
 
 
-def ignore(model):
-    return lambda text: None
+def ignore(name, text):
+    pass
 
 
 @pytest.fixture
@@ -47,17 +50,57 @@ def test_all_models_answer_the_same_prompt_as_the_generator_draws_it(models):
 def test_the_text_is_shown_token_by_token(models):
     seen: list[str] = []
     conversation = Conversation(ChatModels(models.models[:1]))
-    (reply,) = conversation.ask("Hello", lambda model: seen.append)
+    (reply,) = conversation.ask("Hello", lambda name, text: seen.append(text))
     assert len(seen) == len(reply.completion.ids)
     assert seen[-1].strip("\ufffd") == reply.completion.text.strip("\ufffd")
 
 
-def test_tokens_are_told_of_the_request_that_they_belong_to(models):
-    """Requests are drawn in another order: the longest prompt first."""
-    policy, told = models.models[0].policy, {}
-    requests = [Request([5, 6], seed=1), Request([5, 6, 7, 8], seed=2)]
-    found = TorchGenerator(on_token=lambda number, ids: told.__setitem__(number, list(ids))).generate(policy, requests)
-    assert told == {number: completion.ids for number, completion in enumerate(found)}
+def test_all_models_write_at_once_and_each_as_it_writes_alone(models):
+    """A token of each in turn; what a model writes depends on no other."""
+    told: list[str] = []
+    both = list(Conversation(models, seed=5).ask("Hello", lambda name, text: told.append(name)))
+    shortest = min(len(reply.completion.ids) for reply in both)
+    assert told[: 2 * shortest] == ["sft", "ppo"] * shortest
+    for model, reply in zip(models.models, both, strict=True):
+        request = Request(model.policy.prompt_ids("Hello"), seed_for("Hello", 5, 0))
+        assert reply.completion == TorchGenerator().generate(model.policy, [request])[0]
+        (alone,) = Conversation(ChatModels((replace(model, reference=None),)), seed=5).ask("Hello", ignore)
+        assert alone.completion == reply.completion
+
+
+def test_a_model_that_ends_early_does_not_end_the_others(models):
+    policy = models.models[0].policy
+    first = next(Conversation(models, seed=3).ask("Hello", ignore)).completion
+    short = copy(policy)
+    short.sampling = replace(policy.sampling, max_new_tokens=2)
+    early, late = Conversation(ChatModels((replace(models.models[0], policy=short), models.models[1])), seed=3).ask(
+        "Hello", ignore
+    )
+    assert (early.completion.ids, early.completion.finished) == (first.ids[:2], False)
+    assert late.completion.ids == first.ids
+
+
+def test_an_interrupted_turn_leaves_the_models_as_they_were(models):
+    def stop(name, text):
+        raise KeyboardInterrupt
+
+    conversation = Conversation(models, seed=5)
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.ask("Hello", stop))
+    assert torch.is_grad_enabled()
+    assert not conversation.turn_to_json()["replies"]
+    expected = [reply.completion for reply in Conversation(models, seed=5).ask("Hello", ignore)]
+    assert [reply.completion for reply in conversation.ask("Hello", ignore)] == expected
+
+
+def test_a_stream_can_be_closed_and_begun_again(tiny_llama):
+    (model,) = find_models([str(tiny_llama)], only=(), sampling=SHORT).models
+    drawn = stream(model.policy, Request([5, 6, 7], seed=1))
+    parts = [next(drawn), next(drawn)]
+    drawn.close()
+    assert [len(part.ids) for part in parts] == [1, 2]
+    assert not any(part.finished for part in parts)
+    assert list(stream(model.policy, Request([5, 6, 7], seed=1)))[:2] == parts
 
 
 @pytest.mark.parametrize("best", ["sft", "ppo", None])
@@ -118,6 +161,14 @@ def test_labels_are_rankings_that_train_rm_reads(models, tmp_path):
     assert turn["replies"][1] | {"text": "", "tokens": 0, "finished": None, "kl_nats": 0} == {
         "model": "ppo", "text": "", "tokens": 0, "finished": None, "reward": None, "kl_nats": 0, "kl_to": "sft",
     }  # fmt: skip
+
+
+def test_a_policy_of_a_step_is_not_called_by_its_number(tiny_llama, tmp_path):
+    folder = tmp_path / "runs" / "mine" / "ppo" / "steps" / "4"
+    shutil.copytree(tiny_llama, folder)
+    (folder.parents[1] / "manifest.json").write_text("{}")
+    (model,) = find_models([str(folder)], only=(), sampling=SHORT).models
+    assert model.name == "mine/ppo/steps/4"
 
 
 def test_models_are_chosen_by_name(tiny_llama, tiny_gpt2, tmp_path):

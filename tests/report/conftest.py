@@ -40,19 +40,27 @@ class Runs:
         seed: int = 0,
         hostile: bool = False,
         gain: float = 0.7,
+        labeled_by: str = "other",
         **settings: Any,
     ) -> Path:
         run = self.folder / name
+        label = {"label": {"by": "function", "function": "kinds/judge.py:score"}}
+        sizes = {"prompts": 320.0, "completions": 1280.0}
+        self.stage(run, "label", settings={}, metrics=sizes, sections=label, inputs={"function": labeled_by})
         accuracy = {"rm/accuracy": 0.71, "rm/accuracy_low": 0.6, "rm/accuracy_high": 0.8}
-        self.stage(run, "sft", settings={"sft.epochs": 1.0}, files={"config.json": "{}"}, rows=_rows("loss"))
-        self.stage(run, "train-rm", settings={}, rows=_rows("loss", "accuracy"), metrics=accuracy)
+        trained = {"records": 900.0, "steps": 40.0}
+        self.stage(
+            run, "sft", settings={"sft.epochs": 1.0}, files={"config.json": "{}"}, rows=_rows("loss"), metrics=trained
+        )
+        quality = {"quality.json": json.dumps(_quality())}
+        self.stage(run, "train-rm", settings={}, files=quality, rows=_rows("loss", "accuracy"), metrics=accuracy)
         ppo = {"ppo.kl_coef": 0.05} | settings
         health = {"verdict": "look", "findings": [_finding("look", "length"), _finding("fine", "reward")]}
         written = {"config.json": "{}", "health.json": json.dumps(health)}
         names = ("objective/scores", "objective/kl", "length/mean", "policy/entropy_avg")
         self.stage(
             run, "ppo", settings=ppo, rows=_rows(*names), files=written,
-            seed=seed,
+            seed=seed, metrics={"episode": 640.0}, inputs={"policy": "a", "reward_model": "b"},
         )  # fmt: skip
         if evaluated:
             evaluation = _evaluation(name, win_rate, controlled, judge, length, kl)
@@ -63,7 +71,18 @@ class Runs:
         return run
 
     def stage(
-        self, run, stage, *, settings, files=None, rows=(), metrics=None, skipped=None, seed=0, inputs=None
+        self,
+        run,
+        stage,
+        *,
+        settings,
+        files=None,
+        rows=(),
+        metrics=None,
+        skipped=None,
+        seed=0,
+        inputs=None,
+        sections=None,
     ) -> None:
         folder = run / stage
         folder.mkdir(parents=True)
@@ -77,7 +96,8 @@ class Runs:
             "upstream": {},
         }  # fmt: skip
         Manifest(
-            stage=stage, fingerprint="f", identity=identity, settings={"model": {"path": "org/base"}},
+            stage=stage, fingerprint="f", identity=identity,
+            settings={"model": {"path": "org/base"}} | (sections or {}),
             outputs=list_outputs(folder), versions=versions(), skipped=skipped or {}, metrics=metrics or {},
             summary=[["figure", "1 | 2"]], started="2026-11-30T15:00:00Z", finished="2026-11-30T15:10:00Z",
             seconds=12.0,
@@ -92,17 +112,28 @@ def _finding(severity: str, subject: str) -> dict[str, Any]:
     return {"subject": subject, "severity": severity, "seen": "twice as long", "means": "the reward pays for length"}
 
 
+def _quality() -> dict[str, Any]:
+    bins = [{"mean": mean, "accuracy": measure(mean, mean - 0.1, mean + 0.1)} for mean in (0.55, 0.7, 0.85)]
+    return {"warning": None, "reliability": bins}
+
+
 def _evaluation(name, win_rate, controlled, judge, length, kl) -> dict[str, Any]:
     policy, baseline = f"{name}/ppo", f"{name}/sft"
     models = {
         model: {
             "gold": measure(gold, gold - 0.2, gold + 0.2), "tokens": measure(tokens, tokens - 2, tokens + 2),
             "finished": measure(0.9, 0.8, 0.97), "distinct_2": measure(0.6, None, None),
+            "repeated_4": measure(0.02, 0.01, 0.03), "most_common_share": measure(0.05, None, None),
         }
         for model, gold, tokens in ((baseline, 0.2, 22.0), (policy, 0.9, length))
     }  # fmt: skip
     pair = {
         "policy": policy, "baseline": baseline, "win_rate": measure(*win_rate),
+        "outcomes": {"wins": 48, "ties": 1, "losses": 11}, "identical_share": 0.025,
+        "phrases": {
+            "openings": [{"text": "thank you for", "baseline": 0.05, "policy": 0.4}],
+            "endings": [{"text": "the warm stone.", "baseline": 0.1, "policy": 0.11}],
+        },
         "length_controlled_win_rate": measure(*controlled), "sign_test": {"p_value": 0.001},
         "differences": {"gold": measure(0.7, 0.4, 1.0)}, "kl_nats": {"k1": measure(kl, kl - 1, kl + 1)},
         "conclusion": f"{policy} is better.",

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.manifest import read_manifest
-from rlhf_cli.report.build import write_report
+from rlhf_cli.report import build
+from rlhf_cli.report.build import write_charts, write_report
 from rlhf_cli.report.gather import read_run
+from rlhf_cli.report.made import how_it_was_made
 from rlhf_cli.report.verdict import verdict
 from rlhf_cli.stages.best_of_n.curve import measure
 
@@ -37,7 +39,7 @@ def test_the_verdict(runs, changes, outcome, headline):
     found = verdict(read_run(runs.write(**changes)))
     assert (found.outcome, found.headline) == (outcome, headline)
     if changes.get("evaluated", True):
-        assert "held-out prompts (95 % interval" in found.reason
+        assert "held-out prompts (95% interval" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -60,11 +62,21 @@ def test_what_is_doubted(runs, changes, doubt):
     assert "Training, reward" not in found, "which was fine"
 
 
-def test_a_judge_that_also_ranked_the_labels_is_named(runs):
+def test_several_policies_are_decided_by_the_interval_for_all_of_them(runs):
     run = runs.write()
-    assert "The same function ranked" not in "\n".join(verdict(read_run(run)).doubts)
-    runs.stage(run, "label", settings={}, inputs={"function": "abc"})
-    assert "The same function ranked the training labels" in "\n".join(verdict(read_run(run)).doubts)
+    path = run / "evaluate" / "evaluation.json"
+    plain = json.loads(path.read_text())
+    plain["pairs"][0]["win_rate_joint"] = {"value": 0.8, "low": 0.48, "high": 0.95, "n": 60, "pairs": 6}
+    path.write_text(json.dumps(plain))
+    found = verdict(read_run(run))
+    assert found.outcome == "undecided"
+    assert "(95% interval for all 6 pairs of models together 48.0% to 95.0%)" in found.reason
+
+
+def test_a_judge_that_also_ranked_the_labels_is_named(runs):
+    assert "The same function ranked" not in "\n".join(verdict(read_run(runs.write())).doubts)
+    same = runs.write("same", labeled_by="abc")
+    assert "The same function ranked the training labels" in "\n".join(verdict(read_run(same)).doubts)
 
 
 def test_a_loss_of_variety_is_named(runs):
@@ -175,16 +187,109 @@ def test_best_of_n_is_drawn_from_what_its_stage_writes(runs):
     assert "best of n, gold" in page
 
 
-def test_the_command(runs, tmp_path):
+def test_the_command_writes_a_picture_beside_every_chart(runs, tmp_path):
     run = runs.write()
     shown = CliRunner().invoke(app, ["report", str(run), "--json"])
     assert json.loads(shown.stdout)["verdict"] == "It worked"
-    assert (run / "report.html").is_file()
+    page = (run / "report.html").read_text()
+    pictures = {path.name for path in Path(json.loads(shown.stdout)["charts"]).iterdir()}
+    assert page.count('<svg class="chart"') == len(pictures)
+    assert {"ppo-kl.png", "ppo-reward-against-the-square-root-of-the-kl.png", "sft-loss.png"} <= pictures
+    assert "reward-model-is-its-confidence-right.png" in pictures
+    assert f"charts as PNG files: {run / 'report-charts'}" in shown.stderr.replace("\n", "")
+
+
+def test_without_matplotlib_there_are_no_pictures_and_it_is_said(runs, monkeypatch, capsys):
+    monkeypatch.setattr(build, "has_matplotlib", lambda: False)
+    run = runs.write()
+    assert write_charts(write_report([run], run / "report.html")) is None
+    assert "no report-charts/*.png: matplotlib is not installed (`pip install 'rlhf-cli[plots]'`)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (run / "report-charts").exists()
+
+
+def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no such run directory"):
         write_report([tmp_path / "absent"], tmp_path / "report.html")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no manifest\.json of a finished stage"):
         read_run(tmp_path / "empty")
+
+
+def test_one_sentence_says_how_it_was_made(runs):
+    run = runs.write()
+    report = write_report([run], run / "report.html")
+    said = (
+        "`org/base` was fine-tuned on 900 demonstrations (40 steps); a reward model was trained on 1,280 completions "
+        "of 320 prompts, ranked by the function `judge.py:score`; PPO trained it for 40 steps, 640 completions, to "
+        "raise its reward."
+    )
+    assert list(report.page.made) == [said]
+    assert json.loads(report.plain.read_text())["made"] == [said]
+    assert said in (run / "ppo" / "README.md").read_text()
+    assert "<code>judge.py:score</code>" in report.html.read_text()
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ({"by": "human"}, "ranked by people"),
+        ({"by": "judge"}, "ranked by language models"),
+        ({"by": "reward-model", "reward_model": "acme/rm"}, "ranked by the reward model `acme/rm`"),
+        ({"by": "import", "data": "/data/sets/ranks.jsonl"}, "with rankings from `ranks.jsonl`"),
+    ],
+)
+def test_where_labels_came_from(runs, label, said):
+    found = runs.folder / "run"
+    runs.stage(found, "label", settings={}, metrics={"prompts": 1.0, "completions": 4.0}, sections={"label": label})
+    assert how_it_was_made(read_run(found)) == f"Its labels are 4 completions of 1 prompt, {said}."
+
+
+def test_ppo_on_its_own_says_what_it_trained_and_for_which_rewards(runs):
+    found = runs.folder / "run"
+    rewards = [{"function": "a/b.py:score", "weight": 1.0}, {"url": "http://127.0.0.1:80/x", "weight": 0.5},
+               {"function": "logged.py:score", "weight": 0.0}]  # fmt: skip
+    section = {"ppo": {"model": "runs/x/y/sft", "steps": 5, "rewards": rewards}}
+    runs.stage(found, "ppo", settings={}, sections=section, inputs={"policy": "a"})
+    assert how_it_was_made(read_run(found)) == (
+        "PPO trained `sft` for 5 steps, to raise the reward of `b.py:score` and that of `http://127.0.0.1:80/x`."
+    )
+
+
+def test_what_changed_in_the_completions_is_said(runs):
+    run = runs.write(length=44.0)
+    page = write_report([run], run / "report.html").page
+    (section,) = [one for one in page.sections if one.title == "What changed in the completions"]
+    assert section.text == [
+        "Completions of good/ppo are 2.00 times as long (44.0 in place of 22.0 tokens) and about as varied (0.60 in "
+        "place of 0.60 distinct word pairs per word pair), compared with those of good/sft. 2.5% of them are the same "
+        "as the baseline's.",
+        "Most of all, more of them begin with “thank you for” (40.0% in place of 5.0%).",
+    ]
+    assert ["“the warm stone.”", "10.0%", "11.0%"] in section.tables[2].rows
+
+
+def test_an_evaluation_of_an_earlier_version_is_shown_without_what_it_lacks(runs):
+    run = runs.write()
+    path = run / "evaluate" / "evaluation.json"
+    plain = json.loads(path.read_text())
+    for name in ("outcomes", "identical_share", "phrases"):
+        del plain["pairs"][0][name]
+    path.write_text(json.dumps(plain))
+    report = write_report([run], run / "report.html")
+    assert report.page.verdict.reason.endswith("(95% interval 68.0% to 89.0%).")
+
+
+def test_a_share_has_the_same_digits_everywhere(runs):
+    run = runs.write()
+    report = write_report([run], run / "report.html")
+    said = "80.0% of comparisons on 60 held-out prompts (95% interval 68.0% to 89.0%): 48 wins, 1 tie and 11 losses."
+    assert said in report.page.verdict.reason
+    assert said in (run / "ppo" / "README.md").read_text()
+    shown = re.sub(r"<svg.*?</svg>|<style>.*?</style>|<details>.*?</details>", "", report.html.read_text(), flags=re.S)
+    digits = {len(part) for whole, part in re.findall(r"(\d+)(?:\.(\d+))?%", shown) if whole not in ("95", "50")}
+    assert digits == {1}
 
 
 @pytest.mark.slow

@@ -31,14 +31,14 @@ def test_the_number_of_prompts_for_a_precision(reach):
 
 def test_after_the_run():
     assert conclusion(single(48, 60), "a/ppo", "a/sft").startswith(
-        "a/ppo is better than a/sft: preferred on at least 68% of such prompts (60 prompts)"
+        "a/ppo is better than a/sft: preferred on at least 68.6% of such prompts (60 prompts)"
     )
     assert conclusion(single(12, 60), "a/ppo", "a/sft").startswith(
-        "a/sft is better than a/ppo: preferred on at least 68%"
+        "a/sft is better than a/ppo: preferred on at least 68.6%"
     )
     said = conclusion(single(33, 60), "a/ppo", "a/sft")
-    assert "60 prompts are too few to say which of a/ppo and a/sft is better: a win rate from 42% to 67% is" in said
-    assert "if it is really 55%, about 390 would show it" in said
+    assert "60 prompts are too few to say which of a/ppo and a/sft is better: a win rate from 42.4% to 67.1% is" in said
+    assert "if it is really 55.0%, about 390 would show it" in said
     assert "200 prompts do not show which of a/ppo and a/sft is better" in conclusion(
         single(105, 200), "a/ppo", "a/sft"
     )

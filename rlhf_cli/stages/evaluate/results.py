@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from rlhf_cli.data.records import Prompt, prompt_key
 from rlhf_cli.intervals import Measure, is_undecided, joint_level, share_interval
 from rlhf_cli.stages.evaluate.comparison import Comparison, Winner
 from rlhf_cli.stages.evaluate.sides import Side, measures_to_json
+from rlhf_cli.stages.evaluate.text_statistics import Phrases, phrases
 from rlhf_cli.statistics.kl import KLEstimate, disagreement, kl_estimate
 from rlhf_cli.statistics.length_control import LengthControlled, length_controlled_win_rate
 from rlhf_cli.statistics.paired import (
@@ -39,6 +41,9 @@ class Pair:
         win_rate: of the policy over prompts, ties 1/2, with the 95 % interval of this pair alone.
         joint: the win rate with the interval that decides: those of all pairs hold together with 95 %.
         pairs: number of pairs of the evaluation.
+        outcomes: "wins", "ties" and "losses" of the policy, over all pairs of completions.
+        identical_share: share of the pairs of completions that have the same text.
+        phrases: most common first and last words of both.
         length_controlled: the win rate at equal lengths, in characters.
         sign_test: over prompts.
         differences: policy minus baseline of "gold" and "reward" as far as there are scores, and of "characters".
@@ -53,6 +58,9 @@ class Pair:
     win_rate: Measure
     joint: Measure
     pairs: int
+    outcomes: Mapping[str, int]
+    identical_share: float
+    phrases: Phrases
     length_controlled: LengthControlled
     sign_test: SignTest
     differences: dict[str, PairedDifference]
@@ -79,6 +87,9 @@ class Pair:
             "baseline": self.baseline,
             "win_rate": self.win_rate.to_json(),
             "win_rate_joint": {**self.joint.to_json(), "pairs": self.pairs},
+            "outcomes": dict(self.outcomes),
+            "identical_share": self.identical_share,
+            "phrases": self.phrases.to_json(),
             "length_controlled_win_rate": self.length_controlled.to_json(),
             "sign_test": self.sign_test.to_json(),
             "differences": {name: found.to_json() for name, found in self.differences.items()},
@@ -144,7 +155,8 @@ def pair_of(
         verdicts: (N,) of judges; None if scores decide.
     """
     keys = [prompt_key(prompt) for prompt in prompts]
-    wins = [_POINTS[one.winner(tie_margin)] for one in comparisons_of(prompts, policy, baseline, verdicts)]
+    winners = [one.winner(tie_margin) for one in comparisons_of(prompts, policy, baseline, verdicts)]
+    wins = [_POINTS[winner] for winner in winners]
     shares = by_prompt(keys, wins)
     per_prompt = len(wins) / len(shares)
 
@@ -153,28 +165,36 @@ def pair_of(
         ends = share_interval(won, [per_prompt] * len(shares), level)
         return Measure(sum(shares) / len(shares), *ends, len(shares))
 
-    lengths = [[float(len(completion.text)) for completion in side.completions] for side in (policy, baseline)]
-    longer_by = [own - other for own, other in zip(*lengths, strict=True)]
-    scores = {"gold": (policy.gold, baseline.gold), "reward": (policy.reward, baseline.reward), "characters": lengths}
-    differences = {
-        name: paired_difference(by_prompt(keys, [a - b for a, b in zip(own, other, strict=True)]))
-        for name, (own, other) in scores.items()
-        if own is not None and other is not None
-    }
     ratios = policy.log_ratios if is_baseline else None
+    counts = Counter(winners)
+    texts, other_texts = ([one.text for one in side.completions] for side in (policy, baseline))
+    longer_by = [float(len(own) - len(other)) for own, other in zip(texts, other_texts, strict=True)]
     return Pair(
         policy.name,
         baseline.name,
         win_rate(joint_level(1)),
         win_rate(joint_level(pairs)),
         pairs,
+        {"wins": counts["policy"], "ties": counts["tie"], "losses": counts["baseline"]},
+        sum(own == other for own, other in zip(texts, other_texts, strict=True)) / len(winners),
+        phrases(other_texts, texts),
         length_controlled_win_rate(keys, wins, longer_by),
         sign_test([share - 0.5 for share in shares]),
-        differences,
+        _differences(keys, policy, baseline),
         () if ratios is None else (kl_estimate(keys, ratios, "k1"), kl_estimate(keys, ratios, "k3")),
         None if ratios is None else disagreement(keys, ratios),
         _alignment_tax(policy, baseline),
     )
+
+
+def _differences(keys: Sequence[str], policy: Side, baseline: Side) -> dict[str, PairedDifference]:
+    lengths = [[float(len(completion.text)) for completion in side.completions] for side in (policy, baseline)]
+    scores = {"gold": (policy.gold, baseline.gold), "reward": (policy.reward, baseline.reward), "characters": lengths}
+    return {
+        name: paired_difference(by_prompt(keys, [a - b for a, b in zip(own, other, strict=True)]))
+        for name, (own, other) in scores.items()
+        if own is not None and other is not None
+    }
 
 
 def _alignment_tax(policy: Side, baseline: Side) -> Measure | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.prompts import PromptStyle
-from rlhf_cli.intervals import ENOUGH_PROMPTS
+from rlhf_cli.intervals import ENOUGH_PROMPTS, percent, percent_span
 from rlhf_cli.progress import console, say, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import write_contract
@@ -24,6 +24,7 @@ from rlhf_cli.stages.evaluate.sampling import Sampler, base_completions, load_po
 from rlhf_cli.stages.evaluate.scores import ScoreFile
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.generation import choose_generator
+from rlhf_cli.stages.model_names import model_names
 from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.training.timing import StepWatch
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.evaluate.settings import EvaluateSettings
     from rlhf_cli.stages.evaluate.sides import Side
 
-_STEPS = "steps"
 _WIDEST = 100
 """Columns of what is printed: longer lines are tiring to read."""
 
@@ -87,7 +87,7 @@ def _announce(prompts: int) -> None:
     from rlhf_cli.statistics.wording import expected_precision
 
     count = f"{prompts:,} prompt{'' if prompts == 1 else 's'}"
-    say(f"evaluate: {count}: a win rate near 50 % will be known to {expected_precision(prompts)}")
+    say(f"evaluate: {count}: a win rate near 50% will be known to {expected_precision(prompts)}")
 
 
 def _scored(sampler: Sampler, sides: list[Side], judge: Judge | None) -> list[Side]:
@@ -220,31 +220,6 @@ def names_of(context: EvaluateContext) -> list[str]:
     return names
 
 
-def model_names(*sources: str) -> tuple[str, ...]:
-    """Return what people call models: `RUN/STAGE` for an artifact, else the folder's name or the hub id.
-
-    A model in an artifact is called `RUN/ppo/steps/20`. Different models that would be called the same are called by
-    their whole paths.
-    """
-    short = [_model_name(source) for source in sources]
-    alike = {
-        name for name in short if len({source for source, own in zip(sources, short, strict=True) if own == name}) > 1
-    }
-    return tuple(source if name in alike else name for source, name in zip(sources, short, strict=True))
-
-
-def _model_name(source: str) -> str:
-    folder = Path(source)
-    if not folder.is_dir():
-        return source
-    folder = folder.resolve()
-    parts = [folder.name]
-    if folder.parent.name == _STEPS:  # a policy of `ppo.save_steps`
-        folder = folder.parents[1]
-        parts = [folder.name, _STEPS, *parts]
-    return "/".join([folder.parent.name, *parts] if (folder / "manifest.json").is_file() else parts[-1:])
-
-
 def _print(
     metrics: dict[str, float],
     shown: Sequence[tuple[Comparison, dict[str, Comparison]]],
@@ -297,7 +272,7 @@ def _summary(metrics: dict[str, float], evaluation: Evaluation, settings: Evalua
     rows = []
     for pair in evaluation.against_baseline:
         rate = pair.win_rate
-        win = f"{rate.value:.1%} ({rate.low:.1%} to {rate.high:.1%}) by the {judge}"
+        win = f"{percent(rate.value)} ({percent_span(rate.low, rate.high)}) by the {judge}"
         rows.append((f"{pair.policy} preferred to {pair.baseline}", win))
     if len(rows) > 1:
         return rows

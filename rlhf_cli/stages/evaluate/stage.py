@@ -26,7 +26,7 @@ def _sizes(settings: EvaluateSettings, recipe: RunSettings) -> Sizes:
     }
     if count := prompt_count(settings, recipe):
         sizes["prompts to evaluate on, at most"] = count
-        sizes["precision of a win rate near 50 %"] = expected_precision(count)
+        sizes["precision of a win rate near 50%"] = expected_precision(count)
     return sizes
 
 

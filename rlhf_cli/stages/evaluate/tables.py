@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.data.records import prompt_text
+from rlhf_cli.intervals import percent, percent_span
 from rlhf_cli.stages.evaluate.comparison import Comparison
 from rlhf_cli.stages.evaluate.results import Evaluation
 from rlhf_cli.stages.evaluate.text_statistics import printable
@@ -18,10 +19,10 @@ _ROWS = (
     ("gold score", "gold/{}_mean", "{:.2f}"),
     ("reward", "reward/{}_mean", "{:.2f}"),
     ("length in tokens", "length/{}_mean", "{:.1f}"),
-    ("finished", "finished/{}", "{:.0%}"),
-    ("most common completion", "diversity/{}_most_common_share", "{:.1%}"),
+    ("finished", "finished/{}", "{:z.1%}"),
+    ("most common completion", "diversity/{}_most_common_share", "{:z.1%}"),
     ("distinct word pairs", "diversity/{}_distinct_2", "{:.2f}"),
-    ("repeated 4-grams", "diversity/{}_repeated_4", "{:.1%}"),
+    ("repeated 4-grams", "diversity/{}_repeated_4", "{:z.1%}"),
     ("entropy, nats per token", "entropy/{}", "{:.2f}"),
     ("perplexity of demonstrations", "perplexity/{}", "{:.2f}"),
 )
@@ -30,7 +31,7 @@ _COLUMNS = (
     ("gold", "gold", "{:.2f}"),
     ("reward", "reward", "{:.2f}"),
     ("tokens", "tokens", "{:.1f}"),
-    ("ended", "finished", "{:.0%}"),
+    ("ended", "finished", "{:z.1%}"),
     ("entropy", "entropy", "{:.2f}"),
     ("perplexity", "perplexity", "{:.2f}"),
 )
@@ -53,11 +54,11 @@ def metrics_table(metrics: Mapping[str, float], names: Sequence[str]) -> Table:
         if names[0] in metrics:
             table.add_row(label, *(pattern.format(metrics[name]) for name in names))
     table.add_section()
-    interval = f"{metrics['win_rate_low']:.1%} to {metrics['win_rate_high']:.1%}"
-    table.add_row("policy preferred (ties 1/2)", "", f"{metrics['win_rate']:.1%}")
-    table.add_row("  95 % interval", "", interval)
+    interval = percent_span(metrics["win_rate_low"], metrics["win_rate_high"])
+    table.add_row("policy preferred (ties 1/2)", "", percent(metrics["win_rate"]))
+    table.add_row("  95% interval", "", interval)
     if "win_rate_length_controlled" in metrics:
-        table.add_row("  at equal lengths", "", f"{metrics['win_rate_length_controlled']:.1%}")
+        table.add_row("  at equal lengths", "", percent(metrics["win_rate_length_controlled"]))
     if "kl_nats" in metrics:
         kl = f"{metrics['kl_nats']:z.1f} +- {metrics['kl_nats_se']:.1f}"
         table.add_row("KL to baseline, nats per completion", "", kl)
@@ -84,16 +85,16 @@ def pairs_table(evaluation: Evaluation) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("preferred", "to"):
         table.add_column(heading, overflow="fold")
-    for heading in ("win rate", "95 % interval", "equal lengths", "sign p"):
+    for heading in ("win rate", "95% interval", "equal lengths", "sign p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for pair in evaluation.pairs:
         rate, controlled = pair.win_rate, pair.length_controlled.win_rate.value
         table.add_row(
             Text(pair.policy),
             Text(pair.baseline),
-            f"{rate.value:.1%}",
-            f"{rate.low:.0%} to {rate.high:.0%}",
-            "" if controlled is None else f"{controlled:.1%}",
+            percent(rate.value),
+            percent_span(rate.low, rate.high),
+            "" if controlled is None else percent(controlled),
             "<0.001" if pair.sign_test.p_value < 0.001 else f"{pair.sign_test.p_value:.3f}",
         )
     return table
@@ -104,7 +105,7 @@ def tasks_table(evaluation: Evaluation) -> Table | None:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("task", "model"):
         table.add_column(heading, overflow="fold")
-    for heading in ("value", "95 % interval"):
+    for heading in ("value", "95% interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     for task in (name for name in evaluation.models[evaluation.baseline] if name.startswith("task/")):
         for model, measures in evaluation.models.items():

@@ -14,6 +14,7 @@ from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion
 from rlhf_cli.generation.prompts import text_template
+from rlhf_cli.intervals import percent
 from rlhf_cli.labeling.exports.rows import ranking_to_json
 from rlhf_cli.labeling.scoring import (
     CompletionScorer,
@@ -206,11 +207,11 @@ def _metrics_of(statistics: RankingStatistics) -> tuple[dict[str, float], list[t
     }
     summary = [
         ("rankings", f"{statistics.prompts:,} prompts, {statistics.completions:,} completions"),
-        ("ties", f"{statistics.tie_share:.1%} of pairs"),
+        ("ties", f"{percent(statistics.tie_share)} of pairs"),
     ]
     if statistics.longest_wins is not None:
         metrics["longer_wins_share"] = statistics.longest_wins
-        summary.append(("longer completion wins", f"{statistics.longest_wins:.1%} of untied pairs"))
+        summary.append(("longer completion wins", f"{percent(statistics.longest_wins)} of untied pairs"))
     return metrics, summary
 
 
@@ -221,7 +222,9 @@ def _of_completions(completions: Sequence[Completion], summary: list[tuple[str, 
         "finished_share": sum(completion.finished for completion in completions) / len(completions),
         "empty_share": empty / len(completions),
     }
-    summary.append(("completions", f"{metrics['mean_tokens']:.1f} tokens, {metrics['finished_share']:.0%} finished"))
+    summary.append(
+        ("completions", f"{metrics['mean_tokens']:.1f} tokens, {percent(metrics['finished_share'])} finished")
+    )
     if empty:
         warn(f"{empty:,} of {len(completions):,} sampled completions are empty")
     return metrics

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf_cli.data.records import Ranking
 from rlhf_cli.files import write_whole
-from rlhf_cli.intervals import ENOUGH_PROMPTS
+from rlhf_cli.intervals import ENOUGH_PROMPTS, percent
 from rlhf_cli.rewards.estimates import Measured, measured_share
 from rlhf_cli.stages.reward_model.calibration import is_right
 from rlhf_cli.stages.reward_model.evaluation import RankingReport, preferred_pairs
@@ -43,7 +43,7 @@ def doubts(report: RankingReport) -> str | None:
     if found == "too few prompts":
         return (
             f"{accuracy.prompts:,} held-out {'prompt is' if accuracy.prompts == 1 else 'prompts are'} too few to say "
-            f"whether an accuracy of {accuracy.value:.1%} is better than chance; about {ENOUGH_PROMPTS} give an "
+            f"whether an accuracy of {percent(accuracy.value)} is better than chance; about {ENOUGH_PROMPTS} give an "
             "interval of +-10 points: label more, or raise `data.holdout`"
         )
     return f"the held-out accuracy of {accuracy} is no better than chance"
@@ -133,7 +133,7 @@ def quality_summary(report: RankingReport, train_accuracy: float) -> list[tuple[
     accuracy, longer = report.accuracy, report.always_longer.value
     rows = [
         ("held-out accuracy", f"{accuracy}, {accuracy.count:,} pairs of {accuracy.prompts:,} prompts"),
-        ("always the longer completion", f"{longer:.1%}; the shorter {1 - longer:.1%}"),
+        ("always the longer completion", f"{percent(longer)}; the shorter {percent(1 - longer)}"),
     ]
     if report.longer_chosen is not None and report.shorter_chosen is not None:
         text = f"{report.longer_chosen}, {report.shorter_chosen}"
@@ -143,7 +143,7 @@ def quality_summary(report: RankingReport, train_accuracy: float) -> list[tuple[
             "calibration error",
             f"{report.calibration.error.value:.3f}; about {report.calibration.if_calibrated:.3f} if calibrated",
         ),
-        ("accuracy in training", f"{train_accuracy:.1%}"),
+        ("accuracy in training", percent(train_accuracy)),
     ]
     if verdict(report) != "better than chance":
         rows.insert(1, ("verdict", verdict(report)))

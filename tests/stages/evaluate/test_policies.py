@@ -138,7 +138,7 @@ def test_the_tables_fit_80_columns():
         Console(width=80, file=screen).print(table)
     shown = screen.getvalue()
     assert all(len(line) <= 80 for line in shown.splitlines()), shown
-    for part in ("12 prompts", "gold", "entropy", "equal", "95 % interval", "sign p", "a_long_name", "0.400 to 0.600"):
+    for part in ("12 prompts", "gold", "entropy", "equal", "95% interval", "sign p", "a_long_name", "0.400 to 0.600"):
         assert part in shown
     assert "…" not in shown, "folded, not cut"
 
@@ -262,12 +262,12 @@ def test_the_precision_is_known_before_the_run(tmp_path, rlhf_here):
     named = sizes(f"evaluate: {{prompts: {tmp_path}/p.jsonl, policies: [{{model: x}}], samples_per_prompt: 4}}\n")
     assert named["completions per prompt, all models together"] == 12
     assert named["prompts to evaluate on, at most"] == 300
-    assert named["precision of a win rate near 50 %"] == "about +- 6 points"
+    assert named["precision of a win rate near 50%"] == "about +- 6 points"
     held_out = sizes(f"data: {{prompts: {tmp_path}/p.jsonl, holdout: 0.2}}\nevaluate: {{}}\n")
     assert 40 < held_out["prompts to evaluate on, at most"] < 80
     limited = sizes("evaluate: {prompts: not-here.jsonl, max_prompts: 60}\n")
-    assert limited["precision of a win rate near 50 %"] == "about +- 12 points"
-    assert "precision of a win rate near 50 %" not in sizes("evaluate: {}\n")
+    assert limited["precision of a win rate near 50%"] == "about +- 12 points"
+    assert "precision of a win rate near 50%" not in sizes("evaluate: {}\n")
 
 
 def test_recipe_show_finds_prompts_beside_the_recipe(rlhf, tmp_path):
@@ -275,7 +275,7 @@ def test_recipe_show_finds_prompts_beside_the_recipe(rlhf, tmp_path):
     (tmp_path / "here/p.jsonl").write_text("".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(60)))
     recipe_of(tmp_path / "here", "evaluate: {prompts: p.jsonl}\n")
     shown = rlhf("recipe", "show", "here/r.yaml").stdout
-    assert "#   evaluate: precision of a win rate near 50 %: about +- 12 points" in shown
+    assert "#   evaluate: precision of a win rate near 50%: about +- 12 points" in shown
     plain = json.loads(rlhf("recipe", "show", "here/r.yaml", "--json").stdout)
     assert plain["derived"]["evaluate"]["prompts to evaluate on, at most"] == 60
 

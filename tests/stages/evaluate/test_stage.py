@@ -27,6 +27,7 @@ from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.evaluate import run as evaluate
 from rlhf_cli.stages.inputs import Input
+from rlhf_cli.stages.model_names import model_names
 from tests.stages.context import stage_context
 
 
@@ -113,6 +114,9 @@ def test_held_out_prompts_alone_and_every_figure_from_the_samples(
     assert metrics["kl_nats"] == pytest.approx(sum(row["kl_nats"] for row in rows) / len(rows))
     assert metrics["kl_nats"] > 0
     assert json.loads((context.output / "metrics.json").read_text()) == metrics
+    (pair,) = json.loads((context.output / "evaluation.json").read_text())["pairs"]
+    assert pair["outcomes"] == {"wins": points.count(1.0), "ties": points.count(0.5), "losses": points.count(0.0)}
+    assert pair["identical_share"] == sum(row["baseline"] == row["policy"] for row in rows) / len(rows)
     shown = capsys.readouterr().err
     assert "policy preferred" in shown
     assert ("too few to say" in shown) is (metrics["win_rate_low"] <= 0.5 <= metrics["win_rate_high"])
@@ -127,7 +131,7 @@ def test_a_model_against_itself_is_a_tie_at_kl_0(tiny_llama, prompts, judge, tmp
     said = " ".join(capsys.readouterr().err.split())
     name = tiny_llama.name
     assert f"{metrics['prompts']:.0f} prompts are too few to say which of {name} (policy) and {name} is better" in said
-    assert f"evaluate: {metrics['prompts']:.0f} prompts: a win rate near 50 % will be known to about +- " in said
+    assert f"evaluate: {metrics['prompts']:.0f} prompts: a win rate near 50% will be known to about +- " in said
     assert "about 100 give an interval of +-10 points: raise `data.holdout` or set `evaluate.prompts`" in said
     assert metrics["win_rate"] == 0.5
     assert metrics["tie_rate"] == 1.0, "the same seeds for both"
@@ -338,13 +342,16 @@ def test_models_are_called_by_run_and_stage_and_apart(tmp_path, monkeypatch):
         if folder != "models/base":
             (tmp_path / folder / "manifest.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert evaluate.model_names("runs/a/ppo", f"{tmp_path}/runs/b/ppo") == ("a/ppo", "b/ppo")
-    assert evaluate.model_names("models/base", "acme/chat") == ("base", "acme/chat")
-    assert evaluate.model_names("runs/a/ppo", "other/a/ppo") == ("runs/a/ppo", "other/a/ppo")
-    assert evaluate.model_names("runs/a/ppo", "runs/a/ppo") == ("a/ppo", "a/ppo")
+    assert model_names("runs/a/ppo", f"{tmp_path}/runs/b/ppo") == ("a/ppo", "b/ppo")
+    assert model_names("models/base", "acme/chat") == ("base", "acme/chat")
+    assert model_names("runs/a/ppo", "other/a/ppo") == ("runs/a/ppo", "other/a/ppo")
+    assert model_names("runs/a/ppo", "runs/a/ppo") == ("a/ppo", "a/ppo")
     (tmp_path / "runs/a/ppo/steps/20").mkdir(parents=True)
-    assert evaluate.model_names("runs/a/ppo/steps/20") == ("a/ppo/steps/20",)
-    assert evaluate.model_names("/") == ("",), "a model directly below the root has no run"
+    assert model_names("runs/a/ppo/steps/20") == ("a/ppo/steps/20",)
+    (tmp_path / "copied/steps/20").mkdir(parents=True)
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    assert model_names("copied/steps/20", "checkpoints/4") == ("copied/steps/20", "checkpoints/4"), "never just 20"
+    assert model_names("/") == ("",), "a model directly below the root has no run"
 
 
 def test_the_table_fits_80_columns_with_long_names():

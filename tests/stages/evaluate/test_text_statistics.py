@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_cli.stages.evaluate.text_statistics import distinct, most_common_share, printable, repeated_share
+from rlhf_cli.stages.evaluate.text_statistics import (
+    Phrase,
+    distinct,
+    most_common_share,
+    phrases,
+    printable,
+    repeated_share,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,20 @@ def test_most_common_share():
 def test_distinct_pairs_of_words():
     assert distinct(["a b c", "a b d"], 2) == pytest.approx(3 / 4)  # ab bc ab bd
     assert distinct(["one"], 2) == 0.0
+
+
+def test_the_most_common_phrases_of_both_are_compared():
+    before = ["Well then we go home now.", "Well then we stay.", "No."]
+    after = ["Thank you for this. Be well my friend!", "thank  you for that. Be well my friend!", "No.", "Yes."]
+    found = phrases(before, after)
+    assert found.openings == (Phrase("thank you for", 0.0, 0.5), Phrase("well then we", 2 / 3, 0.0))
+    assert found.endings == (Phrase("well my friend!", 0.0, 0.5),)
+    assert phrases([""], [""]).openings == ()
+
+
+def test_at_most_three_phrases_of_each_are_compared_in_a_fixed_order():
+    texts = [f"{word} is it." for word in "zyxwv" for _ in range(2)]
+    assert [one.text for one in phrases(texts, texts).openings] == ["v is it.", "w is it.", "x is it."]
 
 
 def test_repeated_four_grams():

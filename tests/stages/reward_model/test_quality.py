@@ -10,6 +10,7 @@ from rlhf_cli.data.records import Ranking
 from rlhf_cli.stages.reward_model import quality_plot
 from rlhf_cli.stages.reward_model.evaluation import RankingReport, ranking_report
 from rlhf_cli.stages.reward_model.quality import quality_summary, verdict, write_quality
+from rlhf_cli.stages.reward_model.quality_charts import quality_charts
 
 
 def report_of(right: int, prompts: int) -> RankingReport:
@@ -41,3 +42,16 @@ def test_without_matplotlib_there_is_no_picture_and_a_line_says_why(tmp_path, mo
     write_quality(report_of(3, 4), tmp_path)
     assert not (tmp_path / "quality.png").exists()
     assert "no quality.png: matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_the_charts_show_what_the_file_holds():
+    report = report_of(20, 30)
+    reliability, margins, lengths = quality_charts(json.loads(json.dumps(report.to_json())))
+    (points,) = [one.points for one in reliability.series]
+    assert points == [(one.mean, one.accuracy.value) for one in report.reliability]
+    assert "Calibration error: " in reliability.caption
+    assert margins.x == "difference of the two rewards", "all pairs are one tier apart"
+    assert lengths.x_names == ["all pairs", "shorter chosen", "always the longer"]
+    assert [one.points[0][1] for one in lengths.series] == [2 / 3, 2 / 3, 0.0]
+    assert lengths.series[0].intervals == [(0.0, report.accuracy.low, report.accuracy.high)]
+    assert quality_charts({}) == []

@@ -51,7 +51,7 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "entropy",
         "entropy",
-        "falls to {value:.0%} of what it was: {start:.3f} to {now:.3f} nats per token",
+        "falls to {value:z.1%} of what it was: {start:.3f} to {now:.3f} nats per token",
         "the policy gives almost the same completion to every prompt, and stops exploring",
         ("raise `ppo.kl_coef`, or add `ppo.entropy_coef` (0.001 to 0.01)", "lower `ppo.learning_rate` or `ppo.epochs`"),
         "share",
@@ -67,21 +67,22 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "reward_range",
         "reward range",
-        "{now:.0%} of the rewards are outside {what}, the range of the held-out rankings",
+        "{now:z.1%} of the rewards are outside {what}, the range of the held-out rankings",
         "the reward model extrapolates: its accuracy was measured on completions with other rewards",
         (_HOLD, "label completions of this policy and train the reward model on them too"),
     ),
     Detector(
         "phrase",
         "phrase",
-        '"{what}" pays, and is in completions of {now:.0%} of the prompts, of {start:.0%} at the start',
+        '"{what}" pays, and is in completions of {now:z.1%} of the prompts, of {start:z.1%} at the start',
         "the reward pays for a phrase, which the policy then gives to every prompt",
         (_FUNCTION, "raise `ppo.kl_coef`", "label such completions as bad and train the reward model on them too"),
     ),
     Detector(
         "repetition",
         "repetition",
-        "{now:.0%} of the sequences of four words repeat an earlier one of their completion, {start:.0%} at the start",
+        "{now:z.1%} of the sequences of four words repeat an earlier one of their completion, {start:z.1%} at the "
+        "start",
         "the reward counts something that repetition multiplies",
         (_FUNCTION, "raise `ppo.kl_coef`"),
         "rise",

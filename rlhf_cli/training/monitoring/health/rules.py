@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from rlhf_cli.intervals import percent
 from rlhf_cli.training.monitoring.curves import Curve
 from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, STEP_LARGE, Finding, Run, Severity
 
@@ -194,7 +195,8 @@ def entropy(run: Run) -> Iterator[Finding]:
         yield Finding(
             "entropy",
             "bad" if share < ENTROPY_COLLAPSED else "look",
-            f"falls to {share:.0%} of what it was: {first.mean:.3f} to {last.mean:.3f} nats per token ({last.when})",
+            f"falls to {percent(share)} of what it was: {first.mean:.3f} to {last.mean:.3f} nats per token "
+            f"({last.when})",
             "the policy gives almost the same completion to every prompt, and stops exploring",
             (
                 "raise `ppo.kl_coef`, or add `ppo.entropy_coef` (0.001 to 0.01)",
@@ -241,7 +243,7 @@ def ended(run: Run) -> Iterator[Finding]:
         yield Finding(
             "end tokens",
             "bad" if last < ENDED_HARDLY else "look",
-            f"{last:.0%} of the completions finish ({curve.last().when}); {first:.0%} did at the start",
+            f"{percent(last)} of the completions finish ({curve.last().when}); {percent(first)} did at the start",
             "completions are cut off: the limit is too low, the model uses another stop token, or rewards prefer it",
             (
                 "set `ppo.missing_eos_reward` (-1 with normalized rewards), or `ppo.missing_eos_penalty`",

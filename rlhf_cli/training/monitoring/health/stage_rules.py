@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rlhf_cli.intervals import percent, percent_span
 from rlhf_cli.training.monitoring.curves import Curve
 from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, Finding
 
@@ -53,7 +54,7 @@ def judge_reward_model(rows: Sequence[Mapping[str, Any]], metrics: Metrics) -> I
         yield from _training_accuracy(Curve.of(rows, "accuracy"))
         return
     low, high = metrics.get("rm/accuracy_low") or 0.0, metrics.get("rm/accuracy_high") or 1.0
-    seen = f"{accuracy:.1%} of the held-out pairs ({low:.1%} to {high:.1%})"
+    seen = f"{percent(accuracy)} of the held-out pairs ({percent_span(low, high)})"
     more = ("label more prompts", "check that the best completion stands first (or is `chosen`) in all of the data")
     if high < CHANCE:
         yield Finding("accuracy", "bad", f"below chance: {seen}", "the labels are reversed", more[1:])
@@ -71,7 +72,7 @@ def judge_evaluation(_rows: Sequence[Mapping[str, Any]], metrics: Metrics) -> It
     rate, low, high = (metrics.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high"))
     if rate is None or low is None or high is None:
         return
-    seen = f"win rate {rate:.1%} ({low:.1%} to {high:.1%}) against the baseline"
+    seen = f"win rate {percent(rate)} ({percent_span(low, high)}) against the baseline"
     if high < CHANCE:
         means = "training made the completions worse than those it started from"
         change = ("read the completions of `evaluate`", "compare the reward with what decides the wins")
@@ -116,7 +117,7 @@ def _training_accuracy(curve: Curve) -> Iterator[Finding]:
     if len(curve) < MIN_STEPS:
         return
     late = curve.last(1 / 3)
-    seen = f"{late.mean:.1%} of the pairs in training ({late.when})"
+    seen = f"{percent(late.mean)} of the pairs in training ({late.when})"
     if late.mean - LIKELY * late.error <= CHANCE:
         means = "nothing is learned from the rankings yet"
         change = ("raise `train_rm.learning_rate` or `train_rm.epochs`", "check the labels")
@@ -130,7 +131,7 @@ def _overfit(accuracy: float, in_training: float | None) -> Iterator[Finding]:
         yield Finding(
             "overfitting",
             "look",
-            f"accuracy {in_training:.1%} in training, {accuracy:.1%} on held-out prompts",
+            f"accuracy {percent(in_training)} in training, {percent(accuracy)} on held-out prompts",
             "it memorizes its rankings: PPO will find completions on which it is wrong",
             ("lower `train_rm.epochs` or `train_rm.learning_rate`", "label more prompts"),
         )
@@ -143,8 +144,8 @@ def _length(accuracy: float, metrics: Metrics) -> Iterator[Finding]:
             yield Finding(
                 "reward and length",
                 "look",
-                f"always preferring the {which} completion is right for {share:.1%} of the pairs, the reward model for "
-                f"{accuracy:.1%}",
+                f"always preferring the {which} completion is right for {percent(share)} of the pairs, the reward "
+                f"model for {percent(accuracy)}",
                 "length alone explains the labels as well: PPO may only change the length",
                 ("label pairs of similar length", "set `ppo.length_penalty`, and watch `length/mean`"),
             )

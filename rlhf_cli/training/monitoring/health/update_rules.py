@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from rlhf_cli.intervals import percent
 from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, STEP_LARGE, Finding, Run, Severity
 
 RATIO_OFF, RATIO_BROKEN = 0.01, 0.05
@@ -50,7 +51,9 @@ def step_size(run: Run) -> Iterator[Finding]:
     if not len(moved) or not run.reuses_completions:
         return
     share = clipped.mean if len(clipped) else 0.0
-    seen = f"approximate KL {moved.mean:.2g} nats per token, {share:.0%} of tokens clipped (means over {moved.when})"
+    seen = (
+        f"approximate KL {moved.mean:.2g} nats per token, {percent(share)} of tokens clipped (means over {moved.when})"
+    )
     if moved.mean > STEP_LARGE or share > CLIPPED_OFTEN:
         severity: Severity = "bad" if moved.mean > STEP_TOO_LARGE or share > CLIPPED_MOSTLY else "look"
         means = "updates move the policy further than its completions justify"

@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rlhf_cli.report.charts import Mark, Series, chart, ticks
+from rlhf_cli.charts.chart import Chart, Mark, Series, ticks
+from rlhf_cli.charts.svg import svg
 
 
 def drawn(*series: Series, **options) -> ElementTree.Element:
-    svg = chart(series, title="a title", x="step", y="reward", **options)
-    return ElementTree.fromstring(svg)
+    return ElementTree.fromstring(svg(Chart("a title", "", series, x="step", y="reward", **options)))
 
 
 def texts(picture: ElementTree.Element, name: str) -> list[ElementTree.Element]:
@@ -43,9 +43,10 @@ def test_a_line_goes_where_the_values_are():
     assert (y1, y2) == pytest.approx((zero - 4, one - 4), abs=0.1)
 
 
-def test_a_single_point_is_a_dot_and_no_point_is_no_chart():
-    assert len(list(drawn(Series("", [(3, 2.0)])).iter("circle"))) == 1
-    assert chart([Series("", [])], title="", x="", y="") == ""
+def test_a_single_point_is_a_dot_and_a_series_without_points_is_not_drawn():
+    picture = drawn(Series("", [(3, 2.0)]), Series("absent", []))
+    assert len(list(picture.iter("circle"))) == 1
+    assert texts(picture, "name") == []
 
 
 def test_equal_values_have_an_axis():
@@ -68,8 +69,23 @@ def test_marks_and_intervals_are_within_the_axes():
         assert all(0 <= number <= 560 for number in numbers)
 
 
+def test_a_band_is_one_area_within_the_axes():
+    picture = drawn(Series("", [(0, 1.0), (4, 2.0)], band=[(0, -3.0, 5.0), (4, 1.0, 3.0)]))
+    (area,) = [path.get("d") for path in picture.iter("path") if path.get("class") == "band c0"]
+    heights = [float(pair.split()[1]) for pair in area[1:-1].split("L")]
+    assert area.endswith("Z")
+    assert heights == sorted(heights[:2]) + sorted(heights[2:], reverse=False)
+    assert 12 <= min(heights) < max(heights) <= 240
+
+
+def test_categories_are_named_in_place_of_numbers():
+    picture = drawn(Series("", [(0.0, 1.0), (1.0, 2.0)], kind="dots"), x_names=["all pairs", "longer"])
+    named = [text.text for text in texts(picture, "tick") if text.get("text-anchor") == "middle"]
+    assert named == ["all pairs", "longer"]
+
+
 def test_names_are_escaped():
-    svg = chart([Series("<script>alert(1)</script>", [(0, 1.0)])], title='"><b>', x="<x>", y="&")
-    assert "<script>" not in svg
-    assert "<b>" not in svg
-    ElementTree.fromstring(svg)
+    hostile = Chart('"><b>', "", [Series("<script>alert(1)</script>", [(0, 1.0)])], x="<x>", y="&")
+    assert "<script>" not in svg(hostile)
+    assert "<b>" not in svg(hostile)
+    ElementTree.fromstring(svg(hostile))
