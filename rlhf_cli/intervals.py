@@ -44,9 +44,9 @@ class Measure:
         return plain | {"n": self.n} | ({"missing": self.missing} if self.missing else {})
 
 
-def percent(share: float) -> str:
-    """Return a share as tables, pages, cards and sentences write it, such as "83.7%"."""
-    return f"{share:z.1%}"
+def percent(share: float | None) -> str:
+    """Return a share as tables, pages, cards and sentences write it, such as "83.7%"; "not known" without one."""
+    return "not known" if share is None else f"{share:z.1%}"
 
 
 def percent_span(low: float | None, high: float | None) -> str:

@@ -17,6 +17,8 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, GRAY)
 """By the number of a series' color."""
 _WIDTH, _HEIGHT = 6.4, 3.6
 """Size of a chart in a file of its own, in inches."""
+_LEFT, _BOTTOM, _TOP, _LINE, _CHARACTER = 0.72, 0.52, 0.42, 0.15, 0.08
+"""Margins, height of a line of the caption and width of a character of a name, in inches."""
 _CAPTION = 96
 """Characters of a line of the caption."""
 _NAME = 0.07
@@ -30,10 +32,18 @@ def write_png(chart: Chart, path: Path) -> None:
         OSError: the file cannot be written.
     """
     picture = new_picture(_WIDTH, _HEIGHT, chart.spoken)
+    caption = textwrap.wrap(chart.caption, _CAPTION)
+    longest = max(len(one.name) for one in chart.drawn)
+    picture.set_layout_engine(None)  # it would draw everything twice
+    picture.subplots_adjust(
+        left=_LEFT / _WIDTH,
+        right=1 - max(0.15, min(2.2, 0.1 + _CHARACTER * longest)) / _WIDTH,
+        bottom=_BOTTOM / _HEIGHT,
+        top=1 - (_TOP + _LINE * len(caption)) / _HEIGHT,
+    )
     axes = picture.subplots()
     draw(axes, chart)
-    caption = "\n".join(textwrap.wrap(chart.caption, _CAPTION))
-    axes.set_title(caption, loc="left", fontsize=8, color=GRAY, parse_math=False)
+    axes.set_title("\n".join(caption), loc="left", fontsize=8, color=GRAY, parse_math=False)
     save(picture, path)
 
 
@@ -68,9 +78,10 @@ def draw(axes: Axes, chart: Chart, *, title: str = "") -> None:
 def _series(axes: Axes, one: Series) -> None:
     color = _color(one.color)
     if one.band:
-        axes.fill_between(*_columns(one.band), color=color, alpha=0.12, linewidth=0)
-    for x, low, high in one.intervals:
-        axes.plot([x, x], [low, high], color=color, linewidth=1.1, clip_on=False)
+        steps, lower, upper = _columns(one.band)
+        axes.fill_between(steps, lower, upper, color=color, alpha=0.12, linewidth=0)
+    for at, low, high in one.intervals:
+        axes.plot([at, at], [low, high], color=color, linewidth=1.1, clip_on=False)
     has_line = one.kind != "dots" and len(one.points) > 1
     has_dots = one.kind != "line" or len(one.points) == 1
     width = 0.9 if one.color == "muted" else 1.6

@@ -49,6 +49,7 @@ class TorchGenerator:
             ModelError: a prompt is empty.
             DivergedError: the model's logits are not finite.
         """
+        _check_prompts(requests)
         order = _order(requests)
         with policy.model() as model, policy.autocast(), merged_adapters(model), evaluating(model):
             drawing = _Drawing(policy, [requests[row].seed for row in order], model.device, progress, stop)
@@ -68,7 +69,7 @@ def stream(policy: Policy, request: Request) -> Generator[Completion]:
         ModelError: the prompt is empty.
         DivergedError: the model's logits are not finite.
     """
-    _order([request])
+    _check_prompts([request])
     with ExitStack() as kept:
         model = kept.enter_context(policy.model())
         kept.enter_context(evaluating(model))
@@ -142,18 +143,17 @@ class _Drawing:
         return tokens, staying
 
 
-def _order(requests: Sequence[Request]) -> list[int]:
-    """Return the longest prompts first, so that what does not fit into memory shows at once; equal ones side by side.
-
-    Raises:
-        ModelError: a prompt is empty.
-    """
+def _check_prompts(requests: Sequence[Request]) -> None:
     for index, request in enumerate(requests):
         if not request.prompt_ids:
             raise ModelError(
                 f"prompt {index} has no tokens, and this tokenizer puts none in front",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
+
+
+def _order(requests: Sequence[Request]) -> list[int]:
+    """The longest prompts first, so that what does not fit into memory shows at once; equal ones side by side."""
     return sorted(range(len(requests)), key=lambda row: (-len(requests[row].prompt_ids), requests[row].prompt_ids))
 
 

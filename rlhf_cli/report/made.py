@@ -22,8 +22,8 @@ def _parts(run: RunFiles) -> Iterator[str]:
     if "sft" in run.manifests:
         metrics = run.manifests["sft"].metrics
         yield (
-            f"{_base(run, 'sft')} was fine-tuned on {_count(metrics['records'], 'demonstration')} "
-            f"({_count(metrics['steps'], 'step')})"
+            f"{_base(run, 'sft')} was fine-tuned on {_count(metrics.get('records'), 'demonstration')} "
+            f"({_count(metrics.get('steps'), 'step')})"
         )
     if "train-rm" in run.manifests:
         yield f"a reward model was trained on {_rankings(run)}"
@@ -48,7 +48,9 @@ def _rankings(run: RunFiles) -> str:
     )
     if label is None or own.get("data"):
         return f"the rankings in `{_short(own['data'])}`" if own.get("data") else "rankings"
-    size = f"{_count(label.metrics['completions'], 'completion')} of {_count(label.metrics['prompts'], 'prompt')}"
+    size = (
+        f"{_count(label.metrics.get('completions'), 'completion')} of {_count(label.metrics.get('prompts'), 'prompt')}"
+    )
     settings: Mapping[str, Any] = label.settings.get("label", {})
     by = settings.get("by")
     if by == "import":
@@ -66,8 +68,8 @@ def _ppo(run: RunFiles) -> str:
     steps = rows[-1]["step"] if rows else settings.get("steps", 0)
     what = "it" if "sft" in run.manifests and not settings.get("model") else _base(run, "ppo")
     drawn = manifest.metrics.get("episode")
-    completions = "" if drawn is None else f", {_count(drawn, 'completion')}"
-    return f"PPO trained {what} for {_count(steps, 'step')}{completions}, to raise {_rewards(run, settings)}"
+    completions = "" if drawn is None else f" ({_count(drawn, 'completion')})"
+    return f"PPO trained {what} for {_count(steps, 'step')}{completions} to raise {_rewards(run, settings)}"
 
 
 def _rewards(run: RunFiles, settings: Mapping[str, Any]) -> str:
@@ -75,7 +77,7 @@ def _rewards(run: RunFiles, settings: Mapping[str, Any]) -> str:
     if settings.get("reward_model"):
         found.append(f"the reward of `{_short(settings['reward_model'])}`")
     elif "reward_model" in run.manifests["ppo"].identity["inputs"]:
-        found.append("its reward")
+        found.append("the reward of that model" if "train-rm" in run.manifests else "the reward of a reward model")
     for entry in settings.get("rewards", ()):
         source = entry.get("function") or entry.get("model") or entry.get("url")
         if source and entry.get("weight"):
@@ -83,7 +85,10 @@ def _rewards(run: RunFiles, settings: Mapping[str, Any]) -> str:
     return " and ".join(found) or "its reward"
 
 
-def _count(value: float, name: str) -> str:
+def _count(value: float | None, name: str) -> str:
+    """Return a number of things; only their name where it was not counted."""
+    if value is None:
+        return f"{name}s"
     return f"{value:,.0f} {name}{'' if value == 1 else 's'}"
 
 

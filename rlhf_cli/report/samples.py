@@ -45,7 +45,7 @@ def _sample(row: Mapping[str, Any], pair: Mapping[str, Any]) -> Sample:
     prompt, rest = shortened(_prompt(row["prompt"]), _LONGEST_PROMPT)
     pieces = side_by_side(row["baseline"], row["policy"])
     sides = [
-        Side(f"{pair[side]}{_score(row, side)}", row["winner"] == side, own)
+        Side(f"{pair[side]}{_notes(row, side)}", row["winner"] == side, own)
         for side, own in zip(("baseline", "policy"), pieces, strict=True)
     ]
     return Sample(row["winner"], row["chosen_as"], f"{prompt}{rest}", sides)
@@ -57,8 +57,11 @@ def _prompt(plain: Any) -> str:
     return prompt_text(tuple(Message(turn["role"], turn["content"]) for turn in plain))
 
 
-def _score(row: Mapping[str, Any], side: str) -> str:
-    found = [f"{name} {row[f'{name}_{side}']:.2f}" for name in ("gold", "reward") if f"{name}_{side}" in row]
+def _notes(row: Mapping[str, Any], side: str) -> str:
+    """Return what follows the name of a model: whether it is preferred, its scores, and whether it was cut."""
+    found = ["preferred"] if row["winner"] == side else []
+    found += [f"{name} {row[f'{name}_{side}']:.2f}" for name in ("gold", "reward") if f"{name}_{side}" in row]
+    found += [] if row.get(f"finished_{side}", True) else ["cut at the limit of tokens"]
     return f" · {' · '.join(found)}" if found else ""
 
 

@@ -29,6 +29,8 @@ _EQUAL = 0.05
 """Relative difference up to which lengths, or shares of distinct word pairs, are called about equal."""
 _REPEATS = 0.01
 """Difference of repeated sequences from which it is named, as a share."""
+_ENDS = 0.05
+"""Difference of the shares of finished completions from which it is named."""
 _RARE = 0.02
 """Difference of the shares of a phrase from which it is named."""
 
@@ -105,6 +107,10 @@ def _of_texts(policy: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterato
     (now, before), ratio = both("tokens"), _ratio(*both("tokens"))
     length = "about as long" if abs(ratio - 1) <= _EQUAL else f"{ratio:.2f} times as long"
     yield f"{length} ({now:.1f} in place of {before:.1f} tokens)"
+    now, before = both("finished")
+    if abs(now - before) >= _ENDS:
+        often = "more" if now > before else "less"
+        yield f"{often} often finished before the limit of tokens ({percent(now)} in place of {percent(before)})"
     (now, before), ratio = both("distinct_2"), _ratio(*both("distinct_2"))
     varied = "about as" if abs(ratio - 1) <= _EQUAL else "more" if ratio > 1 else "less"
     yield f"{varied} varied ({now:.2f} in place of {before:.2f} distinct word pairs per word pair)"

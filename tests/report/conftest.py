@@ -158,7 +158,8 @@ def _samples(seed: int, gain: float, *, hostile: bool) -> str:
         row = {
             "prompt": f"Question {number}?", "baseline": " ".join(first), "policy": " ".join(second),
             "gold_baseline": gold[0], "gold_policy": gold[1], "tokens_baseline": 20, "tokens_policy": 20,
-            "finished_policy": True, "winner": "policy" if gold[1] > gold[0] else "baseline",
+            "finished_baseline": number > 0, "finished_policy": True,
+            "winner": "policy" if gold[1] > gold[0] else "baseline",
         }  # fmt: skip
         if hostile:
             row |= {"prompt": HOSTILE, "baseline": HOSTILE, "policy": HOSTILE[::-1]}

@@ -20,6 +20,7 @@ from rlhf_cli.report import build
 from rlhf_cli.report.build import write_charts, write_report
 from rlhf_cli.report.gather import read_run
 from rlhf_cli.report.made import how_it_was_made
+from rlhf_cli.report.samples import samples
 from rlhf_cli.report.verdict import verdict
 from rlhf_cli.stages.best_of_n.curve import measure
 
@@ -138,6 +139,14 @@ def test_samples_are_the_best_the_worst_and_others(runs):
     assert shown.rows[gains.index(best)]["chosen_as"] == "largest gain"
 
 
+def test_a_sample_says_which_is_preferred_and_what_was_cut(runs):
+    first, *others = samples(read_run(runs.write()))
+    assert "cut at the limit of tokens" in first.sides[0].label
+    assert not any("cut at" in side.label for sample in others for side in sample.sides)
+    for sample in (first, *others):
+        assert [side.won for side in sample.sides] == [" · preferred · gold " in side.label for side in sample.sides]
+
+
 def test_cards_are_what_the_hub_reads_and_change_no_artifact(runs):
     run = runs.write()
     before = read_manifest(run / "ppo").content_digest
@@ -222,8 +231,8 @@ def test_one_sentence_says_how_it_was_made(runs):
     report = write_report([run], run / "report.html")
     said = (
         "`org/base` was fine-tuned on 900 demonstrations (40 steps); a reward model was trained on 1,280 completions "
-        "of 320 prompts, ranked by the function `judge.py:score`; PPO trained it for 40 steps, 640 completions, to "
-        "raise its reward."
+        "of 320 prompts, ranked by the function `judge.py:score`; PPO trained it for 40 steps (640 completions) to "
+        "raise the reward of that model."
     )
     assert list(report.page.made) == [said]
     assert json.loads(report.plain.read_text())["made"] == [said]
@@ -253,7 +262,7 @@ def test_ppo_on_its_own_says_what_it_trained_and_for_which_rewards(runs):
     section = {"ppo": {"model": "runs/x/y/sft", "steps": 5, "rewards": rewards}}
     runs.stage(found, "ppo", settings={}, sections=section, inputs={"policy": "a"})
     assert how_it_was_made(read_run(found)) == (
-        "PPO trained `sft` for 5 steps, to raise the reward of `b.py:score` and that of `http://127.0.0.1:80/x`."
+        "PPO trained `sft` for 5 steps to raise the reward of `b.py:score` and that of `http://127.0.0.1:80/x`."
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_cli.training.monitoring.curves import Curve
+
+_Point = TypeVar("_Point")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _value(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+def thinned(points: Sequence[_Point], most: int) -> list[_Point]:
     """Return at most about `most` points of a curve, evenly spread, the last one among them."""
     step = max(1, -(-len(points) // most))
     return [*points[::step], *(points[-1:] if (len(points) - 1) % step else ())]
