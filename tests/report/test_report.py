@@ -296,7 +296,9 @@ def test_a_share_has_the_same_digits_everywhere(runs):
     said = "80.0% of comparisons on 60 held-out prompts (95% interval 68.0% to 89.0%): 48 wins, 1 tie and 11 losses."
     assert said in report.page.verdict.reason
     assert said in (run / "ppo" / "README.md").read_text()
-    shown = re.sub(r"<svg.*?</svg>|<style>.*?</style>|<details>.*?</details>", "", report.html.read_text(), flags=re.S)
+    shown = re.sub(
+        r"<figure.*?</figure>|<style>.*?</style>|<details>.*?</details>", "", report.html.read_text(), flags=re.S
+    )
     digits = {len(part) for whole, part in re.findall(r"(\d+)(?:\.(\d+))?%", shown) if whole not in ("95", "50")}
     assert digits == {1}
 
