@@ -114,7 +114,7 @@ CASES = [
     pytest.param(
         "val/num_eos_tokens", lambda t, v: v * (1 - 0.45 * t), "end tokens", "look", "at the start", id="fewer ends"
     ),
-    pytest.param("val/num_eos_tokens", lambda t, v: 2.0, "end tokens", "bad", "3%", id="no ends"),
+    pytest.param("val/num_eos_tokens", lambda t, v: 2.0, "end tokens", "bad", "3.1%", id="no ends"),
     pytest.param("val/first_epoch_ratio", lambda t, v: v + 0.02, "first ratio", "look", "0.020", id="first ratio off"),
     pytest.param("val/first_epoch_ratio", lambda t, v: v - 0.1, "first ratio", "bad", "0.100", id="first ratio wrong"),
     pytest.param("val/first_epoch_approxkl", lambda t, v: 0.005, "first ratio", "look", "5.0e-03", id="numeric noise"),
