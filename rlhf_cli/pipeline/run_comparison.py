@@ -264,7 +264,7 @@ def _pair(
         better = second.name if joint.second > joint.first else first.name
     says = _sentence(first, second, decides, joint, len(prompts))
     if comparisons > 1:
-        says += f"; 95 % holds for all {comparisons} comparisons together"
+        says += f"; 95% holds for all {comparisons} comparisons together"
     return PairOfGroups(first.name, second.name, found, says, better)
 
 

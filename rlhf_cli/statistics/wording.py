@@ -38,7 +38,7 @@ def conclusion(win_rate: Measure, policy: str, baseline: str, *, comparisons: in
         baseline: name of the baseline.
         comparisons: number of pairs that were compared; their sentences hold together.
     """
-    suffix = f"; 95 % holds for all {comparisons} pairs together" if comparisons > 1 else ""
+    suffix = f"; 95% holds for all {comparisons} pairs together" if comparisons > 1 else ""
     return _conclusion(win_rate, policy, baseline) + suffix
 
 

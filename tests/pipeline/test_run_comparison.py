@@ -113,7 +113,7 @@ def test_several_comparisons_need_more_to_be_sure(runs):
     among = compare_runs([*first, *second, *others]).pairs[0]
     assert (alone.better, among.better) == ("ppo.kl_coef 0.02", None)
     assert "together" not in alone.says
-    assert among.says.endswith("95 % holds for all 4 comparisons together")
+    assert among.says.endswith("95% holds for all 4 comparisons together")
     assert among.measures == alone.measures, "the table shows each pair alone"
 
 
