@@ -69,10 +69,10 @@ def draw(axes: Axes, chart: Chart, *, title: str = "") -> None:
         axes.text(0.99, mark.value, mark.label, transform=across, ha="right", va="bottom", color=GRAY, fontsize=8)
     for one in chart.drawn:
         _series(axes, one)
-    places = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+    anchor = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
     for one, share in chart.names(_NAME):
         style = {"color": _color(one.color), "fontsize": 8, "fontweight": "bold", "parse_math": False}
-        axes.annotate(one.name, (1.0, share), (5, 0), **places, **style)
+        axes.annotate(one.name, (1.0, share), (5, 0), **anchor, **style)
 
 
 def _series(axes: Axes, one: Series) -> None:

@@ -96,10 +96,10 @@ class Display:
 
     def _picture(self, *, is_whole: bool) -> RenderableType:
         """Return all replies; while they are written, their last lines, as many as the screen has room for."""
-        room = self._console.height
+        screen = self._console.height
         if self._column:
-            return self._columns(None if is_whole else max(3, room - _HEADS))
-        height = None if is_whole else max(1, room // len(self._names) - _BETWEEN)
+            return self._columns(None if is_whole else max(3, screen - _HEADS))
+        height = None if is_whole else max(1, screen // len(self._names) - _BETWEEN)
         return Group(*(part for name in self._names for part in self._one(name, height)))
 
     def _columns(self, height: int | None) -> RenderableType:
