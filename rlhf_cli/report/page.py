@@ -26,7 +26,7 @@ from rlhf_cli.report.tables import Table, changes, score_tables, text_tables
 from rlhf_cli.report.texts import shortened
 from rlhf_cli.report.verdict import Verdict, deciding, first_pair, outcomes_of, verdict, verdict_on_comparison
 from rlhf_cli.stages.reward_model.quality_charts import quality_charts
-from rlhf_cli.training.monitoring.stage_charts import HOW_TO_READ
+from rlhf_cli.training.monitoring.stage_charts import CAPTIONS, COLORS
 
 _AGAINST_KL = (
     "A reward that rises while the judge's score falls is over-optimization. Where `rlhf best-of-n` was run with a "
@@ -211,7 +211,11 @@ def _sections(runs: Sequence[RunFiles], comparison: RunComparison | None) -> lis
                 charts=[against],
             )
         )
-    lines = [*apart, *(line for one in runs for line in _detections(one)), *([HOW_TO_READ] if len(runs) == 1 else [])]
+    lines = [
+        *apart,
+        *(line for one in runs for line in _detections(one)),
+        *([f"{COLORS} {CAPTIONS}"] if len(runs) == 1 else []),
+    ]
     found.append(Section("PPO", lines, charts=training_charts(runs, "ppo")))
     found.append(Section("Reward model", charts=[*_quality(runs), *training_charts(runs, "train-rm")]))
     found.append(Section("Supervised fine-tuning", charts=training_charts(runs, "sft")))

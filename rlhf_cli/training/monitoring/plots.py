@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf_cli.plotting import has_matplotlib, new_picture, save
 from rlhf_cli.progress import say
 from rlhf_cli.training.monitoring.stage_charts import (
-    HOW_TO_READ,
+    COLORS,
     Rows,
     RunCurves,
     panel_charts,
@@ -43,7 +43,7 @@ def draw_curves(rows: Rows, path: Path, *, title: str) -> bool:
     columns = min(_COLUMNS, len(charts))
     lines = -(-len(charts) // columns)
     picture = new_picture(_WIDTH * columns, _HEIGHT * lines + 0.4, title)
-    picture.supxlabel(HOW_TO_READ, fontsize=8, x=0.01, ha="left")
+    picture.supxlabel(COLORS, fontsize=8, x=0.01, ha="left")
     grid = list(picture.subplots(lines, columns, squeeze=False).flat)
     for axes, chart in zip(grid, charts, strict=False):
         draw(axes, chart, title=chart.title)

@@ -12,10 +12,8 @@ from rlhf_cli.training.monitoring.panels import PANELS, Panel, thinned, trace
 
 Rows = Sequence[Mapping[str, Any]]
 
-HOW_TO_READ = (
-    "Gray: single steps. Blue: running mean, with the spread within a step where that is known. Orange: held-out "
-    "prompts. Numbers: means of the first and last tenth."
-)
+COLORS = "Gray: single steps. Blue: running mean, with the spread within a step where known. Orange: held-out prompts."
+CAPTIONS = "Numbers: means of the first and last tenth."
 _POINTS = 400
 """Points of a curve: more cannot be seen."""
 
