@@ -158,7 +158,7 @@ def tiles(run: RunFiles) -> list[Tile]:
     if pair is not None:
         assert run.evaluation is not None
         rate, models = deciding(pair), run.evaluation["models"]
-        note = f"95% interval over prompts: {percent_span(rate['low'], rate['high'])}; 50% is equal{_outcomes(pair)}"
+        note = f"95%: {percent_span(rate['low'], rate['high'])}; 50% is equal{_outcomes(pair)}"
         found.append(Tile("preferred to the baseline", percent(rate["value"]), note))
         for name, label in (("gold", "gold score"), ("reward", "reward")):
             if name in pair["differences"]:
