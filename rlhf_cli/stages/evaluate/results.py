@@ -95,8 +95,8 @@ class Pair:
             "differences": {name: found.to_json() for name, found in self.differences.items()},
         }
         if self.kl:
-            plain["kl_nats"] = {found.estimator: found.to_json() for found in self.kl}
-            plain["kl_nats"]["disagreement"] = self.kl_disagreement
+            estimates: dict[str, Any] = {found.estimator: found.to_json() for found in self.kl}
+            plain["kl_nats"] = estimates | {"disagreement": self.kl_disagreement}
         if self.alignment_tax is not None:
             plain["alignment_tax_nats_per_token"] = self.alignment_tax.to_json()
         return plain | {"conclusion": self.conclusion}
