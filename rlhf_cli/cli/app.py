@@ -18,7 +18,8 @@ _STAGES = {
 }
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("rlhf_cli.cli.quickstart:quickstart", "Run the whole pipeline on a tiny model, in minutes."),
-    "init": ("rlhf_cli.cli.init:init", "Write starter recipes and sample data to a folder."),
+    "start": ("rlhf_cli.cli.start:start", "Get a recipe for your model and data from a few questions."),
+    "init": ("rlhf_cli.cli.init:init", "Write a recipe from options, or starter recipes to a folder."),
     "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe; resume an interrupted run."),
     **{name: _STAGES.get(name, ("rlhf_cli.cli.label.commands:app", REGISTRY[name][1])) for name in REGISTRY},
     "overopt": ("rlhf_cli.cli.overopt:overopt", "Find how far proxies of a gold reward can be optimized."),
@@ -97,7 +98,8 @@ def rlhf(
 
     \b
     To start:
-      rlhf quickstart
+      rlhf quickstart     the whole pipeline on a tiny model
+      rlhf start          a recipe for your own model and data
 
     Results are printed on stdout, messages and progress on stderr.
 

@@ -1,25 +1,52 @@
-"""`rlhf init`: write starter recipes and sample data."""
+"""`rlhf init`: write a recipe for a model and prompts, or starter recipes and sample data."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from rlhf_cli.cli import options
+from rlhf_cli.cli.start import CHOICES
+
 _PARTS = ("recipes", "data_samples")
+_PATH = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE|DIR]", help="Recipe to write; or, without options, a folder.")
+]
 
 
-def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to; created if missing.")],
-) -> None:
-    """Write starter recipes and sample data to a folder; existing files are never overwritten."""
+def init(**given: Any) -> None:
+    """Write a recipe for your model and prompts, or, without options, starter recipes and sample data to a folder.
+
+    \b
+      rlhf init mine.yaml --model MODEL --prompts FILE    a recipe; you rank the completions
+      rlhf init DIR                                       starter recipes and sample data
+
+    Model and data are checked first. `--labels`, `--judge` or `--reward` say who decides in your place. Existing files
+    are never overwritten without --force; `rlhf start` asks for the same in a dialogue.
+    """
+    from rlhf_cli.cli.start import write
+    from rlhf_cli.errors import UsageError
     from rlhf_cli.progress import say
 
-    count = write_starter(folder)
-    say(f"wrote {count} files; next, run\n\n  cd {folder}\n  rlhf run recipes/quickstart.yaml\n")
-    typer.echo(folder)
+    path: Path | None = given["path"]
+    if given["model"] is not None and given["prompts"] is not None:
+        write(given, path or Path("mine.yaml"))
+        return
+    if any(given[one.name] for one in CHOICES):
+        raise UsageError(
+            "a recipe needs `--model` and `--prompts`", hint="give both; `rlhf start` asks for what is missing"
+        )
+    if path is None:
+        raise UsageError(
+            "name a folder for starter recipes and sample data, or give `--model` and `--prompts`",
+            hint="rlhf init my-run, or rlhf init mine.yaml --model MODEL --prompts FILE, or rlhf start",
+        )
+    count = write_starter(path)
+    say(f"wrote {count} files; next, run\n\n  cd {path}\n  rlhf run recipes/quickstart.yaml\n")
+    typer.echo(path)
 
 
 def write_starter(folder: Path) -> int:
@@ -63,3 +90,6 @@ def _starter_folder() -> Path:
         if all((candidate / part).is_dir() for part in _PARTS):
             return candidate
     raise UsageError("this installation of rlhf contains no starter files", hint="reinstall rlhf-cli")
+
+
+options.with_parameters(init, [options.parameter("path", _PATH), *CHOICES])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from rlhf_cli.data.formats import ImportOptions, convert_row
+from rlhf_cli.data.formats.rated_rows import RatedRows
 from rlhf_cli.data.parsing.cells import decode_cells
 from rlhf_cli.data.parsing.comparisons import ComparisonReader, has
 from rlhf_cli.data.parsing.conversations import text_of
@@ -46,20 +47,39 @@ class RowParser:
         self._kind: Kind = kind
         self._columns, self._mapped, self._warnings = columns, mapped_columns(columns), warnings
         self._options = ImportOptions(columns, warnings, kind in ("candidates", "prompt"), comparison)
+        self._rated = RatedRows(self._options) if kind in ("preference", "ranking", "candidates") else None
         self._prompts = PromptReader(warnings)
         self._comparisons = ComparisonReader(self._prompts, warnings, self._require)
 
     def records(self, row: Row) -> Iterator[Record | Skip]:
-        """Yield the records of one row: several if it is in another tool's format; invalid ones are skipped."""
+        """Yield the records of one row: several if it is in another tool's format; invalid ones are skipped.
+
+        A row that holds a part of a ranking yields nothing; see `rest`.
+        """
         if row.encoding != "utf-8":
             self._warnings.add("windows", row.location)
         try:
-            for converted in convert_row(decode_cells(row), self._kind, self._options):
+            decoded = decode_cells(row)
+            if self._rated is not None and self._rated.take(decoded):
+                return
+            for converted in convert_row(decoded, self._kind, self._options):
                 yield converted if isinstance(converted, Skip) else self._parsed(converted)
         except OmitRecordError as omitted:
             self._warnings.add(omitted.kind, row.location)
         except DataError as error:
             yield Skip.of(error, row.location, row.excerpt())
+
+    def rest(self) -> Iterator[Record | Skip]:
+        """Yield the records that several rows make, once all rows were read."""
+        for row in self._rated.rankings() if self._rated is not None else ():
+            yield self._parsed(row)
+
+    @property
+    def why_none(self) -> str:
+        """A hint for a source without records."""
+        if self._rated is not None and self._rated.is_used:
+            return "a ranking needs a completion that is rated better and one rated worse, of the same prompt: add some"
+        return "check that this is the file you meant"
 
     def _parsed(self, row: Row) -> Record | Skip:
         try:

@@ -93,7 +93,7 @@ def iter_records(
     warnings: WarningLog | None = None,
     keep_blank: bool = False,
 ) -> Iterator[Record]:
-    """Yield records one by one, in memory bounded by the longest of them.
+    """Yield records one by one, in memory bounded by the longest of them; rated completions are put together first.
 
     Args:
         source: file, folder or hub data set.
@@ -112,19 +112,24 @@ def iter_records(
     warnings = WarningLog() if warnings is None else warnings
     parser = RowParser(kind, columns, warnings, comparison=comparison, keep_blank=keep_blank)
     count = valid = 0
-    for row in rows_of(source):
-        for record in parser.records(row):
-            count += 1
-            if not isinstance(record, Skip):
-                valid += 1
-                yield record
-                continue
-            if record.error is not None and count >= _INVALID_AT_MOST and not valid:
-                raise record.error
-            on_skip(record)
+    for record in _records(parser, source):
+        count += 1
+        if not isinstance(record, Skip):
+            valid += 1
+            yield record
+            continue
+        if record.error is not None and count >= _INVALID_AT_MOST and not valid:
+            raise record.error
+        on_skip(record)
     if not count:
         skipped = "".join(f"; {line}" for line in warnings.lines(source))
-        raise DataError(f"{source}: no usable records{skipped}", hint="check that this is the file you meant")
+        raise DataError(f"{source}: no usable records{skipped}", hint=parser.why_none)
+
+
+def _records(parser: RowParser, source: str) -> Iterator[Record | Skip]:
+    for row in rows_of(source):
+        yield from parser.records(row)
+    yield from parser.rest()
 
 
 def read_records(

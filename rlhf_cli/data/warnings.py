@@ -23,6 +23,7 @@ _RECORD_WARNINGS = {
     "trees": "an OpenAssistant tree, whose ranked replies are read,",
     "label studio": "a Label Studio task, whose annotations are read,",
     "argilla": "an Argilla record, whose responses are read,",
+    "prodigy": "a Prodigy choice task, whose accepted options are above the others,",
 }
 """Kind -> what a record has: "<text> in 2 records"."""
 _SKIP_WARNINGS = {
@@ -37,6 +38,8 @@ _SKIP_WARNINGS = {
     "weight 0": ("demonstration", "no assistant turn is to be trained (`weight: 0`)"),
     "not accepted": ("record", "not accepted by its annotator"),
     "no verdict": ("comparison", "no verdict"),
+    "not compared": ("rated completion", "no other completion of the same prompt is rated better or worse"),
+    "not placed": ("completion", "left unranked; the others of its task are ranked"),
     "labels not used": ("label", "skipped, flagged, a hidden repeat or a gold item"),
 }
 """Kind -> name and reason of what is skipped although it is not a record: "2 <names> skipped: <reason>"."""

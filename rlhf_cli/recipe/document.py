@@ -16,6 +16,7 @@ from rlhf_cli.errors import RecipeError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
+_NEW = "`rlhf start` writes one for your model and data, `rlhf init DIR` some to start from"
 
 Key = str | int
 KeyPath = tuple[Key, ...]
@@ -54,7 +55,7 @@ def read_document(path: Path) -> Document:
     except InvalidYAML as error:
         raise RecipeError([f"{path}:{error.line}: {error.problem}"]) from None
     if document.value is None:
-        raise RecipeError([f"{path}: the recipe is empty"], hint="write a starter recipe with `rlhf init DIR`")
+        raise RecipeError([f"{path}: the recipe is empty"], hint=_NEW)
     if not isinstance(document.value, dict):
         kind = "a list" if isinstance(document.value, list) else "a single value"
         raise RecipeError([f"{path}:1: a recipe must be a mapping of sections such as `sft:`; got {kind}"])
@@ -66,7 +67,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError([f"{path}: no such recipe"], hint="write a starter recipe with `rlhf init DIR`") from None
+        raise RecipeError([f"{path}: no such recipe"], hint=_NEW) from None
     except IsADirectoryError:
         raise RecipeError([f"{path}: is a folder; give the recipe file inside it"]) from None
     except OSError as error:

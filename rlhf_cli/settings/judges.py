@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rlhf_cli.errors import UsageError
 from rlhf_cli.settings.base import (
     Address,
     Count,
@@ -93,3 +95,21 @@ class JudgeSettings(Section):
         if self.max_cost is not None and not any(judge.prompt_price or judge.completion_price for judge in self.panel):
             raise ValueError("`max_cost` has no effect unless a judge has a `prompt_price` or `completion_price`")
         return self
+
+
+def judge_panel(judges: Sequence[str]) -> list[dict[str, str]]:
+    """Return the panel as the recipe holds it, from the values of `--judge`; `NAME@http://...` is an endpoint.
+
+    Raises:
+        UsageError: a URL has no scheme.
+    """
+    panel = []
+    for judge in judges:
+        name, _, url = judge.partition("@")
+        is_endpoint = url.startswith(("http://", "https://"))
+        if url and not is_endpoint and (":" in url or url.split("/")[0].count(".")):
+            raise UsageError(
+                f"`--judge {judge}`: the URL needs `http://` or `https://`", hint=f"write {name}@http://{url}"
+            )
+        panel.append({"url": url, "name": name} if is_endpoint else {"model": judge})
+    return panel

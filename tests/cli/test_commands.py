@@ -68,7 +68,19 @@ def test_help_does_not_even_import_the_schema():
 def test_no_arguments_show_help():
     done = rlhf()
     assert done.returncode == 0
-    for command in ("init", "run", "sft", "label", "train-rm", "ppo", "evaluate", "diagnose", "recipe", "doctor"):
+    for command in (
+        "start",
+        "init",
+        "run",
+        "sft",
+        "label",
+        "train-rm",
+        "ppo",
+        "evaluate",
+        "diagnose",
+        "recipe",
+        "doctor",
+    ):
         assert f"\n  {command} " in done.stdout
 
 

@@ -207,14 +207,16 @@ def test_annotators_are_kept_and_canceled_annotations_are_skipped(read):
     ]  # the three disagree, and of the other nobody said anything
 
 
-def test_completions_left_unranked_are_skipped(read):
+def test_completions_left_unranked_are_omitted_and_tasks_without_an_order_skipped(read):
     rows = [
         task(ranker({"rank": ["a", "b", "c"]})),
         task(ranker({"rank": ["a", "b"]})),
         task(ranker({"1": ["a"], "_": ["b", "c"]})),
     ]
     loaded = read("ranking", *rows)
-    assert (len(loaded.records), loaded.skips.counts) == (1, {"completions left unranked": 2})
+    assert [record.completions for record in loaded.records] == [("text a", "text b", "text c"), ("text a", "text b")]
+    assert loaded.skips.counts == {"completions left unranked": 1}
+    assert any("1 completion skipped: left unranked" in line for line in loaded.warnings)
 
 
 @pytest.mark.parametrize(
@@ -427,8 +429,11 @@ def test_names_in_a_foreign_file_cannot_control_a_terminal(read):
 def test_the_examples_of_the_documentation_are_read(write):
     text = (Path(__file__).resolve().parents[2] / "docs" / "label-formats.md").read_text(encoding="utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```json\n")[1:]]
-    examples = [example for block in blocks for example in ([block] if block.startswith("[") else block.splitlines())]
-    assert len(examples) == 8
+    is_one = [block.startswith("[") or '"label"' in block for block in blocks]  # a ranking over several lines
+    examples = [
+        one for block, whole in zip(blocks, is_one, strict=True) for one in ([block] if whole else block.splitlines())
+    ]
+    assert len(examples) == 9
     for example in examples:
         loaded = read_records(write("a.json", example), "candidates")
         assert (len(loaded.records), loaded.skips.total) == (1, 0)

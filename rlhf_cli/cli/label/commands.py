@@ -13,7 +13,6 @@ from rlhf_cli.cli.label import import_labels as label_import
 from rlhf_cli.cli.label import stats as label_stats
 from rlhf_cli.cli.options import parameter, with_parameters
 from rlhf_cli.cli.stage_command import run_stage, stage_parameters
-from rlhf_cli.errors import UsageError
 from rlhf_cli.stages import registry
 
 _STAGE = "stage"
@@ -49,12 +48,13 @@ def label(**given: Any) -> None:
     """
     from rlhf_cli.cli.label.human import AnnotationInterface, label_by_annotators
     from rlhf_cli.recipe.overrides import override
+    from rlhf_cli.settings.judges import judge_panel
 
     judge = given["judge"]
     by = (given["by"], f"--by {given['by']}") if given["by"] is not None else _implied_by(given)
     own = [] if by is None else [override("label.by", *by)]
     if judge:
-        own.append(override("label.judge.panel", _panel(judge), f"--judge {' '.join(judge)}"))
+        own.append(override("label.judge.panel", judge_panel(judge), f"--judge {' '.join(judge)}"))
     says_nothing_else = given["recipe"] is None and not given["settings"] and not judge
     says_nothing_else &= all(given[flag.name] is None for flag in registry.stage("label").flags)
     joins = says_nothing_else and (by is None or by[0] == "human")
@@ -113,22 +113,6 @@ _OWN = (
     ),
 )
 """Options of this command that are not short for one setting: name, type, default, option."""
-
-
-def _panel(judges: list[str] | None) -> list[dict[str, str]] | None:
-    """The panel as the recipe holds it; `NAME@http://...` is an endpoint."""
-    if not judges:
-        return None
-    panel = []
-    for judge in judges:
-        name, _, url = judge.partition("@")
-        is_endpoint = url.startswith(("http://", "https://"))
-        if url and not is_endpoint and (":" in url or url.split("/")[0].count(".")):
-            raise UsageError(
-                f"`--judge {judge}`: the URL needs `http://` or `https://`", hint=f"write {name}@http://{url}"
-            )
-        panel.append({"url": url, "name": name} if is_endpoint else {"model": judge})
-    return panel
 
 
 _own = [parameter(name, Annotated[kind, option], default) for name, kind, default, option in _OWN]

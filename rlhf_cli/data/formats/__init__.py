@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_cli.data.formats import argilla, comparisons, label_studio, labels, oasst
+from rlhf_cli.data.formats import argilla, comparisons, label_studio, labels, oasst, prodigy
 from rlhf_cli.data.formats.common import ImportOptions, Part
 from rlhf_cli.data.readers.rows import Row
 from rlhf_cli.data.records import Kind
@@ -38,6 +38,7 @@ _FORMATS = (
     LabelFormat("an OpenAssistant tree", oasst.is_tree, oasst.convert),
     LabelFormat("a Label Studio task", label_studio.matches, label_studio.convert),
     LabelFormat("an Argilla record", argilla.matches, argilla.convert),
+    LabelFormat("a Prodigy choice task", prodigy.matches, prodigy.convert),
 )
 _COMPARED = frozenset({"chosen", "rejected", "completions", "ranking"})
 _DEMONSTRATION = frozenset({"messages", "conversations", "text", "completion", "output"})

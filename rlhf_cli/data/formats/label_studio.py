@@ -4,8 +4,8 @@
 tables of JSON-MIN and CSV are comparisons, see `comparisons`.
 
 A ranker without buckets holds one list of ids under its own name, best first. With buckets, their names give the order:
-`1`, `2`, `3` or `tier 1`, `tier 2`, best first; completions in one bucket are tied. Other names are refused, since they
-give no order. `_` holds the items that were not moved.
+`1`, `2`, `3` or `tier 1`, `tier 2`, best first; completions in one bucket are tied. Other names give no order, which
+`data.columns={ranking: [best, ..., worst]}` does. `_` holds the items that were not moved.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rlhf_cli.data.formats.common import (
 )
 from rlhf_cli.data.formats.verdicts import Verdict, by_numbers, by_winner, is_winner
 from rlhf_cli.data.parsing.conversations import text_of
+from rlhf_cli.data.parsing.fields import yaml_name
 from rlhf_cli.data.readers.rows import Row, listed, shown
 from rlhf_cli.data.skips import Skip
 
@@ -87,7 +88,7 @@ def _annotation(
     location = f" ({name})"
     if result["type"] == "pairwise":
         return new_row(row, location, fields | _pair(row, data, where, value, result, options))
-    tiers = _tiers(row, f"{where}.value.ranker", value.get("ranker"), result.get("from_name"))
+    tiers = _tiers(row, f"{where}.value.ranker", value.get("ranker"), result.get("from_name"), _order(options))
     ranked = [identifier for tier in tiers for identifier in tier]
     prompt, ids = _list_of_items(row, data, ranked, options)
     for identifier in ranked:
@@ -96,7 +97,10 @@ def _annotation(
                 f"`{where}.value.ranker` ranks {shown(identifier)}, and the task has the ids {listed(list(ids))}"
             )
     if len(ranked) < len(ids):
-        return Skip(f"{row.location}{location}", UNRANKED, row.excerpt())
+        if options.unranked or len(tiers) < 2:
+            return Skip(f"{row.location}{location}", UNRANKED, row.excerpt())
+        options.warnings.add("not placed", row.location, count=len(ids) - len(ranked))
+        ids = {identifier: text for identifier, text in ids.items() if identifier in ranked}
     index = {identifier: number for number, identifier in enumerate(ids)}
     ranking = [[index[identifier] for identifier in tier] for tier in tiers]
     return new_row(row, location, fields | {"prompt": prompt, "completions": list(ids.values()), "ranking": ranking})
@@ -158,8 +162,22 @@ def _compared_fields(
 # Ranker
 
 
-def _tiers(row: Row, name: str, ranker: object, tag: object) -> list[list[str]]:
-    """Tiers of ids; `tag` is the name of the control, which is the key of the list if there are no buckets."""
+def _order(options: ImportOptions) -> list[str]:
+    """The names of the buckets, best first, if the user gave them: `data.columns={ranking: [good, bad]}`."""
+    given = options.columns.get("ranking", ())
+    return [] if isinstance(given, str) else list(given)
+
+
+def _tiers(row: Row, name: str, ranker: object, tag: object, order: Sequence[str]) -> list[list[str]]:
+    """Tiers of ids.
+
+    Args:
+        row: for messages.
+        name: of the value, for messages.
+        ranker: ids by bucket.
+        tag: name of the control, which is the key of the list if there are no buckets.
+        order: names of the buckets, best first; empty if their own names say it.
+    """
     hint = (
         'without buckets `{"rank": ["b", "a"]}`; with buckets named by number, best first, `{"1": ["b"], "2": ["a"]}`'
     )
@@ -168,13 +186,28 @@ def _tiers(row: Row, name: str, ranker: object, tag: object) -> list[list[str]]:
     if not isinstance(ranker, dict) or not all(isinstance(ids, list) for ids in ranker.values()):
         raise row.error(f"`{name}` is {shown(ranker)}; lists of ids are expected", hint)
     buckets = {str(key): [_id(row, name, value) for value in ids] for key, ids in ranker.items() if key != "_"}
+    if order:
+        if lacking := sorted(buckets.keys() - set(order)):
+            raise row.error(
+                f"`{name}` has the bucket `{lacking[0]}`, which `data.columns` does not list in `ranking`",
+                _order_hint([*order, *lacking]),
+            )
+        return [buckets[bucket] for bucket in order if buckets.get(bucket)]
     only = next(iter(buckets)) if len(ranker) == 1 else None
     if only is not None and (only == tag or _numbered(only) is None):
         return [[identifier] for identifier in buckets[only]]
     numbers = {key: _numbered(key) for key in buckets}
     if None in numbers.values() or len(set(numbers.values())) < len(numbers):
-        raise row.error(f"`{name}` has the buckets {listed(list(buckets))}, and which is best is not clear", hint)
+        raise row.error(
+            f"`{name}` has the buckets {listed(list(buckets))}, and which is best is not clear",
+            _order_hint(list(buckets)),
+        )
     return [ids for key, ids in sorted(buckets.items(), key=lambda item: numbers[item[0]] or 0) if ids]
+
+
+def _order_hint(buckets: list[str]) -> str:
+    names = ", ".join(map(yaml_name, buckets))
+    return f"list them, best first: `--set 'data.columns={{ranking: [{names}]}}'`"
 
 
 def _numbered(name: str) -> int | None:

@@ -148,7 +148,7 @@ def _is_tie(text: str) -> bool:
 
 def by_strength(row: Row, field: str, value: object, count: int) -> Verdict | None:
     """The first of two if the number is negative, else the second; its size is the margin."""
-    number = _number(row, field, value)
+    number = number_of(row, field, value)
     if number is None:
         return None
     if count != 2:
@@ -167,12 +167,13 @@ def by_numbers(row: Row, field: str, value: object, count: int, *, highest_first
         raise row.error(
             f"`{field}` has {len(values)} values for {count} completions: {shown(value)}", "give one per completion"
         )
-    numbers = [_number(row, field, one) or 0.0 for one in values]
+    numbers = [number_of(row, field, one) or 0.0 for one in values]
     levels = sorted(set(numbers), reverse=highest_first)
     return Verdict([[index for index, number in enumerate(numbers) if number == level] for level in levels])
 
 
-def _number(row: Row, field: str, value: object) -> float | None:
+def number_of(row: Row, field: str, value: object) -> float | None:
+    """A finite number, which may be written as text; None for an empty cell."""
     if is_empty(value):
         return None
     number = math.nan

@@ -1,0 +1,204 @@
+"""The recipe that `rlhf start` writes: what differs from the defaults, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import RecipeError
+from rlhf_cli.recipe.overrides import BadSetting, Layers, parse_set
+from rlhf_cli.recipe.show import scalar
+from rlhf_cli.start.data_facts import DemonstrationFacts, PromptFacts
+from rlhf_cli.start.label_choice import LabelChoice
+from rlhf_cli.start.model_facts import ModelFacts
+
+SHORT_STEPS, FULL_STEPS = 10, 100
+"""Steps of PPO of a first look, and of a full run."""
+_FEW_STEPS = 50
+"""Steps below which the default learning rate would hardly change the policy."""
+_FEW_GROUPS = 200
+"""Rankings below which the default batch size would leave a reward model too few optimizer steps."""
+_BY_PEOPLE = {"short": 40, "full": 300}
+"""Prompts that a person ranks at most before a run goes on: about ten minutes, and about an hour."""
+_WIDTH = 79
+"""A comment stands behind its line where both fit into this, else above it."""
+_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a recipe is made of.
+
+    Attributes:
+        model: the policy.
+        prompts: of all stages.
+        labels: where the reward comes from.
+        steps: of PPO.
+        demonstrations: for SFT; None runs none.
+        settings: values of `--set`.
+    """
+
+    model: ModelFacts
+    prompts: PromptFacts
+    labels: LabelChoice
+    steps: int
+    demonstrations: DemonstrationFacts | None = None
+    settings: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is a first look, with short completions and small batches."""
+        return self.steps < _FEW_STEPS
+
+    def max_new_tokens(self) -> int:
+        """Longest completion: short for a first look, and never so long that a prompt does not fit."""
+        usual = 64 if self.is_short else 256
+        return max(1, min(usual, self.model.context - self.prompts.tokens[2]))
+
+
+@dataclass
+class _Lines:
+    """Sections and the comment of each."""
+
+    sections: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, value: Any, note: str = "") -> None:
+        self.sections[name] = value
+        self.notes[name] = note
+
+
+def recipe_text(plan: Plan, path: Path, command: str) -> str:
+    """Return the recipe.
+
+    Args:
+        plan: what to put into it.
+        path: the file that it will be, whose name becomes that of the run.
+        command: that writes it, for the first line.
+
+    Raises:
+        RecipeError: a value of `--set` cannot be applied.
+    """
+    lines = _Lines()
+    lines.add("name", _NAME.sub("-", path.stem).strip("-._") or "mine")
+    lines.add("model", {"path": plan.model.path}, plan.model.described)
+    found = plan.prompts
+    data = {"prompts": found.source, **found.settings, **plan.model.settings}
+    lines.add("data", data, f"{found.training:,} prompts to train on, {found.held_out:,} held out")
+    lines.add("sampling", {"temperature": 0.7, "max_new_tokens": plan.max_new_tokens()}, "in all stages")
+    if plan.demonstrations is not None:
+        lines.add("sft", _sft(plan.demonstrations, plan.model), plan.demonstrations.described)
+    if plan.labels.label is not None:
+        lines.add("label", _label(plan), plan.labels.note)
+        lines.add("train_rm", _train_rm(plan), _groups(plan))
+    lines.add("ppo", {"steps": plan.steps, **_ppo(plan)}, _why(plan))
+    if plan.labels.evaluate is not None:
+        decides = "the function" if "judge_function" in plan.labels.evaluate else "the reward model"
+        lines.add("evaluate", _evaluate(plan), f"PPO beside the model before it; {decides} decides")
+    _apply(lines.sections, plan.settings)
+    head = [
+        f"# Written by `{command}`. Next: rlhf run {path}",
+        f"# Other settings have their defaults: `rlhf recipe show {path}` lists them.",
+    ]
+    return "\n".join([*head, *_rendered(lines)]) + "\n"
+
+
+def _sft(found: DemonstrationFacts, model: ModelFacts) -> dict[str, Any]:
+    section: dict[str, Any] = {"data": found.source}
+    if found.count < _FEW_GROUPS:
+        section["batch_size"] = 8
+    if found.longest > 1024:
+        section["max_length"] = min(found.longest, model.context)
+    return section
+
+
+def _label(plan: Plan) -> dict[str, Any]:
+    section = dict(plan.labels.label or {})
+    most = _BY_PEOPLE["short" if plan.is_short else "full"]
+    if plan.labels.source == "people" and plan.prompts.training + plan.prompts.held_out > most:
+        section["active_learning"] = {"by": "random", "prompts": most}
+    return section
+
+
+def _ranked(plan: Plan) -> int:
+    """Number of rankings that the reward model learns from, and is measured on."""
+    if plan.labels.groups is not None:
+        return plan.labels.groups
+    chosen = _label(plan).get("active_learning")
+    return chosen["prompts"] if chosen else plan.prompts.training + plan.prompts.held_out
+
+
+def _train_rm(plan: Plan) -> dict[str, Any]:
+    if _ranked(plan) >= _FEW_GROUPS:
+        return {}
+    return {"batch_size": 4, "epochs": 3, "learning_rate": 3e-4}
+
+
+def _groups(plan: Plan) -> str:
+    count = _ranked(plan)
+    return f"only {count:,} rankings: small batches, three passes" if count < _FEW_GROUPS else ""
+
+
+def _ppo(plan: Plan) -> dict[str, Any]:
+    section: dict[str, Any] = dict(plan.labels.ppo)
+    usual = 16 if plan.is_short else 64
+    section["prompts_per_step"] = min(usual, plan.prompts.training)
+    if section["prompts_per_step"] == 64:
+        del section["prompts_per_step"]
+    if plan.is_short:
+        section |= {"epochs": 2, "learning_rate": 1e-4}
+    if plan.labels.evaluate is None and plan.prompts.held_out > 1:
+        section["eval_steps"] = max(1, plan.steps // 5)
+    return section
+
+
+def _why(plan: Plan) -> str:
+    return f"a first look: `steps: {FULL_STEPS}` is a full run" if plan.is_short else ""
+
+
+def _evaluate(plan: Plan) -> dict[str, Any]:
+    section = dict(plan.labels.evaluate or {})
+    if plan.prompts.held_out < 50:
+        section["samples_per_prompt"] = 4
+    elif plan.is_short:
+        section["max_prompts"] = 50
+    return section
+
+
+def _apply(sections: dict[str, Any], settings: Sequence[str]) -> None:
+    """Put values of `--set` into the sections."""
+    layers = Layers(data=sections)
+    problems = []
+    for setting in settings:
+        try:
+            layers.add(parse_set(setting))
+        except BadSetting as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _rendered(lines: _Lines) -> list[str]:
+    """One line per section, with its comment behind it, or above it where there is no room."""
+    found: list[str] = []
+    for name, value in lines.sections.items():
+        line, note = f"{name}: {_value(value)}", lines.notes.get(name, "")
+        if not note:
+            found.append(line)
+        elif len(behind := f"{line}  # {note}") <= _WIDTH:
+            found.append(behind)
+        else:
+            found += [f"# {note}", line]
+    return found
+
+
+def _value(value: Any) -> str:
+    """A value in YAML's flow style; rates as people write them."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{scalar(key)}: {_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        return re.sub(r"\.?0*e-0?", "e-", f"{value:.6e}")
+    return scalar(value) if not isinstance(value, list) else f"[{', '.join(map(_value, value))}]"

@@ -1,0 +1,67 @@
+"""Writes the recipe of `rlhf start` and `rlhf init`, checks it as a run does, and says what comes next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_cli.errors import DiskError, UsageError
+from rlhf_cli.files import write_whole
+from rlhf_cli.pipeline import runner
+from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.progress import say
+from rlhf_cli.recipe.loader import load_recipe
+from rlhf_cli.start.draft import Plan, recipe_text
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Check the name of a recipe before anything is asked.
+
+    Raises:
+        UsageError: it is not that of a YAML file, or the file exists and may not be replaced.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: a recipe is a .yaml file", hint=f"name it {path.with_suffix('.yaml')}")
+    if path.is_dir() or (path.exists() and not force):
+        raise UsageError(f"{path} exists", hint="name another file, or replace it with `--force`")
+
+
+def write_recipe(plan: Plan, path: Path, command: str) -> str:
+    """Write a recipe, check it with all that it names, and return its text.
+
+    Raises:
+        RLHFError: what is wrong with the recipe, its data or its models; the file is there, to be edited.
+        DiskError: the file cannot be written.
+    """
+    text = recipe_text(plan, path, command)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+    say(f"wrote {path}:\n\n{text}")
+    loaded = load_recipe(path)
+    runner.dry_run(loaded, loaded.recipe.default_run_dir, Selection())
+    _say_what_comes_next(plan, path, loaded.recipe.default_run_dir)
+    return text
+
+
+def _say_what_comes_next(plan: Plan, path: Path, run_dir: Path) -> None:
+    say(f"{path}: no problems. Next:\n")
+    commands = [(f"rlhf run {path}", _run_does(plan))]
+    if plan.labels.source == "people":
+        commands += [
+            (f"rlhf label --run-dir {run_dir}", "rank them; with --serve in a browser"),
+            (f"rlhf run {path}", "trains and evaluates"),
+        ]
+    commands.append((f"rlhf chat {run_dir}", "talk to the models before and after PPO"))
+    width = max(len(command) for command, _ in commands)
+    for command, does in commands:
+        say(f"  {command:<{width}}   # {does}")
+
+
+def _run_does(plan: Plan) -> str:
+    if plan.labels.source == "people":
+        return "samples completions, then waits for you"
+    return "trains and evaluates"
