@@ -80,13 +80,11 @@ def show_plan(plan: RunPlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for stage in plan.stages:
         rows = list(_rows(stage, plan))
         state = {"run": "would run", "resume": "would resume", "cached": "up to date"}[stage.action]
-        console.print(
-            f"[bold]{stage.name}[/bold]  {state}" + ("" if rows or stage.action == "cached" else ": not estimated")
-        )
+        console.print(f"{stage.name}  {state}" + ("" if rows or stage.action == "cached" else ": not estimated"))
         table = Table.grid(padding=(0, 2), pad_edge=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")

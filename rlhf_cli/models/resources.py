@@ -153,15 +153,16 @@ class ModelShape:
         frozen = 4.0 * (self.backbone * tokens + self.vocabulary * self.hidden * scored)
         return frozen + 6.0 * self.adapter(rank) * tokens + 12.0 * self.layers * self.queries * pairs
 
-    def activations(self, tokens: int, number_bytes: int, *, recompute: bool = False) -> int:
+    def activations(self, tokens: int, number_bytes: int, *, recompute: bool = False, is_adapter: bool = False) -> int:
         """Bytes that a forward pass over `tokens` saves for its backward pass.
 
         Args:
             tokens: of a micro-batch.
             number_bytes: size of a number under autocast; norms and residuals stay in float32.
             recompute: keep only the input of each layer, and one layer's activations at a time.
+            is_adapter: an adapter is trained; frozen norms do not save their normalized input.
         """
-        norms = 4 * self.hidden * FLOAT32  # of two norms, each its input and its normalized input
+        norms = (2 if is_adapter else 4) * self.hidden * FLOAT32  # of two norms, each its input and that normalized
         # What products and attention read: two outputs of norms; queries, keys, values and what attention returns;
         # gate, its activation, the other half and their product.
         products = (2 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.feed_forward) * number_bytes
@@ -266,6 +267,20 @@ def moments(trained: int, optimizer: Optimizer = "adamw", embeddings: int = 0) -
     """
     small = trained - embeddings if optimizer == "adamw-8bit" else 0
     return int(_MOMENTS * ((trained - small) * FLOAT32 + small * _EIGHT_BITS))
+
+
+def beside_gradients(activations: float, gradients: float, *, accumulates: bool) -> float:
+    """Bytes of activations that come on top of all gradients.
+
+    Where an optimizer step has several micro-batches, these are all of them. The pass of a single one frees activations
+    as it makes gradients.
+
+    Args:
+        activations: of a micro-batch.
+        gradients: of the model that the last pass of a micro-batch trains.
+        accumulates: see `Extent`.
+    """
+    return activations if accumulates else max(0.0, activations - gradients)
 
 
 def loading(extent: Extent, weights: Mapping[str, float]) -> dict[str, float]:

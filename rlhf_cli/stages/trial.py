@@ -30,8 +30,9 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.memory import free_memory
-from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
 from rlhf_cli.models.lora import add_lora
+from rlhf_cli.models.split_weights import split_weights
 from rlhf_cli.precision import autocast
 from rlhf_cli.settings.shared import LoraSettings, Optimizer
 from rlhf_cli.stages.workload import Reading, Sequences, Workload
@@ -126,9 +127,9 @@ def run_trial(
             model.requires_grad_(reading.rank is None)
             for name, weight in model.named_parameters():
                 weight.requires_grad_(reading.rank is None or "lora_" in name)
+            if reading.rank is None and source.precision != torch.float32:
+                split_weights(model)
             if recompute:
-                from rlhf_cli.models.loading import recompute_activations
-
                 recompute_activations(model)
             train = measured.rate(train=True, seconds=seconds / 2)
     finally:

@@ -9,6 +9,7 @@ from rlhf_cli.models.resources import (
     FLOAT32,
     Extent,
     MemoryNeed,
+    beside_gradients,
     frozen_bytes,
     loading,
     memory_need,
@@ -40,7 +41,11 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     state = {"optimizer": float(moments(policy + critic, settings.optimizer, small))}
     tokens, longest = _tokens(settings, recipe, extent)
     activations = {
-        "activations": float(shape.activations(tokens, size, recompute=settings.gradient_checkpointing)),
+        "activations": beside_gradients(
+            shape.activations(tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full),
+            FLOAT32 * (critic or policy),  # the critic's pass is the last one
+            accumulates=extent.accumulates,
+        ),
         "logits": float(shape.logits(tokens)),
     }
     rows = min(settings.rollout_batch_size, settings.completions_per_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from rlhf_cli.generation.prompts import prompt_style
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.resources import FLOAT32, ModelShape
 from rlhf_cli.stages.common import inherited_sampling, model_source
+from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
 from rlhf_cli.stages.workload import (
     Passed,
@@ -34,10 +36,20 @@ _NORMALIZED_OVER = 64
 """Prompts whose completions give mean and deviation of the rewards; see `normalization`."""
 
 
-def read(context: RewardModelContext) -> Reading:
-    """Read the rankings as the stage does; those that `label` has still to make are counted from its prompts."""
-    if context.inputs.rankings.upstream is None or Path(context.inputs.rankings.source).is_file():
+def read(context: RewardModelContext) -> Reading | None:
+    """Read the rankings as the stage does; those that `label` has still to make are counted from its prompts.
+
+    None for completions of the user that `label` has still to rank.
+    """
+    recipe, rankings = context.recipe, context.inputs.rankings
+    if rankings.upstream is None or Path(rankings.source).is_file():
         return _of_rankings(context)
+    if recipe.value("label.items") is not None:
+        return None
+    if (imported := recipe.value("label.data")) is not None:
+        given = Input("data", imported, "label.data", records="ranking")
+        settings = context.settings.model_copy(update={"data": imported})
+        return _of_rankings(replace(context, settings=settings, inputs=replace(context.inputs, rankings=given)))
     return _of_labels_to_come(context)
 
 
@@ -69,7 +81,6 @@ def _of_rankings(context: RewardModelContext) -> Reading:
 
 def _of_labels_to_come(context: RewardModelContext) -> Reading:
     from rlhf_cli.data.sources import read_records
-    from rlhf_cli.data.splits import Split  # noqa: F401  (type of what is returned)
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.stages.common import split_from
     from rlhf_cli.stages.reward_model.plan import member_without_weights
