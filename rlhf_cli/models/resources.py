@@ -233,13 +233,13 @@ class MemoryNeed:
         On a CPU glibc keeps what an update frees (`memory.keep_freed_memory`), so pages that are mapped for the passes
         of the next step come on top of it.
         """
-        together = 0
+        in_steps = 0
         if self.mapped:
             loop = [self.phases[name] for name in ("rollout", "passes", "update") if name in self.phases]
             heap = max(sum(size for role, size in phase.items() if role not in self.mapped) for phase in loop)
             pages = max(sum(size for role, size in phase.items() if role in self.mapped) for phase in loop)
-            together = heap + pages
-        return max(together, *map(self.of, self.phases))
+            in_steps = heap + pages
+        return max(in_steps, *map(self.of, self.phases))
 
     @property
     def peak_phase(self) -> str:

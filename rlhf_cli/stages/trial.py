@@ -138,15 +138,25 @@ def run_trial(
         free_memory()
     per_weight = _optimizer_rate(device, optimizer) if reading.trains else 0.0
     return Rates(
-        load, train, forward, per_weight, _writing_rate(folder), drawn.begin, drawn.step, drawn.row, drawn.mean, process
+        load=load,
+        train=train,
+        forward=forward,
+        per_weight=per_weight,
+        per_byte=_writing_rate(folder),
+        begin=max(0.0, drawn.begin - drawn.reading * forward),
+        step=drawn.step,
+        row=drawn.row,
+        mean=drawn.mean,
+        process=process,
     )
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What decoding showed; see `Rates`."""
+    """What decoding showed; see `Rates`. `begin` still contains the `reading` operations of the prompts."""
 
     begin: float = 0.0
+    reading: float = 0.0
     step: float = 0.0
     row: float = 0.0
     mean: float | None = None
@@ -160,15 +170,19 @@ def _draw(model: PreTrainedModel, source: ModelSource, reading: Reading, samplin
     prompts = [prompt for prompt, _ in reading.sample if prompt]
     policy = Policy.load(source, sampling, weights=lambda: nullcontext(model))
     rows = min(sampling.batch_size, len(prompts))
+    few = _timed(policy, prompts[: max(1, rows // _FEWER)], seconds * 0.3)  # also warms up
     many = _timed(policy, prompts[:rows], seconds * 0.7)
-    few = _timed(policy, prompts[: max(1, rows // _FEWER)], seconds * 0.3) if rows > 1 else many
     row = 0.0 if many.rows == few.rows else max(0.0, (many.seconds - few.seconds) / (many.rows - few.rows))
     step = max(0.0, many.seconds - row * many.rows)
     ended, tokens = many.ended + few.ended, many.tokens + few.tokens
     # Each token ends its completion with the same probability, as far as the few that were drawn can tell.
     hazard, longest = ended / tokens, sampling.max_new_tokens
     mean = float(longest) if not ended else min(longest, (1.0 - (1.0 - hazard) ** longest) / hazard)
-    return _Drawn(max(0.0, many.first - many.seconds), step, row, mean)
+    lengths = [len(prompt) for prompt in prompts[:rows]]
+    reading_flops = reading.shape.forward_flops(
+        sum(lengths), scored=rows, pairs=sum(length * length for length in lengths)
+    )
+    return _Drawn(many.first - many.seconds, reading_flops, step, row, mean)
 
 
 @dataclass(frozen=True)
@@ -230,11 +244,11 @@ class _Passes:
 
     def rate(self, *, train: bool, seconds: float) -> float:
         """Return the seconds per operation, on the largest part of a micro-batch that is measured in `seconds`."""
-        wanted = max(1, self._reading.rows)
+        most = max(1, self._reading.rows)
         count = 1
         self._run(count, train=train)  # warms up
         took, flops = self._run(count, train=train)
-        count = max(1, min(wanted, int(seconds / 2 / max(took, 1e-9))))
+        count = max(1, min(most, int(seconds / 2 / max(took, 1e-9))))
         best, spent = took / flops if count == 1 else float("inf"), took
         while best == float("inf") or spent < seconds:
             took, flops = self._run(count, train=train)

@@ -81,7 +81,7 @@ class Workload:
         prompt: longest prompt in tokens; None where none is known.
         accumulates: whether an optimizer step has several micro-batches.
         reward: shape of a reward model with a backbone of its own.
-        notes: what the counts leave out, for people.
+        notes: what the counts omit, for people.
     """
 
     records: int
@@ -193,6 +193,14 @@ def scoring(
     return Work(phase, "forward", times * tokens, times * flops)
 
 
+def comparing(shape: ModelShape, *, logits: bool = True) -> Work:
+    """Return the passes that compare a model that was written with the one that was trained, over a few sequences."""
+    return scoring(shape, "save", [_PROBED] * _PROBES, per_prompt=1, mean=_PROBED, logits=logits, times=2)
+
+
+_PROBES, _PROBED = 8, 32
+"""Sequences, and tokens of a prompt and of a completion; see `generation.policy_saving`."""
+
 _STEPS_COUNTED = 2_000
 """Optimizer steps whose micro-batches are counted; those of a longer run have the same mean."""
 
@@ -233,7 +241,7 @@ def count_passes(
     return Passed(tokens, scored, pairs, max(part[0] for part in found), scale * len(found))
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """Return up to `wanted` of `count` numbers in equal distances: a sample of rows that are sorted by length."""
-    wanted = min(count, wanted)
-    return [(2 * number + 1) * count // (2 * wanted) for number in range(wanted)]
+def spread(count: int, most: int) -> list[int]:
+    """Return up to `most` of `count` numbers in equal distances: a sample of rows that are sorted by length."""
+    chosen = min(count, most)
+    return [(2 * number + 1) * count // (2 * chosen) for number in range(chosen)]

@@ -13,7 +13,7 @@ from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.rollout import own_sampling
 from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.stage import PPOContext
-from rlhf_cli.stages.workload import Reading, Work, Workload, drawing, scoring
+from rlhf_cli.stages.workload import Reading, Work, Workload, comparing, drawing, scoring
 
 
 def read(context: PPOContext) -> Reading:
@@ -95,12 +95,15 @@ def _workload(
         # Policy and reference compute logits, the critic does not unless it is a head on the policy.
         scoring(shape, "passes", of_steps, per_prompt=per, mean=mean, logits=True, times=2),
         *_update(settings, shape, of_steps, mean, rank),
+        # What was written is compared on short completions that are drawn for it.
+        drawing(shape, "save", [32] * 8, per_prompt=1, mean=min(32.0, mean), longest=min(32, longest), rows=8),
+        comparing(shape),
     ]  # fmt: skip
     if not settings.critic_is_head:
         work.append(scoring(shape, "passes", of_steps, per_prompt=per, mean=mean, logits=False))
     if context.inputs.reward_model is not None:
-        scorer = reward or shape
-        work.append(scoring(scorer, "scoring", of_steps, per_prompt=per, mean=mean, logits=False))
+        scored_by = reward or shape
+        work.append(scoring(scored_by, "scoring", of_steps, per_prompt=per, mean=mean, logits=False))
     if evaluations:
         again = held_out * evaluations
         work.append(drawing(shape, "eval", again, per_prompt=1, mean=mean, longest=longest,

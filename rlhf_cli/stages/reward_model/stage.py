@@ -95,7 +95,8 @@ def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) 
     phases = {"load": loading(extent, weights), "update": weights | update}
     if settings.normalize and (settings.data is not None or recipe.value("label.by") == "import"):
         phases["rollout"] = weights | _drawing(recipe, extent, size)
-    phases["save"] = saving(extent) if is_full else {}
+    # An adapter is small; its base is read again to be compared.
+    phases["save"] = saving(extent) if is_full else phases["load"]
     return memory_need(extent, phases)
 
 

@@ -20,6 +20,7 @@ from rlhf_cli.stages.workload import (
     Reading,
     Work,
     Workload,
+    comparing,
     count_passes,
     drawing,
     reads_shared_prompts,
@@ -131,6 +132,7 @@ def _reading(context: RewardModelContext, source: ModelSource, count, *, sample,
         work = [
             Work("update", "train", passed.tokens, flops),
             Work("eval", "forward", scored, shape.forward_flops(scored)),
+            comparing(shape, logits=False),
         ]
         if drawn_for:
             each = mean or longest

@@ -11,7 +11,16 @@ from rlhf_cli.models.resources import FLOAT32, ModelShape
 from rlhf_cli.stages.common import model_source, split_from
 from rlhf_cli.stages.sft.run import HELD_OUT_MEASURED, base_model, fitting_examples
 from rlhf_cli.stages.sft.stage import SFTContext
-from rlhf_cli.stages.workload import Passed, Reading, Work, Workload, count_passes, reads_shared_prompts, spread
+from rlhf_cli.stages.workload import (
+    Passed,
+    Reading,
+    Work,
+    Workload,
+    comparing,
+    count_passes,
+    reads_shared_prompts,
+    spread,
+)
 
 if TYPE_CHECKING:
     from rlhf_cli.data.examples import Example
@@ -44,6 +53,7 @@ def read(context: SFTContext) -> Reading:
         work=(
             Work("update", "train", passed.tokens, flops),
             Work("eval", "forward", 2.0 * sum(map(len, measured)), 2.0 * held_out),
+            comparing(shape),
         ),
         loads=2,
         written=FLOAT32 * (shape.weights + 3 * trained * (1 + (steps - 1) // settings.checkpoint_steps)),
