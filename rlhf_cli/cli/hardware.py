@@ -21,12 +21,13 @@ _TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accel
 def examine() -> dict[str, Any]:
     """Collect everything `rlhf doctor` reports, as plain data; sizes in bytes.
 
-    `problems` have a `message`, a `fix`, and whether they `block` a normal run; `optional` is what some settings need.
+    `problems` have a `message`, a `fix`, and whether they `block` a normal run; `optional` is what some settings need,
+    or what may be faster.
     """
     from rlhf_cli.pipeline.manifest import versions
 
     found = versions()
-    problems = list(checks.check_packages(found, _TESTED))
+    problems, optional = list(checks.check_packages(found, _TESTED)), list[Finding]()
     report: dict[str, Any] = {
         "versions": found,
         "tested": _TESTED,
@@ -39,7 +40,8 @@ def examine() -> dict[str, Any]:
         try:
             report |= _torch()
             problems += _unused_gpu()
-            problems += checks.check_threads(report["threads"], report["cpus"], os.environ)
+            problems += checks.too_many_threads(report["threads"], report["cpus"], os.environ)
+            optional += checks.few_threads(report["threads"], report["cpus"], os.environ)
         except (ImportError, OSError) as error:  # wheels for another CUDA or libc version fail here
             fix = checks.pip(f"--force-reinstall 'torch=={_TESTED['torch']}'")
             problems.append(Finding(f"cannot import torch: {error}", fix, blocks=True))
@@ -47,7 +49,7 @@ def examine() -> dict[str, Any]:
     problems += checks.check_launcher(os.environ)
     has_gpu = bool(report.get("gpus"))
     problems += checks.check_compiler(has_gpu=has_gpu)
-    optional = [*checks.missing_extras(has_gpu=has_gpu), *checks.check_browser()]
+    optional += [*checks.missing_extras(has_gpu=has_gpu), *checks.check_browser()]
     return report | {
         "problems": [checks.as_json(one) for one in problems],
         "optional": [checks.as_json(one) for one in optional],

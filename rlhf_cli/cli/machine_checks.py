@@ -92,14 +92,22 @@ def check_space(memory: int, disk: int) -> Iterator[Finding]:
         )
 
 
-def check_threads(threads: int, cores: int, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield a number of threads that makes a CPU slow."""
-    name = next((one for one in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if environment.get(one)), None)
+def too_many_threads(threads: int, cores: int, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield more threads than cores, which makes a CPU slow."""
     if threads > cores:
-        fix = f"unset {name}" if name else f"--set model.threads={cores}"
-        yield Finding(f"torch uses {threads} threads on {cores} cores, which slows each other down", fix)
-    elif name is not None and threads < cores:
+        fix = f"unset {name}" if (name := _limit(environment)) else f"--set model.threads={cores}"
+        yield Finding(f"torch uses {threads} threads on {cores} cores, which slow each other down", fix)
+
+
+def few_threads(threads: int, cores: int, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield a variable that leaves cores unused; for small models one thread is about as fast."""
+    name = _limit(environment)
+    if name is not None and threads < cores:
         yield Finding(f"{name}={environment[name]} limits torch to {threads} of {cores} cores", f"unset {name}")
+
+
+def _limit(environment: Mapping[str, str]) -> str | None:
+    return next((one for one in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if environment.get(one)), None)
 
 
 def check_compiler(*, has_gpu: bool) -> Iterator[Finding]:

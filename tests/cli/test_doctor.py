@@ -49,17 +49,18 @@ def test_too_little_memory_and_disk_stop_a_run():
 
 
 @pytest.mark.parametrize(
-    ("threads", "environment", "fix"),
+    ("threads", "environment", "many", "few"),
     [
-        (8, {}, "--set model.threads=4"),
-        (8, {"OMP_NUM_THREADS": "8"}, "unset OMP_NUM_THREADS"),
-        (1, {"OMP_NUM_THREADS": "1"}, "unset OMP_NUM_THREADS"),
-        (4, {}, None),
-        (1, {}, None),
+        (8, {}, ["--set model.threads=4"], []),
+        (8, {"OMP_NUM_THREADS": "8"}, ["unset OMP_NUM_THREADS"], []),
+        (1, {"OMP_NUM_THREADS": "1"}, [], ["unset OMP_NUM_THREADS"]),
+        (4, {}, [], []),
+        (1, {}, [], []),
     ],
 )
-def test_threads(threads, environment, fix):
-    assert [one.fix for one in checks.check_threads(threads, 4, environment)] == ([] if fix is None else [fix])
+def test_threads(threads, environment, many, few):
+    assert [one.fix for one in checks.too_many_threads(threads, 4, environment)] == many
+    assert [one.fix for one in checks.few_threads(threads, 4, environment)] == few
 
 
 def test_triton_needs_a_compiler_on_a_gpu(without, monkeypatch):
