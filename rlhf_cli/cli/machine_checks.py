@@ -138,14 +138,14 @@ def check_browser() -> Iterator[Finding]:
     except webbrowser.Error:
         yield Finding(
             "no browser can be opened here; pages of `rlhf label --serve` and `rlhf watch --serve` need one",
-            f"on your own machine: ssh -L 8000:localhost:8000 {os.environ.get('USER', 'you')}@{_host()}",
+            f"on your own machine: ssh -L 8100:localhost:8100 -L 8200:localhost:8200 {_address()}",
         )
 
 
-def _host() -> str:
+def _address() -> str:
     import socket
 
-    return socket.gethostname()
+    return f"{os.environ.get('USER', 'you')}@{socket.gethostname()}"
 
 
 def check_launcher(environment: Mapping[str, str]) -> Iterator[Finding]:

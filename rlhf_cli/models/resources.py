@@ -198,7 +198,6 @@ class Extent:
         process: bytes of the process without a model; counted on a CPU.
         tokens: largest micro-batch, padding included, a shared prompt once; None is what the settings allow.
         prompt: longest prompt in tokens; None is what the settings allow.
-        accumulates: whether an optimizer step has several micro-batches, so that gradients and activations meet.
     """
 
     shape: ModelShape
@@ -207,7 +206,6 @@ class Extent:
     process: int = CPU_PROCESS
     tokens: int | None = None
     prompt: int | None = None
-    accumulates: bool = True
 
 
 @dataclass(frozen=True)
@@ -267,20 +265,6 @@ def moments(trained: int, optimizer: Optimizer = "adamw", embeddings: int = 0) -
     """
     small = trained - embeddings if optimizer == "adamw-8bit" else 0
     return int(_MOMENTS * ((trained - small) * FLOAT32 + small * _EIGHT_BITS))
-
-
-def beside_gradients(activations: float, gradients: float, *, accumulates: bool) -> float:
-    """Bytes of activations that come on top of all gradients.
-
-    Where an optimizer step has several micro-batches, these are all of them. The pass of a single one frees activations
-    as it makes gradients.
-
-    Args:
-        activations: of a micro-batch.
-        gradients: of the model that the last pass of a micro-batch trains.
-        accumulates: see `Extent`.
-    """
-    return activations if accumulates else max(0.0, activations - gradients)
 
 
 def loading(extent: Extent, weights: Mapping[str, float]) -> dict[str, float]:

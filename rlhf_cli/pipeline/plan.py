@@ -193,7 +193,6 @@ class _StagePlanner:
             process=CPU_PROCESS,
             tokens=workload.largest,
             prompt=workload.prompt,
-            accumulates=workload.accumulates,
         )
 
     def _trial(self, context: StageContext[Any, Any], reading: Reading, seconds: float) -> Rates:

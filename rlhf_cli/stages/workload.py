@@ -79,7 +79,6 @@ class Workload:
         written: bytes of models and checkpoints that it writes.
         largest: tokens of its largest micro-batch, padding included; None without training.
         prompt: longest prompt in tokens; None where none is known.
-        accumulates: whether an optimizer step has several micro-batches.
         reward: shape of a reward model with a backbone of its own.
         notes: what the counts omit, for people.
     """
@@ -93,7 +92,6 @@ class Workload:
     written: float = 0
     largest: int | None = None
     prompt: int | None = None
-    accumulates: bool = True
     reward: ModelShape | None = None
     notes: tuple[str, ...] = ()
 

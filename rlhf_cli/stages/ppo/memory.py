@@ -9,7 +9,6 @@ from rlhf_cli.models.resources import (
     FLOAT32,
     Extent,
     MemoryNeed,
-    beside_gradients,
     frozen_bytes,
     loading,
     memory_need,
@@ -41,10 +40,8 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     state = {"optimizer": float(moments(policy + critic, settings.optimizer, small))}
     tokens, longest = _tokens(settings, recipe, extent)
     activations = {
-        "activations": beside_gradients(
-            shape.activations(tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full),
-            FLOAT32 * (critic or policy),  # the critic's pass is the last one
-            accumulates=extent.accumulates,
+        "activations": float(
+            shape.activations(tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full)
         ),
         "logits": float(shape.logits(tokens)),
     }

@@ -115,7 +115,6 @@ def _workload(
     rows = settings.micro_batch_size if settings.micro_batch_tokens is None else settings.completions_per_step
     most = sorted(training)[-max(1, rows // per) :]
     largest = round(sum(most) + min(rows, settings.completions_per_step) * longest)
-    minibatch = settings.completions_per_step / settings.minibatches
     saved = 0 if settings.save_steps is None else (settings.steps - 1) // settings.save_steps
     return Workload(
         records=len(training),
@@ -128,7 +127,6 @@ def _workload(
                            + 3 * trained * (1 + (settings.steps - 1) // settings.checkpoint_steps)),
         largest=min(largest, settings.micro_batch_tokens or largest),
         prompt=max(training),
-        accumulates=minibatch > rows,
         reward=reward,
         notes=("functions and servers that give rewards are not counted",) if settings.rewards else (),
     )  # fmt: skip

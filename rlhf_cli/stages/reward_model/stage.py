@@ -10,7 +10,6 @@ from rlhf_cli.models.resources import (
     FLOAT32,
     Extent,
     MemoryNeed,
-    beside_gradients,
     frozen_bytes,
     loading,
     memory_need,
@@ -86,10 +85,8 @@ def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) 
     update = {
         "gradients": FLOAT32 * trained,
         "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0),
-        "activations": beside_gradients(
-            shape.activations(tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full),
-            FLOAT32 * trained,
-            accumulates=extent.accumulates,
+        "activations": shape.activations(
+            tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full
         ),
     }
     phases = {"load": loading(extent, weights), "update": weights | update}

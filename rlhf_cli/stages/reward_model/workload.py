@@ -149,7 +149,6 @@ def _reading(context: RewardModelContext, source: ModelSource, count, *, sample,
             written=members * FLOAT32 * trained * (1 + 3 * (1 + (steps - 1) // settings.checkpoint_steps)),
             largest=passed.largest,
             prompt=max(drawn_for, default=None),
-            accumulates=passed.parts > steps,
         )  # fmt: skip
 
     return Reading(

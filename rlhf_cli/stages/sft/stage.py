@@ -10,7 +10,6 @@ from rlhf_cli.models.resources import (
     FLOAT32,
     Extent,
     MemoryNeed,
-    beside_gradients,
     frozen_bytes,
     loading,
     memory_need,
@@ -74,10 +73,8 @@ def _memory(settings: SFTSettings, recipe: RunSettings, extent: Extent) -> Memor
     update = {
         "gradients": FLOAT32 * trained,
         "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0),
-        "activations": beside_gradients(
-            shape.activations(tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full),
-            FLOAT32 * trained,
-            accumulates=extent.accumulates,
+        "activations": shape.activations(
+            tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full
         ),
         "logits": shape.logits(tokens),
     }

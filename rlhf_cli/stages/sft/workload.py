@@ -58,7 +58,6 @@ def read(context: SFTContext) -> Reading:
         loads=2,
         written=FLOAT32 * (shape.weights + 3 * trained * (1 + (steps - 1) // settings.checkpoint_steps)),
         largest=passed.largest,
-        accumulates=passed.parts > steps,
     )
     ordered = sorted(train, key=len)
     sample = [ordered[number] for number in spread(len(ordered), max(settings.micro_batch_size, 8))]
