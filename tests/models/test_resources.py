@@ -116,8 +116,8 @@ def need(stage: str, extent: Extent = Extent(SHAPE), **changes: object) -> Memor
 @pytest.mark.parametrize("stage", SECTIONS)
 def test_what_a_setting_changes(stage):
     update = need(stage).phases["update"]
-    doubled = need(stage, micro_batch_size=32).phases["update"]
-    half = need(stage, micro_batch_size=16).phases["update"]
+    doubled = need(stage, micro_batch_size=8).phases["update"]
+    half = need(stage, micro_batch_size=4).phases["update"]
     assert doubled["activations"] == 2 * half["activations"]
     assert doubled["gradients"] == half["gradients"] == update["gradients"]
     assert update["optimizer"] == 2 * update["gradients"]
