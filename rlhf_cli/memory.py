@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+from pathlib import Path
 
 
 def keep_freed_memory() -> None:
@@ -50,3 +51,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 """In messages of torch's allocator of the CPU, of cuBLAS, and of a kernel's launch."""
+
+
+def machine_memory(device: str = "cpu") -> int:
+    """Return the memory of a device of this machine in bytes: of the first GPU, or what this process may use.
+
+    A container may allow less than the machine has.
+
+    Args:
+        device: "cpu", or the type of another device of torch.
+    """
+    torch = sys.modules.get("torch")
+    if device == "cuda" and torch is not None:
+        return torch.cuda.get_device_properties(0).total_memory
+    import psutil  # a dependency of accelerate
+
+    allowed = [psutil.virtual_memory().total]
+    for file in _LIMITS:
+        try:
+            allowed.append(int(file.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(allowed)
+
+
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files of Linux with the limit of this process's group, in bytes."""

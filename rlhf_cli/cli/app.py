@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("rlhf_cli.cli.quickstart:quickstart", "Run the whole pipeline on a tiny model, in minutes."),
     "start": ("rlhf_cli.cli.start:start", "Get a recipe for your model and data from a few questions."),
     "init": ("rlhf_cli.cli.init:init", "Write a recipe from options, or starter recipes to a folder."),
+    "plan": ("rlhf_cli.cli.plan:plan", "Say what a run will take: steps, memory, disk, time."),
     "run": ("rlhf_cli.cli.run:run", "Run the stages of a recipe; resume an interrupted run."),
     **{name: _STAGES.get(name, ("rlhf_cli.cli.label.commands:app", REGISTRY[name][1])) for name in REGISTRY},
     "overopt": ("rlhf_cli.cli.overopt:overopt", "Find how far proxies of a gold reward can be optimized."),

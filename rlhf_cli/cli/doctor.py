@@ -1,4 +1,4 @@
-"""`rlhf doctor`: report versions and hardware of this machine."""
+"""`rlhf doctor`: versions and hardware of this machine, and what to do about problems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from rlhf_cli.cli.options import Json
 
 
 def doctor(as_json: Json = False) -> None:
-    """Report library versions, devices, precision, memory and free disk space of this machine."""
+    """Show versions, hardware and problems of this machine, each problem with the command that fixes it.
+
+    The exit code is 1 if a problem stops a normal run.
+    """
     from rlhf_cli.cli.hardware import examine, print_report
 
     found = examine()
@@ -18,3 +21,5 @@ def doctor(as_json: Json = False) -> None:
         typer.echo(json.dumps(found, indent=2))
     else:
         print_report(found)
+    if any(one["blocks"] for one in found["problems"]):
+        raise typer.Exit(1)

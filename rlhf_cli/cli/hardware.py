@@ -1,61 +1,67 @@
-"""Versions and hardware of this machine. Imports torch; used by `rlhf doctor` only."""
+"""Versions and hardware of this machine, and what is wrong with them. Imports torch; used by `rlhf doctor` only."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.cli import machine_checks as checks
+from rlhf_cli.cli.machine_checks import Finding
 from rlhf_cli.distributed.launcher import cores
-from rlhf_cli.distributed.ranks import check_launcher_environment
-from rlhf_cli.errors import UsageError
+from rlhf_cli.memory import machine_memory
 
 _TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0"}
 """Versions in constraints.txt; a test keeps both equal."""
 
 
 def examine() -> dict[str, Any]:
-    """Collect everything `rlhf doctor` reports, as plain data; sizes in bytes."""
+    """Collect everything `rlhf doctor` reports, as plain data; sizes in bytes.
+
+    `problems` have a `message`, a `fix`, and whether they `block` a normal run; `optional` is what some settings need,
+    or what may be faster.
+    """
     from rlhf_cli.pipeline.manifest import versions
 
     found = versions()
-    problems = [f"{name} is not installed" for name in _TESTED if found[name] == "not installed"]
+    problems, optional = list(checks.check_packages(found, _TESTED)), list[Finding]()
     report: dict[str, Any] = {
         "versions": found,
         "tested": _TESTED,
         "platform": platform.platform(),
         "cpus": cores(),
-        "memory_bytes": _memory(),
+        "memory_bytes": machine_memory(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
     }
     if found["torch"] != "not installed":
         try:
             report |= _torch()
             problems += _unused_gpu()
+            problems += checks.too_many_threads(report["threads"], report["cpus"], os.environ)
+            optional += checks.few_threads(report["threads"], report["cpus"], os.environ)
         except (ImportError, OSError) as error:  # wheels for another CUDA or libc version fail here
-            problems.append(f"cannot import torch: {error}")
-    try:
-        check_launcher_environment(os.environ)
-    except UsageError as error:
-        problems.append(f"{error.message}; {error.hint}")
-    return report | {"problems": problems}
+            fix = checks.pip(f"--force-reinstall 'torch=={_TESTED['torch']}'")
+            problems.append(Finding(f"cannot import torch: {error}", fix, blocks=True))
+    problems += checks.check_space(report["memory_bytes"], report["disk_free_bytes"])
+    problems += checks.check_launcher(os.environ)
+    has_gpu = bool(report.get("gpus"))
+    problems += checks.check_compiler(has_gpu=has_gpu)
+    optional += [*checks.missing_extras(has_gpu=has_gpu), *checks.check_browser()]
+    return report | {
+        "problems": [checks.as_json(one) for one in problems],
+        "optional": [checks.as_json(one) for one in optional],
+    }
 
 
-def _unused_gpu() -> list[str]:
+def _unused_gpu() -> Iterator[Finding]:
     from rlhf_cli.models.gpu_check import unused_gpu
 
     found = unused_gpu()
-    return [] if found is None else [f"{found.reason}; {found.fix}"]
-
-
-def _memory() -> int:
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    import psutil  # a dependency of accelerate
-
-    return psutil.virtual_memory().total
+    if found is not None:
+        yield Finding(found.reason, found.fix)
 
 
 def _torch() -> dict[str, Any]:
@@ -92,4 +98,12 @@ def print_report(found: dict[str, Any]) -> None:
     rows.append(("memory", format_bytes(found["memory_bytes"])))
     rows.append(("disk", f"{format_bytes(found['disk_free_bytes'])} free here"))
     print("\n".join(f"{name:<13} {value}" for name, value in rows))
-    print("\n".join(f"problem: {problem}" for problem in found["problems"]) or "no problems found")
+    for name, heading in (("problems", "problem"), ("optional", "optional")):
+        for one in found[name]:
+            print(f"\n{heading}: {one['message']}\n    {one['fix']}")
+    print("\nno problems found" if not found["problems"] else _conclusion(found["problems"]))
+
+
+def _conclusion(problems: list[dict[str, Any]]) -> str:
+    count = sum(one["blocks"] for one in problems)
+    return f"\n{count} of {len(problems)} problems stop a run" if count else "\nno problem stops a run"

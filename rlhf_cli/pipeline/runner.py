@@ -19,7 +19,7 @@ from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RequirementError, RLHFError
 from rlhf_cli.memory import free_memory, is_out_of_memory, keep_freed_memory
-from rlhf_cli.models.memory_estimate import ModelShape
+from rlhf_cli.models.resources import Extent, ModelShape
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
@@ -116,7 +116,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         planner = Planner(recipe, directory, chosen, selection)
         steps = planner.plan()
         to_run = [step for step in steps if step.action != "cached"]
-        preflight(recipe, _inputs_of(to_run))
+        preflight(recipe, inputs_of(to_run))
         if to_run:
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
@@ -148,7 +148,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
     steps = Planner(recipe, directory, select(recipe, selection), selection).plan()
-    preflight(recipe, _inputs_of(step for step in steps if step.action != "cached"))
+    preflight(recipe, inputs_of(step for step in steps if step.action != "cached"))
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
     path = recipe.model.path
     shape = None if path is None or not Path(path).is_dir() else ModelShape.of(Path(path))
@@ -157,7 +157,7 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
         made = step.manifest
         if made is not None:
             _accept(recipe, directory, step.stage, made)
-        need = None if shape is None else step.stage.device_need(recipe.section(step.stage.name), recipe, shape)
+        need = None if shape is None else step.stage.memory(recipe.section(step.stage.name), recipe, Extent(shape))
         rows.append(
             StageResult(
                 name=step.stage.name,
@@ -269,7 +269,8 @@ def _accept(recipe: Recipe, run: RunDirectory, stage: Stage, manifest: Manifest)
     stage.accept(recipe.section(stage.name), manifest.metrics, run.artifact(stage.name))
 
 
-def _inputs_of(steps: Iterable[Step]) -> Iterator[Input]:
+def inputs_of(steps: Iterable[Step]) -> Iterator[Input]:
+    """Return the inputs of some steps of a plan."""
     return (given for step in steps for given in step.inputs.by_name().values())
 
 

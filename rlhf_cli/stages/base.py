@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, number_bytes
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
@@ -134,23 +134,25 @@ def accept_all(settings: Any, metrics: Mapping[str, float | None], folder: Path)
     """Default of `Stage.accept`: nothing is required of the artifact."""
 
 
-def sampling_need(sampling: StageSamplingSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
-    """Return the need of a stage that only samples, one model at a time.
+def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
+    """Return the memory of a stage that only samples, one model at a time.
 
     Args:
         sampling: of the stage's section.
         recipe: of the run.
-        shape: of the base model.
+        extent: of the stage.
     """
-    size = number_bytes(recipe.model.precision)
+    shape, size = extent.shape, number_bytes(recipe.model.precision)
     sampled = sampling.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
+    longest = (extent.prompt or recipe.data.max_prompt_tokens) + sampled
+    weights = {"policy": float(shape.weights * size)}
     rows = sampling.batch_size
-    decoding = shape.cache(rows, recipe.data.max_prompt_tokens + sampled, size) + shape.sampling(rows)
-    return MemoryNeed(weights=shape.weights * size, decoding=decoding)
+    drawing = {"cache": shape.cache(rows, longest, size), "logits": shape.sampling(rows)}
+    return memory_need(extent, {"load": loading(extent, weights), "rollout": weights | drawing})
 
 
-def no_need(settings: Any, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:
-    """Default of `Stage.device_need`: not estimated."""
+def not_estimated(settings: Any, recipe: RunSettings, extent: Extent) -> MemoryNeed | None:
+    """Default of `Stage.memory`."""
     return None
 
 
@@ -169,7 +171,8 @@ class Stage(Generic[S, I]):
         sizes: (settings, recipe) -> sizes derived from the settings.
         check: raises `ValueError` if the section contradicts the shared settings.
         disk_bytes: (settings, bytes of the base model in float32) -> upper bound of the bytes written.
-        device_need: (settings, recipe, shape of the base model) -> upper bound of the memory on a GPU, per process.
+        memory: (settings, recipe, extent) -> memory of a process by phase and role; None where it is not known.
+        workload: module with `read(context)`, which counts the work for `rlhf plan`; None where it is not known.
         unaffected_by: dotted prefixes of shared settings that do not affect the result.
         accept: (settings, metrics, folder of the artifact) -> None; raises `RequirementError` if the recipe requires
             more of the finished artifact, and then no later stage runs. What it reads of the settings is effort only.
@@ -186,7 +189,8 @@ class Stage(Generic[S, I]):
     sizes: Callable[[S, RunSettings], Sizes] = no_sizes
     check: Callable[[S, RunSettings], None] = no_check
     disk_bytes: Callable[[S, int], int] = no_bytes
-    device_need: Callable[[S, RunSettings, ModelShape], MemoryNeed | None] = no_need
+    memory: Callable[[S, RunSettings, Extent], MemoryNeed | None] = not_estimated
+    workload: str | None = None
     unaffected_by: tuple[str, ...] = ()
     accept: Callable[[S, Mapping[str, float | None], Path], None] = accept_all
     keeps_earlier: bool = False

@@ -97,5 +97,6 @@ def test_doctor_reports_it(with_gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv("RANK", "1")
     problems = examine()["problems"]
-    assert any("is built without CUDA" in one for one in problems)
-    assert any("the environment sets RANK=1 but not" in one for one in problems)
+    blocks = {one["message"]: one["blocks"] for one in problems}
+    assert [blocks[message] for message in blocks if "is built without CUDA" in message] == [False]
+    assert [blocks[message] for message in blocks if "the environment sets RANK=1 but not" in message] == [True]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape
+from rlhf_cli.models.resources import Extent, MemoryNeed
 from rlhf_cli.settings.run import RunSettings
-from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_need
+from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_memory
 from rlhf_cli.stages.best_of_n.settings import BestOfNSettings
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 
@@ -57,8 +57,8 @@ def _sizes(settings: BestOfNSettings, recipe: RunSettings) -> Sizes:
     return {} if settings.samples is not None else {"completions per prompt": settings.samples_per_prompt}
 
 
-def _device_need(settings: BestOfNSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:
-    return sampling_need(settings.sampling, recipe, shape) if settings.samples is None else None
+def _memory(settings: BestOfNSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed | None:
+    return sampling_memory(settings.sampling, recipe, extent) if settings.samples is None else None
 
 
 BestOfNContext = StageContext[BestOfNSettings, BestOfNInputs]
@@ -80,7 +80,7 @@ STAGE = Stage(
         Flag("--n", "best_of_n.samples_per_prompt", "Completions per prompt.", "N", kind=int),
     ),
     sizes=_sizes,
-    device_need=_device_need,
+    memory=_memory,
     unaffected_by=("model.build", "model.quantize"),
     keeps_earlier=True,
 )

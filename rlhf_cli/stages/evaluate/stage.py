@@ -7,9 +7,9 @@ from pathlib import Path
 from rlhf_cli.data.records import prompt_key
 from rlhf_cli.errors import RLHFError
 from rlhf_cli.generation.contract import split_of
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape
+from rlhf_cli.models.resources import Extent, MemoryNeed
 from rlhf_cli.settings.run import RunSettings
-from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_need
+from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_memory
 from rlhf_cli.stages.evaluate.inputs import EvaluateInputs, find_inputs
 from rlhf_cli.stages.evaluate.settings import EvaluateSettings
 
@@ -65,8 +65,8 @@ def _prompts_in_file(settings: EvaluateSettings, recipe: RunSettings) -> int | N
     return len({prompt_key(prompt) for prompt in held_out})
 
 
-def _device_need(settings: EvaluateSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
-    return sampling_need(settings.sampling, recipe, shape)
+def _memory(settings: EvaluateSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
+    return sampling_memory(settings.sampling, recipe, extent)
 
 
 EvaluateContext = StageContext[EvaluateSettings, EvaluateInputs]
@@ -120,7 +120,8 @@ STAGE = Stage(
         ),
     ),
     sizes=_sizes,
-    device_need=_device_need,
+    memory=_memory,
+    workload="rlhf_cli.stages.evaluate.workload",
     unaffected_by=("model.build", "model.quantize"),
     keeps_earlier=True,
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape
+from rlhf_cli.models.resources import Extent, MemoryNeed
 from rlhf_cli.settings.run import RunSettings
-from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_need
+from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, sampling_memory
 from rlhf_cli.stages.label.inputs import LabelInputs, find_inputs
 from rlhf_cli.stages.label.settings import LabelSettings
 
@@ -18,8 +18,8 @@ def _sizes(settings: LabelSettings, recipe: RunSettings) -> Sizes:
     return {"completions per prompt": count, "pairs per prompt, without ties": math.comb(count, 2)}
 
 
-def _device_need(settings: LabelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed | None:
-    return sampling_need(settings.sampling, recipe, shape) if settings.samples else None
+def _memory(settings: LabelSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed | None:
+    return sampling_memory(settings.sampling, recipe, extent) if settings.samples else None
 
 
 LabelContext = StageContext[LabelSettings, LabelInputs]
@@ -49,6 +49,7 @@ STAGE = Stage(
         Flag("--guidelines", "label.human.guidelines", "Instructions shown to annotators.", "FILE"),
     ),
     sizes=_sizes,
-    device_need=_device_need,
+    memory=_memory,
+    workload="rlhf_cli.stages.label.workload",
     unaffected_by=("model.build", "model.quantize"),
 )

@@ -242,6 +242,11 @@ class PPOSettings(StageSection):
         return self.critic == "adapter" or (self.critic == "auto" and self.adapter == "lora")
 
     @property
+    def critic_is_head(self) -> bool:
+        """Whether the critic is a head on the policy, without passes of its own."""
+        return self.critic == "head"
+
+    @property
     def critic_is_separate(self) -> bool:
         """Whether the critic is a model of its own."""
         return self.critic == "separate" or (self.critic == "auto" and self.adapter == "none")

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import math
 
-from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.memory_estimate import (
-    FLOAT32,
-    MemoryNeed,
-    ModelShape,
-    frozen_bytes,
-    number_bytes,
-    training_need,
-)
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.ppo.inputs import PPOInputs, check_combination, find_inputs
+from rlhf_cli.stages.ppo.memory import ppo_memory
 from rlhf_cli.stages.ppo.settings import PPOSettings
 
 
@@ -62,31 +54,6 @@ def _disk_bytes(settings: PPOSettings, model_bytes: int) -> int:
     )
 
 
-def _device_need(settings: PPOSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
-    """Of policy, reference and critic; a reward model with a backbone of its own comes on top."""
-    model, is_full = recipe.model, settings.adapter == "none"
-    size = number_bytes(model.precision)
-    sampled = settings.max_new_tokens or recipe.sampling.max_new_tokens or Sampling.max_new_tokens
-    longest = recipe.data.max_prompt_tokens + sampled
-    rows = min(settings.rollout_batch_size, settings.completions_per_step)
-    minibatch = math.ceil(settings.completions_per_step / settings.minibatches) * longest
-    most = settings.micro_batch_tokens
-    tokens = min(minibatch, settings.micro_batch_size * longest if most is None else max(longest, most))
-    adapter = shape.adapter(settings.lora.rank)
-    policy = shape.weights if is_full else adapter
-    critic = adapter if settings.critic_is_adapter else shape.weights if settings.critic_is_separate else 0
-    return training_need(
-        trained=policy + critic,
-        frozen=shape.weights,
-        frozen_bytes=FLOAT32 if is_full else frozen_bytes(model.dtype, model.precision, model.quantize),
-        activations=shape.activations(tokens, size, recompute=settings.gradient_checkpointing) + shape.logits(tokens),
-        decoding=shape.cache(rows, longest, size) + shape.sampling(rows),
-        optimizer=settings.optimizer,
-        embeddings=shape.embeddings * (int(is_full) + int(settings.critic_is_separate)),
-        offloads=is_full and settings.offload_frozen,
-    )
-
-
 PPOContext = StageContext[PPOSettings, PPOInputs]
 
 STAGE = Stage(
@@ -125,6 +92,7 @@ STAGE = Stage(
     sizes=_sizes,
     check=_check,
     disk_bytes=_disk_bytes,
-    device_need=_device_need,
+    memory=ppo_memory,
+    workload="rlhf_cli.stages.ppo.workload",
     unaffected_by=("model.build",),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ compared on."""
 
 _SEEDS_APART = 1_000_003
 """Difference of the seeds of two members, so that runs with seeds 0, 1, 2 share none of them."""
+
+
+NewMember = Callable[["RewardModelContext", "ModelSource", PromptStyle, int], "RewardModel"]
+"""(context, model to start from, how prompts are written, 1-based number) -> a member before its training."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,13 @@ class Plan:
         return [ranking for ranking in self.train if split_key(ranking.prompt) in kept]
 
 
-def make_plan(context: RewardModelContext) -> tuple[Plan, RewardModel]:
-    """Read, check, encode and divide the rankings; also returns the first member, not trained yet."""
+def make_plan(context: RewardModelContext, new: NewMember | None = None) -> tuple[Plan, RewardModel]:
+    """Read, check, encode and divide the rankings; also returns the first member, not trained yet.
+
+    Args:
+        context: of the stage.
+        new: makes that member; None is `new_member`.
+    """
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.models.loading import load_tokenizer
     from rlhf_cli.stages.reward_model.evaluation import check_has_preference
@@ -81,7 +91,7 @@ def make_plan(context: RewardModelContext) -> tuple[Plan, RewardModel]:
     style = prompt_style(recipe.data, start, load_tokenizer(source))
     _say_if_labeled_otherwise(context, style)
     warn_of_rounding(context, source)
-    first = new_member(context, source, style, number=1)
+    first = (new or new_member)(context, source, style, 1)
     check_records(first.format, loaded.records)
     sampling = inherited_sampling(recipe, start)
     if not first.is_encoder:  # completions may be drawn after training, and a wrong token must not end that
@@ -121,6 +131,23 @@ def new_member(context: RewardModelContext, source: ModelSource, style: PromptSt
         seed=member_seed(context, number),
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+
+
+def member_without_weights(
+    context: RewardModelContext, source: ModelSource, style: PromptStyle, number: int
+) -> RewardModel:
+    """Return a member that encodes text as `new_member`'s does, and cannot compute: to count tokens before a run."""
+    from rlhf_cli.models.loading import load_config
+    from rlhf_cli.models.reward_model.classifier import check_reward_config, classifier_class
+    from rlhf_cli.models.reward_model.model import RewardModel, reward_format
+    from rlhf_cli.models.weight_loading import empty_model
+
+    config = load_config(source)
+    is_encoder = check_reward_config(config, source.path)
+    config.num_labels = 1
+    model = empty_model(classifier_class(config, source.path), source, config)
+    own = reward_format(source, style.template, is_encoder=is_encoder, template_kwargs=style.kwargs)
+    return RewardModel(model, own, source, is_encoder=is_encoder)
 
 
 def _watched(settings: RewardModelSettings, held_out: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:

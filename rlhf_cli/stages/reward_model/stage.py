@@ -5,8 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, frozen_bytes, number_bytes, training_need
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.models.resources import (
+    FLOAT32,
+    Extent,
+    MemoryNeed,
+    frozen_bytes,
+    loading,
+    memory_need,
+    moments,
+    number_bytes,
+    saving,
+)
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 from rlhf_cli.stages.reward_model.requirements import check_requirements
@@ -60,22 +72,39 @@ def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
     return trainings * (best + training_bytes(model_bytes, trained=full, written=full, kept=2))
 
 
-def _device_need(settings: RewardModelSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
-    model, is_full = recipe.model, settings.adapter == "none"
-    rows, most, longest = (
-        min(settings.micro_batch_size, settings.batch_size),
-        settings.micro_batch_tokens,
-        2 * settings.max_length,
+def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
+    model, shape, is_full = recipe.model, extent.shape, settings.adapter == "none"
+    rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
+    longest = 2 * settings.max_length
+    whole = settings.batch_size * longest
+    tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
+    size = number_bytes(model.precision)
+    trained = shape.weights if is_full else shape.adapter(settings.lora.rank)
+    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize)
+    weights = {"reward model": frozen, "trained weights": float(FLOAT32 * trained)}
+    update = {
+        "gradients": FLOAT32 * trained,
+        "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0),
+        "activations": shape.activations(
+            tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full
+        ),
+    }
+    phases = {"load": loading(extent, weights), "update": weights | update}
+    if settings.normalize and (settings.data is not None or recipe.value("label.by") == "import"):
+        phases["rollout"] = weights | _drawing(recipe, extent, size)
+    # An adapter is small; its base is read again to be compared.
+    phases["save"] = saving(extent) if is_full else phases["load"]
+    return memory_need(extent, phases)
+
+
+def _drawing(recipe: RunSettings, extent: Extent, size: int) -> dict[str, float]:
+    """Roles of sampling the completions that rewards are normalized over."""
+    shape, rows = extent.shape, StageSamplingSettings().batch_size
+    longest = (extent.prompt or recipe.data.max_prompt_tokens) + (
+        recipe.sampling.max_new_tokens or Sampling.max_new_tokens
     )
-    tokens = rows * longest if most is None else min(settings.batch_size * longest, max(longest, most))
-    return training_need(
-        trained=shape.weights if is_full else shape.adapter(settings.lora.rank),
-        frozen=0 if is_full else shape.weights,
-        frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
-        activations=shape.activations(tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing),
-        optimizer=settings.optimizer,
-        embeddings=shape.embeddings if is_full else 0,
-    )
+    decoding = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
+    return {"policy": float(shape.weights * size), **decoding}
 
 
 RewardModelContext = StageContext[RewardModelSettings, RewardModelInputs]
@@ -99,7 +128,8 @@ STAGE = Stage(
     sizes=_sizes,
     check=_check,
     disk_bytes=_disk_bytes,
-    device_need=_device_need,
+    memory=_memory,
+    workload="rlhf_cli.stages.reward_model.workload",
     unaffected_by=("model.build",),
     accept=check_requirements,
 )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.sft.settings import SFTSettings
     from rlhf_cli.stages.sft.trainer import SFTResult
 
-_HELD_OUT_MEASURED = 500
+HELD_OUT_MEASURED = 500
 """Held-out demonstrations whose loss is measured: enough for two digits, before and after."""
 
 
@@ -51,7 +51,7 @@ def run(context: SFTContext) -> StageOutcome:
     data = context.inputs.demonstrations.source
     loaded = read_records(data, "demonstration", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     processes = ProcessGroup(resolve_device(recipe.model.device))
-    source = model_source(recipe, _base(context, loaded.records, processes), quantized=True)
+    source = model_source(recipe, base_model(context, loaded.records, processes), quantized=True)
     tokenizer = load_tokenizer(source)
     style = prompt_style(recipe.data, source.path, tokenizer, may_differ=True)
     chat_format = prompt_format(source, style, tokenizer)
@@ -59,14 +59,14 @@ def run(context: SFTContext) -> StageOutcome:
     sampling = inherited_sampling(recipe, source.path)
     chosen_stops = token_ids(sampling.stop_tokens or (), chat_format)  # a wrong one must not end a finished training
     model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
-    fitting = _fitting(context, settings, loaded, chat_format, model.config)
+    fitting = fitting_examples(context, settings, loaded, chat_format, model.config)
     train, held_out = split_from(context, source.path).divide([record for record, _ in fitting])
     warn_of_trained(held_out, source.path, "the held-out loss")
     examples = {id(record): example for record, example in fitting}
     result = train_sft(
         model,
         [examples[id(record)] for record in train],
-        [examples[id(record)] for record in held_out[:_HELD_OUT_MEASURED]],
+        [examples[id(record)] for record in held_out[:HELD_OUT_MEASURED]],
         settings,
         seed=recipe.seed,
         work=context.work,
@@ -101,7 +101,7 @@ def run(context: SFTContext) -> StageOutcome:
     return outcome
 
 
-def _base(context: SFTContext, records: list[Demonstration], processes: ProcessGroup) -> str:
+def base_model(context: SFTContext, records: list[Demonstration], processes: ProcessGroup) -> str:
     """The base model's folder or hub id; with `model.build`, it is made first, from the demonstrations' text."""
     build = context.recipe.model.build
     if build is None:
@@ -119,7 +119,7 @@ def _base(context: SFTContext, records: list[Demonstration], processes: ProcessG
     return str(folder)
 
 
-def _fitting(
+def fitting_examples(
     context: SFTContext, settings: SFTSettings, loaded: LoadedRecords, prompt_format: PromptFormat, config
 ) -> list[tuple[Demonstration, Example]]:
     """Records that fit the model, with their ids; the others are skipped and counted."""

@@ -6,7 +6,17 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.memory_estimate import MemoryNeed, ModelShape, frozen_bytes, number_bytes, training_need
+from rlhf_cli.models.resources import (
+    FLOAT32,
+    Extent,
+    MemoryNeed,
+    frozen_bytes,
+    loading,
+    memory_need,
+    moments,
+    number_bytes,
+    saving,
+)
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
@@ -51,20 +61,25 @@ def _disk_bytes(settings: SFTSettings, model_bytes: int) -> int:
     return training_bytes(model_bytes, trained=int(settings.adapter == "none"), written=1, kept=2)
 
 
-def _device_need(settings: SFTSettings, recipe: RunSettings, shape: ModelShape) -> MemoryNeed:
-    model, is_full = recipe.model, settings.adapter == "none"
+def _memory(settings: SFTSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
+    model, shape, is_full = recipe.model, extent.shape, settings.adapter == "none"
     rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
     whole, longest = settings.batch_size * settings.max_length, settings.max_length
-    tokens = rows * longest if most is None else min(whole, max(longest, most))
-    activations = shape.activations(tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing)
-    return training_need(
-        trained=shape.weights if is_full else shape.adapter(settings.lora.rank),
-        frozen=0 if is_full else shape.weights,
-        frozen_bytes=frozen_bytes(model.dtype, model.precision, model.quantize),
-        activations=activations + shape.logits(tokens),
-        optimizer=settings.optimizer,
-        embeddings=shape.embeddings if is_full else 0,
-    )
+    tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
+    size = number_bytes(model.precision)
+    trained = shape.weights if is_full else shape.adapter(settings.lora.rank)
+    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize)
+    weights = {"policy": frozen, "trained weights": float(FLOAT32 * trained)}
+    update = {
+        "gradients": FLOAT32 * trained,
+        "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0),
+        "activations": shape.activations(
+            tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full
+        ),
+        "logits": shape.logits(tokens),
+    }
+    phases = {"load": loading(extent, weights), "update": weights | update, "save": saving(extent)}
+    return memory_need(extent, phases)
 
 
 SFTContext = StageContext[SFTSettings, SFTInputs]
@@ -83,7 +98,8 @@ STAGE = Stage(
     sizes=_sizes,
     check=_check,
     disk_bytes=_disk_bytes,
-    device_need=_device_need,
+    memory=_memory,
+    workload="rlhf_cli.stages.sft.workload",
     # `sampling` is recorded for the next stage; a change does not train again.
     unaffected_by=("sampling", "generation"),
 )

@@ -1,0 +1,188 @@
+"""How `rlhf plan` shows what a run will take: as text for people, and as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhf_cli.pipeline.disk_space import format_bytes
+from rlhf_cli.pipeline.plan import RunPlan, StagePlan
+from rlhf_cli.progress import format_duration
+from rlhf_cli.stages.workload import Workload
+
+_SHOWN = 0.01
+"""Share of the memory of a phase under which a role is not shown."""
+
+
+def plan_json(plan: RunPlan) -> dict[str, Any]:
+    """Return a plan as plain data: bytes, seconds, tokens and operations."""
+    return {
+        "run_dir": str(plan.run_dir),
+        "device": plan.device,
+        "memory_bytes": plan.memory_limit,
+        "disk_free_bytes": plan.disk_free,
+        "seconds": plan.seconds,
+        "stages": [_stage_json(stage) for stage in plan.stages],
+    }
+
+
+def _stage_json(stage: StagePlan) -> dict[str, Any]:
+    memory = stage.memory
+    return {
+        "name": stage.name,
+        "action": stage.action,
+        "reason": stage.reason,
+        "precision": stage.precision or None,
+        "work": None if stage.workload is None else _work_json(stage.workload),
+        "expected_work": None if stage.expected is None else _work_json(stage.expected),
+        "memory": None
+        if memory is None
+        else {
+            "peak_bytes": memory.total,
+            "peak_phase": memory.peak_phase,
+            "phases": {phase: dict(roles) for phase, roles in memory.phases.items()},
+        },
+        "disk_bytes": stage.disk,
+        "seconds": None if stage.seconds is None else sum(stage.seconds.values()),
+        "seconds_by_phase": stage.seconds,
+        "completion_tokens": None if stage.rates is None else stage.rates.mean,
+        "sizes": stage.sizes,
+        "advice": [
+            {"set": one.change, "saved_bytes": one.saved, "peak_bytes": one.total, "fits": one.fits,
+             "keeps_result": one.keeps_result}
+            for one in stage.advice
+        ],
+    }  # fmt: skip
+
+
+def _work_json(workload: Workload) -> dict[str, Any]:
+    return {
+        "records": workload.records,
+        "optimizer_steps": workload.optimizer_steps,
+        "tokens": {
+            "trained": workload.tokens("train"),
+            "drawn": workload.tokens("draw"),
+            "passed": workload.tokens("forward"),
+        },
+        "flops": workload.flops,
+        "flops_by_phase": {
+            phase: sum(work.flops for work in workload.work if work.phase == phase)
+            for phase in dict.fromkeys(work.phase for work in workload.work)
+        },
+        "largest_micro_batch_tokens": workload.largest,
+        "written_bytes": workload.written,
+        "notes": list(workload.notes),
+    }
+
+
+def show_plan(plan: RunPlan) -> None:
+    """Print a plan to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    for stage in plan.stages:
+        rows = list(_rows(stage, plan))
+        state = {"run": "would run", "resume": "would resume", "cached": "up to date"}[stage.action]
+        console.print(f"{stage.name}  {state}" + ("" if rows or stage.action == "cached" else ": not estimated"))
+        table = Table.grid(padding=(0, 2), pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in rows:
+            table.add_row(f"  {name}", text)
+        if rows:
+            console.print(table)
+        console.print()
+    for line in _summary(plan):
+        console.print(line)
+
+
+def _rows(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    if stage.workload is None:
+        return
+    yield "work", _work(stage)
+    yield "operations", _operations(stage)
+    if stage.memory is not None:
+        yield from _memory(stage, plan)
+    if stage.disk:
+        yield "disk", f"at most {format_bytes(stage.disk)}"
+    if stage.seconds is not None:
+        yield "time", f"{_about(sum(stage.seconds.values()))}: {_parts(stage.seconds)}"
+    for note in stage.workload.notes:
+        yield "note", note
+    precision = stage.sizes.get("precision of a win rate near 50 %")
+    if precision is not None:
+        yield "interval", f"a win rate near 50 % will be known to {precision}"
+
+
+def _work(stage: StagePlan) -> str:
+    work = stage.workload
+    assert work is not None
+    parts = [f"{work.records:,} {work.unit}"]
+    if work.optimizer_steps:
+        parts.append(f"{work.optimizer_steps:,} optimizer steps")
+    for kind, verb in (("train", "trained"), ("draw", "drawn"), ("forward", "passed")):
+        if tokens := work.tokens(kind):  # type: ignore[arg-type]
+            least = None if stage.expected is None else stage.expected.tokens(kind)  # type: ignore[arg-type]
+            differs = least is not None and round(least) != round(tokens)
+            parts.append(f"{f'{_count(least)} to ' if differs else ''}{_count(tokens)} tokens {verb}")  # type: ignore[arg-type]
+    return ", ".join(parts)
+
+
+def _operations(stage: StagePlan) -> str:
+    work = stage.expected or stage.workload
+    assert work is not None
+    phases = {one.phase: 0.0 for one in work.work}
+    for one in work.work:
+        phases[one.phase] += one.flops
+    return f"{work.flops:.2g} FLOP: " + ", ".join(f"{name} {flops:.2g}" for name, flops in phases.items() if flops)
+
+
+def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    memory = stage.memory
+    assert memory is not None
+    phase = memory.peak_phase
+    roles = memory.phases[phase]
+    shown = ", ".join(
+        f"{role} {format_bytes(size)}" for role, size in roles.items() if size > _SHOWN * memory.of(phase)
+    )
+    fits = "" if memory.total <= plan.memory_limit else f"; does not fit {format_bytes(plan.memory_limit)}"
+    yield "memory", f"{format_bytes(memory.total)}{fits}; most in `{phase}`: {shown}"
+    others = ", ".join(
+        f"{name} {format_bytes(memory.of(name))}" for name in memory.phases if name != phase and memory.of(name)
+    )
+    if others:
+        yield "", f"other phases: {others}"
+    for one in stage.advice:
+        effect = "" if one.keeps_result else ", with another result"
+        fit = "fits" if one.fits else "does not fit alone"
+        yield "change", f"--set {one.change} saves {format_bytes(one.saved)}: {format_bytes(one.total)}, {fit}{effect}"
+
+
+def _summary(plan: RunPlan) -> Iterator[str]:
+    needs = [stage.memory.total for stage in plan.stages if stage.memory is not None]
+    where = "of this machine" if plan.device == "cpu" else "of the GPU"
+    if needs:
+        yield f"memory: {format_bytes(max(needs))} of the {format_bytes(plan.memory_limit)} {where}"
+    disk = sum(stage.disk for stage in plan.stages)
+    yield f"disk: at most {format_bytes(disk)} of {format_bytes(plan.disk_free)} free in {plan.run_dir.parent}"
+    if plan.seconds is None:
+        yield "time: not measured (--no-trial)"
+    elif plan.seconds:
+        yield f"time: {_about(plan.seconds)}, from a trial on this machine"
+
+
+def _about(seconds: float) -> str:
+    return f"about {format_duration(seconds)}"
+
+
+def _parts(seconds: Mapping[str, float]) -> str:
+    whole = sum(seconds.values())
+    return ", ".join(f"{name} {format_duration(own)}" for name, own in seconds.items() if own >= _SHOWN * whole)
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f}"

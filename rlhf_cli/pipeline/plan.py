@@ -1,0 +1,245 @@
+"""What a run will take: steps, tokens, operations, memory, disk and time of each stage, before it runs.
+
+Counts come from the data as the stages read it and from the shapes of their models (`stages.workload`); memory from
+the formulas that `--dry-run` uses (`models.resources`); time from a trial of a few seconds (`stages.trial`). What an
+earlier stage has still to write is taken to be like the base model, and completions to be as long as they may be, or
+as long as the trial found. Nothing is written to the run directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_cli.distributed.signals import SignalStop
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.memory import free_memory, keep_freed_memory, machine_memory
+from rlhf_cli.models.resources import CPU_PROCESS, FLOAT32, Extent, MemoryNeed
+from rlhf_cli.pipeline.disk_space import model_bytes
+from rlhf_cli.pipeline.paths import resolve_paths
+from rlhf_cli.pipeline.plan_advice import Advice, advise
+from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
+from rlhf_cli.pipeline.preflight import preflight
+from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.runner import inputs_of, limit_threads
+from rlhf_cli.recipe.loader import LoadedRecipe
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages.base import StageContext
+from rlhf_cli.stages.common import model_source
+from rlhf_cli.stages.inputs import Input, StageInputs
+from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.workload import Reading, Workload
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.loading import ModelSource
+    from rlhf_cli.stages.trial import Rates
+
+TRIAL_SECONDS = 10.0
+"""Seconds that the trials of all stages take together, without loading models."""
+_SAMPLING_INPUTS = ("sft", "ppo")
+"""Stages that write language models like the one they start from."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will take.
+
+    Attributes:
+        name: of the stage.
+        action: "run", "resume" or "cached"; the others are empty then.
+        reason: of the action.
+        workload: with completions at their maximum; None where it is not known.
+        expected: with completions at the mean that the trial found; None without.
+        precision: of matrix products.
+        memory: by phase and role; None where it is not known.
+        disk: upper bound of the bytes that it writes.
+        rates: what the trial measured; None without.
+        sizes: derived sizes, as in `recipe show`.
+        advice: what to change if it does not fit the memory.
+    """
+
+    name: str
+    action: str
+    reason: str
+    workload: Workload | None = None
+    expected: Workload | None = None
+    precision: str = ""
+    memory: MemoryNeed | None = None
+    disk: int = 0
+    rates: Rates | None = None
+    sizes: dict[str, int | str] = field(default_factory=dict)
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def seconds(self) -> dict[str, float] | None:
+        """Seconds of each phase; None without a trial."""
+        workload = self.expected or self.workload
+        return None if self.rates is None or workload is None else self.rates.seconds(workload)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will take.
+
+    Attributes:
+        run_dir: the run directory.
+        stages: in order.
+        device: "cpu", "cuda" or another.
+        memory_limit: bytes of memory of the device.
+        disk_free: bytes.
+        trial: whether times were measured.
+    """
+
+    run_dir: Path
+    stages: list[StagePlan]
+    device: str
+    memory_limit: int
+    disk_free: int
+    trial: bool
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of all stages together; None without a trial."""
+        known = [sum(stage.seconds.values()) for stage in self.stages if stage.seconds is not None]
+        return sum(known) if self.trial else None
+
+
+def plan_run(loaded: LoadedRecipe, folder: Path, selection: Selection, *, trial: bool = True) -> RunPlan:
+    """Plan a run.
+
+    Args:
+        loaded: the recipe.
+        folder: the run directory, which need not exist.
+        selection: stages of the command line.
+        trial: whether to measure how long things take.
+
+    Raises:
+        RLHFError: what the run itself would report before it starts.
+    """
+    recipe = resolve_paths(loaded)
+    steps = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection).plan()
+    limit_threads(recipe.model.threads)
+    keep_freed_memory()
+    preflight(recipe, inputs_of(step for step in steps if step.action != "cached"))
+    from rlhf_cli.models.loading import resolve_device
+
+    device = resolve_device(recipe.model.device)
+    limit = machine_memory(device.type)
+    trained = [step for step in steps if step.action != "cached" and step.stage.workload is not None]
+    with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as scratch:
+        planner = _StagePlanner(
+            recipe, Path(scratch), device.type, limit, TRIAL_SECONDS / max(1, len(trained)) if trial else None
+        )
+        stages = [planner.plan(step) for step in steps]
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return RunPlan(folder, stages, device.type, limit, shutil.disk_usage(existing).free, trial)
+
+
+class _StagePlanner:
+    """Plans one stage after another; the base model that `sft` makes stands for what later stages read."""
+
+    def __init__(self, recipe: Recipe, scratch: Path, device: str, limit: int, seconds: float | None) -> None:
+        self._recipe, self._scratch, self._device, self._limit, self._seconds = recipe, scratch, device, limit, seconds
+        self._stand_in = recipe.model.path
+
+    def plan(self, step: Step) -> StagePlan:
+        """Return what a stage will take."""
+        stage, section = step.stage, self._recipe.section(step.stage.name)
+        if step.manifest is not None or stage.workload is None:
+            return StagePlan(stage.name, step.action, step.reason)
+        context = decide_precision(self._context(step))
+        reading: Reading | None = importlib.import_module(stage.workload).read(context)
+        self._stand_in = self._stand_in or (None if reading is None else reading.model)
+        if reading is None:
+            return StagePlan(stage.name, step.action, step.reason)
+        recipe, workload = context.recipe, reading.at(None)
+        extent = self._extent(reading, workload)
+        memory = stage.memory(section, recipe, extent)
+        rates = None
+        if self._seconds is not None and (memory is None or memory.total < self._limit):
+            rates = self._trial(context, reading, self._seconds)
+            if rates.process and self._device == "cpu":
+                extent = replace(extent, process=rates.process)
+                memory = stage.memory(section, recipe, extent)
+        expected = None if rates is None or rates.mean is None else reading.at(rates.mean)
+        whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)
+        advice: Sequence[Advice] = ()
+        if memory is not None and memory.total > self._limit:
+            advice = advise(stage, section, recipe, extent, self._limit)
+        return StagePlan(
+            name=stage.name,
+            action=step.action,
+            reason=step.reason,
+            workload=workload,
+            expected=expected,
+            precision=recipe.model.precision,
+            memory=memory,
+            disk=stage.disk_bytes(section, whole),
+            rates=rates,
+            sizes=dict(stage.sizes(section, self._recipe)),
+            advice=tuple(advice),
+        )
+
+    def _extent(self, reading: Reading, workload: Workload) -> Extent:
+        return Extent(
+            shape=reading.shape,
+            reward=workload.reward,
+            on_cpu=self._device == "cpu",
+            process=CPU_PROCESS,
+            tokens=workload.largest,
+            prompt=workload.prompt,
+        )
+
+    def _trial(self, context: StageContext[Any, Any], reading: Reading, seconds: float) -> Rates:
+        from rlhf_cli.stages.trial import run_trial
+
+        settings, recipe = context.settings, context.recipe
+        source: ModelSource = model_source(recipe, reading.model, quantized=reading.trains)
+        if reading.trains and reading.rank is None:
+            source = source.in_full()
+        sampling = Sampling.resolve(recipe.sampling)
+        rows = getattr(settings, "rollout_batch_size", None) or getattr(settings, "sampling", sampling).batch_size
+        sampling = replace(sampling, batch_size=rows, max_new_tokens=reading.longest or sampling.max_new_tokens)
+        rates = run_trial(
+            reading,
+            source,
+            sampling,
+            optimizer=getattr(settings, "optimizer", "adamw"),
+            recompute=getattr(settings, "gradient_checkpointing", False),
+            seconds=seconds,
+            folder=self._scratch,
+        )
+        free_memory()
+        return rates
+
+    def _context(self, step: Step) -> StageContext[Any, Any]:
+        name = step.stage.name
+        work = self._scratch / f".{name}.work"
+        work.mkdir()
+        return StageContext(
+            stage=step.stage,
+            settings=self._recipe.section(name),
+            inputs=self._inputs(step.inputs),
+            recipe=self._recipe,
+            output=self._scratch / name,
+            work=work,
+            stop=SignalStop(),
+        )
+
+    def _inputs(self, inputs: StageInputs) -> StageInputs:
+        """Return the inputs with the base model in the place of models that are not there yet."""
+
+        def present(given: Any) -> Any:
+            if isinstance(given, tuple):
+                return tuple(map(present, given))
+            is_to_come = (
+                isinstance(given, Input) and given.upstream in _SAMPLING_INPUTS and not Path(given.source).exists()
+            )
+            return replace(given, source=self._stand_in, kind="model", upstream=None) if is_to_come else given
+
+        return replace(inputs, **{one.name: present(getattr(inputs, one.name)) for one in fields(inputs)})

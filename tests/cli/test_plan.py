@@ -1,0 +1,171 @@
+"""`rlhf plan`: what it counts, what it measures, and what it says to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.models.resources import CPU_PROCESS, Extent, ModelShape
+from rlhf_cli.pipeline import plan as planning
+from rlhf_cli.pipeline.plan import plan_run
+from rlhf_cli.pipeline.plan_advice import advise
+from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.recipe.loader import load_recipe
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.stages import registry
+from rlhf_cli.stages.trial import Rates
+from rlhf_cli.stages.workload import Work, Workload, count_passes, drawing, scoring, spread
+
+ROOT = Path(__file__).parents[2]
+LIMIT = CPU_PROCESS + 50_000
+"""Bytes of memory in which no stage of the tiny model fits."""
+SHAPE = ModelShape(
+    weights=1_900, layers=2, hidden=8, feed_forward=16, queries=8, keys=4, vocabulary=100, embeddings=800, stored=3_800
+)
+
+
+def test_the_quickstart_is_counted_without_a_trial(tmp_path: Path):
+    loaded = load_recipe(ROOT / "recipes/quickstart.yaml", [])
+    found = plan_run(loaded, tmp_path / "run", Selection(), trial=False)
+    stages = {stage.name: stage for stage in found.stages}
+    assert list(stages) == ["sft", "label", "train-rm", "ppo", "evaluate"]
+    assert found.seconds is None
+    sft, labels, ppo = (stages[name].workload for name in ("sft", "label", "ppo"))
+    assert sft is not None
+    assert labels is not None
+    assert ppo is not None
+    assert sft.optimizer_steps == -(-round(sft.records * 2.6) // 16)
+    assert labels.tokens("draw") == labels.records * 8 * 48
+    assert ppo.optimizer_steps == 40 * 2 * 2
+    assert next(work.tokens for work in ppo.work if work.phase == "rollout") == 40 * 64 * 48
+    assert not (tmp_path / "run").exists()
+    for name in ("sft", "train-rm", "ppo"):
+        memory = stages[name].memory
+        assert memory is not None
+        assert 0.5e9 < memory.total < 1.5e9, "a model of a few megabytes in a process"
+
+
+@pytest.fixture
+def small(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A recipe of three stages on a tiny model."""
+    completions = (" Because it is warm.", " No.")
+    rows = [{"prompt": f"Why {number}?", "chosen": completions[0], "rejected": completions[1]} for number in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        f"name: small\nmodel: {{path: {tiny_llama}, precision: float32, device: cpu}}\n"
+        "data: {prompts: prompts.jsonl, holdout: 0.2}\nsampling: {max_new_tokens: 8}\n"
+        "train_rm: {data: pairs.jsonl, batch_size: 4, normalize: false}\n"
+        "ppo: {steps: 3, prompts_per_step: 4, minibatches: 2, epochs: 1}\n"
+    )
+    return recipe
+
+
+def test_a_trial_gives_the_time_and_the_length_of_completions(small: Path, monkeypatch):
+    monkeypatch.setattr(planning, "TRIAL_SECONDS", 0.5)
+    found = plan_run(load_recipe(small, []), small.parent / "run", Selection())
+    assert [stage.name for stage in found.stages] == ["train-rm", "ppo"]
+    for stage in found.stages:
+        assert stage.seconds is not None
+        assert stage.seconds["update"] > 0
+        assert stage.seconds["other"] > 0
+    rewards, ppo = found.stages
+    assert rewards.workload is not None
+    assert rewards.workload.optimizer_steps == -(-rewards.workload.records // 4)
+    assert ppo.rates is not None
+    assert ppo.rates.mean is not None
+    assert 0 < ppo.rates.mean <= 8
+    assert found.seconds == pytest.approx(sum(sum(stage.seconds.values()) for stage in found.stages if stage.seconds))
+
+
+def test_the_command_says_what_does_not_fit_and_what_to_change(small: Path, rlhf_here, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_cli.pipeline.plan.machine_memory", lambda device: LIMIT)
+    code, said = rlhf_here("plan", small, "--no-trial", "--json", "--set", "ppo.adapter=none")
+    assert code == 0, said
+    found = plan_run(load_recipe(small, ["ppo.adapter=none"]), small.parent / "run", Selection(), trial=False)
+    needs = [stage.memory.total for stage in found.stages if stage.memory is not None]
+    assert all(need > LIMIT for need in needs)
+    changes = [one.change for stage in found.stages for one in stage.advice]
+    assert "ppo.adapter=lora" in changes
+    assert any(change.startswith("train_rm.micro_batch_size=") for change in changes)
+
+
+def test_what_is_wrong_with_the_data_is_said(small: Path, rlhf_here):
+    code, said = rlhf_here("plan", small, "--no-trial", "--set", "train_rm.data=none.jsonl")
+    assert code != 0
+    assert "none.jsonl" in said
+
+
+def test_advice_names_the_setting_and_how_much_it_saves():
+    plain = {"model": {"path": "m", "precision": "float32"}, "sft": {"data": "d.jsonl", "adapter": "none"}}
+    recipe = Recipe.model_validate(plain)
+    stage, section = registry.stage("sft"), recipe.section("sft")
+    extent = Extent(dataclasses.replace(SHAPE, weights=10_000_000))
+    need = stage.memory(section, recipe, extent)
+    assert need is not None
+    advice = {one.change: one for one in advise(stage, section, recipe, extent, limit=need.total * 3 // 4)}
+    assert advice["sft.adapter=lora"].fits
+    assert not advice["sft.adapter=lora"].keeps_result
+    assert advice["sft.gradient_checkpointing=true"].keeps_result
+    for one in advice.values():
+        assert one.saved == need.total - one.total > 0
+    assert next(iter(advice.values())).fits, "what fits comes first"
+
+
+def test_work_by_hand():
+    drawn = drawing(SHAPE, "rollout", [10, 20], per_prompt=2, mean=5.0, longest=8, rows=3)
+    pairs = 100 + 400 + 2 * (5 * 12.5 + 5 * 22.5)
+    assert drawn.tokens == 20
+    assert drawn.flops == SHAPE.forward_flops(30 + 20, scored=20, pairs=pairs)
+    passed = scoring(SHAPE, "passes", [10, 20], per_prompt=2, mean=5.0, logits=True, times=3)
+    assert passed.flops == 3 * SHAPE.forward_flops(50, scored=20, pairs=2 * (15**2 + 25**2))
+    one = Work("rollout", "draw", 40.0, 0.0, calls=2, rows=1, each=4, longest=8)
+    assert one.steps(5.0) == 2 * (5 * 3 + 5), "one row after another"
+    assert Work("rollout", "draw", 0.0, 0.0, rows=64, each=64, longest=8).steps(5.0) == 8, (
+        "the longest reaches the limit"
+    )
+    counted = count_passes(5, lambda step: [[0], [1, 2]], lambda part: (10 * len(part), len(part), 1))
+    assert (counted.tokens, counted.scored, counted.pairs, counted.largest, counted.parts) == (150, 15, 10, 20, 10)
+    assert spread(10, 2) == [2, 7]
+    assert spread(2, 5) == [0, 1]
+
+
+def test_seconds_by_hand():
+    rates = Rates(load=2, train=3, forward=5, per_weight=0.5, per_byte=0.1, begin=1, step=0.25, row=0.125)
+    work = (
+        Work("update", "train", 0, 10),
+        Work("rollout", "draw", 40, 0, calls=2, rows=4, each=4, longest=5, reading=7),
+        Work("passes", "forward", 0, 4),
+    )
+    found = rates.seconds(Workload(1, "prompts", work, optimizer_steps=2, trained=6, loads=3, written=20))
+    assert found["update"] == 3 * 10 + 2 * 6 * 0.5
+    assert found["rollout"] == 2 * 1 + 7 * 5 + 10 * 0.25 + 40 * 0.125
+    assert found["passes"] == 20
+    assert found["other"] == 3 * 2 + 20 * 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted in another way")
+def test_a_stage_takes_the_memory_that_its_plan_says(tmp_path: Path):
+    settings = ["sft.data=../data_samples/demonstrations.jsonl", "sft.epochs=0.05", "label=null", "train_rm=null"]
+    settings += ["ppo=null", "evaluate=null"]
+    loaded = load_recipe(ROOT / "recipes/quickstart.yaml", settings)
+    (stage,) = plan_run(loaded, tmp_path / "run", Selection(), trial=False).stages
+    options = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "rlhf_cli", "run", "recipes/quickstart.yaml", *options]
+    variables = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, "--run-dir", tmp_path / "run"], cwd=ROOT, env=variables, stderr=subprocess.DEVNULL
+    ) as child:
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    assert stage.memory is not None
+    assert stage.memory.total == pytest.approx(used.ru_maxrss * 1024, rel=0.15)
