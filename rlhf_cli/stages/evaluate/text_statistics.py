@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 __all__ = ["distinct", "most_common_share", "printable", "repeated_share"]
 
