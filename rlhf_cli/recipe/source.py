@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.http_client.addresses import is_loopback, network_error, without_query
 from rlhf_cli.plain_text import printable
 from rlhf_cli.progress import say
 from rlhf_cli.recipe.document import MAX_BYTES, RecipeText, decode
+
+if TYPE_CHECKING:
+    import httpx2
 
 STDIN = "-"
 _SECONDS = 20.0
@@ -64,7 +68,7 @@ def _from_url(url: str) -> RecipeText:
     raise RecipeError([f"{name}: redirected more than {_MOST_REDIRECTS} times"], hint="save the recipe to a file")
 
 
-def _content(name: str, response) -> bytes:  # type: ignore[no-untyped-def]  (httpx2 is imported where it is needed)
+def _content(name: str, response: httpx2.Response) -> bytes:
     """Return the body of a response, up to one byte more than a recipe may have."""
     if response.status_code != HTTPStatus.OK:
         raise RecipeError([f"{name}: the server replied {response.status_code}"], hint="check the address")
