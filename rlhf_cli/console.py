@@ -24,7 +24,7 @@ def interactive() -> bool:
     return sys.stderr.isatty() and not (is_quiet() or os.environ.get("CI") or os.environ.get("TERM") == "dumb")
 
 
-class _Messages(Console):
+class Messages(Console):
     """stderr, and the log of the run beside it."""
 
     @property
@@ -55,11 +55,11 @@ class _Messages(Console):
             run_log.write(text.getvalue())
 
 
-console = _Messages(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
+console = Messages(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
 """stderr, for everything but data; silent in all processes except rank 0."""
 
 
-def bar_of_tasks() -> Progress:
+def bar_of_tasks(console: Console) -> Progress:
     """Return a bar for tasks of `rlhf_cli.progress`, each of which is the field `owner` of its line."""
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn  # slow to import; only terminals need it
     from rich.table import Column

@@ -292,7 +292,7 @@ def task(label: str, total: int, unit: str = "steps", done: int = 0, *, saves: b
 
 @contextmanager
 def _shown(label: str, total: int, unit: str, done: int, *, saves: bool) -> Iterator[Task]:
-    with bar_of_tasks() if interactive() else contextlib.nullcontext() as bar:
+    with bar_of_tasks(console) if interactive() else contextlib.nullcontext() as bar:
         running = Task(label, total, unit, bar, done, saves=saves)
         running.tell(_counted(total - done, unit))
         yield running

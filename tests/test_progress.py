@@ -8,10 +8,10 @@ import socket
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
 from rlhf_cli import progress
+from rlhf_cli.console import Messages
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_the_time_left_counts_down_while_nothing_moves(clock):
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_bar_shows_the_time_so_far_until_it_knows_the_time_left(width, ended, parts, expected, monkeypatch, clock):
     screen = io.StringIO()
-    watched = Console(file=screen, force_terminal=True, width=width, get_time=lambda: clock[0])
+    watched = Messages(file=screen, force_terminal=True, width=width, get_time=lambda: clock[0])
     monkeypatch.setattr(progress, "console", watched)
     monkeypatch.setattr(progress, "interactive", lambda: True)
     with progress.task("sampling completions", 100, "completions") as task:
