@@ -81,7 +81,7 @@ def is_open() -> bool:
 
 def write(text: str) -> None:
     """Append lines to the log, if one is open. A signal handler may call it: there is no buffer and no lock."""
-    if _file is None:
+    if _file is None or not text.strip():
         return
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     lines = [f"{at}  {line}".rstrip() for line in printable(text).strip("\n").split("\n")]
@@ -108,9 +108,7 @@ class _Tee:
     def write(self, text: str) -> int:
         *lines, self._begun = (self._begun + text).split("\n")
         # A bar that another library draws ends each picture but the last with a carriage return.
-        whole = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
-        if any(line.strip() for line in whole):
-            write("\n".join(whole))
+        write("\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines))
         return self.stream.write(text)
 
     def writelines(self, lines: Any) -> None:
