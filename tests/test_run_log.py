@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 
 import pytest
@@ -122,7 +123,11 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
 
 
 def test_a_signal_handler_may_write(log):
-    with run_log.logged(log, "$"):
-        os.close(os.dup(1))  # no other descriptor is taken for that of the log
-        run_log.write("SIGINT: stopping\n")
-    assert lines_of(log) == ["$", "SIGINT: stopping"]
+    before = signal.signal(signal.SIGUSR1, lambda *_: run_log.write("SIGUSR1: stopping\n"))
+    try:
+        with run_log.logged(log, "$"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            print("whole", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert lines_of(log) == ["$", "SIGUSR1: stopping", "whole"]
