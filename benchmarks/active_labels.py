@@ -33,7 +33,7 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 
-from rlhf_cli import progress
+from rlhf_cli.console import console
 from rlhf_cli.data.records import Ranking, prompt_key
 from rlhf_cli.data.sources import read_records
 from rlhf_cli.data.splits import Split
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    progress.console.quiet = True
+    console.quiet = True
     source, questions = ModelSource(str(options.run / "sft")), read_questions(options.run / "label" / "rankings.jsonl")
     found = [json.loads(line) for line in options.results.open(encoding="utf-8")] if options.results.exists() else []
     done = {(row["answers"], row["seed"]) for row in found}

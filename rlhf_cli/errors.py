@@ -10,6 +10,7 @@ import signal
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -31,6 +32,8 @@ class RLHFError(Exception):
         hint: one line that says how to fix it.
     """
 
+    code = "failed"
+    """Kind of the error, for programs; it stays the same from version to version."""
     exit_code = 1
     problems: Sequence[str] = ()
     """One message per problem, if one error reports several."""
@@ -44,6 +47,7 @@ class RLHFError(Exception):
 class UsageError(RLHFError):
     """A command line that cannot be carried out: a missing input, two settings that exclude each other."""
 
+    code = "usage"
     exit_code = EXIT_USAGE
 
 
@@ -54,6 +58,8 @@ class RecipeError(UsageError):
         problems: one message per problem, each with its location (`file:line`).
     """
 
+    code = "recipe"
+
     def __init__(self, problems: list[str], *, hint: str | None = None) -> None:
         super().__init__("\n".join(problems), hint=hint)
         self.problems = problems
@@ -62,16 +68,20 @@ class RecipeError(UsageError):
 class ChangedInputsError(UsageError):
     """An unfinished stage would resume with other settings or data than it started with."""
 
+    code = "changed-inputs"
+
 
 class DataError(RLHFError):
     """Data that cannot be used; the message has `file:line`, field and value."""
 
+    code = "data"
     exit_code = EXIT_DATA
 
 
 class ModelError(RLHFError):
     """A model or tokenizer that does not fit its use."""
 
+    code = "model"
     exit_code = EXIT_DATA
 
 
@@ -98,24 +108,28 @@ _PACKAGE = Path(__file__).resolve().parent
 class DivergedError(RLHFError):
     """Training produced values that are not finite, also after one rollback."""
 
+    code = "diverged"
     exit_code = EXIT_DIVERGED
 
 
 class DetectorStopError(RLHFError):
     """A detector of PPO passed its `stop` threshold. The state is saved: a higher threshold lets the run continue."""
 
+    code = "detector-stop"
     exit_code = EXIT_DIVERGED
 
 
 class DiskError(RLHFError):
     """The disk is full or cannot be written; the last good state is kept."""
 
+    code = "disk"
     exit_code = EXIT_DISK
 
 
 class RunInUseError(RLHFError):
     """Another process holds the lock of this run directory."""
 
+    code = "in-use"
     exit_code = EXIT_IN_USE
 
 
@@ -128,6 +142,7 @@ class WaitingForLabelsError(RLHFError):
         hint: see `RLHFError`.
     """
 
+    code = "waiting-for-labels"
     exit_code = EXIT_WAITING
 
     def __init__(self, message: str, *, store: str, hint: str | None = None) -> None:
@@ -138,12 +153,14 @@ class WaitingForLabelsError(RLHFError):
 class CostLimitError(RLHFError):
     """The next judgment could exceed the cost limit of the recipe; those paid for are kept."""
 
+    code = "cost-limit"
     exit_code = EXIT_COST
 
 
 class RequirementError(RLHFError):
     """A finished artifact does not meet what the recipe requires of it; it is kept, and the stages after it wait."""
 
+    code = "requirement"
     exit_code = EXIT_REQUIREMENT
 
 
@@ -156,21 +173,31 @@ class ProcessDiedError(RLHFError):
         hint: see `RLHFError`.
     """
 
+    code = "process-died"
+
     def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
 
 
 class ReportedError(RLHFError):
-    """A failure of a process that was already shown to the user; it only carries the exit code."""
+    """A failure of a process that was already shown to the user.
 
-    def __init__(self, exit_code: int) -> None:
+    Args:
+        exit_code: of the command.
+        plain: the error as an object, for `--json`.
+    """
+
+    def __init__(self, exit_code: int, plain: dict[str, Any]) -> None:
         super().__init__(f"a process ended with exit code {exit_code}")
         self.exit_code = exit_code
+        self.plain = plain
 
 
 class Interrupted(RLHFError):  # noqa: N818  (not a bug: a request to stop that was honored)
     """A signal stopped the run after saving; the same command resumes it."""
+
+    code = "interrupted"
 
     def __init__(self, signum: int) -> None:
         super().__init__(

@@ -2,18 +2,16 @@
 
 Bars show rate and time left, and move within long units such as the steps of PPO (`Task.within`). A time left with `~`
 rests on a guess: not one unit has ended yet. Under CI, or if stderr is not a terminal, a task prints one line when it
-starts, one every 30 seconds and one when it ends, so that logs stay readable. `recorded` also writes the running tasks
-to a file, from which another process shows them.
+starts, one every 30 seconds and one when it ends, so that logs stay readable. The log of the run (`run_log`) gets these
+lines in any case, and all messages, also those that `--quiet` hides. `recorded` also writes the running tasks to a
+file, from which another process shows them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,29 +20,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 
+from rlhf_cli.console import bar_of_tasks, console, interactive
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
+from rlhf_cli.verbosity import is_verbose
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-    from rich.progress import Task as RichTask
-
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[@-Z\\-_])")
-"""Terminal control: CSI, OSC, DCS/SOS/PM/APC and two-character sequences (ECMA-48)."""
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters except tab and line feed, and marks that change the direction of text."""
-
-
-def interactive() -> bool:
-    """Whether stderr is a terminal that a person may watch, and no CI variable is set."""
-    return sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
-
-
-console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
-"""stderr, for everything but data; silent in all processes except rank 0."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,10 @@ class _Inside:
 class Task:
     """Running work with a known number of units; created by `task`."""
 
-    def __init__(self, label: str, total: int, unit: str, bar: Progress | None, done: int) -> None:
+    def __init__(
+        self, label: str, total: int, unit: str, bar: Progress | None, done: int, *, saves: bool = True
+    ) -> None:
+        self.saves = saves
         self._label, self._total, self._unit, self._bar = label, total, unit, bar
         self._done, self._ran = done, 0
         self._began = self._spoke = self._moved = time.monotonic()
@@ -119,17 +106,29 @@ class Task:
         if self._bar is not None and self._id is not None:
             done = min(max(self._done + self._inside.units, 0), self._total)
             self._bar.update(self._id, completed=done, **self._fields())
-        elif now - self._spoke > _LINE_EVERY and self._done < self._total:
+        if now - self._spoke > _LINE_EVERY and self._done < self._total:
             self._spoke = now
-            known = self._left()
-            if known is None:
-                left = f"{format_duration(now - self._began)} so far"
-            else:
-                left = f"{'~' if known[1] else 'about '}{format_duration(known[0])} left"
-            inside = self._inside
-            doing = _listed(inside.doing, inside.rate)
-            parts = [f"{self._done:,} of {_counted(self._total, self._unit)}", doing, left, self._note]
-            say(f"{self._label}: {', '.join(part for part in parts if part)}")
+            self.tell(self._line())
+
+    def _line(self) -> str:
+        """Return what a log says while the work goes on."""
+        known, inside = self._left(), self._inside
+        if known is None:
+            left = f"{self.so_far} so far"
+        else:
+            left = f"{'~' if known[1] else 'about '}{format_duration(known[0])} left"
+        doing = _listed(inside.doing, inside.rate)
+        parts = [f"{self._done:,} of {_counted(self._total, self._unit)}", doing, left, self._note]
+        return ", ".join(part for part in parts if part)
+
+    def tell(self, text: str) -> None:
+        """Print one line about the task, or log it where the bar shows it."""
+        console.print(f"{self._label}: {text}", markup=False, shown=self._bar is None)
+
+    @property
+    def so_far(self) -> str:
+        """Time since the task began."""
+        return format_duration(time.monotonic() - self._began)
 
     def _fields(self) -> dict[str, Any]:
         """Return the texts of the bar."""
@@ -150,11 +149,10 @@ class Task:
         inside, now = self._inside, time.monotonic()
         if inside.left is not None:
             return max(inside.left - (now - self._moved), 0.0), inside.is_guess
-        ran = self._ran + inside.units
-        if ran <= 0:
+        each = self._seconds_each()
+        if each is None:
             return None
-        seconds_each = (self._moved - self._began) / ran
-        to_come = (self._total - self._done - inside.units) * seconds_each
+        to_come = (self._total - self._done - inside.units) * each
         return max(to_come - (now - self._moved), 0.0), not self._ran
 
     def as_json(self) -> dict[str, Any]:
@@ -169,6 +167,26 @@ class Task:
             "seconds_left": None if known is None else round(known[0], 1),
             "is_guess": known is not None and known[1],
         }
+
+    def until_saved(self) -> str:
+        """Return after what a request to stop is honored, and when: the step, or the batch that is under way."""
+        if self._unit != "steps":
+            return f"the current batch of {self._label}"
+        step = f"step {self._done + 1:,} of {self._total:,} of {self._label}"
+        inside, each = self._inside, self._seconds_each()
+        if each is None:
+            return f"{step}, the first of this run; how long it takes is not known yet"
+        left = each * (1 - inside.units) - (time.monotonic() - self._moved)
+        if left <= 0:
+            return f"{step}, which takes longer than those before it"
+        return f"{step}, in {'about' if self._ran else 'very roughly'} {format_duration(left)}"
+
+    def _seconds_each(self) -> float | None:
+        """Return how long a unit takes; None without anything to go by."""
+        inside, ran = self._inside, self._ran + self._inside.units
+        if inside.left is not None:
+            return inside.left / max(self._total - self._done - inside.units, 1e-9)
+        return (self._moved - self._began) / ran if ran > 0 else None
 
     def time_text(self) -> str:
         """Return the time left; until that can be estimated, the time so far, which shows that work goes on."""
@@ -246,10 +264,23 @@ def begin_stage(name: str) -> None:
     _record.write(at_once=True)
 
 
+def what_is_saved() -> str | None:
+    """Return after what the running work would stop on request; None if it would save nothing by that."""
+    return next((running.until_saved() for running in _record.running if running.saves), None)
+
+
 @contextmanager
-def task(label: str, total: int, unit: str = "steps", done: int = 0) -> Iterator[Task]:
-    """Show the progress of `total` units of work; `done` of them are from an earlier attempt (a resumed stage)."""
-    with _shown(label, total, unit, done) as running:
+def task(label: str, total: int, unit: str = "steps", done: int = 0, *, saves: bool = True) -> Iterator[Task]:
+    """Show the progress of work.
+
+    Args:
+        label: what it is.
+        total: number of units.
+        unit: their name, in the plural.
+        done: units of an earlier attempt (a resumed stage).
+        saves: whether the work looks for requests to stop, and saves what it has done; else Ctrl-C ends it at once.
+    """
+    with _shown(label, total, unit, done, saves=saves) as running:
         _record.running.append(running)
         _record.write(at_once=True)
         try:
@@ -260,40 +291,12 @@ def task(label: str, total: int, unit: str = "steps", done: int = 0) -> Iterator
 
 
 @contextmanager
-def _shown(label: str, total: int, unit: str, done: int) -> Iterator[Task]:
-    if not interactive():
-        say(f"{label}: {_counted(total - done, unit)}")
-        running = Task(label, total, unit, None, done)
+def _shown(label: str, total: int, unit: str, done: int, *, saves: bool) -> Iterator[Task]:
+    with bar_of_tasks(console) if interactive() else contextlib.nullcontext() as bar:
+        running = Task(label, total, unit, bar, done, saves=saves)
+        running.tell(_counted(total - done, unit))
         yield running
-        say(f"{label}: done in {format_duration(time.monotonic() - running._began)}")
-        return
-    with _bar() as bar:
-        yield Task(label, total, unit, bar, done)
-
-
-def _bar() -> Progress:
-    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn  # slow to import; only terminals need it
-    from rich.table import Column
-    from rich.text import Text
-
-    class TimeColumn(ProgressColumn):
-        """See `Task.time_text`."""
-
-        def render(self, task: RichTask) -> Text:
-            return Text(task.fields["owner"].time_text(), style="progress.remaining")
-
-    def column() -> Column:
-        return Column(no_wrap=True)
-
-    columns = (
-        TextColumn("{task.description}", table_column=column()),
-        BarColumn(bar_width=12),
-        TextColumn("{task.fields[count]}", style="progress.download", table_column=column()),
-        TextColumn("{task.fields[rate]}", table_column=column()),
-        TimeColumn(table_column=column()),
-        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
-    )
-    return Progress(*columns, console=console, transient=False, expand=True)
+        running.tell(f"done in {running.so_far}")
 
 
 def format_clock(seconds: float) -> str:
@@ -310,9 +313,14 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def say(text: str) -> None:
-    """Print one line on stderr."""
-    console.print(text, markup=False)
+def say(text: str, *, always: bool = False) -> None:
+    """Print one line on stderr.
+
+    Args:
+        text: the line.
+        always: also print it under `--quiet`: the user waits for it, as for the address of a page.
+    """
+    console.print(text, markup=False, always=always)
 
 
 @cache
@@ -321,11 +329,12 @@ def say_once(text: str) -> None:
     say(text)
 
 
+@cache
+def detail(text: str) -> None:
+    """Log one line the first time in this process, and print it under `--verbose`: what most users need not know."""
+    console.print(text, markup=False, shown=is_verbose())
+
+
 def warn(text: str) -> None:
     """Print one warning on stderr."""
     console.print(f"[yellow]warning:[/yellow] {escape(text)}")
-
-
-def printable(text: str) -> str:
-    """The text without terminal control sequences and characters."""
-    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))

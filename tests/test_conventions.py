@@ -174,7 +174,13 @@ WORDS = [
     Word("wanted", "import options", in_text=False),
     # Decimal places.
     Word("places?", "location, path", in_text=False, allowed=("rlhf_cli/labeling/statistics/table.py",)),
-    Word("shell", "classifier", in_text=False),
+    # Shells complete commands.
+    Word(
+        "shell",
+        "classifier",
+        in_text=False,
+        allowed=("rlhf_cli/cli/app.py", "rlhf_cli/cli/completion.py", "rlhf_cli/cli/label/commands.py"),
+    ),
     Word("card", "config", in_text=False, allowed=("rlhf_cli/files.py", "rlhf_cli/report/model_card.py")),
     Word("room", "max_length, free space", in_text=False),
     # Hugging Face.

@@ -8,10 +8,10 @@ import socket
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
 from rlhf_cli import progress
+from rlhf_cli.console import Messages
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_the_time_left_counts_down_while_nothing_moves(clock):
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_bar_shows_the_time_so_far_until_it_knows_the_time_left(width, ended, parts, expected, monkeypatch, clock):
     screen = io.StringIO()
-    watched = Console(file=screen, force_terminal=True, width=width, get_time=lambda: clock[0])
+    watched = Messages(file=screen, force_terminal=True, width=width, get_time=lambda: clock[0])
     monkeypatch.setattr(progress, "console", watched)
     monkeypatch.setattr(progress, "interactive", lambda: True)
     with progress.task("sampling completions", 100, "completions") as task:
@@ -189,3 +189,25 @@ def test_only_the_main_process_writes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "is_main", lambda: False)
     with progress.recorded(tmp_path / ".progress.json"), progress.task("sft", 2):
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_request_to_stop_waits_for_the_step_that_is_under_way(clock):
+    assert progress.what_is_saved() is None
+    with progress.task("tokenizing", 9, "records", saves=False):
+        assert progress.what_is_saved() is None
+    with progress.task("ppo", 10) as task:
+        first = "step 1 of 10 of ppo, the first of this run; how long it takes is not known yet"
+        assert progress.what_is_saved() == first
+        clock[0] += 5
+        task.within(0.25, "sampling")
+        assert progress.what_is_saved() == "step 1 of 10 of ppo, in very roughly 15.0 s"
+        clock[0] += 15
+        task.advance()
+        clock[0] += 5
+        task.within(0.5, "updating")  # 1.5 steps in 25 s
+        with progress.task("held-out completions", 4, "completions"):
+            assert progress.what_is_saved() == "step 2 of 10 of ppo, in about 8.3 s"
+        clock[0] += 9
+        assert progress.what_is_saved() == "step 2 of 10 of ppo, which takes longer than those before it"
+    with progress.task("sampling completions", 4, "completions"):
+        assert progress.what_is_saved() == "the current batch of sampling completions"

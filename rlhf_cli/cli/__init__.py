@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> int:
     """Run the command line and return the exit code (see `rlhf_cli.errors`)."""
-    from rlhf_cli.cli.environment import check_arguments, debugging, prepare, prepare_streams
-    from rlhf_cli.cli.error_rendering import report
+    from rlhf_cli import run_log
+    from rlhf_cli.cli.environment import prepare, prepare_streams
 
     prepare_streams()
     prepare()
+    try:
+        return _run()
+    finally:
+        run_log.close()
+
+
+def _run() -> int:
+    from rlhf_cli.cli.completion import COMPLETE, prepare_completion
+    from rlhf_cli.cli.environment import check_arguments
+    from rlhf_cli.cli.error_rendering import print_error, report
     from rlhf_cli.distributed.process_group import exit_without_teardown, is_joined, leave
     from rlhf_cli.distributed.rendezvous import is_meeting
     from rlhf_cli.distributed.worker import Worker
 
+    if COMPLETE in os.environ:
+        prepare_completion()
     worker = Worker.adopt()
     try:
         from rlhf_cli.cli.app import app
@@ -27,9 +40,7 @@ def main() -> int:
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if worker is not None:
-            worker.fail(error, report)
-        if debugging() and not isinstance(error, KeyboardInterrupt):
-            raise
+            worker.fail(error, lambda failure: print_error(failure).as_json())
         code = report(error)
         if is_joined() or is_meeting():  # started by torchrun or `accelerate launch`
             exit_without_teardown(code)

@@ -7,8 +7,9 @@ import os
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from rlhf_cli.cli.global_options import add_global_options
 from rlhf_cli.stages.registry import REGISTRY
 
 _STAGES = {
@@ -35,6 +36,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("rlhf_cli.cli.data:app", "Show data as the stages read it, in tokens."),
     "transformer": ("rlhf_cli.cli.transformer:app", "Convert models to the built-in transformer and back."),
     "attention": ("rlhf_cli.cli.attention.commands:app", "List, benchmark, verify and visualize attention backends."),
+    "completion": (
+        "rlhf_cli.cli.completion:completion",
+        "Print a script that lets a shell complete commands.",
+    ),
     "doctor": ("rlhf_cli.cli.doctor:doctor", "Show hardware, library versions and problems."),
 }
 """Command -> `module:function` (or `module:app` for a group), and its line in `rlhf --help`."""
@@ -45,6 +50,12 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 class _LazyCommands(TyperGroup):
     """Imports only the module of the command that is called."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        add_global_options(self)
+        self._completes = False
+        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment]  (names to suggest; see `get_command`)
+
     def list_commands(self, ctx: Any) -> list[str]:
         """See click."""
         return list(COMMANDS)
@@ -53,6 +64,8 @@ class _LazyCommands(TyperGroup):
         """See click."""
         if cmd_name not in COMMANDS:
             return None
+        if self._completes:
+            return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         found = getattr(importlib.import_module(module), attribute)
         if isinstance(found, typer.Typer):
@@ -63,7 +76,16 @@ class _LazyCommands(TyperGroup):
             one.command(cmd_name)(function)
             command = typer.main.get_command(one)
         command.name = cmd_name
+        add_global_options(command)
         return command
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """See click; names and help of the commands come from the table too."""
+        self._completes = True
+        try:
+            return super().shell_complete(ctx, incomplete)
+        finally:
+            self._completes = False
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """See click; the lines come from the table, so that `--help` imports no command module."""
@@ -102,7 +124,7 @@ def rlhf(
       rlhf quickstart     the whole pipeline on a tiny model
       rlhf start          a recipe for your own model and data
 
-    Results are printed on stdout, messages and progress on stderr.
+    Results are printed on stdout, messages and progress on stderr. runs/NAME/log.txt keeps the messages of a run.
 
     \b
     Exit codes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_cli.cli.completion import run_directories
 from rlhf_cli.cli.options import Json
 
 if TYPE_CHECKING:
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 def chat(
     where: Annotated[
-        list[str], typer.Argument(metavar="RUN|MODEL...", help="Run directory, model folder or hub id; repeatable.")
+        list[str],
+        typer.Argument(
+            metavar="RUN|MODEL...",
+            help="Run directory, model folder or hub id; repeatable.",
+            autocompletion=run_directories,
+        ),
     ],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Reply to this and exit; repeatable.")

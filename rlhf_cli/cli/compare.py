@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
+from rlhf_cli.cli.completion import run_directories
 from rlhf_cli.cli.options import Json
 
 
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Evaluated run directories; with commas, the seeds of one group."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Evaluated run directories; with commas, the seeds of one group.",
+            autocompletion=run_directories,
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from rlhf_cli.cli.options import Json
+from rlhf_cli.cli.options import Json, RunArgument
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +19,8 @@ _WIDTH = 100
 """Columns where stdout is not a terminal."""
 _STATES = {
     "finished": "finished",
+    "outdated": "finished, but made from an earlier output of a stage before it; the same command runs it again",
+    "to come": "to come; the same command continues",
     "running": "running",
     "stopped": "stopped by a detector",
     "diverged": "diverged",
@@ -34,10 +35,8 @@ _VERDICTS = {
     "bad": "do not trust this run as it is",
 }
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")]
 
-
-def diagnose(run: Run, as_json: Json = False) -> None:
+def diagnose(run: RunArgument, as_json: Json = False) -> None:
     """Say what is wrong with a run, from its files: finished, stopped, killed or diverged.
 
     Each finding has the evidence (numbers, steps, completions) and the settings to try. docs/health.md lists the rules.
@@ -51,7 +50,8 @@ def diagnose(run: Run, as_json: Json = False) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-    console.print(f"{found.run_dir}: {_VERDICTS[found.verdict]}", markup=False)
+    rest = f"; not complete: {', '.join(found.unfinished)}" if found.unfinished else ""
+    console.print(f"{found.run_dir}: {_VERDICTS[found.verdict]}{rest}", markup=False)
     for stage in found.stages:
         console.print()
         console.print(_view(stage))

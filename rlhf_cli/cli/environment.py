@@ -10,33 +10,45 @@ import warnings
 from collections.abc import Sequence
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.verbosity import is_verbose, set_verbosity, verbosity_of
 
 _DEFAULTS = {
     "PYDANTIC_DISABLE_PLUGINS": "__all__",  # plugin discovery reads the metadata of every installed package
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # otherwise it warns after a fork
+}
+_SILENCE = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
 }
 _LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub|tokenizers)(\.|$)"
 
-
-def debugging() -> bool:
-    """Return whether `RLHF_DEBUG` enables tracebacks and messages of libraries."""
-    return os.environ.get("RLHF_DEBUG", "") not in ("", "0")
+_silence = contextlib.ExitStack()
+"""Ends the silence of the libraries when it is closed."""
 
 
 def prepare() -> None:
     """Set the defaults and hide warnings of libraries. Warnings of rlhf and of the user's code are still shown."""
-    if debugging():
-        return
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    set_verbosity(verbosity_of())
+    if is_verbose():
+        return
+    for name, value in _SILENCE.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            _silence.callback(os.environ.pop, name, None)
+    _silence.enter_context(warnings.catch_warnings())
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning)  # often attributed to the caller, which is rlhf
+
+
+def show_libraries() -> None:
+    """Show the warnings of libraries again, which `prepare` has hidden; call it before they are imported."""
+    _silence.close()
 
 
 def prepare_streams() -> None:

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rlhf_cli.cli.completion import COMPLETE, recipes, run_directories
 from rlhf_cli.stages.base import Flag
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.")]
+
+def _recipe(argument: str) -> Any:
+    """Return the file or the text of a recipe; a shell that completes a command line reads nothing."""
+    if COMPLETE in os.environ:
+        return Path(argument)
+    from rlhf_cli.recipe.source import recipe_source
+
+    return recipe_source(argument)
+
+
+_A_RECIPE = "Recipe: a YAML file, an https address, or - for stdin"
+RecipeFile = Annotated[
+    Any, typer.Argument(metavar="RECIPE", help=f"{_A_RECIPE}.", parser=_recipe, autocompletion=recipes)
+]
 OptionalRecipe = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe, a YAML file; optional if options give all settings.")
+    Any,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help=f"{_A_RECIPE}; optional if options give all settings.",
+        parser=_recipe,
+        autocompletion=recipes,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Override a recipe setting; repeatable.", show_default=False),
+]
+
+
+RunArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.", autocompletion=run_directories),
 ]
 
 
@@ -27,7 +54,10 @@ def _with_home(path: Path | None) -> Path | None:
 
 
 RunDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/NAME.", callback=_with_home)
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Run directory; default: runs/NAME.", callback=_with_home, autocompletion=run_directories
+    ),
 ]
 MaxSkip = Annotated[float | None, typer.Option(metavar="SHARE", help="Maximum share of records to skip.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]

@@ -14,10 +14,11 @@ def overopt(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = Non
 
     The folder holds `overopt.json`, plots, and a run directory per proxy and seed. The same command resumes.
     """
+    from rlhf_cli.console import console
     from rlhf_cli.overopt.plot import draw
     from rlhf_cli.overopt.results import table
     from rlhf_cli.overopt.study import RESULT, Study
-    from rlhf_cli.progress import console, say
+    from rlhf_cli.progress import say
     from rlhf_cli.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, settings or [])

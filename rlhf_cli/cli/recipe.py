@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
@@ -14,8 +15,17 @@ app = typer.Typer(
 
 
 @app.command()
-def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
-    """Print all settings, their origins and the derived sizes."""
+def show(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    run_dir: RunDir = None,
+    every: Annotated[bool, typer.Option("--all", help="Print the settings that have their defaults, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the settings that differ from the defaults, their origins, the derived sizes and the stages.
+
+    What is printed is a recipe. `--json` prints all settings.
+    """
     from rlhf_cli.pipeline.paths import resolve_paths
     from rlhf_cli.recipe import show as view
     from rlhf_cli.recipe.loader import load_recipe
@@ -25,7 +35,7 @@ def show(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, 
     if as_json:
         typer.echo(json.dumps(view.as_json(loaded, folder, resolved), indent=2, ensure_ascii=False))
     else:
-        typer.echo(view.as_yaml(loaded, folder, resolved), nl=False)
+        typer.echo(view.as_yaml(loaded, folder, resolved, only_changes=not every), nl=False)
 
 
 @app.command()

@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
+from rlhf_cli.cli.completion import run_directories
 from rlhf_cli.cli.options import Json
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories; several are compared.", autocompletion=run_directories),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from rlhf_cli.cli.options import Json
+from rlhf_cli.cli.options import Json, RunArgument
 
 
 def reproduce(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    run: RunArgument,
     run_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory of the repetition; default: RUN-again.")
     ] = None,

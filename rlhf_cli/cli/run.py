@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_cli.cli import options
+from rlhf_cli.cli.completion import stages
 from rlhf_cli.cli.stage_command import run_parameters, run_stages
 from rlhf_cli.stages.base import Flag
 
@@ -15,11 +16,17 @@ _FLAGS = (
     Flag("--data", "sft.data", "Demonstrations: a file, folder or hub data set.", "DATA"),
     Flag("--prompts", "data.prompts", "Prompts: a file, folder or hub data set.", "DATA"),
 )
-_FIRST = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")]
-_LAST = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage to run.")]
+_FIRST = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage.", autocompletion=stages)]
+_LAST = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage.", autocompletion=stages)]
 _FORCE = Annotated[
     list[str] | None,
-    typer.Option("--force", metavar="STAGE", help="Run this stage again; repeatable.", show_default=False),
+    typer.Option(
+        "--force",
+        metavar="STAGE",
+        help="Run this stage again; repeatable.",
+        show_default=False,
+        autocompletion=stages,
+    ),
 ]
 
 

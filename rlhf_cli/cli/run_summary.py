@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_cli.progress import console, format_duration, interactive, say
+from rlhf_cli.console import console
+from rlhf_cli.progress import format_duration, say
 
 if TYPE_CHECKING:
     from rlhf_cli.pipeline.runner import RunResult, StageResult
@@ -22,21 +23,12 @@ def show_plan(result: RunResult) -> None:
         why = "" if row.status == "cached" else f": {row.reason}"
         needs = None if row.status == "cached" else row.device_bytes
         memory = "" if needs is None else f"; needs up to about {format_bytes(needs)} on a GPU"
-        say(f"{row.name:<{width}}  {status}{why}{memory}")
-    say(f"run directory: {result.run_dir}")
+        say(f"{row.name:<{width}}  {status}{why}{memory}", always=True)
+    say(f"run directory: {result.run_dir}", always=True)
 
 
 def show_outcome(result: RunResult) -> None:
-    """Print the summary: a table on a terminal, plain lines elsewhere."""
-    if interactive():
-        _table(result)
-    else:
-        _lines(result)
-    if all(row.status == "cached" for row in result.stages):
-        say("nothing to do: everything is up to date")
-
-
-def _table(result: RunResult) -> None:
+    """Print the summary as a table."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -51,19 +43,10 @@ def _table(result: RunResult) -> None:
         status = f"[{style}]{_STATUS.get(row.status, row.status)}[/{style}]"
         table.add_row(row.name, status, _seconds(row), escape(metrics))
     console.print()
-    console.print(table)
+    console.print(table, soft_wrap=False)  # wrapped in logs too
     say(f"results are in {result.run_dir}/, one folder per stage")
-
-
-def _lines(result: RunResult) -> None:
-    for row in result.stages:
-        metrics = "; ".join(f"{name} {value}" for name, value in row.summary)
-        parts = [f"{row.name}: {_STATUS.get(row.status, row.status)}", _duration(row), metrics, str(row.path)]
-        say("  ".join(part for part in parts if part))
-
-
-def _duration(row: StageResult) -> str:
-    return f"({_seconds(row)})" if row.status == "done" else ""
+    if all(row.status == "cached" for row in result.stages):
+        say("nothing to do: everything is up to date")
 
 
 def _seconds(row: StageResult) -> str:

@@ -91,8 +91,10 @@ def run_stages(
     from rlhf_cli.pipeline import runner
     from rlhf_cli.pipeline.planner import Selection
     from rlhf_cli.recipe.loader import load_recipe
+    from rlhf_cli.run_log import LOG, stay_open
 
     launcher.check_options(given["processes"], given["accelerate_config"])
+    _check_source(given)
     all_overrides = [*_overrides((*flags, *options.RUN_FLAGS), given), *overrides]
     try:
         loaded = load_recipe(given["recipe"], given["settings"] or [], all_overrides, section=section)
@@ -100,14 +102,15 @@ def run_stages(
         if given["recipe"] is None and error.hint is None:
             error.hint = f"`rlhf {first} --help` lists the options; a recipe can provide all settings"
         raise
-    if not given["dry_run"]:
-        _launch(given["processes"], given["accelerate_config"], threads=loaded.recipe.model.threads)
     folder: Path = given["run_dir"] or loaded.recipe.default_run_dir
+    if not given["dry_run"]:
+        _launch(given["processes"], given["accelerate_config"], threads=loaded.recipe.model.threads, log=folder / LOG)
     selection = Selection(first, last, frozenset(given["force"] or ()), names_stages=section is None)
     if given["dry_run"]:
         result = runner.dry_run(loaded, folder, selection)
         show_plan(result)
     else:
+        stay_open()
         result = runner.run(loaded, folder, selection)
         if not is_main():  # rank 0 reports for all ranks
             return
@@ -118,6 +121,20 @@ def run_stages(
         typer.echo(json.dumps(result.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
     elif not given["dry_run"]:
         typer.echo(result.stages[-1].path)
+
+
+def _check_source(given: Mapping[str, Any]) -> None:
+    """Refuse a recipe that is not a file where several processes would each read it."""
+    from rlhf_cli.distributed.ranks import world_size
+    from rlhf_cli.errors import UsageError
+    from rlhf_cli.recipe.document import RecipeText
+
+    source = given["recipe"]
+    is_several = world_size() > 1 or (given["processes"] or 1) > 1 or given["accelerate_config"] is not None
+    if isinstance(source, RecipeText) and is_several:
+        raise UsageError(
+            f"several processes cannot read their recipe from {source.name}", hint="save the recipe to a file"
+        )
 
 
 def _report(folder: Path, stages: Sequence[str]) -> None:
@@ -160,12 +177,12 @@ def _overrides(flags: Sequence[Flag], given: Mapping[str, Any]) -> list[Override
     return [override(setting, value, " ".join(typed[setting])) for setting, value in values.items()]
 
 
-def _launch(processes: int | None, accelerate_config: Path | None, *, threads: int | None) -> None:
+def _launch(processes: int | None, accelerate_config: Path | None, *, threads: int | None, log: Path) -> None:
     """Run the command in several processes if requested; otherwise return, to run it in this process."""
     from rlhf_cli.distributed import launcher
 
     if accelerate_config is not None:
         launcher.exec_accelerate(accelerate_config)
     if processes is not None and processes > 1:
-        launcher.start(processes, threads=threads)
+        launcher.start(processes, threads=threads, log=log)
         raise typer.Exit

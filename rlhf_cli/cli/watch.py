@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rlhf_cli.cli.options import RunArgument
+
 _WIDTH = 100
 """Columns where stdout is not a terminal."""
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/quickstart.")]
 Serve = Annotated[bool, typer.Option("--serve", help="Show it in a browser: start a web server and print its address.")]
 Once = Annotated[bool, typer.Option("--once", help="Print its state once, and end.")]
 Host = Annotated[str | None, typer.Option("--host", help="With --serve: address to listen on.  [default: 127.0.0.1]")]
@@ -23,7 +23,7 @@ Port = Annotated[
 _HOST, _PORT = "127.0.0.1", 8200
 
 
-def watch(run: Run, serve: Serve = False, once: Once = False, host: Host = None, port: Port = None) -> None:
+def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host = None, port: Port = None) -> None:
     """Show a run while it goes on: progress, time left, curves, health, completions of fixed prompts.
 
     It reads the files of the run alone, so the run may be that of another process, or a folder of another machine.
@@ -45,9 +45,11 @@ def watch(run: Run, serve: Serve = False, once: Once = False, host: Host = None,
 
         if not is_loopback(host):
             warn(f"listening on {host}: everyone on that network can read the prompts and completions of this run")
-        signum = page.serve(
-            folder, host=host, port=port, announce=lambda link: say(f"{link} shows {folder}; Ctrl-C stops the server")
-        )
+
+        def announce(link: str) -> None:
+            say(f"{link} shows {folder}; Ctrl-C stops the server", always=True)
+
+        signum = page.serve(folder, host=host, port=port, announce=announce)
         if signum not in (None, signal.SIGINT):
             raise Interrupted(signum)
         return

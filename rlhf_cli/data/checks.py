@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
+from collections.abc import Container
 from dataclasses import replace
 
 from rlhf_cli.data.records import Candidates, Ranking, Record, prompt_key, split_key
@@ -151,6 +152,10 @@ class PromptKeys:
     def add(self, record: Record) -> None:
         """Add one record; plain text without a prompt counts by the text itself."""
         self._keys.append(int(split_key(question(record)), 16))
+
+    def count_in(self, trained: Container[str]) -> int:
+        """Return the number of distinct prompts whose `split_key` is in `trained`."""
+        return sum(f"{key:016x}" in trained for key in set(self._keys))
 
     def in_training_of(self, other: PromptKeys, split: Split) -> int:
         """Number of distinct prompts that are also in `other` and not held out there."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.data.preview import RecordPreview, Role, Token
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 _STYLES: dict[Role, str] = {
     "prompt": "",

@@ -43,12 +43,13 @@ def check_options(processes: int | None, accelerate_config: Path | None) -> None
         )
 
 
-def start(processes: int, *, threads: int | None) -> None:
+def start(processes: int, *, threads: int | None, log: Path) -> None:
     """Run this command in several processes on this machine; raises what `supervise` raises.
 
     Args:
         processes: number of processes.
         threads: `model.threads`, per process; None divides the machine's cores among the processes.
+        log: log of the run.
 
     Raises:
         UsageError: this system has no process groups, by which the processes are ended together.
@@ -58,7 +59,8 @@ def start(processes: int, *, threads: int | None) -> None:
             f"`--processes` does not work on {platform.system()}, which has no process groups",
             hint="leave it out, or run rlhf under Linux (WSL) or macOS",
         )
-    supervise(worker_command(sys.argv[1:]), processes, worker_environment(os.environ, processes, threads=threads))
+    environment = worker_environment(os.environ, processes, threads=threads)
+    supervise(worker_command(sys.argv[1:]), processes, environment, log)
 
 
 def worker_command(arguments: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """Requests to stop: after the first signal the stage saves and ends; a second Ctrl-C ends the process at once.
 
+So does the first Ctrl-C while nothing is under way that would be saved, such as while a model is loaded.
+
 Under `--processes` only the supervisor counts signals: a scheduler that signals every process of a job reaches each
 worker twice, directly and through the supervisor, but means one request.
 """
@@ -8,11 +10,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Protocol, Self
 
 from rlhf_cli.distributed.worker import is_supervised
 from rlhf_cli.errors import Interrupted
+from rlhf_cli.run_log import write
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Signals that ask a run to save and stop; schedulers send SIGUSR1 ahead of SIGTERM."""
@@ -32,9 +36,14 @@ class StopRequest(Protocol):
 
 
 class SignalStop:
-    """A `StopRequest` that handles SIGINT, SIGTERM and SIGUSR1 inside its `with` block."""
+    """A `StopRequest` that handles SIGINT, SIGTERM and SIGUSR1 inside its `with` block.
 
-    def __init__(self) -> None:
+    Args:
+        waits_for: returns what is under way that is saved first, for a message; None if nothing is.
+    """
+
+    def __init__(self, waits_for: Callable[[], str | None] = lambda: "the current step") -> None:
+        self._waits_for = waits_for
         self._signum: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -60,8 +69,12 @@ class SignalStop:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is None:
             self._signum = signum
+            found = self._waits_for()
+            if found is None and signum == signal.SIGINT and not is_supervised():
+                raise KeyboardInterrupt
             name = signal.Signals(signum).name
-            # os.write, since the handler may have interrupted a print
-            os.write(2, f"\n{name}: stopping after this step; Ctrl-C again to stop at once\n".encode())
+            text = f"{name}: stopping after {found or 'what is running'}; Ctrl-C again stops at once"
+            os.write(2, f"\n{text}\n".encode())  # not `print`, which the handler may have interrupted
+            write(text)
         elif signum == signal.SIGINT and not is_supervised():
             raise KeyboardInterrupt

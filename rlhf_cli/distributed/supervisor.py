@@ -18,13 +18,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rlhf_cli.distributed.process_group import LISTENER
 from rlhf_cli.distributed.signals import STOP_SIGNALS
 from rlhf_cli.distributed.worker import CHANNEL
-from rlhf_cli.errors import Interrupted, ProcessDiedError, ReportedError
+from rlhf_cli.errors import EXIT_IN_USE, Interrupted, ProcessDiedError, ReportedError
+from rlhf_cli.run_log import open_log
+from rlhf_cli.verbosity import is_verbose
 
 _AFTER_FAILURE = 2.0
 """Seconds that the other ranks have to end after one has failed; they may be waiting for it."""
@@ -99,31 +102,32 @@ class _Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def supervise(command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
+def supervise(command: Sequence[str], count: int, environment: Mapping[str, str], log: Path | None = None) -> None:
     """Run `command` in `count` processes and return when all have succeeded.
 
     Args:
         command: of each process; it calls `Worker.adopt` to report errors.
         count: number of processes.
         environment: of all processes; RANK and the other variables of a launcher are added.
+        log: log of the run, to which rank 0 writes; a failure is added to it.
 
     Raises:
         ReportedError: a rank failed; its error was printed, and the exit code is its own.
         ProcessDiedError: a rank was killed, or ended without reporting an error.
         Interrupted: a signal stopped the ranks before they could report it.
     """
-    _Supervisor(command, count, environment).run()
+    _Supervisor(command, count, environment, log).run()
 
 
 class _Supervisor:
     """The state of one `supervise` call."""
 
-    def __init__(self, command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], count: int, environment: Mapping[str, str], log: Path | None) -> None:
         self._signum: int | None = None
         self._at_once = False
         self._selector = selectors.DefaultSelector()
         self._ranks: list[_Rank] = []
-        self._command, self._count, self._environment = command, count, environment
+        self._command, self._count, self._environment, self._log = command, count, environment, log
 
     def run(self) -> None:
         """Start all ranks and wait for their end."""
@@ -208,7 +212,7 @@ class _Supervisor:
             self._selector.unregister(key.fd)
         key.data.extend(found)
         if any(key.data is rank.tail for rank in self._ranks):
-            if self._environment.get("RLHF_DEBUG", "") not in ("", "0"):
+            if is_verbose():
                 sys.stderr.write(found.decode(errors="replace"))
             del key.data[:-_KEPT_BYTES]
 
@@ -237,6 +241,8 @@ class _Supervisor:
             sys.stderr.write("\033[?25h\n")
         failed = sorted((rank for rank in self._ranks if rank.failed), key=lambda rank: rank.order)
         first = failed[0]
+        if self._log is not None and first.report.get("code") != EXIT_IN_USE and self._log.parent.is_dir():
+            open_log(self._log)
         if self._ended_by_our_signal(first) or (self._signum is not None and first.order[0] == 2):
             assert self._signum is not None
             raise Interrupted(self._signum)
@@ -247,7 +253,7 @@ class _Supervisor:
             print(f"rank {first.number} of {self._count} failed:", file=sys.stderr)
         sys.stderr.write(first.report["text"])
         sys.stderr.flush()
-        raise ReportedError(first.report["code"])
+        raise ReportedError(first.report["code"], first.report["plain"])
 
     def _died_silently(self, rank: _Rank) -> ProcessDiedError:
         """The error for a rank that ended without reporting one."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf_cli.errors import EXIT_STALLED
+from rlhf_cli.run_log import write
 
 _STDERR = 2
 _last_beat = 0.0
@@ -99,4 +100,5 @@ def _end(seconds: float, what: str) -> None:
         "\nhint: run the same command again to resume from the last checkpoint, or raise `stall_seconds`\n"
     )
     os.write(_STDERR, text.encode())
+    write(text)
     os._exit(EXIT_STALLED)

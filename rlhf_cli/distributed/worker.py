@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rlhf_cli.distributed.process_group import exit_without_teardown, is_lost_peer
 
@@ -59,12 +59,13 @@ class Worker:
                 pass
         os.killpg(os.getpgrp(), signal.SIGKILL)  # this process and whatever a reward function started
 
-    def fail(self, error: BaseException, report: Callable[[BaseException], int]) -> NoReturn:
-        """Send the supervisor what `report` prints, and exit with the code it returns; does not return."""
+    def fail(self, error: BaseException, report: Callable[[BaseException], dict[str, Any]]) -> NoReturn:
+        """Send the supervisor what `report` prints and returns, and exit with its `exit_code`; does not return."""
         at, text = time.monotonic(), io.StringIO()
         with contextlib.redirect_stderr(text):
-            code = report(error)
-        message = {"code": code, "text": text.getvalue(), "at": at, "lost_peer": is_lost_peer(error)}
+            plain = report(error)
+        code = plain["exit_code"]
+        message = {"code": code, "text": text.getvalue(), "plain": plain, "at": at, "lost_peer": is_lost_peer(error)}
         with contextlib.suppress(OSError):
             self._channel.sendall(json.dumps(message).encode() + b"\n")
         exit_without_teardown(code)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from urllib.parse import urlsplit, urlunsplit
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 _URL_HINT = "write http://HOST:PORT/PATH or https://HOST/PATH"
 

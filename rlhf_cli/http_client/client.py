@@ -21,7 +21,8 @@ from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.errors import DataError, UsageError
 from rlhf_cli.http_client.addresses import check_endpoint, is_loopback, network_error, retry_after, without_query
 from rlhf_cli.http_client.attempts import AttemptObserver, NoObserver
-from rlhf_cli.progress import printable, warn
+from rlhf_cli.plain_text import printable
+from rlhf_cli.progress import warn
 
 INITIAL_BACKOFF = 0.5
 """Seconds before the first retry."""

@@ -95,7 +95,7 @@ def _aggregated(votes: Sequence[_Vote], method: Method) -> list[Ranking]:
     if method == "majority":
         return [_one(_latest(group), majority) for group in items.values()]
     aggregated = []
-    with task("aggregating labels", len(items), "items") as bar:  # about 100 items per second
+    with task("aggregating labels", len(items), "items", saves=False) as bar:  # about 100 items per second
         for group in items.values():
             aggregated.append(_one(_latest(group), methods[method]))
             bar.advance()

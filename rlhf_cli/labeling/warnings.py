@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 ALL_LABELS = "all labels"
 

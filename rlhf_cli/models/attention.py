@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from rlhf_cli.attention import hugging_face, parity, registry
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import is_recurrent
-from rlhf_cli.progress import say_once
+from rlhf_cli.progress import detail, say_once
 
 
 def is_our_attention(name: str) -> bool:
@@ -45,4 +45,4 @@ def set_attention(model: PreTrainedModel, attention: str, name: str) -> None:
     model.set_attn_implementation(implementation)
     if attention == registry.AUTO:
         for backend, reason in registry.auto_choices.items():
-            say_once(f"attention: `{backend}`, {reason}")
+            detail(f"attention: `{backend}`, {reason}")

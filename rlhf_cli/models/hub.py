@@ -14,9 +14,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf_cli.console import interactive
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.stored_weights import ADAPTER, MODEL, PICKLED, MissingWeightsError, weight_files
-from rlhf_cli.progress import interactive, warn
+from rlhf_cli.progress import warn
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 _FILE_ENDINGS = (

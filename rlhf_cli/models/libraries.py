@@ -6,10 +6,14 @@ import os
 
 import transformers
 
+from rlhf_cli.verbosity import is_verbose
+
 
 def quiet_libraries() -> None:
-    """Silence the warnings and progress bars of transformers and tokenizers; errors still show."""
+    """Silence the warnings and progress bars of transformers and tokenizers, unless `--verbose`; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if is_verbose():
+        return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

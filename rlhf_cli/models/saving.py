@@ -15,7 +15,7 @@ from rlhf_cli.errors import DiskError, DivergedError, ModelError
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.lora import adapter_layers, cast_weights
 from rlhf_cli.models.low_rank import is_separated
-from rlhf_cli.progress import say
+from rlhf_cli.progress import say_once
 from rlhf_cli.transformer.config import TransformerConfig
 
 LOADING = "LOADING.md"
@@ -74,7 +74,7 @@ def save_model_folder(
         if isinstance(model.config, TransformerConfig):
             auto = type(model).__name__.replace("Transformer", "AutoModel", 1)
             (folder / LOADING).write_text(_HOW_TO_LOAD.format(auto=auto), encoding="utf-8")
-            say(f"a model of `model.build`: {LOADING} beside it says how other programs load it")
+            say_once(f"a model of `model.build`: {LOADING} beside it says how other programs load it")
 
 
 @contextmanager

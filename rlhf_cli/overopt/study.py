@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,9 +31,9 @@ from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.progress import format_duration, say, warn
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.run_log import LOG
 
 RESULT = "overopt.json"
-_LOG = "log.txt"
 
 
 @dataclass
@@ -132,14 +133,12 @@ class Study:
     def _execute(
         self, recipe: LoadedRecipe, folder: Path, *, first: str | None = None, last: str | None = None
     ) -> None:
-        """Run stages with their messages in a file of the run directory."""
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / _LOG
+        """Run stages with their messages in the log of the run directory alone."""
         try:
-            with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
+            with Path(os.devnull).open("w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
                 runner.run(recipe, folder, Selection(first, last))
         except RLHFError:
-            say(f"overopt: the messages of this part are in {log}")
+            say(f"overopt: the messages of this part are in {folder / LOG}")
             raise
 
     def _result(self, proxy: Proxy, diverged: Sequence[int]) -> Result:

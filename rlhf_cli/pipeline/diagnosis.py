@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.pipeline.manifest import DamagedArtifact, read_manifest
-from rlhf_cli.pipeline.run_directory import RunDirectory, has_files
+from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.pipeline.stage_states import StageState, State, states_of
 from rlhf_cli.stages.registry import REGISTRY
 from rlhf_cli.training.monitoring.health import report as health
 from rlhf_cli.training.monitoring.health.findings import Finding, Severity
 from rlhf_cli.training.monitoring.health.stage_rules import judge_evaluation, judge_reward_model, judge_sft
-from rlhf_cli.training.monitoring.run_files import DETECTIONS, ENDED, METRICS, SAMPLES
+from rlhf_cli.training.monitoring.run_files import DETECTIONS, METRICS, SAMPLES
 from rlhf_cli.training.monitoring.step_lines import read_rows
 
-State = Literal["finished", "running", "stopped", "diverged", "interrupted", "failed", "killed", "damaged"]
 Row = dict[str, Any]
-_STATES: Mapping[str, State] = {
-    "DetectorStopError": "stopped",
-    "DivergedError": "diverged",
-    "Interrupted": "interrupted",
-}
 _RULES = {"sft": judge_sft, "train-rm": judge_reward_model, "evaluate": judge_evaluation}
-_SAY_WHY = frozenset({"sft", "train-rm", "ppo"})
-"""Stages with a training loop, which writes why it ended."""
 _SHOWN = 3
 """Sample completions that are quoted."""
-
-
-@dataclass(frozen=True)
-class StageState:
-    """Where a stage of a run is.
-
-    Attributes:
-        stage: its name.
-        folder: with its files: the work folder of an unfinished stage, else its artifact.
-        state: see `StageDiagnosis`.
-        metrics: of its manifest; empty for an unfinished stage.
-        told: the message it ended with, if it did not finish.
-        hint: that of the message.
-    """
-
-    stage: str
-    folder: Path
-    state: State
-    metrics: Mapping[str, float | None]
-    told: str = ""
-    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +29,7 @@ class StageDiagnosis:
 
     Attributes:
         stage: its name.
-        state: how it ended. `killed`: it neither finished nor said why, as after a power cut or `kill -9`.
+        state: how it ended; see `stage_states.State`.
         steps: steps in its metrics.
         told: the message it ended with, if it did not finish.
         hint: that of the message.
@@ -84,7 +54,7 @@ class StageDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All stages of a run that left something."""
+    """All stages of a run that left something or are to come."""
 
     run_dir: Path
     stages: Sequence[StageDiagnosis]
@@ -96,10 +66,16 @@ class Diagnosis:
             return "bad"
         return health.verdict(finding for stage in self.stages for finding in stage.findings)
 
+    @property
+    def unfinished(self) -> list[str]:
+        """Stages that are not finished, or were made from what an earlier stage no longer holds."""
+        return [stage.stage for stage in self.stages if stage.state != "finished"]
+
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         stages = [stage.as_json() for stage in self.stages]
-        return {"run_dir": str(self.run_dir), "verdict": self.verdict, "stages": stages}
+        plain = {"run_dir": str(self.run_dir), "verdict": self.verdict, "is_complete": not self.unfinished}
+        return plain | {"stages": stages}
 
 
 def diagnose(folder: Path) -> Diagnosis:
@@ -113,10 +89,9 @@ def diagnose(folder: Path) -> Diagnosis:
     """
     check_run_directory(folder)
     run = RunDirectory(folder)
-    is_running = run.is_in_use
-    states = [state_of(run, stage, is_running=is_running) for stage in REGISTRY]
-    stages = [_diagnose(one) for one in states if one is not None]
-    if not stages:
+    states = states_of(run, is_running=run.is_in_use)
+    stages = [_diagnose(one) for one in states.values()]
+    if all(one.state == "to come" for one in states.values()):
         raise UsageError(
             f"{folder} is not a run directory: no stage has written anything in it",
             hint="name the directory of a run: what `rlhf run` got as `--run-dir`, else runs/NAME",
@@ -143,28 +118,6 @@ def check_run_directory(folder: Path) -> None:
         )
 
 
-def state_of(run: RunDirectory, stage: str, *, is_running: bool) -> StageState | None:
-    """Return where a stage is; None if it has left nothing.
-
-    Args:
-        run: run directory.
-        stage: name of the stage.
-        is_running: whether a process works on the stage; else an unfinished one was interrupted or killed.
-    """
-    work, artifact = run.work(stage), run.artifact(stage)
-    if has_files(work):
-        ended = _ended(work)
-        without_word: State = "killed" if stage in _SAY_WHY else "interrupted"
-        state: State = _STATES.get(ended["error"], "failed") if ended else "running" if is_running else without_word
-        return StageState(stage, work, state, {}, ended.get("message") or "", ended.get("hint") or "")
-    if not artifact.is_dir():
-        return None
-    try:
-        return StageState(stage, artifact, "finished", read_manifest(artifact).metrics)
-    except DamagedArtifact as damage:
-        return StageState(stage, artifact, "damaged", {}, str(damage), f"run again with `--force {stage}`")
-
-
 def findings_of(one: StageState, rows: Sequence[Row], detections: Sequence[Row]) -> list[Finding]:
     """Return what the metrics of a stage show, the worst first.
 
@@ -182,19 +135,10 @@ def findings_of(one: StageState, rows: Sequence[Row], detections: Sequence[Row])
 def _diagnose(one: StageState) -> StageDiagnosis:
     rows = read_rows(one.folder / METRICS)
     findings = findings_of(one, rows, read_rows(one.folder / DETECTIONS))
-    is_unusual = health.verdict(findings) != "fine" or one.state not in ("finished", "running")
+    is_unusual = health.verdict(findings) != "fine" or one.state not in ("finished", "running", "outdated", "to come")
     samples = _last_samples(one.folder) if is_unusual else ()
     steps = max((row["step"] for row in rows), default=0)
     return StageDiagnosis(one.stage, one.state, steps, one.told, one.hint, findings, samples)
-
-
-def _ended(work: Path) -> dict[str, Any]:
-    """Return what the stage wrote when it ended; empty if it did not, or if it cannot be read."""
-    try:
-        found = json.loads((work / ENDED).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and "error" in found else {}
 
 
 def _last_samples(folder: Path) -> Sequence[Mapping[str, Any]]:

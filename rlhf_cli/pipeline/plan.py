@@ -125,7 +125,8 @@ def plan_run(loaded: LoadedRecipe, folder: Path, selection: Selection, *, trial:
     steps = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection).plan()
     limit_threads(recipe.model.threads)
     keep_freed_memory()
-    preflight(recipe, inputs_of(step for step in steps if step.action != "cached"))
+    to_run = [step for step in steps if step.action != "cached"]
+    preflight(recipe, inputs_of(to_run), {step.stage.name for step in to_run})
     from rlhf_cli.models.loading import resolve_device
 
     device = resolve_device(recipe.model.device)

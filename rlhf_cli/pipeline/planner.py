@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -87,11 +88,11 @@ def select(recipe: Recipe, selection: Selection) -> list[Stage]:
 def _check_name(option: str, name: str, names: list[str]) -> None:
     if name in names:
         return
-    if name.replace("_", "-") in names:
-        raise UsageError(f"`{option} {name}`: no such stage, did you mean `{name.replace('_', '-')}`?")
     if name in registry.REGISTRY:
         raise UsageError(f"`{option} {name}`: the recipe has no such stage", hint=f"its stages are {', '.join(names)}")
-    raise UsageError(f"`{option} {name}`: no such stage", hint=f"the stages are {', '.join(registry.REGISTRY)}")
+    close = get_close_matches(name.lower().replace("_", "-"), registry.REGISTRY, n=1)
+    meant = f", did you mean `{close[0]}`?" if close else ""
+    raise UsageError(f"`{option} {name}`: no such stage{meant}", hint=f"the stages are {', '.join(registry.REGISTRY)}")
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Planner:
         began = self._run.began(stage.name)
         if began is not None:
             what = recall_commits(what, began)
-            self._same_or_refuse(stage, inputs, began, what, changed)
+            self._same_or_refuse(stage, inputs, began, what, pending, changed)
             return Step(stage, "resume", "it was interrupted", inputs, what)
         return Step(stage, "run", reason, inputs, what)
 
@@ -246,7 +247,13 @@ class Planner:
         return manifest, ""
 
     def _same_or_refuse(
-        self, stage: Stage, inputs: StageInputs, began: Identity, what: Identity, changed: frozenset[str]
+        self,
+        stage: Stage,
+        inputs: StageInputs,
+        began: Identity,
+        what: Identity,
+        pending: frozenset[str],
+        changed: frozenset[str],
     ) -> None:
         found = differences(began, what, inputs)
         upstream = {given.upstream for given in inputs.by_name().values() if given.upstream} & changed
@@ -260,8 +267,21 @@ class Planner:
         raise ChangedInputsError(
             f"{self._run.path} has an unfinished `{stage.name}` that was started differently: {_listed(found)}",
             hint=f"undo the change to resume, or discard the unfinished work with `{force}`"
+            + self._also_runs(stage, pending)
             + ("; human labels and paid verdicts are kept" if stage.name == "label" else ""),
         )
+
+    def _also_runs(self, forced: Stage, pending: frozenset[str]) -> str:
+        """Say which stages run if one is forced: those that would run before it, and those that read it."""
+        running = {*pending, forced.name}
+        for stage in self._chosen[self._chosen.index(forced) + 1 :]:
+            read = {given.upstream for given in self._inputs(stage).by_name().values()}
+            if read & running or self._finished_identity(stage) is None:
+                running.add(stage.name)
+        names = [stage.name for stage in self._chosen if stage.name in running]
+        if len(names) < 2:
+            return ""
+        return f"; then {', '.join(f'`{name}`' for name in names[:-1])} and `{names[-1]}` run"
 
 
 def _listed(found: list[str]) -> str:

@@ -6,7 +6,7 @@ A bad line in PPO's prompts is found immediately, not after an hour of fine-tuni
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from rlhf_cli.data.checks import PromptKeys
 
 
-def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
+def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] = ()) -> None:
     """Check every data record, model folder, function file, endpoint URL and token; raises an `RLHFError`.
 
     Args:
         recipe: recipe with resolved paths.
         inputs: inputs of all stages that will run; duplicates are checked once.
+        written: names of these stages: their artifacts are not yet what they will be.
     """
     _check_attention(recipe.model.attention)
     check_trackers(recipe.tracking.trackers)
@@ -69,6 +70,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input]) -> None:
             file = function_file(given.source, given.setting)
             say(f"{given.setting}: will run {given.source} with your permissions (sha256 of {file}: {hash_file(file)})")
     _check_evaluation(recipe, inputs, keys)
+    _check_trained(recipe, inputs, keys, written)
     check_models_of_run(recipe, inputs)
 
 
@@ -254,4 +256,30 @@ def _check_evaluation(
                     f"`{evaluated.setting}` ({evaluated.source}): {seen:,} of its prompts are in the training share of "
                     f"`{trained.setting}` ({trained.source})",
                     hint="evaluate on the others with `--set evaluate.trained_prompts=skip`",
+                )
+
+
+def _check_trained(
+    recipe: Recipe,
+    inputs: Sequence[Input],
+    keys: Mapping[tuple[str, str | None], PromptKeys],
+    written: Container[str],
+) -> None:
+    """Refuse prompts that a model to evaluate was trained on, as far as it exists; `evaluate` knows the rest."""
+    if recipe.value("evaluate.trained_prompts") != "refuse":
+        return
+    models = [
+        one for one in inputs if (one.sampled_by == "evaluate" or one.upstream == "ppo") and one.upstream not in written
+    ]
+    for evaluated in inputs:
+        if evaluated.use != "evaluate":
+            continue
+        for model in models:
+            contract = read_contract(model.source)
+            trained = frozenset[str]() if contract is None else contract.trained_prompts
+            if seen := keys[evaluated.source, evaluated.records].count_in(trained):
+                raise DataError(
+                    f"`{evaluated.setting}` ({evaluated.source}): {seen:,} of its prompts were in the training of "
+                    f"{model.source}",
+                    hint="evaluate on the others with `--set evaluate.trained_prompts=skip`, or name other prompts",
                 )

@@ -1,9 +1,11 @@
 """What a run directory says of how it was made.
 
 recipe.yaml         all values of the last `rlhf run`, each with its origin
+recipe.read.yaml    the recipe as it was read from stdin or an address, if it is not a file
 recipes/STAGE.yaml  the same of the command that ran a stage last, which may have been `rlhf STAGE`
 command.txt         all commands
 environment.json    versions, machine and the commit of the recipe's repository, of the last command
+log.txt             all messages (`rlhf_cli.run_log`)
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.show import as_yaml
 
 RECIPE, COMMAND, ENVIRONMENT = "recipe.yaml", "command.txt", "environment.json"
+_READ = "recipe.read.yaml"
 _OF_STAGES = "recipes"
 
 _GIT_SECONDS = 5
@@ -46,13 +49,16 @@ class Record:
 
     def __init__(self, folder: Path, loaded: LoadedRecipe, recipe: Recipe, *, is_whole: bool) -> None:
         self._folder, self._path, self._is_whole = folder, loaded.path, is_whole
+        self._read = loaded.text
         self._text = as_yaml(replace(loaded, recipe=with_absolute_paths(recipe)), folder)
 
     def begin(self) -> None:
         """Record the command, before its first stage."""
         if self._is_whole:
             write_whole(self._folder / RECIPE, self._text)
-        append(self._folder / COMMAND, f"{now()}  cd {shlex.quote(str(Path.cwd()))} && {_command()}\n".encode())
+        if self._read is not None:
+            write_whole(self._folder / _READ, self._read.text)
+        append(self._folder / COMMAND, f"{now()}  cd {shlex.quote(str(Path.cwd()))} && {command_line()}\n".encode())
         write_whole(self._folder / ENVIRONMENT, json.dumps(_environment(self._path), indent=2) + "\n")
 
     def begin_stage(self, stage: str) -> None:
@@ -67,7 +73,8 @@ def recipe_of(folder: Path, stage: str) -> Path:
     return folder / _OF_STAGES / f"{stage}.yaml"
 
 
-def _command() -> str:
+def command_line() -> str:
+    """Return the command of this process, as a shell reads it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

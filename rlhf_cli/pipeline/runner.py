@@ -26,11 +26,12 @@ from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, vers
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
 from rlhf_cli.pipeline.preflight import preflight
-from rlhf_cli.pipeline.record import Record
+from rlhf_cli.pipeline.record import Record, command_line
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.progress import begin_stage, recorded, say, warn
+from rlhf_cli.progress import begin_stage, recorded, say, warn, what_is_saved
 from rlhf_cli.recipe.loader import LoadedRecipe
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.run_log import LOG, logged
 from rlhf_cli.settings.base import Section
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import ENGINE_RECORD, Stage, StageContext, StageOutcome
@@ -111,12 +112,18 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     if not is_main():
         _follow(recipe, directory, coordinator)
         return RunResult(folder, [])
-    with directory.lock(), SignalStop() as stop, disk_errors(folder), recorded(directory.progress_file):
+    with (
+        directory.lock(),
+        logged(folder / LOG, f"$ {command_line()}"),
+        SignalStop(what_is_saved) as stop,
+        disk_errors(folder),
+        recorded(directory.progress_file),
+    ):
         directory.recover()
         planner = Planner(recipe, directory, chosen, selection)
         steps = planner.plan()
         to_run = [step for step in steps if step.action != "cached"]
-        preflight(recipe, inputs_of(to_run))
+        preflight(recipe, inputs_of(to_run), {step.stage.name for step in to_run})
         if to_run:
             check_free_space(folder, needed_bytes(recipe, [step.stage for step in to_run]))
         record = Record(folder, loaded, recipe, is_whole=selection.names_stages)
@@ -148,7 +155,8 @@ def dry_run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResu
     recipe = resolve_paths(loaded)
     directory = RunDirectory(folder)
     steps = Planner(recipe, directory, select(recipe, selection), selection).plan()
-    preflight(recipe, inputs_of(step for step in steps if step.action != "cached"))
+    to_run = [step for step in steps if step.action != "cached"]
+    preflight(recipe, inputs_of(to_run), {step.stage.name for step in to_run})
     status = {"run": "would run", "resume": "would resume", "cached": "cached"}
     path = recipe.model.path
     shape = None if path is None or not Path(path).is_dir() else ModelShape.of(Path(path))

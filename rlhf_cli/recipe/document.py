@@ -38,6 +38,19 @@ class Document:
     texts: dict[KeyPath, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RecipeText:
+    """A recipe that is not a file.
+
+    Attributes:
+        name: where it was read from, for messages.
+        text: the recipe.
+    """
+
+    name: str
+    text: str
+
+
 class InvalidYAML(Exception):  # noqa: N818  (internal: the caller adds the name of the source)
     """A text outside the accepted YAML subset; `line` is 1-based."""
 
@@ -47,18 +60,18 @@ class InvalidYAML(Exception):  # noqa: N818  (internal: the caller adds the name
         self.problem = problem
 
 
-def read_document(path: Path) -> Document:
-    """Parse a recipe file; raises `RecipeError` with file and line."""
-    text = _read_text(path)
+def read_document(source: Path | RecipeText) -> Document:
+    """Parse a recipe; raises `RecipeError` with file and line."""
+    name, text = (str(source), _read_text(source)) if isinstance(source, Path) else (source.name, source.text)
     try:
         document = parse(text)
     except InvalidYAML as error:
-        raise RecipeError([f"{path}:{error.line}: {error.problem}"]) from None
+        raise RecipeError([f"{name}:{error.line}: {error.problem}"]) from None
     if document.value is None:
-        raise RecipeError([f"{path}: the recipe is empty"], hint=_NEW)
+        raise RecipeError([f"{name}: the recipe is empty"], hint=_NEW)
     if not isinstance(document.value, dict):
         kind = "a list" if isinstance(document.value, list) else "a single value"
-        raise RecipeError([f"{path}:1: a recipe must be a mapping of sections such as `sft:`; got {kind}"])
+        raise RecipeError([f"{name}:1: a recipe must be a mapping of sections such as `sft:`; got {kind}"])
     return document
 
 
@@ -72,15 +85,20 @@ def _read_text(path: Path) -> str:
         raise RecipeError([f"{path}: is a folder; give the recipe file inside it"]) from None
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read: {(error.strerror or 'unknown').lower()}"]) from None
+    return decode(str(path), raw)
+
+
+def decode(name: str, raw: bytes) -> str:
+    """Return the text of a recipe; raises `RecipeError` for what is too large or not UTF-8."""
     if len(raw) > MAX_BYTES:
-        raise RecipeError([f"{path}: larger than 1 MiB, the maximum for a recipe"])
+        raise RecipeError([f"{name}: larger than 1 MiB, the maximum for a recipe"])
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise RecipeError([f"{path}:1: encoded as UTF-16; save it as UTF-8"])
+        raise RecipeError([f"{name}:1: encoded as UTF-16; save it as UTF-8"])
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise RecipeError([f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save it as UTF-8"]) from None
+        raise RecipeError([f"{name}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save it as UTF-8"]) from None
 
 
 def parse(text: str) -> Document:

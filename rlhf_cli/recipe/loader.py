@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rlhf_cli.errors import RecipeError
-from rlhf_cli.recipe.document import KeyPath, read_document
+from rlhf_cli.recipe.document import KeyPath, RecipeText, read_document
 from rlhf_cli.recipe.overrides import BadSetting, Layers, Override, override, parse_set
 from rlhf_cli.recipe.problems import explain
 from rlhf_cli.recipe.schema import Recipe
@@ -22,13 +22,15 @@ class LoadedRecipe:
 
     Attributes:
         recipe: the settings, with paths as written.
-        path: the recipe file; None if all settings came from the command line.
+        path: the recipe file; None if there is none.
         origins: key path -> `file:line` or command-line text; absent for defaults.
+        text: the recipe as it was read, if it is not a file.
     """
 
     recipe: Recipe
     path: Path | None
     origins: Mapping[KeyPath, str]
+    text: RecipeText | None = None
 
     def origin(self, key_path: KeyPath) -> str:
         """Return where a value came from; `default` if it was not set."""
@@ -39,12 +41,16 @@ class LoadedRecipe:
 
 
 def load_recipe(
-    path: Path | None, settings: Sequence[str] = (), overrides: Sequence[Override] = (), *, section: str | None = None
+    source: Path | RecipeText | None,
+    settings: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
+    *,
+    section: str | None = None,
 ) -> LoadedRecipe:
     """Read a recipe, apply overrides and validate.
 
     Args:
-        path: the recipe; None starts from an empty recipe.
+        source: the recipe; None starts from an empty recipe.
         settings: values of `--set`; they take precedence over `overrides`.
         overrides: settings from flags.
         section: section to create if the recipe has none: that of a single-stage command.
@@ -53,8 +59,8 @@ def load_recipe(
         RecipeError: lists all problems at once, each with its location.
     """
     layers = Layers()
-    if path is not None:
-        layers.add_file(str(path), read_document(path))
+    if source is not None:
+        layers.add_file(source.name if isinstance(source, RecipeText) else str(source), read_document(source))
     problems = []
     if section is not None and layers.data.get(section) is None:
         layers.add(override(section, {}, "command line"))
@@ -70,4 +76,5 @@ def load_recipe(
         raise RecipeError([*explain(error, layers), *problems]) from None
     if problems:
         raise RecipeError(problems)
-    return LoadedRecipe(recipe, path, layers.origins)
+    path, text = (None, source) if isinstance(source, RecipeText) else (source, None)
+    return LoadedRecipe(recipe, path, layers.origins, text)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic.fields import FieldInfo
 
+from rlhf_cli import __version__
 from rlhf_cli.recipe.fields import section_of
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.show import scalar
@@ -31,13 +32,16 @@ existing folder or with `runs/` is a path.
 Settings marked *effort* affect memory, speed or display but not the result. They may be changed at any time, even for
 an unfinished stage; finished stages stay valid.
 
-`rlhf recipe show RECIPE` prints every value with its origin, and the sizes derived from them.
+`rlhf recipe show RECIPE` prints what differs from the defaults, with its origin, and the sizes derived from all
+settings; with `--all`, every value. `rlhf recipe schema` prints the JSON schema for editors; `rlhf init DIR` writes it
+too, and the recipes in DIR name it in their first line.
 """
 
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe; it accepts a section's bare key (`ppo:`), as the loader does."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:rlhf-cli:recipe:{__version__}"}
+    return {**head, **Recipe.model_json_schema()}
 
 
 def markdown() -> str:

@@ -1,4 +1,4 @@
-"""`recipe show`: every setting with its origin, as a YAML recipe."""
+"""`recipe show`: settings with their origins, as a YAML recipe: those that differ from the defaults, or all."""
 
 from __future__ import annotations
 
@@ -38,10 +38,17 @@ def as_json(loaded: LoadedRecipe, run_dir: Path, resolved: Recipe | None = None)
     }
 
 
-def as_yaml(loaded: LoadedRecipe, run_dir: Path, resolved: Recipe | None = None) -> str:
-    """Return a valid recipe whose comments give the origin of each value and the derived sizes; see `as_json`."""
+def as_yaml(loaded: LoadedRecipe, run_dir: Path, resolved: Recipe | None = None, *, only_changes: bool = False) -> str:
+    """Return a valid recipe whose comments give the origin of each value and the derived sizes.
+
+    Args:
+        loaded: the recipe.
+        run_dir: of the run.
+        resolved: see `as_json`.
+        only_changes: omit values that are the defaults; the text is the same recipe.
+    """
     recipe = loaded.recipe
-    lines = _section(recipe, (), loaded)
+    lines = _section(recipe, (), loaded, only_changes=only_changes)
     running = [stage.name for stage in stages() if recipe.section(stage.name) is not None]
     absent = [name for name in REGISTRY if name not in running]
     lines += ["", "# derived sizes"]
@@ -67,18 +74,21 @@ def derived_sizes(recipe: Recipe) -> dict[str, dict[str, int | str]]:
     return found
 
 
-def _section(section: Section, key_path: KeyPath, loaded: LoadedRecipe) -> list[str]:
+def _section(section: Section, key_path: KeyPath, loaded: LoadedRecipe, *, only_changes: bool) -> list[str]:
     lines: list[str] = []
     indent = "  " * len(key_path)
-    for name in type(section).model_fields:
+    for name, field in type(section).model_fields.items():
         value, here = getattr(section, name), (*key_path, name)
+        if only_changes and not field.is_required() and value == field.get_default(call_default_factory=True):
+            continue
         if isinstance(value, Section):
-            lines += ["", f"{name}:"] if not key_path else [f"{indent}{name}:"]
-            lines += _section(value, here, loaded)
+            inner = _section(value, here, loaded, only_changes=only_changes)
+            head = f"{indent}{name}:" if inner else f"{indent}{name}: {{}}"
+            lines += [*([] if key_path else [""]), head, *inner]
         elif isinstance(value, list) and value and isinstance(value[0], Section):
             lines.append(f"{indent}{name}:")
             for index, entry in enumerate(value):
-                inner = _section(entry, (*here, index), loaded)
+                inner = _section(entry, (*here, index), loaded, only_changes=only_changes) or ["{}"]
                 dash = "  " * (len(here))
                 lines += [
                     f"{dash}- {line.strip()}" if n == 0 else f"{dash}  {line.strip()}" for n, line in enumerate(inner)

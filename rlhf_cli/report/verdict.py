@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rlhf_cli.intervals import percent, percent_span
 from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.pipeline.run_comparison import RunComparison
+from rlhf_cli.pipeline.stage_states import planned_stages
 from rlhf_cli.report.gather import RunFiles
 
 Outcome = Literal["better", "worse", "undecided", "unknown"]
@@ -115,7 +116,9 @@ def _not_evaluated(run: RunFiles) -> str:
             "PPO is finished, but its completions were not compared with those of the model it started from: run "
             f"{command}."
         )
-    return f"Finished so far: {', '.join(run.manifests)}."
+    to_come = [stage for stage in planned_stages(run.folder) if stage not in run.manifests]
+    rest = f" To come: {', '.join(to_come)}; `rlhf run {recorded}--run-dir {run.folder}` continues." if to_come else ""
+    return f"Finished so far: {', '.join(run.manifests)}.{rest}"
 
 
 def _doubts(run: RunFiles) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.files import write_whole
-from rlhf_cli.progress import say_once
+from rlhf_cli.progress import detail, say_once
 from rlhf_cli.stages.base import ENGINE_RECORD, StageContext
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ def choose_generator(
         write_whole(context.work / ENGINE_RECORD, f"{name}\n")
     if recorded is not None:
         reason = "as before the interruption"
-    say_once(f"{context.stage.name}: completions are drawn with {name}{reason and f': {reason}'}")
+    # That torch draws them on a CPU, or because it was asked for, is what everybody expects.
+    is_expected = recorded is None and name == "torch" and (not reason or policies[0].source.device.type == "cpu")
+    tell = detail if is_expected else say_once
+    tell(f"{context.stage.name}: completions are drawn with {name}{reason and f': {reason}'}")
     return chosen
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from rlhf_cli.console import console
 from rlhf_cli.errors import RLHFError, UsageError
-from rlhf_cli.progress import console, say, warn
+from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.settings.shared import DataSettings
 from rlhf_cli.start import label_choice

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.distributed.process_group import ProcessGroup
-from rlhf_cli.progress import say_once
+from rlhf_cli.progress import detail, say_once
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def device_peak(device: torch.device, precision: torch.dtype, processes: Process
     if found is None:
         say_once(f"`throughput/mfu` is omitted: the peak of {_name(device)} is not known")
         return None
-    say_once(f"`throughput/mfu` is the share of {found.flops / 1e12:,.3g} TFLOP/s per process, {found.source}")
+    detail(f"`throughput/mfu` is the share of {found.flops / 1e12:,.3g} TFLOP/s per process, {found.source}")
     return found.flops
 
 

@@ -13,9 +13,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from rlhf_cli.pipeline.diagnosis import StageState, check_run_directory, findings_of, state_of
+from rlhf_cli.pipeline.diagnosis import check_run_directory, findings_of
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.progress import format_clock, printable
+from rlhf_cli.pipeline.stage_states import StageState, states_of
+from rlhf_cli.plain_text import printable
+from rlhf_cli.progress import format_clock
 from rlhf_cli.stages.registry import REGISTRY
 from rlhf_cli.training.monitoring.health.findings import Finding
 from rlhf_cli.training.monitoring.run_files import DETECTIONS, METRICS, SAMPLES
@@ -106,12 +108,13 @@ class LiveRun:
     Attributes:
         folder: run directory.
         is_running: whether a process works on it.
-        states: stage -> state, of those that have begun, in order.
+        states: stage -> state, of those that have begun or are to come, in order.
         stage: the running one, else the last one with metrics; None before any stage has begun.
         tasks: what is running in it.
         rows: its `metrics.jsonl`.
         findings: what stands out in them.
         completions: of its fixed prompts.
+        results: metric and value, of the evaluation.
     """
 
     folder: Path
@@ -122,10 +125,11 @@ class LiveRun:
     rows: Sequence[Row]
     findings: Sequence[Finding]
     completions: Sequence[Completions]
+    results: Sequence[tuple[str, str]] = ()
 
     @property
     def is_finished(self) -> bool:
-        """Whether all stages that have begun are finished; more may be to come."""
+        """Whether all stages of its recipe, and those that have begun, are finished."""
         return not self.is_running and bool(self.states) and set(self.states.values()) == {"finished"}
 
     @property
@@ -172,23 +176,22 @@ class Watcher:
         is_fresh = progress.host != socket.gethostname() and abs(time.time() - progress.time) < _SILENT
         is_running = run.is_in_use or is_fresh
         running = progress.stage if is_running else None
-        found = {stage: state_of(run, stage, is_running=is_running and running in (None, stage)) for stage in REGISTRY}
-        if running is not None:  # before it has written anything, an earlier artifact or nothing is there
-            found[running] = StageState(running, run.work(running), "running", {})
-        begun = {stage: one for stage, one in found.items() if one is not None}
-        with_metrics = [one for one in begun.values() if (one.folder / METRICS).is_file()]
+        found = states_of(run, is_running=is_running, running=running)
+        with_metrics = [one for one in found.values() if (one.folder / METRICS).is_file()]
+        evaluated = found.get("evaluate")
         shown = found.get(running or "") or (with_metrics[-1] if with_metrics else None)
         rows = [] if shown is None else self._rows(shown.folder / METRICS)
         samples = [] if shown is None else self._rows(shown.folder / SAMPLES)
         return LiveRun(
             folder=run.path,
             is_running=is_running,
-            states={stage: one.state for stage, one in begun.items()},
+            states={stage: one.state for stage, one in found.items()},
             stage=None if shown is None else shown.stage,
             tasks=progress.tasks if is_running else (),
             rows=rows,
             findings=[] if shown is None else self._findings(shown, rows),
             completions=_completions(samples),
+            results=() if evaluated is None or evaluated.state != "finished" else _results(evaluated),
         )
 
     def _rows(self, path: Path) -> list[Row]:
@@ -244,6 +247,11 @@ def _completions(rows: Sequence[Row]) -> list[Completions]:
         if isinstance(row.get("completion"), str) and isinstance(row.get("prompt"), str):
             found.setdefault(row["prompt"], []).append(row)
     return [_first_and_last(prompt, own[0], own[-1]) for prompt, own in found.items()]
+
+
+def _results(evaluated: StageState) -> list[tuple[str, str]]:
+    assert evaluated.manifest is not None
+    return [(printable(metric), printable(value)) for metric, value in evaluated.manifest.summary]
 
 
 def _first_and_last(prompt: str, first: Row, last: Row) -> Completions:

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 from rlhf_cli.training.monitoring.health.report import excerpt
 from rlhf_cli.training.monitoring.panels import PANELS, Panel, Trace, thinned, trace
 from rlhf_cli.watch.state import Completions, LiveRun, RunningTask, Watcher
@@ -69,6 +69,7 @@ def picture(run: LiveRun, width: int, height: int | None = None) -> RenderableTy
     head: list[RenderableType] = [
         Text.assemble((folder, "bold"), f": {run.summary}"),
         *(_progress(task, width) for task in run.tasks),
+        *(Text(f"evaluate: {metric}: {value}") for metric, value in run.results),
     ]
     found = [(panel, trace(run.rows, panel)) for panel in PANELS.get(run.stage or "", ())]
     traces = [(panel, one) for panel, one in found if one is not None]

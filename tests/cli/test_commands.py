@@ -93,7 +93,11 @@ def test_version():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["rn"], "error: no such command 'rn'"),
+        (["rn"], "error: no such command 'rn', did you mean 'run'?"),
+        (
+            ["label", "stat"],
+            "error: `rlhf label stat`: no such command and no such recipe, did you mean `rlhf label st",
+        ),
         (["run"], "error: missing argument"),
         (["run", "r.yaml", "--jsn"], "error: no such option: --jsn"),
         (["run", "r.yaml", "--seed", "x"], "error: invalid value for '--seed'"),
@@ -142,6 +146,13 @@ def test_validate_prints_only_to_stderr(folder):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "r.yaml: no problems\n")
 
 
+def test_show_prints_changes_or_all(folder):
+    changed, every = (rlhf("recipe", "show", "r.yaml", *more, cwd=folder).stdout for more in ((), ("--all",)))
+    assert "gamma" not in changed
+    assert "prompts: d.jsonl" in changed
+    assert "gamma: 1.0" in every
+
+
 def test_show_takes_set_and_json(folder):
     done = rlhf("recipe", "show", "r.yaml", "--set", "ppo.steps=7", "--json", cwd=folder)
     assert json.loads(done.stdout)["derived"]["ppo"]["optimizer steps in total"] == 28
@@ -168,6 +179,11 @@ def test_init_writes_a_starter_and_overwrites_nothing(tmp_path):
         for path in (ROOT / part).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert path.relative_to(ROOT) in copied
+    recipe = tmp_path / "mine" / "recipes" / "quickstart.yaml"
+    line, _, rest = recipe.read_text().partition("\n")
+    assert rest == (ROOT / "recipes" / "quickstart.yaml").read_text()
+    schema = recipe.parent / line.removeprefix("# yaml-language-server: $schema=")
+    assert json.loads(schema.read_text())["$id"].startswith("urn:rlhf-cli:recipe:")
     again = rlhf("init", "mine", cwd=tmp_path)
     assert again.returncode == 2
     assert "already exists" in again.stderr
@@ -183,9 +199,3 @@ def test_doctor_lists_the_tested_versions():
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     for name, version in found["tested"].items():
         assert f"{name}=={version}" in constraints
-
-
-def test_debugging_shows_tracebacks(folder):
-    done = rlhf("run", "none.yaml", cwd=folder, RLHF_DEBUG="1")
-    assert "Traceback" in done.stderr
-    assert "RecipeError" in done.stderr

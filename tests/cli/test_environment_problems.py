@@ -43,7 +43,7 @@ def test_an_error_of_the_system_names_path_reason_and_way_out(number, said, code
     assert found == code
     assert text.startswith(f"error: some/file: {os.strerror(number).lower()}\n\nhint: ")
     assert said in text
-    assert "RLHF_DEBUG=1" in text
+    assert "`--verbose`" in text
 
 
 @pytest.mark.parametrize(

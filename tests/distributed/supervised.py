@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlhf_cli.cli.error_rendering import report
+from rlhf_cli.cli.error_rendering import print_error, report
 from rlhf_cli.distributed.signals import SignalStop
 from rlhf_cli.distributed.supervisor import supervise
 from rlhf_cli.distributed.worker import Worker
@@ -39,7 +39,7 @@ def work(mode: str) -> int:
     try:
         play(mode, rank)
     except (Exception, KeyboardInterrupt) as error:
-        worker.fail(error, report)
+        worker.fail(error, lambda failure: print_error(failure).as_json())
     return 0
 
 

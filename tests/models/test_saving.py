@@ -18,6 +18,7 @@ from rlhf_cli.errors import DiskError, DivergedError, ModelError
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.saving import generation_config, save_model_folder
+from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import BuildSettings, LoraSettings
 
 
@@ -104,6 +105,7 @@ def test_a_built_model_says_how_to_load_it_and_that_works(tmp_path: Path, capsys
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 32, "vocab_size": 270}
     build_model(tmp_path / "built", ["some text"], BuildSettings(context_length=16, **sizes), seed=0)
     model, tokenizer = (kind.from_pretrained(tmp_path / "built") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    say_once.cache_clear()
     save_model_folder(model, tokenizer, tmp_path / "out", dtype=torch.float32)
     assert "LOADING.md beside it says how other programs load it" in " ".join(capsys.readouterr().err.split())
     text = (tmp_path / "out" / "LOADING.md").read_text().replace("FOLDER", str(tmp_path / "out"))

@@ -3,7 +3,8 @@
 The output of each stage depends on its settings and inputs, so that an upstream change propagates.
 
 FAKE_LOG: file with one line per stage that ran and the content of its work folder.
-FAKE_DIE=stage[:signal]: the stage kills its own process after a checkpoint. FAKE_HANG=stage: it waits for a signal.
+FAKE_DIE=stage[:signal]: the stage kills its own process after a checkpoint. FAKE_HANG=stage: it waits for a signal,
+within a step. FAKE_LOAD=stage: it does so with nothing under way that is saved.
 FAKE_RAISE=stage:kind: the stage raises an exception.
 FAKE_RANK=n|all: the rank that does this; 0 by default. Other ranks do nothing in a stage.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from rlhf_cli.distributed.ranks import is_main, rank
 from rlhf_cli.errors import DivergedError
 from rlhf_cli.pipeline import preflight
+from rlhf_cli.progress import task
 from rlhf_cli.stages.base import StageContext, StageOutcome
 from rlhf_cli.stages.registry import stages
 
@@ -76,12 +78,17 @@ def misbehave(name: str, context: StageContext) -> None:
         os.kill(os.getpid(), int(signum or signal.SIGKILL))
         time.sleep(0.1)
         context.stop.check()
+    if os.environ.get("FAKE_LOAD") == name:
+        Path(os.environ["FAKE_LOG"] + ".hanging").touch()
+        time.sleep(30)
     if os.environ.get("FAKE_HANG") == name:
-        Path(os.environ["FAKE_LOG"] + f".hanging{rank() or ''}").touch()
-        for _ in range(600):
-            time.sleep(0.05)
-            if not os.environ.get("FAKE_DEAF"):
-                context.stop.check()
+        with task(name, 3) as bar:
+            bar.advance()
+            Path(os.environ["FAKE_LOG"] + f".hanging{rank() or ''}").touch()
+            for _ in range(600):
+                time.sleep(0.05)
+                if not os.environ.get("FAKE_DEAF"):
+                    context.stop.check()
     stage, _, kind = os.environ.get("FAKE_RAISE", "").partition(":")
     if stage == name:
         raise_kind(kind)

@@ -43,7 +43,8 @@ def test_changed_setting_under_unfinished_work_is_refused_by_name(toy):
     assert refused.code == 2
     assert "unfinished `ppo`" in refused.stderr
     assert "`ppo.learning_rate` was null, now 1e-06; `ppo.steps` was 3, now 7" in refused.stderr
-    assert "hint: undo the change to resume, or discard the unfinished work with `--force ppo`" in refused.stderr
+    assert "hint: undo the change to resume, or discard the unfinished work with `--force ppo`; then" in refused.stderr
+    assert "; then `ppo` and `evaluate` run" in refused.stderr
     assert toy.ran() == []
     forced = toy.run("--set", "ppo.learning_rate=1e-6", "--force", "ppo")
     assert forced.code == 0
@@ -57,6 +58,7 @@ def test_a_change_upstream_of_unfinished_work_is_refused_before_anything_runs(to
     refused = toy.run("--set", "sft.epochs=2")
     assert refused.code == 2
     assert "unfinished `ppo` that was started differently: its input from `sft` will change" in (refused.stderr)
+    assert "; then `sft`, `label`, `train-rm`, `ppo` and `evaluate` run" in refused.stderr
     assert toy.ran() == []
 
 
@@ -219,11 +221,23 @@ def test_signals_stop_resumably(toy, signum, code):
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
+    assert f"{signum.name}: stopping after step 2 of 3 of train-rm, " in stderr
     assert "run the same command again" in stderr
     assert "Traceback" not in stderr
     toy.ran()
     assert toy.run().code == 0
     assert toy.ran() == ["train-rm step 3", "ppo nothing", "evaluate nothing"]
+
+
+@pytest.mark.slow
+def test_the_first_interrupt_ends_at_once_what_would_save_nothing(toy):
+    process = toy.start("run", "recipe.yaml", FAKE_LOAD="sft")
+    wait_for(Path(f"{toy.log}.hanging"))
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5  # the interpreter's own end takes part of it
+    assert (process.returncode, "error: stopped by SIGINT" in stderr, "Traceback" in stderr) == (130, True, False)
 
 
 @pytest.mark.slow

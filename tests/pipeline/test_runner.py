@@ -29,7 +29,7 @@ def test_a_run_writes_every_stage_and_a_second_does_nothing(toy):
 
 
 def test_no_hidden_folders_remain(finished):
-    record = ["command.txt", "environment.json", "recipe.yaml", "recipes", "report.html", "report.json"]
+    record = ["command.txt", "environment.json", "log.txt", "recipe.yaml", "recipes", "report.html", "report.json"]
     assert sorted(path.name for path in finished.run_dir.iterdir()) == sorted([".lock", *ALL, *record])
 
 
@@ -162,7 +162,8 @@ def test_to_is_the_last_stage_and_from_reuses_earlier_artifacts(toy):
     ("arguments", "said"),
     [
         (["--from", "ppo", "--to", "sft"], "`--from ppo` comes after `--to sft`"),
-        (["--from", "pop"], "`--from pop`: no such stage"),
+        (["--from", "pop"], "`--from pop`: no such stage, did you mean `ppo`?"),
+        (["--force", "judgement"], "`--force judgement`: no such stage"),
         (["--to", "train_rm"], "no such stage, did you mean `train-rm`?"),
         (["--force", "sft", "--from", "ppo"], "`--force sft` is outside the stages"),
         (["--set", "evaluate=null", "--to", "evaluate"], "the recipe has no such stage"),

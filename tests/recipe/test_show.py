@@ -44,8 +44,27 @@ def loaded(tmp_path: Path):
 
 def test_what_is_shown_is_the_same_recipe(loaded, tmp_path):
     shown = tmp_path / "shown.yaml"
-    shown.write_text(as_yaml(loaded, Path("runs/full")))
+    for only_changes in (False, True):
+        shown.write_text(as_yaml(loaded, Path("runs/full"), only_changes=only_changes))
+        assert load_recipe(shown).recipe == loaded.recipe
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_changes_of_a_shipped_recipe_are_the_same_recipe(recipe, tmp_path):
+    loaded = load_recipe(recipe)
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(as_yaml(loaded, Path("runs/x"), only_changes=True))
     assert load_recipe(shown).recipe == loaded.recipe
+
+
+def test_changes_omit_what_has_its_default(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {path: m}\nsft: {data: d}\ntrain_rm:\nppo: {gamma: 1, steps: 7, rewards: [{url: 'http://x'}]}\n"
+    )
+    text = as_yaml(load_recipe(tmp_path / "r.yaml"), Path("runs/r"), only_changes=True)
+    settings = " ".join(re.sub(" +#.*", "", text.partition("# derived sizes")[0]).split())
+    changed = "name: r model: path: m sft: data: d train_rm: {} ppo: steps: 7 rewards: - url: http://x"
+    assert settings.replace('"', "") == changed
 
 
 def test_every_value_shows_its_origin(loaded, tmp_path):

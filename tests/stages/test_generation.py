@@ -18,13 +18,14 @@ from rlhf_cli.pipeline.fingerprint import settings_of
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.runner import manifest_settings
-from rlhf_cli.progress import say_once
+from rlhf_cli.progress import detail, say_once
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import GenerationSettings
 from rlhf_cli.stages.base import ENGINE_RECORD
 from rlhf_cli.stages.generation import choose_generator
 from rlhf_cli.stages.ppo import run as ppo
 from rlhf_cli.stages.registry import stage
+from rlhf_cli.verbosity import Verbosity, set_verbosity
 from tests.generation.scripted import ScriptedGenerator
 from tests.generation.vllm_stand_in import vllm
 from tests.stages.context import stage_context
@@ -40,6 +41,7 @@ def usable(monkeypatch):
 
 def choose(folder: Path, model: Path, engine: str, given: Generator | None = None) -> Generator:
     say_once.cache_clear()
+    detail.cache_clear()
     (folder / "work").mkdir(exist_ok=True)
     recipe = Recipe.model_validate(
         {"generation": {"engine": engine}, "label": {"by": "import", "data": "rankings.jsonl"}}
@@ -53,7 +55,20 @@ def record(folder: Path) -> str:
     return (folder / "work" / ENGINE_RECORD).read_text()
 
 
-def test_auto_is_torch_where_there_is_no_gpu_and_says_why(tiny_llama, tmp_path, capsys):
+@pytest.fixture
+def verbose():
+    set_verbosity(Verbosity.VERBOSE)
+    yield
+    set_verbosity(Verbosity.NORMAL)
+
+
+def test_what_everybody_expects_is_a_detail(tiny_llama, tmp_path, capsys):
+    for engine in ("auto", "torch"):
+        choose(tmp_path, tiny_llama, engine)
+    assert "completions are drawn" not in capsys.readouterr().err
+
+
+def test_auto_is_torch_where_there_is_no_gpu_and_says_why(verbose, tiny_llama, tmp_path, capsys):
     assert isinstance(choose(tmp_path, tiny_llama, "auto"), TorchGenerator)
     said = capsys.readouterr().err
     assert "label: completions are drawn with torch: the device is `cpu`, and vllm is for CUDA here\n" in said
@@ -67,7 +82,7 @@ def test_auto_is_vllm_where_nothing_speaks_against_it(vllm, usable, tiny_llama, 
     assert vllm.made[0].calls == ["load", "reset"], "it is started"
 
 
-def test_auto_is_torch_where_vllm_does_not_start(vllm, usable, tiny_llama, tmp_path, capsys, monkeypatch):
+def test_auto_is_torch_where_vllm_does_not_start(verbose, vllm, usable, tiny_llama, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vllm, "off_by", 9.0)
     assert isinstance(choose(tmp_path, tiny_llama, "auto"), TorchGenerator)
     assert "drawn with torch: vllm computes other probabilities" in " ".join(capsys.readouterr().err.split())
@@ -87,7 +102,7 @@ def test_vllm_that_does_not_start_is_an_error(vllm, usable, tiny_llama, tmp_path
         choose(tmp_path, tiny_llama, "vllm")
 
 
-def test_torch_says_that_it_was_asked_for(vllm, usable, tiny_llama, tmp_path, capsys):
+def test_torch_says_that_it_was_asked_for(verbose, vllm, usable, tiny_llama, tmp_path, capsys):
     assert isinstance(choose(tmp_path, tiny_llama, "torch"), TorchGenerator)
     assert "label: completions are drawn with torch\n" in capsys.readouterr().err
     assert vllm.made == []

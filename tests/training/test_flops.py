@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.progress import say_once
+from rlhf_cli.progress import detail, say_once
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.training.flops import ModelSize, device_peak, listed_peak, model_size, peak
+from rlhf_cli.verbosity import Verbosity, set_verbosity
 
 LAYER = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32
 """Weights of a layer of `tiny_llama`: queries, grouped keys and values, output, feed-forward, norms."""
@@ -90,11 +91,18 @@ def test_a_cpu_is_measured_once_and_draws_no_random_number():
     assert "measured" in first.source
 
 
-def test_what_the_peak_is_and_that_there_is_none_is_said_once(capsys):
+def test_that_there_is_no_peak_is_said_once_and_what_it_is_a_detail(capsys):
     say_once.cache_clear()
+    detail.cache_clear()
     for _ in range(2):
         assert device_peak(torch.device("meta"), torch.float32, ProcessGroup()) is None
         assert device_peak(torch.device("cpu"), torch.float32, ProcessGroup())
-    omitted, measured = capsys.readouterr().err.splitlines()
+    (omitted,) = capsys.readouterr().err.splitlines()
     assert omitted == "`throughput/mfu` is omitted: the peak of the device `meta` is not known"
-    assert "measured on this CPU in float32" in measured
+    set_verbosity(Verbosity.VERBOSE)
+    try:
+        detail.cache_clear()
+        assert device_peak(torch.device("cpu"), torch.float32, ProcessGroup())
+    finally:
+        set_verbosity(Verbosity.NORMAL)
+    assert "measured on this CPU in float32" in capsys.readouterr().err

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from rlhf_cli.cli.global_options import FLAGS
 from rlhf_cli.cli.label import export as label_export
 from rlhf_cli.cli.label import import_labels as label_import
 from rlhf_cli.cli.label import stats as label_stats
 from rlhf_cli.cli.options import parameter, with_parameters
 from rlhf_cli.cli.stage_command import run_stage, stage_parameters
+from rlhf_cli.errors import UsageError
 from rlhf_cli.stages import registry
 
 _STAGE = "stage"
@@ -24,9 +28,23 @@ class _OneStageOrMore(TyperGroup):
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         """See click; inserts the internal name of the stage, which is never typed."""
-        if not args or args[0] not in self.commands or args[0] == _STAGE:
+        if ctx.resilient_parsing and not args:  # a shell completes the first word
+            return super().parse_args(ctx, args)
+        word = next((one for one in args if one not in FLAGS), "")
+        names = [name for name in self.commands if name != _STAGE]
+        if word not in names:
+            if word.isalpha() and not Path(word).exists() and (close := get_close_matches(word, names)):
+                raise UsageError(
+                    f"`rlhf label {word}`: no such command and no such recipe, did you mean `rlhf label {close[0]}`?"
+                )
             args = [_STAGE, *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> Any:
+        """See click; the options of the stage follow too."""
+        stage = self.commands[_STAGE]
+        own = stage.make_context(ctx.info_name, [], parent=ctx, resilient_parsing=True)
+        return [*super().shell_complete(ctx, incomplete), *stage.shell_complete(own, incomplete)]
 
 
 class _Stage(TyperCommand):
@@ -119,6 +137,7 @@ _own = [parameter(name, Annotated[kind, option], default) for name, kind, defaul
 app.command(
     _STAGE,
     cls=_Stage,
+    hidden=True,
     epilog="What can be done with labels: rlhf label stats | export | import, each with --help of its own.",
 )(with_parameters(label, stage_parameters("label", _own)))
 app.command("stats")(label_stats.stats)

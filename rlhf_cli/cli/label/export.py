@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from rlhf_cli.cli.completion import run_directories
+
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Ranking
     from rlhf_cli.labeling.aggregation import Method
@@ -21,7 +23,11 @@ _METHODS = "individual, majority, bradley-terry or plackett-luce"
 def export(
     source: Annotated[
         Path,
-        typer.Argument(metavar="WHERE", help="Run directory, label store (*.sqlite), labels.jsonl or rankings file."),
+        typer.Argument(
+            metavar="WHERE",
+            help="Run directory, label store (*.sqlite), labels.jsonl or rankings file.",
+            autocompletion=run_directories,
+        ),
     ],
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help=f"{_FORMATS}; see docs/label-formats.md.")
@@ -37,7 +43,8 @@ def export(
     from rlhf_cli.errors import UsageError
     from rlhf_cli.labeling.aggregation import METHODS, aggregate, aggregate_rankings, check_installed
     from rlhf_cli.labeling.exports.formats import FORMATS, export_labels, export_rankings
-    from rlhf_cli.progress import printable, say, warn
+    from rlhf_cli.plain_text import printable
+    from rlhf_cli.progress import say, warn
 
     name = cast("ExportFormat", _one_of("--format", format_, FORMATS))
     method = cast("Method", _one_of("--aggregation", aggregation, METHODS))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from rlhf_cli import run_log
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import Interrupted, UsageError, WaitingForLabelsError
 
@@ -97,6 +98,7 @@ def label_by_annotators(
         store = Path(waiting.store)
         if world_size() > 1 or not (interface.serve or _is_interactive()):
             raise
+    run_log.close()  # the links hold secrets
     _open(store, store.parents[2], interface)
     run_stage(False)
 
@@ -108,14 +110,15 @@ def _nothing_to_label() -> None:
 
 
 def _show_links(links: ServerLinks) -> None:
-    from rlhf_cli.progress import printable, say
+    from rlhf_cli.plain_text import printable
+    from rlhf_cli.progress import say
 
     rows = [*((printable(name), link) for name, link in links.annotators.items()), ("(admin)", links.administrator)]
     width = max(len(name) for name, _ in rows)
-    say("send each annotator their own link; a link identifies its annotator:\n")
+    say("send each annotator their own link; a link identifies its annotator:\n", always=True)
     for name, link in rows:
-        say(f"  {name:<{width}}  {link}")
-    say("\nsubmitted labels are on disk; stop the server with Ctrl-C, the links stay valid")
+        say(f"  {name:<{width}}  {link}", always=True)
+    say("\nsubmitted labels are on disk; stop the server with Ctrl-C, the links stay valid", always=True)
 
 
 def _is_interactive() -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_cli.cli.completion import run_directories
 from rlhf_cli.cli.options import Json
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def stats(
         typer.Argument(
             metavar="WHERE",
             help="Run directory, label store (*.sqlite), labels.jsonl, or rankings with `annotator`.",
+            autocompletion=run_directories,
         ),
     ],
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a plot: .png, .svg or .pdf.")] = None,

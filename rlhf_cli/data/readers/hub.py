@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rlhf_cli.console import interactive
 from rlhf_cli.data.readers.rows import Row
 from rlhf_cli.errors import DataError
-from rlhf_cli.progress import interactive
 
 _NAME = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[^:@#]+))?(@(?P<revision>[^:@#]+))?(#(?P<split>[^@#]+))?"

@@ -15,7 +15,7 @@ from rlhf_cli.labeling.session.types import (
     InvalidLabelError,
     check_text,
 )
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from rlhf_cli.labeling.session.types import (
     SessionProgress,
     check_text,
 )
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 _NEW_DRAFT_MS = 10_000
 """An unchanged draft is written again only if its active time has grown by this much."""

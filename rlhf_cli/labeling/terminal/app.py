@@ -77,7 +77,7 @@ def label_in_terminal(
     outcome = Outcome(end, controller.counts, session.progress(person.id), entered, controller.is_draft_kept, signum)
     if signum != signal.SIGHUP:  # otherwise nobody can read it
         for line in closing_lines(outcome, "" if signum in (None, signal.SIGINT) else resume_command, afterwards):
-            say(line)
+            say(line, always=True)
     return outcome
 
 

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_cli.console import console
 from rlhf_cli.data.records import Prompt, prompt_key, prompt_to_json
 from rlhf_cli.generation.prompts import text_template
 from rlhf_cli.labeling.scoring import FunctionScorer, RewardModelScorer, score_completions
 from rlhf_cli.memory import free_memory
-from rlhf_cli.progress import console, task, warn
+from rlhf_cli.progress import task, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.best_of_n.curve import Curve, curve_table, measure
 from rlhf_cli.stages.best_of_n.samples import SAMPLES, SampleRow, Samples, draw_samples, earlier_samples

@@ -15,6 +15,7 @@ from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import DataError
 from rlhf_cli.generation.generator import Completion, Generator
 from rlhf_cli.generation.prompts import PromptStyle
+from rlhf_cli.progress import say
 from rlhf_cli.rewards.base import Columns
 from rlhf_cli.stages.best_of_n.stage import BestOfNContext
 from rlhf_cli.stages.common import (
@@ -81,6 +82,8 @@ def draw_samples(context: BestOfNContext, generator: Generator | None = None) ->
     policy = load_policy(context, path, sampling)
     prompts, skips = load_prompts(context, policy, "best_of_n.sampling.max_new_tokens")
     prompts = _chosen(context, prompts)
+    each, count = settings.samples_per_prompt, len(prompts) * settings.samples_per_prompt
+    say(f"best-of-n: {len(prompts):,} prompts x {each:,} completions = {count:,} completions to sample and score")
     warn_of_trained([PromptRecord(prompt) for prompt in prompts.prompts], path, "the best of n")
     processes, watch = ProcessGroup(policy.source.device), StepWatch(policy.source.device)
     drawn, tokens = draw_completions(

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_cli.console import console
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import UsageError
 from rlhf_cli.generation.prompts import PromptStyle
 from rlhf_cli.intervals import ENOUGH_PROMPTS, percent, percent_span
-from rlhf_cli.progress import console, say, warn
+from rlhf_cli.progress import say, warn
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import write_contract
 from rlhf_cli.stages.evaluate.demonstrations import load_demonstrations

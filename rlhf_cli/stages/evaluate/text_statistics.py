@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 __all__ = ["Phrase", "Phrases", "distinct", "most_common_share", "phrases", "printable", "repeated_share"]
 

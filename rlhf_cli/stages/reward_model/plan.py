@@ -213,7 +213,7 @@ def _fitting(
     source = context.inputs.rankings.source
     kept: list[Ranking] = []
     groups: dict[int, RankedGroup] = {}
-    with task("tokenizing rankings", len(loaded.records), "prompts") as bar:
+    with task("tokenizing rankings", len(loaded.records), "prompts", saves=False) as bar:
         for ranking in loaded.records:
             group = encode_group(reward_model, ranking)
             bar.advance()

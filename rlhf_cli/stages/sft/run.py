@@ -133,7 +133,7 @@ def fitting_examples(
     data, source = context.recipe.data, context.inputs.demonstrations.source
     max_length = min(settings.max_length, context_length(config))
     fitting: list[tuple[Demonstration, Example]] = []
-    with task("tokenizing demonstrations", len(loaded.records), "records") as bar:
+    with task("tokenizing demonstrations", len(loaded.records), "records", saves=False) as bar:
         for record in loaded.records:
             example = tokenize(
                 record,

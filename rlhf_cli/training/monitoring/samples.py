@@ -11,8 +11,10 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from rlhf_cli.console import console
 from rlhf_cli.data.records import Prompt, prompt_text
-from rlhf_cli.progress import console, printable, say, warn
+from rlhf_cli.plain_text import printable
+from rlhf_cli.progress import say, warn
 from rlhf_cli.training.monitoring.detectors.observation import Detection
 from rlhf_cli.training.monitoring.step_lines import StepLines
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.progress import console, format_duration, interactive, say
+from rlhf_cli.console import console, interactive
+from rlhf_cli.progress import format_duration, say
 from rlhf_cli.training.monitoring.step_lines import StepLines, read_rows
 
 TIMING = "timing.jsonl"

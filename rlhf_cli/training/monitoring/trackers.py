@@ -19,7 +19,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.progress import printable, warn
+from rlhf_cli.plain_text import printable
+from rlhf_cli.progress import warn
 from rlhf_cli.training.monitoring.tracker_backends import KINDS, Beginning, TrackedRun, Tracker
 
 if TYPE_CHECKING:

@@ -119,6 +119,8 @@ def test_every_number_follows_from_the_samples_of_held_out_prompts(tiny_llama, p
     assert found["points"][0]["gold_gain"]["value"] == 0.0
     assert found["gold_fit"]["points"] == 3
     said = capsys.readouterr().err
+    count = len(rows)
+    assert f"best-of-n: {count} prompts x 6 completions = {6 * count} completions to sample and score" in said
     assert "KL at most" in said
     assert not (context.output / "best.jsonl").exists()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rlhf_cli.progress import printable
+from rlhf_cli.plain_text import printable
 
 WINDOW = 3
 """Steps whose mean a detector judges; as many at the start are what it compares with."""

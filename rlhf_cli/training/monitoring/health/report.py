@@ -14,7 +14,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_cli.progress import console, printable
+from rlhf_cli.console import console
+from rlhf_cli.plain_text import printable
 from rlhf_cli.training.monitoring.health.detection_findings import detection_findings, merged
 from rlhf_cli.training.monitoring.health.findings import MIN_STEPS, Finding, Run, Severity
 from rlhf_cli.training.monitoring.health.rules import COMPLETION_RULES
