@@ -135,7 +135,7 @@ def _operations(stage: StagePlan) -> str:
     phases = {one.phase: 0.0 for one in work.work}
     for one in work.work:
         phases[one.phase] += one.flops
-    return f"{work.flops:.2g} FLOP: " + ", ".join(f"{name} {flops:.2g}" for name, flops in phases.items() if flops)
+    return f"{_power(work.flops)} FLOP: " + ", ".join(f"{name} {_power(own)}" for name, own in phases.items() if own)
 
 
 def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
@@ -146,6 +146,8 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
     shown = ", ".join(
         f"{role} {format_bytes(size)}" for role, size in roles.items() if size > _SHOWN * memory.of(phase)
     )
+    if (pages := memory.total - memory.of(phase)) > 0:  # see `MemoryNeed.total`
+        shown += f"; and {format_bytes(pages)} of weights that rest then: {', '.join(sorted(memory.mapped))}"
     fits = "" if memory.total <= plan.memory_limit else f"; does not fit {format_bytes(plan.memory_limit)}"
     yield "memory", f"{format_bytes(memory.total)}{fits}; most in `{phase}`: {shown}"
     others = ", ".join(
@@ -161,11 +163,11 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 def _summary(plan: RunPlan) -> Iterator[str]:
     needs = [stage.memory.total for stage in plan.stages if stage.memory is not None]
-    where = "of this machine" if plan.device == "cpu" else "of the GPU"
+    where = "this machine has" if plan.device == "cpu" else "the GPU has"
     if needs:
-        yield f"memory: {format_bytes(max(needs))} of the {format_bytes(plan.memory_limit)} {where}"
+        yield f"memory: {format_bytes(max(needs))}; {where} {format_bytes(plan.memory_limit)}"
     disk = sum(stage.disk for stage in plan.stages)
-    yield f"disk: at most {format_bytes(disk)} of {format_bytes(plan.disk_free)} free in {plan.run_dir.parent}"
+    yield f"disk: at most {format_bytes(disk)}; {format_bytes(plan.disk_free)} are free in {plan.run_dir.parent}"
     if plan.seconds is None:
         yield "time: not measured (--no-trial)"
     elif plan.seconds:
@@ -186,3 +188,8 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:,.0f}"
+
+
+def _power(number: float) -> str:
+    """Return a number with two digits, such as 2.4e15."""
+    return f"{number:.1e}".replace("e+", "e")
