@@ -49,9 +49,10 @@ def test_what_is_shown_is_the_same_recipe(loaded, tmp_path):
         assert load_recipe(shown).recipe == loaded.recipe
 
 
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_the_changes_of_a_shipped_recipe_are_the_same_recipe(recipe, tmp_path):
-    loaded = load_recipe(recipe)
+@pytest.mark.parametrize("name", ["human-labels", "overopt", "qa-human", "quickstart"])
+def test_the_changes_of_a_shipped_recipe_are_the_same_recipe(name, tmp_path):
+    own = ["sft.data=d.jsonl", "label.data=r.jsonl", "data.prompts=p.jsonl"] if name == "qa-human" else []
+    loaded = load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml", own)
     shown = tmp_path / "shown.yaml"
     shown.write_text(as_yaml(loaded, Path("runs/x"), only_changes=True))
     assert load_recipe(shown).recipe == loaded.recipe
@@ -63,7 +64,7 @@ def test_changes_omit_what_has_its_default(tmp_path):
     )
     text = as_yaml(load_recipe(tmp_path / "r.yaml"), Path("runs/r"), only_changes=True)
     settings = " ".join(re.sub(" +#.*", "", text.partition("# derived sizes")[0]).split())
-    changed = "name: r model: path: m sft: data: d train_rm: {} ppo: steps: 7 rewards: - url: http://x"
+    changed = "name: r model: path: m sft: data: d train_rm: {} ppo: rewards: - url: http://x steps: 7"
     assert settings.replace('"', "") == changed
 
 
