@@ -48,10 +48,8 @@ class Messages(Console):
         if shown and (always or not is_quiet()):
             super().print(*objects, **options)
         if run_log.is_open() and not all(isinstance(one, Control) for one in objects):
-            text = io.StringIO()
-            Console(file=text, width=self.width, color_system=None, highlight=False).print(
-                *objects, **{"soft_wrap": True} | options
-            )
+            text, merged = io.StringIO(), {"soft_wrap": True, **options}
+            Console(file=text, width=self.width, color_system=None, highlight=False).print(*objects, **merged)
             run_log.write(text.getvalue())
 
 

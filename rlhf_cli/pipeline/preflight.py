@@ -269,7 +269,10 @@ def _check_trained(
     if recipe.value("evaluate.trained_prompts") != "refuse":
         return
     models = [
-        one for one in inputs if (one.sampled_by == "evaluate" or one.upstream == "ppo") and one.upstream not in written
+        one
+        for one in inputs
+        if (one.sampled_by == "evaluate" or one.upstream == "ppo")
+        and (one.upstream is None or one.upstream not in written)
     ]
     for evaluated in inputs:
         if evaluated.use != "evaluate":

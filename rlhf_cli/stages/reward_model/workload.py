@@ -90,6 +90,7 @@ def _of_labels_to_come(context: RewardModelContext) -> Reading:
     source = model_source(recipe, start, quantized=True)
     member = member_without_weights(context, source, prompt_style(recipe.data, start, load_tokenizer(source)), 1)
     prompts = recipe.value("label.prompts") or recipe.data.prompts
+    assert prompts is not None  # `label` checks it
     loaded = read_records(prompts, "prompt", columns=recipe.data.columns, max_skip=recipe.data.max_skip)
     distinct = {str(record.prompt): record for record in loaded.records}.values()
     train, held_out = split_from(context, start).divide(distinct)
