@@ -64,7 +64,8 @@ def verbose():
 
 def test_what_everybody_expects_is_a_detail(tiny_llama, tmp_path, capsys):
     for engine in ("auto", "torch"):
-        choose(tmp_path, tiny_llama, engine)
+        (tmp_path / engine).mkdir()
+        choose(tmp_path / engine, tiny_llama, engine)
     assert "completions are drawn" not in capsys.readouterr().err
 
 
