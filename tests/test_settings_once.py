@@ -25,6 +25,9 @@ ALLOWED = {
     "LabelRecord": "a record; `data.comparison` names the columns that hold its fields",
     "LabelTable": "records; `data.comparison` names the columns that hold their fields",
     "LabelPlan": "stored with a session: labels outlive the recipe under which they were made",
+    "Given": "the options of `rlhf start`, from which a recipe is written",
+    "Draft": "checked replies to `rlhf start`, from which a recipe is written",
+    "LabelChoice": "sections of the recipe that `rlhf start` writes",
 }
 
 

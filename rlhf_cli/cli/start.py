@@ -82,7 +82,7 @@ def write(given: Mapping[str, Any], path: Path, read: Any = None) -> None:
     from rlhf_cli.start.writing import check_target, write_recipe
 
     check_target(path, force=given["force"])
-    plan = Questions(_choices(given), read).plan()
+    plan = Questions(_choices(given), read).draft()
     write_recipe(plan, path, _command() if read is None else "rlhf start")
     typer.echo(path)
 

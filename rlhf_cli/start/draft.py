@@ -29,7 +29,7 @@ _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Draft:
     """All that a recipe is made of.
 
     Attributes:
@@ -71,11 +71,11 @@ class _Lines:
         self.notes[name] = note
 
 
-def recipe_text(plan: Plan, path: Path, command: str) -> str:
+def recipe_text(draft: Draft, path: Path, command: str) -> str:
     """Return the recipe.
 
     Args:
-        plan: what to put into it.
+        draft: what to put into it.
         path: the file that it will be, whose name becomes that of the run.
         command: that writes it, for the first line.
 
@@ -84,21 +84,21 @@ def recipe_text(plan: Plan, path: Path, command: str) -> str:
     """
     lines = _Lines()
     lines.add("name", _NAME.sub("-", path.stem).strip("-._") or "mine")
-    lines.add("model", {"path": plan.model.path}, plan.model.described)
-    found = plan.prompts
-    data = {"prompts": found.source, **found.settings, **plan.model.settings}
+    lines.add("model", {"path": draft.model.path}, draft.model.described)
+    found = draft.prompts
+    data = {"prompts": found.source, **found.settings, **draft.model.settings}
     lines.add("data", data, f"{found.training:,} prompts to train on, {found.held_out:,} held out")
-    lines.add("sampling", {"temperature": 0.7, "max_new_tokens": plan.max_new_tokens()}, "in all stages")
-    if plan.demonstrations is not None:
-        lines.add("sft", _sft(plan.demonstrations, plan.model), plan.demonstrations.described)
-    if plan.labels.label is not None:
-        lines.add("label", _label(plan), plan.labels.note)
-        lines.add("train_rm", _train_rm(plan), _groups(plan))
-    lines.add("ppo", {"steps": plan.steps, **_ppo(plan)}, _why(plan))
-    if plan.labels.evaluate is not None:
-        decides = "the function" if "judge_function" in plan.labels.evaluate else "the reward model"
-        lines.add("evaluate", _evaluate(plan), f"PPO beside the model before it; {decides} decides")
-    _apply(lines.sections, plan.settings)
+    lines.add("sampling", {"temperature": 0.7, "max_new_tokens": draft.max_new_tokens()}, "in all stages")
+    if draft.demonstrations is not None:
+        lines.add("sft", _sft(draft.demonstrations, draft.model), draft.demonstrations.described)
+    if draft.labels.label is not None:
+        lines.add("label", _label(draft), draft.labels.note)
+        lines.add("train_rm", _train_rm(draft), _groups(draft))
+    lines.add("ppo", {"steps": draft.steps, **_ppo(draft)}, _why(draft))
+    if draft.labels.evaluate is not None:
+        decides = "the function" if "judge_function" in draft.labels.evaluate else "the reward model"
+        lines.add("evaluate", _evaluate(draft), f"PPO beside the model before it; {decides} decides")
+    _apply(lines.sections, draft.settings)
     head = [
         f"# Written by `{command}`. Next: rlhf run {path}",
         f"# Other settings have their defaults: `rlhf recipe show {path}` lists them.",
@@ -115,55 +115,55 @@ def _sft(found: DemonstrationFacts, model: ModelFacts) -> dict[str, Any]:
     return section
 
 
-def _label(plan: Plan) -> dict[str, Any]:
-    section = dict(plan.labels.label or {})
-    most = _BY_PEOPLE["short" if plan.is_short else "full"]
-    if plan.labels.source == "people" and plan.prompts.training + plan.prompts.held_out > most:
+def _label(draft: Draft) -> dict[str, Any]:
+    section = dict(draft.labels.label or {})
+    most = _BY_PEOPLE["short" if draft.is_short else "full"]
+    if draft.labels.source == "people" and draft.prompts.training + draft.prompts.held_out > most:
         section["active_learning"] = {"by": "random", "prompts": most}
     return section
 
 
-def _ranked(plan: Plan) -> int:
+def _ranked(draft: Draft) -> int:
     """Number of rankings that the reward model learns from, and is measured on."""
-    if plan.labels.groups is not None:
-        return plan.labels.groups
-    chosen = _label(plan).get("active_learning")
-    return chosen["prompts"] if chosen else plan.prompts.training + plan.prompts.held_out
+    if draft.labels.groups is not None:
+        return draft.labels.groups
+    chosen = _label(draft).get("active_learning")
+    return chosen["prompts"] if chosen else draft.prompts.training + draft.prompts.held_out
 
 
-def _train_rm(plan: Plan) -> dict[str, Any]:
-    if _ranked(plan) >= _FEW_GROUPS:
+def _train_rm(draft: Draft) -> dict[str, Any]:
+    if _ranked(draft) >= _FEW_GROUPS:
         return {}
     return {"batch_size": 4, "epochs": 3, "learning_rate": 3e-4}
 
 
-def _groups(plan: Plan) -> str:
-    count = _ranked(plan)
+def _groups(draft: Draft) -> str:
+    count = _ranked(draft)
     return f"only {count:,} rankings: small batches, three passes" if count < _FEW_GROUPS else ""
 
 
-def _ppo(plan: Plan) -> dict[str, Any]:
-    section: dict[str, Any] = dict(plan.labels.ppo)
-    usual = 16 if plan.is_short else 64
-    section["prompts_per_step"] = min(usual, plan.prompts.training)
+def _ppo(draft: Draft) -> dict[str, Any]:
+    section: dict[str, Any] = dict(draft.labels.ppo)
+    usual = 16 if draft.is_short else 64
+    section["prompts_per_step"] = min(usual, draft.prompts.training)
     if section["prompts_per_step"] == 64:
         del section["prompts_per_step"]
-    if plan.is_short:
+    if draft.is_short:
         section |= {"epochs": 2, "learning_rate": 1e-4}
-    if plan.labels.evaluate is None and plan.prompts.held_out > 1:
-        section["eval_steps"] = max(1, plan.steps // 5)
+    if draft.labels.evaluate is None and draft.prompts.held_out > 1:
+        section["eval_steps"] = max(1, draft.steps // 5)
     return section
 
 
-def _why(plan: Plan) -> str:
-    return f"a first look: `steps: {FULL_STEPS}` is a full run" if plan.is_short else ""
+def _why(draft: Draft) -> str:
+    return f"a first look: `steps: {FULL_STEPS}` is a full run" if draft.is_short else ""
 
 
-def _evaluate(plan: Plan) -> dict[str, Any]:
-    section = dict(plan.labels.evaluate or {})
-    if plan.prompts.held_out < 50:
+def _evaluate(draft: Draft) -> dict[str, Any]:
+    section = dict(draft.labels.evaluate or {})
+    if draft.prompts.held_out < 50:
         section["samples_per_prompt"] = 4
-    elif plan.is_short:
+    elif draft.is_short:
         section["max_prompts"] = 50
     return section
 

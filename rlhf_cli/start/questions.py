@@ -16,7 +16,7 @@ from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.settings.shared import DataSettings
 from rlhf_cli.start import label_choice
 from rlhf_cli.start.data_facts import DemonstrationFacts, PromptFacts, inspect_demonstrations, inspect_prompts
-from rlhf_cli.start.draft import FULL_STEPS, SHORT_STEPS, Plan
+from rlhf_cli.start.draft import FULL_STEPS, SHORT_STEPS, Draft
 from rlhf_cli.start.label_choice import LabelChoice
 from rlhf_cli.start.model_facts import ModelFacts, check_role, inspect_model
 
@@ -80,7 +80,7 @@ class Questions:
         self._settings = list(given.settings)
         self._number = 0
 
-    def plan(self) -> Plan:
+    def draft(self) -> Draft:
         """Return what to write; raises an `RLHFError` where nobody can be asked again."""
         given = self._given
         model = self._find(
@@ -94,7 +94,7 @@ class Questions:
         demonstrations = self._demonstrations(model, prompts)
         labels = self._labels(model, prompts)
         steps = self._steps()
-        return Plan(model, prompts, labels, steps, demonstrations, tuple(self._settings))
+        return Draft(model, prompts, labels, steps, demonstrations, tuple(self._settings))
 
     # What is found out
 

@@ -10,7 +10,7 @@ from rlhf_cli.pipeline import runner
 from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.progress import say
 from rlhf_cli.recipe.loader import load_recipe
-from rlhf_cli.start.draft import Plan, recipe_text
+from rlhf_cli.start.draft import Draft, recipe_text
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -27,14 +27,14 @@ def check_target(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path} exists", hint="name another file, or replace it with `--force`")
 
 
-def write_recipe(plan: Plan, path: Path, command: str) -> str:
+def write_recipe(draft: Draft, path: Path, command: str) -> str:
     """Write a recipe, check it with all that it names, and return its text.
 
     Raises:
         RLHFError: what is wrong with the recipe, its data or its models; the file is there, to be edited.
         DiskError: the file cannot be written.
     """
-    text = recipe_text(plan, path, command)
+    text = recipe_text(draft, path, command)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
@@ -43,14 +43,14 @@ def write_recipe(plan: Plan, path: Path, command: str) -> str:
     say(f"wrote {path}:\n\n{text}")
     loaded = load_recipe(path)
     runner.dry_run(loaded, loaded.recipe.default_run_dir, Selection())
-    _say_what_comes_next(plan, path, loaded.recipe.default_run_dir)
+    _say_what_comes_next(draft, path, loaded.recipe.default_run_dir)
     return text
 
 
-def _say_what_comes_next(plan: Plan, path: Path, run_dir: Path) -> None:
+def _say_what_comes_next(draft: Draft, path: Path, run_dir: Path) -> None:
     say(f"{path}: no problems. Next:\n")
-    commands = [(f"rlhf run {path}", _run_does(plan))]
-    if plan.labels.source == "people":
+    commands = [(f"rlhf run {path}", _run_does(draft))]
+    if draft.labels.source == "people":
         commands += [
             (f"rlhf label --run-dir {run_dir}", "rank them; with --serve in a browser"),
             (f"rlhf run {path}", "trains and evaluates"),
@@ -61,7 +61,7 @@ def _say_what_comes_next(plan: Plan, path: Path, run_dir: Path) -> None:
         say(f"  {command:<{width}}   # {does}")
 
 
-def _run_does(plan: Plan) -> str:
-    if plan.labels.source == "people":
+def _run_does(draft: Draft) -> str:
+    if draft.labels.source == "people":
         return "samples completions, then waits for you"
     return "trains and evaluates"

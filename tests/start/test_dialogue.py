@@ -35,7 +35,7 @@ def answer(capsys, monkeypatch, tmp_path):
                 raise EOFError
             return str(left.pop(0))
 
-        plan = Questions(Given(**given), read).plan()
+        plan = Questions(Given(**given), read).draft()
         assert not left
         return plan, " ".join(capsys.readouterr().err.split())
 
@@ -114,7 +114,7 @@ def test_an_encoder_decoder_can_only_be_rewarded_directly(answer, tiny_t5, quest
 
 def test_nobody_is_asked_without_a_reader():
     with pytest.raises(UsageError):
-        Questions(Given(), None).plan()
+        Questions(Given(), None).draft()
 
 
 class Terminal:
