@@ -26,14 +26,14 @@ def completion(
       ~/.zshrc, after compinit     eval "$(rlhf completion zsh)"
       ~/.config/fish/config.fish   rlhf completion fish | source
     """
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # pyright: ignore[reportPrivateImportUsage]  (typer has no other)
 
     typer.echo(get_completion_script(prog_name="rlhf", complete_var=COMPLETE, shell=shell))
 
 
 def prepare_completion() -> None:
     """Let typer reply to the script of a shell; `typer.Typer` does so only with options that edit the user's files."""
-    from typer.completion import completion_init
+    from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
 
     completion_init()
 
