@@ -268,7 +268,7 @@ def test_failures_of_a_stage(toy, kind, code, said):
     assert outcome.code == code
     assert said in outcome.stderr
     assert "Traceback" not in outcome.stderr
-    assert outcome.stdout == ""
+    assert json.loads(outcome.stdout)["error"]["exit_code"] == code
     assert not (toy.run_dir / "sft").exists()
 
 

@@ -51,5 +51,5 @@ def test_a_policy_that_will_be_trained_again_is_not_looked_at(finished):
     own = ["--set", "evaluate.prompts=prompts.jsonl", "--set", "ppo.prompts=demos.jsonl", "--dry-run"]
     stale = finished.rlhf("run", "recipe.yaml", *own)
     assert stale.code == 0, stale.stderr
-    kept = finished.rlhf("evaluate", "recipe.yaml", "--set", "evaluate.prompts=prompts.jsonl", "--dry-run")
+    kept = finished.rlhf("evaluate", "recipe.yaml", "--force", "--set", "evaluate.prompts=prompts.jsonl", "--dry-run")
     assert (kept.code, "1 of its prompts were in the training of runs/toy/ppo" in kept.stderr) == (65, True)
