@@ -118,4 +118,4 @@ def test_the_stage_and_what_can_be_done_with_labels_share_one_name(rlhf):
     assert "no such option: --bogus" in rlhf("label", "--bogus", code=2).stderr
     commands = rlhf("--help").stdout.split("Commands:")[1].split("\n")
     names = [line.split()[0] for line in commands if line.startswith("  ") and line.strip() and line[2] != " "]
-    assert names[:9] == ["quickstart", "start", "init", "run", "sft", "label", "train-rm", "ppo", "evaluate"]
+    assert names[:10] == ["quickstart", "start", "init", "plan", "run", "sft", "label", "train-rm", "ppo", "evaluate"]

@@ -249,6 +249,7 @@ ELSEWHERE = {
     "several sheets hold rows": "tests/data/test_real_files.py",
     "cannot be read as a spreadsheet": "tests/data/test_real_files.py",
     "reading spreadsheets needs a package": "tests/data/test_real_files.py",
+    "occurs twice": "of a spreadsheet: tests/data/test_real_files.py; of other tables there is a case",
     "not CSV:": "what the `csv` module may still refuse",
     "which holds no": "the hint is a command: the test below runs it",
     "none are left to train on": "of a split: tests/data/test_splits.py",

@@ -208,7 +208,9 @@ def test_the_command_tells_what_came_out_and_nothing_else(
         "attention: ",
         "the model is prompted",
     )
-    assert [line for line in done.stderr.splitlines() if not line.startswith(beginnings)] == []
+    said, table = done.stderr.split("\nstage  ")
+    assert [line for line in said.splitlines() if line and not line.startswith(beginnings)] == []
+    assert "results are in run/, one folder per stage" in table
     assert "with your permissions" in done.stderr
 
 

@@ -120,4 +120,4 @@ def test_they_are_policies_of_an_evaluation(rlhf_here, files, tmp_path):
         "rate.py:score", "--run-dir", "other", "--set", "data.prompt_template=null",
     )  # fmt: skip
     assert code == 65, "its contract names the prompts that it was trained on"
-    assert "trained on" in said
+    assert "of its prompts were in the training of run/ppo/steps/2" in said
