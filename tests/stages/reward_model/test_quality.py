@@ -45,7 +45,8 @@ def test_without_matplotlib_there_is_no_picture_and_a_line_says_why(tmp_path, mo
 
 
 def test_the_charts_show_what_the_file_holds():
-    report = report_of(20, 30)
+    rankings = [Ranking(f"p{number}", ("better", "much worse"), ((0,), (1,))) for number in range(30)]
+    report = ranking_report(rankings, [[float(number < 20), 0.5] for number in range(30)])
     reliability, margins, lengths = quality_charts(json.loads(json.dumps(report.to_json())))
     (points,) = [one.points for one in reliability.series]
     assert points == [(one.mean, one.accuracy.value) for one in report.reliability]
