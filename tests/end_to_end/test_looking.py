@@ -48,6 +48,7 @@ def test_a_ppo_run_can_be_looked_at(tiny_llama, tmp_path, rlhf):
         ".lock",
         "command.txt",
         "environment.json",
+        "log.txt",
         "ppo",
         "recipes",
         "tracking",

@@ -132,6 +132,8 @@ class Terminal:
             stderr=slave,
             env=environment | {"TERM": "xterm-256color"},
             start_new_session=True,
+            # A shell that started the tests in the background lets them ignore it, and programs inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
         self.text = ""
