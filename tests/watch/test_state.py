@@ -20,7 +20,7 @@ def test_a_run_that_goes_on(ppo_run):
     with ppo_run.in_use():
         run = read_live(ppo_run.folder)
     assert (run.is_running, run.stage) == (True, "ppo")
-    assert run.summary == "sft finished, train-rm finished, ppo running"
+    assert run.summary == "sft finished, label finished, train-rm finished, ppo running"
     assert [task.text for task in run.tasks] == ["30 of 60 steps, 1:05 left, updates"]
     assert [row["step"] for row in run.rows] == list(range(1, 31))
     first = run.completions[0]
@@ -49,7 +49,7 @@ def test_a_stage_that_runs_again_is_not_its_earlier_artifact(ppo_run):
     """As after `--force train-rm`, beside PPO work that a kill left."""
     ppo_run.progress(stage="train-rm")
     run = read_live(ppo_run.folder)
-    assert run.states == {"sft": "finished", "train-rm": "running", "ppo": "killed"}
+    assert run.states == {"sft": "finished", "label": "finished", "train-rm": "running", "ppo": "killed"}
     assert (run.stage, run.rows) == ("train-rm", []), "its first attempt has 40 steps"
 
 
@@ -140,7 +140,7 @@ def test_a_stage_that_has_written_nothing_yet_is_shown(ppo_run):
     (ppo_run.work / "samples.jsonl").unlink()
     ppo_run.progress()
     run = read_live(ppo_run.folder)
-    assert run.summary == "sft finished, train-rm finished, ppo running"
+    assert run.summary == "sft finished, label finished, train-rm finished, ppo running"
     assert (run.stage, run.rows, run.completions) == ("ppo", [], [])
 
 
