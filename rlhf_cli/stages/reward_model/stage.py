@@ -6,23 +6,14 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.resources import (
-    FLOAT32,
-    Extent,
-    MemoryNeed,
-    frozen_bytes,
-    loading,
-    memory_need,
-    moments,
-    number_bytes,
-    saving,
-)
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, saving
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 from rlhf_cli.stages.reward_model.requirements import check_requirements
 from rlhf_cli.stages.reward_model.settings import RewardModelSettings
+from rlhf_cli.stages.training_memory import training_memory
 
 
 @dataclass(frozen=True)
@@ -73,27 +64,14 @@ def _disk_bytes(settings: RewardModelSettings, model_bytes: int) -> int:
 
 
 def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
-    model, shape, is_full = recipe.model, extent.shape, settings.adapter == "none"
-    rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
+    rank = settings.lora.rank if settings.adapter == "lora" else None
     longest = 2 * settings.max_length
-    whole = settings.batch_size * longest
-    tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
-    size = number_bytes(model.precision)
-    trained = shape.weights if is_full else shape.adapter(settings.lora.rank)
-    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize)
-    weights = {"reward model": frozen, "trained weights": float(FLOAT32 * trained)}
-    update = {
-        "gradients": FLOAT32 * trained,
-        "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0),
-        "activations": shape.activations(
-            tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full
-        ),
-    }
-    phases = {"load": loading(extent, weights), "update": weights | update}
+    need = training_memory(settings, recipe.model, extent, role="reward model", rank=rank, longest=longest)
+    phases = {"load": loading(extent, need.weights), "update": need.weights | need.update}
     if settings.normalize and (settings.data is not None or recipe.value("label.by") == "import"):
-        phases["rollout"] = weights | _drawing(recipe, extent, size)
+        phases["rollout"] = need.weights | _drawing(recipe, extent, number_bytes(recipe.model.precision))
     # An adapter is small; its base is read again to be compared.
-    phases["save"] = saving(extent) if is_full else phases["load"]
+    phases["save"] = saving(extent) if rank is None else phases["load"]
     return memory_need(extent, phases)
 
 

@@ -6,21 +6,12 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.resources import (
-    FLOAT32,
-    Extent,
-    MemoryNeed,
-    frozen_bytes,
-    loading,
-    memory_need,
-    moments,
-    number_bytes,
-    saving,
-)
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, saving
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
 from rlhf_cli.stages.sft.settings import SFTSettings
+from rlhf_cli.stages.training_memory import training_memory
 
 
 @dataclass(frozen=True)
@@ -62,24 +53,10 @@ def _disk_bytes(settings: SFTSettings, model_bytes: int) -> int:
 
 
 def _memory(settings: SFTSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
-    model, shape, is_full = recipe.model, extent.shape, settings.adapter == "none"
-    rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
-    whole, longest = settings.batch_size * settings.max_length, settings.max_length
-    tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
-    size = number_bytes(model.precision)
-    trained = shape.weights if is_full else shape.adapter(settings.lora.rank)
-    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize)
-    weights = {"policy": frozen, "trained weights": float(FLOAT32 * trained)}
-    update = {
-        "gradients": FLOAT32 * trained,
-        "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0),
-        "activations": shape.activations(
-            tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full
-        ),
-        "logits": shape.logits(tokens),
-    }
-    phases = {"load": loading(extent, weights), "update": weights | update, "save": saving(extent)}
-    return memory_need(extent, phases)
+    rank = settings.lora.rank if settings.adapter == "lora" else None
+    need = training_memory(settings, recipe.model, extent, role="policy", rank=rank, longest=settings.max_length)
+    update = need.weights | need.update | {"logits": extent.shape.logits(need.tokens)}
+    return memory_need(extent, {"load": loading(extent, need.weights), "update": update, "save": saving(extent)})
 
 
 SFTContext = StageContext[SFTSettings, SFTInputs]

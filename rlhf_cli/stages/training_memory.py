@@ -1,0 +1,53 @@
+"""Memory of the supervised training stages, which train one model on micro-batches. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_cli.models.resources import FLOAT32, Extent, frozen_bytes, moments, number_bytes
+from rlhf_cli.settings.shared import ModelSettings, TrainingSettings
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes by role.
+
+    Attributes:
+        weights: frozen and trained.
+        update: what an update needs besides.
+        tokens: of the largest micro-batch.
+    """
+
+    weights: dict[str, float]
+    update: dict[str, float]
+    tokens: int
+
+
+def training_memory(
+    settings: TrainingSettings, model: ModelSettings, extent: Extent, *, role: str, rank: int | None, longest: int
+) -> TrainingMemory:
+    """Return the memory of training a model.
+
+    Args:
+        settings: of the stage.
+        model: section `model`.
+        extent: of the stage.
+        role: what its frozen weights are called.
+        rank: of the adapter that is trained; None trains all weights.
+        longest: most tokens of a record.
+    """
+    shape, is_full = extent.shape, rank is None
+    rows, most = min(settings.micro_batch_size, settings.batch_size), settings.micro_batch_tokens
+    whole = settings.batch_size * longest
+    tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
+    trained = shape.weights if rank is None else shape.adapter(rank)
+    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize)
+    activations = shape.activations(
+        tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing, is_adapter=not is_full
+    )
+    update = {
+        "gradients": float(FLOAT32 * trained),
+        "optimizer": float(moments(trained, settings.optimizer, shape.embeddings if is_full else 0)),
+        "activations": float(activations),
+    }
+    return TrainingMemory({role: frozen, "trained weights": float(FLOAT32 * trained)}, update, tokens)
