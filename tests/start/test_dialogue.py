@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import re
-import select
 import signal
-import struct
-import subprocess
-import sys
-import time
-from fcntl import ioctl
-from pathlib import Path
-from termios import TIOCSWINSZ
 
 import pytest
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.start.questions import Given, Questions
 from tests.start.conftest import QUESTIONS
+from tests.terminals import Terminal
 
 
 @pytest.fixture
@@ -117,45 +107,10 @@ def test_nobody_is_asked_without_a_reader():
         Questions(Given(), None).draft()
 
 
-class Terminal:
-    """The command in a pseudo-terminal."""
-
-    def __init__(self, folder: Path, width: int, *arguments: str) -> None:
-        self.master, slave = pty.openpty()
-        ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "CI")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_cli", *arguments],
-            cwd=folder,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment | {"TERM": "xterm-256color"},
-            start_new_session=True,
-            # A shell that started the tests in the background lets them ignore it, and programs inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        os.close(slave)
-        self.text = ""
-
-    def until(self, pattern: str, seconds: float = 300) -> str:
-        """Read until the screen shows a pattern; returns what came since the last call."""
-        start, deadline = len(self.text), time.monotonic() + seconds
-        while not re.search(pattern, self.text[start:]):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[start:]!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
-                raw = os.read(self.master, 65536).decode(errors="replace")
-                self.text += re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", raw)
-        return self.text[start:]
-
-    def type(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-
 @pytest.mark.slow
 def test_a_dialogue_in_a_terminal(tmp_path, tiny_llama, questions):
     (tmp_path / "mine.yaml").write_text("name: old\n")
-    terminal = Terminal(tmp_path, 80, "start")
+    terminal = Terminal(80, "start", cwd=tmp_path)
     terminal.until("mine.yaml exists[^>]*> ")
     terminal.type("new.yaml\n")
     terminal.until(r"1\. Which model[^>]*> ")
@@ -176,7 +131,7 @@ def test_a_dialogue_in_a_terminal(tmp_path, tiny_llama, questions):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_without_a_recipe(tmp_path):
-    terminal = Terminal(tmp_path, 80, "start")
+    terminal = Terminal(80, "start", cwd=tmp_path)
     terminal.until(r"1\. Which model[^>]*> ")
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("no recipe was written")
