@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -57,13 +58,17 @@ def markdown() -> str:
 def _chapter(path: str, section: type[Section], seen: set[type[Section]]) -> list[str]:
     text = " ".join((section.__doc__ or "").split())
     if section in seen:
-        return [f"## `{path}`\n", f"{text} Settings as above.\n"]
+        return [f"## `{path}`\n", f"{_wrapped(f'{text} Settings as above.')}\n"]
     seen.add(section)
-    parts = [f"## `{path}`\n", f"{text}\n", _table(section, path)]
+    parts = [f"## `{path}`\n", f"{_wrapped(text)}\n", _table(section, path)]
     for name, field in section.model_fields.items():
         if inner := section_of(field):
             parts += _chapter(f"{path}.{name}", inner, seen)
     return parts
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width=120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(section: type[Section], path: str) -> str:

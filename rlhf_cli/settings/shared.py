@@ -118,8 +118,8 @@ class ModelSettings(Section):
     float32, in memory and on disk; products in bfloat16 read their upper halves."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and a layer of the
-    model's width, with what the stage trains, is at least 1.1 times as fast in it, measured when a stage starts and
-    kept when it resumes, else float32."""
+    model's width, with what the stage trains, is at least 1.1 times as fast in it, else float32. It is measured when a
+    stage starts and kept when it resumes."""
     attention: str = "auto"
     """Attention backend: a built-in one (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list` says which run
     on this machine), `auto` for the fastest one available, `package.module:function` for your own, or one of

@@ -21,7 +21,7 @@ STAGES = ("sft", "train-rm", "ppo", "evaluate")
 _HEAD = """\
 # Model families
 
-Each row is a tiny model of one family with random weights, by its `model_type` in transformers {version}, taken
+Each row is a tiny model of one family with random weights, by its `model_type` in transformers {version}. It goes
 through the real commands: `sft` with an adapter, `train-rm` with an adapter, three steps of `ppo` that train all
 weights, and `evaluate`. `yes` also says that plain transformers computes the same log-probabilities from the folders
 that `sft` and `ppo` wrote. What the architecture or its files decide is refused before the first stage of a run, and
@@ -33,7 +33,7 @@ _TAIL = """
 ## What is particular
 
 - **Recurrent layers** (state-space models, linear attention, short convolutions: Mamba, Jamba, Falcon-H1, LFM2,
-  Qwen 3.5) read padding and the neighbours in a packed row as text. Prompts of one sampling batch therefore have equal
+  Qwen 3.5) read padding and the neighbors in a packed row as text. Prompts of one sampling batch therefore have equal
   lengths, batches for training are padded on the right, and `sft.packing` is refused. Layers whose weights a kernel
   reads directly (`out_proj` of Mamba) get no adapter; a line says which share of the weights an adapter reaches.
 - **Mixture of experts**: `lora.target_modules: all-linear` reaches fused experts too, with A and B per expert, unless
