@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +15,6 @@ _PARTS = ("recipes", "data_samples")
 _PATH = Annotated[
     Path | None, typer.Argument(metavar="[RECIPE|DIR]", help="Recipe to write; or, without options, a folder.")
 ]
-_SCHEMA = "recipe.schema.json"
-_SCHEMA_LINE = f"# yaml-language-server: $schema=../{_SCHEMA}\n"
-"""First line of a recipe, by which editors check and complete settings."""
 
 
 def init(**given: Any) -> None:
@@ -61,13 +57,13 @@ def write_starter(folder: Path) -> int:
         DiskError: a file cannot be written.
     """
     from rlhf_cli.errors import DiskError, UsageError
-    from rlhf_cli.recipe.reference import json_schema
+    from rlhf_cli.recipe.editor_schema import FILE_NAME, schema_line, write_schema
 
     source = _starter_folder()
     files = [path for part in _PARTS for path in sorted((source / part).rglob("*")) if _is_starter_file(path)]
     targets = {path: folder / path.relative_to(source) for path in files}
     count = len(targets) + 1
-    if taken := [str(target) for target in (*targets.values(), folder / _SCHEMA) if target.exists()]:
+    if taken := [str(target) for target in (*targets.values(), folder / FILE_NAME) if target.exists()]:
         raise UsageError(
             f"{taken[0]} already exists ({len(taken)} of {count} files exist)",
             hint="use a new folder; `rlhf init` never overwrites files",
@@ -77,8 +73,9 @@ def write_starter(folder: Path) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             if path.parent.name == "recipes":
-                target.write_text(_SCHEMA_LINE + path.read_text(encoding="utf-8"), encoding="utf-8")
-        (folder / _SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+                line = schema_line(f"../{FILE_NAME}")
+                target.write_text(line + path.read_text(encoding="utf-8"), encoding="utf-8")
+        write_schema(folder)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"{error.filename} must be a folder, but is a file") from None
     except OSError as error:

@@ -105,7 +105,13 @@ def run_stages(
     folder: Path = given["run_dir"] or loaded.recipe.default_run_dir
     if not given["dry_run"]:
         _launch(given["processes"], given["accelerate_config"], threads=loaded.recipe.model.threads, log=folder / LOG)
-    selection = Selection(first, last, frozenset(given["force"] or ()), names_stages=section is None)
+    selection = Selection(
+        first,
+        last,
+        frozenset(given["force"] or ()),
+        names_stages=section is None,
+        keeps_finished=given["run_dir"] is None and not loaded.recipe.is_named,
+    )
     if given["dry_run"]:
         result = runner.dry_run(loaded, folder, selection)
         show_plan(result)

@@ -56,12 +56,15 @@ class Selection:
         last: `--to`; None is the last stage of the recipe.
         force: `--force`: stages that run again even if they are finished.
         names_stages: whether `--force` takes the name of a stage, as in `rlhf run`, for messages.
+        keeps_finished: whether a finished artifact that other settings or inputs made is refused, not replaced:
+            nobody named the run directory, so that it may hold the result of something else.
     """
 
     first: str | None = None
     last: str | None = None
     force: frozenset[str] = field(default_factory=frozenset)
     names_stages: bool = True
+    keeps_finished: bool = False
 
 
 def select(recipe: Recipe, selection: Selection) -> list[Stage]:
@@ -140,6 +143,7 @@ class Planner:
         self._run = run
         self._chosen = chosen
         self._force, self._names_stages = selection.force, selection.names_stages
+        self._keeps_finished = selection.keeps_finished
         self._artifacts = RunArtifacts(run, frozenset(stage.name for stage in chosen))
         self._digests = Digests(run)
 
@@ -147,7 +151,8 @@ class Planner:
         """Return one step per selected stage.
 
         Raises:
-            UsageError: an input is missing, or an artifact that a stage reads is not up to date.
+            UsageError: an input is missing, an artifact that a stage reads is not up to date, or a finished artifact
+                would be replaced and must not be.
             DataError: an artifact that a stage reads is damaged.
             ChangedInputsError: an unfinished stage was started with other settings or inputs.
         """
@@ -164,7 +169,20 @@ class Planner:
                 pending |= {stage.name}
                 if self._differs(step):
                     changed |= {stage.name}
+        if self._keeps_finished:
+            self._refuse_to_replace(steps)
         return steps
+
+    def _refuse_to_replace(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            name, known = step.stage.name, self._finished_identity(step.stage)
+            if step.action != "run" or step.stage.keeps_earlier or name in self._force or known is None:
+                continue
+            if found := differences(known, step.identity, step.inputs):
+                raise UsageError(
+                    f"{self._run.path} has a finished `{name}` that was made differently: {_listed(found)}",
+                    hint=f"`--run-dir runs/NAME` keeps both; `--run-dir {self._run.path}` replaces it",
+                )
 
     def update(self, step: Step) -> Step:
         """Plan a stage again after the stages before it have finished."""
@@ -203,7 +221,8 @@ class Planner:
 
     def _differs(self, step: Step) -> bool:
         """Whether a stage will write something different from what later stages may have started with."""
-        known = self._run.began(step.stage.name) if step.action == "resume" else self._finished_identity(step.stage)
+        known = self._run.began(step.stage.name) if step.action == "resume" else None
+        known = known or self._finished_identity(step.stage)
         return known is not None and bool(differences(known, step.identity, step.inputs))
 
     def _finished_identity(self, stage: Stage) -> Identity | None:
@@ -224,9 +243,32 @@ class Planner:
         began = self._run.began(stage.name)
         if began is not None:
             what = recall_commits(what, began)
+            if self._has_more_steps(stage, began, what, inputs) and self._fixed_steps(stage) is None:
+                return Step(stage, "resume", _listed(differences(began, what, inputs)), inputs, what)
             self._same_or_refuse(stage, inputs, began, what, pending, changed)
             return Step(stage, "resume", "it was interrupted", inputs, what)
+        finished = self._finished_identity(stage)
+        if finished is not None and self._has_more_steps(stage, finished, what, inputs):
+            why_not = self._fixed_steps(stage)
+            if why_not is None and not self._run.can_continue(stage.name, finished):
+                why_not = "its last checkpoint was not kept"
+            if why_not is None:
+                return Step(stage, "resume", reason, inputs, what)
+            reason = f"{reason}; from the first step, because {why_not}"
         return Step(stage, "run", reason, inputs, what)
+
+    def _has_more_steps(self, stage: Stage, earlier: Identity, what: Identity, inputs: StageInputs) -> bool:
+        """Whether the only change is a raised number of steps."""
+        name = stage.steps_setting
+        if name is None or PENDING in what["inputs"].values() or name not in earlier["settings"]:
+            return False
+        if what["settings"][name] <= earlier["settings"][name]:
+            return False
+        as_before = {**what, "settings": {**what["settings"], name: earlier["settings"][name]}}
+        return not differences(earlier, as_before, inputs)
+
+    def _fixed_steps(self, stage: Stage) -> str | None:
+        return stage.fixed_steps(self._recipe.section(stage.name))
 
     def _finished(self, stage: Stage, inputs: StageInputs, what: Identity) -> tuple[Manifest | None, str]:
         """Return the manifest of a finished, unchanged, intact artifact; otherwise None and the reason to run."""

@@ -4,6 +4,7 @@
     runs/NAME/.ppo.output/    output of the current attempt; emptied when an attempt starts
     runs/NAME/.ppo.work/      step checkpoints, which survive a kill; removed when the stage is done
     runs/NAME/.ppo.began.json settings and inputs that the unfinished stage was started with
+    runs/NAME/.ppo.last/      the last checkpoint of a finished stage, where more steps can continue it
     runs/NAME/.sft.old/       the previous artifact while it is being replaced
     runs/NAME/kept/label/     what cannot be computed again: human labels, paid verdicts
     runs/NAME/kept/evaluate/  earlier evaluations, each in a folder named by its fingerprint
@@ -33,6 +34,8 @@ from rlhf_cli.stages.base import ENGINE_RECORD, KEPT, PRECISION_RECORD
 from rlhf_cli.stages.registry import REGISTRY
 
 _LOCK_TRIES, _LOCK_PAUSE = 3, 0.05
+_LAST_IDENTITY = "identity.json"
+"""In the folder of a last checkpoint: the identity of the artifact that was made with it."""
 
 
 class RunDirectory:
@@ -64,6 +67,10 @@ class RunDirectory:
     def began_file(self, stage: str) -> Path:
         """Return the file that records what an unfinished stage was started with."""
         return self.path / f".{stage}.began.json"
+
+    def last(self, stage: str) -> Path:
+        """Return the folder with the last checkpoint of a finished stage that more steps can continue."""
+        return self.path / f".{stage}.last"
 
     @property
     def progress_file(self) -> Path:
@@ -167,25 +174,29 @@ class RunDirectory:
         """
         if not has_files(self.work(stage)):
             return None
-        try:
-            found = json.loads(self.began_file(stage).read_bytes())
-            identity = found["identity"]
-            if found["sha256"] == _sha256(identity):
-                check_format(self.began_file(stage), found.get("format", 1))
-                return identity
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # damaged, as if the checksum differed
-        return {"stage": stage, "settings": {}, "inputs": {}, "upstream": {}}  # unknown: differs from everything
+        unknown: Identity = {"stage": stage, "settings": {}, "inputs": {}, "upstream": {}}  # differs from everything
+        return _sealed_identity(self.began_file(stage)) or unknown
+
+    def can_continue(self, stage: str, identity: Identity) -> bool:
+        """Whether the last checkpoint of the finished stage with this identity is there."""
+        folder = self.last(stage)
+        return has_files(folder) and _sealed_identity(folder / _LAST_IDENTITY) == identity
 
     def begin(self, stage: str, identity: Identity, *, resume: bool) -> None:
-        """Create the folders of an attempt; without `resume`, delete any earlier attempt."""
+        """Create the folders of an attempt; without `resume`, delete any earlier attempt.
+
+        With `resume` and no earlier attempt, the last checkpoint of the finished stage is what it resumes from.
+        """
         if not resume:
             self.discard(stage)
         shutil.rmtree(self.output(stage), ignore_errors=True)
         self.output(stage).mkdir()
-        self.work(stage).mkdir(exist_ok=True)
         sealed = {"format": FORMAT, "identity": identity, "sha256": _sha256(identity)}
         write_whole(self.began_file(stage), json.dumps(sealed, ensure_ascii=False))
+        if resume and self.last(stage).is_dir() and not has_files(self.work(stage)):
+            shutil.rmtree(self.work(stage), ignore_errors=True)
+            rename(self.last(stage), self.work(stage))
+        self.work(stage).mkdir(exist_ok=True)
 
     def discard(self, stage: str) -> None:
         """Delete an unfinished attempt."""
@@ -207,13 +218,16 @@ class RunDirectory:
             return None
         return self.kept(stage) / manifest.fingerprint[:12]
 
-    def publish(self, stage: str, manifest: Manifest, *, earlier: Path | None = None) -> None:
+    def publish(
+        self, stage: str, manifest: Manifest, *, earlier: Path | None = None, keeps_last: bool = False
+    ) -> None:
         """Move a finished stage to its final folder; atomic even if the process is killed.
 
         Args:
             stage: name of the stage.
             manifest: of its output.
             earlier: where the artifact that is there now moves; None deletes it.
+            keeps_last: keep the checkpoints, from which more steps can continue.
         """
         manifest.write(self.output(stage))
         fsync_tree(self.output(stage))
@@ -221,6 +235,10 @@ class RunDirectory:
             shutil.rmtree(earlier, ignore_errors=True)  # the same evaluation, kept before
             earlier.parent.mkdir(parents=True, exist_ok=True)
             rename(self.artifact(stage), earlier)
+        shutil.rmtree(self.last(stage), ignore_errors=True)  # of the artifact that is replaced
+        if keeps_last:  # killed before the next line, it is an attempt without checkpoints, whose output is whole
+            self.began_file(stage).replace(self.work(stage) / _LAST_IDENTITY)
+            rename(self.work(stage), self.last(stage))
         self._swap_in(stage)
 
     def _swap_in(self, stage: str) -> None:
@@ -236,6 +254,23 @@ def _lock_patiently(file: IO[str]) -> None:
         except BlockingIOError:
             time.sleep(_LOCK_PAUSE)
     return lock(file)
+
+
+def _sealed_identity(path: Path) -> Identity | None:
+    """Return the identity in a file that `begin` wrote; None if the file is missing or damaged.
+
+    Raises:
+        UsageError: another version of rlhf wrote it.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        identity = found["identity"]
+        if found["sha256"] == _sha256(identity):
+            check_format(path, found.get("format", 1))
+            return identity
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # damaged, as if the checksum differed
+    return None
 
 
 def _sha256(identity: Identity) -> str:

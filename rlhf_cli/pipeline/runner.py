@@ -209,12 +209,17 @@ class _Executor:
         earlier = self._run.location_of_earlier(name, fingerprint(step.identity)) if step.stage.keeps_earlier else None
         if earlier is not None:
             say(f"{name}: the earlier results will move to {earlier}; another --run-dir keeps both in place")
+        elif step.action == "run" and self._run.artifact(name).exists():
+            say(f"{name}: its finished result is replaced when this one is done; another --run-dir keeps both")
         self._accept_inputs(step)
         self._record.begin_stage(name)
         begin_stage(name)
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
-        self._run.publish(name, manifest, earlier=earlier)
+        continues = step.stage.continues(self._recipe.section(name))
+        self._run.publish(name, manifest, earlier=earlier, keeps_last=continues)
+        if continues:
+            say(f"{name}: its last checkpoint is kept: a larger `{step.stage.steps_setting}` continues from there")
         show_table(name, manifest.timing, manifest.seconds)
         self._accept(step.stage, manifest)
         return self._result(step, "done", manifest)

@@ -50,6 +50,11 @@ class RunSettings(Section):
         return name
 
     @property
+    def is_named(self) -> bool:
+        """Whether the run has a name of its own."""
+        return self.name != type(self).model_fields["name"].default
+
+    @property
     def default_run_dir(self) -> Path:
         """`runs/NAME`, in the current directory."""
         return Path("runs") / self.name

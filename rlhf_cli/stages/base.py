@@ -134,6 +134,11 @@ def accept_all(settings: Any, metrics: Mapping[str, float | None], folder: Path)
     """Default of `Stage.accept`: nothing is required of the artifact."""
 
 
+def no_reason(settings: Any) -> str | None:
+    """Default of `Stage.fixed_steps`."""
+    return None
+
+
 def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent: Extent) -> MemoryNeed:
     """Return the memory of a stage that only samples, one model at a time.
 
@@ -177,6 +182,9 @@ class Stage(Generic[S, I]):
         accept: (settings, metrics, folder of the artifact) -> None; raises `RequirementError` if the recipe requires
             more of the finished artifact, and then no later stage runs. What it reads of the settings is effort only.
         keeps_earlier: an artifact that is replaced by one with other settings or inputs moves to `KEPT`.
+        steps_setting: dotted setting; if it alone is raised, the finished stage continues from its last checkpoint.
+        fixed_steps: (settings) -> why a raised `steps_setting` would change the steps already done; None if it would
+            not.
     """
 
     name: str
@@ -194,6 +202,12 @@ class Stage(Generic[S, I]):
     unaffected_by: tuple[str, ...] = ()
     accept: Callable[[S, Mapping[str, float | None], Path], None] = accept_all
     keeps_earlier: bool = False
+    steps_setting: str | None = None
+    fixed_steps: Callable[[S], str | None] = no_reason
+
+    def continues(self, settings: S) -> bool:
+        """Whether the finished stage continues if its number of steps is raised."""
+        return self.steps_setting is not None and self.fixed_steps(settings) is None
 
     @property
     def section(self) -> str:

@@ -9,6 +9,7 @@ from rlhf_cli.files import write_whole
 from rlhf_cli.pipeline import runner
 from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.progress import say
+from rlhf_cli.recipe.editor_schema import FILE_NAME, schema_line, write_schema
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.start.draft import Draft, recipe_text
 
@@ -28,7 +29,7 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def write_recipe(draft: Draft, path: Path, command: str) -> str:
-    """Write a recipe, check it with all that it names, and return its text.
+    """Write a recipe, check it with all that it names, and return its text without the line for editors.
 
     Raises:
         RLHFError: what is wrong with the recipe, its data or its models; the file is there, to be edited.
@@ -37,10 +38,12 @@ def write_recipe(draft: Draft, path: Path, command: str) -> str:
     text = recipe_text(draft, path, command)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        has_schema = write_schema(path.parent)
+        write_whole(path, (schema_line() if has_schema else "") + text)
     except OSError as error:
         raise DiskError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
-    say(f"wrote {path}:\n\n{text}")
+    beside = f" and {path.with_name(FILE_NAME)}, by which editors check it" if has_schema else ""
+    say(f"wrote {path}{beside}:\n\n{text}")
     loaded = load_recipe(path)
     runner.dry_run(loaded, loaded.recipe.default_run_dir, Selection())
     _say_what_comes_next(draft, path, loaded.recipe.default_run_dir)

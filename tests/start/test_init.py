@@ -32,7 +32,8 @@ def sections(text: str) -> list[str]:
 def test_a_recipe_for_people_holds_what_differs_from_the_defaults(init, tiny_llama, questions):
     recipe, text, said = init("--steps", "10")
     assert sections(text) == ["name", "model", "data", "sampling", "label", "train_rm", "ppo", "evaluate"]
-    assert len(text.splitlines()) <= 16
+    assert len(text.splitlines()) <= 17
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n# Written by `rlhf init")
     assert (recipe.model.path, recipe.data.prompts, recipe.label.by) == (str(tiny_llama), str(questions), "human")
     assert (recipe.data.prompt_template, recipe.data.holdout) == ("auto", 0.2)
     assert (recipe.sampling.max_new_tokens, recipe.ppo.steps, recipe.ppo.prompts_per_step) == (64, 10, 16)
@@ -164,6 +165,18 @@ def test_a_model_trained_here_keeps_its_own_prompting_and_split(init, tiny_llama
     recipe, _, said = init(model=folder)
     assert (recipe.data.holdout, recipe.data.prompt_template) == (None, "auto")
     assert "prompted as 'Q: {prompt}'" in said
+
+
+def test_a_recipe_names_the_schema_beside_it_by_which_editors_check_it(init, tmp_path):
+    schema = tmp_path / "recipe.schema.json"
+    schema.write_text('{"mine": 1}')
+    text = init()[1]
+    assert schema.read_text() == '{"mine": 1}', "a file of the user stays"
+    assert text.startswith("# Written by")
+    schema.write_text('{"$id": "urn:rlhf-cli:recipe:0.0.1"}')
+    text = init("--force")[1]
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    assert json.loads(schema.read_text())["properties"]["ppo"]
 
 
 def test_existing_files_stay_without_force(rlhf_here, tmp_path):

@@ -66,6 +66,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
+    from rlhf_cli.training.checkpoint.store import remove_all_but_newest
     from rlhf_cli.training.flops import device_peak
     from rlhf_cli.training.monitoring.detectors.detectors import Detectors
     from rlhf_cli.training.monitoring.timing_log import read_totals
@@ -132,6 +133,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     if skips.total:
         skips.write(context.output / "skips.jsonl")
     rows = _keep_records(context, data)
+    remove_all_but_newest(context.work)
     return _outcome(rows, dict(skips.counts), written_kl, read_totals(context.work))
 
 

@@ -62,7 +62,9 @@ class PPOSettings(StageSection):
     """Prompt records; null is `data.prompts`."""
 
     steps: Count = 100
-    """Number of PPO steps: one rollout each, followed by `epochs` passes of updates."""
+    """Number of PPO steps: one rollout each, followed by `epochs` passes of updates. With `schedule: constant` and
+    `warmup_share: 0`, a finished run whose `steps` are raised continues after its last step; else it starts from the
+    first, because the learning rates of its steps would change."""
     prompts_per_step: Count = 64
     """Prompts per step, over all processes."""
     samples_per_prompt: Count = 1
@@ -225,6 +227,13 @@ class PPOSettings(StageSection):
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps * self.optimizer_steps_per_step
+
+    @property
+    def rates_depend_on_steps(self) -> str | None:
+        """The setting by which learning rates depend on `steps`, as a recipe has it; None if they do not."""
+        if self.schedule != "constant":
+            return f"schedule: {self.schedule}"
+        return f"warmup_share: {self.warmup_share:g}" if self.warmup_share else None
 
     @property
     def peak_rate(self) -> float:

@@ -44,6 +44,13 @@ def _check(settings: PPOSettings, recipe: RunSettings) -> None:
     check_combination(settings, members)
 
 
+def _fixed_steps(settings: PPOSettings) -> str | None:
+    by = settings.rates_depend_on_steps
+    if by is None:
+        return None
+    return f"with `ppo.{by}` the learning rates of all steps depend on `ppo.steps` (`constant` without warmup continues)"
+
+
 def _disk_bytes(settings: PPOSettings, model_bytes: int) -> int:
     policy = int(settings.adapter == "none")
     critic = int(settings.critic_is_separate)
@@ -95,4 +102,6 @@ STAGE = Stage(
     memory=ppo_memory,
     workload="rlhf_cli.stages.ppo.workload",
     unaffected_by=("model.build",),
+    steps_setting="ppo.steps",
+    fixed_steps=_fixed_steps,
 )

@@ -280,6 +280,8 @@ class PPOTrainer(TrainingTask):
         """See `TrainingTask`. The best policy outlives a roll-back, because its file replaced all earlier ones."""
         best = self.state.best
         self.state = RunState.of(state)
+        if self.has_ended:
+            progress.say(f"ppo: {self.state.ended}; no step follows")
         if best is not None:
             self.state.best = best
         elif self.state.best is not None:

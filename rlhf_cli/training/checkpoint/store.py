@@ -102,6 +102,12 @@ def save_best(
     _by_main(write, processes)
 
 
+def remove_all_but_newest(folder: Path) -> None:
+    """Remove the step checkpoints of a finished training that nothing resumes from or rolls back to any more."""
+    for path in _folders(folder, _STEP)[1:]:
+        _remove(path)
+
+
 def latest_checkpoint(
     folder: Path, *, up_to: int | None = None, processes: ProcessGroup | None = None
 ) -> Checkpoint | None:
