@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: the models of the tests are too small to profit from more threads.
 WORKERS ?= 2
 
-.PHONY: help install quickstart test test-fast verify-kernels lint check-install format clean
+.PHONY: help install quickstart test test-fast verify-kernels lint check-install docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ lint: install  ## ruff, pyright, the import contracts
 
 check-install: install  ## the pinned set resolves as published, and the built wheel runs in a fresh environment
 	$(BIN)/python .ci/check_install.py
+
+docs: install  ## the documentation as a site in build/site; a broken link is an error
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python .ci/site.py
 
 format: install  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import typer
 from typer.core import TyperGroup
 
@@ -21,7 +22,15 @@ from rlhf_cli.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "build" / "pages"
-COPIED = ("*.md", "docs/**/*.md", "docs/**/*.png", "docs/**/*.ipynb", "recipes/*.md", "data_samples/README.md")
+COPIED = (
+    "*.md",
+    "docs/**/*.md",
+    "docs/**/*.png",
+    "docs/**/*.ipynb",
+    "docs/*.css",
+    "recipes/*.md",
+    "data_samples/README.md",
+)
 WIDTH = 96
 """Columns of the help texts; more would need scrolling beside the navigation."""
 
@@ -45,22 +54,28 @@ def copy_pages() -> None:
                 shutil.copyfile(path, copy)
 
 
-def helps(command: object, context: typer.Context) -> Iterator[tuple[str, str]]:
+def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
     """Yield the path and the help of a command and of the commands below it."""
     yield context.command_path, context.command.get_help(context)
     if isinstance(command, TyperGroup):
         for name in command.list_commands(context):
             inner = command.get_command(context, name)
             assert inner is not None
-            below = typer.Context(inner, info_name=name, parent=context, max_content_width=WIDTH, terminal_width=WIDTH)
-            yield from helps(inner, below)
+            yield from helps(inner, context_of(inner, name, context))
+
+
+def context_of(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    """Return a context in which the help of a command has a fixed width."""
+    return command.context_class(
+        command, parent, name, terminal_width=WIDTH, help_option_names=["-h", "--help"], max_content_width=WIDTH
+    )
 
 
 def commands_page() -> str:
     """Return the page of commands."""
     root = typer.main.get_command(app)
-    context = typer.Context(root, info_name="rlhf", max_content_width=WIDTH, terminal_width=WIDTH)
-    parts = [f"## {path}\n\n```text\n{text.strip()}\n```\n" for path, text in helps(root, context)]
+    sections = helps(root, context_of(root, "rlhf"))
+    parts = [f"## {path}\n\n```text\n{text.strip()}\n```\n" for path, text in sections]
     return "\n".join([_COMMANDS, *parts])
 
 

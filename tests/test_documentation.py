@@ -69,9 +69,9 @@ def test_the_list_of_decisions_has_their_titles():
 def commands_in(text: str) -> Iterator[str]:
     """The `rlhf` command lines of code blocks, those that go on after a backslash as one."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        if found := re.match(r"(?: {4}|!|)(rlhf [a-z-]+.*)", line):
-            if "run https://" not in found[1]:  # a recipe at an address is read while the command line is parsed
-                yield re.split(r" [#>] |\s{2,}", found[1])[0].strip()
+        found = re.match(r"(?: {4}|!|)(rlhf [a-z-]+.*)", line)
+        if found and "run https://" not in line:  # a recipe at an address is read while the command line is parsed
+            yield re.split(r" [#>] |\s{2,}", found[1])[0].strip()
 
 
 def sources_of_commands() -> Iterator[tuple[str, str]]:

@@ -158,6 +158,14 @@ def split_key(prompt: Prompt) -> str:
 
 
 def seed_for(prompt: Prompt, seed: int, sample: int) -> int:
-    """Seed of one completion: depends on prompt, run seed and the sample's number, not on its position in a batch."""
+    """Seed of one completion: the first 63 bits of SHA-256 of "sample <seed> <sample> <prompt_key>".
+
+    It does not depend on the completion's position in a batch, nor on the process that draws it.
+
+    Args:
+        prompt: the prompt.
+        seed: of the run.
+        sample: number that tells the completions of one prompt apart.
+    """
     digest = hashlib.sha256(f"sample {seed} {sample} {prompt_key(prompt)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes seeds below 2**63

@@ -30,7 +30,10 @@ class Split:
         return self.holds_out_key(split_key(prompt))
 
     def holds_out_key(self, key: str) -> bool:
-        """Whether the prompts with this `split_key` are held out."""
+        """Whether the prompts with this `split_key` are held out.
+
+        They are if the first 64 bits of SHA-256 of "holdout <seed> <key>", as a share of 2^64, are below `holdout`.
+        """
         digest = hashlib.sha256(f"holdout {self.seed} {key}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.holdout * 2**64
 

@@ -1,4 +1,4 @@
-"""Draw new weights from a seed of their own, so that every process draws the same ones."""
+"""Draw new weights from the seed of a run or of an ensemble's member, so that every process draws the same ones."""
 
 from __future__ import annotations
 

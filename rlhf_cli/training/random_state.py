@@ -1,8 +1,23 @@
-"""The global random generators of a process, for checkpoints.
+"""Where random numbers come from, and the global random generators of a process, for checkpoints.
 
-The stages draw the order of their data and their samples from generators that are functions of seed and step. Dropout,
-and code of the user's such as a reward function, draw from the global generators of Python, NumPy and torch; a resumed
-run must continue those where the checkpoint left them.
+With s the seed of the recipe, H(text) the first 8 bytes of SHA-256 of the text, big-endian (0 to 2^64 - 1), and
+key = `prompt_key` or `split_key` of a prompt:
+
+  held-out prompts      those with H("holdout <split seed> <split key>") / 2^64 < holdout      data/splits.py
+  order of an epoch     randperm, seeded with H("shuffle <name> <s> <epoch>") >> 1              training/shuffle.py
+  tokens of sample k    uniforms, seeded with H("sample <s> <k> <prompt key>") >> 1             data/records.py
+  new weights           seeded with s; member m of an ensemble with s + 1,000,003 (m - 1)       models/seeding.py
+  dropout, user code    global generators, seeded with s + 100,003 rank                         here
+
+Sums are modulo 2^32, and `>> 1` gives the 63 bits that torch takes. For member m of an ensemble of reward models, s is
+the member's seed in the order of the data too. Prefixes such as "shuffle" make the streams independent.
+
+All rows but the last are functions of their arguments alone: not of the batch, the number of processes, what was drawn
+before, or where the run was resumed. In PPO, k counts the completions of the whole run. In an evaluation, baseline and
+policies have the same k and so the same uniforms, which makes their comparison paired.
+
+Dropout, and code of the user's such as a reward function, draw from the global generators of Python, NumPy and torch; a
+resumed run must continue those where the checkpoint left them.
 """
 
 from __future__ import annotations
@@ -21,7 +36,7 @@ SEED_STRIDE = 100_003
 
 
 def seed_everything(seed: int, process: int) -> None:
-    """Seed the global generators of one process."""
+    """Seed the global generators of one process with (seed + 100,003 process) modulo 2^32."""
     own = (seed + SEED_STRIDE * process) % 2**32
     random.seed(own)
     np.random.seed(own)

@@ -8,7 +8,9 @@ import torch
 
 
 def shuffled(count: int, *, seed: int, epoch: int, name: str) -> list[int]:
-    """Return the numbers 0 to `count` - 1 in the order of one epoch.
+    """Return the numbers 0 to `count` - 1 in the order of one epoch: torch's permutation for a seed of its own.
+
+    The seed is the first 63 bits of SHA-256 of "shuffle <name> <seed> <epoch>".
 
     Args:
         count: number of items.
