@@ -24,13 +24,14 @@ _HEAD = """\
 Each row is a tiny model of one family with random weights, by its `model_type` in transformers {version}. It goes
 through the real commands: `sft` with an adapter, `train-rm` with an adapter, three steps of `ppo` that train all
 weights, and `evaluate`. `yes` also says that plain transformers computes the same log-probabilities from the folders
-that `sft` and `ppo` wrote. What the architecture or its files decide is refused before the first stage of a run, and
-by `--dry-run`, for what `sft` makes of `model.path` too; all else when a stage loads the model, before that stage
-trains. Tests compare this page with the code; `python -m tests.families.table > docs/families.md` writes it.
+that `sft` and `ppo` wrote. A refusal that follows
+from the architecture or its files comes before the first stage of a run, and in `--dry-run`. Any other comes when a
+stage loads the model, before that stage trains. Tests compare this page with the code;
+`python -m tests.families.table > docs/families.md` writes it.
 
 """
 _TAIL = """
-## What is particular
+## Notes on some families
 
 - **Recurrent layers** (state-space models, linear attention, short convolutions: Mamba, Jamba, Falcon-H1, LFM2,
   Qwen 3.5) read padding and the neighbors in a packed row as text. Prompts of one sampling batch therefore have equal
@@ -44,8 +45,8 @@ _TAIL = """
 - **Router loss**: `sft` adds the load-balancing loss of families that have one, with the weight of the model's
   configuration (`sft.router_aux_coef`); `train-rm` and `ppo` do not.
 - **Rotary frequencies that depend on the length** (rope types `dynamic` and `longrope`): transformers chooses them by
-  the longest text of a batch. Here they stay those of texts up to the original length, which is then the context
-  length.
+  the longest text of a batch. Here the frequencies are always those of texts up to the original length, which is then
+  the context length.
 - **Multimodal models** are loaded whole and trained on text; adapters are on the language model.
 """
 
