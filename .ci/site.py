@@ -55,12 +55,15 @@ def copy_pages() -> None:
 
 
 def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    """Yield the path and the help of a command and of the commands below it."""
-    yield context.command_path, context.command.get_help(context)
-    if isinstance(command, TyperGroup):
-        for name in command.list_commands(context):
-            inner = command.get_command(context, name)
-            assert inner is not None
+    """Yield the path and the help of a command and of the commands below it, without hidden ones."""
+    group = command if isinstance(command, TyperGroup) else None
+    # `rlhf label` without a subcommand is its hidden command `stage`.
+    own = group.get_command(context, "stage") if group else None
+    shown = context_of(own, context.info_name or "", context.parent) if own else context
+    yield context.command_path, shown.command.get_help(shown)
+    for name in group.list_commands(context) if group else ():
+        inner = group.get_command(context, name) if group else None
+        if inner is not None and not inner.hidden:
             yield from helps(inner, context_of(inner, name, context))
 
 

@@ -37,6 +37,11 @@ PROSE_WORDS = [
     Word(r"(?:behavi|col|fav|neighb)our\w*", "-or: behavior, color"),
     Word(r"(?:optim|normal|quant|general|initial|summar|recogn|regular|final|token)is(?:e[drs]?|ing|ations?)", "-ize"),
     Word(r"artefacts?", "artifact"),
+    Word(
+        r"(?:nats|seconds|minutes|answers?|questions?|pairs?|minibatch(?:es)?|tokens?) an? "
+        r"(?:answer|question|epoch|episode|completion|ranking|second|minute|sentence)",
+        "per",
+    ),
 ]
 
 

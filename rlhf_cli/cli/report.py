@@ -23,15 +23,15 @@ def report(
             "--output",
             "-o",
             metavar="FILE",
-            help="HTML file; default: report.html in RUN, of several comparison.html beside RUN.",
+            help="HTML file; default: report.html in RUN, or for several comparison.html beside RUN.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write one HTML file: did it work, how sure is that, curves, completions side by side, how to repeat it.
 
-    The file needs nothing else, and loads nothing. A JSON file with the same figures is written beside
-    it, and every chart as a PNG file, if matplotlib is installed.
+    The file is self-contained. A JSON file with the same figures is written beside it, and every chart as a PNG file,
+    if matplotlib is installed.
     """
     from rlhf_cli.progress import say
     from rlhf_cli.report.build import REPORT, write_charts, write_report

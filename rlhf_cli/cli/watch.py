@@ -26,8 +26,8 @@ _HOST, _PORT = "127.0.0.1", 8200
 def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host = None, port: Port = None) -> None:
     """Show a run while it goes on: progress, time left, curves, health, completions of fixed prompts.
 
-    It reads the files of the run alone, so the run may be that of another process, or a folder of another machine.
-    Ctrl-C ends the watching, not the run.
+    It only reads the files of the run, so the run may be that of another process, or a folder of another machine.
+    Ctrl-C ends watching, not the run.
     """
     from rlhf_cli.errors import Interrupted, UsageError
 

@@ -38,8 +38,8 @@ class ComparisonSettings(Section):
     negative if the first is better, 0 for a tie. `scores`: a number per completion, the highest is best. `ranks`: the
     lowest is best. `order`: no verdict, the columns are listed best first."""
     values: Annotated[dict[str, str], BeforeValidator(_as_text)] = Field(default={})
-    """What values of `winner` mean that do not say so: `{value: column}`, `{value: number from 0}`, `{value: tie}`, or
-    `{value: skip}` for no verdict."""
+    """Meaning of values of `winner` that are not self-explanatory: `{value: column}`, `{value: number from 0}`,
+    `{value: tie}`, or `{value: skip}` for no verdict."""
     prompt: str | None = None
     """Column of the prompt; null is `prompt` or, where the completions are whole conversations, their beginning."""
     annotator: str | None = None

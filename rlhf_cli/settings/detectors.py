@@ -37,10 +37,12 @@ class DetectorSettings(Section):
     """Share of completions whose reward is outside the range of the reward model's held-out rankings; only with a
     reward model that `train-rm` wrote."""
     phrase: DetectorLimits = DetectorLimits(warn=0.5)
-    """How far the policy gives a phrase that pays to every prompt: the rise, since the first three steps, of the share
-    of prompts whose completions contain the same three words, times the correlation of having them and the reward."""
+    """How far the policy writes one rewarded phrase for every prompt: the rise, since the first three steps, of the
+    share of prompts whose completions contain the same three words, times the correlation of having them and the
+    reward."""
     repetition: DetectorLimits = DetectorLimits(warn=0.2)
-    """Mean share of a completion's sequences of four words that it had before, minus that of the first three steps."""
+    """Mean share of a completion's four-word sequences that repeat earlier ones, minus that of the first three
+    steps."""
     length_correlation: DetectorLimits = DetectorLimits(warn=0.8)
     """Absolute correlation of reward and length over the completions of a step."""
     disagreement: DetectorLimits = DetectorLimits(warn=2.0)

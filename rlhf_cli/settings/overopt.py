@@ -10,8 +10,9 @@ from rlhf_cli.settings.base import Count, Section
 
 
 class OveroptSettings(Section):
-    """Over-optimization of proxy reward models (Gao et al. 2022, arXiv:2210.10760), for `rlhf overopt`. What labels in
-    section `label` is the gold reward; proxies are trained by section `train_rm` and optimized by section `ppo`."""
+    """Over-optimization of proxy reward models (Gao et al. 2022, arXiv:2210.10760), for `rlhf overopt`. The function or
+    reward model of section `label` is the gold reward; proxies are trained by section `train_rm` and optimized by
+    section `ppo`."""
 
     labels: Count = 64
     """Labels of the smallest proxy; a label is a pair of completions, of which the gold reward prefers one."""
@@ -21,7 +22,7 @@ class OveroptSettings(Section):
     noise: Annotated[list[Annotated[float, Field(ge=0.0, lt=0.5)]], Field(min_length=1)] = Field(default=[0.0])
     """Shares of the labels that are swapped, each tried with every size."""
     seeds: Count = 3
-    """Runs per proxy, with labels, reward model and PPO of seeds of their own. They share the policy to start from."""
+    """Runs per proxy, each with its own seed for labels, reward model and PPO. They start from the same policy."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 64
     """Completions per held-out prompt for best of n; the largest n."""
     eval_steps: Count = 4

@@ -115,7 +115,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of frozen weights; `auto` uses `precision`, but `label` and `evaluate` keep weights stored in float32.
     A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always
-    float32, in memory and on disk; products in bfloat16 read their upper halves."""
+    float32, in memory and on disk; products in bfloat16 use the nearest bfloat16 numbers."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and a layer of the
     model's width, with what the stage trains, is at least 1.1 times as fast in it, else float32. It is measured when a
@@ -171,7 +171,7 @@ class DataSettings(Section):
     names are joined by blank lines: `{prompt: [context, question]}`."""
     comparison: ComparisonSettings | None = None
     """Comparisons in your files that are two or K completion columns and a verdict, such as `{completions: [left,
-    right], verdict: winner}`. Null reads the published forms that are recognized, see docs/label-formats.md."""
+    right], verdict: winner}`. Null reads the published schemas that are recognized; see docs/label-formats.md."""
     prompt_template: str | None = "auto"
     """Format of plain-text prompts. `chat` makes a prompt one user message in the tokenizer's chat template; text that
     contains `{prompt}` once is put around it; null uses the prompt as it is. `auto` is the format that the model was
@@ -237,8 +237,8 @@ class TrainingSettings(StageSection):
     micro_batch_size: Effort = 8
     """Records per forward and backward pass, per process. Affects memory and speed, not the result."""
     micro_batch_tokens: Annotated[int | None, Field(ge=1), EffortOnly()] = None
-    """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null is
-    by `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
+    """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null
+    uses `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
     optimizer: Optimizer = "adamw"
     """`adamw-8bit` stores the moments of AdamW in 8 bits: a quarter of their memory (Dettmers et al. 2021,
     arXiv:2110.02861). Those of embeddings stay in float32. Needs bitsandbytes."""
@@ -283,8 +283,8 @@ class GenerationSettings(Section):
     """What computes completions, in every stage that samples; the section `sampling` says from which distribution."""
 
     engine: Literal["auto", "torch", "vllm"] = "auto"
-    """`torch`: the policy itself, on any device. `vllm`: vLLM on the policy's GPU, with its weights handed over in
-    memory. `auto` is `vllm` if it is installed and can run the model here, else `torch`. The choice is kept when a
+    """`torch`: the policy itself, on any device. `vllm`: vLLM on the policy's GPU, which receives the policy's weights
+    in memory. `auto` is `vllm` if it is installed and can run the model here, else `torch`. The choice is kept when a
     stage resumes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0), EffortOnly()] = 0.3
     """Share of the GPU's memory for vLLM: its copy of the weights and its key-value cache. Most of it is free again

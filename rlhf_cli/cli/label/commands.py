@@ -138,7 +138,7 @@ app.command(
     _STAGE,
     cls=_Stage,
     hidden=True,
-    epilog="What can be done with labels: rlhf label stats | export | import, each with --help of its own.",
+    epilog="For existing labels: rlhf label stats | export | import, each with its own --help.",
 )(with_parameters(label, stage_parameters("label", _own)))
 app.command("stats")(label_stats.stats)
 app.command("export")(label_export.export)

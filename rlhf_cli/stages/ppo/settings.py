@@ -76,8 +76,8 @@ class PPOSettings(StageSection):
     micro_batch_size: Effort = 8
     """Completions per forward and backward pass of a process. Affects memory and speed, not the result."""
     micro_batch_tokens: Annotated[int | None, Field(ge=1), EffortOnly()] = None
-    """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null is
-    by `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
+    """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null
+    uses `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
     rollout_batch_size: Effort = 64
     """Completions that a process generates at once. Affects memory and speed only."""
 
@@ -200,13 +200,13 @@ class PPOSettings(StageSection):
     gradient_checkpointing: EffortFlag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     offload_frozen: EffortFlag = False
-    """On a GPU: keep the weights of the reference and of `reward_model` in host memory while they are not used, where
-    they are models of their own and not quantized. They are copied to the GPU for each step and evaluation. On a CPU
-    this is always so, with a file in place of host memory."""
+    """On a GPU: keep the weights of the reference and of `reward_model` in host memory while they are not used, if they
+    are separate models and not quantized. They are copied to the GPU for each step and evaluation. On a CPU this is
+    always so, with a file in place of host memory."""
     save_steps: Count | None = None
-    """Steps between policies that are written as they are then, to `ppo/steps/STEP`: model folders that `evaluate`,
-    `chat` and transformers read. Null writes the last one alone. To write one, the model is loaded again on the CPU,
-    and written and read back in float32."""
+    """Steps between intermediate policies, written to `ppo/steps/STEP`: model folders that `evaluate`, `chat` and
+    transformers read. Null writes only the last policy. To write one, the model is loaded again on the CPU, and written
+    and read back in float32."""
     checkpoint_steps: Effort = 10
     """Steps between checkpoints. An interrupted run resumes from the last one; a diverged run rolls back to one."""
     keep_checkpoints: Effort = 2

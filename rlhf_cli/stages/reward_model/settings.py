@@ -66,12 +66,12 @@ class RewardModelSettings(TrainingSettings):
     """Weight of the squared mean reward of an optimizer step: batch-wise sum-to-zero regularization (Hong et al. 2025,
     arXiv:2505.07271), whose lambda is this divided by `batch_size`. Needs one more forward pass per step."""
     eval_steps: Count | None = None
-    """Evaluate the held-out loss and accuracy every this many optimizer steps and after the last; null is never while
-    training."""
+    """Optimizer steps between evaluations of the held-out loss and accuracy, which also follow the last step; null does
+    not evaluate while training."""
     keep_best: Literal["none", "loss", "accuracy"] = "loss"
     """Which of the weights evaluated by `eval_steps` are written: those with the lowest held-out loss, with the highest
-    accuracy, or, with `none`, the last. Half of the held-out prompts choose, and the figures of the finished reward
-    model are of the other half."""
+    accuracy, or, with `none`, the last. Half of the held-out prompts select the weights; the figures of the finished
+    reward model are from the other half."""
     adapter: Adapter = "lora"
     """`lora` trains an adapter that PPO can load on the policy's backbone; `none` trains all weights."""
     lora: LoraSettings = LoraSettings()
