@@ -24,10 +24,9 @@ _HEAD = """\
 Each row is a tiny model of one family with random weights, by its `model_type` in transformers {version}. It goes
 through the real commands: `sft` with an adapter, `train-rm` with an adapter, three steps of `ppo` that train all
 weights, and `evaluate`. `yes` also says that plain transformers computes the same log-probabilities from the folders
-that `sft` and `ppo` wrote. A refusal that follows
-from the architecture or its files comes before the first stage of a run, and in `--dry-run`. Any other comes when a
-stage loads the model, before that stage trains. Tests compare this page with the code;
-`python -m tests.families.table > docs/families.md` writes it.
+that `sft` and `ppo` wrote. A refusal that follows from the architecture or its files comes before the first stage of a
+run, and in `--dry-run`. Any other comes when a stage loads the model, before that stage trains. Tests compare this page
+with the code; `python -m tests.families.table > docs/families.md` writes it.
 
 """
 _TAIL = """
