@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -54,20 +54,24 @@ def copy_pages() -> None:
                 shutil.copyfile(path, copy)
 
 
-def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
+def helps(command: Any, context: Any) -> Iterator[tuple[str, str]]:
     """Yield the path and the help of a command and of the commands below it, without hidden ones."""
-    group = command if isinstance(command, TyperGroup) else None
+    if not isinstance(command, TyperGroup):
+        yield context.command_path, command.get_help(context)
+        return
     # `rlhf label` without a subcommand is its hidden command `stage`.
-    own = group.get_command(context, "stage") if group else None
-    shown = context_of(own, context.info_name or "", context.parent) if own else context
-    yield context.command_path, shown.command.get_help(shown)
-    for name in group.list_commands(context) if group else ():
-        inner = group.get_command(context, name) if group else None
-        if inner is not None and not inner.hidden:
+    own = command.get_command(context, "stage")
+    yield (
+        context.command_path,
+        own.get_help(context_of(own, context.info_name, context.parent)) if own else command.get_help(context),
+    )
+    for name in command.list_commands(context):
+        inner: Any = command.get_command(context, name)
+        if not inner.hidden:
             yield from helps(inner, context_of(inner, name, context))
 
 
-def context_of(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+def context_of(command: Any, name: str, parent: Any = None) -> Any:
     """Return a context in which the help of a command has a fixed width."""
     return command.context_class(
         command, parent, name, terminal_width=WIDTH, help_option_names=["-h", "--help"], max_content_width=WIDTH

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 from markdown_it import MarkdownIt
@@ -53,15 +53,13 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def commands(command: click.Command, path: str = "rlhf") -> Iterator[tuple[str, click.Command]]:
+def commands(command: Any, path: str = "rlhf") -> Iterator[tuple[str, Any]]:
     """A command and the commands below it, each with its path."""
     yield path, command
     if isinstance(command, TyperGroup):
         context = typer.Context(command)
         for name in command.list_commands(context):
-            inner = command.get_command(context, name)
-            assert inner is not None
-            yield from commands(inner, f"{path} {name}")
+            yield from commands(command.get_command(context, name), f"{path} {name}")
 
 
 def helps() -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,5 +60,5 @@ def test_the_global_generators(seed, process, own):
 
 
 def test_the_members_of_an_ensemble():
-    context = SimpleNamespace(recipe=SimpleNamespace(seed=5))
+    context: Any = SimpleNamespace(recipe=SimpleNamespace(seed=5))
     assert [member_seed(context, number) for number in (1, 2, 3)] == [5, 1_000_008, 2_000_011]
