@@ -31,7 +31,7 @@ COPIED = (
     "recipes/*.md",
     "data_samples/README.md",
 )
-WIDTH = 96
+WIDTH = 84
 """Columns of the help texts; more would need scrolling beside the navigation."""
 
 _SOURCE_LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./)+rlhf_cli[^)]*\)")
