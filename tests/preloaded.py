@@ -1,15 +1,16 @@
 """Runs the real command in a process of its own that need not import torch and transformers first.
 
 On a slow machine the imports of a stage take ten seconds, and its work on a tiny model one. A server process per worker
-of pytest imports the libraries, and nothing of `rlhf_cli`; each command is a fork of it, with arguments, folder,
-environment and streams of its own. A server is started when an environment comes up for the second time, as far as
-libraries read it on import; until then, and where processes cannot be forked, commands are started as usual. All forks
-of a server hash strings alike; tests that runs are equal to the byte start processes of their own.
+of pytest imports the libraries and what every stage imports of `rlhf_cli`, and no stage; each command is a fork of it,
+with arguments, folder, environment and streams of its own. A server is started when an environment comes up for the
+second time, as far as it is read on import; until then, and where processes cannot be forked, commands are started as
+usual. All forks of a server hash strings alike; tests that runs are equal to the byte start processes of their own.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import random
@@ -25,9 +26,10 @@ RLHF = str(Path(sys.executable).with_name("rlhf"))
 _READ_ON_IMPORT = (
     "HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH", "TRITON", "OMP_", "MKL_", "OPENBLAS_", "CUDA",
     "PYTHON", "LD_", "MALLOC_", "GLIBC_", "HOME", "XDG_", "ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TMPDIR",
+    "COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "TTY_",
 )  # fmt: skip
 _servers: dict[str, subprocess.Popen[str] | None] = {}
-"""What libraries read on import -> server; None after the first command."""
+"""What is read on import -> server; None after the first command."""
 
 
 def run(
@@ -75,7 +77,7 @@ def run(
 
 
 def _server(variables: Mapping[str, str]) -> subprocess.Popen[str] | None:
-    """Return the server whose libraries were imported with these variables; None if there is none yet."""
+    """Return the server that has imported with these variables; None if there is none yet."""
     key = json.dumps({name: value for name, value in sorted(variables.items()) if name.startswith(_READ_ON_IMPORT)})
     is_first = key not in _servers
     if is_first or not hasattr(os, "fork") or variables.get("OMP_NUM_THREADS") != "1":
@@ -83,9 +85,11 @@ def _server(variables: Mapping[str, str]) -> subprocess.Popen[str] | None:
         return None
     server = _servers[key]
     if server is None or server.poll() is not None:
+        # A pipe as stderr: what asks on import whether it writes to a terminal finds none, as in the commands.
         server = subprocess.Popen(
-            [sys.executable, __file__], env=dict(variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, __file__], env=dict(variables), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         atexit.register(server.terminate)
         _servers[key] = server
     return server
@@ -98,17 +102,13 @@ def _ask(server: subprocess.Popen[str], question: Mapping[str, Any], timeout: fl
     server.stdin.write(json.dumps({**question, "timeout": timeout}) + "\n")
     server.stdin.flush()
     line = server.stdout.readline()
-    assert line, "the server ended"
+    assert line, f"the server ended: {server.stderr.read() if server.stderr else ''}"
     return json.loads(line)
 
 
 def _serve(questions: IO[str], answers: IO[str]) -> None:
     """Fork for each question, and answer with the exit code of the fork."""
-    import peft  # noqa: F401
-
-    # Names that transformers imports when they are first asked for, among them those that take longest.
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
-
+    _preload()
     tasks = Path("/proc/self/task")
     assert not tasks.is_dir() or len(list(tasks.iterdir())) == 1, "a fork of a process with threads may hang"
     for line in questions:
@@ -126,6 +126,25 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
         signal.alarm(0)
         answers.write(json.dumps(code) + "\n")
         answers.flush()
+
+
+def _preload() -> None:
+    """Import what the commands of all stages import, and nothing that one of them could have forgotten to import."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, which is slow otherwise
+    import rlhf_cli.cli.run_summary
+    import rlhf_cli.cli.stage_command
+    import rlhf_cli.models.preflight
+    import rlhf_cli.pipeline.runner
+    import rlhf_cli.recipe.loader  # noqa: F401
+
+    # Names that transformers imports when they are first asked for, among them those that take longest.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # makes the table of all models, once per process
+    # Stages collect garbage, which is slow with the objects of all libraries, and copies their pages in a fork.
+    gc.collect()
+    gc.freeze()
 
 
 def _become(question: Mapping[str, Any]) -> None:
