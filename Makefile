@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two workers with one thread each: the models of the tests are too small to profit from more threads.
 WORKERS ?= 2
+# The tests start hundreds of processes: each would compile the package anew where Python may not keep what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install quickstart test test-fast verify-kernels lint check-install docs format clean
 

@@ -16,6 +16,7 @@ import torch
 
 from tests import preloaded
 from tests.speed import (
+    pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_runtest_call,
@@ -23,6 +24,7 @@ from tests.speed import (
 )
 
 __all__ = [
+    "pytest_collection_finish",
     "pytest_collection_modifyitems",
     "pytest_configure",
     "pytest_runtest_call",

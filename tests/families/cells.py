@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
 import re
@@ -73,7 +72,6 @@ def run_command(folder: Path, *arguments: object) -> Ended:
         if name.split(".")[0] in sections
         for part in ("--set", f"{name}={value}")
     ]
-    gc.freeze()  # stages collect garbage, which is slow with all the objects of a test session
     with (
         mock.patch("rlhf_cli.training.monitoring.plots.draw_curves"),
         mock.patch.object(sys, "argv", ["rlhf", *map(str, arguments), "--run-dir", "run", *options]),
@@ -82,7 +80,6 @@ def run_command(folder: Path, *arguments: object) -> Ended:
         contextlib.redirect_stderr(err),
     ):
         code = main()
-    gc.unfreeze()
     return Ended(code, err.getvalue())
 
 

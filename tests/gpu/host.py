@@ -9,6 +9,7 @@ A request is a line of JSON: `package`, the folder that holds the rlhf_cli to ru
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -21,7 +22,8 @@ from typing import Any
 from tests.gpu import guard
 
 LIBRARIES = ("numpy", "transformers", "peft", "accelerate", "safetensors.torch", "triton", "tokenizers", "datasets",
-             "transformers.models.llama.modeling_llama", "transformers.models.t5.modeling_t5", "typer")  # fmt: skip
+             "transformers.models.llama.modeling_llama", "transformers.models.t5.modeling_t5", "typer",
+             "pydantic", "rich.table", "ruamel.yaml", "matplotlib.backends.backend_agg")  # fmt: skip
 TIMEOUT = 570.0
 
 
@@ -36,6 +38,8 @@ def main() -> None:
     library.install(loaded, int(sys.argv[2]))
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # stages collect garbage, which is slow with the objects of all libraries
     replies = os.fdopen(os.dup(1), "w")
     print("ready", file=replies, flush=True)
     for line in sys.stdin:

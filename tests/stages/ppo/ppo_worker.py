@@ -1,7 +1,11 @@
-"""One process of a PPO run on a tiny model, as a launcher starts it: `ppo_worker.py MODEL WORK CHANGES_AS_JSON`."""
+"""One process of a PPO run on a tiny model: `ppo_worker.py MODEL WORK CHANGES VARIABLES`.
+
+Changes of settings, and the environment variables that a launcher would set, are JSON.
+"""
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +31,7 @@ class Signaled:
 
 def main() -> int:
     torch.set_num_threads(1)
+    os.environ.update(json.loads(sys.argv[4]))
     spec = importlib.util.spec_from_file_location("ppo_conftest", Path(__file__).with_name("conftest.py"))
     fixtures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fixtures)

@@ -3,13 +3,13 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests import preloaded
 
 WORKER = Path(__file__).with_name("ppo_worker.py")
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,16 +22,13 @@ def run(model, work, count, *, codes=None, **changes):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
+    variables = os.environ | {"CI": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for rank in range(count):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-        launched |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        variables = os.environ | ({name: str(value) for name, value in launched.items()} if count > 1 else {})
-        command = [sys.executable, str(WORKER), str(model), str(work), json.dumps(changes)]
-        started.append(
-            subprocess.Popen(
-                command, env=variables, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        )
+        launched |= {"MASTER_PORT": port}
+        named = {name: str(value) for name, value in launched.items()} if count > 1 else {}
+        given = [model, work, json.dumps(changes), json.dumps(named)]
+        started.append(preloaded.start(given, program=WORKER, cwd=ROOT, env=variables))
     ends = [process.communicate(timeout=200) for process in started]
     found = [process.returncode for process in started]
     if codes is None:
