@@ -52,6 +52,7 @@ class Task:
         self._label, self._total, self._unit, self._bar = label, total, unit, bar
         self._done, self._ran = done, 0
         self._began = self._spoke = self._moved = time.monotonic()
+        self._between: float | None = None
         self._note, self._inside = "", _Inside()
         self._id: TaskID | None = None
         if bar is not None:
@@ -64,7 +65,7 @@ class Task:
         self._note = self._note if note is None else note
         if units:
             self._inside = _Inside()
-            self._moved = time.monotonic()
+            self._move()
         self._show()
 
     def back(self, units: int) -> None:
@@ -96,8 +97,13 @@ class Task:
         self._done += ended
         self._ran += ended
         self._inside = _Inside(units, doing, rate, left, not self._ran if is_guess is None else is_guess)
-        self._moved = time.monotonic()
+        self._move()
         self._show()
+
+    def _move(self) -> None:
+        """Remember when the work moved, and how long that took since it last did."""
+        now = time.monotonic()
+        self._between, self._moved = now - self._moved, now
 
     def _show(self) -> None:
         beat()
@@ -169,9 +175,13 @@ class Task:
         }
 
     def until_saved(self) -> str:
-        """Return after what a request to stop is honored, and when: the step, or the batch that is under way."""
+        """Return after what a request to stop is honored, and when: the step, batch or token that is under way."""
         if self._unit != "steps":
-            return f"the current batch of {self._label}"
+            batch = f"the current {'token' if self._inside.doing else 'batch'} of {self._label}"
+            if self._between is None:
+                return f"{batch}, the first; how long it takes is not known yet"
+            left = self._between - (time.monotonic() - self._moved)
+            return f"{batch}, in about {format_duration(left)}" if left > 0 else f"{batch}, about to end"
         step = f"step {self._done + 1:,} of {self._total:,} of {self._label}"
         inside, each = self._inside, self._seconds_each()
         if each is None:

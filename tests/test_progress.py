@@ -209,5 +209,14 @@ def test_a_request_to_stop_waits_for_the_step_that_is_under_way(clock):
             assert progress.what_is_saved() == "step 2 of 10 of ppo, in about 8.3 s"
         clock[0] += 9
         assert progress.what_is_saved() == "step 2 of 10 of ppo, which takes longer than those before it"
-    with progress.task("sampling completions", 4, "completions"):
-        assert progress.what_is_saved() == "the current batch of sampling completions"
+    with progress.task("sampling completions", 4, "completions") as task:
+        batch = "the current batch of sampling completions"
+        assert progress.what_is_saved() == f"{batch}, the first; how long it takes is not known yet"
+        clock[0] += 8
+        task.advance(2)
+        clock[0] += 3
+        assert progress.what_is_saved() == f"{batch}, in about 5.0 s"
+        task.within(0.5, "40 tokens")
+        assert progress.what_is_saved() == "the current token of sampling completions, in about 3.0 s"
+        clock[0] += 4
+        assert progress.what_is_saved() == "the current token of sampling completions, about to end"

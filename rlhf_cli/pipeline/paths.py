@@ -185,5 +185,5 @@ def _own(file: Path, function: str, setting: str) -> Path:
             f"{file} was downloaded from the hub, and downloaded code is not run (`{setting}`)",
             hint="review it, copy it next to your recipe, and use the copy",
         )
-    check_defined(file, function, setting)
+    check_defined(file, function, setting, arguments=0 if setting == "model.attention" else 2)
     return file

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
+import sys
 from pathlib import Path
 
 from rlhf_cli.errors import UsageError
 
 
-def check_defined(file: Path, function: str, setting: str) -> None:
-    """Raise `UsageError` if the source of a file shows that it does not define a name.
+def check_defined(file: Path, function: str, setting: str, *, arguments: int = 0) -> None:
+    """Raise `UsageError` if the source of a file shows that a function cannot be loaded or called.
+
+    It may define no such name, import a module that is not installed, or take too few arguments.
 
     A misspelled reward function is found before the first stage, not after an hour of other stages.
 
@@ -18,6 +22,7 @@ def check_defined(file: Path, function: str, setting: str) -> None:
         file: Python source file.
         function: name of the function.
         setting: setting that names the function, for messages.
+        arguments: number of positional arguments that it is called with; 0 checks none.
     """
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
@@ -25,6 +30,8 @@ def check_defined(file: Path, function: str, setting: str) -> None:
         raise UsageError(f"{file}:{error.lineno}: {error.msg} (`{setting}`)") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read as Python: {error} (`{setting}`)") from error
+    _check_imports(tree, file, setting)
+    _check_arguments(tree, file, function, setting, arguments)
     known: set[str] = set()
     for node in ast.walk(tree):
         if _is_dynamic(node):
@@ -41,6 +48,40 @@ def check_defined(file: Path, function: str, setting: str) -> None:
         raise UsageError(
             f"`{file}` has no function `{function}` (`{setting}`)",
             hint=f"did you mean `{near[0]}`?" if near else listed,
+        )
+
+
+def _check_imports(tree: ast.Module, file: Path, setting: str) -> None:
+    """Look for the modules that a file imports at its beginning, before any other code could change where they are."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module] if node.module and not node.level else []
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            continue
+        else:
+            return
+        for module in modules:
+            name = module.partition(".")[0]
+            if name not in sys.modules and importlib.util.find_spec(name) is None:
+                raise UsageError(
+                    f"{file}:{node.lineno}: no Python module `{name}` (`{setting}`)",
+                    hint=f"install it in this environment, or add its folder to PYTHONPATH ({sys.executable} runs it)",
+                )
+
+
+def _check_arguments(tree: ast.Module, file: Path, function: str, setting: str, count: int) -> None:
+    found = [node for node in tree.body if getattr(node, "name", "") == function]
+    if len(found) != 1 or not isinstance(found[0], ast.FunctionDef) or found[0].decorator_list:
+        return
+    takes = found[0].args
+    positional = [*takes.posonlyargs, *takes.args]
+    if takes.vararg is None and len(positional) < count:
+        raise UsageError(
+            f"{file}:{found[0].lineno}: `{function}` takes {len(positional)} of the {count} arguments that it "
+            f"is called with (`{setting}`)",
+            hint=f"define it as `def {function}(prompts, completions):`",
         )
 
 

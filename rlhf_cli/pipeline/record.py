@@ -73,6 +73,16 @@ def recipe_of(folder: Path, stage: str) -> Path:
     return folder / _OF_STAGES / f"{stage}.yaml"
 
 
+def last_command(folder: Path) -> str | None:
+    """Return the last command that ran in a run directory, as to be typed here; None if none is recorded."""
+    try:
+        lines = (folder / COMMAND).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    typed = lines[-1].partition("  ")[2] if lines else ""
+    return typed.removeprefix(f"cd {shlex.quote(str(Path.cwd()))} && ") or None
+
+
 def command_line() -> str:
     """Return the command of this process, as a shell reads it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -14,19 +14,41 @@ from rlhf_cli.pipeline.python_source import check_defined
         "def score(prompts, completions): ...",
         "async def score(): ...",
         "score = lambda prompts, completions: []",
-        "from elsewhere import score",
-        "from elsewhere import other as score",
-        "from elsewhere import *",
+        "from math import fsum as score",
+        "from json import loads as score",
+        "from math import *",
+        "from . import score",
+        "def score(prompts, *more): ...",
+        "@decorated\ndef score(): ...",
+        "import sys\nsys.path.append('here')\nimport elsewhere\nscore = elsewhere.score",
+        "try:\n    from elsewhere import score\nexcept ImportError:\n    def score(): ...",
         "if True:\n    def score(): ...",
         "globals()['score'] = len",
         "def __getattr__(name): ...",
-        "raise SystemExit('never run')\ndef score(): ...",
+        "raise SystemExit('never run')\ndef score(prompts, completions): ...",
     ],
 )
 def test_a_name_that_may_be_defined_passes(source, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(source)
-    check_defined(file, "score", "ppo.rewards.0.function")
+    check_defined(file, "score", "ppo.rewards.0.function", arguments=2)
+
+
+def test_a_module_that_is_not_installed_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text('"""Mine."""\nimport json\nfrom elsewhere.deep import that\ndef score(prompts, completions): ...\n')
+    with pytest.raises(UsageError, match="mine.py:3: no Python module `elsewhere`") as caught:
+        check_defined(file, "score", "ppo.rewards.0.function")
+    assert "install it" in str(caught.value.hint)
+
+
+def test_a_function_with_too_few_arguments_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def score(prompts): ...\n")
+    with pytest.raises(UsageError, match="mine.py:1: `score` takes 1 of the 2 arguments") as caught:
+        check_defined(file, "score", "ppo.rewards.0.function", arguments=2)
+    assert caught.value.hint == "define it as `def score(prompts, completions):`"
+    check_defined(file, "score", "model.attention")
 
 
 @pytest.mark.parametrize(

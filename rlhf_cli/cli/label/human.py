@@ -73,13 +73,16 @@ def label_by_annotators(
         WaitingForLabelsError: labels are still missing after the interface was closed, or no interface can be opened.
     """
     from rlhf_cli.labeling.label_sources import STORE, waits_for_people
+    from rlhf_cli.pipeline.record import last_command
     from rlhf_cli.progress import say
 
     interface.check()
     if waits_in is not None and (waits_in / STORE).is_file():
         if waits_for_people(waits_in):
-            _open(waits_in / STORE, waits_in, interface)
-            say("labeling is complete: repeat the command that started this run to continue")
+            afterwards = f"continue with `{last_command(waits_in) or 'rlhf run RECIPE'}`"
+            _open(waits_in / STORE, waits_in, interface, afterwards)
+            if interface.serve:
+                say(f"enough is labeled: {afterwards}")
         else:
             _nothing_to_label()
             typer.echo(waits_in / "label")
@@ -99,7 +102,7 @@ def label_by_annotators(
         if world_size() > 1 or not (interface.serve or _is_interactive()):
             raise
     run_log.close()  # the links hold secrets
-    _open(store, store.parents[2], interface)
+    _open(store, store.parents[2], interface, "the pipeline can continue")
     run_stage(False)
 
 
@@ -126,8 +129,15 @@ def _is_interactive() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
 
 
-def _open(store: Path, run_dir: Path, interface: AnnotationInterface) -> None:
-    """Open the interface; raise `WaitingForLabelsError` if labels are still missing when it is closed."""
+def _open(store: Path, run_dir: Path, interface: AnnotationInterface, afterwards: str) -> None:
+    """Open the interface; raise `WaitingForLabelsError` if labels are still missing when it is closed.
+
+    Args:
+        store: the labels.
+        run_dir: of the run that waits for them.
+        interface: terminal or web page.
+        afterwards: what to do once labeling is complete, for the person at the terminal.
+    """
     from rlhf_cli.labeling.session.session import LabelSession
     from rlhf_cli.stages.label.human import waiting
 
@@ -139,14 +149,15 @@ def _open(store: Path, run_dir: Path, interface: AnnotationInterface) -> None:
         if signum not in (None, signal.SIGINT):  # Ctrl-C is the normal way to stop the server
             raise Interrupted(signum)
     else:
-        _open_terminal(store, interface.names()[0], resume_command=f"rlhf label --run-dir {run_dir}")
+        resume = f"rlhf label --run-dir {run_dir}"
+        _open_terminal(store, interface.names()[0], resume_command=resume, afterwards=afterwards)
     with closing(LabelSession(store, create=False)) as session:
         progress = session.progress()
     if not progress.is_complete:
         raise waiting(progress, store, run_dir)
 
 
-def _open_terminal(store: Path, annotator: str, *, resume_command: str) -> None:
+def _open_terminal(store: Path, annotator: str, *, resume_command: str, afterwards: str) -> None:
     from rlhf_cli.labeling.session.session import LabelSession
     from rlhf_cli.labeling.terminal import label_in_terminal
 
@@ -156,6 +167,6 @@ def _open_terminal(store: Path, annotator: str, *, resume_command: str) -> None:
             hint="run the command in a terminal, or label in a browser with `--serve`",
         )
     with closing(LabelSession(store, create=False)) as session:
-        outcome = label_in_terminal(session, annotator, resume_command=resume_command)
+        outcome = label_in_terminal(session, annotator, resume_command=resume_command, afterwards=afterwards)
     if outcome.signum not in (None, signal.SIGINT):  # Ctrl-C is a normal way to quit
         raise Interrupted(outcome.signum)

@@ -40,7 +40,7 @@ class Outcome:
 
 
 def label_in_terminal(
-    session: LabelSession, annotator: str, *, resume_command: str = "", afterwards: str = "the pipeline can continue"
+    session: LabelSession, annotator: str, *, resume_command: str = "", afterwards: str
 ) -> Outcome:
     """Let one annotator label in the terminal until they quit, nothing is left, or a signal arrives.
 

@@ -36,7 +36,8 @@ import sys
 from pathlib import Path
 from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.terminal import label_in_terminal
-outcome = label_in_terminal(LabelSession(Path(sys.argv[1]), create=False), "Maria", resume_command="rlhf label")
+outcome = label_in_terminal(LabelSession(Path(sys.argv[1]), create=False), "Maria", resume_command="rlhf label",
+    afterwards="now train")
 print("outcome", outcome.end, outcome.signum)
 """
 
