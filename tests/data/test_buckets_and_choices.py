@@ -81,7 +81,7 @@ def test_a_completion_with_two_ratings_is_refused(read):
 
 def test_an_id_that_two_options_share_is_refused(read):
     options = [{"id": 1, "text": "a"}, {"id": "1", "text": "b"}, {"id": 2, "text": "c"}]
-    with pytest.raises(DataError, match="`options` has the id \"1\" twice"):
+    with pytest.raises(DataError, match='`options` has the id "1" twice'):
         read({"text": "p", "options": options, "accept": [2], "answer": "accept"})
 
 
