@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.manifest import read_manifest
-from rlhf_cli.report import build
+from rlhf_cli.report import build, tables
 from rlhf_cli.report.build import write_charts, write_report
 from rlhf_cli.report.gather import read_run
 from rlhf_cli.report.made import how_it_was_made
@@ -293,6 +293,15 @@ def test_what_changed_in_the_completions_is_said(runs):
         "Most of all, more of them begin with “thank you for” (40.0% in place of 5.0%).",
     ]
     assert ["“the warm stone.”", "10.0%", "11.0%"] in section.tables[2].rows
+
+
+def test_variety_that_the_baseline_has_none_of_is_more(runs):
+    run = runs.write()
+    path = run / "evaluate" / "evaluation.json"
+    plain = json.loads(path.read_text())
+    plain["models"]["good/sft"]["distinct_2"]["value"] = 0.0
+    path.write_text(json.dumps(plain))
+    assert "and more varied (0.60 in place of 0.00" in tables.changes(read_run(run))[0]
 
 
 def test_an_evaluation_of_an_earlier_version_is_shown_without_what_it_lacks(runs):
