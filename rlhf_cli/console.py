@@ -49,11 +49,13 @@ class Messages(Console):
             super().print(*objects, **options)
         if run_log.is_open() and not all(isinstance(one, Control) for one in objects):
             text, merged = io.StringIO(), {"soft_wrap": True, **options}
-            Console(file=text, width=self.width, color_system=None, highlight=False).print(*objects, **merged)
+            plain = Console(file=text, width=self.width, color_system=None, highlight=False, emoji=False)
+            plain.print(*objects, **merged)
             run_log.write(text.getvalue())
 
 
-console = Messages(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
+# rich would write `data.jsonl:100:` with the emoji that it calls ":100:".
+console = Messages(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty(), quiet=not is_main())
 """stderr, for everything but data; silent in all processes except rank 0."""
 
 

@@ -22,7 +22,7 @@ ENOUGH_PROMPTS = 100
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure with its 95 % interval.
+    """A figure with its interval, of 95 % unless its owner says otherwise.
 
     Attributes:
         value: the estimate; None if there is none.
@@ -178,9 +178,9 @@ def jeffreys_interval(share: float, count: float, level: float = 0.95) -> tuple[
     return low, high
 
 
-def half_width(prompts: int) -> float:
+def half_width(prompts: int, level: float = 0.95) -> float:
     """Half of the width of `share_interval` if each of `prompts` prompts counts once and half of them are won."""
-    low, high = jeffreys_interval(0.5, prompts)
+    low, high = jeffreys_interval(0.5, prompts, level)
     return (high - low) / 2
 
 

@@ -60,10 +60,10 @@ def stay_open() -> None:
 def close() -> None:
     """Close the log, if one is open, and let stderr be what it was."""
     global _stays_open
+    if isinstance(sys.stderr, _Tee):
+        sys.stderr = sys.stderr.end()
     _close_file()
     _stays_open = False
-    if isinstance(sys.stderr, _Tee):
-        sys.stderr = sys.stderr.stream
 
 
 def _close_file() -> None:
@@ -94,6 +94,11 @@ def under(stream: Any) -> Any:
     return stream.stream if isinstance(stream, _Tee) else stream
 
 
+def _last_picture(line: str) -> str:
+    """Return what is seen of a line: a bar ends each of its pictures but the last with a carriage return."""
+    return line[line.rstrip("\r").rfind("\r") + 1 :]
+
+
 class _Tee:
     """stderr, while a log is open: whole lines are logged too.
 
@@ -106,10 +111,15 @@ class _Tee:
         self._begun = ""
 
     def write(self, text: str) -> int:
-        *lines, self._begun = (self._begun + text).split("\n")
-        # A bar that another library draws ends each picture but the last with a carriage return.
-        write("\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines))
+        *lines, begun = (self._begun + text).split("\n")
+        self._begun = _last_picture(begun)
+        write("\n".join(_last_picture(line).rstrip("\r") for line in lines))
         return self.stream.write(text)
+
+    def end(self) -> TextIO:
+        """Log a line that was not ended, and return the stream."""
+        write(self._begun)
+        return self.stream
 
     def writelines(self, lines: Any) -> None:
         for line in lines:

@@ -30,6 +30,12 @@ def test_a_line_at_the_start_and_one_at_the_end(capsys, clock):
     assert captured.err == "sampling: 10 answers\nsampling: done in 2.5 s\n"
 
 
+def test_a_line_number_is_no_emoji(capsys):
+    progress.say("data.jsonl:100: a line")
+    progress.warn("data.jsonl:1234: another")
+    assert capsys.readouterr().err == "data.jsonl:100: a line\nwarning: data.jsonl:1234: another\n"
+
+
 def test_long_work_prints_its_progress(capsys, clock):
     with progress.task("ppo", 100, done=40) as task:
         for _ in range(6):

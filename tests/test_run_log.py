@@ -44,7 +44,7 @@ def test_messages_and_what_code_of_others_prints_are_logged(log, capsys):
         sys.stderr.write("half a li")
     assert lines_of(log) == [
         "$ rlhf run", "sft: starting", "warning: loss [is] high", "a reward function says this",
-        "and ends a line later", " 100 %",
+        "and ends a line later", " 100 %", "half a li",
     ]  # fmt: skip
     assert "half a li" in capsys.readouterr().err, "stderr itself waits for no line"
 
@@ -56,6 +56,17 @@ def test_a_resumed_run_appends_and_nothing_is_logged_afterwards(log, capsys):
         progress.say("something else")
         print("something else", file=sys.stderr)
     assert lines_of(log) == ["$ first", "works", "$ second", "works"]
+
+
+def test_a_bar_of_another_library_keeps_its_last_picture_alone(log, capsys):
+    with run_log.logged(log, "$"):
+        for share in range(100):
+            sys.stderr.write(f"\r {share} %")
+            assert len(sys.stderr._begun) <= 6
+        sys.stderr.write("\r 100 %\r")
+        sys.stderr.write("\n")
+        progress.say("data.jsonl:100: read")
+    assert lines_of(log) == ["$", " 100 %", "data.jsonl:100: read"]
 
 
 def test_the_message_of_an_error_is_logged_until_the_log_is_closed(log):

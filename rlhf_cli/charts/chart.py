@@ -115,7 +115,7 @@ class Chart:
         """(value, text) along the horizontal axis."""
         if self.x_names:
             return [(float(number), name) for number, name in enumerate(self.x_names)]
-        return _named(ticks(*self.x_span, 6, least=1.0 if self.has_whole_x else 0.0))
+        return _named(ticks(*self.x_span, 6, is_whole=self.has_whole_x))
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
@@ -152,16 +152,24 @@ class Chart:
         return [(one, height + under) for (one, _), height in zip(named, heights, strict=True)]
 
 
-def ticks(low: float, high: float, count: int = 5, *, least: float = 0.0) -> list[float]:
-    """Return about `count` round numbers between two values, at least `least` apart; both ends where they are round."""
-    step = _round_step(max(least, (high - low) / max(1, count)))
+def ticks(low: float, high: float, count: int = 5, *, is_whole: bool = False) -> list[float]:
+    """Return about `count` round numbers between two values, both ends where they are round.
+
+    Args:
+        low: smaller value.
+        high: larger value.
+        count: at most about so many.
+        is_whole: return whole numbers only.
+    """
+    step = _round_step((high - low) / max(1, count), is_whole=is_whole)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _round_step(size: float) -> float:
-    power = 10.0 ** math.floor(math.log10(size))
-    return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= size * (1 - 1e-9))
+def _round_step(size: float, *, is_whole: bool) -> float:
+    power = 10.0 ** math.floor(math.log10(max(size, 1.0) if is_whole else size))
+    steps = (power * factor for factor in (1, 2, 2.5, 5, 10))
+    return next(step for step in steps if step >= size * (1 - 1e-9) and not (is_whole and step % 1))
 
 
 def _span(values: Sequence[float], margin: float) -> Span:

@@ -173,8 +173,8 @@ class Conversation:
 
     def _reply(self, show: Show) -> Iterator[Reply]:
         self._load()
-        self._replies = []
         completions = self._draw(show)
+        self._replies = []  # those before `/again` stay if it is interrupted
         for model in self.models.models:
             self._replies.append(self._scored(model, completions[model.name]))
             yield self._replies[-1]

@@ -78,7 +78,7 @@ def _reply(conversation: Conversation, files: ChatFiles, prompts: list[str], as_
 
     if any(not one for one in prompts):
         raise UsageError("the prompt is empty", hint='write it: `rlhf chat RUN --prompt "..."`')
-    chat = Chat(conversation, files, Console(highlight=False))
+    chat = Chat(conversation, files, Console(highlight=False, emoji=False))
     if as_json and not prompts:
         raise UsageError("`--json` needs a prompt", hint='add `--prompt "..."`, or send one to stdin')
     for one in prompts:

@@ -64,7 +64,7 @@ def preview(
 
     from rlhf_cli.data.preview_text import preview_text
 
-    Console(highlight=False).print(preview_text(records))
+    Console(highlight=False, emoji=False).print(preview_text(records))
 
 
 def _kind(name: str) -> Kind:

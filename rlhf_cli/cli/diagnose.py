@@ -49,7 +49,7 @@ def diagnose(run: RunArgument, as_json: Json = False) -> None:
         return
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
     rest = f"; not complete: {', '.join(found.unfinished)}" if found.unfinished else ""
     console.print(f"{found.run_dir}: {_VERDICTS[found.verdict]}{rest}", markup=False)
     for stage in found.stages:

@@ -59,7 +59,7 @@ def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host
     from rlhf_cli.watch.state import read_live
 
     is_terminal = sys.stdout.isatty()
-    console = Console(highlight=False, width=None if is_terminal else _WIDTH)
+    console = Console(highlight=False, emoji=False, width=None if is_terminal else _WIDTH)
     if once or not is_terminal:
         console.print(terminal.picture(read_live(folder), console.width))
         return

@@ -47,7 +47,9 @@ class RowParser:
         self._kind: Kind = kind
         self._columns, self._mapped, self._warnings = columns, mapped_columns(columns), warnings
         self._options = ImportOptions(columns, warnings, kind in ("candidates", "prompt"), comparison)
-        self._rated = RatedRows(self._options) if kind in ("preference", "ranking", "candidates") else None
+        self._rated: RatedRows | None = None
+        if kind in ("preference", "ranking", "candidates"):
+            self._rated = RatedRows(self._options, RowParser("demonstration", columns, WarningLog()).parse)
         self._prompts = PromptReader(warnings)
         self._comparisons = ComparisonReader(self._prompts, warnings, self._require)
 
@@ -66,6 +68,8 @@ class RowParser:
                 yield converted if isinstance(converted, Skip) else self._parsed(converted)
         except OmitRecordError as omitted:
             self._warnings.add(omitted.kind, row.location)
+        except SkipRecordError as skip:
+            yield Skip(row.location, skip.reason, row.excerpt())
         except DataError as error:
             yield Skip.of(error, row.location, row.excerpt())
 

@@ -14,9 +14,10 @@ from rlhf_cli.data.examples import Example
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.models.adapter_layers import adapter_state, load_adapter_state
 from rlhf_cli.models.base_model import hash_weights
 from rlhf_cli.models.loading import ModelSource, as_stored, load_config, load_policy
-from rlhf_cli.models.lora import adapter_state, add_lora, cast_weights, load_adapter_state, merge_lora
+from rlhf_cli.models.lora import add_lora, cast_weights, merge_lora
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing

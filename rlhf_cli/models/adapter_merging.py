@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_cli.models.lora import adapter_layers
+from rlhf_cli.models.adapter_layers import adapter_layers
 
 _SHARE = 0.5
 """Share of the memory beside the model that the merged copy may take."""

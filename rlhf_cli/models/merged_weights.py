@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlhf_cli.models.lora import adapter_layers
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
 
 

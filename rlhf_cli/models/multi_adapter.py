@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.lora import adapter_layers, adapter_state, add_lora, load_adapter, load_adapter_state
+from rlhf_cli.models.adapter_files import load_adapter
+from rlhf_cli.models.adapter_layers import adapter_layers, adapter_state, load_adapter_state
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.settings.shared import LoraSettings
 
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.lora import backbone, cast_weights, read_adapter, save_adapter
+from rlhf_cli.models.adapter_files import read_adapter, save_adapter
+from rlhf_cli.models.adapter_layers import backbone
+from rlhf_cli.models.lora import cast_weights
 from rlhf_cli.models.low_rank import separate
 from rlhf_cli.models.peft_folder import BASE_FILE
 

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.special_tokens import ids_of
 from rlhf_cli.errors import ModelError, RLHFError
+from rlhf_cli.models.adapter_files import read_adapter
 from rlhf_cli.models.base_model import check_base
 from rlhf_cli.models.hub import hub_model
 from rlhf_cli.models.loading import (
@@ -30,7 +31,6 @@ from rlhf_cli.models.loading import (
     own_code,
     policy_class,
 )
-from rlhf_cli.models.lora import read_adapter
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.peft_merging import check_fits
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import DiskError, DivergedError, ModelError
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.libraries import quiet_libraries
-from rlhf_cli.models.lora import adapter_layers, cast_weights
+from rlhf_cli.models.lora import cast_weights
 from rlhf_cli.models.low_rank import is_separated
 from rlhf_cli.progress import say_once
 from rlhf_cli.transformer.config import TransformerConfig

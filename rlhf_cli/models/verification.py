@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.adapter_files import read_adapter
+from rlhf_cli.models.adapter_layers import adapter_layers, adapter_state
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
-from rlhf_cli.models.lora import adapter_layers, adapter_state, read_adapter
 
 _HINT = (
     "run the command again: it continues after the last step and writes the model again; if that fails too, check the "

@@ -122,10 +122,10 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
 
 def _made(runs: Sequence[RunFiles]) -> list[str]:
     """Return how the models were made: of several runs by name, unless it is the same for all."""
-    found = {run.name: how_it_was_made(run) for run in runs}
-    if len(set(found.values())) == 1:
-        return [text for text in list(found.values())[:1] if text]
-    return [f"`{name}`: {text}" for name, text in found.items() if text]
+    found = [(run.name, how_it_was_made(run)) for run in runs]
+    if len({text for _, text in found}) == 1:
+        return [text for _, text in found[:1] if text]
+    return [f"`{name}`: {text}" for name, text in found if text]
 
 
 def _in_colors(runs: Sequence[RunFiles], comparison: RunComparison | None) -> list[RunFiles]:

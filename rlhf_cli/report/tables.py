@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,7 @@ def _of_texts(policy: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterato
 
 
 def _ratio(now: float, before: float) -> float:
-    return now / before if before else 1.0
+    return now / before if before else (math.inf if now else 1.0)
 
 
 def _of_phrases(pair: Mapping[str, Any]) -> Iterator[str]:

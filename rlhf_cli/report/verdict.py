@@ -64,8 +64,8 @@ def verdict(run: RunFiles) -> Verdict:
     controlled = pair["length_controlled_win_rate"]
     if controlled.get("low") is not None and controlled["low"] <= 0.5:
         headline = "It worked by this judge, perhaps by length alone"
-    elif is_judged_by_its_own_reward(run):
-        headline = "It worked by its own reward model"
+    elif _is_judged_by_a_reward_model(run):
+        headline = f"It worked by {'its own' if _is_the_judge_its_own(run) else 'a'} reward model"
     else:
         headline = "It worked"
     return Verdict("better", headline, reason, doubts)
@@ -92,11 +92,6 @@ def first_pair(run: RunFiles) -> Mapping[str, Any] | None:
 def deciding(pair: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the win rate with the interval that decides: with several pairs of models, all of theirs hold together."""
     return pair.get("win_rate_joint", pair["win_rate"])
-
-
-def is_judged_by_its_own_reward(run: RunFiles) -> bool:
-    """Whether a reward model decided which completion wins."""
-    return run.evaluation is not None and run.evaluation["judge"] == "reward model"
 
 
 def outcomes_of(pair: Mapping[str, Any]) -> str:
@@ -143,7 +138,7 @@ def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
     rate = deciding(pair)
     if rate["low"] is not None and rate["low"] <= 0.5 <= rate["high"]:
         yield f"{rate['n']:,} prompts are too few to tell models apart that are this close: evaluate on more."
-    if is_judged_by_its_own_reward(run):
+    if _is_judged_by_a_reward_model(run):
         yield (
             "The judge is a reward model. Where PPO was trained against it, a win shows that training worked, not that "
             "people would prefer the completions."
@@ -172,13 +167,26 @@ def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
         yield f"The KL is {kl:.0f} nats per completion: rewards are unreliable this far from the starting model."
 
 
+def _is_judged_by_a_reward_model(run: RunFiles) -> bool:
+    return run.evaluation is not None and run.evaluation["judge"] == "reward model"
+
+
+def _is_the_judge_its_own(run: RunFiles) -> bool:
+    """Whether the reward model of the evaluation is the one that PPO was trained against."""
+    return _is_one_input(run, ("ppo", "reward_model"), ("evaluate", "reward_model"))
+
+
 def _labeled_by_its_judge(run: RunFiles) -> bool:
     """Whether one function ranked the training labels and judges the evaluation."""
-    digests = [
-        run.manifests[stage].identity["inputs"].get(name) if stage in run.manifests else None
-        for stage, name in (("label", "function"), ("evaluate", "judge_function"))
-    ]
-    return digests[0] is not None and digests[0] == digests[1]
+    return _is_one_input(run, ("label", "function"), ("evaluate", "judge_function"))
+
+
+def _is_one_input(run: RunFiles, *inputs: tuple[str, str]) -> bool:
+    """Whether inputs, each a stage and a name, have one content."""
+    digests = {
+        run.manifests[stage].identity["inputs"].get(name) if stage in run.manifests else None for stage, name in inputs
+    }
+    return len(digests) == 1 and None not in digests
 
 
 def _doubts_of_variety(policy: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterator[str]:

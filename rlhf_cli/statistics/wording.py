@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 
-from rlhf_cli.intervals import ENOUGH_PROMPTS, Measure, half_width, is_undecided, percent, percent_span
+from rlhf_cli.intervals import (
+    ENOUGH_PROMPTS,
+    Measure,
+    half_width,
+    is_undecided,
+    joint_level,
+    percent,
+    percent_span,
+)
 
 _MOST_PROMPTS = 1_000_000
 
@@ -14,18 +22,19 @@ def expected_precision(prompts: int) -> str:
     return f"about +- {100 * half_width(prompts):.0f} points"
 
 
-def prompts_for(reach: float) -> int:
+def prompts_for(reach: float, level: float = 0.95) -> int:
     """Return the smallest number of prompts with which a win rate near one half is known to +- `reach`.
 
     Args:
         reach: half of the interval's width, above 0, as a share.
+        level: coverage of the interval.
     """
     low, high = 1, 1
-    while half_width(high) > reach and high < _MOST_PROMPTS:
+    while half_width(high, level) > reach and high < _MOST_PROMPTS:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if half_width(middle) > reach else (low, middle)
+        low, high = (middle, high) if half_width(middle, level) > reach else (low, middle)
     return high
 
 
@@ -39,10 +48,10 @@ def conclusion(win_rate: Measure, policy: str, baseline: str, *, comparisons: in
         comparisons: number of pairs that were compared; their sentences hold together.
     """
     suffix = f"; 95% holds for all {comparisons} pairs together" if comparisons > 1 else ""
-    return _conclusion(win_rate, policy, baseline) + suffix
+    return _conclusion(win_rate, policy, baseline, joint_level(comparisons)) + suffix
 
 
-def _conclusion(win_rate: Measure, policy: str, baseline: str) -> str:
+def _conclusion(win_rate: Measure, policy: str, baseline: str, level: float) -> str:
     value, low, high = win_rate.value, win_rate.low, win_rate.high
     assert value is not None and low is not None and high is not None  # noqa: PT018
     prompts = f"{win_rate.n:,} prompt{'' if win_rate.n == 1 else 's'}"
@@ -59,7 +68,8 @@ def _conclusion(win_rate: Measure, policy: str, baseline: str) -> str:
     distance = abs(value - 0.5)
     if distance < 0.005:
         return sentence
-    return f"{sentence}; if it is really {percent(value)}, about {_rounded(prompts_for(distance)):,} would show it"
+    count = _rounded(prompts_for(distance, level))
+    return f"{sentence}; if it is really {percent(value)}, about {count:,} would show it"
 
 
 def _rounded(count: int) -> int:

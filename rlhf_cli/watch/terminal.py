@@ -88,7 +88,7 @@ def picture(run: LiveRun, width: int, height: int | None = None) -> RenderableTy
 
 
 def _lines(parts: Sequence[RenderableType], width: int) -> int:
-    console = Console(width=width)
+    console = Console(width=width, emoji=False)
     return sum(len(console.render_lines(part)) for part in parts)
 
 

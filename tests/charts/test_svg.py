@@ -33,6 +33,18 @@ def test_ticks_are_round_numbers_within_the_axis(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        pytest.param(1.0, 14.0, [5.0, 10.0], id="a step of 2.5 would fit best"),
+        pytest.param(1.0, 3.0, [1.0, 2.0, 3.0], id="so would one of 0.5"),
+        pytest.param(0.0, 150.0, [0.0, 25.0, 50.0, 75.0, 100.0, 125.0, 150.0], id="25 is whole"),
+    ],
+)
+def test_ticks_of_a_count_are_whole_numbers(low, high, expected):
+    assert ticks(low, high, 6, is_whole=True) == expected
+
+
 def test_a_line_goes_where_the_values_are():
     picture = drawn(Series("one", [(0, 0.0), (10, 1.0)]))
     (line,) = [path for path in picture.iter("path") if path.get("class") == "line c0"]

@@ -93,6 +93,19 @@ def test_an_interrupted_turn_leaves_the_models_as_they_were(models):
     assert [reply.completion for reply in conversation.ask("Hello", ignore)] == expected
 
 
+def test_other_replies_that_are_interrupted_leave_the_first_ones(models):
+    def stop(name, text):
+        raise KeyboardInterrupt
+
+    conversation = Conversation(models)
+    texts = [reply.completion.text for reply in conversation.ask("Hello", ignore)]
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.again(stop))
+    assert conversation.prefer([["sft"], ["ppo"]]).completions == tuple(texts)
+    list(conversation.ask("And then?", ignore))
+    assert conversation.history == [("Hello", texts[0])]
+
+
 def test_a_stream_can_be_closed_and_begun_again(tiny_llama):
     (model,) = find_models([str(tiny_llama)], only=(), sampling=SHORT).models
     drawn = stream(model.policy, Request([5, 6, 7], seed=1))

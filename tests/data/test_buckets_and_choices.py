@@ -65,6 +65,26 @@ def choice(*accept: object, **fields) -> dict:
     return {"text": "p", "options": options, "accept": list(accept), "answer": "accept", "_view_id": "choice", **fields}
 
 
+def rating(control: str, field: str, stars: int) -> dict:
+    return {"type": "rating", "from_name": control, "to_name": field, "value": {"rating": stars}}
+
+
+def test_a_completion_with_two_ratings_is_refused(read):
+    results = [rating("helpful", "answer1", 5), rating("helpful", "answer2", 1)]
+    row = {"data": {"prompt": "p", "answer1": "x", "answer2": "y"}, "annotations": [{"result": results}]}
+    assert ranked(read(row).records[0]) == [["x"], ["y"]]
+    results += [rating("brief", "answer1", 1), rating("brief", "answer2", 5)]
+    with pytest.raises(DataError, match=r"rates `answer1` more than once: `helpful`, `brief`") as caught:
+        read(row)
+    assert caught.value.hint == "export one control at a time"
+
+
+def test_an_id_that_two_options_share_is_refused(read):
+    options = [{"id": 1, "text": "a"}, {"id": "1", "text": "b"}, {"id": 2, "text": "c"}]
+    with pytest.raises(DataError, match='`options` has the id "1" twice'):
+        read({"text": "p", "options": options, "accept": [2], "answer": "accept"})
+
+
 def test_chosen_options_are_above_the_others(read):
     loaded = read(choice(1), choice(0, 2, _annotator_id="ada"))
     assert [ranked(record) for record in loaded.records] == [

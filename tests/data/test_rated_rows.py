@@ -106,6 +106,29 @@ def test_a_row_without_a_rating_is_counted_and_a_wrong_one_is_an_error(write):
         read_records(write("s.jsonl", [row("egg", "c", score="many")]), "ranking")
 
 
+@pytest.mark.parametrize(
+    ("completion", "said"),
+    [
+        (None, "`completion` is null"),
+        (7, "`completion` is 7, a number"),
+        ([{"role": "user", "content": "x"}], "mixed: `prompt` is a string and `completion` is a list of messages"),
+        ("", "empty completion"),
+    ],
+)
+def test_a_wrong_completion_is_skipped_alone_and_named_by_its_own_row(write, completion, said):
+    loaded = read_records(write("w.jsonl", [*KTO, row("egg", completion, label=False)]), "ranking", max_skip=0.5)
+    assert ranked(loaded) == [("egg", [["good"], ["bad"]]), ("sky", [["blue", "azure"], ["green"]])]
+    (skip,) = loaded.skips
+    assert skip.location.endswith("w.jsonl:7")
+    assert said in str(skip.error or skip.reason)
+
+
+def test_a_wrong_prompt_is_an_error_of_its_row(write):
+    rows = [*KTO, row(None, "a", label=True), row(None, "b", label=False)]
+    with pytest.raises(DataError, match=r"w.jsonl:7: `prompt` is null"):
+        read_records(write("w.jsonl", rows), "ranking")
+
+
 def test_demonstrations_and_prompts_are_read_row_by_row(write):
     path = write("kto.jsonl", KTO)
     assert len(read_records(path, "demonstration").records) == 4

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models import lora
+from rlhf_cli.models import adapter_files
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.ppo import run as ppo
 from rlhf_cli.stages.reward_model import run as train_rm
@@ -103,7 +103,11 @@ def spoil_model(change: Callable[[State], State], monkeypatch: pytest.MonkeyPatc
 
 def spoil_adapter(change: Callable[[State], State], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let other factors be written than those that were trained."""
-    monkeypatch.setattr(lora, "save_file", lambda state, path, **named: save_file(change(state), path, **named))
+
+    def damaged(state, path, **named):
+        save_file(change(state), path, **named)
+
+    monkeypatch.setattr(adapter_files, "save_file", damaged)
 
 
 def spoil_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:

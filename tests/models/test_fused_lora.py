@@ -10,9 +10,10 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.fused_lora import FusedLoraLinear, LowRankProduct
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.models.lora import adapter_layers, add_lora
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.settings.shared import LoraSettings
 
 

@@ -28,16 +28,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import ModelError
-from rlhf_cli.models.lora import (
-    adapter_layers,
-    adapter_state,
-    add_lora,
-    backbone,
-    load_adapter,
-    load_adapter_state,
-    merge_lora,
-    save_adapter,
-)
+from rlhf_cli.models.adapter_files import load_adapter, save_adapter
+from rlhf_cli.models.adapter_layers import adapter_layers, adapter_state, backbone, load_adapter_state
+from rlhf_cli.models.lora import add_lora, merge_lora
 from rlhf_cli.settings.shared import LoraSettings
 
 _SMALL = {

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models import lora as lora_module
+from rlhf_cli.models.adapter_files import load_adapter, save_adapter
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.adapter_merging import merged_adapters
-from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter, merge_lora, save_adapter
+from rlhf_cli.models.lora import add_lora, merge_lora
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import LoraSettings

@@ -19,8 +19,9 @@ from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models import quantize as quantize
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
-from rlhf_cli.models.lora import adapter_layers, add_lora, merge_lora
+from rlhf_cli.models.lora import add_lora, merge_lora
 from rlhf_cli.models.quantize import quantized
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe

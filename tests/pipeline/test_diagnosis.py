@@ -191,6 +191,9 @@ def test_an_evaluation_is_judged_by_its_interval(low, high, severity):
     metrics = {"win_rate": (low + high) / 2, "win_rate_low": low, "win_rate_high": high}
     (found,) = judge_evaluation([], metrics)
     assert (found.subject, found.severity) == ("win rate", severity)
+    (found,) = judge_evaluation([], {**metrics, "win_rate_joint_low": 0.4, "win_rate_joint_high": 0.75})
+    assert found.severity == "look", "as `evaluate` decides with several pairs of models"
+    assert "(40.0% to 75.0%)" in found.seen
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class Runs:
         hostile: bool = False,
         gain: float = 0.7,
         labeled_by: str = "other",
+        judged_with: dict[str, str] | None = None,
         **settings: Any,
     ) -> Path:
         run = self.folder / name
@@ -65,9 +66,8 @@ class Runs:
         if evaluated:
             evaluation = _evaluation(name, win_rate, controlled, judge, length, kl)
             files = {"evaluation.json": json.dumps(evaluation), "samples.jsonl": _samples(seed, gain, hostile=hostile)}
-            self.stage(
-                run, "evaluate", settings={}, files=files, skipped={"prompt longer than 512 tokens": 2}, seed=seed
-            )
+            skipped = {"prompt longer than 512 tokens": 2}
+            self.stage(run, "evaluate", settings={}, files=files, skipped=skipped, seed=seed, inputs=judged_with)
         return run
 
     def stage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from rlhf_cli.cli.app import app
 from rlhf_cli.errors import UsageError
 from rlhf_cli.pipeline.manifest import read_manifest
-from rlhf_cli.report import build
+from rlhf_cli.report import build, tables
 from rlhf_cli.report.build import write_charts, write_report
 from rlhf_cli.report.gather import read_run
 from rlhf_cli.report.made import how_it_was_made
@@ -29,7 +30,12 @@ from rlhf_cli.stages.best_of_n.curve import measure
     ("changes", "outcome", "headline"),
     [
         ({}, "better", "It worked"),
-        ({"judge": "reward model"}, "better", "It worked by its own reward model"),
+        (
+            {"judge": "reward model", "judged_with": {"reward_model": "b"}},
+            "better",
+            "It worked by its own reward model",
+        ),
+        ({"judge": "reward model", "judged_with": {"reward_model": "c"}}, "better", "It worked by a reward model"),
         ({"win_rate": (0.55, 0.42, 0.67)}, "undecided", "It cannot be told whether it worked"),
         ({"win_rate": (0.2, 0.1, 0.32)}, "worse", "It did not work: good/sft was better"),
         ({"controlled": (0.55, 0.43, 0.66)}, "better", "It worked by this judge, perhaps by length alone"),
@@ -72,6 +78,16 @@ def test_several_policies_are_decided_by_the_interval_for_all_of_them(runs):
     found = verdict(read_run(run))
     assert found.outcome == "undecided"
     assert "(95% interval for all 6 pairs of models together 48.0% to 95.0%)" in found.reason
+
+
+def test_runs_of_one_name_keep_their_sentences(runs, tmp_path):
+    first = runs.write("a", seed=0)
+    other = type(runs)(tmp_path / "elsewhere").write("a", seed=1)
+    replace(read_manifest(other / "sft"), metrics={"records": 901.0, "steps": 40.0}).write(other / "sft")
+    made = json.loads(write_report([first, other], tmp_path / "both.html").plain.read_text())["made"]
+    assert len(made) == 2
+    assert "900 demonstrations" in made[0]
+    assert "901 demonstrations" in made[1]
 
 
 def test_a_judge_that_also_ranked_the_labels_is_named(runs):
@@ -277,6 +293,15 @@ def test_what_changed_in_the_completions_is_said(runs):
         "Most of all, more of them begin with “thank you for” (40.0% in place of 5.0%).",
     ]
     assert ["“the warm stone.”", "10.0%", "11.0%"] in section.tables[2].rows
+
+
+def test_variety_that_the_baseline_has_none_of_is_more(runs):
+    run = runs.write()
+    path = run / "evaluate" / "evaluation.json"
+    plain = json.loads(path.read_text())
+    plain["models"]["good/sft"]["distinct_2"]["value"] = 0.0
+    path.write_text(json.dumps(plain))
+    assert "and more varied (0.60 in place of 0.00" in tables.changes(read_run(run))[0]
 
 
 def test_an_evaluation_of_an_earlier_version_is_shown_without_what_it_lacks(runs):

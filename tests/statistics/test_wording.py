@@ -54,4 +54,5 @@ def test_several_pairs_have_wider_intervals_that_hold_together():
     assert alone[0] > 0.5 > joint[0]
     said = conclusion(Measure(0.625, *joint, 64), "p", "b", comparisons=3)
     assert said.startswith("64 prompts are too few to say")
+    assert "if it is really 62.5%, about 89 would show it" in said, "more than the 64 that do not"
     assert said.endswith("; 95% holds for all 3 pairs together")

@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import check_projection
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.models.adapter_files import load_adapter, save_adapter
 from rlhf_cli.models.loading import ModelSource, load_policy, recompute_activations
-from rlhf_cli.models.lora import add_lora, load_adapter, save_adapter
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model.batch import Encoded
 from rlhf_cli.models.reward_model.model import load_reward_model, new_reward_model
 from rlhf_cli.settings.shared import LoraSettings

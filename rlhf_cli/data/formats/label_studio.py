@@ -30,6 +30,7 @@ from rlhf_cli.data.skips import Skip
 
 _BUCKET = re.compile(r"(?:(?:tier|rank|place|level)[-_ ]?)?(\d+)", re.IGNORECASE)
 _CONTROLS = ("ranker", "pairwise")
+_ONE_CONTROL = "export one control at a time"
 
 
 def matches(fields: Mapping[str, object]) -> bool:
@@ -60,7 +61,7 @@ def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
             controls = listed([str(result.get("from_name")) for _, result in results])
             raise row.error(
                 f"`{name}` has {len(results)} rankings: {controls}",
-                "export one control at a time",
+                _ONE_CONTROL,
             )
         count += 1
         yield _annotation(row, data, name, annotation, *results[0], options)
@@ -120,10 +121,15 @@ def _verdict_over_fields(
     row: Row, data: Mapping[str, object], name: str, results: Sequence[Mapping[str, object]]
 ) -> tuple[list[str], Verdict] | None:
     """The completions and the verdict that choices or ratings give; None if they are about something else."""
-    rated = {
-        str(result.get("to_name")): _value(result, "rating") for result in results if result.get("type") == "rating"
-    }
-    rated = {field: number for field, number in rated.items() if field in data}
+    rated: dict[str, object] = {}
+    for result in results:
+        field = str(result.get("to_name"))
+        if result.get("type") != "rating" or field not in data:
+            continue
+        if field in rated:
+            controls = [str(one.get("from_name")) for one in results if one.get("to_name") == result["to_name"]]
+            raise row.error(f"`{name}` rates `{field}` more than once: {listed(controls)}", _ONE_CONTROL)
+        rated[field] = _value(result, "rating")
     if len(rated) > 1:
         verdict = by_numbers(row, f"{name}.result", list(rated.values()), len(rated), highest_first=True)
         return None if verdict is None else (list(rated), verdict)

@@ -30,7 +30,10 @@ def convert(row: Row, options: ImportOptions) -> Iterator[Part]:
     options.warnings.add("prodigy", row.location)
     texts: dict[str, object] = {}
     for where, option in objects_of(row, "options", row.fields["options"]):
-        texts[str(option["id"])] = text_of(row, f"{where}.text", option.get("text"))
+        identifier = str(option["id"])
+        if identifier in texts:
+            raise row.error(f"`options` has the id {shown(identifier)} twice", "give each option its own id")
+        texts[identifier] = text_of(row, f"{where}.text", option.get("text"))
     ours = {"prompt": _prompt(row, options), "completions": list(texts.values())}
     accepted = row.fields["accept"]
     chosen = {str(one) for one in accepted} if isinstance(accepted, list) else None

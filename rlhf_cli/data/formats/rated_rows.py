@@ -7,8 +7,8 @@ file. What has no other completion to be compared with, or only equally good one
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from rlhf_cli.data.formats.common import ImportOptions, new_row
 from rlhf_cli.data.formats.verdicts import by_numbers, number_of
@@ -38,10 +38,12 @@ class RatedRows:
 
     Args:
         options: of the source.
+        check: raises if a row of a prompt and one completion is wrong, so that an error is about this row, and leaves
+            the other completions of the prompt.
     """
 
-    def __init__(self, options: ImportOptions) -> None:
-        self._options = options
+    def __init__(self, options: ImportOptions, check: Callable[[Row], object]) -> None:
+        self._options, self._check = options, check
         self._mapped = mapped_columns(options.columns)
         self._is_read = options.comparison is None and _OTHERS.isdisjoint(options.columns)
         self._prompts: dict[str, _Prompt] = {}
@@ -55,7 +57,8 @@ class RatedRows:
         """Keep a row if it holds a rated completion; return whether it does.
 
         Raises:
-            DataError: its rating is not a number, or not true or false.
+            DataError: its rating is not a number, or not true or false; or its prompt or completion is wrong.
+            SkipRecordError: its completion is not to be used.
         """
         if not self._is_read or not _OTHERS.isdisjoint(row.fields):
             return False
@@ -73,6 +76,7 @@ class RatedRows:
             name: row.fields[name] for name in CONTEXT if name in row.fields and name not in {*names, *self._mapped}
         }
         shared = {"prompt": prompt, "annotator": row.fields.get("annotator"), **kept}
+        self._check(replace(row, fields={**kept, "prompt": prompt, "completion": completion}))
         key = json.dumps(shared, sort_keys=True, default=str)
         group = self._prompts.setdefault(key, _Prompt(row, shared))
         group.scores.setdefault(json.dumps(completion), []).append(score)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.adapter_files import check_targets, read_adapter_config, save_adapter
+from rlhf_cli.models.adapter_layers import adapter_state
 from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
-from rlhf_cli.models.lora import adapter_state, check_targets, read_adapter_config, save_adapter
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.memory import is_out_of_memory
+from rlhf_cli.models.adapter_files import load_adapter
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.backbone import decoder_of, last_hidden, reads_groups
 from rlhf_cli.models.loading import ModelSource, load_tokenizer, recompute_activations
-from rlhf_cli.models.lora import adapter_layers, add_lora, load_adapter
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model.batch import Encoded, RewardBatch
 from rlhf_cli.models.reward_model.classifier import (
     Classifier,

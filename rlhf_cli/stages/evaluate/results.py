@@ -257,6 +257,8 @@ class Evaluation:
             if number:
                 found |= {"win_rate": pair.win_rate.value, "win_rate_low": pair.win_rate.low}
                 found |= {"win_rate_high": pair.win_rate.high}
+            if pair.pairs > 1:
+                found |= {"win_rate_joint_low": pair.joint.low, "win_rate_joint_high": pair.joint.high}
             tasks = [name for name in self.models[pair.policy] if name.startswith("task/")]
             for name in ("entropy", "perplexity", *tasks):
                 sides = {"baseline": self.baseline, "policy": pair.policy}

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.adapter_files import read_adapter, save_adapter
 from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.loading import ModelSource, load_config
-from rlhf_cli.models.lora import read_adapter, save_adapter
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.policy_adapter import relative_base
 from rlhf_cli.models.saving import require_finite, writing

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.adapter_files import load_adapter
 from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, load_tokenizer
-from rlhf_cli.models.lora import load_adapter, merge_lora
+from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model

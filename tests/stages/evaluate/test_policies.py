@@ -133,6 +133,8 @@ def test_the_tables_fit_80_columns():
         assert pair.joint.high - pair.joint.low > pair.win_rate.high - pair.win_rate.low, "of six pairs"
         assert pair.to_json()["win_rate_joint"]["pairs"] == 6
         assert pair.conclusion.endswith("all 6 pairs together")
+    metrics = evaluation.flat_metrics()
+    assert metrics["win_rate_joint_low"] == evaluation.pairs[0].joint.low
     screen = io.StringIO()
     for table in (models_table(evaluation), pairs_table(evaluation), tasks_table(evaluation)):
         Console(width=80, file=screen).print(table)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.errors import DivergedError, ModelError
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.models.lora import adapter_layers, add_lora
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
 from rlhf_cli.pipeline.preflight import check_models_of_run
 from rlhf_cli.recipe.schema import Recipe

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from rlhf_cli.data.examples import Example
 from rlhf_cli.errors import DivergedError, Interrupted, ModelError, UsageError
+from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.loading import ModelSource, load_policy
-from rlhf_cli.models.lora import adapter_layers, merge_lora
+from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.sft import trainer as sft_trainer
 from rlhf_cli.stages.sft.settings import SFTSettings

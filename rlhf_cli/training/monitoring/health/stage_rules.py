@@ -69,7 +69,9 @@ def judge_reward_model(rows: Sequence[Mapping[str, Any]], metrics: Metrics) -> I
 
 def judge_evaluation(_rows: Sequence[Mapping[str, Any]], metrics: Metrics) -> Iterator[Finding]:
     """Judge a comparison of two policies; see `judge_sft`."""
-    rate, low, high = (metrics.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high"))
+    rate = metrics.get("win_rate")
+    # With several pairs of models, the intervals that hold for all of them decide, as they do in `evaluate`.
+    low, high = (metrics.get(f"win_rate_joint_{end}", metrics.get(f"win_rate_{end}")) for end in ("low", "high"))
     if rate is None or low is None or high is None:
         return
     seen = f"win rate {percent(rate)} ({percent_span(low, high)}) against the baseline"
