@@ -8,6 +8,9 @@ For each adapter, `sft`, `train-rm` and `ppo` of one recipe follow each other: `
 and then the stage, each in a process of its own. Memory is the peak resident memory of the stage's process. Time is that
 of the phases in `timing.jsonl` but `checkpoint`; loading and saving of models is in neither number. With `--rounds`,
 each number is the median of the rounds.
+
+With `--clock cpu`, trial and stage count the CPU time of their process in the place of wall time: on a machine with
+other jobs, and with one thread, that is about the time on an idle machine.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +53,8 @@ class Compared:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan and run the stages, and print a table."""
     options = _options(arguments)
+    if options.clock == "cpu" and options.threads != 1:
+        sys.exit("CPU time is the sum of all threads: add `--threads 1`")
     found: list[Compared] = []
     for number in range(options.rounds):
         for adapter in options.adapters:
@@ -74,6 +81,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapters", nargs="+", choices=("none", "lora"), default=("none", "lora"))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--precision", default="auto", help="of a model of `--model`")
     parser.add_argument("--set", nargs="*", default=[], metavar="A=B", help="further settings of the recipe")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -91,9 +99,9 @@ def _round(options: argparse.Namespace, folder: Path, adapter: str) -> Iterator[
     for stage in STAGES[: last + 1]:
         span = ["--from", stage, "--to", stage]
         if stage == "train-rm" and not options.model:
-            _rlhf("run", recipe, "--from", "label", "--to", "label", *run)
-        planned = _rlhf("plan", recipe, "--json", *span, *run)[0] if stage in options.stages else None
-        result, peak = _rlhf("run", recipe, "--json", *span, *run)
+            _rlhf(options.clock, "run", recipe, "--json", "--from", "label", "--to", "label", *run)
+        planned = _rlhf(options.clock, "plan", recipe, "--json", *span, *run)[0] if stage in options.stages else None
+        result, peak = _rlhf(options.clock, "run", recipe, "--json", *span, *run)
         if planned is not None:
             yield _compared(planned["stages"][0], result["stages"][0], peak, adapter)
 
@@ -119,12 +127,12 @@ def _recipe(options: argparse.Namespace, folder: Path) -> Path:
     return file
 
 
-def _rlhf(*arguments: object) -> tuple[Row, int]:
+def _rlhf(clock: str, *arguments: object) -> tuple[Row, int]:
     """Run a command in a process of its own; returns what it printed as JSON, and its peak resident memory in bytes.
 
     A process starts with the peak of the one that forked it; this one imports no library, so it is small.
     """
-    command = [sys.executable, "-m", "rlhf_cli", *map(str, arguments)]
+    command = [sys.executable, __file__, f"--as-rlhf-{clock}", *map(str, arguments)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | {"CI": "1"})
         _, status, usage = os.wait4(process.pid, 0)
@@ -133,8 +141,21 @@ def _rlhf(*arguments: object) -> tuple[Row, int]:
         err.seek(0)
         if process.returncode:
             sys.exit(f"{' '.join(command)}\nended with {process.returncode}\n{err.read().decode()[-4000:]}")
-        said = out.read().decode()
-    return json.loads(said) if "--json" in arguments else {}, usage.ru_maxrss * 1024
+        return json.loads(out.read()), usage.ru_maxrss * 1024
+
+
+def _as_rlhf(clock: str, arguments: Sequence[str]) -> int:
+    """Be the command `rlhf`, whose trial and stages read another clock."""
+    from rlhf_cli.cli import main as rlhf
+
+    if clock == "cpu":
+        from rlhf_cli.stages import trial
+        from rlhf_cli.training import timing
+
+        cpu = SimpleNamespace(perf_counter=time.process_time, monotonic=time.process_time)
+        trial.time = timing.time = cpu  # pyright: ignore[reportAttributeAccessIssue]
+    sys.argv = ["rlhf", *arguments]
+    return rlhf()
 
 
 def _compared(planned: Row, result: Row, peak: int, adapter: str) -> Compared:
@@ -166,4 +187,6 @@ def _line(stage: str, adapter: str, rounds: Sequence[Compared]) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1].startswith("--as-rlhf-"):
+        sys.exit(_as_rlhf(sys.argv[1].removeprefix("--as-rlhf-"), sys.argv[2:]))
     main()
