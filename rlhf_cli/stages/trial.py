@@ -58,7 +58,7 @@ class Rates:
         step: per decoding step.
         row: per row of a decoding step.
         mean: tokens of a completion, not seconds; None where none was drawn.
-        process: bytes of this process before it held a model, not seconds.
+        process: bytes of this process without a model after passes, not seconds: libraries import parts on first use.
     """
 
     load: float
@@ -110,7 +110,6 @@ def run_trial(
         seconds: about how long passes and decoding are measured.
         folder: for a file that is written and removed.
     """
-    process = psutil.Process().memory_info().rss
     began = time.perf_counter()
     model = load_policy(source)
     load = time.perf_counter() - began
@@ -137,6 +136,7 @@ def run_trial(
         del model
         free_memory()
     per_weight = _optimizer_rate(device, optimizer) if reading.trains else 0.0
+    free_memory()
     return Rates(
         load=load,
         train=train,
@@ -147,7 +147,7 @@ def run_trial(
         step=drawn.step,
         row=drawn.row,
         mean=drawn.mean,
-        process=process,
+        process=psutil.Process().memory_info().rss,
     )
 
 
@@ -243,17 +243,21 @@ class _Passes:
         self._sequences: Sequences = ready
 
     def rate(self, *, train: bool, seconds: float) -> float:
-        """Return the seconds per operation, on the largest part of a micro-batch that is measured in `seconds`."""
+        """Return the seconds per operation, on the largest part of a micro-batch that is measured in `seconds`.
+
+        It is the mean of all passes, not the best one: a stage takes the mean, on the same machine beside the same load.
+        """
         most = max(1, self._reading.rows)
-        count = 1
-        self._run(count, train=train)  # warms up
-        took, flops = self._run(count, train=train)
-        count = max(1, min(most, int(seconds / 2 / max(took, 1e-9))))
-        best, spent = took / flops if count == 1 else float("inf"), took
-        while best == float("inf") or spent < seconds:
+        self._run(1, train=train)  # warms up
+        spent, done = self._run(1, train=train)
+        count = max(1, min(most, int(seconds / 2 / max(spent, 1e-9))))
+        if count > 1:
+            self._run(count, train=train)  # memory of this size is new
+            spent = done = 0.0
+        while not done or spent < seconds:
             took, flops = self._run(count, train=train)
-            best, spent = min(best, took / flops), spent + took
-        return best
+            spent, done = spent + took, done + flops
+        return spent / done
 
     def _run(self, count: int, *, train: bool) -> tuple[float, float]:
         """Return the seconds and operations of a pass over `count` sequences."""
