@@ -9,7 +9,7 @@ PEER is a separate environment: `pip install torch==2.13.0 "trl==1.12.0" "transf
 
 The task is the quickstart: a Llama with 0.8 million parameters that answers everyday questions, a reward model trained
 without an adapter on rankings by a gold function in Python, and that function as evaluator on held-out questions. Both
-trainers read the same folders: `transformer export` writes the SFT model as a standard Llama whose pad token differs
+trainers read the same folders: `rlhf export` writes the SFT model as a standard Llama whose pad token differs
 from its end token, and the reward model is a standard classifier. `WORK/settings.json` holds the settings of both.
 Every `snapshot_steps` steps each side saves its policy to `WORK/seedS/SIDE-KL/step-N.safetensors`.
 """
@@ -103,7 +103,7 @@ def prepare(folder: Path, seed: int) -> None:
     if not (folder / "sft").is_dir():
         _rlhf("sft", str(RECIPE), *common)
         _rlhf("label", str(RECIPE), *common)
-        _rlhf("transformer", "export", str(run / "sft"), str(folder / "sft"))
+        _rlhf("export", str(run / "sft"), str(folder / "sft"), "--to", "llama")
     changes = [f"train_rm.{name}={value}" for name, value in REWARD_SETTINGS.items()]
     changes.append(f"train_rm.model={folder / 'sft'}")
     _rlhf("train-rm", str(RECIPE), *common, *(part for change in changes for part in ("--set", change)))

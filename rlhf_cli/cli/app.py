@@ -32,9 +32,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reproduce": ("rlhf_cli.cli.reproduce:reproduce", "Run a run again and compare the hashes."),
     "compare": ("rlhf_cli.cli.compare:compare", "Compare evaluated runs, over prompts and over seeds."),
     "benchmark-rm": ("rlhf_cli.cli.benchmark_rm:benchmark_rm", "Score a reward model on RewardBench and similar data."),
+    "push": ("rlhf_cli.cli.push:push", "Upload a model of a run to the Hugging Face hub."),
+    "export": (
+        "rlhf_cli.cli.export:export",
+        "Write a model for transformers, llama.cpp, verl or OpenRLHF.",
+    ),
     "recipe": ("rlhf_cli.cli.recipe:app", "Show and validate recipes; print their JSON schema."),
     "data": ("rlhf_cli.cli.data:app", "Show data as the stages read it, in tokens."),
-    "transformer": ("rlhf_cli.cli.transformer:app", "Convert models to the built-in transformer and back."),
+    "transformer": ("rlhf_cli.cli.transformer:app", "Convert GPT-2 and Llama models to the built-in transformer."),
     "attention": ("rlhf_cli.cli.attention.commands:app", "List, benchmark, verify and visualize attention backends."),
     "completion": (
         "rlhf_cli.cli.completion:completion",

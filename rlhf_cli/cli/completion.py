@@ -54,6 +54,17 @@ def run_directories(incomplete: str) -> list[str]:
     return _matching([path for path in _beside(incomplete) if path.is_dir()], incomplete)
 
 
+def models(incomplete: str) -> list[str]:
+    """Return the folders of models in the runs of `runs/`, and the folders that a path may go on to."""
+    found = [str(path.parent) for path in sorted(_RUNS.glob("[!.]*/*/manifest.json")) if _has_model(path.parent)]
+    matching = [path for path in found if path.startswith(incomplete)]
+    return matching or run_directories(incomplete)
+
+
+def _has_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "reward.json"))
+
+
 def stages(incomplete: str) -> list[str]:
     """Return names of stages."""
     from rlhf_cli.stages.registry import REGISTRY

@@ -1,7 +1,8 @@
-"""Build a small model from scratch: an explicit transformer with random weights and its own byte-level BPE tokenizer.
+"""Build a small model from scratch: a transformer with random weights and its own byte-level BPE tokenizer.
 
 It serves to run the whole pipeline without a network or a GPU, and to study parts of the transformer. The result is an
-ordinary Hugging Face folder that later stages load like any other model.
+ordinary Hugging Face folder: a Llama by default, or a GPT-2, which any program loads. A transformer of parts that
+neither has is saved as the explicit transformer that it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer.config import TransformerConfig
+from rlhf_cli.transformer.conversion import as_transformers, counterpart
 from rlhf_cli.transformer.heads import TransformerForCausalLM, TransformerForSeq2SeqLM
 
 END, PADDING = "<|eos|>", "<|pad|>"
@@ -81,6 +83,8 @@ def _write(folder: Path, config: TransformerConfig, tokenizer: PreTrainedTokeniz
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TransformerForSeq2SeqLM(config) if config.is_encoder_decoder else TransformerForCausalLM(config)
+        if type(model) is TransformerForCausalLM and counterpart(config) is not None:
+            model = as_transformers(model)
     model.generation_config = GenerationConfig(
         do_sample=True,
         eos_token_id=end,

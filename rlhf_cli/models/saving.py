@@ -34,8 +34,8 @@ model = {auto}.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-If it is a decoder that consists of the parts of a Llama (the default) or of a GPT-2,
-`rlhf transformer export FOLDER OUT` writes a Llama or GPT-2 with the same logits, which needs no import.
+If it is a decoder that consists of the parts of a Llama or of a GPT-2, `rlhf export FOLDER OUT --to llama` writes a
+Llama or GPT-2 with the same logits, which needs no import.
 """
 
 
@@ -75,7 +75,7 @@ def save_model_folder(
         if isinstance(model.config, TransformerConfig):
             auto = type(model).__name__.replace("Transformer", "AutoModel", 1)
             (folder / LOADING).write_text(_HOW_TO_LOAD.format(auto=auto), encoding="utf-8")
-            say_once(f"a model of `model.build`: {LOADING} beside it says how other programs load it")
+            say_once(f"an explicit transformer: {LOADING} beside it says how other programs load it")
 
 
 @contextmanager

@@ -16,9 +16,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.transformer.classifier import TransformerForSequenceClassification
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.conversion_configs import TOKENS, explicit_config, gpt2_config, llama_config
 from rlhf_cli.transformer.heads import TransformerForCausalLM
@@ -42,34 +50,54 @@ def as_explicit(model: PreTrainedModel, name: str = "the model") -> TransformerF
     return _filled(TransformerForCausalLM, config, state, model, name)
 
 
-def as_transformers(model: TransformerForCausalLM, name: str = "the model") -> PreTrainedModel:
-    """Convert an explicit decoder to the GPT-2 or Llama that computes the same, for other programs.
+def as_transformers(
+    model: TransformerForCausalLM | TransformerForSequenceClassification, name: str = "the model"
+) -> PreTrainedModel:
+    """Convert an explicit decoder, or a classifier on one, to the GPT-2 or Llama that computes the same.
 
     Raises:
         ModelError: the model is not an explicit decoder, or its combination of parts is neither GPT-2 nor Llama.
     """
-    if type(model) is not TransformerForCausalLM:
+    is_classifier = type(model) is TransformerForSequenceClassification and model.config.architecture == "decoder"
+    if type(model) is not TransformerForCausalLM and not is_classifier:
         raise ModelError(
             f"cannot export `{name}`: it must be an explicit decoder, got {type(model).__name__}",
             hint="`rlhf transformer convert` converts a GPT-2 or a Llama to one",
         )
+    found = _counterpart(model.config, name)
+    if isinstance(found, list):
+        raise ModelError(
+            f"`{name}` is neither a GPT-2 nor a Llama: {'; '.join(found)}",
+            hint="after `import rlhf_cli.transformer`, `AutoModelForCausalLM.from_pretrained` loads the model as it is",
+        )
+    family, config = found
+    state = _renamed(model, family, model.config.num_hidden_layers, name, to_ours=False)
+    if is_classifier:
+        config.num_labels = model.config.num_labels
+    return _filled(family.classifier if is_classifier else family.kind, config, state, model, name)
+
+
+def counterpart(config: TransformerConfig) -> PretrainedConfig | None:
+    """Return the configuration of the GPT-2 or Llama that computes the same as an explicit decoder; None for none."""
+    found = _counterpart(config, "the model") if config.architecture == "decoder" else []
+    return None if isinstance(found, list) else found[1]
+
+
+def _counterpart(config: TransformerConfig, name: str) -> tuple[_Family, PretrainedConfig] | list[str]:
+    """Return the family that computes the same, with its configuration; or why each family does not."""
     reasons = []
     for family in _FAMILIES:
         try:
-            theirs = family.config_of(model.config)
-            found, requested = (_parts(config) for config in (explicit_config(theirs, name), model.config))
+            theirs = family.config_of(config)
+            found, requested = (_parts(one) for one in (explicit_config(theirs, name), config))
         except (ValueError, StrictDataclassError) as error:  # the family does not support these sizes
             reasons.append(f"as a {family.name}, {' '.join(str(error).split())}")
             continue
         differing = [key for key in requested if requested[key] != found[key]]
         if not differing:
-            state = _renamed(model, family, model.config.num_hidden_layers, name, to_ours=False)
-            return _filled(family.kind, theirs, state, model, name)
-        reasons.append(f"{family.name} has no `{differing[0]}: {getattr(model.config, differing[0])}`")
-    raise ModelError(
-        f"`{name}` is neither a GPT-2 nor a Llama: {'; '.join(reasons)}",
-        hint="after `import rlhf_cli.transformer`, `AutoModelForCausalLM.from_pretrained` loads the model as it is",
-    )
+            return family, theirs
+        reasons.append(f"{family.name} has no `{differing[0]}: {getattr(config, differing[0])}`")
+    return reasons
 
 
 @dataclass(frozen=True)
@@ -78,7 +106,8 @@ class _Family:
 
     Attributes:
         name: of the family.
-        kind: transformers' class.
+        kind: transformers' language model.
+        classifier: transformers' sequence classifier.
         config_of: converts one of our configurations to one of the family.
         layers: prefix of a layer's index.
         outside: modules outside the layers, their name -> our name.
@@ -88,6 +117,7 @@ class _Family:
 
     name: str
     kind: type[PreTrainedModel]
+    classifier: type[PreTrainedModel]
     config_of: Callable[[TransformerConfig], PretrainedConfig]
     layers: str
     outside: dict[str, str]
@@ -107,6 +137,7 @@ class _Family:
 _GPT2 = _Family(
     name="GPT-2",
     kind=GPT2LMHeadModel,
+    classifier=GPT2ForSequenceClassification,
     config_of=gpt2_config,
     layers="transformer.h",
     outside={
@@ -114,6 +145,7 @@ _GPT2 = _Family(
         "transformer.wpe": f"{_OUTER}.positions.table",
         "transformer.ln_f": f"{_OUTER}.norm",
         "lm_head": "lm_head",
+        "score": "score",
     },
     inside={
         "ln_1": ("self_attention_norm",),
@@ -128,12 +160,14 @@ _GPT2 = _Family(
 _LLAMA = _Family(
     name="Llama",
     kind=LlamaForCausalLM,
+    classifier=LlamaForSequenceClassification,
     config_of=llama_config,
     layers="model.layers",
     outside={
         "model.embed_tokens": f"{_OUTER}.embed_tokens",
         "model.norm": f"{_OUTER}.norm",
         "lm_head": "lm_head",
+        "score": "score",
     },
     inside={
         "input_layernorm": ("self_attention_norm",),
@@ -202,5 +236,6 @@ def _filled(
             f"the weights of `{name}` do not fit its configuration: {' '.join(str(error).split())}",
             hint="give the folder of a complete, unmodified language model",
         ) from error
-    model.generation_config = copy.deepcopy(like.generation_config)
+    if model.can_generate():
+        model.generation_config = copy.deepcopy(like.generation_config)
     return model.train(like.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.build import build_model, train_tokenizer
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
 from rlhf_cli.settings.shared import BuildSettings
+from rlhf_cli.transformer.config import TransformerConfig
+from rlhf_cli.transformer.conversion_configs import explicit_config
 
 SIZES = {"hidden_size": 32, "layers": 2, "heads": 4, "feed_forward_size": 48, "vocab_size": 300, "context_length": 64}
 TEXTS = ["How often should I water my basil?", "Water basil in the morning, when the soil feels dry."] * 3
@@ -29,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folder_loads_as_any_other_model(folder: Path):
     source = ModelSource(str(folder))
     model, tokenizer = load_policy(source), load_tokenizer(source)
-    assert model.config.model_type == "rlhf-transformer"
+    assert model.config.model_type == "llama"
     assert model.config.max_position_embeddings == 64
     assert model.config.num_hidden_layers == 2
     assert model.config.vocab_size == len(tokenizer) <= 300
@@ -69,7 +72,23 @@ def test_special_tokens_are_distinct_and_agree_with_the_model(folder: Path):
 def test_every_part_reaches_the_model(tmp_path: Path, setting: dict[str, Any], parts: dict[str, Any]):
     build_model(tmp_path, TEXTS, BuildSettings(**SIZES | setting), seed=0)
     config = load_policy(ModelSource(str(tmp_path))).config
+    if not isinstance(config, TransformerConfig):
+        config = explicit_config(config)
     assert {name: getattr(config, name) for name in parts} == parts
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        ({}, "llama"),
+        ({"positions": "learned", "norm": "layer", "feed_forward": "gelu-tanh", "biases": "all"}, "gpt2"),
+        ({"norm": "layer"}, "rlhf-transformer"),
+        ({"architecture": "encoder-decoder"}, "rlhf-transformer"),
+    ],
+)
+def test_models_that_others_have_a_name_for_get_that_name(tmp_path: Path, parts: dict[str, Any], kind: str):
+    build_model(tmp_path, TEXTS, BuildSettings(**SIZES | parts), seed=0)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
 
 
 def test_encoder_decoder_starts_from_padding_and_writes(tmp_path: Path):

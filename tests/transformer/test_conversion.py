@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf_cli.cli.transformer import convert, export
+from rlhf_cli.cli.export import export
+from rlhf_cli.cli.transformer import convert
 from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.models.build import build_model
 from rlhf_cli.models.loading import ModelSource, load_policy, load_tokenizer
@@ -235,7 +236,8 @@ def test_a_short_context_is_probed_within_its_positions(tmp_path: Path):
     parts = {"positions": "learned", "norm": "layer", "feed_forward": "gelu-tanh", "biases": "all"}
     sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "feed_forward_size": 16, "vocab_size": 260}
     build_model(tmp_path / "short", ["text"], BuildSettings(context_length=8, **sizes, **parts), seed=0)
-    export(str(tmp_path / "short"), tmp_path / "gpt2")
+    convert(str(tmp_path / "short"), tmp_path / "explicit")
+    export(str(tmp_path / "explicit"), tmp_path / "gpt2", "llama")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")) is GPT2LMHeadModel
 
 
@@ -245,7 +247,7 @@ def test_convert_and_export_write_folders_that_load(
 ):
     folder = request.getfixturevalue(family)
     convert(str(folder), tmp_path / "explicit")
-    export(str(tmp_path / "explicit"), tmp_path / "back")
+    export(str(tmp_path / "explicit"), tmp_path / "back", "llama")
     printed = capsys.readouterr()
     assert printed.out == f"{tmp_path / 'explicit'}\n{tmp_path / 'back'}\n"
     assert "-> TransformerForCausalLM: logits of 16 tokens differ by at most" in printed.err

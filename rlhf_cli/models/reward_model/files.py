@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.adapter_files import check_targets, read_adapter_config, save_adapter
@@ -186,12 +187,19 @@ def _save_adapter(reward_model: RewardModel, folder: Path, base: str, revision: 
 def _save_classifier(reward_model: RewardModel, folder: Path) -> None:
     model, tokenizer = reward_model.model, reward_model.format.tokenizer
     if not reward_model.is_encoder:
-        # Transformers takes the last token that is not padding as the last token. If the padding token is the end token
-        # this finds a wrong one. Without a padding token transformers raises for batches in place of scoring wrongly.
-        config, pad = model.config.get_text_config(), tokenizer.pad_token_id
-        is_usable = isinstance(pad, int) and pad != tokenizer.eos_token_id and pad < config.vocab_size
-        config.pad_token_id = pad if is_usable else None
+        set_padding(model, tokenizer)
     save_model_folder(model, tokenizer, folder, dtype=torch.float32)
+
+
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set the padding token of a decoder's classifier for use in transformers.
+
+    Transformers takes the last token that is not padding as the last token. If the padding token is the end token this
+    finds a wrong one. Without a padding token transformers raises for batches in place of scoring wrongly.
+    """
+    config, pad = model.config.get_text_config(), tokenizer.pad_token_id
+    is_usable = isinstance(pad, int) and pad != tokenizer.eos_token_id and pad < config.vocab_size
+    config.pad_token_id = pad if is_usable else None
 
 
 def head_tensors(reward_model: RewardModel) -> dict[str, torch.Tensor]:
