@@ -104,3 +104,15 @@ def test_the_quickstart_command_needs_nothing_but_a_folder(tmp_path: Path):
         [rlhf, "watch", "rlhf-quickstart/runs/quickstart"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "evaluate finished" in shown.stdout
+    models = folder / "runs" / "quickstart"
+    exported = tmp_path / "reward-model"
+    command = [rlhf, "export", str(models / "train-rm"), str(exported), "--to", "llama"]
+    subprocess.run(command, env=environment(), check=True)
+    loading = (
+        "import sys\nfrom transformers import AutoModelForCausalLM as A, AutoModelForSequenceClassification as B\n"
+    )
+    loading += "kinds = [type(auto.from_pretrained(path)).__name__ for auto, path in zip((A, A, B), sys.argv[1:])]\n"
+    loading += "assert kinds == ['LlamaForCausalLM'] * 2 + ['LlamaForSequenceClassification'], kinds\n"
+    loading += "assert not [name for name in sys.modules if name.startswith('rlhf_cli')]\n"
+    paths = [str(path) for path in (models / "sft", models / "ppo", exported)]
+    subprocess.run([sys.executable, "-c", loading, *paths], cwd=tmp_path, env=environment(), check=True)
