@@ -35,10 +35,10 @@ def export(
     """Write a model for other programs.
 
     \b
-      llama     a folder that transformers loads without this package: adapters merged, a model
-                of `model.build` as the Llama that it is, reward models as sequence classifiers
-      gguf      model.gguf, by llama.cpp's own converter, and a Modelfile for Ollama
-      verl      SFT model, reward model, prompts and a script with the settings of PPO
+      llama     a folder that transformers loads without this package:
+                adapters merged, reward models as sequence classifiers
+      gguf      model.gguf, by llama.cpp's converter, and a Modelfile for Ollama
+      verl      SFT model, reward model, prompts, a script with PPO's settings
       openrlhf  the same for OpenRLHF
 
     The outputs of what is written are compared with those of the model.

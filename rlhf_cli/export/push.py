@@ -14,6 +14,7 @@ from rlhf_cli.export.models import ExportedModel
 from rlhf_cli.files import MODEL_CARD
 from rlhf_cli.models.json_files import read_json
 from rlhf_cli.progress import warn
+from rlhf_cli.stages.model_names import model_names
 
 _OF_A_MODEL = (
     MODEL_CARD,
@@ -82,7 +83,14 @@ def plan_upload(
         for path in sorted(model.folder.rglob("*"))
         if path.is_file() and _is_allowed(name := path.relative_to(model.folder).as_posix())
     }
-    return Upload(model.folder, files, repo, is_private or None, revision, message or f"Upload {model.name} with rlhf")
+    return Upload(
+        model.folder,
+        files,
+        repo,
+        is_private or None,
+        revision,
+        message or f"Upload {model_names(model.name)[0]} with rlhf",
+    )
 
 
 def _is_allowed(path: str) -> bool:

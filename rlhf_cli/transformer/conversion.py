@@ -73,7 +73,7 @@ def as_transformers(
     family, config = found
     state = _renamed(model, family, model.config.num_hidden_layers, name, to_ours=False)
     if is_classifier:
-        config.num_labels = model.config.num_labels
+        config.num_labels = model.config.num_labels or 1
     return _filled(family.classifier if is_classifier else family.kind, config, state, model, name)
 
 

@@ -67,7 +67,7 @@ def test_the_hub_gets_one_commit(folder: Path, tmp_path: Path, rlhf):
         assert {name: len(body) for name, body in server.files.items()} == listed
         assert server.files["config.json"] == (folder / "config.json").read_bytes()
         rlhf("push", folder, "ann/mine", env=env)  # a repository that exists gets another commit
-        assert server.messages[1:] == [f"Upload {folder} with rlhf"]
+        assert server.messages[1:] == [f"Upload {folder.parent.name}/policy with rlhf"]
         server.failing = 403
         refused = rlhf("push", folder, "ann/mine", env=env, code=65)
         assert "use a token with write permission for ann" in " ".join(refused.stderr.split())
