@@ -149,12 +149,18 @@ _PLOTS = (
     "rlhf_cli/labeling/statistics/text_report.py",
 )
 
+MODEL_CARDS = (
+    *("rlhf_cli/files.py", "rlhf_cli/report/model_card.py"),
+    *("rlhf_cli/cli/push.py", "rlhf_cli/export/models.py", "rlhf_cli/export/push.py"),
+)
+"""Files about model cards."""
+
 # Where a pattern stays, the comment beside `allowed` says why.
 WORDS = [
     Word("leash", "KL penalty"),
     Word("laps?", "epoch"),
     Word("mend(?:s|ed|ing)?", "fix"),
-    Word("actors?", "PPO models"),
+    Word("actors?", "PPO models", allowed=("rlhf_cli/export/openrlhf.py", "rlhf_cli/export/verl.py")),  # their options
     Word("playing", "use_adapter"),
     # What scores completions there may be a function or a reward model.
     Word(
@@ -181,7 +187,7 @@ WORDS = [
         in_text=False,
         allowed=("rlhf_cli/cli/app.py", "rlhf_cli/cli/completion.py", "rlhf_cli/cli/label/commands.py"),
     ),
-    Word("card", "config", in_text=False, allowed=("rlhf_cli/files.py", "rlhf_cli/report/model_card.py")),
+    Word("card", "config", in_text=False, allowed=MODEL_CARDS),
     Word("room", "max_length, free space", in_text=False),
     # Hugging Face.
     Word("face", "app", in_text=False, allowed=("rlhf_cli/attention/hugging_face.py",)),

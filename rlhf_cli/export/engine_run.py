@@ -106,7 +106,7 @@ def read_run(folder: Path) -> EngineRun:
     """Read a run whose stages before PPO are finished.
 
     Raises:
-        UsageError: it is no run directory, has no recipe with `ppo`, or a model is missing.
+        UsageError: it is not a run directory, has no recipe with `ppo`, or a model is missing.
         DataError: the prompts cannot be read.
     """
     from rlhf_cli.models.loading import ModelSource, load_tokenizer

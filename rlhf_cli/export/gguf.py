@@ -91,7 +91,7 @@ def modelfile(model: ExportedModel, plain: Path) -> str:
         plain / "tokenizer_config.json"
     )
     template = contract.prompt_template if contract else "chat" if has_chat else None
-    lines = ["FROM ./model.gguf", "", *_template(template), ""]
+    lines = ["FROM ./model.gguf", "", *template_lines(template), ""]
     lines += ["# As in training: the model's own distribution, without the filters that Ollama applies by default."]
     lines += [f"PARAMETER temperature {sampling.temperature:g}", f"PARAMETER top_p {sampling.top_p:g}"]
     lines += ["PARAMETER top_k 0", "PARAMETER min_p 0", "PARAMETER repeat_penalty 1"]
@@ -100,7 +100,7 @@ def modelfile(model: ExportedModel, plain: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _template(template: str | None) -> list[str]:
+def template_lines(template: str | None) -> list[str]:
     """Return the TEMPLATE of a Modelfile where it is exact, else a comment."""
     if template == "chat":
         return [

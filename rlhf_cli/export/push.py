@@ -155,7 +155,7 @@ def _hub_errors(plan: Upload) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        raise _refused(plan, error.response.status_code, _first_line(error)) from error
+        raise refusal(plan, error.response.status_code, _first_line(error)) from error
     except (HTTPError, OSError) as error:
         raise ModelError(
             f"cannot reach the hub to upload `{plan.repo}`: {_first_line(error)}",
@@ -163,7 +163,8 @@ def _hub_errors(plan: Upload) -> Iterator[None]:
         ) from error
 
 
-def _refused(plan: Upload, status: int, reason: str) -> RLHFError:
+def refusal(plan: Upload, status: int, reason: str) -> RLHFError:
+    """Return the error for a status of HTTP with which the hub refuses an upload."""
     owner = plan.repo.partition("/")[0] if "/" in plan.repo else "your account"
     page = f"https://huggingface.co/{plan.repo}"
     text, hint = {
@@ -174,7 +175,7 @@ def _refused(plan: Upload, status: int, reason: str) -> RLHFError:
         ),
         404: (
             f"has no model repository `{plan.repo}` that this token can see",
-            f"check {page}: a data set or Space of that name is no model; use another name or token",
+            f"check {page}: a data set or Space of that name does not count; use another name or token",
         ),
         409: (f"has something else under `{plan.repo}`", "use another name"),
         429: ("takes no more requests now", "wait some minutes and run the same command again"),

@@ -143,7 +143,7 @@ def test_a_modelfile_names_no_template_that_it_cannot_hold(made_run, tmp_path, t
     text = gguf.modelfile(find_model(str(tiny_llama)), tmp_path / "plain")
     assert "\nTEMPLATE" not in text
     assert "chat template in model.gguf" in text
-    assert gguf._template("{{ {prompt}")[0].startswith("# No TEMPLATE")
+    assert gguf.template_lines("{{ {prompt}")[0].startswith("# No TEMPLATE")
 
 
 def test_names_of_options_are_those_of_the_engines(made_run):

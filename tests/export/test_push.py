@@ -81,10 +81,10 @@ def test_the_hub_gets_one_commit(folder: Path, tmp_path: Path, rlhf):
 
 @pytest.mark.parametrize(
     ("status", "hint"),
-    [(401, "hf auth login"), (403, "write permission for ann"), (404, "is no model"), (409, "another name")],
+    [(401, "hf auth login"), (403, "write permission for ann"), (404, "does not count"), (409, "another name")],
 )
 def test_every_refusal_of_the_hub_says_what_to_do(folder: Path, status: int, hint: str):
-    error = push._refused(plan(folder), status, "no")
+    error = push.refusal(plan(folder), status, "no")
     assert isinstance(error, ModelError)
     assert hint in str(error.hint)
 
