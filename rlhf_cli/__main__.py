@@ -1,7 +1,5 @@
 """`python -m rlhf_cli`, which is how `--processes` starts its workers."""
 
-import sys
+from rlhf_cli.cli import entry
 
-from rlhf_cli.cli import main
-
-sys.exit(main())
+entry()

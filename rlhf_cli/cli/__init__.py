@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
+from typing import NoReturn
+
+
+def entry() -> NoReturn:
+    """Run `main`, and end the process without Python's teardown, which takes about a second once torch is loaded.
+
+    After Ctrl-C, a person waits for that second. What was registered with `atexit` runs as usual.
+    """
+    code = main()
+    is_alone = all(one is threading.main_thread() or one.daemon for one in threading.enumerate())
+    if "torch" in sys.modules and is_alone:
+        from rlhf_cli.distributed.process_group import exit_without_teardown
+
+        atexit._run_exitfuncs()
+        exit_without_teardown(code)
+    sys.exit(code)
 
 
 def main() -> int:

@@ -25,6 +25,8 @@ _BY_PEOPLE = {"short": 40, "full": 300}
 """Prompts that a person ranks at most before a run goes on: about ten minutes, and about an hour."""
 _WIDTH = 79
 """A comment stands behind its line where both fit into this, else above it."""
+_ABOUT_SETTINGS = ("label", "train_rm")
+"""Sections whose comment repeats values of their settings."""
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -98,7 +100,7 @@ def recipe_text(draft: Draft, path: Path, command: str) -> str:
     if draft.labels.evaluate is not None:
         decides = "the function" if "judge_function" in draft.labels.evaluate else "the reward model"
         lines.add("evaluate", _evaluate(draft), f"PPO beside the model before it; {decides} decides")
-    _apply(lines.sections, draft.settings)
+    _apply(lines, draft.settings)
     head = [
         f"# Written by `{command}`. Next: rlhf run {path}",
         f"# Other settings have their defaults: `rlhf recipe show {path}` lists them.",
@@ -168,15 +170,17 @@ def _evaluate(draft: Draft) -> dict[str, Any]:
     return section
 
 
-def _apply(sections: dict[str, Any], settings: Sequence[str]) -> None:
-    """Put values of `--set` into the sections."""
-    layers = Layers(data=sections)
+def _apply(lines: _Lines, settings: Sequence[str]) -> None:
+    """Put values of `--set` into the sections; a comment that may now be wrong is dropped."""
+    layers = Layers(data=lines.sections)
     problems = []
     for setting in settings:
         try:
             layers.add(parse_set(setting))
         except BadSetting as error:
             problems.append(str(error))
+        if (section := setting.partition(".")[0]) in _ABOUT_SETTINGS:
+            lines.notes[section] = ""
     if problems:
         raise RecipeError(problems)
 

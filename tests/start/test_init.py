@@ -167,6 +167,13 @@ def test_a_model_trained_here_keeps_its_own_prompting_and_split(init, tiny_llama
     assert "prompted as 'Q: {prompt}'" in said
 
 
+def test_a_comment_that_a_setting_contradicts_is_dropped(init):
+    text = init("--set", "label.completions_per_prompt=2", "--set", "train_rm.epochs=1")[1]
+    assert "four completions" not in text
+    assert "three passes" not in text
+    assert "# PPO beside the model before it" in text
+
+
 def test_a_recipe_names_the_schema_beside_it_by_which_editors_check_it(init, tmp_path):
     schema = tmp_path / "recipe.schema.json"
     schema.write_text('{"mine": 1}')

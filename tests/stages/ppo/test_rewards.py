@@ -45,7 +45,8 @@ def ppo(tiny_llama: Path, prompts: Path, tmp_path: Path) -> Callable[..., tuple[
         if rewards is not None:
             settings["ppo.rewards"] = json.dumps(rewards)
         sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-        command = ["rlhf", "ppo", "--model", tiny_llama, "--prompts", prompts, *sets, *arguments]
+        own = ("--run-dir", "runs/default")  # some tests run twice, and replace the first result
+        command = ["rlhf", "ppo", "--model", tiny_llama, "--prompts", prompts, *own, *sets, *arguments]
         out, err = io.StringIO(), io.StringIO()
         with (
             mock.patch.object(sys, "argv", list(map(str, command))),
