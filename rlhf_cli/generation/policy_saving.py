@@ -62,10 +62,9 @@ def save_policy(
 ) -> float:
     """Write a policy as an ordinary model folder in float32, and return the KL from the trained to the written policy.
 
-    Merging, writing, reading back and comparing happen on the CPU, one model at a time; nothing is loaded onto the
-    model's device. The model is consumed: it is moved to the CPU and merged, and its weights are released. A quantized
-    model stays as it is: its adapter is merged into the weights on disk, and the adapter on those is what is compared
-    with the written policy.
+    Everything happens on the CPU, one model at a time. The model is consumed: it is moved there and merged, and its
+    weights are released. A quantized model stays as it is: its adapter is merged into the weights on disk, and the
+    adapter on those is what is compared with the written policy.
 
     Args:
         model: as trained; an adapter is active.
