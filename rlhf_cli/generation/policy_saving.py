@@ -62,10 +62,9 @@ def save_policy(
 ) -> float:
     """Write a policy as an ordinary model folder in float32, and return the KL from the trained to the written policy.
 
-    Merging, writing, reading back and comparing happen on the CPU, one model at a time; nothing is loaded onto the
-    model's device. The model is consumed: it is moved to the CPU and merged, and its weights are released. A quantized
-    model stays as it is: its adapter is merged into the weights on disk, and the adapter on those is what is compared
-    with the written policy.
+    Everything happens on the CPU, one model at a time. The model is consumed: it is moved there and merged, and its
+    weights are released. A quantized model stays as it is: its adapter is merged into the weights on disk, and the
+    adapter on those is what is compared with the written policy.
 
     Args:
         model: as trained; an adapter is active.
@@ -92,13 +91,9 @@ def save_policy(
     in_memory = None if adapter is None else AdapterInMemory.of(model, adapter.name)
     if adapter is not None:
         path, commit = source.pinned
-        base = AdapterBase(
-            path=relative_base(path, folder, depth=depth) if adapter.has_base else None,
-            revision=commit,
-            sha256=hash_weights(path),
-            dtype=str(base_dtype).removeprefix("torch."),
-            quantize=quantize,
-        )
+        base_path = relative_base(path, folder, depth=depth) if adapter.has_base else None
+        dtype = str(base_dtype).removeprefix("torch.")
+        base = AdapterBase(path=base_path, revision=commit, sha256=hash_weights(path), dtype=dtype, quantize=quantize)
         with writing("the adapter", folder):
             save_policy_adapter(model, folder, adapter.name, base, base_folder=source.folder)
         merge_lora(model, adapter.name)
@@ -111,9 +106,8 @@ def save_policy(
         in_memory.check(written, folder / ADAPTER_FOLDER)
     kl = _mean_kl(trained, completion_logits(written, probe))
     if not kl <= MAX_WRITTEN_KL:
-        raise not_as_trained(
-            folder, f"their KL is {kl:.2g} nats per token, and at most {MAX_WRITTEN_KL:.0e} can be due to rounding"
-        )
+        most = f"at most {MAX_WRITTEN_KL:.0e} can be due to rounding"
+        raise not_as_trained(folder, f"their KL is {kl:.2g} nats per token, and {most}")
     return kl
 
 

@@ -37,7 +37,7 @@ from rlhf_cli.stages.reward_model.settings import RewardModelSettings
 from rlhf_cli.stages.reward_model.trainer import RewardTrainer
 from rlhf_cli.stages.sft.loss import TokenCounts, check_packing, collator_for, mean_completion_nll, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
-from rlhf_cli.stages.sft.trainer import train_sft
+from rlhf_cli.stages.sft.training import train_sft
 
 FAMILIES = ("Llama", "GPT2", "Qwen2", "GPTNeoX")
 LORA = LoraSettings(rank=4, alpha=8.0)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +32,14 @@ from rlhf_cli.stages.ppo.stage import PPOContext
 from rlhf_cli.stages.precision import decide_precision
 
 if TYPE_CHECKING:
+    from rlhf_cli.data.skips import SkipLog
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.generator import Generator
+    from rlhf_cli.generation.policy import Policy
     from rlhf_cli.generation.sampling import Sampling
     from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.rewards.ensemble import CombinedReward
+    from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
     from rlhf_cli.stages.ppo.model_loading import RewardModelHandle
     from rlhf_cli.stages.ppo.models import PPOModels
     from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -60,16 +62,13 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.generation.decoding import check_decoding
     from rlhf_cli.memory import free_memory
     from rlhf_cli.models.loading import load_tokenizer
-    from rlhf_cli.precision import autocast
-    from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
-    from rlhf_cli.stages.ppo.model_saving import STEPS, StepPolicies, sample_probe, save_ppo_models
+    from rlhf_cli.stages.ppo.model_saving import STEPS, StepPolicies, sample_probe
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
     from rlhf_cli.training.checkpoint.store import remove_all_but_newest
     from rlhf_cli.training.flops import device_peak
     from rlhf_cli.training.monitoring.detectors.detectors import Detectors
-    from rlhf_cli.training.monitoring.timing_log import read_totals
 
     context = decide_precision(context)
     settings = context.settings
@@ -82,21 +81,10 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     data, skips = load_data(context, policy)
     warn_of_rounding(context, source)
     models, reward_model = _load_models(context, settings, source, sampling)
-
-    mixed = partial(autocast, source.device, source.precision)
-    with models.reference() as model, mixed():
+    with models.reference() as model, policy.autocast():
         check_decoding(model, source.path)
     _say_if_prompted_otherwise(reward_model, style)
     processes = ProcessGroup(source.device)
-    forward_passes = ForwardPasses(
-        models,
-        autocast=mixed,
-        micro_batch_size=settings.micro_batch_size,
-        micro_batch_tokens=settings.micro_batch_tokens,
-        temperature=sampling.temperature,
-        trains_entropy=settings.entropy_coef != 0,
-        processes=processes,
-    )
     members = _further_members(context, source)
     reward = build_rewards(settings, reward_model, source, policy.format.template, members=members, stop=context.stop)
     say(f"ppo: the reward is {reward.described()}")
@@ -106,7 +94,7 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     )  # fmt: skip
     trainer = PPOTrainer(
         models,
-        forward_passes,
+        _forward_passes(models, settings, policy, processes),
         data,
         reward.score,
         settings,
@@ -123,13 +111,40 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     _train(trainer, context.work, processes)
     del trainer  # with the moments of its optimizer: what follows loads what was written
     free_memory()
-    if not processes.is_main:
-        return StageOutcome()
-    probe = sample_probe(policy, data.prompts)
-    written_kl = save_ppo_models(
-        models, source, settings, context.output, probe=probe, sampling=sampling, stop_ids=policy.stop_ids
+    return _written(context, models, policy, style, data, skips) if processes.is_main else StageOutcome()
+
+
+def _forward_passes(models: PPOModels, settings: PPOSettings, policy: Policy, processes: ProcessGroup) -> ForwardPasses:
+    from rlhf_cli.stages.ppo.forward_passes import ForwardPasses
+
+    return ForwardPasses(
+        models,
+        autocast=policy.autocast,
+        micro_batch_size=settings.micro_batch_size,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        temperature=policy.sampling.temperature,
+        trains_entropy=settings.entropy_coef != 0,
+        processes=processes,
     )
-    _write_contract(context, context.output, style, sampling, data)
+
+
+def _written(
+    context: PPOContext, models: PPOModels, policy: Policy, style: PromptStyle, data: PPOData, skips: SkipLog
+) -> StageOutcome:
+    """Write the artifact, and return what the stage came to."""
+    from rlhf_cli.stages.ppo.model_saving import sample_probe, save_ppo_models
+    from rlhf_cli.training.monitoring.timing_log import read_totals
+
+    written_kl = save_ppo_models(
+        models,
+        policy.source,
+        context.settings,
+        context.output,
+        probe=sample_probe(policy, data.prompts),
+        sampling=policy.sampling,
+        stop_ids=policy.stop_ids,
+    )
+    _write_contract(context, context.output, style, policy.sampling, data)
     if skips.total:
         skips.write(context.output / "skips.jsonl")
     rows = _keep_records(context, data)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlhf_cli.data.records import Demonstration
     from rlhf_cli.data.sources import LoadedRecords
     from rlhf_cli.stages.sft.settings import SFTSettings
-    from rlhf_cli.stages.sft.trainer import SFTResult
+    from rlhf_cli.stages.sft.training import SFTResult
 
 HELD_OUT_MEASURED = 500
 """Held-out demonstrations whose loss is measured: enough for two digits, before and after."""
@@ -42,7 +42,7 @@ def run(context: SFTContext) -> StageOutcome:
     from rlhf_cli.generation.policy import own_stop_ids
     from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
     from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
-    from rlhf_cli.stages.sft.trainer import train_sft
+    from rlhf_cli.stages.sft.training import train_sft
     from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
     from rlhf_cli.training.monitoring.timing_log import read_totals
 
@@ -63,19 +63,12 @@ def run(context: SFTContext) -> StageOutcome:
     train, held_out = split_from(context, source.path).divide([record for record, _ in fitting])
     warn_of_trained(held_out, source.path, "the held-out loss")
     examples = {id(record): example for record, example in fitting}
+    measured = held_out[:HELD_OUT_MEASURED]
     result = train_sft(
-        model,
-        [examples[id(record)] for record in train],
-        [examples[id(record)] for record in held_out[:HELD_OUT_MEASURED]],
-        settings,
-        seed=recipe.seed,
-        work=context.work,
-        stop=context.stop,
-        precision=source.precision,
-        name=source.path,
-        processes=processes,
-        log=metrics_log(context),
-    )
+        model, [examples[id(record)] for record in train], [examples[id(record)] for record in measured], settings,
+        seed=recipe.seed, work=context.work, stop=context.stop, precision=source.precision, name=source.path,
+        processes=processes, log=metrics_log(context),
+    )  # fmt: skip
     if not processes.is_main:
         return StageOutcome()
     has_base = recipe.model.build is None

@@ -10,7 +10,8 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.router_loss import RouterLoss
 from rlhf_cli.stages.sft.loss import TokenCounts, collator_for, sft_loss
 from rlhf_cli.stages.sft.settings import SFTSettings
-from rlhf_cli.stages.sft.trainer import router_loss, train_sft
+from rlhf_cli.stages.sft.trainer import router_loss
+from rlhf_cli.stages.sft.training import train_sft
 from tests.conftest import byte_level_tokenizer
 from tests.families.zoo import tiny_model
 from tests.stages.context import NeverStop

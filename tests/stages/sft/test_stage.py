@@ -80,7 +80,7 @@ def test_the_artifact_is_an_ordinary_model_folder(tiny_llama: Path, tmp_path: Pa
 
 
 def test_held_out_prompts_are_not_trained_on(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from rlhf_cli.stages.sft import trainer as engine
+    from rlhf_cli.stages.sft import training as engine
 
     seen = {}
 

@@ -19,7 +19,7 @@ from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.settings.shared import LoraSettings
 from rlhf_cli.stages.sft import trainer as sft_trainer
 from rlhf_cli.stages.sft.settings import SFTSettings
-from rlhf_cli.stages.sft.trainer import SFTResult, train_sft
+from rlhf_cli.stages.sft.training import SFTResult, train_sft
 
 EXAMPLES = [
     Example([3 + n, 11, 12 + n % 3], [20 + n % 5, 26, 22 + n % 7, *range(30, 30 + n % 4), 1]) for n in range(12)
