@@ -110,31 +110,8 @@ def run_trial(
         seconds: about how long passes and decoding are measured.
         folder: for a file that is written and removed.
     """
-    began = time.perf_counter()
-    model = load_policy(source)
-    load = time.perf_counter() - began
-    if reading.rank is not None:
-        add_lora(model, LoraSettings(rank=reading.rank))
-    try:
-        drawn = _Drawn()
-        if reading.longest is not None:
-            drawn = _draw(model, source, reading, sampling, seconds / 2)
-        measured = _Passes(model, source, reading, length=round(drawn.mean or reading.longest or 1))
-        forward = measured.rate(train=False, seconds=seconds / 8)
-        train = 0.0
-        if reading.trains:
-            model.requires_grad_(reading.rank is None)
-            for name, weight in model.named_parameters():
-                weight.requires_grad_(reading.rank is None or "lora_" in name)
-            if reading.rank is None and source.precision != torch.float32:
-                split_weights(model)
-            if recompute:
-                recompute_activations(model)
-            train = measured.rate(train=True, seconds=seconds / 2)
-    finally:
-        device = model.device
-        del model
-        free_memory()
+    load, drawn, forward, train, device = _with_model(reading, source, sampling, recompute=recompute, seconds=seconds)
+    free_memory()
     per_weight = _optimizer_rate(device, optimizer) if reading.trains else 0.0
     free_memory()
     return Rates(
@@ -149,6 +126,35 @@ def run_trial(
         mean=drawn.mean,
         process=psutil.Process().memory_info().rss,
     )
+
+
+def _with_model(
+    reading: Reading, source: ModelSource, sampling: Sampling, *, recompute: bool, seconds: float
+) -> tuple[float, _Drawn, float, float, torch.device]:
+    """Return seconds of loading, what decoding showed, `Rates.forward`, `Rates.train`, and the device of the model.
+
+    Nothing refers to the model afterwards.
+    """
+    began = time.perf_counter()
+    model = load_policy(source)
+    load = time.perf_counter() - began
+    if reading.rank is not None:
+        add_lora(model, LoraSettings(rank=reading.rank))
+    drawn = _Drawn()
+    if reading.longest is not None:
+        drawn = _draw(model, source, reading, sampling, seconds / 2)
+    measured = _Passes(model, source, reading, length=round(drawn.mean or reading.longest or 1))
+    forward = measured.rate(train=False, seconds=seconds / 8)
+    train = 0.0
+    if reading.trains:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(reading.rank is None or "lora_" in name)
+        if reading.rank is None and source.precision != torch.float32:
+            split_weights(model)
+        if recompute:
+            recompute_activations(model)
+        train = measured.rate(train=True, seconds=seconds / 2)
+    return load, drawn, forward, train, model.device
 
 
 @dataclass(frozen=True)
@@ -245,7 +251,7 @@ class _Passes:
     def rate(self, *, train: bool, seconds: float) -> float:
         """Return the seconds per operation, on the largest part of a micro-batch that is measured in `seconds`.
 
-        It is the mean of all passes, not the best one: a stage takes the mean, on the same machine beside the same load.
+        It is the mean of all passes, not the best one: a stage takes the mean, beside the same load.
         """
         most = max(1, self._reading.rows)
         self._run(1, train=train)  # warms up
