@@ -224,15 +224,15 @@ def _wait_for(pid: int, seconds: float) -> int | None:
 def _preload() -> None:
     """Import what the commands of all stages import, and nothing that one of them could have forgotten to import."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, which is slow otherwise
+    # Names that transformers imports when they are first asked for, among them those that take longest.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     import rlhf_cli.cli.run_summary
     import rlhf_cli.cli.stage_command
     import rlhf_cli.models.preflight
     import rlhf_cli.pipeline.runner
     import rlhf_cli.recipe.loader  # noqa: F401
-
-    # Names that transformers imports when they are first asked for, among them those that take longest.
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("llama")  # makes the table of all models, once per process
     # Stages collect garbage, which is slow with the objects of all libraries, and copies their pages in a fork.

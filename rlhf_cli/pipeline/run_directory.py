@@ -218,9 +218,7 @@ class RunDirectory:
             return None
         return self.kept(stage) / manifest.fingerprint[:12]
 
-    def publish(
-        self, stage: str, manifest: Manifest, *, earlier: Path | None = None, keeps_last: bool = False
-    ) -> None:
+    def publish(self, stage: str, manifest: Manifest, *, earlier: Path | None = None, keeps_last: bool = False) -> None:
         """Move a finished stage to its final folder; atomic even if the process is killed.
 
         Args:

@@ -37,7 +37,7 @@ def test_a_name_that_may_be_defined_passes(source, tmp_path):
 def test_a_module_that_is_not_installed_is_named(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text('"""Mine."""\nimport json\nfrom elsewhere.deep import that\ndef score(prompts, completions): ...\n')
-    with pytest.raises(UsageError, match="mine.py:3: no Python module `elsewhere`") as caught:
+    with pytest.raises(UsageError, match=r"mine\.py:3: no Python module `elsewhere`") as caught:
         check_defined(file, "score", "ppo.rewards.0.function")
     assert "install it" in str(caught.value.hint)
 
@@ -45,7 +45,7 @@ def test_a_module_that_is_not_installed_is_named(tmp_path):
 def test_a_function_with_too_few_arguments_is_named(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def score(prompts): ...\n")
-    with pytest.raises(UsageError, match="mine.py:1: `score` takes 1 of the 2 arguments") as caught:
+    with pytest.raises(UsageError, match=r"mine\.py:1: `score` takes 1 of the 2 arguments") as caught:
         check_defined(file, "score", "ppo.rewards.0.function", arguments=2)
     assert caught.value.hint == "define it as `def score(prompts, completions):`"
     check_defined(file, "score", "model.attention")

@@ -39,9 +39,7 @@ class Outcome:
     signum: int | None = None
 
 
-def label_in_terminal(
-    session: LabelSession, annotator: str, *, resume_command: str = "", afterwards: str
-) -> Outcome:
+def label_in_terminal(session: LabelSession, annotator: str, *, resume_command: str = "", afterwards: str) -> Outcome:
     """Let one annotator label in the terminal until they quit, nothing is left, or a signal arrives.
 
     Prints a summary on stderr at the end. For the main thread only, which receives signals: SIGINT, SIGTERM, SIGHUP,

@@ -66,7 +66,6 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
     from rlhf_cli.stages.ppo.trainer import PPOTrainer
-    from rlhf_cli.training.checkpoint.store import remove_all_but_newest
     from rlhf_cli.training.flops import device_peak
     from rlhf_cli.training.monitoring.detectors.detectors import Detectors
 
@@ -133,6 +132,7 @@ def _written(
 ) -> StageOutcome:
     """Write the artifact, and return what the stage came to."""
     from rlhf_cli.stages.ppo.model_saving import sample_probe, save_ppo_models
+    from rlhf_cli.training.checkpoint.store import remove_all_but_newest
     from rlhf_cli.training.monitoring.timing_log import read_totals
 
     written_kl = save_ppo_models(

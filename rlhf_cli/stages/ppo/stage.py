@@ -48,7 +48,9 @@ def _fixed_steps(settings: PPOSettings) -> str | None:
     by = settings.rates_depend_on_steps
     if by is None:
         return None
-    return f"with `ppo.{by}` the learning rates of all steps depend on `ppo.steps` (`constant` without warmup continues)"
+    return (
+        f"with `ppo.{by}` the learning rates of all steps depend on `ppo.steps` (`constant` without warmup continues)"
+    )
 
 
 def _disk_bytes(settings: PPOSettings, model_bytes: int) -> int:
