@@ -149,6 +149,10 @@ class PromptKeys:
     def __init__(self) -> None:
         self._keys = array("Q")
 
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._keys)
+
     def add(self, record: Record) -> None:
         """Add one record; plain text without a prompt counts by the text itself."""
         self._keys.append(int(split_key(question(record)), 16))

@@ -120,13 +120,14 @@ class SkipLog:
         )
         return [line if self._first_error is None else f"{line}; the first invalid one: {self._first_error.message}"]
 
-    def check(self, total: int, max_skip: float, source: str) -> None:
+    def check(self, total: int, max_skip: float, source: str, *, fix: str = "fix the records") -> None:
         """Raise `DataError` if all records are skipped, or too many of them: that of the first invalid one, if any.
 
         Args:
             total: number of records read, skipped ones included.
             max_skip: largest share that may be skipped.
             source: for the message.
+            fix: what to do about records that are valid but skipped, for the hint.
         """
         if not self.total or (self.total < total and self.total <= max_skip * total):
             return
@@ -137,12 +138,12 @@ class SkipLog:
         if self.total >= total:
             raise DataError(
                 f"{source}: none of its {total:,} records can be used ({reasons}){first}",
-                hint="fix the records, or check that this is the file you meant",
+                hint=f"{fix}, or check that this is the file you meant",
             )
         raise DataError(
             f"{source}: {self.total:,} of {total:,} records ({share:.2%}) would be skipped, more than "
             f"`data.max_skip: {max_skip:g}` ({reasons}){first}",
-            hint=f"fix the records, or allow more with `--set data.max_skip={_round_up(share):g}`",
+            hint=f"{fix}, or allow more with `--set data.max_skip={_round_up(share):g}`",
         )
 
     def _with_count(self, error: DataError, total: int, max_skip: float) -> DataError:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rlhf_cli.training.monitoring.trackers import Trackers
 
 EXCERPT = 80
+TOO_LONG = "shorten the prompts, or raise `data.max_prompt_tokens`"
+"""What to do about prompts that are longer than the recipe allows."""
 """Characters of a prompt that identify a skipped record."""
 
 CHOSEN_ON = "chosen_on.json"
@@ -228,7 +230,8 @@ def load_prompts(context: StageContext[Any, Any], policy: Policy, setting: str) 
             continue
         prompts.append(record.prompt)
         ids.append(tokens)
-    loaded.skips.check(loaded.total, data.max_skip, source)
+    fix = TOO_LONG if longest == data.max_prompt_tokens else "shorten the prompts, or lower `max_new_tokens`"
+    loaded.skips.check(loaded.total, data.max_skip, source, fix=fix)
     return TokenizedPrompts(prompts, ids, references_of(loaded.records)), loaded.skips
 
 

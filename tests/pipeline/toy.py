@@ -137,7 +137,8 @@ def installed_stages() -> Iterator[None]:
     """Replace the stage modules in `sys.modules` by fakes, and restore them afterwards."""
     names = [stage.module for stage in stages()]
     before = {name: sys.modules.pop(name, None) for name in names}
-    with mock.patch.object(preflight, "check_models_of_run"):  # which `install` replaces
+    replaced = {"check_models_of_run": mock.DEFAULT, "check_prompt_lengths": mock.DEFAULT}
+    with mock.patch.multiple(preflight, **replaced):  # which `install` replaces
         fake_stages().install()
         yield
     for name in names:
