@@ -5,9 +5,9 @@
     python benchmarks/plan.py --stages ppo --adapters lora --rounds 3 --json results.json
 
 For each adapter, `sft`, `train-rm` and `ppo` of one recipe follow each other: `rlhf plan` of the stage with its trial,
-and then the stage, each in a process of its own. Memory is the peak resident memory of the stage's process. Time is that
-of the phases in `timing.jsonl` but `checkpoint`; loading and saving of models is in neither number. With `--rounds`,
-each number is the median of the rounds.
+and then the stage, each in a process of its own. Memory is the peak resident memory of the stage's process. Time is
+that of the phases in `timing.jsonl` but `checkpoint`; loading and saving of models is in neither number. With
+`--rounds`, each number is the median of the rounds.
 
 With `--clock cpu`, trial and stage count the CPU time of their process in the place of wall time: on a machine with
 other jobs, and with one thread, that is about the time on an idle machine.
