@@ -27,8 +27,8 @@ def plan(
 ) -> None:
     """Say what each stage of a recipe will take: steps, tokens, operations, memory, disk and time.
 
-    Data is read and checked as the run does. A trial of about ten seconds on this machine gives the time. Nothing is
-    written.
+    Data is read and checked as the run does. A trial of ten to twenty seconds on this machine gives the time.
+    Nothing is written.
     """
     from rlhf_cli.cli.plan_report import plan_json, show_plan
     from rlhf_cli.pipeline.plan import plan_run

@@ -153,19 +153,23 @@ class ModelShape:
         frozen = 4.0 * (self.backbone * tokens + self.vocabulary * self.hidden * scored)
         return frozen + 6.0 * self.adapter(rank) * tokens + 12.0 * self.layers * self.queries * pairs
 
-    def activations(self, tokens: int, number_bytes: int, *, recompute: bool = False, is_adapter: bool = False) -> int:
+    def activations(
+        self, tokens: int, number_bytes: int, *, recompute: bool = False, rank: int | None = None, on_cpu: bool = False
+    ) -> int:
         """Bytes that a forward pass over `tokens` saves for its backward pass.
 
         Args:
             tokens: of a micro-batch.
             number_bytes: size of a number under autocast; norms and residuals stay in float32.
             recompute: keep only the input of each layer, and one layer's activations at a time.
-            is_adapter: an adapter is trained; frozen norms do not save their normalized input.
+            rank: of an adapter that is trained; frozen norms do not save their normalized input.
+            on_cpu: attention is computed for each sequence alone, and what it returns is saved once more when joined.
         """
-        norms = (2 if is_adapter else 4) * self.hidden * FLOAT32  # of two norms, each its input and that normalized
+        norms = (4 if rank is None else 2) * self.hidden * FLOAT32  # of two norms, each its input and that normalized
         # What products and attention read: two outputs of norms; queries, keys, values and what attention returns;
-        # gate, its activation, the other half and their product.
-        products = (2 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.feed_forward) * number_bytes
+        # gate, its activation, the other half and their product; of each of an adapter's seven pairs A x.
+        numbers = 2 * self.hidden + (3 if on_cpu else 2) * self.queries + 2 * self.keys + 4 * self.feed_forward
+        products = (numbers + 7 * (rank or 0)) * number_bytes
         if recompute:
             return tokens * (self.layers * self.hidden * FLOAT32 + norms + products)
         return tokens * self.layers * (norms + products)

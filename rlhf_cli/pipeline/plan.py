@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rlhf_cli.stages.trial import Rates
 
 TRIAL_SECONDS = 10.0
-"""Seconds that the trials of all stages take together, without loading models."""
+"""Seconds that the trials of all stages take together, without loading models; up to twice that for large ones."""
 _SAMPLING_INPUTS = ("sft", "ppo")
 """Stages that write language models like the one they start from."""
 

@@ -43,7 +43,11 @@ def training_memory(
     trained = shape.weights if rank is None else shape.adapter(rank)
     frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize)
     activations = shape.activations(
-        tokens, number_bytes(model.precision), recompute=settings.gradient_checkpointing, is_adapter=not is_full
+        tokens,
+        number_bytes(model.precision),
+        recompute=settings.gradient_checkpointing,
+        rank=rank,
+        on_cpu=extent.on_cpu,
     )
     update = {
         "gradients": float(FLOAT32 * trained),

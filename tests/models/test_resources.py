@@ -7,9 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
+from rlhf_cli.generation.logprobs import completion_hidden
+from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.loading import ModelSource, load_policy
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.resources import (
     Extent,
     MemoryNeed,
@@ -66,6 +70,32 @@ def test_operations_by_hand():
     assert SHAPE.adapter(2) == 2 * per_rank
     by_hand = 4 * 1_100 * 10 + 4 * 100 * 8 * 3 + 6 * 2 * per_rank * 10 + 192 * 100
     assert SHAPE.training_flops(10, scored=3, pairs=100, rank=2) == by_hand
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_activations_are_the_bytes_that_a_pass_on_a_cpu_saves(rank, tiny_llama: Path):
+    model = load_policy(ModelSource(str(tiny_llama)))
+    if rank is not None:
+        add_lora(model, LoraSettings(rank=rank))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(rank is None or "lora_" in name)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (at := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[at] = tensor  # held, so that no other tensor gets its address
+        return tensor
+
+    batch = SequenceBatch.for_model(model, [[5] * 40, [6] * 30], [[7] * 80, [8] * 90])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = completion_hidden(model, batch)
+    assert hidden.requires_grad
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    shape = ModelShape.required(tiny_llama)
+    assert batch.input_ids.numel() == 240
+    outside = 240 * 4 * ((2 if rank is None else 1) * 32 + 2 * 8)  # of layers: the last norm, sines and cosines
+    assert shape.activations(240, 4, rank=rank, on_cpu=True) + outside == pytest.approx(saved, rel=0.02)
 
 
 def test_bytes_by_hand():

@@ -41,7 +41,13 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     tokens, longest = _tokens(settings, recipe, extent)
     activations = {
         "activations": float(
-            shape.activations(tokens, size, recompute=settings.gradient_checkpointing, is_adapter=not is_full)
+            shape.activations(
+                tokens,
+                size,
+                recompute=settings.gradient_checkpointing,
+                rank=None if is_full else settings.lora.rank,
+                on_cpu=extent.on_cpu,
+            )
         ),
         "logits": float(shape.logits(tokens)),
     }
