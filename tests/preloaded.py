@@ -4,8 +4,8 @@ On a slow machine the imports of a stage take ten seconds, and its work on a tin
 of pytest imports the libraries and what every stage imports of `rlhf_cli`, and no stage; each command is a fork of it,
 with arguments, folder, environment and streams of its own. A server is started when an environment comes up for the
 second time, as far as it is read on import; until then, and where processes cannot be forked, commands are started as
-usual. All forks of a server hash strings alike; tests that runs are equal to the byte start processes of their own, and so do
-those of another copy of `rlhf_cli` in PYTHONPATH.
+usual. All forks of a server hash strings alike; tests that runs are equal to the byte start processes of their own, and
+so do those of another copy of `rlhf_cli` in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -227,17 +227,17 @@ def _wait_for(pid: int, seconds: float) -> int | None:
 def _preload() -> None:
     """Import what the commands of all stages import, and nothing that one of them could have forgotten to import."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, which is slow otherwise
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
+    import matplotlib.backends.backend_agg  # noqa: F401
+
+    # Names that transformers imports when they are first asked for, among them those that take longest.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     import rlhf_cli.cli.run_summary
     import rlhf_cli.cli.stage_command
     import rlhf_cli.models.preflight
     import rlhf_cli.pipeline.runner
     import rlhf_cli.recipe.loader  # noqa: F401
-
-    # Names that transformers imports when they are first asked for, among them those that take longest.
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("llama")  # makes the table of all models, once per process
     # Stages collect garbage, which is slow with the objects of all libraries, and copies their pages in a fork.
