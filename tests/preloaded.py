@@ -4,7 +4,8 @@ On a slow machine the imports of a stage take ten seconds, and its work on a tin
 of pytest imports the libraries and what every stage imports of `rlhf_cli`, and no stage; each command is a fork of it,
 with arguments, folder, environment and streams of its own. A server is started when an environment comes up for the
 second time, as far as it is read on import; until then, and where processes cannot be forked, commands are started as
-usual. All forks of a server hash strings alike; tests that runs are equal to the byte start processes of their own.
+usual. All forks of a server hash strings alike; tests that runs are equal to the byte start processes of their own, and
+so do those of another copy of `rlhf_cli` in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ def _fork(
 
 def _server(variables: Mapping[str, str]) -> subprocess.Popen[str] | None:
     """Return the server that has imported with these variables; None if there is none yet."""
-    key = json.dumps({name: value for name, value in sorted(variables.items()) if name.startswith(_READ_ON_IMPORT)})
+    read = {name: value for name, value in sorted(variables.items()) if name.startswith(_READ_ON_IMPORT)}
+    read.pop("PYTHONPATH", None)  # forks add its folders
+    key = json.dumps(read)
     is_first = key not in _servers
     if is_first or not hasattr(os, "fork") or variables.get("OMP_NUM_THREADS") != "1":
         _servers[key] = None
@@ -224,6 +227,8 @@ def _wait_for(pid: int, seconds: float) -> int | None:
 def _preload() -> None:
     """Import what the commands of all stages import, and nothing that one of them could have forgotten to import."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, which is slow otherwise
+    import matplotlib.backends.backend_agg  # noqa: F401
+
     # Names that transformers imports when they are first asked for, among them those that take longest.
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -255,7 +260,8 @@ def _become(question: Mapping[str, Any]) -> None:
         ):
             os.dup2(os.open(Path(question["streams"], name), flags), number)
         sys.argv = question["argv"]
-        sys.path[0] = str(Path(sys.argv[0]).parent)
+        folders = filter(None, question["env"].get("PYTHONPATH", "").split(os.pathsep))
+        sys.path[:1] = [str(Path(sys.argv[0]).parent), *folders]
         if sys.argv[0] != RLHF:
             runpy.run_path(sys.argv[0], run_name="__main__")
         from rlhf_cli.cli import main

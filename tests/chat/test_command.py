@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from tests.end_to_end.test_quickstart import SMALL
 from tests.terminals import Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
-RLHF = str(Path(sys.executable).with_name("rlhf"))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +24,8 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "small"
     changes = [part for setting in SMALL for part in ("--set", setting)]
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
-    command = [RLHF, "run", recipe, "--run-dir", str(folder), "--to", "ppo", *changes]
-    subprocess.run(command, check=True, env=ENVIRONMENT | {"CI": "1"}, capture_output=True)
+    command = ["run", recipe, "--run-dir", str(folder), "--to", "ppo", *changes]
+    preloaded.run(command, env=ENVIRONMENT | {"CI": "1"}).check_returncode()
     return folder
 
 

@@ -10,20 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "tokenizers", "safetensors")
 
 
-def rlhf(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from rlhf_cli.cli import main; sys.exit(main())", *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return preloaded.run(arguments, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture
@@ -190,7 +184,7 @@ def test_init_writes_a_starter_and_overwrites_nothing(tmp_path):
 
 
 def test_doctor_lists_the_tested_versions():
-    done = rlhf("doctor", "--json")
+    done = subprocess.run([preloaded.RLHF, "doctor", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["versions"]["torch"]
