@@ -12,6 +12,7 @@ from rlhf_cli.chat.conversation import Conversation, Reply
 from rlhf_cli.chat.display import Display
 from rlhf_cli.chat.files import ChatFiles
 from rlhf_cli.errors import DataError, RLHFError
+from rlhf_cli.shell import word
 
 _HELP = """\
 /best NAME         the reply of NAME is the best; keeps labels
@@ -126,7 +127,7 @@ class Chat:
         where = "not kept: no `--transcript`"
         if kept:
             model = self._conversation.models.models[0].policy.source.path
-            where = f"kept in {kept}; with more of them: `rlhf train-rm --model {model} --data {kept}`"
+            where = f"kept in {kept}; with more of them: `rlhf train-rm --model {word(model)} --data {word(kept)}`"
         self._say(f"{count} {where}")
 
     def _say(self, text: str) -> None:

@@ -80,7 +80,7 @@ def show_plan(plan: RunPlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for stage in plan.stages:
         rows = list(_rows(stage, plan))
         state = {"run": "would run", "resume": "would resume", "cached": "up to date"}[stage.action]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rlhf_cli.cli import options
+from rlhf_cli.shell import word
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import Flag, section_of
 
@@ -159,7 +160,7 @@ def _report(folder: Path, stages: Sequence[str]) -> None:
         return
     say(f"{found.page.verdict.headline}: {found.page.verdict.reason}")
     say(f"report: {found.html}")
-    say(f"talk to it: rlhf chat {folder}")
+    say(f"talk to it: rlhf chat {word(folder)}")
 
 
 def _overrides(flags: Sequence[Flag], given: Mapping[str, Any]) -> list[Override]:

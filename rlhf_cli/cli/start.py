@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_cli.cli import options
+from rlhf_cli.shell import word
 
 if TYPE_CHECKING:
     from rlhf_cli.start.questions import Given
@@ -58,8 +59,8 @@ def start(**given: Any) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
             "`rlhf start` asks questions, which needs a terminal",
-            hint=f"give the answers as options: rlhf init {path} --model MODEL --prompts FILE --steps 10; and --labels "
-            "FILE, --judge MODEL or --reward FILE.py:FUNCTION if you do not rank completions yourself",
+            hint=f"give the answers as options: rlhf init {word(path)} --model MODEL --prompts FILE --steps 10; and "
+            "--labels FILE, --judge MODEL or --reward FILE.py:FUNCTION if you do not rank completions yourself",
         )
     say("A few questions, then a recipe. Tab completes file names; Ctrl-C leaves, and writes nothing.")
     try:
@@ -103,7 +104,10 @@ def _free_name(path: Path, read: Any) -> Path:
     from rlhf_cli.progress import say
 
     while path.exists():
-        say(f"{path} exists. Give the new recipe another name, or Ctrl-C, and `rlhf start {path} --force` replaces it.")
+        say(
+            f"{path} exists. Give the new recipe another name, or Ctrl-C, and `rlhf start {word(path)} --force` "
+            "replaces it."
+        )
         name = read("> ").strip()
         path = Path(name) if name else path
     return path

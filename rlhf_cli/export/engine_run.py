@@ -22,6 +22,7 @@ from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
+from rlhf_cli.shell import word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +143,7 @@ def _model(folder: Path, named: str | None, stage: str, setting: str) -> Exporte
     if not (folder / stage / FILE_NAME).is_file():
         raise UsageError(
             f"{folder} has no finished `{stage}`, whose model the engine needs",
-            hint=f"run `rlhf run {folder / RECIPE} --to {stage}`, or name a model by `{setting}` in the recipe",
+            hint=f"run `rlhf run {word(folder / RECIPE)} --to {stage}`, or name a model by `{setting}` in the recipe",
         )
     return find_model(str(folder / stage))
 

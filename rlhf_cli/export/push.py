@@ -14,6 +14,7 @@ from rlhf_cli.export.models import ExportedModel
 from rlhf_cli.files import MODEL_CARD
 from rlhf_cli.models.json_files import read_json
 from rlhf_cli.progress import warn
+from rlhf_cli.shell import word
 from rlhf_cli.stages.model_names import model_names
 
 _OF_A_MODEL = (
@@ -108,7 +109,7 @@ def _check_base(model: ExportedModel) -> None:
     if isinstance(base, str) and (base.startswith(".") or (model.folder / base).is_dir() or Path(base).is_dir()):
         raise UsageError(
             f"{model.name} is an adapter on the local model {base}, without which nobody can load it",
-            hint=f"merge it first: `rlhf export {model.name} FOLDER --to llama`, then push FOLDER",
+            hint=f"merge it first: `rlhf export {word(model.name)} FOLDER --to llama`, then push FOLDER",
         )
 
 

@@ -14,6 +14,7 @@ from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest
 from rlhf_cli.pipeline.paths import check_models
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.shell import word
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import Stage
 from rlhf_cli.stages.inputs import InputFinder, StageInputs
@@ -181,7 +182,7 @@ class Planner:
             if found := differences(known, step.identity, step.inputs):
                 raise UsageError(
                     f"{self._run.path} has a finished `{name}` that was made differently: {_listed(found)}",
-                    hint=f"`--run-dir runs/NAME` keeps both; `--run-dir {self._run.path}` replaces it",
+                    hint=f"`--run-dir runs/NAME` keeps both; `--run-dir {word(self._run.path)}` replaces it",
                 )
 
     def update(self, step: Step) -> Step:

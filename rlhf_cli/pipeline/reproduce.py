@@ -15,6 +15,7 @@ from rlhf_cli.pipeline.record import RECIPE, recipe_of
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.loader import load_recipe
+from rlhf_cli.shell import word
 from rlhf_cli.stages.registry import REGISTRY
 
 
@@ -82,7 +83,7 @@ def _manifests(folder: Path) -> dict[str, Manifest]:
     try:
         found = {stage: run.read_manifest(stage) for stage in REGISTRY}
     except DamagedArtifact as damage:
-        raise DataError(f"{damage}", hint=f"recreate it with `rlhf run {folder / RECIPE}`") from None
+        raise DataError(f"{damage}", hint=f"recreate it with `rlhf run {word(folder / RECIPE)}`") from None
     return {stage: manifest for stage, manifest in found.items() if manifest is not None}
 
 

@@ -12,6 +12,7 @@ from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.report.gather import RunFiles
 from rlhf_cli.report.made import how_it_was_made
 from rlhf_cli.report.verdict import Verdict, first_pair, verdict
+from rlhf_cli.shell import word
 
 _MODELS = {
     "sft": "a language model, fine-tuned on demonstrations",
@@ -57,7 +58,7 @@ def card(run: RunFiles, stage: str, found: Verdict) -> str:
         )
     lines += ["## Limits", "\n".join(f"- {doubt}" for doubt in found.doubts)]
     lines += ["## Data and settings", "\n".join(_data(run, stage))]
-    lines += ["## How to repeat it", f"```\nrlhf reproduce {run.name}\n```"]
+    lines += ["## How to repeat it", f"```\nrlhf reproduce {word(run.name)}\n```"]
     return "\n\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ from rlhf_cli.report.samples import Sample, samples, samples_note
 from rlhf_cli.report.tables import Table, changes, score_tables, text_tables
 from rlhf_cli.report.texts import shortened
 from rlhf_cli.report.verdict import Verdict, deciding, first_pair, outcomes_of, verdict, verdict_on_comparison
+from rlhf_cli.shell import word
 from rlhf_cli.stages.reward_model.quality_charts import quality_charts
 from rlhf_cli.training.monitoring.stage_charts import CAPTIONS, COLORS
 
@@ -255,7 +256,7 @@ def repeat(runs: Sequence[RunFiles]) -> Repeat:
     is_single = len(runs) == 1
     return Repeat(
         text=[equal if recorded else missing],
-        commands="\n".join(f"rlhf reproduce {one.folder}" for one in recorded),
+        commands="\n".join(f"rlhf reproduce {word(one.folder)}" for one in recorded),
         stages=[
             (stage, manifest.finished, f"{manifest.seconds:,.0f}", manifest.content_digest)
             for stage, manifest in run.manifests.items()

@@ -11,6 +11,7 @@ from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.pipeline.stage_states import planned_stages
 from rlhf_cli.report.gather import RunFiles
+from rlhf_cli.shell import word
 
 Outcome = Literal["better", "worse", "undecided", "unknown"]
 
@@ -102,8 +103,8 @@ def outcomes_of(pair: Mapping[str, Any]) -> str:
 
 
 def _not_evaluated(run: RunFiles) -> str:
-    recorded = f"{run.folder / RECIPE} " if (run.folder / RECIPE).is_file() else "RECIPE "
-    command = f"`rlhf evaluate {recorded}--run-dir {run.folder}`"
+    recorded = f"{word(run.folder / RECIPE)} " if (run.folder / RECIPE).is_file() else "RECIPE "
+    command = f"`rlhf evaluate {recorded}--run-dir {word(run.folder)}`"
     if "evaluate" in run.manifests:
         return f"Its `evaluation.json` is missing. To write it, run {command[:-1]} --force`."
     if "ppo" in run.manifests:
@@ -112,7 +113,8 @@ def _not_evaluated(run: RunFiles) -> str:
             f"{command}."
         )
     to_come = [stage for stage in planned_stages(run.folder) if stage not in run.manifests]
-    rest = f" To come: {', '.join(to_come)}; `rlhf run {recorded}--run-dir {run.folder}` continues." if to_come else ""
+    again = f"`rlhf run {recorded}--run-dir {word(run.folder)}`"
+    rest = f" To come: {', '.join(to_come)}; {again} continues." if to_come else ""
     return f"Finished so far: {', '.join(run.manifests)}.{rest}"
 
 

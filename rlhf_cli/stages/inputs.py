@@ -11,6 +11,7 @@ from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.role import ModelRole
 from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.shell import word
 
 InputKind = Literal["artifact", "model", "critic", "data", "file", "function", "endpoint", "build"]
 
@@ -200,7 +201,7 @@ class InputFinder:
         run_dir = self.artifacts.run_dir
         return UsageError(
             f"no {self.artifacts.writes(writer)} in {run_dir}: `{self._stage}` reads the output of `{writer}`",
-            hint=f"run `rlhf {writer} --run-dir {run_dir}` first, or specify one with "
+            hint=f"run `rlhf {writer} --run-dir {word(run_dir)}` first, or specify one with "
             f"`--set {self._section}.{setting}=PATH`{also}",
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_cli.errors import RecipeError
 from rlhf_cli.recipe.overrides import BadSetting, Layers, parse_set
 from rlhf_cli.recipe.show import scalar
+from rlhf_cli.shell import word
 from rlhf_cli.start.data_facts import DemonstrationFacts, PromptFacts
 from rlhf_cli.start.label_choice import LabelChoice
 from rlhf_cli.start.model_facts import ModelFacts
@@ -25,7 +26,7 @@ _BY_PEOPLE = {"short": 40, "full": 300}
 """Prompts that a person ranks at most before a run goes on: about ten minutes, and about an hour."""
 _WIDTH = 79
 """A comment stands behind its line where both fit into this, else above it."""
-_ABOUT_SETTINGS = ("label", "train_rm")
+_ABOUT_SETTINGS = ("label", "train_rm", "ppo")
 """Sections whose comment repeats values of their settings."""
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -102,8 +103,8 @@ def recipe_text(draft: Draft, path: Path, command: str) -> str:
         lines.add("evaluate", _evaluate(draft), f"PPO beside the model before it; {decides} decides")
     _apply(lines, draft.settings)
     head = [
-        f"# Written by `{command}`. Next: rlhf run {path}",
-        f"# Other settings have their defaults: `rlhf recipe show {path}` lists them.",
+        f"# Written by `{command}`. Next: rlhf run {word(path)}",
+        f"# Other settings have their defaults: `rlhf recipe show {word(path)}` lists them.",
     ]
     return "\n".join([*head, *_rendered(lines)]) + "\n"
 

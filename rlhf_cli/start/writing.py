@@ -11,6 +11,7 @@ from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.progress import say
 from rlhf_cli.recipe.editor_schema import FILE_NAME, schema_line, write_schema
 from rlhf_cli.recipe.loader import load_recipe
+from rlhf_cli.shell import word
 from rlhf_cli.start.draft import Draft, recipe_text
 
 SUFFIXES = (".yaml", ".yml")
@@ -52,13 +53,13 @@ def write_recipe(draft: Draft, path: Path, command: str) -> str:
 
 def _say_what_comes_next(draft: Draft, path: Path, run_dir: Path) -> None:
     say(f"{path}: no problems. Next:\n")
-    commands = [(f"rlhf run {path}", _run_does(draft))]
+    commands = [(f"rlhf run {word(path)}", _run_does(draft))]
     if draft.labels.source == "people":
         commands += [
-            (f"rlhf label --run-dir {run_dir}", "rank them; with --serve in a browser"),
-            (f"rlhf run {path}", "trains and evaluates"),
+            (f"rlhf label --run-dir {word(run_dir)}", "rank them; with --serve in a browser"),
+            (f"rlhf run {word(path)}", "trains and evaluates"),
         ]
-    commands.append((f"rlhf chat {run_dir}", "talk to the models before and after PPO"))
+    commands.append((f"rlhf chat {word(run_dir)}", "talk to the models before and after PPO"))
     width = max(len(command) for command, _ in commands)
     for command, does in commands:
         say(f"  {command:<{width}}   # {does}")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.plain_text import printable
+from rlhf_cli.shell import word
 from rlhf_cli.training.monitoring.health.report import excerpt
 from rlhf_cli.training.monitoring.panels import PANELS, Panel, Trace, thinned, trace
 from rlhf_cli.watch.state import Completions, LiveRun, RunningTask, Watcher
@@ -162,7 +163,7 @@ def _findings(run: LiveRun, folder: str) -> list[RenderableType]:
         return [Text("health: nothing stands out")]
     shown = [Text(f"health: {one.severity}, {one.subject}: {one.seen}") for one in run.findings[:_FINDINGS]]
     more = len(run.findings) - len(shown)
-    return [*shown, *([Text(f"health: {more:,} more, see `rlhf diagnose {folder}`")] if more else [])]
+    return [*shown, *([Text(f"health: {more:,} more, see `rlhf diagnose {word(folder)}`")] if more else [])]
 
 
 def _completions(found: Sequence[Completions]) -> list[RenderableType]:

@@ -171,7 +171,16 @@ def test_a_comment_that_a_setting_contradicts_is_dropped(init):
     text = init("--set", "label.completions_per_prompt=2", "--set", "train_rm.epochs=1")[1]
     assert "four completions" not in text
     assert "three passes" not in text
+    assert "a first look" in init("--steps", "10", "--force")[1]
+    assert "a first look" not in init("--steps", "10", "--force", "--set", "ppo.steps=200")[1]
     assert "# PPO beside the model before it" in text
+
+
+def test_the_next_commands_are_quoted_for_a_shell(rlhf_here, tmp_path, tiny_llama, questions):
+    code, said = rlhf_here("init", "my runs/mine.yaml", "--model", tiny_llama, "--prompts", questions)
+    assert code == 0, said
+    assert "rlhf run 'my runs/mine.yaml' #" in said
+    assert "`rlhf recipe show 'my runs/mine.yaml'`" in (tmp_path / "my runs" / "mine.yaml").read_text()
 
 
 def test_a_recipe_names_the_schema_beside_it_by_which_editors_check_it(init, tmp_path):

@@ -17,6 +17,7 @@ import typer
 from rlhf_cli import run_log
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import Interrupted, UsageError, WaitingForLabelsError
+from rlhf_cli.shell import word
 
 if TYPE_CHECKING:
     from rlhf_cli.labeling.web.tokens import ServerLinks
@@ -149,7 +150,7 @@ def _open(store: Path, run_dir: Path, interface: AnnotationInterface, afterwards
         if signum not in (None, signal.SIGINT):  # Ctrl-C is the normal way to stop the server
             raise Interrupted(signum)
     else:
-        resume = f"rlhf label --run-dir {run_dir}"
+        resume = f"rlhf label --run-dir {word(run_dir)}"
         _open_terminal(store, interface.names()[0], resume_command=resume, afterwards=afterwards)
     with closing(LabelSession(store, create=False)) as session:
         progress = session.progress()

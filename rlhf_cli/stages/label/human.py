@@ -16,6 +16,7 @@ from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import SessionProgress
 from rlhf_cli.labeling.statistics.summary import statistics
 from rlhf_cli.progress import warn
+from rlhf_cli.shell import word
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import check_count, distinct
 from rlhf_cli.stages.label.settings import LabelSettings
@@ -67,7 +68,7 @@ def run_human(context: LabelContext, candidates: Sequence[Candidates]) -> HumanL
         one = len(warnings) == 1
         warn(
             f"{len(warnings):,} {'problem was' if one else 'problems were'} found in these labels; before training, "
-            f"run `rlhf label stats {context.output.parent}`"
+            f"run `rlhf label stats {word(context.output.parent)}`"
         )
     annotators = sum(row.labels > 0 for row in overview)
     hours = sum(row.active_seconds for row in overview) / 3600
@@ -134,8 +135,8 @@ def waiting(progress: SessionProgress, store: Path, run_dir: Path) -> WaitingFor
         f"labeled{aside}, {progress.labels_left:,} {'label is' if progress.labels_left == 1 else 'labels are'} "
         "missing",
         store=str(store),
-        hint=f"label with `rlhf label --run-dir {run_dir}`, or add `--serve` to label in a browser; then repeat the "
-        f"command that started this run{fewer}",
+        hint=f"label with `rlhf label --run-dir {word(run_dir)}`, or add `--serve` to label in a browser; then repeat "
+        f"the command that started this run{fewer}",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_cli.data.records import prompt_text
 from rlhf_cli.errors import DetectorStopError
+from rlhf_cli.shell import word
 from rlhf_cli.stages.ppo.forward_passes import Completions, RolloutTensors
 from rlhf_cli.stages.ppo.metrics import completion_kl
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -91,6 +92,6 @@ def stop_error(detectors: Detectors, state: RunState, settings: PPOSettings, wor
     return DetectorStopError(
         f"ppo: the detector `{detector.name}` stopped the run after step {watched.step:,} of {settings.steps:,}: "
         f"{watched.seen[detector.name]} (`{setting}: {threshold:g}`){kept}{best}",
-        hint=f"{detector.change[0]}; `rlhf diagnose {work.parent}` quotes completions; to resume from here, repeat the "
-        f"command with `--set {setting}=null` or a threshold beyond {watched.value[detector.name]:.3g}",
+        hint=f"{detector.change[0]}; `rlhf diagnose {word(work.parent)}` quotes completions; to resume from here, "
+        f"repeat the command with `--set {setting}=null` or a threshold beyond {watched.value[detector.name]:.3g}",
     )
