@@ -14,6 +14,13 @@ from safetensors.torch import load_file
 from rlhf_cli.errors import Interrupted
 from rlhf_cli.stages.ppo.model_saving import StepPolicies, saved_steps
 from rlhf_cli.stages.ppo.settings import PPOSettings
+from rlhf_cli.training.monitoring import plots
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than such a run."""
+    monkeypatch.setattr(plots, "draw_curves", lambda *arguments, **named: False)
 
 
 @pytest.fixture
@@ -35,6 +42,7 @@ def arguments(run: str, **changes: object) -> list[str]:
     return ["ppo", *given, *pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_each_policy_is_that_of_a_shorter_run(rlhf_here, files, adapter, precision, tmp_path):
@@ -59,6 +67,7 @@ def test_each_policy_is_that_of_a_shorter_run(rlhf_here, files, adapter, precisi
         assert (tmp_path / "run/ppo" / name).read_bytes() == (tmp_path / "plain/ppo" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_they_outlive_a_kill_and_those_of_repeated_steps_are_replaced(rlhf_here, files, tmp_path, monkeypatch):
     assert rlhf_here(*arguments("whole", ppo__save_steps=1))[0] == 0
     save = StepPolicies.save
@@ -80,6 +89,7 @@ def test_they_outlive_a_kill_and_those_of_repeated_steps_are_replaced(rlhf_here,
         assert all((first[name] == second[name]).all() for name in first)
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_artifact_is_completed_loses_none(rlhf_here, files, tmp_path, monkeypatch):
     def killed(*_: object) -> None:
         raise Interrupted(signal.SIGTERM)
