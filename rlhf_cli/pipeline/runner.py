@@ -216,10 +216,9 @@ class _Executor:
         begin_stage(name)
         self._run.begin(name, step.identity, resume=step.action == "resume")
         manifest = self._work(step)
-        continues = step.stage.continues(self._recipe.section(name))
-        self._run.publish(name, manifest, earlier=earlier, keeps_last=continues)
-        if continues:
+        if continues := step.stage.continues(self._recipe.section(name)):
             say(f"{name}: its last checkpoint is kept: a larger `{step.stage.steps_setting}` continues from there")
+        self._run.publish(name, manifest, earlier=earlier, keeps_last=continues)
         show_table(name, manifest.timing, manifest.seconds)
         self._accept(step.stage, manifest)
         return self._result(step, "done", manifest)

@@ -42,3 +42,13 @@ def test_few_long_prompts_are_skipped_by_the_stage(plan, long, setting):
 
 def test_the_hint_works(plan):
     assert plan(30, "data.max_prompt_tokens=400", "sampling.max_new_tokens=8")[0] == 0
+
+
+def test_layers_of_an_adapter_that_do_not_exist_are_named(rlhf_here, tmp_path, tiny_llama):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Why?", "chosen": "So.", "rejected": "No."}\n' * 4)
+    arguments = ("train-rm", "--model", tiny_llama, "--data", "pairs.jsonl", "--dry-run", "--set")
+    code, said = rlhf_here(*arguments, "train_rm.lora.target_modules=[nope_proj]")
+    assert code == 65, said
+    assert "`train_rm`: `lora.target_modules`: LlamaModel has no linear layer `nope_proj`" in said
+    assert "hint: its linear layers are: down_proj, gate_proj" in said
+    assert rlhf_here(*arguments, "train_rm.lora.target_modules=[q_proj, down_proj]")[0] == 0
