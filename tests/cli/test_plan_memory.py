@@ -14,7 +14,7 @@ import torch
 from rlhf_cli.pipeline.plan import plan_run
 from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.recipe.loader import load_recipe
-from tests.conftest import SENTENCES, byte_level_tokenizer
+from tests.conftest import EOS, SENTENCES, byte_level_tokenizer
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "train-rm", "ppo")
@@ -39,7 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
-        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids(EOS),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)
