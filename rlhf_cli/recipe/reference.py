@@ -26,16 +26,16 @@ with its defaults; `ppo: null` does not run it. Any setting can be overridden wi
 Recipes use YAML 1.2: `1e-6` is a number, `no` is text. Duplicate keys, tags, anchors and aliases are errors.
 
 A relative path is resolved against the current directory first, then against the folder of the recipe. A name that does
-not exist locally and looks like a hub id (`owner/name`, `owner/name@revision`) is loaded from the hub: a model at the
-commit that the local cache holds, else at the newest; `hf download ID` fetches a newer one. What begins with an
-existing folder or with `runs/` is a path.
+not exist locally and looks like a hub id (`owner/name`, `owner/name@revision`) is loaded from the hub. A model is
+loaded at the commit that the local cache holds, else at the newest; `hf download ID` fetches a newer one. A name that
+begins with an existing folder or with `runs/` is always a path.
 
 Settings marked *effort* affect memory, speed or display but not the result. They may be changed at any time, even for
 an unfinished stage; finished stages stay valid.
 
-`rlhf recipe show RECIPE` prints what differs from the defaults, with its origin, and the sizes derived from all
-settings; with `--all`, every value. `rlhf recipe schema` prints the JSON schema for editors; `rlhf init DIR` writes it
-too, and the recipes in DIR name it in their first line.
+`rlhf recipe show RECIPE` prints the settings that differ from the defaults, where each was set, and the sizes derived
+from all settings; with `--all`, it prints every setting. `rlhf recipe schema` prints the JSON schema for editors;
+`rlhf init DIR` writes it too, and the recipes in DIR name it in their first line.
 """
 
 

@@ -25,8 +25,8 @@ def _scalar(value: Any) -> Any:
 
 
 class ComparisonSettings(Section):
-    """Comparisons as two or K completion columns and a verdict. A name may be a path: `question.full_text` is a field
-    of an object, `answers[].text` is that field of each object in a list."""
+    """Comparisons stored as two or more completion columns and a verdict. A name may be a path: `question.full_text` is
+    a field of an object, `answers[].text` is that field of each object in a list."""
 
     completions: Annotated[list[str], Field(min_length=1)]
     """Columns of the completions, or one path of a list of them."""
@@ -34,16 +34,17 @@ class ComparisonSettings(Section):
     """Column of the verdict, or one column of scores or ranks per completion. Records without a verdict are skipped and
     counted."""
     read_as: Reading = "winner"
-    """What the verdict is. `winner`: a completion column, its letter, number or side, or `tie`. `strength`: a number,
-    negative if the first is better, 0 for a tie. `scores`: a number per completion, the highest is best. `ranks`: the
-    lowest is best. `order`: no verdict, the columns are listed best first."""
+    """What the verdict is. `winner`: the name of a completion column, its letter, number or side, or `tie`. `strength`:
+    a number, negative if the first completion is better, 0 for a tie. `scores`: a number per completion, of which the
+    highest is best. `ranks`: a number per completion, of which the lowest is best. `order`: there is no verdict, and
+    the columns are listed best first."""
     values: Annotated[dict[str, str], BeforeValidator(_as_text)] = Field(default={})
     """Meaning of values of `winner` that are not self-explanatory: `{value: column}`, `{value: number from 0}`,
     `{value: tie}`, or `{value: skip}` for no verdict."""
     prompt: str | None = None
     """Column of the prompt; null is `prompt` or, where the completions are whole conversations, their beginning."""
     annotator: str | None = None
-    """Column that says who compared."""
+    """Column that identifies the annotator."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -15,16 +15,17 @@ class OveroptSettings(Section):
     section `ppo`."""
 
     labels: Count = 64
-    """Labels of the smallest proxy; a label is a pair of completions, of which the gold reward prefers one."""
+    """Number of labels of the smallest proxy; a label is a pair of completions, of which the gold reward prefers
+    one."""
     multiples: Annotated[list[Count], Field(min_length=1)] = Field(default=[1, 4, 16])
-    """Sizes of the proxies' data, as multiples of `labels`. The labels of a smaller proxy are among those of a
-    larger."""
+    """Sizes of the proxies' data, as multiples of `labels`. The labels of a smaller proxy are among those of a larger
+    one."""
     noise: Annotated[list[Annotated[float, Field(ge=0.0, lt=0.5)]], Field(min_length=1)] = Field(default=[0.0])
-    """Shares of the labels that are swapped, each tried with every size."""
+    """Shares of labels that are swapped as noise; each share is tried with every size."""
     seeds: Count = 3
     """Runs per proxy, each with its own seed for labels, reward model and PPO. They start from the same policy."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 64
-    """Completions per held-out prompt for best of n; the largest n."""
+    """Completions per held-out prompt for best of n, which is also the largest n."""
     eval_steps: Count = 4
     """Steps of PPO between measurements; the first is before training."""
     eval_prompts: Count = 64

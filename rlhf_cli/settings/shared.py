@@ -46,7 +46,7 @@ class BuildSettings(Section):
     heads: Count = 4
     """Number of attention heads; must divide `hidden_size` unless `head_dim` is given."""
     key_heads: Count | None = None
-    """Number of key/value heads (grouped-query attention); must divide `heads`. Null is equal to `heads`."""
+    """Number of key/value heads (grouped-query attention); must divide `heads`. Null means as many as `heads`."""
     feed_forward_size: Count = 384
     """Hidden width of the feed-forward network."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
@@ -65,7 +65,7 @@ class BuildSettings(Section):
     """`post`: norm(x + f(x)), as in Vaswani et al. 2017. `pre`: x + f(norm(x)), as in GPT-2; it tolerates higher
     learning rates."""
     feed_forward: Literal["relu", "gelu", "gelu-tanh", "swiglu"] = "swiglu"
-    """Activation of the feed-forward network; `swiglu` adds a third matrix."""
+    """Activation of the feed-forward network; `swiglu` needs a third weight matrix."""
     biases: Literal["none", "feed-forward", "all"] = "none"
     """Biases of linear layers: `none` as in Llama, `feed-forward` (none in attention) as in Vaswani et al. 2017, `all`
     as in GPT-2."""
@@ -115,11 +115,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of frozen weights; `auto` uses `precision`, but `label` and `evaluate` keep weights stored in float32.
     A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always
-    float32, in memory and on disk; products in bfloat16 use the nearest bfloat16 numbers."""
+    float32, in memory and on disk; for products in bfloat16 they are rounded to the nearest bfloat16 numbers."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and a layer of the
-    model's width, with what the stage trains, is at least 1.1 times as fast in it, else float32. It is measured when a
-    stage starts and kept when it resumes."""
+    """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and it is at least 1.1
+    times as fast as float32, else float32. This is measured with one layer of the model's width, trained as the stage
+    trains, when a stage starts; a resumed stage keeps the choice."""
     attention: str = "auto"
     """Attention backend: a built-in one (`reference`, `tiled`, `torch`, `triton`; `rlhf attention list` says which run
     on this machine), `auto` for the fastest one available, `package.module:function` for your own, or one of
@@ -165,18 +165,19 @@ class DataSettings(Section):
     split_seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the held-out selection. Null is that of the model that the stage starts from, else 0."""
     max_skip: Annotated[Share, EffortOnly()] = 0.01
-    """Maximum share of a file's records that may be skipped; above it the run fails."""
+    """Maximum share of a file's records that may be skipped; above this share the run fails."""
     columns: dict[str, str | list[str]] = Field(default={})
-    """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`. Several
-    names are joined by blank lines: `{prompt: [context, question]}`."""
+    """Field names in your files, as `{our name: your name}`, such as `{prompt: question, completion: answer}`. The
+    texts of several fields are joined by blank lines: `{prompt: [context, question]}`."""
     comparison: ComparisonSettings | None = None
-    """Comparisons in your files that are two or K completion columns and a verdict, such as `{completions: [left,
-    right], verdict: winner}`. Null reads the published schemas that are recognized; see docs/label-formats.md."""
+    """How to read comparisons that your files store as two or more completion columns and a verdict, such as
+    `{completions: [left, right], verdict: winner}`. Null reads the published schemas that are recognized; see
+    docs/label-formats.md."""
     prompt_template: str | None = "auto"
-    """Format of plain-text prompts. `chat` makes a prompt one user message in the tokenizer's chat template; text that
-    contains `{prompt}` once is put around it; null uses the prompt as it is. `auto` is the format that the model was
-    trained with, else `chat` if its tokenizer has a chat template, else null. Conversations always use the chat
-    template."""
+    """Format of plain-text prompts. `chat` makes a prompt one user message in the tokenizer's chat template; a text
+    that contains `{prompt}` once is a template, into which the prompt is inserted; null uses the prompt as it is.
+    `auto` is the format that the model was trained with, else `chat` if its tokenizer has a chat template, else null.
+    Conversations always use the chat template."""
     template_kwargs: dict[str, bool | int | float | str] | None = None
     """Arguments of the chat template, such as `{enable_thinking: false}`. Null is those that the model was trained
     with, else none."""
@@ -262,12 +263,12 @@ class TrainingSettings(StageSection):
 
 
 class SamplingSettings(Section):
-    """How completions are drawn and where they end: temperature first, then nucleus (top-p) sampling. The top-level
-    section `sampling` holds for all stages; a stage may set values of its own. Null is the value of the top-level
+    """How completions are sampled and where they end: temperature first, then nucleus (top-p) sampling. The top-level
+    section `sampling` applies to all stages; a stage may set values of its own. Null is the value of the top-level
     section, else that of the model (the one with which `ppo` trained it), else the default."""
 
     temperature: Positive | None = None
-    """Logits are divided by this; 1, the default, samples from the model's own distribution, lower values are
+    """Logits are divided by this; 1, the default, samples from the model's own distribution; lower values are
     greedier."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Sample from the smallest set of tokens whose total probability is at least this; the default is 1. PPO always

@@ -69,8 +69,8 @@ class HumanSettings(Section):
     guidelines: FileName = None
     """Text or Markdown file with instructions for annotators; every label stores the hash of the text shown."""
     repeat_share: OpenShare = 0.05
-    """Share of an annotator's tasks that are hidden repeats: earlier items in another order, without notice. They
-    measure how consistent the annotator is."""
+    """Share of an annotator's tasks that are hidden repeats: earlier items in another order, which the annotator is not
+    told. They measure how consistent the annotator is."""
     gold: DataName = None
     """Ranking or preference records with a known order, mixed into the tasks to check the annotators."""
     gold_share: OpenShare = 0.05
@@ -116,7 +116,7 @@ class LabelSettings(StageSection):
     """Prompt records; null is `data.prompts`."""
     items: DataName = None
     """Completions to rank instead of sampled ones: records with `prompt` and `completions`, or preferences or rankings.
-    The order of the latter two is used only for comparison."""
+    If records have a preference or ranking, it is used only for comparison with the new labels."""
     data: DataName = None
     """Ranking or preference records to import, with `by: import`."""
     function: FunctionName = None
