@@ -45,5 +45,5 @@ def test_what_is_said_to_be_sent_is_sent(endpoint, judged):
 def test_exit_codes_are_those_of_the_errors():
     from rlhf_cli.errors import EXIT_COST, EXIT_DATA
 
-    assert f"ends with {EXIT_COST}" in TEXT.replace("\n", " ")
-    assert f"ends with {EXIT_DATA}" in TEXT.replace("\n", " ")
+    assert f"ends with exit code {EXIT_COST}" in TEXT.replace("\n", " ")
+    assert f"ends with exit code {EXIT_DATA}" in TEXT.replace("\n", " ")
