@@ -21,26 +21,29 @@ STAGES = ("sft", "train-rm", "ppo", "evaluate")
 _HEAD = """\
 # Model families
 
-Each row is a tiny model of one family with random weights, by its `model_type` in transformers {version}. It goes
+Each row is a tiny model of one family with random weights, named by its `model_type` in transformers {version}. It goes
 through the real commands: `sft` with an adapter, `train-rm` with an adapter, three steps of `ppo` that train all
-weights, and `evaluate`. `yes` also says that plain transformers computes the same log-probabilities from the folders
+weights, and `evaluate`. `yes` also means that plain transformers computes the same log-probabilities from the folders
 that `sft` and `ppo` wrote. A refusal that follows from the architecture or its files comes before the first stage of a
-run, and in `--dry-run`. Any other comes when a stage loads the model, before that stage trains. Tests compare this page
-with the code; `python -m tests.families.table > docs/families.md` writes it.
+run, and in `--dry-run`. Any other refusal comes when a stage loads the model, before that stage trains. Tests compare
+this page with the code; `python -m tests.families.table > docs/families.md` writes it.
 
 """
 _TAIL = """
 ## Notes on some families
 
-- **Recurrent layers** (state-space models, linear attention, short convolutions: Mamba, Jamba, Falcon-H1, LFM2,
-  Qwen 3.5) read padding and the neighbors in a packed row as text. Prompts of one sampling batch therefore have equal
+- **Recurrent layers** (state-space models, linear attention, short convolutions: Mamba, Jamba, Falcon-H1, LFM2, Qwen
+  3.5) read padding and the neighbors in a packed row as text. Prompts of one sampling batch therefore have equal
   lengths, batches for training are padded on the right, and `sft.packing` is refused. Layers whose weights a kernel
-  reads directly (`out_proj` of Mamba) get no adapter; a line says which share of the weights an adapter reaches.
+  reads directly (`out_proj` of Mamba) get no adapter; a message says which share of the weights an adapter reaches.
 - **Mixture of experts**: `lora.target_modules: all-linear` reaches fused experts too, with A and B per expert, unless
-  `lora.dropout` is set. PEFT 0.21 itself cannot load such an adapter for families whose shared experts have the names
-  of their experts (DeepSeek, GLM-4 MoE, ERNIE 4.5 MoE, HunYuan MoE, Qwen3-Next): use the merged weights beside it.
-  With frozen weights in bfloat16 the sum W + B A of an expert is rounded in every forward pass; `model.dtype: float32`
-  avoids that.
+  `lora.dropout` is set. PEFT 0.21 itself cannot load such an adapter for families whose shared experts and other
+  experts have the same names (DeepSeek, GLM-4 MoE, ERNIE 4.5 MoE, HunYuan MoE, Qwen3-Next): use the merged weights that
+  are written beside it. With frozen weights in bfloat16 the sum W + B A of an expert is rounded in every forward pass;
+  `model.dtype: float32` avoids that. A training step computes that sum for all experts and keeps it for the backward
+  pass; sampling computes it once for a set of completions, where memory allows that copy. A message says so, and names
+  the layers to list in `lora.target_modules` to leave the experts out. `model.quantize` quantizes linear layers: fused
+  experts keep `model.dtype`.
 - **Router loss**: `sft` adds the load-balancing loss of families that have one, with the weight of the model's
   configuration (`sft.router_aux_coef`); `train-rm` and `ppo` do not.
 - **Rotary frequencies that depend on the length** (rope types `dynamic` and `longrope`): transformers chooses them by
