@@ -12,7 +12,7 @@ from rlhf_cli.chat.conversation import Conversation, Reply
 from rlhf_cli.chat.display import Display
 from rlhf_cli.chat.files import ChatFiles
 from rlhf_cli.errors import DataError, RLHFError
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 
 _HELP = """\
 /best NAME         the reply of NAME is the best; keeps labels

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rlhf_cli.cli import options
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import Flag, section_of
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_cli.cli import options
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 
 if TYPE_CHECKING:
     from rlhf_cli.start.questions import Given

@@ -22,7 +22,7 @@ from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from rlhf_cli.export.models import ExportedModel
 from rlhf_cli.files import MODEL_CARD
 from rlhf_cli.models.json_files import read_json
 from rlhf_cli.progress import warn
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 from rlhf_cli.stages.model_names import model_names
 
 _OF_A_MODEL = (

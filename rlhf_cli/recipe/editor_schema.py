@@ -25,7 +25,7 @@ def write_schema(folder: Path) -> bool:
     """Write the JSON schema of recipes to a folder, in place of an earlier one.
 
     Returns:
-        Whether it is there: a file of that name that is no schema of recipes stays as it is.
+        Whether it is there: another file of that name stays as it is.
 
     Raises:
         OSError: the disk cannot be written.

@@ -25,7 +25,7 @@ from rlhf_cli.report.samples import Sample, samples, samples_note
 from rlhf_cli.report.tables import Table, changes, score_tables, text_tables
 from rlhf_cli.report.texts import shortened
 from rlhf_cli.report.verdict import Verdict, deciding, first_pair, outcomes_of, verdict, verdict_on_comparison
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 from rlhf_cli.stages.reward_model.quality_charts import quality_charts
 from rlhf_cli.training.monitoring.stage_charts import CAPTIONS, COLORS
 

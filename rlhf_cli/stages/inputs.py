@@ -11,7 +11,7 @@ from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.role import ModelRole
 from rlhf_cli.settings.run import RunSettings
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 
 InputKind = Literal["artifact", "model", "critic", "data", "file", "function", "endpoint", "build"]
 

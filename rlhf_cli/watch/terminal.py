@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_cli.plain_text import printable
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 from rlhf_cli.training.monitoring.health.report import excerpt
 from rlhf_cli.training.monitoring.panels import PANELS, Panel, Trace, thinned, trace
 from rlhf_cli.watch.state import Completions, LiveRun, RunningTask, Watcher

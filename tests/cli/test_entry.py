@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import atexit
-import os
+import subprocess
 import sys
-import threading
-import types
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
+COMMAND = """
+import atexit, builtins, sys, threading, types
 from rlhf_cli import cli
 
+class Noticed:
+    def __del__(self, write=print): write("teardown")
 
-class EndedError(Exception):
-    """The process would have ended here."""
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """What `entry` does at the end, with a command that fails with code 7."""
-    found: list[str] = []
-
-    def end(code: int) -> None:
-        found.append(f"ended with {code}")
-        raise EndedError
-
-    monkeypatch.setattr(cli, "main", lambda: 7)
-    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: found.append("exit functions"))
-    monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(threading, "enumerate", lambda: [threading.main_thread(), threading.Thread(daemon=True)])
-    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
-    return found
+builtins.noticed = Noticed()  # goes with the interpreter
+atexit.register(print, "exit function", flush=True)
+cli.main = lambda: 7
+"""
+TORCH = "sys.modules['torch'] = types.ModuleType('torch')\n"
+THREAD = "threading.Thread(target=lambda: None if not noticed else __import__('time').sleep(0.3)).start()\n"
 
 
-def test_once_torch_is_loaded_the_process_ends_without_teardown(calls):
-    with pytest.raises(EndedError):
-        cli.entry()
-    assert calls == ["exit functions", "ended with 7"]
-
-
-def test_without_torch_and_with_threads_that_work_it_ends_as_usual(calls, monkeypatch):
-    monkeypatch.setattr(threading, "enumerate", lambda: [threading.Thread()])
-    with pytest.raises(SystemExit, match="7"):
-        cli.entry()
-    monkeypatch.setattr(threading, "enumerate", list)
-    monkeypatch.delitem(sys.modules, "torch")
-    with pytest.raises(SystemExit, match="7"):
-        cli.entry()
-    assert calls == []
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (TORCH, ["exit function"]),
+        ("", ["exit function", "teardown"]),
+        (TORCH + THREAD, ["exit function", "teardown"]),
+    ],
+    ids=["torch", "no torch", "a thread that works"],
+)
+def test_the_process_ends_without_teardown_once_torch_is_loaded(before, said):
+    found = subprocess.run([sys.executable, "-c", COMMAND + before + "cli.entry()"], capture_output=True, text=True)
+    assert (found.stdout.splitlines(), found.stderr) == (said, "")
+    assert found.returncode == 7

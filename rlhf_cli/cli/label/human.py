@@ -17,7 +17,7 @@ import typer
 from rlhf_cli import run_log
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import Interrupted, UsageError, WaitingForLabelsError
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 
 if TYPE_CHECKING:
     from rlhf_cli.labeling.web.tokens import ServerLinks

@@ -16,7 +16,7 @@ from rlhf_cli.labeling.session.session import LabelSession
 from rlhf_cli.labeling.session.types import SessionProgress
 from rlhf_cli.labeling.statistics.summary import statistics
 from rlhf_cli.progress import warn
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.label.sampling import check_count, distinct
 from rlhf_cli.stages.label.settings import LabelSettings

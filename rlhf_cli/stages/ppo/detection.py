@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.data.records import prompt_text
 from rlhf_cli.errors import DetectorStopError
-from rlhf_cli.shell import word
+from rlhf_cli.quoting import word
 from rlhf_cli.stages.ppo.forward_passes import Completions, RolloutTensors
 from rlhf_cli.stages.ppo.metrics import completion_kl
 from rlhf_cli.stages.ppo.settings import PPOSettings
