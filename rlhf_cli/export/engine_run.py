@@ -19,10 +19,10 @@ from rlhf_cli.generation.prompts import prompt_style
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.pipeline.manifest import FILE_NAME
 from rlhf_cli.pipeline.record import RECIPE
+from rlhf_cli.quoting import word
 from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
-from rlhf_cli.quoting import word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

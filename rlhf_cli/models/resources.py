@@ -233,13 +233,13 @@ class MemoryNeed:
         """Most bytes at any one time.
 
         On a CPU glibc keeps what an update frees (`memory.keep_freed_memory`), so pages that are mapped for the passes
-        of the next step come on top of it.
+        of the next step come on top of it, of one model at a time: each rests after its use.
         """
         in_steps = 0
         if self.mapped:
             loop = [self.phases[name] for name in ("rollout", "passes", "update") if name in self.phases]
             heap = max(sum(size for role, size in phase.items() if role not in self.mapped) for phase in loop)
-            pages = max(sum(size for role, size in phase.items() if role in self.mapped) for phase in loop)
+            pages = max(size for phase in loop for role, size in phase.items() if role in self.mapped)
             in_steps = heap + pages
         return max(in_steps, *map(self.of, self.phases))
 

@@ -13,8 +13,8 @@ from rlhf_cli.pipeline.fingerprint import PENDING, Digests, differences, fingerp
 from rlhf_cli.pipeline.manifest import DamagedArtifact, Identity, Manifest
 from rlhf_cli.pipeline.paths import check_models
 from rlhf_cli.pipeline.run_directory import RunDirectory
-from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.quoting import word
+from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages import registry
 from rlhf_cli.stages.base import Stage
 from rlhf_cli.stages.inputs import InputFinder, StageInputs

@@ -14,8 +14,8 @@ from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.pipeline.record import RECIPE, recipe_of
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.progress import say, warn
-from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.quoting import word
+from rlhf_cli.recipe.loader import load_recipe
 from rlhf_cli.stages.registry import REGISTRY
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from rlhf_cli.files import MODEL_CARD, write_whole
 from rlhf_cli.pipeline.run_directory import RunDirectory
+from rlhf_cli.quoting import word
 from rlhf_cli.report.gather import RunFiles
 from rlhf_cli.report.made import how_it_was_made
 from rlhf_cli.report.verdict import Verdict, first_pair, verdict
-from rlhf_cli.quoting import word
 
 _MODELS = {
     "sft": "a language model, fine-tuned on demonstrations",

@@ -18,6 +18,7 @@ from rlhf_cli.intervals import percent, percent_span
 from rlhf_cli.pipeline.manifest import Manifest
 from rlhf_cli.pipeline.record import recipe_of
 from rlhf_cli.pipeline.run_comparison import RunComparison
+from rlhf_cli.quoting import word
 from rlhf_cli.report.curves import reward_against_kl, training_charts
 from rlhf_cli.report.gather import RunFiles, differing
 from rlhf_cli.report.made import how_it_was_made
@@ -25,7 +26,6 @@ from rlhf_cli.report.samples import Sample, samples, samples_note
 from rlhf_cli.report.tables import Table, changes, score_tables, text_tables
 from rlhf_cli.report.texts import shortened
 from rlhf_cli.report.verdict import Verdict, deciding, first_pair, outcomes_of, verdict, verdict_on_comparison
-from rlhf_cli.quoting import word
 from rlhf_cli.stages.reward_model.quality_charts import quality_charts
 from rlhf_cli.training.monitoring.stage_charts import CAPTIONS, COLORS
 

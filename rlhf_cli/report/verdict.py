@@ -10,8 +10,8 @@ from rlhf_cli.intervals import percent, percent_span
 from rlhf_cli.pipeline.record import RECIPE
 from rlhf_cli.pipeline.run_comparison import RunComparison
 from rlhf_cli.pipeline.stage_states import planned_stages
-from rlhf_cli.report.gather import RunFiles
 from rlhf_cli.quoting import word
+from rlhf_cli.report.gather import RunFiles
 
 Outcome = Literal["better", "worse", "undecided", "unknown"]
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol, Self
 from rlhf_cli.data.records import Kind
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.role import ModelRole
-from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.quoting import word
+from rlhf_cli.settings.run import RunSettings
 
 InputKind = Literal["artifact", "model", "critic", "data", "file", "function", "endpoint", "build"]
 

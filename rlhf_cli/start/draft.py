@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import RecipeError
+from rlhf_cli.quoting import word
 from rlhf_cli.recipe.overrides import BadSetting, Layers, parse_set
 from rlhf_cli.recipe.show import scalar
-from rlhf_cli.quoting import word
 from rlhf_cli.start.data_facts import DemonstrationFacts, PromptFacts
 from rlhf_cli.start.label_choice import LabelChoice
 from rlhf_cli.start.model_facts import ModelFacts

@@ -9,9 +9,9 @@ from rlhf_cli.files import write_whole
 from rlhf_cli.pipeline import runner
 from rlhf_cli.pipeline.planner import Selection
 from rlhf_cli.progress import say
+from rlhf_cli.quoting import word
 from rlhf_cli.recipe.editor_schema import FILE_NAME, schema_line, write_schema
 from rlhf_cli.recipe.loader import load_recipe
-from rlhf_cli.quoting import word
 from rlhf_cli.start.draft import Draft, recipe_text
 
 SUFFIXES = (".yaml", ".yml")

@@ -115,6 +115,10 @@ def test_the_most_at_any_one_time():
     assert memory_need(Extent(SHAPE), phases).total == 80, "the process is not on a GPU"
     loop = {"passes": {"policy": 40, "reference": 30}, "update": {"policy": 40, "gradients": 40}}
     assert MemoryNeed(loop, frozenset({"reference"})).total == 80 + 30, "pages come on top of what glibc keeps"
+    loop["passes"] |= {"reward model": 20}
+    assert MemoryNeed(loop, frozenset({"reference", "reward model"})).total == 80 + 30, (
+        "one rests while the other is used"
+    )
 
 
 @pytest.mark.parametrize(
