@@ -146,9 +146,11 @@ class Task:
         }
 
     def _rate(self) -> str:
-        """Return units per second in this process; units of an earlier attempt do not count."""
+        """Return units per second in this process, without units of an earlier attempt; "" where there are none."""
+        if not self._ran:
+            return ""
         rate = self._ran / max(self._moved - self._began, 1e-9)
-        return f"{rate:,.1f} {self._unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:,.0f} s each"
+        return f"{rate:,.1f} {self._unit}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s each"
 
     def _left(self) -> tuple[float, bool] | None:
         """Return the seconds left and whether they are a guess; None without anything to go by."""

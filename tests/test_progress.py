@@ -111,6 +111,7 @@ def test_a_bar_shows_the_time_so_far_until_it_knows_the_time_left(width, ended, 
     last = [line for line in screen.getvalue().replace("\r", "\n").splitlines() if "sampling" in line][-1]
     shown = Text.from_ansi(last).plain
     assert all(part in shown for part in expected), shown
+    assert "0.0 completions/s" not in shown
     assert cell_len(shown) <= width
 
 

@@ -72,7 +72,7 @@ def start(**given: Any) -> None:
 
 
 def write(given: Mapping[str, Any], path: Path, read: Any = None) -> None:
-    """Find out what a recipe needs, write it and print its path.
+    """Find out what a recipe needs and write it; without a person, print its path for a script.
 
     Args:
         given: values of the options.
@@ -85,7 +85,8 @@ def write(given: Mapping[str, Any], path: Path, read: Any = None) -> None:
     check_target(path, force=given["force"])
     plan = Questions(_choices(given), read).draft()
     write_recipe(plan, path, _command() if read is None else "rlhf start")
-    typer.echo(path)
+    if read is None:
+        typer.echo(path)
 
 
 def _choices(given: Mapping[str, Any]) -> Given:

@@ -125,6 +125,7 @@ def test_a_dialogue_in_a_terminal(tmp_path, tiny_llama, questions):
     assert "rlhf run new.yaml" in shown
     assert terminal.process.wait(timeout=60) == 0
     assert max(map(len, terminal.text.splitlines())) <= 120
+    assert terminal.text.splitlines()[-1].endswith("# talk to the models before and after PPO")
     assert "steps: 5" in (tmp_path / "new.yaml").read_text()
     assert (tmp_path / "mine.yaml").read_text() == "name: old\n"
 

@@ -154,7 +154,7 @@ _COLUMNS = ("time", "share", "tokens/s", "MFU")
 
 def table_rows(timing: Mapping[str, float], seconds: float) -> list[Sequence[str]]:
     """Return the rows of "where the time went": the largest phases, all else as `other`, and the whole;
-    none without phases.
+    none where no phase took long enough for a row.
 
     Args:
         timing: see `totals`.
@@ -162,10 +162,10 @@ def table_rows(timing: Mapping[str, float], seconds: float) -> list[Sequence[str
             stage that was resumed has more seconds in its phases than its last attempt took; then they are the whole.
     """
     phases = {name: timing.get(f"time/{name}", 0.0) for name in _NAMES}
-    if not any(phases.values()):
-        return []
     whole = max(seconds, sum(phases.values()))
-    large = [name for name in phases if phases[name] >= _SMALLEST * whole]
+    large = [name for name in phases if phases[name] and phases[name] >= _SMALLEST * whole]
+    if not large:
+        return []
     large = sorted(large, key=lambda name: -phases[name])[:_LARGEST]
     rows: list[Sequence[str]] = []
     for name, spent in phases.items():

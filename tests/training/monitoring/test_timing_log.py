@@ -98,6 +98,7 @@ def test_a_resumed_stage_is_as_long_as_its_phases(capsys):
     assert lines[-1].split() == ["whole", "stage", "1", "min", "30", "s", "100%"]
 
 
-def test_a_stage_without_phases_has_no_table(capsys):
-    show_table("label", {}, 40.0)
+@pytest.mark.parametrize("timing", [{}, {"time/rollout": 0.0}, {"time/rollout": 0.1}])
+def test_a_stage_without_phases_that_took_time_has_no_table(timing, capsys):
+    show_table("label", timing, 40.0)
     assert capsys.readouterr().err == ""
