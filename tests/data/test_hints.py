@@ -90,6 +90,16 @@ def comparison(text: str) -> tuple[str, ...]:
     return (f"data.comparison={{{text}}}",)
 
 
+def rated(**stars):
+    """A task of Label Studio: control -> stars of `answer1` and `answer2`."""
+    results = [
+        {"type": "rating", "from_name": control, "to_name": f"answer{place}", "value": {"rating": one}}
+        for control, given in stars.items()
+        for place, one in enumerate(given, 1)
+    ]
+    return {"data": {"prompt": "q", "answer1": "a", "answer2": "b"}, "annotations": [{"result": results}]}
+
+
 CASES = {
     # Fields
     "other names": Case("data.columns={prompt: question, completion: answer}", [{"question": "q", "answer": "a"}], kind=D),
@@ -98,6 +108,8 @@ CASES = {
     "a demonstration for train-rm": Case("give it to `sft`", GOOD, GOOD, kind="ranking demonstration"),
     "completions without a ranking": Case("as `label.items`", k(), k(), kind="ranking candidates"),
     "prompts for sft": Case("records with prompts only are for", p(), p(), kind="demonstration prompt"),
+    "one unknown name": Case("data.columns={prompt: frage}", [{"frage": "q", "id": 1}], kind="prompt"),
+    "unknown names": Case("data.columns={prompt: NAME}", [{"x": "q", "y": "a"}], kind="prompt", meant="x"),
     "nothing known": Case("a demonstration record has the fields", [{"x": "q", "y": "a"}], GOOD, kind=D),
     "a field that is none": Case("ours is one of", GOOD, GOOD, kind=D, settings=("data.columns={promt: question}",), then=("data.columns={prompt: prompt}",)),
     "joined columns": Case("write it as text", [{"a": ["x"], "b": "y", "completion": "c"}], [{"a": "x", "b": "y", "completion": "c"}], kind=D, settings=("data.columns={prompt: [a, b]}",), then=("data.columns={prompt: [a, b]}",)),
@@ -159,6 +171,8 @@ CASES = {
     "no prompt of a task": Case("data.columns={prompt: NAME}", [pairwise(data={"prompt": None, "one": "q", "two": "r"})], meant="one"),
     "two questions of a record": Case("data.columns={ranking: NAME}", [record({name: [{"value": ranks(1, 2, 3)}] for name in ("x", "y")})], meant="y"),
     "fields that are not alike": Case("response-1", [{"fields": {"prompt": "q", "left one": "a", "the other": "b"}, "responses": {}}], [{"fields": {"prompt": "q", "response-1": "a", "response-2": "b"}, "responses": {}}], kind="candidates"),
+    "an option twice": Case("its own id", [{"text": "q", "options": [{"id": 1, "text": "a"}, {"id": 1, "text": "b"}], "accept": [1]}], [{"text": "q", "options": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}], "accept": [1]}]),
+    "two ratings of a completion": Case("one control at a time", [rated(helpful=(5, 1), brief=(1, 5))], [rated(helpful=(5, 1))]),
     "an option that is not there": Case("list the ids", [{"text": "q", "options": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}], "accept": [3]}], [{"text": "q", "options": [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}], "accept": [2]}]),
     # JSON
     "nested": Case("a record is flat", "[" * 100_000 + "\n", GOOD, kind=D),

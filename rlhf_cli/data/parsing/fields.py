@@ -136,7 +136,7 @@ def missing(row: Row, kind: Kind, lacking: tuple[str, ...], columns: Columns) ->
             f"{message}: it looks like {look}, and {_article(kind)} {'are' if kind == 'candidates' else 'is'} expected",
             _elsewhere(look, kind, row.fields),
         )
-    return row.error(message, _expected_fields(kind))
+    return row.error(message, f"{_expected_fields(kind)}; {_rename_hint(row, lacking)}")
 
 
 def _article(kind: Kind) -> str:
@@ -146,6 +146,15 @@ def _article(kind: Kind) -> str:
 def _expected_fields(kind: Kind) -> str:
     what = "a record of completions to be ranked" if kind == "candidates" else f"a {kind} record"
     return f"{what} has the fields {EXPECTED_FIELDS[kind]}"
+
+
+def _rename_hint(row: Row, lacking: tuple[str, ...]) -> str:
+    """How to name columns that nothing is known of; with the names where there is one for each missing field."""
+    texts = [name for name, value in row.fields.items() if isinstance(value, str) and name not in FIELDS]
+    if len(lacking) == len(texts) == 1:
+        return columns_hint({lacking[0]: texts[0]})
+    pairs = ", ".join(f"{name}: NAME" for name in lacking)
+    return f"name the columns that hold these with `--set 'data.columns={{{pairs}}}'`"
 
 
 def _mapping_hint(row: Row, kind: Kind, lacking: tuple[str, ...]) -> str | None:
