@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -426,12 +427,20 @@ def test_names_in_a_foreign_file_cannot_control_a_terminal(read):
 # Examples that the documentation shows
 
 
+def _values(block: str) -> Iterator[str]:
+    """The JSON values of a block, each of which may have several lines."""
+    while block := block.strip():
+        _, end = json.JSONDecoder().raw_decode(block)
+        yield block[:end]
+        block = block[end:]
+
+
 def test_the_examples_of_the_documentation_are_read(write):
     text = (Path(__file__).resolve().parents[2] / "docs" / "label-formats.md").read_text(encoding="utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```json\n")[1:]]
-    is_one = [block.startswith("[") or '"label"' in block for block in blocks]  # a ranking over several lines
+    is_one = [block.startswith("[") or '"label"' in block for block in blocks]  # a ranking of several records
     examples = [
-        one for block, whole in zip(blocks, is_one, strict=True) for one in ([block] if whole else block.splitlines())
+        one for block, whole in zip(blocks, is_one, strict=True) for one in ([block] if whole else _values(block))
     ]
     assert len(examples) == 9
     for example in examples:
