@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import json
 import os
 import random
@@ -165,10 +166,21 @@ def _fork(
     return Started(server, command, pid, streams)
 
 
+def _hides_a_package(folders: str) -> bool:
+    """Whether folders, which forks add to the path, hold a module with the name of one that is installed."""
+    return any(
+        importlib.util.find_spec(module.stem) is not None
+        for folder in filter(None, folders.split(os.pathsep))
+        if Path(folder).resolve() != Path(__file__).resolve().parents[1]
+        for module in Path(folder).glob("*.py")
+    )
+
+
 def _server(variables: Mapping[str, str]) -> subprocess.Popen[str] | None:
     """Return the server that has imported with these variables; None if there is none yet."""
     read = {name: value for name, value in sorted(variables.items()) if name.startswith(_READ_ON_IMPORT)}
-    read.pop("PYTHONPATH", None)  # forks add its folders
+    if _hides_a_package(read.pop("PYTHONPATH", "")):  # of which the server has imported the real one
+        return None
     key = json.dumps(read)
     is_first = key not in _servers
     if is_first or not hasattr(os, "fork") or variables.get("OMP_NUM_THREADS") != "1":

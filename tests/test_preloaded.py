@@ -64,6 +64,13 @@ def test_a_fork_has_the_folder_environment_path_and_exit_code_it_was_given(envir
     assert started.returncode == 7
 
 
+def test_a_module_that_hides_a_package_is_met_by_a_process_of_its_own(environment, script, tmp_path):
+    (tmp_path / "torch.py").touch()
+    started = preloaded.start(["state"], program=script, env=environment | {"PYTHONPATH": str(tmp_path)})
+    assert not isinstance(started, preloaded.Started)
+    started.communicate()
+
+
 def test_a_fork_is_killed_by_a_signal_or_after_its_time(environment, script):
     started = preloaded.start(["sleep"], program=script, env=environment)
     assert started.poll() is None

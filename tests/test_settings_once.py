@@ -26,6 +26,7 @@ ALLOWED = {
     "LabelTable": "records; `data.comparison` names the columns that hold their fields",
     "LabelPlan": "stored with a session: labels outlive the recipe under which they were made",
     "Given": "the options of `rlhf start`, from which a recipe is written",
+    "EngineRun": "what a run's recipe names, loaded for another engine",
     "Draft": "checked replies to `rlhf start`, from which a recipe is written",
     "LabelChoice": "sections of the recipe that `rlhf start` writes",
 }

@@ -27,7 +27,7 @@ Recipes use YAML 1.2: `1e-6` is a number, `no` is text. Duplicate keys, tags, an
 
 A relative path is resolved against the current directory first, then against the folder of the recipe. A name that does
 not exist locally and looks like a hub id (`owner/name`, `owner/name@revision`) is loaded from the hub. A model is
-loaded at the commit that the local cache holds, else at the newest; `hf download ID` fetches a newer one. A name that
+loaded at the commit in the local cache, else at the newest one; `hf download ID` fetches a newer one. A name that
 begins with an existing folder or with `runs/` is always a path.
 
 Settings marked *effort* affect memory, speed or display but not the result. They may be changed at any time, even for

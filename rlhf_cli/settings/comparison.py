@@ -39,7 +39,8 @@ class ComparisonSettings(Section):
     highest is best. `ranks`: a number per completion, of which the lowest is best. `order`: there is no verdict, and
     the columns are listed best first."""
     values: Annotated[dict[str, str], BeforeValidator(_as_text)] = Field(default={})
-    """Meaning of values of `winner` that are not self-explanatory: `{value: column}`, `{value: number from 0}`,
+    """With `read_as: winner`, what values of the verdict mean, where they are not self-explanatory:
+    `{value: column}`, `{value: number from 0}`,
     `{value: tie}`, or `{value: skip}` for no verdict."""
     prompt: str | None = None
     """Column of the prompt; null is `prompt` or, where the completions are whole conversations, their beginning."""

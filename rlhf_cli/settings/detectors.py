@@ -38,8 +38,8 @@ class DetectorSettings(Section):
     reward model that `train-rm` wrote."""
     phrase: DetectorLimits = DetectorLimits(warn=0.5)
     """How far the policy writes one rewarded phrase for every prompt: the rise, since the first three steps, of the
-    share of prompts whose completions contain the same three words, times the correlation of having them and the
-    reward."""
+    share of prompts whose completions contain the same three words, times the correlation between containing
+    them and the reward."""
     repetition: DetectorLimits = DetectorLimits(warn=0.2)
     """Mean share of a completion's four-word sequences that repeat earlier ones, minus that of the first three
     steps."""

@@ -27,6 +27,6 @@ class OveroptSettings(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)] = 64
     """Completions per held-out prompt for best of n, which is also the largest n."""
     eval_steps: Count = 4
-    """Steps of PPO between measurements; the first is before training."""
+    """PPO steps between measurements; the first measurement is before training."""
     eval_prompts: Count = 64
     """Maximum number of held-out prompts to measure on. PPO measures on at most half of them."""

@@ -115,7 +115,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of frozen weights; `auto` uses `precision`, but `label` and `evaluate` keep weights stored in float32.
     A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always
-    float32, in memory and on disk; for products in bfloat16 they are rounded to the nearest bfloat16 numbers."""
+    float32, in memory and on disk; for matrix products in bfloat16 they are cast to bfloat16."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and it is at least 1.1
     times as fast as float32, else float32. This is measured with one layer of the model's width, trained as the stage
@@ -161,9 +161,11 @@ class DataSettings(Section):
     """Default prompt records of `label`, `ppo` and `evaluate`: a file, folder or hub data set."""
     holdout: OpenShare | None = None
     """Share of prompts held out from training, selected by a hash of the first user turn: the same prompts in every
-    stage. Null is the share of the model that the stage starts from, else 0.1."""
+    stage. Null is the share with which the model that the stage starts from was trained, else
+    0.1."""
     split_seed: Annotated[int, Field(ge=0)] | None = None
-    """Seed of the held-out selection. Null is that of the model that the stage starts from, else 0."""
+    """Seed of the held-out selection. Null is the seed with which the model that the stage starts from was trained,
+    else 0."""
     max_skip: Annotated[Share, EffortOnly()] = 0.01
     """Maximum share of a file's records that may be skipped; above this share the run fails."""
     columns: dict[str, str | list[str]] = Field(default={})
@@ -264,8 +266,8 @@ class TrainingSettings(StageSection):
 
 class SamplingSettings(Section):
     """How completions are sampled and where they end: temperature first, then nucleus (top-p) sampling. The top-level
-    section `sampling` applies to all stages; a stage may set values of its own. Null is the value of the top-level
-    section, else that of the model (the one with which `ppo` trained it), else the default."""
+    section `sampling` applies to all stages; a stage may set values of its own. Null in a stage is the value of
+    the top-level section. Null there is the value with which `ppo` trained the model, else the default."""
 
     temperature: Positive | None = None
     """Logits are divided by this; 1, the default, samples from the model's own distribution; lower values are
@@ -281,7 +283,7 @@ class SamplingSettings(Section):
 
 
 class GenerationSettings(Section):
-    """What computes completions, in every stage that samples; the section `sampling` says from which distribution."""
+    """The engine that samples completions, in all stages that sample. The section `sampling` sets the distribution."""
 
     engine: Literal["auto", "torch", "vllm"] = "auto"
     """`torch`: the policy itself, on any device. `vllm`: vLLM on the policy's GPU, which receives the policy's weights

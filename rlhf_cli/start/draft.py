@@ -100,7 +100,7 @@ def recipe_text(draft: Draft, path: Path, command: str) -> str:
     lines.add("ppo", {"steps": draft.steps, **_ppo(draft)}, _why(draft))
     if draft.labels.evaluate is not None:
         decides = "the function" if "judge_function" in draft.labels.evaluate else "the reward model"
-        lines.add("evaluate", _evaluate(draft), f"PPO beside the model before it; {decides} decides")
+        lines.add("evaluate", _evaluate(draft), f"compares the models after and before PPO; {decides} decides")
     _apply(lines, draft.settings)
     head = [
         f"# Written by `{command}`. Next: rlhf run {word(path)}",

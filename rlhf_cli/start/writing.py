@@ -43,7 +43,7 @@ def write_recipe(draft: Draft, path: Path, command: str) -> str:
         write_whole(path, (schema_line() if has_schema else "") + text)
     except OSError as error:
         raise DiskError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
-    beside = f" and {path.with_name(FILE_NAME)}, by which editors check it" if has_schema else ""
+    beside = f" and {path.with_name(FILE_NAME)}, with which editors check it" if has_schema else ""
     say(f"wrote {path}{beside}:\n\n{text}")
     loaded = load_recipe(path)
     runner.dry_run(loaded, loaded.recipe.default_run_dir, Selection())

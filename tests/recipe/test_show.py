@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from rlhf_cli.recipe.document import parse
@@ -152,6 +153,7 @@ def test_absent_sections_are_listed(tmp_path):
     assert "# stages without a section, not run: sft, label, train-rm, evaluate" in text
 
 
+@hypothesis_settings(suppress_health_check=[HealthCheck.too_slow])  # the first text waits for tables of characters
 @given(
     st.recursive(
         st.none()

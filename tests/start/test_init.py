@@ -173,7 +173,7 @@ def test_a_comment_that_a_setting_contradicts_is_dropped(init):
     assert "three passes" not in text
     assert "a first look" in init("--steps", "10", "--force")[1]
     assert "a first look" not in init("--steps", "10", "--force", "--set", "ppo.steps=200")[1]
-    assert "# PPO beside the model before it" in text
+    assert "# compares the models after and before PPO" in text
 
 
 def test_the_next_commands_are_quoted_for_a_shell(rlhf_here, tmp_path, tiny_llama, questions):
