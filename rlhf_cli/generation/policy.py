@@ -24,6 +24,7 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.memory import free_memory
 from rlhf_cli.models.backbone import reads_groups
+from rlhf_cli.models.build import random_model
 from rlhf_cli.models.loading import ModelSource, load_config, load_policy, load_tokenizer, policy_class
 from rlhf_cli.models.weight_loading import disable_dropout, finished, placement
 from rlhf_cli.precision import autocast
@@ -298,12 +299,7 @@ def _random_model(source: ModelSource, seed: int) -> PreTrainedModel:
     config = load_config(source)
     disable_dropout(config)
     kind: Any = policy_class(config, source.path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # Drawn in float32, as `models.build` draws: in another precision the same seed gives other numbers.
-        model = kind.from_config(
-            config,
-            trust_remote_code=source.trust_remote_code,
-            **placement(source, torch.float32, is_quantized=False),
-        )
+    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+        model = kind.from_config(config, **placement(source, torch.float32, is_quantized=False))
+    model.load_state_dict(random_model(config, seed).state_dict())
     return finished(model.to(dtype=source.dtype), source)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.settings.shared import BuildSettings
 from rlhf_cli.transformer.config import TransformerConfig
 from rlhf_cli.transformer.conversion import as_transformers, counterpart
+from rlhf_cli.transformer.conversion_configs import explicit_config
 from rlhf_cli.transformer.heads import TransformerForCausalLM, TransformerForSeq2SeqLM
 
 END, PADDING = "<|eos|>", "<|pad|>"
@@ -80,11 +81,7 @@ def _write(folder: Path, config: TransformerConfig, tokenizer: PreTrainedTokeniz
     config.eos_token_id, config.pad_token_id = end, padding
     # As in T5, the decoder of an encoder-decoder starts from the padding token, which never occurs in a completion.
     config.decoder_start_token_id = padding if config.is_encoder_decoder else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = TransformerForSeq2SeqLM(config) if config.is_encoder_decoder else TransformerForCausalLM(config)
-        if type(model) is TransformerForCausalLM and counterpart(config) is not None:
-            model = as_transformers(model)
+    model = random_model(counterpart(config) or config, seed)
     model.generation_config = GenerationConfig(
         do_sample=True,
         eos_token_id=end,
@@ -94,6 +91,26 @@ def _write(folder: Path, config: TransformerConfig, tokenizer: PreTrainedTokeniz
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """Return a model as `build_model` draws it, in float32.
+
+    The weights are those of the explicit transformer of this seed, also for a Llama or GPT-2: initialized by
+    transformers, these would have other weights.
+
+    Args:
+        config: of an explicit transformer, or of the Llama or GPT-2 that computes the same.
+        seed: of the weights.
+
+    Raises:
+        ModelError: another architecture.
+    """
+    explicit = config if isinstance(config, TransformerConfig) else explicit_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TransformerForSeq2SeqLM(explicit) if explicit.is_encoder_decoder else TransformerForCausalLM(explicit)
+        return model if explicit is config else as_transformers(model)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
