@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tests.conftest import byte_level_tokenizer  # sets the hub offline before transformers is imported
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+_WIDTH = 120
 STAGES = ("sft", "train-rm", "ppo", "evaluate")
 _HEAD = """\
 # Model families
@@ -77,13 +80,23 @@ def table(rows: Mapping[str, Mapping[str, str]]) -> str:
             for stage in STAGES
         ]
         lines.append(f"| `{family}` | {' | '.join(found)} |")
-    notes = [f"{number}. {reason.removeprefix('refused: ')}" for number, reason in enumerate(reasons, 1)]
+    notes = [
+        textwrap.fill(
+            reason.removeprefix("refused: "),
+            _WIDTH,
+            initial_indent=f"{number}. ",
+            subsequent_indent=" " * len(f"{number}. "),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for number, reason in enumerate(reasons, 1)
+    ]
     return "\n".join([*lines, "", "Reasons of refusals:", "", *notes]) + "\n"
 
 
 def documented(page: str) -> dict[str, dict[str, str]]:
     """Read the rows of the table back: family -> stage -> cell, refusals with their reasons."""
-    lines = page.splitlines()
+    lines = re.sub(r"\n {2,}", " ", page).splitlines()  # reasons may have several lines
     notes = dict(line.split(". ", 1) for line in lines if line[:1].isdigit() and ". " in line)
     rows: dict[str, dict[str, str]] = {}
     for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
@@ -134,6 +135,7 @@ def test_a_dialogue_in_a_terminal(tmp_path, tiny_llama, questions):
 def test_ctrl_c_leaves_without_a_recipe(tmp_path):
     terminal = Terminal(80, "start", cwd=tmp_path)
     terminal.until(r"1\. Which model[^>]*> ")
+    time.sleep(1)  # between the prompt and its wait for a key, readline keeps a signal until the key comes
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("no recipe was written")
     assert terminal.process.wait(timeout=60) == 1
