@@ -106,11 +106,11 @@ def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     Raises:
         ModelError: another architecture.
     """
-    explicit = config if isinstance(config, TransformerConfig) else explicit_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = TransformerForSeq2SeqLM(explicit) if explicit.is_encoder_decoder else TransformerForCausalLM(explicit)
-        return model if explicit is config else as_transformers(model)
+        if not isinstance(config, TransformerConfig):
+            return as_transformers(TransformerForCausalLM(explicit_config(config)))
+        return TransformerForSeq2SeqLM(config) if config.is_encoder_decoder else TransformerForCausalLM(config)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
