@@ -23,7 +23,9 @@ from rlhf_cli.start.model_facts import ModelFacts, check_role, inspect_model
 T = TypeVar("T")
 
 _OFFERED = re.compile(r"--set '?(data\.(?:columns|max_skip)=(?:\{[^}]*\}|[^\s'`]+))")
-"""Settings in a hint that say how a file is read, and may be used as they are."""
+"""Settings in a hint that say how a file is read."""
+_PLACEHOLDER = re.compile(r": (NAME|yours)\b")
+"""Where the person has to write a name of theirs, so that the setting cannot be used as it is."""
 _SOURCES = (
     "I rank them myself, in this terminal or in a browser",
     "I have preferences or rankings in a file",
@@ -228,7 +230,7 @@ class Questions:
         say("\n  ".join(error.problems or [error.message]))
         if error.hint is None:
             return ""
-        if offered := _OFFERED.search(error.hint):
+        if (offered := _OFFERED.search(error.hint)) and not _PLACEHOLDER.search(offered[1]):
             say(f"  {offered[1]} would read it.")
             if self._read_line("  Use this setting? [Y/n] > ").strip().lower() in ("", "y", "yes"):
                 name = reply if " --set " in reply else shlex.quote(reply)

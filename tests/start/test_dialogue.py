@@ -76,8 +76,10 @@ def test_a_setting_can_be_written_behind_the_name(answer, tiny_llama, tmp_path):
     path = tmp_path / "asked.csv"
     path.write_text("my words,topic\n" + "".join(f"{question},x\n" for question in QUESTIONS))
     reply = "asked.csv --set 'data.columns={prompt: my words}'"
-    plan, _ = answer(tiny_llama, "asked.csv --set", "asked.csv", reply, "1", "5")
+    plan, shown = answer(tiny_llama, "asked.csv --set", "asked.csv", reply, "1", "5")
     assert plan.settings == ("data.columns={prompt: my words}",)
+    assert "`--set 'data.columns={prompt: NAME}'` (such a setting can be written behind the name)" in shown
+    assert "would read it" not in shown
 
 
 def test_preferences_are_offered_where_the_prompts_come_from_them(answer, tiny_llama, preferences):
