@@ -83,6 +83,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=int, nargs="*", default=[], help="measure the time per token at these lengths"
     )
+    parser.add_argument("--repeats", type=int, default=2, help="runs per length, of which the shortest counts")
     parser.add_argument("--plot", type=Path, help="write the time per token as a plot")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -308,7 +309,7 @@ def _print_lengths(options: argparse.Namespace, policy: Policy, requests: Sequen
     for length in options.lengths:
         policy.sampling = replace(policy.sampling, max_new_tokens=length)
         seconds, tokens = min(_timed(lambda: sum(len(one.ids) for one in _drawn(policy, rows)), options.device)
-                              for _ in range(2))  # fmt: skip
+                              for _ in range(options.repeats))  # fmt: skip
         columns.append(options.prompt_length + length / 2)
         costs.append(seconds / tokens * 1e3)
     mean_x, mean_y = statistics.mean(columns), statistics.mean(costs)

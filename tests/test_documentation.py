@@ -98,13 +98,29 @@ def parse(command: Any, words: list[str], parent: Any = None) -> None:
     return None
 
 
-@pytest.mark.parametrize(("name", "text"), sources_of_commands(), ids=lambda value: value if "\n" not in value else "")
+@pytest.mark.parametrize(
+    ("name", "text"), list(sources_of_commands()), ids=lambda value: value if "\n" not in value else ""
+)
 def test_documented_commands_parse(name, text):
     for line in commands_in(text):
         try:
             parse(typer.main.get_command(app), shlex.split(line))
         except Exception as error:
             pytest.fail(f"{name}: {line}: {error}")
+
+
+def test_commands_are_found_in_the_documents():
+    found = [line for _, text in sources_of_commands() for line in commands_in(text)]
+    assert {line.split()[1] for line in found} >= {
+        "start",
+        "run",
+        "sft",
+        "label",
+        "train-rm",
+        "ppo",
+        "evaluate",
+        "chat",
+    }
 
 
 def test_the_notebook_runs_up_to_the_training(tmp_path, monkeypatch):

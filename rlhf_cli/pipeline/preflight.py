@@ -17,7 +17,7 @@ from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.models.role import ModelRole
 from rlhf_cli.pipeline.adapter_targets import check_adapter_targets
 from rlhf_cli.pipeline.paths import check_critic, check_data, check_file, function_file
-from rlhf_cli.pipeline.prompt_lengths import check_prompt_lengths
+from rlhf_cli.pipeline.tokenizer_checks import check_with_tokenizer
 from rlhf_cli.progress import say, warn
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.settings.shared import SamplingSettings
@@ -74,7 +74,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] =
     _check_evaluation(recipe, inputs, keys)
     _check_trained(recipe, inputs, keys, written)
     check_models_of_run(recipe, inputs)
-    check_prompt_lengths(recipe, inputs, keys)
+    check_with_tokenizer(recipe, inputs, keys)
     check_adapter_targets(recipe, written)
 
 

@@ -159,6 +159,17 @@ def test_names_of_options_are_those_of_the_engines(made_run):
             assert not options(changed, "policy").keys() - known
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl")])
+def test_verl_estimates_the_kl_divergence_in_the_loss_as_we_do(made_run, ours, theirs):
+    run = read_run(made_run)
+    ppo = run.recipe.ppo.model_copy(update={"kl_in": "loss", "kl_estimator": ours, "kl_coef": 0.3})
+    options = verl_options(
+        run.__class__(**vars(run) | {"recipe": run.recipe.model_copy(update={"ppo": ppo})}), "policy"
+    )
+    actor = "actor_rollout_ref.actor"
+    assert (options[f"{actor}.kl_loss_type"], options[f"{actor}.kl_loss_coef"]) == (theirs, 0.3)
+
+
 @pytest.mark.slow
 def test_openrlhf_gets_models_prompts_and_the_settings_of_ppo(made_run, tmp_path, rlhf_here):
     code, messages = rlhf_here("export", made_run, "out", "--to", "openrlhf")

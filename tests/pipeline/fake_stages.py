@@ -110,7 +110,7 @@ def raise_kind(kind: str) -> None:
 
 def install() -> None:
     preflight.check_models_of_run = lambda recipe, inputs: None  # the folders hold text in place of models
-    preflight.check_prompt_lengths = lambda recipe, inputs, keys: None
+    preflight.check_with_tokenizer = lambda recipe, inputs, keys: None
     for stage in stages():
         module = types.ModuleType(stage.module)
         module.run = run  # type: ignore[attr-defined]

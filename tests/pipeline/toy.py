@@ -137,7 +137,7 @@ def installed_stages() -> Iterator[None]:
     """Replace the stage modules in `sys.modules` by fakes, and restore them afterwards."""
     names = [stage.module for stage in stages()]
     before = {name: sys.modules.pop(name, None) for name in names}
-    replaced = {"check_models_of_run": mock.DEFAULT, "check_prompt_lengths": mock.DEFAULT}
+    replaced = {"check_models_of_run": mock.DEFAULT, "check_with_tokenizer": mock.DEFAULT}
     with mock.patch.multiple(preflight, **replaced):  # which `install` replaces
         fake_stages().install()
         yield

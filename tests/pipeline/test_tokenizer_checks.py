@@ -1,8 +1,9 @@
-"""Prompts that a stage would refuse as too long are refused before the first stage."""
+"""What a stage would refuse once it has its tokenizer is refused before the first stage."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -52,3 +53,11 @@ def test_layers_of_an_adapter_that_do_not_exist_are_named(rlhf_here, tmp_path, t
     assert "`train_rm`: `lora.target_modules`: LlamaModel has no linear layer `nope_proj`" in said
     assert "hint: its linear layers are: down_proj, gate_proj" in said
     assert rlhf_here(*arguments, "train_rm.lora.target_modules=[q_proj, down_proj]")[0] == 0
+
+
+@pytest.mark.parametrize("setting", ["sampling.stop_tokens", "label.sampling.stop_tokens"])
+def test_a_stop_token_of_several_tokens_is_refused(plan, setting):
+    code, said = plan(0, f"{setting}=['?', 'the end of it']")
+    assert code == 2, said
+    assert re.search(r"`stop_tokens`: 'the end of it' is \d+ tokens of `.*tiny-llama`, expected one", said)
+    assert plan(0, f"{setting}=['?']")[0] == 0
