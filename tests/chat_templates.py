@@ -250,7 +250,7 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 def table() -> str:
     """The table of docs/chat.md: what each family trains on and what a reward model reads, for `Hi` and `Hello`."""
     lines = [
-        "| template | the prompt ends with | SFT trains | only a reward model reads |",
+        "| template | the prompt ends with | SFT trains on | only a reward model reads |",
         "|---|---|---|---|",
     ]
     for family in FAMILIES:

@@ -44,8 +44,8 @@ class ModelFacts:
     @property
     def described(self) -> str:
         """Size and prompting, in a line."""
-        size = "weights not downloaded yet" if self.weights is None else f"{_count(self.weights)} weights"
-        return f"{self.family}, {size}, reads {self.context:,} tokens, prompted {PromptStyle.of(self.format)}"
+        size = "weights not downloaded yet" if self.weights is None else f"{_count(self.weights)} parameters"
+        return f"{self.family}, {size}, {self.context:,}-token context, prompted {PromptStyle.of(self.format)}"
 
     @property
     def continues_text(self) -> bool:
