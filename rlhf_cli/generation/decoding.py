@@ -204,7 +204,7 @@ class BatchDecoding:
         output = self._decoder(input_ids=ids, **arguments)
         self._cache = output.get(self._cache_name)
         if not isinstance(self._cache, Cache):
-            raise ModelError("it keeps its state in a form of its own, from which no completion can be removed")
+            raise ModelError("its state is not a cache of transformers, so no completion can leave the batch")
         hidden = output.last_hidden_state[:, -1]  # the last position is enough: B x L x V is never built
         if self._head is None:
             self._head = Projection.of(self._model).as_operand(matmul_dtype(hidden))

@@ -44,9 +44,9 @@ _TAIL = """
   experts have the same names (DeepSeek, GLM-4 MoE, ERNIE 4.5 MoE, HunYuan MoE, Qwen3-Next): use the merged weights that
   are written beside it. With frozen weights in bfloat16 the sum W + B A of an expert is rounded in every forward pass;
   `model.dtype: float32` avoids that. A training step computes that sum for all experts and keeps it for the backward
-  pass; sampling computes it once for a set of completions, where memory allows that copy. A message says so, and names
-  the layers to list in `lora.target_modules` to leave the experts out. `model.quantize` quantizes linear layers: fused
-  experts keep `model.dtype`.
+  pass; sampling computes it once for a set of completions, if memory allows the copy. A message warns of this memory
+  and names the layers to list in `lora.target_modules` to leave the experts out. `model.quantize` quantizes linear
+  layers: fused experts keep `model.dtype`.
 - **Router loss**: `sft` adds the load-balancing loss of families that have one, with the weight of the model's
   configuration (`sft.router_aux_coef`); `train-rm` and `ppo` do not.
 - **Rotary frequencies that depend on the length** (rope types `dynamic` and `longrope`): transformers chooses them by
