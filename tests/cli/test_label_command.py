@@ -113,7 +113,9 @@ def test_a_page_that_is_stopped_says_how(answers, tmp_path, signum, code):
 
 
 def test_the_stage_and_what_can_be_done_with_labels_share_one_name(rlhf):
-    assert "Usage: rlhf label [OPTIONS] [[RECIPE]]" in rlhf("label", "--help").stdout
+    help_text = rlhf("label", "--help").stdout
+    assert "Usage: rlhf label [OPTIONS] [RECIPE]\n" in help_text
+    assert "  [RECIPE]  Recipe: " in help_text
     assert "Usage: rlhf label stats" in rlhf("label", "stats", "--help").stdout
     assert "no such option: --bogus" in rlhf("label", "--bogus", code=2).stderr
     commands = rlhf("--help").stdout.split("Commands:")[1].split("\n")

@@ -237,7 +237,7 @@ def test_the_command_says_evidence_and_settings_without_importing_torch(tmp_path
     assert done.stderr.splitlines()[-1] in ("[]", "['numpy']")
     words = " ".join(done.stdout.split())
     assert words.startswith("runs/x: do not trust this run as it is")
-    assert "ppo: ended without a word" in words
+    assert "ppo: ended without an error message" in words
     assert "raise `ppo.kl_coef`" in words
     assert '"Good luck! Good luck!" (reward +2.00)' in words
     assert "\x1b" not in done.stdout
