@@ -77,7 +77,7 @@ def test_a_killed_rank_is_named_and_ends_all(tmp_path):
     assert ended.returncode == 128 + signal.SIGKILL
     assert "words of rank 1" in ended.stderr, "the last it said"
     assert "error: rank 1 of 3 was killed by SIGKILL" in ended.stderr
-    assert "hint: the system kills a process when memory is short; run the same command again" in ended.stderr
+    assert "hint: the system kills a process when memory runs out; run the same command again" in ended.stderr
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])

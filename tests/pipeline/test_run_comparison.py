@@ -100,7 +100,7 @@ def test_equal_runs_cannot_be_told_apart(runs):
 def test_two_single_runs_say_that_the_seed_is_not_known(runs):
     names = [runs.write("a", 0.0), runs.write("b", 3.0, **{"ppo.kl_coef": 0.2})]
     (pair,) = compare_runs(names).pairs
-    assert "with one run per group, other seeds may order them otherwise" in pair.says
+    assert "with one run per group, other seeds may order them differently" in pair.says
     assert pair.measures["gold"].seeds.low is None
 
 
