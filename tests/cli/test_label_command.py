@@ -81,7 +81,7 @@ def test_who_has_no_name_is_asked_for_one_and_others_never(rlhf, answers, tmp_pa
 def test_a_run_that_does_not_wait_is_named(rlhf, tmp_path):
     assert "nowhere: no such run directory" in rlhf("label", "--run-dir", "nowhere", code=2).stderr
     (tmp_path / "idle").mkdir()
-    assert "idle: no stage waits for labels there" in rlhf("label", "--run-dir", "idle", "--serve", code=2).stderr
+    assert "idle: this run does not wait for labels" in rlhf("label", "--run-dir", "idle", "--serve", code=2).stderr
 
 
 def test_an_address_without_its_scheme_is_no_model(rlhf, answers):

@@ -167,7 +167,7 @@ def test_a_model_that_samples_otherwise_than_it_scores_is_refused(kind, monkeypa
         return list(rows)
 
     monkeypatch.setattr(kind, "keep", wrong)
-    with pytest.raises(ModelError, match="scores tokens otherwise when it is sampled than when it is scored"):
+    with pytest.raises(ModelError, match="gives tokens other log-probabilities when it is sampled than when it is scored"):
         check_decoding(model, "it")
 
 

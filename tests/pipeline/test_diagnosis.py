@@ -48,7 +48,7 @@ def kl_far():
 
 DETECTED = {
     "step": 33, "detector": "phrase", "status": "warn", "value": 0.8, "threshold": 0.6,
-    "seen": '"good luck!" pays, and is in completions of 80% of the prompts, of 2% at the start',
+    "seen": '"good luck!" is rewarded, and is in completions of 80% of the prompts (2% at the start)',
     "completions": [
         {"prompt": "p", "completion": "Good luck! \u001b[31mGood luck!", "score": 2.0, "kl": 1.0, "tokens": 6}
     ],
