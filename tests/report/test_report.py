@@ -228,7 +228,7 @@ def test_the_command_writes_a_picture_beside_every_chart(runs, tmp_path):
     pictures = {path.name for path in Path(json.loads(shown.stdout)["charts"]).iterdir()}
     assert page.count('<svg class="chart"') == len(pictures)
     assert {"ppo-kl.png", "ppo-reward-against-the-square-root-of-the-kl.png", "sft-loss.png"} <= pictures
-    assert "reward-model-is-its-confidence-right.png" in pictures
+    assert "reward-model-is-its-confidence-justified.png" in pictures
     assert f"charts as PNG files: {run / 'report-charts'}" in shown.stderr.replace("\n", "")
 
 
