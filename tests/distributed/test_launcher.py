@@ -228,7 +228,7 @@ def test_processes_and_accelerate_config_exclude_each_other(toy):
         ),
         ("distributed_type: FSDP\nnum_processes: 2\n", "models are not sharded"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "accelerate silently starts one process, not 2"),
-        ("distributed_type: 'NO'\nnum_processes: 4\n", "accelerate starts one process, not 4, silently"),
+        ("distributed_type: 'NO'\nnum_processes: 4\n", "accelerate silently starts one process, not 4"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\n", "`mixed_precision: bf16` has no"),
         (
             "compute_environment: AMAZON_SAGEMAKER\n",

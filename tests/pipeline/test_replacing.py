@@ -108,7 +108,9 @@ def test_a_result_in_the_default_folder_is_not_replaced_unasked(toy):
     assert toy.ran() == []
     assert toy.rlhf(*SFT, *OTHER, "--run-dir", "runs/other").code == 0
     replaced = toy.rlhf(*SFT, *OTHER, "--run-dir", "runs/default")
-    assert "sft: its finished result is replaced when the new one is done; another --run-dir keeps both" in replaced.stderr
+    assert (
+        "sft: its finished result is replaced when the new one is done; another --run-dir keeps both" in replaced.stderr
+    )
     assert toy.rlhf(*SFT, "--force").code == 0
     assert toy.ran() == ["sft nothing"] * 3
 
