@@ -29,9 +29,7 @@ _JUDGE = Annotated[
     list[str] | None,
     typer.Option(metavar="MODEL", help="Judge: a folder, hub id or NAME@URL; repeatable.", show_default=False),
 ]
-_STEPS = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="PPO steps; 10 are enough for a first impression.")
-]
+_STEPS = Annotated[int | None, typer.Option(metavar="N", min=1, help="PPO steps; 10 for a first look.")]
 _FORCE = Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")]
 
 CHOICES = (
