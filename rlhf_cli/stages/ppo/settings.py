@@ -126,7 +126,7 @@ class PPOSettings(StageSection):
     """Shift and scale the advantages of a step to mean 0 and standard deviation 1 over its tokens."""
     whiten_rewards: bool = False
     """Scale the per-token rewards of a step to standard deviation 1, keeping their mean. Off by default, as in
-    summarize-from-feedback, where it was harmful."""
+    summarize-from-feedback; on its TL;DR data it was harmful (Huang et al. 2024, arXiv:2403.17031)."""
     update_kl_limit: Positive | None = None
     """KL to the sampling policy, in nats per token of a minibatch, above which an update ends early; null never ends
     early."""
