@@ -122,7 +122,8 @@ class Conversation:
         unknown = [name for name in names if name not in replies]
         if unknown or len(set(names)) < len(names) or len(names) < 2:
             problem = f"`{unknown[0]}` did not reply" if unknown else "name at least two replies, each once"
-            raise DataError(problem, hint=f"the replies are those of {', '.join(replies) or 'no model yet'}")
+            said = f"there are replies of {', '.join(replies)}" if replies else "no model has replied yet"
+            raise DataError(problem, hint=said)
         best = tiers[0][0]
         self._replies.sort(key=lambda reply: reply.model == best)
         numbers = iter(range(len(names)))

@@ -15,15 +15,15 @@ from rlhf_cli.errors import DataError, RLHFError
 from rlhf_cli.quoting import word
 
 _HELP = """\
-/best NAME         the reply of NAME is the best; keeps labels
-/rank A > B = C    order replies, best first, = for a tie; keeps a label
+/best NAME         the reply of NAME is the best; saves labels
+/rank A > B = C    order replies, best first, = for a tie; saves a label
 /again             reply again, with other random numbers
 /new               start a new conversation
 /system TEXT       set the system message, and start over
-/help, /quit       this list; leave (also Ctrl-D)
-A line that ends with \\ continues in the next."""
+/help, /quit       this list; quit (also Ctrl-D)
+A line that ends with \\ continues on the next."""
 _CONTINUES = """
-The conversation continues with the reply you prefer, else with the last one."""
+The conversation continues with the reply you prefer, else with that of the last model."""
 
 
 class Chat:
@@ -46,7 +46,9 @@ class Chat:
         names = ", ".join(model.name for model in self._conversation.models.models)
         self._say(f"{names} reply. /help lists commands, Ctrl-D leaves.")
         if not self._conversation.keeps_history:
-            self._say("not all of them have a chat template: each prompt stands alone, without what was said before")
+            self._say(
+                "not all of these models have a chat template, so each prompt is sent without the turns before it"
+            )
         if self._files.transcript is not None:
             self._say(f"transcript: {self._files.transcript}")
         while True:
@@ -124,10 +126,10 @@ class Chat:
         for ranking in [self._conversation.prefer(tiers) for tiers in orders]:
             kept = self._files.add_ranking(ranking)
         count = "1 label" if len(orders) == 1 else f"{len(orders)} labels"
-        where = "not kept: no `--transcript`"
+        where = "not saved: add `--transcript FILE`"
         if kept:
             model = self._conversation.models.models[0].policy.source.path
-            where = f"kept in {kept}; with more of them: `rlhf train-rm --model {word(model)} --data {word(kept)}`"
+            where = f"saved to {kept}; once there are more: `rlhf train-rm --model {word(model)} --data {word(kept)}`"
         self._say(f"{count} {where}")
 
     def _say(self, text: str) -> None:

@@ -34,9 +34,10 @@ def benchmark_rm(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result, as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a reward model on benchmarks in their published columns, by their published rules.
+    """Score a reward model on published benchmarks, by their own rules.
 
-    RewardBench, RewardBench 2 (best of 4, ties), RM-Bench (3 x 3 styles) and JudgeBench are recognized by columns.
+    RewardBench, RewardBench 2 (best of 4, ties), RM-Bench (3 x 3 styles) and JudgeBench are recognized by the columns
+    in which they are published.
     """
     from rlhf_cli.files import write_whole
     from rlhf_cli.models.reward_model.model import load_reward_model

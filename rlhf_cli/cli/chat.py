@@ -37,22 +37,25 @@ def chat(
         float | None, typer.Option(metavar="T", min=1e-6, help="Temperature; default: as the model was trained.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", min=1e-6, max=1.0, help="Nucleus sampling; there is no KL below 1.")
+        float | None, typer.Option(metavar="P", min=1e-6, max=1.0, help="Nucleus sampling; below 1, no KL is shown.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest reply in tokens.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Maximum reply length in tokens.")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Random seed.")] = 0,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda; default: that of the run.")
+        str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda; default: as in the run.")
     ] = None,
     transcript: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep the turns here; default: RUN/kept/chat/.")
+        Path | None, typer.Option(metavar="FILE", help="Save the conversation here; default: RUN/kept/chat/.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Talk to the models of a run: base, SFT and PPO reply to the same prompts.
 
-    Under each reply are its reward, and the log-probability ratio to the model before (its mean is the KL). Without a
-    terminal, the prompt is read from stdin. `/best NAME` in the chat keeps a label that `train-rm` can learn from.
+    Under each reply are its reward and its log-probability ratio to the model that the replying one was trained from
+    (the mean is the KL). Without a terminal, the prompt is read from stdin. `/best NAME` in the chat saves a label
+    that `train-rm` can learn from.
     """
     from rlhf_cli.chat.conversation import Conversation
     from rlhf_cli.chat.files import ChatFiles

@@ -16,7 +16,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Evaluated run directories; with commas, the seeds of one group.",
+            help="Evaluated run directories; those joined by commas form a group.",
             autocompletion=run_directories,
         ),
     ],

@@ -37,7 +37,7 @@ def preview(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Show records in tokens: which are trained, and what is skipped.
+    """Show records as tokens: which are trained on, and what is skipped.
 
     Demonstrations are shown as SFT trains on them, prompts as the policy reads them, and rankings, preferences and
     candidates as a reward model reads them. The model's weights are not loaded.

@@ -19,14 +19,14 @@ _WIDTH = 100
 """Columns where stdout is not a terminal."""
 _STATES = {
     "finished": "finished",
-    "outdated": "finished, but made from an earlier output of a stage before it; the same command runs it again",
-    "to come": "to come; the same command continues",
+    "outdated": "finished, but made from an outdated output of an earlier stage; the same command runs it again",
+    "to come": "not started; the same command continues with it",
     "running": "running",
     "stopped": "stopped by a detector",
     "diverged": "diverged",
     "interrupted": "interrupted; the same command resumes it",
     "failed": "failed",
-    "killed": "ended without a word, as after `kill -9`; the same command resumes it",
+    "killed": "ended without an error message, as after `kill -9`; the same command resumes it",
     "damaged": "damaged",
 }
 _VERDICTS = {
@@ -37,7 +37,7 @@ _VERDICTS = {
 
 
 def diagnose(run: RunArgument, as_json: Json = False) -> None:
-    """Say what is wrong with a run, from its files: finished, stopped, killed or diverged.
+    """Say what is wrong with a run, from its files, whether it finished, stopped, was killed or diverged.
 
     Each finding has the evidence (numbers, steps, completions) and the settings to try. docs/health.md lists the rules.
     """

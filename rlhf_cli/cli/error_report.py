@@ -24,8 +24,8 @@ VERSION = 1
 """Version of the object of `ErrorReport.as_json`; increased when a field is removed or means something else."""
 
 _HINTS = {
-    errno.EACCES: "change the permissions, or use a path that you may use",
-    errno.EPERM: "change the permissions or attributes, or use a path that you may use",
+    errno.EACCES: "change the permissions, or use a path that you have access to",
+    errno.EPERM: "change the permissions or attributes, or use a path that you have access to",
     errno.EROFS: "the file system is mounted read-only: use another path",
     errno.ENOSPC: "free some space, or use another disk",
     errno.EDQUOT: "your quota is used up: free some space, or use another disk",
@@ -37,12 +37,12 @@ _HINTS = {
     errno.ENOTDIR: "a part of the path is a file: use another path",
     errno.EISDIR: "the path is a folder: name a file",
     errno.ENOENT: "a file or folder does not exist, or was removed meanwhile: check the path",
-    errno.EEXIST: "move it away, or use another path",
-    errno.ENOTEMPTY: "another program writes to this folder: end it, and repeat the command",
-    errno.EBUSY: "another program uses it: end it, and repeat the command",
+    errno.EEXIST: "the path exists already: move it away, or use another one",
+    errno.ENOTEMPTY: "another program writes to this folder: close it and repeat the command",
+    errno.EBUSY: "another program uses this file: close that program and repeat the command",
     errno.EMFILE: "too many files are open (`ulimit -n`): raise the limit",
     errno.ENFILE: "too many files are open on this machine",
-    errno.ENOMEM: "memory is short: end other programs, or use a smaller model or batch",
+    errno.ENOMEM: "too little memory: close other programs, or use a smaller model or batch",
 }
 """What a user can do about errors of the system that no command foresaw."""
 _OF_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
@@ -122,7 +122,7 @@ def _environment_problem(error: BaseException) -> RLHFError | None:
     if is_lost_peer(error):
         return RLHFError("another process has ended", hint="the error of that process says why")
     if is_out_of_memory(error):
-        return RLHFError("out of memory", hint="end other programs, or use a smaller model or batch")
+        return RLHFError("out of memory", hint="close other programs, or use a smaller model or batch")
     if isinstance(error, OSError) and (hint := _HINTS.get(error.errno or 0)) is not None:
         named = [path for path in (error.filename, error.filename2) if path is not None]
         if error.errno in _OF_A_PATH and named and not any(map(is_given, named)):
@@ -134,7 +134,7 @@ def _environment_problem(error: BaseException) -> RLHFError | None:
     if isinstance(error, ImportError) and not (error.name or "").startswith("rlhf_cli"):
         return RLHFError(
             f"cannot import {error.name or 'a library'}: {str(error).partition(chr(10))[0]}",
-            hint="`rlhf doctor` shows the installed versions; install rlhf again to get those that it needs",
+            hint="`rlhf doctor` shows the installed versions; reinstall rlhf to get the versions it needs",
         )
     return None
 

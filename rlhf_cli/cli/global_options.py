@@ -58,10 +58,19 @@ def _options(
 ) -> None: ...
 
 
+def _show_metavar(argument: Any) -> None:
+    """Show no Python type, such as `<Any>`, and no braces around an argument: its metavar has what a reader needs."""
+    argument.display_type_rich = lambda ctx: None
+    argument.get_usage_pieces = lambda ctx: [argument.metavar]
+
+
 def add_global_options(command: Any) -> None:
-    """Add the options to a command, and to all commands of a group."""
+    """Add the options to a command, and to all commands of a group; show their arguments by metavar alone."""
     declared = typer.Typer(add_completion=False)
     declared.command()(_options)
+    for argument in command.params:
+        if argument.param_type_name == "argument":
+            _show_metavar(argument)
     command.params += typer.main.get_command(declared).params
     if isinstance(command, TyperGroup):
         for name in command.commands:

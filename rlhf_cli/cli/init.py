@@ -21,11 +21,13 @@ def init(**given: Any) -> None:
     """Write a recipe for your model and prompts, or, without options, starter recipes and sample data to a folder.
 
     \b
-      rlhf init mine.yaml --model MODEL --prompts FILE    a recipe; you rank the completions
-      rlhf init DIR                                       starter recipes and sample data
+      a recipe, with completions that you rank:
+        rlhf init mine.yaml --model MODEL --prompts FILE
+      starter recipes and sample data:
+        rlhf init DIR
 
-    Model and data are checked first. `--labels`, `--judge` or `--reward` say who decides in your place. Existing files
-    are never overwritten without --force; `rlhf start` asks for the same in a dialogue.
+    Model and data are checked first. With `--labels`, `--judge` or `--reward`, you rank nothing. An existing
+    recipe is replaced only with --force, starter files never. `rlhf start` asks for the same in a dialogue.
     """
     from rlhf_cli.cli.start import write
     from rlhf_cli.errors import UsageError
@@ -66,7 +68,7 @@ def write_starter(folder: Path) -> int:
     if taken := [str(target) for target in (*targets.values(), folder / FILE_NAME) if target.exists()]:
         raise UsageError(
             f"{taken[0]} already exists ({len(taken)} of {count} files exist)",
-            hint="use a new folder; `rlhf init` never overwrites files",
+            hint="use a new folder; starter files are never overwritten",
         )
     try:
         for path, target in targets.items():

@@ -80,7 +80,7 @@ def check_space(memory: int, disk: int) -> Iterator[Finding]:
     if memory < LEAST_MEMORY:
         yield Finding(
             f"{format_bytes(memory)} of memory are available, and the smallest run needs {format_bytes(LEAST_MEMORY)}",
-            "end other programs, or raise the limit of the container: `docker run --memory 4g ...`",
+            "close other programs, or raise the limit of the container: `docker run --memory 4g ...`",
             blocks=True,
         )
     if disk < LEAST_DISK:

@@ -25,9 +25,9 @@ def plan(
     no_trial: _NO_TRIAL = False,
     as_json: Json = False,
 ) -> None:
-    """Say what each stage of a recipe will take: steps, tokens, operations, memory, disk and time.
+    """Estimate what each stage of a recipe will take: steps, tokens, FLOPs, memory, disk and time.
 
-    Data is read and checked as the run does. A trial of ten to twenty seconds on this machine gives the time.
+    Data is read and checked as in a run. Times come from a trial of ten to twenty seconds on this machine.
     Nothing is written.
     """
     from rlhf_cli.cli.plan_report import plan_json, show_plan

@@ -147,7 +147,9 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
         f"{role} {format_bytes(size)}" for role, size in roles.items() if size > _SHOWN * memory.of(phase)
     )
     if (pages := memory.total - memory.of(phase)) > 0:  # see `MemoryNeed.total`
-        shown += f"; and {format_bytes(pages)} of weights that rest then: {', '.join(sorted(memory.mapped))}"
+        shown += (
+            f"; and {format_bytes(pages)} of weights that are idle in this phase: {', '.join(sorted(memory.mapped))}"
+        )
     fits = "" if memory.total <= plan.memory_limit else f"; does not fit {format_bytes(plan.memory_limit)}"
     yield "memory", f"{format_bytes(memory.total)}{fits}; most in `{phase}`: {shown}"
     others = ", ".join(
@@ -157,7 +159,7 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "", f"other phases: {others}"
     for one in stage.advice:
         effect = "" if one.keeps_result else ", with another result"
-        fit = "fits" if one.fits else "does not fit alone"
+        fit = "fits" if one.fits else "not enough by itself"
         yield "change", f"--set {one.change} saves {format_bytes(one.saved)}: {format_bytes(one.total)}, {fit}{effect}"
 
 

@@ -25,14 +25,14 @@ def push(
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="Branch to upload to; created if it does not exist.")
     ] = None,
-    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
+    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Upload a model to the Hugging Face hub: model card, weights, adapter and tokenizer, as one commit.
 
-    Nothing else of a run is uploaded: no checkpoints, labels, prompts, samples or metrics. The token is that of
-    `hf auth login` or HF_TOKEN, and must allow writing. An address is printed that shows the commit.
+    Nothing else of a run is uploaded: no checkpoints, labels, prompts, samples or metrics. The token of
+    `hf auth login` or HF_TOKEN is used; it needs write permission. The address of the commit is printed.
     """
     from rlhf_cli.export.models import find_model
     from rlhf_cli.export.push import plan_upload, upload

@@ -16,7 +16,7 @@ _DIR = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of the recipe, its data and the run; created if missing.")
 ]
 
-_DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Write recipe and data, and show what would run.")]
+_DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Write the recipe and data, and show what would run.")]
 
 
 def quickstart(**given: Any) -> None:

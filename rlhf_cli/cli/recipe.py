@@ -19,12 +19,12 @@ def show(
     recipe: RecipeFile,
     settings: Settings = None,
     run_dir: RunDir = None,
-    every: Annotated[bool, typer.Option("--all", help="Print the settings that have their defaults, too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also print settings at their defaults.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the settings that differ from the defaults, their origins, the derived sizes and the stages.
+    """Print non-default settings, derived sizes and stages.
 
-    What is printed is a recipe. `--json` prints all settings.
+    Each setting is printed with its origin. The output is itself a recipe. `--json` prints all settings.
     """
     from rlhf_cli.pipeline.paths import resolve_paths
     from rlhf_cli.recipe import show as view

@@ -28,7 +28,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML file: did it work, how sure is that, curves, completions side by side, how to repeat it.
+    """Write one HTML file: did it work, how certain is that, curves, completions side by side, how to repeat it.
 
     The file is self-contained. A JSON file with the same figures is written beside it, and every chart as a PNG file,
     if matplotlib is installed.

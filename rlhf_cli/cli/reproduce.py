@@ -18,7 +18,7 @@ def reproduce(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run RUN again from its recorded recipe, in RUN-again or `--run-dir`, and compare the hashes of all stages.
+    """Repeat RUN from its recorded recipe, in RUN-again or `--run-dir`, and compare the hashes of all stages.
 
     The exit code is 1 if a hash differs.
     """

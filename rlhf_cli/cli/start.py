@@ -29,7 +29,7 @@ _JUDGE = Annotated[
     list[str] | None,
     typer.Option(metavar="MODEL", help="Judge: a folder, hub id or NAME@URL; repeatable.", show_default=False),
 ]
-_STEPS = Annotated[int | None, typer.Option(metavar="N", min=1, help="Steps of PPO: 10 are a first look.")]
+_STEPS = Annotated[int | None, typer.Option(metavar="N", min=1, help="PPO steps; 10 for a first look.")]
 _FORCE = Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")]
 
 CHOICES = (
@@ -62,12 +62,12 @@ def start(**given: Any) -> None:
             hint=f"give the answers as options: rlhf init {word(path)} --model MODEL --prompts FILE --steps 10; and "
             "--labels FILE, --judge MODEL or --reward FILE.py:FUNCTION if you do not rank completions yourself",
         )
-    say("A few questions, then a recipe. Tab completes file names; Ctrl-C leaves, and writes nothing.")
+    say("A few questions, then a recipe. Tab completes file names; Ctrl-C quits without writing anything.")
     try:
         read = line_reader()
         write(given, path if given["force"] else _free_name(path, read), read)
     except (EOFError, KeyboardInterrupt):
-        say("\nleft; no recipe was written")
+        say("\nquit; no recipe was written")
         raise typer.Exit(1) from None
 
 

@@ -19,12 +19,14 @@ _TOLERANCE = 1e-3
 
 @app.callback()
 def transformer() -> None:
-    """Convert GPT-2 and Llama models to the explicit transformer; `rlhf export --to llama` converts back."""
+    """Convert GPT-2 and Llama models to the built-in transformer; `rlhf export --to llama` converts back."""
 
 
 @app.command()
 def convert(model: Model, out: Out, revision: Revision = None) -> None:
-    """Convert a GPT-2 or Llama model (SmolLM2, ...) to an explicit transformer with the same weights and logits."""
+    """Convert a GPT-2 or Llama model (such as SmolLM2).
+
+    The result is a built-in transformer (docs/transformer.md) with the same weights and logits."""
     import torch
 
     from rlhf_cli.errors import ModelError, UsageError

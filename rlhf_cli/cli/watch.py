@@ -13,20 +13,25 @@ from rlhf_cli.cli.options import RunArgument
 _WIDTH = 100
 """Columns where stdout is not a terminal."""
 
-Serve = Annotated[bool, typer.Option("--serve", help="Show it in a browser: start a web server and print its address.")]
-Once = Annotated[bool, typer.Option("--once", help="Print its state once, and end.")]
-Host = Annotated[str | None, typer.Option("--host", help="With --serve: address to listen on.  [default: 127.0.0.1]")]
+Serve = Annotated[
+    bool, typer.Option("--serve", help="Show the run in a browser: start a web server and print its address.")
+]
+Once = Annotated[bool, typer.Option("--once", help="Print the state of the run once and exit.")]
+Host = Annotated[
+    str | None,
+    typer.Option("--host", metavar="ADDRESS", help="With --serve: address to listen on.  [default: 127.0.0.1]"),
+]
 Port = Annotated[
     int | None,
-    typer.Option("--port", min=0, max=65_535, help="With --serve: 0 picks a free port.  [default: 8200]"),
+    typer.Option("--port", metavar="N", min=0, max=65_535, help="With --serve: 0 picks a free port.  [default: 8200]"),
 ]
 _HOST, _PORT = "127.0.0.1", 8200
 
 
 def watch(run: RunArgument, serve: Serve = False, once: Once = False, host: Host = None, port: Port = None) -> None:
-    """Show a run while it goes on: progress, time left, curves, health, completions of fixed prompts.
+    """Follow a run live: progress, time left, curves, health, completions of fixed prompts.
 
-    It only reads the files of the run, so the run may be that of another process, or a folder of another machine.
+    It only reads the files of the run, so the run may belong to another process or be a copy from another machine.
     Ctrl-C ends watching, not the run.
     """
     from rlhf_cli.errors import Interrupted, UsageError

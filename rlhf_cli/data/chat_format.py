@@ -340,8 +340,8 @@ def check_records(prompt_format: PromptFormat, records: Iterable[Record]) -> Non
         warn(f"{_records(as_text)} with special tokens of {name} in their text: they are read as text")
     if as_control:
         warn(
-            f"{_records(as_control)} with special tokens of {name} in their text, which no template encloses: they are "
-            "control tokens"
+            f"{_records(as_control)} with special tokens of {name} in their text: without a chat template, they are "
+            "read as control tokens"
         )
 
 
@@ -356,7 +356,7 @@ def _check_conversation(prompt_format: PromptFormat, record: Record, roles: tupl
     if not chat.continues_prompt:
         warn(
             f"the chat template of {prompt_format.name} writes {chat.prompt[-30:]!r} before a completion and something "
-            "else in a whole conversation: completions are trained as they are in the data"
+            "else in a whole conversation: completions are trained on as they are in the data"
         )
 
 

@@ -73,7 +73,7 @@ class SignalStop:
             if found is None and signum == signal.SIGINT and not is_supervised():
                 raise KeyboardInterrupt
             name = signal.Signals(signum).name
-            text = f"{name}: stopping after {found or 'what is running'}; Ctrl-C again stops at once"
+            text = f"{name}: stopping after {found or 'the current operation'}; Ctrl-C again stops at once"
             os.write(2, f"\n{text}\n".encode())  # not `print`, which the handler may have interrupted
             write(text)
         elif signum == signal.SIGINT and not is_supervised():

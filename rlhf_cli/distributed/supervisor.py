@@ -266,7 +266,7 @@ class _Supervisor:
                 f"rank {rank.number} of {self._count} ended with exit code {code} and reported no error", exit_code=code
             )
         name = signal.Signals(-code).name
-        why = "the system kills a process when memory is short; " if -code == signal.SIGKILL else ""
+        why = "the system kills a process when memory runs out; " if -code == signal.SIGKILL else ""
         return ProcessDiedError(
             f"rank {rank.number} of {self._count} was killed by {name}",
             exit_code=128 - code,

@@ -179,7 +179,7 @@ def refusal(plan: Upload, status: int, reason: str) -> RLHFError:
             f"check {page}: a data set or Space of that name does not count; use another name or token",
         ),
         409: (f"has something else under `{plan.repo}`", "use another name"),
-        429: ("takes no more requests now", "wait some minutes and run the same command again"),
+        429: ("limits the rate of requests", "wait a few minutes and run the same command again"),
     }.get(status, ("refused the upload", "run the same command again; https://status.huggingface.co says if it is up"))
     return ModelError(f"the hub {text} (HTTP {status}): {reason}", hint=hint)
 

@@ -204,7 +204,7 @@ class BatchDecoding:
         output = self._decoder(input_ids=ids, **arguments)
         self._cache = output.get(self._cache_name)
         if not isinstance(self._cache, Cache):
-            raise ModelError("its state is not a cache of transformers, so no completion can leave the batch")
+            raise ModelError("it keeps its state in a cache of its own type, from which no completion can be removed")
         hidden = output.last_hidden_state[:, -1]  # the last position is enough: B x L x V is never built
         if self._head is None:
             self._head = Projection.of(self._model).as_operand(matmul_dtype(hidden))
@@ -250,7 +250,9 @@ def check_decoding(model: PreTrainedModel, name: str) -> None:
         off = (torch.cat(found) - torch.cat(alone)).abs()
         largest = float(off.max())
         if not (largest < 1e-2 if is_exact else float(off.mean()) < 0.5):
-            raise ModelError(f"{label} scores tokens otherwise {what}: they differ by {largest:.2g} nats", hint=hint)
+            raise ModelError(
+                f"{label} gives tokens other log-probabilities {what}: they differ by {largest:.2g} nats", hint=hint
+            )
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def _check_prompts(requests: Sequence[Request]) -> None:
     for index, request in enumerate(requests):
         if not request.prompt_ids:
             raise ModelError(
-                f"prompt {index} has no tokens, and this tokenizer puts none in front",
+                f"prompt {index} has no tokens, and this tokenizer adds none",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
 

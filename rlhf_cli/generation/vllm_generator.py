@@ -60,7 +60,7 @@ def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
     it runs. Loads the weights of the first policy alone, and only if nothing else speaks against vLLM."""
     policy, version = policies[0], installed_version()
     if policy.source.device.type != "cuda":
-        return Obstacle(f"the device is `{policy.source.device.type}`, and vllm is for CUDA here")
+        return Obstacle(f"the device is `{policy.source.device.type}`, and vllm is supported on CUDA only")
     if version is None:
         return Obstacle("vllm is not installed", "see docs/generation.md for an environment with vllm")
     if not version.startswith(f"{SUPPORTED}."):
@@ -78,7 +78,7 @@ def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
         return Obstacle("the models differ in their architecture or size, and a process can have one engine")
     with policy.model() as model:
         if quantized(model) != "none":
-            return Obstacle("the policy's weights are quantized, and vllm gets them as they are")
+            return Obstacle("the policy's weights are quantized, and quantized weights cannot be handed to vllm")
         if not has_architecture(type(model).__name__):
             return Obstacle(f"vllm {version} has no implementation of {type(model).__name__}")
     return None
@@ -135,7 +135,7 @@ class VLLMGenerator:
             return []
         if not all(request.prompt_ids for request in requests):
             raise ModelError(
-                "a prompt has no tokens, and this tokenizer puts none in front",
+                "a prompt has no tokens, and this tokenizer adds none",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
 
@@ -179,7 +179,7 @@ class VLLMGenerator:
         (engine,) = engines
         if engine.shape != shape or engine.length < length:
             raise ModelError(
-                "vllm runs in this process for another model or shorter sequences already, and a process can have one "
+                "vllm already runs in this process for another model or shorter sequences, and a process can have one "
                 "engine",
                 hint=f"run this stage by a command of its own, or {_TORCH}",
             )
@@ -212,8 +212,8 @@ class VLLMGenerator:
         difference = float((ours[batch.is_completion].cpu() - theirs).abs().mean())
         if not difference <= _ROUNDING[policy.source.precision]:
             raise ModelError(
-                f"vllm computes other probabilities than the policy `{policy.source.path}` itself: their logarithms "
-                f"differ by {difference:.2g} nats on average",
+                f"vllm and the policy `{policy.source.path}` itself disagree: log-probabilities differ by "
+                f"{difference:.2g} nats on average",
                 hint=f"{_TORCH}, and please report the architecture, {type(model).__name__}",
             )
 

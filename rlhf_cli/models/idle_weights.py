@@ -131,5 +131,5 @@ def idle_weights(model: nn.Module, folder: Path | None, *, offloads: bool = Fals
     try:
         return MappedWeights(model, folder)
     except OSError as error:
-        warn(f"the weights of models that rest stay in memory during updates: {folder}: {error.strerror or error}")
+        warn(f"the weights of idle models stay in memory during updates: {folder}: {error.strerror or error}")
         return None

@@ -202,7 +202,7 @@ def _untrusted(path: str, code: str | None) -> ModelError:
     return _UntrustedCodeError(
         f"`{path}` comes with Python code of its own ({code}), which is not run",
         hint="if you have read and trust it: `--set model.trust_remote_code=true --set model.revision=COMMIT`, with "
-        "`model.path` the model that brought it; that holds for what is trained from it too",
+        "`model.path` the model that it comes with; models trained from that one need the same settings",
     )
 
 

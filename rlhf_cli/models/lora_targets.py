@@ -138,7 +138,7 @@ def _say_coverage(model: nn.Module, targets: Targets, *, has_dropout: bool) -> N
     largest = max(rest, key=lambda name: rest[name].numel())
     way = "set `lora.dropout` to 0 to reach the experts" if has_dropout else "`adapter: none` trains all weights"
     say_once(
-        f"the adapter reaches {covered / total:.0%} of the backbone's matrices, not those such as `{largest}`; {way}"
+        f"the adapter covers {covered / total:.0%} of the backbone's matrices, but not, for example, `{largest}`; {way}"
     )
 
 

@@ -71,7 +71,7 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
     kind = str(config["peft_type"])
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
-            f"`{path}` holds a whole model and a PEFT adapter, and it is not said whether the adapter is merged",
+            f"`{path}` holds a whole model and a PEFT adapter, and nothing says whether the adapter is already merged",
             hint=f"if the model is to be used as it is, move {ADAPTER_CONFIG} to another folder; else the weights",
         )
     if kind in _PROMPT_LEARNING:

@@ -32,8 +32,8 @@ def pin_rotary_frequencies(model: PreTrainedModel, name: str) -> None:
     longest, allowed = switching_length(config), getattr(config, "max_position_embeddings", 0)
     if modules and longest is not None and longest < allowed:
         say_once(
-            f"`{name}` is used with texts of up to {longest:,} tokens: for longer ones, up to {allowed:,}, it switches "
-            "its rotary frequencies by the longest text of a batch, so that results would depend on the batch"
+            f"`{name}` reads at most {longest:,} tokens here, not {allowed:,}: beyond that, its rotary frequencies "
+            "depend on the longest text of a batch, and so would the results"
         )
 
 

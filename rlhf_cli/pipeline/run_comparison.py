@@ -278,12 +278,12 @@ def _sentence(first: Group, second: Group, name: str, found: GroupDifference, pr
         return f"{better} scores {by}, also for other prompts and other seeds (95% intervals)"
     if not _excludes_0(found.prompts):
         return (
-            f"no difference of the {MEASURES[name]} can be told from {prompts:,} prompts: {span(name, found.prompts)}"
+            f"no difference in {MEASURES[name]} can be detected with {prompts:,} prompts: {span(name, found.prompts)}"
         )
     if found.seeds.low is None:
-        return f"{better} scores {by} in these runs; with one run per group, other seeds may order them otherwise"
+        return f"{better} scores {by} in these runs; with one run per group, other seeds may order them differently"
     return (
-        f"{better} scores {by} in these runs; {runs} seeds per group are too few to say so of others: "
+        f"{better} scores {by} in these runs; {runs} seeds per group are too few to say so for other seeds: "
         f"{span(name, found.both)}"
     )
 

@@ -210,7 +210,7 @@ class _Executor:
         if earlier is not None:
             say(f"{name}: the earlier results will move to {earlier}; another --run-dir keeps both in place")
         elif step.action == "run" and self._run.artifact(name).exists():
-            say(f"{name}: its finished result is replaced when this one is done; another --run-dir keeps both")
+            say(f"{name}: its finished result is replaced when the new one is done; another --run-dir keeps both")
         self._accept_inputs(step)
         self._record.begin_stage(name)
         begin_stage(name)

@@ -30,8 +30,8 @@ not exist locally and looks like a hub id (`owner/name`, `owner/name@revision`) 
 loaded at the commit in the local cache, else at the newest one; `hf download ID` fetches a newer one. A name that
 begins with an existing folder or with `runs/` is always a path.
 
-Settings marked *effort* affect memory, speed or display but not the result. They may be changed at any time, even for
-an unfinished stage; finished stages stay valid.
+Settings marked *effort* affect memory, speed, display, or when a run stops or continues, but not what a stage
+computes. They may be changed at any time, even for an unfinished stage; finished stages stay valid.
 
 `rlhf recipe show RECIPE` prints the settings that differ from the defaults, where each was set, and the sizes derived
 from all settings; with `--all`, it prints every setting. `rlhf recipe schema` prints the JSON schema for editors;

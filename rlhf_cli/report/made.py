@@ -66,7 +66,7 @@ def _ppo(run: RunFiles) -> str:
     settings: Mapping[str, Any] = manifest.settings.get("ppo", {})
     rows = run.metrics.get("ppo", ())
     steps = rows[-1]["step"] if rows else settings.get("steps", 0)
-    what = "it" if "sft" in run.manifests and not settings.get("model") else _base(run, "ppo")
+    what = "the fine-tuned model" if "sft" in run.manifests and not settings.get("model") else _base(run, "ppo")
     drawn = manifest.metrics.get("episode")
     completions = "" if drawn is None else f" ({_count(drawn, 'completion')})"
     return f"PPO trained {what} for {_count(steps, 'step')}{completions} to raise {_rewards(run, settings)}"
@@ -77,7 +77,9 @@ def _rewards(run: RunFiles, settings: Mapping[str, Any]) -> str:
     if settings.get("reward_model"):
         found.append(f"the reward of `{_short(settings['reward_model'])}`")
     elif "reward_model" in run.manifests["ppo"].identity["inputs"]:
-        found.append("the reward of that model" if "train-rm" in run.manifests else "the reward of a reward model")
+        found.append(
+            "the reward of the reward model" if "train-rm" in run.manifests else "the reward of a reward model"
+        )
     for entry in settings.get("rewards", ()):
         source = entry.get("function") or entry.get("model") or entry.get("url")
         if source and entry.get("weight"):

@@ -16,7 +16,7 @@ from rlhf_cli.report.verdict import Verdict, first_pair, verdict
 
 _MODELS = {
     "sft": "a language model, fine-tuned on demonstrations",
-    "train-rm": "a reward model: it scores a completion of a prompt",
+    "train-rm": "a reward model, which scores completions of prompts",
     "ppo": "a language model, trained with PPO against a reward",
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -46,7 +46,11 @@ def card(run: RunFiles, stage: str, found: Verdict) -> str:
         found: verdict on the run.
     """
     manifest = run.manifests[stage]
-    lines = [f"---\n{_metadata(run, stage)}\n---", f"# {run.name}/{stage}", f"This is {_MODELS[stage]}, by `rlhf`."]
+    lines = [
+        f"---\n{_metadata(run, stage)}\n---",
+        f"# {run.name}/{stage}",
+        f"This is {_MODELS[stage]}. It was made with `rlhf`.",
+    ]
     lines += [made] if (made := how_it_was_made(run)) else []
     if stage == "ppo":
         lines += ["## Did it work?", f"{found.headline}. {found.reason}"]

@@ -113,7 +113,8 @@ def page_of(runs: Sequence[RunFiles], comparison: RunComparison | None, table: s
         samples=samples(run) if len(runs) == 1 else (),
         samples_note=samples_note(run),
         repeat=repeat(runs),
-        footer=f"Written by rlhf {versions['rlhf']} from the files of {run.folder}. This page loads nothing.",
+        footer=f"Written by rlhf {versions['rlhf']} from the files of {run.folder}."
+        " This page loads nothing from the network.",
         comparison=None if comparison is None else Compared(table),
         differing=[(name, [_short(value) for value in values]) for name, values in differing(runs)]
         if len(runs) > 1
@@ -159,7 +160,7 @@ def tiles(run: RunFiles) -> list[Tile]:
     if pair is not None:
         assert run.evaluation is not None
         rate, models = deciding(pair), run.evaluation["models"]
-        note = f"95%: {percent_span(rate['low'], rate['high'])}; 50% is equal{_outcomes(pair)}"
+        note = f"95%: {percent_span(rate['low'], rate['high'])}; 50% means equal{_outcomes(pair)}"
         found.append(Tile("preferred to the baseline", percent(rate["value"]), note))
         for name, label in (("gold", "gold score"), ("reward", "reward")):
             if name in pair["differences"]:

@@ -61,7 +61,7 @@ def _notes(row: Mapping[str, Any], side: str) -> str:
     """Return what follows the name of a model: whether it is preferred, its scores, and whether it was cut."""
     found = ["preferred"] if row["winner"] == side else []
     found += [f"{name} {row[f'{name}_{side}']:.2f}" for name in ("gold", "reward") if f"{name}_{side}" in row]
-    found += [] if row.get(f"finished_{side}", True) else ["cut at the limit of tokens"]
+    found += [] if row.get(f"finished_{side}", True) else ["cut at the token limit"]
     return f" · {' · '.join(found)}" if found else ""
 
 
@@ -73,6 +73,6 @@ def samples_note(run: RunFiles) -> str:
     which = (
         f"All {pairs}."
         if shown == count
-        else f"{shown:,} of {pairs}: the largest gains and losses of the score that decides, and others at random."
+        else f"{shown:,} of {pairs}: the largest gains and losses of the deciding score, and others at random."
     )
     return f"{which} Words that only the baseline wrote are marked in red, those that only the policy wrote in green."

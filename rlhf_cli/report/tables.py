@@ -16,14 +16,14 @@ _SCORES = (
     ("gold", "gold score", "{:z.2f}"),
     ("reward", "reward", "{:z.2f}"),
     ("entropy", "entropy, nats per token", "{:z.2f}"),
-    ("kl_upper_bound", "KL to the model it draws from, nats, at most", "{:z.1f}"),
+    ("kl_upper_bound", "upper bound of the KL to the sampled model, nats", "{:z.1f}"),
     ("perplexity", "perplexity of demonstrations", "{:z.2f}"),
 )
 _TEXTS = (
     ("tokens", "length in tokens", "{:.1f}"),
     ("finished", "finished", "{:z.1%}"),
     ("repeated_4", "repeated sequences of 4 words", "{:z.1%}"),
-    ("distinct_2", "distinct word pairs per word pair", "{:z.2f}"),
+    ("distinct_2", "distinct-2 (variety)", "{:z.2f}"),
     ("most_common_share", "most common completion", "{:z.1%}"),
 )
 _EQUAL = 0.05
@@ -95,7 +95,7 @@ def changes(run: RunFiles) -> list[str]:
     if (same := pair.get("identical_share")) is not None:
         found[0] += f" {'None' if same == 0 else percent(same)} of them are the same as the baseline's."
     if said := list(_of_phrases(pair)):
-        found.append(f"Most of all, more of them {' and '.join(said)}.")
+        found.append(f"The largest change in phrases: more of them {' and '.join(said)}.")
     return found
 
 
@@ -107,18 +107,18 @@ def _of_texts(policy: Mapping[str, Any], baseline: Mapping[str, Any]) -> Iterato
 
     (now, before), ratio = both("tokens"), _ratio(*both("tokens"))
     length = "about as long" if abs(ratio - 1) <= _EQUAL else f"{ratio:.2f} times as long"
-    yield f"{length} ({now:.1f} in place of {before:.1f} tokens)"
+    yield f"{length} ({now:.1f} instead of {before:.1f} tokens)"
     now, before = both("finished")
     if abs(now - before) >= _ENDS:
         often = "more" if now > before else "less"
-        yield f"{often} often finished before the limit of tokens ({percent(now)} in place of {percent(before)})"
+        yield f"{often} often finished before the token limit ({percent(now)} instead of {percent(before)})"
     (now, before), ratio = both("distinct_2"), _ratio(*both("distinct_2"))
     varied = "about as" if abs(ratio - 1) <= _EQUAL else "more" if ratio > 1 else "less"
-    yield f"{varied} varied ({now:.2f} in place of {before:.2f} distinct word pairs per word pair)"
+    yield f"{varied} varied (distinct-2: {now:.2f} instead of {before:.2f})"
     now, before = both("repeated_4")
     if abs(now - before) >= _REPEATS:
         more = "more" if now > before else "less"
-        yield f"{more} repetitive ({percent(now)} in place of {percent(before)} of the sequences of 4 words)"
+        yield f"{more} repetitive ({percent(now)} instead of {percent(before)} of the sequences of 4 words)"
 
 
 def _ratio(now: float, before: float) -> float:
@@ -131,5 +131,5 @@ def _of_phrases(pair: Mapping[str, Any]) -> Iterator[str]:
         rows = pair.get("phrases", {}).get(name, ())
         row = max(rows, key=lambda one: one["policy"] - one["baseline"], default=None)
         if row is not None and row["policy"] - row["baseline"] >= _RARE:
-            shares = f"{percent(row['policy'])} in place of {percent(row['baseline'])}"
+            shares = f"{percent(row['policy'])} instead of {percent(row['baseline'])}"
             yield f"{verb} with “{visible(row['text'])}” ({shares})"

@@ -64,9 +64,9 @@ def verdict(run: RunFiles) -> Verdict:
         return Verdict("worse", f"It did not work: {baseline} was better", reason, doubts)
     controlled = pair["length_controlled_win_rate"]
     if controlled.get("low") is not None and controlled["low"] <= 0.5:
-        headline = "It worked by this judge, perhaps by length alone"
+        headline = "It worked according to this judge, but perhaps by length alone"
     elif _is_judged_by_a_reward_model(run):
-        headline = f"It worked by {'its own' if _is_the_judge_its_own(run) else 'a'} reward model"
+        headline = f"It worked according to {'its own' if _is_the_judge_its_own(run) else 'a'} reward model"
     else:
         headline = "It worked"
     return Verdict("better", headline, reason, doubts)
@@ -114,7 +114,7 @@ def _not_evaluated(run: RunFiles) -> str:
         )
     to_come = [stage for stage in planned_stages(run.folder) if stage not in run.manifests]
     again = f"`rlhf run {recorded}--run-dir {word(run.folder)}`"
-    rest = f" To come: {', '.join(to_come)}; {again} continues." if to_come else ""
+    rest = f" Still to run: {', '.join(to_come)}; {again} continues." if to_come else ""
     return f"Finished so far: {', '.join(run.manifests)}.{rest}"
 
 
@@ -146,13 +146,13 @@ def _doubts_of_pair(run: RunFiles, pair: Mapping[str, Any]) -> Iterator[str]:
             "people would prefer the completions."
         )
     elif run.evaluation["judge"] == "people":
-        yield "The judges are people: `rlhf label stats` says how far they agree, with one another and with themselves."
+        yield "The judges are people: `rlhf label stats` shows how often they agree with one another and themselves."
     elif run.evaluation["judge"] == "judges":
         yield "The judges are language models, which have biases of their own: compare them with labels of people."
     else:
         yield "The judge is a function: it sees only what it was written to see. Read the samples."
         if _labeled_by_its_judge(run):
-            yield "The same function ranked the training labels: that it prefers the policy is what training aims at."
+            yield "The same function ranked the training labels: training aimed at completions that it prefers."
     models = run.evaluation["models"]
     yield from _doubts_of_variety(models[pair["policy"]], models[pair["baseline"]])
     ratio = models[pair["policy"]]["tokens"]["value"] / max(1e-9, models[pair["baseline"]]["tokens"]["value"])
@@ -195,6 +195,6 @@ def _doubts_of_variety(policy: Mapping[str, Any], baseline: Mapping[str, Any]) -
     found, before = (one.get("distinct_2", {}).get("value") for one in (policy, baseline))
     if found is not None and before and found < _VARIED * before:
         yield (
-            f"The completions are less varied than the baseline's: {found:.2f} distinct word pairs per word pair, in "
-            f"place of {before:.2f}. Read some in a row."
+            f"The completions are less varied than the baseline's: distinct-2 is {found:.2f} instead of {before:.2f}. "
+            "Read some in a row."
         )

@@ -23,7 +23,7 @@ class DetectorLimits(Section):
 
 
 class DetectorSettings(Section):
-    """What PPO watches for in every step, as the mean of three steps. The defaults of `warn` are in docs/health.md."""
+    """What PPO checks after every step, averaged over the last three. The defaults of `warn` are in docs/health.md."""
 
     kl: DetectorLimits = DetectorLimits(warn=30.0)
     """KL to the SFT model, in nats per completion."""
@@ -49,10 +49,10 @@ class DetectorSettings(Section):
     """Standard deviation between the members of an ensemble (`reward_combination` other than `sum`), as a factor of
     that of the first three steps."""
     held_out: DetectorLimits = DetectorLimits(warn=0.25)
-    """Fall of the held-out reward from its best, while the training reward did not fall, in standard deviations and
-    after subtracting two standard errors; needs `eval_steps`."""
+    """How far the mean held-out reward is below its best, less two standard errors, in standard deviations of the
+    held-out rewards; 0 if the training reward fell too. Needs `eval_steps`."""
     gold: DetectorLimits = DetectorLimits(warn=0.25)
-    """The same of rewards with weight 0, over the completions of three steps."""
+    """The same for rewards with weight 0, over the training completions of three steps."""
 
     @model_validator(mode="before")
     @classmethod

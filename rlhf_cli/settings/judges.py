@@ -75,12 +75,12 @@ class JudgeSettings(Section):
     both_orders: bool = True
     """Ask each question again in reverse order; verdicts that differ count as a tie."""
     max_cost: Annotated[NonNegative | None, EffortOnly()] = None
-    """Stop before the verdicts cost more than this; the run can be resumed. null means no limit."""
+    """Stop before the verdicts cost more than this; the run can be resumed. Null means no limit."""
     calibration: DataName = None
     """Rankings or preferences by people. Judges are compared with them before they label anything."""
     floor: Share | None = None
     """Minimum agreement with `calibration` (share of its untied pairs; a tie counts 1/2). Below it, labeling does not
-    start. null only reports the agreement."""
+    start. Null only reports the agreement."""
     rubric_file: FileName = None
     """Text file that holds the rubric; replaces `rubric`."""
 

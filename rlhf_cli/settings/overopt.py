@@ -25,8 +25,8 @@ class OveroptSettings(Section):
     seeds: Count = 3
     """Runs per proxy, each with its own seed for labels, reward model and PPO. They start from the same policy."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 64
-    """Completions per held-out prompt for best of n, which is also the largest n."""
+    """Completions per held-out prompt for best of n; also the largest n."""
     eval_steps: Count = 4
     """PPO steps between measurements; the first measurement is before training."""
     eval_prompts: Count = 64
-    """Maximum number of held-out prompts to measure on. PPO measures on at most half of them."""
+    """Maximum number of held-out prompts to measure on; for PPO, also at most half of all held-out prompts."""

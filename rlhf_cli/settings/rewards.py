@@ -10,8 +10,8 @@ from rlhf_cli.settings.base import Address, Effort, EffortOnly, External, ModelN
 
 
 class PPORewardSettings(Section):
-    """A reward in addition to the reward model: exactly one of `function`, `model` and `url`. Each receives text, and
-    functions and endpoints also what else they ask for."""
+    """A reward in addition to the reward model: exactly one of `function`, `model` and `url`. Each receives prompts and
+    completions as text; functions and endpoints can ask for further inputs, such as references."""
 
     function: Annotated[str | None, External("function")] = None
     """Reward function, as `file.py:function` or `package.module:function`; see `label.function`."""

@@ -34,11 +34,11 @@ class RunSettings(Section):
     sampling: SamplingSettings = SamplingSettings()
     """How completions are sampled in all stages."""
     generation: GenerationSettings = GenerationSettings()
-    """What computes the completions."""
+    """The engine that samples completions."""
     tracking: TrackingSettings = TrackingSettings()
     """Metric trackers in addition to `metrics.jsonl`."""
     overopt: OveroptSettings | None = None
-    """Settings of `rlhf overopt`, which no stage reads; null is the same as a section with defaults."""
+    """Settings of `rlhf overopt`; no stage reads them. Null is the same as a section with defaults."""
     stall_seconds: Annotated[Positive | None, EffortOnly()] = None
     """Seconds without progress after which a stage prints its stack traces and ends; null waits forever."""
 

@@ -113,9 +113,10 @@ class ModelSettings(Section):
     """Store the frozen weights under LoRA adapters in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
     Needs bitsandbytes, which quantizes linear layers: fused experts of mixture-of-experts models keep `dtype`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of frozen weights; `auto` uses `precision`, but `label` and `evaluate` keep weights stored in float32.
-    A policy that an earlier stage trained as an adapter keeps the data type of that stage. Trained weights are always
-    float32, in memory and on disk; for matrix products in bfloat16 they are cast to bfloat16."""
+    """Data type of frozen weights. `auto` uses `precision`; in `label` and `evaluate`, weights that are stored in
+    float32 stay in float32. A policy that an earlier stage trained as an adapter keeps the data type of that stage.
+    Trained weights are always float32, in memory and on disk; for matrix products in bfloat16 they are cast to
+    bfloat16."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products. `auto` is bfloat16 where the hardware supports it natively and it is at least 1.1
     times as fast as float32, else float32. This is measured with one layer of the model's width, trained as the stage
@@ -161,11 +162,10 @@ class DataSettings(Section):
     """Default prompt records of `label`, `ppo` and `evaluate`: a file, folder or hub data set."""
     holdout: OpenShare | None = None
     """Share of prompts held out from training, selected by a hash of the first user turn: the same prompts in every
-    stage. Null is the share with which the model that the stage starts from was trained, else
-    0.1."""
+    stage. Null is the share that was held out when the model that the stage starts from was trained, else 0.1."""
     split_seed: Annotated[int, Field(ge=0)] | None = None
-    """Seed of the held-out selection. Null is the seed with which the model that the stage starts from was trained,
-    else 0."""
+    """Seed of the held-out selection. Null is the seed that was used when the model that the stage starts from was
+    trained, else 0."""
     max_skip: Annotated[Share, EffortOnly()] = 0.01
     """Maximum share of a file's records that may be skipped; above this share the run fails."""
     columns: dict[str, str | list[str]] = Field(default={})
@@ -266,8 +266,9 @@ class TrainingSettings(StageSection):
 
 class SamplingSettings(Section):
     """How completions are sampled and where they end: temperature first, then nucleus (top-p) sampling. The top-level
-    section `sampling` applies to all stages; a stage may set values of its own. Null in a stage is the value of
-    the top-level section. Null there is the value with which `ppo` trained the model, else the default."""
+    section `sampling` applies to all stages; a stage may set values of its own. Null in a stage means the value of
+    the top-level section. Null in the top-level section means the value that `ppo` used when it trained the model,
+    else the default."""
 
     temperature: Positive | None = None
     """Logits are divided by this; 1, the default, samples from the model's own distribution; lower values are

@@ -92,7 +92,7 @@ def stage_sampling(context: StageContext[Any, Any], own: SamplingSettings, model
     if contract is not None and contract.samples_in_training:
         different = "; ".join(sampling.differences(trained))
         if different:
-            warn(f"{context.stage.name} samples unlike the training of {model}: {different}")
+            warn(f"{context.stage.name} samples with other settings than the training of {model}: {different}")
     return sampling
 
 
@@ -142,8 +142,8 @@ def warn_of_rounding(context: StageContext[Any, Any], source: ModelSource) -> No
     is_ours = read_contract(source.path) is not None and not has_policy_adapter(source.folder)
     if is_frozen and is_ours and source.dtype != as_stored(source).dtype:
         warn(
-            f"the weights of {source.path} are stored in float32 and held in bfloat16: small changes by its training "
-            "may be lost; `--set model.dtype=float32` keeps them"
+            f"the weights of {source.path} are stored in float32 and held in bfloat16: small changes of training may "
+            "be lost; `--set model.dtype=float32` keeps them"
         )
 
 

@@ -159,7 +159,7 @@ class Questions:
         check_role(model.path, "start of a reward model")
         if reply == "2":
             default = prompts.source if prompts.has_rankings else ""
-            text = "Which file? JSON, CSV and Parquet of many forms are read: docs/label-formats.md"
+            text = "Which file? Many layouts of JSON, CSV and Parquet are read: docs/label-formats.md"
             return self._ask(text, lambda one: self._preferences(one, model), default)
         text = "Which model? A folder, a hub id, or NAME@http://HOST/v1 of an OpenAI-compatible endpoint"
         return self._ask(text, lambda one: self._judges([one], model))
@@ -181,7 +181,9 @@ class Questions:
             return self._given.steps
         if self._read_line is None:
             return FULL_STEPS
-        text = f"How many steps of PPO? {SHORT_STEPS} are a first look with short completions, {FULL_STEPS} a full run"
+        text = (
+            f"How many steps of PPO? {SHORT_STEPS} for a first look with short completions, {FULL_STEPS} for a full run"
+        )
         return self._find(None, text, _whole_number, str(SHORT_STEPS))
 
     def _data(self, model: ModelFacts) -> DataSettings:
@@ -205,7 +207,7 @@ class Questions:
     def _ask(self, text: str, inspect: Callable[[str], T], default: str = "") -> T:
         """Ask until a reply passes its inspection."""
         if self._read_line is None:
-            raise UsageError("an answer is missing, and nobody can be asked")
+            raise UsageError("an answer is missing, and there is no terminal to ask for it")
         console.print(f"\n{text}", markup=False, style="bold")
         reply = ""
         while True:
@@ -238,7 +240,7 @@ class Questions:
             return ""
         say(f"  {error.hint}")
         if "--set" in error.hint:
-            say("  (such a setting can be written behind the name)")
+            say("  (such a setting can be written after the name)")
         return ""
 
     def _take_settings(self, reply: str) -> str:

@@ -84,10 +84,10 @@ def disagreement(prompts: Sequence[Hashable], log_ratios: Sequence[Sequence[floa
         differences = [-float(np.expm1(-np.asarray(own, dtype=np.float64)).sum()) for own in log_ratios]
     values = by_prompt(prompts, differences)
     if not np.isfinite(values).all():
-        return "k3 is infinite, because the baseline's probability of a token is too many times the policy's"
+        return "k3 is infinite: the baseline gives a token a far higher probability than the policy does"
     low, high = mean_interval(values, _SURE)
     if len(values) < 2 or low <= 0.0 <= high:
         return None
     if low > 0.0:
         return "k3 misses tokens that the policy made rare: read k1"
-    return "the completions do not follow the policy's probabilities: neither is the KL"
+    return "the completions were not drawn with the policy's probabilities: neither estimate is the KL"

@@ -69,7 +69,7 @@ def length_controlled_win_rate(
         return LengthControlled(Measure(None, None, None, count, reason))
     features = np.column_stack([np.ones(len(won)), np.tanh(difference / difference.std())])
     if features[:, 1].std() < _LEAST_SPREAD:
-        reason = "one model is always the longer one by far, so nothing is known of equal lengths"
+        reason = "one model always writes far longer completions, so nothing is known about equal lengths"
         return LengthControlled(Measure(None, None, None, count, reason), extrapolated=True)
     coefficients = _fit(features, won)
     if coefficients is None:

@@ -69,7 +69,7 @@ def _conclusion(win_rate: Measure, policy: str, baseline: str, level: float) -> 
     if distance < 0.005:
         return sentence
     count = _rounded(prompts_for(distance, level))
-    return f"{sentence}; if it is really {percent(value)}, about {count:,} would show it"
+    return f"{sentence}; if the true rate is {percent(value)}, about {count:,} prompts would show it"
 
 
 def _rounded(count: int) -> int:

@@ -78,8 +78,8 @@ class MicroBatches:
             half = max(tokens // 2, 1)
             self.limit = half if self.limit is None else min(self.limit, half)
             warn(
-                f"a pass over {tokens:,} tokens got no memory: passes of this process now have at most {self.limit:,}; "
-                f"`{self._setting}: {self.limit}` begins so"
+                f"a pass over {tokens:,} tokens ran out of memory: passes of this process now have at most "
+                f"{self.limit:,}; `{self._setting}: {self.limit}` starts a run with this limit"
             )
             undo()  # which may run passes itself
 

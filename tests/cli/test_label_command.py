@@ -81,7 +81,7 @@ def test_who_has_no_name_is_asked_for_one_and_others_never(rlhf, answers, tmp_pa
 def test_a_run_that_does_not_wait_is_named(rlhf, tmp_path):
     assert "nowhere: no such run directory" in rlhf("label", "--run-dir", "nowhere", code=2).stderr
     (tmp_path / "idle").mkdir()
-    assert "idle: no stage waits for labels there" in rlhf("label", "--run-dir", "idle", "--serve", code=2).stderr
+    assert "idle: this run does not wait for labels" in rlhf("label", "--run-dir", "idle", "--serve", code=2).stderr
 
 
 def test_an_address_without_its_scheme_is_no_model(rlhf, answers):
@@ -113,7 +113,9 @@ def test_a_page_that_is_stopped_says_how(answers, tmp_path, signum, code):
 
 
 def test_the_stage_and_what_can_be_done_with_labels_share_one_name(rlhf):
-    assert "Usage: rlhf label [OPTIONS] [[RECIPE]]" in rlhf("label", "--help").stdout
+    help_text = rlhf("label", "--help").stdout
+    assert "Usage: rlhf label [OPTIONS] [RECIPE]\n" in help_text
+    assert "  [RECIPE]  Recipe: " in help_text
     assert "Usage: rlhf label stats" in rlhf("label", "stats", "--help").stdout
     assert "no such option: --bogus" in rlhf("label", "--bogus", code=2).stderr
     commands = rlhf("--help").stdout.split("Commands:")[1].split("\n")

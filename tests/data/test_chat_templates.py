@@ -112,7 +112,9 @@ def test_special_tokens_in_text_are_counted_and_said_once(capsys):
     check_records(PromptFormat(tokenizer, None, name="`m`"), records)
     lines = said(capsys)
     assert "1 record with special tokens of `m` in their text: they are read as text" in lines
-    assert "2 records with special tokens of `m` in their text, which no template encloses: they are control" in lines
+    assert (
+        "2 records with special tokens of `m` in their text: without a chat template, they are read as control" in lines
+    )
     check_records(PromptFormat(tokenizer, "chat"), records[1:2])
     assert not said(capsys)
 

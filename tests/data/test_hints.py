@@ -160,7 +160,7 @@ CASES = {
     "a label that is none": Case("write true or false", [*demo(label="maybe"), *p(completion="b", label=False)], [*demo(label=True), *p(completion="b", label=False)]),
     "rated alike": Case("rated better", demo(label=True), [*demo(label=True), *p(completion="b", label=False)]),
     # Other tools
-    "of two tools": Case("remove the fields of the other", [task(ranker({"rank": ["a", "b", "c"]})) | record({})], [task(ranker({"rank": ["a", "b", "c"]}))]),
+    "of two tools": Case("remove the fields of the one", [task(ranker({"rank": ["a", "b", "c"]})) | record({})], [task(ranker({"rank": ["a", "b", "c"]}))]),
     "one message of a tree": Case("whole trees", [{"message_id": "m", "parent_id": None, "text": "q", "role": "prompter"}], [TREE]),
     "a ranker of text": Case('{"rank": ["b", "a"]}', [task(ranker({"rank": "abc"}))], [task(ranker({"rank": ["a", "b", "c"]}))]),
     "named buckets": Case("data.columns={ranking: [good, bad]}", [task(ranker({"good": ["a"], "bad": ["b", "c"]}))]),

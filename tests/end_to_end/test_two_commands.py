@@ -218,7 +218,7 @@ def test_a_recipe_that_contradicts_the_model_is_refused_or_named(commands: Comma
     other = {"data.prompt_template": '"> {prompt}"'}
     assert "was trained with prompts as" in commands.run("label", "x", *model, code=2, **other)
     named = commands.run("label", "x", *model, **{"label.sampling.temperature": "1.5"})
-    assert "label samples unlike the training of" in named
+    assert "label samples with other settings than the training of" in named
     assert "temperature 1.5 (training: 0.8)" in named
     dropped = commands.run("label", "y", *model, **{"sampling.stop_tokens": "[]"})
     assert "stop_tokens none (training: '.')" in dropped

@@ -126,7 +126,7 @@ def test_without_an_intact_checkpoint_training_starts_anew(tmp_path, capfd):
     assert latest_checkpoint(tmp_path) is None
     said = capfd.readouterr().err
     assert "SHA256SUMS cannot be read (no such file or directory)" in said.replace("\n", " ")
-    assert "is whole: starting from the beginning" in said.replace("\n", " ")
+    assert "is intact: starting from the beginning" in said.replace("\n", " ")
 
 
 def test_foreign_files_are_kept(tmp_path, capfd):

@@ -48,7 +48,7 @@ def test_with_no_whole_checkpoint_it_begins_anew_and_says_so(broken, expected):
         DAMAGE["one bit flipped"](folder / "state.json")
     end = go_on(broken)
     assert end.stderr.count("state.json does not match its checksum") == 2
-    assert "no checkpoint in run/.ppo.work is whole: starting from the beginning" in end.stderr
+    assert "no checkpoint in run/.ppo.work is intact: starting from the beginning" in end.stderr
     assert scored_steps(broken) == 4
     assert broken.stopped() == expected
 

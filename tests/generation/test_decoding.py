@@ -167,7 +167,9 @@ def test_a_model_that_samples_otherwise_than_it_scores_is_refused(kind, monkeypa
         return list(rows)
 
     monkeypatch.setattr(kind, "keep", wrong)
-    with pytest.raises(ModelError, match="scores tokens otherwise when it is sampled than when it is scored"):
+    with pytest.raises(
+        ModelError, match="gives tokens other log-probabilities when it is sampled than when it is scored"
+    ):
         check_decoding(model, "it")
 
 
@@ -186,7 +188,7 @@ def test_a_model_whose_results_depend_on_the_batch_is_refused(monkeypatch):
         return forward(self, input_ids=input_ids + (len(input_ids) > 1), **arguments)
 
     monkeypatch.setattr(type(model.model), "forward", shifted)
-    with pytest.raises(ModelError, match="scores tokens otherwise in a batch than alone"):
+    with pytest.raises(ModelError, match="gives tokens other log-probabilities in a batch than alone"):
         check_decoding(model, "it")
 
 

@@ -256,7 +256,7 @@ def test_other_weights_than_the_engine_knows_are_an_error(vllm, tiny_llama, monk
 
 def test_an_engine_with_other_probabilities_is_refused(vllm, tiny_llama, monkeypatch):
     monkeypatch.setattr(vllm, "off_by", 9.0)
-    with pytest.raises(ModelError, match=r"other probabilities than the policy .*differ by .* nats") as caught:
+    with pytest.raises(ModelError, match=r"vllm and the policy .* disagree: .*differ by .* nats") as caught:
         generator().start(policy_at(tiny_llama))
     assert "LlamaForCausalLM" in caught.value.hint
 

@@ -93,7 +93,7 @@ def covered(family: str, capsys: pytest.CaptureFixture[str], **settings) -> int 
     """The share in per cent that a line names; None without a line."""
     say_once.cache_clear()
     add_lora(made(family), LoraSettings(rank=4, alpha=8.0, **settings))
-    found = re.search(r"the adapter reaches (\d+)%", " ".join(capsys.readouterr().err.split()))
+    found = re.search(r"the adapter covers (\d+)%", " ".join(capsys.readouterr().err.split()))
     return None if found is None else int(found[1])
 
 

@@ -48,7 +48,7 @@ def kl_far():
 
 DETECTED = {
     "step": 33, "detector": "phrase", "status": "warn", "value": 0.8, "threshold": 0.6,
-    "seen": '"good luck!" pays, and is in completions of 80% of the prompts, of 2% at the start',
+    "seen": '"good luck!" is rewarded, and is in completions of 80% of the prompts (2% at the start)',
     "completions": [
         {"prompt": "p", "completion": "Good luck! \u001b[31mGood luck!", "score": 2.0, "kl": 1.0, "tokens": 6}
     ],
@@ -237,7 +237,7 @@ def test_the_command_says_evidence_and_settings_without_importing_torch(tmp_path
     assert done.stderr.splitlines()[-1] in ("[]", "['numpy']")
     words = " ".join(done.stdout.split())
     assert words.startswith("runs/x: do not trust this run as it is")
-    assert "ppo: ended without a word" in words
+    assert "ppo: ended without an error message" in words
     assert "raise `ppo.kl_coef`" in words
     assert '"Good luck! Good luck!" (reward +2.00)' in words
     assert "\x1b" not in done.stdout

@@ -108,7 +108,9 @@ def test_a_result_in_the_default_folder_is_not_replaced_unasked(toy):
     assert toy.ran() == []
     assert toy.rlhf(*SFT, *OTHER, "--run-dir", "runs/other").code == 0
     replaced = toy.rlhf(*SFT, *OTHER, "--run-dir", "runs/default")
-    assert "sft: its finished result is replaced when this one is done; another --run-dir keeps both" in replaced.stderr
+    assert (
+        "sft: its finished result is replaced when the new one is done; another --run-dir keeps both" in replaced.stderr
+    )
     assert toy.rlhf(*SFT, "--force").code == 0
     assert toy.ran() == ["sft nothing"] * 3
 
@@ -127,5 +129,5 @@ def test_a_recipe_without_a_name_is_not_replaced_by_another(toy):
 def test_a_run_with_a_name_says_what_it_replaces(finished):
     outcome = finished.run("--set", "train_rm.epochs=2")
     assert outcome.code == 0
-    assert "train-rm: its finished result is replaced when this one is done" in outcome.stderr
+    assert "train-rm: its finished result is replaced when the new one is done" in outcome.stderr
     assert "sft: its finished result" not in outcome.stderr

@@ -94,13 +94,13 @@ def test_seeds_that_disagree_decide_nothing(runs):
 
 def test_equal_runs_cannot_be_told_apart(runs):
     (pair,) = compare_runs([*seeds_of(runs, 1.0, 0.1), *seeds_of(runs, 1.01, 0.02)]).pairs
-    assert pair.says.startswith("no difference of the gold score can be told from 40 prompts")
+    assert pair.says.startswith("no difference in gold score can be detected with 40 prompts")
 
 
 def test_two_single_runs_say_that_the_seed_is_not_known(runs):
     names = [runs.write("a", 0.0), runs.write("b", 3.0, **{"ppo.kl_coef": 0.2})]
     (pair,) = compare_runs(names).pairs
-    assert "with one run per group, other seeds may order them otherwise" in pair.says
+    assert "with one run per group, other seeds may order them differently" in pair.says
     assert pair.measures["gold"].seeds.low is None
 
 

@@ -56,7 +56,7 @@ def test_what_was_made_from_an_earlier_artifact_is_outdated(finished):
     assert states(finished) == dict.fromkeys(ALL[:-1], "finished") | {"evaluate": "outdated"}
     live = read_live(finished.run_dir)
     assert (live.is_finished, live.results) == (False, ())
-    assert "evaluate: finished, but made from an earlier output" in finished.rlhf("diagnose", "runs/toy").stdout
+    assert "evaluate: finished, but made from an outdated output" in finished.rlhf("diagnose", "runs/toy").stdout
     finished.run("--set", "ppo.steps=4")
     assert states(finished) == dict.fromkeys(ALL, "finished")
 

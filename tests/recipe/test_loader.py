@@ -178,7 +178,7 @@ def test_invalid_recipe_files(tmp_path):
         ("ppo: {critic_warmup_steps: 2, value_coef: 0}\n", "`critic_warmup_steps` has no effect with `value_coef: 0`"),
         ("ppo: {eval_prompts: 3}\n", "`eval_prompts` has no effect without `eval_steps`"),
         ("ppo: {shown_prompts: 1}\n", "`shown_prompts` has no effect without `show_steps`"),
-        ("ppo: {kl_estimator: k3}\n", "`kl_estimator: k3` needs `kl_in: loss`: in the reward its gradient is not that"),
+        ("ppo: {kl_estimator: k3}\n", "`kl_estimator: k3` needs `kl_in: loss`: in the reward, only `kl_estimator: k1`"),
         ("ppo: {kl_in: loss}\n", "`kl_in: loss` needs `kl_estimator: k2` or `k3`"),
         ("ppo: {kl_budget: 3}\n", "`kl_budget` selects among evaluated policies and needs `eval_steps`"),
         (

@@ -33,12 +33,20 @@ from rlhf_cli.stages.best_of_n.curve import measure
         (
             {"judge": "reward model", "judged_with": {"reward_model": "b"}},
             "better",
-            "It worked by its own reward model",
+            "It worked according to its own reward model",
         ),
-        ({"judge": "reward model", "judged_with": {"reward_model": "c"}}, "better", "It worked by a reward model"),
+        (
+            {"judge": "reward model", "judged_with": {"reward_model": "c"}},
+            "better",
+            "It worked according to a reward model",
+        ),
         ({"win_rate": (0.55, 0.42, 0.67)}, "undecided", "It cannot be told whether it worked"),
         ({"win_rate": (0.2, 0.1, 0.32)}, "worse", "It did not work: good/sft was better"),
-        ({"controlled": (0.55, 0.43, 0.66)}, "better", "It worked by this judge, perhaps by length alone"),
+        (
+            {"controlled": (0.55, 0.43, 0.66)},
+            "better",
+            "It worked according to this judge, but perhaps by length alone",
+        ),
         ({"evaluated": False}, "unknown", "Not evaluated"),
     ],
 )
@@ -103,7 +111,7 @@ def test_a_loss_of_variety_is_named(runs):
     plain["models"]["good/ppo"]["distinct_2"]["value"] = 0.4
     path.write_text(json.dumps(plain))
     found = "\n".join(verdict(read_run(run)).doubts)
-    assert "0.40 distinct word pairs per word pair, in place of 0.60" in found
+    assert "distinct-2 is 0.40 instead of 0.60" in found
 
 
 def test_nothing_unusual_is_not_doubted(runs):
@@ -157,7 +165,7 @@ def test_samples_are_the_best_the_worst_and_others(runs):
 
 def test_a_sample_says_which_is_preferred_and_what_was_cut(runs):
     first, *others = samples(read_run(runs.write()))
-    assert "cut at the limit of tokens" in first.sides[0].label
+    assert "cut at the token limit" in first.sides[0].label
     assert not any("cut at" in side.label for sample in others for side in sample.sides)
     for sample in (first, *others):
         assert [side.won for side in sample.sides] == [" · preferred · gold " in side.label for side in sample.sides]
@@ -220,7 +228,7 @@ def test_the_command_writes_a_picture_beside_every_chart(runs, tmp_path):
     pictures = {path.name for path in Path(json.loads(shown.stdout)["charts"]).iterdir()}
     assert page.count('<svg class="chart"') == len(pictures)
     assert {"ppo-kl.png", "ppo-reward-against-the-square-root-of-the-kl.png", "sft-loss.png"} <= pictures
-    assert "reward-model-is-its-confidence-right.png" in pictures
+    assert "reward-model-is-its-confidence-justified.png" in pictures
     assert f"charts as PNG files: {run / 'report-charts'}" in shown.stderr.replace("\n", "")
 
 
@@ -247,8 +255,8 @@ def test_one_sentence_says_how_it_was_made(runs):
     report = write_report([run], run / "report.html")
     said = (
         "`org/base` was fine-tuned on 900 demonstrations (40 steps); a reward model was trained on 1,280 completions "
-        "of 320 prompts, ranked by the function `judge.py:score`; PPO trained it for 40 steps (640 completions) to "
-        "raise the reward of that model."
+        "of 320 prompts, ranked by the function `judge.py:score`; PPO trained the fine-tuned model for 40 steps "
+        "(640 completions) to raise the reward of the reward model."
     )
     assert list(report.page.made) == [said]
     assert json.loads(report.plain.read_text())["made"] == [said]
@@ -287,10 +295,9 @@ def test_what_changed_in_the_completions_is_said(runs):
     page = write_report([run], run / "report.html").page
     (section,) = [one for one in page.sections if one.title == "What changed in the completions"]
     assert section.text == [
-        "Completions of good/ppo are 2.00 times as long (44.0 in place of 22.0 tokens) and about as varied (0.60 in "
-        "place of 0.60 distinct word pairs per word pair), compared with those of good/sft. 2.5% of them are the same "
-        "as the baseline's.",
-        "Most of all, more of them begin with “thank you for” (40.0% in place of 5.0%).",
+        "Completions of good/ppo are 2.00 times as long (44.0 instead of 22.0 tokens) and about as varied (distinct-2: "
+        "0.60 instead of 0.60), compared with those of good/sft. 2.5% of them are the same as the baseline's.",
+        "The largest change in phrases: more of them begin with “thank you for” (40.0% instead of 5.0%).",
     ]
     assert ["“the warm stone.”", "10.0%", "11.0%"] in section.tables[2].rows
 
@@ -301,7 +308,7 @@ def test_variety_that_the_baseline_has_none_of_is_more(runs):
     plain = json.loads(path.read_text())
     plain["models"]["good/sft"]["distinct_2"]["value"] = 0.0
     path.write_text(json.dumps(plain))
-    assert "and more varied (0.60 in place of 0.00" in tables.changes(read_run(run))[0]
+    assert "and more varied (distinct-2: 0.60 instead of 0.00" in tables.changes(read_run(run))[0]
 
 
 def test_an_evaluation_of_an_earlier_version_is_shown_without_what_it_lacks(runs):

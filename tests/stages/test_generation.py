@@ -72,7 +72,7 @@ def test_what_everybody_expects_is_a_detail(tiny_llama, tmp_path, capsys):
 def test_auto_is_torch_where_there_is_no_gpu_and_says_why(verbose, tiny_llama, tmp_path, capsys):
     assert isinstance(choose(tmp_path, tiny_llama, "auto"), TorchGenerator)
     said = capsys.readouterr().err
-    assert "label: completions are drawn with torch: the device is `cpu`, and vllm is for CUDA here\n" in said
+    assert "label: completions are drawn with torch: the device is `cpu`, and vllm is supported on CUDA only\n" in said
     assert record(tmp_path) == "torch\n"
 
 
@@ -86,7 +86,7 @@ def test_auto_is_vllm_where_nothing_speaks_against_it(vllm, usable, tiny_llama, 
 def test_auto_is_torch_where_vllm_does_not_start(verbose, vllm, usable, tiny_llama, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vllm, "off_by", 9.0)
     assert isinstance(choose(tmp_path, tiny_llama, "auto"), TorchGenerator)
-    assert "drawn with torch: vllm computes other probabilities" in " ".join(capsys.readouterr().err.split())
+    assert "drawn with torch: vllm and the policy" in " ".join(capsys.readouterr().err.split())
     assert vllm.made[0].calls[-1] == "sleep 2", "its memory is free again"
 
 

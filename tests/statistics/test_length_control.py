@@ -113,4 +113,4 @@ def test_equal_lengths_that_were_never_seen_are_an_extrapolation():
     assert found.win_rate.low < found.win_rate.value < found.win_rate.high
     far = length_controlled_win_rate(range(100), wins, longer_by + 500)
     assert far.extrapolated
-    assert "longer one by far" in far.win_rate.missing
+    assert "far longer completions" in far.win_rate.missing

@@ -38,7 +38,7 @@ def test_after_the_run():
     )
     said = conclusion(single(33, 60), "a/ppo", "a/sft")
     assert "60 prompts are too few to say which of a/ppo and a/sft is better: a win rate from 42.4% to 67.1% is" in said
-    assert "if it is really 55.0%, about 390 would show it" in said
+    assert "if the true rate is 55.0%, about 390 prompts would show it" in said
     assert "200 prompts do not show which of a/ppo and a/sft is better" in conclusion(
         single(105, 200), "a/ppo", "a/sft"
     )
@@ -54,5 +54,5 @@ def test_several_pairs_have_wider_intervals_that_hold_together():
     assert alone[0] > 0.5 > joint[0]
     said = conclusion(Measure(0.625, *joint, 64), "p", "b", comparisons=3)
     assert said.startswith("64 prompts are too few to say")
-    assert "if it is really 62.5%, about 89 would show it" in said, "more than the 64 that do not"
+    assert "if the true rate is 62.5%, about 89 prompts would show it" in said, "more than the 64 that do not"
     assert said.endswith("; 95% holds for all 3 pairs together")

@@ -34,7 +34,10 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a plot (.png, .svg or .pdf).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure time, speed and memory of attention backends against torch's own kernels."""
+    """Measure time and memory of attention backends.
+
+    They are compared with torch's own kernels.
+    """
     from rlhf_cli.attention import bench as benchmark
     from rlhf_cli.attention import bench_report
     from rlhf_cli.errors import UsageError

@@ -20,7 +20,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_backends(as_json: Json = False) -> None:
-    """List attention backends, whether they are available here, and which features they support."""
+    """List attention backends, and what each supports on this machine."""
     from rlhf_cli.attention.capabilities import as_table, list_capabilities
 
     found = list_capabilities()

@@ -23,7 +23,10 @@ def show(
         Path, typer.Option(metavar="DIR", help="Output folder for attention.png and attention.html.")
     ] = Path("attention"),
 ) -> None:
-    """Draw the attention weights of a model over a text, as an image and as an HTML page."""
+    """Draw the attention weights of a model over a text.
+
+    Writes an image and an HTML page.
+    """
     from rlhf_cli.attention.weights import collect_weights
     from rlhf_cli.attention.weights_view import write_files
     from rlhf_cli.errors import UsageError

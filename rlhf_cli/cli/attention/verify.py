@@ -24,10 +24,10 @@ _Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")
 
 
 def verify(models: _Models = None, backends: _Backends = None, device: _Device = "auto", as_json: Json = False) -> None:
-    """Check that attention backends do not change results: hidden states and gradients on every batch layout.
+    """Check that attention backends do not change results.
 
-    The baseline is each sequence on its own under transformers' eager attention. Exits with 1 if any difference exceeds
-    rounding.
+    Hidden states and gradients are compared on every batch layout. The reference is each sequence on its own under
+    transformers' eager attention. The exit code is 1 if any difference exceeds rounding.
     """
     from rlhf_cli.attention import verify as engine
 

@@ -127,7 +127,9 @@ _OWN = (
         "annotator",
         list[str] | None,
         None,
-        typer.Option(metavar="NAME", help="Annotator; repeatable with --serve. Default: you.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="Annotator; repeatable with --serve. Default: your user name.", show_default=False
+        ),
     ),
 )
 """Options of this command that are not short for one setting: name, type, default, option."""

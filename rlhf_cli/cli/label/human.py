@@ -83,13 +83,13 @@ def label_by_annotators(
             afterwards = f"continue with `{last_command(waits_in) or 'rlhf run RECIPE'}`"
             _open(waits_in / STORE, waits_in, interface, afterwards)
             if interface.serve:
-                say(f"enough is labeled: {afterwards}")
+                say(f"enough prompts are labeled: {afterwards}")
         else:
             _nothing_to_label()
             typer.echo(waits_in / "label")
         return
     if waits_in is not None:
-        what = "no stage waits for labels there" if waits_in.is_dir() else "no such run directory"
+        what = "this run does not wait for labels" if waits_in.is_dir() else "no such run directory"
         raise UsageError(
             f"{waits_in}: {what}", hint="name a run that waits for labels, or add a recipe, or `--by` and its options"
         )

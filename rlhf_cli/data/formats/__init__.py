@@ -54,7 +54,7 @@ def format_of(row: Row) -> LabelFormat | None:
     found = [known for known in _FORMATS if known.matches(row.fields)]
     if len(found) > 1:
         raise row.error(
-            f"this may be {' or '.join(known.name for known in found)}", "remove the fields of the other from the file"
+            f"this may be {' or '.join(known.name for known in found)}", "remove the fields of the one that it is not"
         )
     if not found and oasst.is_message(row.fields):
         raise row.error(

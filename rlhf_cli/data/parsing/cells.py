@@ -56,7 +56,7 @@ def refuse_notation(row: Row, field: str, text: str) -> None:
         raise row.error(f"`{field}` holds messages in Python's notation, {shown(text, 40)}", TO_JSON)
     if _JSON_TURNS.match(beginning) and re.search(r'"(role|from)"\s*:', text) and not _is_json(text):
         raise row.error(
-            f"`{field}` begins as messages in JSON and is not JSON, {shown(text, 40)}: cut off?",
+            f"`{field}` begins like messages in JSON but is not valid JSON, {shown(text, 40)}: cut off?",
             "spreadsheets cut cells after 32,767 characters; write the file as JSON lines",
         )
 

@@ -129,7 +129,7 @@ def closing_lines(outcome: Outcome, resume_command: str, afterwards: str) -> lis
         lines.append(f"left: {progress.left_for_me:,} for you")
         if outcome.end == "nothing left":
             lines.append(
-                "others are working on these; a task becomes available 30 minutes after its annotator was active"
+                "others are working on these; a task becomes available 30 minutes after its annotator was last active"
             )
         if resume_command:
             lines.append(f"to resume: {resume_command}")

@@ -84,4 +84,4 @@ def _warn_of_network(host: str, port: int) -> None:
 
 
 def _say_complete() -> None:
-    say("enough is labeled: the pipeline can continue; the server keeps running until you stop it (Ctrl-C)")
+    say("enough prompts are labeled: the pipeline can continue; the server keeps running until you stop it (Ctrl-C)")

@@ -24,8 +24,8 @@ class BestOfNSettings(StageSection):
     gold_model: ModelName = None
     """Reward model that measures the chosen completions."""
     gold_function: FunctionName = None
-    """Function that measures the chosen completions, in place of `gold_model`; null measures them by the reward that
-    chose them alone, which always rises with n."""
+    """Function that measures the chosen completions, in place of `gold_model`. Without either, they are measured only
+    by the reward that chose them, which always rises with n."""
     prompts: DataName = None
     """Prompt records, all of which are used; null is the held-out share (`data.holdout`) of `data.prompts`."""
     max_prompts: Count | None = None
@@ -36,7 +36,7 @@ class BestOfNSettings(StageSection):
     samples: FileName = None
     """`samples.jsonl` of an earlier `best-of-n`, whose completions are scored in place of new ones."""
     write_best: Count | None = None
-    """Also write `best.jsonl`: of each prompt the best of its first `write_best` completions, as demonstrations for
+    """Also write `best.jsonl`: for each prompt, the best of its first `write_best` completions, as demonstrations for
     `sft.data`. Null writes none."""
     sampling: StageSamplingSettings = StageSamplingSettings()
     """How completions are sampled; null inherits (see the section `sampling`)."""

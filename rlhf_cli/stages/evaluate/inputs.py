@@ -59,12 +59,12 @@ def find_inputs(settings: EvaluateSettings, recipe: RunSettings, find: InputFind
     if reward_model is None and settings.decided_by == "reward model":
         raise UsageError(
             "`evaluate` has neither a reward model nor `evaluate.judge_function` nor `evaluate.judge`",
-            hint="set `--set evaluate.judge_function=FILE.py:FUNCTION` or `--set evaluate.reward_model=PATH`",
+            hint="use `--set evaluate.judge_function=FILE.py:FUNCTION` or `--set evaluate.reward_model=PATH`",
         )
     if reward_model is None and any(one.best_of > 1 for one in settings.policies):
         raise UsageError(
             "`best_of` of `evaluate.policies` takes the best by a reward model, and there is none",
-            hint="set `--set evaluate.reward_model=PATH`, or remove `best_of`",
+            hint="use `--set evaluate.reward_model=PATH`, or remove `best_of`",
         )
     return EvaluateInputs(
         **find.shared(),

@@ -74,7 +74,8 @@ def not_chosen_on(records: list[PromptRecord], policy: Path) -> list[PromptRecor
     chosen_on = set(json.loads((policy / CHOSEN_ON).read_text(encoding="utf-8")))
     left = [record for record in records if prompt_key(record.prompt) not in chosen_on]
     if len(left) < len(records):
-        say(f"evaluate: {len(records) - len(left):,} prompts chose the policy (`ppo.kl_budget`) and are skipped")
+        used = len(records) - len(left)
+        say(f"evaluate: {used:,} prompts were used to select the policy (`ppo.kl_budget`) and are skipped")
     return left
 
 

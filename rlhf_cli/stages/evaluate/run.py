@@ -246,7 +246,7 @@ def _print(
     if settings.decided_by == "reward model":
         say("judged by a reward model: where PPO was trained against it, this is a check of training, not of quality")
         if any(one.best_of > 1 for one in settings.policies):
-            warn("the reward model that judges has also chosen the best of n: they win for that reason alone")
+            warn("the reward model that judges also chose the best of n, so best of n wins for that reason alone")
     for pair in evaluation.pairs:
         _tell(pair, settings)
 
@@ -255,7 +255,10 @@ def _tell(pair: Pair, settings: EvaluateSettings) -> None:
     """Say what a pair shows; warn where its estimates of the KL differ, or which model is better is not shown."""
     if pair.kl_disagreement is not None:
         k1, k3 = (found.mean.value for found in pair.kl)
-        warn(f"KL of {pair.policy}: {k1:.3g} nats by k1, {k3:.3g} by k3, more than chance: {pair.kl_disagreement}")
+        warn(
+            f"KL of {pair.policy}: {k1:.3g} nats by k1, {k3:.3g} by k3; chance does not explain this: "
+            f"{pair.kl_disagreement}"
+        )
     rate = pair.win_rate
     if pair.is_decided:
         say(pair.conclusion)

@@ -31,7 +31,7 @@ class PolicySettings(Section):
     """Its name in tables and results; null is `RUN/STAGE` for the output of a stage, `RUN/ppo/steps/20` for a policy
     of `ppo.save_steps`, else the folder's name or the hub id. `--also NAME=MODEL` sets both."""
     best_of: Count = 1
-    """Number of completions per prompt of which the reward model's best is taken (best-of-n); 1 takes each as it is.
+    """The n of best-of-n: each completion is the one with the highest reward of n samples; with 1, nothing is selected.
     The KL of best-of-n is not measured, but bounded."""
 
     @model_validator(mode="before")
@@ -84,8 +84,8 @@ class EvaluateSettings(StageSection):
     `judge_function`."""
     labels: DataName = None
     """Rankings by people of the completions of this evaluation: its `items.jsonl`, labeled with `label.items`. They
-    decide which model wins, on the prompts that were labeled: not on those on which all models wrote the same. Of
-    several annotators, the majority counts."""
+    decide which model wins. Only labeled prompts are evaluated; where all models wrote the same completion, there is
+    nothing to label. With several annotators, the majority counts."""
     tie_margin: NonNegative = 0.0
     """Scores that differ by at most this much are a tie; a tie counts 1/2."""
     max_prompts: Count | None = None

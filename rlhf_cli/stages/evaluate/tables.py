@@ -21,7 +21,7 @@ _ROWS = (
     ("length in tokens", "length/{}_mean", "{:.1f}"),
     ("finished", "finished/{}", "{:z.1%}"),
     ("most common completion", "diversity/{}_most_common_share", "{:z.1%}"),
-    ("distinct word pairs", "diversity/{}_distinct_2", "{:.2f}"),
+    ("distinct-2 (variety)", "diversity/{}_distinct_2", "{:.2f}"),
     ("repeated 4-grams", "diversity/{}_repeated_4", "{:z.1%}"),
     ("entropy, nats per token", "entropy/{}", "{:.2f}"),
     ("perplexity of demonstrations", "perplexity/{}", "{:.2f}"),

@@ -129,7 +129,11 @@ def waiting(progress: SessionProgress, store: Path, run_dir: Path) -> WaitingFor
     """The error that says how many labels are missing."""
     aside = f", {progress.set_aside:,} set aside" if progress.set_aside else ""
     share = math.floor(100 * progress.done / progress.items) / 100  # rounded down: it is reached
-    fewer = f"; to go on with the labels there are, add `--set label.human.enough={share:g}` to it" if share else ""
+    fewer = (
+        f"; to continue with the labels given so far, add `--set label.human.enough={share:g}` to that command"
+        if share
+        else ""
+    )
     return WaitingForLabelsError(
         f"the pipeline waits for labels: {progress.done - progress.set_aside:,} of {progress.items:,} prompts are "
         f"labeled{aside}, {progress.labels_left:,} {'label is' if progress.labels_left == 1 else 'labels are'} "

@@ -59,7 +59,7 @@ class HumanSettings(Section):
     """Rankings by annotators, in the terminal or in a browser."""
 
     overlap: Count = 1
-    """Annotators per prompt. Agreement between annotators can be measured from 2 on."""
+    """Annotators per prompt. With 2 or more, agreement between annotators can be measured."""
     criteria: list[str] = Field(default_factory=list)
     """Names of criteria, such as `[helpful, honest, harmless]`. Annotators give each completion a mark from 1 (worst)
     to 5 (best) for each criterion, in addition to the ranking."""

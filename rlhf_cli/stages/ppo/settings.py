@@ -31,7 +31,7 @@ class PTXSettings(Section):
     """PPO-ptx: the supervised loss is added to every update (Ouyang et al. 2022, equation 2)."""
 
     data: DataName = None
-    """Demonstration records; null is `sft.data`. Of a conversation the last turn is trained."""
+    """Demonstration records; null is `sft.data`. In a conversation, only the last turn is trained on."""
     coef: Positive = 1.0
     """Weight gamma of the supervised loss (mean per completion token), added to the loss of PPO. InstructGPT's 27.8
     uses another normalization."""
@@ -53,9 +53,9 @@ class PPOSettings(StageSection):
     """Additional rewards: functions, models or HTTP endpoints. They are combined with the reward model, whose weight is
     1."""
     reward_combination: Literal["sum", "mean", "min", "mean-std"] = "sum"
-    """How several weighted rewards are combined, those of the members of an ensemble (`train_rm.members`) included, for
-    which `sum` is refused. `min` and `mean-std` are conservative where the members of an ensemble
-    disagree (Coste et al. 2023, arXiv:2310.02743)."""
+    """How several weighted rewards are combined, including those of the members of an ensemble (`train_rm.members`).
+    `sum` is refused for an ensemble. `min` and `mean-std` are conservative where its members disagree (Coste et al.
+    2023, arXiv:2310.02743)."""
     reward_std_coef: NonNegative = 1.0
     """Lambda in mean - lambda std, with `reward_combination: mean-std`."""
     prompts: DataName = None
@@ -74,7 +74,7 @@ class PPOSettings(StageSection):
     minibatches: Count = 1
     """Optimizer steps per pass."""
     micro_batch_size: Effort = 8
-    """Completions per forward and backward pass of a process. Affects memory and speed, not the result."""
+    """Completions per forward and backward pass, per process. Affects memory and speed, not the result."""
     micro_batch_tokens: Annotated[int | None, Field(ge=1), EffortOnly()] = None
     """Maximum tokens per forward and backward pass, per process, padding included; replaces `micro_batch_size`. Null
     uses `micro_batch_size`. Either way, a training pass that runs out of memory is repeated with half the tokens."""
@@ -125,14 +125,15 @@ class PPOSettings(StageSection):
     whiten_advantages: bool = True
     """Shift and scale the advantages of a step to mean 0 and standard deviation 1 over its tokens."""
     whiten_rewards: bool = False
-    """Scale the per-token rewards of a step to standard deviation 1, keeping their mean. Harmful on TL;DR."""
+    """Scale the per-token rewards of a step to standard deviation 1, keeping their mean. Off by default, as in
+    summarize-from-feedback; on its TL;DR data it was harmful (Huang et al. 2024, arXiv:2403.17031)."""
     update_kl_limit: Positive | None = None
     """KL to the sampling policy, in nats per token of a minibatch, above which an update ends early; null never ends
     early."""
     importance_cap: Annotated[float, Field(ge=1.0)] | None = 2.0
-    """C of truncated importance sampling: the loss of a token is multiplied by min(pi / mu, C), where the policy pi
-    computes its probability and the inference engine mu drew it; null does not correct. Without effect with
-    `generation.engine: torch`, which draws from the policy itself."""
+    """C of truncated importance sampling: the loss of a token is multiplied by min(pi / mu, C). Here pi is the token's
+    probability under the policy before the update, and mu under the inference engine that sampled it. Null does not
+    correct. Without effect with `generation.engine: torch`, which samples from the policy itself."""
     ratio_limit: Annotated[float, Field(gt=1.0)] = 10.0
     """A minibatch whose mean probability ratio exceeds this is skipped and counted, and its worst completion
     reported."""
@@ -148,9 +149,9 @@ class PPOSettings(StageSection):
     """Horizon of the adaptive coefficient, in completions; larger adapts more slowly."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token KL estimator of the penalty, with x = log(pi/ref): k1 = x; k2 = x^2 / 2; k3 = exp(-x) - 1 + x. With
-    `kl_in: reward` it must be k1: only its gradient is that of the KL. With `kl_in: loss` it must be k2, which has the
-    gradient of the KL of each token, or k3, which approximates it. Metrics, `kl_target`, `kl_stop` and `kl_budget` use
-    k1, which is unbiased."""
+    `kl_in: reward` it must be k1, the only one that gives the gradient of the KL there. With `kl_in: loss` it must be
+    k2, which has the gradient of the KL of each token, or k3, which approximates it. Metrics, `kl_target`, `kl_stop`
+    and `kl_budget` use k1, which is unbiased."""
     kl_stop: Positive | None = None
     """The run ends early after a step whose KL to the SFT model exceeds this, in nats per completion; null never ends
     early."""
@@ -168,7 +169,7 @@ class PPOSettings(StageSection):
     missing_eos_penalty: NonNegative = 0.0
     """Subtracted from the reward of a completion without an end-of-sequence or stop token."""
     length_penalty: float = 0.0
-    """Subtracted from the reward per token of a completion; a negative value favors long completions."""
+    """Subtracted from the reward of a completion once per token; a negative value favors long completions."""
     ptx: PTXSettings | None = None
     """Adds the supervised loss (PPO-ptx); null does not."""
 
@@ -190,9 +191,9 @@ class PPOSettings(StageSection):
     """LoRA settings of the policy and the critic, with `adapter: lora`."""
     critic: Literal["auto", "adapter", "head", "separate"] = "auto"
     """`adapter`: an adapter on the policy's backbone. `separate`: its own model, with all weights trained. `head`: a
-    value head on the policy's hidden states, as in Ziegler et al. 2019; it needs no pass and no memory of its own, and
-    the value loss trains the policy's weights too. `auto` is `adapter` with `adapter: lora` and `separate` with
-    `adapter: none`."""
+    value head on the policy's hidden states, as in Ziegler et al. 2019; it needs no forward pass and hardly any memory
+    of its own, and the value loss trains the policy's weights too. `auto` is `adapter` with `adapter: lora` and
+    `separate` with `adapter: none`."""
     critic_from: Annotated[str, External("critic")] = "auto"
     """Initial weights of the critic: `reward-model`, `policy` (with a value head that predicts 0), or the folder of a
     saved critic (`runs/NAME/ppo/critic`). `auto` is the reward model if it is compatible, else the policy; with
@@ -201,8 +202,8 @@ class PPOSettings(StageSection):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     offload_frozen: EffortFlag = False
     """On a GPU: keep the weights of the reference and of `reward_model` in host memory while they are not used, if they
-    are separate models and not quantized. They are copied to the GPU for each step and evaluation. On a CPU this is
-    always so, with a file in place of host memory."""
+    are separate models and not quantized. They are copied to the GPU for each step and evaluation. On a CPU they
+    are always mapped from a file, so that the system can free their memory."""
     save_steps: Count | None = None
     """Steps between intermediate policies, written to `ppo/steps/STEP`: model folders that `evaluate`, `chat` and
     transformers read. Null writes only the last policy. To write one, the model is loaded again on the CPU, and written
@@ -210,8 +211,8 @@ class PPOSettings(StageSection):
     checkpoint_steps: Effort = 10
     """Steps between checkpoints. An interrupted run resumes from the last one; a diverged run rolls back to one."""
     keep_checkpoints: Effort = 2
-    """Number of recent checkpoints to keep; with `kl_budget`, the best policy is kept as well, and after a warning of a
-    detector the last checkpoint before it."""
+    """Number of recent checkpoints to keep. With `kl_budget` the best policy is kept as well, and after a detector's
+    warning the last checkpoint before it."""
 
     @property
     def completions_per_step(self) -> int:
@@ -300,8 +301,8 @@ class PPOSettings(StageSection):
             raise ValueError("`kl_in: loss` needs `kl_estimator: k2` or `k3`: the gradient of k1 has mean zero")
         if self.kl_in == "reward" and self.kl_estimator != "k1":
             raise ValueError(
-                f"`kl_estimator: {self.kl_estimator}` needs `kl_in: loss`: in the reward its gradient is not that of "
-                "the KL, and only `kl_estimator: k1` has it"
+                f"`kl_estimator: {self.kl_estimator}` needs `kl_in: loss`: in the reward, only `kl_estimator: k1` "
+                "gives the gradient of the KL"
             )
         if self.kl_budget is not None and self.eval_steps is None:
             raise ValueError("`kl_budget` selects among evaluated policies and needs `eval_steps`")

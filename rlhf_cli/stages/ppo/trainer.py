@@ -142,7 +142,7 @@ class PPOTrainer(TrainingTask):
             work=work,
             stop=stop,
             processes=forward_passes.processes,
-            hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weight was saved",
+            hint="lower `ppo.learning_rate` or set `model.precision: float32`; no bad weights were saved",
             shows_samples=settings.show_steps is not None,
             log=log,
             watch=StepWatch(forward_passes.device, self.phases),
@@ -219,7 +219,7 @@ class PPOTrainer(TrainingTask):
             skipped=count,
             of=count,
             fault="; ".join(completions.faults) or "a reward is not finite",
-            hint="a reward must be a finite number for every completion; no bad weight was saved",
+            hint="a reward must be a finite number for every completion; no bad weights were saved",
             histograms=histograms(completions),
         )
 
@@ -281,7 +281,7 @@ class PPOTrainer(TrainingTask):
         best = self.state.best
         self.state = RunState.of(state)
         if self.has_ended:
-            progress.say(f"ppo: {self.state.ended}; no step follows")
+            progress.say(f"ppo: {self.state.ended}; there are no further steps")
         if best is not None:
             self.state.best = best
         elif self.state.best is not None:

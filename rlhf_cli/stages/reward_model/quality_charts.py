@@ -33,12 +33,14 @@ def quality_charts(plain: Mapping[str, Any]) -> list[Chart]:
 
 def _reliability(plain: Mapping[str, Any]) -> Chart:
     error = plain.get("metrics", {}).get("calibration_error")
-    caption = "On the dashed line, pairs of which it is 80% sure are right 80% of the time; below it, it is too sure."
+    caption = (
+        "On the dashed line, the model is right on 80% of the pairs of which it is 80% sure; below, overconfident."
+    )
     if error is not None:
         expected = plain["calibration_error_if_calibrated"]
         caption += f" Calibration error: {error['value']:.3f} (about {expected:.3f} if calibrated)."
     return Chart(
-        "Is its confidence right?",
+        "Is its confidence justified?",
         caption,
         [_accuracies(plain.get("reliability", ()))],
         x="confidence: sigmoid of the difference of two rewards",
@@ -79,7 +81,7 @@ def _lengths(plain: Mapping[str, Any]) -> Chart:
     ]
     return Chart(
         "Does it learn more than length?",
-        "Accuracy where the longer and where the shorter completion was preferred. Orange: always taking the longer.",
+        "Accuracy where the longer and where the shorter completion was preferred. Orange: always the longer one.",
         series,
         x="pairs",
         y=_ACCURACY,

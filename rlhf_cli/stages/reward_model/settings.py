@@ -22,18 +22,18 @@ from rlhf_cli.settings.shared import Adapter, LoraSettings, TrainingSettings, de
 
 class RequiredQuality(Section):
     """What is required of the reward model on held-out prompts. It is trained, measured and written in any case; if a
-    requirement is not met, the run then stops with exit code 78. Requirements may change without training again."""
+    requirement is not met, the run then stops with exit code 78. Changing a requirement does not train it again."""
 
     accuracy: Annotated[Share | None, EffortOnly()] = None
-    """Minimum of the accuracy, `rm/accuracy`; null requires nothing, as for all of these."""
+    """Minimum accuracy (metric `rm/accuracy`); here and below, null requires nothing."""
     accuracy_low: Annotated[Share | None, EffortOnly()] = None
-    """Minimum of the lower end of the accuracy's 95 % interval; 0.5 requires more than chance."""
+    """Minimum lower bound of the accuracy's 95 % interval; 0.5 requires more than chance."""
     accuracy_longer_chosen: Annotated[Share | None, EffortOnly()] = None
-    """Minimum of the accuracy on pairs whose preferred completion is the longer one."""
+    """Minimum accuracy on pairs whose preferred completion is the longer one."""
     accuracy_shorter_chosen: Annotated[Share | None, EffortOnly()] = None
-    """Minimum of the accuracy on pairs whose preferred completion is the shorter one."""
+    """Minimum accuracy on pairs whose preferred completion is the shorter one."""
     calibration_error: Annotated[Share | None, EffortOnly()] = None
-    """Maximum of the expected calibration error."""
+    """Maximum expected calibration error."""
 
 
 class RewardModelSettings(TrainingSettings):
@@ -69,9 +69,9 @@ class RewardModelSettings(TrainingSettings):
     """Optimizer steps between evaluations of the held-out loss and accuracy, which also follow the last step; null does
     not evaluate while training."""
     keep_best: Literal["none", "loss", "accuracy"] = "loss"
-    """Which of the weights evaluated by `eval_steps` are written: those with the lowest held-out loss, with the highest
-    accuracy, or, with `none`, the last. Half of the held-out prompts select the weights; the figures of the finished
-    reward model are from the other half."""
+    """Which of the weights evaluated every `eval_steps` are written: those with the lowest held-out loss, with the
+    highest accuracy, or, with `none`, the last. Half of the held-out prompts select the weights; the metrics of the
+    finished reward model are measured on the other half."""
     adapter: Adapter = "lora"
     """`lora` trains an adapter that PPO can load on the policy's backbone; `none` trains all weights."""
     lora: LoraSettings = LoraSettings()
@@ -80,11 +80,11 @@ class RewardModelSettings(TrainingSettings):
     """Shift and scale rewards to mean 0 and standard deviation 1 over completions of the SFT model, or over the labeled
     completions of training prompts if there is no SFT model."""
     members: Count = 1
-    """Train an ensemble of this many reward models, which differ in the seed of head, adapter and order of the data.
-    `ppo` combines all of them by `ppo.reward_combination`; reported figures are of the mean of their rewards."""
+    """Train an ensemble of this many reward models, with different seeds for head, adapter and order of the data. `ppo`
+    combines their rewards by `ppo.reward_combination`; metrics are reported for the mean of their rewards."""
     data_curve: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[])
     """Shares of the training prompts, such as `[0.25, 0.5]`: for each, a further reward model is trained on them and
-    measured, to see what more labels would bring. It is not kept."""
+    measured, to see what more labels would bring. These models are not kept."""
     require: RequiredQuality = RequiredQuality()
     """What is required of the reward model before later stages use it."""
 

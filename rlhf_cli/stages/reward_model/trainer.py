@@ -128,7 +128,7 @@ class RewardTrainer(TrainingTask):
             work=work,
             stop=stop,
             processes=self._processes,
-            hint="lower `train_rm.learning_rate`, or set `model.precision: float32`; no bad weight was saved",
+            hint="lower `train_rm.learning_rate`, or set `model.precision: float32`; no bad weights were saved",
             log=log,
             watch=StepWatch(model.device, self.phases),
             peak=peak,

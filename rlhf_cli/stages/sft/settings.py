@@ -27,7 +27,7 @@ class SFTSettings(TrainingSettings):
     max_length: Count = 1024
     """Maximum sequence length in tokens; longer records are skipped and counted."""
     assistant_turns: Literal["all", "last"] = "all"
-    """Turns of the assistant to train in conversations of several turns: `all` of them, or only the `last`."""
+    """Assistant turns to train on in conversations with several: `all` of them, or only the `last`."""
     packing: bool = False
     """Pack several records into each sequence of up to `max_length` tokens. For decoder-only models."""
     adapter: Adapter = "lora"
@@ -39,7 +39,7 @@ class SFTSettings(TrainingSettings):
     3.2); L2 is the loss on the completion."""
     router_aux_coef: NonNegative | None = None
     """Weight of the load-balancing loss of a mixture-of-experts model's router (Fedus et al. 2021, arXiv:2101.03961).
-    Null is that of the model's configuration, `router_aux_loss_coef`."""
+    Null is `router_aux_loss_coef` of the model's configuration."""
 
     @property
     def peak_rate(self) -> float:

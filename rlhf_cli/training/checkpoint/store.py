@@ -169,7 +169,7 @@ def _newest_whole(folder: Path, kind: str, up_to: int | None) -> Checkpoint | No
         except DamagedCheckpoint as damage:
             warn(f"skipping the damaged checkpoint {path}: {damage}")
     if folders and kind == _STEP:
-        warn(f"no checkpoint in {folder} is whole: starting from the beginning")
+        warn(f"no checkpoint in {folder} is intact: starting from the beginning")
     return None
 
 

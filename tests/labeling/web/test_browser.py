@@ -80,7 +80,7 @@ def test_strengths_marks_and_every_control_can_be_reached_by_keyboard(browser: B
         keys.type("5432")  # the marks of both, from the first open one on
         keys.type("ba")
         keys.press("Enter")
-        assert page.locator("#problem").inner_text() == "How much better is it?"
+        assert page.locator("#problem").inner_text() == "Choose how much better the first answer is."
         keys.press("3")
         keys.press("Enter")
         wait_for_next(page, "task 1")

@@ -89,4 +89,4 @@ def test_evaluation_leaves_out_prompts_that_chose_the_policy(tmp_path, capsys):
     assert not_chosen_on(records, tmp_path) == records
     (tmp_path / "chosen_on.json").write_text(json.dumps([prompt_key(TEXTS[1]), prompt_key(TEXTS[30])]))
     assert [record.prompt for record in not_chosen_on(records, tmp_path)] == [TEXTS[n] for n in (0, 2, 3, 4)]
-    assert "1 prompts chose the policy" in " ".join(capsys.readouterr().err.split())
+    assert "1 prompts were used to select the policy" in " ".join(capsys.readouterr().err.split())

@@ -185,7 +185,10 @@ def test_a_value_around_its_threshold_does_not_repeat_the_warning():
 def test_the_phrase_is_quoted_with_completions_that_have_it():
     _, found, _ = watch(lambda seen, share: paid(seen))
     (said,) = [one for one in found if one.detector == "phrase"]
-    assert said.seen == '"good luck with it!" pays, and is in completions of 87.5% of the prompts, of 0.0% at the start'
+    assert (
+        said.seen
+        == '"good luck with it!" is rewarded, and is in completions of 87.5% of the prompts (0.0% at the start)'
+    )
     assert all("Good luck with it!" in quote.completion for quote in said.completions)
 
 

@@ -33,7 +33,7 @@ function show(now) {
   $("progress").value = done;
   const { labels_per_hour: pace, seconds_left: time } = now;
   const people = now.annotators.length;
-  $("live").textContent = isComplete ? "enough is labeled: the pipeline can continue" : "live";
+  $("live").textContent = isComplete ? "enough prompts are labeled: the pipeline can continue" : "live";
   const agreement = now.statistics.estimates.map((row) => {
     const inUnit = row.is_share ? percent : (value) => value.toFixed(2);
     return statistic(row.name, inUnit(row.value), row.low === null ? "" : `${inUnit(row.low)} to ${inUnit(row.high)}`);
@@ -115,7 +115,7 @@ function comment(row) {
   kind.className = `kind ${row.kind}`;
   kind.textContent = row.kind;
   const who = addText(document.createElement("b"), row.annotator);
-  const text = addText(document.createElement("span"), row.text || "without a reason");
+  const text = addText(document.createElement("span"), row.text || "no reason given");
   const prompt = addText(document.createElement("p"), row.prompt);
   prompt.className = "muted";
   line.append(kind, " ", who, " ", text, prompt);

@@ -129,7 +129,7 @@ export class TaskForm {
   get missing() {
     const open = this.ranking.pool.map((position) => this.letter(position));
     if (open.length) return `${open.join(", ")} ${open.length > 1 ? "have" : "has"} no place yet.`;
-    if (!$("strength").hidden && this.strength === null) return "How much better is it?";
+    if (!$("strength").hidden && this.strength === null) return "Choose how much better the first answer is.";
     for (const criterion of this.session.criteria)
       for (const [position, mark] of this.marks[criterion].entries())
         if (mark === null) return `Answer ${this.letter(position)} needs a mark for “${criterion}”.`;

@@ -74,7 +74,7 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "phrase",
         "phrase",
-        '"{what}" pays, and is in completions of {now:z.1%} of the prompts, of {start:z.1%} at the start',
+        '"{what}" is rewarded, and is in completions of {now:z.1%} of the prompts ({start:z.1%} at the start)',
         "the reward pays for a phrase, which the policy then gives to every prompt",
         (_FUNCTION, "raise `ppo.kl_coef`", "label such completions as bad and train the reward model on them too"),
     ),

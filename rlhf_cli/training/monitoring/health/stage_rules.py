@@ -80,7 +80,7 @@ def judge_evaluation(_rows: Sequence[Mapping[str, Any]], metrics: Metrics) -> It
         change = ("read the completions of `evaluate`", "compare the reward with what decides the wins")
         yield Finding("win rate", "bad", seen, means, change)
     elif low <= CHANCE:
-        means = "no difference can be told from so many prompts"
+        means = "no difference can be detected with this number of prompts"
         yield Finding("win rate", "look", seen, means, ("evaluate on more prompts",))
     else:
         yield Finding("win rate", "fine", seen)
