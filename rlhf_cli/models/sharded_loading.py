@@ -59,15 +59,15 @@ class UnreadModel:
         """Read the weights and divide them among the processes; returns the model in evaluation mode on its device.
 
         Args:
-            rounds: blocks are gathered in the precision of matrix products, as `split_weights` rounds weights that are
-                trained, and `round_weights` those of their reference.
+            rounds: weights are gathered in the precision of matrix products: float32 ones that are trained, and those
+                of their reference.
 
         Raises:
             ModelError: see `set_attention`.
         """
         model, source = self.model.eval(), self.source
         is_lower = rounds and source.precision != torch.float32
-        shard(model, source.device, block_dtype=source.precision if is_lower else None, before=self._fill)
+        shard(model, source.device, gathered_dtype=source.precision if is_lower else None, before=self._fill)
         pin_rotary_frequencies(model, source.path)
         if is_our_attention(source.attention):
             computing(model, lambda: set_attention(model, source.attention, source.path))

@@ -47,7 +47,7 @@ def shard(
     model: PreTrainedModel,
     device: torch.device,
     *,
-    block_dtype: torch.dtype | None = None,
+    gathered_dtype: torch.dtype | None = None,
     before: Callable[[nn.Module, str], object] = lambda module, prefix: None,
 ) -> None:
     """Divide the weights of a model among all processes, in place; every process calls this.
@@ -55,20 +55,21 @@ def shard(
     Args:
         model: with adapters, if any; which weights are trained must not change afterwards.
         device: of this process.
-        block_dtype: in which the float32 weights of blocks are gathered; None is their own. Gradients are summed in
-            float32.
+        gathered_dtype: in which float32 weights are gathered; None is their own. Gradients are summed in float32.
         before: called with each block, and at last with the model, and the prefix of its weights' names, before they
             are divided.
     """
     mesh = _mesh(device)
     policy = MixedPrecisionPolicy(
-        param_dtype=block_dtype, reduce_dtype=None if block_dtype is None else torch.float32, cast_forward_inputs=False
+        param_dtype=gathered_dtype,
+        reduce_dtype=None if gathered_dtype is None else torch.float32,
+        cast_forward_inputs=False,
     )
     for name, block in blocks_of(model):
         before(block, f"{name}.")
         fully_shard(block, mesh=mesh, mp_policy=policy)
     before(model, "")
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in _parts(model):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
