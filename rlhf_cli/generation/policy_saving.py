@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.examples import Example
+from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
@@ -21,6 +22,7 @@ from rlhf_cli.models.lora import add_lora, cast_weights, merge_lora
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
+from rlhf_cli.models.sharding import is_sharded, whole
 from rlhf_cli.models.split_weights import copy_weights, join_weights
 from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
 from rlhf_cli.settings.shared import LoraSettings
@@ -111,10 +113,11 @@ def save_policy(
     return kl
 
 
-def copy_policy(model: PreTrainedModel, source: ModelSource, adapter: TrainedAdapter | None) -> PreTrainedModel:
+def copy_policy(model: PreTrainedModel, source: ModelSource, adapter: TrainedAdapter | None) -> PreTrainedModel | None:
     """Return a policy on the CPU with the weights that it has now, for `save_policy`, while its training goes on.
 
-    A quantized model is returned itself: `save_policy` leaves it as it is.
+    A quantized model is returned itself: `save_policy` leaves it as it is. Of a sharded model every process calls this,
+    and process 0 gets the copy, which it holds whole; the others get None.
 
     Args:
         model: as it is being trained; an adapter is active.
@@ -123,14 +126,18 @@ def copy_policy(model: PreTrainedModel, source: ModelSource, adapter: TrainedAda
     """
     if quantized(model) != "none":
         return model
+    copies = not is_sharded(model) or is_main()
     if adapter is None:
-        copied = load_policy(source.on_cpu().in_full())
+        copied = load_policy(source.on_cpu().in_full()) if copies else None
         copy_weights(copied, model)
         return copied
+    state = {key: whole(weight) for key, weight in adapter_state(model, adapter.name).items()}
+    if not copies:
+        return None
     copied = load_policy(source.on_cpu())
     with torch.random.fork_rng(devices=[]):  # a new adapter is initialized at random
         add_lora(copied, adapter.lora, name=adapter.name)
-    load_adapter_state(copied, adapter_state(model, adapter.name), adapter.name)
+    load_adapter_state(copied, state, adapter.name)
     return copied
 
 

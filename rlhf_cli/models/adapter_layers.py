@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.sharding import assign
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -71,7 +72,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str = "
             )
     with torch.no_grad():
         for key, weight in own.items():
-            weight.copy_(state[key])
+            assign(weight, state[key])
 
 
 WRAPPED = ".base_layer"

@@ -38,16 +38,23 @@ def separate(layer: nn.Linear | Conv1D, a: Tensor, b: Tensor) -> None:
     """Take B A out of a layer's weight, in place; the layer computes as before, but for rounding.
 
     Args:
-        layer: with a weight in float32 that contains B A.
+        layer: with a weight in float32 that contains B A, or that is read later (`models.sharded_loading`), which
+            subtracts B A.
         a: (rank, in) float32.
         b: (out, rank) float32.
     """
     is_transposed = isinstance(layer, Conv1D)
-    layer.weight.data = layer.weight.data - ((b @ a).T if is_transposed else b @ a)
+    if not _has_no_memory(layer.weight):
+        layer.weight.data = layer.weight.data - ((b @ a).T if is_transposed else b @ a)
     _change_class(layer, LowRankConv1D if is_transposed else LowRankLinear)
     for name, factor in ((_A, a), (_B, b)):
         # Buffers, so that they are neither trained nor cast with the weights.
         layer.register_buffer(name, factor.to(layer.weight.device), persistent=False)
+
+
+def _has_no_memory(weight: Tensor) -> bool:
+    """Whether a weight is a view of one number."""
+    return weight.numel() > 1 and not any(weight.stride())
 
 
 def _change_class(layer: nn.Module, kind: type[nn.Module]) -> None:

@@ -76,6 +76,14 @@ def has_policy_adapter(folder: Path) -> bool:
 def separate_adapters(model: nn.Module, folder: Path) -> None:
     """Split merged weights, as `folder` has them, into the frozen weights and the adapters of training, in place.
 
+    Args and errors are those of `split_off_adapters`; weights get the dtype of the frozen ones of training.
+    """
+    cast_weights(model, split_off_adapters(model, folder))
+
+
+def split_off_adapters(model: nn.Module, folder: Path) -> torch.dtype:
+    """Take the adapters of training out of merged float32 weights, and return the dtype of the frozen ones of training.
+
     Args:
         model: loaded from `folder` in float32, with any head.
         folder: of a policy with its adapter.
@@ -101,7 +109,7 @@ def separate_adapters(model: nn.Module, folder: Path) -> None:
     for key, pairs in factors.items():
         layer = backbone(model).get_submodule(key)
         separate(layer, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))  # type: ignore[arg-type]
-    cast_weights(model, dtype)
+    return dtype
 
 
 def relative_base(path: str, final: Path, *, depth: int = 1) -> str:

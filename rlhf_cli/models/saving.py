@@ -16,6 +16,7 @@ from rlhf_cli.models.adapter_layers import adapter_layers
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.lora import cast_weights
 from rlhf_cli.models.low_rank import is_separated
+from rlhf_cli.models.sharding import local
 from rlhf_cli.progress import say_once
 from rlhf_cli.transformer.config import TransformerConfig
 
@@ -95,6 +96,7 @@ def require_finite(weights: dict[str, Tensor] | nn.Module, *, what: str) -> None
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     for name, tensor in state.items():
+        tensor = local(tensor)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise DivergedError(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.memory import free_memory
+from rlhf_cli.models.sharding import assign, whole
 
 LOW = "low_bits"
 """Suffix of the name of a weight's lower half in a checkpoint, and the attribute of the parameter that holds it."""
@@ -75,12 +76,16 @@ def join_weights(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def copy_weights(target: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of a model that may be split into a float32 model of the same architecture."""
-    weights = dict(target.named_parameters())
+def copy_weights(target: nn.Module | None, source: nn.Module) -> None:
+    """Copy the weights of a model that may be split into a float32 model of the same architecture.
+
+    Of a sharded model every process calls this, those without a target too.
+    """
+    weights = {} if target is None else dict(target.named_parameters())
     for name, weight in source.named_parameters():
-        low = low_bits(weight)
-        weights[name].copy_(weight if low is None else join(weight.data, low))
+        low, value = low_bits(weight), whole(weight)
+        if target is not None:
+            weights[name].copy_(value if low is None else join(value, low))
 
 
 def stored(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -94,12 +99,26 @@ def stored(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(weights: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]) -> None:
-    """Copy what `stored` returned back into the weights."""
-    for name, weight in weights:
-        weight.copy_(state[name])
-        if (low := low_bits(weight)) is not None:
-            low.copy_(state[f"{name}.{LOW}"])
+def restore(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy what `stored` returned back into the weights, whether they were split then or are now.
+
+    Args:
+        weights: what `stored` returns now, which shares the memory of the trained weights.
+        state: what it returned then, among others.
+    """
+    for name, weight in weights.items():
+        assign(weight, _saved(name, state, weight.dtype))
+
+
+def _saved(name: str, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return a weight or half of one from a state that may hold it in the other form: split or not."""
+    low = f"{name}.{LOW}"
+    if name not in state:
+        return split(state[name.removesuffix(f".{LOW}")])[1]
+    if low in state and dtype == torch.float32:
+        return join(state[name], state[low])
+    is_whole = low not in state and state[name].dtype == torch.float32
+    return split(state[name])[0] if is_whole and dtype == torch.bfloat16 else state[name]
 
 
 def vocabulary_weights(model: PreTrainedModel) -> set[Tensor]:

@@ -24,6 +24,7 @@ from rlhf_cli.settings.shared import SamplingSettings
 from rlhf_cli.stages.common import trusts_code
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.registry import stages
+from rlhf_cli.stages.sharding import check_sharding
 from rlhf_cli.training.monitoring.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] =
     _check_attention(recipe.model.attention)
     check_trackers(recipe.tracking.trackers)
     _check_bitsandbytes(recipe)
+    check_sharding(recipe, written)
     if recipe.generation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UsageError(
             "`generation.engine: vllm` needs vllm, which is not installed",

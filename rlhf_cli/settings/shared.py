@@ -127,6 +127,10 @@ class ModelSettings(Section):
     transformers (such as `sdpa` or `eager`), which use padded batches."""
     device: Annotated[str, EffortOnly()] = "auto"
     """`cpu`, `cuda` or `auto` (CUDA if available, else the CPU). Select a GPU with CUDA_VISIBLE_DEVICES."""
+    sharding: Annotated[Literal["none", "fsdp"], EffortOnly()] = "none"
+    """`fsdp`: in `sft`, `train_rm` and `ppo`, the processes divide weights, gradients and moments among themselves
+    (torch's `fully_shard`), so that a model that does not fit on one GPU can be trained. Needs several processes; see
+    docs/processes.md for what it does not support. `none`: every process holds whole models."""
     threads: Annotated[int | None, Field(ge=1), EffortOnly()] = None
     """Number of CPU threads; null is the default of torch (all cores). For models of a few million parameters one
     thread is about as fast, and less sensitive to other load on the machine."""
@@ -150,6 +154,10 @@ class ModelSettings(Section):
             raise ValueError("`dtype: bfloat16` contradicts `precision: float32`")
         if self.path is not None and self.build is not None:
             raise ValueError("`path` and `build` are mutually exclusive: load a model or create one")
+        if self.sharding == "fsdp" and self.quantize != "none":
+            raise ValueError(f"`sharding: fsdp` does not support `quantize: {self.quantize}`")
+        if self.sharding == "fsdp" and self.trust_remote_code:
+            raise ValueError("`sharding: fsdp` does not support models with Python code of their own")
         if self.trust_remote_code and self.revision is None:
             raise ValueError("`trust_remote_code` needs a pinned `revision`: the commit whose code you reviewed")
         return self

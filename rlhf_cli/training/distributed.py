@@ -6,10 +6,14 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
+from rlhf_cli.distributed.watchdog import waiting
 from rlhf_cli.errors import Interrupted
+from rlhf_cli.models.sharding import local
 
 
 class DistributedStop:
@@ -57,12 +61,14 @@ def all_reduce_gradients(weights: Iterable[Tensor], processes: ProcessGroup) -> 
 
     Args:
         weights: trained weights, in the same order everywhere. A process whose share of a step was empty has no
-            gradients.
+            gradients. Those of sharded weights are summed already.
         processes: the processes of the run.
     """
     if processes.count == 1:
         return
-    known = list(weights)
+    known = [weight for weight in weights if not isinstance(weight, DTensor)]
+    if not known:
+        return
     had = torch.tensor([weight.grad is not None for weight in known], dtype=torch.int32)
     processes.all_reduce([had])
     shared = [weight for weight, count in zip(known, had.tolist(), strict=True) if count]
@@ -70,3 +76,29 @@ def all_reduce_gradients(weights: Iterable[Tensor], processes: ProcessGroup) -> 
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
     processes.all_reduce([weight.grad for weight in shared if weight.grad is not None])
+
+
+@torch.no_grad()
+def clip_gradients(weights: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a norm, in place, and return the norm that they had.
+
+    Args:
+        weights: of which some may be sharded; every process has the whole gradient of the others.
+        max_norm: of all gradients together.
+    """
+    weights = list(weights)
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return torch.nn.utils.clip_grad_norm_(weights, max_norm)
+    own = [local(gradient) for gradient in sharded]
+    others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    squares = get_total_norm(own).square()
+    with waiting():
+        torch.distributed.all_reduce(squares, group=sharded[0].device_mesh.get_group())
+        squares.item()  # with NCCL the line above returns at once
+    norm = (squares + get_total_norm(others).to(squares.device).square()).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in [*own, *others]:
+        gradient.mul_(scale.to(gradient.device))
+    return norm

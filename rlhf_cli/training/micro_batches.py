@@ -26,14 +26,18 @@ class MicroBatches:
         rows: most rows per micro-batch, without `tokens`.
         tokens: most tokens per micro-batch, or None; one row may have more.
         setting: name of the setting with `tokens`, for messages.
+        repeats: whether passes are repeated that got no memory. Those over a sharded model are not: all processes would
+            have to repeat them.
 
     Attributes:
         limit: most tokens of a pass since one got no memory, in this process; None before. It is not kept when a run
             resumes, and other processes keep theirs: it changes sums by rounding only.
     """
 
-    def __init__(self, rows: int, tokens: int | None = None, *, setting: str = "micro_batch_tokens") -> None:
-        self._rows, self._tokens, self._setting = rows, tokens, setting
+    def __init__(
+        self, rows: int, tokens: int | None = None, *, setting: str = "micro_batch_tokens", repeats: bool = True
+    ) -> None:
+        self._rows, self._tokens, self._setting, self._repeats = rows, tokens, setting, repeats
         self.limit: int | None = None
         self._running: tuple[int, int] = (0, 0)
 
@@ -71,7 +75,7 @@ class MicroBatches:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 tokens, rows = self._running
-                if not is_out_of_memory(error) or rows < 2:
+                if not is_out_of_memory(error) or rows < 2 or not self._repeats:
                     raise
             # Behind the handler, since the error holds the activations of the pass.
             free_memory()

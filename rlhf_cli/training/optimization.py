@@ -14,6 +14,7 @@ from rlhf_cli.models.split_weights import vocabulary_weights
 from rlhf_cli.progress import warn
 from rlhf_cli.settings.shared import Optimizer, TrainingSettings
 from rlhf_cli.training.adamw import AdamW, EightBitMoments
+from rlhf_cli.training.distributed import clip_gradients
 from rlhf_cli.training.schedules import rate_factor
 
 
@@ -76,7 +77,7 @@ def clip_and_step(
     Returns:
         The gradient norm of each model before clipping, and whether the step was taken.
     """
-    clipped = [torch.nn.utils.clip_grad_norm_(weights, max_grad_norm) for weights in models]
+    clipped = [clip_gradients(weights, max_grad_norm) for weights in models]
     norms: list[float] = torch.stack([norm.to(clipped[-1].device) for norm in clipped]).tolist()  # one wait for a GPU
     is_finite = math.isfinite(sum(norms)) and math.isfinite(loss)
     if is_finite:

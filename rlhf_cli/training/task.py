@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.errors import RLHFError
+from rlhf_cli.models.split_weights import restore
 from rlhf_cli.training.monitoring.run_logger import RunLogger
 from rlhf_cli.training.monitoring.timing_log import Work
 from rlhf_cli.training.timing import StepWatch
@@ -66,11 +67,9 @@ class TrainingTask(ABC):
     def weights(self) -> dict[str, Tensor]:
         """Return the trained weights by name."""
 
-    @torch.no_grad()
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy saved weights, among other tensors, into the trained ones."""
-        for name, weight in self.weights().items():  # each is, or shares the memory of, the trained one
-            weight.copy_(tensors[name])
+        restore(self.weights(), tensors)
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside weights and optimizer, as JSON can express it."""

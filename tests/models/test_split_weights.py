@@ -114,7 +114,24 @@ def test_a_checkpoint_holds_both_halves(pair):
             weight.add_(1.0)
             if (low := low_bits(weight)) is not None:
                 low.zero_()
-    restore(halves.named_parameters(), state)
+    restore(stored(halves.named_parameters()), state)
     join_weights(halves)
     for expected, weight in zip(plain.parameters(), halves.parameters(), strict=True):
         assert torch.equal(expected, weight)
+
+
+@pytest.mark.parametrize("was_split", [True, False])
+def test_a_checkpoint_of_split_weights_is_read_into_whole_ones_and_the_reverse(pair, was_split: bool):
+    """As a run does that goes on with another `model.sharding`: sharded weights are never split."""
+    plain, halves = pair
+    split_weights(halves)
+    source, target = (halves, plain) if was_split else (plain, halves)
+    expected = {name: weight.clone() for name, weight in plain.named_parameters()}
+    state = {name: tensor.clone() for name, tensor in stored(source.named_parameters()).items()}
+    with torch.no_grad():
+        for tensor in stored(target.named_parameters()).values():
+            tensor.zero_()
+    restore(stored(target.named_parameters()), state)
+    join_weights(halves)
+    for name, weight in target.named_parameters():
+        assert torch.equal(expected[name], weight)

@@ -26,6 +26,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.checkpoint import Checkpoint
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, says_labels
 from rlhf_cli.models.peft_folder import find_peft_folder
+from rlhf_cli.models.sharded_loading import UnreadModel, open_model
 from rlhf_cli.models.stored_weights import StoredHead, stored_heads
 from rlhf_cli.models.weight_loading import (
     check_layers,
@@ -75,6 +76,31 @@ def load_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) ->
         is_new=plan.is_new,
     )
     return Classifier(model, plan.is_encoder, plan.has_head, plan.bias)
+
+
+def open_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) -> tuple[Classifier, UnreadModel]:
+    """Open what `load_classifier` loads, to be sharded: weights are not read yet, but a new head has its first values.
+
+    Those are the ones that `models.reward_model.model.new_reward_model` draws.
+
+    Raises:
+        ModelError: see `load_classifier` and `open_model`; also for an encoder.
+    """
+    plan = _plan(source)
+    if plan.is_encoder:
+        raise ModelError(
+            f"`model.sharding: fsdp`: `{source.path}` is an encoder, which is small enough for every process",
+            hint="use `--set model.sharding=none`",
+        )
+    unread = open_model(plan.kind, source, plan.config, dtype=dtype, checkpoint=plan.checkpoint, is_new=plan.is_new)
+    head = head_of(unread.model, source.path)
+    if not plan.has_head:
+        head.weight.data = torch.empty(head.weight.shape, dtype=head.weight.dtype)
+        for _ in range(2):  # the first values are those that transformers draws for a weight that is missing
+            nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+        if head.bias is not None:
+            head.bias.data = torch.zeros(head.bias.shape, dtype=head.bias.dtype)
+    return Classifier(unread.model, plan.is_encoder, plan.has_head, plan.bias), unread
 
 
 def check_classifier(source: ModelSource) -> bool:

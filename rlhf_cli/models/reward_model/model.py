@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.data.chat_format import PromptFormat
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.models.adapter_files import load_adapter
 from rlhf_cli.models.adapter_layers import adapter_layers
@@ -42,6 +43,7 @@ from rlhf_cli.models.reward_model.files import (
     save_artifact,
 )
 from rlhf_cli.models.seeding import seeded
+from rlhf_cli.models.sharding import computing, equal_passes
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say, say_once, warn
 from rlhf_cli.settings.shared import LoraSettings
@@ -100,6 +102,9 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: RewardBatch) -> Tensor:
         """Compute raw rewards, before normalization: (N,) float32."""
+        return computing(self.model, lambda: self._compute(batch))
+
+    def _compute(self, batch: RewardBatch) -> Tensor:
         with autocast(self.device, self.source.precision):
             if self.is_encoder:
                 types = {} if batch.types is None else {"token_type_ids": batch.types}
@@ -134,7 +139,8 @@ class RewardModel(nn.Module):
     ) -> list[float]:
         """Score N completions; return normalized rewards in the same order.
 
-        A text longer than `max_length` loses the beginning of its prompt's content, with one warning per model.
+        A text longer than `max_length` loses the beginning of its prompt's content, with one warning per model. With a
+        sharded model, every process calls this, for completions of its own, maybe none.
 
         Args:
             prompts: N prompts.
@@ -152,9 +158,11 @@ class RewardModel(nn.Module):
         by_ids, by_length = (lambda row: encoded[row].ids), (lambda row: len(encoded[row]))
         order = sorted(range(len(encoded)), key=by_ids if self.reads_groups else by_length)
         rewards = [0.0] * len(encoded)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            raw = self(self.batch([encoded[row] for row in rows]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows, _ in equal_passes(self.model, batches, [], ProcessGroup(self.device)):
+            raw = self(self.batch([encoded[row] for row in rows] or [self._one_token()]))
+            if not rows:
+                continue
             for row, reward in zip(rows, self.normalize(raw).tolist(), strict=True):
                 rewards[row] = reward
             if progress is not None:
@@ -168,7 +176,7 @@ class RewardModel(nn.Module):
     def _truncate(self, encoded: Encoded, prompt: Prompt) -> Encoded:
         if len(encoded) <= self.max_length:
             # A text without any token (no prompt, completion or end token) still needs a last token.
-            return encoded if len(encoded) else Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
+            return encoded if len(encoded) else self._one_token()
         if not self._warned:
             warn(f"the reward model reads at most {self.max_length} tokens; longer prompts are cut at their beginning")
             self._warned = True
@@ -176,6 +184,9 @@ class RewardModel(nn.Module):
         surplus = len(encoded) - self.max_length
         kept = [None if one is None else one[:front] + one[front + surplus :] for one in (encoded.ids, encoded.types)]
         return Encoded(kept[0] or [], kept[1])
+
+    def _one_token(self) -> Encoded:
+        return Encoded([int(self.format.tokenizer.eos_token_id or 0)])  # pyright: ignore[reportArgumentType]
 
 
 def new_reward_model(
@@ -211,13 +222,18 @@ def new_reward_model(
             if head.bias is not None:
                 nn.init.zeros_(head.bias)
         if lora is not None:
-            add_lora(classifier.model, lora)
-            for parameter in head_parameters(classifier.model, is_encoder=classifier.is_encoder).values():
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+            add_reward_adapter(classifier, lora)
     if gradient_checkpointing:
         recompute_activations(classifier.model)
-    return _reward_model(classifier, source, template, template_kwargs or {})
+    return reward_model_on(classifier, source, template, template_kwargs or {})
+
+
+def add_reward_adapter(classifier: Classifier, lora: LoraSettings) -> None:
+    """Add the adapter to train, and let the head be trained in float32."""
+    add_lora(classifier.model, lora)
+    for parameter in head_parameters(classifier.model, is_encoder=classifier.is_encoder).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
 
 
 def load_reward_model(source: ModelSource, *, template: str | None) -> RewardModel:
@@ -244,9 +260,9 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
         own = "chat" if getattr(tokenizer, "chat_template", None) else template
         if template is not None and own != template:
             say(f"the reward model {source.path} reads prompts in its own chat template, not as {template!r}")
-        reward_model = _reward_model(classifier, base, own, {})
+        reward_model = reward_model_on(classifier, base, own, {})
     else:
-        reward_model = _reward_model(classifier, base, config.template, config.template_kwargs, reader=source)
+        reward_model = reward_model_on(classifier, base, config.template, config.template_kwargs, reader=source)
     if config is not None:
         reward_model.mean, reward_model.std = config.mean, config.std
         if config.adapter:
@@ -295,7 +311,7 @@ def reward_format(
     )
 
 
-def _reward_model(
+def reward_model_on(
     classifier: Classifier,
     source: ModelSource,
     template: str | None,

@@ -154,7 +154,7 @@ class FullCritic:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the backbone."""
-        restore(self._model.named_parameters(), state)
+        restore(stored(self._model.named_parameters()), state)
 
     def save(self, folder: Path) -> None:
         """Write the backbone as an ordinary model folder, the head and `critic.json`."""

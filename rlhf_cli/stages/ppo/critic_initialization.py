@@ -22,6 +22,7 @@ from rlhf_cli.models.lora import merge_lora
 from rlhf_cli.models.reward_model.classifier import check_reward_config
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_reward_head, read_reward_config
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.sharded_loading import open_model
 from rlhf_cli.models.weight_loading import load_weights
 from rlhf_cli.stages.ppo.critic import (
     AdapterStart,
@@ -121,6 +122,16 @@ def _refuse_head(config: CriticConfig, folder: Path) -> None:
 def model_from_policy(source: ModelSource) -> FullCritic:
     """Start from a copy of the policy's backbone, under a head that predicts 0."""
     return FullCritic(_load_backbone(source))
+
+
+def sharded_from_policy(source: ModelSource) -> FullCritic:
+    """Start from the critic of `model_from_policy`, whose weights are divided among the processes; all call this."""
+    source = source.in_full()
+    unread = open_model(AutoModel, source, load_config(source))
+    critic = FullCritic(unread.model)
+    unread.read(rounds=True)
+    critic.value_head.to(source.device)
+    return critic
 
 
 def model_from_reward(

@@ -25,6 +25,7 @@ from rlhf_cli.errors import DivergedError
 from rlhf_cli.generation.logprobs import Projection, TokenLogprobs, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
 from rlhf_cli.models.backbone import reads_groups
+from rlhf_cli.models.sharding import computing, equal_passes, is_sharded
 from rlhf_cli.stages.ppo.models import PPOModels
 from rlhf_cli.training.micro_batches import MicroBatches
 
@@ -137,10 +138,12 @@ class ForwardPasses:
         self.temperature = temperature
         self._trains_entropy = trains_entropy
         self.processes = processes or ProcessGroup()
-        self._cuts = MicroBatches(micro_batch_size, micro_batch_tokens, setting="ppo.micro_batch_tokens")
         self.count: Callable[[int], object] = lambda tokens: None
         with models.policy() as model:
             self._reader = model  # only read: device, attention and configuration are those of policy and critic
+        self._cuts = MicroBatches(
+            micro_batch_size, micro_batch_tokens, setting="ppo.micro_batch_tokens", repeats=not is_sharded(model)
+        )
         self.device = self._reader.device
         self._grouped = reads_groups(self._reader)
         self._of_step: Completions | None = None
@@ -189,6 +192,14 @@ class ForwardPasses:
             if isinstance(completions, Completions):  # not the demonstrations of PPO-ptx
                 self.count(sum(len(completions.completion_ids[row]) for row in part))
 
+    def passes(self, completions: TokenPairs, rows: Sequence[int]) -> Iterator[tuple[list[int], float]]:
+        """Yield what `micro_batches` yields with weight 1; of sharded models also fillers, see `equal_passes`."""
+        if not is_sharded(self._reader):
+            yield from ((part, 1.0) for part in self.micro_batches(completions, rows))
+            return
+        own = list(self.micro_batches(completions, rows))
+        yield from equal_passes(self._reader, own, [rows[0]], self.processes)
+
     def _tokens(self, completions: TokenPairs, rows: Sequence[int]) -> int:
         """Count the tokens that the policy reads in a pass over these rows."""
         pairs = [(completions.prompt_ids[row], completions.completion_ids[row]) for row in rows]
@@ -209,9 +220,14 @@ class ForwardPasses:
         Gradient flows unless the caller disables it. `temperature` defaults to that of the constructor.
         """
         temperature = self.temperature if temperature is None else temperature
-        with self.autocast():
-            hidden = completion_hidden(model, batch)
-            return self._token_logprobs(model, hidden, batch, temperature)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            with self.autocast():
+                hidden = completion_hidden(model, batch)
+                found = self._token_logprobs(model, hidden, batch, temperature)
+            return found.logprobs, found.entropy
+
+        return TokenLogprobs(*computing(model, compute))
 
     def values(self, model: PreTrainedModel, batch: SequenceBatch, *, trains_head_only: bool = False) -> Tensor:
         """Predict the value before each completion token: (N, T), 0 on padding.
@@ -219,15 +235,20 @@ class ForwardPasses:
         Gradient flows unless the caller disables it; with `trains_head_only` it ends at the value head.
         """
         with self.autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head_only):
-            hidden = completion_hidden(model, batch)
+            hidden = computing(model, lambda: completion_hidden(model, batch))
         return self._values_of(hidden, batch)
 
     def logprobs_and_values(self, model: PreTrainedModel, batch: SequenceBatch) -> tuple[TokenLogprobs, Tensor]:
         """Compute what `logprobs` and `values` compute, from one pass of the model that both read."""
-        with self.autocast():
-            hidden = completion_hidden(model, batch)
-            found = self._token_logprobs(model, hidden, batch, self.temperature)
-        return found, self._values_of(hidden, batch)
+
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
+            with self.autocast():
+                hidden = completion_hidden(model, batch)
+                found = self._token_logprobs(model, hidden, batch, self.temperature)
+            return found.logprobs, found.entropy, hidden
+
+        logprobs, entropy, hidden = computing(model, compute)
+        return TokenLogprobs(logprobs, entropy), self._values_of(hidden, batch)
 
     def _token_logprobs(
         self, model: PreTrainedModel, hidden: Tensor, batch: SequenceBatch, temperature: float
@@ -276,16 +297,21 @@ class ForwardPasses:
         """Run each model over this process's completions and put what it gives into `rows`."""
         found: dict[str, list[Tensor]] = {name: [] for name in rows}
         order: list[int] = []
-        for part in self.micro_batches(completions, range(len(completions))):
+        for part, weight in self.passes(completions, range(len(completions))):
             policy, values = self._policy_and_values(self.batch(completions, part))
+            if not weight:
+                continue
             for name, tensor in (("policy", policy.logprobs), ("value", values), ("entropy", policy.entropy)):
                 found[name].append(tensor)
             order += part
-        if not order:
+        if not order and not is_sharded(self._reader):
             return
         with self.models.reference() as model:  # once: its weights may have to be copied to the device
-            for part in self.micro_batches(completions, range(len(completions))):
-                found["ref"].append(self.logprobs(model, self.batch(completions, part)).logprobs)
+            for part, weight in self.passes(completions, range(len(completions))):
+                logprobs = self.logprobs(model, self.batch(completions, part)).logprobs
+                found["ref"] += [logprobs] if weight else []
+        if not order:
+            return
         index = torch.tensor(order, device=self.device)
         for name, tensors in found.items():
             longest = rows[name].shape[1]

@@ -25,6 +25,7 @@ from rlhf_cli.models.loading import ModelSource, context_length, load_policy, lo
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.sharded_loading import UnreadModel, open_policy
 from rlhf_cli.models.split_weights import round_weights, split_weights
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
 from rlhf_cli.stages.ppo.critic import AdapterStart, FullCritic, HeadStart
@@ -77,6 +78,7 @@ def load_ppo_models(
     seed: int = 0,
     longest: int | None = None,
     scratch: Path | None = None,
+    is_sharded: bool = False,
 ) -> LoadedPPOModels:
     """Load policy, reference, critic and reward model.
 
@@ -89,6 +91,7 @@ def load_ppo_models(
         longest: maximum tokens of a prompt with its completion; None is the context length of the policy.
         scratch: folder for the weights of models that rest during updates, see `models.idle_weights`; None keeps them
             in memory.
+        is_sharded: divide policy, reference and critic among the processes; every process then calls this.
 
     Raises:
         ModelError: a model cannot be loaded, or the critic cannot start from `settings.critic_from`.
@@ -96,12 +99,15 @@ def load_ppo_models(
     is_lora = settings.adapter == "lora"
     # Trained in full, the policy is float32. Its reference must be too: rounded weights would differ from the policy
     # by a KL of more than 0 at the first step.
-    policy = load_policy(source if is_lora else source.in_full())
+    unread = open_policy(source if is_lora else source.in_full()) if is_sharded else None
+    policy = load_policy(source if is_lora else source.in_full()) if unread is None else unread.model
     longest = context_length(policy.config) if longest is None else longest
-    critic, note = _critic(source, policy, settings, reward_path, template, longest)
+    critic, note = _critic(source, policy, settings, reward_path, template, longest, is_sharded=is_sharded)
     reward = None
     if is_lora:
-        models, reward = _on_shared_backbone(source, policy, settings, critic, seed, reward_path)
+        models, reward = _on_shared_backbone(source, policy, settings, critic, seed, reward_path, unread)
+    elif unread is not None:
+        models = _separate_sharded(source, unread, critic)
     else:
         assert isinstance(critic, FullCritic | HeadStart)
         reference = load_policy(source.in_full()).requires_grad_(False)
@@ -109,7 +115,7 @@ def load_ppo_models(
             split_weights(policy)
             round_weights(reference)  # as the policy is, so that their KL is 0 at the first step
         models = SeparateModels(policy, reference, critic, idle=_idle(reference, settings, scratch))
-    if isinstance(critic, FullCritic) and source.precision != torch.float32:
+    if isinstance(critic, FullCritic) and source.precision != torch.float32 and not is_sharded:
         with critic.active_model() as model:
             split_weights(model)
     if reward is None and reward_path is not None:
@@ -133,8 +139,12 @@ def _on_shared_backbone(
     critic: AdapterStart | HeadStart | FullCritic,
     seed: int,
     reward_path: str | None,
+    unread: UnreadModel | None,
 ) -> tuple[SharedBackbone, RewardModelHandle | None]:
-    """Put the adapters on the policy's backbone, with the reward model's if it was trained on this backbone."""
+    """Put the adapters on the policy's backbone, with the reward model's if it was trained on this backbone.
+
+    Weights that are not read yet are read then, into shards.
+    """
     config = shared_reward_config(source, reward_path)
     folder = Path() if config is None else source.at(reward_path or "").folder
     models = SharedBackbone(
@@ -145,7 +155,21 @@ def _on_shared_backbone(
         critic=critic,
         source=source,
     )
+    if unread is not None:
+        unread.read()
+        models.value_head.to(source.device)
     return models, None if config is None else _shared_reward(models, source, folder, config)
+
+
+def _separate_sharded(
+    source: ModelSource, policy: UnreadModel, critic: AdapterStart | HeadStart | FullCritic
+) -> SeparateModels:
+    """Read policy and reference into shards; the critic is there."""
+    assert isinstance(critic, FullCritic)
+    policy.model.requires_grad_(True)
+    reference = open_policy(source.in_full())
+    reference.model.requires_grad_(False)
+    return SeparateModels(policy.read(rounds=True), reference.read(rounds=True), critic)
 
 
 def _critic(
@@ -155,6 +179,8 @@ def _critic(
     reward_path: str | None,
     template: str | None,
     longest: int,
+    *,
+    is_sharded: bool,
 ) -> tuple[AdapterStart | HeadStart | FullCritic, str]:
     """Return the critic, or the start of its adapter or head, and a line that says where it starts."""
     start, is_adapter = settings.critic_from, settings.critic_is_adapter
@@ -177,7 +203,9 @@ def _critic(
     elif start != "policy":
         return _saved_critic(source, policy, settings, longest), f"the critic starts from {start}"
     note = f"the critic starts from the policy and predicts 0{fallback_reason}"
-    return AdapterStart() if is_adapter else critic_start.model_from_policy(source), note
+    if is_adapter:
+        return AdapterStart(), note
+    return (critic_start.sharded_from_policy if is_sharded else critic_start.model_from_policy)(source), note
 
 
 def _cannot_start(reason: DoesNotFit, settings: PPOSettings) -> ModelError:

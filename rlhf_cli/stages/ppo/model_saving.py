@@ -19,6 +19,7 @@ from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
+from rlhf_cli.models.sharding import gathered
 from rlhf_cli.models.verification import check_tokenizer
 from rlhf_cli.stages.ppo.models import POLICY, PPOModels
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -129,10 +130,14 @@ def saved_steps(folder: Path, *, up_to: int) -> list[Path]:
 
 
 def sample_probe(policy: Policy, prompts: TokenizedPrompts) -> list[Example]:
-    """Sample short completions of the first prompts, on which `save_ppo_models` compares the policies."""
+    """Sample short completions of the first prompts, on which `save_ppo_models` compares the policies.
+
+    Of a sharded policy every process calls this.
+    """
     short = copy.copy(policy)
     length = min(PROBE_TOKENS, policy.sampling.max_new_tokens)
     short.sampling = dataclasses.replace(policy.sampling, max_new_tokens=length)
     starts = [ids[-PROBE_TOKENS:] for ids in prompts.ids[:PROBE_SIZE]]
-    completions = TorchGenerator().generate(short, [Request(ids, seed=row) for row, ids in enumerate(starts)])
+    with policy.model() as model, gathered(model):
+        completions = TorchGenerator().generate(short, [Request(ids, seed=row) for row, ids in enumerate(starts)])
     return [Example(ids, completion.ids) for ids, completion in zip(starts, completions, strict=True)]

@@ -230,7 +230,7 @@ class SeparateModels(_WithCritic):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the models."""
-        restore(self._policy.named_parameters(), _under("policy.", state))
+        restore(stored(self._policy.named_parameters()), _under("policy.", state))
         self._load_critic_state(state)
 
 

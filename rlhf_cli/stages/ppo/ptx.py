@@ -82,12 +82,12 @@ class SupervisedLoss:
         rows = self._order.slice(optimizer_step * self._batch_size, (optimizer_step + 1) * self._batch_size)
         tokens = sum(len(demonstrations.completion_ids[row]) for row in rows)
         loss, counted = torch.zeros((), dtype=torch.float64, device=self._forward_passes.device), 0
-        for part in self._forward_passes.micro_batches(demonstrations, rows):
+        for part, weight in self._forward_passes.passes(demonstrations, rows):
             batch = self._forward_passes.batch(demonstrations, part)
             with self._models.policy() as model:
                 # At temperature 1: demonstrations are not samples from the policy.
                 found = self._forward_passes.logprobs(model, batch, temperature=1.0)
-                (-self._coef * found.logprobs.sum() / tokens).backward()
-            loss -= found.logprobs.detach().sum()
-            counted += batch.tokens
+                (weight * -self._coef * found.logprobs.sum() / tokens).backward()
+            loss -= weight * found.logprobs.detach().sum()
+            counted += batch.tokens if weight else 0
         return float(loss), counted

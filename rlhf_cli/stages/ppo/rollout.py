@@ -18,6 +18,7 @@ from rlhf_cli.errors import DivergedError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
+from rlhf_cli.models.sharding import gathered
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Columns, Scores, columns_of
 from rlhf_cli.settings.shared import StageSamplingSettings
@@ -95,6 +96,12 @@ class Rollouts:
         Raises:
             DivergedError: the policy's logits are not finite in some process; raised in all of them.
         """
+        with self._policy.model() as model, gathered(model):
+            return self._completions(source, rows, numbers, watch)
+
+    def _completions(
+        self, source: TokenizedPrompts, rows: Sequence[int], numbers: Sequence[int], watch: StepWatch
+    ) -> Completions:
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
         try:
             with watch.phase("rollout", "sampling"):

@@ -14,7 +14,7 @@ from rlhf_cli.errors import DetectorStopError, UsageError
 from rlhf_cli.files import link_or_copy
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
 from rlhf_cli.models.reward_model.members import further_members
-from rlhf_cli.progress import say
+from rlhf_cli.progress import say, say_once
 from rlhf_cli.stages.base import StageOutcome
 from rlhf_cli.stages.common import (
     CHOSEN_ON,
@@ -30,8 +30,10 @@ from rlhf_cli.stages.inputs import source_of
 from rlhf_cli.stages.ppo.data import load_data
 from rlhf_cli.stages.ppo.stage import PPOContext
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.sharding import require_processes
 
 if TYPE_CHECKING:
+    from rlhf_cli.data.examples import Example
     from rlhf_cli.data.skips import SkipLog
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.generator import Generator
@@ -58,10 +60,14 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         context: of the stage.
         generator: draws completions from the policy; None is that of `generation.engine`.
     """
+    import torch
+
     from rlhf_cli.distributed.process_group import ProcessGroup
     from rlhf_cli.generation.decoding import check_decoding
+    from rlhf_cli.generation.torch_generator import TorchGenerator
     from rlhf_cli.memory import free_memory
     from rlhf_cli.models.loading import load_tokenizer
+    from rlhf_cli.models.sharding import computing
     from rlhf_cli.stages.ppo.model_saving import STEPS, StepPolicies, sample_probe
     from rlhf_cli.stages.ppo.rewards import build_rewards
     from rlhf_cli.stages.ppo.rollout import own_sampling
@@ -69,8 +75,9 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     from rlhf_cli.training.flops import device_peak
     from rlhf_cli.training.monitoring.detectors.detectors import Detectors
 
+    require_processes(context.recipe)
     context = decide_precision(context)
-    settings = context.settings
+    settings, is_sharded = context.settings, context.recipe.model.sharding != "none"
     start = context.inputs.policy.source
     source = model_source(context.recipe, start)
     sampling = stage_sampling(context, own_sampling(settings), start)
@@ -79,9 +86,9 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     policy = load_policy(context, start, sampling, style=style, weights=lambda: models.policy())
     data, skips = load_data(context, policy)
     warn_of_rounding(context, source)
-    models, reward_model = _load_models(context, settings, source, sampling)
-    with models.reference() as model, policy.autocast():
-        check_decoding(model, source.path)
+    models, reward_model = _load_models(context, settings, source, sampling, is_sharded=is_sharded)
+    with models.reference() as model, policy.autocast(), torch.no_grad():
+        computing(model, lambda: check_decoding(model, source.path))
     _say_if_prompted_otherwise(reward_model, style)
     processes = ProcessGroup(source.device)
     members = _further_members(context, source)
@@ -98,7 +105,8 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
         reward.score,
         settings,
         policy=policy,
-        generator=choose_generator(context, [policy], generator),
+        # vLLM would need the whole weights in a second program.
+        generator=TorchGenerator() if is_sharded else choose_generator(context, [policy], generator),
         detectors=Detectors(settings.detectors, _watched(context, reward, data)),
         seed=context.recipe.seed,
         work=context.work,
@@ -110,7 +118,29 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     _train(trainer, context.work, processes)
     del trainer  # with the moments of its optimizer: what follows loads what was written
     free_memory()
-    return _written(context, models, policy, style, data, skips) if processes.is_main else StageOutcome()
+    probe = sample_probe(policy, data.prompts) if is_sharded or processes.is_main else []
+    if is_sharded:
+        models = _whole(context, models, source, sampling, processes)
+    return _written(context, models, policy, style, data, skips, probe) if processes.is_main else StageOutcome()
+
+
+def _whole(
+    context: PPOContext, models: PPOModels, source: ModelSource, sampling: Sampling, processes: ProcessGroup
+) -> PPOModels:
+    """Return whole models on the CPU with the trained weights in process 0, which writes them; all call this."""
+    from rlhf_cli.models.sharding import whole
+
+    found, trained = models, models.state()
+    if processes.is_main:
+        found, _ = _load_models(context, context.settings, source.on_cpu(), sampling)
+    state = {}
+    for name, weight in trained.items():  # one after another: no other process holds more than one
+        gathered = whole(weight)
+        if processes.is_main:
+            state[name] = gathered.cpu()
+    if processes.is_main:
+        found.load_state(state)
+    return found
 
 
 def _forward_passes(models: PPOModels, settings: PPOSettings, policy: Policy, processes: ProcessGroup) -> ForwardPasses:
@@ -128,10 +158,16 @@ def _forward_passes(models: PPOModels, settings: PPOSettings, policy: Policy, pr
 
 
 def _written(
-    context: PPOContext, models: PPOModels, policy: Policy, style: PromptStyle, data: PPOData, skips: SkipLog
+    context: PPOContext,
+    models: PPOModels,
+    policy: Policy,
+    style: PromptStyle,
+    data: PPOData,
+    skips: SkipLog,
+    probe: list[Example],
 ) -> StageOutcome:
     """Write the artifact, and return what the stage came to."""
-    from rlhf_cli.stages.ppo.model_saving import sample_probe, save_ppo_models
+    from rlhf_cli.stages.ppo.model_saving import save_ppo_models
     from rlhf_cli.training.checkpoint.store import remove_all_but_newest
     from rlhf_cli.training.monitoring.timing_log import read_totals
 
@@ -140,7 +176,7 @@ def _written(
         policy.source,
         context.settings,
         context.output,
-        probe=sample_probe(policy, data.prompts),
+        probe=probe,
         sampling=policy.sampling,
         stop_ids=policy.stop_ids,
     )
@@ -196,7 +232,7 @@ def _say_if_prompted_otherwise(reward_model: RewardModelHandle | None, style: Pr
 
 
 def _load_models(
-    context: PPOContext, settings: PPOSettings, source: ModelSource, sampling: Sampling
+    context: PPOContext, settings: PPOSettings, source: ModelSource, sampling: Sampling, *, is_sharded: bool = False
 ) -> tuple[PPOModels, RewardModelHandle | None]:
     from rlhf_cli.models.loading import context_length, load_config
     from rlhf_cli.stages.ppo.model_loading import load_ppo_models
@@ -219,9 +255,10 @@ def _load_models(
         seed=context.recipe.seed,
         longest=longest,
         scratch=context.work,
+        is_sharded=is_sharded,
     )
     for note in loaded.notes:
-        say(f"ppo: {note}")
+        say_once(f"ppo: {note}")
     return loaded.models, loaded.reward_model
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cli.generation.logprobs import TokenLogprobs
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.models.sharding import is_divided
 from rlhf_cli.objectives.kl import kl_per_token
 from rlhf_cli.objectives.masking import masked_sum
 from rlhf_cli.objectives.policy import policy_loss, value_loss
@@ -120,7 +121,7 @@ class Updater:
         self._critic_parameters: list[nn.Parameter] = critic
         groups = [
             {"params": policy, "peak": settings.peak_rate, "begins": self._policy_begins},
-            {"params": critic, "peak": settings.critic_peak_rate, "begins": 0},
+            *({"params": weights, "peak": settings.critic_peak_rate, "begins": 0} for weights in _by_kind(critic)),
         ]
         # Epsilon 1e-5 as in every reference implementation since Baselines.
         trained = _model(models.policy()), _model(models.critic())
@@ -214,22 +215,23 @@ class Updater:
         """Run forward and backward of this process's micro-batches."""
         models, passes, sums = self._models, self._forward_passes, DeviceSums()
         completions = minibatch.experience.completions
-        for numbers in passes.micro_batches(completions, minibatch.rows):
+        for numbers, weight in passes.passes(completions, minibatch.rows):
             batch = passes.batch(completions, numbers)
-            part = _Part(minibatch, torch.tensor(numbers, device=passes.device), batch, sums)
+            rows = torch.tensor(numbers, device=passes.device)
+            part = _Part(minibatch, rows, batch, sums if weight else DeviceSums())
             # Backward while the adapter is still active, since checkpointed activations are recomputed under it.
             if trains_policy:
                 with models.policy() as model:
                     if models.critic_is_head:
                         now, values = passes.logprobs_and_values(model, batch)
-                        (self._policy_loss(part, now) + self._value_loss(part, values)).backward()
+                        (weight * (self._policy_loss(part, now) + self._value_loss(part, values))).backward()
                     else:
-                        self._policy_loss(part, passes.logprobs(model, batch)).backward()
+                        (weight * self._policy_loss(part, passes.logprobs(model, batch))).backward()
             if not (trains_policy and models.critic_is_head):
                 with models.critic() as model:
                     values = passes.values(model, batch, trains_head_only=models.critic_is_head)
-                    self._value_loss(part, values).backward()
-            sums.count("tokens", batch.tokens)
+                    (weight * self._value_loss(part, values)).backward()
+            part.sums.count("tokens", batch.tokens)
         return sums
 
     def _policy_loss(self, part: _Part, now: TokenLogprobs) -> Tensor:
@@ -302,6 +304,12 @@ class Updater:
             statistics.critic_norms.append(critic_norm)
         else:
             statistics.skipped_steps += 1
+
+
+def _by_kind(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return sharded weights and the others apart, since torch's optimizer does not step both at once."""
+    parts = [[weight for weight in weights if is_divided(weight) is kind] for kind in (True, False)]
+    return [part for part in parts if part]
 
 
 def _model(used: AbstractContextManager[PreTrainedModel]) -> PreTrainedModel:

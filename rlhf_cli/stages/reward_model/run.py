@@ -16,6 +16,7 @@ from rlhf_cli.stages.common import metrics_log, write_contract
 from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.reward_model.plan import PROMPTS_CHECKED, Plan, make_plan, member_seed, new_member
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
+from rlhf_cli.stages.sharding import require_processes
 
 if TYPE_CHECKING:
     from rlhf_cli.data.records import Ranking
@@ -54,6 +55,7 @@ def run(context: RewardModelContext, generator: Generator | None = None) -> Stag
     from rlhf_cli.memory import free_memory
     from rlhf_cli.training.monitoring.timing_log import read_totals
 
+    require_processes(context.recipe)
     context = decide_precision(context)
     plan, reward_model = make_plan(context)
     members: list[Member] = []
@@ -132,7 +134,9 @@ def _member(
 ) -> Member:
     """Train, measure, normalize and write a member; one that an earlier attempt finished is only measured again."""
     from rlhf_cli.memory import free_memory
+    from rlhf_cli.models.reward_model.sharded import copy_weights
     from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
+    from rlhf_cli.models.sharding import is_sharded
     from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
     from rlhf_cli.stages.reward_model.normalization import normalize
     from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
@@ -154,6 +158,12 @@ def _member(
         checked = ranking_rewards(context, reward_model, plan.checked, "scoring training rankings", processes)
         if settings.normalize:
             normalize(context, reward_model, plan.train, plan.style, processes, generator)
+    if is_sharded(reward_model.model):
+        trained = reward_model
+        # On the CPU, since the GPU holds its part of the trained one.
+        on_cpu = plan.source.on_cpu()
+        reward_model = new_member(context, on_cpu, plan.style, number, whole=True) if processes.is_main else trained
+        copy_weights(reward_model if processes.is_main else None, trained)
     if processes.is_main:
         append_evaluation(work, steps, watch.end_step())
         folder.mkdir(parents=True, exist_ok=True)

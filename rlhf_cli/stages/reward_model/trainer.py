@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.models.reward_model.model import RewardModel
+from rlhf_cli.models.sharding import equal_passes, is_sharded
 from rlhf_cli.models.split_weights import join_weights, split_weights, stored
 from rlhf_cli.objectives.ranking import (
     batch_mean_penalty,
@@ -102,7 +103,8 @@ class RewardTrainer(TrainingTask):
     ) -> None:
         self.model, self.settings = model, settings
         self.batches = Batches(len(groups), settings.batch_size, settings.epochs, seed)
-        if settings.adapter == "none" and model.source.precision != torch.float32:
+        self._is_sharded = is_sharded(model.model)
+        if settings.adapter == "none" and model.source.precision != torch.float32 and not self._is_sharded:
             split_weights(model.backbone)
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.optimizer = adamw(
@@ -115,7 +117,10 @@ class RewardTrainer(TrainingTask):
         self._groups, self._held_out, self._rate_scale = groups, held_out, 1.0
         self._processes = processes or ProcessGroup(model.device)
         self._cuts = MicroBatches(
-            settings.micro_batch_size, settings.micro_batch_tokens, setting="train_rm.micro_batch_tokens"
+            settings.micro_batch_size,
+            settings.micro_batch_tokens,
+            setting="train_rm.micro_batch_tokens",
+            repeats=not self._is_sharded,
         )
         self._size = model_size(model.backbone, list(self.trained.values()), has_vocabulary=False)
         self.best = BestWeights(settings.keep_best if settings.eval_steps else "none", work, self._processes)
@@ -238,13 +243,20 @@ class RewardTrainer(TrainingTask):
         """
         tokens = partial(_tokens, groups)
         share = -(-len(chosen) // self._processes.count)  # so that every process gets work
-        parts = self._processes.shard(self._cuts.cut(by_length(groups, chosen), tokens, most=share))
+        ordered = by_length(groups, chosen)
+        own = self._processes.shard(self._cuts.cut(ordered, tokens, most=share))
+        passes = list(equal_passes(self.model.model, own, ordered[:1], self._processes))
 
         def work() -> StepSums:
             sums, loss = StepSums(), torch.zeros((), dtype=torch.float64, device=self.model.device)
             counts = torch.zeros(3, dtype=torch.float64, device=self.model.device)
-            for numbers in self._cuts.own(parts, tokens):
-                losses = self._losses([groups[number] for number in numbers], sums, counts, step)
+            weighted = ((rows, weight) for part, weight in passes for rows in self._cuts.own([part], tokens))
+            for numbers, weight in weighted:
+                chosen_groups = [groups[number] for number in numbers]
+                if not weight:
+                    self._pass_without_work(chosen_groups, step)
+                    continue
+                losses = self._losses(chosen_groups, sums, counts, step)
                 if step is not None:
                     (losses.sum() / step.groups).backward()
                 loss += losses.detach().sum()
@@ -256,6 +268,12 @@ class RewardTrainer(TrainingTask):
 
         sums = self._cuts.run(work, self.optimizer.zero_grad if step is not None else lambda: None)
         return self._over_processes(sums, has_gradient=step is not None)
+
+    def _pass_without_work(self, groups: list[RankedGroup], step: Step | None) -> None:
+        """Make the passes that other processes make, without a gradient of their own; see `models.sharding`."""
+        losses = self._losses(groups, StepSums(), torch.zeros(3, dtype=torch.float64, device=self.model.device), step)
+        if step is not None:
+            (0.0 * losses.sum()).backward()
 
     def _losses(self, groups: list[RankedGroup], sums: StepSums, counts: Tensor, step: Step | None) -> Tensor:
         """Return the loss of each group: (G,), with gradient; adds to both sums, see `_count`."""

@@ -16,6 +16,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.generation.logprobs import Projection
 from rlhf_cli.models.backbone import decoder_hidden, is_recurrent, reads_groups
 from rlhf_cli.models.router_loss import RouterLoss
+from rlhf_cli.models.sharding import computing, equal_passes
 from rlhf_cli.precision import autocast, exact_products
 from rlhf_cli.stages.sft.data import Batch, CausalCollator, GroupCollator, Row, Seq2SeqCollator
 
@@ -39,9 +40,12 @@ def token_logprobs(
     """
     reads = ("layout", "position_ids", "encoder_ids", "encoder_mask")
     read = {name: batch.get(name) for name in reads}
-    hidden = decoder_hidden(model, batch["input_ids"], router_logits=router_logits, **read)
-    logprobs, _ = Projection.of(model).logprobs(hidden[batch["predicting"][scored]], batch["targets"][scored])
-    return logprobs
+
+    def compute() -> Tensor:
+        hidden = decoder_hidden(model, batch["input_ids"], router_logits=router_logits, **read)
+        return Projection.of(model).logprobs(hidden[batch["predicting"][scored]], batch["targets"][scored])[0]
+
+    return computing(model, compute)
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,17 @@ def mean_completion_nll(
         own.sort(key=lambda example: example.prompt_ids)  # completions of one prompt together
     else:
         own.sort(key=len)
-    for start in range(0, len(own), batch_size):
-        before_batch(start)
-        collated = collate([[example] for example in own[start : start + batch_size]])
-        count += int(collated["completions"].sum())
+    parts = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    group = processes or ProcessGroup(model.device)
+    for number, (part, weight) in enumerate(equal_passes(model, parts, list(examples[:1]), group)):
+        if weight:
+            before_batch(number * batch_size)
+        collated = collate([[example] for example in part])
+        count += int(collated["completions"].sum() * weight)
         batch = on_device(collated, model.device)
         with autocast(model.device, precision):
             logprobs = token_logprobs(model, batch, batch["trained"])
-        total -= (logprobs.double() * batch["completions"][batch["trained"]]).sum()
+        total -= weight * (logprobs.double() * batch["completions"][batch["trained"]]).sum()
     model.train(was_training)
     sums = torch.tensor([float(total), count], dtype=torch.float64)
     if processes is not None:

@@ -20,12 +20,16 @@ from rlhf_cli.stages.common import (
 )
 from rlhf_cli.stages.precision import decide_precision
 from rlhf_cli.stages.sft.stage import SFTContext
+from rlhf_cli.stages.sharding import require_processes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlhf_cli.data.chat_format import PromptFormat
     from rlhf_cli.data.examples import Example
     from rlhf_cli.data.records import Demonstration
     from rlhf_cli.data.sources import LoadedRecords
+    from rlhf_cli.models.loading import ModelSource
     from rlhf_cli.stages.sft.settings import SFTSettings
     from rlhf_cli.stages.sft.training import SFTResult
 
@@ -35,17 +39,17 @@ HELD_OUT_MEASURED = 500
 
 def run(context: SFTContext) -> StageOutcome:
     """Fine-tune on demonstrations whose prompts are not held out; write the merged model."""
-    import torch
-
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.generation.policy import own_stop_ids
-    from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
-    from rlhf_cli.models.loading import load_policy, load_tokenizer, resolve_device
+    from rlhf_cli.generation.policy_saving import TrainedAdapter, copy_policy, probe_examples, save_policy
+    from rlhf_cli.models.loading import load_tokenizer, resolve_device
+    from rlhf_cli.models.sharding import is_sharded
     from rlhf_cli.stages.sft.training import train_sft
     from rlhf_cli.training.monitoring.run_logger import METRICS, TIMING
     from rlhf_cli.training.monitoring.timing_log import read_totals
 
+    require_processes(context.recipe)
     context = decide_precision(context)
     recipe, settings = context.recipe, context.settings
     data = context.inputs.demonstrations.source
@@ -58,7 +62,7 @@ def run(context: SFTContext) -> StageOutcome:
     check_records(chat_format, loaded.records)
     sampling = inherited_sampling(recipe, source.path)
     chosen_stops = token_ids(sampling.stop_tokens or (), chat_format)  # a wrong one must not end a finished training
-    model = load_policy(source, dtype=torch.float32 if settings.adapter == "none" else None)
+    model = _load(context, source)
     fitting = fitting_examples(context, settings, loaded, chat_format, model.config)
     train, held_out = split_from(context, source.path).divide([record for record, _ in fitting])
     warn_of_trained(held_out, source.path, "the held-out loss")
@@ -69,9 +73,13 @@ def run(context: SFTContext) -> StageOutcome:
         seed=recipe.seed, work=context.work, stop=context.stop, precision=source.precision, name=source.path,
         processes=processes, log=metrics_log(context),
     )  # fmt: skip
-    if not processes.is_main:
+    adapter = (
+        TrainedAdapter("default", settings.lora, recipe.model.build is None) if settings.adapter == "lora" else None
+    )
+    if is_sharded(model):
+        model = copy_policy(model, source, adapter)
+    if model is None or not processes.is_main:
         return StageOutcome()
-    has_base = recipe.model.build is None
     own_stops = own_stop_ids(model, chat_format, source.path)
     written_kl = save_policy(
         model,
@@ -79,7 +87,7 @@ def run(context: SFTContext) -> StageOutcome:
         context.output,
         source=source,
         probe=probe_examples([examples[id(record)] for record in held_out or train]),
-        adapter=TrainedAdapter("default", settings.lora, has_base) if settings.adapter == "lora" else None,
+        adapter=adapter,
         generation=Sampling.resolve(sampling).generation(model, tokenizer, {*own_stops, *chosen_stops}),
     )
     write_contract(context, source.path, style, sampling, train)
@@ -92,6 +100,23 @@ def run(context: SFTContext) -> StageOutcome:
     outcome.metrics["written_kl"] = written_kl
     outcome.timing.update(read_totals(context.work))
     return outcome
+
+
+def _load(context: SFTContext, source: ModelSource) -> PreTrainedModel:
+    """Load the model to train; one that is sharded is made trainable first."""
+    import torch
+
+    from rlhf_cli.models.loading import load_policy
+    from rlhf_cli.models.sharded_loading import open_policy
+    from rlhf_cli.stages.sft.training import make_trainable
+
+    is_full = context.settings.adapter == "none"
+    dtype = torch.float32 if is_full else None
+    if context.recipe.model.sharding == "none":
+        return load_policy(source, dtype=dtype)
+    unread = open_policy(source, dtype=dtype)
+    make_trainable(unread.model, context.settings, context.recipe.seed)
+    return unread.read(rounds=is_full)
 
 
 def base_model(context: SFTContext, records: list[Demonstration], processes: ProcessGroup) -> str:

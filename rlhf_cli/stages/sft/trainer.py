@@ -22,6 +22,7 @@ from rlhf_cli.models.backbone import reads_groups
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.loading import recompute_activations, store_activations
 from rlhf_cli.models.router_loss import RouterLoss
+from rlhf_cli.models.sharding import equal_passes, is_sharded
 from rlhf_cli.models.split_weights import stored
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say
@@ -66,7 +67,10 @@ class SFTTrainer(TrainingTask):
         self.plan = BatchPlan(len(self.rows), settings.epochs, settings.batch_size, seed)
         self._model, self._settings, self._precision, self._processes = model, settings, precision, processes
         self._cuts = MicroBatches(
-            settings.micro_batch_size, settings.micro_batch_tokens, setting="sft.micro_batch_tokens"
+            settings.micro_batch_size,
+            settings.micro_batch_tokens,
+            setting="sft.micro_batch_tokens",
+            repeats=not is_sharded(model),
         )
         self._collate = collator_for(model, packed=settings.packing)
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -131,7 +135,8 @@ class SFTTrainer(TrainingTask):
         parts = self._processes.shard(self._cuts.cut(ordered, self._tokens, most=share))
         batches = {tuple(part): self._batch(part) for part in parts}
         counts = TokenCounts.of(list(batches.values()), self._processes)
-        total = self._cuts.run(lambda: self._own_gradient(batches, counts, watch), self.optimizer.zero_grad)
+        passes = list(equal_passes(self._model, parts, ordered[:1], self._processes))
+        total = self._cuts.run(lambda: self._own_gradient(passes, batches, counts, watch), self.optimizer.zero_grad)
         all_reduce_gradients(self._trained.values(), self._processes)
         self._processes.all_reduce([total])
         return float(total)
@@ -143,11 +148,18 @@ class SFTTrainer(TrainingTask):
         """Count the tokens of a pass over some rows, padding included."""
         return len(part) * max(sum(len(example) for example in self.rows[number]) for number in part)
 
-    def _own_gradient(self, batches: Mapping[tuple[int, ...], Batch], counts: TokenCounts, watch: StepWatch) -> Tensor:
+    def _own_gradient(
+        self,
+        passes: Sequence[tuple[Sequence[int], float]],
+        batches: Mapping[tuple[int, ...], Batch],
+        counts: TokenCounts,
+        watch: StepWatch,
+    ) -> Tensor:
         """Accumulate the gradient of this process's micro-batches; returns their part of the loss."""
         device = self._model.device
         total = torch.zeros((), device=device)
-        for part in self._cuts.own(batches, self._tokens):
+        weighted = ((part, weight) for rows, weight in passes for part in self._cuts.own([rows], self._tokens))
+        for part, weight in weighted:
             batch = batches[tuple(part)] if tuple(part) in batches else self._batch(part)
             with autocast(device, self._precision):
                 loss = sft_loss(
@@ -157,6 +169,7 @@ class SFTTrainer(TrainingTask):
                     lm_coef=self._settings.lm_coef,
                     router=self._router,
                 )
+            loss = weight * loss
             loss.backward()
             total += loss.detach()
             beat()

@@ -19,6 +19,7 @@ from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.router_loss import RouterLoss
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.seeding import seeded
+from rlhf_cli.models.sharding import computing, is_sharded
 from rlhf_cli.models.split_weights import join_weights, split_weights
 from rlhf_cli.progress import task
 from rlhf_cli.stages.sft.loss import check_packing, mean_completion_nll
@@ -69,7 +70,8 @@ def train_sft(
     """Train a model in place. On return it carries its adapter, if one is trained.
 
     Args:
-        model: as loaded: in any dtype or quantized for an adapter, in float32 to train all weights.
+        model: as loaded: in any dtype or quantized for an adapter, in float32 to train all weights. A sharded model
+            has been through `make_trainable`.
         examples: to train on.
         held_out: to measure the loss on, before and after.
         settings: section `sft` of the recipe.
@@ -87,13 +89,17 @@ def train_sft(
         DivergedError: training diverged again after a roll-back, or a final weight is not finite.
         ModelError, UsageError: the architecture cannot be trained with these settings.
     """
-    _check(model, settings, name)
+    with torch.no_grad():
+        computing(model, lambda: _check(model, settings, name))
     processes = processes or ProcessGroup(model.device)
     evaluate = _Evaluation(model, held_out, settings.micro_batch_size, precision, stop, processes)
     watch = StepWatch(model.device, SFTTrainer.phases)
     with watch.phase("eval", "evaluating"):
         before = evaluate("held-out loss before")
-    _make_trainable(model, settings, seed, precision)
+    if not is_sharded(model):
+        make_trainable(model, settings, seed)
+        if settings.adapter == "none" and precision != torch.float32:
+            split_weights(model)
     trainer = SFTTrainer(
         model, examples, settings, seed=seed, work=work, stop=stop, precision=precision, processes=processes,
         log=log, watch=watch,
@@ -114,15 +120,13 @@ def train_sft(
     )
 
 
-def _make_trainable(model: PreTrainedModel, settings: SFTSettings, seed: int, precision: torch.dtype) -> None:
-    """Add the adapter, or let all weights be trained."""
+def make_trainable(model: PreTrainedModel, settings: SFTSettings, seed: int) -> None:
+    """Add the adapter, whose weights are drawn from `seed`, or let all weights be trained."""
     if settings.adapter == "lora":
         with seeded(seed, model.device):
             add_lora(model, settings.lora)
-        return
-    model.requires_grad_(True)
-    if precision != torch.float32:
-        split_weights(model)
+    else:
+        model.requires_grad_(True)
 
 
 def _check(model: PreTrainedModel, settings: SFTSettings, name: str) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,17 @@ _NAMES = {
 }
 
 
+Take = Callable[[str], Tensor]
+"""Returns a whole tensor by its name."""
+
+
 class DamagedCheckpoint(Exception):  # noqa: N818  (internal: the reader turns it into a warning)
     """A checkpoint differs from what was written; the message names the file and the damage."""
 
 
-def write_folder(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def write_folder(
+    target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], take: Take | None = None
+) -> None:
     """Write a checkpoint beside `target`, make it durable, and rename it to `target`.
 
     A process that dies on the way leaves either the previous folder of that name or the new one.
@@ -61,6 +67,7 @@ def write_folder(target: Path, step: int, tensors: dict[str, Tensor], state: dic
         step: steps done.
         tensors: name -> tensor on any device. Tensors that share memory (tied weights) are written separately.
         state: anything JSON can express.
+        take: returns a tensor by its name, whole, and is called in the order of `order_of`; None if all are whole.
 
     Raises:
         DiskError: there is not enough space, or the disk cannot be written; states the bytes needed, and leaves no
@@ -73,7 +80,7 @@ def write_folder(target: Path, step: int, tensors: dict[str, Tensor], state: dic
         temporary.mkdir(parents=True)
         _check_space(target, step, needed)
         sums = {
-            _TENSORS: _write(temporary / _TENSORS, _serialized(tensors)),
+            _TENSORS: _write(temporary / _TENSORS, _serialized(tensors, take or tensors.__getitem__)),
             _STATE: _write(temporary / _STATE, [plain]),
         }
         _write(temporary / _SUMS, ["".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()])
@@ -105,6 +112,12 @@ def read_folder(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     return envelope["step"], load_file(path / _TENSORS), envelope["state"]
 
 
+def order_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return names in the order in which their tensors are written."""
+    # Wide types first, as safetensors does, so that every tensor is aligned to its own element size.
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
 def is_of_another_format(path: Path) -> bool:
     """Whether a checkpoint states a newer format than this version of rlhf reads."""
     try:
@@ -134,10 +147,9 @@ def _check_space(target: Path, step: int, needed: int) -> None:
         )
 
 
-def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _serialized(tensors: dict[str, Tensor], take: Take) -> Iterator[bytes | memoryview]:
     """Yield the pieces of a safetensors file: header length, header, and each tensor's bytes."""
-    # Wide types first, as safetensors does, so that every tensor is aligned to its own element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = order_of(tensors)
     header: dict[str, Any] = {}
     offset = 0
     for name in order:
@@ -149,7 +161,7 @@ def _serialized(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield take(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(path: Path, parts: Iterator[bytes | memoryview] | list[bytes]) -> str:

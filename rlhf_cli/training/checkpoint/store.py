@@ -21,10 +21,13 @@ from torch import Tensor
 from rlhf_cli.errors import DiskError, DivergedError, UsageError
 from rlhf_cli.files import rename
 from rlhf_cli.models.saving import require_finite
+from rlhf_cli.models.sharding import Gathering, divided, is_divided, local
 from rlhf_cli.progress import warn
 from rlhf_cli.training.checkpoint.files import (
     DamagedCheckpoint,
+    Take,
     is_of_another_format,
+    order_of,
     partial_folder,
     read_folder,
     replaced_folder,
@@ -78,11 +81,11 @@ def save_checkpoint(
         DivergedError: a value is NaN or infinite; nothing is written.
     """
 
-    def write() -> None:
-        _save(folder / f"{_STEP}-{step:08d}", step, tensors, state)
+    def write(take: Take) -> None:
+        _save(folder / f"{_STEP}-{step:08d}", step, tensors, state, take)
         _rotate(folder, step, keep, protected)
 
-    _by_main(write, processes)
+    _by_main(write, step, tensors, processes)
 
 
 def save_best(
@@ -93,13 +96,13 @@ def save_best(
     A run that is killed and resumes from before `step` finds it again: `Checkpoint.state` says how good it was.
     """
 
-    def write() -> None:
-        _save(folder / f"{_BEST}-{step:08d}", step, tensors, state)
+    def write(take: Take) -> None:
+        _save(folder / f"{_BEST}-{step:08d}", step, tensors, state, take)
         for old in _folders(folder, _BEST):
             if _number(old) != step:
                 _remove(old)
 
-    _by_main(write, processes)
+    _by_main(write, step, tensors, processes)
 
 
 def remove_all_but_newest(folder: Path) -> None:
@@ -129,13 +132,18 @@ def best_checkpoint(folder: Path, *, processes: ProcessGroup | None = None) -> C
     return _newest(folder, _BEST, processes)
 
 
-def _save(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _save(target: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], take: Take) -> None:
     _tidy(target.parent)
+    write_folder(target, step, tensors, state, take)
+
+
+def _check_finite(step: int, tensors: dict[str, Tensor]) -> None:
+    """Check the values that this process holds."""
     for name, tensor in tensors.items():
         # A sum is finite only if every value is, and takes no memory; where it overflows, every value is checked.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum()):
-            require_finite({name: tensor.detach()}, what=f"the checkpoint of step {step}")
-    write_folder(target, step, tensors, state)
+        values = local(tensor.detach())
+        if values.is_floating_point() and not torch.isfinite(values.sum()):
+            require_finite({name: values}, what=f"the checkpoint of step {step}")
 
 
 def _newest(folder: Path, kind: str, processes: ProcessGroup | None, up_to: int | None = None) -> Checkpoint | None:
@@ -173,17 +181,38 @@ def _newest_whole(folder: Path, kind: str, up_to: int | None) -> Checkpoint | No
     return None
 
 
-def _by_main(write: Callable[[], None], processes: ProcessGroup | None) -> None:
-    """Let process 0 write; an error there is raised in all processes, so that none waits for one that has ended."""
-    failure: DiskError | DivergedError | None = None
-    if processes is None or processes.is_main:
+def _by_main(
+    write: Callable[[Take], None], step: int, tensors: dict[str, Tensor], processes: ProcessGroup | None
+) -> None:
+    """Let process 0 write; an error is raised in all processes, so that none waits for one that has ended."""
+    is_main = processes is None or processes.is_main
+    gathering = Gathering(tensors, order_of(tensors))
+
+    def check() -> None:
+        if is_main or any(map(is_divided, tensors.values())):  # each process checks its part before any is gathered
+            _check_finite(step, tensors)
+
+    def written() -> None:
         try:
-            write()
-        except (DiskError, DivergedError) as error:
-            failure = error
+            if is_main:
+                write(gathering.take)
+        finally:
+            gathering.finish()
+
+    _together(check, processes)
+    _together(written, processes)
+
+
+def _together(work: Callable[[], None], processes: ProcessGroup | None) -> None:
+    """Work in each process; the error of the first one that fails is raised in all of them."""
+    failure: DiskError | DivergedError | None = None
+    try:
+        work()
+    except (DiskError, DivergedError) as error:
+        failure = error
     if processes is not None:
-        told = None if failure is None else [isinstance(failure, DiskError), failure.message, failure.hint]
-        told = processes.all_gather_object(told)[0]
+        own = None if failure is None else [isinstance(failure, DiskError), failure.message, failure.hint]
+        told = next((one for one in processes.all_gather_object(own) if one is not None), None)
         if told is not None and failure is None:
             failure = (DiskError if told[0] else DivergedError)(told[1], hint=told[2])
     if failure is not None:
@@ -240,9 +269,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
     """Restore what `optimizer_tensors` returned; the parameter groups keep the settings the optimizer was made with."""
     state: dict[int, dict[str, Tensor]] = {}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for key, value in tensors.items():
         if key.startswith(prefix + "/"):
             number, name = key.removeprefix(prefix + "/").split("/")
             # A copy, since the tensors of a file just read are memory-mapped, and rotation will remove that file.
-            state.setdefault(int(number), {})[name] = value.clone()
+            is_like_weight = value.shape == weights[int(number)].shape
+            own = divided(value, weights[int(number)]) if is_like_weight else value
+            state.setdefault(int(number), {})[name] = own.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,210 @@
+"""Load a model block by block into its shards: no process ever holds more than its part and one block of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from rlhf_cli.errors import ModelError
+from rlhf_cli.models.attention import is_our_attention, set_attention
+from rlhf_cli.models.checkpoint import Checkpoint, LazyWeight
+from rlhf_cli.models.libraries import quiet_libraries
+from rlhf_cli.models.low_rank import LowRankLinear, low_rank_update
+from rlhf_cli.models.peft_folder import find_peft_folder
+from rlhf_cli.models.policy_adapter import split_off_adapters
+from rlhf_cli.models.rotary import pin_rotary_frequencies
+from rlhf_cli.models.sharding import blocks_of, computing, shard
+from rlhf_cli.models.weight_loading import (
+    IsNew,
+    check_weights,
+    disable_dropout,
+    has_own_code,
+    open_weights,
+    read_generation_config,
+)
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.loading import ModelSource
+
+_HINT = "use `--set model.sharding=none`, with which every process holds the whole model"
+
+
+@dataclass(frozen=True)
+class UnreadModel:
+    """A model whose weights are not read yet.
+
+    Its weights have shape and dtype but no memory, so adapters can be added. `read` then reads and divides them.
+
+    Attributes:
+        model: on the CPU.
+        source: where it comes from.
+        stored: the stored weights by their names in the model.
+    """
+
+    model: PreTrainedModel
+    source: ModelSource
+    stored: Mapping[str, LazyWeight]
+
+    @torch.no_grad()
+    def read(self, *, rounds: bool = False) -> PreTrainedModel:
+        """Read the weights and divide them among the processes; returns the model in evaluation mode on its device.
+
+        Args:
+            rounds: weights are gathered in the precision of matrix products: float32 ones that are trained, and those
+                of their reference.
+
+        Raises:
+            ModelError: see `set_attention`.
+        """
+        model, source = self.model.eval(), self.source
+        is_lower = rounds and source.precision != torch.float32
+        shard(model, source.device, gathered_dtype=source.precision if is_lower else None, before=self._fill)
+        pin_rotary_frequencies(model, source.path)
+        if is_our_attention(source.attention):
+            computing(model, lambda: set_attention(model, source.attention, source.path))
+        return model
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Read the weights of a module that are not divided yet."""
+        separated = {id(layer.weight): layer for layer in module.modules() if isinstance(layer, LowRankLinear)}
+        for name, weight in module.named_parameters():
+            stored = self.stored.get(_plain(prefix + name))
+            if isinstance(weight, DTensor) or stored is None:
+                continue
+            value, layer = stored[...], separated.get(id(weight))
+            if layer is not None and (update := low_rank_update(layer)) is not None:
+                value = value.float() - update
+            weight.data = value.to(weight.dtype)
+        for name, buffer in module.named_buffers():
+            if (stored := self.stored.get(_plain(prefix + name))) is not None:
+                buffer.copy_(stored[...])
+
+
+def _plain(name: str) -> str:
+    """Return the name that a weight has without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def open_model(
+    kind: type,
+    source: ModelSource,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    checkpoint: Checkpoint | None = None,
+    is_new: IsNew | None = None,
+) -> UnreadModel:
+    """Check stored weights by their headers and build their model, as `weight_loading.load_weights` does.
+
+    Raises:
+        ModelError: the weights are not those of the model, or it cannot be sharded.
+    """
+    quiet_libraries()
+    disable_dropout(config)
+    _check(source, config)
+    checkpoint = checkpoint or open_weights(source, config)
+    if checkpoint.quantization is not None:
+        raise ModelError(f"`model.sharding: fsdp`: the weights of `{source.path}` are quantized", hint=_HINT)
+    empty = check_weights(kind, source, config, shapes=checkpoint.shapes, is_new=is_new)
+    stored = _by_name(empty, checkpoint, source.path)
+    if not blocks_of(empty):
+        raise ModelError(f"`model.sharding: fsdp`: {type(empty).__name__} does not say what its blocks are", hint=_HINT)
+    model = _without_memory(type(empty), empty.config, dtype or source.dtype)
+    if source.keeps_adapter(dtype):
+        held = split_off_adapters(model, source.folder)
+        for weight in model.parameters():
+            weight.data = _no_memory(weight.shape, held)
+    _check_ties(model, stored, source.path)
+    if model.can_generate():
+        model.generation_config = read_generation_config(source, config)
+    if not is_our_attention(source.attention):
+        model.set_attn_implementation(source.attention)
+    return UnreadModel(model, source, stored)
+
+
+def _check(source: ModelSource, config: PretrainedConfig) -> None:
+    problem = None
+    if find_peft_folder(source.path, source.revision) is not None:
+        problem = f"`{source.path}` is a PEFT adapter, which is merged into a whole model"
+    elif config.is_encoder_decoder:
+        problem = f"`{source.path}` is an encoder-decoder"
+    elif has_own_code(config):
+        problem = f"`{source.path}` has Python code of its own"
+    if problem is not None:
+        raise ModelError(f"`model.sharding: fsdp`: {problem}", hint=_HINT)
+
+
+def _by_name(empty: PreTrainedModel, checkpoint: Checkpoint, path: str) -> dict[str, LazyWeight]:
+    """Return stored weights by their names in the model.
+
+    Raises:
+        ModelError: the model fuses or splits stored weights, such as those of experts.
+    """
+    conversions = get_model_conversion_mapping(empty)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    expected = empty.state_dict()
+    found = {}
+    for name, weight in checkpoint.lazy().items():
+        target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, expected)
+        if target not in expected and name in expected:
+            target, pattern = name, None
+        if pattern is not None:
+            raise ModelError(
+                f"`model.sharding: fsdp`: `{path}` stores `{name}` otherwise than a {empty.config.model_type} model "
+                "computes with it",
+                hint=_HINT,
+            )
+        if target in expected:
+            found[target] = weight
+    for name, other in empty.all_tied_weights_keys.items():
+        for one, same in ((name, other), (other, name)):
+            if one not in found and same in found:
+                found[one] = found[same]
+    return found
+
+
+def _without_memory(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model whose weights are views of one number; its buffers are computed as usual."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = kind(config)
+    model.tie_weights()
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) not in made:
+                made[id(weight)] = nn.Parameter(_no_memory(weight.shape, dtype))
+            setattr(module, name, made[id(weight)])
+    model.config.dtype = dtype
+    return model
+
+
+def _no_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+def _check_ties(model: PreTrainedModel, stored: Mapping[str, Any], path: str) -> None:
+    """Refuse two stored matrices that differ where config.json ties them."""
+    for name, other in model.all_tied_weights_keys.items():
+        if name in stored and other in stored and not torch.equal(stored[name][...], stored[other][...]):
+            raise ModelError(
+                f"`model.sharding: fsdp`: config.json of `{path}` ties `{name}` and `{other}`, and they differ",
+                hint="set `tie_word_embeddings` to false in config.json",
+            )
+
+
+def open_policy(source: ModelSource, *, dtype: torch.dtype | None = None) -> UnreadModel:
+    """Open a language model; see `open_model` and `loading.load_policy`."""
+    from rlhf_cli.models.loading import load_config, policy_class
+
+    config = load_config(source)
+    return open_model(policy_class(config, source.path), source, config, dtype=dtype)

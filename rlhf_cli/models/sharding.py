@@ -1,0 +1,222 @@
+"""Models whose weights are divided among the processes of a run, by torch's `fully_shard` (`model.sharding: fsdp`).
+
+Each process holds a part of every weight, along its first dimension. The weights of a transformer block are gathered
+for its pass and dropped after it, forward and backward; those outside the blocks (embeddings, last norm, head) for a
+whole pass. Gradients are summed, not averaged, and each process keeps the part of its weights.
+
+Gathering is a message to all processes. So all of them must make the same passes in the same order, also one that has
+no work left (`equal_passes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+
+from rlhf_cli.distributed.process_group import ProcessGroup, join
+from rlhf_cli.distributed.watchdog import waiting
+
+Result = TypeVar("Result")
+Part = TypeVar("Part")
+
+_COMPUTE = "compute_sharded"
+"""Method of a sharded model that calls a function between the hooks that gather and drop its weights."""
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` divided the weights of a model."""
+    return hasattr(model, _COMPUTE)
+
+
+def shard(
+    model: PreTrainedModel,
+    device: torch.device,
+    *,
+    gathered_dtype: torch.dtype | None = None,
+    before: Callable[[nn.Module, str], object] = lambda module, prefix: None,
+) -> None:
+    """Divide the weights of a model among all processes, in place; every process calls this.
+
+    Args:
+        model: with adapters, if any; which weights are trained must not change afterwards.
+        device: of this process.
+        gathered_dtype: in which float32 weights are gathered; None is their own. Gradients are summed in float32.
+        before: called with each block, and at last with the model, and the prefix of its weights' names, before they
+            are divided.
+    """
+    mesh = _mesh(device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=gathered_dtype,
+        reduce_dtype=None if gathered_dtype is None else torch.float32,
+        cast_forward_inputs=False,
+    )
+    for name, block in blocks_of(model):
+        before(block, f"{name}.")
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    before(model, "")
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in _parts(model):
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    setattr(model, _COMPUTE, MethodType(_call, model))
+    if model.get_decoder() is not model:  # a backbone is called itself, which has the same hooks
+        register_fsdp_forward_method(model, _COMPUTE)
+    with torch.no_grad():  # the first module to compute is the root
+        computing(model, lambda: None)
+
+
+def _call(model: nn.Module, function: Callable[[], Any]) -> Any:
+    # A hook on a view would be lost if the view was changed in place, of which torch warns.
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, function())
+
+
+def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Return the transformer blocks of a model with their names; empty if its class does not say what they are."""
+    kinds = set(model._no_split_modules or ())
+    return [(name, module) for name, module in model.named_modules() if type(module).__name__ in kinds]
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    join()
+    processes = ProcessGroup()
+    if device.type not in _meshes:
+        _meshes[device.type] = init_device_mesh(device.type, (processes.count,))
+    return _meshes[device.type]
+
+
+_meshes: dict[str, DeviceMesh] = {}
+
+
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def computing(model: nn.Module, function: Callable[[], Result]) -> Result:
+    """Return what a function computes with a model; where the model is sharded, each process calls this.
+
+    Args:
+        model: maybe sharded.
+        function: returns tensors, in tuples, lists or dictionaries; backward passes begin from these. It may call the
+            model or its parts, and read weights outside the blocks.
+    """
+    if not is_sharded(model):
+        return function()
+    result = getattr(model, _COMPUTE)(function)
+    if not torch.is_grad_enabled():
+        cast(FSDPModule, model).reshard()  # no backward pass does it
+    return result
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Context in which every process holds a sharded model whole, and may compute with it as often as it likes.
+
+    All processes enter and leave it together. No gradient flows in it.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    parts = _parts(model)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def equal_passes(
+    model: nn.Module, own: Sequence[Part], filler: Part, processes: ProcessGroup
+) -> Iterator[tuple[Part, float]]:
+    """Yield this process's parts of a work with weight 1, and then `filler` with weight 0 until every process has made
+    as many passes; a model that is not sharded needs no fillers.
+
+    Args:
+        model: that passes over the parts.
+        own: maybe none.
+        filler: work for a process without; its loss is multiplied by 0.
+        processes: the processes of the run.
+    """
+    most = max(processes.all_gather_object(len(own))) if is_sharded(model) else 0  # before the first pass
+    for part in own:
+        yield part, 1.0
+    for _ in range(most - len(own)):
+        yield filler, 0.0
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, in the same memory; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; every process calls this. Other tensors as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with waiting():
+        return tensor.detach().full_tensor()
+
+
+@torch.no_grad()
+def assign(weight: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a weight, or this process's part of it into a sharded one."""
+    weight.copy_(divided(value, weight))
+
+
+def divided(value: Tensor, like: Tensor) -> Tensor:
+    """Divide a whole tensor, which every process has, as another one is divided, without a message."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+class Gathering:
+    """Sharded tensors that are gathered one after another for the process that writes them.
+
+    Every process makes one from the same tensors. Process 0 takes them in the order of `names`. The others, and process
+    0 where it fails on the way, call `finish`, which takes part in what is left.
+
+    Args:
+        tensors: name -> tensor, maybe sharded.
+        names: their order.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self._tensors = tensors
+        self._left = [name for name in names if isinstance(tensors[name], DTensor)]
+
+    def take(self, name: str) -> Tensor:
+        """Return a tensor, whole."""
+        if isinstance(self._tensors[name], DTensor):
+            assert name == self._left[0]
+            del self._left[0]
+        return whole(self._tensors[name])
+
+    def finish(self) -> None:
+        """Take part in gathering what was not taken."""
+        while self._left:
+            self.take(self._left[0])
