@@ -19,6 +19,7 @@ from tests.speed import (
     pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_configure,
+    pytest_ignore_collect,
     pytest_runtest_call,
     pytest_terminal_summary,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "pytest_collection_finish",
     "pytest_collection_modifyitems",
     "pytest_configure",
+    "pytest_ignore_collect",
     "pytest_runtest_call",
     "pytest_terminal_summary",
 ]
