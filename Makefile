@@ -28,7 +28,7 @@ quickstart: install  ## the whole pipeline on a model small enough for two cores
 test: install  ## all tests; those on real data say so where it is absent
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
-test-fast: install  ## the tests that start no process, in under three minutes on two cores
+test-fast: install  ## the tests that start no process and run no stage, in under three minutes on two cores
 	$(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal
 
 verify-kernels: install  ## all default cases of the attention kernels; their sources then count as verified

@@ -7,7 +7,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +19,7 @@ from tests.speed import (
     pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_configure,
+    pytest_ignore_collect,
     pytest_runtest_call,
     pytest_terminal_summary,
 )
@@ -27,12 +28,15 @@ __all__ = [
     "pytest_collection_finish",
     "pytest_collection_modifyitems",
     "pytest_configure",
+    "pytest_ignore_collect",
     "pytest_runtest_call",
     "pytest_terminal_summary",
 ]
 
 # No test reaches the hub, in this process or in the commands it starts. Libraries read these when they are imported.
 os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+# The tests use all cores already: in the commands that they start, more threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("RLHF_SHARED", ROOT.parent / "shared"))
@@ -57,6 +61,33 @@ SENTENCES = (
 def _one_thread() -> None:
     """Tiny models are faster on one thread, and the order of sums stays the same from run to run."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_flush() -> Iterator[None]:
+    """No test loses power, and flushes to the disk are a twentieth of the time of a stage on a tiny model.
+
+    Tests of flushes that fail replace this; commands in other processes flush.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture
+def pictures() -> None:
+    """What asks for it gets the pictures that stages draw; see `_no_picture`."""
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages in this process draw none: that takes longer than a tiny run. Commands in other processes draw them.
+
+    The tests of faults compare all files of both.
+    """
+    if "pictures" not in request.fixturenames and "faults" not in request.path.parts:
+        monkeypatch.setattr("rlhf_cli.training.monitoring.plots.draw_curves", lambda *_, **__: False)
+        monkeypatch.setattr("rlhf_cli.stages.reward_model.quality.draw_quality", lambda *_, **__: False)
 
 
 def byte_level_tokenizer(*, pad: bool = False, chat: bool = False):

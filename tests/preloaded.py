@@ -211,7 +211,7 @@ def _ask(server: subprocess.Popen[str], question: Mapping[str, Any]) -> int | No
 
 def _serve(questions: IO[str], answers: IO[str]) -> None:
     """Fork, or wait for a fork, as each question says."""
-    _preload()
+    preload()
     tasks = Path("/proc/self/task")
     assert not tasks.is_dir() or len(list(tasks.iterdir())) == 1, "a fork of a process with threads may hang"
     for line in questions:
@@ -236,7 +236,7 @@ def _wait_for(pid: int, seconds: float) -> int | None:
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def _preload() -> None:
+def preload() -> None:
     """Import what the commands of all stages import, and nothing that one of them could have forgotten to import."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, which is slow otherwise
     import matplotlib.backends.backend_agg  # noqa: F401

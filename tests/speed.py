@@ -14,26 +14,45 @@ TESTS = Path(__file__).parent
 
 SLOW_PATHS = (
     "attention/kernels",  # Triton's interpreter
+    "attention/test_groups.py",
+    "attention/test_parity.py",
+    "chat/test_conversation.py",
     "cli/test_commands.py",
+    "cli/test_global_options.py",
     "cli/test_label_command.py",
+    "cli/test_plan.py",
     "distributed",
     "end_to_end",
     "faults",
+    "generation",
     "gpu",
-    "labeling/judges/test_kill.py",
+    "invariants",
+    "labeling/judges",
+    "labeling/terminal/test_drawing.py",
     "labeling/terminal/test_pseudo_terminal.py",
+    "labeling/test_completions.py",
+    "labeling/test_exports.py",
+    "labeling/test_session_stateful.py",
+    "labeling/test_statistics_warnings.py",
     "labeling/web/test_browser.py",
     "labeling/web/test_browser_labels.py",
-    "labeling/test_session_stateful.py",
-    "pipeline/test_faults.py",
-    "pipeline/test_threads.py",
+    "models",
+    "pipeline",
     "real",
-    "stages/ppo/test_processes.py",
-    "stages/ppo/test_resume.py",
-    "stages/ppo/test_settings_effects.py",
+    "rewards/test_columns.py",
+    "stages",
+    "start",
+    "statistics/test_kl.py",
+    "statistics/test_seeds.py",
+    "test_data_samples.py",
+    "training/monitoring/test_detectors.py",
+    "training/test_distributed.py",
+    "training/test_loop.py",
+    "training/test_micro_batches.py",
     "transformer/test_training.py",
 )
-"""Folders and files whose tests start processes, drive a browser, or train for long."""
+"""Folders and files whose tests start processes, drive a browser, run stages, or take long on average. The others take
+three minutes of one core: a minute and a half of two, and a quarter of a minute until they are collected."""
 SLOW_FIXTURES = frozenset({"rlhf", "browser", "shared_data", "real_model"})
 """Fixtures that start a process in every test, or load real data and models."""
 
@@ -52,13 +71,21 @@ def _record(event: str, arguments: tuple) -> None:
         _started.append(f"{event}{arguments[:2]}")
 
 
+def _is_slow_path(path: Path) -> bool:
+    name = path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else ""
+    return any(name == slow or name.startswith(f"{slow}/") for slow in SLOW_PATHS)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import files of which `-m "not slow"` would run nothing."""
+    return True if config.option.markexpr == "not slow" and _is_slow_path(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what `SLOW_PATHS` and `SLOW_FIXTURES` name."""
     for item in items:
-        path = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
-        in_slow_path = any(path == slow or path.startswith(f"{slow}/") for slow in SLOW_PATHS)
         is_real = item.get_closest_marker("real") is not None
-        if in_slow_path or is_real or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if _is_slow_path(item.path) or is_real or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -86,7 +86,8 @@ class ExtendedPackage:
     section: Section
 
     def __post_init__(self) -> None:
-        shutil.copytree(ROOT / "rlhf_cli", self.package / "rlhf_cli", ignore=shutil.ignore_patterns("__pycache__"))
+        # With what is compiled already, but for files that another process is about to write and to rename.
+        shutil.copytree(ROOT / "rlhf_cli", self.package / "rlhf_cli", ignore=shutil.ignore_patterns("*.pyc.*"))
         for path, blocks in self.section.files.items():
             file = self.file(path)
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,8 @@ def test_the_first_sections_run_on_tiny_shapes(tmp_path):
         ours, theirs = (results[name][f"{side} float32"][0]["losses"] for side in ("rlhf", "TRL"))
         assert len(set(ours)) == 2
         assert ours == pytest.approx(theirs, abs=1e-3)
+        for (side,) in results[name].values():
+            assert min(side["seconds"], side["process_gb"]) > 0.0
     assert not list(tmp_path.glob("rlhf-gpu-*"))  # the models are gone
 
 

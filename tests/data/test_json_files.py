@@ -96,10 +96,10 @@ def test_a_file_without_records_is_refused(write, content):
 
 
 def test_a_bad_line_far_down_has_its_own_number(write):
-    lines = [GOOD] * 300_000
-    lines[250_000] = '{"prompt": 1, "completion": b}\n'
+    lines = [GOOD] * 60_000
+    lines[50_000] = '{"prompt": 1, "completion": b}\n'
     source = write("a.jsonl", "".join(lines))
-    with pytest.raises(DataError, match=r"a\.jsonl:250001: not JSON at column 29"):
+    with pytest.raises(DataError, match=r"a\.jsonl:50001: not JSON at column 29"):
         for _ in iter_records(source, "demonstration", on_skip=lambda skip: None):
             pass
 

@@ -70,7 +70,7 @@ def feed(rlhf, tmp_path, tiny_llama, reward_model):
     ("content", "place", "said"),
     [
         pytest.param(DEMO * 2 + b'{"prompt": "Why?", "compl', "data.jsonl:3", "truncated?", id="truncated last line"),
-        pytest.param(DEMO * 250_000 + b"{}}\n" + DEMO * 49_999, "data.jsonl:250001", "column 3", id="line 250,001 of 300,000"),
+        pytest.param(DEMO * 50_000 + b"{}}\n" + DEMO * 9_999, "data.jsonl:50001", "column 3", id="line 50,001 of 60,000"),
         pytest.param(b'{"prompt": "Why?" "completion": "So."}\n', "data.jsonl:1", "column 19", id="missing comma"),
         pytest.param(b"{'prompt': 'Why?', 'completion': 'So.'}\n", "data.jsonl:1", "not JSON: single quotes", id="single quotes"),
         pytest.param(DEMO + '{"prompt": "Où?", "completion": "Là."}\n'.encode("latin-1"), "data.jsonl:2", "0xf9", id="Latin-1"),

@@ -26,13 +26,22 @@ def test_the_comment_names_a_short_variant():
     assert len(short_settings()) >= 10
 
 
+@pytest.fixture
+def data(shared_data: Path, tmp_path: Path) -> Path:
+    """A folder with the first 120 records of each file: 3 or 4 held-out prompts, whose figures are not the subject."""
+    for name in ("demonstrations", "rankings", "prompts"):
+        with (shared_data / f"qa_{name}.jsonl").open(encoding="utf-8") as lines:
+            (tmp_path / f"{name}.jsonl").write_text("".join(itertools.islice(lines, 120)), encoding="utf-8")
+    return tmp_path
+
+
 @pytest.mark.real
 @pytest.mark.timeout(900)
-def test_the_short_variant_runs_whole(real_model: Path, shared_data: Path, tmp_path: Path):
+def test_the_short_variant_runs_whole(real_model: Path, data: Path, tmp_path: Path):
     arguments = [
-        *("run", RECIPE, "--model", real_model, "--prompts", shared_data / "qa_prompts.jsonl", "--run-dir", tmp_path),
-        *("--set", f"sft.data={shared_data / 'qa_demonstrations.jsonl'}"),
-        *("--set", f"label.data={shared_data / 'qa_rankings.jsonl'}", "--set", "model.threads=1", "--json"),
+        *("run", RECIPE, "--model", real_model, "--prompts", data / "prompts.jsonl", "--run-dir", tmp_path / "run"),
+        *("--set", f"sft.data={data / 'demonstrations.jsonl'}", "--set", f"label.data={data / 'rankings.jsonl'}"),
+        *("--set", "model.threads=1", "--json"),
     ]
     command = [str(Path(sys.executable).with_name("rlhf")), *map(str, arguments), *short_settings()]
     result = subprocess.run(command, env=os.environ | {"CI": "1"}, capture_output=True, text=True, check=False)

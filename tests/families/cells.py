@@ -1,4 +1,4 @@
-"""Takes a tiny model of one family through the real commands: `sft`, `train-rm`, `ppo` (three steps) and `evaluate`."""
+"""Takes a tiny model of one family through the real commands: `sft`, `train-rm`, `ppo` (two steps) and `evaluate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SETTINGS = {
     "train_rm.epochs": "1",
     "train_rm.batch_size": "4",
     "train_rm.lora": "{rank: 4, alpha: 8}",
-    "ppo.steps": "3",
+    "ppo.steps": "2",
     "ppo.prompts_per_step": "4",
     "ppo.epochs": "1",
     "ppo.adapter": "none",
@@ -74,6 +74,7 @@ def run_command(folder: Path, *arguments: object) -> Ended:
     ]
     with (
         mock.patch("rlhf_cli.training.monitoring.plots.draw_curves"),
+        mock.patch("rlhf_cli.stages.reward_model.quality.draw_quality"),
         mock.patch.object(sys, "argv", ["rlhf", *map(str, arguments), "--run-dir", "run", *options]),
         contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),

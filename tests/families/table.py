@@ -25,7 +25,7 @@ _HEAD = """\
 # Model families
 
 Each row is a tiny model of one family with random weights, named by its `model_type` in transformers {version}. It goes
-through the real commands: `sft` with an adapter, `train-rm` with an adapter, three steps of `ppo` that train all
+through the real commands: `sft` with an adapter, `train-rm` with an adapter, two steps of `ppo` that train all
 weights, and `evaluate`. `yes` also means that plain transformers computes the same log-probabilities from the folders
 that `sft` and `ppo` wrote. A refusal that follows from the architecture or its files comes before the first stage of a
 run, and in `--dry-run`. Any other refusal comes when a stage loads the model, before that stage trains. Tests compare

@@ -2,9 +2,10 @@
 
     host.py LIBRARY DEVICES
 
-A request is a line of JSON: `package`, the folder that holds the rlhf_cli to run; `folder`, the working directory;
-`answer`, the file that the child writes its answer to; and `arguments` of the command, or `call`, a function
-`module:name`, with `named`. The host replies with one line, the status of the child.
+The package of this checkout is imported once, too; a request that names another one imports that. A request is a line
+of JSON: `package`, the folder that holds the rlhf_cli to run; `folder`, the working directory; `answer`, the file that
+the child writes its answer to; and `arguments` of the command, or `call`, a function `module:name`, with `named`. The
+host replies with one line, the status of the child.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu import guard
+from tests.preloaded import preload
 
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("numpy", "transformers", "peft", "accelerate", "safetensors.torch", "triton", "tokenizers", "datasets",
              "transformers.models.llama.modeling_llama", "transformers.models.t5.modeling_t5", "typer",
              "pydantic", "rich.table", "ruamel.yaml", "matplotlib.backends.backend_agg")  # fmt: skip
@@ -38,6 +41,7 @@ def main() -> None:
     library.install(loaded, int(sys.argv[2]))
     for name in LIBRARIES:
         importlib.import_module(name)
+    preload()
     gc.collect()
     gc.freeze()  # stages collect garbage, which is slow with the objects of all libraries
     replies = os.fdopen(os.dup(1), "w")
@@ -68,6 +72,9 @@ def _serve(request: dict[str, Any]) -> int:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.environ.update(request.get("environment", {}))
+    if Path(request["package"]) != ROOT:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rlhf_cli"]:
+            del sys.modules[name]
     sys.path.insert(0, request["package"])
     answer: dict[str, Any] = {"code": 0, "result": None, "raised": ""}
     try:
@@ -81,7 +88,11 @@ def _serve(request: dict[str, Any]) -> int:
             answer["result"] = getattr(importlib.import_module(module), name)(**request["named"])
         else:
             from rlhf_cli.cli import main as command
+            from rlhf_cli.stages.reward_model import quality
+            from rlhf_cli.training.monitoring import plots
 
+            # A second per picture, in which no GPU takes part.
+            plots.draw_curves = quality.draw_quality = lambda *_, **__: False
             sys.argv = ["rlhf", *request["arguments"]]
             answer["code"] = command()
         events = [[*event, count] for event, count in ledger.events.items()]

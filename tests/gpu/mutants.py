@@ -31,7 +31,8 @@ class Mutant:
             AssertionError: no file holds the pattern.
         """
         package = folder / "rlhf_cli"
-        shutil.copytree(ROOT / "rlhf_cli", package, ignore=shutil.ignore_patterns("__pycache__"))
+        # With what is compiled already, but for files that another process is about to write and to rename.
+        shutil.copytree(ROOT / "rlhf_cli", package, ignore=shutil.ignore_patterns("*.pyc.*"))
         for file in sorted(package.glob(self.files)):
             before = file.read_text(encoding="utf-8")
             after = re.sub(self.pattern, self.replacement, before, count=1, flags=re.MULTILINE)

@@ -251,7 +251,8 @@ def test_pickles_alone_are_named_before_anything_is_downloaded(server: HubServer
     assert not [path for path in server.requests if "/resolve/" in path]
 
 
-def test_a_hub_that_fails_between_config_and_weights_is_named(server: HubServer, tiny_llama):
+def test_a_hub_that_fails_between_config_and_weights_is_named(server: HubServer, tiny_llama, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits 23 s between its attempts
     server.models["acme/tiny"] = tiny_llama
     local_folder("acme/tiny", with_weights=False)
     server.failing["acme/tiny"] = (503, "")

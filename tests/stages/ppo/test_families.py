@@ -18,7 +18,6 @@ from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import new_reward_model, save_reward_model
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.ppo import run as ppo
-from rlhf_cli.training.monitoring import plots
 from tests.stages.context import stage_context
 
 TEXTS = ["What is bread?", "Why is the sky blue?", "The cat sat", "First heat the oven", "A short answer"]
@@ -29,12 +28,6 @@ class NeverStop:
 
     def check(self) -> None:
         pass
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves takes longer than such a run."""
-    monkeypatch.setattr(plots, "draw_curves", lambda *arguments, **named: False)
 
 
 @pytest.fixture

@@ -14,13 +14,6 @@ from safetensors.torch import load_file
 from rlhf_cli.errors import Interrupted
 from rlhf_cli.stages.ppo.model_saving import StepPolicies, saved_steps
 from rlhf_cli.stages.ppo.settings import PPOSettings
-from rlhf_cli.training.monitoring import plots
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves takes longer than such a run."""
-    monkeypatch.setattr(plots, "draw_curves", lambda *arguments, **named: False)
 
 
 @pytest.fixture

@@ -37,6 +37,13 @@ def test_the_verdict_is_in_the_file_and_a_bad_one_in_the_summary(right, prompts,
     assert rows.get("verdict") == (None if expected == "better than chance" else expected)
 
 
+@pytest.mark.usefixtures("pictures")
+def test_a_picture_is_drawn_beside_it(tmp_path):
+    write_quality(report_of(30, 30), tmp_path)
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("pictures")
 def test_without_matplotlib_there_is_no_picture_and_a_line_says_why(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality_plot, "has_matplotlib", lambda: False)
     write_quality(report_of(3, 4), tmp_path)

@@ -82,7 +82,6 @@ def test_it_learns_and_reports_on_prompts_it_never_saw(model, adapter, request, 
     assert quality["verdict"] == "better than chance"
     assert quality["metrics"]["accuracy"]["value"] == outcome.metrics["rm/accuracy"]
     assert quality["metrics"]["accuracy_longer_chosen"]["count"] == 3 * held_out
-    assert (context.output / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from rlhf_cli import report
 from rlhf_cli.plotting import BLUE, GRAY, GREEN, MUTED, ORANGE, PURPLE
 from rlhf_cli.training.monitoring import plots
 from rlhf_cli.training.monitoring.curves import Curve
 from rlhf_cli.training.monitoring.metrics_log import read_rows
+
+pytestmark = pytest.mark.usefixtures("pictures")
 
 ROWS = read_rows(Path(__file__).with_name("quickstart_metrics.jsonl"))
 
