@@ -178,7 +178,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     with waiting():
-        return tensor.detach().full_tensor()
+        return cast(DTensor, tensor.detach()).full_tensor()
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ class StepPolicies:
         shutil.rmtree(partial, ignore_errors=True)
         with self.models.policy() as model:
             copied = copy_policy(model, self.source, adapter)
+            assert copied is not None  # `save_steps` is refused with sharded models
             generation = self.sampling.generation(model, tokenizer, self.stop_ids)
         beat()
         save_policy(
