@@ -24,7 +24,7 @@ def test_the_table_is_read_back_as_it_was_written():
         "a": dict(zip(STAGES, ("yes", "refused: it is an x", "yes", "n/a"), strict=True)),
         "b": dict(zip(STAGES, ("refused: no. Not at all", "refused: it is an x", "yes", "yes"), strict=True)),
     }
-    rows["b"]["ppo"] = f"refused: it {'keeps its state in a form of its own, ' * 5}so no"
+    rows["b"]["ppo"] = f"refused: it {'keeps its state in a cache of its own type, ' * 5}so no"
     assert max(map(len, table(rows).splitlines())) <= 120
     assert documented(table(rows)) == rows
 

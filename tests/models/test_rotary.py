@@ -81,7 +81,7 @@ def test_texts_up_to_the_original_length_are_those_of_transformers(family, tmp_p
     model.save_pretrained(tmp_path)
     byte_level_tokenizer().save_pretrained(tmp_path)
     ours, limit = load_policy(ModelSource(str(tmp_path))), MODELS[family][1]
-    said = f"up to {limit:,} tokens" in capsys.readouterr().err
+    said = f"reads at most {limit:,} tokens" in capsys.readouterr().err
     assert said == (limit < model.config.max_position_embeddings)
     assert context_length(ours.config) == limit == switching_length(ours.config)
     ids = torch.arange(5, 5 + limit).unsqueeze(0)

@@ -40,7 +40,7 @@ def test_a_run_that_ended_between_stages_is_not_complete(finished):
     assert "not complete: ppo, evaluate" in finished.rlhf("diagnose", "runs/toy").stdout
     said = verdict(read_run(finished.run_dir)).reason
     assert said == (
-        f"Finished so far: sft, label, train-rm. To come: ppo, evaluate; `rlhf run {finished.run_dir}/recipe.yaml "
+        f"Finished so far: sft, label, train-rm. Still to run: ppo, evaluate; `rlhf run {finished.run_dir}/recipe.yaml "
         f"--run-dir {finished.run_dir}` continues."
     )
 

@@ -99,7 +99,7 @@ def test_vllm_is_an_error_where_it_cannot_be(tiny_llama, tmp_path):
 
 def test_vllm_that_does_not_start_is_an_error(vllm, usable, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm, "off_by", 9.0)
-    with pytest.raises(ModelError, match="other probabilities"):
+    with pytest.raises(ModelError, match="log-probabilities differ"):
         choose(tmp_path, tiny_llama, "vllm")
 
 

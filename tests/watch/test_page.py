@@ -108,4 +108,4 @@ def test_a_run_whose_stages_are_all_finished_is_called_so(ppo_run):
     shutil.rmtree(ppo_run.work)
     page = render(read_live(ppo_run.folder))
     assert "<strong>Finished</strong>" in page
-    assert "when it resumes" not in page
+    assert "when the run resumes" not in page

@@ -80,7 +80,7 @@ def test_twenty_items_are_stored_exactly_as_they_were_typed(store, started):
     terminal.type("\x03")  # in the middle
     assert terminal.ended() == "outcome quit None\n"
     assert "you ranked 8, skipped 1, flagged 1 and undid 2" in str(terminal.screen)
-    assert "to go on" not in str(terminal.screen), "whoever called says that, with how far all is"
+    assert "to continue with" not in str(terminal.screen), "whoever called says that, with how far all is"
 
     terminal = started(columns=120, rows=40)
     terminal.wait_for("resumed your draft")
