@@ -199,11 +199,11 @@ def _by_main(
         finally:
             gathering.finish()
 
-    _together(check, processes)
-    _together(written, processes)
+    _agreed(check, processes)
+    _agreed(written, processes)
 
 
-def _together(work: Callable[[], None], processes: ProcessGroup | None) -> None:
+def _agreed(work: Callable[[], None], processes: ProcessGroup | None) -> None:
     """Work in each process; the error of the first one that fails is raised in all of them."""
     failure: DiskError | DivergedError | None = None
     try:
