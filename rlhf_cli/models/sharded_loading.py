@@ -18,7 +18,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
 from rlhf_cli.models.checkpoint import Checkpoint, LazyWeight
 from rlhf_cli.models.libraries import quiet_libraries
-from rlhf_cli.models.low_rank import LowRankLinear, low_rank_update
+from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.policy_adapter import split_off_adapters
 from rlhf_cli.models.rotary import pin_rotary_frequencies
@@ -75,7 +75,8 @@ class UnreadModel:
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Read the weights of a module that are not divided yet."""
-        separated = {id(layer.weight): layer for layer in module.modules() if isinstance(layer, LowRankLinear)}
+        low_rank = (layer for layer in module.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
+        separated = {id(layer.weight): layer for layer in low_rank}
         for name, weight in module.named_parameters():
             stored = self.stored.get(_plain(prefix + name))
             if isinstance(weight, DTensor) or stored is None:

@@ -187,23 +187,23 @@ def _by_main(
     """Let process 0 write; an error is raised in all processes, so that none waits for one that has ended."""
     is_main = processes is None or processes.is_main
     gathering = Gathering(tensors, order_of(tensors))
-
-    def check() -> None:
-        if is_main or any(map(is_divided, tensors.values())):  # each process checks its part before any is gathered
-            _check_finite(step, tensors)
+    is_shared = any(map(is_divided, tensors.values()))
+    if is_shared:  # each process checks its part before any is gathered
+        _agreed(lambda: _check_finite(step, tensors), processes)
 
     def written() -> None:
         try:
             if is_main:
+                if not is_shared:
+                    _check_finite(step, tensors)
                 write(gathering.take)
         finally:
             gathering.finish()
 
-    _together(check, processes)
-    _together(written, processes)
+    _agreed(written, processes)
 
 
-def _together(work: Callable[[], None], processes: ProcessGroup | None) -> None:
+def _agreed(work: Callable[[], None], processes: ProcessGroup | None) -> None:
     """Work in each process; the error of the first one that fails is raised in all of them."""
     failure: DiskError | DivergedError | None = None
     try:
