@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
+
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("sft", "label", "train-rm", "ppo", "evaluate")
 SMALL = (
@@ -23,33 +25,30 @@ SMALL = (
 )  # fmt: skip
 
 
+CHANGES = [part for setting in SMALL for part in ("--set", setting)]
+
+
 def command(run_dir: Path) -> list[str]:
-    changes = [part for setting in SMALL for part in ("--set", setting)]
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
-    return [str(Path(sys.executable).with_name("rlhf")), "run", recipe, "--run-dir", str(run_dir), "--json", *changes]
+    return ["run", recipe, "--run-dir", str(run_dir), "--json", *CHANGES]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"CI": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | {"CI": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def kill_in(stage: str, run_dir: Path) -> None:
     """Start the command and kill it once this stage has begun to work."""
-    process = subprocess.Popen(
-        command(run_dir),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = preloaded.start(command(run_dir), env=environment())
     began, deadline = run_dir / f".{stage}.began.json", time.monotonic() + 240
     while not began.exists():
         assert process.poll() is None, f"ended with {process.returncode} before {stage} began"
         assert time.monotonic() < deadline, f"{stage} never began"
         time.sleep(0.02)
-    time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    time.sleep(0.1)  # a stage in a fork takes a second or more
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
 
 
 def finished(run_dir: Path) -> dict[str, int]:
@@ -68,7 +67,7 @@ def test_killed_in_every_stage_it_completes_and_redoes_nothing(tmp_path: Path):
         assert now.keys() == set(STAGES[: STAGES.index(stage)]), f"killed in {stage}"
         assert {name: now[name] for name in before} == before, f"a finished stage was redone after the kill in {stage}"
         before = now
-    last = subprocess.run(command(run_dir), env=environment(), capture_output=True, text=True, check=False)
+    last = preloaded.run(command(run_dir), env=environment())
     assert last.returncode == 0, last.stderr
     outcome = json.loads(last.stdout)
     assert [row["status"] for row in outcome["stages"]] == ["cached"] * 4 + ["done"]
@@ -77,7 +76,7 @@ def test_killed_in_every_stage_it_completes_and_redoes_nothing(tmp_path: Path):
     assert wanted <= metrics.keys()
     assert metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
 
-    again = subprocess.run(command(run_dir), env=environment(), capture_output=True, text=True, check=False)
+    again = preloaded.run(command(run_dir), env=environment())
     assert [row["status"] for row in json.loads(again.stdout)["stages"]] == ["cached"] * 5
     assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".") and path.name != ".lock"]
 
@@ -85,9 +84,8 @@ def test_killed_in_every_stage_it_completes_and_redoes_nothing(tmp_path: Path):
 def test_the_quickstart_command_needs_nothing_but_a_folder(tmp_path: Path):
     """What somebody has who installed the package: recipe and data are written first, then all stages run."""
     rlhf = str(Path(sys.executable).with_name("rlhf"))
-    changes = [part for setting in SMALL for part in ("--set", setting)]
     first = subprocess.run(
-        [rlhf, "quickstart", *changes], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        [rlhf, "quickstart", *CHANGES], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "rlhf-quickstart"
@@ -95,19 +93,15 @@ def test_the_quickstart_command_needs_nothing_but_a_folder(tmp_path: Path):
     assert "talk to it: rlhf chat rlhf-quickstart/runs/quickstart" in first.stderr
     recipe = folder / "recipes" / "quickstart.yaml"
     recipe.write_text(recipe.read_text() + "# changed by its user\n")
-    again = subprocess.run(
-        [rlhf, "quickstart", *changes], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
+    again = preloaded.run(["quickstart", *CHANGES], cwd=tmp_path, env=environment())
     assert (again.returncode, "everything is up to date" in again.stderr) == (0, True)
     assert recipe.read_text().endswith("# changed by its user\n"), "files that exist are never overwritten"
-    shown = subprocess.run(
-        [rlhf, "watch", "rlhf-quickstart/runs/quickstart"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    shown = preloaded.run(["watch", "rlhf-quickstart/runs/quickstart"], cwd=tmp_path, env=environment())
     assert "evaluate finished" in shown.stdout
     models = folder / "runs" / "quickstart"
     exported = tmp_path / "reward-model"
-    command = [rlhf, "export", str(models / "train-rm"), str(exported), "--to", "llama"]
-    subprocess.run(command, env=environment(), check=True)
+    done = preloaded.run(["export", models / "train-rm", exported, "--to", "llama"], env=environment())
+    assert done.returncode == 0, done.stderr
     loading = (
         "import sys\nfrom transformers import AutoModelForCausalLM as A, AutoModelForSequenceClassification as B\n"
     )
