@@ -185,7 +185,7 @@ class _StagePlanner:
             return StagePlan(stage.name, step.action, step.reason)
         recipe, workload = context.recipe, reading.at(None)
         if self._target is not None:
-            recipe = self._target.there(recipe, self._asked)
+            recipe = self._target.there(self._recipe, self._asked)
         extent = self._extent(reading, workload)
         memory = stage.memory(section, recipe, extent)
         rates = None

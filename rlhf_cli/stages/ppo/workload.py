@@ -101,7 +101,6 @@ def ppo_work(
     average = sum(training) / len(training)
     of_steps = [round(average)] * (settings.steps * settings.prompts_per_step)
     per = settings.samples_per_prompt
-    evaluations = 0 if not held_out else 1 + -(-settings.steps // (settings.eval_steps or 1))
     passing = {"per_prompt": per, "mean": mean, "rows": settings.micro_batch_size, "calls": settings.steps}
     work = [
         drawing(shape, "rollout", of_steps, per_prompt=per, mean=mean, longest=longest,
@@ -117,18 +116,10 @@ def ppo_work(
         work.append(scoring(shape, "passes", of_steps, **passing, logits=False))
     if has_reward_model:
         work.append(scoring(reward or shape, "scoring", of_steps, **passing, logits=False))
-    if evaluations:
-        again = held_out * evaluations
-        work.append(drawing(shape, "eval", again, per_prompt=1, mean=mean, longest=longest,
-                            rows=settings.rollout_batch_size, calls=evaluations))  # fmt: skip
-        work.append(scoring(shape, "eval", again, per_prompt=1, mean=mean, logits=True, times=3,
-                            rows=settings.micro_batch_size, calls=evaluations))  # fmt: skip
+    work += _evaluations(settings, shape, held_out, mean, longest)
     adapter = shape.adapter(settings.lora.rank)
     critic = adapter if settings.critic_is_adapter else shape.weights if settings.critic_is_separate else 0
     trained = (shape.weights if rank is None else adapter) + critic
-    rows = settings.micro_batch_size if settings.micro_batch_tokens is None else settings.completions_per_step
-    most = sorted(training)[-max(1, rows // per) :]
-    largest = round(sum(most) + min(rows, settings.completions_per_step) * longest)
     saved = 0 if settings.save_steps is None else (settings.steps - 1) // settings.save_steps
     return Workload(
         records=len(training),
@@ -139,12 +130,34 @@ def ppo_work(
         loads=2 + 2 * int(rank is None) + int(reward is not None) + saved,
         written=FLOAT32 * (shape.weights * (1 + saved) + critic
                            + 3 * trained * (1 + (settings.steps - 1) // settings.checkpoint_steps)),
-        largest=min(largest, settings.micro_batch_tokens or largest),
+        largest=_largest(settings, training, longest),
         prompt=max(training),
         reward=reward,
         notes=("functions and servers that give rewards are not counted",) if settings.rewards else (),
         steps=settings.steps,
     )  # fmt: skip
+
+
+def _largest(settings: PPOSettings, prompts: list[int], longest: int) -> int:
+    """Return the tokens of the largest micro-batch, in which completions share their prompts."""
+    rows = settings.micro_batch_size if settings.micro_batch_tokens is None else settings.completions_per_step
+    most = sorted(prompts)[-max(1, rows // settings.samples_per_prompt) :]
+    largest = round(sum(most) + min(rows, settings.completions_per_step) * longest)
+    return min(largest, settings.micro_batch_tokens or largest)
+
+
+def _evaluations(
+    settings: PPOSettings, shape: ModelShape, held_out: list[int], mean: float, longest: int
+) -> list[Work]:
+    """Return the completions of held-out prompts, and the passes over them."""
+    if not held_out:
+        return []
+    count = 1 + -(-settings.steps // (settings.eval_steps or 1))
+    again = held_out * count
+    drawn = drawing(shape, "eval", again, per_prompt=1, mean=mean, longest=longest,
+                    rows=settings.rollout_batch_size, calls=count)  # fmt: skip
+    return [drawn, scoring(shape, "eval", again, per_prompt=1, mean=mean, logits=True, times=3,
+                           rows=settings.micro_batch_size, calls=count)]  # fmt: skip
 
 
 def _update(settings: PPOSettings, shape: ModelShape, prompts: list[int], mean: float, rank: int | None) -> list[Work]:
