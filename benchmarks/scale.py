@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_cli.models.gpus import GPUS, Cluster
 from rlhf_cli.models.model_sizes import SIZES, gated_decoder
-from rlhf_cli.models.resources import Extent, MemoryNeed, ModelShape, vllm_least
+from rlhf_cli.models.resources import Extent, MemoryNeed, ModelShape
 from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.prediction import Predictor, Took
 from rlhf_cli.recipe.schema import Recipe
@@ -26,7 +26,7 @@ from rlhf_cli.stages.ppo.settings import PPOSettings
 from rlhf_cli.stages.ppo.workload import ppo_work
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
-PLANNED, COUNTS, SHARES = ("h100", "h200"), (1, 8, 64), (0.3, 0.5, 0.7, 0.9)
+PLANNED, COUNTS = ("h100", "h200"), (1, 8, 64)
 PROMPT, COMPLETION = 512, 1_024
 STEP = {
     "steps": 1,
@@ -35,6 +35,7 @@ STEP = {
     "minibatches": 4,
     "micro_batch_size": 4,
     "gradient_checkpointing": True,
+    "critic_from": "policy",
 }
 """A step of PPO, also in docs/scale.md."""
 
@@ -50,7 +51,7 @@ class Case:
         prompt: tokens of each prompt.
         mean: tokens of a completion.
         longest: most tokens of a completion.
-        share: `generation.gpu_memory_utilization`.
+        share: `generation.gpu_memory_utilization` with vLLM; None is the torch engine.
         engine_gpus: see `Predictor`.
         has_reward_model: whether a reward model scores the completions.
     """
@@ -61,23 +62,25 @@ class Case:
     prompt: int = PROMPT
     mean: int = COMPLETION
     longest: int = COMPLETION
-    share: float = 0.5
+    share: float | None = None
     engine_gpus: int = 1
     has_reward_model: bool = True
 
     def predict(self) -> tuple[MemoryNeed, Mapping[str, Took]]:
         """Return memory and time of the step on one GPU, with sharding where there are several."""
+        sharding = "fsdp" if self.cluster.count > 1 else "none"
+        generation: dict[str, object] = {"engine": "torch"}
+        if self.share is not None:
+            generation = {"engine": "vllm", "gpu_memory_utilization": self.share}
         recipe = Recipe.model_validate(
             {
-                "model": {"path": "model", "precision": "bfloat16"},
+                "model": {"path": "model", "precision": "bfloat16", "sharding": sharding},
                 "data": {"prompts": "prompts.jsonl"},
-                "generation": {"engine": "vllm", "gpu_memory_utilization": self.share},
+                "generation": generation,
                 "sampling": {"max_new_tokens": self.longest},
                 "ppo": {"rewards": [{"function": "rewards.py:score"}], **self.ppo},
             }
         )
-        sharding = "fsdp" if self.cluster.count > 1 else "none"
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"sharding": sharding})})
         settings = recipe.section("ppo")
         assert isinstance(settings, PPOSettings)
         is_full = settings.adapter == "none"
@@ -106,16 +109,10 @@ def predictions(gpu: str) -> Iterator[str]:
 
 
 def _cells(shape: ModelShape, cluster: Cluster, adapter: str) -> tuple[str, str, str]:
-    cases = [Case(shape, cluster, {**STEP, "adapter": adapter}, share=share) for share in SHARES]
-    found = [case.predict() for case in cases]
-    least = vllm_least(shape, PROMPT + COMPLETION) / cluster.memory
-    starts = [result for result, share in zip(found, SHARES, strict=True) if share >= least]
-    fitting = [(memory, phases) for memory, phases in starts if memory.total <= cluster.memory]
-    if not fitting:
-        smallest = min((memory for memory, _ in starts or found), key=lambda memory: memory.total)
-        large = [f"`{phase}`" for phase in smallest.phases if smallest.of(phase) > cluster.memory]
-        return f"{smallest.total / 1e9:,.0f}", "", f"do not fit: {', '.join(large)}"
-    memory, phases = min(fitting, key=lambda pair: seconds(pair[1]))
+    memory, phases = Case(shape, cluster, {**STEP, "adapter": adapter}).predict()
+    if memory.total > cluster.memory:
+        large = [f"`{phase}`" for phase in memory.phases if memory.of(phase) > cluster.memory]
+        return f"{memory.total / 1e9:,.0f}", "", f"do not fit: {', '.join(large)}"
     longest = max(phases, key=lambda phase: phases[phase].total)
     return f"{memory.total / 1e9:,.0f}", f"{seconds(phases):,.0f}", f"`{longest}`: {phases[longest].limit}"
 

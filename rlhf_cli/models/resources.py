@@ -172,17 +172,17 @@ class ModelShape:
         """Bytes of the tiles of logits that a loss holds at once: logits, their softmax and their gradient."""
         return 3 * FLOAT32 * min(tokens, _LOGITS_TILE[0]) * min(self.vocabulary, _LOGITS_TILE[1])
 
-    def gathered(self, held: float, number_bytes: int, *, trains: bool = False) -> float:
+    def gathered(self, number_bytes: int, *, trains: bool = False) -> float:
         """Bytes that a process of a sharded run gathers in a pass: a block, the next one, and what is outside of them.
 
         Args:
-            held: bytes of a weight outside the blocks, which stay gathered for the whole pass.
-            number_bytes: size of a number of a block.
-            trains: adds gradients that are not divided yet: of a block, also as it is summed, and outside the blocks.
+            number_bytes: size of a number.
+            trains: adds gradients that are not divided yet, and those that are summed in float32: of a block, and
+                outside the blocks.
         """
         block = self.backbone / self.layers
-        gradients = block * (number_bytes + FLOAT32) + self.embeddings * FLOAT32 if trains else 0.0
-        return 2 * block * number_bytes + self.embeddings * held + gradients
+        gradients = (block + self.embeddings) * (number_bytes + FLOAT32) if trains else 0.0
+        return (2 * block + self.embeddings) * number_bytes + gradients
 
     def cache_token(self, number_bytes: int) -> int:
         """Bytes of the keys and values of a token in all layers."""
@@ -271,7 +271,7 @@ def memory_need(extent: Extent, phases: Mapping[str, Mapping[str, float]], *mapp
 
 def shards(model: ModelSettings, extent: Extent) -> int:
     """Processes among which weights, gradients and moments are divided."""
-    return extent.processes if getattr(model, "sharding", "none") == "fsdp" else 1
+    return extent.processes if model.sharding == "fsdp" else 1
 
 
 def vllm_least(shape: ModelShape, longest: int) -> int:

@@ -36,6 +36,7 @@ from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.sharding import check_sharding
 from rlhf_cli.stages.workload import Reading, Workload
 
 if TYPE_CHECKING:
@@ -139,7 +140,10 @@ def plan_run(
     limit_threads(here.model.threads)
     keep_freed_memory()
     to_run = [step for step in steps if step.action != "cached"]
-    preflight(here, inputs_of(to_run), {step.stage.name for step in to_run})
+    names = {step.stage.name for step in to_run}
+    if target is not None:  # `here` has whole models
+        check_sharding(recipe, names)
+    preflight(here, inputs_of(to_run), names)
     from rlhf_cli.models.loading import resolve_device
 
     device = resolve_device(here.model.device).type

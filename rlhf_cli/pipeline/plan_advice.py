@@ -75,7 +75,7 @@ def _changes(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent) -
     yield from _smaller_batches(stage.section, settings, recipe, extent)
     yield from _other_state(stage.section, settings, recipe, extent)
     model, is_lora = recipe.model, getattr(settings, "adapter", "") == "lora"
-    if extent.processes > 1 and "sharding" in type(model).model_fields and shards(model, extent) == 1:
+    if extent.processes > 1 and shards(model, extent) == 1 and model.quantize == "none":
         sharded = _of_model("model.sharding", {"sharding": "fsdp"}, "fsdp", settings, recipe, extent)
         yield replace(sharded, keeps_result=True)
     if model.precision == "float32" and model.dtype != "float32":

@@ -40,8 +40,8 @@ class Target:
 
     def there(self, here: Recipe, asked: Recipe) -> Recipe:
         """Return the recipe that the formulas count with: `here`, with what is only used on the other machines."""
-        changes = {"sharding": getattr(asked.model, "sharding", "none")}
-        return _changed(here, changes).model_copy(update={"generation": asked.generation})
+        changed = _changed(here, {"sharding": asked.model.sharding})
+        return changed.model_copy(update={"generation": asked.generation})
 
     def extent(self, extent: Extent, workload: Workload) -> Extent:
         """Return the extent of a stage on these GPUs; a micro-batch has at most what is a process's own."""
@@ -82,6 +82,4 @@ class Target:
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    model = recipe.model
-    known = {name: value for name, value in changes.items() if name in type(model).model_fields}
-    return recipe.model_copy(update={"model": model.model_copy(update=known)})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})

@@ -41,8 +41,7 @@ def training_memory(
     whole = settings.batch_size * longest
     tokens = extent.tokens or (rows * longest if most is None else min(whole, max(longest, most)))
     trained, parts = shape.weights if rank is None else shape.adapter(rank), shards(model, extent)
-    held = FLOAT32 if is_full else frozen_bytes(model.dtype, model.precision, model.quantize)
-    frozen = 0.0 if is_full else shape.weights * held / parts
+    frozen = 0.0 if is_full else shape.weights * frozen_bytes(model.dtype, model.precision, model.quantize) / parts
     size = number_bytes(model.precision)
     activations = shape.activations(
         tokens,
@@ -55,6 +54,6 @@ def training_memory(
         "gradients": FLOAT32 * trained / parts,
         "optimizer": moments(trained, settings.optimizer, shape.embeddings if is_full else 0) / parts,
         "activations": float(activations),
-        "gathered": shape.gathered(held, size, trains=is_full) if parts > 1 else 0.0,
+        "gathered": shape.gathered(size, trains=is_full) if parts > 1 else 0.0,
     }
     return TrainingMemory({role: frozen, "trained weights": FLOAT32 * trained / parts}, update, tokens)

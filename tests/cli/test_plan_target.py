@@ -92,6 +92,15 @@ def test_more_gpus_divide_the_work(small: Path):
     assert one["update"].network == 0 < four["update"].network
 
 
+def test_sharded_models_are_planned_where_there_is_one_process(small: Path):
+    changes = ("model.sharding=fsdp", "generation={engine: torch}", "ppo.adapter=none", "ppo.critic_from=policy")
+    whole, sharded = (planned(small, *changes, size="8b", count=count).stages[1].memory for count in (1, 8))
+    assert whole is not None
+    assert sharded is not None
+    assert sharded.phases["update"]["optimizer"] == whole.phases["update"]["optimizer"] // 8
+    assert sharded.phases["rollout"]["gathered"] == 2 * SIZES["8b"].weights
+
+
 def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsys):
     found = planned(small, "ppo.adapter=none", size="8b", gpu="24")
     assert found.seconds is None
@@ -107,7 +116,8 @@ def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsy
     ("arguments", "message"),
     [(("--gpus", "8"), "`--gpus` needs `--gpu`"), (("--size", "8b"), "`--size` needs `--gpu`"),
      (("--gpu", "h1000"), "unknown GPU `h1000`"), (("--gpu", "h100", "--size", "9b"), "unknown size `9b`"),
-     (("--gpu", "h100", "--gpus", "9", "--nodes", "2"), "9 GPUs cannot be divided among 2 nodes")],
+     (("--gpu", "h100", "--gpus", "9", "--nodes", "2"), "9 GPUs cannot be divided among 2 nodes"),
+     (("--gpu", "h100", "--gpus", "8", "--set", "model.sharding=fsdp"), "does not support `generation.engine: vllm`")],
 )  # fmt: skip
 def test_what_is_wrong_with_the_machines_is_said(arguments, message, small: Path, rlhf_here):
     code, said = rlhf_here("plan", small, *arguments)

@@ -31,15 +31,14 @@ def cluster(count: int = 1, nodes: int = 1, network: float = 1e3) -> Cluster:
 
 
 def recipe(sharding: str = "none", engine: str = "torch", share: float = 0.5, **ppo: Any) -> RunSettings:
-    found = Recipe.model_validate(
+    return Recipe.model_validate(
         {
-            "model": {"path": "m", "precision": "bfloat16"},
+            "model": {"path": "m", "precision": "bfloat16", "sharding": sharding},
             "data": {"prompts": "p.jsonl"},
             "generation": {"engine": engine, **({"gpu_memory_utilization": share} if engine == "vllm" else {})},
             "ppo": {"rewards": [{"function": "f.py:score"}], "steps": 1, **ppo},
         }
     )
-    return found.model_copy(update={"model": found.model.model_copy(update={"sharding": sharding})})
 
 
 def predictor(count: int = 1, sharding: str = "none", engine: str = "torch", **changes: Any) -> Predictor:
@@ -155,15 +154,15 @@ def test_shards_divide_weights_gradients_and_moments():
         assert half["update"][role] == whole["update"][role] / 2
     assert half["update"]["activations"] == whole["update"]["activations"]
     block = (1_900 - 800) // 2
-    assert half["passes"]["gathered"] == 2 * block * 2 + 800 * 4
-    assert half["update"]["gathered"] == 2 * block * 2 + 800 * 4 + block * (2 + 4) + 800 * 4
-    assert half["rollout"]["gathered"] == 1_100 * 2 + 800 * 4, "the torch engine holds the whole policy"
+    assert half["passes"]["gathered"] == (2 * block + 800) * 2
+    assert half["update"]["gathered"] == (2 * block + 800) * 2 + (block + 800) * (2 + 4)
+    assert half["rollout"]["gathered"] == 1_900 * 2, "the torch engine holds the whole policy"
     assert "gathered" not in memory(2, adapter="none")["update"], "not sharded"
 
 
 def test_gathered_adapters_have_frozen_weights_in_bfloat16():
     found = memory(2, sharding="fsdp", adapter="lora")
-    assert found["update"]["gathered"] == found["passes"]["gathered"] == 2 * 550 * 2 + 800 * 2
+    assert found["update"]["gathered"] == found["passes"]["gathered"] == (2 * 550 + 800) * 2
     assert found["rollout"]["reference"] == 1_900 * 2 / 2
 
 

@@ -55,8 +55,8 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     }
     drawing = _drawing(settings, recipe, extent, held=held, size=size, longest=longest)
     once = {"activations": float(shape.transient(tokens, size)), "logits": float(shape.logits(tokens))}
-    passed = {"gathered": shape.gathered(held, size)} if parts > 1 else {}
-    trained = {"gathered": shape.gathered(held, size, trains=is_full)} if parts > 1 else {}
+    passed = {"gathered": shape.gathered(size)} if parts > 1 else {}
+    trained = {"gathered": shape.gathered(size, trains=is_full)} if parts > 1 else {}
     gradients = {"gradients": FLOAT32 * (policy + critic) / parts}
     phases = {
         "load": loading(extent, weights | (scoring if not rests else {})),
@@ -82,7 +82,7 @@ def _drawing(
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
     drawing["merged adapter"] = float(FLOAT32 * shape.backbone * merged)
     if parts > 1:  # the whole policy, for every token
-        drawing["gathered"] = shape.backbone * size + shape.embeddings * held
+        drawing["gathered"] = float(shape.weights * size)
     return drawing
 
 
