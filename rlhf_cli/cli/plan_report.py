@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_cli.pipeline.disk_space import format_bytes
 from rlhf_cli.pipeline.plan import RunPlan, StagePlan
+from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.progress import format_duration
 from rlhf_cli.stages.workload import Workload
 
@@ -21,6 +22,7 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
         "device": plan.device,
         "memory_bytes": plan.memory_limit,
         "disk_free_bytes": plan.disk_free,
+        "machines": None if plan.target is None else str(plan.target.cluster),
         "seconds": plan.seconds,
         "stages": [_stage_json(stage) for stage in plan.stages],
     }
@@ -45,6 +47,10 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "disk_bytes": stage.disk,
         "seconds": None if stage.seconds is None else sum(stage.seconds.values()),
         "seconds_by_phase": stage.seconds,
+        "predicted": None if stage.predicted is None else {
+            phase: {"seconds": took.total, "compute": took.compute, "memory": took.memory, "network": took.network}
+            for phase, took in stage.predicted.items()
+        },
         "completion_tokens": None if stage.rates is None else stage.rates.mean,
         "sizes": stage.sizes,
         "advice": [
@@ -106,7 +112,11 @@ def _rows(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield from _memory(stage, plan)
     if stage.disk:
         yield "disk", f"at most {format_bytes(stage.disk)}"
-    if stage.seconds is not None:
+    if stage.predicted is not None:
+        yield "time", f"predicted {_predicted(stage.predicted, 1)}"
+        if steps := stage.workload.steps:
+            yield "step", f"predicted {_predicted(step_phases(stage), steps)}"
+    elif stage.seconds is not None:
         yield "time", f"{_about(sum(stage.seconds.values()))}: {_parts(stage.seconds)}"
     for note in stage.workload.notes:
         yield "note", note
@@ -165,13 +175,17 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 def _summary(plan: RunPlan) -> Iterator[str]:
     needs = [stage.memory.total for stage in plan.stages if stage.memory is not None]
-    where = "this machine has" if plan.device == "cpu" else "the GPU has"
+    where = "this machine has" if plan.device == "cpu" else "a GPU has" if plan.target else "the GPU has"
     if needs:
         yield f"memory: {format_bytes(max(needs))}; {where} {format_bytes(plan.memory_limit)}"
     disk = sum(stage.disk for stage in plan.stages)
     yield f"disk: at most {format_bytes(disk)}; {format_bytes(plan.disk_free)} are free in {plan.run_dir.parent}"
+    if plan.target is not None:
+        yield f"machines: {plan.target.cluster}; predictions from data sheets, nothing is measured"
     if plan.seconds is None:
-        yield "time: not measured (--no-trial)"
+        yield "time: not measured (--no-trial)" if plan.target is None else "time: the speed of this GPU is not known"
+    elif plan.target is not None:
+        yield f"time: predicted {_about(plan.seconds)}"
     elif plan.seconds:
         yield f"time: {_about(plan.seconds)}, from a trial on this machine"
 
@@ -183,6 +197,21 @@ def _about(seconds: float) -> str:
 def _parts(seconds: Mapping[str, float]) -> str:
     whole = sum(seconds.values())
     return ", ".join(f"{name} {format_duration(own)}" for name, own in seconds.items() if own >= _SHOWN * whole)
+
+
+def step_phases(stage: StagePlan) -> dict[str, Took]:
+    """Return the phases of which each step of PPO has a part."""
+    return {phase: took for phase, took in (stage.predicted or {}).items() if phase != "eval"}
+
+
+def _predicted(phases: Mapping[str, Took], steps: int) -> str:
+    whole = sum(took.total for took in phases.values())
+    shown = (
+        f"{name} {format_duration(took.total / steps)} ({took.limit})"
+        for name, took in phases.items()
+        if took.total >= _SHOWN * whole
+    )
+    return f"{_about(whole / steps)}: {', '.join(shown)}"
 
 
 def _count(number: float) -> str:

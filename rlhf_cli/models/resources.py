@@ -8,6 +8,9 @@ Memory is in bytes, by phase and role. `--dry-run` and `rlhf plan` read the same
     update    weights, moments, gradients, activations that a micro-batch saves for its backward pass, a tile of logits
     save      on a CPU: weights in float32, and the copy that is written, or read back to be compared
 
+With `model.sharding: fsdp`, weights, gradients and moments are divided among the processes, and each gathers what it
+computes with; the pass over a micro-batch stays whole.
+
 Weights, gradients and moments are exact. Activations are those of a gated decoder layer as transformers computes it
 (Llama), with an attention that saves no scores, or on a CPU those of short sequences. tests/gpu/test_memory.py compares
 the formulas with what stages hold on a GPU, docs/performance.md with what they held on a CPU.
@@ -24,11 +27,12 @@ from math import prod
 from pathlib import Path
 
 from rlhf_cli.errors import ModelError
+from rlhf_cli.models.config_sizes import read_sizes
 from rlhf_cli.models.json_files import read_json
 from rlhf_cli.models.stored_weights import read_stored_weights
-from rlhf_cli.settings.shared import Optimizer
+from rlhf_cli.settings.shared import ModelSettings, Optimizer
 
-FLOAT32 = 4
+FLOAT32, BFLOAT16 = 4, 2
 _MOMENTS = 2
 _EIGHT_BITS = 1 + FLOAT32 / 256
 """Bytes of a number of a moment in 8 bits: a scale per 256 numbers."""
@@ -75,28 +79,14 @@ class ModelShape:
         except ModelError:  # reported where the model is loaded
             return None
         shapes = [weight.shape for weight in stored]
-        config = config.get("text_config", config)
-
-        def first(*names: str, default: int = 0) -> int:
-            found = (config.get(name) for name in names)
-            return next((int(value) for value in found if isinstance(value, int) and value > 0), default)
-
-        hidden, heads = first("hidden_size", "d_model", "n_embd"), first("num_attention_heads", "num_heads", "n_head")
-        layers, vocabulary = first("num_hidden_layers", "num_layers", "n_layer"), first("vocab_size")
-        weights = sum(map(prod, shapes))
-        if not (weights and hidden and heads and layers):
+        sizes = read_sizes(config.get("text_config", config))
+        if sizes is None or not (weights := sum(map(prod, shapes))):
             return None
-        head = first("head_dim", "d_kv", default=hidden // heads)
         return ModelShape(
             weights=weights,
-            layers=layers,
-            hidden=hidden,
-            feed_forward=first("intermediate_size", "d_ff", "n_inner", default=4 * hidden),
-            queries=heads * head,
-            keys=first("num_key_value_heads", default=heads) * head,
-            vocabulary=vocabulary,
-            embeddings=sum(prod(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary),
+            embeddings=sum(prod(shape) for shape in shapes if len(shape) == 2 and shape[0] == sizes["vocabulary"]),
             stored=sum(file.stat().st_size for file in {weight.file for weight in stored}),
+            **sizes,
         )
 
     @staticmethod
@@ -182,6 +172,22 @@ class ModelShape:
         """Bytes of the tiles of logits that a loss holds at once: logits, their softmax and their gradient."""
         return 3 * FLOAT32 * min(tokens, _LOGITS_TILE[0]) * min(self.vocabulary, _LOGITS_TILE[1])
 
+    def gathered(self, number_bytes: int, *, trains: bool = False) -> float:
+        """Bytes that a process of a sharded run gathers in a pass: a block, the next one, and what is outside of them.
+
+        Args:
+            number_bytes: size of a number.
+            trains: adds gradients that are not divided yet, and those that are summed in float32: of a block, and
+                outside the blocks.
+        """
+        block = self.backbone / self.layers
+        gradients = (block + self.embeddings) * (number_bytes + FLOAT32) if trains else 0.0
+        return (2 * block + self.embeddings) * number_bytes + gradients
+
+    def cache_token(self, number_bytes: int) -> int:
+        """Bytes of the keys and values of a token in all layers."""
+        return 2 * self.layers * self.keys * number_bytes
+
     def cache(self, rows: int, tokens: int, number_bytes: int) -> int:
         """Bytes of the keys and values of `rows` sequences of `tokens`, and of one layer's copy as it grows."""
         return 2 * rows * tokens * self.keys * number_bytes * (self.layers + 1)
@@ -202,6 +208,8 @@ class Extent:
         process: bytes of the process without a model; counted on a CPU.
         tokens: largest micro-batch, padding included, a shared prompt once; None is what the settings allow.
         prompt: longest prompt in tokens; None is what the settings allow.
+        processes: of the run, on equal devices.
+        device: bytes of memory of a GPU, of which vLLM takes a share; 0 where it is not known.
     """
 
     shape: ModelShape
@@ -210,6 +218,8 @@ class Extent:
     process: int = CPU_PROCESS
     tokens: int | None = None
     prompt: int | None = None
+    processes: int = 1
+    device: int = 0
 
 
 @dataclass(frozen=True)
@@ -259,6 +269,28 @@ def memory_need(extent: Extent, phases: Mapping[str, Mapping[str, float]], *mapp
     return MemoryNeed(found, frozenset(mapped))
 
 
+def shards(model: ModelSettings, extent: Extent) -> int:
+    """Processes among which weights, gradients and moments are divided."""
+    return extent.processes if model.sharding == "fsdp" else 1
+
+
+def vllm_least(shape: ModelShape, longest: int) -> int:
+    """Bytes without which vLLM does not start: weights, and keys and values of a completion with its prompt."""
+    return BFLOAT16 * shape.weights + shape.cache_token(BFLOAT16) * longest
+
+
+def vllm_share(shape: ModelShape, share: float, extent: Extent, longest: int) -> float:
+    """Bytes of vLLM while it draws: its share of the GPU, `generation.gpu_memory_utilization`, or what it needs.
+
+    Args:
+        shape: of the policy.
+        share: the setting.
+        extent: of the stage.
+        longest: tokens of a prompt with its completion.
+    """
+    return max(share * extent.device, float(vllm_least(shape, longest)))
+
+
 def moments(trained: int, optimizer: Optimizer = "adamw", embeddings: int = 0) -> int:
     """Bytes of the two moments of AdamW.
 
@@ -289,7 +321,7 @@ def saving(extent: Extent, kept: float = 0) -> dict[str, float]:
 
 def number_bytes(precision: str) -> int:
     """Bytes of a number in a precision; `auto` is bfloat16 on every GPU that the kernels support."""
-    return FLOAT32 if precision == "float32" else 2
+    return FLOAT32 if precision == "float32" else BFLOAT16
 
 
 def frozen_bytes(dtype: str, precision: str, quantize: str) -> float:

@@ -3,7 +3,8 @@
 Counts come from the data as the stages read it and from the shapes of their models (`stages.workload`); memory from
 the formulas that `--dry-run` uses (`models.resources`); time from a trial of a few seconds (`stages.trial`). What an
 earlier stage has still to write is taken to be like the base model, and completions to be as long as they may be, or
-as long as the trial found. Nothing is written to the run directory.
+as long as the trial found. For other machines (`plan_target`), time is predicted from data sheets (`prediction`).
+Nothing is written to the run directory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ from rlhf_cli.models.resources import CPU_PROCESS, FLOAT32, Extent, MemoryNeed
 from rlhf_cli.pipeline.disk_space import model_bytes
 from rlhf_cli.pipeline.paths import resolve_paths
 from rlhf_cli.pipeline.plan_advice import Advice, advise
+from rlhf_cli.pipeline.plan_target import Target
 from rlhf_cli.pipeline.planner import Planner, Selection, Step, select
+from rlhf_cli.pipeline.prediction import Took
 from rlhf_cli.pipeline.preflight import preflight
 from rlhf_cli.pipeline.run_directory import RunDirectory
 from rlhf_cli.pipeline.runner import inputs_of, limit_threads
@@ -33,6 +36,7 @@ from rlhf_cli.stages.base import StageContext
 from rlhf_cli.stages.common import model_source
 from rlhf_cli.stages.inputs import Input, StageInputs
 from rlhf_cli.stages.precision import decide_precision
+from rlhf_cli.stages.sharding import check_sharding
 from rlhf_cli.stages.workload import Reading, Workload
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ class StagePlan:
         rates: what the trial measured; None without.
         sizes: derived sizes, as in `recipe show`.
         advice: what to change if it does not fit the memory.
+        predicted: what each phase takes on other machines; None for this one, or where their speed is not known.
     """
 
     name: str
@@ -74,10 +79,13 @@ class StagePlan:
     rates: Rates | None = None
     sizes: dict[str, int | str] = field(default_factory=dict)
     advice: tuple[Advice, ...] = ()
+    predicted: Mapping[str, Took] | None = None
 
     @property
     def seconds(self) -> dict[str, float] | None:
-        """Seconds of each phase; None without a trial."""
+        """Seconds of each phase, measured or predicted; None without either."""
+        if self.predicted is not None:
+            return {phase: took.total for phase, took in self.predicted.items()}
         workload = self.expected or self.workload
         return None if self.rates is None or workload is None else self.rates.seconds(workload)
 
@@ -93,6 +101,7 @@ class RunPlan:
         memory_limit: bytes of memory of the device.
         disk_free: bytes.
         trial: whether times were measured.
+        target: the machines that are planned for; None for this one.
     """
 
     run_dir: Path
@@ -101,51 +110,69 @@ class RunPlan:
     memory_limit: int
     disk_free: int
     trial: bool
+    target: Target | None = None
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of all stages together; None without a trial."""
+        """Seconds of all stages together; None where they are neither measured nor predicted."""
         known = [sum(stage.seconds.values()) for stage in self.stages if stage.seconds is not None]
-        return sum(known) if self.trial else None
+        return sum(known) if self.trial or known else None
 
 
-def plan_run(loaded: LoadedRecipe, folder: Path, selection: Selection, *, trial: bool = True) -> RunPlan:
+def plan_run(
+    loaded: LoadedRecipe, folder: Path, selection: Selection, *, trial: bool = True, target: Target | None = None
+) -> RunPlan:
     """Plan a run.
 
     Args:
         loaded: the recipe.
         folder: the run directory, which need not exist.
         selection: stages of the command line.
-        trial: whether to measure how long things take.
+        trial: whether to measure how long things take; nothing is measured for other machines.
+        target: other machines to plan for.
 
     Raises:
         RLHFError: what the run itself would report before it starts.
     """
     recipe = resolve_paths(loaded)
     steps = Planner(recipe, RunDirectory(folder), select(recipe, selection), selection).plan()
-    limit_threads(recipe.model.threads)
+    here, trial = (recipe, trial) if target is None else (target.here(recipe), False)
+    limit_threads(here.model.threads)
     keep_freed_memory()
     to_run = [step for step in steps if step.action != "cached"]
-    preflight(recipe, inputs_of(to_run), {step.stage.name for step in to_run})
+    names = {step.stage.name for step in to_run}
+    if target is not None:  # `here` has whole models
+        check_sharding(recipe, names)
+    preflight(here, inputs_of(to_run), names)
     from rlhf_cli.models.loading import resolve_device
 
-    device = resolve_device(recipe.model.device)
-    limit = machine_memory(device.type)
+    device = resolve_device(here.model.device).type
+    limit = machine_memory(device) if target is None else int(target.cluster.memory)
     trained = [step for step in steps if step.action != "cached" and step.stage.workload is not None]
     with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as scratch:
-        planner = _StagePlanner(
-            recipe, Path(scratch), device.type, limit, TRIAL_SECONDS / max(1, len(trained)) if trial else None
-        )
+        seconds = TRIAL_SECONDS / max(1, len(trained)) if trial else None
+        planner = _StagePlanner(here, Path(scratch), device, limit, seconds, target, recipe)
         stages = [planner.plan(step) for step in steps]
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    return RunPlan(folder, stages, device.type, limit, shutil.disk_usage(existing).free, trial)
+    device = device if target is None else "cuda"
+    return RunPlan(folder, stages, device, limit, shutil.disk_usage(existing).free, trial, target)
 
 
 class _StagePlanner:
     """Plans one stage after another; the base model that `sft` makes stands for what later stages read."""
 
-    def __init__(self, recipe: Recipe, scratch: Path, device: str, limit: int, seconds: float | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        scratch: Path,
+        device: str,
+        limit: int,
+        seconds: float | None,
+        target: Target | None,
+        asked: Recipe,
+    ) -> None:
         self._recipe, self._scratch, self._device, self._limit, self._seconds = recipe, scratch, device, limit, seconds
+        self._target, self._asked = target, asked
         self._stand_in = recipe.model.path
 
     def plan(self, step: Step) -> StagePlan:
@@ -153,12 +180,16 @@ class _StagePlanner:
         stage, section = step.stage, self._recipe.section(step.stage.name)
         if step.manifest is not None or stage.workload is None:
             return StagePlan(stage.name, step.action, step.reason)
-        context = decide_precision(self._context(step))
+        context = self._context(step)
+        if self._target is None:  # else it is decided, and not for this machine
+            context = decide_precision(context)
         reading: Reading | None = importlib.import_module(stage.workload).read(context)
         self._stand_in = self._stand_in or (None if reading is None else reading.model)
         if reading is None:
             return StagePlan(stage.name, step.action, step.reason)
         recipe, workload = context.recipe, reading.at(None)
+        if self._target is not None:
+            recipe = self._target.there(self._recipe, self._asked)
         extent = self._extent(reading, workload)
         memory = stage.memory(section, recipe, extent)
         rates = None
@@ -168,6 +199,11 @@ class _StagePlanner:
                 extent = replace(extent, process=rates.process)
                 memory = stage.memory(section, recipe, extent)
         expected = None if rates is None or rates.mean is None else reading.at(rates.mean)
+        predicted = None
+        if self._target is not None and memory is not None:
+            predicted = self._target.predict(section, recipe, extent, workload)
+            notes = self._target.notes(recipe, extent, workload)
+            workload = replace(workload, notes=(*workload.notes, *notes))
         whole = max(2 * model_bytes(self._recipe.model.path), FLOAT32 * reading.shape.weights)
         advice: Sequence[Advice] = ()
         if memory is not None and memory.total > self._limit:
@@ -184,17 +220,20 @@ class _StagePlanner:
             rates=rates,
             sizes=dict(stage.sizes(section, self._recipe)),
             advice=tuple(advice),
+            predicted=predicted,
         )
 
     def _extent(self, reading: Reading, workload: Workload) -> Extent:
-        return Extent(
+        extent = Extent(
             shape=reading.shape,
             reward=workload.reward,
             on_cpu=self._device == "cpu",
             process=CPU_PROCESS,
             tokens=workload.largest,
             prompt=workload.prompt,
+            device=self._limit,
         )
+        return extent if self._target is None else self._target.extent(extent, workload)
 
     def _trial(self, context: StageContext[Any, Any], reading: Reading, seconds: float) -> Rates:
         from rlhf_cli.stages.trial import run_trial
@@ -230,6 +269,7 @@ class _StagePlanner:
             output=self._scratch / name,
             work=work,
             stop=SignalStop(),
+            shape=None if self._target is None else self._target.shape,
         )
 
     def _inputs(self, inputs: StageInputs) -> StageInputs:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_cli.models.resources import Extent
+from rlhf_cli.models.resources import Extent, shards
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Stage
 
@@ -75,6 +75,9 @@ def _changes(stage: Stage, settings: Any, recipe: RunSettings, extent: Extent) -
     yield from _smaller_batches(stage.section, settings, recipe, extent)
     yield from _other_state(stage.section, settings, recipe, extent)
     model, is_lora = recipe.model, getattr(settings, "adapter", "") == "lora"
+    if extent.processes > 1 and shards(model, extent) == 1 and model.quantize == "none":
+        sharded = _of_model("model.sharding", {"sharding": "fsdp"}, "fsdp", settings, recipe, extent)
+        yield replace(sharded, keeps_result=True)
     if model.precision == "float32" and model.dtype != "float32":
         yield _of_model("model.precision", {"precision": "bfloat16"}, "bfloat16", settings, recipe, extent)
     if not extent.on_cpu and model.quantize == "none" and is_lora:

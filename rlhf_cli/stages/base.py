@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_cli.distributed.signals import StopRequest
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes
+from rlhf_cli.models.resources import Extent, MemoryNeed, ModelShape, loading, memory_need, number_bytes, vllm_share
 from rlhf_cli.settings.base import StageSection
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
@@ -96,6 +96,7 @@ class StageContext(Generic[S, I]):
             stage is done.
         stop: whether a signal requested a stop.
         tracked: dotted settings that the result depends on, for trackers.
+        shape: what a plan counts with in the place of the sizes of the models; None takes these.
     """
 
     stage: Stage[S, I]
@@ -106,6 +107,15 @@ class StageContext(Generic[S, I]):
     work: Path
     stop: StopRequest
     tracked: Mapping[str, Any] = field(default_factory=dict)
+    shape: ModelShape | None = None
+
+    def shape_of(self, folder: Path) -> ModelShape:
+        """Return the sizes that a plan counts with for the model in a folder.
+
+        Raises:
+            ModelError: the folder does not say them.
+        """
+        return self.shape or ModelShape.required(folder)
 
     @property
     def kept(self) -> Path:
@@ -152,7 +162,10 @@ def sampling_memory(sampling: StageSamplingSettings, recipe: RunSettings, extent
     longest = (extent.prompt or recipe.data.max_prompt_tokens) + sampled
     weights = {"policy": float(shape.weights * size)}
     rows = sampling.batch_size
-    drawing = {"cache": shape.cache(rows, longest, size), "logits": shape.sampling(rows)}
+    drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
+    if recipe.generation.engine == "vllm":
+        share = recipe.generation.gpu_memory_utilization
+        drawing = {"vLLM": vllm_share(shape, share, extent, longest)}
     return memory_need(extent, {"load": loading(extent, weights), "rollout": weights | drawing})
 
 

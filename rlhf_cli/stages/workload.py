@@ -28,11 +28,15 @@ class Work:
         kind: see `Kind`.
         tokens: that the model reads or draws; a prompt that completions share in a pass is read once.
         flops: operations, see `models.resources`.
-        calls: how often it is begun: for `draw`, the batches of completions that are asked for.
-        rows: for `draw`, completions at a time.
-        each: for `draw`, completions per call.
+        calls: how often it is begun: batches of completions that are asked for, optimizer steps, or passes of a model
+            over what a step drew.
+        rows: sequences at a time: completions that are drawn, or a micro-batch.
+        each: sequences per call, which processes share; one process alone does what has 1.
         longest: for `draw`, most tokens of a completion.
         reading: for `draw`, the operations of reading the prompts, which `flops` contains.
+        keys: for `draw`, keys that the tokens drawn attend to, summed over them.
+        shape: of the model; None where a plan for other machines omits the work.
+        trained: for `train`, the weights that have a gradient.
     """
 
     phase: str
@@ -44,6 +48,9 @@ class Work:
     each: int = 1
     longest: int = 1
     reading: float = 0.0
+    keys: float = 0.0
+    shape: ModelShape | None = None
+    trained: int = 0
 
     def times(self, count: float) -> Work:
         """Return the work done `count` times."""
@@ -53,6 +60,7 @@ class Work:
             flops=count * self.flops,
             calls=count * self.calls,
             reading=count * self.reading,
+            keys=count * self.keys,
         )
 
     def steps(self, mean: float) -> float:
@@ -73,6 +81,7 @@ class Workload:
         records: what it trains on or asks about.
         unit: of the records, for messages.
         optimizer_steps: of its training.
+        steps: of PPO; 0 for other stages.
         trained: weights that an optimizer step changes.
         work: by phase and kind.
         loads: models that are read from disk, those that are read back included.
@@ -94,6 +103,7 @@ class Workload:
     prompt: int | None = None
     reward: ModelShape | None = None
     notes: tuple[str, ...] = ()
+    steps: int = 0
 
     @property
     def flops(self) -> float:
@@ -166,11 +176,12 @@ def drawing(
         calls: number of calls.
     """
     count = len(prompts) * per_prompt
-    pairs = sum(one * one for one in prompts) + per_prompt * sum(mean * (one + mean / 2) for one in prompts)
+    keys = per_prompt * sum(mean * (one + mean / 2) for one in prompts)
+    pairs = sum(one * one for one in prompts) + keys
     flops = shape.forward_flops(sum(prompts) + count * mean, scored=count * mean, pairs=pairs)
     each = max(1, round(count / max(calls, 1)))
     read = shape.forward_flops(sum(prompts), scored=len(prompts), pairs=sum(one * one for one in prompts))
-    return Work(phase, "draw", count * mean, flops, calls, min(rows, each), each, longest, read)
+    return Work(phase, "draw", count * mean, flops, calls, min(rows, each), each, longest, read, keys, shape)
 
 
 def scoring(
@@ -182,18 +193,27 @@ def scoring(
     mean: float,
     logits: bool,
     times: float = 1,
+    rows: int = 1,
+    calls: float = 1,
 ) -> Work:
-    """Return the work of passes without gradient over completions of prompts; arguments as of `drawing`."""
+    """Return the work of passes without gradient over completions of prompts; arguments as of `drawing`.
+
+    Args:
+        times: passes over each completion, by models of this shape.
+        rows: completions of a micro-batch.
+        calls: of each pass; a call is shared by the processes.
+    """
     count = len(prompts) * per_prompt
     tokens = sum(prompts) + count * mean
     pairs = per_prompt * sum((one + mean) ** 2 for one in prompts)
     flops = shape.forward_flops(tokens, scored=count * mean if logits else 0, pairs=pairs)
-    return Work(phase, "forward", times * tokens, times * flops)
+    each = max(1, round(count / max(calls, 1)))
+    return Work(phase, "forward", times * tokens, times * flops, times * calls, rows, each, shape=shape)
 
 
 def comparing(shape: ModelShape, *, logits: bool = True) -> Work:
     """Return the passes that compare a model that was written with the one that was trained, over a few sequences."""
-    return scoring(shape, "save", [_PROBED] * _PROBES, per_prompt=1, mean=_PROBED, logits=logits, times=2)
+    return scoring(shape, "save", [_PROBED] * _PROBES, per_prompt=1, mean=_PROBED, logits=logits, times=2, rows=_PROBES)
 
 
 _PROBES, _PROBED = 8, 32
@@ -220,6 +240,19 @@ class Passed:
     pairs: float = 0.0
     largest: int = 0
     parts: float = 0.0
+
+    def training(self, flops: float, steps: int, batch: int, shape: ModelShape, trained: int) -> Work:
+        """Return the work of training on these passes.
+
+        Args:
+            flops: of all passes.
+            steps: optimizer steps.
+            batch: records per step.
+            shape: of the model.
+            trained: weights that have a gradient.
+        """
+        rows = max(1, round(batch * steps / max(self.parts, 1)))
+        return Work("update", "train", self.tokens, flops, steps, rows, batch, shape=shape, trained=trained)
 
 
 def count_passes(

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.models.gpus import find_gpu
 from rlhf_cli.progress import detail, say_once
 
 
@@ -95,36 +96,6 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class _GPU:
-    """Operations per second without sparsity; bfloat16 with float32 accumulation."""
-
-    bfloat16: float
-    tf32: float
-    float32: float
-
-
-_GPUS: dict[str, _GPU] = {
-    # Part of the device's name -> NVIDIA's data sheets. The first that fits counts: longer names come first.
-    "B200": _GPU(2250e12, 1125e12, 75e12),
-    "GH200": _GPU(989e12, 494e12, 67e12),
-    "H200 NVL": _GPU(835e12, 417e12, 60e12),
-    "H200": _GPU(989e12, 494e12, 67e12),
-    "H100 NVL": _GPU(835e12, 417e12, 60e12),
-    "H100 PCIe": _GPU(756e12, 378e12, 51e12),
-    "H100": _GPU(989e12, 494e12, 67e12),
-    "A100": _GPU(312e12, 156e12, 19.5e12),
-    "L40S": _GPU(362e12, 183e12, 91.6e12),
-    "L4": _GPU(121e12, 60e12, 30.3e12),
-    "A40": _GPU(149.7e12, 74.8e12, 37.4e12),
-    "A30": _GPU(165e12, 82e12, 10.3e12),
-    "A10": _GPU(125e12, 62.5e12, 31.2e12),
-    "RTX A6000": _GPU(154.8e12, 77.4e12, 38.7e12),
-    "RTX 4090": _GPU(165.2e12, 82.6e12, 82.6e12),
-    "RTX 3090": _GPU(71e12, 35.6e12, 35.6e12),
-}
-
-
-@dataclass(frozen=True)
 class Peak:
     """The most operations per second that a device can do.
 
@@ -153,10 +124,9 @@ def peak(device: torch.device, precision: torch.dtype) -> Peak | None:
 
 def listed_peak(name: str, precision: torch.dtype, *, tf32: bool) -> Peak | None:
     """Return the peak of the GPU that torch calls `name`; None for one that is not listed."""
-    words = f" {name} ".replace("-", " ")
-    found = next((gpu for part, gpu in _GPUS.items() if f" {part} " in words), None)
-    if found is None:
+    if (listed := find_gpu(name)) is None:
         return None
+    found = listed[1]
     if precision == torch.float32:
         return Peak(found.tf32 if tf32 else found.float32, f"of {name} in {'TF32' if tf32 else 'float32'}")
     return Peak(found.bfloat16, f"of {name} in bfloat16")

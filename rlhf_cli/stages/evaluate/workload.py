@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rlhf_cli.models.resources import ModelShape
 from rlhf_cli.stages.common import load_policy, load_prompts, split_from, stage_sampling
 from rlhf_cli.stages.evaluate.stage import EvaluateContext
 from rlhf_cli.stages.workload import Reading, Workload, drawing, scoring
@@ -19,7 +18,7 @@ def read(context: EvaluateContext) -> Reading:
         for prompt, ids in zip(prompts.prompts, prompts.ids, strict=True)
         if settings.prompts is not None or split.holds_out(prompt)
     ][: settings.max_prompts]
-    shape, sampling = ModelShape.required(policy.source.folder), policy.sampling
+    shape, sampling = context.shape_of(policy.source.folder), policy.sampling
     models, count = 2 + len(settings.policies), settings.samples_per_prompt
     notes = ("judges, functions and tasks are not counted",)
 
@@ -32,8 +31,9 @@ def read(context: EvaluateContext) -> Reading:
         drawn = drawn.times(models)
         # Each completion is scored by the policy that wrote it and by the baseline, for their KL.
         passes = scoring(
-            shape, "passes", lengths, per_prompt=count, mean=mean or longest, logits=True, times=2 * models - 2
-        )
+            shape, "passes", lengths, per_prompt=count, mean=mean or longest, logits=True, times=2 * models - 2,
+            rows=sampling.batch_size,
+        )  # fmt: skip
         return Workload(
             len(lengths), "prompts", (drawn, passes), loads=models, prompt=max(lengths, default=None), notes=notes
         )

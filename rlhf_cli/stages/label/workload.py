@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rlhf_cli.models.resources import ModelShape
 from rlhf_cli.stages.common import load_policy, load_prompts, stage_sampling
 from rlhf_cli.stages.inputs import present
 from rlhf_cli.stages.label.stage import LabelContext
@@ -17,7 +16,7 @@ def read(context: LabelContext) -> Reading | None:
     path = present(context.inputs.policy)
     policy = load_policy(context, path, stage_sampling(context, settings.sampling, path))
     prompts, _ = load_prompts(context, policy, "label.sampling.max_new_tokens")
-    shape = ModelShape.required(policy.source.folder)
+    shape = context.shape_of(policy.source.folder)
     lengths = [len(ids) for ids in prompts.ids]
     sampling, count = policy.sampling, settings.completions_per_prompt
     note = {"human": "the time of annotators is not counted", "function": ""}.get(

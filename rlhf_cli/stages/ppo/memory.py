@@ -15,6 +15,8 @@ from rlhf_cli.models.resources import (
     moments,
     number_bytes,
     saving,
+    shards,
+    vllm_share,
 )
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -24,20 +26,20 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     """Return the memory of the stage; `extent.reward` is a reward model with a backbone of its own."""
     model, shape, is_full = recipe.model, extent.shape, settings.adapter == "none"
     size = number_bytes(model.precision)
-    adapter = shape.adapter(settings.lora.rank)
+    adapter, parts = shape.adapter(settings.lora.rank), shards(model, extent)
     held = FLOAT32 if is_full else frozen_bytes(model.dtype, model.precision, model.quantize)
     critic = adapter if settings.critic_is_adapter else shape.weights if settings.critic_is_separate else 0
     policy = shape.weights if is_full else adapter
-    weights = {"policy": float(FLOAT32 * policy), "critic": float(FLOAT32 * critic)}
+    weights = {"policy": FLOAT32 * policy / parts, "critic": FLOAT32 * critic / parts}
     # Under adapters the frozen weights of the policy are the reference, and are always held.
-    reference = {"reference": held * shape.weights}
+    reference = {"reference": held * shape.weights / parts}
     weights |= {} if is_full else reference
-    reward = {} if extent.reward is None else {"reward model": float(extent.reward.weights * size)}
+    reward = {} if extent.reward is None else {"reward model": extent.reward.weights * size / parts}
     rests = extent.on_cpu or settings.offload_frozen  # weights that only score, while they are not used
     scoring = (reference if is_full else {}) | reward
     kept = weights if rests else weights | scoring
     small = shape.embeddings * (int(is_full) + int(settings.critic_is_separate))
-    state = {"optimizer": float(moments(policy + critic, settings.optimizer, small))}
+    state = {"optimizer": moments(policy + critic, settings.optimizer, small) / parts}
     tokens, longest = _tokens(settings, recipe, extent)
     activations = {
         "activations": float(
@@ -51,19 +53,37 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
         ),
         "logits": float(shape.logits(tokens)),
     }
-    rows = min(settings.rollout_batch_size, settings.completions_per_step)
-    # What `models.adapter_merging` puts in the place of float32 weights while tokens are drawn.
-    merged = FLOAT32 * shape.backbone if not is_full and held == size == FLOAT32 else 0
-    drawing = {"cache": shape.cache(rows, longest, size), "logits": shape.sampling(rows), "merged adapter": merged}
+    drawing = _drawing(settings, recipe, extent, held=held, size=size, longest=longest)
     once = {"activations": float(shape.transient(tokens, size)), "logits": float(shape.logits(tokens))}
+    passed = {"gathered": shape.gathered(size)} if parts > 1 else {}
+    trained = {"gathered": shape.gathered(size, trains=is_full)} if parts > 1 else {}
+    gradients = {"gradients": FLOAT32 * (policy + critic) / parts}
     phases = {
         "load": loading(extent, weights | (scoring if not rests else {})),
         "rollout": kept | state | drawing,
-        "passes": weights | scoring | state | once,
-        "update": kept | state | {"gradients": float(FLOAT32 * (policy + critic))} | activations,
+        "passes": weights | scoring | state | once | passed,
+        "update": kept | state | gradients | activations | trained,
         "save": saving(extent, kept=FLOAT32 * critic),
     }
     return memory_need(extent, phases, *(scoring if extent.on_cpu else ()))
+
+
+def _drawing(
+    settings: PPOSettings, recipe: RunSettings, extent: Extent, *, held: float, size: int, longest: int
+) -> dict[str, float]:
+    """Roles of drawing completions besides weights and moments."""
+    shape, parts = extent.shape, shards(recipe.model, extent)
+    if recipe.generation.engine == "vllm":
+        return {"vLLM": vllm_share(shape, recipe.generation.gpu_memory_utilization, extent, longest)}
+    rows = math.ceil(settings.completions_per_step / extent.processes)
+    rows = min(settings.rollout_batch_size, rows)
+    # What `models.adapter_merging` puts in the place of float32 weights while tokens are drawn.
+    merged = settings.adapter == "lora" and held == size == FLOAT32
+    drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
+    drawing["merged adapter"] = float(FLOAT32 * shape.backbone * merged)
+    if parts > 1:  # the whole policy, for every token
+        drawing["gathered"] = float(shape.weights * size)
+    return drawing
 
 
 def _tokens(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.generation.prompts import prompt_style
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.resources import FLOAT32, ModelShape
+from rlhf_cli.models.resources import FLOAT32
 from rlhf_cli.stages.common import inherited_sampling, model_source
 from rlhf_cli.stages.inputs import Input
 from rlhf_cli.stages.reward_model.stage import RewardModelContext
@@ -122,7 +122,7 @@ def _longest(context: RewardModelContext) -> int:
 
 
 def _reading(context: RewardModelContext, source: ModelSource, count, *, sample, rows: int, draws: bool) -> Reading:
-    settings, shape = context.settings, ModelShape.required(source.folder)
+    settings, shape = context.settings, context.shape_of(source.folder)
     rank = settings.lora.rank if settings.adapter == "lora" else None
     trained = shape.weights if rank is None else shape.adapter(rank)
     longest = _longest(context)
@@ -131,8 +131,16 @@ def _reading(context: RewardModelContext, source: ModelSource, count, *, sample,
         passed, steps, records, scored, drawn_for = count(mean)
         flops = shape.training_flops(passed.tokens, pairs=passed.pairs, rank=rank)
         work = [
-            Work("update", "train", passed.tokens, flops),
-            Work("eval", "forward", scored, shape.forward_flops(scored)),
+            passed.training(flops, steps, settings.batch_size, shape, trained),
+            Work(
+                "eval",
+                "forward",
+                scored,
+                shape.forward_flops(scored),
+                rows=settings.micro_batch_size,
+                each=records,
+                shape=shape,
+            ),
             comparing(shape, logits=False),
         ]
         if drawn_for:

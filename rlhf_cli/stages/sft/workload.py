@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.generation.prompts import prompt_format, prompt_style
-from rlhf_cli.models.resources import FLOAT32, ModelShape
+from rlhf_cli.models.resources import FLOAT32
 from rlhf_cli.stages.common import model_source, split_from
 from rlhf_cli.stages.sft.run import HELD_OUT_MEASURED, base_model, fitting_examples
 from rlhf_cli.stages.sft.stage import SFTContext
@@ -34,7 +34,7 @@ def read(context: SFTContext) -> Reading:
 
     recipe, settings = context.recipe, context.settings
     source, train, measured = _examples(context)
-    config, shape = load_config(source), ModelShape.required(source.folder)
+    config, shape = load_config(source), context.shape_of(source.folder)
     is_grouped = reads_shared_prompts(recipe.model, is_encoder_decoder=config.is_encoder_decoder)
     passed, steps = _passes(settings, train, seed=recipe.seed, is_grouped=is_grouped)
     rank = settings.lora.rank if settings.adapter == "lora" else None
@@ -51,14 +51,15 @@ def read(context: SFTContext) -> Reading:
         optimizer_steps=steps,
         trained=trained,
         work=(
-            Work("update", "train", passed.tokens, flops),
-            Work("eval", "forward", 2.0 * sum(map(len, measured)), 2.0 * held_out),
+            passed.training(flops, steps, settings.batch_size, shape, trained),
+            Work("eval", "forward", 2.0 * sum(map(len, measured)), 2.0 * held_out, calls=2,
+                 rows=settings.micro_batch_size, each=max(1, len(measured)), shape=shape),
             comparing(shape),
         ),
         loads=2,
         written=FLOAT32 * (shape.weights + 3 * trained * (1 + (steps - 1) // settings.checkpoint_steps)),
         largest=passed.largest,
-    )
+    )  # fmt: skip
     ordered = sorted(train, key=len)
     sample = [ordered[number] for number in spread(len(ordered), max(settings.micro_batch_size, 8))]
     return Reading(

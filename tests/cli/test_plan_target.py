@@ -1,0 +1,125 @@
+"""`rlhf plan --gpu`: memory and time on machines that are not at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_cli.cli.app import app
+from rlhf_cli.cli.plan_report import plan_json, show_plan
+from rlhf_cli.models.gpus import Cluster
+from rlhf_cli.models.model_sizes import SIZES
+from rlhf_cli.pipeline.plan import RunPlan, plan_run
+from rlhf_cli.pipeline.plan_target import Target
+from rlhf_cli.pipeline.planner import Selection
+from rlhf_cli.pipeline.prediction import COMPUTE
+from rlhf_cli.recipe.loader import load_recipe
+
+
+@pytest.fixture
+def small(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A recipe of three stages on a tiny model, with settings of another machine."""
+    rows = [{"prompt": f"Why {number}?", "chosen": " Because.", "rejected": " No."} for number in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        f"name: small\nmodel: {{path: {tiny_llama}, device: cuda, attention: triton}}\n"
+        "generation: {engine: vllm, gpu_memory_utilization: 0.6}\n"
+        "data: {prompts: prompts.jsonl, holdout: 0.2}\nsampling: {max_new_tokens: 8}\n"
+        "train_rm: {data: pairs.jsonl, batch_size: 4, normalize: false}\n"
+        "ppo: {steps: 3, prompts_per_step: 16, epochs: 1, micro_batch_size: 2}\n"
+    )
+    return recipe
+
+
+def planned(recipe: Path, *arguments: str, size: str | None = None, count: int = 1, gpu: str = "h100") -> RunPlan:
+    target = Target(Cluster.of(gpu, count), None if size is None else SIZES[size])
+    return plan_run(load_recipe(recipe, list(arguments)), recipe.parent / "run", Selection(), target=target)
+
+
+def test_the_command_plans_for_gpus_that_this_machine_lacks(small: Path, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    options = ["--gpu", "h100", "--gpus", "16", "--size", "8b", "--set", "ppo.adapter=none"]
+    done = CliRunner().invoke(app, ["plan", str(small), *options])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "bfloat16 instructions" not in said, "nothing is said of this machine"
+    assert "machines: 16 x H100 on 2 nodes, 400 Gbit/s per GPU between; predictions from data sheets" in said
+    assert "step predicted about" in said
+    assert "(memory bandwidth)" in said
+    assert "a GPU has 80.0 GB" in said
+    assert "does not fit 80.0 GB" in said
+    assert "--set ppo.adapter=lora" in said
+    assert not (small.parent / "runs").exists()
+
+
+def test_json_has_the_seconds_of_each_phase(small: Path):
+    found = plan_json(planned(small, gpu="a100"))
+    assert found["machines"] == "1 x A100"
+    (ppo,) = [stage for stage in found["stages"] if stage["name"] == "ppo"]
+    assert ppo["precision"] == "bfloat16"
+    assert ppo["predicted"].keys() == {"rollout", "passes", "scoring", "update"}
+    assert ppo["seconds"] == pytest.approx(sum(one["seconds"] for one in ppo["predicted"].values()))
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
+
+
+def test_a_size_takes_the_place_of_the_model(small: Path):
+    stages = {stage.name: stage for stage in planned(small, "ppo.adapter=none", size="8b").stages}
+    shape = SIZES["8b"]
+    for name in ("train-rm", "ppo"):
+        memory = stages[name].memory
+        assert memory is not None
+        assert "process" not in memory.phases["update"], "on a GPU"
+    ppo = stages["ppo"]
+    assert ppo.memory is not None
+    assert ppo.memory.phases["update"]["optimizer"] == 2 * 8 * shape.weights, "of policy and critic"
+    assert ppo.memory.phases["rollout"]["vLLM"] == int(0.6 * 80e9)
+    assert ppo.predicted is not None
+    assert ppo.workload is not None
+    trained = sum(work.flops for work in ppo.workload.work if work.phase == "update")
+    assert ppo.predicted["update"].compute == pytest.approx(trained / (989e12 * COMPUTE))
+
+
+def test_more_gpus_divide_the_work(small: Path):
+    one, four = (planned(small, size="1b", count=count).stages[1].predicted for count in (1, 4))
+    assert one is not None
+    assert four is not None
+    assert four["passes"].compute == pytest.approx(one["passes"].compute / 4)
+    assert one["update"].network == 0 < four["update"].network
+
+
+def test_sharded_models_are_planned_where_there_is_one_process(small: Path):
+    changes = ("model.sharding=fsdp", "generation={engine: torch}", "ppo.adapter=none", "ppo.critic_from=policy")
+    whole, sharded = (planned(small, *changes, size="8b", count=count).stages[1].memory for count in (1, 8))
+    assert whole is not None
+    assert sharded is not None
+    assert sharded.phases["update"]["optimizer"] == whole.phases["update"]["optimizer"] // 8
+    assert sharded.phases["rollout"]["gathered"] == 2 * SIZES["8b"].weights
+
+
+def test_memory_alone_is_planned_for_a_gpu_that_is_not_listed(small: Path, capsys):
+    found = planned(small, "ppo.adapter=none", size="8b", gpu="24")
+    assert found.seconds is None
+    assert all(stage.predicted is None for stage in found.stages)
+    assert "ppo.adapter=lora" in [one.change for one in found.stages[1].advice]
+    show_plan(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "does not fit 24.0 GB" in said
+    assert "time: the speed of this GPU is not known" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--gpus", "8"), "`--gpus` needs `--gpu`"), (("--size", "8b"), "`--size` needs `--gpu`"),
+     (("--gpu", "h1000"), "unknown GPU `h1000`"), (("--gpu", "h100", "--size", "9b"), "unknown size `9b`"),
+     (("--gpu", "h100", "--gpus", "9", "--nodes", "2"), "9 GPUs cannot be divided among 2 nodes"),
+     (("--gpu", "h100", "--gpus", "8", "--set", "model.sharding=fsdp"), "does not support `generation.engine: vllm`")],
+)  # fmt: skip
+def test_what_is_wrong_with_the_machines_is_said(arguments, message, small: Path, rlhf_here):
+    code, said = rlhf_here("plan", small, *arguments)
+    assert code == 2
+    assert message in said

@@ -1,0 +1,191 @@
+"""Predicted seconds and bytes by hand: a small shape on GPUs with round numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rlhf_cli.models.gpus import GPU, Cluster
+from rlhf_cli.models.resources import Extent, ModelShape, vllm_share
+from rlhf_cli.pipeline.plan_target import Target
+from rlhf_cli.pipeline.prediction import COMPUTE, MEMORY, NETWORK, Predictor, Took
+from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.settings.run import RunSettings
+from rlhf_cli.stages.ppo.memory import ppo_memory
+from rlhf_cli.stages.workload import Work, Workload, drawing
+
+SHAPE = ModelShape(
+    weights=1_900, layers=2, hidden=8, feed_forward=16, queries=8, keys=4, vocabulary=100, embeddings=800, stored=3_800
+)
+PEAK, BANDWIDTH, LINK = 1e6, 1e5, 1e4
+"""Operations, bytes and bytes per second."""
+KV = 2 * 2 * 4 * 2
+"""Bytes of the keys and values of a token: 2 x layers x width x 2."""
+
+
+def cluster(count: int = 1, nodes: int = 1, network: float = 1e3) -> Cluster:
+    gpu = GPU(PEAK, PEAK / 2, PEAK / 4, 80, BANDWIDTH / 1e9, LINK / 1e9)
+    return Cluster("made up", 80e9, gpu, count, nodes, network)
+
+
+def recipe(sharding: str = "none", engine: str = "torch", share: float = 0.5, **ppo: Any) -> RunSettings:
+    return Recipe.model_validate(
+        {
+            "model": {"path": "m", "precision": "bfloat16", "sharding": sharding},
+            "data": {"prompts": "p.jsonl"},
+            "generation": {"engine": engine, **({"gpu_memory_utilization": share} if engine == "vllm" else {})},
+            "ppo": {"rewards": [{"function": "f.py:score"}], "steps": 1, **ppo},
+        }
+    )
+
+
+def predictor(count: int = 1, sharding: str = "none", engine: str = "torch", **changes: Any) -> Predictor:
+    extent = Extent(SHAPE, processes=count)
+    return replace(Predictor(cluster(count), recipe(sharding, engine), extent), **changes)
+
+
+def ring(size: float, count: int, bandwidth: float = LINK) -> float:
+    return size * (count - 1) / count / (bandwidth * NETWORK)
+
+
+TRAIN = Work("update", "train", 100.0, 3e6, calls=2, rows=4, each=16, shape=SHAPE, trained=1_900)
+FORWARD = Work("passes", "forward", 100.0, 1e6, calls=2, rows=4, each=16, shape=SHAPE)
+
+
+def test_a_forward_pass_is_its_operations():
+    assert predictor().took(FORWARD) == Took(1e6 / (PEAK * COMPUTE), 1e6 / (PEAK * COMPUTE), 0.0, 0.0)
+    quarter = predictor(4).took(FORWARD)
+    assert quarter.total == pytest.approx(1e6 / 4 / (PEAK * COMPUTE))
+    uneven = predictor(5).took(FORWARD)
+    assert uneven.total == pytest.approx(1e6 * 4 / 16 / (PEAK * COMPUTE)), "one of five processes has four of sixteen"
+
+
+def test_whole_models_sum_their_gradients_once_per_optimizer_step():
+    took = predictor(4).took(TRAIN)
+    assert took.compute == pytest.approx(3e6 / 4 / (PEAK * COMPUTE))
+    assert took.memory == pytest.approx(2 * 28 * 1_900 / (BANDWIDTH * MEMORY))
+    assert took.network == pytest.approx(ring(2 * 2 * 4 * 1_900, 4))
+    assert took.total == pytest.approx(took.compute + took.memory + took.network)
+
+
+def test_sharded_models_gather_weights_in_each_pass_and_overlap_it():
+    took = predictor(2, "fsdp").took(TRAIN)
+    passes = 2 * 2  # two steps of 8 sequences on each process, four at a time
+    assert took.network == pytest.approx(ring(passes * (2 * 2 * 1_900 + 4 * 1_900), 2))
+    assert took.memory == pytest.approx(2 * 28 * 1_900 / 2 / (BANDWIDTH * MEMORY))
+    assert took.total == pytest.approx(max(took.compute, took.network) + took.memory)
+    forward = predictor(2, "fsdp").took(FORWARD)
+    assert forward.network == pytest.approx(ring(passes * 2 * 1_900, 2))
+    assert forward.total == pytest.approx(max(forward.compute, forward.network))
+
+
+def test_nodes_are_slower_than_their_links():
+    near = predictor(4, "fsdp").took(TRAIN).network
+    far = predictor(4, "fsdp", cluster=cluster(4, nodes=2)).took(TRAIN).network
+    assert far == pytest.approx(near * LINK / 2e3), "two networks of 1e3 bytes per second"
+
+
+@pytest.mark.parametrize(("is_full", "more"), [(True, 4 / 3), (False, 3 / 2)])
+def test_activations_that_are_computed_again_take_a_forward_pass_more(is_full, more):
+    once = predictor().took(TRAIN).compute
+    assert predictor(recompute=True, is_full=is_full).took(TRAIN).compute == pytest.approx(more * once)
+    assert predictor(recompute=True).took(FORWARD) == predictor().took(FORWARD)
+
+
+def test_tokens_are_drawn_as_fast_as_weights_and_keys_are_read():
+    drawn = drawing(SHAPE, "rollout", [10, 10], per_prompt=1, mean=5.0, longest=5, rows=2)
+    took = predictor().took(drawn)
+    keys = 2 * 5 * (10 + 2.5)
+    assert drawn.keys == keys
+    assert took.memory == pytest.approx((5 * 2 * 1_900 + keys * KV) / (BANDWIDTH * MEMORY))
+    prefill = SHAPE.forward_flops(20, scored=2, pairs=200)
+    decode = SHAPE.forward_flops(10, scored=8, pairs=keys)  # the logits of the first tokens come with the prompts
+    assert took.compute == pytest.approx((prefill + decode) / (PEAK * COMPUTE))
+    longer = max(took.memory, decode / (PEAK * COMPUTE))
+    assert took.total == pytest.approx(prefill / (PEAK * COMPUTE) + longer)
+    one_by_one = predictor().took(replace(drawn, rows=1))
+    assert one_by_one.memory == pytest.approx((10 * 2 * 1_900 + keys * KV) / (BANDWIDTH * MEMORY))
+
+
+def test_a_sharded_policy_is_gathered_once_to_draw():
+    drawn = drawing(SHAPE, "rollout", [10] * 4, per_prompt=1, mean=5.0, longest=5, rows=4, calls=2)
+    assert predictor(2, "fsdp").took(drawn).network == pytest.approx(ring(2 * 2 * 1_900, 2))
+    assert predictor(2).took(drawn).network == 0.0
+
+
+def test_vllm_draws_as_many_rows_as_its_share_holds():
+    drawn = drawing(SHAPE, "rollout", [10] * 8, per_prompt=1, mean=5.0, longest=5, rows=2)
+    context = 12.5 * KV
+    for rows, steps in ((8, 5), (4, 10), (1, 40)):
+        memory = 2 * (2 * 1_900 + (rows + 0.5) * context)
+        small = replace(cluster(), memory=memory)
+        took = predictor(engine="vllm", cluster=small).took(drawn)
+        assert took.memory == pytest.approx((steps * 2 * 1_900 + drawn.keys * KV) / (BANDWIDTH * MEMORY))
+
+
+def test_phases_are_sums_and_one_process_does_what_is_not_divided():
+    works = (FORWARD, FORWARD, TRAIN, replace(FORWARD, phase="save"), Work("eval", "forward", 1.0, 1e6))
+    found = predictor(2).phases(Workload(1, "prompts", works))
+    assert found.keys() == {"passes", "update"}
+    assert found["passes"].total == pytest.approx(2 * predictor(2).took(FORWARD).total)
+    alone = replace(FORWARD, each=1)
+    assert predictor(2).took(alone).total == pytest.approx(1e6 / (PEAK * COMPUTE))
+
+
+def test_the_limit_is_what_takes_longest():
+    assert Took(3.0, 1.0, 3.0, 2.0).limit == "memory bandwidth"
+    assert (Took(1.0, 1.0, 0.0, 0.0) + Took(2.0, 0.0, 0.0, 2.0)).limit == "interconnect"
+
+
+# Memory
+
+
+def memory(processes: int, **changes: Any) -> dict[str, Any]:
+    settings = recipe(**changes)
+    extent = Extent(SHAPE, processes=processes, tokens=10, prompt=10, device=100_000)
+    return {name: dict(roles) for name, roles in ppo_memory(settings.section("ppo"), settings, extent).phases.items()}  # type: ignore[attr-defined]
+
+
+def test_shards_divide_weights_gradients_and_moments():
+    whole, half = memory(1, adapter="none"), memory(2, sharding="fsdp", adapter="none")
+    for role in ("policy", "critic", "reference", "gradients", "optimizer"):
+        assert half["update"][role] == whole["update"][role] / 2
+    assert half["update"]["activations"] == whole["update"]["activations"]
+    block = (1_900 - 800) // 2
+    assert half["passes"]["gathered"] == (2 * block + 800) * 2
+    assert half["update"]["gathered"] == (2 * block + 800) * 2 + (block + 800) * (2 + 4)
+    assert half["rollout"]["gathered"] == 1_900 * 2, "the torch engine holds the whole policy"
+    assert "gathered" not in memory(2, adapter="none")["update"], "not sharded"
+
+
+def test_gathered_adapters_have_frozen_weights_in_bfloat16():
+    found = memory(2, sharding="fsdp", adapter="lora")
+    assert found["update"]["gathered"] == found["passes"]["gathered"] == (2 * 550 + 800) * 2
+    assert found["rollout"]["reference"] == 1_900 * 2 / 2
+
+
+def test_vllm_takes_its_share_or_what_it_needs():
+    assert memory(1, engine="vllm", share=0.5)["rollout"]["vLLM"] == 50_000
+    least = 2 * 1_900 + KV * 100
+    assert vllm_share(SHAPE, 0.01, Extent(SHAPE, device=100_000), 100) == least
+
+
+def test_a_micro_batch_has_at_most_the_own_sequences_of_a_process():
+    work = Workload(1, "prompts", (replace(TRAIN, rows=8),), largest=80)
+    target = Target(cluster(4))
+    assert target.extent(Extent(SHAPE, tokens=80), work).tokens == 40, "four of sixteen sequences, where eight may be"
+    assert target.extent(Extent(SHAPE, tokens=80), Workload(1, "prompts", ())).tokens == 80
+
+
+def test_a_share_that_is_too_small_for_vllm_is_said():
+    draws = Workload(1, "prompts", (drawing(SHAPE, "rollout", [10], per_prompt=1, mean=5.0, longest=5, rows=1),))
+    target, extent = Target(replace(cluster(), memory=10_000)), Extent(SHAPE, prompt=10)
+    least = (2 * 1_900 + 15 * KV) / 10_000
+    assert target.notes(recipe(engine="vllm", share=0.9), extent, draws) == ()
+    (note,) = target.notes(recipe(engine="vllm", share=0.1), extent, draws)
+    assert f"{least + 0.005:.2f}" in note
+    (note,) = Target(replace(cluster(), memory=3_000)).notes(recipe(engine="vllm"), extent, draws)
+    assert "too large" in note
+    assert target.notes(recipe(), extent, draws) == ()
