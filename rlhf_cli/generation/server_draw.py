@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CONCURRENT = 256
 """Most requests at a time: the sequences that vLLM runs at a time by default."""
-_POLL = 0.2
+POLL = 0.2
 """Seconds between two looks at a stop request."""
 
 
@@ -71,7 +71,7 @@ class Draw:
                     self._drop()
                 stop()
                 with contextlib.suppress(queue.Empty):
-                    number, found = self._ended.get(timeout=_POLL)
+                    number, found = self._ended.get(timeout=POLL)
                     self._running -= 1
                     if isinstance(found, Exception):
                         failure = failure or found

@@ -84,9 +84,12 @@ class VLLMServerGenerator:
         """
         self._server.connect()
         length = min(context_length(policy.config), self._longest_prompt + policy.sampling.max_new_tokens)
-        self.version = self._server.check(length=length)
+        try:
+            self.version = self._server.check(length=length)
+        except LostError as error:
+            raise self._gone(str(error)) from error
         requests = probe_requests(policy)
-        drawn = self._drawn(policy, requests, PROBE, (), together=True)
+        drawn = self._drawn(policy, requests, PROBE, (), jointly=True)
         with policy.model() as model:
             check_probabilities(policy, model, requests, [(one.ids, finite(one.logprobs)) for one in drawn])
 
@@ -112,7 +115,7 @@ class VLLMServerGenerator:
     def begin(self, policy: Policy, requests: Sequence[Request]) -> PendingDraw:
         """See `DrawsAhead`."""
         draw = None
-        if self._hand_over(policy, together=True) is None:
+        if self._hand_over(policy, jointly=True) is None:
             draw = self._draw(requests, policy.sampling, policy.stop_ids)
         self._pending = PendingDraw(requests, draw)
         return self._pending
@@ -143,7 +146,7 @@ class VLLMServerGenerator:
         *,
         progress: Progress = ignore,
         stop: Callable[[], object] = lambda: None,
-        together: bool = False,
+        jointly: bool = False,
     ) -> list[Drawn]:
         """Draw all requests with the policy's weights; from the beginning where the server was lost meanwhile.
 
@@ -154,27 +157,29 @@ class VLLMServerGenerator:
             stop_ids: tokens that end a completion.
             progress: is told of each completion.
             stop: may raise.
-            together: whether all processes call this at the same time.
+            jointly: whether all processes call this at the same time.
         """
         if not all(request.prompt_ids for request in requests):
             raise ModelError(
                 "a prompt has no tokens, and this tokenizer puts none in front",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
-        together = together or policy.may_change or self._processes.count == 1
+        jointly = jointly or policy.may_change or self._processes.count == 1
         reason: str | None = None
         for _ in range(_ATTEMPTS):
-            drawn, reason = None, self._hand_over(policy, together=together, stop=stop)
+            drawn, reason = None, self._hand_over(policy, jointly=jointly, stop=stop)
             if reason is None:
                 drawn, reason = self._collected(self._draw(requests, sampling, stop_ids), progress, stop)
-            is_lost = self._processes.any(drawn is None) if together else drawn is None
+            is_lost = self._processes.any(drawn is None) if jointly else drawn is None
             if drawn is not None and not is_lost:
                 return drawn
             reason = reason or "another process could not reach it"
             self._warn(reason)
-        raise ServerLostError(
-            f"the vllm server at {self._server.url} was lost {_ATTEMPTS} times while it drew the same completions: "
-            f"{reason}",
+        raise self._gone(f"it was lost {_ATTEMPTS} times while it drew the same completions: {reason}")
+
+    def _gone(self, reason: str) -> ServerLostError:
+        return ServerLostError(
+            f"the vllm server at {self._server.url} was lost: {reason}",
             hint="its log says more; run the same command again to resume",
         )
 
@@ -200,7 +205,7 @@ class VLLMServerGenerator:
             return None, str(error)
         return [one for one in draw.drawn if one is not None], None
 
-    def _hand_over(self, policy: Policy, *, together: bool, stop: Callable[[], object] = lambda: None) -> str | None:
+    def _hand_over(self, policy: Policy, *, jointly: bool, stop: Callable[[], object] = lambda: None) -> str | None:
         """Give the server the policy's weights, unless it has them and they cannot have changed.
 
         Returns:
@@ -213,20 +218,23 @@ class VLLMServerGenerator:
             self.wait(self._pending)
             self._pending = None
         server = self._server
-        if not together:
-            if server.is_ours():
-                return None
-            raise ServerLostError(
-                f"the vllm server at {server.url} restarted, and lost the policy's weights",
-                hint="run the same command again; it resumes",
-            )
+        if not jointly:
+            try:
+                if server.is_ours():
+                    return None
+            except LostError as error:
+                raise self._gone(str(error)) from error
+            raise self._gone("it restarted without the policy's weights, or another run gave it weights")
         told = self._processes.all_gather_object(self._sent(policy, stop) if self._processes.is_main else None)[0]
         if "gone" in told:
             raise ServerLostError(told["gone"], hint=told["hint"])
         if "lost" in told:
             server.forget()
             return told["lost"]
-        server.connect(stop)
+        try:
+            server.connect(stop)
+        except ServerLostError as error:  # in this process alone, so that it is raised in all of them together
+            return error.message
         server.weights = told["weights"]
         return None
 
@@ -236,6 +244,7 @@ class VLLMServerGenerator:
         try:
             server.connect(stop)
             if policy.may_change or self._holds() is not policy or not server.is_ours():
+                self._holds = lambda: None
                 with policy.model() as model:
                     server.take(merged_weights(model))
                 self._holds = weakref.ref(policy)

@@ -22,12 +22,13 @@ from requests.adapters import HTTPAdapter
 from torch import Tensor
 
 from rlhf_cli.distributed.watchdog import beat
-from rlhf_cli.errors import ModelError, ServerLostError
+from rlhf_cli.errors import ModelError, RLHFError, ServerLostError
 from rlhf_cli.generation.generator import Request
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.server_draw import Drawn
 from rlhf_cli.generation.vllm_engine import SUPPORTED
 from rlhf_cli.http_client.addresses import network_error
+from rlhf_cli.memory import is_out_of_memory
 from rlhf_cli.progress import warn
 
 CLIENT = "1.16"
@@ -40,9 +41,11 @@ START = (
 _CONNECTIONS = 256
 _HEALTH_SECONDS = 5.0
 """Longest answer to a question of state."""
-_POLL = 1.0
+POLL = 1.0
 """Seconds between two questions whether a server is up."""
-_CHUNK_BYTES = 2**29
+_CLEARINGS = 10
+"""Attempts to clear the cache: blocks of the last completions may be freed a moment later."""
+CHUNK_BYTES = 2**29
 """Weights are announced and sent in parts of about this size, so that no copy of the model is made."""
 
 
@@ -61,6 +64,10 @@ def start_command(model: str) -> str:
 
 class LostError(Exception):
     """The server did not answer, or it is not the one that took the weights; it may come back."""
+
+
+class _UnusableError(Exception):
+    """The server answered with what cannot be used."""
 
 
 class VLLMServer:
@@ -112,7 +119,7 @@ class VLLMServer:
                 told = True
             beat()
             stop()
-            time.sleep(min(_POLL, self._patience))
+            time.sleep(min(POLL, self._patience))
 
     def trouble(self) -> str | None:
         """Return why the server cannot be used now; None if it can."""
@@ -137,6 +144,7 @@ class VLLMServer:
 
         Raises:
             ModelError: the server is of another version, or was started with other options than those we need.
+            LostError: it does not answer.
         """
         version = str(self._asked("version").get("version"))
         command = start_command(self._model)
@@ -145,11 +153,12 @@ class VLLMServer:
                 f"the vllm server at {self.url} is of version {version}, and {SUPPORTED} is supported",
                 hint=f"install it with `pip install 'vllm=={SUPPORTED}.*'`",
             )
-        found = self._client.session.get(f"{self.url}/server_info", params={"config_format": "json"})
-        if found.status_code != requests.codes.ok:
-            raise ModelError(f"the vllm server at {self.url} cannot take weights: it is not in development mode",
-                             hint=f"start it with `{command}`")  # fmt: skip
-        config = found.json()["vllm_config"]
+        config = self._asked("server_info?config_format=json", seconds=self._patience).get("vllm_config")
+        if config is None:
+            raise ModelError(
+                f"the vllm server at {self.url} cannot take weights: it is not in development mode",
+                hint=f"start it with `{command}`",
+            )
         transfer = (config["weight_transfer_config"] or {}).get("backend")
         mode, longest = config["model_config"]["logprobs_mode"], config["model_config"]["max_model_len"]
         if transfer != "nccl" or mode != "processed_logprobs":
@@ -174,21 +183,33 @@ class VLLMServer:
             LostError: the server was lost meanwhile.
             ModelError: it refuses them.
         """
-        name = uuid.uuid4().hex
         with self.explained("taking the policy's weights"), self._on_device():
             if self._client.communicator is None:
                 self._client.group_port = _free_port()
                 self._client.init_communicator(device="cuda")
+            self._rename()  # from here on the weights are not those of before
             with self._client.weight_update():
                 for part in _parts(weights):
                     metadata = [
                         (name, str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in part
                     ]
                     self._client.update_named_params(metadata, iter(part))
-            if not self._posted("reset_prefix_cache")["success"]:
-                raise RuntimeError("the prefix cache cannot be reset, since other requests are running")
-            self._posted("update_weight_version", new_version=name)
+            self._clear_cache()
+            self._rename()
+
+    def _rename(self) -> None:
+        """Give the weights a new name, in the server and here."""
+        name = uuid.uuid4().hex
+        self._posted("update_weight_version", new_version=name)
         self.weights = name
+
+    def _clear_cache(self) -> None:
+        """Let the server forget what it computed with old weights."""
+        for _ in range(_CLEARINGS):
+            if self._posted("reset_prefix_cache")["success"]:
+                return
+            time.sleep(POLL)
+        raise _UnusableError("the prefix cache cannot be cleared, since other requests are running")
 
     def is_ours(self) -> bool:
         """Whether the server still has the weights that it was given last: it did not restart, and nobody else uses
@@ -212,7 +233,7 @@ class VLLMServer:
         )
         ids = found["completion_ids"][0]
         if len(ids) < sampling.max_new_tokens and (not ids or ids[-1] not in stop_ids):
-            raise RuntimeError(f"a completion ended after {len(ids)} tokens without a stop token")
+            raise _UnusableError(f"a completion ended after {len(ids)} tokens without a stop token")
         values = [row[0] for row in found["logprobs"][0]]
         return Drawn(ids, [float("nan") if value is None else float(value) for value in values])
 
@@ -221,9 +242,11 @@ class VLLMServer:
         """Turn what the client raises into `LostError`, or into a `ModelError` where the server is in order."""
         try:
             yield
-        except (LostError, ModelError):
+        except (LostError, RLHFError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):  # of ours, merging an adapter
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             if isinstance(error, requests.ConnectionError) or self._has_gone():
                 raise LostError(reason) from error
@@ -243,9 +266,9 @@ class VLLMServer:
         except LostError:
             return True
 
-    def _asked(self, path: str) -> dict[str, Any]:
+    def _asked(self, path: str, *, seconds: float = _HEALTH_SECONDS) -> dict[str, Any]:
         try:
-            return self._client.session.get(f"{self.url}/{path}", timeout=_HEALTH_SECONDS).json()
+            return self._client.session.get(f"{self.url}/{path}", timeout=seconds).json()
         except (requests.RequestException, ValueError) as error:
             raise LostError(f"no answer to /{path}: {type(error).__name__}") from error
 
@@ -289,13 +312,13 @@ class _Adapter(HTTPAdapter):
 
 
 def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Weights in parts of about `_CHUNK_BYTES`."""
+    """Weights in parts of about `CHUNK_BYTES`."""
     part: list[tuple[str, Tensor]] = []
     size = 0
     for name, value in weights:
         part.append((name, value))
         size += value.numel() * value.element_size()
-        if size >= _CHUNK_BYTES:
+        if size >= CHUNK_BYTES:
             yield part
             part, size = [], 0
     if part:

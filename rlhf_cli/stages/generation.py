@@ -63,8 +63,8 @@ def _chosen(
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
     settings = context.recipe.generation
-    is_wanted = settings.engine == "vllm" or settings.vllm_server is not None
-    asked = ("vllm" if is_wanted else settings.engine) if recorded is None else recorded.partition(" ")[0]
+    needs_vllm = settings.engine == "vllm" or settings.vllm_server is not None
+    asked = ("vllm" if needs_vllm else settings.engine) if recorded is None else recorded.partition(" ")[0]
     if asked == "torch":
         return TorchGenerator(), "torch", ""
     if settings.vllm_server is not None:

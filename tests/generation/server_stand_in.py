@@ -276,7 +276,7 @@ def server_of(vllm, monkeypatch):
         monkeypatch.setitem(sys.modules, name, _module(name, **values))
     _forget_client()
     for module in (vllm_server, server_draw):
-        monkeypatch.setattr(module, "_POLL", 0.02)
+        monkeypatch.setattr(module, "POLL", 0.02)
     monkeypatch.setitem(GROUPS, 0, Group())  # the registry is empty again afterwards
     made: list[StandIn] = []
 

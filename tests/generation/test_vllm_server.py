@@ -18,8 +18,8 @@ from tests.generation.test_vllm_generator import PROMPTS, REQUESTS, on_cuda, pol
 
 __all__ = ["server_of", "vllm"]
 
-UPDATE = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
-UPDATE += ["/update_weight_version"]
+UPDATE = ["/update_weight_version", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+UPDATE += ["/reset_prefix_cache", "/update_weight_version"]
 
 
 def generator(server, policy: Policy) -> VLLMServerGenerator:
@@ -88,7 +88,7 @@ def test_a_policy_that_trains_sends_its_weights_before_each_draw(trained):
 
 
 def test_a_policy_that_does_not_train_sends_its_weights_once(server_of, tiny_llama, monkeypatch):
-    monkeypatch.setattr("rlhf_cli.generation.vllm_server._CHUNK_BYTES", 4096)
+    monkeypatch.setattr("rlhf_cli.generation.vllm_server.CHUNK_BYTES", 4096)
     server, policy, other = server_of(tiny_llama), policy_at(tiny_llama), policy_at(tiny_llama)
     draws = generator(server, policy)
     draws.start(policy)

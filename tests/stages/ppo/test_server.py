@@ -20,16 +20,17 @@ CHANGES = {"checkpoint_steps": 50, "max_new_tokens": 4, "prompts_per_step": 4, "
 
 
 @pytest.fixture
-def run(server_of, tiny_llama, tmp_path, make_trainer, monkeypatch):
+def run(server_of, tiny_llama, tmp_path, make_trainer):
     """Trains in a folder of `tmp_path`, with a server of its own unless one is given."""
 
-    def run(name: str, server=None, *, stop=None, **changes):
+    def run(name: str, server=None, *, stop=None, patience=20.0, **changes):
         server = server or server_of(tiny_llama)
         settings = GenerationSettings(vllm_server=server.url, server_timeout=20.0)
         like = policy_at(tiny_llama, max_new_tokens=CHANGES["max_new_tokens"])
         generator = VLLMServerGenerator(settings, like, longest_prompt=32)
         trainer = make_trainer(tiny_llama, tmp_path / name, generator=generator, stop=stop, **CHANGES | changes)
         generator.start(trainer.policy)
+        generator._server._patience = patience  # of a server that is lost, not of a request
         trainer.train()
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -64,14 +65,13 @@ def test_weights_that_did_not_arrive_are_seen_and_corrected(run, monkeypatch):
 
 
 def test_a_run_that_lost_its_server_saves_the_steps_before_and_resumes_to_the_same_end(
-    run, server_of, tiny_llama, tmp_path, monkeypatch, capsys
+    run, server_of, tiny_llama, tmp_path, capsys
 ):
     expected = run("whole")
     server = server_of(tiny_llama)
     server.dies_after = 2 + 2 * CHANGES["prompts_per_step"] + 1  # in the third step
-    monkeypatch.setattr(VLLMServer, "_wait", wait_briefly(VLLMServer._wait))
     with pytest.raises(ServerLostError, match="has not responded"):
-        run("cut", server)
+        run("cut", server, patience=0.1)
     assert "2 of 3 steps are saved" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "cut" / "step-00000002").is_dir()
     assert run("cut") == expected
@@ -114,14 +114,3 @@ def test_rollouts_cannot_overlap_without_a_server_or_a_correction(make_trainer, 
         Recipe.model_validate({"ppo": ppo | {"importance_cap": None}})
     with pytest.raises(UsageError, match="another engine draws the completions"):
         make_trainer(tiny_llama, tmp_path / "torch", overlap_rollouts=True)
-
-
-def wait_briefly(wait):
-    def briefly(self, stop):
-        self._patience, kept = 0.1, self._patience
-        try:
-            wait(self, stop)
-        finally:
-            self._patience = kept
-
-    return briefly
