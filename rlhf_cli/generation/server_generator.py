@@ -161,7 +161,7 @@ class VLLMServerGenerator:
         """
         if not all(request.prompt_ids for request in requests):
             raise ModelError(
-                "a prompt has no tokens, and this tokenizer puts none in front",
+                "a prompt has no tokens, and this tokenizer adds none",
                 hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
             )
         jointly = jointly or policy.may_change or self._processes.count == 1

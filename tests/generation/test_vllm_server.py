@@ -203,7 +203,7 @@ def test_a_server_that_was_started_in_another_way_is_refused(changes, says, hint
 def test_other_probabilities_than_the_policy_s_are_refused(vllm, server_of, tiny_llama, monkeypatch):
     server, policy = server_of(tiny_llama), policy_at(tiny_llama)
     monkeypatch.setattr(vllm, "off_by", 9.0)
-    with pytest.raises(ModelError, match="other probabilities"):
+    with pytest.raises(ModelError, match="disagree"):
         generator(server, policy).start(policy)
 
 
