@@ -187,6 +187,8 @@ class VLLMServer:
             if self._client.communicator is None:
                 self._client.group_port = _free_port()
                 self._client.init_communicator(device="cuda")
+            elif not self.is_ours():  # our connection is to one that has gone
+                raise LostError("it restarted, or another run gave it weights")
             self._rename()  # from here on the weights are not those of before
             with self._client.weight_update():
                 for part in _parts(weights):
