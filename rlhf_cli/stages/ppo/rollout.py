@@ -19,7 +19,7 @@ from rlhf_cli.errors import DivergedError, ServerLostError, UsageError
 from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
-from rlhf_cli.generation.server_draw import DrawsAhead, Drawn, PendingDraw
+from rlhf_cli.generation.server_draw import Drawn, DrawsAhead, PendingDraw
 from rlhf_cli.models.sharding import gathered
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Columns, Scores, columns_of
