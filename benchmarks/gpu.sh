@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All measurements that need a GPU, in one command, limited to eight minutes.
 #
-#     benchmarks/gpu.sh [--out DIR] [--python PYTHON] [--peer-env DIR] [--scratch DIR] [--smoke]
+#     benchmarks/gpu.sh [--out DIR] [--python PYTHON] [--peer-env DIR] [--scratch DIR] [--smoke] [--vllm]
 #
 # The models are Llamas of 1B and 8B parameters with random weights, made here; nothing is downloaded. Every section has
 # a time limit, and a section that fails does not end the run. The folder of results is updated after each section:
@@ -14,10 +14,12 @@
 #   --seconds   limit of the whole run (465: the rest of eight minutes is for the end of the last section)
 #   --scratch   folder for the models, 25 GB (/dev/shm if it has the space, else the folder of results)
 #   --smoke     the sections up to `sft` on tiny shapes, on any machine, in about a minute
+#   --vllm      only vLLM, with the Python of its environment: the interface that we rely on, rollouts on the policy's
+#               GPU, and, with two GPUs, rollouts on a server; what the machine lacks is skipped and said
 set -uo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"
-out=gpu-benchmark python=python peer=none scratch="" smoke=0 total=""
+out=gpu-benchmark python=python peer=none scratch="" smoke=0 vllm=0 total=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --out) out="$2"; shift 2 ;;
@@ -26,6 +28,7 @@ while [ $# -gt 0 ]; do
         --scratch) scratch="$2"; shift 2 ;;
         --seconds) total="$2"; shift 2 ;;
         --smoke) smoke=1; shift ;;
+        --vllm) vllm=1; shift ;;
         -h | --help) sed -n '2,/^set /{/^#/p}' "$0"; exit 0 ;;
         *) echo "unknown option: $1" >&2; exit 2 ;;
     esac
@@ -64,6 +67,7 @@ section() { # name, limit in seconds, command
 }
 skip() { # name, reason
     printf '{"name": "%s", "status": "skipped", "reason": "%s"}\n' "$1" "$2" >>"$out/sections.jsonl"
+    "$python" "$here/gpu_report.py" collect "$out" >&2
 }
 
 if [ "$smoke" = 1 ]; then
@@ -73,6 +77,7 @@ if [ "$smoke" = 1 ]; then
     sft=(--adapter lora --steps 2 --batch 4 --micro-batch 2 --tokens 8 8 --learning-rate 1e-1)
     decode=(--prompts 2 --completions 2 --prompt-length 8 --max-new-tokens 8)
     generate=(--batch 2 --mean 4 --pairs 1)
+    vllm_sizes=(--completions 8 --tokens 8)
 else
     shape=1b dtype=bfloat16
     ppo=(--prompt-tokens 256 --response-tokens 128 --episodes 64 --micro-batch 16 --steps 2)
@@ -81,11 +86,25 @@ else
     sft=(--adapter lora --steps 8 --batch 32 --micro-batch 16 --tokens 256 256 --max-length 1024)
     decode=(--prompts 16 --completions 8 --prompt-length 512 --max-new-tokens 256)
     generate=(--batch 64 --mean 128 --pairs 2)
+    vllm_sizes=(--completions 256 --tokens 256)
 fi
 once=(--pairs 1 --precision "$dtype" --threads "$([ "$smoke" = 1 ] && echo 1 || nproc)" --scratch "$models" --train-only)
 
 section environment 30 "$python" "$here/gpu_report.py" environment "$out/environment.json"
 section models-1b 60 "$python" "$here/comparison.py" model "$models/1b" --shape "$shape" --dtype "$dtype" --classifier
+if [ "$vllm" = 1 ]; then
+    # Random weights: their probabilities are flat, so the drift is that of rounding alone.
+    check=("$here/vllm_check.py" --model "$models/1b" "${vllm_sizes[@]}")
+    for part in vllm vllm-server; do
+        if lacks="$("$python" "${check[@]}" --lacks "$part")"; [ -n "$lacks" ]; then
+            skip "$part" "$lacks"
+        else
+            section "$part" 170 "$python" "${check[@]}" --part "$part" --json "$out/$part.json"
+        fi
+    done
+    cat "$out/results.md"
+    exit "$failed"
+fi
 if [ -f "$here/generate.py" ]; then
     section decode 60 "$python" "$here/generate.py" --model "$models/1b" --dtype "$dtype" "${decode[@]}" "${generate[@]}"
 else

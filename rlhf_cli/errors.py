@@ -119,6 +119,12 @@ class DetectorStopError(RLHFError):
     exit_code = EXIT_DIVERGED
 
 
+class ServerLostError(RLHFError):
+    """The server that samples does not respond any more, or has lost the weights it was given."""
+
+    code = "server-lost"
+
+
 class DiskError(RLHFError):
     """The disk is full or cannot be written; the last good state is kept."""
 

@@ -34,12 +34,13 @@ from rlhf_cli.settings.shared import GenerationSettings
 
 _LOWEST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this."""
-_TORCH = "use `--set generation.engine=torch` (an unfinished stage then starts again: `--force`)"
+TORCH = "use `--set generation.engine=torch` (an unfinished stage then starts again: `--force`)"
 
 # Mean difference in nats up to which log-probabilities of both engines are equal but for rounding. Wrong or missing
 # weights are off by whole nats.
 _ROUNDING = {torch.float32: 0.05, torch.bfloat16: 0.25}
-_PROBE = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=16)
+PROBE = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=16)
+"""How the requests of a check are drawn."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Obstacle:
     """
 
     reason: str
-    fix: str = _TORCH
+    fix: str = TORCH
 
 
 def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
@@ -75,7 +76,7 @@ def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
     if policy.sampling.temperature < _LOWEST_TEMPERATURE:
         return Obstacle(f"vllm samples at a temperature of {_LOWEST_TEMPERATURE:g} or more")
     if len({shape_of(one.config, one.source.precision) for one in policies}) > 1:
-        return Obstacle("the models differ in their architecture or size, and a process can have one engine")
+        return Obstacle("the models differ in their architecture or size, and an engine holds one model")
     with policy.model() as model:
         if quantized(model) != "none":
             return Obstacle("the policy's weights are quantized, and quantized weights cannot be handed to vllm")
@@ -181,7 +182,7 @@ class VLLMGenerator:
             raise ModelError(
                 "vllm already runs in this process for another model or shorter sequences, and a process can have one "
                 "engine",
-                hint=f"run this stage by a command of its own, or {_TORCH}",
+                hint=f"run this stage by a command of its own, or {TORCH}",
             )
         return engine
 
@@ -190,32 +191,11 @@ class VLLMGenerator:
         for engine in engines if policy.may_change else ():
             engine.sleep()
 
-    @torch.no_grad()
     def _check(self, policy: Policy, model: PreTrainedModel, engine: Engine) -> None:
-        """Compare the log-probabilities of a few tokens that the engine draws with those that scoring finds.
-
-        Raises:
-            ModelError: they differ by more than rounding.
-        """
-        size = policy.config.get_text_config(decoder=True).vocab_size
-        requests = [Request([3 + 7 * step % (size - 3) for step in range(4 + seed)], seed) for seed in range(2)]
+        requests = probe_requests(policy)
         with self._explained("sampling"):
-            outputs = engine.run(requests, _PROBE, (), lambda ended: beat())
-        prompts, completions = [request.prompt_ids for request in requests], [list(one.token_ids) for one in outputs]
-        was_training = model.training
-        model.eval()
-        with policy.autocast():
-            batch = SequenceBatch.for_model(model, prompts, completions)
-            ours = Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs
-        model.train(was_training)
-        theirs = torch.tensor([value for one in outputs for value in _logprobs(one)])
-        difference = float((ours[batch.is_completion].cpu() - theirs).abs().mean())
-        if not difference <= _ROUNDING[policy.source.precision]:
-            raise ModelError(
-                f"vllm and the policy `{policy.source.path}` itself disagree: log-probabilities differ by "
-                f"{difference:.2g} nats on average",
-                hint=f"{_TORCH}, and please report the architecture, {type(model).__name__}",
-            )
+            outputs = engine.run(requests, PROBE, (), lambda ended: beat())
+        check_probabilities(policy, model, requests, [(list(one.token_ids), _logprobs(one)) for one in outputs])
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -229,8 +209,46 @@ class VLLMGenerator:
             share = self._settings.gpu_memory_utilization
             raise ModelError(
                 f"vllm failed while {what}: {type(error).__name__}: {reason}",
-                hint=f"{_TORCH}, or, if it is about memory, another `generation.gpu_memory_utilization` than {share:g}",
+                hint=f"{TORCH}, or, if it is about memory, another `generation.gpu_memory_utilization` than {share:g}",
             ) from error
+
+
+def probe_requests(policy: Policy) -> list[Request]:
+    """Return the requests of a check; they are drawn with `PROBE`, and nothing ends them early."""
+    size = policy.config.get_text_config(decoder=True).vocab_size
+    return [Request([3 + 7 * step % (size - 3) for step in range(4 + seed)], seed) for seed in range(2)]
+
+
+@torch.no_grad()
+def check_probabilities(
+    policy: Policy, model: PreTrainedModel, requests: Sequence[Request], drawn: Sequence[tuple[list[int], list[float]]]
+) -> None:
+    """Compare the log-probabilities of a few tokens that an engine drew with those that scoring finds.
+
+    Args:
+        policy: whose probabilities they must be.
+        model: of the policy, with its weights active.
+        requests: `probe_requests`.
+        drawn: tokens of each, and their log-probabilities in nats.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    prompts, completions = [request.prompt_ids for request in requests], [ids for ids, _ in drawn]
+    was_training = model.training
+    model.eval()
+    with policy.autocast():
+        batch = SequenceBatch.for_model(model, prompts, completions)
+        ours = Projection.of(model).token_logprobs(completion_hidden(model, batch), batch, temperature=1.0).logprobs
+    model.train(was_training)
+    theirs = torch.tensor([value for _, logprobs in drawn for value in logprobs])
+    difference = float((ours[batch.is_completion].cpu() - theirs).abs().mean())
+    if not difference <= _ROUNDING[policy.source.precision]:
+        raise ModelError(
+            f"vllm and the policy `{policy.source.path}` itself disagree: log-probabilities differ by "
+            f"{difference:.2g} nats on average",
+            hint=f"{TORCH}, and please report the architecture, {type(model).__name__}",
+        )
 
 
 engines: list[Engine] = []
@@ -239,14 +257,18 @@ engines: list[Engine] = []
 
 def _completion(policy: Policy, output: Any) -> Completion:
     if output.finish_reason not in ("stop", "length"):
-        raise ModelError(f"vllm ended a completion for the reason `{output.finish_reason}`", hint=_TORCH)
+        raise ModelError(f"vllm ended a completion for the reason `{output.finish_reason}`", hint=TORCH)
     ids = list(output.token_ids)
     return Completion(ids, policy.decode(ids), output.finish_reason == "stop", _logprobs(output))
 
 
 def _logprobs(output: Any) -> list[float]:
     """The log-probability of each token that was drawn."""
-    found = [float(row[token].logprob) for token, row in zip(output.token_ids, output.logprobs, strict=True)]
+    return finite([float(row[token].logprob) for token, row in zip(output.token_ids, output.logprobs, strict=True)])
+
+
+def finite(found: list[float]) -> list[float]:
+    """Return log-probabilities of an engine as they are; raises `DivergedError` if one is not finite."""
     if not all(map(math.isfinite, found)):
         raise DivergedError(
             "the policy's log-probabilities are not finite in vllm",

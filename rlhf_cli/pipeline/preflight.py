@@ -43,11 +43,7 @@ def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] =
     check_trackers(recipe.tracking.trackers)
     _check_bitsandbytes(recipe)
     check_sharding(recipe, written)
-    if recipe.generation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise UsageError(
-            "`generation.engine: vllm` needs vllm, which is not installed",
-            hint="docs/generation.md describes an environment with vllm; or use `--set generation.engine=auto`",
-        )
+    _check_vllm(recipe)
     if recipe.value("evaluate.tasks") and importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             f"`evaluate.tasks: {recipe.value('evaluate.tasks')}` needs lm-eval, which is not installed",
@@ -78,6 +74,20 @@ def preflight(recipe: Recipe, inputs: Iterable[Input], written: Container[str] =
     check_models_of_run(recipe, inputs)
     check_with_tokenizer(recipe, inputs, keys)
     check_adapter_targets(recipe, written)
+
+
+def _check_vllm(recipe: Recipe) -> None:
+    server = recipe.generation.vllm_server
+    if recipe.generation.engine != "vllm" and server is None:
+        return
+    setting = "`generation.engine: vllm`" if server is None else "`generation.vllm_server`"
+    for package in ("vllm",) if server is None else ("vllm", "trl"):
+        if importlib.util.find_spec(package) is None:
+            other = "--set generation.engine=auto" if server is None else "--set generation.vllm_server=null"
+            raise UsageError(
+                f"{setting} needs {package}, which is not installed",
+                hint=f"docs/generation.md describes an environment with vllm; or use `{other}`",
+            )
 
 
 def _check_bitsandbytes(recipe: Recipe) -> None:

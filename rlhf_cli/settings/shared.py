@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf_cli.settings.base import (
+    Address,
     Count,
     DataName,
     Effort,
@@ -296,16 +297,30 @@ class GenerationSettings(Section):
 
     engine: Literal["auto", "torch", "vllm"] = "auto"
     """`torch`: the policy itself, on any device. `vllm`: vLLM on the policy's GPU, which receives the policy's weights
-    in memory. `auto` is `vllm` if it is installed and can run the model here, else `torch`. The choice is kept when a
-    stage resumes."""
+    in memory, or `vllm_server`. `auto` is `vllm` if it is installed and can run the model here, else `torch`; with
+    `vllm_server` it is `vllm`. The choice is kept when a stage resumes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0), EffortOnly()] = 0.3
     """Share of the GPU's memory for vLLM: its copy of the weights and its key-value cache. Most of it is free again
     while the policy trains."""
+    vllm_server: Annotated[Address, EffortOnly()] = None
+    """URL (`http://HOST:PORT`) of a vLLM server on GPUs of its own, which samples in place of an engine on the policy's
+    GPU; docs/generation.md has the command that starts it. It receives the policy's weights over NCCL."""
+    server_timeout: Annotated[Positive, EffortOnly()] = 300.0
+    """Seconds to wait for `vllm_server` when it does not respond, before the stage ends with an error; also the longest
+    time of one request to it, and so of one completion."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.engine == "torch" and self.changed("gpu_memory_utilization"):
-            raise ValueError("`gpu_memory_utilization` has no effect with `engine: torch`")
+        if self.engine == "torch":
+            for name in self.changed("gpu_memory_utilization", "vllm_server", "server_timeout"):
+                raise ValueError(f"`{name}` has no effect with `engine: torch`")
+        if self.vllm_server is None:
+            for name in self.changed("server_timeout"):
+                raise ValueError(f"`{name}` has no effect without `vllm_server`")
+        elif self.changed("gpu_memory_utilization"):
+            raise ValueError(
+                "`gpu_memory_utilization` has no effect with `vllm_server`: give `vllm serve` the option of that name"
+            )
         return self
 
 

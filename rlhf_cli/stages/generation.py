@@ -41,7 +41,7 @@ def choose_generator(
     if processes.is_main and recorded is None:
         write_whole(context.work / ENGINE_RECORD, f"{name}\n")
     if recorded is not None:
-        reason = "as before the interruption"
+        reason = "as before the interruption" + (f", {reason}" if reason.startswith("on ") else "")
     # That torch draws them on a CPU, or because it was asked for, is what everybody expects.
     is_expected = recorded is None and name == "torch" and (not reason or policies[0].source.device.type == "cpu")
     tell = detail if is_expected else say_once
@@ -63,9 +63,12 @@ def _chosen(
     from rlhf_cli.generation.torch_generator import TorchGenerator
 
     settings = context.recipe.generation
-    asked = settings.engine if recorded is None else recorded.partition(" ")[0]
+    needs_vllm = settings.engine == "vllm" or settings.vllm_server is not None
+    asked = ("vllm" if needs_vllm else settings.engine) if recorded is None else recorded.partition(" ")[0]
     if asked == "torch":
         return TorchGenerator(), "torch", ""
+    if settings.vllm_server is not None:
+        return _server(context, policies, processes)
     from rlhf_cli.generation.vllm_engine import installed_version
     from rlhf_cli.generation.vllm_generator import Obstacle, VLLMGenerator, obstacle
 
@@ -86,3 +89,20 @@ def _chosen(
         hint = f"{found.fix}; an unfinished stage needs `--force` with another engine" if recorded else found.fix
         raise ModelError(f"{said}, but {found.reason}", hint=hint)
     return TorchGenerator(), "torch", found.reason
+
+
+def _server(
+    context: StageContext[Any, Any], policies: Sequence[Policy], processes: ProcessGroup
+) -> tuple[Generator, str, str]:
+    """Return the generator of `generation.vllm_server`, its name and where it is."""
+    from rlhf_cli.generation.server_generator import VLLMServerGenerator, server_obstacle
+
+    settings = context.recipe.generation
+    found = server_obstacle(policies)
+    if processes.any(found is not None):
+        if found is None:
+            raise ModelError("`generation.vllm_server`: another process cannot use it")
+        raise ModelError(f"`generation.vllm_server`: {found.reason}", hint=found.fix)
+    generator = VLLMServerGenerator(settings, policies[0], longest_prompt=context.recipe.data.max_prompt_tokens)
+    generator.start(policies[0])
+    return generator, f"vllm {generator.version}", f"on {settings.vllm_server}"

@@ -6,7 +6,8 @@ A stage says what one step does (`TrainingTask`); everything around a step is he
   step       count steps that were skipped because something was not finite
   roll back  after three such steps in a row, once, to the last regular checkpoint, with half the learning rate
   save       weights, optimizer, random states, loop state and log position, every `checkpoint_steps` and at the end
-  stop       on a signal to any process, or because the task says so, after saving the step that was running
+  stop       on a signal to any process, or because the task says so, after saving the step that was running; without
+             the server that samples, after saving the step before
 
 A killed run ends with the bytes of an uninterrupted one, provided that the task's steps are functions of the step, the
 weights, the optimizer, the task's state and the global random generators.
@@ -24,7 +25,7 @@ from typing import Any
 from rlhf_cli import progress
 from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.signals import StopRequest
-from rlhf_cli.errors import DivergedError, RLHFError
+from rlhf_cli.errors import DivergedError, RLHFError, ServerLostError
 from rlhf_cli.files import write_whole
 from rlhf_cli.training.checkpoint.store import (
     Checkpoint,
@@ -123,6 +124,7 @@ class TrainingLoop:
         Raises:
             DivergedError: training diverged again after a roll-back, or had no checkpoint to roll back to.
             DetectorStopError: a detector of the task stopped the run; the last step is saved.
+            ServerLostError: a step could not sample; the step before is saved.
         Interrupted: a signal arrived; the step that was running is saved.
         """
         resumed = self._resume()
@@ -160,7 +162,7 @@ class TrainingLoop:
         while step < self._steps and not self._task.has_ended:
             watch.begin_step(self._steps - step)
             try:
-                report = self._task.step(step, watch)
+                report = self._step(step)
                 self._finish_step(step + 1, report)
             except DivergedError as error:
                 anchor = self._roll_back(step + 1, error)
@@ -177,6 +179,16 @@ class TrainingLoop:
                 self._stop.check()
             if halt is not None:
                 raise halt
+
+    def _step(self, step: int) -> StepReport:
+        """Run a step. Where it loses the server that samples, nothing of it was trained: the steps before are saved."""
+        try:
+            return self._task.step(step, self.watch)
+        except ServerLostError:
+            if not self._is_due(step):
+                self._save(step)
+            progress.say(f"{self._label}: {step:,} of {self._steps:,} steps are saved")
+            raise
 
     def _finish_step(self, step: int, report: StepReport) -> None:
         self._count(step, report)

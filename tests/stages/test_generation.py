@@ -11,6 +11,7 @@ from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.generation.generator import Generator
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.server_generator import VLLMServerGenerator
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.generation.vllm_generator import VLLMGenerator
 from rlhf_cli.models.loading import ModelSource
@@ -27,10 +28,11 @@ from rlhf_cli.stages.ppo import run as ppo
 from rlhf_cli.stages.registry import stage
 from rlhf_cli.verbosity import Verbosity, set_verbosity
 from tests.generation.scripted import ScriptedGenerator
+from tests.generation.server_stand_in import server_of
 from tests.generation.vllm_stand_in import vllm
 from tests.stages.context import stage_context
 
-__all__ = ["vllm"]
+__all__ = ["server_of", "vllm"]
 
 
 @pytest.fixture
@@ -39,12 +41,14 @@ def usable(monkeypatch):
     monkeypatch.setattr("rlhf_cli.generation.vllm_generator.obstacle", lambda policies: None)
 
 
-def choose(folder: Path, model: Path, engine: str, given: Generator | None = None) -> Generator:
+def choose(
+    folder: Path, model: Path, engine: str, given: Generator | None = None, server: str | None = None
+) -> Generator:
     say_once.cache_clear()
     detail.cache_clear()
     (folder / "work").mkdir(exist_ok=True)
     recipe = Recipe.model_validate(
-        {"generation": {"engine": engine}, "label": {"by": "import", "data": "rankings.jsonl"}}
+        {"generation": {"engine": engine, "vllm_server": server}, "label": {"by": "import", "data": "rankings.jsonl"}}
     )
     context = stage_context("label", recipe, output=folder / "output", work=folder / "work")
     policy = Policy.load(ModelSource(str(model)), Sampling(max_new_tokens=4))
@@ -167,6 +171,12 @@ def test_ppo_with_vllm(vllm, usable, tiny_llama, tmp_path):
 def test_settings_without_effect_are_refused():
     with pytest.raises(ValueError, match="no effect with `engine: torch`"):
         GenerationSettings(engine="torch", gpu_memory_utilization=0.5)
+    with pytest.raises(ValueError, match="no effect with `engine: torch`"):
+        GenerationSettings(engine="torch", vllm_server="http://localhost:8000")
+    with pytest.raises(ValueError, match="no effect without `vllm_server`"):
+        GenerationSettings(server_timeout=5.0)
+    with pytest.raises(ValueError, match="no effect with `vllm_server`"):
+        GenerationSettings(vllm_server="http://localhost:8000", gpu_memory_utilization=0.5)
 
 
 @pytest.mark.parametrize("recorded", [None, "vllm 0.32.0"])
@@ -175,7 +185,8 @@ def test_the_manifest_says_what_drew_completions(recorded, tmp_path):
         (tmp_path / ENGINE_RECORD).write_text(f"{recorded}\n")
     recipe = Recipe.model_validate({"label": {"by": "import", "data": "rankings.jsonl"}})
     settings = manifest_settings(recipe, stage("label"), tmp_path / ENGINE_RECORD)
-    assert settings["generation"] == {"engine": recorded or "auto", "gpu_memory_utilization": 0.3}
+    defaults = {"gpu_memory_utilization": 0.3, "vllm_server": None, "server_timeout": 300.0}
+    assert settings["generation"] == {"engine": recorded or "auto"} | defaults
 
 
 def test_the_engine_counts_where_a_stage_samples_and_its_memory_does_not():
@@ -195,3 +206,23 @@ def test_the_record_alone_is_no_work_to_resume(tmp_path):
 def test_vllm_that_is_asked_for_and_not_installed_is_an_error_before_the_first_stage():
     with pytest.raises(UsageError, match=r"`generation\.engine: vllm` needs vllm, which is not installed"):
         preflight(Recipe.model_validate({"generation": {"engine": "vllm"}}), [])
+    with pytest.raises(UsageError, match=r"`generation\.vllm_server` needs vllm, which is not installed"):
+        preflight(Recipe.model_validate({"generation": {"vllm_server": "http://localhost:8000"}}), [])
+
+
+def test_a_server_draws_where_one_is_named(vllm, server_of, tiny_llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rlhf_cli.generation.server_generator.server_obstacle", lambda policies: None)
+    server = server_of(tiny_llama)
+    server.longest = 4096
+    for _ in range(2):
+        chosen = choose(tmp_path, tiny_llama, "auto", server=server.url)
+        assert isinstance(chosen, VLLMServerGenerator)
+        assert f"completions are drawn with vllm 0.32.0: on {server.url}\n" in capsys.readouterr().err.replace(
+            "as before the interruption, ", ""
+        )
+    assert record(tmp_path) == "vllm 0.32.0\n"
+
+
+def test_a_server_that_cannot_be_used_is_an_error(tiny_llama, tmp_path):
+    with pytest.raises(ModelError, match=r"`generation\.vllm_server`: the device is `cpu`"):
+        choose(tmp_path, tiny_llama, "auto", server="http://localhost:8000")

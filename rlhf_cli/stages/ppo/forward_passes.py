@@ -47,6 +47,7 @@ class Completions:
         faults: one message per reward with scores that are not finite, naming the first such completion.
         sampler_logprobs: N lists of log-probabilities under which the tokens were drawn; None if these are by
             construction those of the policy.
+        is_stale: whether the policy was updated since it began to draw them.
     """
 
     prompts: list[Prompt]
@@ -58,6 +59,7 @@ class Completions:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     faults: Sequence[str] = ()
     sampler_logprobs: list[list[float]] | None = None
+    is_stale: bool = False
 
     @property
     def lengths(self) -> Tensor:

@@ -134,6 +134,9 @@ class PPOSettings(StageSection):
     """C of truncated importance sampling: the loss of a token is multiplied by min(pi / mu, C). Here pi is the token's
     probability under the policy before the update, and mu under the inference engine that sampled it. Null does not
     correct. Without effect with `generation.engine: torch`, which samples from the policy itself."""
+    overlap_rollouts: bool = False
+    """With `generation.vllm_server`: sample the completions of the next step during the update of this one. They are
+    one step off-policy, which `importance_cap` corrects."""
     ratio_limit: Annotated[float, Field(gt=1.0)] = 10.0
     """A minibatch whose mean probability ratio exceeds this is skipped and counted, and its worst completion
     reported."""
@@ -289,9 +292,7 @@ class PPOSettings(StageSection):
         if self.kl_target is None and self.kl_horizon != _KL_HORIZON:
             raise ValueError("`kl_horizon` has no effect without `kl_target`")
         if self.kl_target is not None and self.kl_coef == 0.0:
-            raise ValueError(
-                "`kl_target` has no effect with `kl_coef: 0`: the coefficient is adapted by multiplication and stays 0"
-            )
+            raise ValueError("`kl_target` has no effect with `kl_coef: 0`, which it multiplies and which stays 0")
         if self.kl_target is not None and self.kl_horizon < self.completions_per_step:
             raise ValueError(
                 "`kl_horizon` must be at least the completions per step (`prompts_per_step` x `samples_per_prompt`): "

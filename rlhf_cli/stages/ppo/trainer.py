@@ -166,9 +166,7 @@ class PPOTrainer(TrainingTask):
     def step(self, step: int, watch: StepWatch | None = None) -> StepReport:
         """Run the 0-based step `step`."""
         settings, beta, watch = self.settings, self.state.kl_coef, watch or StepWatch()
-        rows = self.rollouts.rows_of(step, len(self.data.prompts))
-        numbers = range(step * len(rows), (step + 1) * len(rows))
-        completions = self.rollouts.completions(self.data.prompts, rows, numbers, watch)
+        completions = self.rollouts.next_step(self.data.prompts, step, watch)
         tokens = int(completions.lengths.sum()) / self._processes.count
         self.forward_passes.count = watch.count
         with watch.phase("passes", "passes", total=2 * tokens):
@@ -190,6 +188,8 @@ class PPOTrainer(TrainingTask):
             advantages = whiten(advantages, before.is_completion)
         weights, drift = importance_correction(before, completions.sampler_logprobs, cap=settings.importance_cap)
         advantages, metrics = advantages * weights, metrics | drift
+        if settings.overlap_rollouts:
+            metrics["generation/stale"] = float(completions.is_stale)
         with watch.phase("update", "updating", total=settings.epochs * tokens):
             update = self.updater.update(step, Experience(completions, before, advantages, returns), kl_coef=beta)
         metrics |= update_metrics(before, returns, update)
@@ -274,11 +274,13 @@ class PPOTrainer(TrainingTask):
 
     def extra_state(self) -> dict[str, Any]:
         """See `TrainingTask`."""
-        return asdict(self.state)
+        ahead = {"ahead": self.rollouts.ahead_state()} if self.settings.overlap_rollouts else {}
+        return asdict(self.state) | ahead
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """See `TrainingTask`. The best policy outlives a roll-back, because its file replaced all earlier ones."""
-        best = self.state.best
+        best, state = self.state.best, dict(state)
+        self.rollouts.restore_ahead(state.pop("ahead", None))
         self.state = RunState.of(state)
         if self.has_ended:
             progress.say(f"ppo: {self.state.ended}; there are no further steps")

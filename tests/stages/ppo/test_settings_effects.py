@@ -70,6 +70,7 @@ ELSEWHERE = {
     "eval_prompts": "test_held_out_prompts_are_evaluated_when_due",
     "show_steps": "test_fixed_prompts_are_shown_when_due",
     "shown_prompts": "test_fixed_prompts_are_shown_when_due",
+    "overlap_rollouts": "test_rollouts_that_overlap_with_the_update_are_one_step_off_policy_and_corrected",
     "importance_cap": "test_the_importance_cap_bounds_the_weight_of_a_token",
     "optimizer": "test_moments_in_8_bits",
     "detectors": "test_a_passed_stop_saves_names_what_is_kept_and_a_higher_one_continues",

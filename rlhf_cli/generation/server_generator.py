@@ -1,0 +1,259 @@
+"""`VLLMServerGenerator`: draws completions with a vLLM server on GPUs of its own, with the weights of the policy.
+
+The same contract as `VLLMGenerator`. The server may go away and come back: what it had not drawn yet is drawn again,
+after it got the weights again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.errors import ModelError, ServerLostError
+from rlhf_cli.generation.generator import Completion, Progress, Request, ignore
+from rlhf_cli.generation.policy import Policy
+from rlhf_cli.generation.sampling import Sampling
+from rlhf_cli.generation.server_draw import Draw, Drawn, PendingDraw
+from rlhf_cli.generation.vllm_generator import PROBE, Obstacle, check_probabilities, finite, obstacle, probe_requests
+from rlhf_cli.generation.vllm_server import CLIENT, LostError, VLLMServer, client_version
+from rlhf_cli.models.loading import context_length
+from rlhf_cli.models.merged_weights import merged_weights
+from rlhf_cli.progress import warn
+from rlhf_cli.settings.shared import GenerationSettings
+
+_ATTEMPTS = 3
+"""How often a server may be lost while it draws the same completions."""
+
+
+def server_obstacle(policies: Sequence[Policy]) -> Obstacle | None:
+    """Return why a vLLM server cannot draw the completions of a stage's policies; None if it can, as far as is known
+    without it."""
+    version, fix = client_version(), f"install it with `pip install 'trl=={CLIENT}.*'`"
+    if version is None:
+        return Obstacle("trl, whose client of vllm's server is used, is not installed", fix)
+    if not version.startswith(f"{CLIENT}."):
+        return Obstacle(f"trl {version} is installed, and {CLIENT} is supported", fix)
+    if len(policies) > 1 and ProcessGroup(policies[0].source.device).count > 1:
+        return Obstacle(
+            "several models take turns on the server, which several processes use at a time",
+            "run this stage with `--processes 1`, or without `generation.vllm_server`",
+        )
+    return obstacle(policies)
+
+
+class VLLMServerGenerator:
+    """Completions by a vLLM server; implements `Generator` and `DrawsAhead`.
+
+    A policy that trains sends its weights before every draw, and all processes of the run draw at the same time, also
+    for no requests. Others send them once, in `start`, or, with one process, when they are first used.
+
+    Args:
+        settings: section `generation` of the recipe, with `vllm_server`.
+        policy: of the stage; others that it draws from have the same shape.
+        longest_prompt: in tokens.
+
+    Attributes:
+        version: of the server's vLLM, once `start` was called.
+    """
+
+    def __init__(self, settings: GenerationSettings, policy: Policy, *, longest_prompt: int) -> None:
+        assert settings.vllm_server is not None
+        self._server = VLLMServer(
+            settings.vllm_server,
+            model=policy.source.path,
+            device=policy.source.device,
+            patience=settings.server_timeout,
+        )
+        self._processes = ProcessGroup(policy.source.device)
+        self._longest_prompt, self.version = longest_prompt, ""
+        self._holds: Callable[[], object] = lambda: None
+        self._pending: PendingDraw | None = None
+
+    def start(self, policy: Policy) -> None:
+        """Connect to the server, hand the policy's weights over, and check that it computes the policy's probabilities.
+
+        In a run of several processes all of them must call this at the same time.
+
+        Raises:
+            ServerLostError: it does not respond in time.
+            ModelError: it cannot be used, or computes something else.
+        """
+        self._server.connect()
+        length = min(context_length(policy.config), self._longest_prompt + policy.sampling.max_new_tokens)
+        try:
+            self.version = self._server.check(length=length)
+        except LostError as error:
+            raise self._gone(str(error)) from error
+        requests = probe_requests(policy)
+        drawn = self._drawn(policy, requests, PROBE, (), jointly=True)
+        with policy.model() as model:
+            check_probabilities(policy, model, requests, [(one.ids, finite(one.logprobs)) for one in drawn])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        policy: Policy,
+        requests: Sequence[Request],
+        *,
+        progress: Progress = ignore,
+        stop: Callable[[], object] = lambda: None,
+    ) -> list[Completion]:
+        """Draw one completion per request; see `Generator.generate`.
+
+        Raises:
+            ServerLostError: the server was lost and did not come back; raised in all processes if the policy trains.
+            ModelError: a prompt is empty, or the server refuses a request.
+            DivergedError: the policy's log-probabilities are not finite.
+        """
+        drawn = self._drawn(policy, requests, policy.sampling, policy.stop_ids, progress=progress, stop=stop)
+        return [_completion(policy, one) for one in drawn]
+
+    def begin(self, policy: Policy, requests: Sequence[Request]) -> PendingDraw:
+        """See `DrawsAhead`."""
+        draw = None
+        if self._hand_over(policy, jointly=True) is None:
+            draw = self._draw(requests, policy.sampling, policy.stop_ids)
+        self._pending = PendingDraw(requests, draw)
+        return self._pending
+
+    def wait(self, pending: PendingDraw, *, progress: Progress = ignore) -> None:
+        """See `DrawsAhead`."""
+        if pending.draw is not None:
+            pending.drawn, reason = self._collected(pending.draw, progress)
+            pending.draw = None
+            if reason is not None:
+                self._warn(reason)
+
+    def finish(
+        self, policy: Policy, pending: PendingDraw, *, progress: Progress = ignore
+    ) -> tuple[list[Completion], bool]:
+        """See `DrawsAhead`."""
+        self.wait(pending, progress=progress)
+        if self._processes.any(pending.drawn is None):
+            return self.generate(policy, pending.requests, progress=progress), False
+        return [_completion(policy, one) for one in pending.drawn or ()], True
+
+    def _drawn(
+        self,
+        policy: Policy,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        stop_ids: Iterable[int],
+        *,
+        progress: Progress = ignore,
+        stop: Callable[[], object] = lambda: None,
+        jointly: bool = False,
+    ) -> list[Drawn]:
+        """Draw all requests with the policy's weights; from the beginning where the server was lost meanwhile.
+
+        Args:
+            policy: whose weights draw.
+            requests: N requests.
+            sampling: how.
+            stop_ids: tokens that end a completion.
+            progress: is told of each completion.
+            stop: may raise.
+            jointly: whether all processes call this at the same time.
+        """
+        if not all(request.prompt_ids for request in requests):
+            raise ModelError(
+                "a prompt has no tokens, and this tokenizer adds none",
+                hint='give the model something to start from: `--set data.prompt_template="Question: {prompt}"`',
+            )
+        jointly = jointly or policy.may_change or self._processes.count == 1
+        reason: str | None = None
+        for _ in range(_ATTEMPTS):
+            drawn, reason = None, self._hand_over(policy, jointly=jointly, stop=stop)
+            if reason is None:
+                drawn, reason = self._collected(self._draw(requests, sampling, stop_ids), progress, stop)
+            is_lost = self._processes.any(drawn is None) if jointly else drawn is None
+            if drawn is not None and not is_lost:
+                return drawn
+            reason = reason or "another process could not reach it"
+            self._warn(reason)
+        raise self._gone(f"it was lost {_ATTEMPTS} times while it drew the same completions: {reason}")
+
+    def _gone(self, reason: str) -> ServerLostError:
+        return ServerLostError(
+            f"the vllm server at {self._server.url} was lost: {reason}",
+            hint="its log says more; run the same command again to resume",
+        )
+
+    def _warn(self, reason: str) -> None:
+        warn(f"the vllm server at {self._server.url} was lost: {reason}; its completions are drawn again")
+
+    def _draw(self, requests: Sequence[Request], sampling: Sampling, stop_ids: Iterable[int]) -> Draw:
+        return Draw(partial(self._server.complete, sampling=sampling, stop_ids=sorted(stop_ids)), requests)
+
+    def _collected(
+        self, draw: Draw, progress: Progress, stop: Callable[[], object] = lambda: None
+    ) -> tuple[list[Drawn] | None, str | None]:
+        """Return what was drawn, all of it with the weights that the server was given; or None, and why not."""
+        failure = draw.collect(progress, stop)
+        try:
+            with self._server.explained("sampling"):
+                if failure is not None:
+                    raise failure
+                if not self._server.is_ours():
+                    raise LostError("it restarted, or another run gave it weights")
+        except LostError as error:
+            self._server.forget()
+            return None, str(error)
+        return [one for one in draw.drawn if one is not None], None
+
+    def _hand_over(self, policy: Policy, *, jointly: bool, stop: Callable[[], object] = lambda: None) -> str | None:
+        """Give the server the policy's weights, unless it has them and they cannot have changed.
+
+        Returns:
+            Why the server was lost meanwhile, in all processes; None if it has them.
+
+        Raises:
+            ServerLostError: it did not come back in time, or it has lost them and not all processes are here.
+        """
+        if self._pending is not None:  # what is on its way needs the weights that the server has
+            self.wait(self._pending)
+            self._pending = None
+        server = self._server
+        if not jointly:
+            try:
+                if server.is_ours():
+                    return None
+            except LostError as error:
+                raise self._gone(str(error)) from error
+            raise self._gone("it restarted without the policy's weights, or another run gave it weights")
+        told = self._processes.all_gather_object(self._sent(policy, stop) if self._processes.is_main else None)[0]
+        if "gone" in told:
+            raise ServerLostError(told["gone"], hint=told["hint"])
+        if "lost" in told:
+            server.forget()
+            return told["lost"]
+        try:
+            server.connect(stop)
+        except ServerLostError as error:  # in this process alone, so that it is raised in all of them together
+            return error.message
+        server.weights = told["weights"]
+        return None
+
+    def _sent(self, policy: Policy, stop: Callable[[], object]) -> dict[str, str | None]:
+        """Send the weights from this process, which is the only one that does; return what came of it."""
+        server = self._server
+        try:
+            server.connect(stop)
+            if policy.may_change or self._holds() is not policy or not server.is_ours():
+                self._holds = lambda: None
+                with policy.model() as model:
+                    server.take(merged_weights(model))
+                self._holds = weakref.ref(policy)
+        except LostError as error:
+            return {"lost": str(error)}
+        except ServerLostError as error:
+            return {"gone": error.message, "hint": error.hint}
+        return {"weights": server.weights}
+
+
+def _completion(policy: Policy, drawn: Drawn) -> Completion:
+    return Completion(drawn.ids, policy.decode(drawn.ids), drawn.ids[-1] in policy.stop_ids, finite(drawn.logprobs))
