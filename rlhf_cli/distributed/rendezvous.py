@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from rlhf_cli.distributed import peers
 from rlhf_cli.distributed.ranks import rank, world_size
 from rlhf_cli.errors import RLHFError, UsageError
 
@@ -132,7 +133,7 @@ def _listener(address: str, port: int) -> socket.socket | None:
         UsageError: the address has no machine, or in rank 0 is that of another machine, or the port is taken.
     """
     try:
-        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UsageError(
             f"MASTER_ADDR={address} is not the address of a machine: {_reason(error)}",
@@ -141,21 +142,13 @@ def _listener(address: str, port: int) -> socket.socket | None:
     if rank() != 0 or _torchrun_has_a_store():
         return None
     try:
-        # On all interfaces, as torch does: the address may be one that a network translates.
-        listener = socket.create_server(
-            ("", port),
-            family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
-            backlog=1024,
-            dualstack_ipv6=socket.has_dualstack_ipv6(),
-        )
+        listener = listen(port)
     except OSError as error:
         raise UsageError(
             f"rank 0 cannot listen on MASTER_PORT={port}: {_reason(error)}",
             hint="end the program that uses this port, or set MASTER_PORT to another number in all processes",
         ) from None
-    if not any(_is_local(family, target) for family, _, _, _, target in found) and not _accepts_connections(
-        address, port
-    ):
+    if not is_local(address, port) and not _accepts_connections(address, port):
         listener.close()
         raise UsageError(
             f"rank 0 cannot be reached at MASTER_ADDR={address}: no interface of this machine has this address",
@@ -168,11 +161,19 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-def _is_local(family: int, target: tuple[object, ...]) -> bool:
+def listen(port: int) -> socket.socket:
+    """Listen on all interfaces, as torch does: the address may be one that a network translates; 0 is a free port."""
+    is_dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=is_dual)
+
+
+def is_local(address: str, port: int) -> bool:
     """Whether an interface of this machine has the address."""
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((target[0], 0, *target[2:]))
-        return True
+    for family, _, _, _, target in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((target[0], 0, *target[2:]))
+            return True
     return False
 
 
@@ -191,7 +192,9 @@ def _join(
 ) -> None:
     """Body of the thread."""
     try:
-        connect(_gather(_store(address, port, listener), progress))
+        store = _gather(_store(address, port, listener), progress)
+        peers.watch(store)
+        connect(store)
     except BaseException as error:
         progress.error = error
 
