@@ -41,13 +41,15 @@ class Host:
         self, command: Sequence[str], *, cwd: Path, environment: Mapping[str, str], label: str
     ) -> subprocess.Popen[bytes]:
         """Start a program on this host; what it writes is in `output(label)`."""
-        shell = 'hostname "$0" && exec "$@"'
-        inside = ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c", shell, self.name, *command]
+        # `ip netns exec` gives the program a view of the mounts of its own.
+        shell = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+        own = ["sh", "-c", shell, self.name, str(self.folder / "hosts"), *command]
+        inside = ["ip", "netns", "exec", self.space, "unshare", "--uts", *own]
         with self._log(label).open("wb") as log:
             return subprocess.Popen(
                 inside,
                 cwd=cwd,
-                env={**environment, "GLOO_SOCKET_IFNAME": "eth0"},
+                env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -82,8 +84,9 @@ def why_not() -> str | None:
     if not shutil.which("ip") or not shutil.which("unshare"):
         return "`ip` (iproute2) or `unshare` (util-linux) is not installed"
     try:
-        with hosts("probe", "probed"):
-            return None
+        with hosts("probe") as found:
+            probe = found[0].start(["true"], cwd=Path(), environment=os.environ, label="probe")
+            return None if probe.wait(timeout=60) == 0 else f"no hosts here: {found[0].output('probe').strip()}"
     except subprocess.CalledProcessError as error:
         return f"no network namespaces here: {error.stderr.strip()}"
 
@@ -107,6 +110,8 @@ def hosts(*names: str) -> Iterator[list[Host]]:
                 _ip("-n", host.space, "link", "set", device, "up")
             undo.callback(host.kill)
             found.append(host)
+        lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in found)]
+        (Path(folder) / "hosts").write_text("".join(f"{line}\n" for line in lines))
         yield found
 
 
