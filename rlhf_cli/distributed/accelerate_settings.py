@@ -90,8 +90,7 @@ def check_accelerate_config(config: Path) -> None:
         )
     if kind not in _SUPPORTED_TYPES:
         raise UsageError(
-            f"{config}: `distributed_type` must be {' or '.join(_SUPPORTED_TYPES)}, got `{kind}`: "
-            f"{_SHARING}",
+            f"{config}: `distributed_type` must be {' or '.join(_SUPPORTED_TYPES)}, got `{kind}`: {_SHARING}",
             hint="run `accelerate config` again and choose multi-GPU",
         )
     where = str(found.get("compute_environment", "LOCAL_MACHINE"))

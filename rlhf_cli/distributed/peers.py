@@ -1,9 +1,9 @@
 """Notices within seconds that another process has ended or its machine is gone, and says which, on which machine.
 
 Every process of an external launcher keeps a connection to rank 0. The operating system closes it when the process
-ends, and ends it when the other machine no longer answers its probes (TCP keepalive). Neither needs Python to run there:
-a process that computes for an hour without releasing Python's lock, or that was suspended, is not taken for dead. Rank 0
-tells the others. A process that fails says why on its connection before it ends.
+ends, and ends it when the other machine no longer answers its probes (TCP keepalive). Neither needs Python to run
+there: a process that computes for an hour without releasing Python's lock, or that was suspended, is not taken for
+dead. Rank 0 tells the others. A process that fails says why on its connection before it ends.
 
 Collectives alone do not end then: NCCL waits for ever for a process that has ended, and so does gloo for a machine that
 was switched off. So the thread that watches ends this process, unless its main thread ends by itself.
@@ -135,18 +135,12 @@ def _forget() -> None:
 
 def _accept(store: Store) -> dict[socket.socket, _Link]:
     """Rank 0: accept a connection from every other process."""
-    from rlhf_cli.distributed.rendezvous import is_local, listen, seconds
+    from rlhf_cli.distributed.rendezvous import listen, own_address, seconds
 
     token = secrets.token_hex(16)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if is_local(address, port):  # the others may see this machine under another number than it does
-        here = address
-    else:
-        with socket.create_connection((address, port)) as to_store:
-            here = to_store.getsockname()[0]
     found: dict[socket.socket, _Link] = {}
     with listen(0) as listener:
-        store.set(_KEY, json.dumps([here, listener.getsockname()[1], token, socket.gethostname()]))
+        store.set(_KEY, json.dumps([own_address(), listener.getsockname()[1], token, socket.gethostname()]))
         while len(found) < world_size() - 1:
             link, _ = listener.accept()
             link.settimeout(seconds())
@@ -283,8 +277,10 @@ def described(losses: Sequence[Loss]) -> ProcessDiedError | None:
     if not losses:
         return None
     first = min(losses, key=lambda one: one.is_consequence)
-    same = [first.rank] if first.exit_code is not None else sorted(
-        one.rank for one in losses if (one.host, one.exit_code) == (first.host, None)
+    same = (
+        [first.rank]
+        if first.exit_code is not None
+        else sorted(one.rank for one in losses if (one.host, one.exit_code) == (first.host, None))
     )
     shown = ", ".join(map(str, same[:_MAX_SHOWN])) + (" and others" if len(same) > _MAX_SHOWN else "")
     who = f"rank{'s' * (len(same) > 1)} {shown} of {world_size()} on {first.host}"

@@ -7,6 +7,7 @@ interrupts. Here the waiting is done in a thread, and the main thread keeps the 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -36,10 +37,18 @@ _POLL = 0.05
 _SELF_TEST = 3.0
 """Seconds in which rank 0 must reach its own address."""
 _THREAD = "rlhf-join"
+_KEY = "rlhf/store"
+"""In the store of torchrun: address and port of the store of rank 0."""
 _HINT = (
     "check that all processes were started with the same MASTER_ADDR and MASTER_PORT, that no other program has this "
     f"port and that no firewall is between them; where processes start slowly, set {LIMIT} to more seconds"
 )
+_INTERFACES = "if the host name of a machine is not its address in this network, set GLOO_SOCKET_IFNAME and "
+_INTERFACES += "NCCL_SOCKET_IFNAME to the name of its network interface (`ip address` lists them)"
+
+
+class _AlreadyJoinedError(UsageError):
+    """Another process has the rank of this one."""
 
 
 @dataclass
@@ -92,7 +101,7 @@ def meet(connect: Callable[[Store], None]) -> None:
         if waited > limit and thread.is_alive():
             raise UsageError(
                 f"rank {rank()} of {world_size()} has waited {limit:g} seconds for {progress.waits_for(where)}",
-                hint=_HINT,
+                hint=_HINT if progress.missing or not progress.connected else f"{_HINT}; {_INTERFACES}",
             )
     if isinstance(progress.error, Exception) and not progress.connected and not isinstance(progress.error, RLHFError):
         reason = str(progress.error).partition("\n")[0]
@@ -114,7 +123,7 @@ def seconds() -> float:
     """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
-        return _SECONDS_UNDER_TORCHRUN if _torchrun_has_a_store() else _SECONDS
+        return _SECONDS_UNDER_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else _SECONDS
     with contextlib.suppress(ValueError):
         if 0 < float(text) < threading.TIMEOUT_MAX:
             return float(text)
@@ -177,6 +186,15 @@ def is_local(address: str, port: int) -> bool:
     return False
 
 
+def own_address() -> str:
+    """Return the address at which the processes of other machines reach this one."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if is_local(address, port):  # the others may see this machine under another number than it does
+        return address
+    with socket.create_connection((address, port), timeout=seconds()) as link:
+        return str(link.getsockname()[0])
+
+
 def _accepts_connections(address: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=_SELF_TEST):
         return True
@@ -192,7 +210,10 @@ def _join(
 ) -> None:
     """Body of the thread."""
     try:
-        store = _gather(_store(address, port, listener), progress)
+        if _torchrun_has_a_store():
+            store = _through_torchrun(address, port, progress)
+        else:
+            store = _gather(_store(address, port, listener), progress)
         peers.watch(store)
         connect(store)
     except BaseException as error:
@@ -200,25 +221,41 @@ def _join(
 
 
 def _store(address: str, port: int, listener: socket.socket | None) -> Store:
-    """Return the store of rank 0 or of torchrun, once it answers."""
+    """Return the store of rank 0 or of torchrun, once it answers; with a listener, this process is its server."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
 
-    is_server = rank() == 0 and not _torchrun_has_a_store()
-    while not is_server:  # here, since torch would say every second attempt
-        try:
-            socket.create_connection((address, port), timeout=_SELF_TEST).close()
-            break
-        except OSError:
-            time.sleep(_POLL)
+    while listener is None and not _accepts_connections(address, port):  # torch would say every second attempt
+        time.sleep(_POLL)
     return TCPStore(
         address,
         port,
         world_size(),
-        is_master=is_server,
+        is_master=listener is not None,
         timeout=timedelta(seconds=seconds()),
         wait_for_workers=False,
         master_listen_fd=None if listener is None else listener.detach(),
     )
+
+
+def _through_torchrun(address: str, port: int, progress: _Progress) -> Store:
+    """Return a store of rank 0 that all processes have joined; where it listens is in the store of torchrun.
+
+    torchrun keeps its store when it starts processes again, and does not number their starts alike on all machines. In
+    a store of its own for each start no process finds what an earlier one has left.
+    """
+    theirs = _store(address, port, None)
+    if rank() == 0:
+        with listen(0) as listener:
+            here, number = own_address(), listener.getsockname()[1]
+            store = _store(here, number, listener)
+        theirs.set(_KEY, json.dumps([here, number]))
+        return _gather(store, progress)
+    while True:
+        here, number = json.loads(theirs.get(_KEY))
+        if _accepts_connections(here, number):
+            with contextlib.suppress(_AlreadyJoinedError):  # the store of an earlier start that is about to end
+                return _gather(_store(here, number, None), progress)
+        time.sleep(_POLL)
 
 
 def _gather(store: Store, progress: _Progress) -> Store:
@@ -227,13 +264,9 @@ def _gather(store: Store, progress: _Progress) -> Store:
     Raises:
         UsageError: two processes have the same rank, or they count different numbers of processes.
     """
-    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
-
-    # torchrun restarts processes with the same store.
-    store = PrefixStore(f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     index, count = rank(), world_size()
     if store.add(f"processes/{index}", 1) > 1:
-        raise UsageError(
+        raise _AlreadyJoinedError(
             f"another process has joined as rank {index} of {count} before this one",
             hint="give every process another RANK, from 0 to WORLD_SIZE - 1",
         )

@@ -108,7 +108,8 @@ class ModelSource:
 def resolve_device(name: str) -> torch.device:
     """Resolve `auto` (CUDA if available, else the CPU), `cpu` or `cuda`. Each process of a group gets its own GPU.
 
-    `auto` is the CPU under `accelerate launch --cpu` too, and `cuda` then an error. `auto` never selects MPS: sampling uses float64, which MPS does not support.
+    Under `accelerate launch --cpu`, `auto` is the CPU and `cuda` an error. `auto` never selects MPS: sampling uses
+    float64, which MPS does not support.
 
     Raises:
         ModelError: the name is unknown, or the GPU is not available.

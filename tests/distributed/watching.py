@@ -1,7 +1,7 @@
 """Run as a script: one process of several that does what its argument says, without torch.
 
-`watching.py FOLDER MODE`, with the environment of a launcher. FOLDER takes the place of torch's store. MODE is what this
-process does once all are connected: `wait` as in a collective that never ends, `lose` as in one that fails because
+`watching.py FOLDER MODE`, with the environment of a launcher. FOLDER takes the place of torch's store. MODE is what
+this process does once all are connected: `wait` as in a collective that never ends, `lose` as in one that fails because
 another process has ended, or end in order (`succeed`), with an error (`fail`) or because of a signal (`stop`).
 """
 

@@ -1,4 +1,4 @@
-"""Before any stage starts, all processes see the same settings, files, versions and code, or the difference is named."""
+"""Before any stage starts, all processes see the same settings, files, versions and code; a difference is named."""
 
 from __future__ import annotations
 
