@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,16 @@ from tests.distributed.test_launcher import wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(network.why_not() is not None, reason=str(network.why_not()))]
 SCRIPT = Path(__file__).parent / "watching.py"
 NAMES = ("node-a", "node-b", "node-c")
+
+
+RECIPE = """
+name: three
+model: {{path: {model}, precision: float32, device: cpu}}
+data: {{prompts: prompts.jsonl}}
+sft: {{data: demonstrations.jsonl, epochs: {epochs}, batch_size: 3, micro_batch_size: 1, checkpoint_steps: 10,
+      lora: {{rank: 2}}}}
+"""
+STEPS = 300
 
 
 @pytest.fixture
@@ -105,3 +116,35 @@ def test_a_suspended_process_is_not_taken_for_dead(three, tmp_path):
     subprocess.run(["kill", "-STOP", str(started[2].pid)], check=True)
     with pytest.raises(subprocess.TimeoutExpired):
         started[0].wait(timeout=20)
+
+
+def torchrun(host: network.Host, first: network.Host, folder: Path, label: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "3", "--nproc-per-node", "1"]
+    command += ["--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint"]
+    command += [f"{first.name}:29400", "--rdzv-conf", "read_timeout=300"]
+    command += ["-m", "rlhf_cli", "sft", "recipe.yaml"]
+    more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1"}
+    return host.start(command, cwd=folder, environment=os.environ | more, label=label)
+
+
+def test_three_hosts_train_and_resume_with_a_replacement_of_one_that_was_killed(three, tmp_path, tiny_llama):
+    rows = [{"prompt": f"say {word}", "completion": word} for word in ("one", "two", "six")]
+    (tmp_path / "demonstrations.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say ten"}\n')
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_llama, epochs=STEPS))
+    started = [torchrun(host, three[0], tmp_path, "first") for host in three]
+    work = tmp_path / "runs" / "three" / ".sft.work"
+    wait_until(lambda: (work / "step-00000020").exists(), "a checkpoint", 500)
+    three[2].kill()
+    began = time.monotonic()
+    lost = "error: rank 2 of 3 on node-c is gone: its process ended without reporting an error"
+    wait_until(lambda: all(lost in host.output("first") for host in three[:2]), "its name", 30)
+    assert time.monotonic() - began < 30
+    started[2] = torchrun(three[2], three[0], tmp_path, "second")
+    assert [process.wait(timeout=500) for process in started] == [0, 0, 0], three[0].output("first")
+    log = (tmp_path / "runs" / "three" / "log.txt").read_text()
+    assert log.count("sft: starting (") == log.count("sft: resuming (") == 1
+    lines = (tmp_path / "runs" / "three" / "sft" / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "loss" in row]
+    assert steps == sorted(set(steps)), "no step is done twice"
+    assert steps[-1] == STEPS
