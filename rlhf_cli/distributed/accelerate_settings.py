@@ -85,7 +85,7 @@ def check_accelerate_config(config: Path) -> None:
     count = found.get("num_processes", 1)
     if kind == "MULTI_CPU" or (count != 1 and (kind == "NO" or found.get("use_cpu"))):
         raise UsageError(
-            f"{config}: with `distributed_type: {kind}` accelerate silently starts one process, not {count}",
+            f"{config}: with `distributed_type: {kind}`, accelerate silently starts one process, not {count}",
             hint="use `--processes N` on one machine, or torchrun on several",
         )
     if kind not in _SUPPORTED_TYPES:

@@ -292,7 +292,7 @@ def described(losses: Sequence[Loss]) -> ProcessDiedError | None:
     cause = (
         "check the machine and its network"
         if first.why == _NO_ANSWER
-        else "its output may say why; the system kills a process when memory is short"
+        else "its output may say why; the system kills a process when memory runs out"
     )
     verb = "are" if len(same) > 1 else "is"
     return ProcessDiedError(f"{who} {verb} gone: {first.why}", exit_code=1, hint=f"{cause}; {again}")
