@@ -41,7 +41,8 @@ def _run() -> int:
     from rlhf_cli.cli.completion import COMPLETE, prepare_completion
     from rlhf_cli.cli.environment import check_arguments
     from rlhf_cli.cli.error_rendering import print_error, report
-    from rlhf_cli.distributed.process_group import exit_without_teardown, is_joined, leave
+    from rlhf_cli.distributed import peers
+    from rlhf_cli.distributed.process_group import exit_without_teardown, is_joined, is_lost_peer, leave
     from rlhf_cli.distributed.rendezvous import is_meeting
     from rlhf_cli.distributed.worker import Worker
 
@@ -61,10 +62,13 @@ def _run() -> int:
             worker.fail(error, lambda failure: print_error(failure).as_json())
         code = report(error)
         if is_joined() or is_meeting():  # started by torchrun or `accelerate launch`
+            why = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+            peers.say_goodbye(code, why, is_consequence=is_lost_peer(error))
             exit_without_teardown(code)
         return code
     code = code if isinstance(code, int) else 0
     if is_joined():
+        peers.say_goodbye(code, "")
         leave()
         exit_without_teardown(code)
     return code

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.cli.given_paths import is_given
+from rlhf_cli.distributed import peers
 from rlhf_cli.distributed.process_group import is_lost_peer
 from rlhf_cli.errors import (
     EXIT_DISK,
@@ -120,7 +121,8 @@ def _environment_problem(error: BaseException) -> RLHFError | None:
             hint="rename the file or folder, or work in another one",
         )
     if is_lost_peer(error):
-        return RLHFError("another process has ended", hint="the error of that process says why")
+        unknown = RLHFError("another process has ended", hint="the error of that process says why")
+        return peers.explain() or unknown
     if is_out_of_memory(error):
         return RLHFError("out of memory", hint="close other programs, or use a smaller model or batch")
     if isinstance(error, OSError) and (hint := _HINTS.get(error.errno or 0)) is not None:

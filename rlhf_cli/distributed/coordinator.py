@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,21 +24,33 @@ class StageStart:
 
 
 class Coordinator:
-    """Keeps the processes of a run in the same stage. A single process sends nothing and imports nothing."""
+    """Keeps the processes of a run in the same stage. A single process sends nothing and imports nothing.
 
-    def __init__(self) -> None:
+    Args:
+        check: is called once in every process, with all of them, before the first stage starts.
+    """
+
+    def __init__(self, check: Callable[[ProcessGroup], None]) -> None:
         self._processes = ProcessGroup()
-        self._connected = False
+        self._check = check
+        self._has_begun = False
+
+    def begin(self) -> None:
+        """Check once that the processes can work together, if there are several; every process must call it."""
+        if not self._has_begun and self._processes.count > 1:
+            self._check(self._processes)
+        self._has_begun = True
 
     def broadcast(self, start: StageStart | None) -> None:
         """Rank 0: start this stage in all processes; None ends the run."""
-        if start is None and not self._connected and LISTENER in os.environ:
+        if start is None and not self._has_begun and LISTENER in os.environ:
             return  # every stage is up to date, so torch is not even imported: the supervisor ends the other processes
-        self._connected = True
+        self.begin()
         self._processes.all_gather_object(None if start is None else asdict(start))
 
     def receive(self) -> StageStart | None:
         """All other ranks: wait for the next stage; None at the end of the run."""
+        self.begin()
         message: dict[str, Any] | None = self._processes.all_gather_object(None)[0]
         return None if message is None else StageStart(**message)
 

@@ -10,8 +10,9 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from rlhf_cli.distributed.accelerate_settings import check_accelerate_config
 from rlhf_cli.distributed.ranks import rank, world_size
 from rlhf_cli.distributed.supervisor import supervise
 from rlhf_cli.errors import UsageError
@@ -20,8 +21,6 @@ ENTRY: tuple[str, ...] = ("-m", "rlhf_cli")
 """Python arguments that start this command."""
 
 _OPTIONS = ("--processes", "--accelerate-config")
-_SUPPORTED_TYPES = ("NO", "MULTI_GPU")
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 def check_options(processes: int | None, accelerate_config: Path | None) -> None:
@@ -113,62 +112,3 @@ def exec_accelerate(config: Path) -> NoReturn:
     sys.stderr.flush()
     # No shell and no parent process: signals have to reach the launcher itself.
     os.execv(sys.executable, [sys.executable, *launcher, *ENTRY, *_without_launch_options(sys.argv[1:])])  # noqa: S606
-
-
-def check_accelerate_config(config: Path) -> None:
-    """Raise `UsageError` if a file of `accelerate config` cannot be read or asks for what is not supported."""
-    found = _read_config(config)
-    kind = str(found.get("distributed_type", "NO"))
-    count = found.get("num_processes", 1)
-    if kind == "MULTI_CPU" or (count != 1 and (kind == "NO" or found.get("use_cpu"))):
-        raise UsageError(
-            f"{config}: with `distributed_type: {kind}`, accelerate silently starts one process, not {count}",
-            hint="use `--processes N` on one machine, or torchrun on several",
-        )
-    if kind not in _SUPPORTED_TYPES:
-        raise UsageError(
-            f"{config}: `distributed_type` must be {' or '.join(_SUPPORTED_TYPES)}, got `{kind}`: models are not "
-            "sharded",
-            hint="every process holds whole models: run `accelerate config` again and choose multi-GPU",
-        )
-    where = str(found.get("compute_environment", "LOCAL_MACHINE"))
-    if where != "LOCAL_MACHINE":
-        raise UsageError(f"{config}: `compute_environment` must be LOCAL_MACHINE, got `{where}`")
-    if str(found.get("mixed_precision", "no")) not in ("no", "None"):
-        raise UsageError(
-            f"{config}: `mixed_precision: {found['mixed_precision']}` has no effect here",
-            hint="set it to 'no', and choose the precision with `--set model.precision=bfloat16`",
-        )
-
-
-def _read_config(config: Path) -> dict[str, Any]:
-    """Read a configuration with PyYAML, as accelerate does, so that both see the same values."""
-    import yaml
-
-    try:
-        with config.open("rb") as file:
-            content = file.read(_MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        raise UsageError(f"{config}: no such file", hint="`accelerate config` writes one") from None
-    except OSError as error:
-        raise UsageError(f"{config}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    if len(content) > _MAX_CONFIG_BYTES:
-        raise UsageError(f"{config}: larger than 1 MiB; a configuration of accelerate has a few lines")
-    try:
-        value = yaml.safe_load(content.decode("utf-8-sig"))
-    except yaml.MarkedYAMLError as error:
-        line = 1 if error.problem_mark is None else error.problem_mark.line + 1
-        raise UsageError(f"{config}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a character, a depth or a date that YAML refuses
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise UsageError(f"{config}: not valid YAML: {reason}") from None
-    if not isinstance(value, dict):
-        raise UsageError(
-            f"{config}: a configuration of accelerate must be a mapping, got {type(value).__name__}",
-            hint="`accelerate config` writes one",
-        )
-    # YAML 1.1 reads a bare `no` as false.
-    for name, no in (("distributed_type", "NO"), ("mixed_precision", "no")):
-        if value.get(name) is False:
-            value[name] = no
-    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from rlhf_cli.distributed.accelerate_settings import check_accelerate_environment
 from rlhf_cli.errors import UsageError
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -20,8 +21,6 @@ _OTHER_LAUNCHERS = (
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-# Set by `accelerate launch` for what has no effect here, with the only value that is accepted.
-_ACCELERATE = {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "false", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
 def rank() -> int:
@@ -42,18 +41,13 @@ def is_main() -> bool:
 def check_launcher_environment(environment: Mapping[str, str]) -> None:
     """Refuse an environment that only half describes a launch, in which every process would believe to be alone.
 
-    MASTER_ADDR and MASTER_PORT alone mean nothing: container images set them.
+    Settings of accelerate's launcher without effect are refused too. MASTER_ADDR and MASTER_PORT alone mean nothing:
+    container images set them.
 
     Raises:
         UsageError: names the variables that are set, and those that are missing or have no usable value.
     """
-    for name, accepted in _ACCELERATE.items():
-        if environment.get(name, accepted).lower() != accepted:
-            raise UsageError(
-                f"the environment sets {name}={environment[name]}, which has no effect: models are not sharded, and "
-                "`model.precision` sets the precision",
-                hint=f"set {name}={accepted}, or choose so in `accelerate config`",
-            )
+    check_accelerate_environment(environment)
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
     if not given or (given == ["WORLD_SIZE"] and environment["WORLD_SIZE"] == "1"):
         _check_other_launchers(environment)

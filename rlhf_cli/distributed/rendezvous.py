@@ -7,6 +7,7 @@ interrupts. Here the waiting is done in a thread, and the main thread keeps the 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from rlhf_cli.distributed import peers
 from rlhf_cli.distributed.ranks import rank, world_size
 from rlhf_cli.errors import RLHFError, UsageError
 
@@ -35,10 +37,18 @@ _POLL = 0.05
 _SELF_TEST = 3.0
 """Seconds in which rank 0 must reach its own address."""
 _THREAD = "rlhf-join"
+_KEY = "rlhf/store"
+"""In the store of torchrun: address and port of the store of rank 0."""
 _HINT = (
     "check that all processes were started with the same MASTER_ADDR and MASTER_PORT, that no other program has this "
     f"port and that no firewall is between them; where processes start slowly, set {LIMIT} to more seconds"
 )
+_INTERFACES = "if the host name of a machine is not its address in this network, set GLOO_SOCKET_IFNAME and "
+_INTERFACES += "NCCL_SOCKET_IFNAME to the name of its network interface (`ip address` lists them)"
+
+
+class _AlreadyJoinedError(UsageError):
+    """Another process has the rank of this one."""
 
 
 @dataclass
@@ -91,7 +101,7 @@ def meet(connect: Callable[[Store], None]) -> None:
         if waited > limit and thread.is_alive():
             raise UsageError(
                 f"rank {rank()} of {world_size()} has waited {limit:g} seconds for {progress.waits_for(where)}",
-                hint=_HINT,
+                hint=_HINT if progress.missing or not progress.connected else f"{_HINT}; {_INTERFACES}",
             )
     if isinstance(progress.error, Exception) and not progress.connected and not isinstance(progress.error, RLHFError):
         reason = str(progress.error).partition("\n")[0]
@@ -113,7 +123,7 @@ def seconds() -> float:
     """
     text = os.environ.get(LIMIT, "").strip()
     if not text:
-        return _SECONDS_UNDER_TORCHRUN if _torchrun_has_a_store() else _SECONDS
+        return _SECONDS_UNDER_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else _SECONDS
     with contextlib.suppress(ValueError):
         if 0 < float(text) < threading.TIMEOUT_MAX:
             return float(text)
@@ -132,7 +142,7 @@ def _listener(address: str, port: int) -> socket.socket | None:
         UsageError: the address has no machine, or in rank 0 is that of another machine, or the port is taken.
     """
     try:
-        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UsageError(
             f"MASTER_ADDR={address} is not the address of a machine: {_reason(error)}",
@@ -141,21 +151,13 @@ def _listener(address: str, port: int) -> socket.socket | None:
     if rank() != 0 or _torchrun_has_a_store():
         return None
     try:
-        # On all interfaces, as torch does: the address may be one that a network translates.
-        listener = socket.create_server(
-            ("", port),
-            family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
-            backlog=1024,
-            dualstack_ipv6=socket.has_dualstack_ipv6(),
-        )
+        listener = listen(port)
     except OSError as error:
         raise UsageError(
             f"rank 0 cannot listen on MASTER_PORT={port}: {_reason(error)}",
             hint="end the program that uses this port, or set MASTER_PORT to another number in all processes",
         ) from None
-    if not any(_is_local(family, target) for family, _, _, _, target in found) and not _accepts_connections(
-        address, port
-    ):
+    if not is_local(address, port) and not _accepts_connections(address, port):
         listener.close()
         raise UsageError(
             f"rank 0 cannot be reached at MASTER_ADDR={address}: no interface of this machine has this address",
@@ -168,12 +170,29 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-def _is_local(family: int, target: tuple[object, ...]) -> bool:
+def listen(port: int) -> socket.socket:
+    """Listen on all interfaces, as torch does: the address may be one that a network translates; 0 is a free port."""
+    is_dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=is_dual)
+
+
+def is_local(address: str, port: int) -> bool:
     """Whether an interface of this machine has the address."""
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((target[0], 0, *target[2:]))
-        return True
+    for family, _, _, _, target in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((target[0], 0, *target[2:]))
+            return True
     return False
+
+
+def own_address() -> str:
+    """Return the address at which the processes of other machines reach this one."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if is_local(address, port):  # the others may see this machine under another number than it does
+        return address
+    with socket.create_connection((address, port), timeout=seconds()) as link:
+        return str(link.getsockname()[0])
 
 
 def _accepts_connections(address: str, port: int) -> bool:
@@ -191,31 +210,52 @@ def _join(
 ) -> None:
     """Body of the thread."""
     try:
-        connect(_gather(_store(address, port, listener), progress))
+        if _torchrun_has_a_store():
+            store = _through_torchrun(address, port, progress)
+        else:
+            store = _gather(_store(address, port, listener), progress)
+        peers.watch(store)
+        connect(store)
     except BaseException as error:
         progress.error = error
 
 
 def _store(address: str, port: int, listener: socket.socket | None) -> Store:
-    """Return the store of rank 0 or of torchrun, once it answers."""
+    """Return the store of rank 0 or of torchrun, once it answers; with a listener, this process is its server."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
 
-    is_server = rank() == 0 and not _torchrun_has_a_store()
-    while not is_server:  # here, since torch would say every second attempt
-        try:
-            socket.create_connection((address, port), timeout=_SELF_TEST).close()
-            break
-        except OSError:
-            time.sleep(_POLL)
+    while listener is None and not _accepts_connections(address, port):  # torch would say every second attempt
+        time.sleep(_POLL)
     return TCPStore(
         address,
         port,
         world_size(),
-        is_master=is_server,
+        is_master=listener is not None,
         timeout=timedelta(seconds=seconds()),
         wait_for_workers=False,
         master_listen_fd=None if listener is None else listener.detach(),
     )
+
+
+def _through_torchrun(address: str, port: int, progress: _Progress) -> Store:
+    """Return a store of rank 0 that all processes have joined; where it listens is in the store of torchrun.
+
+    torchrun keeps its store when it starts processes again, and does not number their starts alike on all machines. In
+    a store of its own for each start no process finds what an earlier one has left.
+    """
+    theirs = _store(address, port, None)
+    if rank() == 0:
+        with listen(0) as listener:
+            here, number = own_address(), listener.getsockname()[1]
+            store = _store(here, number, listener)
+        theirs.set(_KEY, json.dumps([here, number]))
+        return _gather(store, progress)
+    while True:
+        here, number = json.loads(theirs.get(_KEY))
+        if _accepts_connections(here, number):
+            with contextlib.suppress(_AlreadyJoinedError):  # the store of an earlier start that is about to end
+                return _gather(_store(here, number, None), progress)
+        time.sleep(_POLL)
 
 
 def _gather(store: Store, progress: _Progress) -> Store:
@@ -224,13 +264,9 @@ def _gather(store: Store, progress: _Progress) -> Store:
     Raises:
         UsageError: two processes have the same rank, or they count different numbers of processes.
     """
-    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
-
-    # torchrun restarts processes with the same store.
-    store = PrefixStore(f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     index, count = rank(), world_size()
     if store.add(f"processes/{index}", 1) > 1:
-        raise UsageError(
+        raise _AlreadyJoinedError(
             f"another process has joined as rank {index} of {count} before this one",
             hint="give every process another RANK, from 0 to WORLD_SIZE - 1",
         )

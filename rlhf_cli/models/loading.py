@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import rlhf_cli.transformer  # noqa: F401  (registers its models with transformers)
+from rlhf_cli.distributed.accelerate_settings import USE_CPU, wants_cpu
 from rlhf_cli.distributed.ranks import world_size
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.backbone import text_config
@@ -107,11 +108,19 @@ class ModelSource:
 def resolve_device(name: str) -> torch.device:
     """Resolve `auto` (CUDA if available, else the CPU), `cpu` or `cuda`. Each process of a group gets its own GPU.
 
-    `auto` never selects MPS: sampling uses float64, which MPS does not support.
+    Under `accelerate launch --cpu`, `auto` is the CPU and `cuda` an error. `auto` never selects MPS: sampling uses
+    float64, which MPS does not support.
 
     Raises:
         ModelError: the name is unknown, or the GPU is not available.
     """
+    if wants_cpu(os.environ):
+        if name == "cuda":
+            raise ModelError(
+                f"`model.device: cuda`, but accelerate's launcher was told to use the CPU ({USE_CPU})",
+                hint=f"use `auto` or `cpu`, or launch without `--cpu` (`use_cpu: false`, {USE_CPU}=false)",
+            )
+        name = "cpu" if name == "auto" else name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu":

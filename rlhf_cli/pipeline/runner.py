@@ -9,17 +9,19 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.distributed.coordinator import Coordinator, StageStart
-from rlhf_cli.distributed.process_group import join_launched
+from rlhf_cli.distributed.process_group import is_joined, join_launched
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.signals import SignalStop, StopRequest
 from rlhf_cli.distributed.watchdog import watching
 from rlhf_cli.errors import RequirementError, RLHFError
 from rlhf_cli.memory import free_memory, is_out_of_memory, keep_freed_memory
 from rlhf_cli.models.resources import Extent, ModelShape
+from rlhf_cli.pipeline.agreement import check_agreement
 from rlhf_cli.pipeline.disk_space import check_free_space, disk_errors, needed_bytes
 from rlhf_cli.pipeline.fingerprint import fingerprint, settings_of
 from rlhf_cli.pipeline.manifest import Manifest, finite, list_outputs, now, versions
@@ -108,7 +110,7 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
     limit_threads(recipe.model.threads)
     keep_freed_memory()
     join_launched()
-    coordinator = Coordinator()
+    coordinator = Coordinator(partial(check_agreement, recipe, folder))
     if not is_main():
         _follow(recipe, directory, coordinator)
         return RunResult(folder, [])
@@ -120,6 +122,8 @@ def run(loaded: LoadedRecipe, folder: Path, selection: Selection) -> RunResult:
         recorded(directory.progress_file),
     ):
         directory.recover()
+        if is_joined():  # on several machines, at once; on one, with the first stage: all may be up to date
+            coordinator.begin()
         planner = Planner(recipe, directory, chosen, selection)
         steps = planner.plan()
         to_run = [step for step in steps if step.action != "cached"]

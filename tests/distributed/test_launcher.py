@@ -226,7 +226,7 @@ def test_processes_and_accelerate_config_exclude_each_other(toy):
             "distributed_type: DEEPSPEED\nnum_processes: 2\n",
             "must be NO or MULTI_GPU, got `DEEPSPEED`",
         ),
-        ("distributed_type: FSDP\nnum_processes: 2\n", "models are not sharded"),
+        ("distributed_type: FSDP\nnum_processes: 2\n", "the recipe's settings decide how the processes share models"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2\n", "accelerate silently starts one process, not 2"),
         ("distributed_type: 'NO'\nnum_processes: 4\n", "accelerate silently starts one process, not 4"),
         ("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\n", "`mixed_precision: bf16` has no"),

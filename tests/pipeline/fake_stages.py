@@ -7,6 +7,7 @@ FAKE_DIE=stage[:signal]: the stage kills its own process after a checkpoint. FAK
 within a step. FAKE_LOAD=stage: it does so with nothing under way that is saved.
 FAKE_RAISE=stage:kind: the stage raises an exception.
 FAKE_RANK=n|all: the rank that does this; 0 by default. Other ranks do nothing in a stage.
+FAKE_ONCE: it does so only before torchrun has started it again.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def hash_of(text: str) -> str:
 
 def misbehave(name: str, context: StageContext) -> None:
     if os.environ.get("FAKE_RANK", "0") not in (str(rank()), "all"):
+        return
+    if "FAKE_ONCE" in os.environ and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         return
     stage, _, signum = os.environ.get("FAKE_DIE", "").partition(":")
     if stage == name:
