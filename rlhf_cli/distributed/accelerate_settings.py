@@ -16,7 +16,7 @@ USE_CPU = "ACCELERATE_USE_CPU"
 """Variable that `accelerate launch --cpu` sets; `model.device: auto` then is the CPU."""
 
 _OFF = ("", "0", "false", "f", "no", "n", "off", "none")
-_SHARING = "the recipe's settings decide how the processes share models and work"
+_SHARING = "the recipe's settings decide how the processes share models and work (`model.sharding`)"
 _PRECISION = "`model.precision` sets the precision"
 _COMPILED = "models are not compiled"
 _STEPS = "`batch_size` and `micro_batch_size` of a stage set how many passes make a step"
