@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.distributed.ranks import rank, world_size
+from rlhf_cli.distributed.sockets import join_seconds, listen, own_address
 from rlhf_cli.errors import ProcessDiedError
 from rlhf_cli.run_log import write
 
@@ -32,23 +33,23 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
 
 _KEY = "peers"
-_ANSWERS = 15
+_RESPONSE = 15
 """Seconds in which a machine must answer; after them its processes are gone."""
 _PROBES = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 5}
-"""Options that reach `_ANSWERS`: seconds of silence before the first probe (its name on macOS second), between two, and
-how many stay without an answer."""
-_NAMING = _ANSWERS + 3.0
+"""Options that reach `_RESPONSE`: seconds of silence before the first probe (its name on macOS second), seconds between
+two, and how many may go unanswered."""
+_NAMING = _RESPONSE + 3.0
 """Seconds to find out whose end ended a collective."""
 _SETTLING = 0.5
 """Seconds in which the ends of other processes of the same machine are noticed too."""
 _AFTER_DEATH = 3.0
-"""Seconds that the main thread has to end by itself, once a process or machine is gone."""
+"""Seconds that the main thread has to end by itself, once another one is gone."""
 _AFTER_FAILURE = 10.0
 """Seconds that it has once another process has failed: it may be about to report the same error."""
 _AFTER_STOP = 120.0
 """Seconds that it has to save once another process was stopped by a signal."""
 _STOPPED = (130, 143)
-_NO_ANSWER = "its machine does not answer"
+_UNREACHABLE = "its machine does not answer"
 _MAX_SHOWN = 8
 
 
@@ -85,7 +86,7 @@ class _Link:
     Attributes:
         rank: of the other process.
         host: its machine.
-        received: bytes that are no whole line yet.
+        received: the beginning of a line.
         is_leaving: whether it has said that it ends in order.
     """
 
@@ -135,15 +136,13 @@ def _forget() -> None:
 
 def _accept(store: Store) -> dict[socket.socket, _Link]:
     """Rank 0: accept a connection from every other process."""
-    from rlhf_cli.distributed.rendezvous import listen, own_address, seconds
-
     token = secrets.token_hex(16)
     found: dict[socket.socket, _Link] = {}
     with listen(0) as listener:
         store.set(_KEY, json.dumps([own_address(), listener.getsockname()[1], token, socket.gethostname()]))
         while len(found) < world_size() - 1:
             link, _ = listener.accept()
-            link.settimeout(seconds())
+            link.settimeout(join_seconds())
             with contextlib.suppress(OSError, ValueError), link.makefile("rb") as reader:
                 given, number, host = json.loads(reader.readline(1 << 12))
                 if secrets.compare_digest(given, token):  # not a program that tries ports
@@ -154,10 +153,8 @@ def _accept(store: Store) -> dict[socket.socket, _Link]:
 
 
 def _connect(store: Store) -> dict[socket.socket, _Link]:
-    from rlhf_cli.distributed.rendezvous import seconds
-
     address, port, token, host = json.loads(store.get(_KEY))
-    link = socket.create_connection((address, port), timeout=seconds())
+    link = socket.create_connection((address, port), timeout=join_seconds())
     link.sendall(_line([token, rank(), socket.gethostname()]))
     return {link: _Link(0, host, bytearray())}
 
@@ -173,7 +170,7 @@ def _probe(link: socket.socket) -> None:
         if hasattr(socket, name):
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # the same for data that was sent: probes wait until it has arrived
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _ANSWERS * 1000)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _RESPONSE * 1000)
 
 
 class _Watch:
@@ -220,7 +217,7 @@ class _Watch:
         except OSError as error:
             found = b""
             is_reset = isinstance(error, ConnectionError)
-            why = "its process ended without reporting an error" if is_reset else _NO_ANSWER
+            why = "its process ended without reporting an error" if is_reset else _UNREACHABLE
         peer.received += found
         while b"\n" in peer.received:
             line, _, rest = peer.received.partition(b"\n")
@@ -291,7 +288,7 @@ def described(losses: Sequence[Loss]) -> ProcessDiedError | None:
         )
     cause = (
         "check the machine and its network"
-        if first.why == _NO_ANSWER
+        if first.why == _UNREACHABLE
         else "its output may say why; the system kills a process when memory runs out"
     )
     verb = "are" if len(same) > 1 else "is"

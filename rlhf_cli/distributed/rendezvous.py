@@ -20,17 +20,12 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.distributed import peers
 from rlhf_cli.distributed.ranks import rank, world_size
+from rlhf_cli.distributed.sockets import LIMIT, is_local, join_seconds, listen, own_address
 from rlhf_cli.errors import RLHFError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  (documented, not listed)
 
-LIMIT = "RLHF_JOIN_SECONDS"
-"""Environment variable with the seconds that a process waits for the others."""
-
-_SECONDS = 20.0
-_SECONDS_UNDER_TORCHRUN = 600.0
-"""Longer: torchrun has waited for all machines before it started this process, and ends it if another one fails."""
 _SILENCE = 2.0
 """Seconds before a process says what it waits for."""
 _POLL = 0.05
@@ -79,7 +74,7 @@ def meet(connect: Callable[[Store], None]) -> None:
     Raises:
         UsageError: the address cannot be used, another process has the same rank, or not all joined in time.
     """
-    limit = seconds()
+    limit = join_seconds()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     progress, where = _Progress(), f"{address}:{port}"
     listener = _listener(address, port)
@@ -113,21 +108,6 @@ def meet(connect: Callable[[Store], None]) -> None:
 def is_meeting() -> bool:
     """Whether the thread still waits in C code, which would abort if the interpreter were torn down."""
     return any(thread.name == _THREAD for thread in threading.enumerate())
-
-
-def seconds() -> float:
-    """Return how long to wait for the other processes.
-
-    Raises:
-        UsageError: the variable that sets it is not a positive number.
-    """
-    text = os.environ.get(LIMIT, "").strip()
-    if not text:
-        return _SECONDS_UNDER_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else _SECONDS
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < threading.TIMEOUT_MAX:
-            return float(text)
-    raise UsageError(f"the environment variable {LIMIT} must be a positive number of seconds, got `{text}`")
 
 
 def _torchrun_has_a_store() -> bool:
@@ -170,31 +150,6 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-def listen(port: int) -> socket.socket:
-    """Listen on all interfaces, as torch does: the address may be one that a network translates; 0 is a free port."""
-    is_dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_dual else socket.AF_INET
-    return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=is_dual)
-
-
-def is_local(address: str, port: int) -> bool:
-    """Whether an interface of this machine has the address."""
-    for family, _, _, _, target in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((target[0], 0, *target[2:]))
-            return True
-    return False
-
-
-def own_address() -> str:
-    """Return the address at which the processes of other machines reach this one."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if is_local(address, port):  # the others may see this machine under another number than it does
-        return address
-    with socket.create_connection((address, port), timeout=seconds()) as link:
-        return str(link.getsockname()[0])
-
-
 def _accepts_connections(address: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=_SELF_TEST):
         return True
@@ -231,7 +186,7 @@ def _store(address: str, port: int, listener: socket.socket | None) -> Store:
         port,
         world_size(),
         is_master=listener is not None,
-        timeout=timedelta(seconds=seconds()),
+        timeout=timedelta(seconds=join_seconds()),
         wait_for_workers=False,
         master_listen_fd=None if listener is None else listener.detach(),
     )

@@ -22,7 +22,7 @@ from rlhf_cli.pipeline.manifest import versions
 from rlhf_cli.recipe.fields import values
 from rlhf_cli.recipe.schema import Recipe
 
-_WHOLE = 1 << 20
+COMPARED_WHOLE = 1 << 20
 """Bytes up to which all of a file is compared; of larger ones the size and both ends, so that it takes milliseconds."""
 _END = 1 << 16
 _MAX_FILES = 1000
@@ -135,8 +135,8 @@ def summary(file: Path) -> str:
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
-            content = opened.read(_WHOLE if size <= _WHOLE else _END)
-            if size > _WHOLE:
+            content = opened.read(COMPARED_WHOLE if size <= COMPARED_WHOLE else _END)
+            if size > COMPARED_WHOLE:
                 opened.seek(-_END, os.SEEK_END)
                 content += opened.read(_END)
     except OSError as error:

@@ -43,7 +43,7 @@ def test_processes_of_one_machine_share_a_line():
     assert agreement.differences(["a", "b"], [SAME, SAME]) == []
 
 
-@pytest.mark.parametrize("size", [10, agreement._WHOLE + 1], ids=["small", "large"])
+@pytest.mark.parametrize("size", [10, agreement.COMPARED_WHOLE + 1], ids=["small", "large"])
 def test_files_are_told_apart_by_size_beginning_and_end(size, tmp_path):
     file = tmp_path / "data"
     seen = set()
