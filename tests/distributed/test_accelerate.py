@@ -16,6 +16,8 @@ from rlhf_cli.errors import ModelError, UsageError
 from rlhf_cli.models.loading import resolve_device
 from rlhf_cli.stages.registry import REGISTRY
 
+pytestmark = pytest.mark.slow  # accelerate looks for devices, for which it may start programs
+
 # Set by accelerate for every launch, and obeyed by accelerate, torch or rlhf, or meant for no process of a run.
 OBEYED = {
     "ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
