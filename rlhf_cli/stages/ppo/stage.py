@@ -44,8 +44,8 @@ def _check(settings: PPOSettings, recipe: RunSettings) -> None:
     check_combination(settings, members)
     if recipe.generation.vllm_server is not None and recipe.model.sharding != "none":
         raise ValueError(
-            "`generation.vllm_server` takes the weights from one process, and with `model.sharding: fsdp` none has them "
-            "all"
+            "`generation.vllm_server` takes the weights from one process, and with `model.sharding: fsdp` none has "
+            "them all"
         )
     if settings.overlap_rollouts and settings.importance_cap is None:
         raise ValueError("`ppo.overlap_rollouts` needs `ppo.importance_cap`, which corrects for the older policy")
