@@ -135,7 +135,7 @@ def _ppo(prompts: int, minibatches: int, micro_batch_size: int, **changes: objec
 def _openrlhf(shape: ModelShape, count: int, engine_gpus: int) -> Case:
     """1,024 prompts, batches of 128, both lengths at most 1,024 (its old benchmark/README.md), taken as reached."""
     share = 0.5 if engine_gpus == 1 else 0.9
-    return Case(shape, Cluster.of("a100", count), _ppo(1_024, 8, 8), 1_024, share=share, engine_gpus=engine_gpus)
+    return Case(shape, Cluster.of("a800", count), _ppo(1_024, 8, 8), 1_024, share=share, engine_gpus=engine_gpus)
 
 
 def _nemo(shape: ModelShape, count: int, length: int, engine_gpus: int) -> Case:

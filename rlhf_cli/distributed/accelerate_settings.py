@@ -57,6 +57,8 @@ _ENTRIES = {
     "gradient_accumulation_steps": _STEPS,
     "gradient_clipping": _CLIPPING,
 }
+_NO_ACCUMULATION = "gradient_accumulation_steps"
+"""Of these entries the one whose 1 asks for nothing."""
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -98,7 +100,7 @@ def check_accelerate_config(config: Path) -> None:
         raise UsageError(f"{config}: `compute_environment` must be LOCAL_MACHINE, got `{where}`")
     for name, decides in _ENTRIES.items():
         value = found.get(name)
-        if value and str(value).lower() not in ("no", "none", "1"):
+        if value and str(value).lower() not in ("no", "none") and not (value == 1 and name == _NO_ACCUMULATION):
             shown = name if isinstance(value, dict) else f"{name}: {value}"
             raise UsageError(
                 f"{config}: `{shown}` has no effect here: {decides}",

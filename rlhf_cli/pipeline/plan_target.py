@@ -57,6 +57,8 @@ class Target:
     def notes(self, recipe: RunSettings, extent: Extent, workload: Workload) -> tuple[str, ...]:
         """Return what vLLM needs where its share of a GPU is too small for it to start."""
         longest = [work.longest for work in workload.work if work.kind == "draw"]
+        if recipe.generation.vllm_server is not None:
+            return ("times are not predicted with `generation.vllm_server`: its GPUs are not known",)
         if recipe.generation.engine != "vllm" or not longest:
             return ()
         least = vllm_least(extent.shape, (extent.prompt or 0) + max(longest)) / self.cluster.memory
@@ -69,8 +71,8 @@ class Target:
     def predict(
         self, settings: Any, recipe: RunSettings, extent: Extent, workload: Workload
     ) -> Mapping[str, Took] | None:
-        """Return what the phases of a stage will take; None for GPUs whose speed is not known."""
-        if self.cluster.gpu is None:
+        """Return what the phases of a stage will take; None for GPUs of unknown speed, such as those of a server."""
+        if self.cluster.gpu is None or recipe.generation.vllm_server is not None:
             return None
         return Predictor(
             self.cluster,

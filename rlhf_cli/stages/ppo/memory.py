@@ -34,7 +34,8 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     # Under adapters the frozen weights of the policy are the reference, and are always held.
     reference = {"reference": held * shape.weights / parts}
     weights |= {} if is_full else reference
-    reward = {} if extent.reward is None else {"reward model": extent.reward.weights * size / parts}
+    # With sharding, too, a reward model with a backbone of its own is whole in every process.
+    reward = {} if extent.reward is None else {"reward model": float(extent.reward.weights * size)}
     rests = extent.on_cpu or settings.offload_frozen  # weights that only score, while they are not used
     scoring = (reference if is_full else {}) | reward
     kept = weights if rests else weights | scoring

@@ -131,9 +131,9 @@ class PPOSettings(StageSection):
     """KL to the sampling policy, in nats per token of a minibatch, above which an update ends early; null never ends
     early."""
     importance_cap: Annotated[float, Field(ge=1.0)] | None = 2.0
-    """C of truncated importance sampling: the loss of a token is multiplied by min(pi / mu, C). Here pi is the token's
-    probability under the policy before the update, and mu under the inference engine that sampled it. Null does not
-    correct. Without effect with `generation.engine: torch`, which samples from the policy itself."""
+    """C of truncated importance sampling: the policy loss of a token is multiplied by min(pi / mu, C). Here pi is the
+    token's probability under the policy before the update, and mu under the inference engine that sampled it. Null does
+    not correct. Without effect with `generation.engine: torch`, which samples from the policy itself."""
     overlap_rollouts: bool = False
     """With `generation.vllm_server`: sample the completions of the next step during the update of this one. They are
     one step off-policy, which `importance_cap` corrects."""

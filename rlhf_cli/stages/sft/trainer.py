@@ -173,7 +173,8 @@ class SFTTrainer(TrainingTask):
             loss.backward()
             total += loss.detach()
             beat()
-            watch.count(sum(len(example) for number in part for example in self.rows[number]))
+            if weight:
+                watch.count(sum(len(example) for number in part for example in self.rows[number]))
         return total
 
     def scale_learning_rates(self, factor: float) -> None:
