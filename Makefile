@@ -16,7 +16,7 @@ help:  ## list the targets
 install: $(VENV)/installed  ## make the environment in .venv with the tested versions
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "installing into $(VENV): a minute or two, 1.6 GB"
+	@echo "installing into $(VENV): some minutes, 2.7 GB (with CUDA more)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

@@ -127,6 +127,8 @@ def suggestion(key_path: KeyPath) -> str:
     if section is None:
         return ""
     known = list(section.model_fields)
+    if longer := [name for name in known if name.startswith(f"{key}_")]:
+        return f", did you mean {_either([f'`{name}`' for name in longer])}?"
     if homes := _homes(key):
         return f"; it belongs under {_either(homes)}"
     if near := difflib.get_close_matches(str(key), known, n=1, cutoff=0.6):

@@ -117,6 +117,7 @@ def test_invalid_recipe_files(tmp_path):
         ("modle:\n  path: x\n", "r.yaml:1: unknown setting `modle`, did you mean `model`?"),
         ("train-rm:\n", "r.yaml:1: unknown setting `train-rm`, did you mean `train_rm`?"),
         ("sft:\n  data: d\n  kl_coef: 1\n", "r.yaml:3: unknown setting `sft.kl_coef`; it belongs under `ppo`"),
+        ("sampling:\n  stop: [x]\n", "r.yaml:2: unknown setting `sampling.stop`, did you mean `stop_tokens`?"),
         ("ppo:\n  lora: {zzz: 1}\n", "unknown setting `ppo.lora.zzz`; known here: `rank`, `alpha`, `dropout`"),
         ("ppo: {learning_rate: .nan}\n", "r.yaml:1: `ppo.learning_rate` must be a finite number; got .nan"),
         ("ppo: {kl_coef: .inf}\n", "`ppo.kl_coef` must be a finite number; got .inf"),
