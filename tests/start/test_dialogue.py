@@ -72,13 +72,13 @@ def test_a_setting_that_reads_the_file_is_offered(answer, tiny_llama, tmp_path):
     assert "data.columns={prompt: query} would read it" in shown
 
 
-def test_a_setting_can_be_written_behind_the_name(answer, tiny_llama, tmp_path):
+def test_a_setting_can_be_written_after_the_name(answer, tiny_llama, tmp_path):
     path = tmp_path / "asked.csv"
     path.write_text("my words,topic\n" + "".join(f"{question},x\n" for question in QUESTIONS))
     reply = "asked.csv --set 'data.columns={prompt: my words}'"
     plan, shown = answer(tiny_llama, "asked.csv --set", "asked.csv", reply, "1", "5")
     assert plan.settings == ("data.columns={prompt: my words}",)
-    assert "`--set 'data.columns={prompt: NAME}'` (such a setting can be written behind the name)" in shown
+    assert "`--set 'data.columns={prompt: NAME}'` (such a setting can be written after the name)" in shown
     assert "would read it" not in shown
 
 
