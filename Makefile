@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-quickstart: install  ## the whole pipeline on a model small enough for two cores, in two to three minutes
+quickstart: install  ## the whole pipeline on a model small enough for two cores, in two to four minutes
 	$(BIN)/rlhf run recipes/quickstart.yaml
 
 test: install  ## all tests; those on real data say so where it is absent
