@@ -20,7 +20,7 @@ _DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Write the recipe and 
 
 
 def quickstart(**given: Any) -> None:
-    """Run the whole pipeline on a tiny model, in two to three minutes on two CPU cores.
+    """Run the whole pipeline on a tiny model, in two to four minutes on two CPU cores.
 
     It writes starter recipes and sample data to DIR, as `rlhf init` does, and runs DIR/recipes/quickstart.yaml, which
     needs no GPU, network or model hub. The same command resumes an interrupted run.
