@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ class RunDirectory:
                 _lock_patiently(file)
             except BlockingIOError:  # a lock file left by a dead process is not locked
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
+                holder = file.read().strip().removesuffix(_here()) or "unknown"
                 raise RunInUseError(
                     f"{self.path} is in use by process {holder}",
                     hint="wait for it, stop it, or use another --run-dir",
@@ -104,7 +105,7 @@ class RunDirectory:
                 ) from error
             file.seek(0)
             file.truncate()
-            file.write(f"{os.getpid()}\n")
+            file.write(f"{os.getpid()}{_here()}\n")
             file.flush()
             yield
 
@@ -242,6 +243,11 @@ class RunDirectory:
     def _swap_in(self, stage: str) -> None:
         replace_folder(self.output(stage), self.artifact(stage), old=self._old(stage))
         self.discard(stage)
+
+
+def _here() -> str:
+    """Which machine the process that holds the lock runs on: a run directory can be shared by several."""
+    return f" on {socket.gethostname()}"
 
 
 def _lock_patiently(file: IO[str]) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+
+from rlhf_cli.errors import RunInUseError
+from rlhf_cli.pipeline import run_directory
+from rlhf_cli.pipeline.run_directory import RunDirectory
 
 ALL = ["sft", "label", "train-rm", "ppo", "evaluate"]
 
@@ -189,6 +194,19 @@ def test_two_runs_in_one_directory(toy):
     first.kill()
     first.communicate()
     assert toy.run().code == 0, "the lock dies with its process"
+
+
+def test_a_run_in_use_names_the_other_machine(tmp_path, monkeypatch):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    with monkeypatch.context() as other:
+        other.setattr(run_directory.socket, "gethostname", lambda: "node7")
+        held = first.lock()
+        held.__enter__()
+    try:
+        with pytest.raises(RunInUseError, match=rf"is in use by process {os.getpid()} on node7$"), second.lock():
+            pass
+    finally:
+        held.__exit__(None, None, None)
 
 
 def test_a_lock_file_of_a_dead_process_locks_nothing(toy):
