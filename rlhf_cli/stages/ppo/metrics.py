@@ -69,6 +69,7 @@ def update_metrics(before: RolloutTensors, returns: Tensor, update: UpdateStatis
         "policy/entropy_avg": update.mean("entropy", per),
         "policy/grad_norm": _mean(update.policy_norms),
         "policy/epochs": float(len(update.epochs)),
+        "policy/optimizer_steps": float(len(update.policy_norms)),
         "loss/policy_avg": update.mean("policy_loss", per),
         "loss/value_avg": update.mean("value_loss"),
         "val/grad_norm": _mean(update.critic_norms),

@@ -155,9 +155,19 @@ def test_a_rate_that_moves_nothing_is_seen():
     assert "ppo.learning_rate" in finding.change[0]
 
 
-@pytest.mark.parametrize("moved", [0.0, 0.005], ids=["one minibatch", "several"])
-def test_one_epoch_per_update_has_no_ratio_to_judge(moved):
+@pytest.mark.parametrize(("moved", "direction"), [(0.2, "too large"), (1e-9, "almost zero")])
+def test_the_minibatches_of_one_epoch_move_the_ratio(moved, direction):
     once = {"policy/approxkl_avg": moved, "val/first_epoch_approxkl": moved, "policy/clipfrac_avg": 0.0}
+    rows = [row | once | {"policy/epochs": 1.0, "policy/optimizer_steps": 4.0} for row in healthy()]
+    (finding,) = unusual(rows)
+    assert finding.subject == "update"
+    assert finding.seen.startswith(direction)
+
+
+@pytest.mark.parametrize(("moved", "steps"), [(0.0, 1.0), (0.005, 4.0)], ids=["one minibatch", "several"])
+def test_one_epoch_per_update_has_no_ratio_to_compare_with(moved, steps):
+    once = {"policy/approxkl_avg": moved, "val/first_epoch_approxkl": moved, "policy/clipfrac_avg": 0.0}
+    assert unusual([row | once | {"policy/epochs": 1.0, "policy/optimizer_steps": steps} for row in healthy()]) == []
     assert unusual([row | once | {"policy/epochs": 1.0} for row in healthy()]) == []
     # Files of before `policy/epochs` was written: equal figures tell.
     assert unusual([{k: v for k, v in (row | once).items() if k != "policy/epochs"} for row in healthy()]) == []

@@ -92,8 +92,14 @@ class Run:
         return episodes.values[-1] / episodes.steps[-1] if len(episodes) else None
 
     @property
+    def moves_ratio(self) -> bool:
+        """Whether an update has several optimizer steps: only then does the ratio move away from 1 within it."""
+        steps = self.curve("policy/optimizer_steps")
+        return max(steps.values) > 1 if len(steps) else self.reuses_completions
+
+    @property
     def reuses_completions(self) -> bool:
-        """Whether an update has several epochs: only then does the ratio move away from 1."""
+        """Whether an update has several epochs, of which the first can be compared with all."""
         epochs = self.curve("policy/epochs")
         if len(epochs):
             return max(epochs.values) > 1

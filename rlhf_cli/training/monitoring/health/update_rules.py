@@ -48,7 +48,7 @@ def first_ratio(run: Run) -> Iterator[Finding]:
 def step_size(run: Run) -> Iterator[Finding]:
     """Check whether an update moves the policy by a sensible amount."""
     moved, clipped = run.curve("policy/approxkl_avg"), run.curve("policy/clipfrac_avg")
-    if not len(moved) or not run.reuses_completions:
+    if not len(moved) or not run.moves_ratio:
         return
     share = clipped.mean if len(clipped) else 0.0
     seen = (
