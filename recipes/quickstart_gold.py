@@ -57,7 +57,7 @@ STOP_WORDS = frozenset(_COMMON.split())
 
 
 def score(prompts: list[str], completions: list[str]) -> list[float]:
-    """Return one score per completion, from about -7 to 5; higher is better."""
+    """Return one score per completion, from -8 to 5; higher is better."""
     return [score_one(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 

@@ -36,10 +36,11 @@ def _section_in(annotation: Any) -> type[Section] | None:
 def is_section(key_path: KeyPath) -> bool:
     """Whether a key path leads to a single section (not a list of sections)."""
     field = field_at(key_path)
-    return field is not None and section_of(field) is not None and not _is_list(field)
+    return field is not None and section_of(field) is not None and not is_list(field)
 
 
-def _is_list(field: FieldInfo) -> bool:
+def is_list(field: FieldInfo) -> bool:
+    """Whether a field is a list, directly or in a union."""
     parts = (field.annotation, *get_args(field.annotation))
     return any(get_origin(part) is list for part in parts)
 

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic.fields import FieldInfo
 
 from rlhf_cli import __version__
-from rlhf_cli.recipe.fields import section_of
+from rlhf_cli.recipe.fields import is_list, section_of
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.show import scalar
 from rlhf_cli.settings.base import EffortOnly, Section
@@ -33,9 +33,10 @@ begins with an existing folder or with `runs/` is always a path.
 Settings marked *effort* affect memory, speed, display, or when a run stops or continues, but not what a stage
 computes. They may be changed at any time, even for an unfinished stage; finished stages stay valid.
 
-`rlhf recipe show RECIPE` prints the settings that differ from the defaults, where each was set, and the sizes derived
-from all settings; with `--all`, it prints every setting. `rlhf recipe schema` prints the JSON schema for editors;
-`rlhf init DIR` writes it too, and the recipes in DIR name it in their first line.
+`rlhf recipe show RECIPE` prints the settings that differ from the defaults, where each was set, and the sizes that
+follow from all settings, such as `ppo`'s optimizer steps in total; with `--all`, it prints every setting.
+`rlhf recipe schema` prints the JSON schema for editors; `rlhf init DIR` writes it too, and the recipes in DIR name it
+in their first line.
 """
 
 
@@ -75,7 +76,8 @@ def _table(section: type[Section], path: str) -> str:
     rows = ["| setting | value | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         inner = section_of(field)
-        kind = f"section: [`{_joined(path, name)}`](#{_anchor(_joined(path, name))})" if inner else _kind(field)
+        shape = "list of sections" if inner and is_list(field) else "section"
+        kind = f"{shape}: [`{_joined(path, name)}`](#{_anchor(_joined(path, name))})" if inner else _kind(field)
         rows.append(f"| `{name}` | {kind} | {_default(field)} | {_meaning(field)} |")
     return "\n".join(rows) + "\n"
 

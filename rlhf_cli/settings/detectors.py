@@ -17,7 +17,7 @@ class DetectorLimits(Section):
     """Thresholds of one detector, in its own unit. Each may change at any time, also to continue a stopped run."""
 
     warn: Annotated[Positive | None, EffortOnly()] = None
-    """Threshold of the warning; null does not warn."""
+    """Threshold of the warning; null does not warn. Each detector has its own default; see docs/health.md."""
     stop: Annotated[Positive | None, EffortOnly()] = None
     """Threshold at which the run saves its state and stops with exit code 70; null never stops."""
 

@@ -276,8 +276,8 @@ class TrainingSettings(StageSection):
 class SamplingSettings(Section):
     """How completions are sampled and where they end: temperature first, then nucleus (top-p) sampling. The top-level
     section `sampling` applies to all stages; a stage may set values of its own. Null in a stage means the value of
-    the top-level section. Null in the top-level section means the value that `ppo` used when it trained the model,
-    else the default."""
+    the top-level section. Null in the top-level section means the value that was recorded with the model that the
+    stage starts from (by `sft` or `ppo`; docs/contract.md), else the default."""
 
     temperature: Positive | None = None
     """Logits are divided by this; 1, the default, samples from the model's own distribution; lower values are

@@ -93,7 +93,7 @@ class EvaluateSettings(StageSection):
     samples_per_prompt: Count = 1
     """Completions per prompt from each model."""
     sampling: StageSamplingSettings = StageSamplingSettings()
-    """How completions of all models are sampled; null is how the policy was trained."""
+    """How completions of all models are sampled; null inherits (see the section `sampling`), from the policy."""
     shown_samples: Effort = 5
     """Number of prompts whose completions are shown side by side in the terminal; all are saved."""
 

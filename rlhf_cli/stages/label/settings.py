@@ -128,7 +128,7 @@ class LabelSettings(StageSection):
     completions_per_prompt: Annotated[int, Field(ge=2, le=16)] = 4
     """K, the number of completions sampled per prompt. InstructGPT used 4 to 9."""
     tie_margin: NonNegative = 0.0
-    """Completions whose scores differ by at most this much share a tier."""
+    """Completions whose scores differ by at most this much share a tier: they are tied."""
     sampling: StageSamplingSettings = StageSamplingSettings()
     """How completions are sampled."""
     active_learning: ActiveLearningSettings | None = None
