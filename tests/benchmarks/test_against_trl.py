@@ -45,6 +45,7 @@ def test_sft_takes_the_same_steps_as_trls(tmp_path):
 
 def check_first_update(row: dict) -> None:
     """Before the first optimizer step, policy, reference and sampling policy are one."""
+    assert row["first_ratio"] == pytest.approx(1.0, abs=1e-5)
     assert row["ratio"] == pytest.approx(1.0, abs=1e-3)
     assert abs(row["kl"]) <= 1e-3
     assert row["seconds"] > 0.0
