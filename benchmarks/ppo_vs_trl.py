@@ -243,7 +243,11 @@ def peer(task: dict[str, Any], result: Path) -> None:
     clock = comparison.Clock()
     with clock.running():
         trainer.train()
-    found = comparison.measured(clock) | {"first_ratio": None, "ratio": logged["val/ratio"], "kl": logged["objective/kl"]}
+    found = comparison.measured(clock) | {
+        "first_ratio": None,
+        "ratio": logged["val/ratio"],
+        "kl": logged["objective/kl"],
+    }
     result.write_text(json.dumps(found | {"metrics": logged}), encoding="utf-8")
 
 
