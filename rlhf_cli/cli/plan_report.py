@@ -131,7 +131,7 @@ def _work(stage: StagePlan) -> str:
     parts = [f"{work.records:,} {work.unit}"]
     if work.optimizer_steps:
         parts.append(f"{work.optimizer_steps:,} optimizer steps")
-    for kind, verb in (("train", "trained"), ("draw", "drawn"), ("forward", "in forward passes")):
+    for kind, verb in (("train", "trained"), ("draw", "drawn"), ("forward", "in forward passes only")):
         if tokens := work.tokens(kind):  # type: ignore[arg-type]
             least = None if stage.expected is None else stage.expected.tokens(kind)  # type: ignore[arg-type]
             differs = least is not None and round(least) != round(tokens)
