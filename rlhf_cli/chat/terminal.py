@@ -129,7 +129,8 @@ class Chat:
         where = "not saved: add `--transcript FILE`"
         if kept:
             model = self._conversation.models.models[0].policy.source.path
-            where = f"saved to {kept}; once there are more: `rlhf train-rm --model {word(model)} --data {word(kept)}`"
+            train = f"rlhf train-rm --model {word(model)} --data {word(kept)}"
+            where = f"saved to {kept}; once it holds more labels, train on them: `{train}`"
         self._say(f"{count} {where}")
 
     def _say(self, text: str) -> None:

@@ -53,9 +53,9 @@ def chat(
 ) -> None:
     """Talk to the models of a run: base, SFT and PPO reply to the same prompts.
 
-    Under each reply are its reward and its log-probability ratio to the model that the replying one was trained from
-    (the mean is the KL). Without a terminal, the prompt is read from stdin. `/best NAME` in the chat saves a label
-    that `train-rm` can learn from.
+    Under each reply are its reward and its log-probability ratio between the model that replied and the one it was
+    trained from (the mean is the KL). Without a terminal, the prompt is read from stdin. `/best NAME` in the chat saves
+    a label that `train-rm` can learn from.
     """
     from rlhf_cli.chat.conversation import Conversation
     from rlhf_cli.chat.files import ChatFiles

@@ -92,7 +92,7 @@ def _settings(
         given.append(override("data.prompt_template", template, f"--template {template}"))
     loaded = load_recipe(recipe, settings or [], given).recipe
     if loaded.model.path is None:
-        raise UsageError("no model, whose tokenizer and chat template decide", hint="name one with `--model PATH`")
+        raise UsageError("no model, whose tokenizer and chat template are needed", hint="name one with `--model PATH`")
     return loaded
 
 

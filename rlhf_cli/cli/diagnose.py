@@ -19,14 +19,15 @@ _WIDTH = 100
 """Columns where stdout is not a terminal."""
 _STATES = {
     "finished": "finished",
-    "outdated": "finished, but made from an outdated output of an earlier stage; the same command runs it again",
-    "to come": "not started; the same command continues with it",
+    "outdated": "finished, but made from an outdated output of an earlier stage; "
+    "the command that started the run makes it again",
+    "to come": "not started; the command that started the run continues with it",
     "running": "running",
     "stopped": "stopped by a detector",
     "diverged": "diverged",
-    "interrupted": "interrupted; the same command resumes it",
+    "interrupted": "interrupted; the command that started the run resumes it",
     "failed": "failed",
-    "killed": "ended without an error message, as after `kill -9`; the same command resumes it",
+    "killed": "ended without an error message, as after `kill -9`; the command that started the run resumes it",
     "damaged": "damaged",
 }
 _VERDICTS = {

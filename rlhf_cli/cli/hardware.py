@@ -94,7 +94,7 @@ def print_report(found: dict[str, Any]) -> None:
         rows.append(("cpu", f"{found['cpus']} cores, {found['threads']} threads, {bf16}"))
         gpus = ", ".join(f"{gpu['name']} with {format_bytes(gpu['memory_bytes'])}" for gpu in found["gpus"])
         rows.append(("gpu", gpus or ("Apple MPS" if found["mps"] else "none")))
-        rows.append(("auto", f"device {found['device']}; `model.precision` is measured when a stage starts"))
+        rows.append(("auto", f"`model.device` is {found['device']}; `model.precision` is measured when a stage starts"))
     rows.append(("memory", format_bytes(found["memory_bytes"])))
     rows.append(("disk", f"{format_bytes(found['disk_free_bytes'])} free here"))
     print("\n".join(f"{name:<13} {value}" for name, value in rows))

@@ -10,7 +10,7 @@ from rlhf_cli.cli.options import Json, RecipeFile, RunDir, Settings
 
 
 def overopt(recipe: RecipeFile, settings: Settings = None, run_dir: RunDir = None, as_json: Json = False) -> None:
-    """Train proxies of the gold reward in `label`, optimize them by best of n and PPO, and say where to stop.
+    """Train reward models on labels of a gold reward (`label`), optimize them by best of n and PPO, say where to stop.
 
     The run directory holds `overopt.json`, plots, and a run directory per proxy and seed. The same command resumes.
     """

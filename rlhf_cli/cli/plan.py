@@ -21,7 +21,7 @@ _GPU = Annotated[
     str | None,
     typer.Option("--gpu", metavar="NAME", help="Plan for another machine: a GPU such as h100, or its memory in GB."),
 ]
-_GPUS = Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="With --gpu: GPUs of all nodes.")]
+_GPUS = Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="With --gpu: GPUs, all nodes together.")]
 _NODES = Annotated[
     int | None, typer.Option("--nodes", metavar="N", min=1, help="With --gpu: machines; default: 8 GPUs in each.")
 ]

@@ -131,7 +131,7 @@ def _work(stage: StagePlan) -> str:
     parts = [f"{work.records:,} {work.unit}"]
     if work.optimizer_steps:
         parts.append(f"{work.optimizer_steps:,} optimizer steps")
-    for kind, verb in (("train", "trained"), ("draw", "drawn"), ("forward", "passed")):
+    for kind, verb in (("train", "trained"), ("draw", "drawn"), ("forward", "in forward passes only")):
         if tokens := work.tokens(kind):  # type: ignore[arg-type]
             least = None if stage.expected is None else stage.expected.tokens(kind)  # type: ignore[arg-type]
             differs = least is not None and round(least) != round(tokens)
@@ -168,7 +168,7 @@ def _memory(stage: StagePlan, plan: RunPlan) -> Iterator[tuple[str, str]]:
     if others:
         yield "", f"other phases: {others}"
     for one in stage.advice:
-        effect = "" if one.keeps_result else ", with another result"
+        effect = "" if one.keeps_result else "; it changes the result"
         fit = "fits" if one.fits else "not enough by itself"
         yield "change", f"--set {one.change} saves {format_bytes(one.saved)}: {format_bytes(one.total)}, {fit}{effect}"
 

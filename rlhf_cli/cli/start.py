@@ -106,8 +106,8 @@ def _free_name(path: Path, read: Any) -> Path:
 
     while path.exists():
         say(
-            f"{path} exists. Give the new recipe another name, or Ctrl-C, and `rlhf start {word(path)} --force` "
-            "replaces it."
+            f"{path} exists. Type another name for the new recipe, or press Ctrl-C and replace it with `rlhf start "
+            f"{word(path)} --force`."
         )
         name = read("> ").strip()
         path = Path(name) if name else path

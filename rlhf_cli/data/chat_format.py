@@ -355,8 +355,8 @@ def _check_conversation(prompt_format: PromptFormat, record: Record, roles: tupl
         raise DataError(f"{record.location}: the turns {', '.join(roles)}: {error.message}", hint=error.hint) from error
     if not chat.continues_prompt:
         warn(
-            f"the chat template of {prompt_format.name} writes {chat.prompt[-30:]!r} before a completion and something "
-            "else in a whole conversation: completions are trained on as they are in the data"
+            f"the chat template of {prompt_format.name} ends a prompt with {chat.prompt[-30:]!r}, but writes something "
+            "else there in a whole conversation: completions of the data are trained on directly after such a prompt"
         )
 
 

@@ -36,10 +36,10 @@ def server_obstacle(policies: Sequence[Policy]) -> Obstacle | None:
     if version is None:
         return Obstacle("trl, whose client of vllm's server is used, is not installed", fix)
     if not version.startswith(f"{CLIENT}."):
-        return Obstacle(f"trl {version} is installed, and {CLIENT} is supported", fix)
+        return Obstacle(f"trl {version} is installed, and only {CLIENT} is supported", fix)
     if len(policies) > 1 and ProcessGroup(policies[0].source.device).count > 1:
         return Obstacle(
-            "several models take turns on the server, which several processes use at a time",
+            "several models take turns on the server, which works with one process only",
             "run this stage with `--processes 1`, or without `generation.vllm_server`",
         )
     return obstacle(policies)

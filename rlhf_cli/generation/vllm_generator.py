@@ -66,7 +66,7 @@ def obstacle(policies: Sequence[Policy]) -> Obstacle | None:
         return Obstacle("vllm is not installed", "see docs/generation.md for an environment with vllm")
     if not version.startswith(f"{SUPPORTED}."):
         return Obstacle(
-            f"vllm {version} is installed, and {SUPPORTED} is supported",
+            f"vllm {version} is installed, and only {SUPPORTED} is supported",
             f"install it with `pip install 'vllm=={SUPPORTED}.*'`",
         )
     if policy.config.is_encoder_decoder:

@@ -150,7 +150,7 @@ class VLLMServer:
         command = start_command(self._model)
         if not version.startswith(f"{SUPPORTED}."):
             raise ModelError(
-                f"the vllm server at {self.url} is of version {version}, and {SUPPORTED} is supported",
+                f"the vllm server at {self.url} is of version {version}, and only {SUPPORTED} is supported",
                 hint=f"install it with `pip install 'vllm=={SUPPORTED}.*'`",
             )
         config = self._asked("server_info?config_format=json", seconds=self._patience).get("vllm_config")

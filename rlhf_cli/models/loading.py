@@ -140,7 +140,7 @@ def resolve_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         unused = unused_gpu()
         if unused is not None:
-            raise ModelError(f"`model.device: cuda`: {unused.reason}", hint=f"{unused.fix}; `cpu` works without")
+            raise ModelError(f"`model.device: cuda`: {unused.reason}", hint=f"{unused.fix}; or use `cpu`")
         raise ModelError("`model.device: cuda`: torch finds no CUDA device", hint="use `auto` or `cpu`")
     return torch.device("cuda") if world_size() == 1 else _own_gpu()
 

@@ -72,7 +72,7 @@ def find_peft_folder(path: str, revision: str | None = None) -> PeftFolder | Non
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
             f"`{path}` holds a whole model and a PEFT adapter, and nothing says whether the adapter is already merged",
-            hint=f"if the model is to be used as it is, move {ADAPTER_CONFIG} to another folder; else the weights",
+            hint=f"if it is merged, move {ADAPTER_CONFIG} to another folder; if not, move the whole model's weights",
         )
     if kind in _PROMPT_LEARNING:
         raise ModelError(

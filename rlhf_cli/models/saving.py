@@ -76,7 +76,7 @@ def save_model_folder(
         if isinstance(model.config, TransformerConfig):
             auto = type(model).__name__.replace("Transformer", "AutoModel", 1)
             (folder / LOADING).write_text(_HOW_TO_LOAD.format(auto=auto), encoding="utf-8")
-            say_once(f"an explicit transformer: {LOADING} beside it says how other programs load it")
+            say_once(f"a built-in transformer: {LOADING} beside it says how other programs load it")
 
 
 @contextmanager

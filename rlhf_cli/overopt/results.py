@@ -73,7 +73,7 @@ class Optimized:
         point = self.course.points[self.stop]
         unit = f"n = {point:,}" if self.method == "best-of-n" else f"step {point:,}"
         lost = f"{self.lost.value:.2f} ({self.lost.low:.2f} to {self.lost.high:.2f})"
-        return f"{self.fit.said()}: stop at {unit}; the rest costs {lost} of gold"
+        return f"{self.fit.said()}: stop at {unit}; optimizing further costs {lost} of the gold reward"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; rewards are relative to the initial policy, intervals 95 % over seeds and prompts."""

@@ -103,7 +103,8 @@ def _state_of(run: RunDirectory, stage: str, *, is_running: bool) -> StageState 
     try:
         return StageState(stage, artifact, "finished", read_manifest(artifact))
     except DamagedArtifact as damage:
-        return StageState(stage, artifact, "damaged", None, str(damage), f"run again with `--force {stage}`")
+        hint = f"recreate it with `rlhf run RECIPE --force {stage}`"
+        return StageState(stage, artifact, "damaged", None, str(damage), hint)
 
 
 def _is_outdated(one: StageState, earlier: Mapping[str, StageState]) -> bool:

@@ -128,7 +128,7 @@ def suggestion(key_path: KeyPath) -> str:
     if section is None:
         return ""
     known = list(section.model_fields)
-    if longer := [name for name in known if name.startswith(f"{key}_")]:
+    if longer := [name for name in known if name.startswith(f"{key}_") or _initials(name) == key]:
         return f", did you mean {_either([f'`{name}`' for name in longer])}?"
     if homes := _homes(key):
         return f"; it belongs under {_either(homes)}"
@@ -143,6 +143,10 @@ def _homes(key: Key) -> list[str]:
     """Return the sections that have a setting of this name; `the top level` for the recipe itself."""
     key_paths = [setting.key_path for setting in walk() if setting.key_path[-1] == key]
     return [f"`{dotted(key_path[:-1])}`" if len(key_path) > 1 else "the top level" for key_path in key_paths]
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.split("_")) if "_" in name else ""
 
 
 def _either(homes: list[str]) -> str:

@@ -91,8 +91,8 @@ class HTTPReward:
             return asyncio.run(self._ask_all(prompts, completions, columns))
         except Interrupted:
             warn(
-                f"{self._shown} was unreachable until the stop: this step has no rewards and cannot be finished; the "
-                "run resumes from the last checkpoint"
+                f"{self._shown} was unreachable when the run was stopped: this step has no rewards and cannot be "
+                "finished; the run resumes from the last checkpoint"
             )
             raise
 

@@ -166,7 +166,7 @@ def warn_of_trained(records: Sequence[Record], model: str, use: str) -> None:
     if seen := len(keys_of(records) & contract.trained_prompts):
         warn(
             f"{model} was trained on {seen:,} of the {len(records):,} held-out prompts, so {use} looks better than it "
-            "is: leave `data.holdout` and `data.split_seed` to the model"
+            "is: remove `data.holdout` and `data.split_seed` to hold out the same prompts as in its training"
         )
 
 

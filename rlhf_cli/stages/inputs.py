@@ -201,7 +201,7 @@ class InputFinder:
         run_dir = self.artifacts.run_dir
         return UsageError(
             f"no {self.artifacts.writes(writer)} in {run_dir}: `{self._stage}` reads the output of `{writer}`",
-            hint=f"run `rlhf {writer} --run-dir {word(run_dir)}` first, or specify one with "
+            hint=f"run `rlhf {writer}` with `--run-dir {word(run_dir)}` first, or specify one with "
             f"`--set {self._section}.{setting}=PATH`{also}",
         )
 

@@ -51,6 +51,6 @@ def require_processes(recipe: RunSettings) -> None:
     """Raise `UsageError` if models should be sharded, and there is one process."""
     if recipe.model.sharding != "none" and world_size() == 1:
         raise UsageError(
-            f"`model.sharding: {recipe.model.sharding}` divides a model among several processes, and this is one",
+            f"`model.sharding: {recipe.model.sharding}` divides a model among several processes, but there is only one",
             hint="start several with `--processes N`, or leave the model whole with `--set model.sharding=none`",
         )

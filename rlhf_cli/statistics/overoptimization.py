@@ -94,7 +94,7 @@ class Fit:
         if self.falls_from_start:
             return f"gold falls from the start ({share})"
         if not self.turns_over:
-            return f"no turnover up to {self.farthest**2:.1f} nats (but one {share})"
+            return f"no peak up to {self.farthest**2:.1f} nats (but one {share})"
         to = "beyond the data" if peak.high >= self.farthest else f"{peak.high**2:.1f}"
         return f"gold is highest at {peak.value**2:.1f} nats ({peak.low**2:.1f} to {to}), and falls after it {share}"
 

@@ -72,7 +72,7 @@ def _difference(states: list[dict[str, Any]], processes: ProcessGroup) -> str:
         found.append(f"those of {-new} of {len(states)} processes are dropped")
     had_gpu, has_gpu = "cuda" in states[0], torch.cuda.is_initialized()
     if has_gpu and not had_gpu:
-        found.append("the checkpoint was written without a GPU, whose generator is seeded")
+        found.append("the checkpoint was written without a GPU: the GPU's generator is seeded")
     if had_gpu and not has_gpu:
         found.append("that of the checkpoint's GPU is dropped")
     return "; ".join(found)

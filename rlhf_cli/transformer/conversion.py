@@ -61,7 +61,7 @@ def as_transformers(
     is_classifier = type(model) is TransformerForSequenceClassification and model.config.architecture == "decoder"
     if type(model) is not TransformerForCausalLM and not is_classifier:
         raise ModelError(
-            f"cannot export `{name}`: it must be an explicit decoder, got {type(model).__name__}",
+            f"cannot export `{name}`: it must be a built-in transformer (decoder), got {type(model).__name__}",
             hint="`rlhf transformer convert` converts a GPT-2 or a Llama to one",
         )
     found = _counterpart(model.config, name)

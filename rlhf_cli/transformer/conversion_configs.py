@@ -92,7 +92,7 @@ def _require_causal(config: PretrainedConfig, name: str) -> None:
 
 def _unsupported(name: str, setting: str, value: object) -> ModelError:
     return ModelError(
-        f"`{name}` has `{setting}: {value}`, which the explicit transformer does not support",
+        f"`{name}` has `{setting}: {value}`, which the built-in transformer does not support",
         hint="use the model as it is",
     )
 

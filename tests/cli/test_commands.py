@@ -112,7 +112,7 @@ def test_an_error_is_followed_by_a_blank_line_and_a_hint(folder):
     done = rlhf("run", "r.yaml", cwd=folder)
     assert done.stderr == (
         "error: no reward model in runs/r: `ppo` reads the output of `train-rm`\n\n"
-        "hint: run `rlhf train-rm --run-dir runs/r` first, or specify one with `--set ppo.reward_model=PATH`, "
+        "hint: run `rlhf train-rm` with `--run-dir runs/r` first, or specify one with `--set ppo.reward_model=PATH`, "
         "or use another reward with `--function` or `--reward-url`\n"
     )
 

@@ -101,7 +101,7 @@ def test_what_is_not_supported_is_refused_before_a_stage_runs(more: dict, stage:
 
 
 def test_a_single_process_is_refused():
-    with pytest.raises(UsageError, match="divides a model among several processes, and this is one") as caught:
+    with pytest.raises(UsageError, match="divides a model among several processes, but there is only one") as caught:
         require_processes(recipe())
     assert "--processes N" in (caught.value.hint or "")
 

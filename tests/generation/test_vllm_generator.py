@@ -319,7 +319,7 @@ def test_what_keeps_vllm_from_a_policy(prepared, reason, vllm, tiny_llama):
     ("version", "reason", "fix"),
     [
         (None, "not installed", "docs/generation.md"),
-        ("0.33.0", "vllm 0.33.0 is installed, and 0.32 is supported", "vllm==0.32"),
+        ("0.33.0", "vllm 0.33.0 is installed, and only 0.32 is supported", "vllm==0.32"),
         ("0.3.2", "vllm 0.3.2 is installed", "vllm==0.32"),
         ("0.32.1", None, None),
     ],

@@ -185,7 +185,7 @@ def test_a_server_that_dies_again_and_again_is_given_up(trained):
 @pytest.mark.parametrize(
     ("changes", "says", "hint"),
     [
-        pytest.param({"version": "0.33.1"}, "version 0.33.1, and 0.32 is supported", "vllm==0.32", id="version"),
+        pytest.param({"version": "0.33.1"}, "version 0.33.1, and only 0.32 is supported", "vllm==0.32", id="version"),
         pytest.param({"mode": "raw_logprobs"}, "mode `raw_logprobs`", "processed_logprobs", id="logprobs"),
         pytest.param({"transfer": None}, "weight transfer `None`", "nccl", id="transfer"),
         pytest.param({"is_dev": False}, "development mode", "VLLM_SERVER_DEV_MODE=1", id="development mode"),
@@ -284,7 +284,7 @@ def test_what_is_drawn_ahead_has_the_weights_of_its_beginning(trained):
     ("version", "processes", "reason"),
     [
         pytest.param(None, 1, "trl, whose client", id="none"),
-        pytest.param("1.15.0", 1, "trl 1.15.0 is installed, and 1.16 is supported", id="another"),
+        pytest.param("1.15.0", 1, "trl 1.15.0 is installed, and only 1.16 is supported", id="another"),
         pytest.param("1.16.3", 2, "several models take turns", id="processes"),
         pytest.param("1.16.3", 1, None, id="nothing"),
     ],

@@ -107,7 +107,7 @@ def check_resumed(gpu: Host, folder: Path, command: list[str], device: str, said
 
 def test_a_run_without_a_gpu_resumes_on_one(gpu: Host, tiny_llama: Path, tmp_path: Path):
     command = interrupted_ppo(gpu, tmp_path, tiny_llama, "cpu")
-    said = "the checkpoint was written without a GPU, whose generator is seeded"
+    said = "the checkpoint was written without a GPU: the GPU's generator is seeded"
     check_resumed(gpu, tmp_path, command, "cuda", said)
 
 

@@ -105,12 +105,12 @@ def test_where_to_stop_is_the_last_point_before_the_peak():
     lost = 2 * (1 - 0.5 * math.log(2)) - 12 * (1 - 0.5 * math.log(12))
     assert falls.lost is not None
     assert falls.lost.low < lost < falls.lost.high
-    assert f"stop at step 2; the rest costs {falls.lost.value:.2f}" in falls.said()
+    assert f"stop at step 2; optimizing further costs {falls.lost.value:.2f}" in falls.said()
     assert falls.to_json()["stop"]["kl"] == pytest.approx(peak**2, rel=0.1)
     assert falls.to_json()["stop"]["at"] == 2
     assert rises.stop is None
     assert rises.lost is None
-    assert "no turnover" in rises.to_json()["stop"]["said"]
+    assert "no peak up to" in rises.to_json()["stop"]["said"]
     assert len(falls.to_json()["fit_by_seed"]) == 2
 
 

@@ -9,7 +9,7 @@ import pytest
 MISSING_REWARD = """\
 error: no reward model in runs/toy: `ppo` reads the output of `train-rm`
 
-hint: run `rlhf train-rm --run-dir runs/toy` first, or specify one with `--set ppo.reward_model=PATH`, \
+hint: run `rlhf train-rm` with `--run-dir runs/toy` first, or specify one with `--set ppo.reward_model=PATH`, \
 or use another reward with `--function` or `--reward-url`
 """
 

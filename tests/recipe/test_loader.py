@@ -112,6 +112,7 @@ def test_invalid_recipe_files(tmp_path):
     ("text", "problem"),
     [
         ("ppo:\n  learning_rat: 1\n", "r.yaml:2: unknown setting `ppo.learning_rat`, did you mean `learning_rate`?"),
+        ("ppo:\n  lr: 1\n", "r.yaml:2: unknown setting `ppo.lr`, did you mean `learning_rate`?"),
         ("Model:\n", "r.yaml:1: unknown setting `Model`, did you mean `model`?"),
         ("ppo: {'list[str]': 1}\n", "unknown setting `ppo.list[str]`"),
         ("modle:\n  path: x\n", "r.yaml:1: unknown setting `modle`, did you mean `model`?"),

@@ -63,7 +63,7 @@ def test_a_curve_that_only_rises_has_no_turnover():
     assert found.peak.value == math.inf
     assert not found.turns_over
     assert found.turned < 0.05
-    assert "no turnover up to 2" in found.said()
+    assert "no peak up to 2" in found.said()
     assert found.to_json()["peak_sqrt_kl"]["value"] is None
 
 
@@ -72,7 +72,7 @@ def test_a_peak_beyond_the_points_is_not_a_turnover():
     assert found is not None
     assert found.peak.value == pytest.approx(10, rel=0.3)
     assert not found.turns_over
-    assert "no turnover" in found.said()
+    assert "no peak up to" in found.said()
 
 
 def test_gold_that_falls_from_the_start_is_said():
@@ -91,7 +91,7 @@ def test_a_curve_that_falls_and_then_rises_has_no_turnover(method: Method):
     found = fit(method, *simulated(method, -0.3, -0.5, seed=1))
     assert found is not None
     assert found.peak.value == math.inf
-    assert "no turnover" in found.said()
+    assert "no peak up to" in found.said()
     falls = fit(method, *simulated(method, -1.0, -0.01, seed=1, noise=0.1))
     assert falls is not None
     assert falls.peak.value < 1

@@ -40,7 +40,7 @@ def draws() -> list[float]:
     ("wrote", "reads", "said"),
     [
         (False, False, ""),
-        (False, True, "written without a GPU, whose generator is seeded"),
+        (False, True, "written without a GPU: the GPU's generator is seeded"),
         (True, False, "that of the checkpoint's GPU is dropped"),
         (True, True, ""),
     ],

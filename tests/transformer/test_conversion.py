@@ -176,7 +176,8 @@ def test_sizes_that_a_family_cannot_have_are_a_reason_and_no_traceback(changes: 
 def test_only_explicit_decoders_are_exported(tiny: Callable[..., PreTrainedModel]):
     for model in (drawn(LlamaForCausalLM, llama_config()), tiny(architecture="encoder-decoder")):
         with pytest.raises(
-            ModelError, match=f"cannot export `mine`: it must be an explicit decoder, got {type(model).__name__}"
+            ModelError,
+            match=f"cannot export `mine`: it must be a built-in transformer \\(decoder\\), got {type(model).__name__}",
         ):
             as_transformers(model, "mine")  # pyright: ignore[reportArgumentType]
 

@@ -31,7 +31,7 @@ def stats(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a plot: .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the agreement of annotators, with one another and with themselves, their biases, and what to fix."""
+    """Measure how far annotators agree with one another and with themselves, and their biases; say what to fix."""
     from rlhf_cli.labeling.statistics.source import labels_to_count
     from rlhf_cli.labeling.statistics.summary import statistics
     from rlhf_cli.progress import warn

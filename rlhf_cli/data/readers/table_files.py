@@ -194,7 +194,7 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         where = f"{path}:row {number + 1}" if number else str(path)
         raise DataError(
             f"{where}: not Parquet, or truncated: {_first_sentence(error)}",
-            hint="copy or download the file again; `python -m pyarrow.parquet` or `parquet-tools` can check it",
+            hint="copy or download the file again",
         ) from error
 
 

@@ -128,7 +128,7 @@ def _references() -> Text:
 
 
 def _annotators(people: Sequence[AnnotatorReport]) -> Table:
-    table = _table("annotator", "labels", "skipped", "with others", "other pairs", "repeats", "gold")
+    table = _table("annotator", "labels", "skipped", "with others", "among others", "repeats", "gold")
     for one in people:
         table.add_row(
             Text(one_line(one.name)),

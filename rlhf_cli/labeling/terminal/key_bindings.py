@@ -129,7 +129,7 @@ def _digit(state: State, digit: int, scroll_area: ScrollArea) -> State:
         return hinted(state, f"how much better: 1 to {len(STRENGTHS)}")
     if state.plan.criteria:
         return marked_with(to_marks(state, scroll_area), digit, scroll_area)
-    return hinted(state, "a tie has no strength" if _takes_digits(state) else _NO_DIGITS)
+    return hinted(state, "in a tie, no answer is better: no digit is needed" if _takes_digits(state) else _NO_DIGITS)
 
 
 _NO_DIGITS = "digits have no meaning here: letters rank, best first"

@@ -72,8 +72,13 @@ STAGE = Stage(
     module="rlhf_cli.stages.best_of_n.run",
     flags=(
         Flag("--policy", "best_of_n.policy", "Model to sample; default: the output of `sft`.", "MODEL"),
-        Flag("--reward-model", "best_of_n.reward_model", "Reward model that chooses; default: of `train-rm`.", "MODEL"),
-        Flag("--function", "best_of_n.function", "Function that chooses.", "FILE.py:NAME"),
+        Flag(
+            "--reward-model",
+            "best_of_n.reward_model",
+            "Reward model that chooses the best; default: the output of `train-rm`.",
+            "MODEL",
+        ),
+        Flag("--function", "best_of_n.function", "Function that chooses the best.", "FILE.py:NAME"),
         Flag("--gold", "best_of_n.gold_function", "Function that measures what was chosen.", "FILE.py:NAME"),
         Flag("--prompts", "best_of_n.prompts", "Prompts; default: the held-out ones.", "DATA"),
         Flag("--samples", "best_of_n.samples", "Completions of an earlier best-of-n.", "FILE"),

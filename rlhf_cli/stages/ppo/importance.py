@@ -40,8 +40,8 @@ def importance_correction(
     metrics = {"generation/drift_kl": mean, "generation/drift_max": float(drift.abs().max())}
     if abs(mean) > LARGE_DRIFT:
         warn(
-            f"the engine that samples and the policy differ by {mean:.2g} nats per token (`generation/drift_kl`), with "
-            "`ppo.overlap_rollouts` by an update too; `--set generation.engine=torch` samples from the policy itself"
+            f"the engine that samples and the policy differ by {mean:.2g} nats per token (`generation/drift_kl`; "
+            "`ppo.overlap_rollouts` adds one update); `--set generation.engine=torch` samples from the policy itself"
         )
     if cap is None:
         return 1.0, metrics

@@ -164,8 +164,8 @@ def _kl_negative(curve: Curve) -> Iterator[Finding]:
                 "KL",
                 "bad",
                 f"negative: {block.mean:.2f} nats per completion over {block.when}",
-                "a KL is never negative, but its estimate is where completions were not sampled from the distribution "
-                "whose log-probabilities are computed, or where the passes differ numerically",
+                "a KL is never negative: this estimate is, because completions were not sampled from the distribution "
+                "whose log-probabilities are computed, or because the passes differ numerically",
                 (
                     "compute in float32: `--set model.precision=float32 --set model.dtype=float32`",
                     "check that `ppo.model` is the SFT model the run started from; otherwise please report it as a bug",
