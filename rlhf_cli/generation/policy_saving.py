@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_cli.data.examples import Example
+from rlhf_cli.distributed.agreement import by_main
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.generation.logprobs import Projection, completion_hidden
 from rlhf_cli.generation.sequence_batch import SequenceBatch
+from rlhf_cli.memory import free_memory
 from rlhf_cli.models.adapter_layers import adapter_state, load_adapter_state
 from rlhf_cli.models.base_model import hash_weights
 from rlhf_cli.models.loading import ModelSource, as_stored, load_config, load_policy
@@ -22,7 +26,9 @@ from rlhf_cli.models.lora import add_lora, cast_weights, merge_lora
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, AdapterBase, relative_base, save_policy_adapter
 from rlhf_cli.models.quantize import Quantize, quantized
 from rlhf_cli.models.saving import save_model_folder, writing
-from rlhf_cli.models.sharding import is_sharded, whole
+from rlhf_cli.models.sharded_loading import open_policy
+from rlhf_cli.models.sharded_saving import ShardedWeights
+from rlhf_cli.models.sharding import computing, is_sharded, whole
 from rlhf_cli.models.split_weights import copy_weights, join_weights
 from rlhf_cli.models.verification import AdapterInMemory, check_float32, check_tokenizer, not_as_trained
 from rlhf_cli.settings.shared import LoraSettings
@@ -61,12 +67,16 @@ def save_policy(
     adapter: TrainedAdapter | None = None,
     generation: GenerationConfig | None = None,
     depth: int = 1,
+    keeps: bool = False,
 ) -> float:
     """Write a policy as an ordinary model folder in float32, and return the KL from the trained to the written policy.
 
     Everything happens on the CPU, one model at a time. The model is consumed: it is moved there and merged, and its
     weights are released. A quantized model stays as it is: its adapter is merged into the weights on disk, and the
     adapter on those is what is compared with the written policy.
+
+    Of a sharded model every process calls this. Process 0 writes tensor by tensor, and both policies are compared
+    sharded, on the device of the model.
 
     Args:
         model: as trained; an adapter is active.
@@ -77,6 +87,7 @@ def save_policy(
         adapter: the adapter that was trained; None if all weights were.
         generation: how completions are drawn; see `Sampling.generation`.
         depth: of `folder` below the run directory.
+        keeps: leave a sharded model as it is; otherwise its weights are released when they are copied.
 
     Returns:
         KL(trained || written) in nats per token, over the tokens of the completions, computed in float32: in bfloat16
@@ -87,15 +98,15 @@ def save_policy(
         DiskError: the disk is full or cannot be written.
         ModelError: the written policy is not the trained one.
     """
+    if is_sharded(model):
+        sharded = _ShardedPolicy(model, tokenizer, folder, source, adapter, depth)
+        return sharded.save(probe, generation, keeps=keeps)
     on_cpu = source.on_cpu()
     model, base_dtype, quantize = _in_memory(model, source, on_cpu, adapter)
     trained = completion_logits(model, probe)
     in_memory = None if adapter is None else AdapterInMemory.of(model, adapter.name)
     if adapter is not None:
-        path, commit = source.pinned
-        base_path = relative_base(path, folder, depth=depth) if adapter.has_base else None
-        dtype = str(base_dtype).removeprefix("torch.")
-        base = AdapterBase(path=base_path, revision=commit, sha256=hash_weights(path), dtype=dtype, quantize=quantize)
+        base = _adapter_base(source, adapter, folder, depth, base_dtype, quantize)
         with writing("the adapter", folder):
             save_policy_adapter(model, folder, adapter.name, base, base_folder=source.folder)
         merge_lora(model, adapter.name)
@@ -106,11 +117,68 @@ def save_policy(
     written = load_policy(as_stored(replace(on_cpu, path=str(folder), revision=None)))
     if in_memory is not None:
         in_memory.check(written, folder / ADAPTER_FOLDER)
-    kl = _mean_kl(trained, completion_logits(written, probe))
+    return _checked_kl(trained, completion_logits(written, probe), folder)
+
+
+def _adapter_base(
+    source: ModelSource, adapter: TrainedAdapter, folder: Path, depth: int, dtype: torch.dtype, quantize: Quantize
+) -> AdapterBase:
+    """Return what an adapter was trained on, for `adapter/base.json`."""
+    path, commit = source.pinned
+    base_path = relative_base(path, folder, depth=depth) if adapter.has_base else None
+    name = str(dtype).removeprefix("torch.")
+    return AdapterBase(path=base_path, revision=commit, sha256=hash_weights(path), dtype=name, quantize=quantize)
+
+
+def _checked_kl(trained: Sequence[Tensor], written: Sequence[Tensor], folder: Path) -> float:
+    kl = _mean_kl(trained, written)
     if not kl <= MAX_WRITTEN_KL:
         most = f"at most {MAX_WRITTEN_KL:.0e} can be due to rounding"
         raise not_as_trained(folder, f"their KL is {kl:.2g} nats per token, and {most}")
     return kl
+
+
+@dataclass(frozen=True)
+class _ShardedPolicy:
+    """A sharded policy to write; see `save_policy`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    source: ModelSource
+    adapter: TrainedAdapter | None
+    depth: int
+
+    def save(self, probe: Sequence[Example], generation: GenerationConfig | None, *, keeps: bool) -> float:
+        """Write, read back and compare; all processes call this."""
+        model, folder, adapter, processes = self.model, self.folder, self.adapter, ProcessGroup(self.source.device)
+        name = "default" if adapter is None else adapter.name
+        weights = ShardedWeights(model, None if adapter is None else adapter.lora, name)
+        in_memory = None if adapter is None else AdapterInMemory.of(model, name, state=weights.adapter)
+        by_main(partial(self._write_adapter, weights.adapter), processes)
+        weights.write(self.tokenizer, folder, processes, generation)
+        copied = weights.copied(self.source, keeps=keeps)
+        trained = completion_logits(copied, probe)
+        del copied, weights
+        free_memory()
+        by_main(self._check_files, processes)
+        written = open_policy(replace(self.source.in_full(), path=str(folder), revision=None, precision=torch.float32))
+        if in_memory is not None:
+            in_memory.check(written.model, folder / ADAPTER_FOLDER)
+        return _checked_kl(trained, completion_logits(written.read(), probe), folder)
+
+    def _write_adapter(self, state: Mapping[str, Tensor]) -> None:
+        if self.adapter is None:
+            return
+        base = _adapter_base(self.source, self.adapter, self.folder, self.depth, self.model.dtype, "none")
+        with writing("the adapter", self.folder):
+            save_policy_adapter(
+                self.model, self.folder, self.adapter.name, base, base_folder=self.source.folder, state=state
+            )
+
+    def _check_files(self) -> None:
+        check_float32(self.folder)
+        check_tokenizer(self.tokenizer, self.folder, self.source)
 
 
 def copy_policy(model: PreTrainedModel, source: ModelSource, adapter: TrainedAdapter | None) -> PreTrainedModel | None:
@@ -161,13 +229,18 @@ def completion_logits(model: PreTrainedModel, probe: Sequence[Example]) -> list[
     Returns:
         One tensor (T, V) per example.
     """
-    cast_weights(model, torch.float32)
+    if not is_sharded(model):  # a sharded one is copied in float32
+        cast_weights(model, torch.float32)
     model.eval()
+
+    def logits(example: Example) -> Tensor:
+        batch = SequenceBatch.for_model(model, [example.prompt_ids], [example.completion_ids])
+        return Projection.of(model).logits(completion_hidden(model, batch)[0])
+
     found = []
     for example in probe:
         beat()
-        batch = SequenceBatch.for_model(model, [example.prompt_ids], [example.completion_ids])
-        found.append(Projection.of(model).logits(completion_hidden(model, batch)[0]))
+        found.append(computing(model, partial(logits, example)))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -24,7 +25,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, name: str = "default", *, base: str | None = None, revision: str | None = None
+    model: nn.Module,
+    folder: Path,
+    name: str = "default",
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter in PEFT's format, for `PeftModel.from_pretrained(model_of_the_same_class, folder)`.
 
@@ -34,6 +41,7 @@ def save_adapter(
         name: of the adapter.
         base: path or hub id of the base model, recorded in the adapter's configuration.
         revision: of a base on the hub, recorded there too.
+        state: its weights, whole, if those of the model are sharded; see `adapter_state`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: LoraConfig = backbone(model).peft_config[name]  # type: ignore[index,assignment]
@@ -42,8 +50,9 @@ def save_adapter(
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     prefix = _PEFT_PREFIX + _backbone_prefix(model)
-    state = {prefix + key: weight.cpu().contiguous() for key, weight in adapter_state(model, name).items()}
-    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    state = adapter_state(model, name) if state is None else state
+    tensors = {prefix + key: weight.cpu().contiguous() for key, weight in state.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 _PEFT_PREFIX = "base_model.model."

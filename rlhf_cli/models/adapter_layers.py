@@ -5,6 +5,8 @@ A key is such as `layers.0.self_attn.q_proj.lora_A.weight`, whichever head the m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     }
 
 
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
     """Copy weights into an adapter that the model carries.
 
     Raises:

@@ -9,6 +9,8 @@ look-ups, and the weight of fused experts, W + (alpha / rank) B A, whole and ane
                                      bits, which loses a small update (docs/decisions/0010); their factors are cast once
     all others                       as they are: quantized layers, other kinds of adapters
 
+Of a sharded model, which is whole in every process meanwhile, fused experts alone are merged.
+
 Afterwards each weight is the tensor it was before, so that training sees no change of a bit.
 """
 
@@ -27,6 +29,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.models.adapter_layers import adapter_layers
+from rlhf_cli.models.sharding import is_sharded
 
 _SHARE = 0.5
 """Share of the memory beside the model that the merged copy may take."""
@@ -43,7 +46,9 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         model: with any adapters or none.
     """
     layers = [layer for _, layer in adapter_layers(model) if _is_active(layer)]
-    mergeable = {layer: weight for layer in layers if (weight := _mergeable(layer)) is not None}
+    divided = is_sharded(model)
+    found = {layer: _mergeable(layer, divided=divided) for layer in layers}
+    mergeable = {layer: weight for layer, weight in found.items() if weight is not None}
     uses = Counter(map(id, mergeable.values()))  # a weight of two layers cannot hold the sums of both
     mergeable = {layer: weight for layer, weight in mergeable.items() if uses[id(weight)] == 1}
     with ExitStack() as stack:
@@ -66,12 +71,12 @@ def _is_plain(layer: LoraLayer) -> bool:
     return not others and name not in layer.lora_variant and not layer.lora_bias[name]
 
 
-def _mergeable(layer: LoraLayer) -> nn.Parameter | None:
+def _mergeable(layer: LoraLayer, *, divided: bool) -> nn.Parameter | None:
     """Return the weight that B A is added to, if its sum with B A loses nothing."""
     if isinstance(layer, ParamWrapper):
         return layer.get_param()
     base = layer.get_base_layer()
-    if not isinstance(layer, Linear) or type(base) not in (nn.Linear, Conv1D) or not _is_plain(layer):
+    if divided or not isinstance(layer, Linear) or type(base) not in (nn.Linear, Conv1D) or not _is_plain(layer):
         return None
     weight = base.weight
     assert isinstance(weight, nn.Parameter)

@@ -28,6 +28,7 @@ class LazyWeight:
         opened: files that are open, each once.
         scale: scale of a quantized weight and the name under which it is stored; None if the weight is not quantized.
         quantization: how it is quantized.
+        closes: open the file anew for each reading. Otherwise all pages that were read stay in memory while it is open.
     """
 
     stored: StoredWeight
@@ -35,6 +36,7 @@ class LazyWeight:
     opened: dict[Path, Any]
     scale: tuple[StoredWeight, str] | None = None
     quantization: Quantization | None = None
+    closes: bool = False
 
     def __getitem__(self, index: Any) -> Tensor:
         """Return the weight, or a part of it."""
@@ -44,6 +46,9 @@ class LazyWeight:
         return weight[index]
 
     def _read(self, stored: StoredWeight, name: str) -> Tensor:
+        if self.closes:
+            with safe_open(stored.file, framework="pt") as file:
+                return file.get_tensor(name)
         if stored.file not in self.opened:
             self.opened[stored.file] = safe_open(stored.file, framework="pt")
         return self.opened[stored.file].get_tensor(name)
@@ -60,6 +65,7 @@ class Checkpoint:
         scales: name of the scale of each weight that is stored quantized.
         quantization: how they are quantized; None if they are not.
         is_whole: whether these are all the weights of the files.
+        closes: see `LazyWeight`.
     """
 
     path: str
@@ -68,6 +74,7 @@ class Checkpoint:
     scales: Mapping[str, str]
     quantization: Quantization | None = None
     is_whole: bool = True
+    closes: bool = False
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -111,7 +118,9 @@ class Checkpoint:
         for name in self.shapes:
             scale = self.scales.get(name)
             where = None if scale is None else (self.weights[scale], self.stored_names[scale])
-            found[name] = LazyWeight(self.weights[name], self.stored_names[name], opened, where, self.quantization)
+            found[name] = LazyWeight(
+                self.weights[name], self.stored_names[name], opened, where, self.quantization, self.closes
+            )
         return found
 
     def read(self, name: str) -> Tensor:

@@ -32,7 +32,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """
     state = _plain_state(model)
     updates = _Updates(model)
-    for _, names in groupby(state, key=_layer_of):
+    for _, names in groupby(state, key=layer_of):
         layer = {name: updates.applied(state[name]) for name in names}
         yield from revert_weight_conversion(model, layer).items()
 
@@ -53,8 +53,8 @@ def _factors(layer: LoraLayer) -> list[nn.Parameter]:
     return [weight for factor in (layer.lora_A, layer.lora_B) for weight in factor.parameters()]
 
 
-def _layer_of(name: str) -> str:
-    """The name up to its first number, such as `model.layers.3`; the whole name outside of numbered layers."""
+def layer_of(name: str) -> str:
+    """Return the name up to its first number, such as `model.layers.3`; the whole name outside of numbered layers."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return found[1] if found else name
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,6 +92,6 @@ class MultiAdapterModel:
         """Return the weights of an adapter; see `adapter_state`."""
         return adapter_state(self.model, name)
 
-    def load_state(self, name: str, state: dict[str, Tensor]) -> None:
+    def load_state(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Copy weights into an adapter; see `load_adapter_state`."""
         load_adapter_state(self.model, state, name)

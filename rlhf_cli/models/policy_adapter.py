@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +51,15 @@ class AdapterBase:
     quantize: str
 
 
-def save_policy_adapter(model: nn.Module, folder: Path, name: str, base: AdapterBase, *, base_folder: Path) -> None:
+def save_policy_adapter(
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    base: AdapterBase,
+    *,
+    base_folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the adapter `name` of a model to `folder/adapter`.
 
     Args:
@@ -59,9 +68,10 @@ def save_policy_adapter(model: nn.Module, folder: Path, name: str, base: Adapter
         name: of the adapter in the model.
         base: what it was trained on.
         base_folder: folder of the base; need not exist.
+        state: see `save_adapter`.
     """
     target = folder / ADAPTER_FOLDER
-    save_adapter(model, target, name, base=base.path, revision=base.revision)
+    save_adapter(model, target, name, base=base.path, revision=base.revision, state=state)
     text = json.dumps(asdict(base), indent=2, ensure_ascii=False)
     (target / BASE_FILE).write_text(text + "\n", encoding="utf-8")
     if has_policy_adapter(base_folder):

@@ -6,7 +6,8 @@ Memory is in bytes, by phase and role. `--dry-run` and `rlhf plan` read the same
     rollout   weights, moments, keys and values of the rows that are decoded, logits of a token per row
     passes    weights, moments, and the models that only score
     update    weights, moments, gradients, activations that a micro-batch saves for its backward pass, a tile of logits
-    save      on a CPU: weights in float32, and the copy that is written, or read back to be compared
+    save      on a CPU: weights in float32, and the copy that is written, or read back to be compared; sharded ones are
+              written and compared where they are
 
 With `model.sharding: fsdp`, weights, gradients and moments are divided among the processes, and each gathers what it
 computes with; the pass over a micro-batch stays whole.
@@ -303,19 +304,29 @@ def moments(trained: int, optimizer: Optimizer = "adamw", embeddings: int = 0) -
     return int(_MOMENTS * ((trained - small) * FLOAT32 + small * _EIGHT_BITS))
 
 
-def loading(extent: Extent, weights: Mapping[str, float]) -> dict[str, float]:
-    """Roles of the phase `load`: weights, and on a CPU the pages of the file that the last one is read from."""
+def loading(extent: Extent, weights: Mapping[str, float], parts: int = 1) -> dict[str, float]:
+    """Roles of the phase `load`: weights, and on a CPU the pages of the file that the last one is read from.
+
+    Weights that are divided into several `parts` are read block by block.
+    """
+    if parts > 1:
+        return {**weights, "gathered": extent.shape.gathered(FLOAT32)}
     return {**weights, **({"file": float(extent.shape.stored)} if extent.on_cpu else {})}
 
 
-def saving(extent: Extent, kept: float = 0) -> dict[str, float]:
+def saving(extent: Extent, kept: float = 0, parts: int = 1) -> dict[str, float]:
     """Roles of the phase `save` of a whole model, which happens on the CPU: the model in float32 and its copy.
+
+    Weights that are divided into several `parts` stay where they are: one copy in float32 takes the place of another.
 
     Args:
         extent: of the stage.
         kept: bytes of other models that are still in memory.
+        parts: processes among which the weights are divided.
     """
     whole = FLOAT32 * extent.shape.weights
+    if parts > 1:
+        return {"policy": whole / parts, "gathered": extent.shape.gathered(FLOAT32), "other models": kept}
     return {"policy": whole, "copy to write": whole, "other models": kept} if extent.on_cpu else {}
 
 

@@ -72,11 +72,16 @@ def save_model_folder(
     with writing("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if isinstance(model.config, TransformerConfig):
-            auto = type(model).__name__.replace("Transformer", "AutoModel", 1)
-            (folder / LOADING).write_text(_HOW_TO_LOAD.format(auto=auto), encoding="utf-8")
-            say_once(f"a built-in transformer: {LOADING} beside it says how other programs load it")
+        finish_folder(model, tokenizer, folder)
+
+
+def finish_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write what a model folder has beside the weights and their configuration."""
+    tokenizer.save_pretrained(folder)
+    if isinstance(model.config, TransformerConfig):
+        auto = type(model).__name__.replace("Transformer", "AutoModel", 1)
+        (folder / LOADING).write_text(_HOW_TO_LOAD.format(auto=auto), encoding="utf-8")
+        say_once(f"a built-in transformer: {LOADING} beside it says how other programs load it")
 
 
 @contextmanager

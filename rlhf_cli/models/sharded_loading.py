@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_upda
 from rlhf_cli.models.peft_folder import find_peft_folder
 from rlhf_cli.models.policy_adapter import split_off_adapters
 from rlhf_cli.models.rotary import pin_rotary_frequencies
-from rlhf_cli.models.sharding import blocks_of, computing, shard
+from rlhf_cli.models.sharding import blocks_of, class_of, computing, shard
 from rlhf_cli.models.weight_loading import (
     IsNew,
     check_weights,
@@ -34,6 +35,11 @@ from rlhf_cli.models.weight_loading import (
 
 if TYPE_CHECKING:
     from rlhf_cli.models.loading import ModelSource
+
+
+class NotShardedError(ModelError):
+    """A model that cannot be sharded."""
+
 
 _HINT = "use `--set model.sharding=none`, with which every process holds the whole model"
 
@@ -78,7 +84,7 @@ class UnreadModel:
         low_rank = (layer for layer in module.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
         separated = {id(layer.weight): layer for layer in low_rank}
         for name, weight in module.named_parameters():
-            stored = self.stored.get(_plain(prefix + name))
+            stored = self.stored.get(plain_name(prefix + name))
             if isinstance(weight, DTensor) or stored is None:
                 continue
             value, layer = stored[...], separated.get(id(weight))
@@ -86,11 +92,11 @@ class UnreadModel:
                 value = value.float() - update
             weight.data = value.to(weight.dtype)
         for name, buffer in module.named_buffers():
-            if (stored := self.stored.get(_plain(prefix + name))) is not None:
+            if (stored := self.stored.get(plain_name(prefix + name))) is not None:
                 buffer.copy_(stored[...])
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return the name that a weight has without adapters."""
     return name.replace(".base_layer.", ".")
 
@@ -112,13 +118,15 @@ def open_model(
     quiet_libraries()
     disable_dropout(config)
     _check(source, config)
-    checkpoint = checkpoint or open_weights(source, config)
+    checkpoint = replace(checkpoint or open_weights(source, config), closes=True)
     if checkpoint.quantization is not None:
-        raise ModelError(f"`model.sharding: fsdp`: the weights of `{source.path}` are quantized", hint=_HINT)
+        raise NotShardedError(f"`model.sharding: fsdp`: the weights of `{source.path}` are quantized", hint=_HINT)
     empty = check_weights(kind, source, config, shapes=checkpoint.shapes, is_new=is_new)
     stored = _by_name(empty, checkpoint, source.path)
     if not blocks_of(empty):
-        raise ModelError(f"`model.sharding: fsdp`: {type(empty).__name__} does not say what its blocks are", hint=_HINT)
+        raise NotShardedError(
+            f"`model.sharding: fsdp`: {type(empty).__name__} does not say what its blocks are", hint=_HINT
+        )
     model = _without_memory(type(empty), empty.config, dtype or source.dtype)
     if source.keeps_adapter(dtype):
         held = split_off_adapters(model, source.folder)
@@ -141,7 +149,7 @@ def _check(source: ModelSource, config: PretrainedConfig) -> None:
     elif has_own_code(config):
         problem = f"`{source.path}` has Python code of its own"
     if problem is not None:
-        raise ModelError(f"`model.sharding: fsdp`: {problem}", hint=_HINT)
+        raise NotShardedError(f"`model.sharding: fsdp`: {problem}", hint=_HINT)
 
 
 def _by_name(empty: PreTrainedModel, checkpoint: Checkpoint, path: str) -> dict[str, LazyWeight]:
@@ -160,7 +168,7 @@ def _by_name(empty: PreTrainedModel, checkpoint: Checkpoint, path: str) -> dict[
         if target not in expected and name in expected:
             target, pattern = name, None
         if pattern is not None:
-            raise ModelError(
+            raise NotShardedError(
                 f"`model.sharding: fsdp`: `{path}` stores `{name}` otherwise than a {empty.config.model_type} model "
                 "computes with it",
                 hint=_HINT,
@@ -187,6 +195,14 @@ def _without_memory(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> 
             setattr(module, name, made[id(weight)])
     model.config.dtype = dtype
     return model
+
+
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model that a sharded one was before its adapters, in float32 and without memory for its weights."""
+    skeleton = _without_memory(class_of(model), copy.deepcopy(model.config), torch.float32)
+    if skeleton.can_generate():
+        skeleton.generation_config = copy.deepcopy(model.generation_config)
+    return skeleton.eval()
 
 
 def _no_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:

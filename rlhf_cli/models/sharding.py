@@ -43,6 +43,11 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, _COMPUTE)
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """Return the class of a model, of a sharded one that which it had before."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def shard(
     model: PreTrainedModel,
     device: torch.device,
@@ -192,6 +197,14 @@ def divided(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def release(tensor: Tensor) -> None:
+    """Free the memory of this process's part of a sharded tensor that nothing uses any more; others stay."""
+    if isinstance(tensor, DTensor):
+        storage = tensor.detach().to_local().untyped_storage()
+        if storage.resizable():
+            storage.resize_(0)
 
 
 class Gathering:

@@ -6,6 +6,7 @@ are the parts that all models have: the tokenizer with its chat template, the dt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,14 +82,14 @@ class AdapterInMemory:
         scale: alpha / rank.
     """
 
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     scale: float
 
     @staticmethod
-    def of(model: nn.Module, name: str = "default") -> AdapterInMemory:
-        """Return the adapter `name` of a model that carries it."""
+    def of(model: nn.Module, name: str = "default", *, state: Mapping[str, Tensor] | None = None) -> AdapterInMemory:
+        """Return the adapter `name` of a model that carries it; `state` has its weights if those are sharded."""
         _, layer = adapter_layers(model, name)[0]
-        return AdapterInMemory(adapter_state(model, name), float(layer.scaling[name]))
+        return AdapterInMemory(adapter_state(model, name) if state is None else state, float(layer.scaling[name]))
 
     def check(self, model: nn.Module, folder: Path) -> None:
         """Check that the adapter in a folder is this one.
@@ -106,7 +107,7 @@ class AdapterInMemory:
             raise not_as_trained(folder, f"alpha / rank is {scale:g} in its configuration, and was {self.scale:g}")
 
 
-def check_tensors(expected: dict[str, Tensor], stored: dict[str, Tensor], folder: Path) -> None:
+def check_tensors(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path) -> None:
     """Check that stored tensors have the names and values of those in memory.
 
     Raises:

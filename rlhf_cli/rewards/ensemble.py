@@ -49,6 +49,11 @@ def combined(weighted: Sequence[float], combination: Combination, *, std_coef: f
     return result if _is_finite(result) else math.nan
 
 
+def _is_sharded(reward: Reward) -> bool:
+    """Whether all processes score together, also those without completions."""
+    return getattr(reward, "is_sharded", False)
+
+
 def _is_finite(number: float) -> bool:
     """Return whether a number is finite in float32, in which training would read 1e39 as infinity."""
     try:
@@ -95,7 +100,7 @@ class CombinedReward:
         return f"the {how} of {', '.join(parts[:-1])} and {parts[-1]}{logged}"
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS) -> Scores:
-        """Score N completions; N may be 0.
+        """Score N completions; N may be 0. With a sharded reward model every process calls this.
 
         If a reward, before or after weighting, is not finite in float32, the completion's total is NaN, and PPO skips
         the step. One warning says which rewards were not finite, how often and for which sample first. `Scores.faults`
@@ -105,7 +110,7 @@ class CombinedReward:
             DataError: the scores of a reward are unusable, see `Reward.score`.
         """
         parts = {
-            name: reward.score(prompts, completions, columns) if completions else []
+            name: reward.score(prompts, completions, columns) if completions or _is_sharded(reward) else []
             for name, (reward, _) in zip(self.names, self._members, strict=True)
         }
         weighted = {

@@ -10,6 +10,7 @@ from typing import Protocol
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.reward_model.model import load_reward_model
+from rlhf_cli.models.reward_model.sharded import load_divided
 from rlhf_cli.rewards.base import NO_COLUMNS, Columns
 
 
@@ -36,6 +37,11 @@ class ModelReward:
     name: str
     model: ScoresText
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether all processes score together."""
+        return getattr(self.model, "is_sharded", False)
+
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Columns = NO_COLUMNS
     ) -> list[float]:
@@ -43,14 +49,16 @@ class ModelReward:
         return self.model.score(prompts, completions)
 
 
-def load_model_reward(source: ModelSource, *, template: str | None) -> ModelReward:
+def load_model_reward(source: ModelSource, *, template: str | None, is_sharded: bool = False) -> ModelReward:
     """Load a frozen reward model as a reward.
 
     Args:
         source: folder or hub id of the reward model.
         template: template of plain-text prompts, for a model that does not record its own.
+        is_sharded: divide its weights among the processes, all of which then call this.
 
     Raises:
         ModelError: several labels, no head, or damaged files.
     """
-    return ModelReward(PurePath(source.path).name or source.path, load_reward_model(source, template=template))
+    load = load_divided if is_sharded else load_reward_model
+    return ModelReward(PurePath(source.path).name or source.path, load(source, template=template))

@@ -142,9 +142,9 @@ def test_the_limit_is_what_takes_longest():
 # Memory
 
 
-def memory(processes: int, **changes: Any) -> dict[str, Any]:
+def memory(processes: int, *, reward: ModelShape | None = None, **changes: Any) -> dict[str, Any]:
     settings = recipe(**changes)
-    extent = Extent(SHAPE, processes=processes, tokens=10, prompt=10, device=100_000)
+    extent = Extent(SHAPE, reward, processes=processes, tokens=10, prompt=10, device=100_000)
     return {name: dict(roles) for name, roles in ppo_memory(settings.section("ppo"), settings, extent).phases.items()}  # type: ignore[attr-defined]
 
 
@@ -158,6 +158,18 @@ def test_shards_divide_weights_gradients_and_moments():
     assert half["update"]["gathered"] == (2 * block + 800) * 2 + (block + 800) * (2 + 4)
     assert half["rollout"]["gathered"] == 1_900 * 2, "the torch engine holds the whole policy"
     assert "gathered" not in memory(2, adapter="none")["update"], "not sharded"
+
+
+def test_a_reward_model_of_its_own_is_divided_too_and_so_is_what_is_loaded_and_saved():
+    reward = replace(SHAPE, weights=2_900)  # blocks of (2,900 - 800) / 2
+    whole, half = (memory(n, reward=reward, sharding=kind, adapter="none") for n, kind in ((1, "none"), (2, "fsdp")))
+    assert whole["passes"]["reward model"] == 2_900 * 2
+    assert half["passes"]["reward model"] == half["rollout"]["reward model"] == 2_900 * 2 / 2
+    assert half["passes"]["gathered"] == (2 * 1_050 + 800) * 2, "of the larger of the two"
+    block = (2 * 550 + 800) * 4
+    assert half["load"] == {name: whole["load"][name] / 2 for name in whole["load"]} | {"gathered": block}
+    others = 1_900 * 4 / 2 + 2_900 * 2 / 2 + 2 * 1_900 * 4 / 2  # reference, reward model, critic and what was written
+    assert half["save"] == {"policy": 1_900 * 4 / 2, "gathered": block, "other models": others}
 
 
 def test_gathered_adapters_have_frozen_weights_in_bfloat16():

@@ -26,7 +26,7 @@ from rlhf_cli.errors import ModelError
 from rlhf_cli.models.checkpoint import Checkpoint
 from rlhf_cli.models.loading import ModelSource, context_length, load_config, says_labels
 from rlhf_cli.models.peft_folder import find_peft_folder
-from rlhf_cli.models.sharded_loading import UnreadModel, open_model
+from rlhf_cli.models.sharded_loading import NotShardedError, UnreadModel, open_model
 from rlhf_cli.models.stored_weights import StoredHead, stored_heads
 from rlhf_cli.models.weight_loading import (
     check_layers,
@@ -88,7 +88,7 @@ def open_classifier(source: ModelSource, *, dtype: torch.dtype | None = None) ->
     """
     plan = _plan(source)
     if plan.is_encoder:
-        raise ModelError(
+        raise NotShardedError(
             f"`model.sharding: fsdp`: `{source.path}` is an encoder, which is small enough for every process",
             hint="use `--set model.sharding=none`",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
 from rlhf_cli.models.policy_adapter import ADAPTER_FOLDER, relative_base
 from rlhf_cli.models.reward_model.classifier import head_parameters
 from rlhf_cli.models.saving import require_finite, save_model_folder, writing
+from rlhf_cli.models.sharding import whole
 from rlhf_cli.models.stored_weights import ADAPTER, read_header, read_stored_weights
 
 if TYPE_CHECKING:
@@ -150,8 +151,20 @@ def check_adapter_files(folder: Path, config: RewardModelConfig) -> None:
             )
 
 
-def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path, depth: int = 1) -> None:
-    """Write `reward.json` and the weights; see `model.save_reward_model`."""
+def save_artifact(
+    reward_model: RewardModel,
+    folder: Path,
+    *,
+    final: Path,
+    depth: int = 1,
+    write: Callable[[str, str | None], None] | None = None,
+) -> None:
+    """Write `reward.json` and the weights; see `model.save_reward_model`.
+
+    Args:
+        write: writes the weights, or nothing, given path and revision of the base; None writes those of a model that is
+            not sharded.
+    """
     base, revision = reward_model.source.pinned
     base = relative_base(base, final, depth=depth)
     config = RewardModelConfig(
@@ -170,16 +183,28 @@ def save_artifact(reward_model: RewardModel, folder: Path, *, final: Path, depth
     text = json.dumps({"format": _FORMAT} | asdict(config), indent=2, ensure_ascii=False)
     with writing("the reward model", folder):
         (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
-        if reward_model.is_adapter:
-            _save_adapter(reward_model, folder, base, revision)
+        if write is not None:
+            write(base, revision)
+        elif reward_model.is_adapter:
+            save_trained(reward_model, folder, base, revision)
         else:
             _save_classifier(reward_model, folder)
 
 
-def _save_adapter(reward_model: RewardModel, folder: Path, base: str, revision: str | None) -> None:
-    head = head_tensors(reward_model)
-    require_finite(head | adapter_state(reward_model.model), what="the reward model")
-    save_adapter(reward_model.model, folder / ADAPTER_FOLDER, base=base, revision=revision)
+def save_trained(
+    reward_model: RewardModel,
+    folder: Path,
+    base: str,
+    revision: str | None,
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+    head: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write adapter, head and tokenizer; `state` and `head` are those weights, whole, if the model is sharded."""
+    head = head_tensors(reward_model) if head is None else head
+    state = adapter_state(reward_model.model) if state is None else state
+    require_finite({**head, **state}, what="the reward model")
+    save_adapter(reward_model.model, folder / ADAPTER_FOLDER, base=base, revision=revision, state=state)
     save_file(head, folder / HEAD_FILE)
     reward_model.format.tokenizer.save_pretrained(str(folder))
 
@@ -203,13 +228,17 @@ def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def head_tensors(reward_model: RewardModel) -> dict[str, torch.Tensor]:
-    """Return the tensors that are stored beside an adapter: a decoder's head, or those of `head_parameters`."""
+    """Return the tensors that are stored beside an adapter: a decoder's head, or those of `head_parameters`.
+
+    Of a sharded model every process calls this.
+    """
     if reward_model.is_encoder:
         trained = head_parameters(reward_model.model, is_encoder=True)
         return {name: parameter.detach().float().cpu().contiguous() for name, parameter in trained.items()}
     head = reward_model.head
-    bias = reward_model.bias if head.bias is None else reward_model.bias + head.bias
-    return {"weight": head.weight.detach().float().cpu().contiguous(), "bias": bias.detach().float().cpu().contiguous()}
+    weight, own = whole(head.weight), None if head.bias is None else whole(head.bias)
+    bias = reward_model.bias if own is None else reward_model.bias + own
+    return {"weight": weight.detach().float().cpu().contiguous(), "bias": bias.detach().float().cpu().contiguous()}
 
 
 def load_reward_head(folder: Path, config: RewardModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,6 +36,7 @@ from rlhf_cli.models.reward_model.classifier import (
 )
 from rlhf_cli.models.reward_model.files import (
     ADAPTER_FOLDER,
+    RewardModelConfig,
     check_has_head,
     load_head,
     read_reward_config,
@@ -43,7 +44,7 @@ from rlhf_cli.models.reward_model.files import (
     save_artifact,
 )
 from rlhf_cli.models.seeding import seeded
-from rlhf_cli.models.sharding import computing, equal_passes
+from rlhf_cli.models.sharding import computing, equal_passes, is_sharded
 from rlhf_cli.precision import autocast
 from rlhf_cli.progress import say, say_once, warn
 from rlhf_cli.settings.shared import LoraSettings
@@ -77,6 +78,11 @@ class RewardModel(nn.Module):
     def is_adapter(self) -> bool:
         """Whether the trained weights are LoRA on a frozen base."""
         return bool(adapter_layers(self.model))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether all processes score together."""
+        return is_sharded(self.model)
 
     @property
     def head(self) -> nn.Linear:
@@ -255,20 +261,37 @@ def load_reward_model(source: ModelSource, *, template: str | None) -> RewardMod
         base = replace(source, quantize="none")  # only frozen weights under an adapter are quantized
     classifier = load_classifier(base)
     check_has_head(classifier.has_head or config is not None, source.path)
-    if config is None:
-        tokenizer = load_tokenizer(base)
-        own = "chat" if getattr(tokenizer, "chat_template", None) else template
-        if template is not None and own != template:
-            say(f"the reward model {source.path} reads prompts in its own chat template, not as {template!r}")
-        reward_model = reward_model_on(classifier, base, own, {})
-    else:
-        reward_model = reward_model_on(classifier, base, config.template, config.template_kwargs, reader=source)
-    if config is not None:
-        reward_model.mean, reward_model.std = config.mean, config.std
-        if config.adapter:
-            load_adapter(classifier.model, folder / ADAPTER_FOLDER)
-            load_head(reward_model, folder)
+    reward_model = frozen_reward_model(classifier, source, base, config, template)
+    if config is not None and config.adapter:
+        load_adapter(classifier.model, folder / ADAPTER_FOLDER)
+        load_head(reward_model, folder)
     return reward_model.requires_grad_(False).eval()
+
+
+def frozen_reward_model(
+    classifier: Classifier,
+    source: ModelSource,
+    base: ModelSource,
+    config: RewardModelConfig | None,
+    template: str | None,
+) -> RewardModel:
+    """Return a saved reward model on its classifier, as yet without its adapter.
+
+    Args:
+        classifier: of the base.
+        source: of the reward model.
+        base: of the classifier.
+        config: of the reward model; None for a classifier of other origin.
+        template: see `load_reward_model`.
+    """
+    if config is not None:
+        reward_model = reward_model_on(classifier, base, config.template, config.template_kwargs, reader=source)
+        reward_model.mean, reward_model.std = config.mean, config.std
+        return reward_model
+    own = "chat" if getattr(load_tokenizer(base), "chat_template", None) else template
+    if template is not None and own != template:
+        say(f"the reward model {source.path} reads prompts in its own chat template, not as {template!r}")
+    return reward_model_on(classifier, base, own, {})
 
 
 def save_reward_model(reward_model: RewardModel, folder: Path, *, final: Path | None = None, depth: int = 1) -> None:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from rlhf_cli.models.adapter_files import load_adapter
 from rlhf_cli.models.loading import ModelSource, recompute_activations
-from rlhf_cli.models.reward_model.classifier import open_classifier
-from rlhf_cli.models.reward_model.files import read_reward_config, refuse_adapter_as_start
-from rlhf_cli.models.reward_model.model import RewardModel, add_reward_adapter, reward_model_on
+from rlhf_cli.models.reward_model.classifier import head_parameters, open_classifier
+from rlhf_cli.models.reward_model.files import (
+    ADAPTER_FOLDER,
+    check_has_head,
+    load_head,
+    read_reward_config,
+    refuse_adapter_as_start,
+)
+from rlhf_cli.models.reward_model.model import (
+    RewardModel,
+    add_reward_adapter,
+    frozen_reward_model,
+    load_reward_model,
+    reward_model_on,
+)
 from rlhf_cli.models.seeding import seeded
-from rlhf_cli.models.sharding import whole
+from rlhf_cli.models.sharded_loading import NotShardedError
+from rlhf_cli.progress import say_once
 from rlhf_cli.settings.shared import LoraSettings
 
 
@@ -41,20 +56,41 @@ def new_sharded_reward_model(
     return reward_model_on(classifier, source, template, template_kwargs or {})
 
 
-@torch.no_grad()
-def copy_weights(target: RewardModel | None, trained: RewardModel) -> None:
-    """Copy trained weights, bias and scale of a sharded reward model into a whole one.
+def load_divided(source: ModelSource, *, template: str | None) -> RewardModel:
+    """Load a frozen reward model, sharded if it can be and otherwise whole in every process; all call this.
 
-    Args:
-        target: made from the same model with the same settings; None in processes that get no copy.
-        trained: every process calls this with its own.
+    Encoders, PEFT adapters, quantized checkpoints and models with code of their own stay whole, which is said.
+
+    Raises:
+        ModelError: see `load_reward_model`.
     """
-    weights = {} if target is None else dict(target.named_parameters())
-    for name, weight in trained.named_parameters():
-        if weight.requires_grad:
-            value = whole(weight)
-            if target is not None:
-                weights[name].copy_(value)
-    if target is not None:
-        target.bias.copy_(trained.bias)
-        target.mean, target.std = trained.mean, trained.std
+    try:
+        return load_sharded_reward_model(source, template=template)
+    except NotShardedError as error:
+        say_once(f"{error.message}; every process holds this reward model whole")
+        return load_reward_model(source, template=template)
+
+
+def load_sharded_reward_model(source: ModelSource, *, template: str | None) -> RewardModel:
+    """Load the reward model of `load_reward_model` whose weights are divided among the processes; all call this.
+
+    Raises:
+        ModelError: see `load_reward_model` and `open_classifier`.
+    """
+    folder, config = source.folder, read_reward_config(source.folder)
+    base = source
+    if config is not None and config.adapter:
+        base = config.base_source(source)
+        config.check_base(folder)
+    classifier, unread = open_classifier(base)
+    model = classifier.model
+    check_has_head(classifier.has_head or config is not None, source.path)
+    reward_model = frozen_reward_model(classifier, source, base, config, template)
+    if config is not None and config.adapter:
+        load_adapter(model, folder / ADAPTER_FOLDER)
+        load_head(reward_model, folder)
+        own = head_parameters(model, is_encoder=False)  # that of the base, if it has one, is another
+        unread = replace(unread, stored={name: value for name, value in unread.stored.items() if name not in own})
+    reward_model.requires_grad_(False).eval()
+    unread.read()
+    return reward_model

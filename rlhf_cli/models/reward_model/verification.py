@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rlhf_cli.data.records import Prompt
+from rlhf_cli.distributed.agreement import by_main
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.memory import free_memory
+from rlhf_cli.models.adapter_files import read_adapter
+from rlhf_cli.models.adapter_layers import adapter_state, load_adapter_state
 from rlhf_cli.models.loading import ModelSource
 from rlhf_cli.models.lora import cast_weights
 from rlhf_cli.models.quantize import quantized
-from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, HEAD_FILE, head_tensors
+from rlhf_cli.models.reward_model.files import (
+    ADAPTER_FOLDER,
+    HEAD_FILE,
+    head_tensors,
+    read_reward_config,
+    save_artifact,
+    save_trained,
+    set_padding,
+)
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model, save_reward_model
+from rlhf_cli.models.reward_model.sharded import load_sharded_reward_model
+from rlhf_cli.models.sharded_saving import ShardedWeights
+from rlhf_cli.models.sharding import assign, is_sharded, whole
 from rlhf_cli.models.verification import (
     AdapterInMemory,
     check_float32,
@@ -45,6 +63,9 @@ def save_trained_reward_model(
     are moved to the CPU, cast to float32 and released. Where the base is quantized, loading it without quantization
     would give other rewards: adapter, head and tokenizer are then compared, without a forward pass.
 
+    Of a sharded reward model every process calls this. Process 0 writes tensor by tensor, and both are compared
+    sharded, on the device of the model. An adapter is read back onto the base in memory.
+
     Args:
         reward_model: as trained.
         folder: an existing folder.
@@ -60,6 +81,8 @@ def save_trained_reward_model(
         DiskError: the disk is full or cannot be written.
         ModelError: the written reward model is not the trained one.
     """
+    if is_sharded(reward_model.model):
+        return _ShardedRewardModel(reward_model, folder).save(probe, final or folder, depth)
     source = reward_model.source.on_cpu()
     is_quantized = quantized(reward_model.model) != "none"
     if not is_quantized:
@@ -78,7 +101,11 @@ def save_trained_reward_model(
     reward_model.model.to("meta")  # pyright: ignore[reportArgumentType]  (annotated for instances of torch.device)
     written = load_reward_model(replace(source, path=str(folder), revision=None, dtype=dtype), template=None)
     _in_float32(written)
-    difference = largest_difference(expected, _rewards(written, probe))
+    return _checked_difference(expected, _rewards(written, probe), folder)
+
+
+def _checked_difference(trained: Sequence[float], written: Sequence[float], folder: Path) -> float:
+    difference = largest_difference(trained, written)
     if not difference <= MAX_REWARD_DIFFERENCE:
         raise not_as_trained(
             folder,
@@ -116,3 +143,62 @@ def _in_float32(reward_model: RewardModel) -> None:
 
 def _rewards(reward_model: RewardModel, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
     return reward_model.score([prompt for prompt, _ in probe], [completion for _, completion in probe], batch_size=1)
+
+
+@dataclass(frozen=True)
+class _ShardedRewardModel:
+    """A sharded reward model to write; see `save_trained_reward_model`."""
+
+    trained: RewardModel
+    folder: Path
+
+    def save(self, probe: Sequence[tuple[Prompt, str]], final: Path, depth: int) -> float:
+        """Write, read back and compare; all processes call this."""
+        trained, processes = self.trained, ProcessGroup(self.trained.device)
+        save = partial(save_artifact, trained, self.folder, final=final, depth=depth)
+        if trained.is_adapter:
+            expected = _rewards(trained, probe)
+            head = head_tensors(trained)
+            state = {key: whole(weight).cpu() for key, weight in adapter_state(trained.model).items()}
+            write = partial(save_trained, trained, self.folder, state=state, head=head)
+            by_main(lambda: save(write=write), processes)
+            written = self._read_adapter(state, head)
+        else:
+            set_padding(trained.model, trained.format.tokenizer)
+            by_main(lambda: save(write=lambda base, revision: None), processes)
+            weights = ShardedWeights(trained.model)
+            weights.write(trained.format.tokenizer, self.folder, processes)
+            expected = self._in_float32(weights, probe)
+            del weights
+            free_memory()
+            source = replace(trained.source.in_full(), path=str(self.folder), revision=None, precision=torch.float32)
+            written = load_sharded_reward_model(source, template=None)
+        by_main(self._check_files, processes)
+        return _checked_difference(expected, _rewards(written, probe), self.folder)
+
+    def _in_float32(self, weights: ShardedWeights, probe: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """Return the rewards of the trained model, whose weights are released, in float32."""
+        trained, source = self.trained, replace(self.trained.source.in_full(), precision=torch.float32)
+        copied = RewardModel(weights.copied(source, keeps=False), trained.format, source, is_encoder=False)
+        copied.bias.copy_(trained.bias)
+        copied.mean, copied.std = trained.mean, trained.std
+        return _rewards(copied.eval(), probe)
+
+    def _read_adapter(self, state: dict[str, Tensor], head: dict[str, Tensor]) -> RewardModel:
+        """Check what was written, and return the reward model with it in place of what was trained."""
+        trained, folder = self.trained, self.folder
+        AdapterInMemory.of(trained.model, state=state).check(trained.model, folder / ADAPTER_FOLDER)
+        stored = read_tensors(folder / HEAD_FILE)
+        check_tensors(head, stored, folder)
+        config = read_reward_config(folder)
+        assert config is not None
+        load_adapter_state(trained.model, read_adapter(trained.model, folder / ADAPTER_FOLDER)[1])
+        assign(trained.head.weight, stored["weight"].to(trained.device))
+        if trained.head.bias is None:
+            trained.bias.copy_(stored["bias"])
+        trained.mean, trained.std = config.mean, config.std
+        return trained
+
+    def _check_files(self) -> None:
+        check_float32(self.folder)
+        check_tokenizer(self.trained.format.tokenizer, self.folder, self.trained.source)

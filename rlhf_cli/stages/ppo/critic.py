@@ -8,7 +8,7 @@ the policy itself (docs/decisions/0014-critic-head.md). A saved critic is a fold
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from rlhf_cli.distributed.agreement import agreed, by_main
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.adapter_files import read_adapter, save_adapter
 from rlhf_cli.models.base_model import check_base, hash_weights, locate_base
@@ -28,6 +30,9 @@ from rlhf_cli.models.loading import ModelSource, load_config
 from rlhf_cli.models.multi_adapter import MultiAdapterModel
 from rlhf_cli.models.policy_adapter import relative_base
 from rlhf_cli.models.saving import require_finite, writing
+from rlhf_cli.models.sharded_loading import open_model
+from rlhf_cli.models.sharded_saving import ShardedWeights
+from rlhf_cli.models.sharding import is_sharded, local, whole
 from rlhf_cli.models.split_weights import join_weights, restore, stored
 from rlhf_cli.models.stored_weights import read_header
 from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
@@ -74,7 +79,7 @@ class Critic(Protocol):
         """Return the trained weights under the head by name, for a checkpoint."""
         ...
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the model."""
         ...
 
@@ -110,21 +115,29 @@ class AdapterCritic:
         """Return A and B of the adapter by name."""
         return self._backbone.state(CRITIC)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the adapter."""
         self._backbone.load_state(CRITIC, state)
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, the head and `critic.json`."""
+        model = self._backbone.model
+        state = {name: whole(weight) for name, weight in self.state().items()}
+        if is_sharded(model):
+            by_main(lambda: self._write(folder, state), ProcessGroup(model.device))
+        else:
+            self._write(folder, state)
+
+    def _write(self, folder: Path, state: dict[str, Tensor]) -> None:
         base, revision = (None, None) if self._base is None else self._base.pinned
         base = None if base is None else relative_base(base, folder, depth=2)
-        require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
+        require_finite(state | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
-            save_adapter(self._backbone.model, folder, CRITIC, base=base, revision=revision)
+            save_adapter(self._backbone.model, folder, CRITIC, base=base, revision=revision, state=state)
             sha256 = None if self._base is None else hash_weights(self._base.path)
             _save_head(folder, self.value_head, CriticConfig("adapter", base, revision, sha256))
         model = self._backbone.model
-        AdapterInMemory.of(model, CRITIC).check(model, folder)
+        AdapterInMemory.of(model, CRITIC, state=state).check(model, folder)
         _check_head(folder, self.value_head)
 
 
@@ -152,13 +165,16 @@ class FullCritic:
         """Return all weights of the backbone by name."""
         return stored(self._model.named_parameters())
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the backbone."""
         restore(stored(self._model.named_parameters()), state)
 
     def save(self, folder: Path) -> None:
         """Write the backbone as an ordinary model folder, the head and `critic.json`."""
         quiet_libraries()
+        if is_sharded(self._model):
+            self._save_sharded(folder)
+            return
         join_weights(self._model)
         require_finite(self.state() | dict(self.value_head.state_dict()), what="the critic")
         with writing("the critic", folder):
@@ -170,6 +186,23 @@ class FullCritic:
         source = ModelSource(str(folder), trust_remote_code=runs_code, attention="eager")
         written = load_weights(AutoModel, source, load_config(source))
         check_tensors(self.state(), dict(written.named_parameters()), folder)
+
+    def _save_sharded(self, folder: Path) -> None:
+        """Write, read back and compare, each process its part; all call this."""
+        processes = ProcessGroup(self._model.device)
+        ShardedWeights(self._model).write(None, folder, processes)
+
+        def write_head() -> None:
+            require_finite(dict(self.value_head.state_dict()), what="the critic")
+            with writing("the critic", folder):
+                _save_head(folder, self.value_head, CriticConfig("full", None, None))
+            _check_head(folder, self.value_head)
+
+        by_main(write_head, processes)
+        source = ModelSource(str(folder), attention="eager", device=self._model.device)
+        written = dict(open_model(AutoModel, source, load_config(source)).read().named_parameters())
+        own, stored = ({name: local(weight) for name, weight in one.items()} for one in (self.state(), written))
+        agreed(lambda: check_tensors(own, {name: part.cpu() for name, part in stored.items()}, folder), processes)
 
 
 class HeadCritic:
@@ -197,7 +230,7 @@ class HeadCritic:
         """Return no weights: those under the head are the policy's."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Do nothing: the weights under the head are the policy's."""
 
     def save(self, folder: Path) -> None:

@@ -34,8 +34,7 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     # Under adapters the frozen weights of the policy are the reference, and are always held.
     reference = {"reference": held * shape.weights / parts}
     weights |= {} if is_full else reference
-    # With sharding, too, a reward model with a backbone of its own is whole in every process.
-    reward = {} if extent.reward is None else {"reward model": float(extent.reward.weights * size)}
+    reward = {} if extent.reward is None else {"reward model": extent.reward.weights * size / parts}
     rests = extent.on_cpu or settings.offload_frozen  # weights that only score, while they are not used
     scoring = (reference if is_full else {}) | reward
     kept = weights if rests else weights | scoring
@@ -56,15 +55,19 @@ def ppo_memory(settings: PPOSettings, recipe: RunSettings, extent: Extent) -> Me
     }
     drawing = _drawing(settings, recipe, extent, held=held, size=size, longest=longest)
     once = {"activations": float(shape.transient(tokens, size)), "logits": float(shape.logits(tokens))}
-    passed = {"gathered": shape.gathered(size)} if parts > 1 else {}
+    scored = [shape] if extent.reward is None else [shape, extent.reward]
+    passed = {"gathered": max(one.gathered(size) for one in scored)} if parts > 1 else {}
     trained = {"gathered": shape.gathered(size, trains=is_full)} if parts > 1 else {}
     gradients = {"gradients": FLOAT32 * (policy + critic) / parts}
+    kept_to_save = FLOAT32 * float(critic)
+    if parts > 1:  # of the critic also what is read back to be compared
+        kept_to_save = 2 * kept_to_save / parts + sum(scoring.values())
     phases = {
-        "load": loading(extent, weights | (scoring if not rests else {})),
+        "load": loading(extent, weights | (scoring if not rests else {}), parts),
         "rollout": kept | state | drawing,
         "passes": weights | scoring | state | once | passed,
         "update": kept | state | gradients | activations | trained,
-        "save": saving(extent, kept=FLOAT32 * critic),
+        "save": saving(extent, kept=kept_to_save, parts=parts),
     }
     return memory_need(extent, phases, *(scoring if extent.on_cpu else ()))
 
@@ -79,7 +82,7 @@ def _drawing(
     rows = math.ceil(settings.completions_per_step / extent.processes)
     rows = min(settings.rollout_batch_size, rows)
     # What `models.adapter_merging` puts in the place of float32 weights while tokens are drawn.
-    merged = settings.adapter == "lora" and held == size == FLOAT32
+    merged = settings.adapter == "lora" and held == size == FLOAT32 and parts == 1
     drawing = {"cache": float(shape.cache(rows, longest, size)), "logits": float(shape.sampling(rows))}
     drawing["merged adapter"] = float(FLOAT32 * shape.backbone * merged)
     if parts > 1:  # the whole policy, for every token

@@ -25,6 +25,7 @@ from rlhf_cli.models.loading import ModelSource, context_length, load_policy, lo
 from rlhf_cli.models.reward_model.classifier import classifier_class, head_of
 from rlhf_cli.models.reward_model.files import ADAPTER_FOLDER, RewardModelConfig, load_head
 from rlhf_cli.models.reward_model.model import RewardModel, load_reward_model
+from rlhf_cli.models.reward_model.sharded import load_divided
 from rlhf_cli.models.sharded_loading import UnreadModel, open_policy
 from rlhf_cli.models.split_weights import round_weights, split_weights
 from rlhf_cli.stages.ppo import critic_initialization as critic_start
@@ -47,6 +48,11 @@ class RewardModelHandle:
     model: RewardModel
     activate: Callable[[], AbstractContextManager[object]]
     is_shared: bool
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether all processes score together."""
+        return self.model.is_sharded
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """Return normalized rewards; an end token follows every completion, as in training."""
@@ -91,7 +97,7 @@ def load_ppo_models(
         longest: maximum tokens of a prompt with its completion; None is the context length of the policy.
         scratch: folder for the weights of models that rest during updates, see `models.idle_weights`; None keeps them
             in memory.
-        is_sharded: divide policy, reference and critic among the processes; every process then calls this.
+        is_sharded: divide all models among the processes; every process then calls this.
 
     Raises:
         ModelError: a model cannot be loaded, or the critic cannot start from `settings.critic_from`.
@@ -119,7 +125,7 @@ def load_ppo_models(
         with critic.active_model() as model:
             split_weights(model)
     if reward is None and reward_path is not None:
-        reward = _separate_reward(source, reward_path, template, settings, scratch)
+        reward = _separate_reward(source, reward_path, template, settings, scratch, is_sharded=is_sharded)
     if settings.gradient_checkpointing:
         recompute_activations(policy)
         if isinstance(critic, FullCritic):
@@ -244,10 +250,17 @@ def _layout_note(settings: PPOSettings, reward: RewardModelHandle | None) -> str
 
 
 def _separate_reward(
-    source: ModelSource, path: str, template: str | None, settings: PPOSettings, scratch: Path | None
+    source: ModelSource,
+    path: str,
+    template: str | None,
+    settings: PPOSettings,
+    scratch: Path | None,
+    *,
+    is_sharded: bool,
 ) -> RewardModelHandle:
-    model = load_reward_model(source.at(path), template=template)
-    return RewardModelHandle(model, partial(used, model, _idle(model, settings, scratch)), is_shared=False)
+    model = (load_divided if is_sharded else load_reward_model)(source.at(path), template=template)
+    idle = None if model.is_sharded else _idle(model, settings, scratch)
+    return RewardModelHandle(model, partial(used, model, idle), is_shared=False)
 
 
 def _idle(model: nn.Module, settings: PPOSettings, scratch: Path | None) -> IdleWeights | None:

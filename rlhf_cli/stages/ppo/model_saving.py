@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.data.examples import Example
+from rlhf_cli.distributed.agreement import by_main
+from rlhf_cli.distributed.process_group import ProcessGroup
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.files import fsync_tree, rename
 from rlhf_cli.generation.generator import Request
@@ -19,7 +21,7 @@ from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.sampling import Sampling
 from rlhf_cli.generation.torch_generator import TorchGenerator
 from rlhf_cli.models.loading import ModelSource, load_tokenizer
-from rlhf_cli.models.sharding import gathered
+from rlhf_cli.models.sharding import gathered, is_sharded
 from rlhf_cli.models.verification import check_tokenizer
 from rlhf_cli.stages.ppo.models import POLICY, PPOModels
 from rlhf_cli.stages.ppo.settings import PPOSettings
@@ -43,7 +45,7 @@ def save_ppo_models(
     """Write the policy to `folder` and the critic to `folder/critic`, both with their tokenizer.
 
     The generation config of the policy lists all tokens that ended its completions, so that every later stage ends
-    them there too. The policy in memory is consumed, see `save_policy`.
+    them there too. The policy in memory is consumed, see `save_policy`. Of sharded models every process calls this.
 
     Args:
         models: policy and critic.
@@ -64,8 +66,13 @@ def save_ppo_models(
     """
     tokenizer = load_tokenizer(source)
     models.save_critic(folder / "critic")
-    tokenizer.save_pretrained(folder / "critic")
-    check_tokenizer(tokenizer, folder / "critic", source)
+
+    def write_tokenizer() -> None:
+        tokenizer.save_pretrained(folder / "critic")
+        check_tokenizer(tokenizer, folder / "critic", source)
+
+    with models.policy() as model:
+        by_main(write_tokenizer, ProcessGroup(source.device)) if is_sharded(model) else write_tokenizer()
     adapter = TrainedAdapter(POLICY, settings.lora) if settings.adapter == "lora" else None
     with models.policy() as model:
         generation = sampling.generation(model, tokenizer, stop_ids)

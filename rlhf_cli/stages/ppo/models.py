@@ -8,7 +8,7 @@ that is a head on the policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -75,7 +75,7 @@ class PPOModels(Protocol):
         """Return all trained weights by name, for a checkpoint."""
         ...
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the models."""
         ...
 
@@ -108,9 +108,9 @@ class _WithCritic:
         parts = {"policy": policy, "critic": self._critic.state(), "value_head": self.value_head.state_dict()}
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
-    def _load_critic_state(self, state: dict[str, Tensor]) -> None:
-        self._critic.load_state(_under("critic.", state))
-        self.value_head.load_state_dict(_under("value_head.", state))
+    def _load_critic_state(self, state: Mapping[str, Tensor]) -> None:
+        self._critic.load_state(_Under("critic.", state))
+        self.value_head.load_state_dict(dict(_Under("value_head.", state)))
 
 
 class SharedBackbone(_WithCritic):
@@ -176,9 +176,9 @@ class SharedBackbone(_WithCritic):
         """Return the policy's adapter, the critic and the value head by name."""
         return self._state(self._adapters.state(POLICY))
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the models."""
-        self._adapters.load_state(POLICY, _under("policy.", state))
+        self._adapters.load_state(POLICY, _Under("policy.", state))
         self._load_critic_state(state)
 
 
@@ -228,9 +228,9 @@ class SeparateModels(_WithCritic):
         """Return the policy, the critic and the value head by name."""
         return self._state(stored(self._policy.named_parameters()))
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights that `state` returned back into the models."""
-        restore(stored(self._policy.named_parameters()), _under("policy.", state))
+        restore(stored(self._policy.named_parameters()), _Under("policy.", state))
         self._load_critic_state(state)
 
 
@@ -247,5 +247,17 @@ def used(model: Model, idle: IdleWeights | None) -> Iterator[Model]:
         idle.rest()
 
 
-def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+class _Under(Mapping[str, Tensor]):
+    """The part of a state whose names have a prefix, without it; tensors are read when they are asked for."""
+
+    def __init__(self, prefix: str, state: Mapping[str, Tensor]) -> None:
+        self._prefix, self._state = prefix, state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix(self._prefix) for key in self._state if key.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -26,6 +26,7 @@ def build_rewards(
     *,
     members: Sequence[Path] = (),
     stop: StopRequest | None = None,
+    is_sharded: bool = False,
 ) -> CombinedReward:
     """Load the rewards of PPO and combine them.
 
@@ -36,6 +37,7 @@ def build_rewards(
         template: template of plain-text prompts, for reward models that do not record their own.
         members: folders of the other members of an ensemble, whose first member is `model`; each with weight 1.
         stop: ends the wait for an endpoint that does not respond.
+        is_sharded: divide reward models among the processes.
 
     Raises:
         RLHFError: a reward cannot be loaded, or the token of an endpoint is not in the environment.
@@ -47,9 +49,9 @@ def build_rewards(
     if model is not None:
         rewards.append((ModelReward("reward-model", model), 1.0))
     for folder in members:
-        loaded = load_model_reward(source.at(str(folder)), template=template)
+        loaded = load_model_reward(source.at(str(folder)), template=template, is_sharded=is_sharded)
         rewards.append((ModelReward(f"reward-model-{folder.name}", loaded.model), 1.0))
-    rewards += [(_reward(entry, source, template, stop), entry.weight) for entry in settings.rewards]
+    rewards += [(_reward(entry, source, template, stop, is_sharded), entry.weight) for entry in settings.rewards]
     if not any(weight for _, weight in rewards):
         raise UsageError(
             "`ppo` has no reward to train on: every reward of `ppo.rewards` has weight 0, with which it is only logged",
@@ -58,7 +60,9 @@ def build_rewards(
     return CombinedReward(rewards, settings.reward_combination, std_coef=settings.reward_std_coef)
 
 
-def _reward(entry: PPORewardSettings, source: ModelSource, template: str | None, stop: StopRequest | None) -> Reward:
+def _reward(
+    entry: PPORewardSettings, source: ModelSource, template: str | None, stop: StopRequest | None, is_sharded: bool
+) -> Reward:
     if entry.function is not None:
         from rlhf_cli.rewards.python_function import load_scoring_function
 
@@ -66,7 +70,7 @@ def _reward(entry: PPORewardSettings, source: ModelSource, template: str | None,
     if entry.model is not None:
         from rlhf_cli.rewards.reward_model import load_model_reward
 
-        return load_model_reward(source.at(entry.model), template=template)
+        return load_model_reward(source.at(entry.model), template=template, is_sharded=is_sharded)
     from rlhf_cli.rewards.http_endpoint import HTTPReward
 
     return HTTPReward(entry, stop=stop)

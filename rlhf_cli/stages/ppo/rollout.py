@@ -20,7 +20,7 @@ from rlhf_cli.generation.generator import Completion, Generator, Request
 from rlhf_cli.generation.policy import Policy
 from rlhf_cli.generation.prompts import TokenizedPrompts
 from rlhf_cli.generation.server_draw import Drawn, DrawsAhead, PendingDraw
-from rlhf_cli.models.sharding import gathered
+from rlhf_cli.models.sharding import gathered, is_sharded
 from rlhf_cli.progress import warn
 from rlhf_cli.rewards.base import Columns, Scores, columns_of
 from rlhf_cli.settings.shared import StageSamplingSettings
@@ -30,7 +30,8 @@ from rlhf_cli.training.shuffle import EndlessShuffle
 from rlhf_cli.training.timing import StepWatch
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str], Columns], Scores]
-"""N prompts, N completions as text, N >= 1, and what else is known of them -> one reward each, higher is better."""
+"""N prompts, N completions as text, and what else is known of them -> one reward each, higher is better. N may be 0 if
+the policy is sharded."""
 
 
 def own_sampling(settings: PPOSettings) -> StageSamplingSettings:
@@ -232,8 +233,11 @@ class Rollouts:
     ) -> Completions:
         """Score this process's completions, and return those of all processes."""
         mine = self._processes.shard(list(zip(rows, numbers, strict=True)))
+        with self._policy.model() as model:
+            scores_together = is_sharded(model)  # a reward model may share its weights
         with watch.phase("scoring", "scoring"):
-            scores = self._score([source.prompts[row] for row, _ in mine], drawn, source) if mine else Scores([], {})
+            prompts = [source.prompts[row] for row, _ in mine]
+            scores = self._score(prompts, drawn, source) if mine or scores_together else Scores([], {})
             shares = self._processes.all_gather_object(_plain(drawn, scores))
         for share in shares[1:]:  # the reward has reported the faults of the first process itself
             for fault in share["faults"]:

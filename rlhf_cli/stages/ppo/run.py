@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.data.records import prompt_key
+from rlhf_cli.distributed.ranks import is_main
 from rlhf_cli.errors import DetectorStopError, UsageError
 from rlhf_cli.files import link_or_copy
 from rlhf_cli.generation.prompts import PromptStyle, prompt_style, text_template
@@ -92,7 +93,10 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     _say_if_prompted_otherwise(reward_model, style)
     processes = ProcessGroup(source.device)
     members = _further_members(context, source)
-    reward = build_rewards(settings, reward_model, source, policy.format.template, members=members, stop=context.stop)
+    reward = build_rewards(
+        settings, reward_model, source, policy.format.template, members=members, stop=context.stop,
+        is_sharded=is_sharded,
+    )  # fmt: skip
     say(f"ppo: the reward is {reward.described()}")
     steps = StepPolicies(
         models, source, settings, context.work / STEPS, sampling, policy.stop_ids,
@@ -119,28 +123,8 @@ def run(context: PPOContext, generator: Generator | None = None) -> StageOutcome
     del trainer  # with the moments of its optimizer: what follows loads what was written
     free_memory()
     probe = sample_probe(policy, data.prompts) if is_sharded or processes.is_main else []
-    if is_sharded:
-        models = _whole(context, models, source, sampling, processes)
-    return _written(context, models, policy, style, data, skips, probe) if processes.is_main else StageOutcome()
-
-
-def _whole(
-    context: PPOContext, models: PPOModels, source: ModelSource, sampling: Sampling, processes: ProcessGroup
-) -> PPOModels:
-    """Return whole models on the CPU with the trained weights in process 0, which writes them; all call this."""
-    from rlhf_cli.models.sharding import whole
-
-    found, trained = models, models.state()
-    if processes.is_main:
-        found, _ = _load_models(context, context.settings, source.on_cpu(), sampling)
-    state = {}
-    for name, weight in trained.items():  # one after another: no other process holds more than one
-        gathered = whole(weight)
-        if processes.is_main:
-            state[name] = gathered.cpu()
-    if processes.is_main:
-        found.load_state(state)
-    return found
+    writes = is_sharded or processes.is_main
+    return _written(context, models, policy, style, data, skips, probe) if writes else StageOutcome()
 
 
 def _forward_passes(models: PPOModels, settings: PPOSettings, policy: Policy, processes: ProcessGroup) -> ForwardPasses:
@@ -166,7 +150,7 @@ def _written(
     skips: SkipLog,
     probe: list[Example],
 ) -> StageOutcome:
-    """Write the artifact, and return what the stage came to."""
+    """Write the artifact, and return what the stage came to; of sharded models every process calls this."""
     from rlhf_cli.stages.ppo.model_saving import save_ppo_models
     from rlhf_cli.training.checkpoint.store import remove_all_but_newest
     from rlhf_cli.training.monitoring.timing_log import read_totals
@@ -180,6 +164,8 @@ def _written(
         sampling=policy.sampling,
         stop_ids=policy.stop_ids,
     )
+    if not is_main():
+        return StageOutcome()
     _write_contract(context, context.output, style, policy.sampling, data)
     if skips.total:
         skips.write(context.output / "skips.jsonl")

@@ -270,7 +270,7 @@ class PPOTrainer(TrainingTask):
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """See `TrainingTask`."""
-        self.models.load_state(dict(tensors))
+        self.models.load_state(tensors)
 
     def extra_state(self) -> dict[str, Any]:
         """See `TrainingTask`."""
@@ -374,7 +374,7 @@ class PPOTrainer(TrainingTask):
             f"held-out reward {best.reward:.2f}, KL {best.kl:.1f} nats per completion"
         )
 
-    def _best_tensors(self, expected: Best) -> dict[str, Tensor]:
+    def _best_tensors(self, expected: Best) -> Mapping[str, Tensor]:
         """Return the weights of the best policy; another policy must not silently take its place."""
         best = best_checkpoint(self._work, processes=self._processes)
         if best is None:

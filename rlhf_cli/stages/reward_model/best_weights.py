@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,7 +70,7 @@ class BestWeights:
             return True
         return loss < self.found.loss if self._by == "loss" else accuracy > self.found.accuracy
 
-    def tensors(self) -> dict[str, Tensor] | None:
+    def tensors(self) -> Mapping[str, Tensor] | None:
         """Return the best weights; None if none are kept.
 
         Raises:

@@ -118,15 +118,13 @@ def member_seed(context: RewardModelContext, number: int) -> int:
     return (context.recipe.seed + _SEEDS_APART * (number - 1)) % 2**32
 
 
-def new_member(
-    context: RewardModelContext, source: ModelSource, style: PromptStyle, number: int, *, whole: bool = False
-) -> RewardModel:
-    """Return member `number` before its training: sharded if the recipe says so, unless it must be `whole`."""
+def new_member(context: RewardModelContext, source: ModelSource, style: PromptStyle, number: int) -> RewardModel:
+    """Return member `number` before its training, sharded if the recipe says so."""
     from rlhf_cli.models.reward_model.model import new_reward_model
     from rlhf_cli.models.reward_model.sharded import new_sharded_reward_model
 
     settings = context.settings
-    is_whole = whole or context.recipe.model.sharding == "none"
+    is_whole = context.recipe.model.sharding == "none"
     return (new_reward_model if is_whole else new_sharded_reward_model)(
         source,
         template=style.template,

@@ -134,7 +134,6 @@ def _member(
 ) -> Member:
     """Train, measure, normalize and write a member; one that an earlier attempt finished is only measured again."""
     from rlhf_cli.memory import free_memory
-    from rlhf_cli.models.reward_model.sharded import copy_weights
     from rlhf_cli.models.reward_model.verification import probe_texts, save_trained_reward_model
     from rlhf_cli.models.sharding import is_sharded
     from rlhf_cli.stages.reward_model.evaluation import ranking_rewards
@@ -158,19 +157,15 @@ def _member(
         checked = ranking_rewards(context, reward_model, plan.checked, "scoring training rankings", processes)
         if settings.normalize:
             normalize(context, reward_model, plan.train, plan.style, processes, generator)
-    if is_sharded(reward_model.model):
-        trained = reward_model
-        # On the CPU, since the GPU holds its part of the trained one.
-        on_cpu = plan.source.on_cpu()
-        reward_model = new_member(context, on_cpu, plan.style, number, whole=True) if processes.is_main else trained
-        copy_weights(reward_model if processes.is_main else None, trained)
     if processes.is_main:
         append_evaluation(work, steps, watch.end_step())
         folder.mkdir(parents=True, exist_ok=True)
+    if processes.is_main or is_sharded(reward_model.model):
         texts = [(one.prompt, text) for one in plan.held_out[:PROMPTS_CHECKED] for text in one.completions]
         probe = probe_texts(reward_model, texts)
         depth = 1 if number == 1 else MEMBER_DEPTH
         metrics["rm/written_difference"] = save_trained_reward_model(reward_model, folder, probe=probe, depth=depth)
+    if processes.is_main:
         for name in (METRICS, TIMING):
             shutil.copyfile(work / name, folder / name)
     return Member(held_out, checked, reward_model.mean, reward_model.std, metrics)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cli.generation.sampling import Sampling
-from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, saving
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, number_bytes, saving, shards
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.settings.shared import StageSamplingSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
@@ -67,11 +67,12 @@ def _memory(settings: RewardModelSettings, recipe: RunSettings, extent: Extent) 
     rank = settings.lora.rank if settings.adapter == "lora" else None
     longest = 2 * settings.max_length
     need = training_memory(settings, recipe.model, extent, role="reward model", rank=rank, longest=longest)
-    phases = {"load": loading(extent, need.weights), "update": need.weights | need.update}
+    parts = shards(recipe.model, extent)
+    phases = {"load": loading(extent, need.weights, parts), "update": need.weights | need.update}
     if settings.normalize and (settings.data is not None or recipe.value("label.by") == "import"):
         phases["rollout"] = need.weights | _drawing(recipe, extent, number_bytes(recipe.model.precision))
     # An adapter is small; its base is read again to be compared.
-    phases["save"] = saving(extent) if rank is None else phases["load"]
+    phases["save"] = saving(extent, parts=parts) if rank is None else phases["load"]
     return memory_need(extent, phases)
 
 

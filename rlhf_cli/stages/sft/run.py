@@ -42,7 +42,7 @@ def run(context: SFTContext) -> StageOutcome:
     from rlhf_cli.data.chat_format import check_records
     from rlhf_cli.data.sources import read_records
     from rlhf_cli.generation.policy import own_stop_ids
-    from rlhf_cli.generation.policy_saving import TrainedAdapter, copy_policy, probe_examples, save_policy
+    from rlhf_cli.generation.policy_saving import TrainedAdapter, probe_examples, save_policy
     from rlhf_cli.models.loading import load_tokenizer, resolve_device
     from rlhf_cli.models.sharding import is_sharded
     from rlhf_cli.stages.sft.training import train_sft
@@ -76,9 +76,7 @@ def run(context: SFTContext) -> StageOutcome:
     adapter = (
         TrainedAdapter("default", settings.lora, recipe.model.build is None) if settings.adapter == "lora" else None
     )
-    if is_sharded(model):
-        model = copy_policy(model, source, adapter)
-    if model is None or not processes.is_main:
+    if not is_sharded(model) and not processes.is_main:
         return StageOutcome()
     own_stops = own_stop_ids(model, chat_format, source.path)
     written_kl = save_policy(
@@ -90,6 +88,8 @@ def run(context: SFTContext) -> StageOutcome:
         adapter=adapter,
         generation=Sampling.resolve(sampling).generation(model, tokenizer, {*own_stops, *chosen_stops}),
     )
+    if not processes.is_main:
+        return StageOutcome()
     write_contract(context, source.path, style, sampling, train)
     for name in (METRICS, TIMING):
         shutil.copyfile(context.work / name, context.output / name)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, saving
+from rlhf_cli.models.resources import Extent, MemoryNeed, loading, memory_need, saving, shards
 from rlhf_cli.settings.run import RunSettings
 from rlhf_cli.stages.base import Flag, Sizes, Stage, StageContext, training_bytes
 from rlhf_cli.stages.inputs import Input, InputFinder, StageInputs
@@ -56,7 +56,9 @@ def _memory(settings: SFTSettings, recipe: RunSettings, extent: Extent) -> Memor
     rank = settings.lora.rank if settings.adapter == "lora" else None
     need = training_memory(settings, recipe.model, extent, role="policy", rank=rank, longest=settings.max_length)
     update = need.weights | need.update | {"logits": extent.shape.logits(need.tokens)}
-    return memory_need(extent, {"load": loading(extent, need.weights), "update": update, "save": saving(extent)})
+    parts = shards(recipe.model, extent)
+    load, save = loading(extent, need.weights, parts), saving(extent, parts=parts)
+    return memory_need(extent, {"load": load, "update": update, "save": save})
 
 
 SFTContext = StageContext[SFTSettings, SFTInputs]

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_cli.distributed.watchdog import beat
 from rlhf_cli.errors import DiskError
 from rlhf_cli.files import fsync, hash_file, replace_folder
+from rlhf_cli.models.weight_files import SAFETENSORS_NAMES
 
 FORMAT = 2
 """Version of the folder's format, in `state.json`; raised when an older rlhf could misread a new checkpoint."""
@@ -31,21 +32,9 @@ _PIECE = 4 << 20
 """Bytes written and hashed at once: few enough to stay in the processor's cache for both."""
 _OVERHEAD = 1 << 20
 """Upper bound on the bytes that names, checksums and the file system's own tables take."""
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
+
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 Take = Callable[[str], Tensor]
 """Returns a whole tensor by its name."""
@@ -97,7 +86,41 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_folder(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, on the CPU.
+
+    Each is mapped into memory when it is asked for, so that only the parts that are used are read, and given back with
+    the last reference to it. A copy outlives the file, which rotation removes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        self._header, self._start = header, 8 + size
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Map a tensor."""
+        found = self._header[name]
+        dtype, (start, end) = _DTYPES[found["dtype"]], found["data_offsets"]
+        if start == end:
+            return torch.empty(found["shape"], dtype=dtype)
+        # Private, since torch warns of tensors in memory that it must not write to.
+        mapped = np.memmap(self._path, np.uint8, "c", offset=self._start + start, shape=(end - start,))
+        return torch.from_numpy(mapped).view(dtype).reshape(found["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._header)
+
+
+def read_folder(path: Path) -> tuple[int, StoredTensors, dict[str, Any]]:
     """Return step, tensors (on the CPU) and state of a checkpoint, after checking every byte against its checksums.
 
     Raises:
@@ -109,7 +132,7 @@ def read_folder(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         raise DamagedCheckpoint(f"{_STATE} has format {envelope.get('format')}; this version of rlhf reads {FORMAT}")
     if int(path.name.rpartition("-")[2]) != envelope["step"]:
         raise DamagedCheckpoint(f"{_STATE} is of step {envelope['step']}")
-    return envelope["step"], load_file(path / _TENSORS), envelope["state"]
+    return envelope["step"], StoredTensors(path / _TENSORS), envelope["state"]
 
 
 def order_of(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -155,7 +178,11 @@ def _serialized(tensors: dict[str, Tensor], take: Take) -> Iterator[bytes | memo
     for name in order:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

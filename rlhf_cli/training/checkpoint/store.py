@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.errors import DiskError, DivergedError, UsageError
+from rlhf_cli.distributed.agreement import agreed
+from rlhf_cli.errors import UsageError
 from rlhf_cli.files import rename
 from rlhf_cli.models.saving import require_finite
 from rlhf_cli.models.sharding import Gathering, divided, is_divided, local
@@ -46,12 +47,12 @@ class Checkpoint:
 
     Attributes:
         step: steps done when it was written.
-        tensors: name -> tensor on the CPU.
+        tensors: name -> tensor on the CPU, read when it is used.
         state: anything JSON can express.
     """
 
     step: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
@@ -189,7 +190,7 @@ def _by_main(
     gathering = Gathering(tensors, order_of(tensors))
     is_shared = any(map(is_divided, tensors.values()))
     if is_shared:  # each process checks its part before any is gathered
-        _agreed(lambda: _check_finite(step, tensors), processes)
+        agreed(lambda: _check_finite(step, tensors), processes)
 
     def written() -> None:
         try:
@@ -200,23 +201,7 @@ def _by_main(
         finally:
             gathering.finish()
 
-    _agreed(written, processes)
-
-
-def _agreed(work: Callable[[], None], processes: ProcessGroup | None) -> None:
-    """Work in each process; the error of the first one that fails is raised in all of them."""
-    failure: DiskError | DivergedError | None = None
-    try:
-        work()
-    except (DiskError, DivergedError) as error:
-        failure = error
-    if processes is not None:
-        own = None if failure is None else [isinstance(failure, DiskError), failure.message, failure.hint]
-        told = next((one for one in processes.all_gather_object(own) if one is not None), None)
-        if told is not None and failure is None:
-            failure = (DiskError if told[0] else DivergedError)(told[1], hint=told[2])
-    if failure is not None:
-        raise failure
+    agreed(written, processes)
 
 
 def _rotate(folder: Path, step: int, keep: int, protected: Collection[int]) -> None:
@@ -266,12 +251,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Restore what `optimizer_tensors` returned; the parameter groups keep the settings the optimizer was made with."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Restore what `optimizer_tensors` returned; the parameter groups keep the settings the optimizer was made with.
+
+    Of the moments of sharded weights each process reads its part.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for key, value in tensors.items():
+    for key in tensors:
         if key.startswith(prefix + "/"):
+            value = tensors[key]
             number, name = key.removeprefix(prefix + "/").split("/")
             # A copy, since the tensors of a file just read are memory-mapped, and rotation will remove that file.
             is_like_weight = value.shape == weights[int(number)].shape

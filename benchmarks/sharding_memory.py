@@ -1,0 +1,217 @@
+"""Peak memory of each process of a sharded run, loading, resuming and saving included, against its part of the whole.
+
+    python benchmarks/sharding_memory.py [--ranks 1 2 4] [--runs sft-none ppo-none sft-lora ppo-lora] [--hidden 768]
+
+Each run is the real command with gloo on the CPU, in float32: two steps on short texts, ended by SIGTERM after the
+first one is saved, and the same command again, which resumes and writes the artifact. `ppo-none` has a reward model
+of its own. A process imports the libraries, notes its resident memory, resets the peak of the kernel, runs the command
+and reports the difference (VmHWM). Linux only.
+
+The bound is 1.15 x whole / ranks + what no rank divides: activations, and the weights that are gathered for passes and
+to draw, as `rlhf plan` counts them. `whole` is what one process would hold: weights, gradients, moments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RUNS = ("sft-none", "ppo-none", "sft-lora", "ppo-lora")
+SLACK = 1.15
+LIMIT = 3_600
+"""Seconds after which a command is killed."""
+DIVIDED = ("policy", "critic", "reference", "reward model", "gradients", "optimizer", "trained weights")
+"""Roles of `rlhf plan` that ranks divide; the others each has whole."""
+
+
+def make_inputs(folder: Path, hidden: int, layers: int) -> None:
+    """Write a language model with random weights, a reward model of the same size, texts and a reward function."""
+    from rlhf_cli.models.build import build_model
+    from rlhf_cli.settings.shared import BuildSettings
+
+    texts = [f"What is {number}? It is {number * 7} or so." for number in range(200)]
+    heads = hidden // 64
+    build = BuildSettings(
+        hidden_size=hidden, layers=layers, heads=heads, feed_forward_size=3 * hidden, vocab_size=400, context_length=64
+    )
+    build_model(folder / "model", texts, build, seed=1)
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(2)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+    classifier.save_pretrained(folder / "reward")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "reward")
+    records = [{"prompt": f"What is {number}?", "completion": f"It is {number * 7}."} for number in range(16)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "demonstrations.jsonl").write_text(lines, encoding="utf-8")
+
+
+def recipe(folder: Path, run: str, ranks: int) -> Path:
+    """Write the recipe of a run; returns its path."""
+    stage, adapter = run.split("-")
+    training: dict[str, Any] = {"adapter": adapter, "micro_batch_size": 1, "checkpoint_steps": 1}
+    sections: dict[str, Any] = {
+        "sft": {"sft": {**training, "data": "demonstrations.jsonl", "batch_size": 4, "epochs": 0.6, "max_length": 48}},
+        "ppo": {
+            "ppo": {
+                **training, "model": "model", "prompts": "demonstrations.jsonl", "critic_from": "policy", "steps": 2,
+                "prompts_per_step": 4, "epochs": 1, "rollout_batch_size": 2, "max_new_tokens": 8,
+                "reward_model": "reward" if adapter == "none" else None,
+                "rewards": [{"function": f"{folder / 'reward.py'}:score"}],
+            }
+        },
+    }  # fmt: skip
+    (folder / "reward.py").write_text(
+        "def score(prompts, completions):\n    return [float(len(one)) for one in completions]\n", encoding="utf-8"
+    )
+    model = {"path": "model", "precision": "float32", "device": "cpu", "threads": 1}
+    content = {
+        "name": "memory",
+        "model": model | ({"sharding": "fsdp"} if ranks > 1 else {}),
+        "data": {"prompts": "demonstrations.jsonl", "max_prompt_tokens": 24},
+        **sections[stage],
+    }
+    path = folder / f"{run}-{ranks}.yaml"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def memory(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def work(report: Path, stop_after: str, arguments: Sequence[str]) -> None:
+    """Run a command in this process and write the peak of its resident memory above that after the imports."""
+    import peft  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import rlhf_cli.stages.ppo.trainer
+    import rlhf_cli.stages.sft.training  # noqa: F401
+    from rlhf_cli.cli import entry
+
+    baseline = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    if stop_after:
+        threading.Thread(target=_stop, args=(Path(stop_after),), daemon=True).start()
+    sys.argv = ["rlhf", *arguments]
+    try:
+        entry()
+    except SystemExit as ended:
+        code = ended.code
+    else:
+        code = 0
+    report.write_text(json.dumps({"peak": memory("VmHWM") - baseline, "code": code}), encoding="utf-8")
+
+
+def _stop(checkpoint: Path) -> None:
+    while not checkpoint.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def peaks(folder: Path, run: str, ranks: int, *, resumes: bool) -> list[int]:
+    """Run a command with several ranks; returns the peak of each.
+
+    Raises:
+        RuntimeError: a rank failed; its output is shown.
+    """
+    stage = run.split("-")[0]
+    target = folder / f"run-{run}-{ranks}"
+    stop_after = "" if resumes else str(target / f".{stage}.work" / "step-00000001")
+    arguments = [stage, str(recipe(folder, run, ranks)), "--run-dir", str(target)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started, reports = [], [folder / f"report-{rank}.json" for rank in range(ranks)]
+    for rank, report in enumerate(reports):
+        report.unlink(missing_ok=True)
+        alone = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **alone, **({k: str(v) for k, v in group.items()} if ranks > 1 else {})}
+        command = [sys.executable, __file__, "--worker", str(report), stop_after, *arguments]
+        started.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    output = [process.communicate(timeout=LIMIT)[0] for process in started]
+    found = [json.loads(report.read_text(encoding="utf-8")) for report in reports if report.exists()]
+    expected = 0 if resumes else 128 + signal.SIGTERM
+    if len(found) < ranks or any(one["code"] != expected for one in found):
+        raise RuntimeError(f"{run} on {ranks}: {[one['code'] for one in found]}\n" + "\n".join(output)[-4_000:])
+    return [one["peak"] for one in found]
+
+
+def counted(folder: Path, run: str, ranks: int) -> tuple[float, float]:
+    """Return bytes that one process would hold, and those that each of several ranks holds whole, as planned."""
+    import yaml
+
+    from rlhf_cli.models.resources import Extent, ModelShape
+    from rlhf_cli.recipe.schema import Recipe
+    from rlhf_cli.stages.registry import REGISTRY
+
+    content = yaml.safe_load(recipe(folder, run, max(ranks, 2)).read_text(encoding="utf-8"))
+    stage = next(one for one in REGISTRY if one.name == run.split("-")[0])
+    shape, found = ModelShape.required(folder / "model"), Recipe.model_validate(content)
+    reward = shape if run == "ppo-none" else None
+    settings = found.section(stage.name)
+    alone, shared = (
+        stage.memory(settings, found, Extent(shape, reward, on_cpu=True, process=0, tokens=48, processes=n)).phases
+        for n in (1, ranks)
+    )
+    whole = sum(size for role, size in alone["update"].items() if role in DIVIDED)
+    whole += (
+        sum(size for role, size in alone["passes"].items() if role in ("reference", "reward model"))
+        if (run == "ppo-none")
+        else 0
+    )
+    rest = max(sum(size for role, size in roles.items() if role not in DIVIDED) for roles in shared.values())
+    return whole, rest
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
+    parser.add_argument("--hidden", type=int, default=768, help="width of the model, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=14)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_inputs(folder, options.hidden, options.layers)
+        from rlhf_cli.models.resources import ModelShape
+
+        print(f"{ModelShape.required(folder / 'model').weights:,} weights in float32; peaks of the largest rank in MB")
+        print("| run | ranks | first steps | resumed, saved | whole / ranks | not divided | bound | within |")
+        print("|---|---|---|---|---|---|---|---|")
+        for run in options.runs:
+            for ranks in options.ranks:
+                first, resumed = (max(peaks(folder, run, ranks, resumes=resumes)) for resumes in (False, True))
+                whole, rest = counted(folder, run, ranks)
+                bound = SLACK * whole / ranks + rest
+                sizes = [f"{size / 1e6:,.0f}" for size in (first, resumed, whole / ranks, rest, bound)]
+                verdict = "yes" if max(first, resumed) <= bound else "no"
+                print(f"| {run} | {ranks} | {' | '.join(sizes)} | {verdict} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    else:
+        main()

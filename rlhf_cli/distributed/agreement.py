@@ -1,0 +1,49 @@
+"""Work that one process does for all, or each for itself, and whose errors end all of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rlhf_cli.errors import DiskError, DivergedError, ModelError
+
+if TYPE_CHECKING:
+    from rlhf_cli.distributed.process_group import ProcessGroup
+
+_KINDS = (DiskError, DivergedError, ModelError)
+
+
+def agreed(work: Callable[[], None], processes: ProcessGroup | None) -> None:
+    """Work in each process and wait for the others; the error of the first one that fails is raised in all of them.
+
+    So none waits for one that has ended. Other errors than those of disk, divergence and models are raised at once.
+
+    Args:
+        work: what this process does, maybe nothing.
+        processes: the processes of the run, all of which call this; None is this one alone.
+    """
+    failure: DiskError | DivergedError | ModelError | None = None
+    try:
+        work()
+    except _KINDS as error:
+        failure = error
+    if processes is not None:
+        own = None if failure is None else [_kind(failure), failure.message, failure.hint]
+        told = next((one for one in processes.all_gather_object(own) if one is not None), None)
+        if told is not None and failure is None:
+            failure = _KINDS[told[0]](told[1], hint=told[2])
+    if failure is not None:
+        raise failure
+
+
+def _kind(error: Exception) -> int:
+    return next(number for number, kind in enumerate(_KINDS) if isinstance(error, kind))
+
+
+def by_main(work: Callable[[], None], processes: ProcessGroup) -> None:
+    """Let process 0 work while the others wait; see `agreed`."""
+    agreed(work if processes.is_main else _nothing, processes)
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -1,0 +1,179 @@
+"""Write a sharded model tensor by tensor, and copy it into float32 shards: no process ever holds it whole.
+
+What is written are the files that `save_pretrained` would write for the whole model. Process 0 writes each tensor when
+it is gathered; the others take part. What is in memory is then a part of every weight, and the largest weight whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from rlhf_cli.distributed.agreement import agreed
+from rlhf_cli.distributed.process_group import ProcessGroup
+from rlhf_cli.memory import free_memory
+from rlhf_cli.models.adapter_layers import adapter_layers, adapter_state, load_adapter_state
+from rlhf_cli.models.loading import ModelSource
+from rlhf_cli.models.lora import add_lora
+from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
+from rlhf_cli.models.merged_weights import layer_of
+from rlhf_cli.models.saving import finish_folder, generation_config, require_finite, writing
+from rlhf_cli.models.sharded_loading import UnreadModel, plain_name, skeleton_of
+from rlhf_cli.models.sharding import Gathering, local, release, whole
+from rlhf_cli.models.weight_files import WeightFiles, stored_state
+from rlhf_cli.settings.shared import LoraSettings
+
+
+class ShardedWeights:
+    """The weights of a sharded model, without its adapters; every process makes one and calls the same methods.
+
+    Args:
+        model: sharded.
+        lora: settings of the adapter that was trained, which is merged into what is written; None if there is none.
+        name: of that adapter.
+
+    Attributes:
+        adapter: A and B of the adapter, whole, on the CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: LoraSettings | None = None, name: str = "default") -> None:
+        self._model, self._lora, self._name = model, lora, name
+        state = {} if lora is None else adapter_state(model, name)
+        self.adapter = {key: whole(weight).cpu() for key, weight in state.items()}
+        self._weights = _plain_weights(model)
+        separated = (layer for layer in model.modules() if isinstance(layer, LowRankLinear | LowRankConv1D))
+        self._separated: dict[int, nn.Module] = {id(layer.weight): layer for layer in separated}
+
+    def write(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        folder: Path,
+        processes: ProcessGroup,
+        generation: GenerationConfig | None = None,
+    ) -> None:
+        """Write a model folder in float32 as `save_model_folder` does, the adapter merged; process 0 writes.
+
+        Args:
+            tokenizer: of the model; None writes the weights and their configuration alone.
+            folder: created if it does not exist.
+            processes: of the run.
+            generation: see `save_model_folder`.
+
+        Raises:
+            DivergedError: a weight is NaN or infinite.
+            DiskError: the disk is full or cannot be written.
+        """
+        what, skeleton = f"the model for {folder}", skeleton_of(self._model)
+        own = {name: local(weight) for name, weight in self._weights.items()} | self.adapter
+        agreed(lambda: require_finite(own, what=what), processes)
+        names = list(stored_state(skeleton))
+        gathering = Gathering(self._weights, names)
+        if skeleton.can_generate() and tokenizer is not None:
+            skeleton.generation_config = generation or generation_config(skeleton, tokenizer)
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            skeleton.save_pretrained(folder, state_dict={})  # configuration alone
+            if tokenizer is not None:
+                finish_folder(skeleton, tokenizer, folder)
+            WeightFiles(skeleton, folder).write(self._merged(skeleton, names, gathering, what))
+
+        def written() -> None:
+            try:
+                if processes.is_main:
+                    with writing("the model", folder):
+                        write()
+            finally:
+                gathering.finish()
+
+        agreed(written, processes)
+
+    @torch.no_grad()
+    def _merged(
+        self, skeleton: PreTrainedModel, names: list[str], gathering: Gathering, what: str
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield stored names and values, the sums in the order of `merge_lora`, so that they are rounded as there."""
+        adapted = skeleton_of(self._model)
+        self._add_adapter(adapted)
+        layers = {f"{_key(adapted, layer)}.{_parameter(layer)}": layer for _, layer in adapter_layers(adapted)}
+        layers = {plain_name(name): layer for name, layer in layers.items()}
+        for _, group in groupby(names, key=layer_of):
+            found: dict[str, Tensor] = {}
+            for name in group:
+                value = gathering.take(name).cpu()
+                if (layer := layers.get(name)) is not None:
+                    value = value.float() + layer.get_delta_weight(self._name).float()  # type: ignore[operator]
+                found[name] = self._joined(self._weights[name], value)
+                require_finite({name: found[name]}, what=what)
+            yield from revert_weight_conversion(skeleton, found).items()
+
+    def _joined(self, weight: Tensor, value: Tensor) -> Tensor:
+        """Add to a whole weight what `models.low_rank` keeps apart of it."""
+        separated = self._separated.get(id(weight))
+        update = None if separated is None else low_rank_update(separated)
+        return value if update is None else value.float() + update.to(value.device)
+
+    def _add_adapter(self, model: PreTrainedModel) -> None:
+        if self._lora is None:
+            return
+        with torch.random.fork_rng(devices=[]):  # a new adapter is initialized at random
+            add_lora(model, self._lora, name=self._name)
+        load_adapter_state(model, self.adapter, self._name)
+
+    def copied(self, source: ModelSource, *, keeps: bool) -> PreTrainedModel:
+        """Return a sharded copy that computes in float32, with the adapter beside its weights.
+
+        Args:
+            source: of the model; device and attention of the copy.
+            keeps: keep the weights of the model; otherwise the parts of each are freed when it is copied, and the model
+                cannot be used any more.
+        """
+        model = skeleton_of(self._model)
+        self._add_adapter(model)
+        stored: Any = {name: _Live(self, weight, keeps) for name, weight in self._weights.items()}
+        copy = UnreadModel(model, replace(source.in_full(), precision=torch.float32), stored).read()
+        free_memory()
+        return copy.requires_grad_(False)
+
+
+class _Live:
+    """A weight of a sharded model, which is gathered when it is indexed; see `checkpoint.LazyWeight`."""
+
+    def __init__(self, weights: ShardedWeights, weight: Tensor, keeps: bool) -> None:
+        self._weights, self._weight, self._keeps = weights, weight, keeps
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return the weight in float32, or a part of it; every process calls this."""
+        value = self._weights._joined(self._weight, whole(self._weight))
+        if not self._keeps:
+            release(self._weight)
+        return (value.float() if value.is_floating_point() else value)[index]
+
+
+def _plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return weights and buffers by the names they have without adapters, tied ones by each of their names."""
+    factors = {
+        id(weight)
+        for _, layer in adapter_layers(model)
+        for factor in (layer.lora_A, layer.lora_B)
+        for weight in factor.parameters()
+    }
+    state = model.state_dict(keep_vars=True).items()
+    return {plain_name(name): tensor for name, tensor in state if id(tensor) not in factors}
+
+
+def _key(model: PreTrainedModel, layer: LoraLayer) -> str:
+    return next(name for name, module in model.named_modules() if module is layer)
+
+
+def _parameter(layer: LoraLayer) -> str:
+    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
