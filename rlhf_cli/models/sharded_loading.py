@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from rlhf_cli.errors import ModelError
 from rlhf_cli.models.attention import is_our_attention, set_attention
-from rlhf_cli.models.checkpoint import Checkpoint, LazyWeight
+from rlhf_cli.models.checkpoint import Checkpoint
+from rlhf_cli.models.converted_weights import AnyWeight, NotShardedError, weights_by_name
 from rlhf_cli.models.libraries import quiet_libraries
 from rlhf_cli.models.low_rank import LowRankConv1D, LowRankLinear, low_rank_update
 from rlhf_cli.models.peft_folder import find_peft_folder
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from rlhf_cli.models.loading import ModelSource
 
 
-class NotShardedError(ModelError):
-    """A model that cannot be sharded."""
-
-
 _HINT = "use `--set model.sharding=none`, with which every process holds the whole model"
 
 
@@ -58,7 +54,7 @@ class UnreadModel:
 
     model: PreTrainedModel
     source: ModelSource
-    stored: Mapping[str, LazyWeight]
+    stored: Mapping[str, AnyWeight]
 
     @torch.no_grad()
     def read(self, *, rounds: bool = False) -> PreTrainedModel:
@@ -98,7 +94,7 @@ class UnreadModel:
 
 def plain_name(name: str) -> str:
     """Return the name that a weight has without adapters."""
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)  # PEFT wraps fused experts once per weight
 
 
 def open_model(
@@ -122,7 +118,7 @@ def open_model(
     if checkpoint.quantization is not None:
         raise NotShardedError(f"`model.sharding: fsdp`: the weights of `{source.path}` are quantized", hint=_HINT)
     empty = check_weights(kind, source, config, shapes=checkpoint.shapes, is_new=is_new)
-    stored = _by_name(empty, checkpoint, source.path)
+    stored = weights_by_name(empty, checkpoint, source.path, hint=_HINT)
     if not blocks_of(empty):
         raise NotShardedError(
             f"`model.sharding: fsdp`: {type(empty).__name__} does not say what its blocks are", hint=_HINT
@@ -144,42 +140,10 @@ def _check(source: ModelSource, config: PretrainedConfig) -> None:
     problem = None
     if find_peft_folder(source.path, source.revision) is not None:
         problem = f"`{source.path}` is a PEFT adapter, which is merged into a whole model"
-    elif config.is_encoder_decoder:
-        problem = f"`{source.path}` is an encoder-decoder"
     elif has_own_code(config):
         problem = f"`{source.path}` has Python code of its own"
     if problem is not None:
         raise NotShardedError(f"`model.sharding: fsdp`: {problem}", hint=_HINT)
-
-
-def _by_name(empty: PreTrainedModel, checkpoint: Checkpoint, path: str) -> dict[str, LazyWeight]:
-    """Return stored weights by their names in the model.
-
-    Raises:
-        ModelError: the model fuses or splits stored weights, such as those of experts.
-    """
-    conversions = get_model_conversion_mapping(empty)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    expected = empty.state_dict()
-    found = {}
-    for name, weight in checkpoint.lazy().items():
-        target, pattern = rename_source_key(name, renamings, converters, empty.base_model_prefix, expected)
-        if target not in expected and name in expected:
-            target, pattern = name, None
-        if pattern is not None:
-            raise NotShardedError(
-                f"`model.sharding: fsdp`: `{path}` stores `{name}` otherwise than a {empty.config.model_type} model "
-                "computes with it",
-                hint=_HINT,
-            )
-        if target in expected:
-            found[target] = weight
-    for name, other in empty.all_tied_weights_keys.items():
-        for one, same in ((name, other), (other, name)):
-            if one not in found and same in found:
-                found[one] = found[same]
-    return found
 
 
 def _without_memory(kind: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -72,9 +72,12 @@ def shard(
     )
     for name, block in blocks_of(model):
         before(block, f"{name}.")
+        block.register_forward_hook(lambda _module, _given, result: _without_views(result))
         fully_shard(block, mesh=mesh, mp_policy=policy)
     before(model, "")
+    family = type(model).__module__
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    type(model).__module__ = family  # not torch's: there its attention and its router loss are looked for
     for module in _parts(model):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
@@ -86,8 +89,12 @@ def shard(
 
 
 def _call(model: nn.Module, function: Callable[[], Any]) -> Any:
-    # A hook on a view would be lost if the view was changed in place, of which torch warns.
-    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, function())
+    return _without_views(function())
+
+
+def _without_views(result: Any) -> Any:
+    """Copy views with gradient, such as T5's position bias: a hook on one is lost if it is changed in place."""
+    return tree_map_only(Tensor, lambda one: one.clone() if one.requires_grad and one._is_view() else one, result)
 
 
 def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

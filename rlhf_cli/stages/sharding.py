@@ -21,9 +21,6 @@ def check_sharding(recipe: RunSettings, stages: Container[str]) -> None:
         setting = f"{name.replace('-', '_')}.optimizer"
         if (optimizer := recipe.value(setting)) not in ("adamw", None):
             found.append(f"{setting}: {optimizer}")
-    build = recipe.model.build
-    if build is not None and build.architecture == "encoder-decoder" and any(name in stages for name in _TRAINING):
-        found.append("model.build.architecture: encoder-decoder")
     if "ppo" in stages and recipe.value("ppo") is not None:
         found += _unsupported_by_ppo(recipe)
     if found:

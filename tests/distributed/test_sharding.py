@@ -1,9 +1,11 @@
-"""`model.sharding: fsdp` over two processes equals one process; what it does not support is refused by name."""
+"""`model.sharding: fsdp` over several processes equals one process; what it does not support is refused by name."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,70 +13,128 @@ import pytest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.stages.sharding import check_sharding, require_processes
-from tests.conftest import byte_level_tokenizer
-from tests.families.zoo import save_tiny
+from tests.distributed.sharded import CLIPPED
+from tests.distributed.sharded_models import make_model
 from tests.preloaded import start
 
-CASES = (
-    "sft-llama-none",
-    "sft-qwen3-lora",
-    "sft-gemma3_text-none",
-    "resume-llama-none",
-    "reward-llama-lora",
-    "reward-qwen3-none",
-    "ppo-llama-none",
-    "ppo-qwen3-lora",
-)
+CASES = {
+    2: (
+        "sft-llama-none",
+        "sft-llama-none-clipped",
+        "sft-llama-none-bfloat16",
+        "sft-qwen3-lora",
+        "sft-gemma3_text-none",
+        "sft-t5-none",
+        "sft-built-none",
+        "sft-qwen3_moe-none",
+        "sft-qwen3_moe-lora",
+        "resume-llama-none",
+        "reward-llama-lora",
+        "reward-qwen3-none",
+        "ppo-llama-none",
+        "ppo-llama-lora-shared",
+        "ppo-qwen3-lora",
+        "ppo-t5-none",
+    ),
+    4: (
+        "sft-gemma3_text-none",
+        "sft-t5-lora",
+        "resume-llama-none",
+        "reward-qwen3-lora",
+        "ppo-t5-lora",
+        "ppo-qwen3-none",
+    ),
+}
+"""Number of processes -> cases of `sharded.py`."""
+CELLS = [(count, case) for count, cases in CASES.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What two processes, which import the libraries once for all cases, wrote for each case."""
-    folder = tmp_path_factory.mktemp("sharded")
-    for family in sorted({case.split("-")[1] for case in CASES}):
-        save_tiny(family, byte_level_tokenizer(chat=True), folder / family)
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict]:
+    """What the processes, which import the libraries once for all cases, wrote for each case."""
+    results = {}
+    for count, cases in CASES.items():
+        folder = tmp_path_factory.mktemp(f"sharded-{count}")
+        for family in sorted({case.split("-")[1] for case in cases}):
+            make_model(family, folder / family)
+        launch(folder, cases, count)
+        results |= {(count, case): json.loads((folder / f"{case}.json").read_text()) for case in cases}
+    return results
+
+
+def launch(folder: Path, cases: Sequence[str], count: int) -> None:
+    """Run cases in several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = Path(__file__).with_name("sharded.py")
     started = [
-        start([folder, *CASES], program=script, env=environment(RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port))
-        for rank in range(2)
+        start([folder, *cases], program=script, env=environment(count, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port))
+        for rank in range(count)
     ]
     for process in started:
         stdout, stderr = process.communicate(timeout=900)
         assert process.returncode == 0, stdout + stderr
-    return {case: json.loads((folder / f"{case}.json").read_text()) for case in CASES}
 
 
-def environment(**more: object) -> dict[str, str]:
-    import os
-
-    fixed = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+def environment(count: int, **more: object) -> dict[str, str]:
+    fixed = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **fixed, **{k: str(v) for k, v in more.items()}}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("resume")])
-def test_the_weights_after_five_steps_are_those_of_one_process(case: str, found: dict[str, dict]):
+def cells(*stages: str, exact: bool = True) -> list:
+    chosen = [cell for cell in CELLS if cell[1].split("-")[0] in stages and not (exact and "bfloat16" in cell[1])]
+    return [pytest.param(cell, id=f"{cell[1]}, {cell[0]} processes") for cell in chosen]
+
+
+@pytest.mark.parametrize("cell", cells("sft", "reward", "ppo"))
+def test_the_weights_after_five_steps_are_those_of_one_process(cell: tuple[int, str], found: dict):
     """With uneven texts, a process without work in some steps, and fewer held-out texts than processes."""
-    assert found[case]["difference"] < 1e-5
-    assert max(found[case]["losses"]) < 1e-5
-    assert found[case]["moved"] > 1e-3, "the comparison would pass if nothing was trained"
+    result = found[cell]
+    assert result["difference"] < 1e-5
+    assert max(result["losses"]) < 1e-5
+    assert result["moved"] > 1e-3, "the comparison would pass if nothing was trained"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("sft") and case.endswith("none")])
-def test_each_process_holds_half_of_the_weights(case: str, found: dict[str, dict]):
-    assert found[case]["held"] == pytest.approx(0.5, abs=0.02)
-    peak, largest = found[case]["peak"]
-    assert peak <= 0.5 + largest / 2 + 0.02, "while it loads, more than its part and one part of the model"
+@pytest.mark.parametrize("cell", cells("sft", "reward", "ppo"))
+def test_losses_and_norms_of_gradients_of_every_step_are_those_of_one_process(cell: tuple[int, str], found: dict):
+    """AdamW does not see the scale of gradients, so the weights would not show a wrong one."""
+    assert found[cell]["figures"] < 1e-4
 
 
-def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(found: dict[str, dict]):
-    assert found["resume-llama-none"]["same"] == ["metrics.jsonl", "state.json", "tensors.safetensors"]
+@pytest.mark.parametrize("cell", cells("sft", "reward", "ppo", exact=False))
+def test_no_process_keeps_a_whole_weight_after_a_pass_without_gradient(cell: tuple[int, str], found: dict):
+    assert found[cell]["divided"]
 
 
-def test_a_run_goes_on_in_one_process_without_sharding(found: dict[str, dict]):
-    assert found["resume-llama-none"]["unsharded"] < 1e-5
+def test_some_gradients_are_clipped_and_others_are_not(found: dict):
+    norms = found[2, "sft-llama-none-clipped"]["norms"]
+    assert min(norms) < 0.9 * CLIPPED
+    assert max(norms) > 1.1 * CLIPPED
+
+
+def test_in_bfloat16_the_losses_are_close_to_those_of_one_process(found: dict):
+    result = found[2, "sft-llama-none-bfloat16"]
+    assert max(result["losses"]) < 0.02
+    assert result["learned"] > 0.2, "the losses would be close if nothing was trained"
+
+
+@pytest.mark.parametrize("cell", [cell for cell in cells("sft") if cell.values[0][1].endswith("none")])
+def test_each_process_holds_its_part_of_the_weights(cell: tuple[int, str], found: dict):
+    share = 1 / cell[0]
+    assert found[cell]["held"] == pytest.approx(share, abs=0.02)
+    peak, largest = found[cell]["peak"]
+    assert peak <= share + largest * (1 - share) + 0.02, "while it loads, more than its part and one part of the model"
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(count: int, found: dict):
+    assert found[count, "resume-llama-none"]["same"] == ["metrics.jsonl", "state.json", "tensors.safetensors"]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_run_goes_on_in_one_process_without_sharding(count: int, found: dict):
+    assert found[count, "resume-llama-none"]["unsharded"] < 1e-5
 
 
 def recipe(**more: dict) -> Recipe:

@@ -1,4 +1,7 @@
-"""`--processes 2` through the real command, every stage of a run, against one process; and its ends before the end."""
+"""`--processes 2` through the real command, every stage of a run, against one process; and its ends before the end.
+
+Also with models divided among the two (`model.sharding: fsdp`); the reward model of `ppo` is an adapter on its policy.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +100,24 @@ def together(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ende
     return run(folder, "run", "recipe.yaml", "--json", "--processes", "2")
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ended:
+    folder = write_inputs(tmp_path_factory.mktemp("sharded"), tiny_llama)
+    return run(folder, "run", "recipe.yaml", "--json", "--processes", "2", "--set", "model.sharding=fsdp")
+
+
+@pytest.fixture(params=["whole models", "sharded models"])
+def two(request: pytest.FixtureRequest) -> Ended:
+    """Two processes, with whole or with divided models."""
+    return request.getfixturevalue("together" if request.param == "whole models" else "sharded")
+
+
+def test_with_sharded_models_too_all_stages_finish(sharded: Ended):
+    assert sharded.code == 0, sharded.stderr
+    assert [row["status"] for row in json.loads(sharded.stdout)["stages"]] == ["done"] * 5
+    assert "the reward model is an adapter on it too" in sharded.stderr
+
+
 def test_both_finish_and_only_rank_0_speaks(alone: Ended, together: Ended):
     assert alone.code == 0, alone.stderr
     assert together.code == 0, together.stderr
@@ -107,24 +128,24 @@ def test_both_finish_and_only_rank_0_speaks(alone: Ended, together: Ended):
 
 
 @pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
-def test_two_processes_end_with_the_weights_of_one(stage: str, alone: Ended, together: Ended):
+def test_two_processes_end_with_the_weights_of_one(stage: str, alone: Ended, two: Ended):
     found = sorted(path.relative_to(alone.artifacts) for path in (alone.artifacts / stage).rglob("*.safetensors"))
     assert found
     for name in found:
-        one, two = load_file(alone.artifacts / name), load_file(together.artifacts / name)
-        assert one.keys() == two.keys()
+        one, other = load_file(alone.artifacts / name), load_file(two.artifacts / name)
+        assert one.keys() == other.keys()
         for key in one:
-            torch.testing.assert_close(two[key], one[key], atol=2e-4, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(other[key], one[key], atol=2e-4, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("stage", ["sft", "train-rm", "ppo"])
-def test_the_losses_of_every_step_are_those_of_one_process(stage: str, alone: Ended, together: Ended):
+def test_the_losses_of_every_step_are_those_of_one_process(stage: str, alone: Ended, two: Ended):
     def curve(run: Ended) -> list[dict]:
         return [json.loads(line) for line in (run.artifacts / stage / "metrics.jsonl").read_text().splitlines()]
 
-    one, two = curve(alone), curve(together)
-    assert len(one) == len(two) > 1
-    for before, after in zip(one, two, strict=True):
+    one, other = curve(alone), curve(two)
+    assert len(one) == len(other) > 1
+    for before, after in zip(one, other, strict=True):
         figures = {name: value for name, value in before.items() if isinstance(value, float) and "time" not in name}
         figures = {name: value for name, value in figures.items() if "second" not in name}
         assert {name: after[name] for name in figures} == pytest.approx(figures, rel=5e-3, abs=2e-4)
@@ -142,13 +163,13 @@ def test_the_same_answers_are_labeled_and_evaluated(alone: Ended, together: Ende
         assert after["reward_policy"] == pytest.approx(before["reward_policy"], abs=2e-2)
 
 
-def test_held_out_figures_agree(alone: Ended, together: Ended):
+def test_held_out_figures_agree(alone: Ended, two: Ended):
     for stage, names in (
         ("sft", ("eval_loss_before", "eval_loss")),
         ("train-rm", ("rm/accuracy", "rm/mean", "rm/std")),
     ):
         for name in names:
-            assert together.metrics(stage)[name] == pytest.approx(alone.metrics(stage)[name], rel=1e-3, abs=1e-3), name
+            assert two.metrics(stage)[name] == pytest.approx(alone.metrics(stage)[name], rel=1e-3, abs=1e-3), name
 
 
 def rank_1_of(supervisor: int) -> int:
