@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,20 @@ def work(report: Path, stop_after: str, arguments: Sequence[str]) -> None:
 
     baseline = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    threading.Thread(target=_watch, args=(report, baseline), daemon=True).start()
     if stop_after:
         threading.Thread(target=_stop, args=(Path(stop_after),), daemon=True).start()
     sys.argv = ["rlhf", *arguments]
-    try:
-        entry()
-    except SystemExit as ended:
-        code = ended.code
-    else:
-        code = 0
-    report.write_text(json.dumps({"peak": memory("VmHWM") - baseline, "code": code}), encoding="utf-8")
+    entry()
+
+
+def _watch(report: Path, baseline: int) -> None:
+    """Write the peak again and again, since a stopped command ends without another word."""
+    while True:
+        partial = report.with_suffix(".partial")
+        partial.write_text(str(memory("VmHWM") - baseline), encoding="utf-8")
+        partial.replace(report)
+        time.sleep(0.05)
 
 
 def _stop(checkpoint: Path) -> None:
@@ -150,11 +155,10 @@ def peaks(folder: Path, run: str, ranks: int, *, resumes: bool) -> list[int]:
             )
         )
     output = [process.communicate(timeout=LIMIT)[0] for process in started]
-    found = [json.loads(report.read_text(encoding="utf-8")) for report in reports if report.exists()]
-    expected = 0 if resumes else 128 + signal.SIGTERM
-    if len(found) < ranks or any(one["code"] != expected for one in found):
-        raise RuntimeError(f"{run} on {ranks}: {[one['code'] for one in found]}\n" + "\n".join(output)[-4_000:])
-    return [one["peak"] for one in found]
+    codes = [process.returncode for process in started]
+    if any(code not in ((0,) if resumes else (128 + signal.SIGTERM, -signal.SIGTERM)) for code in codes):
+        raise RuntimeError(f"{run} on {ranks} ended with {codes}:\n" + "\n".join(output)[-4_000:])
+    return [int(report.read_text(encoding="utf-8")) for report in reports]
 
 
 def counted(folder: Path, run: str, ranks: int) -> tuple[float, float]:
@@ -163,23 +167,20 @@ def counted(folder: Path, run: str, ranks: int) -> tuple[float, float]:
 
     from rlhf_cli.models.resources import Extent, ModelShape
     from rlhf_cli.recipe.schema import Recipe
-    from rlhf_cli.stages.registry import REGISTRY
+    from rlhf_cli.stages.registry import stage as stage_named
 
     content = yaml.safe_load(recipe(folder, run, max(ranks, 2)).read_text(encoding="utf-8"))
-    stage = next(one for one in REGISTRY if one.name == run.split("-")[0])
+    stage = stage_named(run.split("-")[0])
     shape, found = ModelShape.required(folder / "model"), Recipe.model_validate(content)
     reward = shape if run == "ppo-none" else None
     settings = found.section(stage.name)
-    alone, shared = (
-        stage.memory(settings, found, Extent(shape, reward, on_cpu=True, process=0, tokens=48, processes=n)).phases
-        for n in (1, ranks)
-    )
-    whole = sum(size for role, size in alone["update"].items() if role in DIVIDED)
-    whole += (
-        sum(size for role, size in alone["passes"].items() if role in ("reference", "reward model"))
-        if (run == "ppo-none")
-        else 0
-    )
+    extent = Extent(shape, reward, on_cpu=True, process=0, tokens=48)
+    needs = [stage.memory(settings, found, replace(extent, processes=count)) for count in (1, ranks)]
+    alone, shared = (need.phases if need is not None else {} for need in needs)
+    held = [alone["update"]]
+    if run == "ppo-none":  # these rest while one process updates
+        held.append({role: alone["passes"][role] for role in ("reference", "reward model")})
+    whole = sum(size for roles in held for role, size in roles.items() if role in DIVIDED)
     rest = max(sum(size for role, size in roles.items() if role not in DIVIDED) for roles in shared.values())
     return whole, rest
 

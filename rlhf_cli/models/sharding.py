@@ -209,7 +209,7 @@ def divided(value: Tensor, like: Tensor) -> Tensor:
 def release(tensor: Tensor) -> None:
     """Free the memory of this process's part of a sharded tensor that nothing uses any more; others stay."""
     if isinstance(tensor, DTensor):
-        storage = tensor.detach().to_local().untyped_storage()
+        storage = local(tensor.detach()).untyped_storage()
         if storage.resizable():
             storage.resize_(0)
 
