@@ -217,10 +217,12 @@ def equal_passes(
         yield filler, 0.0
 
 
-def group_size(model: nn.Module) -> int:
-    """Return how many processes divide a sharded model among themselves."""
-    mesh = next(weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor))
-    return mesh.size(mesh.ndim - 1)
+def sharding_of(model: nn.Module) -> dict[str, Any]:
+    """Return how a sharded model is divided, as the fields of a `ModelSource`."""
+    weight = next(weight for weight in model.parameters() if isinstance(weight, DTensor))
+    mesh = weight.device_mesh
+    is_offloaded = weight.device.type != mesh.device_type
+    return {"sharding_size": mesh.size(mesh.ndim - 1), "sharding_cpu_offload": is_offloaded}
 
 
 def is_divided(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.errors import UsageError
@@ -18,7 +19,11 @@ from tests.conftest import byte_level_tokenizer
 from tests.distributed.sharded_options import STEPS
 from tests.distributed.test_sharding import environment
 from tests.families.zoo import save_tiny
+from tests.generation.server_stand_in import server_of
+from tests.generation.vllm_stand_in import vllm
 from tests.preloaded import start
+
+__all__ = ["server_of", "vllm"]
 
 SERVER = ("server-llama-lora", "server-llama-none")
 SAVE = ("save-llama-lora", "save-llama-none")
@@ -26,22 +31,29 @@ CASES = (*SERVER, *SAVE, "head-llama-lora", "head-llama-none", "offload-llama-lo
 HYBRID = ("hybrid-llama-lora", "hybrid-llama-none")
 
 
-def run(folder: Path, cases: tuple[str, ...], processes: int, **variables: object) -> dict[str, dict]:
-    """Run cases in several processes, which import the libraries once; returns what they wrote for each."""
-    for family in sorted({case.split("-")[1] for case in cases}):
-        save_tiny(family, byte_level_tokenizer(chat=True), folder / family)
+def launch(script: str, arguments: list[object], processes: int, cwd: Path | None = None) -> None:
+    """Run a script of this folder in several processes, as torchrun does on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).with_name("sharded_options.py")
-    shared = {"MASTER_PORT": port, "WORLD_SIZE": processes, "RLHF_JOIN_SECONDS": 600, **variables}
+    shared = {"MASTER_PORT": port, "LOCAL_WORLD_SIZE": processes, "RLHF_JOIN_SECONDS": 600}
     started = [
-        start([folder, *cases], program=script, env=environment(processes, RANK=rank, LOCAL_RANK=rank, **shared))
+        start(
+            arguments, program=Path(__file__).with_name(script), cwd=cwd,
+            env=environment(processes, RANK=rank, LOCAL_RANK=rank, **shared),
+        )
         for rank in range(processes)
-    ]
+    ]  # fmt: skip
     for process in started:
         stdout, stderr = process.communicate(timeout=900)
         assert process.returncode == 0, stdout + stderr
+
+
+def run(folder: Path, cases: tuple[str, ...], processes: int) -> dict[str, dict]:
+    """Run cases in several processes, which import the libraries once; returns what they wrote for each."""
+    for family in sorted({case.split("-")[1] for case in cases}):
+        save_tiny(family, byte_level_tokenizer(chat=True), folder / family)
+    launch("sharded_options.py", [folder, *cases], processes)
     return {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
 
 
@@ -81,6 +93,36 @@ def test_policies_of_save_steps_are_those_of_one_process(case: str, found: dict[
 def test_offloaded_models_name_the_device_on_which_they_compute(case: str, found: dict[str, dict]):
     assert found[case]["offloaded"]
     assert found[case]["devices"] == ["cpu", "cpu"]
+
+
+@pytest.mark.slow
+def test_the_command_with_a_server_writes_what_one_process_writes(
+    rlhf_here, server_of, tiny_llama: Path, tmp_path: Path, monkeypatch
+):
+    """With policies of some steps, a critic head, and the group of a machine."""
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(8)))
+    (tmp_path / "rate.py").write_text("def score(p, c):\n    return [float(text.count('e')) for text in c]\n")
+    changes = {
+        "ppo.steps": 4, "ppo.prompts_per_step": 3, "ppo.max_new_tokens": 6, "ppo.epochs": 1, "ppo.save_steps": 2,
+        "ppo.critic": "head", "ppo.learning_rate": 1e-3, "ppo.schedule": "constant", "ppo.adapter": "none",
+        "data.prompt_template": "null", "data.max_prompt_tokens": 32, "model.precision": "float32",
+        "model.device": "cpu",
+    }  # fmt: skip
+    pairs = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    given = ["ppo", "--model", tiny_llama, "--prompts", "p.jsonl", "--function", "rate.py:score", *pairs]
+    sharded = ["--set", "model.sharding=fsdp", "--set", "model.sharding_size=machine"]
+    launch("served_command.py", [tiny_llama, *given, *sharded, "--run-dir", "two"], 2, cwd=tmp_path)
+    monkeypatch.setattr("rlhf_cli.generation.server_generator.obstacle", lambda policies: None)
+    url = server_of(tiny_llama).url
+    code, said = rlhf_here(*given, "--set", f"generation.vllm_server={url}", "--run-dir", "one")
+    assert code == 0, said
+    for name in ("model.safetensors", "steps/2/model.safetensors", "critic/value_head.safetensors"):
+        two, one = (load_file(tmp_path / run / "ppo" / name) for run in ("two", "one"))
+        assert two.keys() == one.keys()
+        assert max(float((two[key] - one[key]).abs().max()) for key in one) < 1e-5, name
+    start = load_file(tiny_llama / "model.safetensors")
+    moved = load_file(tmp_path / "two/ppo/model.safetensors")
+    assert any(float((moved[key] - start[key]).abs().max()) > 1e-4 for key in start)
 
 
 @pytest.mark.parametrize("case", HYBRID)

@@ -32,7 +32,7 @@ from rlhf_cli.models.policy_adapter import relative_base
 from rlhf_cli.models.saving import require_finite, writing
 from rlhf_cli.models.sharded_loading import open_model
 from rlhf_cli.models.sharded_saving import ShardedWeights
-from rlhf_cli.models.sharding import group_size, is_sharded, local, whole
+from rlhf_cli.models.sharding import is_sharded, local, sharding_of, whole
 from rlhf_cli.models.split_weights import join_weights, restore, stored
 from rlhf_cli.models.stored_weights import read_header
 from rlhf_cli.models.verification import AdapterInMemory, check_tensors, read_tensors
@@ -199,8 +199,8 @@ class FullCritic:
             _check_head(folder, self.value_head)
 
         by_main(write_head, processes)
-        size = group_size(self._model)
-        source = ModelSource(str(folder), attention="eager", device=self._model.device, sharding_size=size)
+        divided = sharding_of(self._model)
+        source = ModelSource(str(folder), attention="eager", device=self._model.device, **divided)
         written = dict(open_model(AutoModel, source, load_config(source)).read().named_parameters())
         own, stored = ({name: local(weight) for name, weight in one.items()} for one in (self.state(), written))
         agreed(lambda: check_tensors(own, {name: part.cpu() for name, part in stored.items()}, folder), processes)
